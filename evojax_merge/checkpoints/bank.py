@@ -1,0 +1,135 @@
+"""Hugging Face folders -> bank, stored model -> Hugging Face tensors. May import models and merge_kernels.
+
+Loading goes tensor by tensor out of memory-mapped files into arrays that were allocated once, so that it never
+needs more than the bank and one tensor. What a method has to measure is measured on the way.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from merge_kernels import draw_scores, measure_grid
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, Leaf, layer_leaves, shared_leaves
+from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.models.bank import Bank, MergeSpec
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.sources import Stored
+
+# JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
+ALIGNMENT = 64
+Progress = Callable[[int], None]
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    buffer = np.empty(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+def common_dtype(sources: Sources, tensor: str) -> np.dtype:
+    """The narrowest dtype that holds every source's values."""
+    import jax.numpy as jnp
+
+    dtypes = [sources.entry(s, tensor).dtype for s in range(len(sources.folders))]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = np.dtype(jnp.promote_types(widest, dtype))
+    return widest
+
+
+def load_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None) -> Bank:
+    """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor.
+
+    `sources` must hold the base first where the method needs one.
+    """
+    layer: dict[str, Any] = {"leaves": {}, "scores": {}, "tables": {}}
+    shared: dict[str, Any] = {"leaves": {}, "scores": {}, "tables": {}}
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for leaf in layer_leaves(config):
+            names = [leaf.tensor.format(i=i) for i in range(config.layers)]
+            _load_leaf(leaf, names, sources, spec, layer, pool, progress)
+        for leaf in shared_leaves(config):
+            _load_leaf(leaf, [leaf.tensor], sources, spec, shared, pool, progress)
+    # A shared leaf was loaded as a stack of one.
+    shared = jax.tree.map(lambda leaf: leaf[0], shared)
+    components = tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layer_leaves(config))
+    return Bank(
+        layer["leaves"], shared["leaves"], layer["scores"], shared["scores"], layer["tables"], shared["tables"],
+        components,
+    )  # fmt: skip
+
+
+def _load_leaf(
+    leaf: Leaf,
+    names: list[str],
+    sources: Sources,
+    spec: MergeSpec,
+    into: dict[str, Any],
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+) -> None:
+    """Load one leaf of the tensors `names` (one per layer) as `[len(names), S, …]`."""
+    count, shape = len(sources.folders), sources.shape(0, names[0])
+    stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
+    first_parent = 1 if spec.method.needs_base else 0
+    random = spec.method.sparsifier is not None and spec.method.sparsifier.random
+    scores = aligned_empty((len(names), count - first_parent, *shape), np.dtype(np.uint16)) if random else None
+
+    def one(i: int) -> dict[str, np.ndarray]:
+        for s in range(count):
+            stack[i, s] = sources.read(s, names[i])
+        if scores is not None:
+            digests = [sources.digest(s, names[i]) for s in range(first_parent, count)]
+            scores[i] = draw_scores(spec.seed, digests, shape)
+        row = measure_grid(spec.method, list(stack[i]), None if scores is None else list(scores[i]))
+        progress(stack[i].nbytes)
+        return row
+
+    rows = list(pool.map(one, range(len(names))))
+    into["leaves"][leaf.name] = _to_device(stack)
+    if scores is not None:
+        into["scores"][leaf.name] = _to_device(scores)
+    if rows[0]:
+        into["tables"][leaf.name] = {name: _to_device(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def _to_device(array: np.ndarray) -> jax.Array:
+    """Wait, so that the host's copy can be forgotten before the next leaf is read."""
+    return jax.block_until_ready(jax.device_put(array, may_alias=True))
+
+
+def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
+    """Bytes that `load_bank` will report as progress."""
+    total = 0
+    for leaf in layer_leaves(config) + shared_leaves(config):
+        repeats = config.layers if "{i}" in leaf.tensor else 1
+        name = leaf.tensor.format(i=0)
+        size = int(np.prod(sources.shape(0, name), dtype=np.int64)) * common_dtype(sources, name).itemsize
+        total += repeats * size * len(sources.folders)
+    return total
+
+
+def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32") -> Stored:
+    """One source alone, as a stored model in its own dtype."""
+    layers = {}
+    for leaf in layer_leaves(config):
+        names = [leaf.tensor.format(i=i) for i in range(config.layers)]
+        stack = aligned_empty((config.layers, *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
+        for i, name in enumerate(names):
+            stack[i] = sources.read(source, name)
+        layers[leaf.name] = _to_device(stack)
+    shared = {leaf.name: jax.device_put(sources.read(source, leaf.tensor)) for leaf in shared_leaves(config)}
+    return Stored(layers, shared, compute_dtype)
+
+
+def stored_tensors(model: Stored, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a stored model under their Hugging Face names."""
+    for leaf in shared_leaves(config):
+        yield leaf.tensor, np.asarray(model.shared[leaf.name])
+    for i in range(config.layers):
+        for leaf in layer_leaves(config):
+            yield leaf.tensor.format(i=i), np.asarray(model.layers[leaf.name][i])

@@ -1,0 +1,132 @@
+"""The command line: parse, call, print. Every heavy import happens inside the command that needs it."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from evojax_merge import __version__
+from evojax_merge.errors import InputError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def _start_jax() -> None:
+    """Keep compiled programs across runs, in the user's own cache folder."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge" / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Evolve merges of open-weight models, on accelerators, in JAX."""
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
+@click.option("--resume", is_flag=True, help="Continue a run that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
+@click.option("--seed", type=click.IntRange(min=0), help="Override the config's seed.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key; repeatable.")
+def search(
+    config: Path,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    seed: int | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Search for the best merge that CONFIG describes, and export the winner."""
+    if resume and overwrite:
+        raise InputError("--resume", "cannot go with --overwrite")
+    _start_jax()
+    from evojax_merge.commands import run_search_command
+
+    run_search_command(config, out, resume, overwrite, seed, list(overrides))
+
+
+@cli.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
+@click.option("--seed", type=click.IntRange(min=0), help="Override the seed of random methods.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
+def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
+    """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
+    _start_jax()
+    from evojax_merge.commands import run_merge_command
+
+    run_merge_command(recipe, out, dtype, seed, overwrite, allow_nonfinite)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
+def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> None:
+    """Score stored MODELS on all examples of the tasks (a search's config can serve as the tasks file)."""
+    _start_jax()
+    from evojax_merge.commands import run_evaluate_command
+
+    run_evaluate_command(list(models), tasks, json_file)
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+def export(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
+    """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
+    _start_jax()
+    from evojax_merge.commands import run_export_command
+
+    run_export_command(run, out, dtype, overwrite)
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command; turn what it raises into the exit status and one line on stderr."""
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except click.ClickException as error:
+        error.show()
+        return WRONG_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return DONE
+
+
+def main() -> None:
+    # A scheduler's polite kill is an interruption like any other.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(run(lambda: cli.main(standalone_mode=False)))
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

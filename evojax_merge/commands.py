@@ -1,0 +1,227 @@
+"""What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored
+from evojax_merge.checkpoints.merge import merge_to, prepare
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.config import Config, TaskFile, parse
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.evaluator import Evaluator, build_requests, fitness, means
+from evojax_merge.report.card import merge_card, search_card
+from evojax_merge.report.picture import draw
+from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.loop import Generation, Reporter, run_search
+from evojax_merge.search.run_folder import RunFolder, open_run
+from evojax_merge.search.setup import (
+    Problem,
+    build_problem,
+    context_length,
+    load_task,
+    locate,
+    read_config,
+    resolved_document,
+    stop_tokens,
+)
+from evojax_merge.search.winner import Row, choose_winner, passes_to_choose, write_recipe, write_result
+
+console = Console(stderr=False)
+
+
+@contextmanager
+def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in candidate passes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+class SearchBar(Reporter):
+    """The search's progress bar: generations in full, passes of the running one as its fraction."""
+
+    def __init__(self, progress: Progress, generations: int) -> None:
+        self._progress = progress
+        self._bar = progress.add_task("search", total=generations, info="compiling …")
+        self._share = 0.0
+
+    def evaluating(self, generation: int, passes: int) -> None:
+        self._share = 1.0 / max(passes, 1)
+        self._progress.update(self._bar, completed=generation)
+
+    def advanced(self, passes: int) -> None:
+        self._progress.advance(self._bar, passes * self._share)
+
+    def finished(self, generation: Generation) -> None:
+        g = generation
+
+        def shown(value: float | None) -> str:
+            return "none" if value is None else f"{value:.4f}"
+
+        failed = f"  failed {g.failed}" if g.failed else ""
+        info = (
+            f"best {shown(g.best_so_far)}  mean {shown(g.mean)}  sigma {g.sigma:.3f}  "
+            f"{g.seconds / g.population:.3g} s/candidate{failed}"
+        )
+        self._progress.update(self._bar, completed=g.number + 1, info=info)
+        if not console.is_terminal:
+            console.print(f"generation {g.number + 1}: {info}", highlight=False)
+
+    def said(self, text: str) -> None:
+        console.print(text, highlight=False)
+
+
+def run_search_command(
+    path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]
+) -> None:
+    config = read_config(path, overrides, seed)
+    out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+    problem = build_problem(path, config)
+    requests = {split: problem.requests(tasks) for split, tasks in _splits(problem).items()}
+    folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    for role, model in problem.models:
+        console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
+    with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
+        bank = load_bank(problem.sources, problem.decoder, problem.spec, progress)
+    evaluators = {
+        split: Evaluator(
+            problem.decoder, problem.tokenizer, rows, config.evaluation.compute_dtype, config.evaluation.chunk
+        )
+        for split, rows in requests.items()
+    }
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
+        TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
+    )  # fmt: skip
+    try:
+        with Progress(*columns, console=console) as progress:
+            reporter = SearchBar(progress, config.search.generations)
+            outcome = run_search(problem, bank, evaluators["searched"], folder, reporter)
+    except KeyboardInterrupt:
+        done = len(folder.read_history())
+        print(
+            f"stopped; {done} generations are saved. Continue with: evojax-merge search {path} --out {out} --resume",
+            file=sys.stderr,
+        )
+        raise
+    chunks = sorted(set(evaluators["searched"].chosen.values()))
+    if chunks:
+        console.print(f"candidates per pass: {', '.join(map(str, chunks))}", highlight=False)
+    with passes_bar("scoring", passes_to_choose(problem, evaluators["full"], evaluators["heldout"])) as advance:
+        result = choose_winner(problem, bank, evaluators["full"], evaluators["heldout"], outcome, advance)
+    write_recipe(problem, result.genome, folder.recipe)
+    job = prepare(read_recipe(folder.recipe))
+    card = search_card(out.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
+    with bytes_bar("exporting", job.nbytes) as progress_bytes:
+        merge_to(job, folder.model, card=card, overwrite=True, progress=progress_bytes)
+    draw(problem, result, folder.read_history(), folder.picture)
+    write_result(result, folder)
+    console.print(terminal_table(result.rows, "Held-out scores"))
+    console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+
+
+def _splits(problem: Problem) -> dict[str, list[Any]]:
+    return {"searched": problem.searched, "full": problem.full, "heldout": problem.heldout}
+
+
+def run_merge_command(
+    recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
+) -> None:
+    if out.exists() and not overwrite:
+        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recipe = read_recipe(recipe_path)
+    job = prepare(recipe, dtype, seed, allow_nonfinite)
+    card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
+    with bytes_bar("merging", job.nbytes) as progress:
+        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
+    document = load_yaml(tasks_path)
+    if isinstance(document, dict) and "space" in document:
+        config = parse(tasks_path, document, Config)
+        document = {
+            "tasks": [t.model_dump() for t in config.tasks],
+            "evaluation": config.evaluation.model_dump(),
+        }
+    file = parse(tasks_path, document, TaskFile)
+    tasks = []
+    for i, task in enumerate(file.tasks):
+        search_split, heldout = load_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent, 0)
+        # A held-out file stands alone; a held-out share is put back.
+        together = heldout.examples if isinstance(task.heldout, str) else (*search_split.examples, *heldout.examples)
+        tasks.append(replace(heldout, examples=together))
+    rows = []
+    for model in models:
+        path = locate(model, Path.cwd())
+        sources, decoder = open_sources([path])
+        requests = build_requests(
+            tasks, load_tokenizer(path), file.evaluation.tokens_per_batch,
+            context_length(sources.folders[0].config), stop_tokens(path),
+        )  # fmt: skip
+        evaluator = Evaluator(decoder, load_tokenizer(path), requests, file.evaluation.compute_dtype)
+        stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
+        with passes_bar(f"scoring {path.name}", evaluator.passes(1)) as progress:
+            scores = evaluator.stored(stored, progress)
+        rows.append(Row("model", path.name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+    console.print(terminal_table(rows, f"{sum(len(t.examples) for t in tasks)} examples"))
+    if json_file is not None:
+        table = [
+            {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
+        ]
+        atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
+    folder = RunFolder(run)
+    if not folder.config.exists():
+        raise InputError(run, "is not a run folder (it has no config.yaml)")
+    if not folder.recipe.exists():
+        raise InputError(run, "has no winner yet (no best/recipe.yaml); finish it with search … --resume")
+    if out.exists() and not overwrite:
+        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recipe = read_recipe(folder.recipe)
+    job = prepare(recipe, dtype)
+    card_file = folder.model / "README.md"
+    card = (
+        card_file.read_text(encoding="utf-8")
+        if card_file.exists()
+        else merge_card(out.name, recipe.method.name, recipe.models, folder.recipe.read_text(encoding="utf-8"))
+    )
+    with bytes_bar("exporting", job.nbytes) as progress:
+        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)

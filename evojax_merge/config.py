@@ -1,0 +1,170 @@
+"""Everything that a search's YAML may say, as one typed schema. May import errors and merge_kernels' registry.
+
+`load_config` reads, checks and resolves; every error names the file, the key and what was expected.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from evojax_merge.errors import InputError, did_you_mean
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Numbers = float | list[float]
+
+
+class Bounds(Section):
+    """A searched parameter: bounds, and where the search starts (one number, or one per parent)."""
+
+    low: float | None = None
+    high: float | None = None
+    start: Numbers | None = None
+
+
+class SpaceConfig(Section):
+    """The search space: the method, which of its parameters are searched, and how finely.
+
+    `parameters`: searched ones with their bounds. `fixed`: the others that should not have their default.
+    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share.
+    """
+
+    kind: Literal["parameter"] = "parameter"
+    method: str
+    layers_per_group: int = Field(1, ge=1)
+    components: list[str] = ["attention", "mlp", "norm"]
+    parameters: dict[str, Bounds] = {}
+    fixed: dict[str, Numbers] = {}
+    normalize: bool | None = None
+    rescale: bool | Literal["none", "l1", "density"] | None = None
+
+
+class TaskConfig(Section):
+    """A task: a JSONL file, what its fields are called, and how it is split.
+
+    `prompt`, `target`: templates over a record's fields. `heldout`: a second file, or the share of the file that
+    the search never sees.
+    """
+
+    name: str
+    kind: Literal["likelihood", "multiple_choice", "exact_match"]
+    file: str
+    heldout: str | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    prompt: str = "{prompt}"
+    target: str = "{target}"
+    choices: str = "choices"
+    answer: str = "answer"
+    metric: Literal["log_probability", "accuracy", "margin"] | None = None
+    weight: float = Field(1.0, gt=0.0)
+    limit: int | None = Field(None, ge=1)
+    pattern: str | None = None
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = []
+
+
+class SearchConfig(Section):
+    """The strategy and its budget. `population` None: 4 + floor(3 ln D). `sigma` is in units of the bounds' range."""
+
+    population: int | None = Field(None, ge=2)
+    generations: int = Field(50, ge=1)
+    sigma: float = Field(1 / 6, gt=0.0)
+    finalists: int = Field(5, ge=1)
+
+
+class EvaluationConfig(Section):
+    """How candidates are scored. `chunk` None: chosen from the device's memory."""
+
+    chunk: int | None = Field(None, ge=1)
+    tokens_per_batch: int = Field(4096, ge=1)
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Config(Section):
+    """A whole search."""
+
+    base: str | None = None
+    parents: list[str] = Field(min_length=1)
+    tokenizer_source: str | None = None
+    space: SpaceConfig
+    tasks: list[TaskConfig] = Field(min_length=1)
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    seed: int = Field(0, ge=0)
+    out: str | None = None
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "Config":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError("tasks: names must differ")
+        return self
+
+
+class TaskFile(Section):
+    """The YAML that `evojax-merge evaluate --tasks` takes: `tasks:` as in a search, all examples are scored."""
+
+    tasks: list[TaskConfig] = Field(min_length=1)
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that the mapping at `location` may have."""
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        annotation = model.model_fields[part].annotation
+        nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
+        model = next((a for a in nested if issubclass(a, BaseModel)), model)
+    return sorted(model.model_fields)
+
+
+def _explain(path: Path, schema: type[BaseModel], error: ValidationError) -> InputError:
+    first = error.errors()[0]
+    location = first["loc"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(schema, location[:-1])
+        return InputError(path, f"{key}: unknown key{did_you_mean(str(location[-1]), known)}")
+    if first["type"] == "missing":
+        return InputError(path, f"{key}: missing")
+    found = first.get("input")
+    shown = f", found {found!r}" if isinstance(found, (str, int, float, bool)) else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return InputError(path, f"{key}: {message}{shown}" if key else message)
+
+
+def parse(path: Path, document: Any, schema: type[Section]) -> Any:
+    """Check a parsed document against a schema; InputError names the first key that does not fit."""
+    if not isinstance(document, dict):
+        raise InputError(path, f"expected a mapping, found {type(document).__name__}")
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        raise _explain(path, schema, error) from None
+
+
+def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`key.path=value` pairs, values as YAML; list items by their number."""
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise InputError("--set", f"{override!r}; expected key.path=value")
+        target: Any = document
+        parts = key.split(".")
+        try:
+            for part in parts[:-1]:
+                target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
+            last: Any = int(parts[-1]) if isinstance(target, list) else parts[-1]
+            target[last] = yaml.safe_load(text)
+        except (ValueError, IndexError, TypeError, AttributeError):
+            raise InputError("--set", f"{key}: there is no such key in {path}") from None
+        except yaml.YAMLError:
+            raise InputError("--set", f"{key}: {text!r} is not a YAML value") from None
+    return document

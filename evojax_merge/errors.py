@@ -1,0 +1,27 @@
+"""The errors that a user meets. Imports nothing.
+
+`InputError` is for whatever the user can put right: the command line prints it as one line and exits with
+status 2. Anything else that reaches the top is a failure of the program or of a user's own function (status 1).
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Wrong input: `where` names the file (and key or line), `what` says what was found and expected."""
+
+    def __init__(self, where: object, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.where, self.what = str(where), what
+
+
+class EvojaxMergeWarning(UserWarning):
+    """Something that the user should know but that does not stop the run."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(known)})"

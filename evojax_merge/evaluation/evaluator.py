@@ -1,0 +1,295 @@
+"""The evaluator: every candidate of a population on every example of the tasks, in compiled batched passes.
+
+May import models and tasks. The result for a task is a score matrix `float32[P, N]`; fitness is a reduction of it.
+Scoring streams: a candidate's layers are merged inside the forward pass and never exist together. Generation
+materialises a chunk of candidates first. Which candidates go through a pass together (the *chunk*) is chosen from
+the memory that the compiler reports.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import LayerSource, forward, target_log_probabilities
+from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.sources import Merged, Stored
+from evojax_merge.tasks.batches import PromptBatch, Row, ScoringBatch, prompt_batches, scoring_batches
+from evojax_merge.tasks.tasks import Task, likelihood_rows, prompt_rows, score_likelihood, score_outputs
+
+Progress = Callable[[int], None]
+
+# Share of an accelerator's free memory that a pass may take beyond the bank.
+MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of N outputs."""
+
+    matrices: dict[str, dict[str, np.ndarray]]
+    outputs: dict[str, list[list[str]]] = field(default_factory=dict)
+
+
+def fitness(tasks: Sequence[Task], scores: Scores) -> np.ndarray:
+    """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
+    score is not finite."""
+    total = sum(task.weight for task in tasks)
+    rows = [
+        task.weight / total * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64) for task in tasks
+    ]
+    summed = np.sum(rows, axis=0)
+    return np.where(np.isfinite(summed), summed, np.nan)
+
+
+def means(tasks: Sequence[Task], scores: Scores) -> list[dict[str, float]]:
+    """Per candidate: `task/metric` -> mean over examples."""
+    first = scores.matrices[tasks[0].name][tasks[0].metric]
+    return [
+        {
+            f"{task.name}/{metric}": float(matrix[p].mean(dtype=np.float64))
+            for task in tasks
+            for metric, matrix in scores.matrices[task.name].items()
+        }
+        for p in range(first.shape[0])
+    ]
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A task's examples, tokenised once for the whole run, as batches."""
+
+    task: Task
+    rows: list[Row]
+    scoring: list[ScoringBatch]
+    prompts: list[PromptBatch]
+    stop: tuple[int, ...]
+
+
+def build_requests(
+    tasks: Sequence[Task], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
+) -> list[Requests]:
+    """Tokenise and batch. Raises InputError for an example that is longer than `context`, the model's."""
+    requests = []
+    for task in tasks:
+        generates = task.kind == "exact_match"
+        rows = prompt_rows(task, tokenizer) if generates else likelihood_rows(task, tokenizer)
+        for row in rows:
+            if len(row.tokens) + task.max_new_tokens > context:
+                raise InputError(
+                    row.where,
+                    f"{len(row.tokens)} tokens{f' and {task.max_new_tokens} new ones' * generates} "
+                    f"do not fit the models' context of {context}",
+                )
+        requests.append(
+            Requests(
+                task,
+                rows,
+                [] if generates else scoring_batches(rows, tokens_per_batch),
+                prompt_batches(rows, tokens_per_batch) if generates else [],
+                stop,
+            )
+        )
+    return requests
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compiled passes
+
+
+def score_batch(config: DecoderConfig, source: LayerSource, batch: Any) -> jax.Array:
+    """The targets' total log-probability for each row, float32[B]. batch: a ScoringBatch's arrays, as a dict."""
+    tokens, first = batch["tokens"], jnp.zeros_like(batch["length"])
+    hidden, _ = forward(config, source, tokens, first, batch["length"])
+    # Only positions that predict a target meet the head.
+    picked = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
+    flat = target_log_probabilities(config, source, picked.reshape(-1, picked.shape[-1]), batch["targets"].reshape(-1))
+    return jnp.where(batch["mask"], flat.reshape(batch["mask"].shape), 0.0).sum(axis=1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _score_population(
+    config: DecoderConfig,
+    spec: MergeSpec,
+    compute_dtype: str,
+    chunk: int,
+    bank: Bank,
+    recipes: Recipe,
+    batch: Any,
+) -> jax.Array:
+    def one(recipe: Recipe) -> jax.Array:
+        return score_batch(config, Merged(bank, recipe, spec, compute_dtype), batch)
+
+    # batch_size=1 would still vmap over an axis of one.
+    return jax.lax.map(one, recipes) if chunk == 1 else jax.lax.map(one, recipes, batch_size=chunk)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_stored(config: DecoderConfig, model: Stored, batch: Any) -> jax.Array:
+    return score_batch(config, model, batch)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _materialise(spec: MergeSpec, compute_dtype: str, bank: Bank, recipes: Recipe) -> Stored:
+    return jax.lax.map(lambda recipe: Merged(bank, recipe, spec, compute_dtype).materialise(), recipes)
+
+
+_generate = jax.jit(generate, static_argnums=(0, 4, 5))
+
+
+def _arrays(batch: ScoringBatch) -> dict[str, np.ndarray]:
+    return {name: getattr(batch, name) for name in ("tokens", "length", "at", "targets", "mask")}
+
+
+def _size(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+@dataclass
+class Evaluator:
+    """Scores populations of merges of one bank, and stored models, on one set of requests.
+
+    `chunk`: how many candidates share a pass; None chooses.
+    """
+
+    config: DecoderConfig
+    tokenizer: Any
+    requests: list[Requests]
+    compute_dtype: str = "float32"
+    chunk: int | None = None
+    chosen: dict[Any, int] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[Task]:
+        return [request.task for request in self.requests]
+
+    def passes(self, population: int) -> int:
+        """How many steps of progress an evaluation reports."""
+        return sum(len(request.scoring) + len(request.prompts) for request in self.requests) * population
+
+    def population(
+        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
+    ) -> Scores:
+        """Score P recipes (leading axis P on every leaf)."""
+        size = _size(recipes)
+
+        def score(batch: ScoringBatch) -> np.ndarray:
+            arrays = _arrays(batch)
+            chunk = self._chunk_for(spec, bank, recipes, arrays)
+            return np.asarray(_score_population(self.config, spec, self.compute_dtype, chunk, bank, recipes, arrays))
+
+        def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
+            chunk = self._generation_chunk(bank, size)
+            rows = []
+            for start in range(0, size, chunk):
+                part = jax.tree.map(lambda leaf, start=start: leaf[start : start + chunk], recipes)
+                models = _materialise(spec, self.compute_dtype, bank, part)
+                rows.append(self._continue(models, batch, request))
+            return np.concatenate(rows)
+
+        return self._evaluate(size, score, continue_, progress)
+
+    def stored(self, model: Stored, progress: Progress = lambda done: None) -> Scores:
+        """Score one stored model: a population of one."""
+
+        def score(batch: ScoringBatch) -> np.ndarray:
+            return np.asarray(_score_stored(self.config, model, _arrays(batch)))[None]
+
+        def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
+            return self._continue(jax.tree.map(lambda leaf: leaf[None], model), batch, request)
+
+        return self._evaluate(1, score, continue_, progress)
+
+    def _continue(self, models: Stored, batch: PromptBatch, request: Requests) -> np.ndarray:
+        new = request.task.max_new_tokens
+        return np.asarray(_generate(self.config, models, batch.tokens, batch.first, new, request.stop))
+
+    def _evaluate(
+        self,
+        size: int,
+        score: Callable[[ScoringBatch], np.ndarray],
+        continue_: Callable[[PromptBatch, Requests], np.ndarray],
+        progress: Progress,
+    ) -> Scores:
+        matrices, outputs = {}, {}
+        for request in self.requests:
+            task, count = request.task, len(request.rows)
+            if task.kind == "exact_match":
+                texts = [[""] * count for _ in range(size)]
+                for prompts in request.prompts:
+                    self._decode_into(texts, continue_(prompts, request), prompts.rows)
+                    progress(size)
+                outputs[task.name] = texts
+                matrices[task.name] = score_outputs(task, texts)
+                continue
+            sums = np.zeros((size, count), np.float32)
+            for batch in request.scoring:
+                real = batch.rows >= 0
+                sums[:, batch.rows[real]] = score(batch)[:, real]
+                progress(size)
+            counts = np.array([len(row.tokens) - row.start for row in request.rows])
+            matrices[task.name] = score_likelihood(task, sums, counts)
+        return Scores(matrices, outputs)
+
+    def _decode_into(self, texts: list[list[str]], tokens: np.ndarray, rows: np.ndarray) -> None:
+        """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
+        for b, row in enumerate(rows):
+            if row < 0:
+                continue
+            known: dict[bytes, str] = {}
+            for p in range(tokens.shape[0]):
+                ids = tokens[p, b]
+                key = ids.tobytes()
+                if key not in known:
+                    known[key] = self.tokenizer.decode(ids[ids != ENDED], skip_special_tokens=True)
+                texts[p][row] = known[key]
+
+    def _chunk_for(self, spec: MergeSpec, bank: Bank, recipes: Recipe, batch: dict[str, np.ndarray]) -> int:
+        """The largest power of two whose temporaries, as the compiler reports them, fit the device; 1 on a CPU,
+        where sharing a pass is slower than one candidate after the other."""
+        size = _size(recipes)
+        if self.chunk is not None:
+            return min(self.chunk, size)
+        key = (size, *(array.shape for array in batch.values()))
+        if key not in self.chosen:
+            self.chosen[key] = self._largest_chunk(spec, bank, recipes, batch, size)
+        return self.chosen[key]
+
+    def _largest_chunk(self, spec: MergeSpec, bank: Bank, recipes: Recipe, batch: Any, size: int) -> int:
+        budget = free_memory()
+        if budget is None:
+            return 1
+        chunk = 1
+        while chunk * 2 <= size:
+            lowered = _score_population.lower(self.config, spec, self.compute_dtype, chunk * 2, bank, recipes, batch)
+            if lowered.compile().memory_analysis().temp_size_in_bytes > budget:
+                break
+            chunk *= 2
+        return chunk
+
+    def _generation_chunk(self, bank: Bank, size: int) -> int:
+        """As many materialised candidates as fit; one at a time on a CPU unless they are small."""
+        if self.chunk is not None:
+            return min(self.chunk, size)
+        one = sum(leaf.nbytes // leaf.shape[1] for leaf in bank.layers.values())
+        one += sum(leaf.nbytes // leaf.shape[0] for leaf in bank.shared.values())
+        budget = free_memory()
+        # A quarter for the weights: the rest is for caches and activations. Small models fit a CPU's cache.
+        room = 32 * 2**20 if budget is None else budget // 4
+        return int(max(1, min(size, room // max(one, 1))))
+
+
+def free_memory() -> int | None:
+    """Bytes that a pass may use on the first device beyond what is loaded; None on a CPU."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))

@@ -1,0 +1,71 @@
+"""What merges are made of: the bank of weights, what was measured of it, and recipes. May import merge_kernels.
+
+Letters: L layers, S sources (the base first where the method needs one, then the K parents), P candidates,
+C components of a layer (attention, mlp, norm), G densities of the search grid.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from merge_kernels import METHODS, Method, Options
+
+Leaves = dict[str, jax.Array]
+Tables = dict[str, dict[str, jax.Array]]
+Parameters = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class MergeSpec:
+    """The static half of a merge: which method, its switches, the seed of random methods, the export dtype."""
+
+    method_name: str
+    options: Options
+    seed: int
+    export_dtype: str
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.method_name]
+
+    def round_to_export(self, merged: jax.Array) -> jax.Array:
+        """Candidates are scored as they would be written, so round them to the export dtype."""
+        return merged.astype(jnp.dtype(self.export_dtype))
+
+
+@struct.dataclass
+class Bank:
+    """All sources' weights, in their own dtype, and what the method has to know of them.
+
+    layers: leaf -> `[L, S, …]`; shared: leaf -> `[S, …]`; the scores of random methods, `uint16[L, K, …]` and
+    `[K, …]`, empty otherwise; tables: leaf -> statistic -> `[L, K, G]` and `[K, G]` (sparsifying methods) or
+    `[L]` and `[]` (slerp), empty otherwise.
+    """
+
+    layers: Leaves
+    shared: Leaves
+    layer_scores: Leaves
+    shared_scores: Leaves
+    layer_tables: Tables
+    shared_tables: Tables
+    components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
+
+    @property
+    def component_of(self) -> dict[str, int]:
+        return dict(self.components)
+
+
+@struct.dataclass
+class Recipe:
+    """One merge. layers: parameter -> `float32[L, C, K]` (per parent) or `[L, C]`; shared: leaf -> parameter ->
+    `float32[K]` or `[]`. Densities lie on the search grid. A population has a leading axis P on every leaf."""
+
+    layers: Parameters
+    shared: dict[str, Parameters]
+
+
+def candidate(population: Any, index: Any) -> Any:
+    """Row `index` of a pytree whose leaves have a leading population axis."""
+    return jax.tree.map(lambda leaf: leaf[index], population)

@@ -1,0 +1,112 @@
+"""The shape and the switches of a decoder. May import NumPy and JAX; knows no file format.
+
+`DecoderConfig` is static: it is hashable and serves as a compile-time constant of the forward pass.
+`checkpoints.architectures` builds it from a Hugging Face config.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Wider than any context: a layer without a sliding window has this one.
+NO_WINDOW = 2**30
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `kind` is one of default, linear, dynamic, llama3, yarn."""
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    max_position: int = 0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A Llama-like decoder: RMSNorm before, rotary grouped-query attention, gated MLP.
+
+    `windows[i]` is how many positions layer i looks back on, itself included (`NO_WINDOW`: all).
+    `head_is_embedding` says that the output head is the transposed input embedding.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    norm_eps: float
+    activation: str
+    rope: RopeConfig
+    windows: tuple[int, ...]
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    head_is_embedding: bool = False
+
+
+def _default_frequencies(theta: float, head_dim: int) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+
+
+def _yarn_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """YaRN (arXiv 2309.00071), section 3.2: interpolate slow dimensions, keep fast ones, ramp in between."""
+
+    def dimension_of(rotations: float) -> float:
+        span = rope.original_max_position / (rotations * 2 * math.pi)
+        return head_dim * math.log(span) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+    keep = _default_frequencies(rope.theta, head_dim)
+    return keep / rope.factor * ramp + keep * (1 - ramp)
+
+
+def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Llama 3.1: divide long wavelengths by the factor, keep short ones, blend smoothly in between."""
+    keep = _default_frequencies(rope.theta, head_dim)
+    wavelength = 2 * math.pi / keep
+    low = rope.original_max_position / rope.low_freq_factor
+    high = rope.original_max_position / rope.high_freq_factor
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - smooth) * keep / rope.factor + smooth * keep
+    return np.where(wavelength > low, keep / rope.factor, np.where(wavelength < high, keep, blended))
+
+
+def rope_frequencies(config: DecoderConfig, lengths: jax.Array) -> jax.Array:
+    """Inverse frequencies `float32[B, head_dim/2]` for sequences of `lengths: int32[B]`.
+
+    Only dynamic NTK scaling depends on the length; the others give the same row for every sequence.
+    """
+    rope, dim = config.rope, config.head_dim
+    if rope.kind == "dynamic":
+        grown = jnp.maximum(lengths, rope.max_position).astype(jnp.float32)
+        stretch = rope.factor * grown / rope.max_position - (rope.factor - 1)
+        theta = rope.theta * stretch ** (dim / (dim - 2))
+        exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+        return 1.0 / theta[:, None] ** exponents
+    rows = {
+        "default": lambda: _default_frequencies(rope.theta, dim),
+        "linear": lambda: _default_frequencies(rope.theta, dim) / rope.factor,
+        "llama3": lambda: _llama3_frequencies(rope, dim),
+        "yarn": lambda: _yarn_frequencies(rope, dim),
+    }[rope.kind]()
+    return jnp.broadcast_to(jnp.asarray(rows, jnp.float32), (lengths.shape[0], dim // 2))

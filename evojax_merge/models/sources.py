@@ -1,0 +1,109 @@
+"""Layer sources: where the decoder's weights come from. May import merge_kernels and models.bank.
+
+`Stored` slices a model that exists; `Merged` computes each layer from the bank and a recipe when the scan asks for
+it, so that a candidate never exists as a whole; `materialise` turns the second into the first for decoding, where
+every token would redo the merge.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from merge_kernels import combine, look_up
+
+from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe
+from evojax_merge.models.decoder import Weights
+
+
+@struct.dataclass
+class Stored:
+    """A stored model. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is untied)."""
+
+    layers: Weights
+    shared: Weights
+    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    def _cast(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.dtype(self.compute_dtype))
+
+    def layer(self, slice_: Weights) -> Weights:
+        return {name: self._cast(leaf) for name, leaf in slice_.items()}
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        return self._cast(self.shared["embed"][tokens])
+
+    def final_norm(self) -> jax.Array:
+        return self._cast(self.shared["final_norm"])
+
+    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
+        head = self.shared.get("head", self.shared["embed"])
+        return self._cast(jax.lax.dynamic_slice_in_dim(head, start, rows))
+
+
+@struct.dataclass
+class Merged:
+    """The merge of `bank` by `recipe`, computed as it is asked for, rounded to the export dtype."""
+
+    bank: Bank
+    recipe: Recipe
+    spec: MergeSpec = struct.field(pytree_node=False)
+    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    @property
+    def layers(self) -> Any:
+        bank = self.bank
+        return bank.layers, bank.layer_scores, bank.layer_tables, self.recipe.layers
+
+    def layer(self, slice_: Any) -> Weights:
+        return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.exported_layer(slice_).items()}
+
+    def exported_layer(self, slice_: Any) -> Weights:
+        """One layer's weights as they would be written."""
+        leaves, scores, tables, parameters = slice_
+        component = self.bank.component_of
+        return {
+            name: self._merge(leaf, scores.get(name), tables.get(name, {}), _pick(parameters, component[name]))
+            for name, leaf in leaves.items()
+        }
+
+    def _merge(
+        self, sources: jax.Array, scores: jax.Array | None, table: Parameters, parameters: Parameters
+    ) -> jax.Array:
+        spec = self.spec
+        statistics = look_up(spec.method, table, parameters)
+        per_parent = None if scores is None else tuple(scores)
+        with jax.named_scope("merge"):
+            merged = combine(spec.method, spec.options, tuple(sources), per_parent, statistics, parameters)
+        return spec.round_to_export(merged)
+
+    def _merge_shared(self, name: str, rows: Any = None) -> jax.Array:
+        """A shared leaf, or only the rows that `rows(leaf: [S, n, …])` picks."""
+        bank = self.bank
+        sources, scores = bank.shared[name], bank.shared_scores.get(name)
+        if rows is not None:
+            sources, scores = rows(sources), None if scores is None else rows(scores)
+        return self._merge(sources, scores, bank.shared_tables.get(name, {}), self.recipe.shared[name])
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        picked = self._merge_shared("embed", lambda leaf: leaf[:, tokens])
+        return picked.astype(jnp.dtype(self.compute_dtype))
+
+    def final_norm(self) -> jax.Array:
+        return self._merge_shared("final_norm").astype(jnp.dtype(self.compute_dtype))
+
+    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
+        name = "head" if "head" in self.bank.shared else "embed"
+        tile = self._merge_shared(name, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
+        return tile.astype(jnp.dtype(self.compute_dtype))
+
+    def materialise(self) -> Stored:
+        """The whole candidate, in the export dtype."""
+        layers = jax.lax.map(self.exported_layer, self.layers)
+        shared = {name: self._merge_shared(name) for name in self.bank.shared}
+        return Stored(layers, shared, self.compute_dtype)
+
+
+def _pick(parameters: Parameters, component: int) -> Parameters:
+    """The parameters of one component: `[C, K] -> [K]`, `[C] -> []`."""
+    return {name: values[component] for name, values in parameters.items()}

@@ -1,0 +1,165 @@
+"""The run folder: what a search leaves behind and continues from. May import errors, config, checkpoints' writer.
+
+config.yaml      the resolved config, with the hash of every input file
+history.jsonl    one line a generation; nothing in it depends on the clock
+timing.jsonl     seconds a generation
+checkpoints/     the state after each generation (orbax), the last two kept
+best/            recipe.yaml and model/
+result.json      held-out scores of the winner, the parents and the uniform merge
+report.png       fitness over generations, and the winner's parameters
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from evojax_merge.checkpoints.recipes import dump_yaml, load_yaml
+from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.errors import InputError
+
+# May differ between a run and its continuation.
+EXTENDABLE = ("generations",)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "best" / "recipe.yaml"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "best" / "model"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "report.png"
+
+    def read_history(self) -> list[dict[str, Any]]:
+        return read_lines(self.history)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file; a line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one line, on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def truncate_lines(path: Path, generations: int) -> None:
+    """Keep the lines of generations below `generations`: those of a generation that was not saved are made again."""
+    rows = [row for row in read_lines(path) if row["generation"] < generations]
+    if path.exists():
+        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
+    """Create a run folder, or open one that was begun with the same config.
+
+    Raises InputError where it cannot be written, holds another run, or is not a run folder at all.
+    """
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(path, "is a file; expected a run folder")
+    occupied = path.exists() and any(path.iterdir())
+    if occupied and not folder.config.exists():
+        raise InputError(path, "is not empty and not a run folder; choose another with --out")
+    if occupied and resume:
+        _check_same_config(folder, document)
+    elif occupied and not overwrite:
+        raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
+    elif not occupied and resume:
+        raise InputError(path, "holds no run to resume")
+    try:
+        if occupied and not resume:
+            shutil.rmtree(path)
+        (path / "best").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error.strerror})") from None
+    atomic_write(folder.config, dump_yaml(document))
+    return folder
+
+
+def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
+    old = load_yaml(folder.config)
+    differing = [key for key in _differences(old, document) if key.split(".")[-1] not in EXTENDABLE]
+    if differing:
+        raise InputError(
+            folder.config,
+            f"belongs to another config: {differing[0]} differs; choose another folder with --out",
+        )
+
+
+def _differences(one: Any, other: Any, key: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [
+            difference
+            for name in sorted(set(one) | set(other), key=str)
+            for difference in _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if one == other else [key]
+
+
+class Checkpoints:
+    """The state after each generation. A process killed in the middle of a save leaves the last one intact."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        import logging
+
+        from orbax.checkpoint import v1 as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        policy = ocp.training.preservation_policies.LatestN(2)
+        self._checkpointer = ocp.training.Checkpointer(
+            (folder.path / "checkpoints").resolve(), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    def latest(self) -> int | None:
+        """How many generations the newest checkpoint has behind it, or None."""
+        newest = self._checkpointer.latest
+        return None if newest is None else newest.step
+
+    def save(self, generations: int, state: Any) -> None:
+        self._checkpointer.save_pytree(generations, state)
+
+    def load(self, generations: int, like: Any) -> Any:
+        """Restore into the structure of `like`."""
+        return self._checkpointer.load_pytree(generations, jax.tree.map(lambda leaf: leaf, like))
+
+    def close(self) -> None:
+        self._checkpointer.close()

@@ -1,0 +1,291 @@
+"""A config -> everything a search needs, checked before any long work. May import every room below search.
+
+What a user can get wrong is found here, cheapest first: the space, the task files, the parents' headers, their
+tokenizers, then the place to write.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from merge_kernels import METHODS, Method
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
+from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash, resolve
+from evojax_merge.checkpoints.parents import Sources, open_sources
+from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml, number, options_from
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.config import Config, SpaceConfig, TaskConfig, apply_overrides, parse
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.evaluation.evaluator import Requests, build_requests
+from evojax_merge.models.bank import MergeSpec
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.spaces.parameter import Axis, ParameterSpace, component_groups, uniform_start
+from evojax_merge.tasks.tasks import METRICS, Fields, Task, read_examples
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search, ready to run: opened sources, space, and the tasks' splits.
+
+    `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
+    made of: the base first where the method needs one. `searched` are the tasks on the examples that every
+    generation is scored on, `full` on the whole search split, `heldout` on what the search never sees.
+    """
+
+    config: Config
+    base: Path | None
+    parents: tuple[Path, ...]
+    sources: Sources
+    decoder: DecoderConfig
+    spec: MergeSpec
+    space: ParameterSpace
+    tokenizer: Any
+    tokenizer_folder: Path
+    searched: list[Task]
+    full: list[Task]
+    heldout: list[Task]
+    context: int
+    stop: tuple[int, ...]
+
+    def requests(self, tasks: list[Task]) -> list[Requests]:
+        return build_requests(tasks, self.tokenizer, self.config.evaluation.tokens_per_batch, self.context, self.stop)
+
+    @property
+    def models(self) -> list[tuple[str, Path]]:
+        base = [] if self.base is None else [("base", self.base)]
+        return base + [("parent", parent) for parent in self.parents]
+
+    @property
+    def merged_from(self) -> list[Path]:
+        return [folder.path for folder in self.sources.folders]
+
+
+def read_config(path: Path, overrides: list[str], seed: int | None) -> Config:
+    document = load_yaml(path)
+    if not isinstance(document, dict):
+        raise InputError(path, "expected a mapping with parents, space and tasks")
+    document = apply_overrides(path, document, overrides)
+    if seed is not None:
+        document["seed"] = seed
+    return parse(path, document, Config)
+
+
+def locate(reference: str, relative_to: Path) -> Path:
+    """A model folder or data file: a path, a hub id, or `zoo:name` from the demo family, which is made on demand."""
+    if reference.startswith("zoo:"):
+        from evojax_merge.zoo import locate as locate_in_zoo
+
+        return locate_in_zoo(reference)
+    return resolve(reference, relative_to)
+
+
+def locate_file(where: str, reference: str, relative_to: Path) -> Path:
+    if reference.startswith("zoo:"):
+        return locate(reference, relative_to)
+    for path in (Path(reference).expanduser(), relative_to / reference):
+        if path.exists():
+            return path.resolve()
+    raise InputError(where, f"{reference}: no such file")
+
+
+def build_problem(path: Path, config: Config) -> Problem:
+    """Check everything and open the sources. `path` is the config's file: relative paths start there."""
+    where, folder = str(path), path.parent
+    method = _method(where, config)
+    tasks = [load_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
+    base = None if config.base is None else locate(config.base, folder)
+    parents = tuple(locate(parent, folder) for parent in config.parents)
+    paths = [base, *parents] if base is not None and method.needs_base else list(parents)
+    whose = None
+    if config.tokenizer_source is not None:
+        whose = base if config.tokenizer_source == "base" else locate(config.tokenizer_source, folder)
+        if whose is None or whose not in [base, *parents]:
+            raise InputError(where, "tokenizer_source: expected base or one of the parents")
+    # A base that takes no part in the merge is opened all the same, to be checked against the parents.
+    bystander = [base] if base is not None and base not in paths else []
+    sources, decoder = open_sources([*paths, *bystander], whose)
+    sources = Sources(sources.folders[: len(paths)], None if sources.rows is None else sources.rows[: len(paths)])
+    spec = MergeSpec(
+        method.name,
+        options_from(f"{where}: space", method, config.space.normalize, config.space.rescale),
+        config.seed,
+        config.export_dtype or _dtype_name(sources),
+    )
+    tokenizer_folder = whose or (base if base is not None else parents[0])
+    return Problem(
+        config=config,
+        base=base,
+        parents=parents,
+        sources=sources,
+        decoder=decoder,
+        spec=spec,
+        space=build_space(f"{where}: space", config.space, method, len(parents), decoder),
+        tokenizer=load_tokenizer(tokenizer_folder),
+        tokenizer_folder=tokenizer_folder,
+        searched=[_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)],
+        full=[full for full, _ in tasks],
+        heldout=[heldout for _, heldout in tasks],
+        context=context_length(sources.folders[0].config),
+        stop=stop_tokens(tokenizer_folder),
+    )
+
+
+def _method(where: str, config: Config) -> Method:
+    name = config.space.method
+    if name not in METHODS:
+        raise InputError(where, f"space.method: unknown method {name!r}{did_you_mean(name, METHODS)}")
+    method = METHODS[name]
+    if method.needs_base and config.base is None:
+        raise InputError(where, f"base: missing; {name} takes task vectors from a base model")
+    if not method.needs_base and method.max_parents is not None:
+        check_parent_count(f"{where}: parents", method, False, len(config.parents))
+    return method
+
+
+def _dtype_name(sources: Sources) -> str:
+    dtype = sources.entry(0, EMBEDDING).dtype
+    return next((name for name, known in FLOAT_DTYPES.items() if known == dtype), "float32")
+
+
+def build_space(
+    where: str, config: SpaceConfig, method: Method, parents: int, decoder: DecoderConfig
+) -> ParameterSpace:
+    """The parameter space of a config. Raises InputError for unknown parameters and bounds without a meaning."""
+    groups = component_groups(config.components, COMPONENTS)
+    if groups is None:
+        raise InputError(
+            where,
+            f"components: {config.components}; expected each of {', '.join(COMPONENTS)} once (join with +)",
+        )
+    known = [parameter.name for parameter in method.parameters]
+    for key, names in (("parameters", config.parameters), ("fixed", config.fixed)):
+        for name in names:
+            if name not in known:
+                raise InputError(where, f"{key}.{name}: {method.name} has no such parameter{did_you_mean(name, known)}")
+    both = sorted(set(config.parameters) & set(config.fixed))
+    if both:
+        raise InputError(where, f"{both[0]}: is both searched and fixed")
+    searched = config.parameters or {}
+    if not searched:
+        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(known)}")
+    axes = [_axis(where, method, name, bounds, parents) for name, bounds in searched.items()]
+    fixed = []
+    for parameter in method.parameters:
+        if parameter.name in searched:
+            continue
+        values = config.fixed.get(parameter.name)
+        given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
+        fixed.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
+    return ParameterSpace(
+        method=method,
+        parents=parents,
+        layers=decoder.layers,
+        layers_per_group=min(config.layers_per_group, decoder.layers),
+        names=COMPONENTS,
+        components=groups,
+        shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
+        axes=tuple(axes),
+        fixed=tuple(fixed),
+    )
+
+
+def _numbers(values: float | list[float]) -> tuple[float, ...]:
+    return tuple(values) if isinstance(values, list) else (values,)
+
+
+def _checked(where: str, method: Method, name: str, values: tuple[float, ...], parents: int) -> tuple[float, ...]:
+    parameter = method.parameter(name)
+    allowed = (1, parents) if parameter.per_parent else (1,)
+    if len(values) not in allowed:
+        raise InputError(where, f"{name}: {len(values)} numbers; expected {' or '.join(map(str, allowed))}")
+    return tuple(number(where, parameter, value) for value in values)
+
+
+def _axis(where: str, method: Method, name: str, bounds: Any, parents: int) -> Axis:
+    parameter = method.parameter(name)
+    low = parameter.low if bounds.low is None else bounds.low
+    high = parameter.high if bounds.high is None else bounds.high
+    for value in (low, high):
+        number(f"{where}: parameters.{name}", parameter, value)
+    if not low < high:
+        raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
+    start = uniform_start(method, name, parents) if bounds.start is None else _numbers(bounds.start)
+    start = _checked(f"{where}: parameters.{name}", method, name, start, parents)
+    if bounds.start is not None and not all(low <= value <= high for value in start):
+        raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
+    return Axis(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))
+
+
+def load_task(where: str, config: TaskConfig, folder: Path, seed: int) -> tuple[Task, Task]:
+    """A task's search split and held-out split."""
+    metric = config.metric or METRICS[config.kind][0]
+    if metric not in METRICS[config.kind]:
+        raise InputError(where, f"metric: {metric!r}; {config.kind} has {', '.join(METRICS[config.kind])}")
+    if config.pattern is not None:
+        try:
+            re.compile(config.pattern)
+        except re.error as error:
+            raise InputError(where, f"pattern: {config.pattern!r} is not a regular expression ({error})") from None
+    file = locate_file(f"{where}.file", config.file, folder)
+    fields = Fields(config.prompt, config.target, config.choices, config.answer)
+    examples = read_examples(file, config.kind, fields)
+    task = Task(
+        config.name, config.kind, metric, config.weight, str(file), tuple(examples), config.pattern,
+        config.max_new_tokens, tuple(config.stop),
+    )  # fmt: skip
+    if isinstance(config.heldout, str):
+        other = locate_file(f"{where}.heldout", config.heldout, folder)
+        return task, replace(task, file=str(other), examples=tuple(read_examples(other, config.kind, fields)))
+    if len(examples) < 2:
+        raise InputError(file, "holds one example; a held-out share needs at least two")
+    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
+    count = min(max(1, round(config.heldout * len(examples))), len(examples) - 1)
+    return (
+        replace(task, examples=tuple(examples[i] for i in sorted(order[count:]))),
+        replace(task, examples=tuple(examples[i] for i in sorted(order[:count]))),
+    )
+
+
+def _limited(task: Task, limit: int | None) -> Task:
+    return task if limit is None else replace(task, examples=task.examples[:limit])
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    return int(config.get("max_position_embeddings") or 2**30)
+
+
+def stop_tokens(folder: Path) -> tuple[int, ...]:
+    """The token ids that end a generation: of generation_config.json, else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if not (folder / name).exists():
+            continue
+        ids = json.loads((folder / name).read_text()).get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()
+
+
+def resolved_document(problem: Problem) -> dict[str, Any]:
+    """The config as it is kept in the run folder: absolute paths, defaults filled in, hashes of all inputs."""
+    document = problem.config.model_dump(mode="json")
+    document.pop("out")
+    document["base"] = None if problem.base is None else str(problem.base)
+    document["parents"] = [str(parent) for parent in problem.parents]
+    if problem.config.tokenizer_source not in (None, "base"):
+        document["tokenizer_source"] = str(problem.tokenizer_folder)
+    document["export_dtype"] = problem.spec.export_dtype
+    for row, full, heldout in zip(document["tasks"], problem.full, problem.heldout, strict=True):
+        row["file"] = full.file
+        if isinstance(row["heldout"], str):
+            row["heldout"] = heldout.file
+    files = {Path(task.file) for task in problem.full + problem.heldout}
+    for _, folder in problem.models:
+        files |= set(folder.glob("*.safetensors"))
+        files |= {path for path in (folder / "config.json", folder / "tokenizer.json") if path.exists()}
+    document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
+    return document

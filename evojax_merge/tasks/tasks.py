@@ -1,0 +1,235 @@
+"""Tasks: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
+
+May import errors and tasks.batches. Three kinds: `likelihood` (mean log-probability of the target given the
+prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by), `exact_match` (the
+answer in a greedy continuation). Scores are per example, and higher is better.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.batches import Row
+
+Kind = Literal["likelihood", "multiple_choice", "exact_match"]
+METRICS: dict[str, tuple[str, ...]] = {
+    "likelihood": ("log_probability",),
+    "multiple_choice": ("accuracy", "margin"),
+    "exact_match": ("accuracy",),
+}
+
+# The last number, after `####` where there is one.
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example in text. `targets`: the one target, or the choices; `answer`: which choice, or the wanted text."""
+
+    prompt: str
+    targets: tuple[str, ...]
+    answer: int | str
+    line: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task: which kind, which metric is its fitness, its weight, and its examples of one split.
+
+    `pattern` (exact_match) is a regular expression whose last match in the output is the answer: its first group
+    where it has one. None: the last number, after `####` where there is one.
+    """
+
+    name: str
+    kind: Kind
+    metric: str
+    weight: float
+    file: str
+    examples: tuple[Example, ...]
+    pattern: str | None = None
+    max_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a record's parts are: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields."""
+
+    prompt: str
+    target: str
+    choices: str
+    answer: str
+
+
+def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file with their line numbers; blank lines are skipped."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(path, "no such file; expected a task file of JSON lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}", f"not valid JSON ({error.msg}); expected one object a line") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}", f"expected a JSON object, found {type(record).__name__}")
+        records.append((number, record))
+    if not records:
+        raise InputError(path, "holds no example; expected one JSON object a line")
+    return records
+
+
+def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
+    """Read and check a task file. Raises InputError with the line number of the first record that does not fit."""
+    return [_example(f"{path}:{number}", number, record, kind, fields) for number, record in read_records(path)]
+
+
+def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, fields: Fields) -> Example:
+    def fill(template: str, key: str) -> str:
+        try:
+            return template.format_map(record)
+        except KeyError as error:
+            known = ", ".join(map(str, record))
+            raise InputError(where, f"{key}: the record has no field {error} (it has {known})") from None
+        except (ValueError, IndexError, AttributeError) as error:
+            raise InputError(where, f"{key}: the template {template!r} does not fit ({error})") from None
+
+    prompt = fill(fields.prompt, "prompt")
+    if kind != "multiple_choice":
+        target = fill(fields.target, "target")
+        if not target:
+            raise InputError(where, "target: is empty")
+        return Example(prompt, (target,), target, line)
+    choices, answer = record.get(fields.choices), record.get(fields.answer)
+    if not (isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)):
+        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {choices!r}")
+    if isinstance(answer, str) and answer in choices:
+        answer = choices.index(answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise InputError(where, f"{fields.answer}: {answer!r}; expected an index below {len(choices)} or a choice")
+    return Example(prompt, tuple(choices), answer, line)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is asked
+
+
+def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], int]:
+    """Tokens of prompt and target together, and how many of them are the prompt's.
+
+    White space at the end of the prompt goes to the target, and both are encoded in one piece, so that the
+    tokens are those of the text as a model would write it (the convention of the lm-eval harness).
+    """
+    kept = prompt.rstrip(" ")
+    target = prompt[len(kept) :] + target
+    whole = tokenizer(kept + target)["input_ids"]
+    start = len(tokenizer(kept)["input_ids"]) if kept else len(tokenizer("")["input_ids"])
+    end = _closing_tokens(tokenizer)
+    # A tokenizer that closes every text (with an end-of-sequence token) closes the prompt as well.
+    return whole[: len(whole) - end] if end else whole, min(start - end, len(whole) - end - 1)
+
+
+def _closing_tokens(tokenizer: Any) -> int:
+    empty = tokenizer("")["input_ids"]
+    return int(bool(empty) and empty[-1] == tokenizer.eos_token_id and empty[-1] != tokenizer.bos_token_id)
+
+
+def likelihood_rows(task: Task, tokenizer: Any) -> list[Row]:
+    """One row per target or choice, examples in order, each one's choices together."""
+    rows = []
+    for example in task.examples:
+        for target in example.targets:
+            tokens, start = encode_pair(tokenizer, example.prompt, target)
+            # Without a beginning-of-sequence token an empty prompt leaves the first token unscored.
+            rows.append(Row(tuple(tokens), max(start, 1), f"{task.file}:{example.line}"))
+            if len(tokens) < 2 or start >= len(tokens):
+                raise InputError(f"{task.file}:{example.line}", "has no token to score; give it a prompt")
+    return rows
+
+
+def prompt_rows(task: Task, tokenizer: Any) -> list[Row]:
+    """One row per example, the prompt alone."""
+    end = _closing_tokens(tokenizer)
+    rows = []
+    for example in task.examples:
+        tokens = tokenizer(example.prompt)["input_ids"]
+        tokens = tokens[: len(tokens) - end]
+        if not tokens:
+            raise InputError(f"{task.file}:{example.line}", "prompt: has no token")
+        rows.append(Row(tuple(tokens), len(tokens), f"{task.file}:{example.line}"))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How it is scored
+
+
+def score_likelihood(task: Task, sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """sums: float32[P, rows], the targets' total log-probabilities; counts: int[rows]. Metric -> float32[P, N]."""
+    if task.kind == "likelihood":
+        return {"log_probability": sums / counts}
+    accuracy, margin, row = [], [], 0
+    for example in task.examples:
+        choices = sums[:, row : row + len(example.targets)]
+        row += len(example.targets)
+        right = choices[:, int(example.answer)]
+        others = np.delete(choices, int(example.answer), axis=1).max(axis=1)
+        # The first of equal choices counts as chosen, as argmax has it.
+        accuracy.append(np.where(np.isfinite(right), choices.argmax(axis=1) == example.answer, np.nan))
+        margin.append(right - others)
+    return {
+        "accuracy": np.stack(accuracy, axis=1).astype(np.float32),
+        "margin": np.stack(margin, axis=1).astype(np.float32),
+    }
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    ends = [position for word in stop if (position := text.find(word)) >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def extract_answer(text: str, pattern: str | None) -> str | None:
+    """The answer in an output: the last match of `pattern`, or the last number (after `####` if there)."""
+    if pattern is None:
+        matches = re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
+        return matches[-1].replace(",", "") if matches else None
+    found = list(re.finditer(pattern, text))
+    if not found:
+        return None
+    last = found[-1]
+    return (last.group(1) if last.re.groups else last.group(0)).strip()
+
+
+def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
+    if found is None:
+        return False
+    if pattern is not None:
+        return found == wanted.strip()
+    # The wanted text may be a worked answer that ends in `#### 42`.
+    number = extract_answer(wanted, None)
+    return number is not None and float(found) == float(number)
+
+
+def score_outputs(task: Task, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """texts: P lists of N continuations. Metric -> float32[P, N]."""
+    rows = [
+        [
+            same_answer(extract_answer(cut_at_stop(text, task.stop), task.pattern), str(example.answer), task.pattern)
+            for text, example in zip(row, task.examples, strict=True)
+        ]
+        for row in texts
+    ]
+    return {"accuracy": np.asarray(rows, np.float32).reshape(len(texts), len(task.examples))}
