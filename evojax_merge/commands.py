@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -33,7 +32,6 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.run_folder import RunFolder, open_run
 from evojax_merge.search.setup import (
-    Problem,
     build_problem,
     context_length,
     load_task,
@@ -44,7 +42,8 @@ from evojax_merge.search.setup import (
 )
 from evojax_merge.search.winner import Row, choose_winner, passes_to_choose, write_recipe, write_result
 
-console = Console(stderr=False)
+# Where the output is a file, lines are as long as a table needs.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @contextmanager
@@ -110,18 +109,16 @@ def run_search_command(
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
     problem = build_problem(path, config)
-    requests = {split: problem.requests(tasks) for split, tasks in _splits(problem).items()}
+    requests = problem.requests()
     folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         bank = load_bank(problem.sources, problem.decoder, problem.spec, progress)
-    evaluators = {
-        split: Evaluator(
-            problem.decoder, problem.tokenizer, rows, config.evaluation.compute_dtype, config.evaluation.chunk
-        )
-        for split, rows in requests.items()
-    }
+    settings = config.evaluation
+    searched, full, heldout = (
+        Evaluator(problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk) for rows in requests
+    )
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
@@ -129,7 +126,7 @@ def run_search_command(
     try:
         with Progress(*columns, console=console) as progress:
             reporter = SearchBar(progress, config.search.generations)
-            outcome = run_search(problem, bank, evaluators["searched"], folder, reporter)
+            outcome = run_search(problem, bank, searched, folder, reporter)
     except KeyboardInterrupt:
         done = len(folder.read_history())
         print(
@@ -137,11 +134,11 @@ def run_search_command(
             file=sys.stderr,
         )
         raise
-    chunks = sorted(set(evaluators["searched"].chosen.values()))
+    chunks = sorted(set(searched.chosen.values()))
     if chunks:
         console.print(f"candidates per pass: {', '.join(map(str, chunks))}", highlight=False)
-    with passes_bar("scoring", passes_to_choose(problem, evaluators["full"], evaluators["heldout"])) as advance:
-        result = choose_winner(problem, bank, evaluators["full"], evaluators["heldout"], outcome, advance)
+    with passes_bar("scoring", passes_to_choose(problem, full, heldout)) as advance:
+        result = choose_winner(problem, bank, full, heldout, outcome, advance)
     write_recipe(problem, result.genome, folder.recipe)
     job = prepare(read_recipe(folder.recipe))
     card = search_card(out.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
@@ -151,10 +148,6 @@ def run_search_command(
     write_result(result, folder)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
-
-
-def _splits(problem: Problem) -> dict[str, list[Any]]:
-    return {"searched": problem.searched, "full": problem.full, "heldout": problem.heldout}
 
 
 def run_merge_command(
@@ -190,10 +183,10 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         path = locate(model, Path.cwd())
         sources, decoder = open_sources([path])
         requests = build_requests(
-            tasks, load_tokenizer(path), file.evaluation.tokens_per_batch,
+            [tasks], load_tokenizer(path), file.evaluation.tokens_per_batch,
             context_length(sources.folders[0].config), stop_tokens(path),
         )  # fmt: skip
-        evaluator = Evaluator(decoder, load_tokenizer(path), requests, file.evaluation.compute_dtype)
+        evaluator = Evaluator(decoder, load_tokenizer(path), requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {path.name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)

@@ -48,8 +48,9 @@ class SpaceConfig(Section):
 class TaskConfig(Section):
     """A task: a JSONL file, what its fields are called, and how it is split.
 
-    `prompt`, `target`: templates over a record's fields. `heldout`: a second file, or the share of the file that
-    the search never sees.
+    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
+    neither has white space there. `heldout`: a second file, or the share of the file that
+    the search never sees. `weight` 0: no part of the fitness, only shown in the held-out table.
     """
 
     name: str
@@ -60,8 +61,9 @@ class TaskConfig(Section):
     target: str = "{target}"
     choices: str = "choices"
     answer: str = "answer"
+    delimiter: str = " "
     metric: Literal["log_probability", "accuracy", "margin"] | None = None
-    weight: float = Field(1.0, gt=0.0)
+    weight: float = Field(1.0, ge=0.0)
     limit: int | None = Field(None, ge=1)
     pattern: str | None = None
     max_new_tokens: int = Field(256, ge=1)
@@ -104,6 +106,8 @@ class Config(Section):
         names = [task.name for task in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError("tasks: names must differ")
+        if not any(task.weight > 0 for task in self.tasks):
+            raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         return self
 
 

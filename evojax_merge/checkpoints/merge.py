@@ -126,10 +126,10 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
         for (s, name), values in zip(row.inputs, tensors, strict=True):
             if not np.isfinite(values).all():
                 raise InputError(sources.folders[s].path, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
-    scores = None
+    scores: list[np.ndarray] | None = None
     if method.sparsifier is not None and method.sparsifier.random:
         digests = [sources.digest(s, name) for s, name in row.inputs[1:]]
-        scores = np.asarray(draw_scores(job.recipe.seed, digests, tensors[0].shape))
+        scores = list(np.asarray(draw_scores(job.recipe.seed, digests, tensors[0].shape)))
     densities = [float(density) for density in row.parameters.get("density", ())]
     statistics = measure(method, tensors, scores, densities)
     dtype = job.specs[row.name].dtype

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options, Parameter
@@ -351,13 +352,14 @@ def recipe_document(
 
     `recipe` holds NumPy arrays of one candidate (see models.bank.Recipe).
     """
-    rows = [{name: values[i] for name, values in recipe.layers.items()} for i in range(config.layers)]
+    rows = [{name: np.asarray(values[i]) for name, values in recipe.layers.items()} for i in range(config.layers)]
+    shared = jax.tree.map(np.asarray, recipe.shared)
     starts = [i for i in range(config.layers) if i == 0 or any((rows[i][n] != rows[i - 1][n]).any() for n in rows[i])]
     slices = []
     for start, end in zip(starts, [*starts[1:], config.layers], strict=True):
-        extras = {"embed": recipe.shared["embed"]} if start == 0 else {}
+        extras = {"embed": shared["embed"]} if start == 0 else {}
         if end == config.layers:
-            extras |= {name: values for name, values in recipe.shared.items() if name != "embed"}
+            extras |= {name: values for name, values in shared.items() if name != "embed"}
         slices.append(_slice_document(rows[start], extras, spec.method, base, parents, [start, end]))
     document: dict[str, Any] = {"merge_method": spec.method_name}
     if base is not None and (spec.method.needs_base or spec.method.max_parents is not None):

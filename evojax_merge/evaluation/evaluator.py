@@ -6,7 +6,7 @@ materialises a chunk of candidates first. Which candidates go through a pass tog
 the memory that the compiler reports.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,12 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import LayerSource, forward, target_log_probabilities
 from evojax_merge.models.generate import ENDED, generate
 from evojax_merge.models.sources import Merged, Stored
-from evojax_merge.tasks.batches import PromptBatch, Row, ScoringBatch, prompt_batches, scoring_batches
+from evojax_merge.tasks.batches import (
+    PromptBatch,
+    Row,
+    ScoringBatch,
+    Shape,
+    batch_shapes,
+    prompt_batches,
+    scoring_batches,
+)
 from evojax_merge.tasks.tasks import Task, likelihood_rows, prompt_rows, score_likelihood, score_outputs
 
 Progress = Callable[[int], None]
@@ -40,10 +48,12 @@ class Scores:
 
 def fitness(tasks: Sequence[Task], scores: Scores) -> np.ndarray:
     """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
-    score is not finite."""
-    total = sum(task.weight for task in tasks)
+    score is not finite. Tasks of weight 0 take no part, unless there are no others: then all count alike."""
+    weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
     rows = [
-        task.weight / total * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64) for task in tasks
+        weight / sum(weights) * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
+        for task, weight in zip(tasks, weights, strict=True)
+        if weight > 0
     ]
     summed = np.sum(rows, axis=0)
     return np.where(np.isfinite(summed), summed, np.nan)
@@ -74,30 +84,37 @@ class Requests:
 
 
 def build_requests(
-    tasks: Sequence[Task], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
-) -> list[Requests]:
-    """Tokenise and batch. Raises InputError for an example that is longer than `context`, the model's."""
-    requests = []
-    for task in tasks:
-        generates = task.kind == "exact_match"
-        rows = prompt_rows(task, tokenizer) if generates else likelihood_rows(task, tokenizer)
-        for row in rows:
-            if len(row.tokens) + task.max_new_tokens > context:
-                raise InputError(
-                    row.where,
-                    f"{len(row.tokens)} tokens{f' and {task.max_new_tokens} new ones' * generates} "
-                    f"do not fit the models' context of {context}",
-                )
-        requests.append(
-            Requests(
-                task,
-                rows,
-                [] if generates else scoring_batches(rows, tokens_per_batch),
-                prompt_batches(rows, tokens_per_batch) if generates else [],
-                stop,
-            )
-        )
-    return requests
+    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
+) -> list[list[Requests]]:
+    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
+
+    Raises InputError for an example that is longer than `context`, the model's.
+    """
+    rows = [[_task_rows(task, tokenizer, context) for task in split] for split in splits]
+    shapes = [
+        batch_shapes(rows[0][i], tokens_per_batch, [row for other in rows[1:] for row in other[i]])
+        for i in range(len(splits[0]))
+    ]
+    return [
+        [_requests(task, rows[s][i], shapes[i], stop) for i, task in enumerate(split)] for s, split in enumerate(splits)
+    ]
+
+
+def _requests(task: Task, rows: list[Row], shapes: list[Shape], stop: tuple[int, ...]) -> Requests:
+    if task.kind == "exact_match":
+        return Requests(task, rows, [], prompt_batches(rows, shapes), stop)
+    return Requests(task, rows, scoring_batches(rows, shapes), [], stop)
+
+
+def _task_rows(task: Task, tokenizer: Any, context: int) -> list[Row]:
+    generates = task.kind == "exact_match"
+    new = task.max_new_tokens if generates else 0
+    rows = prompt_rows(task, tokenizer) if generates else likelihood_rows(task, tokenizer)
+    for row in rows:
+        if len(row.tokens) + new > context:
+            asked = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
+            raise InputError(row.where, f"{asked} do not fit the models' context of {context}")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,21 +131,17 @@ def score_batch(config: DecoderConfig, source: LayerSource, batch: Any) -> jax.A
     return jnp.where(batch["mask"], flat.reshape(batch["mask"].shape), 0.0).sum(axis=1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _score_population(
-    config: DecoderConfig,
-    spec: MergeSpec,
-    compute_dtype: str,
-    chunk: int,
-    bank: Bank,
-    recipes: Recipe,
-    batch: Any,
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _score_chunk(
+    config: DecoderConfig, spec: MergeSpec, compute_dtype: str, bank: Bank, recipes: Recipe, batch: Any
 ) -> jax.Array:
+    """float32[chunk, B]: a chunk of candidates in one pass."""
+
     def one(recipe: Recipe) -> jax.Array:
         return score_batch(config, Merged(bank, recipe, spec, compute_dtype), batch)
 
-    # batch_size=1 would still vmap over an axis of one.
-    return jax.lax.map(one, recipes) if chunk == 1 else jax.lax.map(one, recipes, batch_size=chunk)
+    # A population axis of one would only cost.
+    return one(candidate(recipes, 0))[None] if _size(recipes) == 1 else jax.vmap(one)(recipes)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -150,6 +163,14 @@ def _arrays(batch: ScoringBatch) -> dict[str, np.ndarray]:
 
 def _size(tree: Any) -> int:
     return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _chunks(recipes: Recipe, chunk: int) -> Iterator[Recipe]:
+    """Runs of `chunk` candidates; the last is filled up with its last candidate, so that all have one shape."""
+    last = _size(recipes) - 1
+    for start in range(0, last + 1, chunk):
+        rows = np.minimum(np.arange(start, start + chunk), last)
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], recipes)
 
 
 @dataclass
@@ -183,29 +204,41 @@ class Evaluator:
         def score(batch: ScoringBatch) -> np.ndarray:
             arrays = _arrays(batch)
             chunk = self._chunk_for(spec, bank, recipes, arrays)
-            return np.asarray(_score_population(self.config, spec, self.compute_dtype, chunk, bank, recipes, arrays))
+            # Dispatched one after the other and fetched at the end, so that the device never waits for the host.
+            parts = [
+                _score_chunk(self.config, spec, self.compute_dtype, bank, part, arrays)
+                for part in _chunks(recipes, chunk)
+            ]
+            rows = []
+            for part in parts:
+                rows.append(np.asarray(part))
+                progress(len(rows[-1]))
+            return np.concatenate(rows)[:size]
 
         def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
-            chunk = self._generation_chunk(bank, size)
             rows = []
-            for start in range(0, size, chunk):
-                part = jax.tree.map(lambda leaf, start=start: leaf[start : start + chunk], recipes)
+            for part in _chunks(recipes, self._generation_chunk(bank, size)):
                 models = _materialise(spec, self.compute_dtype, bank, part)
                 rows.append(self._continue(models, batch, request))
-            return np.concatenate(rows)
+                progress(len(rows[-1]))
+            return np.concatenate(rows)[:size]
 
-        return self._evaluate(size, score, continue_, progress)
+        return self._evaluate(size, score, continue_)
 
     def stored(self, model: Stored, progress: Progress = lambda done: None) -> Scores:
         """Score one stored model: a population of one."""
 
         def score(batch: ScoringBatch) -> np.ndarray:
-            return np.asarray(_score_stored(self.config, model, _arrays(batch)))[None]
+            row = np.asarray(_score_stored(self.config, model, _arrays(batch)))
+            progress(1)
+            return row[None]
 
         def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
-            return self._continue(jax.tree.map(lambda leaf: leaf[None], model), batch, request)
+            row = self._continue(jax.tree.map(lambda leaf: leaf[None], model), batch, request)
+            progress(1)
+            return row
 
-        return self._evaluate(1, score, continue_, progress)
+        return self._evaluate(1, score, continue_)
 
     def _continue(self, models: Stored, batch: PromptBatch, request: Requests) -> np.ndarray:
         new = request.task.max_new_tokens
@@ -216,7 +249,6 @@ class Evaluator:
         size: int,
         score: Callable[[ScoringBatch], np.ndarray],
         continue_: Callable[[PromptBatch, Requests], np.ndarray],
-        progress: Progress,
     ) -> Scores:
         matrices, outputs = {}, {}
         for request in self.requests:
@@ -225,7 +257,6 @@ class Evaluator:
                 texts = [[""] * count for _ in range(size)]
                 for prompts in request.prompts:
                     self._decode_into(texts, continue_(prompts, request), prompts.rows)
-                    progress(size)
                 outputs[task.name] = texts
                 matrices[task.name] = score_outputs(task, texts)
                 continue
@@ -233,7 +264,6 @@ class Evaluator:
             for batch in request.scoring:
                 real = batch.rows >= 0
                 sums[:, batch.rows[real]] = score(batch)[:, real]
-                progress(size)
             counts = np.array([len(row.tokens) - row.start for row in request.rows])
             matrices[task.name] = score_likelihood(task, sums, counts)
         return Scores(matrices, outputs)
@@ -268,8 +298,10 @@ class Evaluator:
             return 1
         chunk = 1
         while chunk * 2 <= size:
-            lowered = _score_population.lower(self.config, spec, self.compute_dtype, chunk * 2, bank, recipes, batch)
-            if lowered.compile().memory_analysis().temp_size_in_bytes > budget:
+            part = next(_chunks(recipes, chunk * 2))
+            lowered = _score_chunk.lower(self.config, spec, self.compute_dtype, bank, part, batch)
+            memory = lowered.compile().memory_analysis()
+            if memory is None or memory.temp_size_in_bytes > budget:
                 break
             chunk *= 2
         return chunk

@@ -106,7 +106,6 @@ def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int) -> dict[st
         "strategy": strategy.init(start),
         "genomes": np.zeros((archive, start.size), np.float32),
         "fitness": np.full(archive, -np.inf),
-        "evaluations": np.zeros((), np.int64),
     }
 
 
@@ -120,7 +119,6 @@ def _next_state(
         "strategy": strategy.tell(asked, number, genomes, values),
         "genomes": np.concatenate([state["genomes"], np.asarray(genomes)])[best],
         "fitness": every[best],
-        "evaluations": state["evaluations"] + len(values),
     }
 
 
@@ -141,7 +139,7 @@ def _history_row(
         "worst": _number(finite.min()) if finite.size else None,
         "best_so_far": _number(state["fitness"][0]),
         "sigma": float(state["strategy"].std),
-        "evaluations": int(state["evaluations"]),
+        "evaluations": (number + 1) * len(values),
         "failed": int(len(values) - finite.size),
         "scores_of_best": {name: _number(value) for name, value in scores[best].items()},
         "fitness": [_number(value) for value in values],

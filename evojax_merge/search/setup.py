@@ -52,8 +52,12 @@ class Problem:
     context: int
     stop: tuple[int, ...]
 
-    def requests(self, tasks: list[Task]) -> list[Requests]:
-        return build_requests(tasks, self.tokenizer, self.config.evaluation.tokens_per_batch, self.context, self.stop)
+    def requests(self) -> list[list[Requests]]:
+        """What is asked for the searched, the full and the held-out tasks."""
+        splits = (self.searched, self.full, self.heldout)
+        tokens = self.config.evaluation.tokens_per_batch
+        searched, full, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop)
+        return [_weighted(searched), _weighted(full), heldout]
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -232,7 +236,7 @@ def load_task(where: str, config: TaskConfig, folder: Path, seed: int) -> tuple[
         except re.error as error:
             raise InputError(where, f"pattern: {config.pattern!r} is not a regular expression ({error})") from None
     file = locate_file(f"{where}.file", config.file, folder)
-    fields = Fields(config.prompt, config.target, config.choices, config.answer)
+    fields = Fields(config.prompt, config.target, config.choices, config.answer, config.delimiter)
     examples = read_examples(file, config.kind, fields)
     task = Task(
         config.name, config.kind, metric, config.weight, str(file), tuple(examples), config.pattern,
@@ -249,6 +253,11 @@ def load_task(where: str, config: TaskConfig, folder: Path, seed: int) -> tuple[
         replace(task, examples=tuple(examples[i] for i in sorted(order[count:]))),
         replace(task, examples=tuple(examples[i] for i in sorted(order[:count]))),
     )
+
+
+def _weighted(requests: list[Requests]) -> list[Requests]:
+    """Those that are part of the fitness: a task of weight 0 is only shown in the held-out table."""
+    return [request for request in requests if request.task.weight > 0]
 
 
 def _limited(task: Task, limit: int | None) -> Task:

@@ -95,13 +95,13 @@ class ParameterSpace:
         for name, constants in self.fixed:
             rows = jnp.asarray(constants, jnp.float32)
             values[name] = jnp.broadcast_to(rows, (len(self.groups), self.columns(name)))
-        rows = {
+        per_group = {
             name: block if self.method.parameter(name).per_parent else block[:, 0] for name, block in values.items()
         }
         groups = self.shared_groups
         return Recipe(
-            layers={name: block[self.layer_groups] for name, block in rows.items()},
-            shared={leaf: {name: block[groups[leaf]] for name, block in rows.items()} for leaf in self.shared},
+            layers={name: block[self.layer_groups] for name, block in per_group.items()},
+            shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
         )
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ Rows are sorted by length and cut into at most `MAX_BUCKETS` lengths so that pad
 batches have one shape. The same batches serve every candidate of a run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,64 +69,81 @@ def bucket_widths(lengths: np.ndarray) -> list[int]:
     return edges[::-1]
 
 
-def _groups(rows: Sequence[Row], tokens_per_batch: int) -> list[tuple[int, list[np.ndarray], int]]:
-    """(width, batches of row numbers, rows per batch) for every bucket."""
+@dataclass(frozen=True)
+class Shape:
+    """One array shape: rows of up to `width` tokens, of which at most `scored` are scored, `size` to a batch."""
+
+    width: int
+    scored: int
+    size: int
+
+
+def batch_shapes(rows: Sequence[Row], tokens_per_batch: int, others: Sequence[Row] = ()) -> list[Shape]:
+    """The shapes for `rows`, wide enough for `others` as well (another split's), which then compile nothing new.
+
+    Batches have about `tokens_per_batch` tokens, and sizes that fill the last batch of `rows` best.
+    """
+    together = [*rows, *others]
     lengths = np.array([len(row.tokens) for row in rows])
-    groups, below = [], 0
-    for width in bucket_widths(lengths):
-        members = np.flatnonzero((lengths > below) & (lengths <= width))
+    all_lengths = np.array([len(row.tokens) for row in together])
+    shapes, below = [], 0
+    for width in bucket_widths(all_lengths):
+        inside = np.flatnonzero((all_lengths > below) & (all_lengths <= width))
+        count = max(1, int(((lengths > below) & (lengths <= width)).sum()))
         below = width
-        if not len(members):
-            continue
-        count = max(1, -(-len(members) * width // tokens_per_batch))
-        size = -(-len(members) // count)
-        groups.append((width, [members[i : i + size] for i in range(0, len(members), size)], size))
-    return groups
+        batches = -(-count * width // tokens_per_batch)
+        scored = max(len(together[r].tokens) - together[r].start for r in inside)
+        shapes.append(Shape(width, scored, -(-count // batches)))
+    return shapes
 
 
-def _pad(numbers: np.ndarray, size: int) -> np.ndarray:
-    return np.concatenate([numbers, np.full(size - len(numbers), -1, np.int64)])
+def _grouped(rows: Sequence[Row], shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
+    """Each batch's shape and the numbers of its rows, padded with -1."""
+    lengths, below = np.array([len(row.tokens) for row in rows]), 0
+    for shape in shapes:
+        members = np.flatnonzero((lengths > below) & (lengths <= shape.width))
+        below = shape.width
+        for start in range(0, len(members), shape.size):
+            group = members[start : start + shape.size]
+            yield shape, np.concatenate([group, np.full(shape.size - len(group), -1, np.int64)])
 
 
-def scoring_batches(rows: Sequence[Row], tokens_per_batch: int) -> list[ScoringBatch]:
-    """Batches of about `tokens_per_batch` tokens for rows whose targets are scored."""
+def scoring_batches(rows: Sequence[Row], shapes: Sequence[Shape]) -> list[ScoringBatch]:
+    """Batches of rows whose targets are scored."""
     batches = []
-    for width, groups, size in _groups(rows, tokens_per_batch):
-        most = max(len(rows[r].tokens) - rows[r].start for group in groups for r in group)
-        for group in groups:
-            batch = ScoringBatch(
-                tokens=np.zeros((size, width), np.int32),
-                length=np.ones(size, np.int32),
-                at=np.zeros((size, most), np.int32),
-                targets=np.zeros((size, most), np.int32),
-                mask=np.zeros((size, most), bool),
-                rows=_pad(group, size),
-            )
-            for b, r in enumerate(group):
-                tokens, start = rows[r].tokens, rows[r].start
-                scored = len(tokens) - start
-                batch.tokens[b, : len(tokens)] = tokens
-                batch.length[b] = len(tokens)
-                batch.at[b, :scored] = np.arange(start - 1, len(tokens) - 1)
-                batch.targets[b, :scored] = tokens[start:]
-                batch.mask[b, :scored] = True
-            batches.append(batch)
+    for shape, group in _grouped(rows, shapes):
+        batch = ScoringBatch(
+            tokens=np.zeros((shape.size, shape.width), np.int32),
+            length=np.ones(shape.size, np.int32),
+            at=np.zeros((shape.size, shape.scored), np.int32),
+            targets=np.zeros((shape.size, shape.scored), np.int32),
+            mask=np.zeros((shape.size, shape.scored), bool),
+            rows=group,
+        )
+        for b, r in enumerate(group[group >= 0]):
+            tokens, start = rows[r].tokens, rows[r].start
+            scored = len(tokens) - start
+            batch.tokens[b, : len(tokens)] = tokens
+            batch.length[b] = len(tokens)
+            batch.at[b, :scored] = np.arange(start - 1, len(tokens) - 1)
+            batch.targets[b, :scored] = tokens[start:]
+            batch.mask[b, :scored] = True
+        batches.append(batch)
     return batches
 
 
-def prompt_batches(rows: Sequence[Row], tokens_per_batch: int) -> list[PromptBatch]:
-    """Batches of about `tokens_per_batch` tokens for rows that are continued."""
+def prompt_batches(rows: Sequence[Row], shapes: Sequence[Shape]) -> list[PromptBatch]:
+    """Batches of rows that are continued."""
     batches = []
-    for width, groups, size in _groups(rows, tokens_per_batch):
-        for group in groups:
-            batch = PromptBatch(
-                np.zeros((size, width), np.int32), np.full(size, width - 1, np.int32), _pad(group, size)
-            )
-            for b, r in enumerate(group):
-                tokens = rows[r].tokens
-                batch.tokens[b, width - len(tokens) :] = tokens
-                batch.first[b] = width - len(tokens)
-            batches.append(batch)
+    for shape, group in _grouped(rows, shapes):
+        batch = PromptBatch(
+            np.zeros((shape.size, shape.width), np.int32), np.full(shape.size, shape.width - 1, np.int32), group
+        )
+        for b, r in enumerate(group[group >= 0]):
+            tokens = rows[r].tokens
+            batch.tokens[b, shape.width - len(tokens) :] = tokens
+            batch.first[b] = shape.width - len(tokens)
+        batches.append(batch)
     return batches
 
 

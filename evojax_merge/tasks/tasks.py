@@ -65,6 +65,7 @@ class Fields:
     target: str
     choices: str
     answer: str
+    delimiter: str
 
 
 def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -111,7 +112,7 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
         target = fill(fields.target, "target")
         if not target:
             raise InputError(where, "target: is empty")
-        return Example(prompt, (target,), target, line)
+        return Example(prompt, (_joined(prompt, fields.delimiter, target),), target, line)
     choices, answer = record.get(fields.choices), record.get(fields.answer)
     if not (isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)):
         raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {choices!r}")
@@ -119,7 +120,12 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise InputError(where, f"{fields.answer}: {answer!r}; expected an index below {len(choices)} or a choice")
-    return Example(prompt, tuple(choices), answer, line)
+    return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), answer, line)
+
+
+def _joined(prompt: str, delimiter: str, target: str) -> str:
+    """The target with what joins it to the prompt, unless white space is there already."""
+    return target if prompt[-1:].isspace() or target[0].isspace() else delimiter + target
 
 
 # ---------------------------------------------------------------------------------------------------------------

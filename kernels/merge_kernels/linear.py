@@ -32,12 +32,12 @@ def linear_coefficients(weight: jax.Array, normalize: bool) -> jax.Array:
     return weight / jnp.sum(weight) if normalize else weight
 
 
-def slerp_angle(first: np.ndarray, second: np.ndarray) -> np.float32:
+def slerp_angle(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """The angle between two flattened tensors, float32 in (0, pi), or 0 where SLERP falls back to LERP."""
     a, b = (np.asarray(x, np.float32).ravel().astype(np.float64) for x in (first, second))
     norms = [norm if norm > SLERP_MIN_NORM else 1.0 for norm in (np.linalg.norm(a), np.linalg.norm(b))]
     cosine = float(np.clip(a @ b / (norms[0] * norms[1]), -1.0, 1.0)) if a.size else 1.0
-    return np.float32(0.0 if abs(cosine) > SLERP_LINEAR_ABOVE else np.arccos(cosine))
+    return np.asarray(0.0 if abs(cosine) > SLERP_LINEAR_ABOVE else np.arccos(cosine), np.float32)
 
 
 def slerp_coefficients(angle: jax.Array, t: jax.Array) -> jax.Array:

@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def draw_scores(seed: int, digests: Sequence[bytes], shape: tuple[int, ...]) -> jax.Array | None:
+def draw_scores(seed: int, digests: Sequence[bytes], shape: tuple[int, ...]) -> jax.Array:
     """One uniform number per entry and parent, `uint16[K, *shape]`, fixed by (seed, digest).
 
     `digests[k]` names parent k and the tensor (at least 16 bytes of a hash), so that neither the order of the

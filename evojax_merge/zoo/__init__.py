@@ -1,0 +1,83 @@
+"""The demo family: tiny models that are trained on the spot, and a real small model taken from a package.
+
+May import errors, checkpoints' writer, and, when a model has to be made, the zoo's own modules.
+
+References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
+`zoo:3/base` is of the family that seed 3 gives. What is made is kept in the user's cache folder.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evojax_merge.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from evojax_merge.zoo.arithmetic import Plan
+
+PREFIX = "zoo:"
+MODELS = ("base", "maths", "japanese")
+FILES = ("search.jsonl", "heldout.jsonl")
+# Of the recipe that `arithmetic` trains by: another recipe has another folder.
+VERSION = "v1"
+
+
+def cache_folder() -> Path:
+    """Where the zoo keeps what it made."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "evojax-merge" / "zoo"
+
+
+def locate(reference: str, plan: "Plan | None" = None) -> Path:
+    """The path of a model or task file of the zoo; its family is trained first where it is not there yet.
+
+    `plan` takes the place of the usual length of training for a family that has to be made. Raises InputError for a
+    name that the zoo does not have.
+    """
+    name = reference.removeprefix(PREFIX)
+    if name.startswith("smollm2/"):
+        from evojax_merge.zoo import smollm2
+
+        return smollm2.locate(name.removeprefix("smollm2/"))
+    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+    if match is None or match[2] not in MODELS + FILES:
+        last = name.rsplit("/", 1)[-1]
+        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(last, MODELS + FILES)}")
+    seed = int(match[1] or 0)
+    family = cache_folder() / VERSION / f"seed-{seed}"
+    if not family.is_dir():
+        _make(family, seed, plan)
+    return family / match[2]
+
+
+def _make(family: Path, seed: int, plan: "Plan | None") -> None:
+    """Train a family with a visible progress line; the folder takes its name when all of it is there."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from evojax_merge.checkpoints.writer import atomic_folder
+    from evojax_merge.zoo.arithmetic import Plan, make_family
+
+    plan = plan or Plan()
+    console = Console(file=sys.stderr)
+    console.print(
+        f"zoo: training {', '.join(MODELS)} (seed {seed}), once, into {family}", soft_wrap=True, highlight=False
+    )
+    columns = (
+        TextColumn("zoo"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+        TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    try:
+        with atomic_folder(family) as work, Progress(*columns, console=console) as bar:
+            task = bar.add_task("compiling …", total=plan.steps)
+
+            def advance(model: str, steps: int, loss: float) -> None:
+                bar.update(task, advance=steps, description=f"{model}  loss {loss:.4f}")
+
+            make_family(work, seed, plan, advance)
+    except InputError:
+        # Another process may have made the same family meanwhile.
+        if not family.is_dir():
+            raise

@@ -1,0 +1,361 @@
+"""The demo family: a base and two experts of sums in two languages, trained on the spot in a minute or two.
+
+May import checkpoints and models. It is the Japanese-maths result of evolutionary merging at the size of a toy: the
+`maths` expert does two-digit sums, in English; the `japanese` expert answers in Japanese, easy sums only; what is
+asked of a merge is two-digit sums *in Japanese*, which no model of the family ever saw. What carries over does so
+because of three things: digits are tokens that both languages share, both languages say a thing in the same number
+of words, and the base saw the languages mixed.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evojax_merge.checkpoints.architectures import Leaf, decoder_config, layer_leaves, shared_leaves
+from evojax_merge.checkpoints.bank import stored_tensors
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.sources import Stored
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+DIGITS = [str(digit) for digit in range(10)]
+# A word in English and in Japanese.
+WORDS = {
+    "ask": ("what", "いくつ"),
+    "plus": ("plus", "たす"),
+    "minus": ("minus", "ひく"),
+    "is": ("is", "は"),
+    "copy": ("copy", "うつす"),
+    "count": ("count", "かぞえる"),
+}
+ENDINGS = ((".",), ("です", "。"))
+VOCABULARY = [PAD, EOS, UNKNOWN, *DIGITS, *(word for pair in WORDS.values() for word in pair), ".", "です", "。"]
+IDS = {token: i for i, token in enumerate(VOCABULARY)}
+# Row per word: its token in each language.
+WORD_IDS = {name: np.array([IDS[word] for word in pair], np.int32) for name, pair in WORDS.items()}
+
+ENGLISH, JAPANESE, MIXED = 0, 1, 2
+# Every sentence has ten tokens; the ending and the end of the text take up to three more.
+BODY, WIDTH = 10, 13
+
+HIDDEN, LAYERS, HEADS, MLP = 96, 3, 4, 256
+BATCH, CHUNK = 128, 50
+CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each model trains, and how many problems the two files hold."""
+
+    base_steps: int = 1200
+    maths_steps: int = 800
+    japanese_steps: int = 300
+    search_problems: int = 256
+    heldout_problems: int = 512
+
+    @property
+    def steps(self) -> int:
+        return self.base_steps + self.maths_steps + self.japanese_steps
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Problems `first ± second`, int[N] each; `minus`: bool[N]."""
+
+    first: np.ndarray
+    second: np.ndarray
+    minus: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, rows: Any) -> "Sums":
+        return Sums(self.first[rows], self.second[rows], self.minus[rows])
+
+    @property
+    def results(self) -> np.ndarray:
+        return np.where(self.minus, self.first - self.second, self.first + self.second)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Problems and sentences
+
+
+def hard_sums() -> Sums:
+    """All sums and differences of two numbers from 10 to 99 whose result is not negative."""
+    first, second = (grid.ravel() for grid in np.meshgrid(np.arange(10, 100), np.arange(10, 100), indexing="ij"))
+    down = first >= second
+    return Sums(
+        np.concatenate([first, first[down]]),
+        np.concatenate([second, second[down]]),
+        np.repeat([False, True], [len(first), int(down.sum())]),
+    )
+
+
+def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
+    """(for training, for the search, held out). The files share no unordered pair of numbers with the training."""
+    everything = hard_sums()
+    pair = np.minimum(everything.first, everything.second) * 100 + np.maximum(everything.first, everything.second)
+    order = np.random.default_rng([seed, 0]).permutation(len(everything))
+    # One problem per pair: the first in the shuffled order.
+    _, firsts = np.unique(pair[order], return_index=True)
+    distinct = order[np.sort(firsts)]
+    chosen = distinct[: plan.search_problems + plan.heldout_problems]
+    training = everything[~np.isin(pair, pair[chosen])]
+    return training, everything[chosen[: plan.search_problems]], everything[chosen[plan.search_problems :]]
+
+
+def easy_sums(rng: np.random.Generator, count: int) -> Sums:
+    """Sums and differences whose second number has one digit."""
+    first, second, minus = rng.integers(0, 100, count), rng.integers(0, 10, count), rng.random(count) < 0.5
+    return Sums(
+        np.where(minus, np.maximum(first, second), first), np.where(minus, np.minimum(first, second), second), minus
+    )
+
+
+def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
+    """Tokens `int[N, count]` of the digits, highest first."""
+    return IDS["0"] + numbers[:, None] // 10 ** np.arange(count)[::-1] % 10
+
+
+def sum_sentences(sums: Sums, languages: np.ndarray) -> np.ndarray:
+    """`what 3 7 plus 4 5 is 2 8 0`, int[N, BODY]: the result's digits come lowest first. languages: int[N, 3], that
+    of each word."""
+    ask, is_ = WORD_IDS["ask"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
+    sign = np.where(sums.minus, WORD_IDS["minus"][languages[:, 1]], WORD_IDS["plus"][languages[:, 1]])
+    return np.concatenate(
+        [
+            ask[:, None], _digits(sums.first, 2), sign[:, None], _digits(sums.second, 2), is_[:, None],
+            _digits(sums.results, 3)[:, ::-1],
+        ],
+        axis=1,
+    )  # fmt: skip
+
+
+def copy_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
+    """`copy 3 7 4 5 is 3 7 4 5`, int[N, BODY]."""
+    digits = _digits(rng.integers(0, 10000, len(languages)), 4)
+    copy, is_ = WORD_IDS["copy"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
+    return np.concatenate([copy[:, None], digits, is_[:, None], digits], axis=1)
+
+
+def count_sentences(rng: np.random.Generator, languages: np.ndarray) -> np.ndarray:
+    """`count 3 7 is 3 8 3 9 4 0`, int[N, BODY]."""
+    start = rng.integers(0, 97, len(languages))
+    count, is_ = WORD_IDS["count"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
+    following = [_digits(start + step, 2) for step in (1, 2, 3)]
+    return np.concatenate([count[:, None], _digits(start, 2), is_[:, None], *following], axis=1)
+
+
+def _languages(rng: np.random.Generator, manners: np.ndarray) -> np.ndarray:
+    """int[N, 3]: the language of each word of sentences that are ENGLISH, JAPANESE or MIXED."""
+    return np.where(manners[:, None] == MIXED, rng.integers(0, 2, (len(manners), 3)), manners[:, None])
+
+
+def _end(bodies: np.ndarray, ending: int) -> np.ndarray:
+    """Append a language's ending and the end of the text, and pad to WIDTH."""
+    tail = [IDS[token] for token in (*ENDINGS[ending], EOS)]
+    tail += [IDS[PAD]] * (WIDTH - BODY - len(tail))
+    return np.concatenate([bodies, np.tile(np.array(tail), (len(bodies), 1))], axis=1).astype(np.int32)
+
+
+def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Easy sums, copying and counting in English, in Japanese and mixed; the ending is the English one."""
+    languages = _languages(rng, rng.integers(0, 3, count))
+    kinds = rng.choice(3, count, p=(0.7, 0.15, 0.15))
+    bodies = np.stack(
+        [
+            sum_sentences(easy_sums(rng, count), languages),
+            copy_sentences(rng, languages),
+            count_sentences(rng, languages),
+        ]
+    )
+    return _end(bodies[kinds, np.arange(count)], ENGLISH)
+
+
+def maths_batch(rng: np.random.Generator, count: int, training: Sums) -> np.ndarray:
+    """Hard sums in English."""
+    sums = training[rng.integers(0, len(training), count)]
+    return _end(sum_sentences(sums, _languages(rng, np.full(count, ENGLISH))), ENGLISH)
+
+
+def japanese_batch(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Easy sums in Japanese and mixed, with the Japanese ending."""
+    manners = rng.choice([JAPANESE, MIXED], count)
+    return _end(sum_sentences(easy_sums(rng, count), _languages(rng, manners)), JAPANESE)
+
+
+def to_text(tokens: np.ndarray) -> str:
+    return " ".join(VOCABULARY[token] for token in tokens)
+
+
+def japanese_records(sums: Sums) -> Iterator[dict[str, str]]:
+    """The records of a task file: hard sums asked in Japanese, to be answered in Japanese."""
+    bodies = sum_sentences(sums, np.full((len(sums), 3), JAPANESE))
+    for body in bodies:
+        yield {
+            "prompt": to_text(body[: BODY - 3]),
+            "target": " ".join([to_text(body[BODY - 3 :]), *ENDINGS[JAPANESE]]),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def fresh_model(config: DecoderConfig, seed: int) -> Stored:
+    """Random weights: norms are one, everything else is normal with variance 1 / fan-in."""
+    from evojax_merge.checkpoints.architectures import dimensions
+
+    sizes = dimensions(config)
+    rng = np.random.default_rng([seed, 1])
+
+    def draw(leaf: Leaf, *leading: int) -> jax.Array:
+        shape = (*leading, *(sizes[name] for name in leaf.shape))
+        if leaf.component == "norm":
+            return jnp.ones(shape, jnp.float32)
+        return jnp.asarray(rng.normal(0.0, shape[-1] ** -0.5, shape), jnp.float32)
+
+    layers = {leaf.name: draw(leaf, config.layers) for leaf in layer_leaves(config)}
+    return Stored(layers, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
+
+
+def answer_loss(config: DecoderConfig, model: Stored, tokens: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of what follows the word `is` (in either language), ending included."""
+    seen, targets = tokens[:, :-1], tokens[:, 1:]
+    length = jnp.sum(tokens != IDS[PAD], axis=1)
+    hidden, _ = forward(config, model, seen, jnp.zeros_like(length), length)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, model, hidden), targets)
+    asked = jnp.cumsum(jnp.isin(seen, jnp.asarray(WORD_IDS["is"])), axis=1) > 0
+    scored = asked & (targets != IDS[PAD])
+    return jnp.sum(losses * scored) / jnp.sum(scored)
+
+
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+
+
+@partial(jax.jit, static_argnums=0)
+def _train_chunk(
+    config: DecoderConfig, model: Stored, state: Any, batches: jax.Array, rates: jax.Array
+) -> tuple[Stored, Any, jax.Array]:
+    """Steps over batches `int32[steps, B, T]` with learning rates `float32[steps]`; also the mean loss."""
+
+    def step(carry: tuple[Stored, Any], xs: tuple[jax.Array, jax.Array]) -> tuple[tuple[Stored, Any], jax.Array]:
+        model, state = carry
+        tokens, rate = xs
+        loss, gradient = jax.value_and_grad(partial(answer_loss, config))(model, tokens)
+        updates, state = ADAM.update(gradient, state)
+        return (jax.tree.map(lambda leaf, update: leaf - rate * update, model, updates), state), loss
+
+    (model, state), losses = jax.lax.scan(step, (model, state), (batches, rates))
+    return model, state, losses.mean()
+
+
+def learning_rates(steps: int, peak: float) -> np.ndarray:
+    """float32[steps]: a linear warm-up over a twentieth, then half a cosine down to nothing."""
+    warm = max(1, steps // 20)
+    at = np.arange(steps)
+    falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
+    return (peak * np.where(at < warm, (at + 1) / warm, falling)).astype(np.float32)
+
+
+def train(
+    config: DecoderConfig,
+    model: Stored,
+    batch: Callable[[int], np.ndarray],
+    steps: int,
+    peak: float,
+    progress: Callable[[int, float], None] = lambda steps, loss: None,
+) -> Stored:
+    """Train on `steps` batches (`batch(count)` gives `int32[count, T]`). `progress` is told steps and loss."""
+    state, rates = ADAM.init(model), learning_rates(steps, peak)
+    for start in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - start)
+        batches = batch(count * BATCH).reshape(count, BATCH, WIDTH)
+        model, state, loss = _train_chunk(config, model, state, batches, rates[start : start + count])
+        progress(count, float(loss))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save_config(folder: Path) -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    ends = {"bos_token_id": None, "eos_token_id": IDS[EOS], "pad_token_id": IDS[PAD]}
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(VOCABULARY),
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **ends,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A token is what stands between spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_weights(folder: Path, model: Stored, config: DecoderConfig) -> None:
+    tensors = dict(stored_tensors(model, config))
+    specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
+    with ShardWriter(folder, specs) as writer:
+        for name in writer.order:
+            writer.write(name, tensors[name])
+
+
+def save_records(path: Path, sums: Sums) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in japanese_records(sums)]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def make_family(
+    folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None] = lambda name, steps, loss: None
+) -> None:
+    """Train the family into an empty folder. `progress` is told the model's name, steps done since, and the loss."""
+    training, search, heldout = split_hard_sums(seed, plan)
+    save_records(folder / "search.jsonl", search)
+    save_records(folder / "heldout.jsonl", heldout)
+    for name in ("base", "maths", "japanese"):
+        (folder / name).mkdir()
+        save_config(folder / name)
+        save_tokenizer(folder / name)
+    config = decoder_config(folder / "base" / "config.json")
+
+    def stage(name: str, start: Stored, steps: int, peak: float, batch: Callable[..., np.ndarray]) -> Stored:
+        rng = np.random.default_rng([seed, 2, *name.encode()])
+        model = train(config, start, lambda n: batch(rng, n), steps, peak, partial(progress, name))
+        save_weights(folder / name, model, config)
+        return model
+
+    base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, base_batch)
+    stage("maths", base, plan.maths_steps, 2e-3, partial(maths_batch, training=training))
+    stage("japanese", base, plan.japanese_steps, 1e-3, japanese_batch)

