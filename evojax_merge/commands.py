@@ -30,7 +30,7 @@ from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
-from evojax_merge.search.run_folder import RunFolder, open_run
+from evojax_merge.search.run_folder import RunFolder, is_run, open_run
 from evojax_merge.search.setup import (
     build_problem,
     context_length,
@@ -201,8 +201,8 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
 
 def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
     folder = RunFolder(run)
-    if not folder.config.exists():
-        raise InputError(run, "is not a run folder (it has no config.yaml)")
+    if not is_run(folder):
+        raise InputError(run, "is not a run folder of a search")
     if not folder.recipe.exists():
         raise InputError(run, "has no winner yet (no best/recipe.yaml); finish it with search … --resume")
     if out.exists() and not overwrite:

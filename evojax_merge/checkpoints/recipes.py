@@ -388,7 +388,9 @@ def _slice_document(
 ) -> dict[str, Any]:
     def setting(name: str, parent: int | None) -> Any:
         def at(values: np.ndarray) -> float:
-            return short(values if parent is None else values[parent])
+            value = values if parent is None else values[parent]
+            # On the grid: the decimal fraction itself, which counts the entries that the search counted.
+            return round(float(value), 3) if name == "density" else short(value)
 
         rows = [{"filter": SHARED_FILTERS[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
         rows += [{"filter": wanted, "value": at(layer[name][c])} for c, wanted in enumerate(COMPONENT_FILTERS)]

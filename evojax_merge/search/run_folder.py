@@ -97,7 +97,7 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
     if path.exists() and not path.is_dir():
         raise InputError(path, "is a file; expected a run folder")
     occupied = path.exists() and any(path.iterdir())
-    if occupied and not folder.config.exists():
+    if occupied and not is_run(folder):
         raise InputError(path, "is not empty and not a run folder; choose another with --out")
     if occupied and resume:
         _check_same_config(folder, document)
@@ -107,12 +107,28 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
         raise InputError(path, "holds no run to resume")
     try:
         if occupied and not resume:
-            shutil.rmtree(path)
+            _clear(folder)
         (path / "best").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})") from None
     atomic_write(folder.config, dump_yaml(document))
     return folder
+
+
+def is_run(folder: RunFolder) -> bool:
+    """Whether a search made this folder: its config.yaml lists the hashes of its inputs."""
+    if not folder.config.exists():
+        return False
+    document = load_yaml(folder.config)
+    return isinstance(document, dict) and "inputs" in document
+
+
+def _clear(folder: RunFolder) -> None:
+    """Delete what a search wrote, and nothing that a user put beside it."""
+    shutil.rmtree(folder.path / "best", ignore_errors=True)
+    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+    for file in (folder.history, folder.timing, folder.result, folder.picture):
+        file.unlink(missing_ok=True)
 
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:

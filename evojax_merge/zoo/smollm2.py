@@ -36,7 +36,7 @@ from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.sources import Stored
-from evojax_merge.tasks.batches import Row, ScoringBatch, scoring_batches
+from evojax_merge.tasks.batches import Row, ScoringBatch, batch_shapes, scoring_batches
 from evojax_merge.tasks.tasks import encode_pair
 
 # The version of everything that is made here: whoever changes what is made counts it up.
@@ -329,9 +329,9 @@ def target_loss(config: DecoderConfig, model: Stored, batch: dict[str, jax.Array
 
 def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int) -> Iterator[ScoringBatch]:
     """Batches without end: every round has all rows, in another order. Shapes are the same in every round."""
-    rng = np.random.default_rng(seed)
+    rng, shapes = np.random.default_rng(seed), batch_shapes(rows, tokens)
     while True:
-        batches = scoring_batches([rows[i] for i in rng.permutation(len(rows))], tokens)
+        batches = scoring_batches([rows[i] for i in rng.permutation(len(rows))], shapes)
         yield from (batches[i] for i in rng.permutation(len(batches)))
 
 

@@ -1,0 +1,238 @@
+"""Seconds per candidate of a search, against the loop that people run today.
+
+    python bench/search.py
+
+Ours: a population is merged inside compiled passes and scored in memory. The peer, one candidate after the other in
+one warm process: mergekit writes the model, transformers loads it, torch scores the same rows in batches of the
+same shape. Imports and the first candidate (compilation, caches) are not counted on either side; ours are shown
+apart. Both score the same recipes, and the scores must agree.
+"""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from machine import describe
+
+from evojax_merge.checkpoints.bank import load_bank
+from evojax_merge.checkpoints.parents import tensor_shapes
+from evojax_merge.checkpoints.recipes import recipe_document
+from evojax_merge.evaluation.evaluator import Evaluator, fitness
+from evojax_merge.models.bank import candidate
+from evojax_merge.search.setup import Problem, build_problem, locate, read_config
+from evojax_merge.tasks.batches import ScoringBatch
+
+METHOD = "ties"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per candidate, and how ours and the peer's are made up."""
+
+    model: str
+    parameters: int
+    tokens: int
+    ours: float
+    prepare: float
+    compile: float
+    peer_merge: float
+    peer_load: float
+    peer_score: float
+
+    @property
+    def peer(self) -> float:
+        return self.peer_merge + self.peer_load + self.peer_score
+
+
+def write_random_family(folder: Path) -> None:
+    """Base and two experts of 30 M parameters: a Llama of 8 layers, width 512, vocabulary 16,384."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocab = 16384
+    words = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    for name in ("base", "one", "two"):
+        if name != "base":
+            for parameter in model.parameters():
+                parameter.data += 0.002 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+        fast.save_pretrained(folder / name)
+
+
+def write_rows(file: Path, words: Sequence[str], tokens: int, length: int) -> None:
+    """Examples of `length` tokens, a quarter of them target, `tokens` tokens together."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(max(2, tokens // length)):
+        text = [words[i] for i in rng.integers(0, len(words), length)]
+        split = length - length // 4
+        rows.append({"prompt": " ".join(text[:split]), "target": " ".join(text[split:])})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def problem_for(folder: Path, base: str, parents: list[str], population: int) -> Problem:
+    document = {
+        "base": base,
+        "parents": parents,
+        "space": {"method": METHOD, "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "rows.jsonl", "heldout": "rows.jsonl"}],
+        "search": {"population": population},
+        "export_dtype": "float32",
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return build_problem(path, read_config(path, [], None))
+
+
+def time_ours(problem: Problem, genomes: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+    """(fitness, seconds per candidate, seconds to load and prepare the bank, seconds to compile)."""
+    start = time.perf_counter()
+    bank = load_bank(problem.sources, problem.decoder, problem.spec)
+    prepare = time.perf_counter() - start
+    evaluator = Evaluator(problem.decoder, problem.tokenizer, problem.requests()[0])
+    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genomes))
+
+    def once() -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        values = fitness(evaluator.tasks, evaluator.population(bank, problem.spec, recipes))
+        return values, time.perf_counter() - start
+
+    _, first = once()
+    # The median of three: the machine may be busy.
+    runs = [once() for _ in range(3)]
+    seconds = float(np.median([run[1] for run in runs]))
+    return runs[0][0], seconds / len(genomes), prepare, first - seconds
+
+
+def torch_fitness(model: Any, batches: Sequence[ScoringBatch], rows: int) -> float:
+    """The same score from transformers: mean over examples of the mean log-probability of the target."""
+    import torch
+
+    totals = np.zeros(rows)
+    for batch in batches:
+        columns = torch.arange(batch.tokens.shape[1])
+        mask = (columns[None, :] < torch.tensor(batch.length)[:, None]).long()
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor(batch.tokens).long(), attention_mask=mask).logits
+            at = torch.tensor(batch.at).long()
+            picked = torch.take_along_dim(logits, at[..., None], dim=1).log_softmax(-1)
+            targets = torch.tensor(batch.targets).long()
+            found = torch.take_along_dim(picked, targets[..., None], dim=2)[..., 0].numpy()
+        real = batch.rows >= 0
+        totals[batch.rows[real]] = (found * batch.mask).sum(axis=1)[real] / batch.mask.sum(axis=1)[real]
+    return float(totals.mean())
+
+
+def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(fitness, median seconds for merging, loading, scoring), the first candidate not counted."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from transformers import AutoModelForCausalLM
+
+    request = problem.requests()[0][0]
+    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genomes))
+    base, *parents = [str(path) for path in problem.merged_from]
+    values, seconds = [], []
+    for i in range(len(genomes)):
+        recipe = jax.tree.map(np.asarray, candidate(recipes, i))
+        document = recipe_document(recipe, problem.spec, problem.decoder, base, parents)
+        start = time.perf_counter()
+        run_merge(
+            MergeConfiguration.model_validate(document), str(folder / "merged"),
+            MergeOptions(quiet=True, write_model_card=False),
+        )  # fmt: skip
+        merged = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="float32").eval()
+        loaded = time.perf_counter()
+        values.append(torch_fitness(model, request.scoring, len(request.rows)))
+        seconds.append((merged - start, loaded - merged, time.perf_counter() - loaded))
+    return np.array(values), np.median(seconds[1:], axis=0)
+
+
+def measure(name: str, models: dict[str, str], tokens: int, length: int, population: int, peers: int) -> Timing:
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        vocabulary = json.loads((Path(models["base"]) / "tokenizer.json").read_text())["model"]["vocab"]
+        words = sorted(word for word in vocabulary if not word.startswith("<"))
+        write_rows(folder / "rows.jsonl", words, tokens, length)
+        problem = problem_for(folder, models["base"], [models["one"], models["two"]], population)
+        rng = np.random.default_rng(1)
+        genomes = rng.uniform(0, 1, (population, problem.space.dims)).astype(np.float32)
+        ours, per_candidate, prepare, compile_seconds = time_ours(problem, genomes)
+        theirs, peer = time_peer(problem, genomes[:peers], folder)
+        np.testing.assert_allclose(ours[:peers], theirs, atol=2e-4)
+        counted = sum(len(row.tokens) for row in problem.requests()[0][0].rows)
+        size = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.decoder).values())
+        return Timing(name, size, counted, per_candidate, prepare, compile_seconds, *peer)
+
+
+def table(rows: Sequence[Timing]) -> str:
+    lines = [
+        "| model | tokens scored | ours, s/candidate | peer, s/candidate | ratio | peer: merge + load + score "
+        "| ours, once: prepare + compile |",
+        "| --- | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for row in rows:
+        parts = f"{row.peer_merge:.2f} + {row.peer_load:.2f} + {row.peer_score:.2f}"
+        lines.append(
+            f"| {row.model} ({row.parameters / 1e6:.1f} M) | {row.tokens:,} | {row.ours:.4f} | {row.peer:.3f} "
+            f"| {row.peer / row.ours:.1f} | {parts} | {row.prepare:.1f} + {row.compile:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Seconds per candidate of a search, against mergekit + transformers.")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[500, 2000, 8000])
+    parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--peers", type=int, default=4, help="candidates that the peer builds")
+    parser.add_argument("--models", nargs="+", choices=["zoo", "30M"], default=["zoo", "30M"])
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for name in arguments.models:
+            if name == "zoo":
+                parts = {"base": "zoo:base", "one": "zoo:maths", "two": "zoo:japanese"}
+                models = {key: str(locate(part, Path.cwd())) for key, part in parts.items()}
+                length, population = 16, arguments.population
+            else:
+                write_random_family(Path(work))
+                models = {key: str(Path(work) / key) for key in ("base", "one", "two")}
+                length, population = 64, max(4, arguments.population // 4)
+            for tokens in arguments.tokens:
+                rows.append(measure(name, models, tokens, length, population, arguments.peers))
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(f"\n{METHOD}, base and two parents; {describe()}\n\n{table(rows)}")
+
+
+if __name__ == "__main__":
+    main()

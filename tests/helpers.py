@@ -1,0 +1,151 @@
+"""Builders of tiny random checkpoints, tokenizers and task files that several test files share.
+
+Checkpoints are made with transformers and torch, so that what is read back was not written by what is tested.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+VOCAB = 64
+
+
+def tiny_config(kind: str = "llama", **changes: Any) -> Any:
+    """A small config of one architecture; sizes are all different, so that no two axes can be mistaken."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = CONFIGS[kind](**(sizes | changes))
+    config._attn_implementation = "eager"
+    return config
+
+
+def random_model(config: Any, seed: int = 0, std: float = 0.15) -> Any:
+    """A torch model of `config` in float32 in which no parameter is zero or one."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    for name, values in model.named_parameters():
+        torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=std)
+    return model
+
+
+def finetune(model: Any, seed: int, scale: float = 0.03) -> Any:
+    """A copy of a torch model with noise added to every parameter."""
+    torch.manual_seed(seed)
+    tuned = AutoModelForCausalLM.from_config(model.config).to(next(model.parameters()).dtype).eval()
+    tuned.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for values in tuned.parameters():
+            values += scale * torch.randn_like(values)
+    return tuned
+
+
+def words(vocab: int = VOCAB) -> list[str]:
+    """The tokens of `word_tokenizer`, in the order of their ids."""
+    return [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab))]
+
+
+def word_tokenizer(tokens: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits at white space and gives each of `tokens` its position as id."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+def save(model: Any, folder: Path, tokens: Sequence[str] | None = None, **options: Any) -> Path:
+    """Save a torch model, with a word tokenizer of its own vocabulary's size unless told which tokens."""
+    model.save_pretrained(folder, **options)
+    word_tokenizer(words(model.config.vocab_size) if tokens is None else tokens).save_pretrained(folder)
+    return folder
+
+
+def load_torch(folder: Path) -> Any:
+    """The folder as transformers reads it, in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def state(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder as safetensors reads them: float32 or wider, by name."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, values in load_file(file).items():
+            tensors[name] = values.to(torch.promote_types(values.dtype, torch.float32)).numpy()
+    return tensors
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def write_lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def random_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[str, Any]]:
+    """Examples of random words that serve all kinds of tasks; prompts and targets differ in length."""
+    rng = np.random.default_rng(seed)
+
+    def text(size: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(len(SPECIAL), vocab, size))
+
+    return [
+        {
+            "prompt": text(int(rng.integers(2, 14))),
+            "target": text(int(rng.integers(1, 6))),
+            "choices": [text(int(rng.integers(1, 4))) for _ in range(4)],
+            "answer": int(rng.integers(4)),
+        }
+        for _ in range(count)
+    ]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A base and parents that were made from it, their task file, and the folder they lie in."""
+
+    root: Path
+    base: Path
+    parents: tuple[Path, ...]
+    tasks: Path
+
+
+def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.dtype = torch.float32) -> Family:
+    """Write base, parents and `tasks.jsonl` below `root`."""
+    model = random_model(tiny_config(tie_word_embeddings=True) if config is None else config).to(dtype)
+    base = save(model, root / "base")
+    folders = tuple(save(finetune(model, k + 1), root / f"parent{k}") for k in range(parents))
+    tasks = write_lines(root / "tasks.jsonl", random_records(12, model.config.vocab_size))
+    return Family(root, base, folders, tasks)

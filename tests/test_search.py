@@ -1,0 +1,287 @@
+"""The search as a user runs it: real processes on real folders, killed, resumed, exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cma
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from family import make_family
+from transformers import AutoModelForCausalLM
+
+from evojax_merge.checkpoints.bank import load_bank
+from evojax_merge.models.bank import candidate
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.sources import Merged
+from evojax_merge.search.setup import build_problem, read_config
+from evojax_merge.search.strategy import default_population, make_strategy
+
+GENERATIONS = 8
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "evojax_merge.cli", *map(str, arguments)]
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    root = make_family(tmp_path_factory.mktemp("family"), dtype="bfloat16")
+    document = {
+        "base": "base",
+        "parents": ["one", "two"],
+        "space": {
+            "method": "dare_ties",
+            "layers_per_group": 2,
+            "parameters": {"weight": {"low": -0.2, "high": 1.5}, "density": {"start": 0.6}},
+        },
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "file": "task.jsonl", "heldout": 0.25},
+            {"name": "choice", "kind": "multiple_choice", "file": "task.jsonl", "heldout": "heldout.jsonl",
+             "metric": "margin", "weight": 0.5, "limit": 6},
+            {"name": "words", "kind": "exact_match", "file": "task.jsonl", "max_new_tokens": 3, "pattern": r"w\d+"},
+        ],
+        "search": {"generations": GENERATIONS, "population": 6},
+        "seed": 3,
+    }  # fmt: skip
+    (root / "config.yaml").write_text(yaml.safe_dump(document))
+    return root / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("search", config_file, "--out", out)
+    return out
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What must not depend on when and how often a run was interrupted."""
+    files = ["history.jsonl", "result.json", "config.yaml", "best/recipe.yaml", "best/model/model.safetensors"]
+    return {name: (out / name).read_bytes() for name in files}
+
+
+def test_run_folder_is_complete(finished):
+    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert [row["generation"] for row in history] == list(range(GENERATIONS))
+    assert all(len(row["fitness"]) == 6 and row["failed"] == 0 for row in history)
+    best = [row["best_so_far"] for row in history]
+    assert best == sorted(best) and best[-1] == max(row["best"] for row in history)
+    assert len((finished / "timing.jsonl").read_text().splitlines()) == GENERATIONS
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    table = json.loads((finished / "result.json").read_text())["table"]
+    assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
+    assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
+    card = (finished / "best/model/README.md").read_text()
+    assert "dare_ties" in card and "one" in card and "Held-out" in card
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml", "history.jsonl", "timing.jsonl", "checkpoints", "best", "result.json", "report.png",
+    }  # fmt: skip
+
+
+def test_winner_is_what_was_scored(finished, config_file):
+    """The exported folder, in transformers, gives the logits of the candidate that the search scored."""
+    problem = build_problem(config_file, read_config(config_file, [], None))
+    bank = load_bank(problem.sources, problem.decoder, problem.spec)
+    genome = json.loads((finished / "result.json").read_text())["genome"]
+    recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
+    source = Merged(bank, candidate(recipes, 0), problem.spec)
+    tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
+    hidden, _ = forward(problem.decoder, source, tokens, np.zeros(3, np.int32), np.full(3, 11, np.int32))
+    ours = np.asarray(logits(problem.decoder, source, hidden))
+    model = AutoModelForCausalLM.from_pretrained(finished / "best/model", dtype="float32").eval()
+    import torch
+
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert json.loads((finished / "best/model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
+    run("merge", finished / "best/recipe.yaml", tmp_path / "again")
+    run("export", finished, tmp_path / "exported")
+    winner = (finished / "best/model/model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == winner
+    assert (tmp_path / "exported/model.safetensors").read_bytes() == winner
+    run("export", finished, tmp_path / "wide", "--dtype", "float32")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype.__str__() == "torch.float32"
+
+
+def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_path):
+    """`evaluate` on the held-out file reaches the figure that the search put in its table."""
+    document = yaml.safe_load(config_file.read_text())
+    task = {**document["tasks"][1], "file": str(config_file.parent / "heldout.jsonl"), "heldout": 0.5}
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text(yaml.safe_dump({"tasks": [task]}))
+    run(
+        "evaluate",
+        finished / "best/model",
+        config_file.parent / "base",
+        "--tasks",
+        tasks,
+        "--json",
+        tmp_path / "s.json",
+    )
+    scores = json.loads((tmp_path / "s.json").read_text())
+    table = json.loads((finished / "result.json").read_text())["table"]
+    for row, role in zip(scores, ("winner", "base"), strict=True):
+        expected = next(line for line in table if line["role"] == role)["heldout_scores"]
+        for name in ("choice/accuracy", "choice/margin"):
+            assert row["scores"][name] == pytest.approx(expected[name], abs=1e-4)
+
+
+def _start_and_wait(config_file: Path, out: Path, lines: int) -> subprocess.Popen:
+    process = subprocess.Popen(
+        command("search", config_file, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    history = out / "history.jsonl"
+    while process.poll() is None:
+        if history.exists() and history.read_bytes().count(b"\n") >= lines:
+            return process
+        time.sleep(0.002)
+    raise AssertionError(f"ended before it could be stopped: {process.stderr and process.stderr.read()}")
+
+
+def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
+    out = tmp_path / "killed"
+    for lines in (2, 5):
+        if lines == 2:
+            process = _start_and_wait(config_file, out, lines)
+        else:
+            process = subprocess.Popen(
+                command("search", config_file, "--out", out, "--resume"), stdout=subprocess.DEVNULL
+            )
+            while (out / "history.jsonl").read_bytes().count(b"\n") < lines:
+                assert process.poll() is None, "ended before it could be killed"
+                time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (out / "result.json").exists()
+    # The line that a kill cut short.
+    with (out / "history.jsonl").open("a") as handle:
+        handle.write('{"generation": 99, "be')
+    run("search", config_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished)
+
+
+def test_interrupt_saves_and_says_how_to_go_on(config_file, finished, tmp_path):
+    out = tmp_path / "interrupted"
+    process = _start_and_wait(config_file, out, 3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
+    run("search", config_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished)
+
+
+def test_more_generations_continue_a_finished_run(config_file, finished, tmp_path):
+    out = tmp_path / "longer"
+    run("search", config_file, "--out", out, "--set", "search.generations=4")
+    run("search", config_file, "--out", out, "--resume")
+    assert (out / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
+    assert (out / "best/model/model.safetensors").read_bytes() == (
+        finished / "best/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_search_never_sees_the_heldout_split(config_file, finished, tmp_path):
+    heldout = tmp_path / "other.jsonl"
+    lines = (config_file.parent / "heldout.jsonl").read_text().splitlines()
+    heldout.write_text("\n".join(reversed(lines[: len(lines) // 2])) + "\n")
+    run("search", config_file, "--out", tmp_path / "run", "--set", f"tasks.1.heldout={heldout}")
+    for name in ("history.jsonl", "best/recipe.yaml"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--out", "{run}"], "--resume"),
+        (["--out", "{run}", "--resume", "--set", "search.sigma=0.3"], "search.sigma"),
+        (["--out", "{run}", "--resume", "--seed", "4"], "seed"),
+        (["--out", "{parent}"], "not a run folder"),
+        (["--out", "{run}/nothing", "--resume"], "no run to resume"),
+    ],
+)
+def test_run_folder_of_another_run_is_refused(config_file, finished, arguments, expected):
+    before = contents(finished)
+    filled = [a.format(run=finished, parent=config_file.parent) for a in arguments]
+    done = run("search", config_file, *filled, status=2)
+    assert expected in done.stderr and len(done.stderr.splitlines()) == 1
+    assert contents(finished) == before
+
+
+def test_overwrite_starts_again_and_keeps_what_is_not_its_own(config_file, finished, tmp_path):
+    out = tmp_path / "run"
+    run("search", config_file, "--out", out, "--set", "search.generations=2", "--seed", "9")
+    (out / "notes.txt").write_text("mine")
+    run("search", config_file, "--out", out, "--overwrite")
+    assert contents(out) == contents(finished)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The strategy
+
+
+def _minimise(function, dims: int, target: float, limit: int) -> int:
+    """Evaluations until `function` is below `target`."""
+    population = default_population(dims)
+    strategy = make_strategy(dims, population, 0.5, seed=1)
+    state = strategy.init(np.full(dims, 1.0, np.float32))
+    for generation in range(limit // population):
+        genomes, state = strategy.ask(state, generation)
+        values = np.array([function(np.asarray(genome, np.float64)) for genome in genomes])
+        if values.min() < target:
+            return (generation + 1) * population
+        state = strategy.tell(state, generation, genomes, -values)
+    return limit
+
+
+@pytest.mark.parametrize("function", [cma.ff.sphere, cma.ff.elli])
+def test_strategy_needs_about_as_many_evaluations_as_pycma(function):
+    """On convex quadratics, within 1.5 times of pycma from the same start to the same target."""
+    dims, target, limit = 8, 1e-6, 20000
+    options = {"ftarget": target, "seed": 1, "verbose": -9, "maxfevals": limit}
+    theirs = cma.fmin2(function, np.full(dims, 1.0), 0.5, options)[1].result.evaluations
+    assert _minimise(function, dims, target, limit) < 1.5 * theirs
+
+
+def test_flat_fitness_does_not_shrink_sigma():
+    """Accuracy ties: 300 generations without any signal must leave a search that can still move."""
+    strategy = make_strategy(10, 10, 1 / 6, seed=0)
+    state = strategy.init(np.full(10, 0.5, np.float32))
+    for generation in range(300):
+        genomes, state = strategy.ask(state, generation)
+        state = strategy.tell(state, generation, genomes, np.zeros(10))
+    assert 1e-3 < float(state.std) < 1e3
+
+
+def test_failed_candidates_rank_last():
+    """A failed candidate moves the mean as the worst finite one would."""
+    strategy = make_strategy(4, 8, 1 / 6, seed=0)
+    genomes, asked = strategy.ask(strategy.init(np.full(4, 0.5, np.float32)), 0)
+    fitness = np.arange(8.0)
+    worst, failed = fitness.copy(), fitness.copy()
+    worst[5], failed[5] = -100.0, np.nan
+    one = strategy.tell(asked, 0, genomes, worst)
+    other = strategy.tell(asked, 0, genomes, failed)
+    np.testing.assert_array_equal(one.mean, other.mean)
+    np.testing.assert_array_equal(one.C, other.C)
+    infinite = failed.copy()
+    infinite[5] = np.inf
+    np.testing.assert_array_equal(strategy.tell(asked, 0, genomes, infinite).mean, other.mean)
