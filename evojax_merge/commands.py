@@ -22,7 +22,7 @@ from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import Evaluator, build_requests, fitness, means
@@ -110,6 +110,8 @@ def run_search_command(
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
     problem = build_problem(path, config)
     requests = problem.requests()
+    # Candidates need no disk; the winner is about as large as one parent.
+    require_space(out, bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from))
     folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
@@ -158,6 +160,7 @@ def run_merge_command(
     recipe = read_recipe(recipe_path)
     job = prepare(recipe, dtype, seed, allow_nonfinite)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
+    require_space(out, job.nbytes)
     with bytes_bar("merging", job.nbytes) as progress:
         merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
@@ -215,6 +218,7 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
         if card_file.exists()
         else merge_card(out.name, recipe.method.name, recipe.models, folder.recipe.read_text(encoding="utf-8"))
     )
+    require_space(out, job.nbytes)
     with bytes_bar("exporting", job.nbytes) as progress:
         merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

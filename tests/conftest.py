@@ -1,7 +1,6 @@
 """What every test shares: a CPU unless told otherwise, a cache folder of the suite's own, no network."""
 
 import os
-import sys
 from pathlib import Path
 
 # Before anything imports JAX or transformers. A user's own JAX_PLATFORMS is kept.
@@ -15,14 +14,6 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".py
 
 import pytest
 from helpers import Family, build_family
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quiet_torch() -> None:
-    if "torch" in sys.modules:
-        import torch
-
-        torch.set_grad_enabled(False)
 
 
 @pytest.fixture(scope="session")

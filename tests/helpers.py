@@ -22,6 +22,9 @@ from transformers import (
 )
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+# Models this small lose more by waking a second thread than they gain.
+torch.set_num_threads(1)
+
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 VOCAB = 64
 

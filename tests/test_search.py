@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import yaml
-from family import make_family
-from transformers import AutoModelForCausalLM
+from helpers import build_family, load_torch, random_records, write_lines
 
 from evojax_merge.checkpoints.bank import load_bank
+from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.models.bank import candidate
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.sources import Merged
@@ -39,20 +40,22 @@ def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory) -> Path:
-    root = make_family(tmp_path_factory.mktemp("family"), dtype="bfloat16")
+    root = tmp_path_factory.mktemp("family")
+    build_family(root, dtype=torch.bfloat16)
+    write_lines(root / "heldout.jsonl", random_records(8, seed=2))
     document = {
         "base": "base",
-        "parents": ["one", "two"],
+        "parents": ["parent0", "parent1"],
         "space": {
             "method": "dare_ties",
             "layers_per_group": 2,
             "parameters": {"weight": {"low": -0.2, "high": 1.5}, "density": {"start": 0.6}},
         },
         "tasks": [
-            {"name": "text", "kind": "likelihood", "file": "task.jsonl", "heldout": 0.25},
-            {"name": "choice", "kind": "multiple_choice", "file": "task.jsonl", "heldout": "heldout.jsonl",
+            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25},
+            {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "heldout": "heldout.jsonl",
              "metric": "margin", "weight": 0.5, "limit": 6},
-            {"name": "words", "kind": "exact_match", "file": "task.jsonl", "max_new_tokens": 3, "pattern": r"w\d+"},
+            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 3, "pattern": r"w\d+"},
         ],
         "search": {"generations": GENERATIONS, "population": 6},
         "seed": 3,
@@ -86,7 +89,7 @@ def test_run_folder_is_complete(finished):
     assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
     assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
     card = (finished / "best/model/README.md").read_text()
-    assert "dare_ties" in card and "one" in card and "Held-out" in card
+    assert "dare_ties" in card and "parent0" in card and "Held-out" in card
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml", "history.jsonl", "timing.jsonl", "checkpoints", "best", "result.json", "report.png",
     }  # fmt: skip
@@ -102,11 +105,8 @@ def test_winner_is_what_was_scored(finished, config_file):
     tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
     hidden, _ = forward(problem.decoder, source, tokens, np.zeros(3, np.int32), np.full(3, 11, np.int32))
     ours = np.asarray(logits(problem.decoder, source, hidden))
-    model = AutoModelForCausalLM.from_pretrained(finished / "best/model", dtype="float32").eval()
-    import torch
-
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+        theirs = load_torch(finished / "best/model")(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert json.loads((finished / "best/model/config.json").read_text())["dtype"] == "bfloat16"
 
@@ -118,7 +118,7 @@ def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == winner
     assert (tmp_path / "exported/model.safetensors").read_bytes() == winner
     run("export", finished, tmp_path / "wide", "--dtype", "float32")
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype.__str__() == "torch.float32"
+    assert read_header(tmp_path / "wide/model.safetensors")["model.norm.weight"].dtype == np.float32
 
 
 def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_path):
@@ -285,3 +285,25 @@ def test_failed_candidates_rank_last():
     infinite = failed.copy()
     infinite[5] = np.inf
     np.testing.assert_array_equal(strategy.tell(asked, 0, genomes, infinite).mean, other.mean)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 16 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_without_space_is_found_out_before_the_search(config_file, finished, small_disk):
+    for arguments in (
+        ["search", config_file, "--out", small_disk / "run"],
+        ["merge", finished / "best/recipe.yaml", small_disk / "model", "--dtype", "float32"],
+    ):
+        done = run(*arguments, status=2)
+        assert "MB free" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert list(small_disk.iterdir()) == []

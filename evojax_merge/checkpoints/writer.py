@@ -43,14 +43,27 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "folder"
             os.rename(target, old)
-            os.rename(work, target)
-            shutil.rmtree(old.parent)
+            try:
+                os.rename(work, target)
+            except BaseException:
+                os.rename(old, target)
+                raise
+            finally:
+                shutil.rmtree(old.parent)
         else:
             os.rename(work, target)
     except OSError as error:
         raise InputError(target, f"could not be written ({error.strerror}); nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def require_space(target: Path, nbytes: int) -> None:
+    """Raises InputError where the disk that `target` will be on has less than `nbytes` free."""
+    folder = next(parent for parent in (target, *target.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise InputError(target, f"needs {nbytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB free")
 
 
 def atomic_write(path: Path, text: str) -> None:

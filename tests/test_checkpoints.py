@@ -1,0 +1,414 @@
+"""Reading and writing model folders: the bank, its memory, streamed shards, folders that appear complete or not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from helpers import Family, finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
+from merge_kernels import METHODS, draw_scores, measure_grid
+
+from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
+from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.errors import InputError
+from evojax_merge.models.bank import MergeSpec
+
+SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
+
+
+def spec_of(method: str, seed: int = 0) -> MergeSpec:
+    return MergeSpec(method, METHODS[method].options, seed, "float32")
+
+
+def leaves(config: Any) -> list[tuple[str, str, int | None]]:
+    """(leaf of the bank, tensor name, layer) for every tensor of an untied Llama, written out by hand."""
+    named = [("embed", "model.embed_tokens.weight", None), ("final_norm", "model.norm.weight", None)]
+    named.append(("head", "lm_head.weight", None))
+    inside = {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }  # fmt: skip
+    for i in range(config.num_hidden_layers):
+        named += [(leaf, f"model.layers.{i}.{tensor}.weight", i) for leaf, tensor in inside.items()]  # type: ignore[misc]
+    return named
+
+
+def test_bank_holds_every_tensor_of_every_source(tmp_path: Path) -> None:
+    """Base first, one file or shards, parents of different dtypes: values and stacking are right everywhere."""
+    config = tiny_config()
+    model = random_model(config)
+    base = save(model, tmp_path / "base", **SHARDED)
+    half = save(finetune(model, 1).to(torch.bfloat16), tmp_path / "half")
+    full = save(finetune(model, 2), tmp_path / "full", **SHARDED)
+    assert len(list(base.glob("*.safetensors"))) > 2
+    folders = [base, half, full]
+    sources, decoder = open_sources(folders)
+    bank = load_bank(sources, decoder, spec_of("task_arithmetic"))
+    tensors = [state(folder) for folder in folders]
+    rows = leaves(config)
+    assert {name for _, name, _ in rows} == set(tensors[0])
+    assert len(bank.layers) + len(bank.shared) == len({leaf for leaf, _, _ in rows})
+    for leaf, name, layer in rows:
+        stacked = np.asarray(bank.shared[leaf] if layer is None else bank.layers[leaf][layer])
+        # bfloat16 and float32 together are stacked as float32, which holds both.
+        assert stacked.dtype == np.float32
+        for found, tensor in zip(stacked, tensors, strict=True):
+            np.testing.assert_array_equal(found, tensor[name])
+
+
+def test_bank_keeps_the_sources_own_dtype(tmp_path: Path) -> None:
+    model = random_model(tiny_config()).to(torch.bfloat16)
+    folders = [save(model, tmp_path / "a"), save(finetune(model, 1), tmp_path / "b")]
+    sources, decoder = open_sources(folders)
+    bank = load_bank(sources, decoder, spec_of("linear"))
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((bank.layers, bank.shared))} == {"bfloat16"}
+    for k, folder in enumerate(folders):
+        np.testing.assert_array_equal(
+            np.asarray(bank.layers["up"][1, k], np.float32), state(folder)["model.layers.1.mlp.up_proj.weight"]
+        )
+
+
+def test_bank_of_float16_and_bfloat16_loses_nothing(tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    folders = [save(model.to(torch.float16), tmp_path / "a"), save(finetune(model, 1).bfloat16(), tmp_path / "b")]
+    bank = load_bank(*open_sources(folders), spec_of("linear"))
+    assert bank.shared["embed"].dtype == jnp.float32
+    for k, folder in enumerate(folders):
+        np.testing.assert_array_equal(np.asarray(bank.shared["embed"][k]), state(folder)["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_bank_measures_each_tensor(method: str, family: Family) -> None:
+    sources, decoder = open_sources([family.base, *family.parents])
+    bank = load_bank(sources, decoder, spec_of(method, seed=5))
+    tensors = [state(folder) for folder in (family.base, *family.parents)]
+    for leaf, name, i in (
+        ("down", "model.layers.2.mlp.down_proj.weight", 2),
+        ("embed", "model.embed_tokens.weight", 0),
+    ):
+        values = [tensor[name] for tensor in tensors]
+        drawn = None
+        scores, tables = (
+            (bank.shared_scores, bank.shared_tables) if leaf == "embed" else (bank.layer_scores, bank.layer_tables)
+        )
+        if method == "dare_ties":
+            digests = [open_folder(folder).digest(name) for folder in family.parents]
+            drawn = list(np.asarray(draw_scores(5, digests, values[0].shape)))
+            np.testing.assert_array_equal(np.asarray(scores[leaf] if leaf == "embed" else scores[leaf][i]), drawn)
+        else:
+            assert not scores
+        for statistic, expected in measure_grid(METHODS[method], values, drawn).items():
+            table = tables[leaf][statistic]
+            np.testing.assert_array_equal(np.asarray(table if leaf == "embed" else table[i]), expected)
+
+
+def test_progress_adds_up_to_the_bank(family: Family) -> None:
+    sources, decoder = open_sources([family.base, *family.parents])
+    told: list[int] = []
+    bank = load_bank(sources, decoder, spec_of("task_arithmetic"), told.append)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((bank.layers, bank.shared)))
+    assert sum(told) == bank_bytes(sources, decoder) == held
+
+
+def test_stored_model_gives_its_tensors_back(family: Family) -> None:
+    sources, decoder = open_sources([family.parents[0]])
+    found = dict(stored_tensors(load_stored(sources, decoder), decoder))
+    expected = state(family.parents[0])
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
+# Loads a bank while a thread watches the anonymous memory of the process (mapped files are not its own), and prints
+# by how much it grew at most, the size of the bank, and that of the largest tensor.
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from merge_kernels import METHODS
+from evojax_merge.checkpoints.bank import bank_bytes, load_bank
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.models.bank import MergeSpec
+import jax, numpy as np
+
+def own():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+jax.block_until_ready(jax.device_put(np.ones(100)))
+sources, config = open_sources([Path(p) for p in sys.argv[2:]])
+largest = max(np.prod(entry.shape) * entry.dtype.itemsize for entry in sources.folders[0].entries.values())
+before, peak, done = own(), [0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], own())
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+bank = load_bank(sources, config, MergeSpec(sys.argv[1], METHODS[sys.argv[1]].options, 0, "float32"))
+done.set()
+thread.join()
+print(peak[0] - before, bank_bytes(sources, config), int(largest))
+"""
+
+
+@pytest.fixture(scope="module")
+def larger_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three models of about 50 MB each whose tensors are small beside the bank."""
+    root = tmp_path_factory.mktemp("larger")
+    config = tiny_config(hidden_size=320, intermediate_size=864, num_hidden_layers=12)
+    model = random_model(config)
+    return [save(finetune(model, k) if k else model, root / str(k)) for k in range(3)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process' memory")
+def test_loading_needs_the_bank_and_little_more(larger_models: list[Path]) -> None:
+    command = [sys.executable, "-c", WATCHED, "task_arithmetic", *map(str, larger_models)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    grown, bank, tensor = map(int, done.stdout.split())
+    assert bank > 100 * 2**20
+    # Arrays are filled where they stay: neither a second copy of a leaf (a ninth of the bank) nor of a source.
+    assert 0.9 * bank < grown < bank + 4 * tensor + 10 * 2**20
+
+
+def test_merging_one_tensor_at_a_time_needs_no_whole_model(larger_models: list[Path], tmp_path: Path) -> None:
+    """A one-off merge holds a tensor of each source, never a model."""
+    import tracemalloc
+
+    from evojax_merge.checkpoints.merge import merge_to, prepare
+    from evojax_merge.checkpoints.recipes import read_recipe
+
+    models = "".join(f"  - {{model: {path}, parameters: {{weight: 0.5}}}}\n" for path in larger_models[1:])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"merge_method: task_arithmetic\nbase_model: {larger_models[0]}\nmodels:\n{models}")
+    job = prepare(read_recipe(recipe))
+    tracemalloc.start()
+    merge_to(job, tmp_path / "out", card="")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < job.nbytes / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What names a parent in random methods
+
+
+def test_digest_does_not_depend_on_sharding(tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    one, many = save(model, tmp_path / "one"), save(model, tmp_path / "many", **SHARDED)
+    other = save(finetune(model, 1), tmp_path / "other")
+    opened = [open_folder(path) for path in (one, many, other)]
+    names = list(opened[0].entries)
+    for name in names:
+        assert opened[0].digest(name) == opened[1].digest(name) != opened[2].digest(name)
+    # Tensors of one content under different names draw different masks.
+    assert len({opened[0].digest(name) for name in names}) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def written(folder: Path, tensors: dict[str, np.ndarray], **options: Any) -> list[str]:
+    specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
+    with ShardWriter(folder, specs, **options) as writer:
+        for name in writer.order:
+            writer.write(name, tensors[name])
+        return writer.order
+
+
+@pytest.mark.parametrize("shard", [None, 4000])
+def test_written_tensors_are_read_by_safetensors(shard: int | None, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    rng = np.random.default_rng(0)
+    tensors = {
+        "float32": rng.normal(size=(20, 30)).astype(np.float32),
+        "bfloat16": rng.normal(size=(7, 11, 3)).astype(ml_dtypes.bfloat16),
+        "float16": rng.normal(size=(50,)).astype(np.float16),
+        "int64": rng.integers(-(2**40), 2**40, (9,)),
+        "bool": rng.random((5, 5)) > 0.5,
+        "scalar": np.array(1.5, np.float32),
+        "empty": np.zeros((0, 4), np.float32),
+        # Views whose memory is not in the order of their entries.
+        "transposed": rng.normal(size=(31, 17)).astype(np.float32).T,
+        "strided": rng.normal(size=(40, 12)).astype(np.float32)[::3, ::-2],
+    }
+    options = {} if shard is None else {"max_shard_bytes": shard}
+    assert sorted(written(tmp_path, tensors, **options)) == sorted(tensors)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shard is None)
+    found = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            found |= {name: (file.name, opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+    assert set(found) == set(tensors)
+    for name, values in tensors.items():
+        tensor = found[name][1]
+        if name == "bfloat16":
+            tensor, values = tensor.float(), values.astype(np.float32)
+        np.testing.assert_array_equal(tensor.numpy(), values)
+        assert tensor.numpy().dtype == values.dtype
+    if shard is not None:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
+        assert index["metadata"]["total_size"] == sum(values.nbytes for values in tensors.values())
+
+
+@pytest.mark.parametrize("shard", [10**9, 40_000])
+def test_written_models_load_in_transformers(shard: int, tmp_path: Path) -> None:
+    config = tiny_config("qwen3", head_dim=16)
+    original = save(random_model(config).bfloat16(), tmp_path / "original")
+    sources, decoder = open_sources([original])
+    tensors = dict(stored_tensors(load_stored(sources, decoder), decoder))
+    assert {name: values.shape for name, values in tensors.items()} == tensor_shapes(decoder)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    written(copy, tensors, max_shard_bytes=shard)
+    assert (len(list(copy.glob("*.safetensors"))) > 1) == (shard < 10**9)
+    (copy / "config.json").write_bytes((original / "config.json").read_bytes())
+    one, other = load_torch(original).state_dict(), load_torch(copy).state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert open_sources([copy])[1] == decoder
+
+
+def test_writer_refuses_another_order_dtype_or_shape(tmp_path: Path) -> None:
+    values = np.zeros((2, 3), np.float32)
+    specs = {name: TensorSpec((2, 3), np.dtype(np.float32)) for name in "ab"}
+    for name, wrong in (("b", values), ("a", values.astype(np.float64)), ("a", values.T)):
+        with pytest.raises(RuntimeError), ShardWriter(tmp_path, specs) as writer:
+            writer.write(name, wrong)
+    with pytest.raises(RuntimeError, match="1 tensors were not written"), ShardWriter(tmp_path, specs) as writer:
+        writer.write("a", values)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders that appear complete or not at all
+
+
+def test_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with atomic_folder(target) as work:
+        (work / "file").write_text("content")
+        assert not target.exists()
+    assert (target / "file").read_text() == "content"
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("existing", [False, True])
+def test_failure_leaves_nothing_behind(failure: type[BaseException], existing: bool, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    if existing:
+        target.mkdir()
+        (target / "file").write_text("old")
+    # An error of the file system is the user's to put right; others pass through.
+    raised = InputError if failure is OSError else failure
+
+    def fail_halfway() -> None:
+        with atomic_folder(target, overwrite=True) as work:
+            (work / "file").write_text("half")
+            raise failure
+
+    with pytest.raises(raised):
+        fail_halfway()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"] * existing
+    if existing:
+        assert (target / "file").read_text() == "old"
+
+
+def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "stale").write_text("old")
+    with pytest.raises(InputError, match="exists already"), atomic_folder(target):
+        pass
+    assert (target / "stale").exists()
+    with atomic_folder(target, overwrite=True) as work:
+        (work / "file").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["file"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_failure_in_the_last_step_brings_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "file").write_text("old")
+    rename = os.rename
+
+    def fail_on_the_new_folder(source: Path, destination: Path) -> None:
+        if (Path(source) / "new").exists():
+            raise OSError(5, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", fail_on_the_new_folder)
+
+    def overwrite() -> None:
+        with atomic_folder(target, overwrite=True) as work:
+            (work / "new").write_text("new")
+
+    with pytest.raises(InputError, match="Input/output error"):
+        overwrite()
+    assert (target / "file").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_atomic_write_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file"
+    atomic_write(target, "one")
+    atomic_write(target, "two")
+    assert target.read_text() == "two"
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        atomic_write(target, "three")
+    assert target.read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Vocabularies
+
+
+def test_rows_are_aligned_by_token(tmp_path: Path) -> None:
+    """With a tokenizer source, row i of every source is the row of the source tokenizer's token i."""
+    model = random_model(tiny_config())
+    tokens, order = words(), np.random.default_rng(0).permutation(64)
+    one = save(model, tmp_path / "one", tokens)
+    shuffled = finetune(model, 1)
+    embedding, head = shuffled.get_input_embeddings().weight, shuffled.get_output_embeddings().weight
+    unshuffled = embedding.detach().numpy().copy(), head.detach().numpy().copy()
+    with torch.no_grad():
+        embedding.copy_(embedding[order].clone())
+        head.copy_(head[order].clone())
+    other = save(shuffled, tmp_path / "other", [tokens[i] for i in order])
+    assert word_tokenizer(tokens).get_vocab() != word_tokenizer([tokens[i] for i in order]).get_vocab()
+
+    with pytest.raises(InputError, match="tokenizer_source"):
+        open_sources([one, other])
+    bank = load_bank(*open_sources([one, other], one), spec_of("linear"))
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0])
+    np.testing.assert_array_equal(np.asarray(bank.shared["head"][1]), unshuffled[1])
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"])
+    # The other way round, both come in the other's order.
+    bank = load_bank(*open_sources([one, other], other), spec_of("linear"))
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0][order])
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"][order])

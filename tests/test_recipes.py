@@ -1,0 +1,578 @@
+"""Recipes: mergekit's YAML means here what it means there, and what a search found is written so that both read it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import Family, build_family, finetune, load_torch, random_model, save, state, tiny_config, words
+from merge_kernels import METHODS, Options
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES, shared_leaves
+from evojax_merge.checkpoints.bank import load_bank, stored_tensors
+from evojax_merge.checkpoints.merge import merge_to, prepare
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.recipes import (
+    dump_yaml,
+    evaluate_setting,
+    options_from,
+    plan,
+    read_recipe,
+    recipe_document,
+)
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.commands import run_merge_command
+from evojax_merge.errors import InputError
+from evojax_merge.models.bank import MergeSpec, Recipe, candidate
+from evojax_merge.models.sources import Merged
+from evojax_merge.spaces.parameter import Axis, ParameterSpace
+
+RANDOM = ("dare_linear", "dare_ties")
+
+
+def write(folder: Path, document: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def merge(folder: Path, document: dict[str, Any], **options: Any) -> Path:
+    """`evojax-merge merge` of a document, to a new folder."""
+    out = folder / f"merged{len(list(folder.glob('merged*')))}"
+    arguments = {"dtype": None, "seed": None, "overwrite": False, "allow_nonfinite": False} | options
+    run_merge_command(write(folder, document), out, **arguments)
+    return out
+
+
+def mergekit_merge(folder: Path, document: dict[str, Any]) -> Path:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    out = folder / f"theirs{len(list(folder.glob('theirs*')))}"
+    run_merge(MergeConfiguration.model_validate(document), str(out), MergeOptions(quiet=True, random_seed=0))
+    return out
+
+
+def assert_same_weights(found: Path, expected: Path, tolerance: float = 1e-5) -> None:
+    one, other = state(found), state(expected)
+    assert set(one) == set(other)
+    for name, values in other.items():
+        np.testing.assert_allclose(
+            one[name], values, rtol=tolerance, atol=tolerance * np.abs(values).max(), err_msg=name
+        )
+
+
+def inputs(family: Family, **parameters: list[Any]) -> list[dict[str, Any]]:
+    """The `models` of a document: parent k with the k-th value of each parameter."""
+    return [
+        {"model": str(parent), "parameters": {name: values[k] for name, values in parameters.items()}}
+        for k, parent in enumerate(family.parents)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: the same numbers for every tensor as mergekit resolves
+
+TENSORS = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.2.input_layernorm.weight",
+    "model.norm.weight",
+)
+SETTINGS: tuple[Any, ...] = (
+    0.25, 3, [0.0, 1.0], [0.0, 1.0, 0.25, 0.5], [0.7], [],
+    {"value": 0.5}, {"filter": "mlp", "value": 0.5},
+    [{"filter": "self_attn", "value": [0.0, 0.5, 1.0]}, {"filter": "mlp", "value": 0.3}, {"value": 0.9}],
+    [{"filter": "*", "value": 0.1}, {"filter": "mlp", "value": 0.3}],
+    [{"filter": "layers.1.", "value": [0.2, 0.4]}, {"filter": "norm", "value": 1}],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_settings_evaluate_as_in_mergekit(setting: Any) -> None:
+    from mergekit.config import ConditionalParameter
+    from mergekit.config import evaluate_setting as theirs
+
+    def typed(setting: Any) -> Any:
+        if isinstance(setting, dict):
+            return ConditionalParameter(**setting)
+        return [typed(row) for row in setting] if isinstance(setting, list) else setting
+
+    for tensor in TENSORS:
+        for t in (0.0, 0.1, 1 / 3, 0.5, 0.75, 1.0):
+            expected = theirs(tensor, typed(setting), t, validate=float)
+            found = evaluate_setting("file", tensor, setting, t)
+            assert (found is None) == (expected is None)
+            if expected is not None:
+                assert found == pytest.approx(expected, abs=1e-12)
+
+
+def their_plan(document: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, float]]]]:
+    """Tensor -> (shared parameters, parent -> parameters), as mergekit plans the merge."""
+    from mergekit.architecture import get_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import _model_out_config
+    from mergekit.options import MergeOptions
+    from mergekit.plan import MergePlanner
+
+    config, options = MergeConfiguration.model_validate(document), MergeOptions(quiet=True)
+    architecture = get_architecture_info(config, options)
+    planner = MergePlanner(config, architecture, options, _model_out_config(config, architecture))
+    rows = {}
+    for task in planner.plan_in_memory():
+        merge_task = task.tensor_task
+        of_parents = {
+            model.model.path: dict(values.items()) for model, values in merge_task.input_parameters.items() if values
+        }
+        rows[task.weight_info.name] = (dict(merge_task.parameters.items()), of_parents)
+    return rows
+
+
+def random_setting(rng: np.random.Generator) -> Any:
+    """A scalar, a gradient, or filters over either, some of which match nothing."""
+
+    def plain() -> Any:
+        draws = [round(float(x), 3) for x in rng.uniform(0.05, 1.0, rng.integers(2, 5))]
+        return draws if rng.random() < 0.4 else draws[0]
+
+    if rng.random() < 0.5:
+        return plain()
+    filters = rng.choice(["self_attn", "mlp", "norm", "layers.1.", "embed", "q_proj", "nothing"], 2, replace=False)
+    rows = [{"filter": str(name), "value": plain()} for name in filters]
+    return [*rows, {"value": plain()}] if rng.random() < 0.5 else rows
+
+
+def random_document(family: Family, name: str, rng: np.random.Generator) -> dict[str, Any]:
+    """A document with settings at every level; the last one always gives a value, so that none is missing."""
+    method = METHODS[name]
+    per_parent = [p.name for p in method.parameters if p.per_parent]
+    common = [p.name for p in method.parameters if not p.per_parent]
+
+    def some(names: list[str], chance: float) -> dict[str, Any]:
+        return {name: random_setting(rng) for name in names if rng.random() < chance}
+
+    needs_base = method.needs_base or name == "slerp"
+    parents = [str(parent) for parent in family.parents]
+    models = [str(family.base), parents[0]] if name == "slerp" else parents
+    document: dict[str, Any] = {"merge_method": name}
+    if needs_base:
+        document["base_model"] = str(family.base)
+    if rng.random() < 0.5:
+        document["models"] = [{"model": model, "parameters": some(per_parent, 0.6)} for model in models]
+    else:
+        listed = models if name == "slerp" or not needs_base else [str(family.base), *models]
+        document["slices"] = [
+            {
+                "sources": [
+                    {"model": model, "layer_range": list(layers), "parameters": some(per_parent, 0.6)}
+                    for model in listed
+                ],
+                "parameters": some(per_parent + common, 0.5),
+            }
+            for layers in ((0, 2), (1, 3), (2, 3))
+        ]
+    final = {p: round(float(rng.uniform(0.1, 1.0)), 3) for p in per_parent}
+    document["parameters"] = final | some(common, 0.7) | {"normalize": bool(rng.random() < 0.5)}
+    if name == "slerp":
+        del document["parameters"]["normalize"]
+    return document
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: Path) -> None:
+    """Random documents, both forms, settings at every level: the same tensors and the same parameters."""
+    tensors = list(state(family.base))
+    rng = np.random.default_rng(sorted(METHODS).index(name))
+    for _ in range(12):
+        document = random_document(family, name, rng)
+        recipe = read_recipe(write(tmp_path, document))
+        expected = their_plan(document)
+        rows = {row.name: row for row in plan(recipe, tensors, 3)}
+        assert set(rows) == set(expected)
+        for tensor, row in rows.items():
+            shared, of_parents = expected[tensor]
+            parents = [recipe.models[model] for model, _ in row.inputs]
+            if METHODS[name].needs_base:
+                assert parents.pop(0) == document["base_model"]
+            for parameter in METHODS[name].parameters:
+                found = row.parameters[parameter.name]
+                wanted = (
+                    [of_parents[parent][parameter.name] for parent in parents]
+                    if parameter.per_parent
+                    else shared[parameter.name]
+                )
+                np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=f"{tensor} {parameter.name} {document}")
+            if name != "slerp":
+                assert row.options.normalize == shared["normalize"]
+
+
+def test_switches_have_the_methods_defaults() -> None:
+    from mergekit.merge_methods import registry
+
+    for name, method in METHODS.items():
+        theirs = {p.name: p.default for p in registry.get(name).spec.parameters}
+        options = options_from("file", method, None, None)
+        assert options == method.options
+        if "normalize" in theirs:
+            assert options.normalize == theirs["normalize"]
+        if method.sparsifier is not None:
+            assert options.rescale == {True: "l1", False: "none"}[theirs["rescale"]]
+        for parameter in method.parameters:
+            if parameter.name in theirs and parameter.default is not None:
+                if parameter.name != "t":
+                    assert parameter.default == theirs[parameter.name]
+    assert options_from("file", METHODS["ties"], False, "density") == Options(False, "density")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights: the merge that is written is mergekit's
+
+MERGES: dict[str, Callable[[Family], dict[str, Any]]] = {
+    "linear": lambda f: {
+        "merge_method": "linear",
+        "models": inputs(f, weight=[[0.2, 0.9], [{"filter": "mlp", "value": 0.3}, {"value": 0.6}]]),
+    },
+    "linear, not normalized": lambda f: {
+        "merge_method": "linear", "models": inputs(f, weight=[0.8, -0.3]), "parameters": {"normalize": False},
+    },
+    "slerp": lambda f: {
+        "merge_method": "slerp", "base_model": str(f.base),
+        "models": [{"model": str(f.base)}, {"model": str(f.parents[0])}],
+        "parameters": {"t": [{"filter": "self_attn", "value": [0.0, 0.5, 1.0]}, {"value": 0.4}]},
+    },
+    "task_arithmetic": lambda f: {
+        "merge_method": "task_arithmetic", "base_model": str(f.base), "models": inputs(f, weight=[0.7, [0.1, 0.9]]),
+        "parameters": {"lambda": 0.8},
+    },
+    "ties": lambda f: {
+        "merge_method": "ties", "base_model": str(f.base),
+        "models": inputs(f, weight=[0.7, [0.1, 0.9]], density=[[0.2, 0.9], 0.333]), "parameters": {"lambda": 1.2},
+    },
+    "ties, slices": lambda f: {
+        "merge_method": "ties", "base_model": str(f.base),
+        "slices": [
+            {
+                "sources": [
+                    {"model": str(f.base), "layer_range": [0, 2]},
+                    *({**row, "layer_range": [1, 3]} for row in inputs(f, weight=[0.6, 0.5], density=[0.5, 0.7])),
+                ],
+            },
+            {
+                "sources": [
+                    {"model": str(f.base), "layer_range": [1, 3]},
+                    *({**row, "layer_range": [1, 3]} for row in inputs(f, weight=[0.1, [0.3, 0.9]])),
+                ],
+                "parameters": {"normalize": False},
+            },
+        ],
+        "parameters": {"density": 0.8},
+    },
+    "dare_linear": lambda f: {
+        "merge_method": "dare_linear", "base_model": str(f.base), "models": inputs(f, weight=[0.6, 0.5]),
+        "parameters": {"density": 1.0},
+    },
+    "dare_ties": lambda f: {
+        "merge_method": "dare_ties", "base_model": str(f.base), "models": inputs(f, weight=[0.6, 0.5]),
+        "parameters": {"normalize": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MERGES)
+def test_merges_equal_mergekit(case: str, family: Family, tmp_path: Path) -> None:
+    document = MERGES[case](family) | {"dtype": "float32"}
+    found, expected = merge(tmp_path, document), mergekit_merge(tmp_path, document)
+    assert_same_weights(found, expected)
+    config = json.loads((found / "config.json").read_text())
+    assert config["num_hidden_layers"] == (4 if "slices" in case else 3)
+    assert config["dtype"] == "float32"
+    # What was written runs in transformers, with no tensor missing or left over.
+    assert load_torch(found).config.num_hidden_layers == config["num_hidden_layers"]
+
+
+def test_bfloat16_merge_rounds_once_at_the_end(tmp_path: Path) -> None:
+    """Qwen2 with biases, bfloat16 parents: float32 arithmetic, then one rounding."""
+    family = build_family(tmp_path / "models", tiny_config("qwen2"), dtype=torch.bfloat16)
+    document = MERGES["task_arithmetic"](family)
+    found = merge(tmp_path, document)
+    expected = mergekit_merge(tmp_path, document | {"dtype": "float32", "out_dtype": "bfloat16"})
+    assert_same_weights(found, expected, 2**-7)
+    one, other = state(found), state(expected)
+    # A different order of the same float32 sums may fall on the other side of a rounding boundary, rarely.
+    differing = sum((one[name] != other[name]).sum() for name in other)
+    assert differing < 1e-3 * sum(values.size for values in other.values())
+    assert json.loads((found / "config.json").read_text())["dtype"] == "bfloat16"
+    wide = merge(tmp_path, document, dtype="float32")
+    assert_same_weights(wide, mergekit_merge(tmp_path, document | {"dtype": "float32"}))
+
+
+def test_out_dtype_is_what_is_written(family: Family, tmp_path: Path) -> None:
+    found = merge(tmp_path, MERGES["linear"](family) | {"dtype": "float32", "out_dtype": "float16"})
+    assert load_torch(found).config.dtype == torch.float32
+    assert json.loads((found / "config.json").read_text())["dtype"] == "float16"
+    expected = merge(tmp_path, MERGES["linear"](family))
+    for name, values in state(expected).items():
+        np.testing.assert_array_equal(state(found)[name], values.astype(np.float16))
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_dare_follows_its_seed_and_density(name: str, family: Family, tmp_path: Path) -> None:
+    document = {
+        "merge_method": name, "base_model": str(family.base), "models": inputs(family, weight=[0.5, 0.5]),
+        "parameters": {"density": 0.3, "rescale": False}, "random_seed": 4,
+    }  # fmt: skip
+    one, again = state(merge(tmp_path, document)), state(merge(tmp_path, document))
+    other = state(merge(tmp_path, document, seed=5))
+    base, parents = state(family.base), [state(parent) for parent in family.parents]
+    moved = total = 0
+    for tensor, values in one.items():
+        np.testing.assert_array_equal(values, again[tensor])
+        moved += (values != base[tensor]).sum()
+        total += values.size
+        if name == "dare_linear":
+            # Each entry is the base plus half of some of the deltas.
+            halves = [0.5 * (parent[tensor] - base[tensor]) for parent in parents]
+            options = np.stack([0 * halves[0], halves[0], halves[1], halves[0] + halves[1]]) + base[tensor]
+            assert np.abs(options - values).min(axis=0).max() < 1e-6
+    assert any((values != other[tensor]).any() for tensor, values in one.items())
+    # An entry moves unless both parents drop it.
+    expected = 1 - 0.7**2
+    assert abs(moved / total - expected) < 5 * np.sqrt(expected * (1 - expected) / total)
+
+
+def test_dare_does_not_depend_on_the_order_of_parents(family: Family, tmp_path: Path) -> None:
+    document = {
+        "merge_method": "dare_ties", "base_model": str(family.base),
+        "models": inputs(family, weight=[0.7, 0.4], density=[0.3, 0.6]),
+    }  # fmt: skip
+    turned = document | {"models": document["models"][::-1]}  # type: ignore[index]
+    assert_same_weights(merge(tmp_path, document), merge(tmp_path, turned), 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a search found
+
+
+def space_for(name: str, decoder: Any, parents: int) -> ParameterSpace:
+    method = METHODS[name]
+    wide = {"weight": (-0.5, 1.5), "density": (0.0, 1.0), "lambda": (0.5, 1.5), "t": (0.0, 1.0)}
+    axes = tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters)
+    components = (("attention",), ("mlp", "norm"))
+    shared = tuple(leaf.name for leaf in shared_leaves(decoder))
+    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, axes, ())
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def found_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    config = tiny_config(tie_word_embeddings=request.param, num_hidden_layers=4)
+    return build_family(tmp_path_factory.mktemp("found"), config)
+
+
+def found_recipe(family: Family, name: str, seed: int = 0) -> tuple[Recipe, MergeSpec, Any, Any, dict[str, Any]]:
+    """A random genome's recipe, what it was found with, and the document that is written for it."""
+    method = METHODS[name]
+    paths = [*([family.base] if method.needs_base else []), *family.parents]
+    sources, decoder = open_sources(paths)
+    space = space_for(name, decoder, len(family.parents))
+    spec = MergeSpec(name, replace(method.options), 9, "float32")
+    genome = np.random.default_rng(seed).uniform(-0.1, 1.1, space.dims).astype(np.float32)
+    recipe = jax.tree.map(np.asarray, candidate(jax.vmap(space.recipe)(jnp.asarray(genome)[None]), 0))
+    base = str(family.base) if method.needs_base else None
+    document = recipe_document(recipe, spec, decoder, base, [str(parent) for parent in family.parents])
+    return recipe, spec, sources, decoder, document
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, tmp_path: Path) -> None:
+    """YAML and back: every tensor's parameters are the same float32 numbers, the switches and the seed too."""
+    recipe, spec, sources, decoder, document = found_recipe(found_family, name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml(document))
+    assert yaml.safe_load(path.read_text()) == document
+    read = read_recipe(path)
+    assert read.method.name == name
+    if name in RANDOM:
+        assert read.seed == spec.seed
+    tensors = list(sources.folders[0].entries)
+    rows = {row.name: row for row in plan(read, tensors, decoder.layers)}
+    assert set(rows) == set(tensors)
+    wanted = {leaf.tensor: recipe.shared[leaf.name] for leaf in SHARED_LEAVES if leaf.name in recipe.shared}
+    for leaf in LAYER_LEAVES:
+        for i in range(decoder.layers):
+            c = COMPONENTS.index(leaf.component)
+            wanted[leaf.tensor.format(i=i)] = {key: values[i, c] for key, values in recipe.layers.items()}
+    for tensor, row in rows.items():
+        for parameter, values in wanted[tensor].items():
+            np.testing.assert_array_equal(row.parameters[parameter].astype(np.float32), values, err_msg=tensor)
+        assert row.options == spec.options
+    densities = [row.parameters["density"] for row in rows.values() if "density" in row.parameters]
+    # As a decimal fraction, whose float64 counts the entries that the search's table counted.
+    assert all((np.round(values, 3) == values).all() for values in densities)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_found_recipes_mean_the_same_to_mergekit(name: str, found_family: Family, tmp_path: Path) -> None:
+    *_, decoder, document = found_recipe(found_family, name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml(document))
+    expected = their_plan(yaml.safe_load(path.read_text()))
+    recipe = read_recipe(path)
+    rows = {row.name: row for row in plan(recipe, list(expected), decoder.layers)}
+    assert set(rows) == set(expected)
+    for tensor, row in rows.items():
+        shared, of_parents = expected[tensor]
+        parents = [recipe.models[model] for model, _ in row.inputs][METHODS[name].needs_base :]
+        for parameter in METHODS[name].parameters:
+            wanted = (
+                [of_parents[parent][parameter.name] for parent in parents]
+                if parameter.per_parent
+                else shared[parameter.name]
+            )
+            np.testing.assert_allclose(row.parameters[parameter.name], wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["ties", "slerp", "task_arithmetic"])
+def test_found_recipes_merge_the_same_in_mergekit(name: str, found_family: Family, tmp_path: Path) -> None:
+    *_, document = found_recipe(found_family, name)
+    document = yaml.safe_load(dump_yaml(document))
+    assert_same_weights(merge(tmp_path, document), mergekit_merge(tmp_path, document))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, tmp_path: Path) -> None:
+    """The candidate out of the bank and its tables, and the streamed merge of its recipe."""
+    recipe, spec, sources, decoder, document = found_recipe(found_family, name, seed=1)
+    bank = load_bank(sources, decoder, spec)
+    model = jax.jit(lambda recipe: Merged(bank, recipe, spec).materialise())(recipe)
+    evaluated = dict(stored_tensors(model, decoder))
+    written = state(merge(tmp_path, document))
+    assert set(evaluated) == set(written)
+    for tensor, values in written.items():
+        np.testing.assert_allclose(evaluated[tensor], values, rtol=2e-6, atol=1e-6, err_msg=tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_everything_but_the_weights_is_copied(family: Family, tmp_path: Path) -> None:
+    extended = tmp_path / "base"
+    shutil.copytree(family.base, extended)
+    (extended / "chat_template.jinja").write_text("{{ messages }}")
+    document = {
+        "merge_method": "task_arithmetic", "base_model": "base", "models": inputs(family, weight=[0.5, 0.5]),
+    }  # fmt: skip
+    found = merge(tmp_path, document)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (found / name).read_bytes() == (extended / name).read_bytes()
+    assert load_tokenizer(found).get_vocab() == load_tokenizer(family.base).get_vocab()
+    card = (found / "README.md").read_text()
+    assert "task_arithmetic" in card
+    assert str(family.parents[0]) in card
+    config, original = (json.loads((path / "config.json").read_text()) for path in (found, extended))
+    assert {key for key in config if config[key] != original.get(key)} <= {"dtype", "torch_dtype"}
+
+
+def test_tied_merge_stays_tied_and_mixed_becomes_untied(tmp_path: Path) -> None:
+    model = random_model(tiny_config(tie_word_embeddings=True))
+    tied = [save(finetune(model, k), tmp_path / f"tied{k}") for k in range(2)]
+    untied = save(random_model(tiny_config(), seed=3), tmp_path / "untied")
+
+    def document(*models: Path) -> dict[str, Any]:
+        rows = [{"model": str(model), "parameters": {"weight": 0.5}} for model in models]
+        return {"merge_method": "linear", "models": rows}
+
+    both = merge(tmp_path, document(*tied))
+    assert "lm_head.weight" not in state(both)
+    assert load_torch(both).config.tie_word_embeddings
+    for models in ([tied[0], untied], [untied, tied[0]]):
+        mixed = merge(tmp_path, document(*models))
+        tensors = state(mixed)
+        head = (state(tied[0])["model.embed_tokens.weight"] + state(untied)["lm_head.weight"]) / 2
+        np.testing.assert_allclose(tensors["lm_head.weight"], head, rtol=1e-6, atol=1e-6)
+        loaded = load_torch(mixed)
+        assert not loaded.config.tie_word_embeddings
+        np.testing.assert_array_equal(loaded.lm_head.weight.detach().numpy(), tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("source", ["base", "parent"])
+def test_vocabularies_are_aligned_as_in_mergekit(source: str, tmp_path: Path) -> None:
+    """Two parents whose tokenizers number the same tokens differently."""
+    model = random_model(tiny_config(tie_word_embeddings=True))
+    order = np.random.default_rng(0).permutation(64)
+    base = save(model, tmp_path / "base")
+    parents = []
+    for k in (1, 2):
+        tuned = finetune(model, k)
+        rows = order if k == 2 else np.arange(64)
+        with torch.no_grad():
+            embedding = tuned.get_input_embeddings().weight
+            embedding.copy_(embedding[rows].clone())
+        parents.append(save(tuned, tmp_path / f"parent{k}", [words()[i] for i in rows]))
+    family = Family(tmp_path, base, tuple(parents), tmp_path)
+    document = {
+        "merge_method": "task_arithmetic", "base_model": str(base), "models": inputs(family, weight=[0.4, 0.7]),
+        "dtype": "float32", "tokenizer_source": "base" if source == "base" else str(parents[1]),
+    }  # fmt: skip
+    found, expected = merge(tmp_path, document), mergekit_merge(tmp_path, document)
+    assert load_tokenizer(found).get_vocab() == load_tokenizer(expected).get_vocab()
+    assert_same_weights(found, expected)
+
+
+def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
+    """A one-off merge needs no decoder; tensors of integers are copied."""
+    from safetensors.torch import save_file
+
+    rng = np.random.default_rng(0)
+    folders, contents = [], []
+    for k in range(2):
+        folder = tmp_path / f"model{k}"
+        folder.mkdir()
+        tensors = {
+            "h.0.weight": torch.tensor(rng.normal(size=(6, 4)), dtype=torch.float32),
+            "h.0.positions": torch.arange(5),
+            "wte.weight": torch.tensor(rng.normal(size=(9, 4)), dtype=torch.float32),
+        }
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({"model_type": "something", "n_layer": 1}))
+        folders.append(folder)
+        contents.append(tensors)
+    rows = [{"model": str(path), "parameters": {"weight": w}} for path, w in zip(folders, (0.25, 0.75), strict=True)]
+    found = merge(tmp_path, {"merge_method": "linear", "models": rows})
+    from safetensors.torch import load_file
+
+    tensors = load_file(found / "model.safetensors")
+    assert torch.equal(tensors["h.0.positions"], torch.arange(5))
+    for name in ("h.0.weight", "wte.weight"):
+        torch.testing.assert_close(tensors[name], 0.25 * contents[0][name] + 0.75 * contents[1][name])
+    assert json.loads((found / "config.json").read_text())["model_type"] == "something"
+
+
+def test_relative_models_are_found_beside_the_recipe(family: Family, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for path in (family.base, *family.parents):
+        (tmp_path / "models" / path.name).symlink_to(path)
+    document = {
+        "merge_method": "linear",
+        "models": [{"model": f"models/{p.name}", "parameters": {"weight": 1}} for p in family.parents],
+    }
+    job = prepare(read_recipe(write(tmp_path, document)))
+    merge_to(job, tmp_path / "out", card="card")
+    assert_same_weights(tmp_path / "out", merge(tmp_path, {**document, "models": inputs(family, weight=[1, 1])}), 0)
+
+
+@pytest.mark.parametrize("weights", [[0.5, -0.5], [0, 0]])
+def test_linear_weights_that_sum_to_zero_are_refused(weights: list[float], family: Family, tmp_path: Path) -> None:
+    """mergekit would write infinities."""
+    with pytest.raises(InputError, match="sum to zero"):
+        merge(tmp_path, {"merge_method": "linear", "models": inputs(family, weight=weights)})
