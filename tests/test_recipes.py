@@ -121,6 +121,7 @@ def their_plan(document: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict
     """Tensor -> (shared parameters, parent -> parameters), as mergekit plans the merge."""
     from mergekit.architecture import get_architecture_info
     from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import SaveTensor
     from mergekit.merge import _model_out_config
     from mergekit.options import MergeOptions
     from mergekit.plan import MergePlanner
@@ -129,12 +130,12 @@ def their_plan(document: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict
     architecture = get_architecture_info(config, options)
     planner = MergePlanner(config, architecture, options, _model_out_config(config, architecture))
     rows = {}
-    for task in planner.plan_in_memory():
-        merge_task = task.tensor_task
-        of_parents = {
-            model.model.path: dict(values.items()) for model, values in merge_task.input_parameters.items() if values
-        }
-        rows[task.weight_info.name] = (dict(merge_task.parameters.items()), of_parents)
+    for save_task in planner.plan_to_disk("nowhere"):
+        if not isinstance(save_task, SaveTensor):
+            continue
+        task = save_task.tensor_task
+        of_parents = {model.model.path: dict(values.items()) for model, values in task.input_parameters.items()}
+        rows[save_task.tensor_name] = (dict(task.parameters.items()), of_parents)
     return rows
 
 
@@ -184,7 +185,7 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
     final = {p: round(float(rng.uniform(0.1, 1.0)), 3) for p in per_parent}
     document["parameters"] = final | some(common, 0.7) | {"normalize": bool(rng.random() < 0.5)}
     if name == "slerp":
-        del document["parameters"]["normalize"]
+        document["parameters"] = {"t": [round(float(x), 3) for x in rng.random(3)]}
     return document
 
 
@@ -228,9 +229,9 @@ def test_switches_have_the_methods_defaults() -> None:
         if method.sparsifier is not None:
             assert options.rescale == {True: "l1", False: "none"}[theirs["rescale"]]
         for parameter in method.parameters:
-            if parameter.name in theirs and parameter.default is not None:
-                if parameter.name != "t":
-                    assert parameter.default == theirs[parameter.name]
+            # Where neither has one, it has to be given; SLERP's t is 0.5 here and has to be given there.
+            if parameter.default is not None and parameter.name != "t":
+                assert parameter.default == theirs[parameter.name]
     assert options_from("file", METHODS["ties"], False, "density") == Options(False, "density")
 
 
@@ -244,6 +245,10 @@ MERGES: dict[str, Callable[[Family], dict[str, Any]]] = {
     },
     "linear, not normalized": lambda f: {
         "merge_method": "linear", "models": inputs(f, weight=[0.8, -0.3]), "parameters": {"normalize": False},
+    },
+    "linear, the base weighed like the others": lambda f: {
+        "merge_method": "linear", "base_model": str(f.base), "models": inputs(f, weight=[0.8, 0.5]),
+        "parameters": {"weight": 0.3},
     },
     "slerp": lambda f: {
         "merge_method": "slerp", "base_model": str(f.base),
@@ -413,6 +418,8 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
             wanted[leaf.tensor.format(i=i)] = {key: values[i, c] for key, values in recipe.layers.items()}
     for tensor, row in rows.items():
         for parameter, values in wanted[tensor].items():
+            if parameter == "density":
+                values = np.round(values.astype(np.float64), 3).astype(np.float32)
             np.testing.assert_array_equal(row.parameters[parameter].astype(np.float32), values, err_msg=tensor)
         assert row.options == spec.options
     densities = [row.parameters["density"] for row in rows.values() if "density" in row.parameters]
@@ -569,6 +576,13 @@ def test_relative_models_are_found_beside_the_recipe(family: Family, tmp_path: P
     job = prepare(read_recipe(write(tmp_path, document)))
     merge_to(job, tmp_path / "out", card="card")
     assert_same_weights(tmp_path / "out", merge(tmp_path, {**document, "models": inputs(family, weight=[1, 1])}), 0)
+
+
+def test_a_base_that_nothing_weighs_is_no_model_of_a_linear_merge(family: Family, tmp_path: Path) -> None:
+    """It may be named for its tokenizer; mergekit asks for a weight."""
+    document = {"merge_method": "linear", "models": inputs(family, weight=[0.8, 0.5])}
+    named = document | {"base_model": str(family.base)}
+    assert_same_weights(merge(tmp_path, named), merge(tmp_path, document), 0)
 
 
 @pytest.mark.parametrize("weights", [[0.5, -0.5], [0, 0]])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from merge_kernels import draw_scores, measure_grid
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, Leaf, layer_leaves, shared_leaves
+from evojax_merge.checkpoints.architectures import COMPONENTS, layer_leaves, shared_leaves
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -21,6 +21,8 @@ from evojax_merge.models.sources import Stored
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
+# Leaves, scores and tables by the leaf's name.
+_Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -46,33 +48,25 @@ def load_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, progress
 
     `sources` must hold the base first where the method needs one.
     """
-    layer: dict[str, Any] = {"leaves": {}, "scores": {}, "tables": {}}
-    shared: dict[str, Any] = {"leaves": {}, "scores": {}, "tables": {}}
+    layer: _Parts = ({}, {}, {})
+    shared: _Parts = ({}, {}, {})
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for leaf in layer_leaves(config):
-            names = [leaf.tensor.format(i=i) for i in range(config.layers)]
-            _load_leaf(leaf, names, sources, spec, layer, pool, progress)
-        for leaf in shared_leaves(config):
-            _load_leaf(leaf, [leaf.tensor], sources, spec, shared, pool, progress)
-    # A shared leaf was loaded as a stack of one.
-    shared = jax.tree.map(lambda leaf: leaf[0], shared)
+        for leaf in layer_leaves(config) + shared_leaves(config):
+            in_layers = "{i}" in leaf.tensor
+            names = [leaf.tensor.format(i=i) for i in range(config.layers)] if in_layers else [leaf.tensor]
+            loaded = _load_leaf(names, sources, spec, pool, progress)
+            for part, value in zip(layer if in_layers else shared, loaded, strict=True):
+                if value is not None:
+                    # A shared leaf was loaded as a stack of one.
+                    part[leaf.name] = jax.tree.map(lambda x, all_=in_layers: _to_device(x if all_ else x[0]), value)
     components = tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layer_leaves(config))
-    return Bank(
-        layer["leaves"], shared["leaves"], layer["scores"], shared["scores"], layer["tables"], shared["tables"],
-        components,
-    )  # fmt: skip
+    return Bank(layer[0], shared[0], layer[1], shared[1], layer[2], shared[2], components)
 
 
 def _load_leaf(
-    leaf: Leaf,
-    names: list[str],
-    sources: Sources,
-    spec: MergeSpec,
-    into: dict[str, Any],
-    pool: ThreadPoolExecutor,
-    progress: Progress,
-) -> None:
-    """Load one leaf of the tensors `names` (one per layer) as `[len(names), S, …]`."""
+    names: list[str], sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray] | None]:
+    """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables."""
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
     first_parent = 1 if spec.method.needs_base else 0
@@ -90,11 +84,8 @@ def _load_leaf(
         return row
 
     rows = list(pool.map(one, range(len(names))))
-    into["leaves"][leaf.name] = _to_device(stack)
-    if scores is not None:
-        into["scores"][leaf.name] = _to_device(scores)
-    if rows[0]:
-        into["tables"][leaf.name] = {name: _to_device(np.stack([row[name] for row in rows])) for name in rows[0]}
+    tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return stack, scores, tables or None
 
 
 def _to_device(array: np.ndarray) -> jax.Array:

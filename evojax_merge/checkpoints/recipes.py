@@ -254,12 +254,13 @@ def options_from(where: str, method: Method, normalize: Any, rescale: Any) -> Op
 
 
 def _resolve(
-    recipe: RecipeFile, part: Slice, parents: Sequence[Source], tensor: str, t: float
+    recipe: RecipeFile, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
 ) -> tuple[Options, dict[str, np.ndarray]]:
+    """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
     where = str(recipe.path)
     shared = (part.settings, recipe.settings)
 
-    def value(name: str, scopes: Sequence[Settings]) -> Any:
+    def value(name: str, scopes: Sequence[Settings], tensor: str) -> Any:
         for scope in scopes:
             if name in scope:
                 found = evaluate_setting(where, tensor, scope[name], t)
@@ -267,8 +268,8 @@ def _resolve(
                     return found
         return None
 
-    def parameter(spec: Parameter, scopes: Sequence[Settings], of: str) -> float:
-        found = value(spec.name, scopes)
+    def parameter(spec: Parameter, scopes: Sequence[Settings], tensor: str, of: str) -> float:
+        found = value(spec.name, scopes, tensor)
         if found is None and spec.default is None:
             raise InputError(where, f"{spec.name}: missing for {of} and {tensor}")
         return number(where, spec, spec.default if found is None else found)
@@ -276,12 +277,14 @@ def _resolve(
     parameters = {}
     for spec in recipe.method.parameters:
         if spec.per_parent:
-            values: Any = [parameter(spec, (parent.settings, *shared), parent.model) for parent in parents]
+            values: Any = [
+                parameter(spec, (parent.settings, *shared), own_name, parent.model) for parent, own_name in parents
+            ]
         else:
-            values = parameter(spec, shared, "the merge")
+            values = parameter(spec, shared, tensor, "the merge")
         # float64: a density such as 0.537 must count the entries that 537/1000 counts.
         parameters[spec.name] = np.asarray(values, np.float64)
-    options = options_from(where, recipe.method, value("normalize", shared), value("rescale", shared))
+    options = options_from(where, recipe.method, value("normalize", shared, tensor), value("rescale", shared, tensor))
     if recipe.method.kind == "linear" and options.normalize and parameters["weight"].sum() == 0:
         raise InputError(where, f"weight: the weights for {tensor} sum to zero, which cannot be normalised")
     return options, parameters
@@ -299,9 +302,11 @@ def plan(recipe: RecipeFile, tensors: Sequence[str], layers: int) -> list[Tensor
         base = [pair for pair in inputs if pair[0].model == recipe.base]
         rest = [pair for pair in inputs if pair[0].model != recipe.base]
         if not recipe.method.needs_base and recipe.method.max_parents is None:
-            # A base means nothing to these methods; if it is listed, it is a model like the others.
-            base, rest = [], [pair for pair in inputs if pair[0].settings or pair[0].model != recipe.base]
-        parents = [source for source, _ in rest] if recipe.method.needs_base else [s for s, _ in base + rest]
+            # To these methods a base is a model like the others, or, where nothing weighs it, none at all.
+            common = "weight" in part.settings or "weight" in recipe.settings
+            weighed = [pair for pair in base if common or "weight" in pair[0].settings]
+            base, rest = [], weighed + rest
+        parents = rest if recipe.method.needs_base else base + rest
         options, parameters = _resolve(recipe, part, parents, name, t)
         named = tuple((index[source.model], tensor) for source, tensor in base + rest)
         rows.append(TensorMerge(name, named, options, parameters))

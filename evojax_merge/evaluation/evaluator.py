@@ -199,6 +199,8 @@ class Evaluator:
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
     ) -> Scores:
         """Score P recipes (leading axis P on every leaf)."""
+        # On the host they are cut into chunks without compiling anything.
+        recipes = jax.tree.map(np.asarray, recipes)
         size = _size(recipes)
 
         def score(batch: ScoringBatch) -> np.ndarray:

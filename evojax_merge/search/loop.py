@@ -169,7 +169,7 @@ def rescore(problem: Problem, bank: Bank, evaluator: Evaluator, outcome: Outcome
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genomes))
+    recipes = jax.jit(jax.vmap(problem.space.recipe))(jnp.asarray(genomes))
     values = fitness(evaluator.tasks, evaluator.population(bank, problem.spec, recipes, progress))
     order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
     return [Finalist(genomes[i], float(values[i])) for i in order if np.isfinite(values[i])]

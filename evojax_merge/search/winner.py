@@ -74,10 +74,10 @@ def choose_winner(
         raise RuntimeError("no candidate of the search has a finite score; there is no winner")
     best = finalists[0]
     uniform = uniform_genome(problem)
-    to_recipes = jax.vmap(problem.space.recipe)
+    to_recipes = jax.jit(jax.vmap(problem.space.recipe))
     both = to_recipes(jnp.asarray(np.stack([best.genome, uniform])))
     uniform_fitness = fitness(
-        full.tasks, full.population(bank, problem.spec, jax.tree.map(lambda leaf: leaf[1:], both), progress)
+        full.tasks, full.population(bank, problem.spec, jax.tree.map(lambda leaf: np.asarray(leaf)[1:], both), progress)
     )
     rows = []
     for role, path in problem.models:
@@ -101,7 +101,7 @@ def passes_to_choose(problem: Problem, full: Evaluator, heldout: Evaluator) -> i
 
 def genome_recipe(problem: Problem, genome: np.ndarray) -> Recipe:
     """The recipe of one genome, as NumPy arrays."""
-    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genome)[None])
+    recipes = jax.jit(jax.vmap(problem.space.recipe))(jnp.asarray(genome)[None])
     return jax.tree.map(np.asarray, candidate(recipes, 0))
 
 

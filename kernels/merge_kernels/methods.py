@@ -11,6 +11,7 @@ the static switches. Results are float32; the caller casts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -104,13 +105,19 @@ def draw_scores(seed: int, digests: Sequence[bytes], shape: tuple[int, ...]) -> 
     parents nor anything about a candidate changes a mask. Masks are nested in density.
     """
 
-    def one(digest: bytes) -> jax.Array:
+    words = np.stack([np.frombuffer(digest[:16], "<u4") for digest in digests])
+    return _draw(np.uint32(seed), words, shape)
+
+
+@partial(jax.jit, static_argnums=2)
+def _draw(seed: jax.Array, words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def one(own: jax.Array) -> jax.Array:
         key = jax.random.key(seed)
-        for word in np.frombuffer(digest[:16], "<u4"):
+        for word in own:
             key = jax.random.fold_in(key, word)
         return jax.random.bits(key, shape, jnp.uint16)
 
-    return jnp.stack([one(digest) for digest in digests])
+    return jnp.stack([one(own) for own in words])
 
 
 def _deltas(sources: Sequence[np.ndarray]) -> list[np.ndarray]:
