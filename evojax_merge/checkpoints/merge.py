@@ -30,7 +30,10 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe matched with opened folders: everything is checked, nothing is computed."""
+    """A recipe matched with opened folders: everything is checked, nothing is computed.
+
+    `origins`: for each output layer the layer of `leader` that it stands for.
+    """
 
     recipe: RecipeFile
     sources: Sources
@@ -39,7 +42,7 @@ class Job:
     leader: Folder
     tokenizer: Path
     tied: bool
-    layers: int
+    origins: list[int]
     vocab: int | None
     allow_nonfinite: bool
 
@@ -169,8 +172,13 @@ def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
         config["dtype"] = dtype
     if "tie_word_embeddings" in config or not job.tied:
         config["tie_word_embeddings"] = job.tied
-    if "num_hidden_layers" in config:
-        config["num_hidden_layers"] = job.layers
+    layers = config.get("num_hidden_layers")
+    if layers is not None and job.origins != list(range(layers)):
+        config["num_hidden_layers"] = len(job.origins)
+        for key, value in config.items():
+            # What is said once per layer, such as layer_types.
+            if isinstance(value, list) and len(value) == layers:
+                config[key] = [value[i] for i in job.origins]
     if job.vocab is not None:
         config["vocab_size"] = job.vocab
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -302,10 +302,8 @@ def plan(recipe: RecipeFile, tensors: Sequence[str], layers: int) -> list[Tensor
         base = [pair for pair in inputs if pair[0].model == recipe.base]
         rest = [pair for pair in inputs if pair[0].model != recipe.base]
         if not recipe.method.needs_base and recipe.method.max_parents is None:
-            # To these methods a base is a model like the others, or, where nothing weighs it, none at all.
-            common = "weight" in part.settings or "weight" in recipe.settings
-            weighed = [pair for pair in base if common or "weight" in pair[0].settings]
-            base, rest = [], weighed + rest
+            # To these methods a base is a model like the others, and needs a weight of its own.
+            base, rest = [], inputs
         parents = rest if recipe.method.needs_base else base + rest
         options, parameters = _resolve(recipe, part, parents, name, t)
         named = tuple((index[source.model], tensor) for source, tensor in base + rest)
@@ -332,9 +330,13 @@ def plan(recipe: RecipeFile, tensors: Sequence[str], layers: int) -> list[Tensor
     return rows
 
 
-def output_layers(recipe: RecipeFile, layers: int) -> int:
-    """How many layers the merged model has."""
-    return sum(layers if part.count is None else part.count for part in recipe.slices)
+def output_layers(recipe: RecipeFile, layers: int) -> list[int]:
+    """For each layer of the merged model the layer of the leading source that it stands for."""
+    origins: list[int] = []
+    for part in recipe.slices:
+        first = part.sources[0].first
+        origins += range(first, first + (layers if part.count is None else part.count))
+    return origins
 
 
 # ---------------------------------------------------------------------------------------------------------------

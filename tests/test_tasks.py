@@ -1,0 +1,403 @@
+"""Tasks: from a JSONL file to tokens in batches, and from outputs to scores."""
+
+import json
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import word_tokenizer, words, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from evojax_merge.config import TaskConfig
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.evaluator import build_requests
+from evojax_merge.search.setup import load_task
+from evojax_merge.tasks.batches import (
+    LENGTH_STEP,
+    MAX_BUCKETS,
+    Row,
+    batch_shapes,
+    bucket_widths,
+    padding_share,
+    prompt_batches,
+    scoring_batches,
+)
+from evojax_merge.tasks.tasks import (
+    Example,
+    Fields,
+    Task,
+    cut_at_stop,
+    encode_pair,
+    extract_answer,
+    likelihood_rows,
+    prompt_rows,
+    read_examples,
+    same_answer,
+    score_likelihood,
+    score_outputs,
+)
+
+
+def fields(**changes: str) -> Fields:
+    given = {"prompt": "{prompt}", "target": "{target}", "choices": "choices", "answer": "answer", "delimiter": " "}
+    return Fields(**(given | changes))
+
+
+def task_of(kind: Any, examples: list[Example], **changes: Any) -> Task:
+    return Task("task", kind, "accuracy", 1.0, "file.jsonl", tuple(examples), **changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_templates_are_filled_from_the_record(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "task.jsonl",
+        [{"question": "2+2?", "answer": {"text": "4"}, "tags": ["easy"]}, {"question": "質問", "answer": {"text": 5}}],
+    )
+    found = read_examples(path, "likelihood", fields(prompt="Q: {question}\nA:", target="{answer[text]}"))
+    assert [(e.prompt, e.targets, e.line) for e in found] == [
+        ("Q: 2+2?\nA:", (" 4",), 1),
+        ("Q: 質問\nA:", (" 5",), 2),
+    ]
+
+
+def test_blank_lines_count_but_hold_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text('\n{"prompt": "a", "target": "b"}\n   \n{"prompt": "c", "target": "d"}\n')
+    assert [(e.prompt, e.line) for e in read_examples(path, "likelihood", fields())] == [("a", 2), ("c", 4)]
+
+
+def test_delimiter_joins_where_there_is_no_white_space(tmp_path: Path) -> None:
+    records = [{"prompt": p, "target": t} for p, t in (("a", "b"), ("a ", "b"), ("a", " b"), ("a\n", "b"), ("", "b"))]
+    path = write_lines(tmp_path / "task.jsonl", records)
+
+    def targets(delimiter: str) -> list[str]:
+        return [e.targets[0] for e in read_examples(path, "likelihood", fields(delimiter=delimiter))]
+
+    assert targets(" ")[:4] == [" b", "b", " b", "b"]
+    assert targets("")[:4] == ["b", "b", " b", "b"]
+
+
+@pytest.mark.parametrize("answer", [2, "green"])
+def test_multiple_choice_answers_by_number_or_text(answer: int | str, tmp_path: Path) -> None:
+    record = {"prompt": "grass is", "options": ["red", "blue", "green"], "label": answer}
+    path = write_lines(tmp_path / "task.jsonl", [record])
+    (example,) = read_examples(path, "multiple_choice", fields(choices="options", answer="label"))
+    assert example.targets == (" red", " blue", " green")
+    assert example.answer == 2
+
+
+WRONG: list[tuple[Any, str, str]] = [
+    ("likelihood", '{"prompt": "a"}', "target"),
+    ("likelihood", '{"prompt": "a", "target": ""}', "empty"),
+    ("likelihood", '{"prompt": "a", "target": "b"', "JSON"),
+    ("likelihood", '["a", "b"]', "list"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b"], "answer": 0}', "choices"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", 3], "answer": 0}', "choices"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "answer"),
+    ("multiple_choice", '{"prompt": "a", "answer": 0}', "choices"),
+]
+
+
+@pytest.mark.parametrize(("kind", "line", "named"), WRONG)
+def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "target": "b", "choices": ["b", "c"], "answer": 0}) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=named) as raised:
+        read_examples(path, kind, fields())
+    assert raised.value.where == f"{path}:2"
+
+
+@pytest.mark.parametrize("heldout", [0.25, 0.01, 0.99])
+def test_a_held_out_share_is_a_fixed_partition(heldout: float, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": f"p{i}", "target": "t"} for i in range(20)])
+    config = TaskConfig(name="n", kind="likelihood", file=path.name, heldout=heldout)
+    searched, held = load_task("config", config, tmp_path, 0)
+    lines = [{e.line for e in split.examples} for split in (searched, held)]
+    assert lines[0] | lines[1] == set(range(1, 21))
+    assert not lines[0] & lines[1]
+    assert len(lines[1]) == {0.25: 5, 0.01: 1, 0.99: 19}[heldout]
+    again = load_task("config", config, tmp_path, 0)
+    assert again == (searched, held)
+    assert load_task("config", config, tmp_path, 1)[1] != held or heldout == 0.01
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def byte_tokenizer(*, bos: bool = False, eos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which ` yes` and other words with their space before them are one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["the answer is yes and the question is no"] * 50, trainer)
+    if bos or eos:
+        single = "<s> " * bos + "$A" + " </s>" * eos
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single,
+            special_tokens=[("<s>", tokenizer.token_to_id("<s>")), ("</s>", tokenizer.token_to_id("</s>"))],
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "target"), [("the answer is", " yes"), ("the answer is ", "yes"), ("no\n", "yes and")]
+)
+def test_prompt_and_target_are_encoded_in_one_piece(bos: bool, eos: bool, prompt: str, target: str) -> None:
+    tokenizer = byte_tokenizer(bos=bos, eos=eos)
+    tokens, start = encode_pair(tokenizer, prompt, target)
+    # The tokens are the text's own, begun as the tokenizer begins texts, and not closed.
+    assert tokens == tokenizer(prompt + target)["input_ids"][: len(tokens)]
+    assert tokens[-1] != tokenizer.eos_token_id
+    assert (tokens[0] == tokenizer.bos_token_id) == bos
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == prompt + target
+    # What is scored is the target with its leading space: the token a model would write.
+    kept = prompt.rstrip(" ")
+    assert tokenizer.decode(tokens[start:]) == (prompt + target)[len(kept) :]
+    assert tokenizer.decode(tokens[:start], skip_special_tokens=True) == kept
+
+
+def test_space_at_the_end_of_a_prompt_makes_no_difference() -> None:
+    tokenizer = byte_tokenizer()
+    assert encode_pair(tokenizer, "the answer is ", "yes") == encode_pair(tokenizer, "the answer is", " yes")
+
+
+def test_at_least_one_token_of_the_target_is_scored() -> None:
+    """A target that merges into the prompt's last token is scored with that token."""
+    tokenizer = byte_tokenizer()
+    tokens, start = encode_pair(tokenizer, "the answer i", "s")
+    assert 0 < start < len(tokens)
+    assert tokenizer.decode(tokens) == "the answer is"
+
+
+def test_rows_of_examples_name_their_line() -> None:
+    tokenizer = word_tokenizer(words())
+    examples = [Example("w4 w5", (" w6 w7",), "w6 w7", 3), Example("w8", (" w9",), "w9", 7)]
+    assert likelihood_rows(task_of("likelihood", examples), tokenizer) == [
+        Row((4, 5, 6, 7), 2, "file.jsonl:3"),
+        Row((8, 9), 1, "file.jsonl:7"),
+    ]
+    assert prompt_rows(task_of("exact_match", examples), tokenizer) == [
+        Row((4, 5), 2, "file.jsonl:3"),
+        Row((8,), 1, "file.jsonl:7"),
+    ]
+    choices = [Example("w4", (" w5", " w6 w7"), 1, 1), Example("w8", (" w9", " w10"), 0, 2)]
+    found = likelihood_rows(task_of("multiple_choice", choices), tokenizer)
+    assert [row.tokens for row in found] == [(4, 5), (4, 6, 7), (8, 9), (8, 10)]
+
+
+def test_rows_without_a_token_are_refused() -> None:
+    tokenizer = word_tokenizer(words())
+    for prompt, target in (("", "w4"), ("", " ")):
+        with pytest.raises(InputError, match=r"file\.jsonl:9"):
+            likelihood_rows(task_of("likelihood", [Example(prompt, (target,), target, 9)]), tokenizer)
+    with pytest.raises(InputError, match=r"file\.jsonl:9"):
+        prompt_rows(task_of("exact_match", [Example("", ("w4",), "w4", 9)]), tokenizer)
+
+
+def test_examples_beyond_the_context_are_refused() -> None:
+    tokenizer = word_tokenizer(words())
+    task = task_of("likelihood", [Example("w4 w5 w6", (" w7",), "w7", 1), Example("w4 " * 9, ("w7",), "w7", 2)])
+    build_requests([[task]], tokenizer, 64, 10, ())
+    with pytest.raises(InputError, match=r"file\.jsonl:2: 10 tokens .* 9"):
+        build_requests([[task]], tokenizer, 64, 9, ())
+    generated = task_of("exact_match", list(task.examples), max_new_tokens=4)
+    build_requests([[generated]], tokenizer, 64, 13, ())
+    with pytest.raises(InputError, match=r"file\.jsonl:2: 9 tokens and 4 new ones"):
+        build_requests([[generated]], tokenizer, 64, 12, ())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def cells(lengths: list[int], widths: tuple[int, ...]) -> float:
+    return sum(min((w for w in widths if w >= length), default=np.inf) for length in lengths)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=25))
+def test_bucket_widths_have_the_least_padding(lengths: list[int]) -> None:
+    widths = bucket_widths(np.array(lengths))
+    assert widths == sorted(set(widths))
+    assert 1 <= len(widths) <= MAX_BUCKETS
+    assert all(width % LENGTH_STEP == 0 for width in widths)
+    possible = sorted({-(-length // LENGTH_STEP) * LENGTH_STEP for length in lengths})
+    best = min(
+        cells(lengths, chosen)
+        for count in range(1, min(MAX_BUCKETS, len(possible)) + 1)
+        for chosen in combinations(possible, count)
+    )
+    assert cells(lengths, tuple(widths)) == best
+
+
+rows_strategy = st.lists(
+    st.tuples(st.integers(2, 60), st.integers(1, 20)).map(lambda p: (p[0], min(p[1], p[0] - 1))),
+    min_size=1,
+    max_size=30,
+)
+
+
+def make_rows(sizes: list[tuple[int, int]], seed: int = 0) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    return [
+        Row(tuple(rng.integers(1, 99, length).tolist()), length - scored, f"f:{i}")
+        for i, (length, scored) in enumerate(sizes)
+    ]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(rows_strategy, st.integers(1, 300))
+def test_scoring_batches_hold_every_row_once(sizes: list[tuple[int, int]], tokens_per_batch: int) -> None:
+    rows = make_rows(sizes)
+    batches = scoring_batches(rows, batch_shapes(rows, tokens_per_batch))
+    numbers = np.concatenate([batch.rows for batch in batches])
+    assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
+    for batch in batches:
+        assert batch.tokens.size <= tokens_per_batch or len(batch.tokens) == 1
+        for b, r in enumerate(batch.rows):
+            if r < 0:
+                assert not batch.mask[b].any()
+                assert batch.length[b] >= 1
+                continue
+            row = rows[r]
+            assert batch.length[b] == len(row.tokens)
+            assert tuple(batch.tokens[b, : len(row.tokens)]) == row.tokens
+            assert tuple(batch.targets[b][batch.mask[b]]) == row.tokens[row.start :]
+            # Each target is predicted at the column before it.
+            assert tuple(batch.at[b][batch.mask[b]]) == tuple(range(row.start - 1, len(row.tokens) - 1))
+    shapes = {batch.tokens.shape for batch in batches}
+    assert len(shapes) <= MAX_BUCKETS
+    used = sum(len(row.tokens) for row in rows)
+    assert padding_share(batches, rows) == pytest.approx(1 - used / sum(batch.tokens.size for batch in batches))
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(rows_strategy, st.integers(1, 300))
+def test_prompt_batches_end_every_prompt_in_the_last_column(
+    sizes: list[tuple[int, int]], tokens_per_batch: int
+) -> None:
+    rows = make_rows(sizes)
+    batches = prompt_batches(rows, batch_shapes(rows, tokens_per_batch))
+    numbers = np.concatenate([batch.rows for batch in batches])
+    assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
+    for batch in batches:
+        for b, r in enumerate(batch.rows):
+            assert 0 <= batch.first[b] < batch.tokens.shape[1]
+            if r >= 0:
+                assert tuple(batch.tokens[b, batch.first[b] :]) == rows[r].tokens
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(rows_strategy, rows_strategy, st.integers(20, 300))
+def test_another_split_needs_no_other_shapes(
+    first: list[tuple[int, int]], second: list[tuple[int, int]], tokens_per_batch: int
+) -> None:
+    rows, others = make_rows(first), make_rows(second, seed=1)
+    shapes = batch_shapes(rows, tokens_per_batch, others)
+    allowed = {((s.size, s.width), (s.size, s.scored)) for s in shapes}
+    for split in (rows, others):
+        batches = scoring_batches(split, shapes)
+        assert {(batch.tokens.shape, batch.targets.shape) for batch in batches} <= allowed
+        numbers = Counter(int(r) for batch in batches for r in batch.rows if r >= 0)
+        assert numbers == Counter(range(len(split)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_likelihood_is_the_mean_over_the_targets_tokens() -> None:
+    task = task_of("likelihood", [Example("a", ("b",), "b", 1)] * 3)
+    sums = np.array([[-2.0, -6.0, -1.0], [-4.0, -3.0, -8.0]], np.float32)
+    found = score_likelihood(task, sums, np.array([1, 3, 2]))["log_probability"]
+    np.testing.assert_allclose(found, [[-2, -2, -0.5], [-4, -1, -4]])
+
+
+def test_multiple_choice_counts_right_choices_and_their_margin() -> None:
+    examples = [Example("a", ("b", "c", "d"), 2, 1), Example("a", ("b", "c"), 0, 2)]
+    sums = np.array([[-3.0, -2.0, -1.5, -4.0, -9.0], [-1.0, -2.0, -1.5, -4.0, -3.0], [-1, -1, -1, np.nan, -3]])
+    found = score_likelihood(task_of("multiple_choice", examples), sums.astype(np.float32), np.ones(5))
+    np.testing.assert_array_equal(found["accuracy"], [[1, 1], [0, 0], [0, np.nan]])
+    np.testing.assert_array_equal(found["margin"], [[0.5, 5], [-0.5, -1], [0, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.", "42"),
+        ("3 apples and 4 pears make 7", "7"),
+        ("12 + 30 = 42 #### 42", "42"),
+        ("#### 1,234 or so", "1234"),
+        ("so 7 in all. #### -15", "-15"),
+        ("it costs $3.50", "3.50"),
+        ("1,234,567.89 in total", "1234567.89"),
+        ("#### 7\nQ: what is 2 #### 9", "9"),
+        ("first #### 5 then", "5"),
+        ("8 is what I say ####", "8"),
+        ("答えは 12 です。", "12"),
+        ("no number at all", None),
+        ("", None),
+    ],
+)
+def test_last_number_is_extracted(text: str, answer: str | None) -> None:
+    assert extract_answer(text, None) == answer
+
+
+def test_pattern_s_last_match_is_extracted() -> None:
+    assert extract_answer("A then (B) then (C) end", r"\(([A-D])\)") == "C"
+    assert extract_answer("w1 w22 w3", r"w\d+") == "w3"
+    assert extract_answer("answer:  yes ", r"answer:(.*)") == "yes"
+    assert extract_answer("nothing", r"\(([A-D])\)") is None
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "pattern", "same"),
+    [
+        ("42", "42", None, True),
+        ("42.0", "42", None, True),
+        ("42", "worked out #### 42", None, True),
+        ("1234", "1,234", None, True),
+        ("-3", "3", None, False),
+        ("43", "42", None, False),
+        (None, "42", None, False),
+        ("42", "no number", None, False),
+        ("B", "B", r"[A-D]", True),
+        ("B", " B\n", r"[A-D]", True),
+        ("042", "42", r"\d+", False),
+    ],
+)
+def test_answers_compare_as_numbers_or_text(found: str | None, wanted: str, pattern: str | None, same: bool) -> None:
+    assert same_answer(found, wanted, pattern) is same
+
+
+def test_text_ends_at_the_first_stop() -> None:
+    assert cut_at_stop("5 \nQ: 6 ### 7", ["###", "\nQ:"]) == "5 "
+    assert cut_at_stop("5 6", ["###"]) == "5 6"
+    assert cut_at_stop("5 6", []) == "5 6"
+
+
+def test_outputs_are_scored_per_candidate_and_example() -> None:
+    examples = [Example("q", ("4",), "4", 1), Example("q", ("1,000",), "1,000", 2)]
+    task = task_of("exact_match", examples, stop=("\nQ:",))
+    texts = [["it is 4\nQ: 9", "1000.0"], ["it is 9\nQ: 4", "10"], ["", "#### 1,000"]]
+    found = score_outputs(task, texts)["accuracy"]
+    np.testing.assert_array_equal(found, [[1, 1], [0, 0], [0, 1]])
+    assert found.dtype == np.float32
