@@ -108,7 +108,12 @@ def run(command: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+            error.show()
+        else:
+            more = "" if context is None else f" (see {context.command_path} --help)"
+            print(f"error: {error.format_message()}{more}", file=sys.stderr)
         return WRONG_INPUT
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)

@@ -29,6 +29,8 @@ from merge_kernels import (
 
 # Shapes and numbers of parents: vectors, matrices, odd sizes, a single entry.
 SIZES = (((7,), 1), ((64,), 4), ((5, 9), 2), ((16, 32), 3), ((1, 1), 2))
+# Two of them serve the other tests, so that little has to be compiled.
+SMALL, LARGE = (5, 9), (16, 32)
 RANDOM = [name for name, method in METHODS.items() if method.sparsifier is not None and method.sparsifier.random]
 SPARSE = [name for name, method in METHODS.items() if method.sparsifier is not None]
 BASED = [name for name, method in METHODS.items() if method.needs_base]
@@ -209,9 +211,9 @@ def test_methods_equal_float64_formulas_and_mergekit(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_inputs_are_merged_in_float32(name: str) -> None:
-    parents = 2
-    sources = make_sources(name, (33, 20), parents, ml_dtypes.bfloat16)
-    scores = scores_for(name, (33, 20), parents)
+    parents = METHODS[name].max_parents or 3
+    sources = make_sources(name, LARGE, parents, ml_dtypes.bfloat16)
+    scores = scores_for(name, LARGE, parents)
     for options, parameters in cases(name, parents):
         # The reference keeps every entry that ties at the threshold, as the kernels promise.
         assert_close(
@@ -230,7 +232,7 @@ def test_ties_keeps_every_entry_at_the_threshold() -> None:
 
 def test_density_option_divides_by_the_density() -> None:
     for name in SPARSE:
-        sources, scores = make_sources(name, (40, 30), 3), scores_for(name, (40, 30), 3)
+        sources, scores = make_sources(name, LARGE, 3), scores_for(name, LARGE, 3)
         options = Options(False, "density")
         parameters = {"weight": [0.4, 0.3, 0.5], "density": [0.2, 0.55, 1.0], "lambda": 1.0}
         assert_close(
@@ -240,17 +242,17 @@ def test_density_option_divides_by_the_density() -> None:
 
 @pytest.mark.parametrize("name", BASED)
 def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
-    base = make_sources(name, (6, 5), 1)[0]
-    scores = scores_for(name, (6, 5), 2)
+    base = make_sources(name, SMALL, 1)[0]
+    scores = scores_for(name, SMALL, 2)
     for options, parameters in cases(name, 2):
         np.testing.assert_array_equal(merged(name, options, [base, base, base], parameters, scores), base)
 
 
 @pytest.mark.parametrize("name", SPARSE)
 def test_one_zero_delta_among_others(name: str) -> None:
-    sources = make_sources(name, (12, 10), 2)
+    sources = make_sources(name, LARGE, 2)
     sources.append(sources[0])
-    scores = scores_for(name, (12, 10), 3)
+    scores = scores_for(name, LARGE, 3)
     for options, parameters in cases(name, 3):
         assert_close(
             merged(name, options, sources, parameters, scores), reference(name, options, sources, parameters, scores)
@@ -262,7 +264,7 @@ def test_one_zero_delta_among_others(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPARSE)
-@pytest.mark.parametrize("shape", [(3,), (37, 29)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), SMALL], ids=str)
 def test_table_equals_exact_measurement_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
     method, sources, scores = METHODS[name], make_sources(name, shape, 2), scores_for(name, shape, 2)
     table = measure_grid(method, sources, scores)
@@ -296,7 +298,7 @@ def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_population_equals_one_by_one(name: str) -> None:
     """jit, vmap over candidates and the table give what single merges give."""
-    method, shape = METHODS[name], (19, 21)
+    method, shape = METHODS[name], LARGE
     parents = METHODS[name].max_parents or 3
     sources, scores = make_sources(name, shape, parents), scores_for(name, shape, parents)
     table = {key: jnp.asarray(rows) for key, rows in measure_grid(method, sources, scores).items()}
@@ -325,11 +327,11 @@ def test_population_equals_one_by_one(name: str) -> None:
 def test_rows_may_be_merged_alone(name: str) -> None:
     """With the whole tensor's statistics, some rows give those rows of the merged tensor."""
     method, parents = METHODS[name], 2
-    sources, scores = make_sources(name, (14, 6), parents), scores_for(name, (14, 6), parents)
+    sources, scores = make_sources(name, SMALL, parents), scores_for(name, SMALL, parents)
     options, parameters = cases(name, parents)[-1]
     numbers = {key: jnp.asarray(value, jnp.float32) for key, value in parameters.items()}
     statistics = measure(method, sources, scores, [float(d) for d in parameters.get("density", ())])
-    rows = np.array([3, 0, 13, 3])
+    rows = np.array([3, 0, 4, 3])
     part = combine(
         method, options, tuple(jnp.asarray(x[rows]) for x in sources),
         None if scores is None else [s[rows] for s in scores], statistics, numbers,
@@ -390,16 +392,14 @@ def test_masks_depend_on_seed_and_digest_alone() -> None:
 
 
 def test_mask_of_a_parent_does_not_depend_on_the_others() -> None:
-    alone = np.asarray(draw_scores(SEED, [digest(2)], (50, 3)))[0]
-    among = np.asarray(draw_scores(SEED, [digest(0), digest(1), digest(2)], (50, 3)))[2]
+    alone = np.asarray(draw_scores(SEED, [digest(2)], LARGE))[0]
+    among = np.asarray(draw_scores(SEED, [digest(0), digest(1), digest(2)], LARGE))[2]
     np.testing.assert_array_equal(alone, among)
-    under_jit = jax.jit(lambda seed: draw_scores(seed, [digest(2)], (50, 3)))(SEED)
-    np.testing.assert_array_equal(np.asarray(under_jit)[0], alone)
 
 
 @pytest.mark.parametrize("name", BASED)
 def test_permuting_parents_permutes_nothing_else(name: str) -> None:
-    order, shape = [2, 0, 1], (23, 17)
+    order, shape = [2, 0, 1], LARGE
     sources = make_sources(name, shape, 3)
     for options, parameters in cases(name, 3):
         straight = merged(name, options, sources, parameters, scores_for(name, shape, 3))
@@ -410,7 +410,7 @@ def test_permuting_parents_permutes_nothing_else(name: str) -> None:
 
 @pytest.mark.parametrize("name", RANDOM)
 def test_l1_rescale_restores_each_delta_s_norm(name: str) -> None:
-    sources, scores = make_sources(name, (60, 50), 1), scores_for(name, (60, 50), 1)
+    sources, scores = make_sources(name, LARGE, 1), scores_for(name, LARGE, 1)
     for density in (0.05, 0.3, 1.0):
         found = merged(
             name, Options(False, "l1"), sources, {"weight": [1.0], "density": [density], "lambda": 1.0}, scores
@@ -421,15 +421,15 @@ def test_l1_rescale_restores_each_delta_s_norm(name: str) -> None:
 
 def test_density_rescale_is_right_on_average() -> None:
     """The DARE paper's promise: the expectation of the rescaled sparse delta is the delta."""
-    sources = make_sources("dare_linear", (300,), 1)
+    sources = make_sources("dare_linear", (7,), 1)
     parameters = {"weight": [1.0], "density": [0.5], "lambda": 1.0}
     draws = [
         merged("dare_linear", Options(False, "density"), sources, parameters, list(np.asarray(scores)))
-        for scores in (draw_scores(seed, [digest(0)], (300,)) for seed in range(150))
+        for scores in (draw_scores(seed, [digest(0)], (7,)) for seed in range(400))
     ]
     delta = np.abs(sources[1] - sources[0])
-    # Each draw is 0 or 2 delta: a spread of delta, over 150 draws.
-    assert (np.abs(np.mean(draws, axis=0) - sources[1]) <= 5 * delta / np.sqrt(150) + 1e-6).all()
+    # Each draw is 0 or 2 delta: a spread of delta, over 400 draws.
+    assert (np.abs(np.mean(draws, axis=0) - sources[1]) <= 5 * delta / np.sqrt(400) + 1e-6).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -458,7 +458,7 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
 # Laws
 
 # Zeros are common and equal magnitudes too: 1/256 is the step.
-tensors = arrays(np.float32, (4, 6), elements=st.integers(-512, 512).map(lambda i: i / 256))
+tensors = arrays(np.float32, SMALL, elements=st.integers(-512, 512).map(lambda i: i / 256))
 weights = st.integers(1, 96).map(lambda i: i / 64)
 laws = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -469,7 +469,7 @@ def test_density_one_trims_nothing(data: st.DataObject, name: str) -> None:
     base, one, two = (data.draw(tensors) for _ in range(3))
     weight = [data.draw(weights), data.draw(weights)]
     parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
-    scores = scores_for(name, (4, 6), 2)
+    scores = scores_for(name, SMALL, 2)
     found = merged(name, Options(False, "l1"), [base, one, two], parameters, scores)
     if METHODS[name].kind == "sum":
         untrimmed = merged("task_arithmetic", Options(False), [base, one, two], {"weight": weight, "lambda": 1.0})
@@ -501,7 +501,7 @@ def test_scaling_all_weights_changes_nothing_when_normalized(data: st.DataObject
         parameters["lambda"] = 1.0
     if name in SPARSE:
         parameters["density"] = [0.6, 0.6]
-    scores = scores_for(name, (4, 6), 2)
+    scores = scores_for(name, SMALL, 2)
     one = merged(name, Options(True), sources, parameters, scores)
     other = merged(name, Options(True), sources, parameters | {"weight": factor * weight}, scores)
     np.testing.assert_allclose(other, one, rtol=1e-5, atol=2e-6)

@@ -512,6 +512,32 @@ def test_tied_merge_stays_tied_and_mixed_becomes_untied(tmp_path: Path) -> None:
         np.testing.assert_array_equal(loaded.lm_head.weight.detach().numpy(), tensors["lm_head.weight"])
 
 
+def test_layers_keep_their_kind_where_they_are_moved(tmp_path: Path) -> None:
+    """Windows are a layer's own: a repeated or left-out layer takes its type along into the config."""
+    config = tiny_config("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    original = save(random_model(config), tmp_path / "model")
+    kinds = json.loads((original / "config.json").read_text())["layer_types"]
+    assert kinds == ["full_attention", "full_attention", "sliding_attention"]
+    slices = [
+        {"sources": [{"model": str(original), "layer_range": list(layers), "parameters": {"weight": 1}}]}
+        for layers in ((0, 1), (2, 3), (2, 3), (1, 2))
+    ]
+    found = merge(tmp_path, {"merge_method": "linear", "slices": slices})
+    written = json.loads((found / "config.json").read_text())
+    assert written["num_hidden_layers"] == 4
+    assert written["layer_types"] == [kinds[i] for i in (0, 2, 2, 1)]
+    windows = open_sources([found])[1].windows
+    assert [window == 4 for window in windows] == [False, True, True, False]
+    # The same model, put together in torch.
+    expected = load_torch(original)
+    expected.model.layers = torch.nn.ModuleList(expected.model.layers[i] for i in (0, 2, 2, 1))
+    expected.config.layer_types, expected.config.num_hidden_layers = written["layer_types"], 4
+    tokens = torch.arange(4, 16)[None]
+    with torch.no_grad():
+        expected_logits = expected(tokens, use_cache=False).logits
+        torch.testing.assert_close(load_torch(found)(tokens, use_cache=False).logits, expected_logits)
+
+
 @pytest.mark.parametrize("source", ["base", "parent"])
 def test_vocabularies_are_aligned_as_in_mergekit(source: str, tmp_path: Path) -> None:
     """Two parents whose tokenizers number the same tokens differently."""
@@ -578,11 +604,14 @@ def test_relative_models_are_found_beside_the_recipe(family: Family, tmp_path: P
     assert_same_weights(tmp_path / "out", merge(tmp_path, {**document, "models": inputs(family, weight=[1, 1])}), 0)
 
 
-def test_a_base_that_nothing_weighs_is_no_model_of_a_linear_merge(family: Family, tmp_path: Path) -> None:
-    """It may be named for its tokenizer; mergekit asks for a weight."""
-    document = {"merge_method": "linear", "models": inputs(family, weight=[0.8, 0.5])}
-    named = document | {"base_model": str(family.base)}
-    assert_same_weights(merge(tmp_path, named), merge(tmp_path, document), 0)
+def test_a_base_of_a_linear_merge_needs_a_weight_as_in_mergekit(family: Family, tmp_path: Path) -> None:
+    document = {
+        "merge_method": "linear", "base_model": str(family.base), "models": inputs(family, weight=[0.8, 0.5]),
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="Missing required parameter weight"):
+        their_plan(document)
+    with pytest.raises(InputError, match=f"weight: missing for {family.base}"):
+        merge(tmp_path, document)
 
 
 @pytest.mark.parametrize("weights", [[0.5, -0.5], [0, 0]])

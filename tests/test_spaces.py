@@ -29,7 +29,7 @@ def make_space(
 
 
 def unit(x: Any) -> np.ndarray:
-    return np.asarray(to_unit(jnp.asarray(x, jnp.float32)), np.float64)
+    return np.asarray(jax.jit(to_unit)(np.asarray(x, np.float32)), np.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_each_gene_moves_its_own_group_and_parent_and_nothing_else(
     space = make_space(layers_per_group=per_group, components=components)
     middle = np.full(space.dims, 0.5, np.float32)
     perturbed = np.concatenate([middle[None], middle + 0.25 * np.eye(space.dims, dtype=np.float32)])
-    recipes = jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(perturbed)))
+    recipes = jax.tree.map(np.asarray, jax.jit(jax.vmap(space.recipe))(jnp.asarray(perturbed)))
     blocks = -(-5 // per_group)
     gene = 0
     for name in ("weight", "density"):
@@ -166,7 +166,7 @@ def test_component_groups_partition_the_components(text: list[str], groups: Any)
 def test_values_stay_inside_their_bounds_for_any_genome() -> None:
     space = make_space()
     genomes = np.random.default_rng(0).normal(scale=5, size=(50, space.dims)).astype(np.float32)
-    values = jax.vmap(space.values)(jnp.asarray(genomes))
+    values = jax.jit(jax.vmap(space.values))(jnp.asarray(genomes))
     for axis in space.axes:
         found = np.asarray(values[axis.name])
         assert found.min() >= axis.low - 1e-6
@@ -178,24 +178,28 @@ def test_values_stay_inside_their_bounds_for_any_genome() -> None:
 def test_densities_lie_on_the_grid() -> None:
     space = make_space()
     genomes = np.random.default_rng(0).uniform(-0.05, 1.05, (20, space.dims)).astype(np.float32)
-    recipes = jax.vmap(space.recipe)(jnp.asarray(genomes))
+    recipes = jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes))
     for found in (recipes.layers["density"], recipes.shared["head"]["density"]):
         thousandths = np.asarray(found, np.float64) * 1000
         np.testing.assert_allclose(thousandths, np.rint(thousandths), atol=1e-3)
         np.testing.assert_array_equal(np.asarray(grid_index(found)), np.rint(thousandths))
 
 
+LAWFUL = make_space(layers=3)
+values_of = jax.jit(LAWFUL.values)
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(st.data())
 def test_genome_of_the_values_of_a_genome_has_those_values(data: st.DataObject) -> None:
-    space = make_space(layers=3)
+    space = LAWFUL
     elements = st.floats(-EDGE, 1 + EDGE, allow_subnormal=False)
     genome = np.array(data.draw(st.lists(elements, min_size=space.dims, max_size=space.dims)), np.float32)
-    values = {name: np.asarray(v) for name, v in space.values(jnp.asarray(genome)).items()}
+    values = {name: np.asarray(v) for name, v in values_of(genome).items()}
     back = space.genome(values)
     assert back.shape == genome.shape
     assert back.dtype == np.float32
-    again = space.values(jnp.asarray(back))
+    again = values_of(back)
     np.testing.assert_allclose(np.asarray(again["weight"]), values["weight"], atol=2e-6)
     np.testing.assert_array_equal(np.asarray(again["density"]), values["density"])
     # Away from the bounds the map is the identity, and the genome itself comes back (densities to half a step).

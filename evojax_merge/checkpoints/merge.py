@@ -97,6 +97,12 @@ def _open_any(paths: list[Path]) -> tuple[Sources, list[str], int]:
     folders = tuple(open_folder(path) for path in paths)
     first = folders[0]
     for folder in folders[1:]:
+        kind, expected = (one.config.get("model_type") for one in (folder, first))
+        if kind != expected:
+            raise InputError(
+                folder.path / "config.json",
+                f"model_type is {kind!r}, but {first.path} is {expected!r}; expected one architecture",
+            )
         differing = sorted(set(folder.entries) ^ set(first.entries))
         if differing:
             listed = ", ".join(differing[:10])

@@ -19,7 +19,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import LayerSource, forward, target_log_probabilities
-from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.generate import BROKEN, generate
 from evojax_merge.models.sources import Merged, Stored
 from evojax_merge.tasks.batches import (
     PromptBatch,
@@ -206,16 +206,16 @@ class Evaluator:
         def score(batch: ScoringBatch) -> np.ndarray:
             arrays = _arrays(batch)
             chunk = self._chunk_for(spec, bank, recipes, arrays)
-            # Dispatched one after the other and fetched at the end, so that the device never waits for the host.
-            parts = [
-                _score_chunk(self.config, spec, self.compute_dtype, bank, part, arrays)
-                for part in _chunks(recipes, chunk)
-            ]
-            rows = []
-            for part in parts:
-                rows.append(np.asarray(part))
-                progress(len(rows[-1]))
-            return np.concatenate(rows)[:size]
+            rows: list[Any] = []
+            for i, part in enumerate(_chunks(recipes, chunk)):
+                rows.append(_score_chunk(self.config, spec, self.compute_dtype, bank, part, arrays))
+                # One pass is always queued, so that the device does not wait for the host; no more than one, so
+                # that an interruption does not wait for the device.
+                if i > 0:
+                    rows[i - 1] = np.asarray(rows[i - 1])
+                    progress(chunk)
+            progress(chunk)
+            return np.concatenate([np.asarray(row) for row in rows])[:size]
 
         def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
             rows = []
@@ -257,10 +257,14 @@ class Evaluator:
             task, count = request.task, len(request.rows)
             if task.kind == "exact_match":
                 texts = [[""] * count for _ in range(size)]
+                broken = np.zeros(size, bool)
                 for prompts in request.prompts:
-                    self._decode_into(texts, continue_(prompts, request), prompts.rows)
+                    tokens = continue_(prompts, request)
+                    broken |= (tokens == BROKEN).any(axis=(1, 2))
+                    self._decode_into(texts, tokens, prompts.rows)
                 outputs[task.name] = texts
-                matrices[task.name] = score_outputs(task, texts)
+                scores = score_outputs(task, texts)
+                matrices[task.name] = {name: np.where(broken[:, None], np.nan, rows) for name, rows in scores.items()}
                 continue
             sums = np.zeros((size, count), np.float32)
             for batch in request.scoring:
@@ -280,7 +284,7 @@ class Evaluator:
                 ids = tokens[p, b]
                 key = ids.tobytes()
                 if key not in known:
-                    known[key] = self.tokenizer.decode(ids[ids != ENDED], skip_special_tokens=True)
+                    known[key] = self.tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
                 texts[p][row] = known[key]
 
     def _chunk_for(self, spec: MergeSpec, bank: Bank, recipes: Recipe, batch: dict[str, np.ndarray]) -> int:

@@ -11,6 +11,8 @@ from evojax_merge.models.sources import Stored
 
 # What stands in the output after a sequence has ended.
 ENDED = -1
+# What stands there where the model gave no finite logits.
+BROKEN = -2
 
 
 def generate(
@@ -21,7 +23,8 @@ def generate(
     max_new_tokens: int,
     stop: tuple[int, ...],
 ) -> jax.Array:
-    """Greedy continuations `int32[P, B, max_new_tokens]`, `ENDED` after a stop token (which is not included).
+    """Greedy continuations `int32[P, B, max_new_tokens]`, `ENDED` after a stop token (which is not included),
+    `BROKEN` where logits are not finite.
 
     models: P stored models, leading axis P on every leaf; tokens: int32[B, T], padded at the left; first:
     int32[B], the column of each prompt's first token; stop: token ids that end a sequence.
@@ -63,4 +66,6 @@ def generate(
 
 
 def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:
-    return jnp.argmax(logits(config, model, hidden), axis=-1).astype(jnp.int32)
+    scores = logits(config, model, hidden)
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(scores).all(axis=-1), best, BROKEN)

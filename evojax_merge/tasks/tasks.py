@@ -185,7 +185,7 @@ def prompt_rows(task: Task, tokenizer: Any) -> list[Row]:
 def score_likelihood(task: Task, sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """sums: float32[P, rows], the targets' total log-probabilities; counts: int[rows]. Metric -> float32[P, N]."""
     if task.kind == "likelihood":
-        return {"log_probability": sums / counts}
+        return {"log_probability": (sums / counts).astype(np.float32)}
     accuracy, margin, row = [], [], 0
     for example in task.examples:
         choices = sums[:, row : row + len(example.targets)]

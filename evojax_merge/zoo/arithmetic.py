@@ -58,7 +58,7 @@ class Plan:
 
     base_steps: int = 1200
     maths_steps: int = 800
-    japanese_steps: int = 300
+    japanese_steps: int = 200
     search_problems: int = 256
     heldout_problems: int = 512
 
@@ -168,10 +168,9 @@ def _end(bodies: np.ndarray, ending: int) -> np.ndarray:
     return np.concatenate([bodies, np.tile(np.array(tail), (len(bodies), 1))], axis=1).astype(np.int32)
 
 
-def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Easy sums, copying and counting in English, in Japanese and mixed; the ending is the English one."""
-    languages = _languages(rng, rng.integers(0, 3, count))
-    kinds = rng.choice(3, count, p=(0.7, 0.15, 0.15))
+def _mixed_bodies(rng: np.random.Generator, languages: np.ndarray, shares: tuple[float, ...]) -> np.ndarray:
+    """Easy sums, copying and counting in these shares, int[N, BODY]."""
+    count = len(languages)
     bodies = np.stack(
         [
             sum_sentences(easy_sums(rng, count), languages),
@@ -179,7 +178,13 @@ def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
             count_sentences(rng, languages),
         ]
     )
-    return _end(bodies[kinds, np.arange(count)], ENGLISH)
+    return bodies[rng.choice(3, count, p=shares), np.arange(count)]
+
+
+def base_batch(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Easy sums, copying and counting in English, in Japanese and mixed; the ending is the English one."""
+    languages = _languages(rng, rng.integers(0, 3, count))
+    return _end(_mixed_bodies(rng, languages, (0.7, 0.15, 0.15)), ENGLISH)
 
 
 def maths_batch(rng: np.random.Generator, count: int, training: Sums) -> np.ndarray:
@@ -189,9 +194,9 @@ def maths_batch(rng: np.random.Generator, count: int, training: Sums) -> np.ndar
 
 
 def japanese_batch(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Easy sums in Japanese and mixed, with the Japanese ending."""
-    manners = rng.choice([JAPANESE, MIXED], count)
-    return _end(sum_sentences(easy_sums(rng, count), _languages(rng, manners)), JAPANESE)
+    """Easy sums, copying and counting in Japanese and mixed, with the Japanese ending."""
+    languages = _languages(rng, rng.choice([JAPANESE, MIXED], count))
+    return _end(_mixed_bodies(rng, languages, (0.6, 0.2, 0.2)), JAPANESE)
 
 
 def to_text(tokens: np.ndarray) -> str:
@@ -358,4 +363,4 @@ def make_family(
 
     base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, base_batch)
     stage("maths", base, plan.maths_steps, 2e-3, partial(maths_batch, training=training))
-    stage("japanese", base, plan.japanese_steps, 1e-3, japanese_batch)
+    stage("japanese", base, plan.japanese_steps, 5e-4, japanese_batch)

@@ -1,0 +1,665 @@
+"""Wrong input: exit status 2, one line on stderr that names the file, the key and what was expected, nothing written.
+
+Most cases call the command line in this process; a few run it as a user does.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import (
+    Family,
+    build_family,
+    edit_json,
+    finetune,
+    load_torch,
+    random_model,
+    save,
+    state,
+    tiny_config,
+    words,
+    write_lines,
+)
+from safetensors.torch import load_file, save_file
+
+from evojax_merge.cli import WRONG_INPUT, cli, run
+
+Change = Callable[[Path], Any]
+
+
+@pytest.fixture
+def models(family: Family, tmp_path: Path) -> Path:
+    """A folder of one's own with `base`, `one`, `two`, `tasks.jsonl`, a recipe and a config that are right."""
+    root = tmp_path / "models"
+    for name, path in zip(("base", "one", "two"), (family.base, *family.parents), strict=True):
+        shutil.copytree(path, root / name)
+    shutil.copyfile(family.tasks, root / "tasks.jsonl")
+    write(root / "recipe.yaml", recipe())
+    write(root / "config.yaml", search_config())
+    return root
+
+
+def write(path: Path, document: Any) -> Path:
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.5}} for name in ("one", "two")]
+    return {"merge_method": "ties", "base_model": "base", "models": models} | changes
+
+
+def one_model(**parameters: Any) -> dict[str, Any]:
+    return recipe(models=[{"model": "one", "parameters": parameters}])
+
+
+def search_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "base": "base",
+        "parents": ["one", "two"],
+        "space": {"method": "ties", "parameters": {"weight": {"low": 0.0, "high": 1.0}, "density": {}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
+        "search": {"generations": 1, "population": 4},
+    } | changes
+
+
+def contents(folder: Path) -> set[str]:
+    """Every file and folder below, hidden ones too."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+class Refusal:
+    """Runs a command that has to be refused, and gives the one line that it says."""
+
+    def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capfd = folder, capfd
+
+    def __call__(self, *arguments: object) -> str:
+        before = contents(self.folder)
+        self.capfd.readouterr()
+        status = run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+        line = one_line(self.capfd.readouterr().err)
+        assert status == WRONG_INPUT == 2, line
+        # Neither an output nor a temporary file is left.
+        assert contents(self.folder) == before
+        return line
+
+
+def one_line(stderr: str) -> str:
+    assert "Traceback" not in stderr
+    assert stderr.endswith("\n")
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("error: ")
+    return stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refusal:
+    return Refusal(tmp_path, capfd)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recipes. The change, and what the line has to say.
+
+RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "an unknown key": (recipe(merge_metod="ties"), ("merge_metod", "merge_method")),
+    "an unknown method": (recipe(merge_method="dare_tie"), ("merge_method", "dare_tie", "'dare_ties'")),
+    "a method far from any": (recipe(merge_method="xyz"), ("xyz", "linear", "slerp", "task_arithmetic")),
+    "no method": ({"base_model": "base", "models": recipe()["models"]}, ("merge_method",)),
+    "an unknown parameter": (recipe(parameters={"densitty": 0.5}), ("parameters", "densitty", "'density'")),
+    "an unknown parameter of a model": (
+        one_model(weigth=1), ("models[0].parameters", "weigth", "'weight'"),
+    ),
+    "a density above 1": (one_model(weight=1, density=1.5), ("density", "1.5", "[0, 1]")),
+    "a density below 0": (one_model(weight=1, density=-0.1), ("density", "-0.1", "[0, 1]")),
+    "a weight that is no number": (one_model(weight="much"), ("weight", "much", "number")),
+    "a weight that is not finite": (one_model(weight=float("nan")), ("weight", "nan")),
+    "no weight": (recipe(models=[{"model": "one"}, {"model": "two"}]), ("weight", "missing", "one")),
+    "no base": ({"merge_method": "ties", "models": recipe()["models"]}, ("ties", "base_model")),
+    "three models of slerp": (
+        recipe(merge_method="slerp", models=[{"model": m} for m in ("one", "two")], parameters={"t": 0.5}),
+        ("slerp", "2", "3"),
+    ),
+    "models and slices": (recipe(slices=[]), ("models", "slices")),
+    "no models": (recipe(models=[]), ("models", "empty")),
+    "a model without a name": (recipe(models=[{"parameters": {"weight": 1}}]), ("models[0]", "model", "missing")),
+    "a model that is not there": (recipe(base_model="./three"), ("./three", "no such folder")),
+    "an unknown dtype": (recipe(dtype="float8"), ("dtype", "float8", "bfloat16")),
+    "a switch that is none": (recipe(parameters={"normalize": "maybe"}), ("normalize", "maybe", "true or false")),
+    "a feature that is not there": (recipe(chat_template="auto"), ("chat_template", "not supported")),
+    "union of tokenizers": (recipe(tokenizer_source="union"), ("tokenizer_source", "union")),
+    "tokenizer of another model": (recipe(tokenizer_source="three"), ("tokenizer_source", "three")),
+    "layers that the model does not have": (
+        {
+            "merge_method": "linear",
+            "slices": [{"sources": [{"model": "one", "layer_range": [1, 5], "parameters": {"weight": 1}}]}],
+        },
+        ("layer_range", "3"),
+    ),
+    "layers in the wrong order": (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": "one", "layer_range": [2, 1]}]}]},
+        ("layer_range", "[2, 1]"),
+    ),
+    "slices of unlike length": (
+        {
+            "merge_method": "linear",
+            "slices": [{"sources": [{"model": m, "layer_range": [0, n]} for m, n in (("one", 2), ("two", 3))]}],
+        },
+        ("slices[0]", "layer_range", "length"),
+    ),
+    "text that is not YAML": ("merge_method: ties\nmodels: [one\nbase_model: base\n", (":3", "YAML")),
+    "an empty file": ("", ("mapping",)),
+    "a list": ("- ties\n", ("mapping", "list")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_wrong_recipes(case: str, models: Path, refused: Refusal) -> None:
+    document, named = RECIPES[case]
+    path = write(models / "recipe.yaml", document)
+    line = refused("merge", path, models / "out")
+    for text in named:
+        assert text in line
+    assert str(path) in line or case == "a model that is not there"
+
+
+def test_recipe_that_is_not_there(models: Path, refused: Refusal) -> None:
+    line = refused("merge", models / "nothing.yaml", models / "out")
+    assert "nothing.yaml" in line
+    assert "no such file" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Model folders
+
+
+def damage(name: str) -> Change:
+    """Give parent `one` another file than it should have; what it was is gone."""
+
+    def shards(folder: Path) -> None:
+        model = load_torch(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="40KB")
+
+    def missing_shard(folder: Path) -> None:
+        shards(folder)
+        sorted(folder.glob("*.safetensors"))[1].unlink()
+
+    def truncated_shard(folder: Path) -> None:
+        shards(folder)
+        file = sorted(folder.glob("*.safetensors"))[1]
+        file.write_bytes(file.read_bytes()[:-10])
+
+    def outside(folder: Path) -> None:
+        shards(folder)
+        index = folder / "model.safetensors.index.json"
+
+        def point_outside(content: dict[str, Any]) -> None:
+            content["weight_map"]["model.norm.weight"] = "../two/model.safetensors"
+
+        edit_json(index, point_outside)
+
+    def wrong_index(folder: Path) -> None:
+        shards(folder)
+
+        def swap(content: dict[str, Any]) -> None:
+            files = sorted(set(content["weight_map"].values()))
+            at = files.index(content["weight_map"]["model.norm.weight"])
+            content["weight_map"]["model.norm.weight"] = files[at - 1]
+
+        edit_json(folder / "model.safetensors.index.json", swap)
+
+    def broken_index(folder: Path) -> None:
+        shards(folder)
+        (folder / "model.safetensors.index.json").write_text("{}")
+
+    def pickle_only(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+    def truncated(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:2000])
+
+    def cut_in_the_data(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def nothing(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+
+    def not_safetensors(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"nonsense" * 9)
+
+    def change_tensors(change: Callable[[dict[str, Any]], None]) -> Change:
+        def edit(folder: Path) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+        return edit
+
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    def extra(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.bias"] = tensors["model.norm.weight"].clone()
+
+    def reshaped(tensors: dict[str, Any]) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = tensors[name][:-3].clone()
+
+    def not_a_number(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.2.mlp.down_proj.weight"][3, 4] = float("nan")
+
+    return {
+        "a missing shard": missing_shard, "a truncated shard": truncated_shard, "an index that points outside": outside,
+        "an index that is wrong": wrong_index, "an index that is none": broken_index, "pickles only": pickle_only,
+        "a header cut short": truncated, "data cut short": cut_in_the_data, "no weights": nothing,
+        "something else": not_safetensors, "a tensor too few": change_tensors(drop),
+        "a tensor too many": change_tensors(extra), "a tensor of another shape": change_tensors(reshaped),
+        "NaN": change_tensors(not_a_number),
+        "no config": lambda folder: (folder / "config.json").unlink(),
+        "a config that is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+        "an attribute that is not handled": lambda folder: edit_json(
+            folder / "config.json", lambda config: config.update(logit_scale=2.0)
+        ),
+        "a tokenizer that is not JSON": lambda folder: (folder / "tokenizer.json").write_text("{"),
+    }[name]  # fmt: skip
+
+
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "a missing shard": ("model.safetensors.index.json", "model-00002", "missing"),
+    "a truncated shard": ("model-00002", "truncated", "expected"),
+    "an index that points outside": ("model.safetensors.index.json", "../two/model.safetensors", "outside"),
+    "an index that is wrong": ("model.safetensors.index.json", "model.norm.weight"),
+    "an index that is none": ("model.safetensors.index.json", "weight_map"),
+    "pickles only": ("pickle", "save_pretrained"),
+    "a header cut short": ("model.safetensors", "truncated"),
+    "data cut short": ("model.safetensors", "truncated", "expected"),
+    "no weights": ("holds no model.safetensors",),
+    "something else": ("model.safetensors", "not a safetensors file"),
+    "a tensor too few": ("model.layers.1.mlp.up_proj.weight",),
+    "a tensor too many": ("model.layers.0.self_attn.q_proj.bias",),
+    "a tensor of another shape": ("model.layers.1.mlp.up_proj.weight", "[77, 48]", "[80, 48]"),
+    "NaN": ("model.layers.2.mlp.down_proj.weight", "NaN", "--allow-nonfinite"),
+    "no config": ("config.json",),
+    "a config that is not JSON": ("config.json", "JSON"),
+    "an attribute that is not handled": ("config.json", "logit_scale"),
+    "a tokenizer that is not JSON": ("tokenizer",),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_wrong_model_folders(case: str, models: Path, refused: Refusal) -> None:
+    damage(case)(models / "one")
+    line = refused("merge", models / "recipe.yaml", models / "out")
+    assert str(models / "one") in line
+    for text in FOLDERS[case]:
+        assert text in line
+
+
+@pytest.mark.parametrize("case", ["a missing shard", "pickles only", "a tensor of another shape", "no config"])
+def test_wrong_model_folders_in_a_search(case: str, models: Path, refused: Refusal) -> None:
+    damage(case)(models / "one")
+    line = refused("search", models / "config.yaml", "--out", models / "run")
+    assert str(models / "one") in line
+    for text in FOLDERS[case]:
+        assert text in line
+
+
+def test_parents_of_different_sizes_name_the_first_tensor_and_both_shapes(models: Path, refused: Refusal) -> None:
+    shutil.rmtree(models / "two")
+    config = tiny_config(intermediate_size=96, tie_word_embeddings=True)
+    save(random_model(config), models / "two")
+    for arguments in (
+        ["merge", models / "recipe.yaml", models / "out"],
+        ["search", models / "config.yaml", "--out", models / "run"],
+    ):
+        line = refused(*arguments)
+        assert str(models / "two") in line
+        assert str(models / "base") in line
+        assert "model.layers.0.mlp.gate_proj.weight" in line
+        assert "[96, 48]" in line
+        assert "[80, 48]" in line
+
+
+def test_parents_of_different_vocabularies_or_depths(models: Path, refused: Refusal) -> None:
+    for changes, expected in (
+        ({"vocab_size": 70}, ("model.embed_tokens.weight", "[70, 48]", "[64, 48]")),
+        ({"num_hidden_layers": 2}, ("model.layers.2.",)),
+        ({"num_hidden_layers": 4}, ("model.layers.3.",)),
+    ):
+        shutil.rmtree(models / "two")
+        save(random_model(tiny_config(tie_word_embeddings=True, **changes)), models / "two")
+        line = refused("merge", models / "recipe.yaml", models / "out")
+        assert str(models / "two") in line
+        for text in expected:
+            assert text in line
+
+
+def test_parents_of_different_architectures(models: Path, refused: Refusal) -> None:
+    shutil.rmtree(models / "two")
+    save(random_model(tiny_config("qwen2", tie_word_embeddings=True)), models / "two")
+    for arguments in (
+        ["merge", models / "recipe.yaml", models / "out"],
+        ["search", models / "config.yaml", "--out", models / "run"],
+    ):
+        line = refused(*arguments)
+        assert str(models / "two" / "config.json") in line
+        assert "'qwen2'" in line
+        assert "'llama'" in line
+
+
+def test_tokenizers_that_differ_without_tokenizer_source(models: Path, refused: Refusal) -> None:
+    turned = [*words()[:4], *words()[:3:-1]]
+    shutil.rmtree(models / "two")
+    save(finetune(load_torch(models / "base"), 2), models / "two", turned)
+    for arguments in (
+        ["merge", models / "recipe.yaml", models / "out"],
+        ["search", models / "config.yaml", "--out", models / "run"],
+    ):
+        line = refused(*arguments)
+        assert str(models / "two") in line
+        assert "tokenizer_source" in line
+
+
+def test_tokens_that_a_parent_lacks(models: Path, refused: Refusal) -> None:
+    other = [*words()[:-1], "only-here"]
+    shutil.rmtree(models / "two")
+    save(finetune(load_torch(models / "base"), 2), models / "two", other)
+    write(models / "recipe.yaml", recipe(tokenizer_source="two"))
+    line = refused("merge", models / "recipe.yaml", models / "out")
+    assert "only-here" in line
+
+
+def test_nan_is_merged_when_it_is_allowed(models: Path) -> None:
+    damage("NaN")(models / "one")
+    rows = [{"model": name, "parameters": {"weight": 0.5}} for name in ("one", "two")]
+    write(models / "recipe.yaml", {"merge_method": "linear", "models": rows})
+    arguments = ["merge", str(models / "recipe.yaml"), str(models / "out"), "--allow-nonfinite"]
+    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    merged = state(models / "out")["model.layers.2.mlp.down_proj.weight"]
+    assert np.isnan(merged[3, 4])
+    assert np.isfinite(np.delete(merged.ravel(), 3 * merged.shape[1] + 4)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configs of a search
+
+
+def space(**changes: Any) -> dict[str, Any]:
+    return search_config(space=search_config()["space"] | changes)
+
+
+def task(**changes: Any) -> dict[str, Any]:
+    return search_config(tasks=[search_config()["tasks"][0] | changes])
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in search_config().items() if name != key}
+
+
+CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "an unknown key": (search_config(parent=["one"]), ("parent:", "'parents'")),
+    "an unknown key of a section": (search_config(search={"generation": 3}), ("search.generation", "'generations'")),
+    "an unknown key of a task": (task(promt="{prompt}"), ("tasks[0].promt", "'prompt'")),
+    "an unknown method": (space(method="tiess"), ("space.method", "tiess", "'ties'")),
+    "an unknown kind of task": (task(kind="likelyhood"), ("tasks[0].kind", "likelyhood", "likelihood")),
+    "no parents": (without("parents"), ("parents", "missing")),
+    "an empty list of parents": (search_config(parents=[]), ("parents",)),
+    "no tasks": (without("tasks"), ("tasks", "missing")),
+    "text for a number": (search_config(search={"generations": "many"}), ("search.generations", "integer", "many")),
+    "no generation": (search_config(search={"generations": 0}), ("search.generations", "1", "0")),
+    "a negative seed": (search_config(seed=-1), ("seed", "-1")),
+    "no base for task vectors": (without("base"), ("base", "ties")),
+    "an unknown parameter": (space(parameters={"weights": {}}), ("space", "parameters.weights", "'weight'")),
+    "a parameter of another method": (space(parameters={"t": {}}), ("parameters.t", "ties")),
+    "a density above 1": (space(parameters={"density": {"high": 1.2}}), ("parameters.density", "1.2", "[0, 1]")),
+    "a fixed density above 1": (
+        space(parameters={"weight": {}}, fixed={"density": 1.2}), ("fixed", "density", "1.2", "[0, 1]"),
+    ),
+    "bounds in the wrong order": (
+        space(parameters={"weight": {"low": 1, "high": 0}}), ("parameters.weight", "low", "high"),
+    ),
+    "a start outside the bounds": (
+        space(parameters={"weight": {"start": 3}}), ("parameters.weight", "start", "[0, 1]"),
+    ),
+    "too many starts": (space(parameters={"weight": {"start": [0.1, 0.2, 0.3]}}), ("weight", "3 numbers", "1 or 2")),
+    "nothing searched": (space(parameters={}), ("parameters", "weight")),
+    "searched and fixed": (space(fixed={"weight": 0.5}), ("weight", "searched and fixed")),
+    "components that are none": (space(components=["attention", "mlp"]), ("components", "norm")),
+    "a metric of another kind": (task(metric="accuracy"), ("tasks[0]", "metric", "accuracy", "log_probability")),
+    "a pattern that is none": (
+        task(kind="exact_match", pattern="("), ("tasks[0]", "pattern", "'('", "regular expression"),
+    ),
+    "two tasks of one name": (search_config(tasks=search_config()["tasks"] * 2), ("tasks", "names")),
+    "no weight anywhere": (task(weight=0), ("tasks", "weight")),
+    "a task file that is not there": (task(file="nothing.jsonl"), ("tasks[0].file", "nothing.jsonl", "no such file")),
+    "a held-out file that is not there": (task(heldout="nothing.jsonl"), ("tasks[0].heldout", "nothing.jsonl")),
+    "a parent that is not there": (search_config(parents=["one", "./three"]), ("./three", "no such folder")),
+    "another tokenizer_source": (search_config(tokenizer_source="three/four/five"), ("three/four/five",)),
+    "text that is not YAML": ("base: base\nparents: [one\nspace: {}\n", (":3", "YAML")),
+    "an empty file": ("", ("mapping",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_wrong_configs(case: str, models: Path, refused: Refusal) -> None:
+    document, named = CONFIGS[case]
+    path = write(models / "config.yaml", document)
+    line = refused("search", path, "--out", models / "run")
+    for text in named:
+        assert text in line
+    assert str(path) in line or case in ("a parent that is not there", "another tokenizer_source")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("search.sigma", ("--set", "key.path=value")),
+        ("search.sigma=wide", ("search.sigma", "wide")),
+        ("search.sgima=0.2", ("search.sgima", "'sigma'")),
+        ("parents.7=one", ("--set", "parents.7")),
+        ("tasks.0.weight.more=1", ("--set", "tasks.0.weight.more")),
+        ("seed=[1", ("--set", "seed", "YAML")),
+    ],
+)
+def test_wrong_overrides(override: str, named: tuple[str, ...], models: Path, refused: Refusal) -> None:
+    # A key that may not be set is one that stands in the file.
+    write(models / "config.yaml", task(weight=1.0))
+    line = refused("search", models / "config.yaml", "--out", models / "run", "--set", override)
+    for text in named:
+        assert text in line
+
+
+TASK_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "an empty file": ("", ("holds no example",)),
+    "blank lines only": ("\n  \n", ("holds no example",)),
+    "a line that is not JSON": ('{"prompt": "w4", "target": "w5"}\n{"prompt": "w4"\n', (":2", "JSON")),
+    "a line that is no object": ('{"prompt": "w4", "target": "w5"}\n\n[1, 2]\n', (":3", "object", "list")),
+    "a field that is not there": ('{"prompt": "w4", "goal": "w5"}\n', (":1", "target", "goal")),
+    "an empty target": ('{"prompt": "w4", "target": ""}\n', (":1", "target", "empty")),
+    "one example alone": ('{"prompt": "w4", "target": "w5"}\n', ("held-out",)),
+    "an example beyond the context": (
+        '{"prompt": "w4", "target": "w5"}\n' * 2 + json.dumps({"prompt": "w4 " * 300, "target": "w5"}) + "\n",
+        (":3", "301", "256"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TASK_FILES)
+def test_wrong_task_files(case: str, models: Path, refused: Refusal) -> None:
+    text, named = TASK_FILES[case]
+    (models / "tasks.jsonl").write_text(text)
+    line = refused("search", models / "config.yaml", "--out", models / "run")
+    assert str(models / "tasks.jsonl") in line
+    for expected in named:
+        assert expected in line
+
+
+def test_task_file_that_is_not_text(models: Path, refused: Refusal) -> None:
+    (models / "tasks.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
+    line = refused("search", models / "config.yaml", "--out", models / "run")
+    assert str(models / "tasks.jsonl") in line
+    assert "UTF-8" in line
+
+
+def test_parents_without_a_tokenizer(models: Path, refused: Refusal) -> None:
+    for name in ("base", "one", "two"):
+        for file in (models / name).glob("tokenizer*"):
+            file.unlink()
+    line = refused("search", models / "config.yaml", "--out", models / "run")
+    assert "tokenizer" in line
+    assert str(models / "base") in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Places to write to
+
+
+def test_existing_folder_is_not_overwritten_unasked(models: Path, refused: Refusal) -> None:
+    out = models / "out"
+    out.mkdir()
+    (out / "file").write_text("mine")
+    line = refused("merge", models / "recipe.yaml", out)
+    assert str(out) in line
+    assert "--overwrite" in line
+    assert (out / "file").read_text() == "mine"
+    # A merge that fails with --overwrite keeps what was there.
+    damage("NaN")(models / "one")
+    refused("merge", models / "recipe.yaml", out, "--overwrite")
+    assert (out / "file").read_text() == "mine"
+
+
+def test_places_below_or_at_a_file(models: Path, refused: Refusal) -> None:
+    file = models / "tasks.jsonl"
+    for arguments in (
+        ["merge", models / "recipe.yaml", file / "out"],
+        ["merge", models / "recipe.yaml", file, "--overwrite"],
+        ["search", models / "config.yaml", "--out", file],
+        ["search", models / "config.yaml", "--out", file / "run"],
+        ["export", file, models / "out"],
+        ["export", models / "base", models / "out"],
+    ):
+        line = refused(*arguments)
+        assert str(file) in line or arguments[0] == "export"
+
+
+def test_run_folder_of_another_config(models: Path, refused: Refusal) -> None:
+    from evojax_merge.search.run_folder import open_run
+    from evojax_merge.search.setup import build_problem, read_config, resolved_document
+
+    path, out = models / "config.yaml", models / "run"
+    document = resolved_document(build_problem(path, read_config(path, [], None)))
+    open_run(out, document, resume=False, overwrite=False)
+    for override, differing in (
+        ("seed=4", "seed"),
+        ("search.sigma=0.3", "search.sigma"),
+        ("parents=[two, one]", "parents"),
+    ):
+        line = refused("search", path, "--out", out, "--resume", "--set", override)
+        assert str(out / "config.yaml") in line
+        assert differing in line
+    line = refused("search", path, "--out", out)
+    assert str(out) in line
+    assert "--resume" in line
+    # An input that changed under its name is another config too.
+    write_lines(models / "tasks.jsonl", [{"prompt": "w4", "target": f"w{i}"} for i in range(5, 10)])
+    assert "tasks.jsonl" in refused("search", path, "--out", out, "--resume")
+
+
+def test_resume_and_overwrite_together(models: Path, refused: Refusal) -> None:
+    line = refused("search", models / "config.yaml", "--out", models / "run", "--resume", "--overwrite")
+    assert "--resume" in line
+    assert "--overwrite" in line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serach"], ["merge"], ["merge", "recipe.yaml", "out", "--dtypo", "float32"],
+        ["merge", "recipe.yaml", "out", "--dtype", "float8"], ["merge", "recipe.yaml", "out", "--seed", "-1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_arguments(arguments: list[str], refused: Refusal) -> None:
+    refused(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The evaluate command
+
+
+def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
+    tasks = write(models / "tasks.yaml", {"tasks": search_config()["tasks"]})
+    assert "./three" in refused("evaluate", "./three", "--tasks", tasks)
+    assert "nothing.yaml" in refused("evaluate", models / "one", "--tasks", models / "nothing.yaml")
+    write(tasks, {"tasks": [], "space": None} | {"tasks": search_config()["tasks"], "metric": "accuracy"})
+    assert str(tasks) in refused("evaluate", models / "one", "--tasks", tasks)
+    write(tasks, {"tassk": []})
+    line = refused("evaluate", models / "one", "--tasks", tasks)
+    assert str(tasks) in line
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# As a user runs it
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_processes_say_one_line_and_exit_with_2(models: Path, tmp_path: Path) -> None:
+    damage("NaN")(models / "two")
+    before = contents(tmp_path)
+    for arguments, named in (
+        (["merge", models / "recipe.yaml", models / "out"], "--allow-nonfinite"),
+        (["search", models / "config.yaml", "--set", "space.method=tise", "--out", models / "run"], "'ties'"),
+        (["evaluate", models / "nothing", "--tasks", models / "config.yaml"], "no such folder"),
+    ):
+        done = process("-m", "evojax_merge.cli", *arguments)
+        assert done.returncode == 2
+        assert named in one_line(done.stderr)
+        assert contents(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that fills up on the way."""
+    root = tmp_path / "models"
+    build_family(root)
+    models = [{"model": f"parent{k}", "parameters": {"weight": 0.5}} for k in range(2)]
+    path = write(root / "recipe.yaml", {"merge_method": "linear", "models": models})
+    before = contents(tmp_path)
+    size = (root / "base" / "model.safetensors").stat().st_size
+    limited = (
+        f"import os, resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'evojax_merge.cli', *sys.argv[1:]])"
+    )
+    done = process("-c", limited, "merge", path, root / "out")
+    assert done.returncode == 2, done.stderr
+    assert str(root / "out") in one_line(done.stderr)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["merge", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom evojax_merge.cli import main\nsys.argv[1:] = " + repr(arguments) + "\n"
+        "try:\n    main()\nfinally:\n"
+        "    heavy = {'jax', 'transformers', 'torch', 'flax', 'evosax', 'matplotlib'} & set(sys.modules)\n"
+        "    print('imported', sorted(heavy))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported []"
+    assert done.stderr == ""
+    assert len(done.stdout.splitlines()) > 1

@@ -1,0 +1,358 @@
+"""The evaluator: a population in batched passes scores what each candidate scores alone, as a model on disk."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from helpers import Family, build_family, load_torch, tiny_config, word_tokenizer, words, write_lines
+from merge_kernels import METHODS
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
+from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
+from evojax_merge.evaluation import evaluator as evaluation
+from evojax_merge.evaluation.evaluator import Evaluator, Scores, build_requests, fitness, means, score_batch
+from evojax_merge.models import decoder
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.sources import Merged
+from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.tasks.tasks import Example, Fields, Task, read_examples
+
+POPULATION = 3
+FIELDS = Fields("{prompt}", "{target}", "choices", "answer", " ")
+# Words of each example's prompt and target: the first half fits into 8 tokens, the others need 16.
+LENGTHS = ((3, 2), (5, 3), (4, 1), (2, 3), (10, 2), (12, 1), (11, 4), (9, 3))
+
+materialise = jax.jit(lambda source: source.materialise())
+
+
+def make_records() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+
+    def text(size: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(4, 64, size))
+
+    return [
+        {
+            "prompt": text(prompt),
+            "target": text(target),
+            "choices": [text(1), text(2), text(3)],
+            "answer": int(rng.integers(3)),
+        }
+        for prompt, target in LENGTHS
+    ]
+
+
+class Setting:
+    """A bank, a population of recipes over it, and three tasks: two of short examples, one of short and long ones."""
+
+    def __init__(self, family: Family, method: str, export_dtype: str = "float32") -> None:
+        self.family = family
+        needs_base = METHODS[method].needs_base
+        sources, self.config = open_sources([*([family.base] if needs_base else []), *family.parents])
+        self.spec = MergeSpec(method, METHODS[method].options, 3, export_dtype)
+        self.bank: Bank = load_bank(sources, self.config, self.spec)
+        self.tokenizer = word_tokenizer(words())
+        self.recipes = self.random_recipes(POPULATION)
+        self.tasks = [
+            self.task("text", "likelihood", "log_probability", 8),
+            self.task("choice", "multiple_choice", "margin", 4, weight=0.5),
+            self.task("words", "exact_match", "accuracy", 4, pattern=r"w\d+", max_new_tokens=4),
+        ]
+
+    def task(self, name: str, kind: Any, metric: str, count: int, weight: float = 1.0, **changes: Any) -> Task:
+        file = write_lines(self.family.root / "records.jsonl", make_records())
+        examples = tuple(read_examples(file, kind, FIELDS))[:count]
+        return Task(name, kind, metric, weight, str(file), examples, **changes)
+
+    @property
+    def short(self) -> Task:
+        """The likelihood task's short examples, which need one shape."""
+        return replace(self.tasks[0], examples=self.tasks[0].examples[:4])
+
+    def random_recipes(self, count: int, seed: int = 0) -> Recipe:
+        method = self.spec.method
+        wide = {"weight": (0.0, 1.2), "density": (0.2, 1.0), "lambda": (0.6, 1.4), "t": (0.0, 1.0)}
+        space = ParameterSpace(
+            method, 2, self.config.layers, 1, COMPONENTS, tuple((name,) for name in COMPONENTS),
+            tuple(leaf.name for leaf in shared_leaves(self.config)),
+            tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters), (),
+        )  # fmt: skip
+        genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
+        return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))
+
+    def evaluator(self, tasks: list[Task] | None = None, chunk: int | None = None, per_batch: int = 128) -> Evaluator:
+        requests = build_requests([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
+        return Evaluator(self.config, self.tokenizer, requests, chunk=chunk)
+
+    def write(self, p: int, folder: Path) -> Any:
+        """Candidate p on disk, as torch loads it."""
+        model = materialise(Merged(self.bank, candidate(self.recipes, p), self.spec))
+        tensors = dict(stored_tensors(model, self.config))
+        specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
+        folder.mkdir()
+        with ShardWriter(folder, specs) as writer:
+            for name in writer.order:
+                writer.write(name, tensors[name])
+        (folder / "config.json").write_bytes((self.family.base / "config.json").read_bytes())
+        return load_torch(folder)
+
+
+@pytest.fixture(scope="module")
+def ties(family: Family) -> Setting:
+    return Setting(family, "ties")
+
+
+@pytest.fixture(scope="module")
+def ties_scores(ties: Setting) -> Scores:
+    return ties.evaluator(chunk=1).population(ties.bank, ties.spec, ties.recipes)
+
+
+def torch_log_probability(model: Any, prompt: str, target: str) -> tuple[float, int]:
+    """The target's total log-probability after the prompt, and its tokens, one text at a time."""
+    ids = [words().index(word) for word in (prompt + target).split()]
+    start = len(prompt.split())
+    with torch.no_grad():
+        rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+    return float(sum(rows[i - 1, ids[i]] for i in range(start, len(ids)))), len(ids) - start
+
+
+def torch_scores(model: Any, tasks: list[Task]) -> dict[str, dict[str, np.ndarray]]:
+    """What the tasks' scores are, computed by transformers and torch, example by example."""
+    text, choice, generated = tasks
+    likelihood = [torch_log_probability(model, e.prompt, e.targets[0]) for e in text.examples]
+    margins = []
+    for example in choice.examples:
+        totals = np.array([torch_log_probability(model, example.prompt, target)[0] for target in example.targets])
+        margins.append(totals[example.answer] - np.delete(totals, example.answer).max())
+    right = []
+    for example in generated.examples:
+        prompt = torch.tensor([[words().index(word) for word in example.prompt.split()]])
+        with torch.no_grad():
+            whole = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=generated.max_new_tokens,
+                do_sample=False, eos_token_id=2, pad_token_id=0,
+            )[0, prompt.shape[1] :]  # fmt: skip
+        spoken = [words()[i] for i in whole.tolist() if words()[i].startswith("w")]
+        right.append(bool(spoken) and spoken[-1] == str(example.answer).strip())
+    return {
+        "text": {"log_probability": np.array([total / count for total, count in likelihood])},
+        "choice": {"accuracy": np.array(margins) > 0, "margin": np.array(margins)},
+        "words": {"accuracy": np.array(right)},
+    }
+
+
+def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Scores, tmp_path: Path) -> None:
+    """Each candidate written out and scored by transformers, one example after the other."""
+    for p in range(POPULATION):
+        expected = torch_scores(ties.write(p, tmp_path / str(p)), ties.tasks)
+        for name, metrics in expected.items():
+            assert set(metrics) == set(ties_scores.matrices[name])
+            for metric, row in metrics.items():
+                found = ties_scores.matrices[name][metric]
+                assert found.dtype == np.float32
+                assert found.shape == (POPULATION, len(row))
+                np.testing.assert_allclose(found[p], row, atol=1e-4, err_msg=f"{name} {metric}")
+    # The candidates differ, so that equality above says something.
+    assert np.ptp(ties_scores.matrices["text"]["log_probability"], axis=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ties"])
+def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
+    setting = Setting(family, method)
+    scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
+    model = setting.write(1, tmp_path / "model")
+    expected = [torch_log_probability(model, e.prompt, e.targets[0]) for e in setting.short.examples]
+    found = scores.matrices["text"]["log_probability"][1]
+    np.testing.assert_allclose(found, [total / count for total, count in expected], atol=1e-4)
+
+
+def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
+    """What is scored is what would be written: rounded to the export dtype. Layers with biases, a head of its own."""
+    family = build_family(tmp_path / "family", tiny_config("qwen2"), dtype=torch.bfloat16)
+    setting = Setting(family, "dare_ties", "bfloat16")
+    assert "head" in setting.bank.shared
+    scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
+    model = setting.write(0, tmp_path / "model")
+    expected = [torch_log_probability(model, e.prompt, e.targets[0]) for e in setting.short.examples]
+    found = scores.matrices["text"]["log_probability"][0]
+    np.testing.assert_allclose(found, [total / count for total, count in expected], atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, POPULATION, 9])
+def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_scores: Scores) -> None:
+    scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, ties.recipes)
+    assert scores.outputs == ties_scores.outputs
+    for name, metrics in ties_scores.matrices.items():
+        for metric, expected in metrics.items():
+            np.testing.assert_allclose(scores.matrices[name][metric], expected, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores) -> None:
+    evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=20)
+    assert [len(request.scoring + request.prompts) for request in evaluator.requests] == [6, 2]
+    scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
+    assert scores.outputs == ties_scores.outputs
+    for name, metrics in scores.matrices.items():
+        for metric, found in metrics.items():
+            np.testing.assert_allclose(found, ties_scores.matrices[name][metric], atol=1e-5)
+
+
+def test_generation_of_a_population_equals_each_alone(ties: Setting, ties_scores: Scores) -> None:
+    evaluator = ties.evaluator(ties.tasks[2:])
+    outputs = ties_scores.outputs["words"]
+    assert len({text for row in outputs for text in row}) > 4
+    for p in range(POPULATION):
+        alone = jax.tree.map(lambda leaf, p=p: leaf[p : p + 1], ties.recipes)
+        assert evaluator.population(ties.bank, ties.spec, alone).outputs["words"] == [outputs[p]]
+
+
+def test_stored_model_scores_as_torch_does(ties: Setting, family: Family) -> None:
+    sources, config = open_sources([family.parents[1]])
+    scores = ties.evaluator().stored(load_stored(sources, config))
+    for name, metrics in torch_scores(load_torch(family.parents[1]), ties.tasks).items():
+        for metric, expected in metrics.items():
+            np.testing.assert_allclose(scores.matrices[name][metric], expected[None], atol=1e-4)
+
+
+def test_whole_weight_on_one_parent_scores_as_that_parent(family: Family) -> None:
+    setting = Setting(family, "ties")
+    stored = setting.evaluator().stored(load_stored(*open_sources([family.parents[0]])))
+    recipes = setting.random_recipes(1)
+    for parameters in (recipes.layers, *recipes.shared.values()):
+        parameters["weight"] = np.broadcast_to(np.float32([1, 0]), parameters["weight"].shape)
+        parameters["density"] = np.ones_like(parameters["density"])
+        parameters["lambda"] = np.ones_like(parameters["lambda"])
+    merged = setting.evaluator().population(setting.bank, setting.spec, recipes)
+    for name, metrics in stored.matrices.items():
+        for metric, expected in metrics.items():
+            np.testing.assert_allclose(merged.matrices[name][metric], expected, atol=1e-4)
+
+
+def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge whose head is walked over in tiles that do not divide the vocabulary."""
+    batch = ties.evaluator(ties.tasks[:1]).requests[0].scoring[0]
+    source = Merged(ties.bank, candidate(ties.recipes, 0), ties.spec)
+
+    def totals(tile: int) -> np.ndarray:
+        monkeypatch.setattr(decoder, "HEAD_TILE", tile)
+        arrays = evaluation._arrays(batch)
+        return np.asarray(jax.jit(lambda source: score_batch(ties.config, source, arrays))(source))
+
+    np.testing.assert_allclose(totals(13), totals(8192), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Fitness
+
+
+def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_scores: Scores) -> None:
+    recipes = jax.tree.map(np.copy, ties.recipes)
+    recipes.layers["weight"][0, 1] = np.nan
+    recipes.layers["lambda"][1] = 3e38
+    for chunk in (1, POPULATION):
+        scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
+        found, expected = fitness(ties.tasks, scores), fitness(ties.tasks, ties_scores)
+        assert np.isfinite(expected).all()
+        assert np.isnan(found).tolist() == [True, True, False]
+        np.testing.assert_allclose(found[2], expected[2], atol=1e-5)
+
+
+def matrix_task(name: str, metric: str, weight: float) -> Task:
+    kind = "likelihood" if metric == "log_probability" else "multiple_choice"
+    return Task(name, kind, metric, weight, "file", (Example("a", ("b",), "b", 1),))  # type: ignore[arg-type]
+
+
+def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
+    one = np.array([[-1.0, -3.0], [-2.0, -2.5]], np.float32)
+    two = {"accuracy": np.array([[1, 0], [1, 1]], np.float32), "margin": np.array([[0.5, -1], [3, 4]], np.float32)}
+    scores = Scores({"one": {"log_probability": one}, "two": two})
+    tasks = [matrix_task("one", "log_probability", 3.0), matrix_task("two", "margin", 1.0)]
+    np.testing.assert_allclose(fitness(tasks, scores), [(3 * -2 - 0.25) / 4, (3 * -2.25 + 3.5) / 4])
+    assert means(tasks, scores) == [
+        {"one/log_probability": -2.0, "two/accuracy": 0.5, "two/margin": -0.25},
+        {"one/log_probability": -2.25, "two/accuracy": 1.0, "two/margin": 3.5},
+    ]
+    shown = [replace(tasks[0], weight=0.0), tasks[1]]
+    np.testing.assert_allclose(fitness(shown, scores), [-0.25, 3.5])
+    one[0, 1] = np.nan
+    assert np.isnan(fitness(tasks, scores)).tolist() == [True, False]
+    # A task that is only shown cannot fail a candidate.
+    np.testing.assert_allclose(fitness(shown, scores), [-0.25, 3.5])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Compilation and progress
+
+
+def test_later_generations_compile_nothing(ties: Setting) -> None:
+    evaluator = ties.evaluator(chunk=2)
+    passes = [evaluation._score_chunk, evaluation._materialise, evaluation._generate]
+    evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
+    compiled = [function._cache_size() for function in passes]
+    assert all(compiled)
+    for seed in (2, 3):
+        evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=seed))
+    # Nor does a population of another size: chunks are filled up.
+    evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION + 2, seed=4))
+    assert [function._cache_size() for function in passes] == compiled
+
+
+def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
+    full = ties.tasks[::2]
+    # Every second example, so that short and long ones are in both halves.
+    searched = [replace(task, examples=task.examples[::2]) for task in full]
+    heldout = [replace(task, examples=task.examples[1::2]) for task in full]
+    splits = build_requests([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
+    evaluators = [Evaluator(ties.config, ties.tokenizer, requests, chunk=1) for requests in splits]
+    passes = [evaluation._score_chunk, evaluation._generate]
+    scores = [evaluators[1].population(ties.bank, ties.spec, ties.recipes)]
+    compiled = [function._cache_size() for function in passes]
+    scores += [other.population(ties.bank, ties.spec, ties.recipes) for other in (evaluators[0], evaluators[2])]
+    assert [function._cache_size() for function in passes] == compiled
+    for name, metrics in scores[0].matrices.items():
+        for metric, whole in metrics.items():
+            for half, part in enumerate(scores[1:]):
+                np.testing.assert_allclose(part.matrices[name][metric], whole[:, half::2], atol=1e-5)
+
+
+def test_progress_is_reported_once_per_candidate_and_batch(ties: Setting) -> None:
+    for chunk in (1, POPULATION):
+        evaluator, told = ties.evaluator(chunk=chunk), []
+        evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
+        assert sum(told) == evaluator.passes(POPULATION)
+    evaluator, told = ties.evaluator(), []
+    evaluator.stored(load_stored(*open_sources([ties.family.base])), told.append)
+    assert sum(told) == evaluator.passes(1)
+
+
+def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
+    ties: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator: the largest power of two of candidates that fits; on a CPU one."""
+    tasks = [ties.short]
+
+    def chosen(budget: int | None) -> set[int]:
+        monkeypatch.setattr(evaluation, "free_memory", lambda: budget)
+        evaluator = ties.evaluator(tasks)
+        scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
+        assert np.isfinite(fitness(tasks, scores)).all()
+        return set(evaluator.chosen.values())
+
+    assert chosen(None) == {1}
+    assert chosen(1) == {1}
+    assert chosen(10**12) == {4}
+
+
+def test_config_of_the_decoder_is_a_constant_of_the_program(ties: Setting) -> None:
+    """Equal configs are one key: evaluators of one run share what is compiled."""
+    assert isinstance(ties.config, DecoderConfig)
+    assert hash(ties.config) == hash(replace(ties.config))
+    assert ties.config != replace(ties.config, norm_eps=0.1)
