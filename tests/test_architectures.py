@@ -22,6 +22,8 @@ from evojax_merge.models.sources import Stored
 
 THETA = {"rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
+# Long enough for both ends of the ramp to lie between the rotary dimensions, so that rounding them matters.
+LONG_YARN = YARN | {"original_max_position_embeddings": 4096}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama grouped queries, all biases, tied": (
         "llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
@@ -40,15 +42,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, **THETA}}),
     "llama dynamic rope beyond its context": (
         "llama",
-        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}},
+        {"max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "factor": 3.0, **THETA}},
     ),
     "llama yarn rope": ("llama", {"rope_parameters": YARN}),
+    "llama yarn, a ramp inside": ("llama", {"head_dim": 32, "rope_parameters": LONG_YARN}),
     "llama yarn, attention_factor and betas": (
         "llama", {"rope_parameters": {**YARN, "attention_factor": 1.37, "beta_fast": 16.0, "beta_slow": 2.0}},
     ),
     "llama yarn, mscale": ("llama", {"rope_parameters": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5}}),
     "llama yarn, not truncated": (
-        "llama", {"head_dim": 32, "rope_parameters": {**YARN, "truncate": False}},
+        "llama", {"head_dim": 32, "rope_parameters": {**LONG_YARN, "truncate": False}},
     ),
     "mistral sliding window, head_dim": ("mistral", {"sliding_window": 5, "head_dim": 16}),
     "mistral no window, tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
@@ -102,10 +105,8 @@ def test_logits_and_greedy_generation_equal_torch(case: str, tmp_path: Path) -> 
     kind, changes = CASES[case]
     save(random_model(tiny_config(kind, **changes)), tmp_path)
     config, model = load(tmp_path)
-    reference = load_torch(tmp_path)
-
     tokens = random_tokens(0, 2, 29)
-    expected = torch_logits(reference, tokens)
+    expected = torch_logits(load_torch(tmp_path), tokens)
     found = ours(config, model, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -120,8 +121,9 @@ def test_logits_and_greedy_generation_equal_torch(case: str, tmp_path: Path) -> 
     population = jax.tree.map(lambda leaf: leaf[None], model)
     continued = np.asarray(generate_compiled(config, population, padded, first, new, ()))[0]
     for row, prompt in zip(continued, prompts, strict=True):
+        # A fresh one each time: transformers' dynamic rope remembers the longest text so far.
         with torch.no_grad():
-            whole = reference.generate(
+            whole = load_torch(tmp_path).generate(
                 torch.tensor(prompt)[None], attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
                 max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
