@@ -2,13 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test test-slow lint bench clean
+.PHONY: help quickstart smollm2 test lint bench clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, then under half an hour)"
 	@echo "make test         the tests, in an environment of their own (under 20 minutes on two cores)"
-	@echo "make test-slow    the wide sweeps"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        seconds per candidate against mergekit + transformers"
 
@@ -36,10 +35,7 @@ smollm2: .venv/installed-smollm2
 	@touch .venv/installed $@
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m 'not slow'
-
-test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -16,10 +16,6 @@ class InputError(Exception):
         self.where, self.what = str(where), what
 
 
-class EvojaxMergeWarning(UserWarning):
-    """Something that the user should know but that does not stop the run."""
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
     known = sorted(known)

@@ -184,6 +184,11 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     expected = [torch_log_probability(model, e.prompt, e.targets[0]) for e in setting.short.examples]
     found = scores.matrices["text"]["log_probability"][0]
     np.testing.assert_allclose(found, [total / count for total, count in expected], atol=1e-4)
+    assert open_sources([tmp_path / "model"])[0].entry(0, "lm_head.weight").dtype == jnp.bfloat16
+    # Unrounded it would score otherwise, so that the equality above says something.
+    wide = replace(setting.spec, export_dtype="float32")
+    unrounded = setting.evaluator([setting.short]).population(setting.bank, wide, setting.recipes)
+    assert np.abs(unrounded.matrices["text"]["log_probability"][0] - found).min() > 1e-4
 
 
 @pytest.mark.parametrize("chunk", [2, POPULATION, 9])
