@@ -1,7 +1,8 @@
 """Recipes as YAML, in mergekit's format: read into a plan of tensors, written from what a search found.
 
-May import merge_kernels, models.bank and checkpoints' other files. Two keys go beyond mergekit, which ignores
-them: `random_seed`, which fixes the masks of random methods, and `rescale: density` (the DARE paper's 1/density).
+May import merge_kernels, models.bank and checkpoints' other files. Two settings go beyond
+mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores, and `rescale: density`
+(the DARE paper's 1/density), which it refuses.
 """
 
 import re
