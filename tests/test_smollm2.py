@@ -111,8 +111,8 @@ def test_logits_are_those_of_torch(ours: tuple[DecoderConfig, Stored], theirs: A
     found = np.asarray(run(model))
     for got, ids in zip(found, rows, strict=True):
         wanted = torch_logits(theirs, ids)
-        # float32 sums of 30 layers in another order: a part in ten thousand of the largest logit.
-        np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=1e-4 * float(np.abs(wanted).max()))
+        # float32 sums of 30 layers in another order; the largest logits are near 40.
+        np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=2e-5 * float(np.abs(wanted).max()))
 
 
 def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:
