@@ -146,7 +146,12 @@ def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_pa
 
 def _start_and_wait(config_file: Path, out: Path, lines: int) -> subprocess.Popen:
     process = subprocess.Popen(
-        command("search", config_file, "--out", out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("search", config_file, "--out", out),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background inherits an ignored SIGINT, which a terminal's user has not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     history = out / "history.jsonl"
     while process.poll() is None:
