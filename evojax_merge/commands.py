@@ -185,11 +185,12 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     for model in models:
         path = locate(model, Path.cwd())
         sources, decoder = open_sources([path])
+        tokenizer = load_tokenizer(path)
         requests = build_requests(
-            [tasks], load_tokenizer(path), file.evaluation.tokens_per_batch,
+            [tasks], tokenizer, file.evaluation.tokens_per_batch,
             context_length(sources.folders[0].config), stop_tokens(path),
         )  # fmt: skip
-        evaluator = Evaluator(decoder, load_tokenizer(path), requests[0], file.evaluation.compute_dtype)
+        evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {path.name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
