@@ -30,7 +30,7 @@ from machine import describe
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.recipes import recipe_document
+from evojax_merge.checkpoints.recipe_writer import recipe_document
 from evojax_merge.evaluation.evaluator import Evaluator, fitness
 from evojax_merge.models.bank import candidate
 from evojax_merge.search.setup import Problem, build_problem, locate, read_config

@@ -25,7 +25,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, TaskFile, parse
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Evaluator, build_requests, fitness, means
+from evojax_merge.evaluation.evaluator import Evaluator, build_requests, describe_requests, fitness, means
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
@@ -115,6 +115,7 @@ def run_search_command(
     folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
+    console.print(describe_requests(requests[0]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         bank = load_bank(problem.sources, problem.decoder, problem.spec, progress)
     settings = config.evaluation

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.models import decoder
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.generate import ENDED, generate
@@ -95,13 +96,26 @@ def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp
     assert config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps, rel=1e-6)
 
 
-def test_logits_are_those_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:
+def summed_in_parts(x: jax.Array, weights: decoder.Weights, name: str) -> jax.Array:
+    """`decoder.linear` with the inner axis summed in four parts, as torch's products sum in blocks."""
+    matrix = weights[name]
+    size = matrix.shape[1] // 4
+    parts = [slice(i * size, (i + 1) * size) for i in range(4)]
+    return sum(jnp.einsum("...i,oi->...o", x[..., part], matrix[:, part]) for part in parts)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_logits_are_those_of_torch(
+    ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, model = ours
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
     tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
     for padded, ids in zip(tokens, rows, strict=True):
         padded[: len(ids)] = ids
     length = jnp.array([len(ids) for ids in rows], jnp.int32)
+    if parts == 4:
+        monkeypatch.setattr(decoder, "linear", summed_in_parts)
 
     @jax.jit
     def run(model: Stored) -> jax.Array:
@@ -111,8 +125,10 @@ def test_logits_are_those_of_torch(ours: tuple[DecoderConfig, Stored], theirs: A
     found = np.asarray(run(model))
     for got, ids in zip(found, rows, strict=True):
         wanted = torch_logits(theirs, ids)
-        # float32 sums of 30 layers in another order; the largest logits are near 40.
-        np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=2e-5 * float(np.abs(wanted).max()))
+        # On a CPU, XLA's products keep one running float32 sum over the inner axis and torch's keep several, which
+        # rounds less: that alone is the difference beyond 1e-4 here, where logits reach 40.
+        atol = 1e-4 if parts == 4 else 2e-5 * float(np.abs(wanted).max())
+        np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=atol)
 
 
 def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:

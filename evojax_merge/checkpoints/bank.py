@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from merge_kernels import draw_scores, measure_grid
+from merge_kernels import draw, tabulate
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, layer_leaves, shared_leaves
 from evojax_merge.checkpoints.parents import Sources
@@ -46,7 +46,7 @@ def common_dtype(sources: Sources, tensor: str) -> np.dtype:
 def load_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None) -> Bank:
     """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor.
 
-    `sources` must hold the base first where the method needs one.
+    `sources` must hold the base first where deltas are taken from one.
     """
     layer: _Parts = ({}, {}, {})
     shared: _Parts = ({}, {}, {})
@@ -69,19 +69,22 @@ def _load_leaf(
     """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables."""
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
-    first_parent = 1 if spec.method.needs_base else 0
-    random = spec.method.sparsifier is not None and spec.method.sparsifier.random
-    scores = aligned_empty((len(names), count - first_parent, *shape), np.dtype(np.uint16)) if random else None
+    first_parent = int(spec.options.based)
+    numbers = spec.method.scores(count - first_parent)
+    scores = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
 
     def one(i: int) -> dict[str, np.ndarray]:
         for s in range(count):
             stack[i, s] = sources.read(s, names[i])
-        if scores is not None:
-            digests = [sources.digest(s, names[i]) for s in range(first_parent, count)]
-            scores[i] = draw_scores(spec.seed, digests, shape)
-        row = measure_grid(spec.method, list(stack[i]), None if scores is None else list(scores[i]))
+
+        def draws(k: int) -> np.ndarray:
+            return draw(spec.seed, sources.digest(first_parent + k, names[i]), shape)
+
+        prepared = tabulate(spec.method, spec.options, list(stack[i]), dict(spec.constants), draws)
+        for number, values in enumerate(prepared.scores):
+            scores[i, number] = values  # type: ignore[index]
         progress(stack[i].nbytes)
-        return row
+        return prepared.statistics
 
     rows = list(pool.map(one, range(len(names))))
     tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -6,6 +6,7 @@ shard, an index that points outside its folder, a folder that only holds pickles
 
 import hashlib
 import json
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,9 +119,12 @@ class Folder:
             raise InputError(self.path / "config.json", f"not valid JSON ({error})") from None
 
     @cached_property
-    def _maps(self) -> dict[Path, np.memmap]:
-        files = {entry.file for entry in self.entries.values()}
-        return {file: np.memmap(file, np.uint8, mode="r") for file in files}
+    def _maps(self) -> dict[Path, mmap.mmap]:
+        maps = {}
+        for file in self.files:
+            with file.open("rb") as handle:
+                maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return maps
 
     @property
     def files(self) -> list[Path]:
@@ -129,7 +133,7 @@ class Folder:
     def raw(self, name: str) -> np.ndarray:
         """The tensor's bytes, mapped: `uint8[n]`."""
         entry = self.entries[name]
-        return self._maps[entry.file][entry.start : entry.stop]
+        return np.frombuffer(self._maps[entry.file], np.uint8, entry.stop - entry.start, entry.start)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in its own dtype, mapped, not copied (unless the file leaves it unaligned)."""
@@ -137,6 +141,13 @@ class Folder:
         if entry.start % entry.dtype.itemsize:
             raw = raw.copy()
         return raw.view(entry.dtype).reshape(entry.shape)
+
+    def forget(self, name: str) -> None:
+        """Let go of the pages that reading a tensor has mapped; the next reading maps them again."""
+        entry = self.entries[name]
+        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name: what names this parent in random methods."""

@@ -1,38 +1,65 @@
 """One merge, no search: a recipe -> a model folder, tensor by tensor. May import merge_kernels and this room.
 
-The same kernels as in a search, with each tensor measured exactly for the one recipe. At most one tensor of each
-source and the merged one are in memory.
+The same kernels as in a search, with each tensor measured exactly for the one recipe. Tensors stream: a few workers
+each read one from all sources, measure it, merge it, and forget it, while the finished ones are written in order.
+At most `WORKERS + 2` tensors are in flight, so that memory does not grow with the model.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Method, Options, combine, draw_scores, measure
+from merge_kernels import Method, Options, combine, draw
+from merge_kernels import prepare as prepare_tensor
 
 from evojax_merge.checkpoints.architectures import MODEL_TYPES
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
-from evojax_merge.checkpoints.parents import Sources, open_sources, tensor_shapes
-from evojax_merge.checkpoints.recipes import LAYER_NAME, RecipeFile, TensorMerge, output_layers, plan
-from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, check_same_vocabulary
+from evojax_merge.checkpoints.parents import Sources, has_rows, open_decoders, tensor_shapes
+from evojax_merge.checkpoints.recipes import (
+    Layout,
+    RecipeFile,
+    TensorMerge,
+    TokenizerSetting,
+    layout,
+    output_layers,
+    plan,
+)
+from evojax_merge.checkpoints.tokens import (
+    TOKENIZER_FILES,
+    TokenizerChoice,
+    TokenRule,
+    check_same_vocabulary,
+    load_tokenizer,
+)
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder
 from evojax_merge.errors import InputError
 
 Progress = Callable[[int], None]
+
+WORKERS = min(4, os.cpu_count() or 1)
+# Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
+PIECE = 2**19
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
 class Job:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `origins`: for each output layer the layer of `leader` that it stands for.
+    `tokenizer`: the folder whose tokenizer is copied. `origins`: for each output layer the model and the layer that
+    it stands for. `vocab`: rows of the embedding, where they are known.
     """
 
     recipe: RecipeFile
@@ -41,8 +68,9 @@ class Job:
     specs: dict[str, TensorSpec]
     leader: Folder
     tokenizer: Path
+    chat_template: str | None
     tied: bool
-    origins: list[int]
+    origins: list[tuple[int, int]]
     vocab: int | None
     allow_nonfinite: bool
 
@@ -57,42 +85,76 @@ def prepare(
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    references = recipe.models
-    paths = [resolve(reference, recipe.path.parent) for reference in references]
-    whose = recipe.tokenizer_source
-    if whose == "base":
-        if recipe.base is None:
-            raise InputError(recipe.path, "tokenizer_source: base, but there is no base_model")
-        whose = recipe.base
-    if whose is not None and whose not in references:
-        raise InputError(recipe.path, f"tokenizer_source: {whose!r} is not a model of the recipe")
-    tokenizer = None if whose is None else paths[references.index(whose)]
+    paths = [resolve(reference, recipe.path.parent) for reference in recipe.models]
+    choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
     kinds = {open_folder(path).config.get("model_type") for path in paths}
     vocab = None
     if kinds <= set(MODEL_TYPES):
-        sources, config = open_sources(paths, tokenizer)
-        names, layers, tied = list(tensor_shapes(config)), config.layers, config.head_is_embedding
-        vocab = config.vocab
+        sources, configs = open_decoders(paths, choice)
+        layouts = [layout(list(tensor_shapes(config))) for config in configs]
+        tied, vocab = configs[0].head_is_embedding, configs[0].vocab
+    elif choice is not None:
+        raise InputError(recipe.path, f"tokenizer: model_type {kinds.pop()!r} is not known to align rows by token")
     else:
-        sources, names, layers = _open_any(paths)
-        tied = HEAD not in names
-    rows = plan(recipe, names, layers)
+        sources, layouts = _open_any(paths)
+        tied = HEAD not in layouts[0].outside
+    rows = plan(recipe, layouts)
     wanted = FLOAT_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for row in rows:
+        _check_inputs(recipe, sources, row)
         source, tensor = row.inputs[0]
         own = sources.entry(source, tensor).dtype
         specs[row.name] = TensorSpec(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
     leader = sources.folders[0]
+    vocabulary = sources.vocabulary
+    copied = None if vocabulary is None else vocabulary.copied
     return Job(
-        recipe, sources, tuple(rows), specs, leader, tokenizer or leader.path, tied,
-        output_layers(recipe, layers), vocab, allow_nonfinite,
+        recipe, sources, tuple(rows), specs, leader, leader.path if copied is None else paths[copied],
+        _chat_template(recipe, paths), tied, output_layers(recipe, layouts), vocab, allow_nonfinite,
     )  # fmt: skip
 
 
-def _open_any(paths: list[Path]) -> tuple[Sources, list[str], int]:
+def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> TokenizerChoice:
+    models = recipe.models
+    base = None if recipe.base is None else models.index(recipe.base)
+
+    def number(where: str, model: str) -> int:
+        if model not in models:
+            raise InputError(recipe.path, f"{where}: {model!r} is not a model of the recipe")
+        return models.index(model)
+
+    if setting.source == "base" and base is None:
+        raise InputError(recipe.path, "tokenizer_source: base, but there is no base_model")
+    source: Any = base if setting.source == "base" else setting.source
+    if source not in ("union", base):
+        source = number("tokenizer_source", source)
+    rules = {
+        token: TokenRule(
+            None if row.model is None else number(f"tokenizer.tokens.{token}", row.model), row.token, row.force
+        )
+        for token, row in setting.tokens.items()
+    }
+    return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of)
+
+
+def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
+    """The Jinja template that the recipe asks for: its own, ChatML, or the one that most of the models have."""
+    wanted = recipe.chat_template
+    if wanted is None or "{" in wanted:
+        return wanted
+    if wanted == "chatml":
+        return CHATML
+    if wanted != "auto":
+        raise InputError(recipe.path, f"chat_template: {wanted!r}; expected auto, chatml or a Jinja template")
+    templates = [getattr(load_tokenizer(path), "chat_template", None) for path in paths]
+    found = [template.strip() for template in templates if isinstance(template, str)]
+    return max(found, key=found.count) if found else None
+
+
+def _open_any(paths: list[Path]) -> tuple[Sources, list[Layout]]:
     """Models of any architecture, as long as their tensors match."""
     folders = tuple(open_folder(path) for path in paths)
     first = folders[0]
@@ -106,16 +168,29 @@ def _open_any(paths: list[Path]) -> tuple[Sources, list[str], int]:
         differing = sorted(set(folder.entries) ^ set(first.entries))
         if differing:
             listed = ", ".join(differing[:10])
-            raise InputError(folder.path, f"does not hold the same tensors as {first.path}: {listed}")
-        for name, entry in first.entries.items():
-            if folder.entries[name].shape != entry.shape:
-                raise InputError(
-                    folder.path,
-                    f"{name} has shape {list(folder.entries[name].shape)}, but {list(entry.shape)} in {first.path}",
-                )
+            more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
+            raise InputError(folder.path, f"does not hold the same tensors as {first.path}: {listed}{more}")
     check_same_vocabulary(paths)
-    layers = [int(match["index"]) for name in first.entries if (match := LAYER_NAME.match(name))]
-    return Sources(folders), list(first.entries), max(layers, default=-1) + 1
+    return Sources(folders), [layout(list(folder.entries)) for folder in folders]
+
+
+def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> None:
+    """All sources of a tensor have one shape, and are numbers of one kind."""
+    (first, name), *others = row.inputs
+    expected = sources.shape(first, name)
+    for s, own in others:
+        if sources.shape(s, own) != expected:
+            where = sources.folders[s].path
+            raise InputError(
+                where,
+                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}",
+            )
+        if is_float(sources.entry(s, own).dtype) != is_float(sources.entry(first, name).dtype):
+            raise InputError(
+                sources.folders[s].path,
+                f"{own} is {sources.entry(s, own).dtype}, but {sources.entry(first, name).dtype} in "
+                f"{sources.folders[first].path}",
+            )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
@@ -125,28 +200,107 @@ def _combine(
     return combine(method, options, sources, scores, statistics, parameters).astype(dtype)
 
 
+def _combine_in_pieces(
+    method: Method,
+    options: Options,
+    sources: list[np.ndarray],
+    scores: tuple[np.ndarray, ...],
+    statistics: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
+
+    The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
+    """
+    shape = sources[0].shape
+    by_row = options.axis is not None and len(shape) > 1
+    flat = (shape[0], -1) if by_row else (-1,)
+    tensors = [x.reshape(flat) for x in sources]
+    numbers = [x.reshape(flat) for x in scores]
+    width = int(np.prod(tensors[0].shape[1:]))
+    total = tensors[0].shape[0]
+    step = max(1, PIECE // max(width, 1))
+    if total <= step // 16:
+        step = max(1, step // 16)
+    merged = np.empty(tensors[0].shape, dtype)
+    # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
+    own = {name: x.reshape(x.shape[0], -1) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
+    numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+
+        def cut(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
+            part = x[start:stop]
+            if stop - start == step:
+                return part
+            return np.concatenate([part, np.zeros((step - (stop - start), *x.shape[1:]), x.dtype)])
+
+        rows = {name: cut(x) if by_row and x.shape[:1] == (total,) else x for name, x in own.items()}
+        piece = _combine(
+            method, options, tuple(cut(x) for x in tensors), tuple(cut(x) for x in numbers), rows, numeric, dtype
+        )
+        merged[start:stop] = np.asarray(piece)[: stop - start]
+    return merged.reshape(shape)
+
+
 def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
     """One output tensor, measured, merged in float32 and cast to the dtype it is written in."""
     method, sources = job.recipe.method, job.sources
     tensors = [sources.read(s, name) for s, name in row.inputs]
-    if not is_float(tensors[0].dtype):
-        return np.array(tensors[0])
-    if not job.allow_nonfinite:
-        for (s, name), values in zip(row.inputs, tensors, strict=True):
-            if not np.isfinite(values).all():
-                raise InputError(sources.folders[s].path, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
-    scores: list[np.ndarray] | None = None
-    if method.sparsifier is not None and method.sparsifier.random:
-        digests = [sources.digest(s, name) for s, name in row.inputs[1:]]
-        scores = list(np.asarray(draw_scores(job.recipe.seed, digests, tensors[0].shape)))
-    densities = [float(density) for density in row.parameters.get("density", ())]
-    statistics = measure(method, tensors, scores, densities)
     dtype = job.specs[row.name].dtype
-    merged = _combine(
-        method, row.options, tuple(jnp.asarray(np.ascontiguousarray(x)) for x in tensors),
-        None if scores is None else tuple(scores), statistics, row.parameters, dtype,
-    )  # fmt: skip
-    return np.asarray(merged)
+    try:
+        if not is_float(tensors[0].dtype):
+            return np.array(tensors[0])
+        if not job.allow_nonfinite:
+            for (s, name), values in zip(row.inputs, tensors, strict=True):
+                if not _finite(values):
+                    where = sources.folders[s].path
+                    raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
+        if method.name == "passthrough" and row.parameters["scale"][0] == 1:
+            return np.array(tensors[0], dtype)
+        first = int(row.options.based)
+
+        def draws(k: int) -> np.ndarray:
+            source, name = row.inputs[first + k]
+            return draw(job.recipe.seed, sources.digest(source, name), tensors[0].shape)
+
+        prepared = prepare_tensor(method, row.options, tensors, row.parameters, draws)
+        merged = _combine_in_pieces(
+            method, row.options, tensors, prepared.scores, prepared.statistics, row.parameters, dtype
+        )
+        if not job.allow_nonfinite and not _finite(merged):
+            raise InputError(
+                job.recipe.path,
+                f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
+                "pass --allow-nonfinite to go on",
+            )
+        return merged
+    finally:
+        for s, name in row.inputs:
+            if not has_rows(name):
+                sources.forget(s, name)
+
+
+def _finite(values: np.ndarray) -> bool:
+    flat = values.reshape(-1)
+    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
+
+
+def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
+    """The merged tensors of these names, in their order, worked on ahead of time."""
+    by_name = {row.name: row for row in job.rows}
+    waiting = deque(names)
+    running: deque[Future[np.ndarray]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        try:
+            while waiting or running:
+                while waiting and len(running) < WORKERS + 2:
+                    running.append(pool.submit(merge_tensor, job, by_name[waiting.popleft()]))
+                yield running.popleft().result()
+        finally:
+            for future in running:
+                future.cancel()
 
 
 def merge_to(
@@ -154,19 +308,30 @@ def merge_to(
 ) -> None:
     """Write the merged model as a Hugging Face folder that appears complete or not at all."""
     with atomic_folder(target, overwrite=overwrite) as folder:
-        by_name = {row.name: row for row in job.rows}
         with ShardWriter(folder, job.specs) as writer:
-            for name in writer.order:
-                writer.write(name, merge_tensor(job, by_name[name]))
+            for name, tensor in zip(writer.order, merged_tensors(job, writer.order), strict=True):
+                writer.write(name, tensor)
                 progress(job.specs[name].nbytes)
         dtypes = {str(spec.dtype) for spec in job.specs.values() if is_float(spec.dtype)}
         _write_config(job, folder, dtypes.pop() if len(dtypes) == 1 else None)
-        for name in TOKENIZER_FILES:
-            if (job.tokenizer / name).exists():
-                shutil.copyfile(job.tokenizer / name, folder / name)
+        _write_tokenizer(job, folder)
         if (job.leader.path / "generation_config.json").exists():
             shutil.copyfile(job.leader.path / "generation_config.json", folder / "generation_config.json")
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_tokenizer(job: Job, folder: Path) -> None:
+    vocabulary = job.sources.vocabulary
+    made = vocabulary is not None and vocabulary.copied is None
+    if made or job.chat_template is not None:
+        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(job.tokenizer)
+        if job.chat_template is not None:
+            tokenizer.chat_template = job.chat_template
+        tokenizer.save_pretrained(folder)
+        return
+    for name in TOKENIZER_FILES:
+        if (job.tokenizer / name).exists():
+            shutil.copyfile(job.tokenizer / name, folder / name)
 
 
 def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
@@ -179,12 +344,13 @@ def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
     if "tie_word_embeddings" in config or not job.tied:
         config["tie_word_embeddings"] = job.tied
     layers = config.get("num_hidden_layers")
-    if layers is not None and job.origins != list(range(layers)):
+    if layers is not None and job.origins != [(0, i) for i in range(layers)]:
+        configs = [one.config for one in job.sources.folders]
         config["num_hidden_layers"] = len(job.origins)
         for key, value in config.items():
             # What is said once per layer, such as layer_types.
             if isinstance(value, list) and len(value) == layers:
-                config[key] = [value[i] for i in job.origins]
+                config[key] = [configs[model][key][i] for model, i in job.origins]
     if job.vocab is not None:
         config["vocab_size"] = job.vocab
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

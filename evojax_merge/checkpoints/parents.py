@@ -16,17 +16,23 @@ from evojax_merge.checkpoints.architectures import (
     shared_leaves,
 )
 from evojax_merge.checkpoints.folder import EMBEDDING, HEAD, Entry, Folder, open_folder
-from evojax_merge.checkpoints.tokens import check_same_vocabulary, row_maps
+from evojax_merge.checkpoints.tokens import (
+    TokenizerChoice,
+    Vocabulary,
+    align,
+    aligned_rows,
+    check_same_vocabulary,
+)
 from evojax_merge.errors import InputError
 from evojax_merge.models.config import DecoderConfig
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Opened folders of one architecture. `rows[s]` reorders source s's vocabulary rows (None: as they are)."""
+    """Opened folders of one architecture. `vocabulary`: how their rows are aligned (None: as they are)."""
 
     folders: tuple[Folder, ...]
-    rows: tuple[np.ndarray, ...] | None = None
+    vocabulary: Vocabulary | None = None
 
     def name_in(self, source: int, tensor: str) -> str:
         """The tensor's name in that folder: a tied head is the embedding, whether or not a copy of it is stored."""
@@ -38,27 +44,46 @@ class Sources:
         return self.folders[source].entries[self.name_in(source, tensor)]
 
     def shape(self, source: int, tensor: str) -> tuple[int, ...]:
-        shape, rows = self.entry(source, tensor).shape, self._rows_of(source, tensor)
-        return shape if rows is None else (len(rows), *shape[1:])
+        shape = self.entry(source, tensor).shape
+        return (self.vocabulary.size, *shape[1:]) if self.vocabulary is not None and has_rows(tensor) else shape
 
     def read(self, source: int, tensor: str) -> np.ndarray:
-        """One source's tensor in its own dtype, with its rows in the common order."""
-        values = self.folders[source].read(self.name_in(source, tensor))
-        rows = self._rows_of(source, tensor)
-        return values if rows is None else values[rows]
+        """One source's tensor, with its rows in the common order: in its own dtype, or float32 where rows are filled
+        in from others."""
+        if self.vocabulary is None or not has_rows(tensor):
+            return self.folders[source].read(self.name_in(source, tensor))
+        donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
+        tensors = {s: self.folders[s].read(self.name_in(s, tensor)) for s in donors | {source}}
+        return aligned_rows(self.vocabulary, source, tensors)
+
+    def forget(self, source: int, tensor: str) -> None:
+        """Let go of the memory that reading a tensor has mapped."""
+        self.folders[source].forget(self.name_in(source, tensor))
 
     def digest(self, source: int, tensor: str) -> bytes:
         return self.folders[source].digest(self.name_in(source, tensor))
 
-    def _rows_of(self, source: int, tensor: str) -> np.ndarray | None:
-        return self.rows[source] if self.rows is not None and tensor in (EMBEDDING, HEAD) else None
+
+def has_rows(tensor: str) -> bool:
+    """Whether the tensor's rows belong to tokens."""
+    return tensor in (EMBEDDING, HEAD)
 
 
-def open_sources(paths: Sequence[Path], tokenizer_source: Path | None = None) -> tuple[Sources, DecoderConfig]:
-    """Open the folders of decoders and check that they can be merged with each other.
+def open_sources(paths: Sequence[Path], tokenizer: TokenizerChoice | None = None) -> tuple[Sources, DecoderConfig]:
+    """Open the folders of decoders of one depth and check that they can be merged with each other.
 
     Raises InputError for another architecture, tensor set, shape or config, naming the first difference.
     """
+    sources, configs = open_decoders(paths, tokenizer)
+    for folder, config in zip(sources.folders[1:], configs[1:], strict=True):
+        _check_config(folder.path / "config.json", config, configs[0])
+    return sources, configs[0]
+
+
+def open_decoders(
+    paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
+) -> tuple[Sources, list[DecoderConfig]]:
+    """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
     folders = tuple(open_folder(path) for path in paths)
     kinds = [folder.config.get("model_type") for folder in folders]
     for folder, kind in zip(folders, kinds, strict=True):
@@ -68,18 +93,21 @@ def open_sources(paths: Sequence[Path], tokenizer_source: Path | None = None) ->
                 f"model_type is {kind!r}, but {folders[0].path} is {kinds[0]!r}; expected one architecture",
             )
     configs = [decoder_config(folder.path / "config.json") for folder in folders]
-    maps = None if tokenizer_source is None else tuple(row_maps(paths, tokenizer_source))
-    sources = Sources(folders, maps)
+    counts = [config.vocab for config in configs]
+    vocabulary = None if tokenizer is None else align(paths, counts, tokenizer)
+    sources = Sources(folders, vocabulary)
     # An untied head anywhere makes the merge untied.
     tied = all(config.head_is_embedding for config in configs)
-    vocab = configs[0].vocab if maps is None else len(maps[0])
-    config = replace(configs[0], head_is_embedding=tied, vocab=vocab)
-    _check_shapes(sources, config, configs)
-    for folder, other in zip(folders[1:], configs[1:], strict=True):
-        _check_config(folder.path / "config.json", replace(other, head_is_embedding=tied, vocab=vocab), config)
-    if maps is None:
+    if vocabulary is not None:
+        configs = [replace(config, vocab=vocabulary.size) for config in configs]
+    configs = [replace(config, head_is_embedding=tied) for config in configs]
+    _check_shapes(sources, configs)
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        alike = replace(config, layers=configs[0].layers, windows=configs[0].windows)
+        _check_config(folder.path / "config.json", alike, configs[0])
+    if vocabulary is None:
         check_same_vocabulary(paths)
-    return sources, config
+    return sources, configs
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -92,28 +120,29 @@ def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_shapes(sources: Sources, config: DecoderConfig, configs: Sequence[DecoderConfig]) -> None:
+def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
     reference = sources.folders[0].path
-    shapes = tensor_shapes(config)
-    for s, folder in enumerate(sources.folders):
+    first = tensor_shapes(configs[0])
+    for s, (folder, config) in enumerate(zip(sources.folders, configs, strict=True)):
+        shapes = tensor_shapes(config)
         missing = [name for name in shapes if sources.name_in(s, name) not in folder.entries]
         if missing:
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-            raise InputError(folder.path, f"has no tensor {missing[0]}{more}, which {reference} has")
+            which = f"which {reference} has" if missing[0] in first and s else "which its config asks for"
+            raise InputError(folder.path, f"has no tensor {missing[0]}{more}, {which}")
         extra = sorted(set(folder.entries) - set(shapes) - {HEAD})
         extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
         if extra:
             raise InputError(folder.path, f"holds a tensor that its architecture does not have: {extra[0]}")
         for name, expected in shapes.items():
             found = sources.shape(s, name)
-            if found == expected:
-                continue
-            if s == 0:
+            if s and name in first and found != sources.shape(0, name):
+                raise InputError(
+                    folder.path,
+                    f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}",
+                )
+            if found != expected:
                 raise InputError(folder.path, f"{name} has shape {list(found)}; its config says {list(expected)}")
-            raise InputError(
-                folder.path,
-                f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}",
-            )
 
 
 def _check_config(file: Path, found: DecoderConfig, expected: DecoderConfig) -> None:

@@ -1,33 +1,34 @@
-"""Recipes as YAML, in mergekit's format: read into a plan of tensors, written from what a search found.
+"""Recipes as YAML, in mergekit's format, read into a plan: how each tensor of the merged model is made.
 
-May import merge_kernels, models.bank and checkpoints' other files. Two settings go beyond
-mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores, and `rescale: density`
-(the DARE paper's 1/density), which it refuses.
+May import merge_kernels and checkpoints' other files. Three settings go beyond mergekit: `random_seed`, which fixes
+the masks of random methods and which mergekit ignores; `rescale: density` (the DARE paper's 1/density), which it
+refuses; and in a passthrough slice `scale` may be searched for like any parameter.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options, Parameter
 
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.models.bank import MergeSpec, Recipe
-from evojax_merge.models.config import DecoderConfig
 
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "random_seed",
+    "tokenizer", "chat_template", "random_seed",
 }  # fmt: skip
-REFUSED_KEYS = {"modules", "tokenizer", "chat_template"}
-LAYER_NAME = re.compile(r"^(?P<head>(?:.*\.)?layers\.)(?P<index>\d+)(?P<tail>\..+)$")
-SWITCHES = ("normalize", "rescale", "int8_mask")
+REFUSED_KEYS = {"modules"}
+# Methods that mergekit has and that are not described well enough to be implemented from their papers.
+REFUSED_METHODS = {"ram", "ramplus_tl", "arcee_fusion"}
+# A layer's number inside a tensor's name, in the architectures that number their layers.
+LAYER_NAME = re.compile(
+    r"^(?P<head>(?:.*\.)?(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
+)
 
 Setting = Any
 Settings = Mapping[str, Setting]
@@ -44,11 +45,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """`count` output layers (None: all of the model's) made of the sources' layers in step."""
+    """`count` output layers (None: all of the model's) made of the sources' layers in step, around `base`."""
 
     count: int | None
     sources: tuple[Source, ...]
     settings: Settings
+    base: str | None
+
+
+@dataclass(frozen=True)
+class TokenSetting:
+    """What the `tokenizer` section says of one token: zeros (`model` None), or a model's row for it or for another
+    token."""
+
+    model: str | None
+    token: str | int | None
+    force: bool
+
+
+@dataclass(frozen=True)
+class TokenizerSetting:
+    """Whose tokens: union, base, or a model of the recipe."""
+
+    source: str
+    tokens: Mapping[str, TokenSetting]
+    pad_to_multiple_of: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,8 @@ class RecipeFile:
     settings: Settings
     dtype: str | None
     out_dtype: str | None
-    tokenizer_source: str | None
+    tokenizer: TokenizerSetting | None
+    chat_template: str | None
     seed: int
 
     @property
@@ -109,10 +131,16 @@ def load_yaml(path: Path) -> Any:
         raise InputError(f"{path}{line}", f"not valid YAML ({getattr(error, 'problem', None) or error})") from None
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# YAML -> recipe
+
+
 def read_recipe(path: Path) -> RecipeFile:
     """Read a mergekit recipe. What is not supported is refused by name."""
     top = _mapping(str(path), load_yaml(path), TOP_KEYS, REFUSED_KEYS)
     name = top.get("merge_method")
+    if name in REFUSED_METHODS:
+        raise InputError(path, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise InputError(path, f"merge_method: unknown method {name!r}{did_you_mean(str(name), METHODS)}")
     method = METHODS[name]
@@ -122,31 +150,46 @@ def read_recipe(path: Path) -> RecipeFile:
     if ("models" in top) == ("slices" in top):
         raise InputError(path, "expected exactly one of the keys models, slices")
     base = top.get("base_model")
+    base = None if base is None else _reference(f"{path}: base_model", base)
     if "models" in top:
         sources = [_source(f"{path}: models[{i}]", row, method, {"model"}) for i, row in _rows(path, top, "models")]
-        slices = [Slice(None, _with_base(sources, base), {})]
+        slices = [Slice(None, _with_base(sources, base), {}, base)]
     else:
         slices = [_slice(f"{path}: slices[{i}]", row, method, base) for i, row in _rows(path, top, "slices")]
+    seed = top.get("random_seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(path, f"random_seed: {seed!r}; expected a whole number from 0 on")
+    chat = top.get("chat_template")
+    if chat is not None and not isinstance(chat, str):
+        raise InputError(path, "chat_template: expected auto, chatml or a Jinja template")
     recipe = RecipeFile(
         path, method, base, tuple(slices), _settings(f"{path}: parameters", top.get("parameters"), method),
-        top.get("dtype"), top.get("out_dtype"), top.get("tokenizer_source"), int(top.get("random_seed") or 0),
+        top.get("dtype"), top.get("out_dtype"), _tokenizer(path, top), chat or None, seed,
     )  # fmt: skip
     for part in recipe.slices:
-        check_parent_count(str(path), method, base is not None, len({s.model for s in part.sources} - {base}))
-    if recipe.tokenizer_source == "union":
-        raise InputError(path, "tokenizer_source: union is not supported (expected base or a model of the recipe)")
+        _check_models(str(path), method, part)
     return recipe
 
 
-def check_parent_count(where: str, method: Method, has_base: bool, parents: int) -> None:
-    """Raises InputError where a method does not take so many parents, or needs a base that is not there."""
-    if method.needs_base and not has_base:
+def _check_models(where: str, method: Method, part: Slice) -> None:
+    """A slice has the base that its method needs, and as many models as it takes."""
+    if method.base == "required" and part.base is None:
         raise InputError(where, f"{method.name} needs a base_model, from which task vectors are taken")
-    # SLERP's base is one of its two ends.
-    count = parents + int(has_base and not method.needs_base and method.max_parents is not None)
-    if count < method.min_parents or (method.max_parents is not None and count > method.max_parents):
-        many = f"{method.min_parents}" if method.max_parents == method.min_parents else f"≥ {method.min_parents}"
-        raise InputError(where, f"{method.name} takes {many} models, found {count}")
+    models = [source.model for source in part.sources]
+    if len(set(models)) != len(models):
+        raise InputError(where, f"a slice names {max(models, key=models.count)} twice; expected each model once")
+    based = method.based(part.base is not None)
+    check_parent_count(where, method, sum(model != part.base for model in models) if based else len(models))
+
+
+def check_parent_count(where: str, method: Method, parents: int) -> None:
+    """Raises InputError where a method does not take so many models besides the base that deltas are taken from."""
+    if parents < method.min_parents or (method.max_parents is not None and parents > method.max_parents):
+        least = f"at least {method.min_parents}"
+        many = least if method.max_parents is None else f"at most {method.max_parents}"
+        many = f"{method.min_parents}" if method.max_parents == method.min_parents else many
+        besides = " besides the base" if method.base == "required" else ""
+        raise InputError(where, f"{method.name} takes {many} models{besides}, found {parents}")
 
 
 def _rows(path: Path, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
@@ -155,18 +198,28 @@ def _rows(path: Path, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
     return list(enumerate(top[key]))
 
 
-def _source(where: str, row: Any, method: Method, keys: set[str]) -> Source:
-    row = _mapping(where, row, keys | {"parameters"})
-    missing = sorted(keys - set(row))
-    if missing:
-        raise InputError(where, f"{missing[0]}: missing")
+def _reference(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(where, f"{value!r}; expected a folder or a hub id")
+    if "+" in value and not Path(value).expanduser().exists():
+        raise InputError(where, f"{value}: adapters (model+adapter) are not supported; merge the adapter in first")
+    return value
+
+
+def _source(where: str, row: Any, method: Method, required: set[str]) -> Source:
+    row = _mapping(where, row, required | {"parameters"})
+    for key in sorted(required):
+        if key not in row:
+            raise InputError(where, f"{key}: missing")
     first = 0
-    if "layer_range" in keys:
+    if "layer_range" in row:
         layers = row["layer_range"]
-        if not (isinstance(layers, list) and len(layers) == 2 and 0 <= layers[0] < layers[1]):
+        whole = isinstance(layers, list) and len(layers) == 2 and all(type(layer) is int for layer in layers)
+        if not whole or not 0 <= layers[0] < layers[1]:
             raise InputError(where, f"layer_range: {layers!r}; expected [first, end] with first < end")
         first = layers[0]
-    return Source(str(row["model"]), first, _settings(f"{where}.parameters", row.get("parameters"), method))
+    settings = _settings(f"{where}.parameters", row.get("parameters"), method)
+    return Source(_reference(f"{where}.model", row["model"]), first, settings)
 
 
 def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...]:
@@ -176,7 +229,7 @@ def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...
 
 
 def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
-    row = _mapping(where, row, {"sources", "parameters"}, {"base_model", "residual_weight"})
+    row = _mapping(where, row, {"sources", "parameters", "base_model"}, {"residual_weight"})
     if not isinstance(row.get("sources"), list) or not row["sources"]:
         raise InputError(where, "sources: expected a list that is not empty")
     sources = [
@@ -186,16 +239,60 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
     counts = {s["layer_range"][1] - s["layer_range"][0] for s in row["sources"]}
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
-    settings = _settings(f"{where}.parameters", row.get("parameters"), method)
-    if base is not None and all(source.model != base for source in sources):
-        raise InputError(where, f"sources: the base_model {base!r} is missing")
-    return Slice(counts.pop(), tuple(sources), settings)
+    own = base if row.get("base_model") is None else _reference(f"{where}.base_model", row["base_model"])
+    needed = method.base != "parent" or method.name == "slerp"
+    if needed and own is not None and all(source.model != own for source in sources):
+        raise InputError(where, f"sources: the base_model {own!r} is missing")
+    return Slice(counts.pop(), tuple(sources), _settings(f"{where}.parameters", row.get("parameters"), method), own)
 
 
 def _settings(where: str, value: Any, method: Method) -> Settings:
     if value is None:
         return {}
-    return _mapping(where, value, {p.name for p in method.parameters} | set(SWITCHES))
+    return _mapping(where, value, {p.name for p in method.parameters} | {*method.switches, *method.inert})
+
+
+def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
+    source, section = top.get("tokenizer_source"), top.get("tokenizer")
+    if source is not None and section is not None:
+        raise InputError(path, "expected at most one of the keys tokenizer_source, tokenizer")
+    if source is not None:
+        return TokenizerSetting(_reference(f"{path}: tokenizer_source", source), {}, 1)
+    if section is None:
+        return None
+    where = f"{path}: tokenizer"
+    section = _mapping(where, section, {"source", "tokens", "pad_to_multiple_of"})
+    tokens = section.get("tokens") or {}
+    if not isinstance(tokens, dict):
+        raise InputError(where, "tokens: expected a mapping from token to its source")
+    pad = section.get("pad_to_multiple_of") or 1
+    if type(pad) is not int or pad < 1:
+        raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number above 0")
+    return TokenizerSetting(
+        _reference(f"{where}.source", section.get("source", "union")),
+        {str(token): _token(f"{where}.tokens.{token}", row) for token, row in tokens.items()},
+        pad,
+    )
+
+
+def _token(where: str, row: Any) -> TokenSetting:
+    row = _mapping(where, row, {"source", "force"})
+    source, force = row.get("source"), row.get("force", False)
+    if not isinstance(force, bool):
+        raise InputError(where, f"force: {force!r}; expected true or false")
+    if isinstance(source, str):
+        return TokenSetting(_reference(f"{where}.source", source), None, force)
+    if not isinstance(source, dict):
+        raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
+    source = _mapping(f"{where}.source", source, {"kind", "model", "token", "token_id"})
+    if source.get("kind") == "zero":
+        return TokenSetting(None, None, force)
+    given = [key for key in ("token", "token_id") if source.get(key) is not None]
+    if source.get("kind") != "model_token" or "model" not in source or len(given) != 1:
+        raise InputError(
+            f"{where}.source", "expected kind: zero, or kind: model_token with model and token or token_id"
+        )
+    return TokenSetting(_reference(f"{where}.source.model", source["model"]), source[given[0]], force)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,25 +337,35 @@ def number(where: str, parameter: Parameter, value: Any) -> float:
     return result
 
 
-def options_from(where: str, method: Method, normalize: Any, rescale: Any) -> Options:
-    """The switches of a merge, the method's own where they are None."""
-    default = method.options
-    if normalize is not None and not isinstance(normalize, bool):
-        raise InputError(where, f"normalize: {normalize!r}; expected true or false")
-    known = {True: "l1", False: "none", "none": "none", "l1": "l1", "density": "density"}
-    if rescale is not None and rescale not in known:
-        raise InputError(where, f"rescale: {rescale!r}; expected true, false, l1 or density")
-    return Options(
-        normalize=default.normalize if normalize is None else normalize,
-        rescale=default.rescale if rescale is None else known[rescale],  # type: ignore[arg-type]
-    )
+def options_from(where: str, method: Method, switches: Mapping[str, Any], based: bool) -> Options:
+    """The switches of a merge, under the names that mergekit gives them; the method's own where they are None."""
+    given = {name: value for name, value in switches.items() if value is not None}
+    for name, value in given.items():
+        if name != "rescale" and not isinstance(value, bool):
+            raise InputError(where, f"{name}: {value!r}; expected true or false")
+    rescales: dict[Any, Literal["none", "l1", "density"]] = {
+        True: "l1", False: "none", "none": "none", "l1": "l1", "density": "density",
+    }  # fmt: skip
+    if "rescale" in given and given["rescale"] not in rescales:
+        raise InputError(where, f"rescale: {given['rescale']!r}; expected true, false, l1 or density")
+    options = replace(method.options, based=based)
+    if "rescale" in given:
+        options = replace(options, rescale=rescales[given["rescale"]])
+    for name in ("normalize", "normalize_weights"):
+        if name in given:
+            options = replace(options, normalize=given[name])
+    if given.get("filter_wise"):
+        options = replace(options, axis=-1)
+    if not given.get("nuslerp_flatten", True):
+        options = replace(options, axis=0 if given.get("nuslerp_row_wise") else -1)
+    return options
 
 
 def _resolve(
     recipe: RecipeFile, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
 ) -> tuple[Options, dict[str, np.ndarray]]:
     """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
-    where = str(recipe.path)
+    where, method = str(recipe.path), recipe.method
     shared = (part.settings, recipe.settings)
 
     def value(name: str, scopes: Sequence[Settings], tensor: str) -> Any:
@@ -276,7 +383,7 @@ def _resolve(
         return number(where, spec, spec.default if found is None else found)
 
     parameters = {}
-    for spec in recipe.method.parameters:
+    for spec in method.parameters:
         if spec.per_parent:
             values: Any = [
                 parameter(spec, (parent.settings, *shared), own_name, parent.model) for parent, own_name in parents
@@ -285,161 +392,111 @@ def _resolve(
             values = parameter(spec, shared, tensor, "the merge")
         # float64: a density such as 0.537 must count the entries that 537/1000 counts.
         parameters[spec.name] = np.asarray(values, np.float64)
-    options = options_from(where, recipe.method, value("normalize", shared, tensor), value("rescale", shared, tensor))
-    if recipe.method.kind == "linear" and options.normalize and parameters["weight"].sum() == 0:
-        raise InputError(where, f"weight: the weights for {tensor} sum to zero, which cannot be normalised")
+    switches = {name: value(name, shared, tensor) for name in method.switches}
+    options = options_from(where, method, switches, method.based(part.base is not None))
+    complaint = method.complaint(options, parameters)
+    if complaint is not None:
+        raise InputError(where, f"{tensor}: {complaint}")
     return options, parameters
 
 
-def plan(recipe: RecipeFile, tensors: Sequence[str], layers: int) -> list[TensorMerge]:
-    """Match a recipe with the tensor names of a model of `layers` layers: one row per output tensor.
+# ---------------------------------------------------------------------------------------------------------------
+# Recipe -> plan
 
-    `tensors` are the names of the base, or of the first model where there is none.
-    """
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's tensor names: those outside of layers, and by stack of layers (what stands before the number) and
+    layer what stands after the number."""
+
+    outside: tuple[str, ...]
+    stacks: Mapping[str, Mapping[int, tuple[str, ...]]]
+
+
+def layout(tensors: Sequence[str]) -> Layout:
+    outside, stacks = [], dict[str, dict[int, list[str]]]()
+    for name in tensors:
+        match = LAYER_NAME.match(name)
+        if match is None:
+            outside.append(name)
+        else:
+            stacks.setdefault(match["head"], {}).setdefault(int(match["index"]), []).append(match["tail"])
+    fixed = {head: {i: tuple(tails) for i, tails in rows.items()} for head, rows in stacks.items()}
+    return Layout(tuple(outside), fixed)
+
+
+def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
+    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor."""
     index = {model: i for i, model in enumerate(recipe.models)}
+    method = recipe.method
     rows = []
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
-        base = [pair for pair in inputs if pair[0].model == recipe.base]
-        rest = [pair for pair in inputs if pair[0].model != recipe.base]
-        if not recipe.method.needs_base and recipe.method.max_parents is None:
-            # To these methods a base is a model like the others, and needs a weight of its own.
-            base, rest = [], inputs
-        parents = rest if recipe.method.needs_base else base + rest
-        options, parameters = _resolve(recipe, part, parents, name, t)
-        named = tuple((index[source.model], tensor) for source, tensor in base + rest)
-        rows.append(TensorMerge(name, named, options, parameters))
+        # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
+        first = method.base != "parent" or method.name == "slerp"
+        ordered = sorted(inputs, key=lambda pair: pair[0].model != part.base) if first else inputs
+        based = method.based(part.base is not None)
+        options, parameters = _resolve(recipe, part, ordered[int(based) :], name, t)
+        rows.append(
+            TensorMerge(name, tuple((index[source.model], own) for source, own in ordered), options, parameters)
+        )
 
-    in_layers = [(name, match) for name in tensors if (match := LAYER_NAME.match(name))]
-    for name in (name for name in tensors if not LAYER_NAME.match(name)):
+    if recipe.slices[0].count is None:
+        part = recipe.slices[0]
+        own = layouts[index[part.sources[0].model]]
+        for name in own.outside:
+            add(name, [(source, name) for source in part.sources], part, 0.0)
+        for head, layers in own.stacks.items():
+            last = max(layers)
+            for i, tails in sorted(layers.items()):
+                for tail in tails:
+                    name = f"{head}{i}{tail}"
+                    add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
+        return rows
+
+    for name in layouts[index[recipe.slices[0].sources[0].model]].outside:
         part = recipe.slices[0] if name == EMBEDDING else recipe.slices[-1]
         add(name, [(source, name) for source in part.sources], part, 0.0)
     done = 0
     for part in recipe.slices:
-        count = layers if part.count is None else part.count
-        for offset in range(count):
+        assert part.count is not None
+        head = _one_stack(recipe, part, layouts, index)
+        for offset in range(part.count):
             # A gradient over a single layer takes its last value, as mergekit does.
-            t = offset / (count - 1) if count > 1 else 1.0
-            model = part.sources[0].first + offset
-            matching = [(name, m) for name, m in in_layers if int(m["index"]) == model]
-            if not matching:
-                raise InputError(recipe.path, f"layer_range: there is no layer {model} (the model has {layers})")
-            for _, match in matching:
-                inputs = [(source, f"{match['head']}{source.first + offset}{match['tail']}") for source in part.sources]
-                add(f"{match['head']}{done}{match['tail']}", inputs, part, t)
+            t = offset / (part.count - 1) if part.count > 1 else 1.0
+            tails = layouts[index[part.sources[0].model]].stacks[head][part.sources[0].first + offset]
+            for tail in tails:
+                inputs = [(source, f"{head}{source.first + offset}{tail}") for source in part.sources]
+                add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
     return rows
 
 
-def output_layers(recipe: RecipeFile, layers: int) -> list[int]:
-    """For each layer of the merged model the layer of the leading source that it stands for."""
-    origins: list[int] = []
+def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:
+    """The stack that a slice's layers belong to; every source has those layers."""
+    for source in part.sources:
+        stacks = layouts[index[source.model]].stacks
+        if len(stacks) != 1:
+            known = ", ".join(stacks) or "none"
+            raise InputError(
+                recipe.path, f"slices: {source.model} has not one stack of numbered layers ({known}); use models:"
+            )
+        (head, layers), *_ = stacks.items()
+        for layer in range(source.first, source.first + (part.count or 0)):
+            if layer not in layers:
+                raise InputError(
+                    recipe.path, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)})"
+                )
+    return head
+
+
+def output_layers(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
+    """For each layer of the merged model the model and the layer that it stands for: its slice's first source's."""
+    index = {model: i for i, model in enumerate(recipe.models)}
+    origins = []
     for part in recipe.slices:
-        first = part.sources[0].first
-        origins += range(first, first + (layers if part.count is None else part.count))
+        model = index[part.sources[0].model]
+        stacks = layouts[model].stacks
+        count = part.count if part.count is not None else max((len(layers) for layers in stacks.values()), default=0)
+        origins += [(model, part.sources[0].first + i) for i in range(count)]
     return origins
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a search found -> YAML
-
-# mergekit's filters are substrings of the tensor's name; the first that matches counts.
-COMPONENT_FILTERS = ("self_attn", ".mlp.", "layernorm")
-SHARED_FILTERS = {"embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
-
-
-def short(value: Any) -> float:
-    """The float whose decimal form is the shortest that reads back to the same float32."""
-    return float(np.format_float_positional(np.float32(value), unique=True, trim="0"))
-
-
-def recipe_document(
-    recipe: Recipe, spec: MergeSpec, config: DecoderConfig, base: str | None, parents: Sequence[str]
-) -> dict[str, Any]:
-    """A recipe as a mergekit document, slices of layers with equal parameters joined into one.
-
-    `recipe` holds NumPy arrays of one candidate (see models.bank.Recipe).
-    """
-    rows = [{name: np.asarray(values[i]) for name, values in recipe.layers.items()} for i in range(config.layers)]
-    shared = jax.tree.map(np.asarray, recipe.shared)
-    starts = [i for i in range(config.layers) if i == 0 or any((rows[i][n] != rows[i - 1][n]).any() for n in rows[i])]
-    slices = []
-    for start, end in zip(starts, [*starts[1:], config.layers], strict=True):
-        extras = {"embed": shared["embed"]} if start == 0 else {}
-        if end == config.layers:
-            extras |= {name: values for name, values in shared.items() if name != "embed"}
-        slices.append(_slice_document(rows[start], extras, spec.method, base, parents, [start, end]))
-    document: dict[str, Any] = {"merge_method": spec.method_name}
-    if base is not None and (spec.method.needs_base or spec.method.max_parents is not None):
-        document["base_model"] = base
-    elif spec.method.max_parents is not None:
-        document["base_model"] = parents[0]
-    document["slices"] = slices
-    document["parameters"] = {"normalize": spec.options.normalize}
-    if spec.method.sparsifier is not None:
-        rescale = {"none": False, "l1": True, "density": "density"}[spec.options.rescale]
-        document["parameters"]["rescale"] = rescale
-    document["dtype"] = "float32"
-    document["out_dtype"] = spec.export_dtype
-    if spec.method.sparsifier is not None and spec.method.sparsifier.random:
-        document["random_seed"] = spec.seed
-    return document
-
-
-def _slice_document(
-    layer: dict[str, np.ndarray],
-    shared: dict[str, dict[str, np.ndarray]],
-    method: Method,
-    base: str | None,
-    parents: Sequence[str],
-    layers: list[int],
-) -> dict[str, Any]:
-    def setting(name: str, parent: int | None) -> Any:
-        def at(values: np.ndarray) -> float:
-            value = values if parent is None else values[parent]
-            # On the grid: the decimal fraction itself, which counts the entries that the search counted.
-            return round(float(value), 3) if name == "density" else short(value)
-
-        rows = [{"filter": SHARED_FILTERS[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
-        rows += [{"filter": wanted, "value": at(layer[name][c])} for c, wanted in enumerate(COMPONENT_FILTERS)]
-        values = {row["value"] for row in rows}
-        return values.pop() if len(values) == 1 else rows
-
-    sources: list[dict[str, Any]] = []
-    if method.needs_base and base is not None:
-        sources.append({"model": base, "layer_range": layers})
-    for k, parent in enumerate(parents):
-        row: dict[str, Any] = {"model": parent, "layer_range": layers}
-        per_parent = [p.name for p in method.parameters if p.per_parent]
-        if per_parent:
-            row["parameters"] = {name: setting(name, k) for name in per_parent}
-        sources.append(row)
-    document: dict[str, Any] = {"sources": sources}
-    common = {p.name: setting(p.name, None) for p in method.parameters if not p.per_parent}
-    if common:
-        document["parameters"] = common
-    return document
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes pairs such as layer ranges and filters on one line, and repeats instead of anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _flow_list(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
-    flat = all(isinstance(entry, (int, float, str)) for entry in data) and len(data) <= 4
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
-
-
-def _flow_map(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=set(data) == {"filter", "value"})
-
-
-_Dumper.add_representer(list, _flow_list)
-_Dumper.add_representer(dict, _flow_map)
-
-
-def dump_yaml(document: Any) -> str:
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

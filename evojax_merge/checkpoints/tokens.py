@@ -1,11 +1,12 @@
-"""Tokenizers of the parents: are they one, and if not, which row of each parent belongs to which token.
+"""Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
 
 May import errors; imports transformers when a tokenizer is loaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,11 +18,57 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class TokenRule:
+    """Where the row of one token comes from in models that lack it, or, with `force`, in all of them.
+
+    `model` None: zeros. `token`: another token of that model, or a row of it by number, in place of the same token.
+    """
+
+    model: int | None
+    token: str | int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerChoice:
+    """Whose tokens the merged model has: those of model number `source`, or of all models.
+
+    `rules`: by token; a token that nobody has is added. `base`: number of the base model, None where there is none.
+    The number of rows is rounded up to a multiple of `pad_to_multiple_of`.
+    """
+
+    source: int | Literal["union"]
+    base: int | None = None
+    rules: Mapping[str, TokenRule] = field(default_factory=dict)
+    pad_to_multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The merged model's tokens, and the rows of embedding and head that belong to them.
+
+    `rows[m]: int64[V]` is each token's row in model m, -1 where it has none of its own; those are filled with the
+    mean of the rows `fills[token id]`, pairs of model and row (zeros where there are none). `padding` more rows hold
+    the mean of all. `tokenizer` is the merged model's; `copied`: it is that of the model with this number, as it is.
+    """
+
+    rows: tuple[np.ndarray, ...]
+    fills: Mapping[int, tuple[tuple[int, int], ...]]
+    padding: int
+    tokenizer: Any
+    copied: int | None
+
+    @property
+    def size(self) -> int:
+        return len(self.rows[0]) + self.padding
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The folder's own tokenizer. Raises InputError where there is none."""
     from transformers import AutoTokenizer
 
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -60,23 +107,107 @@ def check_same_vocabulary(folders: Sequence[Path]) -> None:
             )
 
 
-def row_maps(folders: Sequence[Path], source: Path) -> list[np.ndarray]:
-    """For each folder the rows `int64[V]` that hold the tokens `0 … V-1` of `source`'s tokenizer.
+def unite(tokenizers: Sequence[Any], first: int) -> Any:
+    """A tokenizer with the tokens of all: that of number `first`, with what the others have besides added to it."""
+    import copy
 
-    Raises InputError where a parent lacks a token, or where the source leaves a gap in its numbering.
+    united = copy.deepcopy(tokenizers[first])
+    known = set(united.get_vocab())
+    others = [tokenizer for i, tokenizer in enumerate(tokenizers) if i != first]
+    for tokenizer in others:
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        plain = sorted((row, token) for token, row in tokenizer.get_vocab().items() if token not in added)
+        fresh = [token for _, token in plain if token not in known]
+        united.add_tokens(fresh)
+        known.update(fresh)
+    for tokenizer in others:
+        for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+            if token.content not in known:
+                united.add_tokens(token)
+                known.add(token.content)
+    return united
+
+
+def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice) -> Vocabulary:
+    """The merged model's vocabulary. counts: the rows that each model's embedding has.
+
+    A token that a model lacks takes the base's row, else its only owner's, else the mean over those who have it.
+    Raises InputError where the numbering has gaps, or where a rule cannot be followed.
     """
-    wanted = load_tokenizer(source).get_vocab()
-    tokens = sorted(wanted, key=wanted.__getitem__)
-    if [wanted[token] for token in tokens] != list(range(len(tokens))):
-        raise InputError(source, "its tokenizer leaves gaps in its numbering; rows cannot be aligned by token")
-    maps = []
-    for folder in folders:
-        own = load_tokenizer(folder).get_vocab()
-        missing = [token for token in tokens if token not in own]
-        if missing:
-            raise InputError(
-                folder,
-                f"lacks {len(missing)} tokens of {source} (such as {missing[0]!r}); cannot align its rows",
+    first = choice.base if choice.base is not None else 0
+    tokenizers = [load_tokenizer(folder) for folder in folders]
+    owned = [
+        {token: row for token, row in tokenizer.get_vocab().items() if row < count}
+        for tokenizer, count in zip(tokenizers, counts, strict=True)
+    ]
+    source = first if choice.source == "union" else choice.source
+    tokenizer = unite(tokenizers, first) if choice.source == "union" else tokenizers[source]
+    unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
+    if unknown:
+        tokenizer.add_tokens(unknown)
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if [row for _, row in tokens] != list(range(len(tokens))):
+        raise InputError(folders[source], "its tokenizer leaves gaps in its numbering; rows cannot be aligned by token")
+    rows = np.array([[vocabulary.get(token, -1) for token, _ in tokens] for vocabulary in owned], np.int64)
+    fills: dict[int, tuple[tuple[int, int], ...]] = {}
+    for number, (token, _) in enumerate(tokens):
+        rule = choice.rules.get(token)
+        if rule is not None and rule.force:
+            own = rows[:, number].copy()
+            rows[:, number] = -1
+            fills[number] = _by_rule(folders, owned, counts, token, rule, own)
+        elif (rows[:, number] < 0).any():
+            fills[number] = (
+                _by_default(rows[:, number], choice.base)
+                if rule is None
+                else _by_rule(folders, owned, counts, token, rule, rows[:, number])
             )
-        maps.append(np.array([own[token] for token in tokens], np.int64))
-    return maps
+    copied = source if choice.source != "union" and not unknown else None
+    return Vocabulary(tuple(rows), fills, -len(tokens) % choice.pad_to_multiple_of, tokenizer, copied)
+
+
+def _by_default(own: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:
+    owners = [(model, int(row)) for model, row in enumerate(own) if row >= 0]
+    from_base = [pair for pair in owners if pair[0] == base]
+    return tuple(from_base or owners)
+
+
+def _by_rule(
+    folders: Sequence[Path],
+    owned: Sequence[Mapping[str, int]],
+    counts: Sequence[int],
+    token: str,
+    rule: TokenRule,
+    own: np.ndarray,
+) -> tuple[tuple[int, int], ...]:
+    if rule.model is None:
+        return ()
+    folder, count = folders[rule.model], counts[rule.model]
+    if isinstance(rule.token, int):
+        if not 0 <= rule.token < count:
+            raise InputError(folder, f"token {token!r}: there is no row {rule.token} (the embedding has {count})")
+        return ((rule.model, rule.token),)
+    wanted = token if rule.token is None else rule.token
+    row = owned[rule.model].get(wanted, -1)
+    if row < 0:
+        raise InputError(folder, f"token {token!r}: it has no token {wanted!r}")
+    return ((rule.model, row),)
+
+
+def aligned_rows(vocabulary: Vocabulary, model: int, tensors: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Model `model`'s embedding or head `[V, …]` with its rows in the merged order.
+
+    tensors: by number, that model's own and those that `fills` refers to, in any float dtype.
+    """
+    own, rows = tensors[model], vocabulary.rows[model]
+    missing = np.flatnonzero(rows < 0)
+    if not missing.size and not vocabulary.padding:
+        return own[rows]
+    result = np.zeros((vocabulary.size, *own.shape[1:]), np.float32)
+    result[: len(rows)] = own[np.maximum(rows, 0)]
+    for number in missing:
+        parts = [np.asarray(tensors[donor][row], np.float32) for donor, row in vocabulary.fills[int(number)]]
+        result[number] = np.mean(parts, axis=0) if parts else 0.0
+    if vocabulary.padding:
+        result[len(rows) :] = result[: len(rows)].mean(axis=0)
+    return result

@@ -27,6 +27,7 @@ from evojax_merge.tasks.batches import (
     ScoringBatch,
     Shape,
     batch_shapes,
+    padding_share,
     prompt_batches,
     scoring_batches,
 )
@@ -98,6 +99,18 @@ def build_requests(
     return [
         [_requests(task, rows[s][i], shapes[i], stop) for i, task in enumerate(split)] for s, split in enumerate(splits)
     ]
+
+
+def describe_requests(requests: Sequence[Requests]) -> str:
+    """One line: what each candidate is asked."""
+    rows = [row for request in requests for row in request.rows]
+    batches: list[ScoringBatch | PromptBatch] = []
+    for request in requests:
+        batches += [*request.scoring, *request.prompts]
+    return (
+        f"each candidate: {sum(len(row.tokens) for row in rows):,} tokens of {len(rows):,} rows in {len(batches)} "
+        f"batches, {padding_share(batches, rows):.0%} padding"
+    )
 
 
 def _requests(task: Task, rows: list[Row], shapes: list[Shape], stop: tuple[int, ...]) -> Requests:

@@ -19,12 +19,14 @@ Parameters = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """The static half of a merge: which method, its switches, the seed of random methods, the export dtype."""
+    """The static half of a merge: which method, its switches, the seed of random methods, the export dtype, and the
+    parameters that are the same for every candidate because what is prepared depends on them."""
 
     method_name: str
     options: Options
     seed: int
     export_dtype: str
+    constants: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     @property
     def method(self) -> Method:
@@ -39,9 +41,9 @@ class MergeSpec:
 class Bank:
     """All sources' weights, in their own dtype, and what the method has to know of them.
 
-    layers: leaf -> `[L, S, …]`; shared: leaf -> `[S, …]`; the scores of random methods, `uint16[L, K, …]` and
-    `[K, …]`, empty otherwise; tables: leaf -> statistic -> `[L, K, G]` and `[K, G]` (sparsifying methods) or
-    `[L]` and `[]` (slerp), empty otherwise.
+    layers: leaf -> `[L, S, …]`; shared: leaf -> `[S, …]`; what the kernels prepared: scores, `uint16[L, N, …]` and
+    `[N, …]` for the N arrays that the method has, and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the
+    density grid as last axis where the method has a density); empty where the method prepares nothing.
     """
 
     layers: Leaves

@@ -72,9 +72,9 @@ class Merged:
     ) -> jax.Array:
         spec = self.spec
         statistics = look_up(spec.method, table, parameters)
-        per_parent = None if scores is None else tuple(scores)
+        numbers = () if scores is None else tuple(scores)
         with jax.named_scope("merge"):
-            merged = combine(spec.method, spec.options, tuple(sources), per_parent, statistics, parameters)
+            merged = combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def _merge_shared(self, name: str, rows: Any = None) -> jax.Array:

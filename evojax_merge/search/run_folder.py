@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 
-from evojax_merge.checkpoints.recipes import dump_yaml, load_yaml
+from evojax_merge.checkpoints.recipe_writer import dump_yaml
+from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import InputError
 

@@ -6,19 +6,19 @@ tokenizers, then the place to write.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merge_kernels import METHODS, Method
+from merge_kernels import METHODS, Method, Options
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash, resolve
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml, number, options_from
-from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import Config, SpaceConfig, TaskConfig, apply_overrides, parse
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.evaluator import Requests, build_requests
@@ -104,7 +104,8 @@ def build_problem(path: Path, config: Config) -> Problem:
     tasks = [load_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(config.base, folder)
     parents = tuple(locate(parent, folder) for parent in config.parents)
-    paths = [base, *parents] if base is not None and method.needs_base else list(parents)
+    based = method.based(base is not None)
+    paths = [base, *parents] if base is not None and based else list(parents)
     whose = None
     if config.tokenizer_source is not None:
         whose = base if config.tokenizer_source == "base" else locate(config.tokenizer_source, folder)
@@ -112,13 +113,17 @@ def build_problem(path: Path, config: Config) -> Problem:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
     bystander = [base] if base is not None and base not in paths else []
-    sources, decoder = open_sources([*paths, *bystander], whose)
-    sources = Sources(sources.folders[: len(paths)], None if sources.rows is None else sources.rows[: len(paths)])
+    opened = [*paths, *bystander]
+    sources, decoder = open_sources(opened, None if whose is None else TokenizerChoice(opened.index(whose)))
+    _check_tokens(opened, sources)
+    sources = Sources(sources.folders[: len(paths)], sources.vocabulary)
+    space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
     spec = MergeSpec(
         method.name,
-        options_from(f"{where}: space", method, config.space.normalize, config.space.rescale),
+        _options(f"{where}: space", method, config.space, based),
         config.seed,
         config.export_dtype or _dtype_name(sources),
+        tuple((name, values) for name, values in space.fixed if not method.parameter(name).searched),
     )
     tokenizer_folder = whose or (base if base is not None else parents[0])
     return Problem(
@@ -128,7 +133,7 @@ def build_problem(path: Path, config: Config) -> Problem:
         sources=sources,
         decoder=decoder,
         spec=spec,
-        space=build_space(f"{where}: space", config.space, method, len(parents), decoder),
+        space=space,
         tokenizer=load_tokenizer(tokenizer_folder),
         tokenizer_folder=tokenizer_folder,
         searched=[_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)],
@@ -139,15 +144,37 @@ def build_problem(path: Path, config: Config) -> Problem:
     )
 
 
+def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
+    """Every model of a search has every token: a row that was made up would be searched like one that was trained."""
+    vocabulary = sources.vocabulary
+    if vocabulary is None or not vocabulary.fills:
+        return
+    for folder, rows in zip(folders, vocabulary.rows, strict=True):
+        missing = np.flatnonzero(rows < 0)
+        if missing.size:
+            token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
+            raise InputError(folder, f"lacks {missing.size} of the tokens (such as {token!r}); cannot align its rows")
+
+
+def _options(where: str, method: Method, space: SpaceConfig, based: bool) -> Options:
+    """The method's switches, as the config has them."""
+    switches: dict[str, Any] = {}
+    for name, value in (("normalize", space.normalize), ("rescale", space.rescale)):
+        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.switches else name
+        if value is not None and own not in method.switches:
+            raise InputError(where, f"{name}: {method.name} has no such switch")
+        switches[own] = value
+    return options_from(where, method, switches, based)
+
+
 def _method(where: str, config: Config) -> Method:
     name = config.space.method
     if name not in METHODS:
         raise InputError(where, f"space.method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]
-    if method.needs_base and config.base is None:
+    if method.base == "required" and config.base is None:
         raise InputError(where, f"base: missing; {name} takes task vectors from a base model")
-    if not method.needs_base and method.max_parents is not None:
-        check_parent_count(f"{where}: parents", method, False, len(config.parents))
+    check_parent_count(f"{where}: parents", method, len(config.parents))
     return method
 
 
@@ -175,8 +202,14 @@ def build_space(
     if both:
         raise InputError(where, f"{both[0]}: is both searched and fixed")
     searched = config.parameters or {}
+    open_ = [parameter.name for parameter in method.parameters if parameter.searched]
+    for name in searched:
+        if name not in open_:
+            raise InputError(where, f"parameters.{name}: what is prepared depends on it; give it under fixed")
+    if not open_:
+        raise InputError(where, f"method: {method.name} has no parameter to search; use evojax-merge merge")
     if not searched:
-        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(known)}")
+        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(open_)}")
     axes = [_axis(where, method, name, bounds, parents) for name, bounds in searched.items()]
     fixed = []
     for parameter in method.parameters:
@@ -185,6 +218,7 @@ def build_space(
         values = config.fixed.get(parameter.name)
         given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
         fixed.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
+    _check_bounds(where, method, axes, dict(fixed), parents)
     return ParameterSpace(
         method=method,
         parents=parents,
@@ -196,6 +230,22 @@ def build_space(
         axes=tuple(axes),
         fixed=tuple(fixed),
     )
+
+
+def _check_bounds(
+    where: str, method: Method, axes: Sequence[Axis], fixed: dict[str, tuple[float, ...]], parents: int
+) -> None:
+    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say)."""
+    for axis in axes:
+        if not method.parameter(axis.name).on_grid:
+            continue
+        for value in (axis.low, axis.high):
+            numbers = {
+                name: np.broadcast_to(values, parents) for name, values in (fixed | {axis.name: (value,)}).items()
+            }
+            complaint = method.complaint(method.options, numbers | {"weight": np.ones(parents)})
+            if complaint is not None:
+                raise InputError(where, f"parameters.{axis.name}: {complaint}")
 
 
 def _numbers(values: float | list[float]) -> tuple[float, ...]:

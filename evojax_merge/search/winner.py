@@ -14,7 +14,8 @@ import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipes import dump_yaml, recipe_document
+from evojax_merge.checkpoints.recipe_writer import dump_yaml, recipe_document
+from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.models.bank import Bank, Recipe, candidate
@@ -81,7 +82,10 @@ def choose_winner(
     )
     rows = []
     for role, path in problem.models:
-        sources, config = open_sources([path], problem.tokenizer_folder if problem.sources.rows else None)
+        aligned = problem.sources.vocabulary is not None
+        sources, config = (
+            open_sources([path, problem.tokenizer_folder], TokenizerChoice(1)) if aligned else open_sources([path])
+        )
         stored = replace(heldout, config=config)
         scores = stored.stored(load_stored(sources, config, 0, heldout.compute_dtype), progress)
         rows.append(Row(role, path.name, float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0]))
@@ -111,7 +115,7 @@ def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
         genome_recipe(problem, genome), problem.spec, problem.decoder,
         None if problem.base is None else str(problem.base), [str(parent) for parent in problem.parents],
     )  # fmt: skip
-    if problem.sources.rows is not None:
+    if problem.sources.vocabulary is not None:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
     atomic_write(path, dump_yaml(document))
 

@@ -84,7 +84,7 @@ class ParameterSpace:
             block = genome[start : start + shape[0] * shape[1]].reshape(shape)
             start += shape[0] * shape[1]
             values = axis.low + (axis.high - axis.low) * to_unit(block)
-            if axis.name == "density":
+            if self.method.parameter(axis.name).on_grid:
                 values = grid_index(values).astype(jnp.float32) / DENSITY_STEPS
             result[axis.name] = values
         return result

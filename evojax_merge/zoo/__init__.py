@@ -21,7 +21,7 @@ PREFIX = "zoo:"
 MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
 # Of the recipe that `arithmetic` trains by: another recipe has another folder.
-VERSION = "v1"
+VERSION = "v2"
 
 
 def cache_folder() -> Path:

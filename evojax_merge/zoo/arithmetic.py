@@ -49,6 +49,7 @@ BODY, WIDTH = 10, 13
 
 HIDDEN, LAYERS, HEADS, MLP = 96, 3, 4, 256
 BATCH, CHUNK = 128, 50
+EMBEDDING_STD = 0.02
 CONTEXT = 64
 
 
@@ -58,7 +59,7 @@ class Plan:
 
     base_steps: int = 1200
     maths_steps: int = 800
-    japanese_steps: int = 200
+    japanese_steps: int = 300
     search_problems: int = 256
     heldout_problems: int = 512
 
@@ -218,7 +219,7 @@ def japanese_records(sums: Sums) -> Iterator[dict[str, str]]:
 
 
 def fresh_model(config: DecoderConfig, seed: int) -> Stored:
-    """Random weights: norms are one, everything else is normal with variance 1 / fan-in."""
+    """Random weights: norms are one, the embedding is small, everything else is normal with variance 1 / fan-in."""
     from evojax_merge.checkpoints.architectures import dimensions
 
     sizes = dimensions(config)
@@ -228,7 +229,8 @@ def fresh_model(config: DecoderConfig, seed: int) -> Stored:
         shape = (*leading, *(sizes[name] for name in leaf.shape))
         if leaf.component == "norm":
             return jnp.ones(shape, jnp.float32)
-        return jnp.asarray(rng.normal(0.0, shape[-1] ** -0.5, shape), jnp.float32)
+        std = EMBEDDING_STD if leaf.name == "embed" else shape[-1] ** -0.5
+        return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
 
     layers = {leaf.name: draw(leaf, config.layers) for leaf in layer_leaves(config)}
     return Stored(layers, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
@@ -363,4 +365,4 @@ def make_family(
 
     base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, base_batch)
     stage("maths", base, plan.maths_steps, 2e-3, partial(maths_batch, training=training))
-    stage("japanese", base, plan.japanese_steps, 5e-4, japanese_batch)
+    stage("japanese", base, plan.japanese_steps, 1e-3, japanese_batch)

@@ -2,10 +2,10 @@
 
 A kernel knows no model, no file and no search. Every method is one `Method` in `METHODS` and works in two steps:
 
-1. *measure*, once per tensor, on the host: whatever does not depend on the recipe (`measure`, `measure_grid`);
+1. *prepare*, once per tensor, on the host: whatever does not depend on the recipe (`prepare`, `tabulate`);
 2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`).
 
-`sources` is a tuple of arrays of one shape: the base first where `method.needs_base`, then the K parents. It is
+`sources` is a tuple of arrays of one shape: the base first where `options.based`, then the K parents. It is
 unrolled in Python (K is small and static) because a reduction over a stacked axis is many times slower on a CPU.
 """
 
@@ -15,14 +15,15 @@ from merge_kernels.methods import (
     Method,
     Options,
     Parameter,
+    Prepared,
     Rescale,
     combine,
-    draw_scores,
     grid_index,
     look_up,
-    measure,
-    measure_grid,
+    prepare,
+    tabulate,
 )
+from merge_kernels.sparse import draw
 
 __all__ = [
     "DENSITY_STEPS",
@@ -30,11 +31,12 @@ __all__ = [
     "Method",
     "Options",
     "Parameter",
+    "Prepared",
     "Rescale",
     "combine",
-    "draw_scores",
+    "draw",
     "grid_index",
     "look_up",
-    "measure",
-    "measure_grid",
+    "prepare",
+    "tabulate",
 ]

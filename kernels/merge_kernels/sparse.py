@@ -3,15 +3,19 @@
 With deltas `d_k = x_k - b` an entry of parent k is kept where its score passes parent k's threshold:
 
 - magnitude (TIES, arXiv 2306.01708): score `|d|`, kept where `|d| >= threshold`;
-- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `score < threshold`.
+- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `score < threshold`;
+- ranked (DELLA, arXiv 2406.11617): as random, with the entry's rank folded into its number;
+- band (Model Breadcrumbs, arXiv 2312.06795): score `|d|`, kept between two thresholds.
 
 Thresholds and the scale that restores the L1 norm are measured once per tensor, for one density or for a grid.
 With thresholds all entries that tie at the threshold are kept: where bfloat16 checkpoints tie massively, more
 than `int(density * n)` entries survive, and which ones does not depend on the order of anything.
+Imports JAX and NumPy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +26,46 @@ Statistics = dict[str, np.ndarray]
 SCORE_LEVELS = 2**16
 # Norms below this are not rescaled.
 MIN_NORM = 1e-7
+# Entries of a float32 dot product before it is carried over to float64.
+BLOCK = 2**18
 
 
 @dataclass(frozen=True)
 class Sparsifier:
-    """`measure(|d|: float32[n], score: uint16[n] | None, densities: float64[G])` gives
-    `threshold[G]` and `l1_scale: float32[G]`; `keep(d, score, threshold)` is the mask."""
+    """How one parent's delta is thinned out.
 
-    measure: Callable[[np.ndarray, np.ndarray | None, np.ndarray], Statistics]
-    keep: Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
-    random: bool
+    - `score(magnitudes, draw, constants)`: the `uint16` number of every entry from `|d|` and a uniform draw of the
+      same shape; None where `|d|` is the score.
+    - `measure(magnitudes, score, densities, constants, mass)`: statistics `[G]` for `densities: float64[G]`, from
+      flat arrays; `l1_scale` among them where `mass`. `magnitudes: float32[n]` is the callee's to reorder.
+    - `keep(delta, score, statistics)`: the mask, on the device.
+
+    `constants` are the method's parameters that are never searched (epsilon, gamma), this parent's.
+    """
+
+    measure: Callable[[np.ndarray, Any, np.ndarray, Mapping[str, float], bool], Statistics]
+    keep: Callable[[jax.Array, jax.Array | None, Mapping[str, jax.Array]], jax.Array]
+    score: Callable[[np.ndarray, np.ndarray, Mapping[str, float]], np.ndarray] | None = None
+
+    @property
+    def random(self) -> bool:
+        return self.score is not None
+
+
+def draw(seed: int, digest: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """One uniform number per entry, `uint16[*shape]`, fixed by (seed, digest): Philox with that key.
+
+    `digest` names the parent and the tensor (at least 8 bytes of a hash), so that neither the order of the parents
+    nor anything about a candidate changes a mask. Masks are nested in density.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    key = np.array([seed, int.from_bytes(digest[:8], "little")], np.uint64)
+    words = np.random.Philox(key=key).random_raw(-(-size // 4))
+    return words.astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Once per tensor, on the host
 
 
 def kept_count(density: float, size: int) -> int:
@@ -49,46 +83,132 @@ def _l1_scale(total: float, kept: np.ndarray) -> np.ndarray:
     return np.where((kept < MIN_NORM) | (total < MIN_NORM), 1.0, restored).astype(np.float32)
 
 
-def measure_magnitude(magnitudes: np.ndarray, score: np.ndarray | None, densities: np.ndarray) -> Statistics:
-    """Thresholds are order statistics of `|d|`: `inf` keeps nothing, 0 keeps all."""
+def _order_statistic(magnitudes: np.ndarray, position: int) -> float:
+    """The entry that would be at `position` in ascending order, in linear time."""
+    magnitudes.partition(position)
+    return float(magnitudes[position])
+
+
+def _mass_between(ascending: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, np.ndarray]:
+    """Total of sorted magnitudes, and the mass of those in `[low, high]` (float[G] each)."""
+    below = np.concatenate([[0.0], np.cumsum(ascending, dtype=np.float64)])
+    inside = below[np.searchsorted(ascending, high, side="right")] - below[np.searchsorted(ascending, low, side="left")]
+    return float(below[-1]), np.where(low <= high, inside, 0.0)
+
+
+def _measure_order(
+    magnitudes: np.ndarray, counts: np.ndarray, bottoms: np.ndarray, mass: bool
+) -> tuple[np.ndarray, np.ndarray, Statistics]:
+    """Thresholds `low` and `high` (float32[G]) of the ascending ranks `[bottom, bottom + count)`, and the l1_scale.
+
+    Nothing is kept where the count is 0 (`low` inf), and there is no upper threshold at the top rank (`high` inf).
+    """
     size = magnitudes.size
-    counts = np.array([kept_count(density, size) for density in densities], np.int64)
-    inside = (counts > 0) & (counts < size)
-    threshold = np.where(counts == 0, np.inf, 0.0).astype(np.float32)
-    if len(densities) == 1:
-        if inside[0]:
-            position = size - counts[0]
-            threshold[0] = np.partition(magnitudes, position)[position]
-        kept = np.array([magnitudes[magnitudes >= threshold[0]].sum(dtype=np.float64)])
-        total = float(magnitudes.sum(dtype=np.float64))
-    else:
-        ascending = np.sort(magnitudes)
-        threshold[inside] = ascending[size - counts[inside]]
-        below = np.concatenate([[0.0], np.cumsum(ascending, dtype=np.float64)])
-        kept = below[-1] - below[np.searchsorted(ascending, threshold, side="left")]
-        total = float(below[-1])
-    return {"threshold": threshold, "l1_scale": _l1_scale(total, kept)}
+    low, high = np.full(counts.shape, np.inf, np.float32), np.full(counts.shape, np.inf, np.float32)
+    some, topped = counts > 0, (counts > 0) & (bottoms + counts < size)
+    if len(counts) == 1:
+        if some[0] and bottoms[0] > 0:
+            low[0] = _order_statistic(magnitudes, int(bottoms[0]))
+        elif some[0]:
+            low[0] = 0.0
+        if topped[0]:
+            high[0] = _order_statistic(magnitudes, int(bottoms[0] + counts[0] - 1))
+        if not mass:
+            return low, high, {}
+        inside = magnitudes[(magnitudes >= low[0]) & (magnitudes <= high[0])].sum(dtype=np.float64)
+        return low, high, {"l1_scale": _l1_scale(float(magnitudes.sum(dtype=np.float64)), np.array([inside]))}
+    magnitudes.sort()
+    low[some] = np.where(bottoms[some] > 0, magnitudes[np.minimum(bottoms[some], size - 1)], 0.0)
+    high[topped] = magnitudes[bottoms[topped] + counts[topped] - 1]
+    if not mass:
+        return low, high, {}
+    return low, high, {"l1_scale": _l1_scale(*_mass_between(magnitudes, low, high))}
 
 
-def measure_random(magnitudes: np.ndarray, score: np.ndarray | None, densities: np.ndarray) -> Statistics:
-    """Thresholds are `round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
-    assert score is not None
+def measure_magnitude(
+    magnitudes: np.ndarray, score: None, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+) -> Statistics:
+    """`threshold`: an order statistic of `|d|`; `inf` keeps nothing, 0 keeps all."""
+    counts = np.array([kept_count(density, magnitudes.size) for density in densities], np.int64)
+    low, _, scale = _measure_order(magnitudes, counts, magnitudes.size - counts, mass)
+    return {"threshold": low, **scale}
+
+
+def measure_band(
+    magnitudes: np.ndarray, score: None, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+) -> Statistics:
+    """`threshold` and `upper`: without the `int(gamma n)` largest entries, the `int(density n)` largest.
+
+    Fewer outliers are dropped where the density asks for it: ranks begin at
+    `max(0, n - int(density n) - int(gamma n))`.
+    """
+    size = magnitudes.size
+    dropped = int(constants["gamma"] * size)
+    counts = np.array([size if d >= 1 else int(d * size) for d in densities], np.int64)
+    bottoms = np.where(densities >= 1, 0, np.maximum(0, size - counts - dropped))
+    low, high, scale = _measure_order(magnitudes, counts, bottoms, mass)
+    return {"threshold": low, "upper": high, **scale}
+
+
+def measure_random(
+    magnitudes: np.ndarray, score: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+) -> Statistics:
+    """`threshold = round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
     threshold = np.rint(np.clip(densities, 0.0, 1.0) * SCORE_LEVELS).astype(np.int32)
-    mass = np.bincount(score, weights=magnitudes, minlength=SCORE_LEVELS)
-    below = np.concatenate([[0.0], np.cumsum(mass)])
+    if not mass:
+        return {"threshold": threshold}
+    if len(densities) == 1:
+        kept = total = 0.0
+        for start in range(0, magnitudes.size, BLOCK):
+            block, numbers = magnitudes[start : start + BLOCK], score[start : start + BLOCK]
+            kept += float(block @ (numbers < threshold[0]).astype(np.float32))
+            total += float(block.sum())
+        return {"threshold": threshold, "l1_scale": _l1_scale(total, np.array([kept]))}
+    masses = np.bincount(score, weights=magnitudes, minlength=SCORE_LEVELS)
+    below = np.concatenate([[0.0], np.cumsum(masses)])
     return {"threshold": threshold, "l1_scale": _l1_scale(float(below[-1]), below[threshold])}
 
 
-MAGNITUDE = Sparsifier(
-    measure=measure_magnitude,
-    keep=lambda delta, score, threshold: jnp.abs(delta) >= threshold,
-    random=False,
-)
-RANDOM = Sparsifier(
-    measure=measure_random,
-    keep=lambda delta, score, threshold: score.astype(jnp.int32) < threshold,  # type: ignore[union-attr]
-    random=True,
-)
+def plain_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
+    return drawn
+
+
+def ranked_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
+    """DELLA's keep probability `(density - eps) + 2 eps rank01`, folded into the draw.
+
+    `u < p 2^16` is `u - (2 eps rank01 - eps) 2^16 < density 2^16`: the left side no longer depends on the density.
+    Numbers beyond 16 bits are clipped, which changes no comparison while `0 < density ± eps < 1`. Ranks go along
+    axis 1 (a vector is one row), ties in the order of the tensor.
+    """
+    rows = magnitudes if magnitudes.ndim > 1 else magnitudes[None]
+    order = np.argsort(rows, axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    steps = np.arange(rows.shape[1]).reshape(1, -1, *[1] * (rows.ndim - 2))
+    np.put_along_axis(ranks, order, np.broadcast_to(steps, order.shape), axis=1)
+    share = ranks / max(rows.shape[1] - 1, 1)
+    bonus = np.rint((2 * share - 1) * constants["epsilon"] * SCORE_LEVELS)
+    folded = drawn.astype(np.int64) - bonus.astype(np.int64).reshape(drawn.shape)
+    return np.clip(folded, 0, SCORE_LEVELS - 1).astype(np.uint16)
+
+
+def _below(delta: jax.Array, score: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+    assert score is not None
+    return score.astype(jnp.int32) < statistics["threshold"]
+
+
+def _between(delta: jax.Array, score: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+    size = jnp.abs(delta)
+    return (size >= statistics["threshold"]) & (size <= statistics["upper"])
+
+
+MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, score, row: jnp.abs(delta) >= row["threshold"])
+BAND = Sparsifier(measure_band, _between)
+RANDOM = Sparsifier(measure_random, _below, plain_score)
+RANKED = Sparsifier(measure_random, _below, ranked_score)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Per candidate
 
 
 def kept_deltas(
@@ -96,10 +216,10 @@ def kept_deltas(
     base: jax.Array,
     parents: Sequence[jax.Array],
     scores: Sequence[jax.Array] | None,
-    statistics: dict[str, jax.Array],
+    statistics: Mapping[str, jax.Array],
     factors: jax.Array,
 ) -> list[jax.Array]:
-    """`factor_k * (x_k - b)` where kept, else 0: K float32 arrays. factors: float32[K]."""
+    """`factor_k * (x_k - b)` where kept, else 0: K float32 arrays. factors: float32[K]; statistics: `[K]` each."""
     wide = base.astype(jnp.float32)
     weighted = []
     for k, parent in enumerate(parents):
@@ -107,7 +227,8 @@ def kept_deltas(
         scaled = factors[k] * delta
         if sparsifier is not None:
             score = None if scores is None else scores[k]
-            scaled = jnp.where(sparsifier.keep(delta, score, statistics["threshold"][k]), scaled, 0.0)
+            own = {name: values[k] for name, values in statistics.items()}
+            scaled = jnp.where(sparsifier.keep(delta, score, own), scaled, 0.0)
         weighted.append(scaled)
     return weighted
 

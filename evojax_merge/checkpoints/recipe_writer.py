@@ -1,0 +1,131 @@
+"""What a search found -> a recipe in mergekit's format. May import models.bank and merge_kernels.
+
+What is written reads back (checkpoints.recipes) as the same numbers, so that merging it gives the winner's bytes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from merge_kernels import Method, Options
+
+from evojax_merge.models.bank import MergeSpec, Recipe
+from evojax_merge.models.config import DecoderConfig
+
+# mergekit's filters are substrings of the tensor's name; the first that matches counts.
+COMPONENT_FILTERS = ("self_attn", ".mlp.", "layernorm")
+SHARED_FILTERS = {"embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+
+
+def short(value: Any) -> float:
+    """The float whose decimal form is the shortest that reads back to the same float32."""
+    return float(np.format_float_positional(np.float32(value), unique=True, trim="0"))
+
+
+def recipe_document(
+    recipe: Recipe, spec: MergeSpec, config: DecoderConfig, base: str | None, parents: Sequence[str]
+) -> dict[str, Any]:
+    """A recipe as a mergekit document, slices of layers with equal parameters joined into one.
+
+    `recipe` holds NumPy arrays of one candidate (see models.bank.Recipe).
+    """
+    rows = [{name: np.asarray(values[i]) for name, values in recipe.layers.items()} for i in range(config.layers)]
+    shared = jax.tree.map(np.asarray, recipe.shared)
+    starts = [i for i in range(config.layers) if i == 0 or any((rows[i][n] != rows[i - 1][n]).any() for n in rows[i])]
+    slices = []
+    for start, end in zip(starts, [*starts[1:], config.layers], strict=True):
+        extras = {"embed": shared["embed"]} if start == 0 else {}
+        if end == config.layers:
+            extras |= {name: values for name, values in shared.items() if name != "embed"}
+        slices.append(_slice_document(rows[start], extras, spec, base, parents, [start, end]))
+    document: dict[str, Any] = {"merge_method": spec.method_name}
+    if spec.options.based:
+        document["base_model"] = base
+    elif spec.method_name == "slerp":
+        # Its base is where t = 0.
+        document["base_model"] = parents[0]
+    document["slices"] = slices
+    switches = _switches(spec.method, spec.options)
+    if switches:
+        document["parameters"] = switches
+    document["dtype"] = "float32"
+    document["out_dtype"] = spec.export_dtype
+    if spec.method.random:
+        document["random_seed"] = spec.seed
+    return document
+
+
+def _switches(method: Method, options: Options) -> dict[str, Any]:
+    """The static switches, under mergekit's names."""
+    values = {
+        "normalize": options.normalize,
+        "normalize_weights": options.normalize,
+        "rescale": {"none": False, "l1": True, "density": "density"}[options.rescale],
+        "nuslerp_flatten": options.axis is None,
+        "nuslerp_row_wise": options.axis == 0,
+        "filter_wise": options.axis is not None,
+    }
+    return {name: values[name] for name in method.switches}
+
+
+def _slice_document(
+    layer: dict[str, np.ndarray],
+    shared: dict[str, dict[str, np.ndarray]],
+    spec: MergeSpec,
+    base: str | None,
+    parents: Sequence[str],
+    layers: list[int],
+) -> dict[str, Any]:
+    method = spec.method
+
+    def setting(name: str, parent: int | None) -> Any:
+        def at(values: np.ndarray) -> float:
+            value = values if parent is None else values[parent]
+            # On the grid: the decimal fraction itself, which counts the entries that the search counted.
+            return round(float(value), 3) if method.parameter(name).on_grid else short(value)
+
+        rows = [{"filter": SHARED_FILTERS[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
+        rows += [{"filter": wanted, "value": at(layer[name][c])} for c, wanted in enumerate(COMPONENT_FILTERS)]
+        values = {row["value"] for row in rows}
+        return values.pop() if len(values) == 1 else rows
+
+    sources: list[dict[str, Any]] = []
+    if spec.options.based:
+        sources.append({"model": base, "layer_range": layers})
+    for k, parent in enumerate(parents):
+        row: dict[str, Any] = {"model": parent, "layer_range": layers}
+        per_parent = [p.name for p in method.parameters if p.per_parent]
+        if per_parent:
+            row["parameters"] = {name: setting(name, k) for name in per_parent}
+        sources.append(row)
+    document: dict[str, Any] = {"sources": sources}
+    common = {p.name: setting(p.name, None) for p in method.parameters if not p.per_parent}
+    if common:
+        document["parameters"] = common
+    return document
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes pairs such as layer ranges and filters on one line, and repeats instead of anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _flow_list(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
+    flat = all(isinstance(entry, (int, float, str)) for entry in data) and len(data) <= 4
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
+
+
+def _flow_map(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=set(data) == {"filter", "value"})
+
+
+_Dumper.add_representer(list, _flow_list)
+_Dumper.add_representer(dict, _flow_map)
+
+
+def dump_yaml(document: Any) -> str:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,215 @@
+"""The family that is linear in the sources: the result is `sum_k c_k x_k`, or `b + sum_k c_k (x_k - b)`.
+
+The coefficients depend on the recipe and on the lengths of the interpolated vectors and the angles between them: on
+their Gram matrix, which is accumulated once per tensor, in float64 (in float32 the inner products of near-identical
+tensors cancel). Vectors are the flattened tensors, or their rows or columns; a statistic of rows has shape `[R, 1]`
+and one of columns `[1, C]`, so that coefficients broadcast against the tensor. Imports JAX and NumPy.
+
+Angles are kept as `gap = 1 - cos`, which float32 holds to full relative precision where vectors are almost parallel.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Statistics = dict[str, np.ndarray]
+
+# Beyond this |cos| SLERP's great circle is indistinguishable from its chord, and sin(theta) divides badly.
+SLERP_LINEAR_ABOVE = 0.9995
+# A vector shorter than this has no direction for SLERP; its length counts as 1.
+SLERP_MIN_NORM = 1e-8
+# NuSLERP is linear where sin^2(theta) is below this: what float32 cannot tell from 0.
+NUSLERP_COLINEAR = 1e-7
+# Below this sum of NuSLERP's weights both models count alike.
+NUSLERP_MIN_SUM = 1e-6
+# Model stock: the smallest product of lengths, and the smallest denominator that is not singular.
+STOCK_MIN_NORMS = 1e-6
+# Entries that are widened to float64 at a time.
+BLOCK = 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Once per tensor, on the host
+
+
+def gram(vectors: Sequence[np.ndarray], base: np.ndarray | None, axis: int | None) -> np.ndarray:
+    """Inner products of `x_k` (or `x_k - base`), accumulated in float64.
+
+    vectors: K arrays `[...]`; axis None: of the flattened tensors, `float64[K, K]`; else along that axis, kept with
+    length 1: `float64[K, K, ...]`.
+    """
+    count = len(vectors)
+
+    def wide(x: np.ndarray, part: Any) -> np.ndarray:
+        values = np.asarray(x[part], np.float32)
+        # The difference is taken in float32, as every method that uses it takes it.
+        return (values if base is None else values - np.asarray(base[part], np.float32)).astype(np.float64)
+
+    if axis is None or vectors[0].ndim < 2:
+        vectors = [x.reshape(-1) for x in vectors]
+        base = None if base is None else base.reshape(-1)
+        total = np.zeros((count, count))
+        for start in range(0, vectors[0].size, BLOCK):
+            block = np.stack([wide(x, slice(start, start + BLOCK)) for x in vectors])
+            total += block @ block.T
+        return total.reshape(count, count, *[1] * (vectors[0].ndim if axis is not None else 0))
+    whole = [wide(x, ...) for x in vectors]
+    return np.array([[(a * b).sum(axis=axis, keepdims=True) for b in whole] for a in whole])
+
+
+def _directions(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths `[K, ...]` and cosines `[K, K, ...]` (0 with a vector of length 0) from a Gram matrix."""
+    lengths = np.sqrt(np.einsum("kk...->k...", products))
+    divisors = lengths[:, None] * lengths[None]
+    cosines = np.divide(products, divisors, out=np.zeros_like(products), where=divisors > 0)
+    return lengths, np.clip(cosines, -1.0, 1.0)
+
+
+def slerp_angle(first: np.ndarray, second: np.ndarray) -> Statistics:
+    """`angle`: between the two flattened tensors, float32 in (0, pi), or 0 where SLERP falls back to LERP."""
+    products = gram([first, second], None, None)
+    lengths = np.sqrt(np.diag(products))
+    cosine = products[0, 1] / np.prod(np.where(lengths > SLERP_MIN_NORM, lengths, 1.0))
+    cosine = float(np.clip(cosine, -1.0, 1.0)) if first.size else 1.0
+    return {"angle": np.asarray(0.0 if abs(cosine) > SLERP_LINEAR_ABOVE else np.arccos(cosine), np.float32)}
+
+
+def nuslerp_angle(vectors: Sequence[np.ndarray], base: np.ndarray | None, axis: int | None) -> Statistics:
+    """`angle`: float32 `[]`, `[R, 1]` or `[1, C]`, 0 where the two vectors are colinear."""
+    _, cosines = _directions(gram(vectors, base, axis))
+    cosine = cosines[0, 1]
+    straight = 1 - np.square(cosine) <= NUSLERP_COLINEAR
+    return {"angle": np.where(straight, 0.0, np.arccos(cosine)).astype(np.float32)}
+
+
+def lengths_and_gaps(vectors: Sequence[np.ndarray], base: np.ndarray | None) -> Statistics:
+    """`length`: float32[K]; `gap`: `1 - cos`, float32[K, K] (1 with a vector of length 0)."""
+    lengths, cosines = _directions(gram(vectors, base, None))
+    gaps = 1 - cosines
+    # A rounding error of 1e-16 on the diagonal would be a large share of the gap of near-identical vectors.
+    np.fill_diagonal(gaps, np.where(lengths > 0, 0.0, 1.0))
+    return {"length": lengths.astype(np.float32), "gap": np.maximum(gaps, 0.0).astype(np.float32)}
+
+
+def karcher_coefficients(vectors: Sequence[np.ndarray], max_iter: int, tol: float) -> Statistics:
+    """The Karcher mean of the unit vectors, times the mean length (arXiv 2603.04972): `coefficient`, float32[K].
+
+    The iteration runs on coefficients, since the mean never leaves the span of the vectors. Vectors no longer than
+    `tol` have no direction and only count in the mean length.
+    """
+    lengths, cosines = _directions(gram(vectors, None, None))
+    if len(vectors) == 1:
+        return {"coefficient": np.ones(1, np.float32)}
+    valid = np.flatnonzero(lengths > tol)
+    if not valid.size:
+        return {"coefficient": np.zeros(len(vectors), np.float32)}
+    cosines = cosines[np.ix_(valid, valid)]
+    share = 1.0 / valid.size
+
+    def length(coefficients: np.ndarray) -> float:
+        return float(np.sqrt(max(coefficients @ cosines @ coefficients, 0.0)))
+
+    mean = np.full(valid.size, share)
+    size = length(mean)
+    mean = np.eye(valid.size)[0] if size < tol else mean / size
+    for _ in range(max_iter):
+        dots = np.clip(cosines @ mean, -1.0, 1.0)
+        angles = np.arccos(dots)
+        far = angles >= tol
+        pull = share * np.where(far, angles / np.where(far, np.sin(angles), 1.0), 0.0)
+        tangent = pull - (pull * dots).sum() * mean
+        size = length(tangent)
+        if size < tol:
+            break
+        mean = np.cos(size) * mean + np.sin(size) / size * tangent
+        unit = length(mean)
+        if unit > tol:
+            mean = mean / unit
+    coefficients = np.zeros(len(vectors))
+    coefficients[valid] = lengths.mean() * mean / lengths[valid]
+    return {"coefficient": coefficients.astype(np.float32)}
+
+
+def stock_ratio(vectors: Sequence[np.ndarray], base: np.ndarray, axis: int | None) -> Statistics:
+    """Model Stock's interpolation ratio (arXiv 2403.19522): `ratio`, float32 `[]` or `[R, 1]`.
+
+    `t = n cos / (1 + (n - 1) cos)` with the mean pairwise cosine of the deltas; 0 at the singularity.
+    """
+    products, count = gram(vectors, base, axis), len(vectors)
+    lengths = np.sqrt(np.einsum("kk...->k...", products))
+    pairs = [
+        np.clip(products[i, j] / np.maximum(lengths[i] * lengths[j], STOCK_MIN_NORMS), -1.0, 1.0)
+        for i in range(count)
+        for j in range(i + 1, count)
+    ]
+    cosine = np.mean(pairs, axis=0)
+    denominator = 1 + (count - 1) * cosine
+    singular = np.abs(denominator) < 1e-6
+    ratio = np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, denominator))
+    return {"ratio": ratio.astype(np.float32)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Per candidate
+
+
+def weighted_sum(sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
+    """`sum_k c_k x_k` in float32. sources: K arrays `[...]`; coefficients: K scalars, or what broadcasts."""
+    total = coefficients[0] * sources[0].astype(jnp.float32)
+    for coefficient, source in zip(coefficients[1:], sources[1:], strict=True):
+        total = total + coefficient * source.astype(jnp.float32)
+    return total
+
+
+def from_base(sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
+    """`b + sum_k c_k (x_k - b)` in float32; sources: the base first."""
+    base = sources[0].astype(jnp.float32)
+    return base + weighted_sum([x.astype(jnp.float32) - base for x in sources[1:]], coefficients)
+
+
+def linear_coefficients(weight: jax.Array, normalize: bool) -> jax.Array:
+    """Model soups (arXiv 2203.05482): `w_k`, or `w_k / sum w` with `normalize`. weight: float32[K].
+
+    Weights that sum to zero cannot be normalised and give non-finite values; callers refuse them.
+    """
+    return weight / jnp.sum(weight) if normalize else weight
+
+
+def slerp_coefficients(angle: jax.Array, t: jax.Array) -> list[jax.Array]:
+    """Shoemake's spherical interpolation applied to the raw vectors.
+
+    `sin((1-t) angle) / sin(angle)` and `sin(t angle) / sin(angle)`; `1-t` and `t` where `angle` is 0.
+    """
+    curved = angle > 0
+    safe = jnp.where(curved, angle, 1.0)
+    return [jnp.where(curved, jnp.sin(share * safe) / jnp.sin(safe), share) for share in (1 - t, t)]
+
+
+def nuslerp_fraction(weight: jax.Array) -> jax.Array:
+    """`w_2 / (w_1 + w_2)`; one half where the weights cancel. weight: float32[2]."""
+    total = weight[0] + weight[1]
+    tiny = jnp.abs(total) < NUSLERP_MIN_SUM
+    return jnp.where(tiny, 0.5, weight[1] / jnp.where(tiny, 1.0, total))
+
+
+def multislerp_coefficients(
+    length: jax.Array, gap: jax.Array, weight: jax.Array, normalize: bool, eps: jax.Array
+) -> jax.Array:
+    """Barycentric interpolation on the sphere: float32[K].
+
+    With `u_k = x_k / (|x_k| + eps)` and `m = sum w_k u_k`, the result is `m / |m| * sum w_k |x_k|` (the published
+    tangent step vanishes, since the weighted tangents at `m` sum to zero). Where `|m| < eps`: the weighted sum for
+    two vectors, NaN for more.
+    """
+    count = weight.shape[0]
+    if count == 1:
+        return jnp.ones(1, jnp.float32)
+    share = weight / jnp.sum(weight) if normalize else weight
+    shrunk = share * length / (length + eps)
+    size = jnp.sqrt(jnp.maximum(jnp.square(jnp.sum(shrunk)) - shrunk @ gap @ shrunk, 0.0))
+    vanishes = size < eps
+    spherical = share / (length + eps) * jnp.sum(share * length) / jnp.where(vanishes, 1.0, size)
+    return jnp.where(vanishes, share if count == 2 else jnp.nan, spherical)
