@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import Family, finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
-from merge_kernels import METHODS, draw_scores, measure_grid
+from merge_kernels import METHODS, draw, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
@@ -98,17 +99,18 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
         ("embed", "model.embed_tokens.weight", 0),
     ):
         values = [tensor[name] for tensor in tensors]
-        drawn = None
         scores, tables = (
             (bank.shared_scores, bank.shared_tables) if leaf == "embed" else (bank.layer_scores, bank.layer_tables)
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]
-            drawn = list(np.asarray(draw_scores(5, digests, values[0].shape)))
+            drawn = [draw(5, digest, values[0].shape) for digest in digests]
             np.testing.assert_array_equal(np.asarray(scores[leaf] if leaf == "embed" else scores[leaf][i]), drawn)
         else:
+            drawn = []
             assert not scores
-        for statistic, expected in measure_grid(METHODS[method], values, drawn).items():
+        prepared = tabulate(METHODS[method], METHODS[method].options, values, {}, drawn.__getitem__)
+        for statistic, expected in prepared.statistics.items():
             table = tables[leaf][statistic]
             np.testing.assert_array_equal(np.asarray(table if leaf == "embed" else table[i]), expected)
 
@@ -199,6 +201,7 @@ def test_merging_one_tensor_at_a_time_needs_no_whole_model(larger_models: list[P
     merge_to(job, tmp_path / "out", card="")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    # A few tensors, and the pieces that the workers are at: neither grows with the model.
     assert peak < job.nbytes / 2
 
 
@@ -407,11 +410,11 @@ def test_rows_are_aligned_by_token(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="tokenizer_source"):
         open_sources([one, other])
-    bank = load_bank(*open_sources([one, other], one), spec_of("linear"))
+    bank = load_bank(*open_sources([one, other], TokenizerChoice(0)), spec_of("linear"))
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0])
     np.testing.assert_array_equal(np.asarray(bank.shared["head"][1]), unshuffled[1])
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"])
     # The other way round, both come in the other's order.
-    bank = load_bank(*open_sources([one, other], other), spec_of("linear"))
+    bank = load_bank(*open_sources([one, other], TokenizerChoice(1)), spec_of("linear"))
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0][order])
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"][order])

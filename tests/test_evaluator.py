@@ -55,9 +55,12 @@ class Setting:
 
     def __init__(self, family: Family, method: str, export_dtype: str = "float32") -> None:
         self.family = family
-        needs_base = METHODS[method].needs_base
-        sources, self.config = open_sources([*([family.base] if needs_base else []), *family.parents])
-        self.spec = MergeSpec(method, METHODS[method].options, 3, export_dtype)
+        needs_base = METHODS[method].options.based
+        parents = family.parents[: METHODS[method].max_parents]
+        sources, self.config = open_sources([*([family.base] if needs_base else []), *parents])
+        self.parents = len(parents)
+        self.fixed = tuple((p.name, (float(p.default or 0),)) for p in METHODS[method].parameters if not p.searched)
+        self.spec = MergeSpec(method, METHODS[method].options, 3, export_dtype, self.fixed)
         self.bank: Bank = load_bank(sources, self.config, self.spec)
         self.tokenizer = word_tokenizer(words())
         self.recipes = self.random_recipes(POPULATION)
@@ -79,11 +82,14 @@ class Setting:
 
     def random_recipes(self, count: int, seed: int = 0) -> Recipe:
         method = self.spec.method
-        wide = {"weight": (0.0, 1.2), "density": (0.2, 1.0), "lambda": (0.6, 1.4), "t": (0.0, 1.0)}
+        wide = {
+            "weight": (0.0, 1.2), "density": (0.2, 0.8), "lambda": (0.6, 1.4), "t": (0.0, 1.0),
+            "select_topk": (0.2, 1.0), "scale": (0.5, 1.5),
+        }  # fmt: skip
         space = ParameterSpace(
-            method, 2, self.config.layers, 1, COMPONENTS, tuple((name,) for name in COMPONENTS),
+            method, self.parents, self.config.layers, 1, COMPONENTS, tuple((name,) for name in COMPONENTS),
             tuple(leaf.name for leaf in shared_leaves(self.config)),
-            tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters), (),
+            tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched), self.fixed,
         )  # fmt: skip
         genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
         return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))
@@ -164,7 +170,10 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Scor
     assert np.ptp(ties_scores.matrices["text"]["log_probability"], axis=0).min() > 1e-3
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "ties"])
+@pytest.mark.parametrize(
+    "method",
+    [name for name, method in METHODS.items() if name != "ties" and any(p.searched for p in method.parameters)],
+)
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)
     scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)

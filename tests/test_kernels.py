@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,143 +19,331 @@ from hypothesis.extra.numpy import arrays
 from merge_kernels import (
     DENSITY_STEPS,
     METHODS,
+    Method,
     Options,
     combine,
-    draw_scores,
+    draw,
     grid_index,
     look_up,
-    measure,
-    measure_grid,
+    prepare,
+    tabulate,
 )
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import TensorGroup
+from mergekit.sparsify import della_magprune
 
-# Shapes and numbers of parents: vectors, matrices, odd sizes, a single entry.
-SIZES = (((7,), 1), ((64,), 4), ((5, 9), 2), ((16, 32), 3), ((1, 1), 2))
+Numbers = dict[str, Any]
+Draws = Callable[[int], np.ndarray]
+
+# Shapes and numbers of parents: single entries, vectors, matrices, three axes, odd sizes.
+SIZES = (((1,), 2), ((7,), 5), ((1, 1), 3), ((5, 9), 2), ((16, 32), 3), ((4, 3, 5), 4))
 # Two of them serve the other tests, so that little has to be compiled.
 SMALL, LARGE = (5, 9), (16, 32)
-RANDOM = [name for name, method in METHODS.items() if method.sparsifier is not None and method.sparsifier.random]
-SPARSE = [name for name, method in METHODS.items() if method.sparsifier is not None]
-BASED = [name for name, method in METHODS.items() if method.needs_base]
+# By what the field calls them, not by what the registry says.
+MAGNITUDE, BAND = ("ties",), ("breadcrumbs", "breadcrumbs_ties")
+DARE, DELLA = ("dare_linear", "dare_ties"), ("della", "della_linear")
+RANDOM, SPARSE = (*DARE, *DELLA), (*MAGNITUDE, *BAND, *DARE, *DELLA)
+TASK_VECTORS = ("task_arithmetic", *SPARSE)
+ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties")
+BASED = (*TASK_VECTORS, "model_stock", "sce", "nearswap")
+SYMMETRIC = (*TASK_VECTORS, "linear", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
+NORMALIZED = ("linear", "nuslerp", "multislerp", *TASK_VECTORS)
 SEED = 11
+LEVELS = 2**16
 
 
 def digest(k: int, tensor: str = "tensor") -> bytes:
     return hashlib.sha256(f"parent {k} {tensor}".encode()).digest()
 
 
-def make_sources(name: str, shape: tuple[int, ...], parents: int, dtype: Any = np.float32) -> list[np.ndarray]:
-    """The base (where the method needs one) and K parents; deltas of different sizes, no two magnitudes equal."""
+def draws_of(shape: tuple[int, ...], order: Sequence[int] | None = None, seed: int = SEED) -> Draws:
+    """The uniform numbers of each parent; `order` names the parents where they are not 0, 1, 2 …"""
+    return lambda k: draw(seed, digest(k if order is None else order[k]), shape)
+
+
+def make_models(shape: tuple[int, ...], parents: int, dtype: Any = np.float32, scale: float = 0.1) -> list[np.ndarray]:
+    """A base and K parents; deltas of different sizes, no two magnitudes equal."""
     rng = np.random.default_rng([parents, *shape])
     base = rng.normal(size=shape)
-    tuned = [base + 0.1 * (k + 1) * rng.normal(size=shape) for k in range(parents)]
-    return [np.asarray(x, dtype) for x in ([base] if METHODS[name].needs_base else []) + tuned]
+    tuned = [base + scale * (k + 1) * rng.normal(size=shape) for k in range(parents)]
+    return [np.asarray(x, dtype) for x in [base, *tuned]]
 
 
-def scores_for(name: str, shape: tuple[int, ...], parents: int, order: Sequence[int] | None = None) -> Any:
-    if name not in RANDOM:
-        return None
-    drawn = draw_scores(SEED, [digest(k) for k in order or range(parents)], shape)
-    return list(np.asarray(drawn))
+def count_of(name: str, wanted: int) -> int:
+    method = METHODS[name]
+    return max(method.min_parents, min(wanted, method.max_parents or wanted))
+
+
+def on_device(parameters: Numbers) -> dict[str, jax.Array]:
+    return {key: jnp.asarray(value, jnp.float32) for key, value in parameters.items()}
+
+
+def sources_of(options: Options, models: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """models: the base first, always."""
+    return models if options.based else models[1:]
 
 
 def merged(
-    name: str,
-    options: Options,
-    sources: Sequence[np.ndarray],
-    parameters: dict[str, Any],
-    scores: Any = None,
-    densities: Sequence[float] | None = None,
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
 ) -> np.ndarray:
-    """One merge as a user of the kernels does it. `densities`: in float64, where float32 would count differently."""
-    method = METHODS[name]
-    exact = densities if densities is not None else parameters.get("density", ())
-    statistics = measure(method, sources, scores, [float(d) for d in exact])
-    numbers = {key: jnp.asarray(value, jnp.float32) for key, value in parameters.items()}
+    """One merge as a user of the kernels does it: counts in float64 on the host, the merge in float32."""
+    method, sources = METHODS[name], sources_of(options, models)
+    prepared = prepare(method, options, sources, parameters, draws or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
-    return np.asarray(combine(method, options, tensors, scores, statistics, numbers))
+    return np.asarray(
+        combine(method, options, tensors, prepared.scores, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
+    )
 
 
-def reference(
-    name: str, options: Options, sources: Sequence[np.ndarray], parameters: dict[str, Any], scores: Any = None
+# ---------------------------------------------------------------------------------------------------------------
+# The formulas in float64
+
+
+def norm(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x).sum()))
+
+
+def arc(
+    first: np.ndarray, second: np.ndarray, t: float, axis: int | None, straight_above: float, shortest: float
 ) -> np.ndarray:
-    """The methods' formulas in float64, entry by entry; ties at a threshold are all kept."""
-    wide = [np.asarray(x, np.float64) for x in sources]
-    if name == "linear":
-        weight = np.asarray(parameters["weight"], np.float64)
-        total = sum(w * x for w, x in zip(weight, wide, strict=True))
-        return total / weight.sum() if options.normalize else total
-    if name == "slerp":
-        first, second, t = *wide, float(parameters["t"])
-        lengths = [np.linalg.norm(x) if np.linalg.norm(x) > 1e-8 else 1.0 for x in wide]
-        cosine = np.clip((first * second).sum() / (lengths[0] * lengths[1]), -1, 1)
-        if abs(cosine) > 0.9995:
-            return (1 - t) * first + t * second
-        angle = np.arccos(cosine)
-        return (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
+    """Spherical interpolation of raw vectors: the whole tensors, or along an axis. Short lengths count as 1."""
+    if first.ndim < 2:
+        axis = None
+    length = [np.sqrt(np.square(x).sum(axis=axis, keepdims=True)) for x in (first, second)]
+    length = [np.where(x > shortest, x, 1.0) for x in length]
+    cosine = np.clip((first * second).sum(axis=axis, keepdims=True) / (length[0] * length[1]), -1, 1)
+    straight = np.abs(cosine) > straight_above
+    angle = np.arccos(np.where(straight, 0.0, cosine))
+    curved = (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
+    return np.where(straight, (1 - t) * first + t * second, curved)
 
-    base, parents = wide[0], wide[1:]
+
+def multislerp(vectors: Sequence[np.ndarray], weight: np.ndarray, normalize: bool, eps: float) -> np.ndarray:
+    """Barycentric interpolation, with its step through the tangent space, which comes to nothing but cos(eps)."""
+    if len(vectors) == 1:
+        return vectors[0]
+    weight = weight / weight.sum() if normalize else weight
+    units = [x / (norm(x) + eps) for x in vectors]
+    mean = sum(w * u for w, u in zip(weight, units, strict=True))
+    if norm(mean) < eps:
+        chord = sum(w * x for w, x in zip(weight, vectors, strict=True))
+        return chord if len(vectors) == 2 else np.full_like(chord, np.nan)
+    direction = mean / norm(mean)
+    tangent = sum(w * (u - (u * direction).sum() * direction) for w, u in zip(weight, units, strict=True))
+    angle = norm(tangent) + eps
+    unit = np.cos(angle) * direction + np.sin(angle) / angle * tangent
+    return unit * sum(w * norm(x) for w, x in zip(weight, vectors, strict=True))
+
+
+def karcher(vectors: Sequence[np.ndarray], max_iter: int, tol: float) -> np.ndarray:
+    """The point of the sphere from which the tangents to all unit vectors cancel, times the mean norm."""
+    units = [x / norm(x) for x in vectors if norm(x) > tol]
+    if not units:
+        return np.zeros_like(vectors[0])
+    mean = np.mean(units, axis=0)
+    mean = units[0] if norm(mean) < tol else mean / norm(mean)
+    for _ in range(max_iter):
+        tangents = []
+        for unit in units:
+            cosine = np.clip((unit * mean).sum(), -1, 1)
+            angle = np.arccos(cosine)
+            tangents.append(0 * unit if angle < tol else angle / np.sin(angle) * (unit - cosine * mean))
+        step = np.mean(tangents, axis=0)
+        if norm(step) < tol:
+            break
+        mean = np.cos(norm(step)) * mean + np.sin(norm(step)) * step / norm(step)
+        mean = mean / norm(mean)
+    return mean * np.mean([norm(x) for x in vectors])
+
+
+def model_stock(base: np.ndarray, parents: Sequence[np.ndarray], by_row: bool) -> np.ndarray:
+    axis = -1 if by_row and base.ndim > 1 else None
+    deltas = [x - base for x in parents]
+    cosines = []
+    for one, two in itertools.combinations(deltas, 2):
+        lengths = [np.sqrt(np.square(x).sum(axis=axis, keepdims=True)) for x in (one, two)]
+        inner = (one * two).sum(axis=axis, keepdims=True)
+        cosines.append(np.clip(inner / np.maximum(lengths[0] * lengths[1], 1e-6), -1, 1))
+    cosine, n = np.mean(cosines, axis=0), len(parents)
+    denominator = 1 + (n - 1) * cosine
+    singular = np.abs(denominator) < 1e-6
+    t = np.where(singular, 0.0, n * cosine / np.where(singular, 1.0, denominator))
+    return t * np.mean(parents, axis=0) + (1 - t) * base
+
+
+def agreeing(stack: np.ndarray) -> np.ndarray:
+    """Where an entry has the sign of the sum over parents; a sum of 0 counts as +."""
+    return np.sign(stack) == np.where(stack.sum(axis=0) >= 0, 1.0, -1.0)
+
+
+def sce(base: np.ndarray, parents: Sequence[np.ndarray], select_topk: float) -> np.ndarray:
+    stack = np.stack([x - base for x in parents])
+    if select_topk < 1:
+        # From pairs of deltas, which is exactly 0 where they are equal.
+        variance = sum(np.square(one - two) for one, two in itertools.combinations(stack, 2)) + np.zeros(base.shape)
+        # Counted in float32, as mergekit counts here and nowhere else.
+        count = int(np.float32(np.count_nonzero(variance)) * np.float32(select_topk)) if select_topk > 0 else 0
+        kept = np.zeros(base.size, bool)
+        kept[np.argsort(-variance.ravel(), kind="stable")[:count]] = True
+        stack = stack * kept.reshape(base.shape)
+    squares = np.square(stack).reshape(len(stack), -1).mean(axis=1)
+    share = np.full(len(stack), 1 / len(stack)) if squares.sum() < 1e-6 else squares / squares.sum()
+    weight = share.reshape(-1, *[1] * base.ndim) * agreeing(stack)
+    return base + (stack * weight).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-6)
+
+
+def kept_by_rank(magnitude: np.ndarray, first: int, count: int) -> np.ndarray:
+    """The entries of ascending ranks first … first + count - 1, and all that tie with one of them."""
+    ranked = np.sort(magnitude, axis=None)[first : first + count]
+    return np.isin(magnitude, ranked)
+
+
+def rank01(magnitude: np.ndarray) -> np.ndarray:
+    """The rank within the row, 0 … 1, smallest first: rows lie along axis 1, and a vector is one row."""
+    rows = magnitude if magnitude.ndim > 1 else magnitude[None]
+    ranks = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
+    return (ranks / max(rows.shape[1] - 1, 1)).reshape(magnitude.shape)
+
+
+def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, draws: Draws) -> np.ndarray:
+    size, magnitude, density = delta.size, np.abs(delta), float(parameters["density"][k])
+    if density >= 1:
+        return np.ones(delta.shape, bool)
+    if name in MAGNITUDE:
+        count = max(1, int(density * size)) if density > 0 else 0
+        return kept_by_rank(magnitude, size - count, count)
+    if name in BAND:
+        count = int(density * size)
+        return kept_by_rank(magnitude, max(0, size - count - int(parameters["gamma"][k] * size)), count)
+    # Probabilities are kept to 16 bits.
+    chance = np.full(delta.shape, round(density * LEVELS))
+    if name in DELLA and density > 0:
+        chance = chance + np.rint(parameters["epsilon"][k] * (2 * rank01(magnitude) - 1) * LEVELS)
+    return draws(k).astype(float) < chance
+
+
+def task_vectors(
+    name: str, options: Options, base: np.ndarray, parents: Sequence[np.ndarray], parameters: Numbers, draws: Draws
+) -> np.ndarray:
     weight = np.asarray(parameters["weight"], np.float64)
     addends = []
     for k, parent in enumerate(parents):
         delta = parent - base
-        kept = np.ones(delta.shape, bool)
         if name in SPARSE:
             density = float(parameters["density"][k])
-            if name in RANDOM:
-                kept = scores[k].astype(int) < round(density * 65536)
-            elif density <= 0:
-                kept[:] = False
-            elif density < 1:
-                count = max(1, int(density * delta.size))
-                kept = np.abs(delta) >= np.sort(np.abs(delta), axis=None)[-count]
-        sparse = np.where(kept, delta, 0.0)
-        mass = np.abs(sparse).sum()
-        if name in SPARSE and options.rescale == "l1" and mass >= 1e-7:
-            sparse = sparse * np.abs(delta).sum() / mass
-        if name in SPARSE and options.rescale == "density" and density > 0:
-            sparse = sparse / density
-        addends.append(weight[k] * sparse)
+            sparse = np.where(kept_mask(name, delta, parameters, k, draws), delta, 0.0)
+            before, after = np.abs(delta).sum(), np.abs(sparse).sum()
+            if options.rescale == "l1" and before >= 1e-7 and after >= 1e-7:
+                sparse = sparse * before / after
+            if options.rescale == "density" and density > 0:
+                sparse = sparse / density
+            delta = sparse
+        addends.append(weight[k] * delta)
     stack = np.stack(addends)
-    columns = weight.reshape(-1, *[1] * base.ndim)
-    if name in ("task_arithmetic", "dare_linear"):
+    if name in ELECTED:
+        agrees = agreeing(stack)
+        total, divisor = (stack * agrees).sum(0), (weight.reshape(-1, *[1] * base.ndim) * agrees).sum(0)
+        divisor = np.where(divisor == 0, 1.0, divisor)
+    else:
         total, divisor = stack.sum(0), np.asarray(weight.sum())
         divisor = np.where(np.abs(divisor) < 1e-8, 1.0, divisor)
-    else:
-        elected = np.where(stack.sum(0) >= 0, 1.0, -1.0)
-        agrees = np.sign(stack) == elected
-        total, divisor = (stack * agrees).sum(0), (columns * agrees).sum(0)
-        divisor = np.where(divisor == 0, 1.0, divisor)
     return base + parameters["lambda"] * (total / divisor if options.normalize else total)
 
 
-def of_mergekit(
-    name: str,
-    options: Options,
-    sources: Sequence[np.ndarray],
-    parameters: dict[str, Any],
-    scores: Any = None,
-    monkeypatch: pytest.MonkeyPatch | None = None,
+def reference(
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
 ) -> np.ndarray:
-    """The same merge by mergekit in float32. Its random masks are replaced by those of `scores`."""
-    from mergekit.merge_methods import registry
-    from mergekit.merge_methods.base import TensorGroup
+    """One merge by its formula; ties at a threshold are all kept."""
+    base, *parents = [np.asarray(x, np.float64) for x in models]
+    weight = np.asarray(parameters.get("weight", ()), np.float64)
+    if name in TASK_VECTORS:
+        return task_vectors(name, options, base, parents, parameters, draws or draws_of(base.shape))
+    if name == "linear":
+        total = sum(w * x for w, x in zip(weight, parents, strict=True))
+        return np.asarray(total / weight.sum() if options.normalize else total)
+    if name == "slerp":
+        return arc(parents[0], parents[1], float(parameters["t"]), None, 0.9995, 1e-8)
+    if name == "karcher":
+        return karcher(parents, int(parameters["max_iter"]), float(parameters["tol"]))
+    if name == "model_stock":
+        return model_stock(base, parents, by_row=options.axis is not None)
+    if name == "sce":
+        return sce(base, parents, float(parameters["select_topk"]))
+    if name == "nearswap":
+        share = np.clip(parameters["t"] / np.maximum(np.abs(base - parents[0]), 1e-6), 0, 1)
+        return np.asarray(base + share * (parents[0] - base))
+    if name == "passthrough":
+        return np.asarray(parameters["scale"][0] * parents[0])
+    # The two that take deltas where there is a base.
+    origin = base if options.based else np.zeros_like(base)
+    vectors = [x - origin for x in parents]
+    if name == "nuslerp":
+        t = 0.5 if abs(weight.sum()) < 1e-6 else weight[1] / weight.sum()
+        return origin + arc(vectors[0], vectors[1], t, options.axis, 1 - 1e-9, 0.0)
+    assert name == "multislerp"
+    return origin + multislerp(vectors, weight, options.normalize, float(parameters["eps"]))
 
-    tensors = [torch.tensor(np.asarray(x, np.float32)) for x in sources]
-    based = METHODS[name].needs_base or name == "slerp"
-    group = TensorGroup.from_tensors(tensors, base_index=0 if based else None)
-    given = {key: list(value) if np.ndim(value) else float(value) for key, value in parameters.items()}
-    if name != "slerp":
-        given["normalize"] = options.normalize
-    if name in BASED:
-        given["rescale"] = options.rescale == "l1"
-    if monkeypatch is not None and scores is not None:
-        masks = iter([np.where(s.astype(int) < round(d * 65536), 1.0, 0.0) for s, d in _below_one(scores, parameters)])
-        monkeypatch.setattr(torch, "bernoulli", lambda probabilities: torch.tensor(next(masks), dtype=torch.float32))
-    return registry.get(name)([group], parameters=given)[0].numpy()
+
+# ---------------------------------------------------------------------------------------------------------------
+# mergekit in process
 
 
-def _below_one(scores: Any, parameters: dict[str, Any]) -> list[tuple[np.ndarray, float]]:
-    """mergekit draws nothing for a parent of density 1."""
-    return [(s, d) for s, d in zip(scores, parameters["density"], strict=True) if d < 1]
+def switches_of(name: str, options: Options) -> Numbers:
+    """`options` as mergekit's YAML says them."""
+    if name == "nuslerp":
+        return {"nuslerp_flatten": options.axis is None, "nuslerp_row_wise": options.axis == 0}
+    if name == "multislerp":
+        return {"normalize_weights": options.normalize}
+    if name == "model_stock":
+        return {"filter_wise": options.axis is not None}
+    given: Numbers = {"normalize": options.normalize} if name in ("linear", *TASK_VECTORS) else {}
+    return given | ({"rescale": options.rescale == "l1"} if name in TASK_VECTORS else {})
+
+
+def masks_for_mergekit(
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws
+) -> Iterator[torch.Tensor]:
+    """Our masks in the order in which mergekit would draw its own."""
+    prepared = prepare(METHODS[name], options, sources_of(options, models), parameters, draws)
+    masks = []
+    for k, density in enumerate(parameters["density"]):
+        # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
+        if density < 1 and (density > 0 or name in DARE):
+            mask = prepared.scores[k].astype(int) < int(prepared.statistics["threshold"][k])
+            rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
+            masks.append(torch.tensor(rows.astype(np.float32)))
+    return iter(masks)
+
+
+def of_mergekit(
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
+) -> np.ndarray:
+    """The same merge by mergekit in float32. Its random masks are replaced by ours."""
+    tensors = [torch.tensor(np.asarray(x, np.float32)) for x in sources_of(options, models)]
+    # mergekit calls SLERP's first model its base.
+    group = TensorGroup.from_tensors(tensors, base_index=0 if options.based or name == "slerp" else None)
+    given = {key: [float(v) for v in value] if np.ndim(value) else value for key, value in parameters.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        if name in RANDOM:
+            masks = masks_for_mergekit(name, options, models, parameters, draws or draws_of(models[0].shape))
+            patch.setattr(torch, "bernoulli", lambda probabilities: next(masks))
+        return registry.get(name)([group], parameters=given | switches_of(name, options))[0].numpy()
+
+
+def check(name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers) -> None:
+    """Kernel against formula and mergekit. Where there is no answer, the kernel's is not finite; mergekit refuses."""
+    found, expected = merged(name, options, models, parameters), reference(name, options, models, parameters)
+    assert found.dtype == np.float32
+    assert found.shape == models[0].shape
+    if np.isnan(expected).all():
+        assert not np.isfinite(found).any()
+        with pytest.raises(ValueError, match="zero"):
+            of_mergekit(name, options, models, parameters)
+        return
+    assert_close(found, expected)
+    # Its float32 norms cancel where weights do.
+    cancels = name == "multislerp" and abs(np.sum(parameters["weight"])) < 0.01
+    assert_close(found, of_mergekit(name, options, models, parameters), 1e-4 if cancels else 1e-5)
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -163,131 +352,442 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=0.1 * tolerance * float(np.abs(expected).max()))
 
 
-def cases(name: str, parents: int) -> list[tuple[Options, dict[str, Any]]]:
-    """Options and parameters: densities of each kind, negative weights, weights that sum to zero where they may."""
-    method = METHODS[name]
-    if name == "slerp":
-        return [(method.options, {"t": t}) for t in (0.0, 0.25, 0.5, 1.0, 1.2, -0.3)]
-    # Multiples of 1/64, so that weights which cancel do so in every precision.
+# ---------------------------------------------------------------------------------------------------------------
+# All methods, all options
+
+
+def weights_for(name: str, options: Options, parents: int) -> list[np.ndarray]:
+    """Positive, negative, and such as sum to zero where they may; multiples of 1/64, so that they do so exactly."""
     spread = np.rint(64 * np.linspace(0.2, 0.9, parents)) / 64
+    if parents == 1:
+        return [spread] if name == "multislerp" else [spread, -spread]
     negative = spread * np.where(np.arange(parents) % 2, -0.5, 1.0)
     opposed = np.resize([0.5, -0.25, -0.25, 0.75], parents) if parents != 2 else np.array([0.5, -0.5])
     opposed[-1] -= opposed.sum()
-    rows = []
-    for normalize in (False, True):
-        weights = [spread, negative] if parents > 1 else [spread, -spread]
-        if parents > 1 and not (name == "linear" and normalize):
-            weights.append(opposed)
-        for i, weight in enumerate(weights):
-            if name == "linear":
-                rows.append((Options(normalize), {"weight": weight}))
-                continue
-            scale = (1.0, 0.7, 1.3)[i]
-            if name == "task_arithmetic":
-                rows.append((Options(normalize), {"weight": weight, "lambda": scale}))
-                continue
-            for density in (np.zeros(parents), np.full(parents, 0.001), np.full(parents, 0.3), np.ones(parents)):
-                mixed = density if i else np.roll(np.resize([0.3, density[0], 0.7], parents), 1)
-                for rescale in ("none", "l1"):
-                    rows.append((Options(normalize, rescale), {"weight": weight, "density": mixed, "lambda": scale}))
+    refused = name in ("linear", "multislerp") and options.normalize
+    return [spread, negative] if refused else [spread, negative, opposed]
+
+
+def options_for(name: str) -> list[Options]:
+    both = (False, True)
+    if name == "linear":
+        return [Options(normalize) for normalize in both]
+    if name == "nuslerp":
+        return [Options(based=based, axis=axis) for based in both for axis in (None, -1, 0)]
+    if name == "multislerp":
+        return [Options(normalize, based=based) for normalize in both for based in both]
+    if name == "model_stock":
+        return [Options(based=True, axis=axis) for axis in (None, -1)]
+    if name in TASK_VECTORS:
+        return [Options(normalize, based=True) for normalize in both]
+    return [Options(based=name in BASED)]
+
+
+def densities_for(name: str, parents: int) -> list[np.ndarray]:
+    """None, some, half, all; one entry in a thousand."""
+    some, tiny = np.full(parents, 0.5), np.full(parents, 0.001)
+    mixed = [np.resize(row, parents) for row in ([0.3, 0.0, 0.7, 1.0], [0.001, 0.5, 0.0, 0.999], [1.0, 0.6, 0.25])]
+    return [np.zeros(parents), tiny, some, np.ones(parents), *mixed]
+
+
+def constants_for(name: str, density: np.ndarray, turn: int) -> Numbers:
+    """What is never searched: DELLA's epsilon where its keep probabilities stay inside (0, 1), and gamma."""
+    parents = len(density)
+    if name in DELLA:
+        room = np.where((density > 0) & (density < 1), np.minimum(density, 1 - density), 0.5)
+        return {"epsilon": room * np.resize(([0.9, 0.3, 0.6], [0.0, 0.5, 0.99])[turn % 2], parents)}
+    if name in BAND:
+        return {"gamma": np.resize(([0.01, 0.1, 0.5], [0.0, 0.25, 1.0])[turn % 2], parents)}
+    return {}
+
+
+def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
+    rows: list[tuple[Options, Numbers]] = []
+    for options in options_for(name):
+        if name == "slerp":
+            rows += [(options, {"t": t}) for t in (0.0, 0.25, 0.5, 1.0, 1.2, -0.3)]
+        elif name == "karcher":
+            rows += [(options, {"max_iter": n, "tol": tol}) for n, tol in ((10, 1e-5), (0, 1e-5), (1, 1e-4), (50, 0.1))]
+        elif name == "model_stock":
+            rows.append((options, {}))
+        elif name == "sce":
+            rows += [(options, {"select_topk": share}) for share in (0.0, 0.001, 0.1, 0.5, 0.9, 1.0)]
+        elif name == "nearswap":
+            rows += [(options, {"t": t}) for t in (0.0, 1e-4, 0.05, 10.0)]
+        elif name == "passthrough":
+            rows += [(options, {"scale": [scale]}) for scale in (1.0, 0.0, -1.3)]
+        elif name == "multislerp":
+            pairs = itertools.product(weights_for(name, options, parents), (1e-8, 1e-3, 0.1))
+            rows += [(options, {"weight": weight, "eps": eps}) for weight, eps in pairs]
+        elif name not in SPARSE:
+            extra: Numbers = {"lambda": 0.7} if name == "task_arithmetic" else {}
+            rows += [(options, {"weight": weight} | extra) for weight in weights_for(name, options, parents)]
+        else:
+            weights = itertools.cycle(weights_for(name, options, parents))
+            for turn, density in enumerate(densities_for(name, parents)):
+                extra = {"density": density, "lambda": (1.0, 0.7, 1.3)[turn % 3]} | constants_for(name, density, turn)
+                rows += [
+                    (replace(options, rescale=rescale), {"weight": next(weights)} | extra) for rescale in ("none", "l1")
+                ]
     return rows
 
 
 @pytest.mark.parametrize(("shape", "parents"), SIZES, ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_methods_equal_float64_formulas_and_mergekit(
-    name: str, shape: tuple[int, ...], parents: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parents = min(parents, METHODS[name].max_parents or parents)
-    parents = max(parents, METHODS[name].min_parents)
-    sources, scores = make_sources(name, shape, parents), scores_for(name, shape, parents)
-    for options, parameters in cases(name, parents):
-        found = merged(name, options, sources, parameters, scores)
-        assert found.dtype == np.float32
-        assert found.shape == shape
-        assert_close(found, reference(name, options, sources, parameters, scores))
-        assert_close(found, of_mergekit(name, options, sources, parameters, scores, monkeypatch))
+def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int, ...], parents: int) -> None:
+    models = make_models(shape, count_of(name, parents))
+    for options, parameters in cases(name, len(models) - 1):
+        check(name, options, models, parameters)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bfloat16_inputs_are_merged_in_float32(name: str) -> None:
-    parents = METHODS[name].max_parents or 3
-    sources = make_sources(name, LARGE, parents, ml_dtypes.bfloat16)
-    scores = scores_for(name, LARGE, parents)
+    # The reference keeps every entry that ties at a threshold, as the kernels promise.
+    models = make_models(LARGE, count_of(name, 3), ml_dtypes.bfloat16)
+    for options, parameters in cases(name, len(models) - 1):
+        assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("slerp", "nearswap", "passthrough")])
+def test_one_zero_delta_among_others(name: str) -> None:
+    base, one, two = make_models(LARGE, 2)
+    models = [base, one, base] if METHODS[name].max_parents == 2 else [base, one, two, base]
+    for options, parameters in cases(name, len(models) - 1):
+        check(name, options, models, parameters)
+
+
+@pytest.mark.parametrize("name", BASED)
+def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
+    parents = count_of(name, 2)
+    base = make_models(SMALL, 1)[0]
     for options, parameters in cases(name, parents):
-        # The reference keeps every entry that ties at the threshold, as the kernels promise.
-        assert_close(
-            merged(name, options, sources, parameters, scores), reference(name, options, sources, parameters, scores)
+        np.testing.assert_array_equal(merged(name, options, [base] * (parents + 1), parameters), base)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_identical_parents(name: str) -> None:
+    base, parent = make_models(SMALL, 1)
+    models = [base, *[parent] * count_of(name, 3)]
+    for options, parameters in cases(name, len(models) - 1):
+        if name == "sce":
+            # The variance of equal numbers is not always 0 in torch.
+            assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
+        else:
+            check(name, options, models, parameters)
+
+
+@pytest.mark.parametrize("name", ["linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "sce"])
+def test_averages_of_identical_parents_are_that_parent(name: str) -> None:
+    base, parent = make_models(SMALL, 1)
+    models = [base, *[parent] * count_of(name, 3)]
+    weight = np.arange(1, len(models)) / 4
+    own = {parameter.name: parameter.default for parameter in METHODS[name].parameters}
+    parameters = own | ({"weight": weight} if "weight" in own else {})
+    for options in options_for(name):
+        if options.normalize or name not in ("linear", "multislerp"):
+            assert_close(merged(name, options, models, parameters), parent)
+
+
+@pytest.mark.parametrize("name", [*BASED, "slerp", "karcher"])
+@pytest.mark.parametrize("scale", [1e-9, 1e-8, 1e-5])
+def test_tiny_vectors(name: str, scale: float) -> None:
+    """On both sides of the norms below which nothing is rescaled, divided or given a direction."""
+    rng = np.random.default_rng(6)
+    base = np.zeros(SMALL, np.float32)
+    models = [base, *(np.float32(scale) * rng.normal(size=SMALL).astype(np.float32) for _ in range(count_of(name, 2)))]
+    for options, parameters in cases(name, len(models) - 1):
+        check(name, options, models, parameters)
+
+
+def test_light_deltas_count_alike_in_sce() -> None:
+    """Below mean squares of 1e-6 in all, as light fine-tunes have them."""
+    models = make_models(LARGE, 3, scale=1e-4)
+    for share in (0.5, 1.0):
+        found = merged("sce", Options(based=True), models, {"select_topk": share})
+        # The deltas themselves are held to float32's resolution of the weights.
+        np.testing.assert_allclose(found, of_mergekit("sce", Options(based=True), models, {"select_topk": share}),
+                                   rtol=3e-7)  # fmt: skip
+        delta = np.stack([x.astype(np.float64) - models[0] for x in models[1:]])
+        agrees = agreeing(delta)
+        mean = (delta * agrees).sum(0) / agrees.sum(0)
+        kept = np.abs(found - models[0]) > 0
+        np.testing.assert_allclose((found - models[0])[kept], mean[kept], atol=1e-6)
+        assert kept.mean() == pytest.approx(share, abs=0.01)
+
+
+def test_zero_vectors_have_no_direction() -> None:
+    """A parent of zeros, and a row of zeros, where vectors are interpolated."""
+    base, one, two = make_models(SMALL, 2)
+    nothing, gap = np.zeros_like(one), one * (np.arange(5)[:, None] != 2)
+    for name in ("slerp", "nuslerp", "multislerp", "karcher"):
+        for models in ([base, one, nothing], [base, nothing, nothing], [base, gap, two]):
+            for options, parameters in cases(name, 2):
+                if not options.based:
+                    found = merged(name, options, models, parameters)
+                    assert_close(found, reference(name, options, models, parameters))
+                    assert_close(found, of_mergekit(name, options, models, parameters))
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_multislerp_of_antipodal_vectors(based: bool) -> None:
+    """Where the mean direction vanishes, two vectors are added up, and more have no answer."""
+    base, one = make_models(LARGE, 1)
+    origin = base if based else np.zeros_like(base)
+    delta = np.rint(256 * (one - origin)) / 256
+    origin = np.rint(256 * origin) / 256
+    models = [origin, origin + delta, origin - 2 * delta]
+    for weight in (0.5, 0.3, 0.7):
+        for normalize in (True, False):
+            options, parameters = Options(normalize, based=based), {"weight": [weight] * 2, "eps": 1e-8}
+            share = 0.5 if normalize else weight
+            assert_close(merged("multislerp", options, models, parameters), origin - share * delta)
+            assert_close(of_mergekit("multislerp", options, models, parameters), origin - share * delta)
+    more = [*models, origin + delta]
+    parameters = {"weight": [0.25, 0.5, 0.25], "eps": 1e-6}
+    with pytest.raises(ValueError, match="antipodal"):
+        of_mergekit("multislerp", Options(True, based=based), more, parameters)
+    assert not np.isfinite(merged("multislerp", Options(True, based=based), more, parameters)).any()
+
+
+def test_multislerp_of_one_parent_is_that_parent() -> None:
+    base, parent = make_models(SMALL, 1)
+    for options in options_for("multislerp"):
+        for weight in (1.0, 0.3):
+            parameters = {"weight": [weight], "eps": 1e-8}
+            assert_close(merged("multislerp", options, [base, parent], parameters), parent)
+            assert_close(of_mergekit("multislerp", options, [base, parent], parameters), parent)
+
+
+def test_karcher_mean_is_where_the_tangents_cancel() -> None:
+    """The defining property, on vectors far apart."""
+    models = make_models(LARGE, 4, scale=1.0)
+    units = [x / norm(x) for x in np.asarray(models[1:], np.float64)]
+    found = merged("karcher", Options(), models, {"max_iter": 50, "tol": 1e-7}).astype(np.float64)
+    assert norm(found) == pytest.approx(np.mean([norm(x) for x in np.asarray(models[1:], np.float64)]), rel=1e-5)
+    mean = found / norm(found)
+    angles = [np.arccos((unit * mean).sum()) for unit in units]
+    tangents = [a / np.sin(a) * (u - np.cos(a) * mean) for a, u in zip(angles, units, strict=True)]
+    assert norm(np.mean(tangents, axis=0)) < 1e-5 * max(angles)
+    assert min(angles) > 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the registry says of a method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_registry_has_mergekit_s_names_defaults_and_numbers_of_parents(name: str) -> None:
+    method, theirs = METHODS[name], registry.get(name).spec
+    known = {parameter.name: parameter for parameter in theirs.parameters}
+    # nuslerp_row_wise and the like are options here.
+    assert {p.name for p in method.parameters} | {*method.switches, *method.inert} == set(known)
+    for parameter in method.parameters:
+        expected = known[parameter.name]
+        if parameter.name in ("select_topk", "density", "lambda", "epsilon", "gamma", "max_iter", "tol", "eps"):
+            assert parameter.default == expected.default
+        assert parameter.per_parent == (expected.scope.name != "SHARED")
+        assert parameter.lowest <= parameter.low <= parameter.high <= parameter.highest
+    for switch, option in (("normalize", method.options.normalize), ("rescale", method.options.rescale == "l1")):
+        if switch in known:
+            # A rescaling has nothing to restore where nothing is thinned out.
+            assert known[switch].default == option
+    contract = theirs.contract
+    needed = 1 if contract.base.name == "REQUIRED" else 0
+    if name == "slerp":
+        needed = 0
+    else:
+        assert (method.base == "required") == (contract.base.name == "REQUIRED")
+        assert (method.base == "optional") == (contract.base.name == "OPTIONAL")
+    most = contract.max_non_base or (contract.max_inputs and contract.max_inputs - needed)
+    assert method.max_parents == most
+    assert method.min_parents == max(1, contract.min_non_base or 0, contract.min_inputs - needed)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
+    parents = count_of(name, 3)
+    options, parameters = cases(name, parents)[0]
+    sources = sources_of(options, make_models(SMALL, parents))
+    drawn = []
+
+    def draws(k: int) -> np.ndarray:
+        drawn.append(k)
+        return draw(SEED, digest(k), SMALL)
+
+    prepared = prepare(METHODS[name], options, sources, parameters, draws)
+    assert len(prepared.scores) == METHODS[name].scores(parents)
+    assert all(score.dtype == np.uint16 and score.shape == SMALL for score in prepared.scores)
+    assert sorted(drawn) == (list(range(parents)) if name in RANDOM else [])
+    assert METHODS[name].random == (name in RANDOM)
+
+
+@pytest.mark.parametrize("name", DELLA)
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.3, 0.45])
+def test_della_complains_where_mergekit_refuses(name: str, epsilon: float) -> None:
+    tensor = torch.tensor(make_models(SMALL, 1)[1])
+    for density in (0.0, 0.05, 0.1, 0.2, 0.5, 0.8, 0.95, 1.0):
+        try:
+            della_magprune(tensor, density, epsilon)
+            refused = False
+        except ValueError:
+            refused = True
+        complaint = METHODS[name].complaint(
+            METHODS[name].options, {"density": [0.5, density], "epsilon": [0.2, epsilon]}
         )
+        assert (complaint is not None) == refused, (density, complaint)
+
+
+@pytest.mark.parametrize("name", ["linear", "multislerp"])
+def test_weights_that_cancel_are_refused_where_mergekit_s_result_is_not_finite(name: str) -> None:
+    models, complaint = make_models(SMALL, 2), METHODS[name].complaint
+    parameters = {"weight": [0.5, -0.5], "eps": 1e-8} if name == "multislerp" else {"weight": [0.5, -0.5]}
+    assert not np.isfinite(of_mergekit(name, Options(True), models, parameters)).any()
+    assert complaint(Options(True), parameters) is not None
+    assert complaint(Options(False), parameters) is None
+    assert complaint(Options(True), parameters | {"weight": [0.5, -0.25]}) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sparsifiers
 
 
 def test_ties_keeps_every_entry_at_the_threshold() -> None:
     base = np.zeros((4, 4), np.float32)
     parent = np.full((4, 4), 0.5, np.float32)
     parent[0] = 2.0
-    found = merged("ties", Options(True), [base, parent], {"weight": [1.0], "density": [0.5], "lambda": 1.0})
+    parameters = {"weight": [1.0], "density": [0.5], "lambda": 1.0}
     # int(0.5 * 16) = 8 entries; the eighth largest ties with all the small ones.
-    np.testing.assert_array_equal(found, parent)
+    np.testing.assert_array_equal(merged("ties", METHODS["ties"].options, [base, parent], parameters), parent)
+
+
+@pytest.mark.parametrize("name", [*MAGNITUDE, *BAND])
+def test_massively_tied_deltas(name: str) -> None:
+    """Light fine-tunes in bfloat16: hundreds of entries at a threshold, and all of them are kept."""
+    rng, shape = np.random.default_rng(5), (128, 64)
+    base = rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+    parents = [(base.astype(float) + 0.01 * rng.normal(size=shape)).astype(ml_dtypes.bfloat16) for _ in range(2)]
+    delta = [x.astype(np.float32) - base.astype(np.float32) for x in parents]
+    models = [base, *parents]
+    for density in (0.05, 0.2, 0.5):
+        count = int(density * base.size)
+        for k in range(2):
+            parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "gamma": [0.02]}
+            found = merged(name, Options(based=True), [base, parents[k]], parameters)
+            kept = found != base.astype(np.float32)
+            assert kept.sum() + (delta[k] == 0).sum() >= count
+            # Of equal magnitudes all are kept or none.
+            magnitudes = np.abs(delta[k])
+            assert not np.intersect1d(magnitudes[kept], magnitudes[~kept & (magnitudes > 0)]).size
+            np.testing.assert_array_equal(found[kept], parents[k].astype(np.float32)[kept])
+        parameters = {"weight": [0.5, 0.25], "density": [density] * 2, "lambda": 1.0, "gamma": [0.02, 0.02]}
+        if name == "ties":
+            del parameters["gamma"]
+        for normalize in (False, True):
+            options = Options(normalize, based=True)
+            found = merged(name, options, models, parameters)
+            assert_close(found, reference(name, options, models, parameters))
+            # mergekit's choice among equals is arbitrary: away from the entries at a threshold.
+            clear = np.ones(shape, bool)
+            for k in range(2):
+                ranked = np.sort(np.abs(delta[k]), axis=None)
+                dropped = 0 if name == "ties" else int(0.02 * base.size)
+                first = max(0, base.size - count - dropped)
+                for edge in (ranked[first], ranked[first + count - 1]):
+                    clear &= np.abs(delta[k]) != edge
+            assert 0.3 < clear.mean() < 1
+            theirs = of_mergekit(name, options, models, parameters)
+            assert_close(found[clear], theirs[clear])
 
 
 def test_density_option_divides_by_the_density() -> None:
     for name in SPARSE:
-        sources, scores = make_sources(name, LARGE, 3), scores_for(name, LARGE, 3)
-        options = Options(False, "density")
-        parameters = {"weight": [0.4, 0.3, 0.5], "density": [0.2, 0.55, 1.0], "lambda": 1.0}
-        assert_close(
-            merged(name, options, sources, parameters, scores), reference(name, options, sources, parameters, scores)
-        )
-
-
-@pytest.mark.parametrize("name", BASED)
-def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
-    base = make_sources(name, SMALL, 1)[0]
-    scores = scores_for(name, SMALL, 2)
-    for options, parameters in cases(name, 2):
-        np.testing.assert_array_equal(merged(name, options, [base, base, base], parameters, scores), base)
+        models, options = make_models(LARGE, 3), Options(rescale="density", based=True)
+        density = np.array([0.2, 0.55, 1.0])
+        parameters = {"weight": [0.4, 0.3, 0.5], "density": density, "lambda": 1.0} | constants_for(name, density, 0)
+        assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_one_zero_delta_among_others(name: str) -> None:
-    sources = make_sources(name, LARGE, 2)
-    sources.append(sources[0])
-    scores = scores_for(name, LARGE, 3)
-    for options, parameters in cases(name, 3):
-        assert_close(
-            merged(name, options, sources, parameters, scores), reference(name, options, sources, parameters, scores)
-        )
+def test_l1_rescale_restores_each_delta_s_norm(name: str) -> None:
+    base, parent = make_models(LARGE, 1)
+    delta = parent.astype(np.float64) - base
+    for density in (0.05, 0.3, 1.0):
+        parameters = {"weight": [1.0], "density": [density], "lambda": 1.0}
+        parameters |= constants_for(name, np.array([density]), 0)
+        found = merged(name, Options(rescale="l1", based=True), [base, parent], parameters)
+        np.testing.assert_allclose(np.abs(found - base.astype(np.float64)).sum(), np.abs(delta).sum(), rtol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The table that a search looks densities up in
 
+TABULATED = (*SPARSE, "sce")
 
-@pytest.mark.parametrize("name", SPARSE)
-@pytest.mark.parametrize("shape", [(1, 1), SMALL], ids=str)
-def test_table_equals_exact_measurement_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
-    method, sources, scores = METHODS[name], make_sources(name, shape, 2), scores_for(name, shape, 2)
-    table = measure_grid(method, sources, scores)
-    for values in table.values():
-        assert values.shape == (2, DENSITY_STEPS + 1)
-    for step in (0, 1, 2, 7, 290, 333, 500, 537, 571, 999, 1000):
+
+def table_of(
+    method: Method, options: Options, models: Sequence[np.ndarray], parameters: Numbers
+) -> tuple[Sequence[np.ndarray], dict[str, jax.Array]]:
+    never = {p.name: parameters[p.name] for p in method.parameters if not p.searched}
+    prepared = tabulate(method, options, sources_of(options, models), never, draws_of(models[0].shape))
+    return prepared.scores, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
+
+
+def steps_for(name: str) -> tuple[int, ...]:
+    """Places on the grid; DELLA's keep probabilities have to stay inside (0, 1)."""
+    return (
+        (0, 200, 290, 333, 500, 537, 571, 799, 1000) if name in DELLA else (0, 1, 2, 7, 290, 333, 500, 537, 999, 1000)
+    )
+
+
+@pytest.mark.parametrize("name", TABULATED)
+@pytest.mark.parametrize("shape", [(1, 1), SMALL, LARGE], ids=str)
+def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
+    method, parents = METHODS[name], 2
+    models = make_models(shape, parents)
+    options = Options(rescale="l1" if name in SPARSE else "none", based=True)
+    parameters: Numbers = {"weight": [0.5, 0.25], "lambda": 1.0} if name in SPARSE else {}
+    parameters |= {"epsilon": [0.199, 0.1]} if name in DELLA else {}
+    parameters |= {"gamma": [0.02, 0.1]} if name in BAND else {}
+    scores, table = table_of(method, options, models, parameters)
+    for rows in table.values():
+        assert rows.shape[-1] == DENSITY_STEPS + 1
+    for step in steps_for(name):
         density = step / DENSITY_STEPS
-        exact = measure(method, sources, scores, [density, 1 - density])
-        numbers = {"density": jnp.asarray([density, 1 - density], jnp.float32)}
-        found = look_up(method, {key: jnp.asarray(rows) for key, rows in table.items()}, numbers)
-        np.testing.assert_array_equal(np.asarray(found["threshold"]), exact["threshold"])
-        np.testing.assert_allclose(np.asarray(found["l1_scale"]), exact["l1_scale"], rtol=1e-6)
+        given = {"select_topk": density} if name == "sce" else {"density": [density, 1 - density]}
+        exact = prepare(method, options, models, parameters | given, draws_of(shape))
+        found = look_up(method, table, on_device(given))
+        assert set(found) == set(exact.statistics)
+        for key, values in exact.statistics.items():
+            assert found[key].shape == values.shape
+            if name != "sce" and key != "l1_scale":
+                np.testing.assert_array_equal(np.asarray(found[key]), values)
+            elif key != "threshold":
+                np.testing.assert_allclose(np.asarray(found[key]), values, rtol=1e-6)
+        tensors = tuple(map(jnp.asarray, models))
+        looked_up = combine(method, options, tensors, scores, found, on_device(parameters | given))  # type: ignore[arg-type]
+        assert_close(np.asarray(looked_up), merged(name, options, models, parameters | given), 2e-6)
 
 
 def test_table_counts_as_python_does() -> None:
     """`int(density * n)` in float64 for every density of the grid; float32 products give other counts."""
-    size, method = 1000, METHODS["ties"]
-    base = np.zeros(size, np.float32)
-    parent = np.arange(1, size + 1, dtype=np.float32)
-    table = measure_grid(method, [base, parent], None)
-    kept = (parent[None, :] >= table["threshold"][0][:, None]).sum(axis=1)
-    expected = [0] + [max(1, int(step / DENSITY_STEPS * size)) for step in range(1, DENSITY_STEPS + 1)]
-    np.testing.assert_array_equal(kept, expected)
+    size = 1000
+    counts = [int(step / DENSITY_STEPS * size) for step in range(DENSITY_STEPS + 1)]
+    base, parent = np.zeros(size, np.float32), np.arange(1, size + 1, dtype=np.float32)
+
+    _, table = table_of(METHODS["ties"], METHODS["ties"].options, [base, parent], {})
+    kept = (parent[None, :] >= np.asarray(table["threshold"])[0][:, None]).sum(axis=1)
+    np.testing.assert_array_equal(kept, [0, *(max(1, count) for count in counts[1:])])
+
+    options = METHODS["breadcrumbs"].options
+    _, table = table_of(METHODS["breadcrumbs"], options, [base, parent], {"gamma": [0.1]})
+    low, high = (np.asarray(table[key])[0][:, None] for key in ("threshold", "upper"))
+    np.testing.assert_array_equal(((parent[None, :] >= low) & (parent[None, :] <= high)).sum(axis=1), counts)
+
+    scores, table = table_of(METHODS["sce"], METHODS["sce"].options, [base, parent, -parent], {})
+    kept = (scores[0][None, :].astype(int) < np.asarray(table["threshold"])[:, None]).sum(axis=1)
+    # But for SCE, whose count torch takes in float32.
+    counts = [int(torch.tensor(size) * (step / DENSITY_STEPS)) for step in range(DENSITY_STEPS + 1)]
+    np.testing.assert_array_equal(kept, counts)
 
 
 def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
@@ -298,69 +798,90 @@ def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_population_equals_one_by_one(name: str) -> None:
     """jit, vmap over candidates and the table give what single merges give."""
-    method, shape = METHODS[name], LARGE
-    parents = METHODS[name].max_parents or 3
-    sources, scores = make_sources(name, shape, parents), scores_for(name, shape, parents)
-    table = {key: jnp.asarray(rows) for key, rows in measure_grid(method, sources, scores).items()}
+    method, parents = METHODS[name], count_of(name, 3)
+    options, models = method.options, make_models(LARGE, parents)
+    never: Numbers = {
+        p.name: [p.default] * parents if p.per_parent else p.default for p in method.parameters if not p.searched
+    }
+    scores, table = table_of(method, options, models, never)
     rng = np.random.default_rng(0)
     population: dict[str, np.ndarray] = {}
     for parameter in method.parameters:
-        size = (6, parents) if parameter.per_parent else (6,)
-        values = rng.uniform(0.05, 1.0, size)
-        population[parameter.name] = np.rint(values * 1000) / 1000 if parameter.name == "density" else values
+        if parameter.searched:
+            size = (6, parents) if parameter.per_parent else (6,)
+            low, high = (0.2, 0.8) if name in DELLA and parameter.on_grid else (0.05, 1.0)
+            values = rng.uniform(low, high, size)
+            population[parameter.name] = np.rint(values * 1000) / 1000 if parameter.on_grid else values
+    # A method without anything to search still merges a population.
+    population["candidate"] = np.arange(6.0)
+    tensors = tuple(map(jnp.asarray, sources_of(options, models)))
 
     @jax.jit
     def all_at_once(numbers: dict[str, jax.Array]) -> jax.Array:
         def one(numbers: dict[str, jax.Array]) -> jax.Array:
-            statistics = look_up(method, table, numbers)
-            return combine(method, method.options, tuple(map(jnp.asarray, sources)), scores, statistics, numbers)
+            everything = numbers | on_device(never)
+            return combine(method, options, tensors, scores, look_up(method, table, everything), everything)  # type: ignore[arg-type]
 
         return jax.vmap(one)(numbers)
 
-    found = np.asarray(all_at_once({key: jnp.asarray(values, jnp.float32) for key, values in population.items()}))
+    found = np.asarray(all_at_once(on_device(population)))
     for p in range(6):
-        alone = {key: values[p] for key, values in population.items()}
-        assert_close(found[p], reference(name, method.options, sources, alone, scores))
+        alone = {key: values[p] for key, values in population.items() if key != "candidate"} | never
+        assert_close(found[p], reference(name, options, models, alone))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_may_be_merged_alone(name: str) -> None:
     """With the whole tensor's statistics, some rows give those rows of the merged tensor."""
-    method, parents = METHODS[name], 2
-    sources, scores = make_sources(name, SMALL, parents), scores_for(name, SMALL, parents)
-    options, parameters = cases(name, parents)[-1]
-    numbers = {key: jnp.asarray(value, jnp.float32) for key, value in parameters.items()}
-    statistics = measure(method, sources, scores, [float(d) for d in parameters.get("density", ())])
-    rows = np.array([3, 0, 4, 3])
-    part = combine(
-        method, options, tuple(jnp.asarray(x[rows]) for x in sources),
-        None if scores is None else [s[rows] for s in scores], statistics, numbers,
-    )  # fmt: skip
-    np.testing.assert_allclose(np.asarray(part), merged(name, options, sources, parameters, scores)[rows], rtol=1e-6)
+    method, parents = METHODS[name], count_of(name, 2)
+    models, rows = make_models(SMALL, parents), np.array([3, 0, 4, 3])
+    everything = cases(name, parents)
+    # One case per set of options, the last, where weights and densities differ.
+    for options, parameters in {case[0]: case for case in everything}.values():
+        sources = sources_of(options, models)
+        prepared = prepare(method, options, sources, parameters, draws_of(SMALL))
+        # Statistics of rows go with their rows.
+        by_row = {
+            key: values[rows] if options.axis == -1 and values.ndim == 2 else values
+            for key, values in prepared.statistics.items()
+        }
+        part = combine(
+            method, options, tuple(jnp.asarray(x[rows]) for x in sources),
+            tuple(jnp.asarray(s[rows]) for s in prepared.scores), by_row, on_device(parameters),  # type: ignore[arg-type]
+        )  # fmt: skip
+        np.testing.assert_allclose(np.asarray(part), merged(name, options, models, parameters)[rows], rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# DARE's random masks
+# Random masks
 
 
-def dare_mask(density: float, seed: int = SEED, who: bytes = digest(0), size: int = 200_000) -> np.ndarray:
-    scores = draw_scores(seed, [who], (size,))
+def random_mask(
+    name: str, density: float, seed: int = SEED, who: bytes = digest(0), shape: tuple[int, ...] = (200_000,),
+    epsilon: float = 0.1,
+) -> np.ndarray:  # fmt: skip
+    """What is kept of a delta whose magnitudes rise along each row."""
     parameters = {"weight": [1.0], "density": [density], "lambda": 1.0}
-    sources = [np.zeros(size, np.float32), np.ones(size, np.float32)]
-    found = merged("dare_linear", Options(False), sources, parameters, list(np.asarray(scores)))
-    assert set(np.unique(found)) <= {0.0, 1.0}
-    return found.astype(bool)
+    if name in DELLA:
+        parameters["epsilon"] = [epsilon]
+    rising = np.broadcast_to(np.arange(1, shape[-1] + 1, dtype=np.float32), shape)
+    models = [np.zeros(shape, np.float32), np.ascontiguousarray(rising)]
+    found = merged(name, Options(based=True), models, parameters, lambda k: draw(seed, who, shape))
+    kept = found != 0
+    np.testing.assert_array_equal(found[kept], models[1][kept])
+    return kept
 
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.5371, 1.0])
-def test_mask_is_score_below_threshold(density: float) -> None:
-    score = np.asarray(draw_scores(SEED, [digest(0)], (200_000,)))[0]
+def test_dare_keeps_where_the_draw_is_below_the_density(density: float) -> None:
+    score = draw(SEED, digest(0), (200_000,))
     assert score.dtype == np.uint16
-    np.testing.assert_array_equal(dare_mask(density), score.astype(int) < round(density * 2**16))
+    np.testing.assert_array_equal(random_mask("dare_linear", density), score.astype(int) < round(density * 2**16))
 
 
-def test_masks_are_nested_in_density() -> None:
-    masks = [dare_mask(density) for density in (0.0, 0.05, 0.3, 0.31, 0.9, 1.0)]
+@pytest.mark.parametrize(("name", "shape"), [("dare_linear", (200_000,)), ("della_linear", (200, 1000))])
+def test_masks_are_nested_in_density(name: str, shape: tuple[int, ...]) -> None:
+    masks = [random_mask(name, density, shape=shape) for density in (0.0, 0.15, 0.3, 0.31, 0.85, 1.0)]
     for smaller, larger in itertools.pairwise(masks):
         assert not (smaller & ~larger).any()
         assert smaller.sum() < larger.sum()
@@ -371,7 +892,7 @@ def test_masks_are_nested_in_density() -> None:
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.7])
 def test_masks_are_bernoulli(density: float) -> None:
     """The mean, the variance of counts in blocks, and no correlation between neighbours."""
-    mask = dare_mask(density).astype(float)
+    mask = random_mask("dare_linear", density).astype(float)
     spread = np.sqrt(density * (1 - density) / mask.size)
     assert abs(mask.mean() - density) < 4 * spread
     blocks = mask.reshape(-1, 100).sum(axis=1)
@@ -381,55 +902,102 @@ def test_masks_are_bernoulli(density: float) -> None:
 
 
 def test_masks_depend_on_seed_and_digest_alone() -> None:
-    again = dare_mask(0.5)
-    np.testing.assert_array_equal(dare_mask(0.5), again)
+    again = random_mask("dare_linear", 0.5)
+    np.testing.assert_array_equal(random_mask("dare_linear", 0.5), again)
     for other in (
-        dare_mask(0.5, seed=SEED + 1),
-        dare_mask(0.5, who=digest(1)),
-        dare_mask(0.5, who=digest(0, "other tensor")),
+        random_mask("dare_linear", 0.5, seed=SEED + 1),
+        random_mask("dare_linear", 0.5, who=digest(1)),
+        random_mask("dare_linear", 0.5, who=digest(0, "other tensor")),
     ):
         assert abs(np.corrcoef(again, other)[0, 1]) < 4 / np.sqrt(again.size)
 
 
-def test_mask_of_a_parent_does_not_depend_on_the_others() -> None:
-    alone = np.asarray(draw_scores(SEED, [digest(2)], LARGE))[0]
-    among = np.asarray(draw_scores(SEED, [digest(0), digest(1), digest(2)], LARGE))[2]
-    np.testing.assert_array_equal(alone, among)
+@pytest.mark.parametrize(("density", "epsilon"), [(0.3, 0.25), (0.5, 0.1), (0.7, 0.0), (0.6, 0.39)])
+def test_della_keeps_with_a_probability_that_rises_with_the_rank(density: float, epsilon: float) -> None:
+    """Per entry of a row over many rows, and per tenth of the ranks against mergekit's own random masks."""
+    rows, width = 4000, 50
+    kept = random_mask("della_linear", density, shape=(rows, width), epsilon=epsilon)
+    # Magnitudes rise along each row.
+    chance = (density - epsilon) + 2 * epsilon * np.arange(width) / (width - 1)
+    spread = np.sqrt(chance * (1 - chance) / rows)
+    assert (np.abs(kept.mean(axis=0) - chance) < 4.5 * spread).all()
+    # Independent between rows and neighbours, as far as means tell.
+    counts = kept.sum(axis=1)
+    assert counts.var() == pytest.approx((chance * (1 - chance)).sum(), rel=5 * np.sqrt(2 / rows))
+
+    rng = np.random.default_rng(3)
+    base, parent = np.zeros((400, 250), np.float32), rng.normal(size=(400, 250)).astype(np.float32)
+    torch.manual_seed(0)
+    theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
+    parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "epsilon": [epsilon]}
+    ours = merged("della_linear", Options(based=True), [base, parent], parameters) != 0
+    tenth = np.minimum((10 * rank01(np.abs(parent))).astype(int), 9)
+    for decile in range(10):
+        inside = tenth == decile
+        tolerance = 4.5 * np.sqrt(2 * density * (1 - density) / inside.sum())
+        assert abs(ours[inside].mean() - theirs[inside].mean()) < tolerance
 
 
-@pytest.mark.parametrize("name", BASED)
+def test_della_ranks_run_along_the_second_axis_of_any_tensor() -> None:
+    """As mergekit's do: vectors, matrices and tensors of three axes."""
+    rng, density, epsilon = np.random.default_rng(4), 0.5, 0.45
+    for shape in ((40_000,), (200, 200), (50, 40, 20)):
+        parent = rng.normal(size=shape).astype(np.float32)
+        parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "epsilon": [epsilon]}
+        ours = merged("della_linear", Options(based=True), [np.zeros(shape, np.float32), parent], parameters) != 0
+        torch.manual_seed(1)
+        theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
+        share = rank01(np.abs(parent))
+        for mask in (ours, theirs):
+            # Kept with probability p: the mean of mask - p along ranks has a spread of about 0.5/sqrt(n).
+            for low in np.arange(10) / 10:
+                inside = (share >= low) & (share <= low + 0.1)
+                expected = (density - epsilon) + 2 * epsilon * share[inside]
+                assert abs((mask[inside] - expected).mean()) < 4.5 * 0.5 / np.sqrt(inside.sum())
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
 def test_permuting_parents_permutes_nothing_else(name: str) -> None:
-    order, shape = [2, 0, 1], LARGE
-    sources = make_sources(name, shape, 3)
-    for options, parameters in cases(name, 3):
-        straight = merged(name, options, sources, parameters, scores_for(name, shape, 3))
+    order = [1, 0] if METHODS[name].max_parents == 2 else [2, 0, 1]
+    models = make_models(LARGE, len(order))
+    swapped = [models[0], *(models[1 + k] for k in order)]
+    for options, parameters in cases(name, len(order)):
         permuted = {k: np.asarray(v)[order] if np.ndim(v) else v for k, v in parameters.items()}
-        swapped = [sources[0], *(sources[1 + k] for k in order)]
-        assert_close(merged(name, options, swapped, permuted, scores_for(name, shape, 3, order)), straight, 2e-6)
-
-
-@pytest.mark.parametrize("name", RANDOM)
-def test_l1_rescale_restores_each_delta_s_norm(name: str) -> None:
-    sources, scores = make_sources(name, LARGE, 1), scores_for(name, LARGE, 1)
-    for density in (0.05, 0.3, 1.0):
-        found = merged(
-            name, Options(False, "l1"), sources, {"weight": [1.0], "density": [density], "lambda": 1.0}, scores
-        )
-        delta = sources[1].astype(np.float64) - sources[0]
-        np.testing.assert_allclose(np.abs(found - sources[0].astype(np.float64)).sum(), np.abs(delta).sum(), rtol=1e-4)
+        found = merged(name, options, swapped, permuted, draws_of(LARGE, order))
+        assert_close(found, merged(name, options, models, parameters), 3e-6)
 
 
 def test_density_rescale_is_right_on_average() -> None:
-    """The DARE paper's promise: the expectation of the rescaled sparse delta is the delta."""
-    sources = make_sources("dare_linear", (7,), 1)
-    parameters = {"weight": [1.0], "density": [0.5], "lambda": 1.0}
-    draws = [
-        merged("dare_linear", Options(False, "density"), sources, parameters, list(np.asarray(scores)))
-        for scores in (draw_scores(seed, [digest(0)], (7,)) for seed in range(400))
-    ]
-    delta = np.abs(sources[1] - sources[0])
-    # Each draw is 0 or 2 delta: a spread of delta, over 400 draws.
-    assert (np.abs(np.mean(draws, axis=0) - sources[1]) <= 5 * delta / np.sqrt(400) + 1e-6).all()
+    """The DARE paper's promise: the mean of the rescaled sparse delta is the delta; its variance is known, too."""
+    base, parent = make_models((7,), 1)
+    delta = parent.astype(np.float64) - base
+    for density, weight in ((0.5, 1.0), (0.2, 0.6)):
+        parameters = {"weight": [weight], "density": [density], "lambda": 1.0}
+        options = Options(rescale="density", based=True)
+        many = np.stack(
+            [merged("dare_linear", options, [base, parent], parameters, draws_of((7,), seed=s)) for s in range(400)]
+        )
+        variance = (weight * delta) ** 2 * (1 - density) / density
+        assert (np.abs(many.mean(axis=0) - (base + weight * delta)) <= 5 * np.sqrt(variance / 400) + 1e-6).all()
+        # Two values only: the spread of the sample variance follows from the fourth moment.
+        fourth = (1 - 2 * density) ** 2 / (density * (1 - density)) + 1
+        ratio = many.var(axis=0) / variance
+        assert (np.abs(ratio - 1) <= 5 * np.sqrt((fourth - 1) / 400) + 0.02).all()
+
+
+def test_variance_of_dare_falls_with_the_number_of_entries() -> None:
+    """One large constant delta: the mean over entries is 1, the variance over entries (1 - p) / p."""
+    shape = (200_000,)
+    base, parent = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    for density in (0.1, 0.5, 0.9):
+        parameters = {"weight": [1.0], "density": [density], "lambda": 1.0}
+        found = merged("dare_ties", Options(rescale="density", based=True), [base, parent], parameters)
+        variance = (1 - density) / density
+        assert abs(found.mean(dtype=np.float64) - 1) < 5 * np.sqrt(variance / found.size)
+        assert found.var(dtype=np.float64) == pytest.approx(variance, rel=0.03)
+        # The norm that l1 restores is restored exactly, not on average.
+        restored = merged("dare_ties", Options(rescale="l1", based=True), [base, parent], parameters)
+        assert restored.mean(dtype=np.float64) == pytest.approx(1, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -443,10 +1011,11 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
     rng = np.random.default_rng(0)
     delta = (rng.integers(1, 256, (64, 32)) * rng.choice([-1, 1], (64, 32)) / 64).astype(dtype)
     sources = [np.zeros((64, 32), dtype), delta, (-ratio * delta.astype(np.float32)).astype(dtype)]
-    method, normalized = METHODS["ties"], Options(True)
-    statistics = measure(method, sources, None, [1.0, 1.0])
-    numbers = {"weight": jnp.asarray(weight, jnp.float32), "density": jnp.ones(2), "lambda": jnp.float32(1.0)}
-    run = partial(combine, method, normalized, tuple(map(jnp.asarray, sources)), None, statistics)
+    method, normalized = METHODS["ties"], Options(True, based=True)
+    parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
+    statistics = prepare(method, normalized, sources, parameters, draws_of((64, 32))).statistics
+    numbers, tensors = on_device(parameters), tuple(map(jnp.asarray, sources))
+    run = partial(combine, method, normalized, tensors, (), {k: jnp.asarray(v) for k, v in statistics.items()})
     wide = np.stack([x.astype(np.float64) for x in sources[1:]])
     # Whichever of the two is positive is kept alone, and its weight divides out again.
     expected = wide.max(axis=0)
@@ -464,18 +1033,28 @@ laws = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 @laws
-@given(st.data(), st.sampled_from(SPARSE))
+@given(st.data(), st.sampled_from(TABULATED))
 def test_density_one_trims_nothing(data: st.DataObject, name: str) -> None:
     base, one, two = (data.draw(tensors) for _ in range(3))
+    if name == "sce":
+        found = merged(name, METHODS[name].options, [base, one, two], {"select_topk": 1.0})
+        # The same signs are elected, and where one parent agrees alone it comes through.
+        agrees = agreeing(np.stack([x.astype(np.float64) - base for x in (one, two)]))
+        alone = [agrees[k] & ~agrees[1 - k] & (agrees.sum(0) == 1) for k in range(2)]
+        squares = np.array([np.square(x.astype(np.float64) - base).mean() for x in (one, two)])
+        assume((squares > 1e-4 * squares.sum()).all())
+        for parent, mask in zip((one, two), alone, strict=True):
+            np.testing.assert_allclose(found[mask], parent[mask], rtol=1e-5, atol=2e-5)
+        return
     weight = [data.draw(weights), data.draw(weights)]
-    parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
-    scores = scores_for(name, SMALL, 2)
-    found = merged(name, Options(False, "l1"), [base, one, two], parameters, scores)
-    if METHODS[name].kind == "sum":
-        untrimmed = merged("task_arithmetic", Options(False), [base, one, two], {"weight": weight, "lambda": 1.0})
+    parameters: Numbers = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
+    parameters |= constants_for(name, np.ones(2), 0)
+    found = merged(name, Options(rescale="l1", based=True), [base, one, two], parameters)
+    if name not in ELECTED:
+        plain = {"weight": weight, "lambda": 1.0}
+        untrimmed = merged("task_arithmetic", Options(based=True), [base, one, two], plain)
     else:
         stack = np.stack([w * (x.astype(np.float64) - base) for w, x in zip(weight, (one, two), strict=True)])
-        assume(np.abs(stack.sum(0)).min() > 1e-5 * np.abs(stack).max() or not stack.any())
         positive = stack.sum(0) >= 0
         untrimmed = base + np.where(positive, np.maximum(stack, 0), np.minimum(stack, 0)).sum(0)
     np.testing.assert_allclose(found, untrimmed, rtol=1e-5, atol=2e-5)
@@ -489,29 +1068,62 @@ def test_ties_of_one_parent_at_density_one_is_that_parent(base: np.ndarray, pare
     np.testing.assert_allclose(found, parent, rtol=1e-5, atol=2e-6)
 
 
+def lawful_numbers(data: st.DataObject, name: str) -> Numbers:
+    """Numbers of two parents; densities at which DELLA's probabilities stay inside (0, 1)."""
+    parameters: Numbers = {p.name: 0.25 if p.default is None else p.default for p in METHODS[name].parameters}
+    for key, choices in (("weight", weights), ("density", st.sampled_from([0.2, 0.4, 0.6, 1.0]))):
+        if key in parameters:
+            parameters[key] = np.array([data.draw(choices), data.draw(choices)])
+    if "select_topk" in parameters:
+        parameters["select_topk"] = data.draw(st.sampled_from([0.25, 0.5, 1.0]))
+    for key in ("epsilon", "gamma"):
+        if key in parameters:
+            parameters[key] = np.array([0.1, 0.15])
+    return parameters
+
+
 @laws
-@given(st.data(), st.sampled_from(["linear", *BASED]), st.sampled_from([0.25, 0.5, 2.0, 8.0]))
+@given(st.data(), st.sampled_from(SYMMETRIC))
+def test_swapping_two_parents_swaps_nothing_else(data: st.DataObject, name: str) -> None:
+    """Zeros, ties and all: which entries are kept does not depend on the order of the parents."""
+    base, one, two = (data.draw(tensors) for _ in range(3))
+    options = data.draw(st.sampled_from(options_for(name)))
+    if name in ("nuslerp", "multislerp", "karcher"):
+        origin = base.astype(np.float64) if options.based else np.zeros(SMALL)
+        inner, lengths = ((one - origin) * (two - origin)).sum(), norm(one - origin) * norm(two - origin)
+        # Opposite vectors have no great circle between them.
+        assume(options.axis is None and inner > -0.99 * lengths)
+    parameters = lawful_numbers(data, name)
+    swapped = {k: np.asarray(v)[::-1] if np.ndim(v) else v for k, v in parameters.items()}
+    forth = merged(name, options, [base, one, two], parameters)
+    back = merged(name, options, [base, two, one], swapped, draws_of(SMALL, [1, 0]))
+    np.testing.assert_allclose(back, forth, rtol=1e-5, atol=1e-5)
+
+
+@laws
+@given(st.data(), st.sampled_from(NORMALIZED), st.sampled_from([0.25, 0.5, 2.0, 8.0]))
 def test_scaling_all_weights_changes_nothing_when_normalized(data: st.DataObject, name: str, factor: float) -> None:
     # Factors are powers of two, so that not even a rounding differs and no election can flip.
-    count = 2 + METHODS[name].needs_base
-    sources = [data.draw(tensors) for _ in range(count)]
-    weight = np.array([data.draw(weights), data.draw(weights)], np.float32)
-    parameters: dict[str, Any] = {"weight": weight}
-    if METHODS[name].needs_base:
-        parameters["lambda"] = 1.0
-    if name in SPARSE:
-        parameters["density"] = [0.6, 0.6]
-    scores = scores_for(name, SMALL, 2)
-    one = merged(name, Options(True), sources, parameters, scores)
-    other = merged(name, Options(True), sources, parameters | {"weight": factor * weight}, scores)
+    models = [data.draw(tensors) for _ in range(3)]
+    normalized = [options for options in options_for(name) if options.normalize or name == "nuslerp"]
+    options = data.draw(st.sampled_from(normalized))
+    parameters = lawful_numbers(data, name)
+    one = merged(name, options, models, parameters)
+    other = merged(name, options, models, parameters | {"weight": factor * parameters["weight"]})
     np.testing.assert_allclose(other, one, rtol=1e-5, atol=2e-6)
 
 
 @laws
-@given(tensors, tensors)
-def test_slerp_ends_are_its_two_models(first: np.ndarray, second: np.ndarray) -> None:
+@given(st.data(), tensors, tensors, tensors, weights)
+def test_ends_of_an_arc_are_its_two_models(
+    data: st.DataObject, base: np.ndarray, first: np.ndarray, second: np.ndarray, weight: float
+) -> None:
+    options = data.draw(st.sampled_from(options_for("nuslerp")))
     for t, expected in ((0.0, first), (1.0, second)):
-        found = merged("slerp", METHODS["slerp"].options, [first, second], {"t": t})
+        found = merged("slerp", METHODS["slerp"].options, [base, first, second], {"t": t})
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
+        shares = [weight * (1 - t), weight * t]
+        found = merged("nuslerp", options, [base, first, second], {"weight": shares})
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
@@ -519,13 +1131,29 @@ def test_slerp_ends_are_its_two_models(first: np.ndarray, second: np.ndarray) ->
 @given(tensors, tensors, st.integers(0, 64).map(lambda i: i / 64))
 def test_slerp_is_symmetric(first: np.ndarray, second: np.ndarray, t: float) -> None:
     options = METHODS["slerp"].options
-    forth = merged("slerp", options, [first, second], {"t": t})
-    back = merged("slerp", options, [second, first], {"t": 1 - t})
+    forth = merged("slerp", options, [first, first, second], {"t": t})
+    back = merged("slerp", options, [first, second, first], {"t": 1 - t})
     np.testing.assert_allclose(forth, back, rtol=1e-4, atol=1e-4)
+
+
+@laws
+@given(st.data(), tensors, tensors, st.sampled_from(RANDOM))
+def test_a_larger_density_keeps_all_that_a_smaller_one_keeps(
+    data: st.DataObject, base: np.ndarray, parent: np.ndarray, name: str
+) -> None:
+    steps = sorted(data.draw(st.lists(st.integers(200, 800), min_size=2, max_size=3)))
+    constants = {"epsilon": [data.draw(st.sampled_from([0.0, 0.1, 0.199]))]} if name in DELLA else {}
+    options, before = Options(based=True), np.zeros(SMALL, bool)
+    for density in [0.0, *(step / 1000 for step in steps), 1.0]:
+        parameters = {"weight": [1.0], "density": [density], "lambda": 1.0} | constants
+        kept = merged(name, options, [base, parent], parameters) != base
+        assert not (before & ~kept).any()
+        before = kept
+    np.testing.assert_array_equal(before, parent != base)
 
 
 def test_slerp_of_near_parallel_tensors_is_linear() -> None:
     first = np.random.default_rng(0).normal(size=(30, 30)).astype(np.float32)
     second = 1.5 * first + 1e-4
-    found = merged("slerp", METHODS["slerp"].options, [first, second], {"t": 0.3})
+    found = merged("slerp", METHODS["slerp"].options, [first, first, second], {"t": 0.3})
     np.testing.assert_allclose(found, 0.7 * first + 0.3 * second, rtol=1e-5, atol=1e-6)

@@ -20,14 +20,8 @@ from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHA
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipes import (
-    dump_yaml,
-    evaluate_setting,
-    options_from,
-    plan,
-    read_recipe,
-    recipe_document,
-)
+from evojax_merge.checkpoints.recipe_writer import dump_yaml, recipe_document
+from evojax_merge.checkpoints.recipes import evaluate_setting, layout, options_from, plan, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import run_merge_command
 from evojax_merge.errors import InputError
@@ -36,6 +30,16 @@ from evojax_merge.models.sources import Merged
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
 
 RANDOM = ("dare_linear", "dare_ties")
+# Bounds inside which every parameter has a meaning, whatever the others are.
+WIDE = {
+    "weight": (0.05, 1.0), "density": (0.2, 0.8), "lambda": (0.1, 1.0), "t": (0.1, 1.0), "epsilon": (0.01, 0.15),
+    "gamma": (0.0, 0.2), "select_topk": (0.0, 1.0), "scale": (0.5, 1.5), "eps": (1e-9, 1e-8), "tol": (1e-6, 1e-5),
+}  # fmt: skip
+
+
+def based(name: str) -> bool:
+    """Whether the tests give the method a base that deltas are taken from."""
+    return METHODS[name].base != "parent"
 
 
 def write(folder: Path, document: dict[str, Any]) -> Path:
@@ -139,11 +143,11 @@ def their_plan(document: dict[str, Any]) -> dict[str, tuple[dict[str, Any], dict
     return rows
 
 
-def random_setting(rng: np.random.Generator) -> Any:
+def random_setting(rng: np.random.Generator, bounds: tuple[float, float]) -> Any:
     """A scalar, a gradient, or filters over either, some of which match nothing."""
 
     def plain() -> Any:
-        draws = [round(float(x), 3) for x in rng.uniform(0.05, 1.0, rng.integers(2, 5))]
+        draws = [round(float(x), 10) for x in rng.uniform(*bounds, rng.integers(2, 5))]
         return draws if rng.random() < 0.4 else draws[0]
 
     if rng.random() < 0.5:
@@ -157,21 +161,21 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
     """A document with settings at every level; the last one always gives a value, so that none is missing."""
     method = METHODS[name]
     per_parent = [p.name for p in method.parameters if p.per_parent]
-    common = [p.name for p in method.parameters if not p.per_parent]
+    # A whole number cannot be a gradient.
+    common = [p.name for p in method.parameters if not p.per_parent and p.name != "max_iter"]
 
     def some(names: list[str], chance: float) -> dict[str, Any]:
-        return {name: random_setting(rng) for name in names if rng.random() < chance}
+        return {name: random_setting(rng, WIDE[name]) for name in names if rng.random() < chance}
 
-    needs_base = method.needs_base or name == "slerp"
-    parents = [str(parent) for parent in family.parents]
+    parents = [str(parent) for parent in family.parents][: method.max_parents]
     models = [str(family.base), parents[0]] if name == "slerp" else parents
     document: dict[str, Any] = {"merge_method": name}
-    if needs_base:
+    if based(name) or name == "slerp":
         document["base_model"] = str(family.base)
     if rng.random() < 0.5:
         document["models"] = [{"model": model, "parameters": some(per_parent, 0.6)} for model in models]
     else:
-        listed = models if name == "slerp" or not needs_base else [str(family.base), *models]
+        listed = [str(family.base), *models] if based(name) else models
         document["slices"] = [
             {
                 "sources": [
@@ -182,28 +186,30 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
             }
             for layers in ((0, 2), (1, 3), (2, 3))
         ]
-    final = {p: round(float(rng.uniform(0.1, 1.0)), 3) for p in per_parent}
-    document["parameters"] = final | some(common, 0.7) | {"normalize": bool(rng.random() < 0.5)}
-    if name == "slerp":
-        document["parameters"] = {"t": [round(float(x), 3) for x in rng.random(3)]}
+    final = {p: round(float(rng.uniform(*WIDE[p])), 3) for p in per_parent}
+    needed = {p.name: [0.3, 0.7, 0.6] for p in method.parameters if p.name == "t"}
+    document["parameters"] = final | some(common, 0.7) | needed
+    if "normalize" in method.switches:
+        document["parameters"]["normalize"] = bool(rng.random() < 0.5)
     return document
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: Path) -> None:
     """Random documents, both forms, settings at every level: the same tensors and the same parameters."""
-    tensors = list(state(family.base))
+    layouts = [layout(list(state(family.base)))] * 3
     rng = np.random.default_rng(sorted(METHODS).index(name))
     for _ in range(12):
         document = random_document(family, name, rng)
         recipe = read_recipe(write(tmp_path, document))
         expected = their_plan(document)
-        rows = {row.name: row for row in plan(recipe, tensors, 3)}
+        rows = {row.name: row for row in plan(recipe, layouts)}
         assert set(rows) == set(expected)
         for tensor, row in rows.items():
             shared, of_parents = expected[tensor]
             parents = [recipe.models[model] for model, _ in row.inputs]
-            if METHODS[name].needs_base:
+            assert row.options.based == based(name)
+            if based(name):
                 assert parents.pop(0) == document["base_model"]
             for parameter in METHODS[name].parameters:
                 found = row.parameters[parameter.name]
@@ -213,7 +219,7 @@ def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: P
                     else shared[parameter.name]
                 )
                 np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=f"{tensor} {parameter.name} {document}")
-            if name != "slerp":
+            if "normalize" in METHODS[name].switches:
                 assert row.options.normalize == shared["normalize"]
 
 
@@ -222,17 +228,20 @@ def test_switches_have_the_methods_defaults() -> None:
 
     for name, method in METHODS.items():
         theirs = {p.name: p.default for p in registry.get(name).spec.parameters}
-        options = options_from("file", method, None, None)
-        assert options == method.options
-        if "normalize" in theirs:
-            assert options.normalize == theirs["normalize"]
-        if method.sparsifier is not None:
+        options = options_from("file", method, {}, based(name))
+        assert options == replace(method.options, based=based(name))
+        for switch in ("normalize", "normalize_weights"):
+            if switch in theirs:
+                assert options.normalize == theirs[switch]
+        if "rescale" in theirs and name != "task_arithmetic":
             assert options.rescale == {True: "l1", False: "none"}[theirs["rescale"]]
+        assert set(method.switches) | set(method.inert) <= set(theirs)
         for parameter in method.parameters:
             # Where neither has one, it has to be given; SLERP's t is 0.5 here and has to be given there.
-            if parameter.default is not None and parameter.name != "t":
+            if parameter.default is not None and parameter.name not in ("t", "scale"):
                 assert parameter.default == theirs[parameter.name]
-    assert options_from("file", METHODS["ties"], False, "density") == Options(False, "density")
+    asked = {"normalize": False, "rescale": "density"}
+    assert options_from("file", METHODS["ties"], asked, True) == Options(False, "density", based=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -370,11 +379,12 @@ def test_dare_does_not_depend_on_the_order_of_parents(family: Family, tmp_path: 
 
 def space_for(name: str, decoder: Any, parents: int) -> ParameterSpace:
     method = METHODS[name]
-    wide = {"weight": (-0.5, 1.5), "density": (0.0, 1.0), "lambda": (0.5, 1.5), "t": (0.0, 1.0)}
-    axes = tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters)
+    wide = WIDE | {"weight": (-0.5, 1.5), "lambda": (0.5, 1.5)}
+    axes = tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched)
+    fixed = tuple((p.name, (float(p.default or 0),)) for p in method.parameters if not p.searched)
     components = (("attention",), ("mlp", "norm"))
     shared = tuple(leaf.name for leaf in shared_leaves(decoder))
-    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, axes, ())
+    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, axes, fixed)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -386,14 +396,14 @@ def found_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 def found_recipe(family: Family, name: str, seed: int = 0) -> tuple[Recipe, MergeSpec, Any, Any, dict[str, Any]]:
     """A random genome's recipe, what it was found with, and the document that is written for it."""
     method = METHODS[name]
-    paths = [*([family.base] if method.needs_base else []), *family.parents]
-    sources, decoder = open_sources(paths)
-    space = space_for(name, decoder, len(family.parents))
-    spec = MergeSpec(name, replace(method.options), 9, "float32")
+    parents = family.parents[: method.max_parents]
+    sources, decoder = open_sources([*([family.base] if based(name) else []), *parents])
+    space = space_for(name, decoder, len(parents))
+    spec = MergeSpec(name, replace(method.options, based=based(name)), 9, "float32", space.fixed)
     genome = np.random.default_rng(seed).uniform(-0.1, 1.1, space.dims).astype(np.float32)
     recipe = jax.tree.map(np.asarray, candidate(jax.vmap(space.recipe)(jnp.asarray(genome)[None]), 0))
-    base = str(family.base) if method.needs_base else None
-    document = recipe_document(recipe, spec, decoder, base, [str(parent) for parent in family.parents])
+    base = str(family.base) if based(name) else None
+    document = recipe_document(recipe, spec, decoder, base, [str(parent) for parent in parents])
     return recipe, spec, sources, decoder, document
 
 
@@ -406,10 +416,10 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
     assert yaml.safe_load(path.read_text()) == document
     read = read_recipe(path)
     assert read.method.name == name
-    if name in RANDOM:
+    if METHODS[name].random:
         assert read.seed == spec.seed
     tensors = list(sources.folders[0].entries)
-    rows = {row.name: row for row in plan(read, tensors, decoder.layers)}
+    rows = {row.name: row for row in plan(read, [layout(tensors)] * len(read.models))}
     assert set(rows) == set(tensors)
     wanted = {leaf.tensor: recipe.shared[leaf.name] for leaf in SHARED_LEAVES if leaf.name in recipe.shared}
     for leaf in LAYER_LEAVES:
@@ -418,7 +428,7 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
             wanted[leaf.tensor.format(i=i)] = {key: values[i, c] for key, values in recipe.layers.items()}
     for tensor, row in rows.items():
         for parameter, values in wanted[tensor].items():
-            if parameter == "density":
+            if METHODS[name].parameter(parameter).on_grid:
                 values = np.round(values.astype(np.float64), 3).astype(np.float32)
             np.testing.assert_array_equal(row.parameters[parameter].astype(np.float32), values, err_msg=tensor)
         assert row.options == spec.options
@@ -429,16 +439,16 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
 
 @pytest.mark.parametrize("name", METHODS)
 def test_found_recipes_mean_the_same_to_mergekit(name: str, found_family: Family, tmp_path: Path) -> None:
-    *_, decoder, document = found_recipe(found_family, name)
+    *_, document = found_recipe(found_family, name)
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_yaml(document))
     expected = their_plan(yaml.safe_load(path.read_text()))
     recipe = read_recipe(path)
-    rows = {row.name: row for row in plan(recipe, list(expected), decoder.layers)}
+    rows = {row.name: row for row in plan(recipe, [layout(list(expected))] * len(recipe.models))}
     assert set(rows) == set(expected)
     for tensor, row in rows.items():
         shared, of_parents = expected[tensor]
-        parents = [recipe.models[model] for model, _ in row.inputs][METHODS[name].needs_base :]
+        parents = [recipe.models[model] for model, _ in row.inputs][based(name) :]
         for parameter in METHODS[name].parameters:
             wanted = (
                 [of_parents[parent][parameter.name] for parent in parents]
@@ -450,7 +460,8 @@ def test_found_recipes_mean_the_same_to_mergekit(name: str, found_family: Family
 
 @pytest.mark.parametrize("name", ["ties", "slerp", "task_arithmetic"])
 def test_found_recipes_merge_the_same_in_mergekit(name: str, found_family: Family, tmp_path: Path) -> None:
-    *_, document = found_recipe(found_family, name)
+    # A genome whose thresholds meet no two equal magnitudes: there both programs keep what they like.
+    *_, document = found_recipe(found_family, name, seed=3)
     document = yaml.safe_load(dump_yaml(document))
     assert_same_weights(merge(tmp_path, document), mergekit_merge(tmp_path, document))
 

@@ -24,8 +24,9 @@ def make_space(
     shared: tuple[str, ...] = ("embed", "final_norm", "head"),
     axes: tuple[Axis, ...] = (Axis("weight", -0.5, 1.5, (0.4, 0.6)), Axis("density", 0.0, 1.0, (0.7,))),
     fixed: tuple[tuple[str, tuple[float, ...]], ...] = (("lambda", (1.2,)),),
+    parents: int = 2,
 ) -> ParameterSpace:
-    return ParameterSpace(METHODS[method], 2, layers, layers_per_group, NAMES, components, shared, axes, fixed)
+    return ParameterSpace(METHODS[method], parents, layers, layers_per_group, NAMES, components, shared, axes, fixed)
 
 
 def unit(x: Any) -> np.ndarray:
@@ -221,12 +222,39 @@ def test_start_may_be_a_bound() -> None:
     assert (np.asarray(values["density"]) == 1).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+UNIFORM = {
+    "weight": 1 / 3, "density": 1.0, "lambda": 1.0, "t": 0.5, "scale": 1.0, "select_topk": 1.0,
+    "epsilon": 0.15, "gamma": 0.01, "eps": 1e-8, "max_iter": 10, "tol": 1e-5,
+}  # fmt: skip
+
+
+# NearSwap has no uniform merge: its t is a distance that the recipe has to give.
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "nearswap"])
 def test_uniform_start_is_the_uniform_merge(name: str) -> None:
     method = METHODS[name]
-    expected = {"weight": (1 / 3,) * 3, "density": (1.0,) * 3, "lambda": (1.0,), "t": (0.5,)}
     for parameter in method.parameters:
-        assert uniform_start(method, parameter.name, 3) == pytest.approx(expected[parameter.name])
+        expected = (UNIFORM[parameter.name],) * (3 if parameter.per_parent else 1)
+        assert uniform_start(method, parameter.name, 3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["della", "sce"])
+def test_every_density_is_on_the_grid_whatever_its_name(name: str) -> None:
+    key = {"della": "density", "sce": "select_topk"}[name]
+    constants = (("weight", (0.5,)), ("lambda", (1.0,)), ("epsilon", (0.1,))) if name == "della" else ()
+    space = make_space(name, axes=(Axis(key, 0.2, 0.8, (0.5,)),), fixed=constants)
+    assert space.dims == len(space.groups) * (2 if name == "della" else 1)
+    genomes = np.random.default_rng(0).uniform(-0.05, 1.05, (20, space.dims)).astype(np.float32)
+    found = np.asarray(jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes)).layers[key], np.float64)
+    assert found.shape == ((20, 5, 3, 2) if name == "della" else (20, 5, 3))
+    np.testing.assert_allclose(found * 1000, np.rint(found * 1000), atol=1e-3)
+    assert found.min() >= 0.2 - 1e-6
+    assert found.max() <= 0.8 + 1e-6
+    # What is no density is not rounded.
+    weights = make_space(axes=(Axis("weight", 0.2, 0.8, (0.5,)),), fixed=(("density", (1.0,)), ("lambda", (1.0,))))
+    moved = np.asarray(weights.recipe(jnp.full(weights.dims, 1 / 3)).layers["weight"], np.float64)
+    np.testing.assert_allclose(moved, 0.4, atol=1e-6)
+    off = np.asarray(weights.recipe(jnp.full(weights.dims, 0.1234567)).layers["weight"], np.float64) * 1000
+    assert (np.abs(off - np.rint(off)) > 0.01).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -258,6 +286,30 @@ def test_recipe_has_every_parameter_of_its_method() -> None:
     slerp = make_space("slerp", axes=(Axis("t", 0.0, 1.0, (0.5,)),), fixed=())
     assert slerp.dims == len(slerp.groups)
     assert slerp.recipe(jnp.asarray(slerp.start)).layers["t"].shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipe_of_any_method_has_all_that_the_method_takes(name: str) -> None:
+    """What may be searched is, the rest is fixed; a method with nothing to search has an empty genome."""
+    method = METHODS[name]
+    parents = min(2, method.max_parents or 2)
+    axes = tuple(Axis(p.name, p.low, p.high, (p.low,)) for p in method.parameters if p.searched)
+    fixed = tuple((p.name, (float(p.default or 0.0),)) for p in method.parameters if not p.searched)
+    space = make_space(name, axes=axes, fixed=fixed, parents=parents)
+    per_group = sum(parents if p.per_parent else 1 for p in method.parameters if p.searched)
+    assert space.dims == len(space.groups) * per_group
+    assert space.start.shape == (space.dims,)
+    assert space.start.dtype == np.float32
+    recipe = jax.jit(space.recipe)(jnp.asarray(space.start))
+    assert set(recipe.layers) == {p.name for p in method.parameters}
+    for parameter in method.parameters:
+        shape = (parents,) if parameter.per_parent else ()
+        expected = parameter.low if parameter.searched else float(parameter.default or 0.0)
+        for found, lead in ((recipe.layers[parameter.name], (5, 3)), (recipe.shared["head"][parameter.name], ())):
+            assert found.shape == (*lead, *shape)
+            np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
+    if name in ("karcher", "model_stock"):
+        assert space.dims == 0
 
 
 def test_fixed_parameters_may_differ_between_parents() -> None:

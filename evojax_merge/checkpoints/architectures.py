@@ -6,7 +6,7 @@ attribute that is neither handled here nor at its default raises: a model that l
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,6 +111,12 @@ ROPE_KEYS = {
         "mscale_all_dim", "truncate",
     },
 }  # fmt: skip
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of the layers themselves, as it says it: not how many there are, nor of how many tokens."""
+    sizes = {"num_hidden_layers", "tie_word_embeddings", "vocab_size"}
+    return {key: value for key, value in config.items() if key in HANDLED - sizes or key not in HANDLED | IRRELEVANT}
 
 
 @lru_cache(maxsize=1)

@@ -70,6 +70,7 @@ def _load_leaf(
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
     first_parent = int(spec.options.based)
+    constants = spec.prepared_for(count - first_parent)
     numbers = spec.method.scores(count - first_parent)
     scores = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
 
@@ -80,7 +81,7 @@ def _load_leaf(
         def draws(k: int) -> np.ndarray:
             return draw(spec.seed, sources.digest(first_parent + k, names[i]), shape)
 
-        prepared = tabulate(spec.method, spec.options, list(stack[i]), dict(spec.constants), draws)
+        prepared = tabulate(spec.method, spec.options, list(stack[i]), constants, draws)
         for number, values in enumerate(prepared.scores):
             scores[i, number] = values  # type: ignore[index]
         progress(stack[i].nbytes)

@@ -9,21 +9,22 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
-from evojax_merge.checkpoints.architectures import MODEL_TYPES
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
-from evojax_merge.checkpoints.parents import Sources, has_rows, open_decoders, tensor_shapes
+from evojax_merge.checkpoints.architectures import MODEL_TYPES, comparable
+from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
+from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows
 from evojax_merge.checkpoints.recipes import (
     Layout,
     RecipeFile,
@@ -37,6 +38,7 @@ from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
     TokenRule,
+    align,
     check_same_vocabulary,
     load_tokenizer,
 )
@@ -47,7 +49,9 @@ Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
 # Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
-PIECE = 2**19
+PIECE = 2**18
+# What architectures call their number of layers.
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -59,7 +63,7 @@ class Job:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
     `tokenizer`: the folder whose tokenizer is copied. `origins`: for each output layer the model and the layer that
-    it stands for. `vocab`: rows of the embedding, where they are known.
+    it stands for.
     """
 
     recipe: RecipeFile
@@ -71,7 +75,6 @@ class Job:
     chat_template: str | None
     tied: bool
     origins: list[tuple[int, int]]
-    vocab: int | None
     allow_nonfinite: bool
 
     @property
@@ -87,33 +90,27 @@ def prepare(
         recipe = replace(recipe, seed=seed)
     paths = [resolve(reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
-    kinds = {open_folder(path).config.get("model_type") for path in paths}
-    vocab = None
-    if kinds <= set(MODEL_TYPES):
-        sources, configs = open_decoders(paths, choice)
-        layouts = [layout(list(tensor_shapes(config))) for config in configs]
-        tied, vocab = configs[0].head_is_embedding, configs[0].vocab
-    elif choice is not None:
-        raise InputError(recipe.path, f"tokenizer: model_type {kinds.pop()!r} is not known to align rows by token")
-    else:
-        sources, layouts = _open_any(paths)
-        tied = HEAD not in layouts[0].outside
+    sources, layouts, tied = _open(recipe, paths, choice)
+    _check_same_tensors(sources, layouts)
     rows = plan(recipe, layouts)
     wanted = FLOAT_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for row in rows:
         _check_inputs(recipe, sources, row)
         source, tensor = row.inputs[0]
-        own = sources.entry(source, tensor).dtype
+        dtypes = [sources.entry(s, own).dtype for s, own in row.inputs]
+        # Where nothing is said, sources of unlike precision are merged into what holds all of them.
+        own = reduce(jnp.promote_types, dtypes) if is_float(dtypes[0]) else dtypes[0]
         specs[row.name] = TensorSpec(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
+    _check_configs(sources)
     leader = sources.folders[0]
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
     return Job(
         recipe, sources, tuple(rows), specs, leader, leader.path if copied is None else paths[copied],
-        _chat_template(recipe, paths), tied, output_layers(recipe, layouts), vocab, allow_nonfinite,
+        _chat_template(recipe, paths), tied, output_layers(recipe, layouts), allow_nonfinite,
     )  # fmt: skip
 
 
@@ -154,8 +151,11 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     return max(found, key=found.count) if found else None
 
 
-def _open_any(paths: list[Path]) -> tuple[Sources, list[Layout]]:
-    """Models of any architecture, as long as their tensors match."""
+def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None) -> tuple[Sources, list[Layout], bool]:
+    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head is tied.
+
+    Nothing is asked of a config but that it is the others': a merge does not run the model.
+    """
     folders = tuple(open_folder(path) for path in paths)
     first = folders[0]
     for folder in folders[1:]:
@@ -165,17 +165,64 @@ def _open_any(paths: list[Path]) -> tuple[Sources, list[Layout]]:
                 folder.path / "config.json",
                 f"model_type is {kind!r}, but {first.path} is {expected!r}; expected one architecture",
             )
-        differing = sorted(set(folder.entries) ^ set(first.entries))
+    decoders = _are_decoders(folders)
+    tied = HEAD not in first.entries
+    names = [list(folder.entries) for folder in folders]
+    if decoders:
+        # An untied head anywhere makes the merge untied.
+        tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
+        head = [] if tied else [HEAD]
+        names = [[n for n in own if n != HEAD and not n.endswith("rotary_emb.inv_freq")] + head for own in names]
+    if choice is None:
+        return Sources(folders), [layout(own) for own in names], tied
+    if not decoders:
+        kind = first.config.get("model_type")
+        raise InputError(recipe.path, f"tokenizer: model_type {kind!r} is not known to align rows by token")
+    vocabulary = align(paths, [folder.entries[EMBEDDING].shape[0] for folder in folders], choice)
+    return Sources(folders, vocabulary), [layout(own) for own in names], tied
+
+
+def _are_decoders(folders: Sequence[Folder]) -> bool:
+    return folders[0].config.get("model_type") in MODEL_TYPES
+
+
+def _check_configs(sources: Sources) -> None:
+    """The configs mean the same layers, and the tokenizers the same rows where nothing aligns them."""
+    first, *others = [comparable(folder.config) for folder in sources.folders]
+    if _are_decoders(sources.folders) and any(other != first for other in others):
+        # They say it in other words, or they mean another thing: that takes a reading of what each value means.
+        check_alike(sources.folders)
+    if sources.vocabulary is None:
+        check_same_vocabulary([folder.path for folder in sources.folders])
+
+
+def _check_same_tensors(sources: Sources, layouts: list[Layout]) -> None:
+    """All models have the same tensors, but for the number of their layers."""
+    first = sources.folders[0].path
+
+    def kinds(one: Layout) -> dict[tuple[str, ...], str]:
+        """What a tensor is, whatever its layer -> the name of the first of them."""
+        found: dict[tuple[str, ...], str] = {(name,): name for name in one.outside}
+        for head, rows in one.stacks.items():
+            for i, tails in sorted(rows.items(), reverse=True):
+                found |= {(head, tail): f"{head}{i}{tail}" for tail in tails}
+        return found
+
+    expected = kinds(layouts[0])
+    for folder, other in zip(sources.folders[1:], layouts[1:], strict=True):
+        own = kinds(other)
+        differing = sorted((expected | own)[kind] for kind in set(own) ^ set(expected))
         if differing:
             listed = ", ".join(differing[:10])
             more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
-            raise InputError(folder.path, f"does not hold the same tensors as {first.path}: {listed}{more}")
-    check_same_vocabulary(paths)
-    return Sources(folders), [layout(list(folder.entries)) for folder in folders]
+            raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
 
 
 def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> None:
     """All sources of a tensor have one shape, and are numbers of one kind."""
+    for s, own in row.inputs:
+        if sources.name_in(s, own) not in sources.folders[s].entries:
+            raise InputError(sources.folders[s].path, f"has no tensor {own}")
     (first, name), *others = row.inputs
     expected = sources.shape(first, name)
     for s, own in others:
@@ -343,14 +390,15 @@ def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
         config["dtype"] = dtype
     if "tie_word_embeddings" in config or not job.tied:
         config["tie_word_embeddings"] = job.tied
-    layers = config.get("num_hidden_layers")
-    if layers is not None and job.origins != [(0, i) for i in range(layers)]:
+    depth = next((key for key in DEPTHS if key in config), None)
+    layers = 0 if depth is None else int(config[depth])
+    if depth is not None and job.origins != [(0, i) for i in range(layers)]:
         configs = [one.config for one in job.sources.folders]
-        config["num_hidden_layers"] = len(job.origins)
+        config[depth] = len(job.origins)
         for key, value in config.items():
             # What is said once per layer, such as layer_types.
             if isinstance(value, list) and len(value) == layers:
                 config[key] = [configs[model][key][i] for model, i in job.origins]
-    if job.vocab is not None:
-        config["vocab_size"] = job.vocab
+    if job.sources.vocabulary is not None:
+        config["vocab_size"] = job.sources.vocabulary.size
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

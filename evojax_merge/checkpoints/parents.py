@@ -103,11 +103,24 @@ def open_decoders(
     configs = [replace(config, head_is_embedding=tied) for config in configs]
     _check_shapes(sources, configs)
     for folder, config in zip(folders[1:], configs[1:], strict=True):
-        alike = replace(config, layers=configs[0].layers, windows=configs[0].windows)
-        _check_config(folder.path / "config.json", alike, configs[0])
+        _check_layers_alike(folder, config, configs[0])
     if vocabulary is None:
         check_same_vocabulary(paths)
     return sources, configs
+
+
+def check_alike(folders: Sequence[Folder]) -> None:
+    """Raises InputError unless the configs of these decoders mean the same layers, whatever their number."""
+    configs = [decoder_config(folder.path / "config.json") for folder in folders]
+    for folder, config in zip(folders[1:], configs[1:], strict=True):
+        _check_layers_alike(folder, config, configs[0])
+
+
+def _check_layers_alike(folder: Folder, config: DecoderConfig, first: DecoderConfig) -> None:
+    sizes = {name: getattr(first, name) for name in ("layers", "vocab", "head_is_embedding")}
+    if config.layers != first.layers:
+        sizes["windows"] = first.windows
+    _check_config(folder.path / "config.json", replace(config, **sizes), first)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

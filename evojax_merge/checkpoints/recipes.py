@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options, Parameter
 
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
 
 TOP_KEYS = {
@@ -29,6 +29,8 @@ REFUSED_METHODS = {"ram", "ramplus_tl", "arcee_fusion"}
 LAYER_NAME = re.compile(
     r"^(?P<head>(?:.*\.)?(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
 )
+# What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
+BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
 
 Setting = Any
 Settings = Mapping[str, Setting]
@@ -299,6 +301,14 @@ def _token(where: str, row: Any) -> TokenSetting:
 # Settings -> numbers
 
 
+def _endpoint(value: Any) -> Any:
+    """A gradient's entry: YAML reads 1e-3 as text (1.0e-3 would be a number)."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any:
     """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches."""
     if isinstance(setting, dict):
@@ -308,6 +318,7 @@ def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any
     if not setting:
         return None
     if all(isinstance(entry, (int, float, str)) for entry in setting):
+        setting = [_endpoint(entry) for entry in setting]
         if any(isinstance(entry, (bool, str)) for entry in setting):
             return setting[int(t * (len(setting) - 1))]
         position = t * (len(setting) - 1)
@@ -444,6 +455,8 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
     if recipe.slices[0].count is None:
         part = recipe.slices[0]
         own = layouts[index[part.sources[0].model]]
+        for source in part.sources:
+            _check_depth(recipe, source.model, layouts[index[source.model]], part.sources[0].model, own)
         for name in own.outside:
             add(name, [(source, name) for source in part.sources], part, 0.0)
         for head, layers in own.stacks.items():
@@ -455,7 +468,7 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
         return rows
 
     for name in layouts[index[recipe.slices[0].sources[0].model]].outside:
-        part = recipe.slices[0] if name == EMBEDDING else recipe.slices[-1]
+        part = recipe.slices[0] if BEFORE_LAYERS.search(name) else recipe.slices[-1]
         add(name, [(source, name) for source in part.sources], part, 0.0)
     done = 0
     for part in recipe.slices:
@@ -470,6 +483,16 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
                 add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
     return rows
+
+
+def _check_depth(recipe: RecipeFile, model: str, found: Layout, first: str, expected: Layout) -> None:
+    """Whole models are merged layer by layer, so that none may be left over."""
+    one, other = ({head: len(layers) for head, layers in own.stacks.items()} for own in (found, expected))
+    if one != other:
+        depths = [", ".join(map(str, counts.values())) or "no" for counts in (one, other)]
+        raise InputError(
+            recipe.path, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which with slices:"
+        )
 
 
 def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:

@@ -107,22 +107,25 @@ def check_same_vocabulary(folders: Sequence[Path]) -> None:
             )
 
 
-def unite(tokenizers: Sequence[Any], first: int) -> Any:
-    """A tokenizer with the tokens of all: that of number `first`, with what the others have besides added to it."""
+def unite(tokenizers: Sequence[Any], first: int, counts: Sequence[int]) -> Any:
+    """A tokenizer with the tokens of all: that of number `first`, with what the others have besides added to it.
+
+    counts: the rows of each model; a token beyond them has nothing to bring along.
+    """
     import copy
 
     united = copy.deepcopy(tokenizers[first])
     known = set(united.get_vocab())
-    others = [tokenizer for i, tokenizer in enumerate(tokenizers) if i != first]
-    for tokenizer in others:
+    others = [pair for i, pair in enumerate(zip(tokenizers, counts, strict=True)) if i != first]
+    for tokenizer, count in others:
         added = {token.content for token in tokenizer.added_tokens_decoder.values()}
         plain = sorted((row, token) for token, row in tokenizer.get_vocab().items() if token not in added)
-        fresh = [token for _, token in plain if token not in known]
+        fresh = [token for row, token in plain if token not in known and row < count]
         united.add_tokens(fresh)
         known.update(fresh)
-    for tokenizer in others:
-        for _, token in sorted(tokenizer.added_tokens_decoder.items()):
-            if token.content not in known:
+    for tokenizer, count in others:
+        for row, token in sorted(tokenizer.added_tokens_decoder.items()):
+            if token.content not in known and row < count:
                 united.add_tokens(token)
                 known.add(token.content)
     return united
@@ -141,7 +144,7 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         for tokenizer, count in zip(tokenizers, counts, strict=True)
     ]
     source = first if choice.source == "union" else choice.source
-    tokenizer = unite(tokenizers, first) if choice.source == "union" else tokenizers[source]
+    tokenizer = unite(tokenizers, first, counts) if choice.source == "union" else tokenizers[source]
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
     if unknown:
         tokenizer.add_tokens(unknown)

@@ -164,7 +164,12 @@ def _score_stored(config: DecoderConfig, model: Stored, batch: Any) -> jax.Array
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _materialise(spec: MergeSpec, compute_dtype: str, bank: Bank, recipes: Recipe) -> Stored:
-    return jax.lax.map(lambda recipe: Merged(bank, recipe, spec, compute_dtype).materialise(), recipes)
+    def one(recipe: Recipe) -> Stored:
+        # Else the compiler takes the shared leaves' deltas, which no candidate changes, out of the loop and keeps them.
+        own, recipe = jax.lax.optimization_barrier((bank, recipe))
+        return Merged(own, recipe, spec, compute_dtype).materialise()
+
+    return jax.lax.map(one, recipes)
 
 
 _generate = jax.jit(generate, static_argnums=(0, 4, 5))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from merge_kernels import METHODS, Method, Options
 
@@ -31,6 +32,16 @@ class MergeSpec:
     @property
     def method(self) -> Method:
         return METHODS[self.method_name]
+
+    def prepared_for(self, parents: int) -> dict[str, Any]:
+        """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
+        method = self.method
+        return {
+            name: np.broadcast_to(np.asarray(values, np.float64), (parents,))
+            if method.parameter(name).per_parent
+            else np.float64(values[0])
+            for name, values in self.constants
+        }
 
     def round_to_export(self, merged: jax.Array) -> jax.Array:
         """Candidates are scored as they would be written, so round them to the export dtype."""

@@ -37,7 +37,9 @@ def sce_select(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.
         for j in range(i + 1, count):
             variance += np.square(stack[i].astype(np.float64) - stack[j])
     nonzero = int(np.count_nonzero(variance))
-    kept = np.array([size if d >= 1 else int(nonzero * d) if d > 0 else 0 for d in densities], np.int64)
+    # In float32, as mergekit counts here (and nowhere else): a gradient's 0.44999999999999996 is its 0.45.
+    counts = (np.float32(nonzero) * densities.astype(np.float32)).astype(np.int64)
+    kept = np.where(densities >= 1, size, np.where(densities > 0, counts, 0))
     order = np.argsort(-variance, kind="stable")
     number = np.empty(size, np.uint16)
     # kept never falls: the first density whose count exceeds an entry's place keeps it.

@@ -200,16 +200,21 @@ def multislerp_coefficients(
 ) -> jax.Array:
     """Barycentric interpolation on the sphere: float32[K].
 
-    With `u_k = x_k / (|x_k| + eps)` and `m = sum w_k u_k`, the result is `m / |m| * sum w_k |x_k|` (the published
-    tangent step vanishes, since the weighted tangents at `m` sum to zero). Where `|m| < eps`: the weighted sum for
-    two vectors, NaN for more.
+    With `u_k = x_k / (|x_k| + eps)` and `m = sum w_k u_k`, the result is `cos(eps) m / |m| * sum w_k |x_k|`: the
+    weighted tangents at `m` sum to zero, and of the published tangent step only its eps remains. Where `|m| < eps`,
+    or no larger than its rounding error: the weighted sum for two vectors, NaN for more.
     """
     count = weight.shape[0]
     if count == 1:
         return jnp.ones(1, jnp.float32)
     share = weight / jnp.sum(weight) if normalize else weight
     shrunk = share * length / (length + eps)
-    size = jnp.sqrt(jnp.maximum(jnp.square(jnp.sum(shrunk)) - shrunk @ gap @ shrunk, 0.0))
-    vanishes = size < eps
-    spherical = share / (length + eps) * jnp.sum(share * length) / jnp.where(vanishes, 1.0, size)
+    squares = jnp.square(jnp.sum(shrunk))
+    # Sums of products: an accelerator may round the operands of a matrix product to fewer bits.
+    products = shrunk[:, None] * gap * shrunk
+    square = squares - jnp.sum(products)
+    noise = 4 * float(jnp.finfo(jnp.float32).eps) * (squares + jnp.sum(jnp.abs(products)))
+    size = jnp.sqrt(jnp.maximum(square, 0.0))
+    vanishes = (size < eps) | (square <= noise)
+    spherical = jnp.cos(eps) * share / (length + eps) * jnp.sum(share * length) / jnp.where(vanishes, 1.0, size)
     return jnp.where(vanishes, share if count == 2 else jnp.nan, spherical)
