@@ -216,6 +216,8 @@ def build_space(
         if parameter.name in searched:
             continue
         values = config.fixed.get(parameter.name)
+        if values is None and parameter.default is None and not parameter.per_parent:
+            raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
         given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
         fixed.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
     _check_bounds(where, method, axes, dict(fixed), parents)
@@ -268,7 +270,12 @@ def _axis(where: str, method: Method, name: str, bounds: Any, parents: int) -> A
         number(f"{where}: parameters.{name}", parameter, value)
     if not low < high:
         raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
-    start = uniform_start(method, name, parents) if bounds.start is None else _numbers(bounds.start)
+    if bounds.start is not None:
+        start = _numbers(bounds.start)
+    elif parameter.default is None and not parameter.per_parent:
+        start = ((low + high) / 2,)
+    else:
+        start = uniform_start(method, name, parents)
     start = _checked(f"{where}: parameters.{name}", method, name, start, parents)
     if bounds.start is not None and not all(low <= value <= high for value in start):
         raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")

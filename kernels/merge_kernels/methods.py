@@ -42,7 +42,7 @@ HostSources = Sequence[np.ndarray]
 class Parameter:
     """A number of a recipe: its default, the default bounds of a search, and the values that have a meaning.
 
-    `default` None: 1/K in a search (the uniform merge), required in a recipe. `searched` False: what is prepared
+    `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else it has to be given. `searched` False: what is prepared
     depends on it, so it is fixed for a whole run. `on_grid`: a density, which a search rounds to the grid.
     """
 

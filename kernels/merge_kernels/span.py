@@ -202,7 +202,7 @@ def multislerp_coefficients(
 
     With `u_k = x_k / (|x_k| + eps)` and `m = sum w_k u_k`, the result is `cos(eps) m / |m| * sum w_k |x_k|`: the
     weighted tangents at `m` sum to zero, and of the published tangent step only its eps remains. Where `|m| < eps`,
-    or no larger than its rounding error: the weighted sum for two vectors, NaN for more.
+    or no larger than its rounding error: the weighted sum for two vectors or where all have length 0, else NaN.
     """
     count = weight.shape[0]
     if count == 1:
@@ -217,4 +217,5 @@ def multislerp_coefficients(
     size = jnp.sqrt(jnp.maximum(square, 0.0))
     vanishes = (size < eps) | (square <= noise)
     spherical = jnp.cos(eps) * share / (length + eps) * jnp.sum(share * length) / jnp.where(vanishes, 1.0, size)
-    return jnp.where(vanishes, share if count == 2 else jnp.nan, spherical)
+    straight = share if count == 2 else jnp.where(jnp.max(length) > 0, jnp.nan, share)
+    return jnp.where(vanishes, straight, spherical)
