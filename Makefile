@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test lint bench clean
+.PHONY: help quickstart smollm2 test lint bench bench-search bench-merge bench-kernels bench-zoo clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, then under half an hour)"
 	@echo "make test         the tests, in an environment of their own (under 20 minutes on two cores)"
 	@echo "make lint         ruff and mypy"
-	@echo "make bench        seconds per candidate against mergekit + transformers"
+	@echo "make bench        what can be measured, and how long each takes"
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -42,8 +42,25 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/installed-test
+bench:
+	@echo "make bench-search   seconds per candidate of a search, against mergekit + transformers (3 minutes)"
+	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
+	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
+	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
+	@echo "make bench-zoo      the demo family over five seeds (trains them once: 15 minutes, then 10)"
+	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
+
+bench-search: .venv/installed-test
 	$(BIN)/python bench/search.py
+
+bench-merge: .venv/installed-test
+	$(BIN)/python bench/merge_cli.py
+
+bench-kernels: .venv/installed-test
+	$(BIN)/python bench/merge_speed.py --sweep --plot kernels.png
+
+bench-zoo: .venv/installed-test
+	$(BIN)/python bench/zoo_table.py
 
 clean:
 	rm -rf .venv

@@ -5,8 +5,8 @@
 A parameter is one entry of one candidate's merged tensor. Measured in turn, in every repeat, so that a busy machine
 disturbs all alike (medians are shown):
 
-- *ours*: one compiled call of `combine_population` merges P candidates of one tensor, `[P, size]` in float32. What
-  `tabulate` measures once per tensor is not in it and is shown apart, as *prepare*.
+- *ours*: one compiled call of `combine_population` merges P candidates of one tensor, `[rows, P, 1024]` in float32.
+  What `tabulate` measures once per tensor is not in it and is shown apart, as *prepare*.
 - *in a scan*: the same candidates one after the other in a `lax.scan` whose carry, one tensor, takes each result: no
   memory is written that was not written before, as where a search on a CPU merges a layer, uses it and drops it.
 - *XLA's one add*: P results of `x + c` in the form of ours, the least that any kernel with this output does. A large
@@ -18,12 +18,11 @@ disturbs all alike (medians are shown):
 Model Stock and Karcher have no parameter to search: the same merge is made P times. Ours is compared with
 candidates merged alone, and with mergekit where nothing is random, before anything is timed.
 
-What bounds a kernel. `--explain METHOD` prints what was compiled. Under a plain `vmap` TIES is two fusions, and P K
-floats between them are the only temporary: one gathers the thresholds, the other writes `[P, size]` once and
-recomputes the K deltas in registers. Its loop over candidates is the outer one, so each candidate reads the K + 1
-sources again, 4 (K + 1) bytes per parameter in float32 (2 (K + 1) in bfloat16) for 4 written; the random methods read
-2 K bytes of numbers on top. In blocks, as on a CPU, those reads come from the nearest cache, and what is left is
-the writing.
+What bounds a kernel. `--explain METHOD` prints what was compiled. TIES is two fusions, and P K floats between them are
+the only temporary: one gathers the thresholds, the other writes every candidate once and recomputes the K deltas in
+registers. The candidates stand beside each other at every row, so the K + 1 sources' rows, 4 (K + 1) bytes per entry
+in float32 (2 (K + 1) in bfloat16; the random methods read 2 K bytes of numbers on top), come from memory once and for
+the other candidates from the nearest cache: what is left is the writing, 4 bytes per parameter.
 
 In the scan the sources pass a barrier. Without it XLA takes what does not depend on the candidate, the deltas and
 their magnitudes, out of the loop and stores them: more memory, and more to read per candidate than to recompute.
@@ -178,7 +177,7 @@ class Kernels:
         def population(shared: Any, candidates: Any) -> jax.Array:
             (sources, scores, table), (parameters, own) = shared, candidates
             if own:
-                return jax.vmap(one, in_axes=(None, 0))(shared, candidates)
+                return jax.vmap(one, in_axes=(None, 0), out_axes=1)(shared, candidates)
             return combine_population(method, options, sources, scores, table, parameters)
 
         def scan(shared: Any, candidates: Any) -> jax.Array:
@@ -210,17 +209,17 @@ class Kernels:
     def check(self) -> None:
         """The population, and the scan, give what candidates one by one give."""
         merged = self.population(self.shared, self.candidates)
-        count = merged.shape[0]
+        count = merged.shape[1]
         for i in (0, count - 1):
             alone = self.one(self.shared, jax.tree.map(lambda leaf, i=i: leaf[i], self.candidates))
-            require_equal(f"{self.problem.method.name}: candidate {i} in a population and alone", merged[i], alone)
+            require_equal(f"{self.problem.method.name}: candidate {i} in a population and alone", merged[:, i], alone)
         largest = self.scan(self.shared, self.candidates)
-        require_equal(f"{self.problem.method.name}: population and scan", merged.max(axis=0), largest)
+        require_equal(f"{self.problem.method.name}: population and scan", merged.max(axis=1), largest)
 
 
-def require_equal(what: str, found: Any, expected: Any) -> None:
+def require_equal(what: str, found: Any, expected: Any, tolerance: float = 1e-5) -> None:
     found, expected = np.asarray(found), np.asarray(expected)
-    share = float(np.mean(~np.isclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())))
+    share = float(np.mean(~np.isclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max())))
     if not share <= MAX_DECIDED_BY_ROUNDING:
         raise SystemExit(f"{what}: {100 * share:.3g}% of the entries differ")
 
@@ -292,7 +291,8 @@ def measure(name: str, size: int, parents: int, count: int, dtype: str, repeats:
     if peer is not None:
         if dtype == "float32" and not problem.method.random:
             first = jax.tree.map(lambda leaf: leaf[0], kernels.candidates)
-            require_equal(f"{name}: ours and mergekit", kernels.one(kernels.shared, first), peer(False).numpy())
+            # Its float32 inner products move multi-SLERP by up to 1e-4 on millions of entries; ours are float64.
+            require_equal(f"{name}: ours and mergekit", kernels.one(kernels.shared, first), peer(False).numpy(), 1e-3)
         runs["mergekit"] = lambda: peer(False)
         runs["mergekit_one_thread"] = lambda: peer(True)
     if kernels.is_prepared:

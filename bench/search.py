@@ -22,18 +22,16 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
 from machine import describe
 
-from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.recipe_writer import recipe_document
-from evojax_merge.evaluation.evaluator import Evaluator, fitness
-from evojax_merge.models.bank import candidate
+from evojax_merge.checkpoints.recipes import load_yaml
+from evojax_merge.evaluation.evaluator import fitness
+from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import Problem, build_problem, locate, read_config
+from evojax_merge.search.winner import write_recipe
 from evojax_merge.tasks.batches import ScoringBatch
 
 METHOD = "ties"
@@ -110,15 +108,14 @@ def problem_for(folder: Path, base: str, parents: list[str], population: int) ->
 
 def time_ours(problem: Problem, genomes: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     """(fitness, seconds per candidate, seconds to load and prepare the bank, seconds to compile)."""
+    requests = problem.requests()[:1]
     start = time.perf_counter()
-    bank = load_bank(problem.sources, problem.decoder, problem.spec)
+    (scorer,) = open_scorers(problem, requests)
     prepare = time.perf_counter() - start
-    evaluator = Evaluator(problem.decoder, problem.tokenizer, problem.requests()[0])
-    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genomes))
 
     def once() -> tuple[np.ndarray, float]:
         start = time.perf_counter()
-        values = fitness(evaluator.tasks, evaluator.population(bank, problem.spec, recipes))
+        values = fitness(scorer.tasks, scorer.score(genomes))
         return values, time.perf_counter() - start
 
     _, first = once()
@@ -155,12 +152,10 @@ def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.n
     from transformers import AutoModelForCausalLM
 
     request = problem.requests()[0][0]
-    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(genomes))
-    base, *parents = [str(path) for path in problem.merged_from]
     values, seconds = [], []
-    for i in range(len(genomes)):
-        recipe = jax.tree.map(np.asarray, candidate(recipes, i))
-        document = recipe_document(recipe, problem.spec, problem.decoder, base, parents)
+    for genome in genomes:
+        write_recipe(problem, genome, folder / "recipe.yaml")
+        document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         run_merge(
             MergeConfiguration.model_validate(document), str(folder / "merged"),

@@ -1,10 +1,11 @@
-"""The quickstart over several seeds: held-out exact match of every model and merge, as a Markdown table.
+"""The quickstart over several seeds: held-out exact match of every model, merge and path, as a Markdown table.
 
     python bench/zoo_table.py
 
-Each seed trains a family of its own, draws other problems and searches with another seed. The search is the one of
-`configs/quickstart.yaml`; beside it stand the uniform linear merge, the uniform TIES merge at density 0.5, and the
-sum of both experts' task vectors.
+Each seed trains a family of its own, draws other problems and searches with another seed. The merge is searched as in
+`configs/quickstart.yaml`, the path with three moves, and the two after each other with half of the candidates each,
+so that all three score as many. Beside them stand merges that nobody searched: uniform linear, uniform TIES at
+density 0.5, and the sum of both experts' task vectors; and the mean of 16 stacks of layers drawn at random.
 """
 
 import argparse
@@ -12,26 +13,30 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from machine import describe
 
-from evojax_merge.checkpoints.bank import load_bank
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.checkpoints.merge import merge_to, prepare
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.search.loop import Reporter, run_search
 from evojax_merge.search.run_folder import open_run
+from evojax_merge.search.scorers import MergeScorer, PathScorer, open_scorers
 from evojax_merge.search.setup import Problem, build_problem, read_config, resolved_document
-from evojax_merge.search.winner import choose_winner
+from evojax_merge.search.winner import Result, choose_winner, write_recipe
+from evojax_merge.spaces.data_flow import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"
+# Of every search: candidates are the same number, 16 a generation.
+PARAMETER_GENERATIONS = 100
 UNSEARCHED = {
     "uniform linear": ["space.method=linear", "space.parameters={weight: {}}"],
     "uniform TIES": ["space.method=ties", "space.parameters={weight: {}}", "space.fixed={density: 0.5}"],
     # Only lambda is left open, and it starts at 1.
     "task vectors added": ["space.parameters={lambda: {}}", "space.fixed={weight: [1, 1]}"],
 }
+DATA_FLOW = ["space=null", "data_flow={form: moves, moves: 3, window: 2}"]
+RANDOM_STACKS = ["space=null", "data_flow={form: indicator, repetitions: 1, scales: none}"]
 
 
 def problem_for(seed: int, overrides: Sequence[str] = ()) -> Problem:
@@ -45,27 +50,59 @@ def problem_for(seed: int, overrides: Sequence[str] = ()) -> Problem:
     return build_problem(CONFIG, read_config(CONFIG, [*zoo, *overrides], seed))
 
 
+def accuracies(scorer: MergeScorer | PathScorer, genomes: np.ndarray) -> np.ndarray:
+    """Exact match of each genome, float[P]."""
+    task, metric = SHOWN.split("/")
+    return scorer.score(genomes).matrices[task][metric].mean(axis=1)
+
+
 def start_accuracy(problem: Problem) -> float:
     """Held-out exact match of the merge that the search would start from."""
-    bank = load_bank(problem.sources, problem.decoder, problem.spec)
-    evaluator = Evaluator(problem.decoder, problem.tokenizer, problem.requests()[2])
-    recipes = jax.vmap(problem.space.recipe)(jnp.asarray(problem.space.start)[None])
-    task, metric = SHOWN.split("/")
-    return float(evaluator.population(bank, problem.spec, recipes).matrices[task][metric].mean())
+    (heldout,) = open_scorers(problem, problem.requests()[2:])
+    return float(accuracies(heldout, problem.space.start[None])[0])
+
+
+def random_frankenmerge(seed: int) -> float:
+    """Mean held-out exact match of stacks of layers drawn at random from the experts, as many as one of them has."""
+    problem = problem_for(seed, RANDOM_STACKS)
+    assert isinstance(problem.space, IndicatorSpace)
+    rng, depth = np.random.default_rng(seed), problem.space.depths[0]
+    chosen = [rng.choice(problem.space.layers, depth, replace=False) for _ in range(16)]
+    on = np.zeros((len(chosen), problem.space.places), bool)
+    for row, layers in zip(on, chosen, strict=True):
+        row[layers] = True
+    (heldout,) = open_scorers(problem, problem.requests()[2:])
+    return float(np.nanmean(accuracies(heldout, np.stack([problem.space.genome(row) for row in on]))))
+
+
+def evolve(problem: Problem, folder: Path) -> Result:
+    """Search, and choose the winner; its model is written to `folder/best/model`."""
+    run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
+    searched, full, heldout = open_scorers(problem, problem.requests())
+    outcome = run_search(problem.search, problem.config.seed, problem.space, searched, run, Reporter())
+    result = choose_winner(problem, full, heldout, outcome)
+    write_recipe(problem, result.genome, run.recipe)
+    merge_to(prepare(read_recipe(run.recipe)), run.model, card="")
+    return result
 
 
 def run_seed(seed: int) -> dict[str, float]:
     """Held-out exact match by model, for one seed."""
-    problem = problem_for(seed)
-    bank = load_bank(problem.sources, problem.decoder, problem.spec)
-    searched, full, heldout = (Evaluator(problem.decoder, problem.tokenizer, rows) for rows in problem.requests())
+    whole, half = PARAMETER_GENERATIONS, PARAMETER_GENERATIONS // 2
     with tempfile.TemporaryDirectory() as work:
-        folder = open_run(Path(work) / "run", resolved_document(problem), resume=False, overwrite=False)
-        outcome = run_search(problem, bank, searched, folder, Reporter())
-    result = choose_winner(problem, bank, full, heldout, outcome)
-    scores = {row.name: row.scores[SHOWN] for row in result.rows if row.role in ("base", "parent")}
-    scores |= {name: start_accuracy(problem_for(seed, overrides)) for name, overrides in UNSEARCHED.items()}
-    return scores | {"evolved": result.winner.scores[SHOWN]}
+        folder = Path(work)
+        result = evolve(problem_for(seed, [f"search.generations={whole}"]), folder / "merge")
+        scores = {row.name: row.scores[SHOWN] for row in result.rows if row.role in ("base", "parent")}
+        scores |= {name: start_accuracy(problem_for(seed, overrides)) for name, overrides in UNSEARCHED.items()}
+        scores["frankenmerge at random"] = random_frankenmerge(seed)
+        scores["evolved merge"] = result.winner.scores[SHOWN]
+        path = [*DATA_FLOW, f"search.generations={whole}"]
+        scores["evolved path"] = evolve(problem_for(seed, path), folder / "path").winner.scores[SHOWN]
+        evolve(problem_for(seed, [f"search.generations={half}"]), folder / "first")
+        parents = f"parents=[{folder / 'first' / 'best' / 'model'}, zoo:{seed}/maths, zoo:{seed}/japanese]"
+        chained = problem_for(seed, [*DATA_FLOW, f"search.generations={whole - half}", parents])
+        scores["evolved merge, then path"] = evolve(chained, folder / "second").winner.scores[SHOWN]
+    return scores
 
 
 def table(results: dict[int, dict[str, float]]) -> str:

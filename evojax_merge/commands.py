@@ -17,27 +17,38 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
-from evojax_merge.config import Config, TaskFile, parse
+from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Evaluator, build_requests, describe_requests, fitness, means
+from evojax_merge.evaluation.evaluator import (
+    Evaluator,
+    Requests,
+    build_requests,
+    describe_requests,
+    fitness,
+    means,
+)
 from evojax_merge.report.card import merge_card, search_card
+from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.run_folder import RunFolder, is_run, open_run
+from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import (
+    Problem,
     build_problem,
     context_length,
     load_task,
     locate,
     read_config,
     resolved_document,
+    stage_config,
     stop_tokens,
 )
 from evojax_merge.search.winner import Row, choose_winner, passes_to_choose, write_recipe, write_result
@@ -108,47 +119,85 @@ def run_search_command(
 ) -> None:
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+    again = f"evojax-merge search {path} --out {out} --resume"
+    if config.stages is not None:
+        _run_chain(path, config, config.stages, out, resume, overwrite, again)
+        return
     problem = build_problem(path, config)
     requests = problem.requests()
-    # Candidates need no disk; the winner is about as large as one parent.
-    require_space(out, bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from))
+    require_space(out, _model_bytes(problem))
     folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    _search_into(folder, problem, requests, again)
+
+
+def _model_bytes(problem: Problem) -> int:
+    """Candidates need no disk; the winner is about as large as one parent."""
+    return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+
+
+def _run_chain(
+    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
+) -> None:
+    """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
+    before have run folders of their own below `stages/`."""
+    # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
+    problems = [
+        build_problem(path, stage_config(config, stage, config.parents[0] if i else None))
+        for i, stage in enumerate(stages)
+    ]
+    requests = problems[0].requests()
+    require_space(out, _model_bytes(problems[0]) * len(stages))
+    document = resolved_document(problems[0])
+    for key in ("space", "data_flow", "search"):
+        document.pop(key)
+    document["stages"] = [stage.model_dump(mode="json") for stage in stages]
+    run = open_run(out, document, resume=resume, overwrite=overwrite)
+    winner: str | None = None
+    for number, stage in enumerate(stages, start=1):
+        console.print(f"stage {number} of {len(stages)}", highlight=False)
+        problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
+        if number == len(stages):
+            _search_into(run, problem, requests, again)
+            return
+        folder = RunFolder((out / "stages" / f"stage-{number}").resolve())
+        if not (resume and folder.result.exists() and folder.model.exists()):
+            begun = resume and is_run(folder)
+            open_run(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
+            _search_into(folder, problem, requests, again)
+        winner = str(folder.model)
+
+
+def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]], again: str) -> None:
+    """Search, choose, export and report. `again` is the command that continues an interrupted run."""
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_requests(requests[0]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        bank = load_bank(problem.sources, problem.decoder, problem.spec, progress)
-    settings = config.evaluation
-    searched, full, heldout = (
-        Evaluator(problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk) for rows in requests
-    )
+        searched, full, heldout = open_scorers(problem, requests, progress)
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console) as progress:
-            reporter = SearchBar(progress, config.search.generations)
-            outcome = run_search(problem, bank, searched, folder, reporter)
+            reporter = SearchBar(progress, problem.search.generations)
+            outcome = run_search(problem.search, problem.config.seed, problem.space, searched, folder, reporter)
     except KeyboardInterrupt:
         done = len(folder.read_history())
-        print(
-            f"stopped; {done} generations are saved. Continue with: evojax-merge search {path} --out {out} --resume",
-            file=sys.stderr,
-        )
+        print(f"stopped; {done} generations are saved. Continue with: {again}", file=sys.stderr)
         raise
-    chunks = sorted(set(searched.chosen.values()))
-    if chunks:
-        console.print(f"candidates per pass: {', '.join(map(str, chunks))}", highlight=False)
+    console.print(searched.describe_work(), highlight=False)
     with passes_bar("scoring", passes_to_choose(problem, full, heldout)) as advance:
-        result = choose_winner(problem, bank, full, heldout, outcome, advance)
+        result = choose_winner(problem, full, heldout, outcome, advance)
     write_recipe(problem, result.genome, folder.recipe)
     job = prepare(read_recipe(folder.recipe))
-    card = search_card(out.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
+    card = search_card(folder.path.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
     with bytes_bar("exporting", job.nbytes) as progress_bytes:
         merge_to(job, folder.model, card=card, overwrite=True, progress=progress_bytes)
     draw(problem, result, folder.read_history(), folder.picture)
     write_result(result, folder)
+    if result.path is not None:
+        console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
 

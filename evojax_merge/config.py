@@ -45,6 +45,36 @@ class SpaceConfig(Section):
     rescale: bool | Literal["none", "l1", "density"] | None = None
 
 
+class DataFlowConfig(Section):
+    """A data-flow space: the path through the layers of all parents, from the first parent as it is.
+
+    `form` moves: `moves` edits of the first parent (skip, repeat, or take from another parent a block of at most
+    `window` layers). `form` indicator: a gene for each of `repetitions` times all layers, as in the paper.
+    `scales`: what the state is multiplied by, within `scale_low` and `scale_high`: one per move (`block`), a `matrix`
+    over pairs of layers or a `network` (indicator), or `none`. `max_layers` None: twice the first parent's, and with
+    `indicator` all. `ends`: number of the parent whose embedding, final norm and head are taken.
+    """
+
+    form: Literal["moves", "indicator"] = "moves"
+    moves: int = Field(4, ge=1)
+    window: int = Field(4, ge=1)
+    repetitions: int = Field(3, ge=1)
+    scales: Literal["block", "matrix", "network", "none"] | None = None
+    scale_low: float = Field(0.5, gt=0.0)
+    scale_high: float = Field(2.0, gt=0.0)
+    max_layers: int | None = Field(None, ge=1)
+    ends: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataFlowConfig":
+        allowed = ("block", "none") if self.form == "moves" else ("matrix", "network", "none")
+        if self.scales is not None and self.scales not in allowed:
+            raise ValueError(f"scales: the form {self.form} has {', '.join(allowed)}")
+        if not self.scale_low < self.scale_high or not self.scale_low <= 1 <= self.scale_high:
+            raise ValueError("scale_low, scale_high: expected bounds around 1")
+        return self
+
+
 class TaskConfig(Section):
     """A task: a JSONL file, what its fields are called, and how it is split.
 
@@ -79,6 +109,20 @@ class SearchConfig(Section):
     finalists: int = Field(5, ge=1)
 
 
+class StageConfig(Section):
+    """One stage of a chain. From the second on, the first parent is the winner of the stage before."""
+
+    space: SpaceConfig | None = None
+    data_flow: DataFlowConfig | None = None
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _one_space(self) -> "StageConfig":
+        if (self.space is None) == (self.data_flow is None):
+            raise ValueError("expected exactly one of the keys space, data_flow")
+        return self
+
+
 class EvaluationConfig(Section):
     """How candidates are scored. `chunk` None: chosen from the device's memory."""
 
@@ -88,12 +132,14 @@ class EvaluationConfig(Section):
 
 
 class Config(Section):
-    """A whole search."""
+    """A whole search: over one space, or in stages."""
 
     base: str | None = None
     parents: list[str] = Field(min_length=1)
     tokenizer_source: str | None = None
-    space: SpaceConfig
+    space: SpaceConfig | None = None
+    data_flow: DataFlowConfig | None = None
+    stages: list[StageConfig] | None = Field(None, min_length=1)
     tasks: list[TaskConfig] = Field(min_length=1)
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -108,6 +154,8 @@ class Config(Section):
             raise ValueError("tasks: names must differ")
         if not any(task.weight > 0 for task in self.tasks):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
+        if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
+            raise ValueError("expected exactly one of the keys space, data_flow, stages")
         return self
 
 

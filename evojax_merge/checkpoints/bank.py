@@ -16,6 +16,7 @@ from evojax_merge.checkpoints.architectures import COMPONENTS, layer_leaves, sha
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.paths import PathBank, PathSpec
 from evojax_merge.models.sources import Stored
 
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
@@ -95,6 +96,26 @@ def _load_leaf(
 def _to_device(array: np.ndarray) -> jax.Array:
     """Wait, so that the host's copy can be forgotten before the next leaf is read."""
     return jax.block_until_ready(jax.device_put(array, may_alias=True))
+
+
+def load_path_bank(
+    sources: Sources, spec: PathSpec, compute_dtype: str, progress: Progress = lambda done: None
+) -> PathBank:
+    """Load all layers of all sources in one series, in their own dtypes. `progress` is told the bytes."""
+    origins, layers = spec.origins, {}
+    for leaf in layer_leaves(spec.configs[0]):
+        first = leaf.tensor.format(i=0)
+        stack = aligned_empty((len(origins), *sources.shape(0, first)), common_dtype(sources, first))
+        for row, (source, i) in zip(stack, origins, strict=True):
+            row[:] = sources.read(source, leaf.tensor.format(i=i))
+            progress(row.nbytes)
+        layers[leaf.name] = _to_device(stack)
+    shared = {}
+    for leaf in shared_leaves(spec.configs[0]):
+        shared[leaf.name] = tuple(jax.device_put(sources.read(s, leaf.tensor)) for s in range(len(spec.configs)))
+        progress(sum(values.nbytes for values in shared[leaf.name]))
+    windows = np.array([window for config in spec.configs for window in config.windows], np.int32)
+    return PathBank(layers, shared, jax.device_put(windows), origins, spec.export_dtype, compute_dtype)
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:

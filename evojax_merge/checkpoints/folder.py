@@ -56,7 +56,10 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def resolve(reference: str, relative_to: Path) -> Path:
-    """A local folder, or a hub id that is downloaded (with its progress bar). A local folder needs no network."""
+    """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar.
+
+    A local folder needs no network.
+    """
     for local in (Path(reference).expanduser(), relative_to / reference):
         if local.exists():
             return local.resolve()
@@ -66,8 +69,9 @@ def resolve(reference: str, relative_to: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(reference, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(reference, f"no such folder, and the hub did not give it ({reason})") from None

@@ -1,4 +1,4 @@
-"""What a search found -> a recipe in mergekit's format. May import models.bank and merge_kernels.
+"""What a search found -> a recipe in mergekit's format. May import models and merge_kernels.
 
 What is written reads back (checkpoints.recipes) as the same numbers, so that merging it gives the winner's bytes.
 """
@@ -13,6 +13,7 @@ from merge_kernels import Method, Options
 
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.paths import Path, PathSpec
 
 # mergekit's filters are substrings of the tensor's name; the first that matches counts.
 COMPONENT_FILTERS = ("self_attn", ".mlp.", "layernorm")
@@ -55,6 +56,31 @@ def recipe_document(
     if spec.method.random:
         document["random_seed"] = spec.seed
     return document
+
+
+def path_document(path: Path, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
+    """A layer path as a passthrough merge: a slice per run of consecutive layers of one parent that add equally much.
+
+    Where a scale is not 1, `scale` multiplies what the layers write, `o_proj` and `down_proj`; all of it is mergekit's
+    own. Only where the embedding and head are not those of the first and last slice does it take a key of ours, `ends`.
+    """
+    steps = [(*spec.origins[m], short(f)) for m, f in zip(path.layers, path.folds(), strict=True)]
+    slices: list[dict[str, Any]] = []
+    begun = 0
+    for i in range(1, len(steps) + 1):
+        parent, first, fold = steps[begun]
+        if i < len(steps) and steps[i] == (parent, first + i - begun, fold):
+            continue
+        source: dict[str, Any] = {"model": parents[parent], "layer_range": [first, first + i - begun]}
+        if fold != 1:
+            writers = [{"filter": name, "value": fold} for name in ("o_proj", "down_proj")]
+            source["parameters"] = {"scale": [*writers, {"value": 1.0}]}
+        slices.append({"sources": [source]})
+        begun = i
+    document: dict[str, Any] = {"merge_method": "passthrough", "base_model": parents[path.ends], "slices": slices}
+    if {steps[0][0], steps[-1][0]} != {path.ends}:
+        document["ends"] = parents[path.ends]
+    return document | {"dtype": "float32", "out_dtype": spec.export_dtype}
 
 
 def _switches(method: Method, options: Options) -> dict[str, Any]:
@@ -120,7 +146,9 @@ def _flow_list(dumper: yaml.SafeDumper, data: list) -> yaml.Node:
 
 
 def _flow_map(dumper: yaml.SafeDumper, data: dict) -> yaml.Node:
-    return dumper.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=set(data) == {"filter", "value"})
+    return dumper.represent_mapping(
+        "tag:yaml.org,2002:map", data.items(), flow_style=set(data) in ({"filter", "value"}, {"value"})
+    )
 
 
 _Dumper.add_representer(list, _flow_list)

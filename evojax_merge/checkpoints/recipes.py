@@ -2,7 +2,7 @@
 
 May import merge_kernels and checkpoints' other files. Three settings go beyond mergekit: `random_seed`, which fixes
 the masks of random methods and which mergekit ignores; `rescale: density` (the DARE paper's 1/density), which it
-refuses; and in a passthrough slice `scale` may be searched for like any parameter.
+refuses; and `ends`, the model whose embedding and head a passthrough merge of slices has.
 """
 
 import re
@@ -20,7 +20,7 @@ from evojax_merge.errors import InputError, did_you_mean
 
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "random_seed",
+    "tokenizer", "chat_template", "random_seed", "ends",
 }  # fmt: skip
 REFUSED_KEYS = {"modules"}
 # Methods that mergekit has and that are not described well enough to be implemented from their papers.
@@ -88,11 +88,12 @@ class RecipeFile:
     tokenizer: TokenizerSetting | None
     chat_template: str | None
     seed: int
+    ends: str | None = None
 
     @property
     def models(self) -> list[str]:
         """Every model referred to, the base first, each once."""
-        named = [] if self.base is None else [self.base]
+        named = [model for model in (self.base, self.ends) if model is not None]
         for part in self.slices:
             named += [source.model for source in part.sources]
         return list(dict.fromkeys(named))
@@ -166,11 +167,20 @@ def read_recipe(path: Path) -> RecipeFile:
         raise InputError(path, "chat_template: expected auto, chatml or a Jinja template")
     recipe = RecipeFile(
         path, method, base, tuple(slices), _settings(f"{path}: parameters", top.get("parameters"), method),
-        top.get("dtype"), top.get("out_dtype"), _tokenizer(path, top), chat or None, seed,
+        top.get("dtype"), top.get("out_dtype"), _tokenizer(path, top), chat or None, seed, _ends(path, top, method),
     )  # fmt: skip
     for part in recipe.slices:
         _check_models(str(path), method, part)
     return recipe
+
+
+def _ends(path: Path, top: dict[str, Any], method: Method) -> str | None:
+    """The model of a passthrough merge whose tensors outside of the layers are taken."""
+    if top.get("ends") is None:
+        return None
+    if method.name != "passthrough" or "slices" not in top:
+        raise InputError(path, "ends: only a passthrough merge of slices takes them from one model")
+    return _reference(f"{path}: ends", top["ends"])
 
 
 def _check_models(where: str, method: Method, part: Slice) -> None:
@@ -467,8 +477,10 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
                     add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
         return rows
 
-    for name in layouts[index[recipe.slices[0].sources[0].model]].outside:
+    for name in layouts[index[recipe.ends or recipe.slices[0].sources[0].model]].outside:
         part = recipe.slices[0] if BEFORE_LAYERS.search(name) else recipe.slices[-1]
+        if recipe.ends is not None:
+            part = Slice(0, (Source(recipe.ends, 0, {}),), {}, part.base)
         add(name, [(source, name) for source in part.sources], part, 0.0)
     done = 0
     for part in recipe.slices:

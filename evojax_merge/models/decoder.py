@@ -30,7 +30,13 @@ ACTIVATIONS = {
 HEAD_TILE = 8192
 
 
-class LayerSource(Protocol):
+class HeadSource(Protocol):
+    """Where the output head comes from."""
+
+    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array: ...
+
+
+class LayerSource(HeadSource, Protocol):
     """Where weights come from. `layers` has leading axis L on every leaf and is what the scan runs over."""
 
     @property
@@ -38,7 +44,6 @@ class LayerSource(Protocol):
     def layer(self, slice_: Any) -> Weights: ...
     def embed(self, tokens: jax.Array) -> jax.Array: ...
     def final_norm(self) -> jax.Array: ...
-    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array: ...
 
 
 @struct.dataclass
@@ -117,6 +122,29 @@ def _visible(window: jax.Array, query_columns: jax.Array, key_columns: jax.Array
     return inside[None] & (key_columns[None, None, :] >= first[:, None, None])
 
 
+def positions_of(columns: jax.Array, first: jax.Array) -> jax.Array:
+    """int32[B, T]: positions of columns `int32[T]` in rows that begin at `first: int32[B]`."""
+    return jnp.maximum(columns[None, :] - first[:, None], 0)
+
+
+def run_layer(
+    config: DecoderConfig,
+    weights: Weights,
+    x: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    window: jax.Array,
+    columns: jax.Array,
+    first: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One layer on whole sequences: the hidden states `[B, T, hidden]` after it, and its keys and values."""
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        query, key, value = project_qkv(config, weights, normed, rotary)
+        mixed = attend(query, key, value, _visible(window, columns, columns, first))
+        x = x + linear(mixed, weights, "o")
+    return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), (key, value)
+
+
 def forward(
     config: DecoderConfig,
     source: LayerSource,
@@ -131,19 +159,12 @@ def forward(
     tokens: int32[B, T]; first: int32[B], the column of the first real token; length: int32[B], how many follow.
     """
     columns = jnp.arange(tokens.shape[1])
-    positions = jnp.maximum(columns[None, :] - first[:, None], 0)
-    rotary = rotary_table(config, positions, length)
+    rotary = rotary_table(config, positions_of(columns, first), length)
 
     def layer(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
         slice_, window = xs
-        weights = source.layer(slice_)
-        with jax.named_scope("attention"):
-            normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
-            query, key, value = project_qkv(config, weights, normed, rotary)
-            mixed = attend(query, key, value, _visible(window, columns, columns, first))
-            x = x + linear(mixed, weights, "o")
-        x = x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-        return x, (key, value) if keep_cache else None
+        x, kept = run_layer(config, source.layer(slice_), x, rotary, window, columns, first)
+        return x, kept if keep_cache else None
 
     x = source.embed(tokens)
     x, kept = jax.lax.scan(layer, x, (source.layers, jnp.asarray(config.windows, jnp.int32)))
@@ -199,7 +220,7 @@ def logits(config: DecoderConfig, source: LayerSource, hidden: jax.Array) -> jax
 
 
 def target_log_probabilities(
-    config: DecoderConfig, source: LayerSource, hidden: jax.Array, targets: jax.Array
+    config: DecoderConfig, source: HeadSource, hidden: jax.Array, targets: jax.Array
 ) -> jax.Array:
     """log p(target) `float32[N]` for hidden states `[N, hidden]` and targets `int32[N]`.
 

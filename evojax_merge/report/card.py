@@ -5,9 +5,11 @@ from pathlib import Path
 
 import yaml
 
+from evojax_merge.report.paths import path_lines, path_picture
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.search.setup import Problem
 from evojax_merge.search.winner import Result
+from evojax_merge.spaces.parameter import ParameterSpace
 
 
 def _front_matter(models: Sequence[str]) -> str:
@@ -30,19 +32,35 @@ def merge_card(name: str, method: str, models: Sequence[str], recipe: str) -> st
 
 def search_card(name: str, problem: Problem, result: Result, recipe: str) -> str:
     """The card of a search's winner."""
-    search = problem.config.search
+    search = problem.search
     tasks = "\n".join(
         f"- `{task.name}`: {task.kind}, metric {task.metric}, weight {task.weight:g}, "
         f"{len(task.examples)} search and {len(heldout.examples)} held-out examples"
         for task, heldout in zip(problem.full, problem.heldout, strict=True)
     )
     models = [str(path) for _, path in problem.models]
+    label, baseline = result.baseline
     return (
         merge_card(name, problem.spec.method_name, models, recipe)
-        + f"\n## How it was found\n\nCMA-ES over {problem.space.dims} parameters "
-        f"({', '.join(axis.name for axis in problem.space.axes)}; {len(problem.space.groups)} groups), "
+        + _path_section(problem, result)
+        + f"\n## How it was found\n\nCMA-ES over {_dimensions(problem)}, "
         f"{search.generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
-        f"On the search split the winner scored {result.search_fitness:.4f}, the uniform merge "
-        f"{result.uniform_search_fitness:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
+        f"On the search split the winner scored {result.search_fitness:.4f}, the {label} "
+        f"{baseline:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n"
     )
+
+
+def _dimensions(problem: Problem) -> str:
+    space = problem.space
+    if isinstance(space, ParameterSpace):
+        return f"{space.dims} parameters ({', '.join(axis.name for axis in space.axes)}; {len(space.groups)} groups)"
+    return f"{space.dims} numbers that say which layers follow each other"
+
+
+def _path_section(problem: Problem, result: Result) -> str:
+    """Which layers come from where, in words and as a picture."""
+    if result.path is None:
+        return ""
+    listed = "\n".join(f"- {line}" for line in path_lines(problem, result.path))
+    return f"\n## Layers\n\n{listed}\n\n```\n{path_picture(problem, result.path)}\n```\n"

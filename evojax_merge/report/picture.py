@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.models.paths import Path as LayerPath
+from evojax_merge.models.paths import PathSpec
+from evojax_merge.report.paths import parent_names
 from evojax_merge.search.setup import Problem
 from evojax_merge.search.winner import Result
 
@@ -17,6 +20,12 @@ def draw(problem: Problem, result: Result, history: list[dict[str, Any]], path: 
     import matplotlib.pyplot as plt
 
     names = list(result.values)
+    if result.path is not None:
+        figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, squeeze=False)
+        _draw_history(axes[0, 0], history, result)
+        _draw_path(axes[0, 1], problem, result.path)
+        _save(figure, path)
+        return
     figure, axes = plt.subplots(
         1, 1 + len(names), figsize=(5.5 + 3.4 * len(names), max(4.0, 0.24 * len(result.groups))), squeeze=False,
         constrained_layout=True, width_ratios=[1.6] + [1.0] * len(names),
@@ -25,10 +34,31 @@ def draw(problem: Problem, result: Result, history: list[dict[str, Any]], path: 
     parents = [parent.name for parent in problem.parents]
     for axis, name in zip(axes[0, 1:], names, strict=True):
         _draw_parameter(figure, axis, name, result.values[name], result.groups, parents)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
     work = path.with_name(f".{path.name}")
     figure.savefig(work, dpi=120, format="png")
     plt.close(figure)
     work.replace(path)
+
+
+def _draw_path(axis: Any, problem: Problem, path: LayerPath) -> None:
+    """Layer index against step, coloured by parent; above each step what it adds, where that is not all of it."""
+    assert isinstance(problem.spec, PathSpec)
+    origins = [problem.spec.origins[layer] for layer in path.layers]
+    for parent, name in enumerate(parent_names(problem)):
+        steps = [step for step, (k, _) in enumerate(origins) if k == parent]
+        axis.scatter(steps, [origins[step][1] for step in steps], s=28, label=name)
+    axis.plot(range(len(origins)), [index for _, index in origins], color="grey", linewidth=0.6, zorder=0)
+    for step, ((_, index), fold) in enumerate(zip(origins, path.folds(), strict=True)):
+        if abs(fold - 1) >= 5e-4:
+            axis.annotate(f"{fold:.2f}", (step, index), xytext=(0, 6), textcoords="offset points", fontsize="x-small")
+    axis.set(xlabel="step", ylabel="layer of its parent", title="Path of the winner")
+    axis.legend(fontsize="small")
 
 
 def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:
@@ -36,7 +66,8 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
     for key, style in (("best_so_far", "-"), ("best", "."), ("mean", "--")):
         values = [np.nan if row[key] is None else row[key] for row in history]
         axis.plot(generations, values, style, label=key.replace("_", " "))
-    axis.axhline(result.uniform_search_fitness, color="grey", linewidth=0.8, label="uniform merge")
+    label, baseline = result.baseline
+    axis.axhline(baseline, color="grey", linewidth=0.8, label=label)
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")
     axis.legend(loc="lower right", fontsize="small")
 

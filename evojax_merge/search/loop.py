@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
-from evojax_merge.models.bank import Bank
+from evojax_merge.config import SearchConfig
+from evojax_merge.evaluation.evaluator import fitness, means
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, truncate_lines
-from evojax_merge.search.setup import Problem
+from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
 
 
@@ -52,32 +51,32 @@ class Reporter:
     def said(self, text: str) -> None: ...
 
 
-def run_search(problem: Problem, bank: Bank, evaluator: Evaluator, folder: RunFolder, reporter: Reporter) -> Outcome:
+def run_search(
+    config: SearchConfig, seed: int, space: Space, scorer: Scorer, folder: RunFolder, reporter: Reporter
+) -> Outcome:
     """Search from where the run folder stands (its start, or its last saved generation) to the config's end."""
-    config, space = problem.config, problem.space
-    population = config.search.population or default_population(space.dims)
-    strategy = make_strategy(space.dims, population, config.search.sigma, config.seed)
+    population = config.population or default_population(space.dims)
+    strategy = make_strategy(space.dims, population, config.sigma, seed)
     reporter.said(
-        f"{strategy.name}: {space.dims} dimensions, population {population}, {config.search.generations} generations"
+        f"{strategy.name}: {space.dims} dimensions, population {population}, {config.generations} generations"
     )
     checkpoints = Checkpoints(folder)
     try:
-        state = _fresh_state(strategy, space.start, config.search.finalists)
+        state = _fresh_state(strategy, space.start, config.finalists)
         first = checkpoints.latest()
         if first is not None:
             state = checkpoints.load(first, state)
         for path in (folder.history, folder.timing):
             truncate_lines(path, first or 0)
-        to_recipes = jax.jit(jax.vmap(space.recipe))
-        for number in range(first or 0, config.search.generations):
+        for number in range(first or 0, config.generations):
             genomes, asked = strategy.ask(state["strategy"], number)
-            reporter.evaluating(number, evaluator.passes(population))
+            reporter.evaluating(number, scorer.passes(population))
             started = time.perf_counter()
-            scores = evaluator.population(bank, problem.spec, to_recipes(genomes), reporter.advanced)
+            scores = scorer.score(np.asarray(genomes), reporter.advanced)
             seconds = time.perf_counter() - started
-            values = fitness(evaluator.tasks, scores)
+            values = fitness(scorer.tasks, scores)
             state = _next_state(strategy, asked, number, genomes, values, state)
-            row = _history_row(number, values, state, means(evaluator.tasks, scores))
+            row = _history_row(number, values, state, means(scorer.tasks, scores))
             append_line(folder.history, row)
             append_line(
                 folder.timing,
@@ -162,14 +161,13 @@ class Finalist:
     fitness: float
 
 
-def rescore(problem: Problem, bank: Bank, evaluator: Evaluator, outcome: Outcome, progress: Any) -> list[Finalist]:
+def rescore(space: Space, scorer: Scorer, outcome: Outcome, progress: Any) -> list[Finalist]:
     """The finalists (the best few of the search, the mean of its last distribution, the start) on the full search
     split, best first. Candidates that are not finite are left out."""
-    genomes = np.concatenate([outcome.genomes, outcome.mean[None], problem.space.start[None]])
+    genomes = np.concatenate([outcome.genomes, outcome.mean[None], space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    recipes = jax.jit(jax.vmap(problem.space.recipe))(jnp.asarray(genomes))
-    values = fitness(evaluator.tasks, evaluator.population(bank, problem.spec, recipes, progress))
+    values = fitness(scorer.tasks, scorer.score(genomes, progress))
     order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
     return [Finalist(genomes[i], float(values[i])) for i in order if np.isfinite(values[i])]

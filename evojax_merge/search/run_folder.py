@@ -5,6 +5,7 @@ history.jsonl    one line a generation; nothing in it depends on the clock
 timing.jsonl     seconds a generation
 checkpoints/     the state after each generation (orbax), the last two kept
 best/            recipe.yaml and model/
+stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
 report.png       fitness over generations, and the winner's parameters
 """
@@ -128,6 +129,7 @@ def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it."""
     shutil.rmtree(folder.path / "best", ignore_errors=True)
     shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
+    shutil.rmtree(folder.path / "stages", ignore_errors=True)
     for file in (folder.history, folder.timing, folder.result, folder.picture):
         file.unlink(missing_ok=True)
 

@@ -16,14 +16,25 @@ from merge_kernels import METHODS, Method, Options
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash, resolve
-from evojax_merge.checkpoints.parents import Sources, open_sources
+from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml, number, options_from
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
-from evojax_merge.config import Config, SpaceConfig, TaskConfig, apply_overrides, parse
+from evojax_merge.config import (
+    Config,
+    DataFlowConfig,
+    SearchConfig,
+    SpaceConfig,
+    StageConfig,
+    TaskConfig,
+    apply_overrides,
+    parse,
+)
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.evaluator import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.paths import PathSpec
+from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import Axis, ParameterSpace, component_groups, uniform_start
 from evojax_merge.tasks.tasks import METRICS, Fields, Task, read_examples
 
@@ -38,12 +49,13 @@ class Problem:
     """
 
     config: Config
+    search: SearchConfig
     base: Path | None
     parents: tuple[Path, ...]
     sources: Sources
     decoder: DecoderConfig
-    spec: MergeSpec
-    space: ParameterSpace
+    spec: MergeSpec | PathSpec
+    space: ParameterSpace | PathSpace
     tokenizer: Any
     tokenizer_folder: Path
     searched: list[Task]
@@ -97,14 +109,21 @@ def locate_file(where: str, reference: str, relative_to: Path) -> Path:
     raise InputError(where, f"{reference}: no such file")
 
 
+def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Config:
+    """The config of one stage of a chain; `winner`: the model that the stage before gave."""
+    parents = config.parents if winner is None else [winner, *config.parents]
+    changes = {"stages": None, "space": stage.space, "data_flow": stage.data_flow, "search": stage.search}
+    return config.model_copy(update=changes | {"parents": parents})
+
+
 def build_problem(path: Path, config: Config) -> Problem:
     """Check everything and open the sources. `path` is the config's file: relative paths start there."""
     where, folder = str(path), path.parent
-    method = _method(where, config)
+    method = None if config.space is None else _method(where, config, config.space)
     tasks = [load_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(config.base, folder)
     parents = tuple(locate(parent, folder) for parent in config.parents)
-    based = method.based(base is not None)
+    based = method is not None and method.based(base is not None)
     paths = [base, *parents] if base is not None and based else list(parents)
     whose = None
     if config.tokenizer_source is not None:
@@ -114,20 +133,31 @@ def build_problem(path: Path, config: Config) -> Problem:
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
     bystander = [base] if base is not None and base not in paths else []
     opened = [*paths, *bystander]
-    sources, decoder = open_sources(opened, None if whose is None else TokenizerChoice(opened.index(whose)))
+    tokenizer = None if whose is None else TokenizerChoice(opened.index(whose))
+    # Layers of a path may come from models of any depth.
+    sources, configs = open_decoders(opened, tokenizer) if method is None else _of_one_depth(opened, tokenizer)
     _check_tokens(opened, sources)
-    sources = Sources(sources.folders[: len(paths)], sources.vocabulary)
-    space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
-    spec = MergeSpec(
-        method.name,
-        _options(f"{where}: space", method, config.space, based),
-        config.seed,
-        config.export_dtype or _dtype_name(sources),
-        tuple((name, values) for name, values in space.fixed if not method.parameter(name).searched),
-    )
+    sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
+    export_dtype = config.export_dtype or _dtype_name(sources)
+    space: ParameterSpace | PathSpace
+    spec: MergeSpec | PathSpec
+    if method is not None and config.space is not None:
+        space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
+        spec = MergeSpec(
+            method.name,
+            _options(f"{where}: space", method, config.space, based),
+            config.seed,
+            export_dtype,
+            tuple((name, values) for name, values in space.fixed if not method.parameter(name).searched),
+        )
+    else:
+        assert config.data_flow is not None
+        spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
+        space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
     tokenizer_folder = whose or (base if base is not None else parents[0])
     return Problem(
         config=config,
+        search=config.search,
         base=base,
         parents=parents,
         sources=sources,
@@ -142,6 +172,30 @@ def build_problem(path: Path, config: Config) -> Problem:
         context=context_length(sources.folders[0].config),
         stop=stop_tokens(tokenizer_folder),
     )
+
+
+def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:
+    sources, config = open_sources(paths, tokenizer)
+    return sources, [config] * len(paths)
+
+
+def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:
+    """The data-flow space of a config. Raises InputError for an end that no parent has, or a path that cannot be."""
+    depths = tuple(one.layers for one in spec.configs)
+    if config.ends >= len(depths):
+        raise InputError(
+            where, f"ends: there is no parent {config.ends} (they are numbered from 0 to {len(depths) - 1})"
+        )
+    bounds = ScaleBounds(config.scale_low, config.scale_high)
+    if config.max_layers is not None and config.max_layers < depths[0]:
+        raise InputError(where, f"max_layers: {config.max_layers}; the first parent has {depths[0]} layers already")
+    if config.form == "moves":
+        longest = config.max_layers or 2 * depths[0]
+        return MoveSpace(
+            depths, config.moves, min(config.window, depths[0]), bounds, config.scales != "none", longest, config.ends
+        )
+    longest = config.max_layers or sum(depths) * config.repetitions
+    return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, longest, config.ends)
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
@@ -167,8 +221,8 @@ def _options(where: str, method: Method, space: SpaceConfig, based: bool) -> Opt
     return options_from(where, method, switches, based)
 
 
-def _method(where: str, config: Config) -> Method:
-    name = config.space.method
+def _method(where: str, config: Config, space: SpaceConfig) -> Method:
+    name = space.method
     if name not in METHODS:
         raise InputError(where, f"space.method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]

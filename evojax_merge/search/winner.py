@@ -14,15 +14,18 @@ import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipe_writer import dump_yaml, recipe_document
+from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document, recipe_document
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
-from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
-from evojax_merge.models.bank import Bank, Recipe, candidate
+from evojax_merge.evaluation.evaluator import fitness, means
+from evojax_merge.models.bank import MergeSpec, Recipe, candidate
+from evojax_merge.models.paths import Path as LayerPath
+from evojax_merge.models.paths import PathSpec
 from evojax_merge.search.loop import Outcome, rescore
 from evojax_merge.search.run_folder import RunFolder
+from evojax_merge.search.scorers import MergeScorer, PathScorer
 from evojax_merge.search.setup import Problem
-from evojax_merge.spaces.parameter import uniform_start
+from evojax_merge.spaces.parameter import ParameterSpace, uniform_start
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """The winner and what it was compared with. `values`: parameter -> float[groups, columns]."""
+    """The winner and what it was compared with.
+
+    `baseline`: the merge that nobody searched for (the uniform merge, or the first parent as it is) and its fitness on
+    the search split. A merge has `values`: parameter -> float[groups, columns]; a path has `path`.
+    """
 
     genome: np.ndarray
     search_fitness: float
-    uniform_search_fitness: float
+    baseline: tuple[str, float]
     rows: list[Row]
     values: dict[str, np.ndarray]
     groups: list[str]
+    path: LayerPath | None = None
 
     @property
     def winner(self) -> Row:
         return next(row for row in self.rows if row.role == "winner")
 
 
-def uniform_genome(problem: Problem) -> np.ndarray:
+def model_name(path: Path) -> str:
+    """What a model is called in tables: its folder, or its run where a search made it."""
+    return path.parent.parent.name if path.parts[-2:] == ("best", "model") else path.name
+
+
+def uniform_genome(space: ParameterSpace) -> np.ndarray:
     """Equal weights 1/K; the other searched parameters where the search starts."""
-    space = problem.space
     values = {axis.name: np.asarray(axis.start) for axis in space.axes}
     for axis in space.axes:
         if axis.name == "weight":
@@ -63,61 +75,80 @@ def uniform_genome(problem: Problem) -> np.ndarray:
 
 def choose_winner(
     problem: Problem,
-    bank: Bank,
-    full: Evaluator,
-    heldout: Evaluator,
+    full: MergeScorer | PathScorer,
+    heldout: MergeScorer | PathScorer,
     outcome: Outcome,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """Re-score the finalists on the full search split, then score everyone on the held-out split."""
-    finalists = rescore(problem, bank, full, outcome, progress)
+    finalists = rescore(problem.space, full, outcome, progress)
     if not finalists:
         raise RuntimeError("no candidate of the search has a finite score; there is no winner")
-    best = finalists[0]
-    uniform = uniform_genome(problem)
-    to_recipes = jax.jit(jax.vmap(problem.space.recipe))
-    both = to_recipes(jnp.asarray(np.stack([best.genome, uniform])))
-    uniform_fitness = fitness(
-        full.tasks, full.population(bank, problem.spec, jax.tree.map(lambda leaf: np.asarray(leaf)[1:], both), progress)
-    )
-    rows = []
-    for role, path in problem.models:
-        aligned = problem.sources.vocabulary is not None
-        sources, config = (
-            open_sources([path, problem.tokenizer_folder], TokenizerChoice(1)) if aligned else open_sources([path])
-        )
-        stored = replace(heldout, config=config)
-        scores = stored.stored(load_stored(sources, config, 0, heldout.compute_dtype), progress)
-        rows.append(Row(role, path.name, float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0]))
-    scores = heldout.population(bank, problem.spec, both, progress)
+    best, space = finalists[0], problem.space
+    label, plain = "first parent", space.start
+    if isinstance(space, ParameterSpace):
+        label, plain = "uniform merge", uniform_genome(space)
+    baseline = float(fitness(full.tasks, full.score(plain[None], progress))[0])
+    rows = [_stored_row(problem, role, path, heldout, progress) for role, path in problem.models]
+    scores = heldout.score(np.stack([best.genome, plain]), progress)
     values, tables = fitness(heldout.tasks, scores), means(heldout.tasks, scores)
-    rows.append(Row("uniform", f"uniform {problem.spec.method_name}", float(values[1]), tables[1]))
+    if isinstance(space, ParameterSpace):
+        rows.append(Row("uniform", f"uniform {problem.spec.method_name}", float(values[1]), tables[1]))
     rows.append(Row("winner", f"evolved {problem.spec.method_name}", float(values[0]), tables[0]))
-    parameters = {name: np.asarray(v) for name, v in problem.space.values(jnp.asarray(best.genome)).items()}
-    return Result(best.genome, best.fitness, float(uniform_fitness[0]), rows, parameters, problem.space.groups)
+    if not isinstance(space, ParameterSpace):
+        path = space.paths(best.genome[None])[0]
+        return Result(best.genome, best.fitness, (label, baseline), rows, {}, [], path)
+    parameters = {name: np.asarray(v) for name, v in space.values(jnp.asarray(best.genome)).items()}
+    return Result(best.genome, best.fitness, (label, baseline), rows, parameters, space.groups)
 
 
-def passes_to_choose(problem: Problem, full: Evaluator, heldout: Evaluator) -> int:
+def _stored_row(
+    problem: Problem, role: str, path: Path, heldout: MergeScorer | PathScorer, progress: Callable[[int], None]
+) -> Row:
+    """A stored model's held-out scores."""
+    aligned = problem.sources.vocabulary is not None
+    sources, config = (
+        open_sources([path, problem.tokenizer_folder], TokenizerChoice(1)) if aligned else open_sources([path])
+    )
+    inner = heldout.evaluator.evaluator if isinstance(heldout, PathScorer) else heldout.evaluator
+    evaluator = replace(inner, config=config)
+    scores = evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
+    return Row(role, model_name(path), float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0])
+
+
+def passes_to_choose(problem: Problem, full: MergeScorer | PathScorer, heldout: MergeScorer | PathScorer) -> int:
     """How many steps of progress `choose_winner` reports at most."""
-    finalists = problem.config.search.finalists + 2
-    return full.passes(finalists + 1) + heldout.passes(len(problem.models) + 2)
+    return full.passes(problem.search.finalists + 3) + heldout.passes(len(problem.models) + 2)
 
 
-def genome_recipe(problem: Problem, genome: np.ndarray) -> Recipe:
+def genome_recipe(space: ParameterSpace, genome: np.ndarray) -> Recipe:
     """The recipe of one genome, as NumPy arrays."""
-    recipes = jax.jit(jax.vmap(problem.space.recipe))(jnp.asarray(genome)[None])
+    recipes = jax.jit(jax.vmap(space.recipe))(jnp.asarray(genome)[None])
     return jax.tree.map(np.asarray, candidate(recipes, 0))
 
 
 def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
     """Write a genome's recipe as `evojax-merge merge` and mergekit take it."""
-    document = recipe_document(
-        genome_recipe(problem, genome), problem.spec, problem.decoder,
-        None if problem.base is None else str(problem.base), [str(parent) for parent in problem.parents],
-    )  # fmt: skip
+    parents, space = [str(parent) for parent in problem.parents], problem.space
+    if isinstance(space, ParameterSpace):
+        assert isinstance(problem.spec, MergeSpec)
+        base = None if problem.base is None else str(problem.base)
+        document = recipe_document(genome_recipe(space, genome), problem.spec, problem.decoder, base, parents)
+    else:
+        assert isinstance(problem.spec, PathSpec)
+        found = space.paths(genome[None])[0]
+        assert found is not None
+        document = path_document(found, problem.spec, parents)
     if problem.sources.vocabulary is not None:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
     atomic_write(path, dump_yaml(document))
+
+
+def _winner_document(result: Result) -> dict[str, Any]:
+    if result.path is not None:
+        return {"path": {"layers": list(result.path.layers), "scales": list(result.path.scales)}}
+    rounded = {name: np.round(values.astype(float), 7).tolist() for name, values in result.values.items()}
+    return {"groups": result.groups, "parameters": rounded}
 
 
 def write_result(result: Result, folder: RunFolder) -> None:
@@ -133,9 +164,8 @@ def write_result(result: Result, folder: RunFolder) -> None:
 
     document = {
         "table": [plain(row) for row in result.rows],
-        "search_fitness": {"winner": result.search_fitness, "uniform": result.uniform_search_fitness},
-        "groups": result.groups,
-        "parameters": {name: np.round(values.astype(float), 7).tolist() for name, values in result.values.items()},
+        "search_fitness": {"winner": result.search_fitness, result.baseline[0]: result.baseline[1]},
+        **_winner_document(result),
         "genome": [float(gene) for gene in result.genome],
     }
     atomic_write(folder.result, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

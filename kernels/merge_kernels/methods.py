@@ -27,10 +27,6 @@ from merge_kernels.sparse import BAND, MAGNITUDE, RANDOM, RANKED, SCORE_LEVELS, 
 DENSITY_STEPS = 1000
 GRID = np.arange(DENSITY_STEPS + 1, dtype=np.float64) / DENSITY_STEPS
 
-# Entries of a tensor that all candidates are combined for before the next ones are read: K + 1 sources of them fit
-# the nearest cache of a CPU.
-BLOCK = 8192
-
 Rescale = Literal["none", "l1", "density"]
 Numbers = Mapping[str, Any]
 # The uniform 16-bit numbers of parent k, of the tensor's shape (see sparse.draw).
@@ -42,8 +38,9 @@ HostSources = Sequence[np.ndarray]
 class Parameter:
     """A number of a recipe: its default, the default bounds of a search, and the values that have a meaning.
 
-    `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else it has to be given. `searched` False: what is prepared
-    depends on it, so it is fixed for a whole run. `on_grid`: a density, which a search rounds to the grid.
+    `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else required. `searched`
+    False: what is prepared depends on it, so it is fixed for a whole run. `on_grid`: a density, which a search rounds
+    to the grid.
     """
 
     name: str
@@ -187,37 +184,21 @@ def combine_population(
     table: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
-    """P candidates of one tensor at once: float32 `[P, *shape]`. parameters: `[P, K]` or `[P]`; table: as tabulated.
+    """P candidates of one tensor at once: float32 `[rows, P, …]` for sources `[rows, …]`.
 
-    On a CPU in blocks of `BLOCK` entries, each read once into the nearest cache and combined for all candidates;
-    elsewhere one fused pass. Both are `combine` under `vmap`.
+    parameters: `[P, K]` or `[P]`; table: as tabulated, of whole tensors. The candidates stand beside each other at
+    every row, so that a row of the sources is read once, from the nearest cache, for all of them: with the candidates
+    outermost each would read every source again.
     """
     statistics = jax.vmap(lambda own: look_up(method, table, own))(dict(parameters))
 
-    def every(sources: Any, scores: Any) -> jax.Array:
+    def row(sources: Any, scores: Any) -> jax.Array:
         def one(own: Any, numbers: Any) -> jax.Array:
             return combine(method, options, sources, scores, own, numbers)
 
         return jax.vmap(one)(statistics, dict(parameters))
 
-    shape, size = sources[0].shape, sources[0].size
-    if options.axis is not None or size <= BLOCK:
-        return every(sources, scores)
-
-    def in_blocks(sources: Any, scores: Any) -> jax.Array:
-        flat = jax.tree.map(lambda x: x.reshape(-1), (tuple(sources), tuple(scores)))
-
-        def step(i: jax.Array, merged: jax.Array) -> jax.Array:
-            # The last block is moved back inside; what it repeats comes out the same.
-            start = jnp.minimum(i * BLOCK, size - BLOCK)
-            block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, BLOCK), flat)
-            return jax.lax.dynamic_update_slice(merged, every(*block), (0, start))
-
-        count = jax.tree.leaves(dict(parameters))[0].shape[0]
-        merged = jax.lax.fori_loop(0, -(-size // BLOCK), step, jax.lax.empty((count, size), jnp.float32))
-        return merged.reshape(count, *shape)
-
-    return jax.lax.platform_dependent(tuple(sources), tuple(scores), cpu=in_blocks, default=every)
+    return jax.vmap(row)(tuple(sources), tuple(scores))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,173 @@
+"""Scoring layer paths: what candidates share is computed once. May import evaluation, models and tasks.
+
+A population of paths is a trie: candidates that begin with the same (layer, fold) steps share those nodes. A batch of
+tokens walks the trie depth first, one compiled call per run of steps between branches, and meets the head once per
+distinct path. Scores of a path are kept for the whole run, so that a path that comes again costs nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.evaluation.evaluator import Evaluator, Progress, Requests, Scores
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import rms_norm, target_log_probabilities
+from evojax_merge.models.paths import Ends, Path, PathBank, advance, begin, ends_of, fold
+from evojax_merge.tasks.batches import ScoringBatch
+from evojax_merge.tasks.tasks import score_likelihood
+
+# Generation runs a stored model: lengths are rounded up to this many layers, so that few shapes are compiled.
+LENGTH_STEP = 4
+
+Step = tuple[int, float]
+Key = tuple[tuple[Step, ...], int]
+
+
+def key_of(path: Path) -> Key:
+    """What a path computes: two with the same key are the same model."""
+    return tuple(zip(path.layers, (float(f) for f in path.folds()), strict=True)), path.ends
+
+
+@dataclass
+class Trie:
+    """Distinct step sequences, branching where they part. `ends_here`: which of them stops at this node."""
+
+    children: dict[Step, "Trie"] = field(default_factory=dict)
+    ends_here: int | None = None
+
+
+def build_trie(sequences: Sequence[tuple[Step, ...]]) -> Trie:
+    root = Trie()
+    for number, steps in enumerate(sequences):
+        node = root
+        for step in steps:
+            node = node.children.setdefault(step, Trie())
+        node.ends_here = number
+    return root
+
+
+def segments(root: Trie) -> Iterator[tuple[int, list[Step], int | None]]:
+    """The trie depth first, as runs of steps without a branch: (how many states were kept before, steps, which path
+    ends after them). Each run starts from the state with that number; its own state is kept after it."""
+    stack: list[tuple[int, Trie, list[Step]]] = [(0, child, [step]) for step, child in reversed(root.children.items())]
+    while stack:
+        depth, node, steps = stack.pop()
+        while len(node.children) == 1 and node.ends_here is None:
+            ((step, node),) = node.children.items()
+            steps.append(step)
+        yield depth, steps, node.ends_here
+        stack += [(depth + 1, child, [step]) for step, child in reversed(node.children.items())]
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(config: DecoderConfig, source: Ends, x: jax.Array, batch: Any) -> jax.Array:
+    """The targets' total log-probability for each row, float32[B], from the states after the last layer."""
+    picked = jnp.take_along_axis(x, batch["at"][..., None], axis=1)
+    hidden = rms_norm(picked, source.final_norm(), config.norm_eps)
+    flat = target_log_probabilities(config, source, hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1))
+    return jnp.where(batch["mask"], flat.reshape(batch["mask"].shape), 0.0).sum(axis=1)
+
+
+@dataclass
+class PathEvaluator:
+    """Scores populations of paths over one bank, on the requests of an evaluator.
+
+    `longest`: how many steps a path has at most. `computed` and `asked`: layer steps that were run, and that would
+    have been run one candidate after the other, since the start.
+    """
+
+    evaluator: Evaluator
+    bank: PathBank
+    longest: int
+    known: dict[Key, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
+    outputs: dict[Key, dict[str, list[str]]] = field(default_factory=dict)
+    computed: int = 0
+    asked: int = 0
+
+    def population(self, paths: Sequence[Path | None], progress: Progress = lambda done: None) -> Scores:
+        """Score P paths; None, a candidate without a path, scores NaN."""
+        requests = self.evaluator.requests
+        passes = sum(len(request.scoring) + len(request.prompts) for request in requests)
+        keys = [None if path is None else key_of(path) for path in paths]
+        fresh: dict[Key, Path] = {}
+        for key, path in zip(keys, paths, strict=True):
+            if key is not None and path is not None and key not in self.known:
+                fresh.setdefault(key, path)
+        progress((len(paths) - len(fresh)) * passes)
+        if fresh:
+            self._score_fresh(fresh, progress)
+        matrices: dict[str, dict[str, np.ndarray]] = {}
+        outputs: dict[str, list[list[str]]] = {}
+        for request in requests:
+            name, count = request.task.name, len(request.task.examples)
+            rows = [None if key is None else self.known[key][name] for key in keys]
+            metrics = next((list(row) for row in rows if row is not None), [request.task.metric])
+            nothing = np.full(count, np.nan, np.float32)
+            matrices[name] = {
+                metric: np.stack([nothing if row is None else row[metric] for row in rows]) for metric in metrics
+            }
+            if request.task.kind == "exact_match":
+                outputs[name] = [[""] * count if key is None else self.outputs[key][name] for key in keys]
+        self.asked += passes * sum(len(path.layers) for path in paths if path is not None)
+        return Scores(matrices, outputs)
+
+    def _score_fresh(self, fresh: dict[Key, Path], progress: Progress) -> None:
+        keys = list(fresh)
+        for key in keys:
+            self.known[key], self.outputs[key] = {}, {}
+        for request in self.evaluator.requests:
+            task = request.task
+            if task.kind == "exact_match":
+                for key in keys:
+                    scores = self._continue(fresh[key], request, progress)
+                    self.known[key][task.name] = {name: rows[0] for name, rows in scores.matrices[task.name].items()}
+                    self.outputs[key][task.name] = scores.outputs[task.name][0]
+            else:
+                sums = np.zeros((len(keys), len(request.rows)), np.float32)
+                for batch in request.scoring:
+                    real = batch.rows >= 0
+                    sums[:, batch.rows[real]] = self._walk(keys, batch, progress)[:, real]
+                counts = np.array([len(row.tokens) - row.start for row in request.rows])
+                matrices = score_likelihood(task, sums, counts)
+                for i, key in enumerate(keys):
+                    self.known[key][task.name] = {metric: rows[i] for metric, rows in matrices.items()}
+
+    def _walk(self, keys: Sequence[Key], batch: ScoringBatch, progress: Progress) -> np.ndarray:
+        """float32[P, B]: every distinct path on one batch."""
+        config = self.evaluator.config
+        arrays = {name: getattr(batch, name) for name in ("at", "targets", "mask")}
+        first = np.zeros_like(batch.length)
+        scores = np.zeros((len(keys), len(batch.length)), np.float32)
+        for parent in sorted({ends for _, ends in keys}):
+            source = ends_of(self.bank, parent)
+            members = [i for i, (_, ends) in enumerate(keys) if ends == parent]
+            states = [begin(source, batch.tokens)]
+            for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
+                del states[depth + 1 :]
+                states.append(self._advance(config, states[depth], first, batch.length, steps))
+                self.computed += len(steps)
+                if ended is not None:
+                    scores[members[ended]] = np.asarray(_score(config, source, states[-1], arrays))
+                    progress(1)
+        return scores
+
+    def _advance(
+        self, config: DecoderConfig, x: jax.Array, first: np.ndarray, length: np.ndarray, steps: Sequence[Step]
+    ) -> jax.Array:
+        layers, folds = np.zeros(self.longest, np.int32), np.zeros(self.longest, np.float32)
+        layers[: len(steps)] = [layer for layer, _ in steps]
+        folds[: len(steps)] = [value for _, value in steps]
+        return advance(config, self.bank, x, first, length, layers, folds, np.int32(len(steps)))
+
+    def _continue(self, path: Path, request: Requests, progress: Progress) -> Scores:
+        """The scores and greedy outputs of one path on a task's prompts."""
+        rounded = -(-len(path.layers) // LENGTH_STEP) * LENGTH_STEP
+        model, config = fold(self.bank, path, self.evaluator.config, rounded)
+        runner = Evaluator(config, self.evaluator.tokenizer, [request], self.evaluator.compute_dtype)
+        self.computed += len(path.layers) * len(request.prompts)
+        return runner.stored(model, progress)
