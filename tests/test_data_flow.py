@@ -119,7 +119,7 @@ def torch_path_logits(folders: Sequence[File], path: Path, origins: Sequence[tup
             for i, layer in enumerate(model.model.layers):
                 calls.clear()
                 handle = layer.register_forward_pre_hook(remember, with_kwargs=True)
-                model(torch.tensor(TOKENS).long())
+                model(torch.tensor(TOKENS).long(), use_cache=False)
                 handle.remove()
                 by_layer[k, i] = dict(calls[0])
         x = ends.model.embed_tokens(torch.tensor(TOKENS).long())
@@ -127,7 +127,6 @@ def torch_path_logits(folders: Sequence[File], path: Path, origins: Sequence[tup
         for m, scale in zip(path.layers, path.scales, strict=True):
             k, i = origins[m]
             kwargs = {key: value for key, value in by_layer[k, i].items() if key != "hidden_states"}
-            kwargs |= {"past_key_values": None, "use_cache": False}
             product *= scale
             if folded:
                 layer = models[k].model.layers[i]
@@ -204,7 +203,7 @@ def test_recipes_of_paths_merge_the_same_in_mergekit(tmp_path: File) -> None:
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    folders = make_parents(tmp_path, "llama")
+    folders = make_parents(tmp_path, "mistral")
     _, spec = open_paths(folders)
     path = Path((0, 1, 4, 5, 1, 2), (1.0, 1.0, 1.25, 0.8, 1.0, 1.0))
     document = path_document(path, spec, [str(folder) for folder in folders])
