@@ -22,6 +22,7 @@ from merge_kernels import (
     Method,
     Options,
     combine,
+    combine_population,
     draw,
     grid_index,
     look_up,
@@ -828,6 +829,15 @@ def test_population_equals_one_by_one(name: str) -> None:
     for p in range(6):
         alone = {key: values[p] for key, values in population.items() if key != "candidate"} | never
         assert_close(found[p], reference(name, options, models, alone))
+
+    # Side by side, as `combine_population` makes them: the same numbers in another order.
+    searched = {key: values for key, values in on_device(population).items() if key != "candidate"}
+    if searched:
+        constant = {key: jnp.broadcast_to(value, (6, *value.shape)) for key, value in on_device(never).items()}
+        run = jax.jit(lambda numbers: combine_population(method, options, tensors, scores, table, numbers))
+        beside = np.asarray(run(searched | constant))
+        assert beside.shape == (LARGE[0], 6, *LARGE[1:])
+        np.testing.assert_allclose(beside.swapaxes(0, 1), found, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", METHODS)
