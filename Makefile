@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test lint bench bench-search bench-merge bench-kernels bench-zoo clean
+.PHONY: help quickstart smollm2 test lint bench bench-search bench-merge bench-kernels bench-paths bench-zoo clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
@@ -47,7 +47,8 @@ bench:
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
-	@echo "make bench-zoo      the demo family over five seeds (trains them once: 15 minutes, then 10)"
+	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
+	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
 bench-search: .venv/installed-test
@@ -58,6 +59,9 @@ bench-merge: .venv/installed-test
 
 bench-kernels: .venv/installed-test
 	$(BIN)/python bench/merge_speed.py --sweep --plot kernels.png
+
+bench-paths: .venv/installed-test
+	$(BIN)/python bench/paths.py
 
 bench-zoo: .venv/installed-test
 	$(BIN)/python bench/zoo_table.py

@@ -312,3 +312,17 @@ def test_a_disk_without_space_is_found_out_before_the_search(config_file, finish
         done = run(*arguments, status=2)
         assert "MB free" in done.stderr and len(done.stderr.splitlines()) == 1
         assert list(small_disk.iterdir()) == []
+
+
+def test_a_task_without_signal_is_named(tmp_path):
+    """After the first generation: a pattern that no output matches, and scores that are all the same."""
+    build_family(tmp_path)
+    task = {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 2, "pattern": "never"}
+    document = {
+        "base": "base", "parents": ["parent0", "parent1"], "tasks": [task],
+        "space": {"method": "linear", "parameters": {"weight": {}}}, "search": {"generations": 2, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    said = run("search", tmp_path / "config.yaml", "--out", tmp_path / "run").stdout
+    assert said.count("0 of 40 outputs matched the pattern 'never'") == 1
+    assert said.count("all 4 candidates score 0; it gives no signal") == 1

@@ -14,6 +14,7 @@ import numpy as np
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.evaluator import fitness, means
+from evojax_merge.evaluation.signals import warnings
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, truncate_lines
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
@@ -75,6 +76,9 @@ def run_search(
             scores = scorer.score(np.asarray(genomes), reporter.advanced)
             seconds = time.perf_counter() - started
             values = fitness(scorer.tasks, scores)
+            if number == 0:
+                for line in warnings(scorer.tasks, scores):
+                    reporter.said(line)
             state = _next_state(strategy, asked, number, genomes, values, state)
             row = _history_row(number, values, state, means(scorer.tasks, scores))
             append_line(folder.history, row)

@@ -1,0 +1,25 @@
+"""A first look at a population's scores: what is wrong with a task. May import evaluation and tasks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evojax_merge.evaluation.evaluator import Scores
+from evojax_merge.tasks.tasks import Task, cut_at_stop, extract_answer
+
+
+def warnings(tasks: Sequence[Task], scores: Scores) -> list[str]:
+    """One line for each task whose pattern matches no output, or on which all candidates score the same."""
+    lines = []
+    for task in tasks:
+        texts = [text for row in scores.outputs.get(task.name, []) for text in row]
+        if texts and all(extract_answer(cut_at_stop(text, task.stop), task.pattern) is None for text in texts):
+            wanted = "a number" if task.pattern is None else f"the pattern {task.pattern!r}"
+            lines.append(f"warning: task {task.name}: 0 of {len(texts)} outputs matched {wanted}")
+        means = scores.matrices[task.name][task.metric].mean(axis=1)
+        means = means[np.isfinite(means)]
+        if len(means) > 1 and np.ptp(means) == 0:
+            lines.append(
+                f"warning: task {task.name}: all {len(means)} candidates score {means[0]:.4g}; it gives no signal"
+            )
+    return lines
