@@ -48,8 +48,8 @@ class SpaceConfig(Section):
 class DataFlowConfig(Section):
     """A data-flow space: the path through the layers of all parents, from the first parent as it is.
 
-    `form` moves: `moves` edits of the first parent (skip, repeat, or take from another parent a block of at most
-    `window` layers). `form` indicator: a gene for each of `repetitions` times all layers, as in the paper.
+    `form` moves: `moves` edits of the first parent (scale, repeat, skip, or take from another parent a block of at
+    most `window` layers). `form` indicator: a gene for each of `repetitions` times all layers, as in the paper.
     `scales`: what the state is multiplied by, within `scale_low` and `scale_high`: one per move (`block`), a `matrix`
     over pairs of layers or a `network` (indicator), or `none`. `max_layers` None: twice the first parent's, and with
     `indicator` all. `ends`: number of the parent whose embedding, final norm and head are taken.
@@ -61,7 +61,7 @@ class DataFlowConfig(Section):
     repetitions: int = Field(3, ge=1)
     scales: Literal["block", "matrix", "network", "none"] | None = None
     scale_low: float = Field(0.5, gt=0.0)
-    scale_high: float = Field(2.0, gt=0.0)
+    scale_high: float = Field(4.0, gt=0.0)
     max_layers: int | None = Field(None, ge=1)
     ends: int = Field(0, ge=0)
 

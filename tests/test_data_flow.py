@@ -349,6 +349,8 @@ def test_spaces_start_from_the_first_parent() -> None:
     [
         ([Move("skip", 2, 2)], [0, 1, 4, 5], [1] * 4),
         ([Move("repeat", 1, 2)], [0, 1, 2, 1, 2, 3, 4, 5], [1] * 8),
+        ([Move("scale", 1, 3, 0.8)], [0, 1, 2, 3, 4, 5], [1, 1.25, 1.25, 1.25, 1, 1]),
+        ([Move("scale", 1, 2, 0.8), Move("scale", 2, 1, 2.0)], [0, 1, 2, 3, 4, 5], [1, 1.25, 0.625, 1, 1, 1]),
         ([Move("repeat", 1, 2, 2.0)], [0, 1, 2, 1, 2, 3, 4, 5], [1, 1, 1, 0.5, 0.5, 1, 1, 1]),
         ([Move("splice", 3, 2, 0.5, 1)], [0, 1, 2, 9, 10, 5], [1, 1, 1, 2, 2, 1]),
         # The third parent is half as deep: its one layer stands for two.

@@ -5,8 +5,10 @@ Two forms, both starting from the first parent as it is:
 - *indicator* (Evolutionary Optimization of Model Merging Recipes, arXiv 2403.13187): all M layers in series, the
   series repeated r times, a gene for each of the M r places that says whether the layer is on, and scales for going
   from layer i to layer j, as an M x M matrix or as a small network of (i, j, place);
-- *moves*: a few edits of the first parent: a block of its layers is skipped, repeated, or replaced by the same block
-  of another parent, and scaled. A scale only matters where its move is on, and there are few numbers to find.
+- *moves*: a few edits of the first parent: a block of its layers adds more or less, is repeated, skipped, or replaced
+  by the same block of another parent. A scale only matters where its move is on, and there are few numbers to find.
+  Scaled moves start as blocks of the first parent that add what they always added: from there a search can go by
+  small steps, where every other edit of a trained model is a leap.
 
 Genomes are decoded on the host: a path is plain data. Everything is in units of the bounds, as in spaces.parameter.
 """
@@ -129,16 +131,17 @@ class IndicatorSpace:
 
 
 # What a move can do; splices follow, one per other parent.
-MOVES = ("skip", "repeat")
+MOVES = ("scale", "repeat", "skip")
 # Genes of one move: whether it is on, what it does, where it begins, how many layers, how it scales.
 GENES = ("on", "what", "where", "length", "scale")
 
 
 @dataclass(frozen=True)
 class Move:
-    """One edit of the first parent: `layers` of its layers from `first` on are skipped, repeated, or replaced by those
-    of parent `donor` at the same relative depth. The state is multiplied by `scale` before the block that this puts
-    there and divided by it behind, so that the block adds 1/scale as much and what follows is as it was."""
+    """One edit of the first parent: `layers` of its layers from `first` on are scaled, repeated, skipped, or replaced
+    by those of parent `donor` at the same relative depth. The state is multiplied by `scale` before the block that
+    this is about (what is put there; the block itself where it is scaled) and divided by it behind, so that the block
+    adds 1/scale as much and what follows is as it was."""
 
     what: str
     first: int
@@ -196,15 +199,17 @@ class MoveSpace:
 
     @property
     def start(self) -> np.ndarray:
-        """The first parent: a repeat, a skip and a splice each at hand, all off."""
+        """The first parent, its moves spread over its depth: scales of 1, or, without scales, one of each kind, off."""
         depth, window = self.depths[0], self.window
+        kinds = [("scale", 0)] if self.scaled else self.kinds
         spread = [
             Move(what, int((i + 0.5) * depth / self.count), max(1, window // 2), 1.0, donor)
-            for i, (what, donor) in zip(range(self.count), self.kinds * self.count, strict=False)
+            for i, (what, donor) in zip(range(self.count), kinds * self.count, strict=False)
         ]
         rows = self.genome(spread).reshape(self.count, -1)
-        # Just off, so that a step of the search tries them.
-        rows[:, 0] = 0.4
+        if not self.scaled:
+            # Just off, so that a step of the search tries them.
+            rows[:, 0] = 0.4
         return rows.ravel()
 
     def moves(self, genome: np.ndarray) -> list[Move]:
@@ -235,6 +240,9 @@ class MoveSpace:
             if not inside:
                 continue
             begin, end = inside[0], inside[-1] + 1
+            if move.what == "scale":
+                steps = [_scaled([step], move.scale)[0] if step[0] in block else step for step in steps]
+                continue
             if move.what == "skip":
                 steps = [step for step in steps if step[0] not in block]
                 continue
