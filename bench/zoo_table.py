@@ -78,8 +78,8 @@ def random_frankenmerge(seed: int) -> float:
 def evolve(problem: Problem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
-    searched, full, heldout = open_scorers(problem, problem.requests())
-    outcome = run_search(problem.search, problem.config.seed, problem.space, searched, run, Reporter())
+    *blocks, full, heldout = open_scorers(problem, problem.requests())
+    outcome = run_search(problem.search, problem.config.seed, problem.space, blocks, run, Reporter())
     result = choose_winner(problem, full, heldout, outcome)
     write_recipe(problem, result.genome, run.recipe)
     merge_to(prepare(read_recipe(run.recipe)), run.model, card="")

@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,27 +24,21 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import (
-    Evaluator,
-    Requests,
-    build_requests,
-    describe_requests,
-    fitness,
-    means,
-)
+from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
+from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
+from evojax_merge.search.open_tasks import locate, open_whole_task
+from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import RunFolder, is_run, open_run
 from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import (
     Problem,
     build_problem,
     context_length,
-    load_task,
-    locate,
     read_config,
     resolved_document,
     stage_config,
@@ -145,7 +138,7 @@ def _run_chain(
         build_problem(path, stage_config(config, stage, config.parents[0] if i else None))
         for i, stage in enumerate(stages)
     ]
-    requests = problems[0].requests()
+    requests = [problem.requests() for problem in problems]
     require_space(out, _model_bytes(problems[0]) * len(stages))
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
@@ -157,13 +150,13 @@ def _run_chain(
         console.print(f"stage {number} of {len(stages)}", highlight=False)
         problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
         if number == len(stages):
-            _search_into(run, problem, requests, again)
+            _search_into(run, problem, requests[-1], again)
             return
         folder = RunFolder((out / "stages" / f"stage-{number}").resolve())
         if not (resume and folder.result.exists() and folder.model.exists()):
             begun = resume and is_run(folder)
             open_run(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
-            _search_into(folder, problem, requests, again)
+            _search_into(folder, problem, requests[number - 1], again)
         winner = str(folder.model)
 
 
@@ -171,9 +164,9 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     """Search, choose, export and report. `again` is the command that continues an interrupted run."""
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
-    console.print(describe_requests(requests[0]), highlight=False)
+    console.print(describe_requests([one for block in requests[:-2] for one in block]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        searched, full, heldout = open_scorers(problem, requests, progress)
+        *blocks, full, heldout = open_scorers(problem, requests, progress)
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
@@ -181,12 +174,15 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     try:
         with Progress(*columns, console=console) as progress:
             reporter = SearchBar(progress, problem.search.generations)
-            outcome = run_search(problem.search, problem.config.seed, problem.space, searched, folder, reporter)
+            outcome = run_search(problem.search, problem.config.seed, problem.space, blocks, folder, reporter)
     except KeyboardInterrupt:
         done = len(folder.read_history())
         print(f"stopped; {done} generations are saved. Continue with: {again}", file=sys.stderr)
         raise
-    console.print(searched.describe_work(), highlight=False)
+    console.print(blocks[0].describe_work(), highlight=False)
+    if len(blocks) > 1:
+        examples = sum(task.size for block in blocks for task in block.tasks)
+        console.print(describe_race(folder.read_history(), examples), highlight=False)
     with passes_bar("scoring", passes_to_choose(problem, full, heldout)) as advance:
         result = choose_winner(problem, full, heldout, outcome, advance)
     write_recipe(problem, result.genome, folder.recipe)
@@ -218,19 +214,12 @@ def run_merge_command(
 
 def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
     document = load_yaml(tasks_path)
-    if isinstance(document, dict) and "space" in document:
+    if isinstance(document, dict) and "parents" in document:
         config = parse(tasks_path, document, Config)
-        document = {
-            "tasks": [t.model_dump() for t in config.tasks],
-            "evaluation": config.evaluation.model_dump(),
-        }
-    file = parse(tasks_path, document, TaskFile)
-    tasks = []
-    for i, task in enumerate(file.tasks):
-        search_split, heldout = load_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent, 0)
-        # A held-out file stands alone; a held-out share is put back.
-        together = heldout.examples if isinstance(task.heldout, str) else (*search_split.examples, *heldout.examples)
-        tasks.append(replace(heldout, examples=together))
+        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
+    else:
+        file = parse(tasks_path, document, TaskFile)
+    tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
     rows = []
     for model in models:
         path = locate(model, Path.cwd())
@@ -245,7 +234,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         with passes_bar(f"scoring {path.name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", path.name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
-    console.print(terminal_table(rows, f"{sum(len(t.examples) for t in tasks)} examples"))
+    console.print(terminal_table(rows, f"{sum(task.size for task in tasks)} examples"))
     if json_file is not None:
         table = [
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)

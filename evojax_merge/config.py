@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from evojax_merge.errors import InputError, did_you_mean
 
@@ -32,13 +32,16 @@ class SpaceConfig(Section):
     """The search space: the method, which of its parameters are searched, and how finely.
 
     `parameters`: searched ones with their bounds. `fixed`: the others that should not have their default.
-    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share.
+    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share. The shared
+    embed, final_norm and head may be joined too, else embed and head have parameters of their own.
+    `layers_per_group`: a number or `all`. `smooth`: layers get what is interpolated between these groups.
     """
 
     kind: Literal["parameter"] = "parameter"
     method: str
-    layers_per_group: int = Field(1, ge=1)
+    layers_per_group: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     components: list[str] = ["attention", "mlp", "norm"]
+    smooth: bool = False
     parameters: dict[str, Bounds] = {}
     fixed: dict[str, Numbers] = {}
     normalize: bool | None = None
@@ -76,37 +79,161 @@ class DataFlowConfig(Section):
 
 
 class TaskConfig(Section):
-    """A task: a JSONL file, what its fields are called, and how it is split.
-
-    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
-    neither has white space there. `heldout`: a second file, or the share of the file that
-    the search never sees. `weight` 0: no part of the fitness, only shown in the held-out table.
-    """
+    """What every kind of task has. `heldout`: a second source of examples, or the share of the first that the search
+    never sees. `weight` 0: no part of the fitness, only shown in the held-out table. `limit`: how many examples of the
+    search split every generation is scored on; the finalists are scored on all."""
 
     name: str
+    heldout: str | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    weight: float = Field(1.0, ge=0.0)
+    limit: int | None = Field(None, ge=1)
+
+
+class TextConfig(TaskConfig):
+    """A task of text: a JSONL file, and what its fields are called.
+
+    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
+    neither has white space there.
+    """
+
     kind: Literal["likelihood", "multiple_choice", "exact_match"]
     file: str
-    heldout: str | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     prompt: str = "{prompt}"
     target: str = "{target}"
     choices: str = "choices"
     answer: str = "answer"
     delimiter: str = " "
     metric: Literal["log_probability", "accuracy", "margin"] | None = None
-    weight: float = Field(1.0, ge=0.0)
-    limit: int | None = Field(None, ge=1)
     pattern: str | None = None
     max_new_tokens: int = Field(256, ge=1)
     stop: list[str] = []
 
 
+class GsmConfig(TaskConfig):
+    """Worked problems with a number as answer, as in GSM8K and MGSM.
+
+    `source`, and `heldout` where it names a second one: a JSONL or parquet file, `hub:owner/dataset[/config][:split]`,
+    or `gsm-symbolic:language`. `style`: whose prompts and patterns; by the data's fields where there is none. `prompt`,
+    `pattern` (of the strict match) and `stop` take the place of the style's. `language`: an output counts only if it
+    is in it. `num_fewshot` worked examples are the first of `fewshot_source`, or of `source`; none of them is scored.
+    `on_test_set`: whether a search may see the examples that models are compared by.
+    """
+
+    kind: Literal["gsm"]
+    source: str
+    match: Literal["strict", "flexible"] = "strict"
+    language: str | None = None
+    style: str | None = None
+    prompt: str | None = None
+    pattern: str | None = None
+    stop: list[str] | None = None
+    num_fewshot: int = Field(0, ge=0)
+    fewshot_source: str | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    max_new_tokens: int = Field(256, ge=1)
+    on_test_set: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> "GsmConfig":
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError("prompt: expected {question} where the problem goes")
+        if self.system_instruction is not None and not self.apply_chat_template:
+            raise ValueError("system_instruction: a turn of a chat; say apply_chat_template: true, or put it in prompt")
+        if self.fewshot_source is not None and not self.num_fewshot:
+            raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
+        return self
+
+
+class HarnessConfig(TaskConfig):
+    """A task of the lm-eval harness, by its name there; `heldout` may name a second one.
+
+    `metric`: in the harness's notation, `exact_match,flexible-extract`; the task's first where there is none. `docs`:
+    only the first so many examples of the task, the harness's `--limit`. `split` train: its training examples instead
+    of those that it is scored on. `include_path`: a folder with task YAMLs of your own. `on_test_set`: whether a search
+    may see the examples that models are compared by. The others are the harness's own.
+    """
+
+    name: str = ""
+    lm_eval: str
+    metric: str | None = None
+    docs: int | None = Field(None, ge=2)
+    split: Literal["train"] | None = None
+    num_fewshot: int | None = Field(None, ge=0)
+    include_path: str | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
+    on_test_set: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value["lm_eval"]} | value if isinstance(value, dict) and "lm_eval" in value else value
+
+
+class FunctionConfig(TaskConfig):
+    """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
+
+    `gets`: what the function gets. `texts`: the records and what a candidate writes after each prompt. On the other two
+    it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
+    `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
+    """
+
+    kind: Literal["function"]
+    function: str
+    gets: Literal["texts", "log_probabilities", "logits"] = "texts"
+    file: str
+    prompt: str = "{prompt}"
+    target: str = "{target}"
+    delimiter: str = " "
+    max_new_tokens: int = Field(256, ge=1)
+    stop: list[str] = []
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FunctionConfig":
+        foreign = ("target", "delimiter") if self.gets == "texts" else ("max_new_tokens", "stop")
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: has no meaning where the function gets {self.gets}")
+        return self
+
+
+# Which of the kinds of task a mapping is: told by its keys, and no part of the key that a message names.
+TASK_KINDS: dict[Any, type[TaskConfig]] = {
+    "text": TextConfig, "gsm": GsmConfig, "lm_eval": HarnessConfig, "function": FunctionConfig,
+}  # fmt: skip
+
+
+def _task_tag(value: Any) -> str:
+    if isinstance(value, TaskConfig):
+        value = value.model_dump()
+    if not isinstance(value, dict):
+        return "text"
+    if "lm_eval" in value:
+        return "lm_eval"
+    return value["kind"] if value.get("kind") in ("gsm", "function") else "text"
+
+
+AnyTask = Annotated[
+    Annotated[TextConfig, Tag("text")]
+    | Annotated[GsmConfig, Tag("gsm")]
+    | Annotated[HarnessConfig, Tag("lm_eval")]
+    | Annotated[FunctionConfig, Tag("function")],
+    Discriminator(_task_tag),
+]
+
+
 class SearchConfig(Section):
-    """The strategy and its budget. `population` None: 4 + floor(3 ln D). `sigma` is in units of the bounds' range."""
+    """The strategy and its budget. `population` None: 4 + floor(3 ln D). `sigma` is in units of the bounds' range.
+    `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
+    half on twice as many, and so forth; in so many rungs the last few are scored on all."""
 
     population: int | None = Field(None, ge=2)
     generations: int = Field(50, ge=1)
     sigma: float = Field(1 / 6, gt=0.0)
     finalists: int = Field(5, ge=1)
+    rungs: int = Field(1, ge=1, le=8)
 
 
 class StageConfig(Section):
@@ -140,7 +267,7 @@ class Config(Section):
     space: SpaceConfig | None = None
     data_flow: DataFlowConfig | None = None
     stages: list[StageConfig] | None = Field(None, min_length=1)
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: list[AnyTask] = Field(min_length=1)
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export_dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -162,13 +289,15 @@ class Config(Section):
 class TaskFile(Section):
     """The YAML that `evojax-merge evaluate --tasks` takes: `tasks:` as in a search, all examples are scored."""
 
-    tasks: list[TaskConfig] = Field(min_length=1)
+    tasks: list[AnyTask] = Field(min_length=1)
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The keys that the mapping at `location` may have."""
     for part in location:
+        if part in TASK_KINDS:
+            model = TASK_KINDS[part]
         if isinstance(part, int) or part not in model.model_fields:
             continue
         annotation = model.model_fields[part].annotation
@@ -180,7 +309,9 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 def _explain(path: Path, schema: type[BaseModel], error: ValidationError) -> InputError:
     first = error.errors()[0]
     location = first["loc"]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    tagged = location[:1] == ("tasks",) and len(location) > 2 and location[2] in TASK_KINDS
+    shown_parts = (*location[:2], *location[3:]) if tagged else location
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown_parts).lstrip(".")
     if first["type"] == "extra_forbidden":
         known = _known_keys(schema, location[:-1])
         return InputError(path, f"{key}: unknown key{did_you_mean(str(location[-1]), known)}")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -133,6 +135,32 @@ def random_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[s
         }
         for _ in range(count)
     ]
+
+
+def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, length: Any = None) -> jax.Array:
+    """The decoder's final states of plain rows, without padding unless `first` and `length` tell of it."""
+    from evojax_merge.models.decoder import columns_of, forward
+
+    rows, width = tokens.shape
+    first = jnp.zeros(rows, jnp.int32) if first is None else jnp.asarray(first, jnp.int32)
+    length = width - first if length is None else jnp.asarray(length, jnp.int32)
+    return forward(config, source, jnp.asarray(tokens, jnp.int32), columns_of(width, first, length))[0]
+
+
+def greedy_tokens(config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...]) -> np.ndarray:
+    """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
+    from evojax_merge.models.generate import continue_, start
+
+    @jax.jit
+    def run(model: Any, tokens: jax.Array, first: jax.Array) -> jax.Array:
+        def alone(_: Any) -> Any:
+            return model
+
+        members = jnp.zeros(1)
+        writing = start(config, alone, members, tokens, first, new)
+        return continue_(config, alone, members, writing, new, stop)[0]
+
+    return np.asarray(run(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(first, jnp.int32)))[0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import edit_json, finetune, load_torch, random_model, save, tiny_config
+from helpers import edit_json, finetune, greedy_tokens, hidden_states, load_torch, random_model, save, tiny_config
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored
 from evojax_merge.checkpoints.parents import open_sources
@@ -17,7 +17,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.generate import ENDED
 from evojax_merge.models.sources import Stored
 
 THETA = {"rope_theta": 1e4}
@@ -70,7 +70,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-generate_compiled = jax.jit(generate, static_argnums=(0, 4, 5))
 
 
 def load(folder: Path) -> tuple[DecoderConfig, Stored]:
@@ -82,11 +81,7 @@ def ours(config: DecoderConfig, model: Stored, tokens: np.ndarray) -> np.ndarray
     """Logits of a batch without padding."""
 
     def run(model: Stored, tokens: jax.Array) -> jax.Array:
-        batch, width = tokens.shape
-        hidden, _ = decoder.forward(
-            config, model, tokens, jnp.zeros(batch, jnp.int32), jnp.full(batch, width, jnp.int32)
-        )
-        return decoder.logits(config, model, hidden)
+        return decoder.logits(config, model, hidden_states(config, model, tokens))
 
     return np.asarray(jax.jit(run)(model, jnp.asarray(tokens, jnp.int32)))
 
@@ -119,8 +114,7 @@ def test_logits_and_greedy_generation_equal_torch(case: str, tmp_path: Path) -> 
     for row, prompt in zip(padded, prompts, strict=True):
         row[width - len(prompt) :] = prompt
     first = np.array([width - len(prompt) for prompt in prompts], np.int32)
-    population = jax.tree.map(lambda leaf: leaf[None], model)
-    continued = np.asarray(generate_compiled(config, population, padded, first, new, ()))[0]
+    continued = greedy_tokens(config, model, padded, first, new, ())
     for row, prompt in zip(continued, prompts, strict=True):
         # A fresh one each time: transformers' dynamic rope remembers the longest text so far.
         with torch.no_grad():
@@ -135,11 +129,10 @@ def test_generation_ends_at_a_stop_token(tmp_path: Path) -> None:
     """What precedes the stop token is as without it; the stop token itself and what follows are not there."""
     save(random_model(tiny_config()), tmp_path)
     config, model = load(tmp_path)
-    population = jax.tree.map(lambda leaf: leaf[None], model)
     tokens, first = random_tokens(0, 2, 6).astype(np.int32), np.zeros(2, np.int32)
-    endless = np.asarray(generate_compiled(config, population, tokens, first, 12, ()))[0]
+    endless = greedy_tokens(config, model, tokens, first, 12, ())
     stop = int(endless[0, 5])
-    stopped = np.asarray(generate_compiled(config, population, tokens, first, 12, (stop, 2)))[0]
+    stopped = greedy_tokens(config, model, tokens, first, 12, (stop, 2))
     for with_stop, without in zip(stopped, endless, strict=True):
         ends = np.flatnonzero(np.isin(without, [stop, 2]))
         end = ends[0] if len(ends) else len(without)
@@ -212,10 +205,11 @@ def test_log_probabilities_do_not_depend_on_the_tile(
     monkeypatch.setattr(decoder, "HEAD_TILE", tile)
     hidden = np.random.default_rng(0).normal(size=(128, config.hidden)).astype(np.float32)
     targets = np.resize(np.arange(config.vocab), 128)
-    found = decoder.target_log_probabilities(config, model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
+    found, likeliest = decoder.score_targets(config, model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
     scores = load_torch(tmp_path).lm_head(torch.tensor(hidden)).detach()
     expected = torch.log_softmax(scores, dim=-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-4)
+    assert np.asarray(likeliest).tolist() == (scores.argmax(dim=-1).numpy() == targets).tolist()
 
 
 def test_padding_at_the_left_changes_nothing(tmp_path: Path) -> None:
@@ -223,9 +217,9 @@ def test_padding_at_the_left_changes_nothing(tmp_path: Path) -> None:
     save(random_model(tiny_config("mistral", sliding_window=4)), tmp_path)
     config, model = load(tmp_path)
     text = random_tokens(0, 1, 10)
-    alone, _ = decoder.forward(config, model, jnp.asarray(text, jnp.int32), jnp.zeros(1, jnp.int32), jnp.array([10]))
+    alone = hidden_states(config, model, text)
     padded = np.concatenate([random_tokens(1, 1, 5), text], axis=1)
-    shifted, _ = decoder.forward(config, model, jnp.asarray(padded, jnp.int32), jnp.array([5]), jnp.array([10]))
+    shifted = hidden_states(config, model, padded, [5], [10])
     np.testing.assert_allclose(np.asarray(shifted)[:, 5:], np.asarray(alone), atol=1e-5)
 
 

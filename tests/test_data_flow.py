@@ -18,6 +18,8 @@ import pytest
 import torch
 import yaml
 from helpers import (
+    greedy_tokens,
+    hidden_states,
     build_family,
     finetune,
     load_torch,
@@ -45,7 +47,7 @@ from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.paths import Path, PathBank, PathSpec, fold
 from evojax_merge.models.sources import Stored
 from evojax_merge.spaces.data_flow import IndicatorSpace, Move, MoveSpace, ScaleBounds
-from evojax_merge.tasks.tasks import Fields, Task, read_examples
+from evojax_merge.tasks.text import Fields, TextTask, read_examples
 
 # Every family with what it has that a path could get wrong: biases, norms of queries and keys, windows by layer.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -73,9 +75,7 @@ def open_paths(folders: Sequence[File], dtype: str = "float32") -> tuple[PathBan
 
 
 def stored_logits(config: DecoderConfig, model: Stored) -> np.ndarray:
-    rows, width = TOKENS.shape
-    hidden, _ = forward(config, model, TOKENS, np.zeros(rows, np.int32), np.full(rows, width, np.int32))
-    return np.asarray(logits(config, model, hidden))
+    return np.asarray(logits(config, model, hidden_states(config, model, TOKENS)))
 
 
 def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0) -> Path:
@@ -183,11 +183,7 @@ def test_written_paths_are_the_candidates(parents: list[File], tmp_path: File) -
 
 
 def greedy(config: DecoderConfig, model: Stored, new: int) -> list[int]:
-    from evojax_merge.models.generate import generate
-
-    one = jax.tree.map(lambda leaf: leaf[None], model)
-    tokens, first = jnp.asarray(TOKENS[:1]), jnp.zeros(1, jnp.int32)
-    return [int(t) for t in jax.jit(generate, static_argnums=(0, 4, 5))(config, one, tokens, first, new, ())[0, 0]]
+    return greedy_tokens(config, model, TOKENS[:1], [0], new, ())[0].tolist()
 
 
 def write_path(path: Path, spec: PathSpec, folders: Sequence[File], out: File) -> File:
@@ -259,7 +255,7 @@ class Setting:
         fields = Fields("{prompt}", "{target}", "choices", "answer", " ")
         kinds: list[tuple[Any, str]] = [("likelihood", "log_probability"), ("exact_match", "accuracy")]
         self.tasks = [
-            Task(kind, kind, metric, 1.0, str(file), tuple(read_examples(file, kind, fields)), max_new_tokens=3)
+            TextTask(kind, kind, metric, 1.0, str(file), tuple(read_examples(file, kind, fields)), max_new_tokens=3)
             for kind, metric in kinds
         ]
 

@@ -17,13 +17,15 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.evaluation import evaluator as evaluation
-from evojax_merge.evaluation.evaluator import Evaluator, Scores, build_requests, fitness, means, score_batch
+from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.evaluator import Evaluator, Scores, arrays_of, fitness, means
+from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import Merged
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
-from evojax_merge.tasks.tasks import Example, Fields, Task, read_examples
+from evojax_merge.tasks.text import Example, Fields, TextTask, read_examples
 
 POPULATION = 3
 FIELDS = Fields("{prompt}", "{target}", "choices", "answer", " ")
@@ -70,13 +72,13 @@ class Setting:
             self.task("words", "exact_match", "accuracy", 4, pattern=r"w\d+", max_new_tokens=4),
         ]
 
-    def task(self, name: str, kind: Any, metric: str, count: int, weight: float = 1.0, **changes: Any) -> Task:
+    def task(self, name: str, kind: Any, metric: str, count: int, weight: float = 1.0, **changes: Any) -> TextTask:
         file = write_lines(self.family.root / "records.jsonl", make_records())
         examples = tuple(read_examples(file, kind, FIELDS))[:count]
-        return Task(name, kind, metric, weight, str(file), examples, **changes)
+        return TextTask(name, kind, metric, weight, str(file), examples, **changes)
 
     @property
-    def short(self) -> Task:
+    def short(self) -> TextTask:
         """The likelihood task's short examples, which need one shape."""
         return replace(self.tasks[0], examples=self.tasks[0].examples[:4])
 
@@ -94,7 +96,7 @@ class Setting:
         genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
         return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))
 
-    def evaluator(self, tasks: list[Task] | None = None, chunk: int | None = None, per_batch: int = 128) -> Evaluator:
+    def evaluator(self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128) -> Evaluator:
         requests = build_requests([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
         return Evaluator(self.config, self.tokenizer, requests, chunk=chunk)
 
@@ -130,7 +132,7 @@ def torch_log_probability(model: Any, prompt: str, target: str) -> tuple[float, 
     return float(sum(rows[i - 1, ids[i]] for i in range(start, len(ids)))), len(ids) - start
 
 
-def torch_scores(model: Any, tasks: list[Task]) -> dict[str, dict[str, np.ndarray]]:
+def torch_scores(model: Any, tasks: list[TextTask]) -> dict[str, dict[str, np.ndarray]]:
     """What the tasks' scores are, computed by transformers and torch, example by example."""
     text, choice, generated = tasks
     likelihood = [torch_log_probability(model, e.prompt, e.targets[0]) for e in text.examples]
@@ -252,13 +254,22 @@ def test_whole_weight_on_one_parent_scores_as_that_parent(family: Family) -> Non
 
 def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge whose head is walked over in tiles that do not divide the vocabulary."""
-    batch = ties.evaluator(ties.tasks[:1]).requests[0].scoring[0]
+    scoring = ties.evaluator(ties.tasks[:1]).requests[0].scoring
+    assert scoring is not None
+    arrays = arrays_of(scoring.batches[0])
     source = Merged(ties.bank, candidate(ties.recipes, 0), ties.spec)
 
     def totals(tile: int) -> np.ndarray:
         monkeypatch.setattr(decoder, "HEAD_TILE", tile)
-        arrays = evaluation._arrays(batch)
-        return np.asarray(jax.jit(lambda source: score_batch(ties.config, source, arrays))(source))
+
+
+        @jax.jit
+        def run(source: Merged) -> jax.Array:
+            columns = decoder.Columns(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["branches"]))
+            hidden, _ = decoder.forward(ties.config, source, jnp.asarray(arrays["tokens"]), columns)
+            return passes.score_states(ties.config, source, hidden, arrays, None)[0]
+
+        return np.asarray(run(source))
 
     np.testing.assert_allclose(totals(13), totals(8192), atol=1e-4)
 
@@ -279,9 +290,9 @@ def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_
         np.testing.assert_allclose(found[2], expected[2], atol=1e-5)
 
 
-def matrix_task(name: str, metric: str, weight: float) -> Task:
+def matrix_task(name: str, metric: str, weight: float) -> TextTask:
     kind = "likelihood" if metric == "log_probability" else "multiple_choice"
-    return Task(name, kind, metric, weight, "file", (Example("a", ("b",), "b", 1),))  # type: ignore[arg-type]
+    return TextTask(name, kind, metric, weight, "file", (Example("a", ("b",), "b", 1),))  # type: ignore[arg-type]
 
 
 def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
@@ -308,15 +319,15 @@ def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
 
 def test_later_generations_compile_nothing(ties: Setting) -> None:
     evaluator = ties.evaluator(chunk=2)
-    passes = [evaluation._score_chunk, evaluation._materialise, evaluation._generate]
+    compiled_passes = [passes.score, passes.materialise, passes.begin_writing, passes.keep_writing]
     evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
-    compiled = [function._cache_size() for function in passes]
+    compiled = [function._cache_size() for function in compiled_passes]
     assert all(compiled)
     for seed in (2, 3):
         evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=seed))
     # Nor does a population of another size: chunks are filled up.
     evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION + 2, seed=4))
-    assert [function._cache_size() for function in passes] == compiled
+    assert [function._cache_size() for function in compiled_passes] == compiled
 
 
 def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
@@ -326,11 +337,11 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
     heldout = [replace(task, examples=task.examples[1::2]) for task in full]
     splits = build_requests([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
     evaluators = [Evaluator(ties.config, ties.tokenizer, requests, chunk=1) for requests in splits]
-    passes = [evaluation._score_chunk, evaluation._generate]
+    compiled_passes = [passes.score, passes.begin_writing, passes.keep_writing]
     scores = [evaluators[1].population(ties.bank, ties.spec, ties.recipes)]
-    compiled = [function._cache_size() for function in passes]
+    compiled = [function._cache_size() for function in compiled_passes]
     scores += [other.population(ties.bank, ties.spec, ties.recipes) for other in (evaluators[0], evaluators[2])]
-    assert [function._cache_size() for function in passes] == compiled
+    assert [function._cache_size() for function in compiled_passes] == compiled
     for name, metrics in scores[0].matrices.items():
         for metric, whole in metrics.items():
             for half, part in enumerate(scores[1:]):
@@ -355,6 +366,7 @@ def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
 
     def chosen(budget: int | None) -> set[int]:
         monkeypatch.setattr(evaluation, "free_memory", lambda: budget)
+        monkeypatch.setattr(evaluation, "on_accelerator", lambda: budget is not None)
         evaluator = ties.evaluator(tasks)
         scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
         assert np.isfinite(fitness(tasks, scores)).all()

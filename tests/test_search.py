@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, load_torch, random_records, write_lines
+from helpers import build_family, hidden_states, load_torch, random_records, write_lines
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
@@ -103,8 +103,7 @@ def test_winner_is_what_was_scored(finished, config_file):
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
     source = Merged(bank, candidate(recipes, 0), problem.spec)
     tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
-    hidden, _ = forward(problem.decoder, source, tokens, np.zeros(3, np.int32), np.full(3, 11, np.int32))
-    ours = np.asarray(logits(problem.decoder, source, hidden))
+    ours = np.asarray(logits(problem.decoder, source, hidden_states(problem.decoder, source, tokens)))
     with torch.no_grad():
         theirs = load_torch(finished / "best/model")(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import load_torch, state
+from helpers import greedy_tokens, hidden_states, load_torch, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models import decoder
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import forward, logits
-from evojax_merge.models.generate import ENDED, generate
+from evojax_merge.models.decoder import logits
+from evojax_merge.models.generate import ENDED
 from evojax_merge.models.sources import Stored
+from evojax_merge.wheels import PackageUnavailable
 from evojax_merge.zoo import locate, smollm2
 
 TEXTS = (
@@ -34,7 +35,7 @@ NEW_TOKENS = 24
 def or_skip(make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except smollm2.PackageUnavailable as error:
+    except PackageUnavailable as error:
         pytest.skip(str(error))
 
 
@@ -73,9 +74,8 @@ def greedy(ours: tuple[DecoderConfig, Stored], prompts: list[list[int]], new: in
     for row, ids in zip(tokens, prompts, strict=True):
         row[width - len(ids) :] = ids
     first = jnp.array([width - len(ids) for ids in prompts], jnp.int32)
-    population = jax.tree.map(lambda leaf: leaf[None], model)
-    out = jax.jit(generate, static_argnums=(0, 4, 5))(config, population, tokens, first, new, (stop,))
-    return [[int(token) for token in row if token != ENDED] for row in out[0]]
+    out = greedy_tokens(config, model, tokens, first, new, (stop,))
+    return [[int(token) for token in row if token != ENDED] for row in out]
 
 
 def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp_path: Path) -> None:
@@ -119,8 +119,7 @@ def test_logits_are_those_of_torch(
 
     @jax.jit
     def run(model: Stored) -> jax.Array:
-        hidden, _ = forward(config, model, jnp.asarray(tokens), jnp.zeros_like(length), length)
-        return logits(config, model, hidden)
+        return logits(config, model, hidden_states(config, model, tokens, jnp.zeros_like(length), length))
 
     found = np.asarray(run(model))
     for got, ids in zip(found, rows, strict=True):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import hidden_states
+
 from evojax_merge import zoo
 from evojax_merge.errors import InputError
 from evojax_merge.zoo.arithmetic import IDS, VOCABULARY, Plan, base_batch, japanese_batch, maths_batch, split_hard_sums
@@ -162,7 +164,7 @@ def test_transformers_loads_a_folder_and_gives_the_same_logits(family: Path, nam
 
     from evojax_merge.checkpoints.bank import load_stored
     from evojax_merge.checkpoints.parents import open_sources
-    from evojax_merge.models.decoder import forward, logits
+    from evojax_merge.models.decoder import logits
 
     tokenizer = AutoTokenizer.from_pretrained(family / name)
     model, report = AutoModelForCausalLM.from_pretrained(family / name, output_loading_info=True)
@@ -174,7 +176,7 @@ def test_transformers_loads_a_folder_and_gives_the_same_logits(family: Path, nam
         expected = model.float()(torch.tensor([ids])).logits.numpy()
     sources, config = open_sources([family / name])
     stored, tokens = load_stored(sources, config), jnp.asarray([ids])
-    hidden, _ = forward(config, stored, tokens, jnp.array([0]), jnp.array([len(ids)]))
+    hidden = hidden_states(config, stored, tokens)
     np.testing.assert_allclose(np.asarray(logits(config, stored, hidden)), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,9 +1,9 @@
 """The evaluator: every candidate of a population on every example of the tasks, in compiled batched passes.
 
-May import models and tasks. The result for a task is a score matrix `float32[P, N]`; fitness is a reduction of it.
-Scoring streams: a candidate's layers are merged inside the forward pass and never exist together. Generation
-materialises a chunk of candidates first. Which candidates go through a pass together (the *chunk*) is chosen from
-the memory that the compiler reports.
+May import models, tasks and evaluation's other files. The result for a task is a score matrix `float32[P, N]`; fitness
+is a reduction of it. Scoring streams: a candidate's layers are merged inside the forward pass and never exist together.
+Generation materialises a chunk of candidates first. How many candidates go through a pass together (the *chunk*), and
+how many rows, is chosen from the memory that the compiler reports; where that was too much, less is tried.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,36 +12,31 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.errors import InputError
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
+from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.devices import Devices, float_bytes, free_memory, on_accelerator, repeat_last, size_of
+from evojax_merge.evaluation.passes import Alone, Build, Each, MergeOf
+from evojax_merge.evaluation.requests import Requests, smaller
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import LayerSource, forward, target_log_probabilities
-from evojax_merge.models.generate import BROKEN, generate
-from evojax_merge.models.sources import Merged, Stored
-from evojax_merge.tasks.batches import (
-    PromptBatch,
-    Row,
-    ScoringBatch,
-    Shape,
-    batch_shapes,
-    padding_share,
-    prompt_batches,
-    scoring_batches,
-)
-from evojax_merge.tasks.tasks import Task, likelihood_rows, prompt_rows, score_likelihood, score_outputs
+from evojax_merge.models.decoder import Cache
+from evojax_merge.models.generate import BROKEN
+from evojax_merge.models.sources import Stored
+from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
+from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
 
 Progress = Callable[[int], None]
 
-# Share of an accelerator's free memory that a pass may take beyond the bank.
-MEMORY_SHARE = 0.8
+# Tokens that a candidate writes between two looks at its stop texts.
+GLANCE = 32
+# Materialised candidates that decode together on a CPU: as many as its cache may hold.
+CPU_MODELS = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of N outputs."""
+    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of outputs."""
 
     matrices: dict[str, dict[str, np.ndarray]]
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
@@ -73,129 +68,49 @@ def means(tasks: Sequence[Task], scores: Scores) -> list[dict[str, float]]:
     ]
 
 
+def score_task(task: Task, answers: Answers, broken: np.ndarray) -> dict[str, np.ndarray]:
+    """Metric -> float32[P, N]; NaN for candidates whose answers are not numbers. broken: bool[P], whose outputs are
+    not."""
+    failed = broken | ~np.isfinite(answers.totals).all(axis=1)
+    return {
+        metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32)
+        for metric, matrix in task.score(answers).items()
+    }
+
+
+def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
+    """What a compiled pass takes of a batch."""
+    return vars(batch) | {"rows": batch.rows.astype(np.int32)}
+
+
 @dataclass(frozen=True)
-class Requests:
-    """A task's examples, tokenised once for the whole run, as batches."""
+class Population:
+    """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
 
-    task: Task
-    rows: list[Row]
-    scoring: list[ScoringBatch]
-    prompts: list[PromptBatch]
-    stop: tuple[int, ...]
+    build: Build
+    shared: Any
+    members: Any
 
+    @property
+    def size(self) -> int:
+        return size_of(self.members)
 
-def build_requests(
-    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
-) -> list[list[Requests]]:
-    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
-
-    Raises InputError for an example that is longer than `context`, the model's.
-    """
-    rows = [[_task_rows(task, tokenizer, context) for task in split] for split in splits]
-    shapes = [
-        batch_shapes(rows[0][i], tokens_per_batch, [row for other in rows[1:] for row in other[i]])
-        for i in range(len(splits[0]))
-    ]
-    return [
-        [_requests(task, rows[s][i], shapes[i], stop) for i, task in enumerate(split)] for s, split in enumerate(splits)
-    ]
+    def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """Runs of `size` candidates: their numbers, and the members, filled up to one shape."""
+        for begin in range(0, self.size, size):
+            rows = np.arange(begin, min(begin + size, self.size))
+            yield rows, repeat_last(self.members, rows, size)
 
 
-def describe_requests(requests: Sequence[Requests]) -> str:
-    """One line: what each candidate is asked."""
-    rows = [row for request in requests for row in request.rows]
-    batches: list[ScoringBatch | PromptBatch] = []
-    for request in requests:
-        batches += [*request.scoring, *request.prompts]
-    return (
-        f"each candidate: {sum(len(row.tokens) for row in rows):,} tokens of {len(rows):,} rows in {len(batches)} "
-        f"batches, {padding_share(batches, rows):.0%} padding"
-    )
-
-
-def _requests(task: Task, rows: list[Row], shapes: list[Shape], stop: tuple[int, ...]) -> Requests:
-    if task.kind == "exact_match":
-        return Requests(task, rows, [], prompt_batches(rows, shapes), stop)
-    return Requests(task, rows, scoring_batches(rows, shapes), [], stop)
-
-
-def _task_rows(task: Task, tokenizer: Any, context: int) -> list[Row]:
-    generates = task.kind == "exact_match"
-    new = task.max_new_tokens if generates else 0
-    rows = prompt_rows(task, tokenizer) if generates else likelihood_rows(task, tokenizer)
-    for row in rows:
-        if len(row.tokens) + new > context:
-            asked = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
-            raise InputError(row.where, f"{asked} do not fit the models' context of {context}")
-    return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Compiled passes
-
-
-def score_batch(config: DecoderConfig, source: LayerSource, batch: Any) -> jax.Array:
-    """The targets' total log-probability for each row, float32[B]. batch: a ScoringBatch's arrays, as a dict."""
-    tokens, first = batch["tokens"], jnp.zeros_like(batch["length"])
-    hidden, _ = forward(config, source, tokens, first, batch["length"])
-    # Only positions that predict a target meet the head.
-    picked = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
-    flat = target_log_probabilities(config, source, picked.reshape(-1, picked.shape[-1]), batch["targets"].reshape(-1))
-    return jnp.where(batch["mask"], flat.reshape(batch["mask"].shape), 0.0).sum(axis=1)
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _score_chunk(
-    config: DecoderConfig, spec: MergeSpec, compute_dtype: str, bank: Bank, recipes: Recipe, batch: Any
-) -> jax.Array:
-    """float32[chunk, B]: a chunk of candidates in one pass."""
-
-    def one(recipe: Recipe) -> jax.Array:
-        return score_batch(config, Merged(bank, recipe, spec, compute_dtype), batch)
-
-    # A population axis of one would only cost.
-    return one(candidate(recipes, 0))[None] if _size(recipes) == 1 else jax.vmap(one)(recipes)
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_stored(config: DecoderConfig, model: Stored, batch: Any) -> jax.Array:
-    return score_batch(config, model, batch)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _materialise(spec: MergeSpec, compute_dtype: str, bank: Bank, recipes: Recipe) -> Stored:
-    def one(recipe: Recipe) -> Stored:
-        # Else the compiler takes the shared leaves' deltas, which no candidate changes, out of the loop and keeps them.
-        own, recipe = jax.lax.optimization_barrier((bank, recipe))
-        return Merged(own, recipe, spec, compute_dtype).materialise()
-
-    return jax.lax.map(one, recipes)
-
-
-_generate = jax.jit(generate, static_argnums=(0, 4, 5))
-
-
-def _arrays(batch: ScoringBatch) -> dict[str, np.ndarray]:
-    return {name: getattr(batch, name) for name in ("tokens", "length", "at", "targets", "mask")}
-
-
-def _size(tree: Any) -> int:
-    return jax.tree.leaves(tree)[0].shape[0]
-
-
-def _chunks(recipes: Recipe, chunk: int) -> Iterator[Recipe]:
-    """Runs of `chunk` candidates; the last is filled up with its last candidate, so that all have one shape."""
-    last = _size(recipes) - 1
-    for start in range(0, last + 1, chunk):
-        rows = np.minimum(np.arange(start, start + chunk), last)
-        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], recipes)
+def _out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 @dataclass
 class Evaluator:
     """Scores populations of merges of one bank, and stored models, on one set of requests.
 
-    `chunk`: how many candidates share a pass; None chooses.
+    `chunk`: how many candidates share a pass on a device; None chooses. `say` is told what was chosen.
     """
 
     config: DecoderConfig
@@ -203,6 +118,9 @@ class Evaluator:
     requests: list[Requests]
     compute_dtype: str = "float32"
     chunk: int | None = None
+    devices: Devices = Devices()
+    say: Callable[[str], None] = lambda text: None
+    # By task and kind of pass: the chunk that was chosen.
     chosen: dict[Any, int] = field(default_factory=dict)
 
     @property
@@ -211,7 +129,7 @@ class Evaluator:
 
     def passes(self, population: int) -> int:
         """How many steps of progress an evaluation reports."""
-        return sum(len(request.scoring) + len(request.prompts) for request in self.requests) * population
+        return sum(request.batches for request in self.requests) * population
 
     def population(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
@@ -219,133 +137,241 @@ class Evaluator:
         """Score P recipes (leading axis P on every leaf)."""
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
-        size = _size(recipes)
-
-        def score(batch: ScoringBatch) -> np.ndarray:
-            arrays = _arrays(batch)
-            chunk = self._chunk_for(spec, bank, recipes, arrays)
-            rows: list[Any] = []
-            for i, part in enumerate(_chunks(recipes, chunk)):
-                rows.append(_score_chunk(self.config, spec, self.compute_dtype, bank, part, arrays))
-                # One pass is always queued, so that the device does not wait for the host; no more than one, so
-                # that an interruption does not wait for the device.
-                if i > 0:
-                    rows[i - 1] = np.asarray(rows[i - 1])
-                    progress(chunk)
-            progress(chunk)
-            return np.concatenate([np.asarray(row) for row in rows])[:size]
-
-        def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
-            rows = []
-            for part in _chunks(recipes, self._generation_chunk(bank, size)):
-                models = _materialise(spec, self.compute_dtype, bank, part)
-                rows.append(self._continue(models, batch, request))
-                progress(len(rows[-1]))
-            return np.concatenate(rows)[:size]
-
-        return self._evaluate(size, score, continue_)
+        return self._evaluate(Population(MergeOf(spec, self.compute_dtype), bank, recipes), progress)
 
     def stored(self, model: Stored, progress: Progress = lambda done: None) -> Scores:
         """Score one stored model: a population of one."""
+        # Every group of devices would compute the same.
+        alone = Evaluator(self.config, self.tokenizer, self.requests, self.compute_dtype, 1, say=self.say)
+        return alone._evaluate(Population(Alone(), model, np.zeros(1)), progress)
 
-        def score(batch: ScoringBatch) -> np.ndarray:
-            row = np.asarray(_score_stored(self.config, model, _arrays(batch)))
-            progress(1)
-            return row[None]
+    def write_stored(self, model: Stored, request: Requests, progress: Progress) -> tuple[list[str], bool]:
+        """One stored model's continuations of a task's prompts, and whether its logits were not finite."""
+        texts, broken = self._write(Population(Alone(), model, np.zeros(1)), request, progress)
+        return texts[0], bool(broken[0])
 
-        def continue_(batch: PromptBatch, request: Requests) -> np.ndarray:
-            row = self._continue(jax.tree.map(lambda leaf: leaf[None], model), batch, request)
-            progress(1)
-            return row
+    def _evaluate(self, population: Population, progress: Progress) -> Scores:
+        scores = Scores({})
+        for i in range(len(self.requests)):
+            totals, greedy = self._with_less(i, partial(self._score, population), progress)
+            texts, broken = self._with_less(i, partial(self._write, population), progress)
+            task, asked = self.requests[i].task, self.requests[i].asked
+            counts = np.array([len(row.tokens) - row.start for row in asked.scored])
+            scores.matrices[task.name] = score_task(task, Answers(totals, counts, greedy, texts), broken)
+            if asked.prompts:
+                scores.outputs[task.name] = texts
+        return scores
 
-        return self._evaluate(1, score, continue_)
+    def _with_less(self, i: int, run: Callable[[Requests, Progress], Any], progress: Progress) -> Any:
+        """`run` request i; where that is out of memory, with half of what went through a pass, until it fits."""
+        while True:
+            done = 0
 
-    def _continue(self, models: Stored, batch: PromptBatch, request: Requests) -> np.ndarray:
-        new = request.task.max_new_tokens
-        return np.asarray(_generate(self.config, models, batch.tokens, batch.first, new, request.stop))
+            def count(passes: int) -> None:
+                nonlocal done
+                done += passes
+                progress(passes)
 
-    def _evaluate(
-        self,
-        size: int,
-        score: Callable[[ScoringBatch], np.ndarray],
-        continue_: Callable[[PromptBatch, Requests], np.ndarray],
-    ) -> Scores:
-        matrices, outputs = {}, {}
-        for request in self.requests:
-            task, count = request.task, len(request.rows)
-            if task.kind == "exact_match":
-                texts = [[""] * count for _ in range(size)]
-                broken = np.zeros(size, bool)
-                for prompts in request.prompts:
-                    tokens = continue_(prompts, request)
-                    broken |= (tokens == BROKEN).any(axis=(1, 2))
-                    self._decode_into(texts, tokens, prompts.rows)
-                outputs[task.name] = texts
-                scores = score_outputs(task, texts)
-                matrices[task.name] = {name: np.where(broken[:, None], np.nan, rows) for name, rows in scores.items()}
-                continue
-            sums = np.zeros((size, count), np.float32)
-            for batch in request.scoring:
-                real = batch.rows >= 0
-                sums[:, batch.rows[real]] = score(batch)[:, real]
-            counts = np.array([len(row.tokens) - row.start for row in request.rows])
-            matrices[task.name] = score_likelihood(task, sums, counts)
-        return Scores(matrices, outputs)
+            try:
+                return run(self.requests[i], count)
+            except jax.errors.JaxRuntimeError as error:
+                if not _out_of_memory(error) or not self._halve(i):
+                    raise
+                # What is done again is not counted twice.
+                progress(-done)
 
-    def _decode_into(self, texts: list[list[str]], tokens: np.ndarray, rows: np.ndarray) -> None:
-        """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
-        for b, row in enumerate(rows):
-            if row < 0:
-                continue
-            known: dict[bytes, str] = {}
-            for p in range(tokens.shape[0]):
-                ids = tokens[p, b]
-                key = ids.tobytes()
-                if key not in known:
-                    known[key] = self.tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
-                texts[p][row] = known[key]
+    def _halve(self, i: int) -> bool:
+        request, halved = self.requests[i], False
+        for key, chunk in self.chosen.items():
+            if key[0] == request.task.name and chunk > 1:
+                self.chosen[key], halved = chunk // 2, True
+                self.say(
+                    f"{request.task.name}: out of memory with {chunk} candidates a pass; going on with {chunk // 2}"
+                )
+        less = None if halved else smaller(request)
+        if less is not None:
+            self.say(f"{request.task.name}: out of memory; going on with batches of {less.tokens_per_batch} tokens")
+            self.requests = [*self.requests[:i], less, *self.requests[i + 1 :]]
+        return halved or less is not None
 
-    def _chunk_for(self, spec: MergeSpec, bank: Bank, recipes: Recipe, batch: dict[str, np.ndarray]) -> int:
-        """The largest power of two whose temporaries, as the compiler reports them, fit the device; 1 on a CPU,
-        where sharing a pass is slower than one candidate after the other."""
-        size = _size(recipes)
-        if self.chunk is not None:
-            return min(self.chunk, size)
-        key = (size, *(array.shape for array in batch.values()))
+    # -----------------------------------------------------------------------------------------------------------
+    # Scored rows
+
+    def _score(self, population: Population, request: Requests, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+        """float32[P, S] and bool[P, S]."""
+        shape = (population.size, len(request.asked.scored))
+        totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
+        if request.scoring is None:
+            return totals, greedy
+        mesh, reduce = self.devices.mesh, request.asked.reduce
+        build, shared = population.build, population.shared
+        waiting: list[tuple[np.ndarray, ScoringBatch, Any]] = []
+
+        def take() -> None:
+            rows, batch, (found, likeliest) = waiting.pop(0)
+            real = batch.rows >= 0
+            place = np.ix_(rows, batch.rows[real])
+            totals[place] = np.asarray(found)[: len(rows), real]
+            greedy[place] = np.asarray(likeliest)[: len(rows), real]
+            progress(len(rows))
+
+        for rows, members in population.chunks(self._scoring_chunk(population, request) * self.devices.population):
+            prefix = self._read_header(build, shared, members, request.scoring.header)
+            for batch in request.scoring.batches:
+                arrays = arrays_of(batch)
+                waiting.append(
+                    (rows, batch, passes.score(self.config, build, mesh, reduce, shared, members, prefix, arrays))
+                )
+                # One pass is always queued, so that the device does not wait for the host; no more than one, so that
+                # an interruption does not wait for the device.
+                if len(waiting) > 1:
+                    take()
+        while waiting:
+            take()
+        return totals, greedy
+
+    def _read_header(self, build: Build, shared: Any, members: Any, header: np.ndarray) -> Cache | None:
+        if not header.size:
+            return None
+        return passes.read_header(self.config, build, self.devices.mesh, shared, members, header)
+
+    def _scoring_chunk(self, population: Population, request: Requests) -> int:
+        """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a
+        CPU, where sharing a pass is slower than one candidate after the other."""
+        most = max(1, -(-population.size // self.devices.population))
+        key = (request.task.name, "scores", most)
         if key not in self.chosen:
-            self.chosen[key] = self._largest_chunk(spec, bank, recipes, batch, size)
+            if self.chunk is not None:
+                self.chosen[key] = min(self.chunk, most)
+            else:
+                self.chosen[key] = self._largest_chunk(population, request, most) if on_accelerator() else 1
         return self.chosen[key]
 
-    def _largest_chunk(self, spec: MergeSpec, bank: Bank, recipes: Recipe, batch: Any, size: int) -> int:
+    def _largest_chunk(self, population: Population, request: Requests, most: int) -> int:
+        """One and two candidates a pass tell what each takes; the largest chunk that should fit is then compiled to
+        see whether it does."""
         budget = free_memory()
-        if budget is None:
+        one = self._temporaries(population, request, 1)
+        if one is None or most < 2:
             return 1
+        two = self._temporaries(population, request, 2) or 2 * one
+        each = max(two - one, 1)
         chunk = 1
-        while chunk * 2 <= size:
-            part = next(_chunks(recipes, chunk * 2))
-            lowered = _score_chunk.lower(self.config, spec, self.compute_dtype, bank, part, batch)
-            memory = lowered.compile().memory_analysis()
-            if memory is None or memory.temp_size_in_bytes > budget:
-                break
+        while chunk * 2 <= most and one + (2 * chunk - 1) * each <= budget:
             chunk *= 2
-        return chunk
+        while chunk > 2 and (self._temporaries(population, request, chunk) or 0) > budget:
+            chunk //= 2
+        return chunk if chunk > 1 and two <= budget else 1
 
-    def _generation_chunk(self, bank: Bank, size: int) -> int:
-        """As many materialised candidates as fit; one at a time on a CPU unless they are small."""
-        if self.chunk is not None:
-            return min(self.chunk, size)
-        one = sum(leaf.nbytes // leaf.shape[1] for leaf in bank.layers.values())
-        one += sum(leaf.nbytes // leaf.shape[0] for leaf in bank.shared.values())
-        budget = free_memory()
-        # A quarter for the weights: the rest is for caches and activations. Small models fit a CPU's cache.
-        room = 32 * 2**20 if budget is None else budget // 4
-        return int(max(1, min(size, room // max(one, 1))))
+    def _temporaries(self, population: Population, request: Requests, chunk: int) -> int | None:
+        """Bytes beyond its arguments that the largest pass over a chunk needs on a device, as the compiler reports;
+        None where it does not."""
+        assert request.scoring is not None
+        _, members = next(population.chunks(chunk * self.devices.population))
+        batch = max(request.scoring.batches, key=lambda batch: batch.tokens.size)
+        build, shared, mesh, header = population.build, population.shared, self.devices.mesh, request.scoring.header
+        read = partial(passes.read_header, self.config, build, mesh)
+        prefix = jax.eval_shape(read, shared, members, header) if header.size else None
+        lowered = passes.score.lower(
+            self.config, build, mesh, request.asked.reduce, shared, members, prefix, arrays_of(batch)
+        )
+        memory = lowered.compile().memory_analysis()
+        own = 0 if prefix is None else float_bytes(prefix) // self.devices.population
+        return None if memory is None else memory.temp_size_in_bytes + own
 
+    # -----------------------------------------------------------------------------------------------------------
+    # Prompts
 
-def free_memory() -> int | None:
-    """Bytes that a pass may use on the first device beyond what is loaded; None on a CPU."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if not stats or "bytes_limit" not in stats:
-        return None
-    return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    def _write(
+        self, population: Population, request: Requests, progress: Progress
+    ) -> tuple[list[list[str]], np.ndarray]:
+        """P lists of continuations, and bool[P], whose logits were not finite."""
+        texts = [[""] * len(request.asked.prompts) for _ in range(population.size)]
+        broken = np.zeros(population.size, bool)
+        if request.prompts is None:
+            return texts, broken
+        for rows, members in population.chunks(self._writing_chunk(population, request) * self.devices.population):
+            build, shared = population.build, population.shared
+            if isinstance(build, MergeOf):
+                members = passes.materialise(build, self.devices.mesh, shared, members)
+                build, shared = Each(), None
+            prefix = self._read_header(build, shared, members, request.prompts.header)
+            for batch in request.prompts.batches:
+                tokens = self._continue(build, shared, members, prefix, batch, request)[: len(rows)]
+                broken[rows] |= (tokens == BROKEN).any(axis=(1, 2))
+                written = self._decoded(tokens)
+                for p, row in enumerate(rows):
+                    for b in np.flatnonzero(batch.rows >= 0):
+                        texts[row][batch.rows[b]] = cut_at_stop(written[p][b], request.asked.stop)
+                progress(len(rows))
+        return texts, broken
+
+    def _continue(
+        self, build: Build, shared: Any, members: Any, prefix: Cache | None, batch: PromptBatch, request: Requests
+    ) -> np.ndarray:
+        """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text."""
+        asked, mesh = request.asked, self.devices.mesh
+        count = min(GLANCE, asked.max_new_tokens) if asked.stop else asked.max_new_tokens
+        rounds = -(-asked.max_new_tokens // count)
+        writing = passes.begin_writing(
+            self.config, build, mesh, rounds * count, shared, members, prefix, batch.tokens, batch.first
+        )
+        # Rows that fill up the batch say nothing.
+        done = np.broadcast_to(batch.rows < 0, writing.done.shape)
+        pieces: list[np.ndarray] = []
+        while len(pieces) < rounds and not done.all():
+            writing = writing.replace(done=jax.device_put(done, writing.done.sharding))
+            out, writing = passes.keep_writing(
+                self.config, build, mesh, count, request.stop, shared, members, writing, prefix
+            )
+            pieces.append(np.asarray(out))
+            done = np.asarray(writing.done)
+            if asked.stop and len(pieces) < rounds:
+                done = done | self._stopped(np.concatenate(pieces, axis=2), asked)
+        return np.concatenate(pieces, axis=2)[:, :, : asked.max_new_tokens]
+
+    def _stopped(self, tokens: np.ndarray, asked: Asked) -> np.ndarray:
+        """bool[P, B]: whether a text holds a stop text."""
+        return np.array([[any(word in text for word in asked.stop) for text in row] for row in self._decoded(tokens)])
+
+    def _decoded(self, tokens: np.ndarray) -> list[list[str]]:
+        """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
+        known: dict[bytes, str] = {}
+
+        def text(ids: np.ndarray) -> str:
+            key = ids.tobytes()
+            if key not in known:
+                known[key] = self.tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
+            return known[key]
+
+        return [[text(ids) for ids in row] for row in tokens]
+
+    def _writing_chunk(self, population: Population, request: Requests) -> int:
+        """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small."""
+        most = max(1, -(-population.size // self.devices.population))
+        key = (request.task.name, "texts", most)
+        if key not in self.chosen:
+            room = self.chunk or most
+            if self.chunk is None and isinstance(population.build, MergeOf):
+                model, state = self._written_bytes(population, request)
+                room = free_memory() // (model + state) if on_accelerator() else CPU_MODELS // model
+            self.chosen[key] = int(max(1, min(most, room)))
+        return self.chosen[key]
+
+    def _written_bytes(self, population: Population, request: Requests) -> tuple[int, int]:
+        """Bytes of one materialised candidate, and of what it needs to write the largest batch of prompts."""
+        assert request.prompts is not None and isinstance(population.build, MergeOf)
+        _, member = next(population.chunks(1))
+        model = jax.eval_shape(partial(passes.materialise, population.build, None), population.shared, member)
+        if not on_accelerator():
+            return float_bytes(model), 0
+        batch, header = max(request.prompts.batches, key=lambda batch: batch.tokens.size), request.prompts.header
+        read = partial(passes.read_header, self.config, Each(), None)
+        prefix = jax.eval_shape(read, None, model, header) if header.size else None
+        new = request.asked.max_new_tokens
+        lowered = passes.begin_writing.lower(
+            self.config, Each(), None, new, None, model, prefix, batch.tokens, batch.first
+        )
+        memory = lowered.compile().memory_analysis()
+        writing = float_bytes(lowered.out_info)
+        return float_bytes(model), 2 * writing + (0 if memory is None else memory.temp_size_in_bytes)

@@ -6,7 +6,7 @@ distinct path. Scores of a path are kept for the whole run, so that a path that 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.evaluation.evaluator import Evaluator, Progress, Requests, Scores
+from evojax_merge.evaluation.evaluator import Evaluator, Progress, Scores, arrays_of, score_task
+from evojax_merge.evaluation.passes import score_states
+from evojax_merge.evaluation.requests import Requests
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import rms_norm, target_log_probabilities
-from evojax_merge.models.paths import Ends, Path, PathBank, advance, begin, ends_of, fold
+from evojax_merge.models.decoder import Columns, rms_norm
+from evojax_merge.models.paths import Ends, Path, PathBank, State, advance, begin, ends_of, fold
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.tasks import score_likelihood
+from evojax_merge.tasks.task import Answers, Reduce
 
 # Generation runs a stored model: lengths are rounded up to this many layers, so that few shapes are compiled.
 LENGTH_STEP = 4
@@ -64,13 +66,12 @@ def segments(root: Trie) -> Iterator[tuple[int, list[Step], int | None]]:
         stack += [(depth + 1, child, [step]) for step, child in reversed(node.children.items())]
 
 
-@partial(jax.jit, static_argnums=0)
-def _score(config: DecoderConfig, source: Ends, x: jax.Array, batch: Any) -> jax.Array:
-    """The targets' total log-probability for each row, float32[B], from the states after the last layer."""
-    picked = jnp.take_along_axis(x, batch["at"][..., None], axis=1)
-    hidden = rms_norm(picked, source.final_norm(), config.norm_eps)
-    flat = target_log_probabilities(config, source, hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1))
-    return jnp.where(batch["mask"], flat.reshape(batch["mask"].shape), 0.0).sum(axis=1)
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(
+    config: DecoderConfig, reduce: Reduce | None, source: Ends, rows: jax.Array, batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """What passes.score_states makes of the states after the last layer."""
+    return score_states(config, source, rms_norm(rows, source.final_norm(), config.norm_eps), batch, reduce)
 
 
 @dataclass
@@ -92,7 +93,7 @@ class PathEvaluator:
     def population(self, paths: Sequence[Path | None], progress: Progress = lambda done: None) -> Scores:
         """Score P paths; None, a candidate without a path, scores NaN."""
         requests = self.evaluator.requests
-        passes = sum(len(request.scoring) + len(request.prompts) for request in requests)
+        passes = sum(request.batches for request in requests)
         keys = [None if path is None else key_of(path) for path in paths]
         fresh: dict[Key, Path] = {}
         for key, path in zip(keys, paths, strict=True):
@@ -104,15 +105,17 @@ class PathEvaluator:
         matrices: dict[str, dict[str, np.ndarray]] = {}
         outputs: dict[str, list[list[str]]] = {}
         for request in requests:
-            name, count = request.task.name, len(request.task.examples)
+            name, count = request.task.name, request.task.size
             rows = [None if key is None else self.known[key][name] for key in keys]
             metrics = next((list(row) for row in rows if row is not None), [request.task.metric])
             nothing = np.full(count, np.nan, np.float32)
             matrices[name] = {
                 metric: np.stack([nothing if row is None else row[metric] for row in rows]) for metric in metrics
             }
-            if request.task.kind == "exact_match":
-                outputs[name] = [[""] * count if key is None else self.outputs[key][name] for key in keys]
+            if request.asked.prompts:
+                outputs[name] = [
+                    [""] * len(request.asked.prompts) if key is None else self.outputs[key][name] for key in keys
+                ]
         self.asked += passes * sum(len(path.layers) for path in paths if path is not None)
         return Scores(matrices, outputs)
 
@@ -121,53 +124,59 @@ class PathEvaluator:
         for key in keys:
             self.known[key], self.outputs[key] = {}, {}
         for request in self.evaluator.requests:
-            task = request.task
-            if task.kind == "exact_match":
-                for key in keys:
-                    scores = self._continue(fresh[key], request, progress)
-                    self.known[key][task.name] = {name: rows[0] for name, rows in scores.matrices[task.name].items()}
-                    self.outputs[key][task.name] = scores.outputs[task.name][0]
-            else:
-                sums = np.zeros((len(keys), len(request.rows)), np.float32)
-                for batch in request.scoring:
-                    real = batch.rows >= 0
-                    sums[:, batch.rows[real]] = self._walk(keys, batch, progress)[:, real]
-                counts = np.array([len(row.tokens) - row.start for row in request.rows])
-                matrices = score_likelihood(task, sums, counts)
+            task, rows = request.task, request.asked.scored
+            totals = np.zeros((len(keys), len(rows)), np.float32)
+            greedy = np.zeros(totals.shape, bool)
+            for batch in request.scoring.batches if request.scoring is not None else ():
+                real = batch.rows >= 0
+                found, likeliest = self._walk(keys, batch, request, progress)
+                totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = found[:, real], likeliest[:, real]
+            texts, broken = [[""] * len(request.asked.prompts) for _ in keys], np.zeros(len(keys), bool)
+            if request.prompts is not None:
                 for i, key in enumerate(keys):
-                    self.known[key][task.name] = {metric: rows[i] for metric, rows in matrices.items()}
+                    texts[i], broken[i] = self._continue(fresh[key], request, progress)
+            counts = np.array([len(row.tokens) - row.start for row in rows])
+            matrices = score_task(task, Answers(totals, counts, greedy, texts), broken)
+            for i, key in enumerate(keys):
+                self.known[key][task.name] = {metric: scores[i] for metric, scores in matrices.items()}
+                self.outputs[key][task.name] = texts[i]
 
-    def _walk(self, keys: Sequence[Key], batch: ScoringBatch, progress: Progress) -> np.ndarray:
-        """float32[P, B]: every distinct path on one batch."""
-        config = self.evaluator.config
-        arrays = {name: getattr(batch, name) for name in ("at", "targets", "mask")}
-        first = np.zeros_like(batch.length)
-        scores = np.zeros((len(keys), len(batch.length)), np.float32)
+    def _walk(
+        self, keys: Sequence[Key], batch: ScoringBatch, request: Requests, progress: Progress
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """float32[P, R] and bool[P, R]: every distinct path on one batch."""
+        config, arrays = self.evaluator.config, arrays_of(batch)
+        assert request.scoring is not None
+        header = request.scoring.header[None] if request.scoring.header.size else None
+        columns = Columns(jnp.asarray(batch.positions), jnp.asarray(batch.branches))
+        totals = np.zeros((len(keys), len(batch.rows)), np.float32)
+        greedy = np.zeros(totals.shape, bool)
         for parent in sorted({ends for _, ends in keys}):
             source = ends_of(self.bank, parent)
             members = [i for i, (_, ends) in enumerate(keys) if ends == parent]
-            states = [begin(source, batch.tokens)]
+            states = [begin(source, batch.tokens, header)]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
-                states.append(self._advance(config, states[depth], first, batch.length, steps))
+                states.append(self._advance(config, states[depth], columns, steps))
                 self.computed += len(steps)
                 if ended is not None:
-                    scores[members[ended]] = np.asarray(_score(config, source, states[-1], arrays))
+                    found = _score(config, request.asked.reduce, source, states[-1].rows, arrays)
+                    totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in found)
                     progress(1)
-        return scores
+        return totals, greedy
 
-    def _advance(
-        self, config: DecoderConfig, x: jax.Array, first: np.ndarray, length: np.ndarray, steps: Sequence[Step]
-    ) -> jax.Array:
+    def _advance(self, config: DecoderConfig, state: State, columns: Columns, steps: Sequence[Step]) -> State:
         layers, folds = np.zeros(self.longest, np.int32), np.zeros(self.longest, np.float32)
         layers[: len(steps)] = [layer for layer, _ in steps]
         folds[: len(steps)] = [value for _, value in steps]
-        return advance(config, self.bank, x, first, length, layers, folds, np.int32(len(steps)))
+        return advance(config, self.bank, state, columns, layers, folds, np.int32(len(steps)))
 
-    def _continue(self, path: Path, request: Requests, progress: Progress) -> Scores:
-        """The scores and greedy outputs of one path on a task's prompts."""
+    def _continue(self, path: Path, request: Requests, progress: Progress) -> tuple[list[str], bool]:
+        """The outputs of one path for a task's prompts, and whether its logits were not finite."""
         rounded = -(-len(path.layers) // LENGTH_STEP) * LENGTH_STEP
         model, config = fold(self.bank, path, self.evaluator.config, rounded)
-        runner = Evaluator(config, self.evaluator.tokenizer, [request], self.evaluator.compute_dtype)
-        self.computed += len(path.layers) * len(request.prompts)
-        return runner.stored(model, progress)
+        assert request.prompts is not None
+        self.computed += len(path.layers) * len(request.prompts.batches)
+        runner = replace(self.evaluator, config=config, requests=[request])
+        texts, broken = runner.write_stored(model, request, progress)
+        return texts, broken

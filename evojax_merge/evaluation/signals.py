@@ -5,16 +5,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from evojax_merge.evaluation.evaluator import Scores
-from evojax_merge.tasks.tasks import Task, cut_at_stop, extract_answer
+from evojax_merge.tasks.task import Task
 
 
 def warnings(tasks: Sequence[Task], scores: Scores) -> list[str]:
-    """One line for each task whose pattern matches no output, or on which all candidates score the same."""
+    """One line for each task that finds no answer in any output, or on which all candidates score the same."""
     lines = []
     for task in tasks:
         texts = [text for row in scores.outputs.get(task.name, []) for text in row]
-        if texts and all(extract_answer(cut_at_stop(text, task.stop), task.pattern) is None for text in texts):
-            wanted = "a number" if task.pattern is None else f"the pattern {task.pattern!r}"
+        if texts and (wanted := task.unanswered(texts)) is not None:
             lines.append(f"warning: task {task.name}: 0 of {len(texts)} outputs matched {wanted}")
         means = scores.matrices[task.name][task.metric].mean(axis=1)
         means = means[np.isfinite(means)]

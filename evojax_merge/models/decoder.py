@@ -4,10 +4,12 @@
 model, or a merge that is computed while the scan runs. It never asks where weights come from.
 
 Arrays: tokens `[B, T]`, hidden states `[B, T, hidden]`, keys and values `[L, B, S, kv_heads, head_dim]`.
-Weights keep Hugging Face's orientation `[out, in]`. A batch is padded at the left for generation (every
-prompt ends in the last column) and at the right for scoring; `first` and `length` say which columns are real.
+Weights keep Hugging Face's orientation `[out, in]`. What stands in a batch's columns, and what sees what, is told by
+`Columns`: rows may be padded at the left (for generation, every prompt ends in the last column) or at the right, may
+hold branches that share a beginning, and may all follow one *prefix* that was computed before.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -54,6 +56,21 @@ class Cache:
     values: jax.Array
 
 
+@struct.dataclass
+class Columns:
+    """positions: int32[B, T], of each token in its text; branches: int32[B, T], 0 for what all branches of a row see,
+    their number for what they alone see, negative for padding."""
+
+    positions: jax.Array
+    branches: jax.Array
+
+
+def columns_of(width: int, first: jax.Array, length: jax.Array) -> Columns:
+    """Plain rows: one text each, in the columns from `first: int32[B]` on, `length: int32[B]` of them."""
+    offsets = jnp.arange(width)[None, :] - first[:, None]
+    return Columns(jnp.maximum(offsets, 0), jnp.where((offsets >= 0) & (offsets < length[:, None]), 0, -1))
+
+
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """RMSNorm over the last axis, in float32."""
     wide = x.astype(jnp.float32)
@@ -82,16 +99,35 @@ def rotary_table(config: DecoderConfig, positions: jax.Array, lengths: jax.Array
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-    """Grouped-query attention. query `[B, T, H, d]`, key and value `[B, S, G, d]`, visible `bool[B, T, S]`."""
+@struct.dataclass
+class Seen:
+    """What a query may look at: key and value `[B, S, G, d]`, or `[S, G, d]` of what all rows share, and which columns
+    of it each query sees, `visible: bool[B, T, S]`."""
+
+    key: jax.Array
+    value: jax.Array
+    visible: jax.Array
+
+
+def attend(query: jax.Array, parts: Sequence[Seen]) -> jax.Array:
+    """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all parts."""
     batch, steps, heads, dim = query.shape
-    groups = key.shape[2]
+    groups = parts[0].key.shape[-2]
     query = query.reshape(batch, steps, groups, heads // groups, dim)
-    scores = jnp.einsum("btgrd,bsgd->bgrts", query, key).astype(jnp.float32) * dim**-0.5
-    # Finite, so that a padding row in which nothing is visible stays finite as well.
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    mixed = jnp.einsum("bgrts,bsgd->btgrd", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
-    return mixed.reshape(batch, steps, heads * dim)
+    scores = []
+    for part in parts:
+        keys = "bsgd" if part.key.ndim == 4 else "sgd"
+        raw = jnp.einsum(f"btgrd,{keys}->bgrts", query, part.key).astype(jnp.float32) * dim**-0.5
+        # Finite, so that a padding row in which nothing is visible stays finite as well.
+        scores.append(jnp.where(part.visible[:, None, None], raw, jnp.finfo(jnp.float32).min))
+    shares = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0].value.dtype)
+    mixed, begin = [], 0
+    for part in parts:
+        values = "bsgd" if part.value.ndim == 4 else "sgd"
+        end = begin + part.value.shape[-3]
+        mixed.append(jnp.einsum(f"bgrts,{values}->btgrd", shares[..., begin:end], part.value))
+        begin = end
+    return sum(mixed[1:], mixed[0]).reshape(batch, steps, heads * dim)
 
 
 def project_qkv(
@@ -115,16 +151,16 @@ def gated_mlp(config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Arra
         return linear(gate * linear(x, weights, "up"), weights, "down")
 
 
-def _visible(window: jax.Array, query_columns: jax.Array, key_columns: jax.Array, first: jax.Array) -> jax.Array:
-    """bool[B, T, S]: causal, inside the window, not padding. Columns of one row differ by what positions do."""
-    back = query_columns[:, None] - key_columns[None, :]
-    inside = (back >= 0) & (back < window)
-    return inside[None] & (key_columns[None, None, :] >= first[:, None, None])
+def visible(window: jax.Array, queries: Columns, keys: Columns) -> jax.Array:
+    """bool[B, T, S]: what comes before, inside the window, in what is shared or in the same branch."""
+    back = queries.positions[:, :, None] - keys.positions[:, None, :]
+    branch = keys.branches[:, None, :]
+    return (back >= 0) & (back < window) & ((branch == 0) | ((branch > 0) & (branch == queries.branches[:, :, None])))
 
 
-def positions_of(columns: jax.Array, first: jax.Array) -> jax.Array:
-    """int32[B, T]: positions of columns `int32[T]` in rows that begin at `first: int32[B]`."""
-    return jnp.maximum(columns[None, :] - first[:, None], 0)
+def prefix_columns(length: int) -> Columns:
+    """The columns of a prefix: one row, the same for the whole batch."""
+    return Columns(jnp.arange(length)[None], jnp.zeros((1, length), jnp.int32))
 
 
 def run_layer(
@@ -133,41 +169,52 @@ def run_layer(
     x: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
     window: jax.Array,
-    columns: jax.Array,
-    first: jax.Array,
+    columns: Columns,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer on whole sequences: the hidden states `[B, T, hidden]` after it, and its keys and values."""
+    """One layer on whole rows: the hidden states `[B, T, hidden]` after it, and its keys and values. `prefix`: the
+    layer's keys and values `[S, G, d]` of what stands before every row."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
-        mixed = attend(query, key, value, _visible(window, columns, columns, first))
-        x = x + linear(mixed, weights, "o")
+        parts = [Seen(key, value, visible(window, columns, columns))]
+        if prefix is not None:
+            before = prefix_columns(prefix[0].shape[0])
+            parts.insert(0, Seen(*prefix, visible(window, columns, before)))
+        x = x + linear(attend(query, parts), weights, "o")
     return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), (key, value)
+
+
+def rotary_of(config: DecoderConfig, columns: Columns) -> tuple[jax.Array, jax.Array]:
+    """The rotary table of a batch's columns."""
+    lengths = jnp.max(jnp.where(columns.branches >= 0, columns.positions, 0), axis=1) + 1
+    return rotary_table(config, columns.positions, lengths)
 
 
 def forward(
     config: DecoderConfig,
     source: LayerSource,
     tokens: jax.Array,
-    first: jax.Array,
-    length: jax.Array,
+    columns: Columns,
     *,
+    prefix: Cache | None = None,
     keep_cache: bool = False,
 ) -> tuple[jax.Array, Cache | None]:
     """Final hidden states `[B, T, hidden]` (after the last norm), and the cache where it is wanted.
 
-    tokens: int32[B, T]; first: int32[B], the column of the first real token; length: int32[B], how many follow.
+    tokens: int32[B, T], in columns of which `columns` tells the positions; `prefix`: the cache of one row (B = 1) that
+    stands before every row of the batch.
     """
-    columns = jnp.arange(tokens.shape[1])
-    rotary = rotary_table(config, positions_of(columns, first), length)
+    rotary = rotary_of(config, columns)
 
-    def layer(x: jax.Array, xs: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
-        slice_, window = xs
-        x, kept = run_layer(config, source.layer(slice_), x, rotary, window, columns, first)
+    def layer(x: jax.Array, xs: tuple[Any, jax.Array, Cache | None]) -> tuple[jax.Array, Any]:
+        slice_, window, before = xs
+        shared = None if before is None else (before.keys[0], before.values[0])
+        x, kept = run_layer(config, source.layer(slice_), x, rotary, window, columns, shared)
         return x, kept if keep_cache else None
 
     x = source.embed(tokens)
-    x, kept = jax.lax.scan(layer, x, (source.layers, jnp.asarray(config.windows, jnp.int32)))
+    x, kept = jax.lax.scan(layer, x, (source.layers, jnp.asarray(config.windows, jnp.int32), prefix))
     x = rms_norm(x, source.final_norm(), config.norm_eps)
     return x, Cache(*kept) if keep_cache else None
 
@@ -179,18 +226,23 @@ def step(
     column: jax.Array,
     tokens: jax.Array,
     first: jax.Array,
+    prefix: Cache | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """One token further: tokens `int32[B]` stand in `column` (a scalar, the same for the whole batch).
+    """One token further: tokens `int32[B]` stand in `column` (a scalar, the same for the whole batch) of rows that
+    begin at `first: int32[B]`, behind the prefix where there is one.
 
     Returns the final hidden state `[B, hidden]` and the cache with this column written.
     """
-    position = (column - first)[:, None]
-    rotary = rotary_table(config, position, position[:, 0] + 1)
-    key_columns = jnp.arange(cache.keys.shape[2])
+    before = 0 if prefix is None else prefix.keys.shape[2]
+    width = cache.keys.shape[2]
+    here = Columns((before + column - first)[:, None], jnp.zeros((tokens.shape[0], 1), jnp.int32))
+    rotary = rotary_of(config, here)
+    behind = columns_of(width, first, width - first)
+    there = Columns(before + behind.positions, behind.branches)
 
-    def layer(carry: tuple[jax.Array, Cache], xs: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, None]:
+    def layer(carry: tuple[jax.Array, Cache], xs: tuple[Any, jax.Array, jax.Array, Cache | None]) -> tuple[Any, None]:
         x, cache = carry
-        slice_, window, index = xs
+        slice_, window, index, shared = xs
         weights = source.layer(slice_)
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
@@ -201,49 +253,55 @@ def step(
                 for old, new in ((cache.keys, key), (cache.values, value))
             )
         )
-        keys, values = cache.keys[index], cache.values[index]
-        mixed = attend(query, keys, values, _visible(window, column[None], key_columns, first))
-        x = x + linear(mixed, weights, "o")
+        parts = [Seen(cache.keys[index], cache.values[index], visible(window, here, there))]
+        if shared is not None:
+            parts.insert(0, Seen(shared.keys[0], shared.values[0], visible(window, here, prefix_columns(before))))
+        x = x + linear(attend(query, parts), weights, "o")
         x = x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
         return (x, cache), None
 
     x = source.embed(tokens)[:, None]
     windows = jnp.asarray(config.windows, jnp.int32)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (source.layers, windows, jnp.arange(config.layers)))
+    (x, cache), _ = jax.lax.scan(layer, (x, cache), (source.layers, windows, jnp.arange(config.layers), prefix))
     return rms_norm(x, source.final_norm(), config.norm_eps)[:, 0], cache
 
 
-def logits(config: DecoderConfig, source: LayerSource, hidden: jax.Array) -> jax.Array:
+def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
     head = source.head_rows(0, config.vocab)
     return jnp.einsum("...i,vi->...v", hidden, head, preferred_element_type=jnp.float32)
 
 
-def target_log_probabilities(
+def score_targets(
     config: DecoderConfig, source: HeadSource, hidden: jax.Array, targets: jax.Array
-) -> jax.Array:
-    """log p(target) `float32[N]` for hidden states `[N, hidden]` and targets `int32[N]`.
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) `float32[N]`, and whether the target is the likeliest token, `bool[N]`, for hidden states
+    `[N, hidden]` and targets `int32[N]`.
 
-    Walks over the vocabulary in tiles of `HEAD_TILE` rows and keeps a running log-sum-exp, so that neither the
-    whole head of a merged candidate nor the full logits ever exist.
+    Walks over the vocabulary in tiles of `HEAD_TILE` rows and keeps a running log-sum-exp and maximum, so that
+    neither the whole head of a merged candidate nor the full logits ever exist.
     """
     rows = min(HEAD_TILE, config.vocab)
     tiles = -(-config.vocab // rows)
+    State = tuple[jax.Array, jax.Array, jax.Array]
 
-    def tile(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        total, picked = carry
+    def tile(carry: State, index: jax.Array) -> tuple[State, None]:
+        total, picked, most = carry
         # The last tile is moved back inside the vocabulary; the rows it repeats are masked.
         start = jnp.minimum(index * rows, config.vocab - rows)
         head = source.head_rows(start, rows)
         scores = jnp.einsum("ni,vi->nv", hidden, head, preferred_element_type=jnp.float32)
         ids = start + jnp.arange(rows)
         fresh = jnp.where(ids >= index * rows, scores, -jnp.inf)
-        total = jnp.logaddexp(total, jax.nn.logsumexp(fresh, axis=-1))
+        peak = fresh.max(axis=-1)
+        total = jnp.logaddexp(total, peak + jnp.log(jnp.exp(fresh - peak[:, None]).sum(axis=-1)))
         hit = jnp.take_along_axis(scores, jnp.clip(targets - start, 0, rows - 1)[:, None], axis=1)[:, 0]
         inside = (targets >= index * rows) & (targets < start + rows)
-        return (total, jnp.where(inside, hit, picked)), None
+        return (total, jnp.where(inside, hit, picked), jnp.maximum(most, peak)), None
 
-    start = (jnp.full(targets.shape, -jnp.inf), jnp.zeros(targets.shape, jnp.float32))
+    nothing = jnp.full(targets.shape, -jnp.inf)
     with jax.named_scope("head"):
-        (total, picked), _ = jax.lax.scan(tile, start, jnp.arange(tiles))
-    return picked - total
+        (total, picked, most), _ = jax.lax.scan(
+            tile, (nothing, jnp.zeros(targets.shape, jnp.float32), nothing), jnp.arange(tiles)
+        )
+    return picked - total, picked >= most

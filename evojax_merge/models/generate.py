@@ -1,12 +1,18 @@
-"""Greedy generation of a population over one batch of prompts. May import models' other files."""
+"""Greedy generation of a population over one batch of prompts. May import models' other files.
 
+In two programs, so that the host can look at what was written so far: `start` reads the prompts, `continue_` writes a
+number of further tokens. Sequences that ended, by a stop token or because the host says so, are no longer written.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Cache, forward, logits, step
+from evojax_merge.models.decoder import Cache, Columns, columns_of, forward, logits, step
 from evojax_merge.models.sources import Stored
 
 # What stands in the output after a sequence has ended.
@@ -15,54 +21,97 @@ ENDED = -1
 BROKEN = -2
 
 
-def generate(
+@struct.dataclass
+class Writing:
+    """Where P candidates stand on B prompts; every leaf has the leading axis P. token: int32[P, B], the next token of
+    each, not yet in the cache; first: int32[P, B], the column of each prompt's first token; column: int32[P], where the
+    next token goes, the same for all; done: bool[P, B], the sequences that have ended."""
+
+    token: jax.Array
+    cache: Cache
+    first: jax.Array
+    column: jax.Array
+    done: jax.Array
+
+
+# A member of the population -> its model.
+SourceOf = Callable[[Any], Stored]
+
+
+def start(
     config: DecoderConfig,
-    models: Stored,
+    source_of: SourceOf,
+    members: Any,
     tokens: jax.Array,
     first: jax.Array,
-    max_new_tokens: int,
-    stop: tuple[int, ...],
-) -> jax.Array:
-    """Greedy continuations `int32[P, B, max_new_tokens]`, `ENDED` after a stop token (which is not included),
-    `BROKEN` where logits are not finite.
+    room: int,
+    prefix: Cache | None = None,
+) -> Writing:
+    """Read prompts `int32[B, T]`, padded at the left, behind a prefix (leading axis P) where there is one.
 
-    models: P stored models, leading axis P on every leaf; tokens: int32[B, T], padded at the left; first:
-    int32[B], the column of each prompt's first token; stop: token ids that end a sequence.
+    members: P of them, leading axis P on every leaf; room: for how many further tokens the cache has space.
     """
-    batch, width = tokens.shape
-    stops = jnp.asarray(stop or (ENDED,), jnp.int32)
+    width = tokens.shape[1]
+    plain = columns_of(width, first, width - first)
+    before = 0 if prefix is None else prefix.keys.shape[3]
+    columns = Columns(before + plain.positions, plain.branches)
 
-    def prefill(model: Stored) -> tuple[jax.Array, Cache]:
-        hidden, cache = forward(config, model, tokens, first, width - first, keep_cache=True)
+    def read(member: Any, prefix: Cache | None) -> tuple[jax.Array, Cache]:
+        model = source_of(member)
+        hidden, cache = forward(config, model, tokens, columns, prefix=prefix, keep_cache=True)
         assert cache is not None
-        room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
-        cache = Cache(jnp.pad(cache.keys, room), jnp.pad(cache.values, room))
-        return _greedy(config, model, hidden[:, -1]), cache
+        space = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+        return _greedy(config, model, hidden[:, -1]), Cache(jnp.pad(cache.keys, space), jnp.pad(cache.values, space))
 
-    def advance(model: Stored, cache: Cache, column: jax.Array, last: jax.Array) -> tuple[jax.Array, Cache]:
-        hidden, cache = step(config, model, cache, column, last, first)
+    token, cache = jax.vmap(read)(members, prefix)
+    size = token.shape[0]
+    return Writing(
+        token,
+        cache,
+        jnp.broadcast_to(first, (size, *first.shape)),
+        jnp.full(size, width, jnp.int32),
+        jnp.zeros(token.shape, bool),
+    )
+
+
+def continue_(
+    config: DecoderConfig,
+    source_of: SourceOf,
+    members: Any,
+    writing: Writing,
+    count: int,
+    stop: tuple[int, ...],
+    prefix: Cache | None = None,
+) -> tuple[jax.Array, Writing]:
+    """Up to `count` further tokens, int32[P, B, count]: `ENDED` after a stop token (which is not included), `BROKEN`
+    where logits are not finite. stop: token ids that end a sequence."""
+    stops = jnp.asarray(stop or (ENDED,), jnp.int32)
+    # One column and one set of prompts for the whole population: the candidates' caches are then written in place.
+    first, column = writing.first[0], writing.column[0]
+
+    def one(member: Any, cache: Cache, column: jax.Array, last: jax.Array, prefix: Any) -> tuple[jax.Array, Cache]:
+        model = source_of(member)
+        hidden, cache = step(config, model, cache, column, last, first, prefix)
         return _greedy(config, model, hidden), cache
 
-    # The column is one number for the whole population: the candidates' caches are then written in place.
-    advance_all = jax.vmap(advance, in_axes=(0, 0, None, 0))
-    token, cache = jax.vmap(prefill)(models)
-    out = jnp.full((token.shape[0], batch, max_new_tokens), ENDED, jnp.int32)
+    all_ = jax.vmap(one, in_axes=(0, 0, None, 0, 0))
 
     def unfinished(carry: Any) -> jax.Array:
         made, _, _, _, done = carry
-        return (made < max_new_tokens) & ~done.all()
+        return (made < count) & ~done.all()
 
     def body(carry: Any) -> Any:
         made, token, cache, out, done = carry
         done = done | (token[..., None] == stops).any(-1)
         out = jax.lax.dynamic_update_slice(out, jnp.where(done, ENDED, token)[..., None], (0, 0, made))
-        # The last round's step is not needed, but a branch in the loop would cost more than it saves.
-        token, cache = advance_all(models, cache, width + made, token)
+        # The very last step is not needed, but a branch in the loop would cost more than it saves.
+        token, cache = all_(members, cache, column + made, token, prefix)
         return made + 1, token, cache, out, done
 
-    done = jnp.zeros(token.shape, bool)
-    carry = (jnp.int32(0), token, cache, out, done)
-    return jax.lax.while_loop(unfinished, body, carry)[3]
+    out = jnp.full((*writing.token.shape, count), ENDED, jnp.int32)
+    carry = (jnp.int32(0), writing.token, writing.cache, out, writing.done)
+    made, token, cache, out, done = jax.lax.while_loop(unfinished, body, carry)
+    return out, Writing(token, cache, writing.first, writing.column + made, done)
 
 
 def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Weights, positions_of, rotary_table, run_layer
+from evojax_merge.models.decoder import Columns, Weights, prefix_columns, rotary_of, run_layer
 from evojax_merge.models.sources import Stored
 
 # What a layer adds to the residual stream goes through these.
@@ -101,36 +101,49 @@ def ends_of(bank: PathBank, parent: int) -> Ends:
     return Ends({name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype)
 
 
+@struct.dataclass
+class State:
+    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the header before them, if there is
+    one."""
+
+    rows: jax.Array
+    header: jax.Array | None
+
+
 @jax.jit
-def begin(source: Ends, tokens: jax.Array) -> jax.Array:
-    """Hidden states `[B, T, hidden]` before the first layer."""
-    return source.embed(tokens)
+def begin(source: Ends, tokens: jax.Array, header: jax.Array | None) -> State:
+    """Before the first layer. header: int32[1, H]."""
+    return State(source.embed(tokens), None if header is None else source.embed(header))
 
 
 @partial(jax.jit, static_argnums=0)
 def advance(
     config: DecoderConfig,
     bank: PathBank,
-    x: jax.Array,
-    first: jax.Array,
-    length: jax.Array,
+    state: State,
+    columns: Columns,
     layers: jax.Array,
     folds: jax.Array,
     count: jax.Array,
-) -> jax.Array:
+) -> State:
     """`count` steps further: layers `int32[S]` and folds `float32[S]`, of which the first `count` are taken.
 
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
     and a step gives the same bits in whichever part of a path it is taken.
     """
-    columns = jnp.arange(x.shape[1])
-    rotary = rotary_table(config, positions_of(columns, first), length)
+    rotary = rotary_of(config, columns)
 
-    def step(i: jax.Array, x: jax.Array) -> jax.Array:
-        weights = bank.folded(layers[i], folds[i])
-        return run_layer(config, weights, x, rotary, bank.windows[layers[i]], columns, first)[0]
+    def step(i: jax.Array, state: State) -> State:
+        weights, window = bank.folded(layers[i], folds[i]), bank.windows[layers[i]]
+        header, prefix = state.header, None
+        if header is not None:
+            before = prefix_columns(header.shape[1])
+            header, kept = run_layer(config, weights, header, rotary_of(config, before), window, before)
+            prefix = (kept[0][0], kept[1][0])
+        rows, _ = run_layer(config, weights, state.rows, rotary, window, columns, prefix)
+        return State(rows, header)
 
-    return jax.lax.fori_loop(0, count, step, x)
+    return jax.lax.fori_loop(0, count, step, state)
 
 
 def fold(bank: PathBank, path: Path, config: DecoderConfig, steps: int | None = None) -> tuple[Stored, DecoderConfig]:

@@ -34,8 +34,8 @@ def search_card(name: str, problem: Problem, result: Result, recipe: str) -> str
     """The card of a search's winner."""
     search = problem.search
     tasks = "\n".join(
-        f"- `{task.name}`: {task.kind}, metric {task.metric}, weight {task.weight:g}, "
-        f"{len(task.examples)} search and {len(heldout.examples)} held-out examples"
+        f"- `{task.name}`: metric {task.metric}, weight {task.weight:g}, "
+        f"{task.size} search and {heldout.size} held-out examples"
         for task, heldout in zip(problem.full, problem.heldout, strict=True)
     )
     models = [str(path) for _, path in problem.models]

@@ -6,6 +6,7 @@ history and finds the same winner as one that was not.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax
 import numpy as np
 
 from evojax_merge.config import SearchConfig
-from evojax_merge.evaluation.evaluator import fitness, means
+from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.evaluation.signals import warnings
+from evojax_merge.search.racing import Raced, describe_rungs, race, race_passes, turn
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, truncate_lines
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
@@ -53,14 +55,17 @@ class Reporter:
 
 
 def run_search(
-    config: SearchConfig, seed: int, space: Space, scorer: Scorer, folder: RunFolder, reporter: Reporter
+    config: SearchConfig, seed: int, space: Space, blocks: Sequence[Scorer], folder: RunFolder, reporter: Reporter
 ) -> Outcome:
-    """Search from where the run folder stands (its start, or its last saved generation) to the config's end."""
+    """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `blocks`:
+    a scorer for each block of examples that a race is over; one scores every candidate on everything."""
     population = config.population or default_population(space.dims)
     strategy = make_strategy(space.dims, population, config.sigma, seed)
     reporter.said(
         f"{strategy.name}: {space.dims} dimensions, population {population}, {config.generations} generations"
     )
+    if len(blocks) > 1:
+        reporter.said(describe_rungs(blocks, population))
     checkpoints = Checkpoints(folder)
     try:
         state = _fresh_state(strategy, space.start, config.finalists)
@@ -71,16 +76,16 @@ def run_search(
             truncate_lines(path, first or 0)
         for number in range(first or 0, config.generations):
             genomes, asked = strategy.ask(state["strategy"], number)
-            reporter.evaluating(number, scorer.passes(population))
+            order = turn(len(blocks), seed, number)
+            reporter.evaluating(number, race_passes(blocks, order, population))
             started = time.perf_counter()
-            scores = scorer.score(np.asarray(genomes), reporter.advanced)
+            raced = race(blocks, order, np.asarray(genomes), reporter.advanced)
             seconds = time.perf_counter() - started
-            values = fitness(scorer.tasks, scores)
             if number == 0:
-                for line in warnings(scorer.tasks, scores):
+                for line in warnings(blocks[order[0]].tasks, raced.first):
                     reporter.said(line)
-            state = _next_state(strategy, asked, number, genomes, values, state)
-            row = _history_row(number, values, state, means(scorer.tasks, scores))
+            state = _next_state(strategy, asked, number, genomes, raced, state)
+            row = _history_row(number, raced, state)
             append_line(folder.history, row)
             append_line(
                 folder.timing,
@@ -113,13 +118,14 @@ def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int) -> dict[st
 
 
 def _next_state(
-    strategy: Strategy, asked: Any, number: int, genomes: jax.Array, values: np.ndarray, state: dict[str, Any]
+    strategy: Strategy, asked: Any, number: int, genomes: jax.Array, raced: Raced, state: dict[str, Any]
 ) -> dict[str, Any]:
-    every = np.concatenate([state["fitness"], np.where(np.isfinite(values), values, -np.inf)])
+    # A mean over fewer examples says too little to stand in the archive.
+    every = np.concatenate([state["fitness"], np.where(raced.complete, raced.fitness, -np.inf)])
     # Stable: of equals, the one that was found first stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
     return {
-        "strategy": strategy.tell(asked, number, genomes, values),
+        "strategy": strategy.tell(asked, number, genomes, raced.standing),
         "genomes": np.concatenate([state["genomes"], np.asarray(genomes)])[best],
         "fitness": every[best],
     }
@@ -130,22 +136,23 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _history_row(
-    number: int, values: np.ndarray, state: dict[str, Any], scores: list[dict[str, float]]
-) -> dict[str, Any]:
-    finite = values[np.isfinite(values)]
-    best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+def _history_row(number: int, raced: Raced, state: dict[str, Any]) -> dict[str, Any]:
+    """`fitness` is each candidate's mean over as many `examples`; `best` and `scores_of_best` are of those that met
+    all of them, `mean` and `worst` of all."""
+    values = raced.fitness
+    finite, complete = values[np.isfinite(values)], values[raced.complete]
     return {
         "generation": number,
-        "best": _number(finite.max()) if finite.size else None,
+        "best": _number(complete.max()) if complete.size else None,
         "mean": _number(finite.mean()) if finite.size else None,
         "worst": _number(finite.min()) if finite.size else None,
         "best_so_far": _number(state["fitness"][0]),
         "sigma": float(state["strategy"].std),
         "evaluations": (number + 1) * len(values),
         "failed": int(len(values) - finite.size),
-        "scores_of_best": {name: _number(value) for name, value in scores[best].items()},
+        "scores_of_best": {name: _number(value) for name, value in raced.scores_of_best.items()},
         "fitness": [_number(value) for value in values],
+        "examples": raced.examples.tolist(),
     }
 
 

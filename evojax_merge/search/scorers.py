@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_bank, load_path_bank
-from evojax_merge.evaluation.evaluator import Evaluator, Progress, Requests, Scores
+from evojax_merge.evaluation.evaluator import Evaluator, Progress, Scores
 from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.requests import Requests
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.search.setup import Problem
 from evojax_merge.spaces.data_flow import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
-from evojax_merge.tasks.tasks import Task
+from evojax_merge.tasks.task import Task
 
 
 class Space(Protocol):

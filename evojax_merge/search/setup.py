@@ -5,19 +5,18 @@ tokenizers, then the place to write.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merge_kernels import METHODS, Method, Options
+from merge_kernels import Method
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash, resolve
+from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, shared_leaves
+from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
-from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml, number, options_from
+from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
     Config,
@@ -25,18 +24,21 @@ from evojax_merge.config import (
     SearchConfig,
     SpaceConfig,
     StageConfig,
-    TaskConfig,
     apply_overrides,
     parse,
 )
-from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.evaluation.evaluator import Requests, build_requests
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
+from evojax_merge.search.axes import axes_of, find_method, options_of
+from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
+from evojax_merge.search.open_tasks import locate, open_task
+from evojax_merge.search.racing import cut
 from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
-from evojax_merge.spaces.parameter import Axis, ParameterSpace, component_groups, uniform_start
-from evojax_merge.tasks.tasks import METRICS, Fields, Task, read_examples
+from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Problem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
     `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
-    made of: the base first where the method needs one. `searched` are the tasks on the examples that every
-    generation is scored on, `full` on the whole search split, `heldout` on what the search never sees.
+    made of: the base first where the method needs one. `blocks` are the tasks on the examples that every generation is
+    scored on, in as many parts as a race needs; `full` on the whole search split, `heldout` on what the search never
+    sees.
     """
 
     config: Config
@@ -58,18 +61,18 @@ class Problem:
     space: ParameterSpace | PathSpace
     tokenizer: Any
     tokenizer_folder: Path
-    searched: list[Task]
+    blocks: list[list[Task]]
     full: list[Task]
     heldout: list[Task]
     context: int
     stop: tuple[int, ...]
 
     def requests(self) -> list[list[Requests]]:
-        """What is asked for the searched, the full and the held-out tasks."""
-        splits = (self.searched, self.full, self.heldout)
+        """What is asked for each block of the searched tasks, for the full and for the held-out ones."""
+        splits = (*self.blocks, self.full, self.heldout)
         tokens = self.config.evaluation.tokens_per_batch
-        searched, full, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop)
-        return [_weighted(searched), _weighted(full), heldout]
+        *searched, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop)
+        return [*map(_weighted, searched), heldout]
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -85,28 +88,12 @@ def read_config(path: Path, overrides: list[str], seed: int | None) -> Config:
     document = load_yaml(path)
     if not isinstance(document, dict):
         raise InputError(path, "expected a mapping with parents, space and tasks")
+    if "genome" in document:
+        document = from_mergekit_evolve(path, document)
     document = apply_overrides(path, document, overrides)
     if seed is not None:
         document["seed"] = seed
     return parse(path, document, Config)
-
-
-def locate(reference: str, relative_to: Path) -> Path:
-    """A model folder or data file: a path, a hub id, or `zoo:name` from the demo family, which is made on demand."""
-    if reference.startswith("zoo:"):
-        from evojax_merge.zoo import locate as locate_in_zoo
-
-        return locate_in_zoo(reference)
-    return resolve(reference, relative_to)
-
-
-def locate_file(where: str, reference: str, relative_to: Path) -> Path:
-    if reference.startswith("zoo:"):
-        return locate(reference, relative_to)
-    for path in (Path(reference).expanduser(), relative_to / reference):
-        if path.exists():
-            return path.resolve()
-    raise InputError(where, f"{reference}: no such file")
 
 
 def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Config:
@@ -120,7 +107,7 @@ def build_problem(path: Path, config: Config) -> Problem:
     """Check everything and open the sources. `path` is the config's file: relative paths start there."""
     where, folder = str(path), path.parent
     method = None if config.space is None else _method(where, config, config.space)
-    tasks = [load_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
+    tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(config.base, folder)
     parents = tuple(locate(parent, folder) for parent in config.parents)
     based = method is not None and method.based(base is not None)
@@ -145,7 +132,7 @@ def build_problem(path: Path, config: Config) -> Problem:
         space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
         spec = MergeSpec(
             method.name,
-            _options(f"{where}: space", method, config.space, based),
+            options_of(f"{where}: space", method, based, config.space.normalize, config.space.rescale),
             config.seed,
             export_dtype,
             tuple((name, values) for name, values in space.fixed if not method.parameter(name).searched),
@@ -166,7 +153,12 @@ def build_problem(path: Path, config: Config) -> Problem:
         space=space,
         tokenizer=load_tokenizer(tokenizer_folder),
         tokenizer_folder=tokenizer_folder,
-        searched=[_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)],
+        blocks=cut(
+            f"{where}: search.rungs",
+            [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)],
+            config.search.rungs,
+            config.seed,
+        ),
         full=[full for full, _ in tasks],
         heldout=[heldout for _, heldout in tasks],
         context=context_length(sources.folders[0].config),
@@ -210,24 +202,10 @@ def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
             raise InputError(folder, f"lacks {missing.size} of the tokens (such as {token!r}); cannot align its rows")
 
 
-def _options(where: str, method: Method, space: SpaceConfig, based: bool) -> Options:
-    """The method's switches, as the config has them."""
-    switches: dict[str, Any] = {}
-    for name, value in (("normalize", space.normalize), ("rescale", space.rescale)):
-        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.switches else name
-        if value is not None and own not in method.switches:
-            raise InputError(where, f"{name}: {method.name} has no such switch")
-        switches[own] = value
-    return options_from(where, method, switches, based)
-
-
 def _method(where: str, config: Config, space: SpaceConfig) -> Method:
-    name = space.method
-    if name not in METHODS:
-        raise InputError(where, f"space.method: unknown method {name!r}{did_you_mean(name, METHODS)}")
-    method = METHODS[name]
+    method = find_method(f"{where}: space.method", space.method)
     if method.base == "required" and config.base is None:
-        raise InputError(where, f"base: missing; {name} takes task vectors from a base model")
+        raise InputError(where, f"base: missing; {method.name} takes task vectors from a base model")
     check_parent_count(f"{where}: parents", method, len(config.parents))
     return method
 
@@ -241,128 +219,25 @@ def build_space(
     where: str, config: SpaceConfig, method: Method, parents: int, decoder: DecoderConfig
 ) -> ParameterSpace:
     """The parameter space of a config. Raises InputError for unknown parameters and bounds without a meaning."""
-    groups = component_groups(config.components, COMPONENTS)
+    groups = component_groups(config.components, COMPONENTS, [leaf.name for leaf in SHARED_LEAVES])
     if groups is None:
         raise InputError(
             where,
             f"components: {config.components}; expected each of {', '.join(COMPONENTS)} once (join with +)",
         )
-    known = [parameter.name for parameter in method.parameters]
-    for key, names in (("parameters", config.parameters), ("fixed", config.fixed)):
-        for name in names:
-            if name not in known:
-                raise InputError(where, f"{key}.{name}: {method.name} has no such parameter{did_you_mean(name, known)}")
-    both = sorted(set(config.parameters) & set(config.fixed))
-    if both:
-        raise InputError(where, f"{both[0]}: is both searched and fixed")
-    searched = config.parameters or {}
-    open_ = [parameter.name for parameter in method.parameters if parameter.searched]
-    for name in searched:
-        if name not in open_:
-            raise InputError(where, f"parameters.{name}: what is prepared depends on it; give it under fixed")
-    if not open_:
-        raise InputError(where, f"method: {method.name} has no parameter to search; use evojax-merge merge")
-    if not searched:
-        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(open_)}")
-    axes = [_axis(where, method, name, bounds, parents) for name, bounds in searched.items()]
-    fixed = []
-    for parameter in method.parameters:
-        if parameter.name in searched:
-            continue
-        values = config.fixed.get(parameter.name)
-        if values is None and parameter.default is None and not parameter.per_parent:
-            raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
-        given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
-        fixed.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
-    _check_bounds(where, method, axes, dict(fixed), parents)
+    axes, fixed = axes_of(where, method, parents, config.parameters, config.fixed)
+    together = config.layers_per_group
     return ParameterSpace(
         method=method,
         parents=parents,
         layers=decoder.layers,
-        layers_per_group=min(config.layers_per_group, decoder.layers),
+        layers_per_group=decoder.layers if together == "all" else min(together, decoder.layers),
         names=COMPONENTS,
         components=groups,
         shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
-        axes=tuple(axes),
-        fixed=tuple(fixed),
-    )
-
-
-def _check_bounds(
-    where: str, method: Method, axes: Sequence[Axis], fixed: dict[str, tuple[float, ...]], parents: int
-) -> None:
-    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say)."""
-    for axis in axes:
-        if not method.parameter(axis.name).on_grid:
-            continue
-        for value in (axis.low, axis.high):
-            numbers = {
-                name: np.broadcast_to(values, parents) for name, values in (fixed | {axis.name: (value,)}).items()
-            }
-            complaint = method.complaint(method.options, numbers | {"weight": np.ones(parents)})
-            if complaint is not None:
-                raise InputError(where, f"parameters.{axis.name}: {complaint}")
-
-
-def _numbers(values: float | list[float]) -> tuple[float, ...]:
-    return tuple(values) if isinstance(values, list) else (values,)
-
-
-def _checked(where: str, method: Method, name: str, values: tuple[float, ...], parents: int) -> tuple[float, ...]:
-    parameter = method.parameter(name)
-    allowed = (1, parents) if parameter.per_parent else (1,)
-    if len(values) not in allowed:
-        raise InputError(where, f"{name}: {len(values)} numbers; expected {' or '.join(map(str, allowed))}")
-    return tuple(number(where, parameter, value) for value in values)
-
-
-def _axis(where: str, method: Method, name: str, bounds: Any, parents: int) -> Axis:
-    parameter = method.parameter(name)
-    low = parameter.low if bounds.low is None else bounds.low
-    high = parameter.high if bounds.high is None else bounds.high
-    for value in (low, high):
-        number(f"{where}: parameters.{name}", parameter, value)
-    if not low < high:
-        raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
-    if bounds.start is not None:
-        start = _numbers(bounds.start)
-    elif parameter.default is None and not parameter.per_parent:
-        start = ((low + high) / 2,)
-    else:
-        start = uniform_start(method, name, parents)
-    start = _checked(f"{where}: parameters.{name}", method, name, start, parents)
-    if bounds.start is not None and not all(low <= value <= high for value in start):
-        raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
-    return Axis(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))
-
-
-def load_task(where: str, config: TaskConfig, folder: Path, seed: int) -> tuple[Task, Task]:
-    """A task's search split and held-out split."""
-    metric = config.metric or METRICS[config.kind][0]
-    if metric not in METRICS[config.kind]:
-        raise InputError(where, f"metric: {metric!r}; {config.kind} has {', '.join(METRICS[config.kind])}")
-    if config.pattern is not None:
-        try:
-            re.compile(config.pattern)
-        except re.error as error:
-            raise InputError(where, f"pattern: {config.pattern!r} is not a regular expression ({error})") from None
-    file = locate_file(f"{where}.file", config.file, folder)
-    fields = Fields(config.prompt, config.target, config.choices, config.answer, config.delimiter)
-    examples = read_examples(file, config.kind, fields)
-    task = Task(
-        config.name, config.kind, metric, config.weight, str(file), tuple(examples), config.pattern,
-        config.max_new_tokens, tuple(config.stop),
-    )  # fmt: skip
-    if isinstance(config.heldout, str):
-        other = locate_file(f"{where}.heldout", config.heldout, folder)
-        return task, replace(task, file=str(other), examples=tuple(read_examples(other, config.kind, fields)))
-    if len(examples) < 2:
-        raise InputError(file, "holds one example; a held-out share needs at least two")
-    order = np.random.default_rng([seed, len(examples)]).permutation(len(examples))
-    count = min(max(1, round(config.heldout * len(examples))), len(examples) - 1)
-    return (
-        replace(task, examples=tuple(examples[i] for i in sorted(order[count:]))),
-        replace(task, examples=tuple(examples[i] for i in sorted(order[:count]))),
+        axes=axes,
+        fixed=fixed,
+        smooth=config.smooth,
     )
 
 
@@ -372,7 +247,7 @@ def _weighted(requests: list[Requests]) -> list[Requests]:
 
 
 def _limited(task: Task, limit: int | None) -> Task:
-    return task if limit is None else replace(task, examples=task.examples[:limit])
+    return task if limit is None else task.part(range(min(limit, task.size)))
 
 
 def context_length(config: Mapping[str, Any]) -> int:
@@ -400,10 +275,11 @@ def resolved_document(problem: Problem) -> dict[str, Any]:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
     document["export_dtype"] = problem.spec.export_dtype
     for row, full, heldout in zip(document["tasks"], problem.full, problem.heldout, strict=True):
-        row["file"] = full.file
-        if isinstance(row["heldout"], str):
-            row["heldout"] = heldout.file
-    files = {Path(task.file) for task in problem.full + problem.heldout}
+        if "file" in row:
+            row["file"] = str(full.files[0])
+            if isinstance(row["heldout"], str):
+                row["heldout"] = str(heldout.files[0])
+    files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
         files |= set(folder.glob("*.safetensors"))
         files |= {path for path in (folder / "config.json", folder / "tokenizer.json") if path.exists()}

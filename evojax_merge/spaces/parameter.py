@@ -2,7 +2,7 @@
 
 May import merge_kernels, models.bank and spaces.bounds. Groups are runs of `layers_per_group` layers times the
 component groups (attention, mlp, norm, or several together), then the embedding and, where it is untied, the head;
-the final norm goes with the norms of the last layers.
+the final norm goes with the norms of the last layers. A component group may name these too: they then go with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,44 +29,14 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class ParameterSpace:
-    """Static description of the space. `components` partitions `names` (the components of a layer)."""
+class GroupSpace:
+    """The parameters of a merge for groups of tensors, whatever the groups are: what a genome holds, in their order."""
 
     method: Method
     parents: int
-    layers: int
-    layers_per_group: int
-    names: tuple[str, ...]
-    components: tuple[tuple[str, ...], ...]
-    shared: tuple[str, ...]
+    groups: tuple[str, ...]
     axes: tuple[Axis, ...]
     fixed: tuple[tuple[str, tuple[float, ...]], ...]
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """A label per group, in the order of the genome."""
-        names = []
-        for first in range(0, self.layers, self.layers_per_group):
-            last = min(first + self.layers_per_group, self.layers) - 1
-            span = f"layer {first}" if first == last else f"layers {first}-{last}"
-            names += [f"{span} {'+'.join(part)}" for part in self.components]
-        return names + [leaf for leaf in self.shared if leaf != "final_norm"]
-
-    @cached_property
-    def layer_groups(self) -> np.ndarray:
-        """int[L, C]: the group of each layer and component."""
-        part = [next(i for i, names in enumerate(self.components) if name in names) for name in self.names]
-        blocks = np.arange(self.layers) // self.layers_per_group
-        return blocks[:, None] * len(self.components) + np.array(part)[None, :]
-
-    @cached_property
-    def shared_groups(self) -> dict[str, int]:
-        """The group of each shared leaf."""
-        own = [leaf for leaf in self.shared if leaf != "final_norm"]
-        first = len(self.groups) - len(own)
-        groups = {leaf: first + i for i, leaf in enumerate(own)}
-        groups["final_norm"] = int(self.layer_groups[-1, self.names.index("norm")])
-        return groups
 
     def columns(self, name: str) -> int:
         return self.parents if self.method.parameter(name).per_parent else 1
@@ -89,20 +59,15 @@ class ParameterSpace:
             result[axis.name] = values
         return result
 
-    def recipe(self, genome: jax.Array) -> Recipe:
-        """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
+    def parameters(self, genome: jax.Array) -> dict[str, jax.Array]:
+        """All parameters, searched and fixed, as the kernels take them: name -> float32[groups, K] or [groups]."""
         values = self.values(genome)
         for name, constants in self.fixed:
             rows = jnp.asarray(constants, jnp.float32)
             values[name] = jnp.broadcast_to(rows, (len(self.groups), self.columns(name)))
-        per_group = {
+        return {
             name: block if self.method.parameter(name).per_parent else block[:, 0] for name, block in values.items()
         }
-        groups = self.shared_groups
-        return Recipe(
-            layers={name: block[self.layer_groups] for name, block in per_group.items()},
-            shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
-        )
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
@@ -121,6 +86,124 @@ class ParameterSpace:
         return self.genome({axis.name: np.asarray(axis.start) for axis in self.axes})
 
 
+@dataclass(frozen=True)
+class ParameterSpace:
+    """Static description of the space. `components` partitions `names` (the components of a layer).
+
+    It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
+    head of the last; what is named without a component has one group of its own. `smooth`: what a layer gets is
+    interpolated between the groups of layers, the first and last of which stand for the first and last layer; shared
+    leaves go with the first.
+    """
+
+    method: Method
+    parents: int
+    layers: int
+    layers_per_group: int
+    names: tuple[str, ...]
+    components: tuple[tuple[str, ...], ...]
+    shared: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    fixed: tuple[tuple[str, tuple[float, ...]], ...]
+    smooth: bool = False
+
+    @cached_property
+    def layered(self) -> tuple[tuple[str, ...], ...]:
+        """The component groups that every group of layers has."""
+        return tuple(part for part in self.components if set(part) & set(self.names))
+
+    @cached_property
+    def alone(self) -> tuple[tuple[str, ...], ...]:
+        """The groups of shared leaves alone."""
+        named = {name for part in self.components for name in part}
+        together = [tuple(leaf for leaf in part if leaf in self.shared) for part in self.components
+                    if part not in self.layered]  # fmt: skip
+        others = [(leaf,) for leaf in self.shared if leaf not in named and leaf != "final_norm"]
+        return tuple(part for part in [*together, *others] if part)
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """int[L]: the group of layers of each layer."""
+        return np.arange(self.layers) // self.layers_per_group
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """A label per group, in the order of the genome."""
+        names = []
+        for first in range(0, self.layers, self.layers_per_group):
+            last = min(first + self.layers_per_group, self.layers) - 1
+            span = f"layer {first}" if first == last else f"layers {first}-{last}"
+            names += [f"{span} {'+'.join(part)}" for part in self.layered]
+        return names + ["+".join(part) for part in self.alone]
+
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """int[C]: the component group of each component."""
+        return np.array([next(i for i, part in enumerate(self.layered) if name in part) for name in self.names])
+
+    @cached_property
+    def shared_groups(self) -> dict[str, int]:
+        """The group of each shared leaf."""
+        count = len(self.layered)
+        last, first_alone = int(self.blocks[-1]) * count, (int(self.blocks[-1]) + 1) * count
+        groups = {leaf: first_alone + i for i, part in enumerate(self.alone) for leaf in part}
+        for leaf in self.shared:
+            if leaf in groups:
+                continue
+            with_ = next((i for i, part in enumerate(self.layered) if leaf in part), None)
+            if with_ is None:
+                groups[leaf] = last + int(self.parts[self.names.index("norm")])
+            else:
+                groups[leaf] = with_ if self.smooth or leaf == "embed" else last + with_
+        return groups
+
+    @cached_property
+    def genes(self) -> GroupSpace:
+        return GroupSpace(self.method, self.parents, tuple(self.groups), self.axes, self.fixed)
+
+    @property
+    def dims(self) -> int:
+        """D, the length of a genome."""
+        return self.genes.dims
+
+    def columns(self, name: str) -> int:
+        return self.genes.columns(name)
+
+    def values(self, genome: jax.Array) -> dict[str, jax.Array]:
+        """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
+        return self.genes.values(genome)
+
+    def recipe(self, genome: jax.Array) -> Recipe:
+        """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
+        per_group, groups = self.genes.parameters(genome), self.shared_groups
+        return Recipe(
+            layers={name: self._by_layer(name, block)[:, self.parts] for name, block in per_group.items()},
+            shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
+        )
+
+    def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
+        """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
+        count = int(self.blocks[-1]) + 1
+        table = block[: count * len(self.layered)].reshape(count, len(self.layered), *block.shape[1:])
+        if not self.smooth or name not in [axis.name for axis in self.axes]:
+            return table[self.blocks]
+        at = np.linspace(0.0, count - 1.0, self.layers) if self.layers > 1 else np.zeros(1)
+        below = np.floor(at).astype(int)
+        above = np.minimum(below + 1, count - 1)
+        share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
+        values = (1 - share) * table[below] + share * table[above]
+        return grid_index(values).astype(jnp.float32) / DENSITY_STEPS if self.method.parameter(name).on_grid else values
+
+    def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
+        return self.genes.genome(values)
+
+    @property
+    def start(self) -> np.ndarray:
+        """The genome that the search starts from."""
+        return self.genes.start
+
+
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
     """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default."""
     parameter = method.parameter(name)
@@ -128,7 +211,13 @@ def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
     return (default,) * (parents if parameter.per_parent else 1)
 
 
-def component_groups(text: Sequence[str], names: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names`."""
+def component_groups(
+    text: Sequence[str], names: Sequence[str], shared: Sequence[str] = ()
+) -> tuple[tuple[str, ...], ...] | None:
+    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names`. Of `shared` each may be in
+    one of them."""
     groups = tuple(tuple(part.strip() for part in entry.split("+")) for entry in text)
-    return groups if sorted(name for group in groups for name in group) == sorted(names) else None
+    given = [name for group in groups for name in group]
+    others = [name for name in given if name in shared]
+    fits = sorted(name for name in given if name not in shared) == sorted(names) and len(set(others)) == len(others)
+    return groups if fits else None

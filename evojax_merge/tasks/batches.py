@@ -1,59 +1,185 @@
-"""Rows of tokens -> a handful of array shapes. Imports NumPy alone.
+"""Rows of tokens -> a handful of array shapes. May import tasks.task.
 
-Rows are sorted by length and cut into at most `MAX_BUCKETS` lengths so that padding is least; inside a bucket all
-batches have one shape. The same batches serve every candidate of a run.
+What rows share is laid out once. The *header* is the beginning that all rows of a task have in common (the few-shot
+examples, say): it is computed once per candidate, and the batches hold what follows it. Scored rows of one example (the
+choices of a question) become one *sheet*: their common beginning, and behind it each row's own tokens as a branch that
+sees the beginning and itself. Sheets are sorted by length and cut into few widths so that padding is least; inside a
+width all batches have one shape. The same batches serve every candidate of a run.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Generic, TypeVar
 
 import numpy as np
 
-MAX_BUCKETS = 4
-# Widths are multiples of this.
+from evojax_merge.tasks.task import Row
+
+# Widths: as few as bring the padding below this share of the computed positions, and no more than so many.
+PADDING = 0.15
+BUCKETS = (4, 8)
+# Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
 LENGTH_STEP = 8
+# A shorter header is left in the rows: a pass of its own costs more.
+MIN_HEADER = 32
+# Marks columns that hold no token, and rows of a batch that hold no row.
+NOTHING = -1
 
 
 @dataclass(frozen=True)
-class Row:
-    """Tokens, of which those from `start` on are scored (or, for a prompt, generated); `where` names the example."""
+class Slot:
+    """One row of a sheet: its number, and its targets, each predicted at a column."""
+
+    row: int
+    columns: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Rows that are computed together. positions: of each token in its row, the header's tokens counted; branches: 0
+    for what all rows share, else whose it is."""
 
     tokens: tuple[int, ...]
-    start: int
-    where: str
+    positions: tuple[int, ...]
+    branches: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    @property
+    def scored(self) -> int:
+        return sum(len(slot.columns) for slot in self.slots)
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """tokens: int32[B, T], padded at the right; length: int32[B]. Scored are `targets: int32[B, Q]`, predicted at
-    columns `at: int32[B, Q]` where `mask: bool[B, Q]`. rows: int[B], which row each is, -1 for padding."""
+    """B sheets with R = B x C slots. tokens, positions, branches: int32[B, T], branch `NOTHING` for padding.
+
+    Scored are `targets: int32[Q]`, predicted at `at: int32[Q]`, a column of the flattened batch, where `mask: bool[Q]`;
+    `spread: int32[R, S]`: which of the Q are a slot's, Q where there is none. rows: int[R], which row a slot is.
+    """
 
     tokens: np.ndarray
-    length: np.ndarray
+    positions: np.ndarray
+    branches: np.ndarray
     at: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+    spread: np.ndarray
     rows: np.ndarray
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """tokens: int32[B, T], padded at the left; first: int32[B], the first real column; rows: int[B], -1: padding."""
+    """tokens: int32[B, T], padded at the left; first: int32[B], the first real column; rows: int[B]."""
 
     tokens: np.ndarray
     first: np.ndarray
     rows: np.ndarray
 
 
-def bucket_widths(lengths: np.ndarray) -> list[int]:
-    """At most `MAX_BUCKETS` widths into which rows of these lengths go with the least padding (exact, by dynamic
-    programming over the distinct widths)."""
-    widths, counts = np.unique(-(-np.asarray(lengths) // LENGTH_STEP) * LENGTH_STEP, return_counts=True)
+Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
+
+
+@dataclass(frozen=True)
+class Batches(Generic[Batch]):
+    """header: int32[H], what stands before every row; tokens: how many the rows have, headers and shared beginnings
+    counted in each."""
+
+    header: np.ndarray
+    batches: tuple[Batch, ...]
+    tokens: int
+
+    @property
+    def computed(self) -> int:
+        """Token positions that a candidate computes, padding included."""
+        return len(self.header) + sum(batch.tokens.size for batch in self.batches)
+
+    @property
+    def padding(self) -> int:
+        """How many of them are padding."""
+        return sum(
+            int((batch.branches == NOTHING).sum()) if isinstance(batch, ScoringBatch) else _left_padding(batch)
+            for batch in self.batches
+        )
+
+
+def _left_padding(batch: PromptBatch) -> int:
+    real = batch.rows != NOTHING
+    return int(batch.first[real].sum()) + int((~real).sum()) * batch.tokens.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What rows share
+
+
+def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all of them begin with."""
+    # Between the least and the greatest in order lie all others.
+    low, high = min(rows), max(rows)
+    same = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return next(same, min(len(low), len(high)))
+
+
+def header_length(rows: Sequence[Row]) -> int:
+    """How much of their beginning all rows share; 0 where it would not pay. At least one token is left before the
+    first target, so that whatever is predicted is predicted at a column of the row itself."""
+    if len(rows) < 2:
+        return 0
+    length = min(common_beginning([row.tokens for row in rows]), min(row.start for row in rows) - 1)
+    return length if length >= MIN_HEADER else 0
+
+
+def sheets_of(rows: Sequence[Row], header: int, pack: bool = True) -> list[Sheet]:
+    """Rows without their header, those of one example together; `pack` False: each alone."""
+    numbered = list(enumerate(rows))
+    if not pack:
+        return [_sheet([one], header) for one in numbered]
+    groups = [list(group) for _, group in groupby(numbered, key=lambda one: one[1].example)]
+    sheets = []
+    for group in groups:
+        shared = _trunk(group, header)
+        sheets += [_sheet(group, header)] if shared else [_sheet([one], header) for one in group]
+    return sheets
+
+
+def _trunk(group: Sequence[tuple[int, Row]], header: int) -> int:
+    """How many tokens behind the header a group of rows shares, no target among them."""
+    rows = [row for _, row in group]
+    if len(rows) == 1:
+        return rows[0].start - header
+    return min(common_beginning([row.tokens for row in rows]), min(row.start for row in rows)) - header
+
+
+def _sheet(group: Sequence[tuple[int, Row]], header: int) -> Sheet:
+    trunk = _trunk(group, header)
+    tokens = list(group[0][1].tokens[header : header + trunk])
+    positions, branches, slots = list(range(header, header + trunk)), [0] * trunk, []
+    for branch, (number, row) in enumerate(group, start=1):
+        own = row.tokens[header + trunk :]
+        # Token i of the row stands in this column.
+        columns = [*range(trunk), *range(len(tokens), len(tokens) + len(own))]
+        predicted_at = tuple(columns[i - header - 1] for i in range(row.start, len(row.tokens)))
+        slots.append(Slot(number, predicted_at, row.tokens[row.start :]))
+        tokens += own
+        positions += range(header + trunk, len(row.tokens))
+        branches += [branch] * len(own)
+    return Sheet(tuple(tokens), tuple(positions), tuple(branches), tuple(slots))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def bucket_widths(lengths: np.ndarray, buckets: int, step: int) -> list[int]:
+    """At most `buckets` widths, multiples of `step`, into which rows of these lengths go with the least padding (exact,
+    by dynamic programming over the distinct widths)."""
+    widths, counts = np.unique(-(-np.asarray(lengths) // step) * step, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # best[i]: the least cells for the first i widths with the buckets so far, and where the last bucket began.
     best = [0.0] + [np.inf] * len(widths)
     choices: list[list[int]] = []
-    for _ in range(min(MAX_BUCKETS, len(widths))):
+    for _ in range(min(buckets, len(widths))):
         fresh, began = [0.0], [0]
         for end in range(1, len(widths) + 1):
             costs = [best[begin] + (total[end] - total[begin]) * widths[end - 1] for begin in range(end)]
@@ -69,85 +195,136 @@ def bucket_widths(lengths: np.ndarray) -> list[int]:
     return edges[::-1]
 
 
+def widths_for(lengths: np.ndarray) -> list[int]:
+    """The fewest widths that keep the padding below `PADDING`, or as near to it as the largest number of them comes."""
+    tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
+    for buckets, step in tries:
+        widths = bucket_widths(lengths, buckets, step)
+        cells = np.asarray(widths)[np.searchsorted(widths, lengths)].sum()
+        if cells * (1 - PADDING) <= np.sum(lengths):
+            break
+    return widths
+
+
 @dataclass(frozen=True)
 class Shape:
-    """One array shape: rows of up to `width` tokens, of which at most `scored` are scored, `size` to a batch."""
+    """Rows longer than `above` and no longer than `width`, `size` to a batch."""
 
+    above: int
     width: int
-    scored: int
     size: int
 
 
-def batch_shapes(rows: Sequence[Row], tokens_per_batch: int, others: Sequence[Row] = ()) -> list[Shape]:
-    """The shapes for `rows`, wide enough for `others` as well (another split's), which then compile nothing new.
-
-    Batches have about `tokens_per_batch` tokens, and sizes that fill the last batch of `rows` best.
-    """
-    together = [*rows, *others]
-    lengths = np.array([len(row.tokens) for row in rows])
-    all_lengths = np.array([len(row.tokens) for row in together])
-    shapes, below = [], 0
-    for width in bucket_widths(all_lengths):
-        inside = np.flatnonzero((all_lengths > below) & (all_lengths <= width))
-        count = max(1, int(((lengths > below) & (lengths <= width)).sum()))
-        below = width
-        batches = -(-count * width // tokens_per_batch)
-        scored = max(len(together[r].tokens) - together[r].start for r in inside)
-        shapes.append(Shape(width, scored, -(-count // batches)))
+def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, extra: int = 0) -> list[Shape]:
+    """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
+    `tokens_per_batch` tokens, of sizes that fill the last batch of the first split best. `extra`: columns that every
+    row gets besides."""
+    everything = np.concatenate(splits)
+    shapes, above = [], 0
+    for width in widths_for(everything):
+        count = max(1, int(((splits[0] > above) & (splits[0] <= width)).sum()))
+        batches = -(-count * (width + extra) // tokens_per_batch)
+        shapes.append(Shape(above, width, -(-count // batches)))
+        above = width
     return shapes
 
 
-def _grouped(rows: Sequence[Row], shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
-    """Each batch's shape and the numbers of its rows, padded with -1."""
-    lengths, below = np.array([len(row.tokens) for row in rows]), 0
+def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
+    """Each batch's shape and the numbers of its rows."""
     for shape in shapes:
-        members = np.flatnonzero((lengths > below) & (lengths <= shape.width))
-        below = shape.width
+        members = np.flatnonzero((lengths > shape.above) & (lengths <= shape.width))
         for start in range(0, len(members), shape.size):
-            group = members[start : start + shape.size]
-            yield shape, np.concatenate([group, np.full(shape.size - len(group), -1, np.int64)])
+            yield shape, members[start : start + shape.size]
 
 
-def scoring_batches(rows: Sequence[Row], shapes: Sequence[Shape]) -> list[ScoringBatch]:
-    """Batches of rows whose targets are scored."""
-    batches = []
-    for shape, group in _grouped(rows, shapes):
-        batch = ScoringBatch(
-            tokens=np.zeros((shape.size, shape.width), np.int32),
-            length=np.ones(shape.size, np.int32),
-            at=np.zeros((shape.size, shape.scored), np.int32),
-            targets=np.zeros((shape.size, shape.scored), np.int32),
-            mask=np.zeros((shape.size, shape.scored), bool),
-            rows=group,
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def scoring_batches(
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True
+) -> list[Batches[ScoringBatch]]:
+    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no two rows in a sheet."""
+    header = header_length([row for rows in splits for row in rows])
+    sheets = [sheets_of(rows, header, pack) for rows in splits]
+    lengths = [np.array([len(sheet.tokens) for sheet in split]) for split in sheets]
+    shapes = batch_shapes(lengths, tokens_per_batch)
+    groups = [
+        [(shape, [split[i] for i in members]) for shape, members in _grouped(count, shapes)]
+        for split, count in zip(sheets, lengths, strict=True)
+    ]
+    together = [one for split in groups for one in split]
+    limits = {
+        shape: (
+            max(len(sheet.slots) for s, group in together if s == shape for sheet in group),
+            _step_up(max(sum(sheet.scored for sheet in group) for s, group in together if s == shape)),
+            max(len(slot.columns) for s, group in together if s == shape for sheet in group for slot in sheet.slots),
         )
-        for b, r in enumerate(group[group >= 0]):
-            tokens, start = rows[r].tokens, rows[r].start
-            scored = len(tokens) - start
-            batch.tokens[b, : len(tokens)] = tokens
-            batch.length[b] = len(tokens)
-            batch.at[b, :scored] = np.arange(start - 1, len(tokens) - 1)
-            batch.targets[b, :scored] = tokens[start:]
-            batch.mask[b, :scored] = True
-        batches.append(batch)
-    return batches
-
-
-def prompt_batches(rows: Sequence[Row], shapes: Sequence[Shape]) -> list[PromptBatch]:
-    """Batches of rows that are continued."""
-    batches = []
-    for shape, group in _grouped(rows, shapes):
-        batch = PromptBatch(
-            np.zeros((shape.size, shape.width), np.int32), np.full(shape.size, shape.width - 1, np.int32), group
+        for shape in {shape for shape, _ in together}
+    }
+    return [
+        Batches(
+            np.array(rows[0].tokens[:header], np.int32),
+            tuple(_scoring_batch(group, shape, *limits[shape]) for shape, group in split),
+            sum(len(row.tokens) for row in rows),
         )
-        for b, r in enumerate(group[group >= 0]):
-            tokens = rows[r].tokens
-            batch.tokens[b, shape.width - len(tokens) :] = tokens
-            batch.first[b] = shape.width - len(tokens)
-        batches.append(batch)
-    return batches
+        for rows, split in zip(splits, groups, strict=True)
+    ]
 
 
-def padding_share(batches: Sequence[ScoringBatch | PromptBatch], rows: Sequence[Row]) -> float:
-    """The share of computed token positions that are padding."""
-    cells = sum(batch.tokens.size for batch in batches)
-    return 1.0 - sum(len(row.tokens) for row in rows) / cells if cells else 0.0
+def _step_up(number: int) -> int:
+    return -(-number // LENGTH_STEP) * LENGTH_STEP
+
+
+def _scoring_batch(group: Sequence[Sheet], shape: Shape, slots: int, scored: int, longest: int) -> ScoringBatch:
+    batch = ScoringBatch(
+        tokens=np.zeros((shape.size, shape.width), np.int32),
+        positions=np.zeros((shape.size, shape.width), np.int32),
+        branches=np.full((shape.size, shape.width), NOTHING, np.int32),
+        at=np.zeros(scored, np.int32),
+        targets=np.zeros(scored, np.int32),
+        mask=np.zeros(scored, bool),
+        spread=np.full((shape.size * slots, longest), scored, np.int32),
+        rows=np.full(shape.size * slots, NOTHING, np.int64),
+    )
+    filled = 0
+    for b, sheet in enumerate(group):
+        count = len(sheet.tokens)
+        batch.tokens[b, :count], batch.positions[b, :count] = sheet.tokens, sheet.positions
+        batch.branches[b, :count] = sheet.branches
+        for c, slot in enumerate(sheet.slots):
+            own = slice(filled, filled + len(slot.columns))
+            filled = own.stop
+            batch.at[own] = b * shape.width + np.array(slot.columns)
+            batch.targets[own], batch.mask[own] = slot.targets, True
+            batch.spread[b * slots + c, : len(slot.columns)] = range(own.start, own.stop)
+            batch.rows[b * slots + c] = slot.row
+    return batch
+
+
+def prompt_batches(splits: Sequence[Sequence[Row]], tokens_per_batch: int, new: int) -> list[Batches[PromptBatch]]:
+    """Rows of several splits of a task that are continued by `new` tokens, in batches of the same shapes."""
+    header = header_length([row for rows in splits for row in rows])
+    lengths = [np.array([len(row.tokens) - header for row in rows]) for rows in splits]
+    shapes = batch_shapes(lengths, tokens_per_batch, new)
+    return [
+        Batches(
+            np.array(rows[0].tokens[:header], np.int32),
+            tuple(_prompt_batch(rows, members, shape, header) for shape, members in _grouped(count, shapes)),
+            sum(len(row.tokens) for row in rows),
+        )
+        for rows, count in zip(splits, lengths, strict=True)
+    ]
+
+
+def _prompt_batch(rows: Sequence[Row], members: np.ndarray, shape: Shape, header: int) -> PromptBatch:
+    batch = PromptBatch(
+        tokens=np.zeros((shape.size, shape.width), np.int32),
+        first=np.full(shape.size, shape.width - 1, np.int32),
+        rows=np.concatenate([members, np.full(shape.size - len(members), NOTHING, np.int64)]),
+    )
+    for b, r in enumerate(members):
+        own = rows[r].tokens[header:]
+        batch.tokens[b, shape.width - len(own) :] = own
+        batch.first[b] = shape.width - len(own)
+    return batch

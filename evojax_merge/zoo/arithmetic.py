@@ -23,7 +23,7 @@ from evojax_merge.checkpoints.architectures import Leaf, decoder_config, layer_l
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.decoder import columns_of, forward, logits
 from evojax_merge.models.sources import Stored
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -240,7 +240,7 @@ def answer_loss(config: DecoderConfig, model: Stored, tokens: jax.Array) -> jax.
     """Mean negative log-likelihood of what follows the word `is` (in either language), ending included."""
     seen, targets = tokens[:, :-1], tokens[:, 1:]
     length = jnp.sum(tokens != IDS[PAD], axis=1)
-    hidden, _ = forward(config, model, seen, jnp.zeros_like(length), length)
+    hidden, _ = forward(config, model, seen, columns_of(seen.shape[1], jnp.zeros_like(length), length))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, model, hidden), targets)
     asked = jnp.cumsum(jnp.isin(seen, jnp.asarray(WORD_IDS["is"])), axis=1) > 0
     scored = asked & (targets != IDS[PAD])

