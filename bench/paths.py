@@ -26,7 +26,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import yaml
 from machine import describe
-from search import torch_fitness, write_random_family, write_rows
+from search import write_random_family, write_rows
+from torch_peer import mean_log_probability
 
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.models.paths import WRITERS, Path, PathSpec
@@ -102,7 +103,7 @@ def time_peer(problem: Problem, paths: Sequence[Path]) -> tuple[np.ndarray, floa
         model.tie_weights()
         model.eval()
         built = time.perf_counter()
-        values.append(torch_fitness(model, request.scoring, len(request.rows)))
+        values.append(mean_log_probability(model, request.asked.scored))
         seconds.append((built - start, time.perf_counter() - built))
     build, score = np.median(seconds[1:], axis=0)
     return np.array(values), float(build), float(score)

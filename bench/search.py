@@ -3,8 +3,8 @@
     python bench/search.py
 
 Ours: a population is merged inside compiled passes and scored in memory. The peer, one candidate after the other in
-one warm process: mergekit writes the model, transformers loads it, torch scores the same rows in batches of the
-same shape. Imports and the first candidate (compilation, caches) are not counted on either side; ours are shown
+one warm process: mergekit writes the model, transformers loads it, torch scores the same rows in batches of as
+many tokens. Imports and the first candidate (compilation, caches) are not counted on either side; ours are shown
 apart. Both score the same recipes, and the scores must agree.
 """
 
@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -25,6 +24,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import yaml
 from machine import describe
+from torch_peer import mean_log_probability
 
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.recipes import load_yaml
@@ -32,7 +32,6 @@ from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import Problem, build_problem, locate, read_config
 from evojax_merge.search.winner import write_recipe
-from evojax_merge.tasks.batches import ScoringBatch
 
 METHOD = "ties"
 
@@ -125,25 +124,6 @@ def time_ours(problem: Problem, genomes: np.ndarray) -> tuple[np.ndarray, float,
     return runs[0][0], seconds / len(genomes), prepare, first - seconds
 
 
-def torch_fitness(model: Any, batches: Sequence[ScoringBatch], rows: int) -> float:
-    """The same score from transformers: mean over examples of the mean log-probability of the target."""
-    import torch
-
-    totals = np.zeros(rows)
-    for batch in batches:
-        columns = torch.arange(batch.tokens.shape[1])
-        mask = (columns[None, :] < torch.tensor(batch.length)[:, None]).long()
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor(batch.tokens).long(), attention_mask=mask).logits
-            at = torch.tensor(batch.at).long()
-            picked = torch.take_along_dim(logits, at[..., None], dim=1).log_softmax(-1)
-            targets = torch.tensor(batch.targets).long()
-            found = torch.take_along_dim(picked, targets[..., None], dim=2)[..., 0].numpy()
-        real = batch.rows >= 0
-        totals[batch.rows[real]] = (found * batch.mask).sum(axis=1)[real] / batch.mask.sum(axis=1)[real]
-    return float(totals.mean())
-
-
 def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """(fitness, median seconds for merging, loading, scoring), the first candidate not counted."""
     from mergekit.config import MergeConfiguration
@@ -164,7 +144,7 @@ def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.n
         merged = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="float32").eval()
         loaded = time.perf_counter()
-        values.append(torch_fitness(model, request.scoring, len(request.rows)))
+        values.append(mean_log_probability(model, request.asked.scored))
         seconds.append((merged - start, loaded - merged, time.perf_counter() - loaded))
     return np.array(values), np.median(seconds[1:], axis=0)
 
@@ -181,7 +161,7 @@ def measure(name: str, models: dict[str, str], tokens: int, length: int, populat
         ours, per_candidate, prepare, compile_seconds = time_ours(problem, genomes)
         theirs, peer = time_peer(problem, genomes[:peers], folder)
         np.testing.assert_allclose(ours[:peers], theirs, atol=2e-4)
-        counted = sum(len(row.tokens) for row in problem.requests()[0][0].rows)
+        counted = sum(len(row.tokens) for row in problem.requests()[0][0].asked.scored)
         size = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.decoder).values())
         return Timing(name, size, counted, per_candidate, prepare, compile_seconds, *peer)
 

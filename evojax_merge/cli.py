@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from evojax_merge import __version__
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, LostProcess
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,6 +39,7 @@ def cli() -> None:
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
 @click.option("--seed", type=click.IntRange(min=0), help="Override the config's seed.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key; repeatable.")
+@click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 def search(
     config: Path,
     out: Path | None,
@@ -46,11 +47,16 @@ def search(
     overwrite: bool,
     seed: int | None,
     overrides: tuple[str, ...],
+    distributed: bool,
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
     _start_jax()
+    if distributed:
+        from evojax_merge.evaluation.devices import join_processes
+
+        join_processes()
     from evojax_merge.commands import run_search_command
 
     run_search_command(config, out, resume, overwrite, seed, list(overrides))
@@ -126,6 +132,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(run(lambda: cli.main(standalone_mode=False)))
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # An ordinary end would wait for the process that has gone.
+        os._exit(FAILED)
     except Exception:
         import traceback
 

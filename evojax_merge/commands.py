@@ -5,7 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +25,8 @@ from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, StageConfig, TaskFile, parse
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.evaluation.devices import local_devices, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests
 from evojax_merge.report.card import merge_card, search_card
@@ -34,7 +37,7 @@ from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import RunFolder, is_run, open_run
-from evojax_merge.search.scorers import open_scorers
+from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
     Problem,
     build_problem,
@@ -44,7 +47,7 @@ from evojax_merge.search.setup import (
     stage_config,
     stop_tokens,
 )
-from evojax_merge.search.winner import Row, choose_winner, passes_to_choose, write_recipe, write_result
+from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, write_recipe, write_result
 
 # Where the output is a file, lines are as long as a table needs.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -104,7 +107,7 @@ class SearchBar(Reporter):
             console.print(f"generation {g.number + 1}: {info}", highlight=False)
 
     def said(self, text: str) -> None:
-        console.print(text, highlight=False)
+        _say(text)
 
 
 def run_search_command(
@@ -119,8 +122,17 @@ def run_search_command(
     problem = build_problem(path, config)
     requests = problem.requests()
     require_space(out, _model_bytes(problem))
-    folder = open_run(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     _search_into(folder, problem, requests, again)
+
+
+def _open_together(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
+    """The run folder, opened by the one process that writes; the others wait, and say nothing."""
+    console.quiet = jax.process_index() > 0
+    if jax.process_index() == 0:
+        open_run(path, document, resume=resume, overwrite=overwrite)
+    wait_for_all("opened")
+    return RunFolder(path)
 
 
 def _model_bytes(problem: Problem) -> int:
@@ -144,7 +156,7 @@ def _run_chain(
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
-    run = open_run(out, document, resume=resume, overwrite=overwrite)
+    run = _open_together(out, document, resume=resume, overwrite=overwrite)
     winner: str | None = None
     for number, stage in enumerate(stages, start=1):
         console.print(f"stage {number} of {len(stages)}", highlight=False)
@@ -155,18 +167,20 @@ def _run_chain(
         folder = RunFolder((out / "stages" / f"stage-{number}").resolve())
         if not (resume and folder.result.exists() and folder.model.exists()):
             begun = resume and is_run(folder)
-            open_run(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
+            _open_together(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
             _search_into(folder, problem, requests[number - 1], again)
         winner = str(folder.model)
 
 
 def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]], again: str) -> None:
     """Search, choose, export and report. `again` is the command that continues an interrupted run."""
+    devices = local_devices(problem.config.evaluation.model)
+    console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_requests([one for block in requests[:-2] for one in block]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        *blocks, full, heldout = open_scorers(problem, requests, progress)
+        *blocks, full, heldout = open_scorers(problem, requests, devices, progress, _say)
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
@@ -174,17 +188,30 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     try:
         with Progress(*columns, console=console) as progress:
             reporter = SearchBar(progress, problem.search.generations)
-            outcome = run_search(problem.search, problem.config.seed, problem.space, blocks, folder, reporter)
-    except KeyboardInterrupt:
+            outcome = run_search(
+                problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
+            )
+    except (KeyboardInterrupt, LostProcess):
         done = len(folder.read_history())
         print(f"stopped; {done} generations are saved. Continue with: {again}", file=sys.stderr)
         raise
-    console.print(blocks[0].describe_work(), highlight=False)
+    console.print(describe_work(blocks), highlight=False)
     if len(blocks) > 1:
         examples = sum(task.size for block in blocks for task in block.tasks)
         console.print(describe_race(folder.read_history(), examples), highlight=False)
     with passes_bar("scoring", passes_to_choose(problem, full, heldout)) as advance:
         result = choose_winner(problem, full, heldout, outcome, advance)
+    if devices.writes:
+        _write_winner(folder, problem, result)
+    wait_for_all("written")
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False)
+
+
+def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
+    """Export the winner, and report."""
     write_recipe(problem, result.genome, folder.recipe)
     job = prepare(read_recipe(folder.recipe))
     card = search_card(folder.path.name, problem, result, folder.recipe.read_text(encoding="utf-8"))

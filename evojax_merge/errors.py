@@ -16,6 +16,13 @@ class InputError(Exception):
         self.where, self.what = str(where), what
 
 
+class LostProcess(Exception):
+    """Another process of the run has gone."""
+
+    def __init__(self) -> None:
+        super().__init__("another process of this run has gone; the run ends here and can be resumed")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
     known = sorted(known)

@@ -59,12 +59,12 @@ class Generation:
 @dataclass(frozen=True)
 class PytreeSearch:
     """What a search found: the best merge, its fitness, its scores per example (float32[N], one number where the
-    fitness is one), the searched parameters by group (a number, or one per parent), and how it went."""
+    fitness is one), by group the searched parameters (one per parent, or one), and how it went."""
 
     best: Any
     fitness: float
     scores: np.ndarray
-    parameters: dict[str, dict[str, float | tuple[float, ...]]]
+    parameters: dict[str, dict[str, tuple[float, ...]]]
     history: tuple[Generation, ...]
 
 
@@ -185,14 +185,11 @@ def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:
     return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **value)
 
 
-def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, float | tuple[float, ...]]]:
+def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, tuple[float, ...]]]:
     blocks = {name: np.asarray(block) for name, block in space.values(jnp.asarray(genome)).items()}
-
-    def shown(name: str, row: np.ndarray) -> float | tuple[float, ...]:
-        return tuple(row.tolist()) if space.method.parameter(name).per_parent else float(row[0])
-
     return {
-        group: {name: shown(name, block[g]) for name, block in blocks.items()} for g, group in enumerate(space.groups)
+        group: {name: tuple(block[g].tolist()) for name, block in blocks.items()}
+        for g, group in enumerate(space.groups)
     }
 
 

@@ -1,7 +1,9 @@
 """Tasks of the lm-eval harness: our scores against those of its own `hf` model, and what is refused."""
 
 import itertools
+import json
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import random_model, save, tiny_config, words, write_lines
+from helpers import Family, random_model, save, tiny_config, words, write_lines
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.commands import run_evaluate_command
+from evojax_merge.config import HarnessConfig
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.requests import build_requests
-from evojax_merge.search.setup import stop_tokens
+from evojax_merge.search.open_tasks import open_whole_task
+from evojax_merge.search.setup import build_problem, read_config, resolved_document, stop_tokens
 from evojax_merge.tasks.harness import HarnessTask, Options, open_harness
 from evojax_merge.tasks.task import Answers
 
@@ -64,6 +70,7 @@ def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files}}
     data |= {"training_split": "train", "test_split": "test"}
     mean = {"aggregation": "mean", "higher_is_better": True}
+    brier = {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False}
     pick = [{"function": "regex", "regex_pattern": r"w(\d)", "group_select": -1}, {"function": "take_first"}]
     first = [{"function": "regex", "regex_pattern": r"the answer is (w\d+)"}, {"function": "take_first"}]
     tasks: dict[str, dict[str, Any]] = {
@@ -83,7 +90,7 @@ def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "doc_to_target": "gold",
             "doc_to_choice": "choices",
             "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean},
-                            {"metric": "acc_mutual_info", **mean}, {"metric": "brier_score", "aggregation": "brier_score", "higher_is_better": False}],
+                            {"metric": "acc_mutual_info", **mean}, brier],
             **FEWSHOT,
         },
         "own_rolling": {
@@ -137,7 +144,7 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
     tasks = [open_harness("tasks", name, None, name, 1.0, Options(include_path=folder, **options)) for name in names]
     sources, config = open_sources([model])
     tokenizer = load_tokenizer(model)
-    (requests,) = build_requests([tasks], tokenizer, 512, context, stop_tokens(model))
+    (requests,) = build_requests([tasks], tokenizer, 4096, context, stop_tokens(model))
     seen: dict[str, Answers] = {}
     # What the evaluator hands to a task is recorded on its way.
     spies = [replace(request, task=Spy(request.task, seen)) for request in requests]
@@ -224,7 +231,7 @@ def test_a_chat_template_and_a_system_s_instruction_are_the_harness_s(harness_ta
     model = tmp_path / "chat"
     shutil.copytree(harness_tasks / "model", model)
     template = "{% for m in messages %}w{{ 10 + m['role'] | length }} {{ m['content'] }} w11 {% endfor %}"
-    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}w13{% endif %}")
+    (model / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}w13 {% endif %}")
     options = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "w7 w8"}
     case = score_both(model, harness_tasks, ["own_choices"], CONTEXT, **options)["own_choices"]
     theirs = [total for sample in case.samples for total, _ in responses(sample)]
@@ -282,3 +289,127 @@ def test_an_output_without_an_answer_is_told(scored: dict[str, Scored]) -> None:
     assert task.unanswered(["w1 w2", "w3"]) == "the filter strict"
     assert task.unanswered(["w1 w2", "the answer is w3"]) is None
     assert scored["own_choices"].task.unanswered([]) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a config may say
+
+
+def open_own(harness_tasks: Path, name: str, metric: str | None = None, **options: Any) -> HarnessTask:
+    return open_harness("tasks[0]", name, metric, name, 1.0, Options(include_path=harness_tasks, **options))
+
+
+def test_the_metric_is_the_first_unless_it_is_named(harness_tasks: Path) -> None:
+    assert open_own(harness_tasks, "own_generation").metric == "exact_match,flexible"
+    assert open_own(harness_tasks, "own_generation", "exact_match,strict").metric == "exact_match,strict"
+    assert open_own(harness_tasks, "own_choices", "acc_norm").metric == "acc_norm,none"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("own_chioces", {}, r"tasks\[0\]: lm_eval: lm-eval has no task 'own_chioces' \(did you mean 'own_choices'\?\)"),
+        ("own_group", {}, r"own_group is a group of tasks; name them one by one \(own_choices, own_rolling\)"),
+        ("own_choices", {"metric": "acc,strict"}, "metric: 'acc,strict'; the task has \"acc,none\""),
+        ("own_choices", {"metric": "brier_score,none"}, "metric: 'brier_score,none'; the task has"),
+        ("own_no_train", {"split": "train"}, "split: own_no_train has no training split"),
+        ("own_no_data", {}, "own_no_data cannot be loaded"),
+        ("own_sampled", {}, "own_sampled, example 0: the task draws its outputs at random"),
+        ("own_endless", {}, "own_endless, example 0: asks for 48 new tokens; the models' context is 48"),
+        ("own_choices", {"num_fewshot": 12, "split": "train"}, "lm-eval cannot build its requests"),
+    ],
+)
+def test_what_the_harness_cannot_do_is_told(
+    name: str, options: dict[str, Any], message: str, harness_tasks: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(harness_tasks, folder)
+    own = yaml.safe_load((folder / "own_generation.yaml").read_text())
+    variants: dict[str, dict[str, Any]] = {
+        "own_no_train": {"training_split": None, "fewshot_split": "test"},
+        "own_no_data": {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "nothing.jsonl")}}},
+        "own_sampled": {"generation_kwargs": {"until": ["w9"], "do_sample": True, "temperature": 0.7}},
+        "own_endless": {"generation_kwargs": {"until": ["w9"], "max_gen_toks": CONTEXT}},
+    }
+    for variant, changes in variants.items():
+        (folder / f"{variant}.yaml").write_text(yaml.safe_dump(own | {"task": variant} | changes))
+    with pytest.raises(InputError, match=message):
+        open_own(folder, name, **options).ask(load_tokenizer(harness_tasks / "model"), CONTEXT)
+
+
+def test_without_the_harness_the_extra_is_named(harness_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(InputError, match=r"pip install 'evojax-merge\[lm-eval\]'"):
+        open_own(harness_tasks, "own_choices")
+
+
+def test_training_examples_are_not_shown_to_themselves(harness_tasks: Path) -> None:
+    tokenizer = load_tokenizer(harness_tasks / "model")
+    test = open_own(harness_tasks, "own_choices").ask(tokenizer, 256).scored
+    task = open_own(harness_tasks, "own_choices", split="train", num_fewshot=10, docs=8)
+    assert task.size == 8
+    rows = [row for row in task.ask(tokenizer, 4096).scored if row.start > 1]
+    questions = [tokenizer(record["question"])["input_ids"] for record in task.source.task.eval_docs]
+    for row in rows:
+        shown = tokenizer.decode(row.tokens[: row.start]).count(tokenizer.decode(questions[row.example]))
+        assert shown == 1
+    assert not {row.tokens for row in rows} & {row.tokens for row in test}
+
+
+def config_file(folder: Path, family: Family, *tasks: dict[str, Any]) -> Path:
+    path = folder / "search.yaml"
+    document = {
+        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
+        "space": {"method": "task_arithmetic", "layers_per_group": "all", "components": ["attention+mlp+norm"],
+                  "parameters": {"weight": {}}},
+        "tasks": list(tasks), "search": {"generations": 2, "population": 4, "finalists": 2},
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_benchmark_is_only_searched_on_when_the_config_says_so(
+    family: Family, harness_tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = yaml.safe_load((harness_tasks / "own_choices.yaml").read_text()) | {"task": "gsm8k_mine"}
+    (tmp_path / "gsm8k_mine.yaml").write_text(yaml.safe_dump(own))
+    task = {"lm_eval": "gsm8k_mine", "include_path": "."}
+
+    def opened(**changes: Any) -> Any:
+        path = config_file(tmp_path, family, task | changes)
+        return build_problem(path, read_config(path, [], None)).full[0]
+
+    with pytest.raises(InputError, match=r"tasks\[0\]: on_test_set: gsm8k_mine is a benchmark"):
+        opened()
+    assert opened(on_test_set=True).size == 8
+    assert "gsm8k_mine is a benchmark" in capsys.readouterr().err
+    assert opened(split="train").size == 10
+    assert capsys.readouterr().err == ""
+    # Whoever only looks at it takes nothing from it.
+    assert open_whole_task("tasks[0]", HarnessConfig.model_validate(task), tmp_path).size == 10
+
+
+def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path, scored: dict[str, Scored]) -> None:
+    names = ("own_choices", "own_generation")
+    tasks = tmp_path / "tasks.yaml"
+    rows = [{"lm_eval": name, "include_path": str(harness_tasks)} for name in names]
+    tasks.write_text(yaml.safe_dump({"tasks": rows}))
+    run_evaluate_command([str(harness_tasks / "model")], tasks, tmp_path / "scores.json")
+    (shown,) = json.loads((tmp_path / "scores.json").read_text())
+    for name in names:
+        for key, matrix in scored[name].scores.items():
+            assert shown["scores"][f"{name}/{key}"] == pytest.approx(float(matrix.mean()), abs=1e-6)
+
+
+def test_a_run_keeps_where_its_tasks_came_from(family: Family, harness_tasks: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").symlink_to(harness_tasks)
+    path = config_file(tmp_path, family, {"lm_eval": "own_choices", "include_path": "own", "heldout": "own_generation"})
+    with pytest.raises(InputError, match="metric"):
+        # The second task has to have the metric, too.
+        build_problem(path, read_config(path, ["tasks.0.metric=acc,none"], None))
+    path = config_file(tmp_path, family, {"lm_eval": "own_choices", "include_path": "own", "name": "choices"})
+    problem = build_problem(path, read_config(path, [], None))
+    assert (problem.full[0].name, problem.full[0].size, problem.heldout[0].size) == ("choices", 8, 2)
+    kept = resolved_document(problem)
+    assert {str(harness_tasks / name) for name in ("own_choices.yaml", "test.jsonl")} <= set(kept["inputs"])
+    assert kept["tasks"][0]["include_path"] == str(harness_tasks)

@@ -1,5 +1,6 @@
-"""mergekit-evolve's YAML: the same point is the same merge as mergekit's own genome makes of it, and what is refused."""
+"""mergekit-evolve's YAML: a point is the merge that mergekit's own genome makes of it, and what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from mergekit.options import MergeOptions
 
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.recipes import read_recipe
+from evojax_merge.commands import run_search_command
+from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.mergekit_evolve import filter_components
 from evojax_merge.search.setup import Problem, build_problem, read_config
@@ -111,3 +114,109 @@ def test_a_point_is_the_merge_that_mergekit_makes_of_it(name: str, family4: Fami
     assert ours.keys() == wanted.keys()
     for tensor, array in wanted.items():
         np.testing.assert_allclose(ours[tensor], array, atol=2e-5, err_msg=tensor)
+
+
+def test_slerp_reaches_the_merges_that_mergekit_does(family4: Family, tmp_path: Path) -> None:
+    """There a weight per model, of which the softmax says how far to go from the heavier one; here `t` itself."""
+    genome = {"merge_method": "slerp", "base_model": None, "layer_granularity": 2}
+    path = write_config(tmp_path, family4, genome)
+    problem = open_problem(path, "export_dtype=float32")
+    theirs = ModelGenome(ModelGenomeDefinition.model_validate(yaml.safe_load(path.read_text())["genome"]))
+    point = theirs.initial_genotype().numpy()
+    point[:, :, 0, 0] = [[0.9, 0.2], [-0.3, 0.4]]
+    config = theirs.genotype_merge_config(point).model_copy(update={"dtype": "float32"})
+    run_merge(config, str(tmp_path / "theirs"), MergeOptions(quiet=True))
+    space = problem.space
+    assert isinstance(space, ParameterSpace)
+    t = 1 / (1 + np.exp(point[:, 0, 0, 0] - point[:, 1, 0, 0]))
+    write_recipe(problem, space.genome({"t": t[:, None]}), tmp_path / "recipe.yaml")
+    merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
+    ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
+    for tensor, array in wanted.items():
+        np.testing.assert_allclose(ours[tensor], array, atol=2e-5, err_msg=tensor)
+
+
+def test_the_base_among_the_models_counts_in_the_starting_weight_only(family4: Family, tmp_path: Path) -> None:
+    models = [str(family4.base), *(str(parent) for parent in family4.parents)]
+    path = write_config(tmp_path, family4, {"merge_method": "ties", "models": models})
+    problem = open_problem(path)
+    assert problem.parents == family4.parents
+    assert isinstance(problem.space, ParameterSpace)
+    start = problem.space.values(jnp.asarray(problem.space.start))
+    np.testing.assert_allclose(start["weight"], np.full((1, 2), 1 / 3), rtol=1e-6)
+
+
+def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path) -> None:
+    own = {"name": "own_task", "include_path": "."}
+    tasks = [own | {"weight": 2.0}, own | {"metric": "acc"}]
+    path = write_config(
+        tmp_path, family4, {"merge_method": "linear", "base_model": None}, tasks=tasks, limit=6, num_fewshot=2,
+        fewshot_as_multiturn=False, random_seed=7, search={"generations": 3},
+    )  # fmt: skip
+    problem = open_problem(path, "search.population=4")
+    assert [(task.name, task.metric, task.weight) for task in problem.full] == [
+        ("own_task/acc,none", "acc,none", 2.0), ("own_task/acc", "acc,none", 1.0),
+    ]  # fmt: skip
+    # Six examples to search with, and a fifth of all held out.
+    assert [(full.size, held.size) for full, held in zip(problem.full, problem.heldout, strict=True)] == [(6, 2)] * 2
+    assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
+    assert problem.search.sigma == pytest.approx(1 / 6)
+    assert problem.spec.export_dtype == "bfloat16"
+    first = problem.config.tasks[0]
+    assert isinstance(first, HarnessConfig)
+    assert (first.num_fewshot, first.apply_chat_template, first.fewshot_as_multiturn) == (2, False, False)
+
+
+def test_filters_are_groups_of_components() -> None:
+    path = Path("evolve.yaml")
+    assert filter_components(path, []) == ["norm+attention+mlp+embed+final_norm+head"]
+    assert filter_components(path, ["self_attn", "mlp"]) == ["attention", "mlp", "norm+embed+final_norm+head"]
+    assert filter_components(path, ["embed_tokens", "layers."]) == ["embed", "norm+attention+mlp", "final_norm+head"]
+    assert filter_components(path, ["mlp", "*"]) == ["mlp", "norm+attention+embed+final_norm+head"]
+
+
+@pytest.mark.parametrize(
+    ("genome", "others", "message"),
+    [
+        ({"merge_method": "della"}, {}, "genome.merge_method"),
+        ({"layer_granularty": 2}, {}, r"genome.layer_granularty: unknown key \(did you mean 'layer_granularity'\?\)"),
+        ({"base_model": None}, {}, "genome.base_model: missing; ties takes task vectors"),
+        ({"merge_method": "linear"}, {}, "genome.base_model: linear has no base"),
+        ({"merge_method": "slerp", "base_model": None, "smooth": True}, {}, "genome.smooth: not with slerp"),
+        ({"tokenizer_source": "union"}, {}, "genome.tokenizer_source: union; expected base or model:"),
+        ({"filters": ["q_proj"]}, {}, r"genome.filters: 'q_proj' parts model.layers.0.self_attn.\w+_proj"),
+        ({"filters": ["layers.1."]}, {}, r"genome.filters: 'layers.1.' parts model.layers.1."),
+        ({"filters": ["mlp", "expert"]}, {}, "genome.filters: 'expert' takes no tensor"),
+        ({}, {"shuffle": True}, "shuffle: not supported"),
+        ({}, {"random_init": True}, "random_init: not supported"),
+        ({}, {"tasks": []}, "tasks: "),
+        ({}, {"tasks": [{"name": "own_task", "wieght": 1}]}, r"tasks\[0\].wieght: unknown key \(did you mean 'weight'"),
+        ({}, {"tasks": [{"name": "own_task", "weight": -1}]}, r"tasks\[0\].weight: -1; higher is better"),
+        ({}, {"tasks": ["gsm8k"]}, r"tasks\[0\]: on_test_set: gsm8k is a benchmark"),
+        ({}, {"space": {}}, "space: unknown key"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused_by_name(
+    genome: dict[str, Any], others: dict[str, Any], message: str, family4: Family, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path, family4, {"merge_method": "ties"} | genome, **others)
+    with pytest.raises(InputError, match=message):
+        open_problem(path)
+
+
+def test_a_search_runs_from_the_file_as_it_is(family4: Family, tmp_path: Path) -> None:
+    genome = {"merge_method": "dare_ties", "layer_granularity": 2, "filters": ["self_attn", "mlp"], "smooth": True}
+    path = write_config(tmp_path, family4, genome, limit=8)
+    run = tmp_path / "run"
+    run_search_command(path, run, False, False, 3, ["search.generations=2", "search.population=4"])
+    assert len((run / "history.jsonl").read_text().splitlines()) == 2
+    result = json.loads((run / "result.json").read_text())
+    assert {row["role"] for row in result["table"]} == {"base", "parent", "uniform", "winner"}
+    assert all("own_task/acc,none" in row["heldout_scores"] for row in result["table"])
+    # Two knots of two weights and densities for each of three parameter sets.
+    assert len(result["genome"]) == 2 * 3 * 2 * 2
+    # What was exported is what its recipe says, layer by layer.
+    merge_to(prepare(read_recipe(run / "best" / "recipe.yaml")), tmp_path / "again", card="")
+    again, model = state(tmp_path / "again"), state(run / "best" / "model")
+    for tensor, array in model.items():
+        np.testing.assert_array_equal(again[tensor], array)

@@ -14,25 +14,24 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evojax_merge.config import TaskConfig
+from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import build_requests
-from evojax_merge.search.setup import load_task
+from evojax_merge.evaluation.requests import build_requests
+from evojax_merge.search.open_tasks import open_task
 from evojax_merge.tasks.batches import (
-    LENGTH_STEP,
-    MAX_BUCKETS,
-    Row,
-    batch_shapes,
+    BUCKETS,
+    MIN_HEADER,
+    NOTHING,
+    ScoringBatch,
     bucket_widths,
-    padding_share,
     prompt_batches,
     scoring_batches,
 )
-from evojax_merge.tasks.tasks import (
+from evojax_merge.tasks.task import Row, cut_at_stop
+from evojax_merge.tasks.text import (
     Example,
     Fields,
-    Task,
-    cut_at_stop,
+    TextTask,
     encode_pair,
     extract_answer,
     likelihood_rows,
@@ -49,8 +48,8 @@ def fields(**changes: str) -> Fields:
     return Fields(**(given | changes))
 
 
-def task_of(kind: Any, examples: list[Example], **changes: Any) -> Task:
-    return Task("task", kind, "accuracy", 1.0, "file.jsonl", tuple(examples), **changes)
+def task_of(kind: Any, examples: list[Example], **changes: Any) -> TextTask:
+    return TextTask("task", kind, "accuracy", 1.0, "file.jsonl", tuple(examples), **changes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -121,15 +120,15 @@ def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, n
 @pytest.mark.parametrize("heldout", [0.25, 0.01, 0.99])
 def test_a_held_out_share_is_a_fixed_partition(heldout: float, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "task.jsonl", [{"prompt": f"p{i}", "target": "t"} for i in range(20)])
-    config = TaskConfig(name="n", kind="likelihood", file=path.name, heldout=heldout)
-    searched, held = load_task("config", config, tmp_path, 0)
+    config = TextConfig(name="n", kind="likelihood", file=path.name, heldout=heldout)
+    searched, held = open_task("config", config, tmp_path, 0)
     lines = [{e.line for e in split.examples} for split in (searched, held)]
     assert lines[0] | lines[1] == set(range(1, 21))
     assert not lines[0] & lines[1]
     assert len(lines[1]) == {0.25: 5, 0.01: 1, 0.99: 19}[heldout]
-    again = load_task("config", config, tmp_path, 0)
+    again = open_task("config", config, tmp_path, 0)
     assert again == (searched, held)
-    assert load_task("config", config, tmp_path, 1)[1] != held or heldout == 0.01
+    assert open_task("config", config, tmp_path, 1)[1] != held or heldout == 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,12 +190,12 @@ def test_rows_of_examples_name_their_line() -> None:
     tokenizer = word_tokenizer(words())
     examples = [Example("w4 w5", (" w6 w7",), "w6 w7", 3), Example("w8", (" w9",), "w9", 7)]
     assert likelihood_rows(task_of("likelihood", examples), tokenizer) == [
-        Row((4, 5, 6, 7), 2, "file.jsonl:3"),
-        Row((8, 9), 1, "file.jsonl:7"),
+        Row((4, 5, 6, 7), 2, "file.jsonl:3", 0),
+        Row((8, 9), 1, "file.jsonl:7", 1),
     ]
     assert prompt_rows(task_of("exact_match", examples), tokenizer) == [
-        Row((4, 5), 2, "file.jsonl:3"),
-        Row((8,), 1, "file.jsonl:7"),
+        Row((4, 5), 2, "file.jsonl:3", 0),
+        Row((8,), 1, "file.jsonl:7", 1),
     ]
     choices = [Example("w4", (" w5", " w6 w7"), 1, 1), Example("w8", (" w9", " w10"), 0, 2)]
     found = likelihood_rows(task_of("multiple_choice", choices), tokenizer)
@@ -215,9 +214,9 @@ def test_rows_without_a_token_are_refused() -> None:
 def test_examples_beyond_the_context_are_refused() -> None:
     tokenizer = word_tokenizer(words())
     task = task_of("likelihood", [Example("w4 w5 w6", (" w7",), "w7", 1), Example("w4 " * 9, ("w7",), "w7", 2)])
-    build_requests([[task]], tokenizer, 64, 10, ())
-    with pytest.raises(InputError, match=r"file\.jsonl:2: 10 tokens .* 9"):
-        build_requests([[task]], tokenizer, 64, 9, ())
+    build_requests([[task]], tokenizer, 64, 9, ())
+    with pytest.raises(InputError, match=r"file\.jsonl:2: 10 tokens .* 8"):
+        build_requests([[task]], tokenizer, 64, 8, ())
     generated = task_of("exact_match", list(task.examples), max_new_tokens=4)
     build_requests([[generated]], tokenizer, 64, 13, ())
     with pytest.raises(InputError, match=r"file\.jsonl:2: 9 tokens and 4 new ones"):
@@ -233,91 +232,136 @@ def cells(lengths: list[int], widths: tuple[int, ...]) -> float:
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
-@given(st.lists(st.integers(1, 70), min_size=1, max_size=25))
-def test_bucket_widths_have_the_least_padding(lengths: list[int]) -> None:
-    widths = bucket_widths(np.array(lengths))
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=25), st.integers(1, 4), st.sampled_from([1, 8]))
+def test_bucket_widths_have_the_least_padding(lengths: list[int], buckets: int, step: int) -> None:
+    widths = bucket_widths(np.array(lengths), buckets, step)
     assert widths == sorted(set(widths))
-    assert 1 <= len(widths) <= MAX_BUCKETS
-    assert all(width % LENGTH_STEP == 0 for width in widths)
-    possible = sorted({-(-length // LENGTH_STEP) * LENGTH_STEP for length in lengths})
+    assert 1 <= len(widths) <= buckets
+    assert all(width % step == 0 for width in widths)
+    possible = sorted({-(-length // step) * step for length in lengths})
     best = min(
         cells(lengths, chosen)
-        for count in range(1, min(MAX_BUCKETS, len(possible)) + 1)
+        for count in range(1, min(buckets, len(possible)) + 1)
         for chosen in combinations(possible, count)
     )
     assert cells(lengths, tuple(widths)) == best
 
 
+@pytest.mark.parametrize("count", [30, 100, 500, 2000])
+def test_padding_of_texts_is_below_15_percent(count: int) -> None:
+    """Lengths as texts have them: log-normal, some three times as long as others."""
+    lengths = np.random.default_rng(0).lognormal(4.5, 0.4, count).astype(int)
+    rows = [Row((1,) * int(length), int(length) // 2, "f", i) for i, length in enumerate(lengths)]
+    for (batches,) in (scoring_batches([rows], 4096), prompt_batches([rows], 4096, 64)):
+        assert batches.padding / batches.computed < 0.15
+
+
+Size = tuple[int, int, int]
+# Length, scored tokens, and which example.
 rows_strategy = st.lists(
-    st.tuples(st.integers(2, 60), st.integers(1, 20)).map(lambda p: (p[0], min(p[1], p[0] - 1))),
+    st.tuples(st.integers(2, 60), st.integers(1, 20), st.integers(0, 2)).map(
+        lambda p: (p[0], min(p[1], p[0] - 1), p[2])
+    ),
     min_size=1,
     max_size=30,
 )
 
 
-def make_rows(sizes: list[tuple[int, int]], seed: int = 0) -> list[Row]:
+def make_rows(sizes: list[Size], seed: int = 0, header: int = 0) -> list[Row]:
+    """Rows of random tokens behind one header; rows of one example follow each other and begin alike."""
     rng = np.random.default_rng(seed)
-    return [
-        Row(tuple(rng.integers(1, 99, length).tolist()), length - scored, f"f:{i}")
-        for i, (length, scored) in enumerate(sizes)
-    ]
+    begun = rng.integers(1, 99, 100).tolist()
+    rows, example, shared = [], -1, []
+    for i, (length, scored, new) in enumerate(sizes):
+        if new or not rows:
+            example, shared = example + 1, rng.integers(1, 99, 60).tolist()
+        start = length - scored
+        tokens = [*begun[:header], *shared[:start], *rng.integers(1, 99, scored).tolist()]
+        rows.append(Row(tuple(tokens), header + start, f"f:{i}", example))
+    return rows
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(rows_strategy, st.integers(1, 300))
-def test_scoring_batches_hold_every_row_once(sizes: list[tuple[int, int]], tokens_per_batch: int) -> None:
-    rows = make_rows(sizes)
-    batches = scoring_batches(rows, batch_shapes(rows, tokens_per_batch))
-    numbers = np.concatenate([batch.rows for batch in batches])
-    assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
-    for batch in batches:
+def read_back(batch: ScoringBatch, header: np.ndarray) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What each row of a batch sees of its tokens, and its targets; each is predicted at the position before it."""
+    found = {}
+    slots = len(batch.rows) // len(batch.tokens)
+    flat = batch.positions.reshape(-1)
+    for i, number in enumerate(batch.rows):
+        own = batch.spread[i][batch.spread[i] < len(batch.targets)]
+        if number == NOTHING:
+            assert not own.size
+            continue
+        b, branch = divmod(i, slots)
+        columns = np.flatnonzero((batch.branches[b] == 0) | (batch.branches[b] == branch + 1))
+        assert batch.positions[b, columns].tolist() == list(range(len(header), len(header) + len(columns)))
+        assert batch.mask[own].all()
+        at = batch.at[own]
+        assert np.isin(at, b * batch.tokens.shape[1] + columns).all()
+        first = len(header) + len(columns) - len(own)
+        assert flat[at].tolist() == list(range(first, first + len(own)))
+        found[int(number)] = (*header.tolist(), *batch.tokens[b, columns].tolist()), tuple(batch.targets[own].tolist())
+    return found
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_HEADER, 50]), st.booleans())
+def test_scoring_batches_hold_every_row_once(sizes: list[Size], tokens_per_batch: int, header: int, pack: bool) -> None:
+    rows = make_rows(sizes, header=header)
+    (batches,) = scoring_batches([rows], tokens_per_batch, pack)
+    found: dict[int, Any] = {}
+    for batch in batches.batches:
         assert batch.tokens.size <= tokens_per_batch or len(batch.tokens) == 1
-        for b, r in enumerate(batch.rows):
-            if r < 0:
-                assert not batch.mask[b].any()
-                assert batch.length[b] >= 1
-                continue
-            row = rows[r]
-            assert batch.length[b] == len(row.tokens)
-            assert tuple(batch.tokens[b, : len(row.tokens)]) == row.tokens
-            assert tuple(batch.targets[b][batch.mask[b]]) == row.tokens[row.start :]
-            # Each target is predicted at the column before it.
-            assert tuple(batch.at[b][batch.mask[b]]) == tuple(range(row.start - 1, len(row.tokens) - 1))
-    shapes = {batch.tokens.shape for batch in batches}
-    assert len(shapes) <= MAX_BUCKETS
-    used = sum(len(row.tokens) for row in rows)
-    assert padding_share(batches, rows) == pytest.approx(1 - used / sum(batch.tokens.size for batch in batches))
+        assert pack or len(batch.rows) == len(batch.tokens)
+        part = read_back(batch, batches.header)
+        assert not part.keys() & found.keys()
+        found |= part
+    assert found == {i: (row.tokens[:-1], row.tokens[row.start :]) for i, row in enumerate(rows)}
+    if len(rows) > 1 and header >= MIN_HEADER:
+        assert len(batches.header) >= header - 1
+    assert batches.tokens == sum(len(row.tokens) - 1 for row in rows)
+    assert len({batch.tokens.shape for batch in batches.batches}) <= BUCKETS[1]
+
+
+def test_choices_share_their_question() -> None:
+    question, choices = tuple(range(1, 31)), [(40,), (41, 42), (43, 44, 45)]
+    rows = [Row((*question, *choice), 30, "f", 0) for choice in choices]
+    (batches,) = scoring_batches([rows], 1000)
+    (batch,) = batches.batches
+    assert int((batch.branches >= 0).sum()) == 30 + 0 + 1 + 2
+    (alone,) = scoring_batches([rows], 1000, pack=False)
+    assert sum(int((batch.branches >= 0).sum()) for batch in alone.batches) == 30 + 31 + 32
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(rows_strategy, st.integers(1, 300))
+@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, MIN_HEADER + 1]))
 def test_prompt_batches_end_every_prompt_in_the_last_column(
-    sizes: list[tuple[int, int]], tokens_per_batch: int
+    sizes: list[Size], tokens_per_batch: int, header: int
 ) -> None:
-    rows = make_rows(sizes)
-    batches = prompt_batches(rows, batch_shapes(rows, tokens_per_batch))
-    numbers = np.concatenate([batch.rows for batch in batches])
+    rows = [Row(row.tokens, len(row.tokens), row.where, row.example) for row in make_rows(sizes, header=header)]
+    (batches,) = prompt_batches([rows], tokens_per_batch, 5)
+    numbers = np.concatenate([batch.rows for batch in batches.batches])
     assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
-    for batch in batches:
+    for batch in batches.batches:
         for b, r in enumerate(batch.rows):
             assert 0 <= batch.first[b] < batch.tokens.shape[1]
             if r >= 0:
-                assert tuple(batch.tokens[b, batch.first[b] :]) == rows[r].tokens
+                assert (*batches.header.tolist(), *batch.tokens[b, batch.first[b] :].tolist()) == rows[r].tokens
+    if len(rows) > 1 and header:
+        assert len(batches.header) >= header
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(rows_strategy, rows_strategy, st.integers(20, 300))
-def test_another_split_needs_no_other_shapes(
-    first: list[tuple[int, int]], second: list[tuple[int, int]], tokens_per_batch: int
-) -> None:
-    rows, others = make_rows(first), make_rows(second, seed=1)
-    shapes = batch_shapes(rows, tokens_per_batch, others)
-    allowed = {((s.size, s.width), (s.size, s.scored)) for s in shapes}
-    for split in (rows, others):
-        batches = scoring_batches(split, shapes)
-        assert {(batch.tokens.shape, batch.targets.shape) for batch in batches} <= allowed
-        numbers = Counter(int(r) for batch in batches for r in batch.rows if r >= 0)
-        assert numbers == Counter(range(len(split)))
+def test_another_split_needs_no_other_shapes(first: list[Size], second: list[Size], tokens_per_batch: int) -> None:
+    splits = make_rows(first), make_rows(second, seed=1)
+    shapes: dict[int, set[Any]] = {}
+    for rows, batches in zip(splits, scoring_batches(splits, tokens_per_batch), strict=True):
+        for batch in batches.batches:
+            width = batch.tokens.shape[1]
+            shapes.setdefault(width, set()).add(tuple(array.shape for array in vars(batch).values()))
+        numbers = Counter(int(r) for batch in batches.batches for r in batch.rows if r >= 0)
+        assert numbers == Counter(range(len(rows)))
+    assert all(len(of_width) == 1 for of_width in shapes.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -396,8 +440,8 @@ def test_text_ends_at_the_first_stop() -> None:
 
 def test_outputs_are_scored_per_candidate_and_example() -> None:
     examples = [Example("q", ("4",), "4", 1), Example("q", ("1,000",), "1,000", 2)]
-    task = task_of("exact_match", examples, stop=("\nQ:",))
-    texts = [["it is 4\nQ: 9", "1000.0"], ["it is 9\nQ: 4", "10"], ["", "#### 1,000"]]
+    task = task_of("exact_match", examples)
+    texts = [["it is 4", "1000.0"], ["it is 9", "10"], ["", "#### 1,000"]]
     found = score_outputs(task, texts)["accuracy"]
     np.testing.assert_array_equal(found, [[1, 1], [0, 0], [0, 1]])
     assert found.dtype == np.float32

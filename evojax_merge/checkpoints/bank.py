@@ -44,8 +44,20 @@ def common_dtype(sources: Sources, tensor: str) -> np.dtype:
     return widest
 
 
-def load_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, progress: Progress = lambda done: None) -> Bank:
-    """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor.
+def put(name: str, array: np.ndarray) -> jax.Array:
+    """Onto the device. Waits, so that the host's copy can be forgotten before the next leaf is read."""
+    return jax.block_until_ready(jax.device_put(array, may_alias=True))
+
+
+def load_bank(
+    sources: Sources,
+    config: DecoderConfig,
+    spec: MergeSpec,
+    progress: Progress = lambda done: None,
+    put: Callable[[str, np.ndarray], jax.Array] = put,
+) -> Bank:
+    """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor;
+    `put` brings a leaf, of which it is told the name, to where it belongs.
 
     `sources` must hold the base first where deltas are taken from one.
     """
@@ -54,12 +66,16 @@ def load_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, progress
     with ThreadPoolExecutor(max_workers=4) as pool:
         for leaf in layer_leaves(config) + shared_leaves(config):
             in_layers = "{i}" in leaf.tensor
-            names = [leaf.tensor.format(i=i) for i in range(config.layers)] if in_layers else [leaf.tensor]
-            loaded = _load_leaf(names, sources, spec, pool, progress)
-            for part, value in zip(layer if in_layers else shared, loaded, strict=True):
+            tensors = [leaf.tensor.format(i=i) for i in range(config.layers)] if in_layers else [leaf.tensor]
+            loaded = _load_leaf(tensors, sources, spec, pool, progress)
+            # What was measured of a leaf has no axes of its own.
+            names = (leaf.name, leaf.name, "")
+            for part, value, name in zip(layer if in_layers else shared, loaded, names, strict=True):
                 if value is not None:
                     # A shared leaf was loaded as a stack of one.
-                    part[leaf.name] = jax.tree.map(lambda x, all_=in_layers: _to_device(x if all_ else x[0]), value)
+                    part[leaf.name] = jax.tree.map(
+                        lambda x, name=name, all_=in_layers: put(name, x if all_ else x[0]), value
+                    )
     components = tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layer_leaves(config))
     return Bank(layer[0], shared[0], layer[1], shared[1], layer[2], shared[2], components)
 
@@ -93,11 +109,6 @@ def _load_leaf(
     return stack, scores, tables or None
 
 
-def _to_device(array: np.ndarray) -> jax.Array:
-    """Wait, so that the host's copy can be forgotten before the next leaf is read."""
-    return jax.block_until_ready(jax.device_put(array, may_alias=True))
-
-
 def load_path_bank(
     sources: Sources, spec: PathSpec, compute_dtype: str, progress: Progress = lambda done: None
 ) -> PathBank:
@@ -109,7 +120,7 @@ def load_path_bank(
         for row, (source, i) in zip(stack, origins, strict=True):
             row[:] = sources.read(source, leaf.tensor.format(i=i))
             progress(row.nbytes)
-        layers[leaf.name] = _to_device(stack)
+        layers[leaf.name] = put(leaf.name, stack)
     shared = {}
     for leaf in shared_leaves(spec.configs[0]):
         shared[leaf.name] = tuple(jax.device_put(sources.read(s, leaf.tensor)) for s in range(len(spec.configs)))
@@ -137,7 +148,7 @@ def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, comput
         stack = aligned_empty((config.layers, *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
         for i, name in enumerate(names):
             stack[i] = sources.read(source, name)
-        layers[leaf.name] = _to_device(stack)
+        layers[leaf.name] = put(leaf.name, stack)
     shared = {leaf.name: jax.device_put(sources.read(source, leaf.tensor)) for leaf in shared_leaves(config)}
     return Stored(layers, shared, compute_dtype)
 

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.models.bank import candidate
 
 # Share of a device's free memory that a pass may take beyond the bank.
 MEMORY_SHARE = 0.8
+# Seconds after which a process that says nothing is taken to be dead.
+HEARTBEAT = 30
 # The axis of a leaf `[…, out, in]`, counted from its end, that is cut: what a layer reads from the hidden state is cut
 # by its outputs, what it writes back by its inputs, the vocabulary by its rows.
 CUT_AXIS = {"q": -2, "k": -2, "v": -2, "gate": -2, "up": -2, "o": -1, "down": -1, "embed": -2, "head": -2}
@@ -71,16 +74,50 @@ class Devices:
             return rows
         from jax.experimental import multihost_utils
 
-        together = np.asarray(multihost_utils.process_allgather(rows))
+        try:
+            together = np.asarray(multihost_utils.process_allgather(rows))
+        except jax.errors.JaxRuntimeError:
+            raise LostProcess from None
         return together.reshape(-1, *rows.shape[1:])[:size]
 
 
+ONE_DEVICE = Devices()
+
+
+def wait_for_all(name: str) -> None:
+    """Until every process of the run has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def join_processes() -> None:
+    """Join the processes of one run. What runs them (SLURM, Open MPI, a TPU pod) is recognised by JAX; by hand they are
+    told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError where neither is there."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, *numbers = (os.environ.get(name, "").strip() for name in names)
+    given: dict[str, Any] = {}
+    if address:
+        for name, number in zip(names[1:], numbers, strict=True):
+            if not number.isdecimal():
+                raise InputError("--distributed", f"{name}: {number!r}; expected a number beside {names[0]}")
+        given = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            "--distributed",
+            f"no other processes were found ({str(error).splitlines()[0]}); expected {', '.join(names)}",
+        ) from None
+
+
 def local_devices(model: int = 1) -> Devices:
-    """All devices of this process, in groups of `model` that share a candidate. Raises ValueError where they cannot be
+    """All devices of this process, in groups of `model` that share a candidate. Raises InputError where they cannot be
     divided so."""
     devices = jax.local_devices()
     if len(devices) % model:
-        raise ValueError(f"{len(devices)} devices cannot be divided into groups of {model}")
+        raise InputError("evaluation.model", f"{model} does not divide the {len(devices)} devices of a process")
     mesh = None
     if len(devices) > 1:
         grid = np.array(devices).reshape(-1, model)

@@ -15,7 +15,15 @@ import jax
 import numpy as np
 
 from evojax_merge.evaluation import passes
-from evojax_merge.evaluation.devices import Devices, float_bytes, free_memory, on_accelerator, repeat_last, size_of
+from evojax_merge.evaluation.devices import (
+    ONE_DEVICE,
+    Devices,
+    float_bytes,
+    free_memory,
+    on_accelerator,
+    repeat_last,
+    size_of,
+)
 from evojax_merge.evaluation.passes import Alone, Build, Each, MergeOf
 from evojax_merge.evaluation.requests import Requests, smaller
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
@@ -118,7 +126,7 @@ class Evaluator:
     requests: list[Requests]
     compute_dtype: str = "float32"
     chunk: int | None = None
-    devices: Devices = Devices()
+    devices: Devices = ONE_DEVICE
     say: Callable[[str], None] = lambda text: None
     # By task and kind of pass: the chunk that was chosen.
     chosen: dict[Any, int] = field(default_factory=dict)

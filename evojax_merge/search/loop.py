@@ -55,10 +55,17 @@ class Reporter:
 
 
 def run_search(
-    config: SearchConfig, seed: int, space: Space, blocks: Sequence[Scorer], folder: RunFolder, reporter: Reporter
+    config: SearchConfig,
+    seed: int,
+    space: Space,
+    blocks: Sequence[Scorer],
+    folder: RunFolder,
+    reporter: Reporter,
+    writes: bool = True,
 ) -> Outcome:
     """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `blocks`:
-    a scorer for each block of examples that a race is over; one scores every candidate on everything."""
+    a scorer for each block of examples that a race is over; one scores every candidate on everything. `writes`: whether
+    this is the process that writes the run folder; all of them save checkpoints together."""
     population = config.population or default_population(space.dims)
     strategy = make_strategy(space.dims, population, config.sigma, seed)
     reporter.said(
@@ -72,7 +79,7 @@ def run_search(
         first = checkpoints.latest()
         if first is not None:
             state = checkpoints.load(first, state)
-        for path in (folder.history, folder.timing):
+        for path in (folder.history, folder.timing) if writes else ():
             truncate_lines(path, first or 0)
         for number in range(first or 0, config.generations):
             genomes, asked = strategy.ask(state["strategy"], number)
@@ -86,11 +93,10 @@ def run_search(
                     reporter.said(line)
             state = _next_state(strategy, asked, number, genomes, raced, state)
             row = _history_row(number, raced, state)
-            append_line(folder.history, row)
-            append_line(
-                folder.timing,
-                {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population},
-            )
+            if writes:
+                append_line(folder.history, row)
+                timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
+                append_line(folder.timing, timing)
             checkpoints.save(number + 1, state)
             reporter.finished(
                 Generation(

@@ -4,6 +4,7 @@ May import config, tasks, zoo and checkpoints.folder.
 """
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from evojax_merge.tasks.gsm import STYLES, GsmTask, Problem, first_worked, is_te
 from evojax_merge.tasks.harness import HarnessTask, is_benchmark, open_harness
 from evojax_merge.tasks.harness import Options as HarnessOptions
 from evojax_merge.tasks.language import check_language
-from evojax_merge.tasks.records import Source, is_file_name, read_source
+from evojax_merge.tasks.records import Source, is_file_name, read_records, read_source
 from evojax_merge.tasks.task import Task
-from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, read_examples, read_records
+from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, read_examples
 
 
 def locate(reference: str, relative_to: Path) -> Path:
@@ -176,9 +177,11 @@ def _check_fair(where: str, config: TaskConfig) -> None:
             found, instead = config.source, "the train split"
         case _:
             return
-    if config.weight > 0 and not config.on_test_set:
+    if config.weight == 0:
+        return
+    why = f"{found} is a benchmark, and a search on its test examples makes its score meaningless"
+    if not config.on_test_set:
         raise InputError(
-            where,
-            f"on_test_set: {found} is a benchmark, and a search on its test examples makes its score "
-            f"meaningless; take {instead} or examples of your own, or say on_test_set: true",
+            where, f"on_test_set: {why}; take {instead} or examples of your own, or say on_test_set: true"
         )
+    print(f"warning: {where}: {why}", file=sys.stderr)

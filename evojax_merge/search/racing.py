@@ -7,7 +7,7 @@ happens to be hard is hard for all. The blocks take turns at being first: none c
 and a search cannot learn the first block by heart. A race over one block is no race: all meet all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +21,50 @@ if TYPE_CHECKING:
     from evojax_merge.search.scorers import Scorer
 
 
-def cut(where: str, tasks: Sequence[Task], rungs: int, seed: int) -> list[list[Task]]:
-    """The tasks' examples dealt to 2^(rungs - 1) blocks, each of which has its share of every task; fewer where a task
-    has fewer examples. The same for a seed. Tasks of weight 0 are left whole. Raises InputError where a task has not
-    enough for two blocks."""
+def lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
+    """How many tokens each example asks, int[N]."""
+    asked, found = task.ask(tokenizer, context), np.zeros(task.size, int)
+    for row in (*asked.scored, *asked.prompts):
+        found[row.example] += len(row.tokens)
+    return found
+
+
+def cut(
+    where: str, tasks: Sequence[Task], length: Callable[[Task], np.ndarray], rungs: int, seed: int
+) -> list[list[Task]]:
+    """The tasks' examples dealt to 2^(rungs - 1) blocks, each of which has its share of every task, and of its short
+    and long examples; fewer where a task has fewer examples. The same for a seed. Tasks of weight 0 are left whole.
+    Raises InputError where a task has not enough for two blocks."""
     if rungs == 1:
         return [list(tasks)]
     least = min((task for task in tasks if task.weight > 0), key=lambda task: task.size)
     if least.size < 2:
         raise InputError(where, f"{rungs}; a race needs two examples or more, and {least.name} has one to search on")
     blocks = 2 ** (min(rungs, least.size.bit_length()) - 1)
-    orders = [np.random.default_rng([seed, i, task.size]).permutation(task.size) for i, task in enumerate(tasks)]
+    dealt = [
+        deal(length(task), blocks, np.random.default_rng([seed, i])) if task.weight > 0 else None
+        for i, task in enumerate(tasks)
+    ]
     return [
         [
-            task.part(sorted(order[block::blocks].tolist())) if task.weight > 0 else task
-            for task, order in zip(tasks, orders, strict=True)
+            task if owner is None else task.part(np.flatnonzero(owner == block).tolist())
+            for task, owner in zip(tasks, dealt, strict=True)
         ]
         for block in range(blocks)
     ]
+
+
+def deal(lengths: np.ndarray, blocks: int, rng: np.random.Generator) -> np.ndarray:
+    """Which block each example goes to, int[N]. In order of length, each block gets one of every `blocks` examples: the
+    blocks then fill batches of the same shapes."""
+    owner = np.empty(len(lengths), int)
+    # Shuffled first: the order of equals must not be the file's.
+    shuffled = rng.permutation(len(lengths))
+    order = shuffled[np.argsort(lengths[shuffled], kind="stable")]
+    for begin in range(0, len(order), blocks):
+        part = order[begin : begin + blocks]
+        owner[part] = rng.permutation(blocks)[: len(part)]
+    return owner
 
 
 def rung_ends(blocks: int) -> list[int]:

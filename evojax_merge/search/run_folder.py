@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.recipes import load_yaml
@@ -174,11 +176,13 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(self, generations: int, state: Any) -> None:
-        self._checkpointer.save_pytree(generations, state)
+        """Every process has the same state, and all of them call this; one writes."""
+        self._checkpointer.save_pytree(generations, jax.tree.map(np.asarray, state))
 
     def load(self, generations: int, like: Any) -> Any:
         """Restore into the structure of `like`."""
-        return self._checkpointer.load_pytree(generations, jax.tree.map(lambda leaf: leaf, like))
+        loaded = self._checkpointer.load_pytree(generations, jax.tree.map(np.asarray, like))
+        return jax.tree.map(lambda new, old: jnp.asarray(new) if isinstance(old, jax.Array) else new, loaded, like)
 
     def close(self) -> None:
         self._checkpointer.close()

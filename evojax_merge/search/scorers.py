@@ -1,14 +1,16 @@
 """What a search asks of a space and its evaluator: scores for genomes. May import every room but report and cli."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_bank, load_path_bank
+from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, Scores
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.requests import Requests
@@ -38,6 +40,25 @@ class Scorer(Protocol):
     def score(self, genomes: np.ndarray, progress: Progress = ...) -> Scores: ...
 
 
+def score_shared(devices: Devices, genomes: np.ndarray, score: Callable[[np.ndarray], Scores]) -> Scores:
+    """Score this process's share of the genomes, and gather everyone's scores. Outputs stay where they were written: a
+    candidate of another process has none."""
+    if devices.processes == 1:
+        return score(genomes)
+    size, share = len(genomes), devices.share(len(genomes))
+    own = score(genomes[share])
+    matrices = {
+        task: {metric: devices.gather(matrix, size) for metric, matrix in metrics.items()}
+        for task, metrics in own.matrices.items()
+    }
+    outputs: dict[str, list[list[str]]] = {}
+    for task, texts in own.outputs.items():
+        outputs[task] = [[] for _ in range(size)]
+        for row, written in zip(share, texts, strict=True):
+            outputs[task][row] = written
+    return Scores(matrices, outputs)
+
+
 @dataclass
 class MergeScorer:
     """Genomes are merges."""
@@ -54,20 +75,19 @@ class MergeScorer:
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
 
-    @cached_property
-    def _to_recipes(self) -> jax.stages.Wrapped:
-        return jax.jit(jax.vmap(self.space.recipe))
-
     def recipes(self, genomes: np.ndarray) -> Recipe:
-        return self._to_recipes(jnp.asarray(genomes))
+        return _recipes(self.space, jnp.asarray(genomes))
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
-        return self.evaluator.population(self.bank, self.spec, self.recipes(genomes), progress)
+        def mine(genomes: np.ndarray) -> Scores:
+            return self.evaluator.population(self.bank, self.spec, self.recipes(genomes), progress)
 
-    def describe_work(self) -> str:
-        """One line on how the candidates were scored."""
-        chunks = sorted(set(self.evaluator.chosen.values()))
-        return f"candidates per pass: {', '.join(map(str, chunks)) or 'as asked'}"
+        return score_shared(self.evaluator.devices, genomes, mine)
+
+
+@partial(jax.jit, static_argnums=0)
+def _recipes(space: ParameterSpace, genomes: jax.Array) -> Recipe:
+    return jax.vmap(space.recipe)(genomes)
 
 
 @dataclass
@@ -85,25 +105,45 @@ class PathScorer:
         return self.evaluator.evaluator.passes(population)
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
-        return self.evaluator.population(self.space.paths(np.asarray(genomes)), progress)
+        def mine(genomes: np.ndarray) -> Scores:
+            return self.evaluator.population(self.space.paths(genomes), progress)
 
-    def describe_work(self) -> str:
-        """One line on how the candidates were scored."""
-        done, asked = self.evaluator.computed, self.evaluator.asked
+        return score_shared(self.evaluator.evaluator.devices, np.asarray(genomes), mine)
+
+
+def describe_work(scorers: Sequence[MergeScorer | PathScorer]) -> str:
+    """One line on how the candidates of a search were scored."""
+    paths = [scorer.evaluator for scorer in scorers if isinstance(scorer, PathScorer)]
+    if paths:
+        done, asked = sum(path.computed for path in paths), sum(path.asked for path in paths)
         saved = 0.0 if not asked else 1 - done / asked
+        distinct = {known for path in paths for known in path.known}
         return (
             f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
-            f"{len(self.evaluator.known):,} distinct paths"
+            f"{len(distinct):,} distinct paths"
         )
+    merges = [scorer.evaluator for scorer in scorers if isinstance(scorer, MergeScorer)]
+    chunks = {chunk for evaluator in merges for chunk in evaluator.chosen.values()}
+    return f"candidates per pass and device: {', '.join(map(str, sorted(chunks)))}"
 
 
 def open_scorers(
-    problem: Problem, requests: list[list[Requests]], progress: Progress = lambda done: None
+    problem: Problem,
+    requests: list[list[Requests]],
+    devices: Devices = ONE_DEVICE,
+    progress: Progress = lambda done: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[MergeScorer] | list[PathScorer]:
-    """Load the bank, and score on each list of requests. `progress` is told the bytes that were loaded."""
+    """Load the bank, and score on each list of requests. `progress` is told the bytes that were loaded, `say` what went
+    otherwise than planned."""
     settings = problem.config.evaluation
+    # Their batches have the same shapes, and so what fits one fits all.
+    chosen: dict[Any, int] = {}
     evaluators = [
-        Evaluator(problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk) for rows in requests
+        Evaluator(
+            problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk, devices, say, chosen
+        )
+        for rows in requests
     ]
     if isinstance(problem.spec, PathSpec):
         assert not isinstance(problem.space, ParameterSpace)
@@ -111,5 +151,5 @@ def open_scorers(
         space = problem.space
         return [PathScorer(PathEvaluator(evaluator, paths, space.longest), space) for evaluator in evaluators]
     assert isinstance(problem.space, ParameterSpace)
-    bank = load_bank(problem.sources, problem.decoder, problem.spec, progress)
+    bank = load_bank(problem.sources, problem.decoder, problem.spec, progress, devices.put)
     return [MergeScorer(evaluator, bank, problem.spec, problem.space) for evaluator in evaluators]

@@ -35,9 +35,10 @@ from evojax_merge.models.paths import PathSpec
 from evojax_merge.search.axes import axes_of, find_method, options_of
 from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
 from evojax_merge.search.open_tasks import locate, open_task
-from evojax_merge.search.racing import cut
+from evojax_merge.search.racing import cut, lengths
 from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
 
 
@@ -120,9 +121,9 @@ def build_problem(path: Path, config: Config) -> Problem:
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
     bystander = [base] if base is not None and base not in paths else []
     opened = [*paths, *bystander]
-    tokenizer = None if whose is None else TokenizerChoice(opened.index(whose))
+    choice = None if whose is None else TokenizerChoice(opened.index(whose))
     # Layers of a path may come from models of any depth.
-    sources, configs = open_decoders(opened, tokenizer) if method is None else _of_one_depth(opened, tokenizer)
+    sources, configs = open_decoders(opened, choice) if method is None else _of_one_depth(opened, choice)
     _check_tokens(opened, sources)
     sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
     export_dtype = config.export_dtype or _dtype_name(sources)
@@ -142,6 +143,8 @@ def build_problem(path: Path, config: Config) -> Problem:
         spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
     tokenizer_folder = whose or (base if base is not None else parents[0])
+    tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders[0].config)
+    searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]
     return Problem(
         config=config,
         search=config.search,
@@ -151,17 +154,18 @@ def build_problem(path: Path, config: Config) -> Problem:
         decoder=decoder,
         spec=spec,
         space=space,
-        tokenizer=load_tokenizer(tokenizer_folder),
+        tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         blocks=cut(
             f"{where}: search.rungs",
-            [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)],
+            searched,
+            lambda task: lengths(task, tokenizer, context),
             config.search.rungs,
             config.seed,
         ),
         full=[full for full, _ in tasks],
         heldout=[heldout for _, heldout in tasks],
-        context=context_length(sources.folders[0].config),
+        context=context,
         stop=stop_tokens(tokenizer_folder),
     )
 
@@ -279,6 +283,8 @@ def resolved_document(problem: Problem) -> dict[str, Any]:
             row["file"] = str(full.files[0])
             if isinstance(row["heldout"], str):
                 row["heldout"] = str(heldout.files[0])
+        if isinstance(full, HarnessTask) and full.source.options.include_path is not None:
+            row["include_path"] = str(full.source.options.include_path)
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
         files |= set(folder.glob("*.safetensors"))

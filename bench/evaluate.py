@@ -1,0 +1,348 @@
+"""The evaluator on a real model: against the machine's peak, and against transformers one candidate after the other.
+
+    python bench/evaluate.py
+
+SmolLM2-135M-Instruct and its two fine-tunes (made on the first run), populations of merges of them. Four parts:
+
+- peak: what share of the machine's best matrix product a likelihood pass reaches, of a stored model and of merges that
+  are computed inside it. Counted are 2 x parameters of the layers x tokens, and 2 x the head for scored tokens.
+- scores: seconds per candidate of likelihood rows, of 8-shot prompts, and of multiple choice, where our side computes
+  what prompts share once. The peer scores whole rows, as they are, in batches of as many tokens.
+- building: the same where the peer has to make its candidate first, with mergekit, as today's loop does.
+- writing: tokens per second of greedy generation, prompts of one length, no stop.
+
+Both sides score the same rows; their scores must agree. The first pass of either (compilation, caches) is not counted.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from machine import describe
+from torch_peer import score_rows
+
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.recipes import load_yaml
+from evojax_merge.evaluation.requests import Requests, describe_requests
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.search.open_tasks import locate
+from evojax_merge.search.scorers import MergeScorer, open_scorers
+from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.winner import write_recipe
+from evojax_merge.tasks.records import read_symbolic
+from evojax_merge.tasks.task import Row
+
+MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
+PARTS = ("peak", "scores", "building", "writing")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a benchmark of a length asks: problems that are scored, tokens that are written, candidates."""
+
+    problems: int
+    new: int
+    candidates: int
+    peers: int
+
+
+def median_seconds(run: Callable[[], Any], times: int) -> float:
+    """The median over `times` runs, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def matrix_peak() -> float:
+    """FLOP per second of the machine's best float32 matrix product, over a few sizes."""
+
+    def rate(rows: int, inner: int, columns: int) -> float:
+        a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+        product = jax.jit(jnp.matmul)
+        return 2 * rows * inner * columns / median_seconds(lambda: product(a, b).block_until_ready(), 5)
+
+    return max(rate(2048, 2048, 2048), rate(4096, 1024, 4096), rate(1536, 576, 1536), rate(4096, 4096, 4096))
+
+
+def work(config: DecoderConfig, rows: Sequence[Row]) -> tuple[float, float]:
+    """FLOP of the layers, and of the head, for these rows, each computed whole."""
+    shapes = tensor_shapes(config)
+    layers = sum(int(np.prod(shape)) for name, shape in shapes.items() if "layers." in name and len(shape) == 2)
+    tokens, scored = sum(len(row.tokens) for row in rows), sum(len(row.tokens) - row.start for row in rows)
+    return 2.0 * layers * tokens, 2.0 * config.hidden * config.vocab * scored
+
+
+def problem_for(folder: Path, task: dict[str, Any], method: str, population: int) -> Problem:
+    """A search over the real model with one task, whose examples are all scored in every generation."""
+    document = {
+        "base": MODELS["base"],
+        "parents": [MODELS["one"], MODELS["two"]],
+        "space": {
+            "method": method, "layers_per_group": 10, "components": ["attention+mlp+norm"],
+            "parameters": {"weight": {"low": 0.0, "high": 1.2}},
+        },
+        "tasks": [{"name": "task", **task}],
+        "search": {"population": population},
+        "export_dtype": "float32",
+    }  # fmt: skip
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return build_problem(path, read_config(path, [], None))
+
+
+def opened(problem: Problem) -> tuple[MergeScorer, Requests]:
+    requests = problem.requests()[:1]
+    (scorer,) = open_scorers(problem, requests)
+    assert isinstance(scorer, MergeScorer)
+    return scorer, requests[0][0]
+
+
+def genomes_for(problem: Problem, count: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 1, (count, problem.space.dims)).astype(np.float32)
+
+
+def torch_model(scorer: MergeScorer, problem: Problem, genome: np.ndarray) -> Any:
+    """The candidate as transformers has it, put together in memory."""
+    from transformers import AutoModelForCausalLM
+
+    from evojax_merge.checkpoints.bank import stored_tensors
+    from evojax_merge.evaluation.passes import MergeOf, materialise
+    from evojax_merge.models.bank import candidate
+
+    build = MergeOf(scorer.spec, "float32")
+    stored = candidate(materialise(build, None, scorer.bank, scorer.recipes(genome[None])), 0)
+    model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
+    import torch
+
+    tensors = {name: torch.from_numpy(values.copy()) for name, values in stored_tensors(stored, problem.decoder)}
+    model.load_state_dict(tensors, strict=False)
+    return model
+
+
+def write_jsonl(path: Path, records: Sequence[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def peak_part(folder: Path, sizes: Sizes) -> None:
+    """Rows of one length, so that nothing is padding, every second token scored."""
+    peak = matrix_peak()
+    print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
+    print("| --- | ---: | ---: |")
+    words = " ".join(problem.fields["question"] for problem in read_symbolic("eng").records)
+    problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, "ties", 2)
+    ids = problem.tokenizer(words)["input_ids"]
+    rows = [Row(tuple(ids[i * 192 : (i + 1) * 192]), 97, f"row {i}", i) for i in range(8)]
+    for name, method in (("stored model", None), ("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
+        problem = problem_for(
+            folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method or "ties", 2
+        )
+        scorer, request = opened(problem)
+        evaluator = replace(scorer.evaluator, requests=[of_rows(request, rows)], chosen={})
+        if method is None:
+            model = load_stored(*open_sources([problem.merged_from[0]]))
+            seconds = median_seconds(partial(evaluator.stored, model), 5)
+        else:
+            recipes = scorer.recipes(genomes_for(problem, 1))
+            seconds = median_seconds(partial(evaluator.population, scorer.bank, scorer.spec, recipes), 5)
+        done = sum(work(problem.decoder, rows))
+        print(f"| {name} | {done / seconds / 1e9:.0f} | {done / seconds / peak:.0%} |", flush=True)
+
+
+def of_rows(request: Requests, rows: Sequence[Row]) -> Requests:
+    """A request of these rows in place of its own."""
+    from evojax_merge.tasks.batches import scoring_batches
+    from evojax_merge.tasks.task import Asked
+    from evojax_merge.tasks.text import Example, TextTask
+
+    assert isinstance(request.task, TextTask)
+    task = replace(request.task, examples=(Example("", ("",), "", 0),) * len(rows))
+    (batches,) = scoring_batches([rows], request.tokens_per_batch)
+    return replace(request, task=task, asked=Asked(tuple(rows)), scoring=batches)
+
+
+def text_files(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    records = [{"prompt": prompt, "target": target} for prompt, target in pairs]
+    return {"file": write_jsonl(folder / "text.jsonl", records), "heldout": str(folder / "text.jsonl")}
+
+
+def tasks_for(folder: Path, problems: int) -> dict[str, dict[str, Any]]:
+    """Likelihood of worked answers, the same behind eight worked examples, and the right number of four."""
+    records = read_symbolic("eng").records
+    asked = [record.fields for record in records[8 : 8 + problems]]
+    shots = "".join(f"Q: {r.fields['question']}\nA: {r.fields['answer']}\n\n" for r in records[:8])
+    pairs = [(f"Q: {fields['question']}\nA:", " " + fields["answer"]) for fields in asked]
+    choices = []
+    for fields in asked:
+        number = fields["answer"].rpartition("####")[2].strip()
+        choices.append(
+            {
+                "prompt": f"Q: {fields['question']}\nA:",
+                "choices": [f" {number}{end}" for end in ("", "0", "1", "5")],
+                "answer": 0,
+            }
+        )
+    few = [{"prompt": shots + prompt, "target": target} for prompt, target in pairs]
+    plain = [{"prompt": prompt, "target": target} for prompt, target in pairs]
+    files = {
+        name: write_jsonl(folder / f"{name}.jsonl", rows)
+        for name, rows in (("plain", plain), ("few", few), ("choices", choices))
+    }
+    return {
+        "likelihood": {"kind": "likelihood", "file": files["plain"], "heldout": files["plain"]},
+        "8-shot likelihood": {"kind": "likelihood", "file": files["few"], "heldout": files["few"]},
+        "multiple choice": {
+            "kind": "multiple_choice", "metric": "margin", "file": files["choices"], "heldout": files["choices"],
+        },
+    }  # fmt: skip
+
+
+def scores_part(folder: Path, sizes: Sizes) -> None:
+    print(
+        "\n| task | rows | tokens | shared, padding | ours, s/candidate | transformers, s/candidate | ratio |\n"
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |"
+    )
+    for name, task in tasks_for(folder, sizes.problems).items():
+        problem = problem_for(folder, task, "task_arithmetic", sizes.candidates)
+        scorer, request = opened(problem)
+        genomes, rows = genomes_for(problem, sizes.candidates), request.asked.scored
+        ours = median_seconds(partial(scorer.score, genomes), 3) / sizes.candidates
+        model = torch_model(scorer, problem, genomes[0])
+        theirs = median_seconds(partial(score_rows, model, rows), 2)
+        agree(scorer, request, genomes[:1], score_rows(model, rows))
+        shares = describe_requests([request]).split("shapes, ")[1]
+        tokens = sum(len(row.tokens) for row in rows)
+        print(
+            f"| {name} | {len(rows)} | {tokens:,} | {shares} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} |",
+            flush=True,
+        )
+
+
+def agree(scorer: MergeScorer, request: Requests, genomes: np.ndarray, totals: np.ndarray) -> None:
+    """Both sides' scores of one candidate must be the same."""
+    from evojax_merge.tasks.task import Answers
+
+    counts = np.array([len(row.tokens) - row.start for row in request.asked.scored])
+    answers = Answers(totals[None].astype(np.float32), counts, np.zeros((1, len(totals)), bool), [[]])
+    for metric, expected in request.task.score(answers).items():
+        found = scorer.score(genomes).matrices[request.task.name][metric]
+        if metric != "accuracy":
+            np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+def building_part(folder: Path, sizes: Sizes) -> None:
+    """About 2,000 tokens a candidate, TIES; the peer merges with mergekit, loads and scores."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+    from transformers import AutoModelForCausalLM
+
+    problem = problem_for(folder, tasks_for(folder, 8)["likelihood"], "ties", sizes.candidates)
+    scorer, request = opened(problem)
+    genomes, rows = genomes_for(problem, sizes.candidates), request.asked.scored
+    ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
+    seconds = []
+    for genome in genomes[: sizes.peers]:
+        write_recipe(problem, genome, folder / "recipe.yaml")
+        document = load_yaml(folder / "recipe.yaml")
+        start = time.perf_counter()
+        options = MergeOptions(quiet=True, write_model_card=False)
+        run_merge(MergeConfiguration.model_validate(document), str(folder / "merged"), options)
+        merged = time.perf_counter()
+        model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="float32").eval()
+        totals = score_rows(model, rows)
+        seconds.append((merged - start, time.perf_counter() - merged))
+    agree(scorer, request, genomes[len(seconds) - 1 : len(seconds)], totals)
+    merge, score = np.median(seconds, axis=0)
+    tokens = sum(len(row.tokens) for row in rows)
+    print(
+        "\n| tokens a candidate | ours, s/candidate | peer, s/candidate | ratio | peer: merge + load and score |\n"
+        "| ---: | ---: | ---: | ---: | --- |\n"
+        f"| {tokens:,} | {ours:.2f} | {merge + score:.2f} | {(merge + score) / ours:.1f} | {merge:.2f} + {score:.2f} |",
+        flush=True,
+    )
+
+
+def writing_part(folder: Path, sizes: Sizes) -> None:
+    """Prompts of 64 tokens; greedy, to the last token. transformers continues the same prompts in one batch."""
+    import torch
+
+    print(
+        "\n| prompts | new tokens | ours, tokens/s | transformers, tokens/s | ratio |\n"
+        "| ---: | ---: | ---: | ---: | ---: |"
+    )
+    records = [record.fields["question"] for record in read_symbolic("eng").records]
+    for prompts in (1, 8, 32):
+        task = {"kind": "exact_match", "max_new_tokens": sizes.new, **text_files(folder, [("x", "1")] * prompts)}
+        problem = problem_for(folder, task, "task_arithmetic", sizes.candidates)
+        ids = [problem.tokenizer(" ".join(records[i : i + 4]))["input_ids"][:64] for i in range(prompts)]
+        texts = [problem.tokenizer.decode(row) for row in ids]
+        task |= text_files(folder, [(text, "1") for text in texts])
+        # No token ends a text, so that both sides write as many.
+        problem = replace(problem_for(folder, task, "task_arithmetic", sizes.candidates), stop=())
+        scorer, request = opened(problem)
+        genomes = genomes_for(problem, sizes.candidates)
+        ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
+        model = torch_model(scorer, problem, genomes[0])
+        assert request.prompts is not None
+        (batch,) = request.prompts.batches
+        tokens = torch.tensor(batch.tokens).long()
+        mask = (torch.arange(tokens.shape[1])[None] >= torch.tensor(batch.first)[:, None]).long()
+
+        def write(model: Any = model, tokens: Any = tokens, mask: Any = mask) -> None:
+            with torch.inference_mode():
+                model.generate(
+                    tokens, attention_mask=mask, max_new_tokens=sizes.new, min_new_tokens=sizes.new, do_sample=False,
+                    eos_token_id=None, pad_token_id=0,
+                )  # fmt: skip
+
+        theirs = median_seconds(write, 1)
+        written = prompts * sizes.new
+        print(
+            f"| {prompts} | {sizes.new} | {written / ours:.0f} | {written / theirs:.0f} | {theirs / ours:.2f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The evaluator on SmolLM2-135M, against the peak and transformers.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--problems", type=int, default=24)
+    parser.add_argument("--new", type=int, default=64, help="tokens that are written")
+    parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--peers", type=int, default=2, help="candidates that the peer builds")
+    arguments = parser.parse_args()
+    for reference in MODELS.values():
+        locate(reference, Path.cwd())
+    sizes = Sizes(arguments.problems, arguments.new, arguments.candidates, arguments.peers)
+    run = {"peak": peak_part, "scores": scores_part, "building": building_part, "writing": writing_part}
+    print(f"SmolLM2-135M-Instruct; {describe()}")
+    for part in arguments.parts:
+        with tempfile.TemporaryDirectory() as work_folder:
+            run[part](Path(work_folder), sizes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""What racing over examples saves, and whether the search still chooses as well: the quickstart over several seeds.
+
+    python bench/racing.py
+
+For each seed four searches of the demo family's merge: every candidate on every example (*whole*); a race in four
+rungs, for as many generations; a longer race, for as many generations as 40% of the passes allow (one pass: one
+candidate on one example); and *fewer*, without a race, as many generations as the first race's passes allow. The
+winners meet on the whole search split and on the held-out one. A choice is called equal where the winner's mean on the
+search split is at most one paired standard error below that of the whole search: the standard error of the mean over
+examples of the difference between the two.
+
+How well a race ranks is seen generation by generation on the populations of the whole search: whether its
+best is the best of all on all examples, and the rank correlation within the upper half, which is what recombination
+weighs. Beside it: every candidate on the same random part of the examples, as many passes in all.
+"""
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+
+from evojax_merge.evaluation.evaluator import Progress, Scores
+from evojax_merge.search.loop import Outcome, Reporter, rescore, run_search
+from evojax_merge.search.racing import cut, lengths, race, turn
+from evojax_merge.search.run_folder import open_run, read_lines
+from evojax_merge.search.scorers import MergeScorer, PathScorer, Scorer, open_scorers
+from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.strategy import default_population
+from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.text import TextTask
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
+SHOWN = "whole_answers/accuracy"
+# The share of the passes without a race that the longer race may take.
+SPENT = 0.4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A search's winner: its scores on each example of the search split and of the held-out one (`float32[N]`), its
+    held-out exact match; and what it took to find it: passes, and seconds in which generations were scored, the first
+    (which compiles) not counted."""
+
+    searched: np.ndarray
+    heldout: np.ndarray
+    accuracy: float
+    passes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How one generation's ranks compare with those on all examples."""
+
+    best: bool
+    upper_half: float
+
+
+# How: a ranking for each generation.
+Rankings = dict[str, list[Ranking]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A scorer that keeps what it found: a score matrix `float32[P, N]` for each time it was asked."""
+
+    scorer: MergeScorer | PathScorer
+    matrices: list[np.ndarray]
+
+    @property
+    def tasks(self) -> list[Task]:
+        return self.scorer.tasks
+
+    def passes(self, population: int) -> int:
+        return self.scorer.passes(population)
+
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
+        scores = self.scorer.score(genomes, progress)
+        self.matrices.append(matrix_of(self, scores))
+        return scores
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A block of a population's known score matrix; a genome is the number of its candidate."""
+
+    tasks: list[Task]
+    matrix: np.ndarray
+
+    def passes(self, population: int) -> int:
+        return population
+
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
+        (task,) = self.tasks
+        return Scores({task.name: {task.metric: self.matrix[genomes[:, 0].astype(int)]}})
+
+
+def matrix_of(scorer: Scorer, scores: Scores) -> np.ndarray:
+    """float32[P, N] of the one task that is the fitness."""
+    (task,) = (task for task in scorer.tasks if task.weight > 0)
+    return scores.matrices[task.name][task.metric]
+
+
+def search(
+    problem: Problem, seed: int, blocks: Sequence[Scorer], folder: Path, generations: int
+) -> tuple[Outcome, int, float]:
+    """Search, or go on with one. (outcome, passes, seconds)"""
+    settings = problem.search.model_copy(update={"generations": generations})
+    run = open_run(folder, {"inputs": {}}, resume=folder.exists(), overwrite=False)
+    outcome = run_search(settings, seed, problem.space, blocks, run, Reporter())
+    passes = sum(sum(row["examples"]) for row in run.read_history())
+    return outcome, passes, sum(row["seconds"] for row in read_lines(run.timing)[1:])
+
+
+def choose(problem: Problem, found: tuple[Outcome, int, float], full: Scorer, heldout: Scorer) -> Choice:
+    """The winner as the program chooses it: the best finalist on the whole search split."""
+    outcome, passes, seconds = found
+    winner = rescore(problem.space, full, outcome, lambda done: None)[0].genome[None]
+    there = heldout.score(winner)
+    task, metric = SHOWN.split("/")
+    return Choice(
+        matrix_of(full, full.score(winner))[0],
+        matrix_of(heldout, there)[0],
+        float(there.matrices[task][metric].mean()),
+        passes,
+        seconds,
+    )
+
+
+def compare(standing: np.ndarray, truth: np.ndarray) -> Ranking:
+    """standing, truth: float[P], higher is better."""
+    order = np.argsort(-truth, kind="stable")
+    half = order[: len(order) // 2]
+    ranks = np.argsort(np.argsort(-standing[half], kind="stable"))
+    return Ranking(bool(np.argmax(standing) == order[0]), float(np.corrcoef(ranks, np.arange(len(half)))[0, 1]))
+
+
+def rank(matrices: Sequence[np.ndarray], task: TextTask, blocks: Sequence[TextTask], seed: int) -> Rankings:
+    """The ranks that a race gives in each generation, and those of an even split of as many passes."""
+    raced, even = [], []
+    place = {example: i for i, example in enumerate(task.examples)}
+    columns = [[place[example] for example in block.examples] for block in blocks]
+    for generation, matrix in enumerate(matrices):
+        truth = matrix.mean(axis=1, dtype=np.float64)
+        replayed = [Replayed([block], matrix[:, part]) for block, part in zip(blocks, columns, strict=True)]
+        numbers = np.arange(len(matrix), dtype=np.float32)[:, None]
+        result = race(replayed, turn(len(blocks), seed, generation), numbers)
+        raced.append(compare(result.standing, truth))
+        share = int(result.examples.sum()) // len(matrix)
+        part = np.random.default_rng([seed, generation]).permutation(task.size)[:share]
+        even.append(compare(matrix[:, part].mean(axis=1, dtype=np.float64), truth))
+    return {"race": raced, "even": even}
+
+
+def run_seed(problem: Problem, seed: int, rungs: int) -> tuple[dict[str, Choice], Rankings]:
+    """Three searches, and how a race ranks the populations of the one without."""
+    generations = problem.search.generations
+    blocks = cut("rungs", problem.full, lambda task: lengths(task, problem.tokenizer, problem.context), rungs, seed)
+    raced = replace(problem, blocks=blocks)
+    *racing, _, _ = open_scorers(raced, raced.requests())
+    searched, full, heldout = open_scorers(problem, problem.requests())
+    kept = Kept(searched, [])
+    choices = {}
+    with tempfile.TemporaryDirectory() as work:
+        found = search(problem, seed, racing, Path(work) / "race", generations)
+        choices["race"] = choose(problem, found, full, heldout)
+        (task,) = searched.tasks
+        assert isinstance(task, TextTask)
+        population = problem.search.population or default_population(problem.space.dims)
+        share = found[1] / (generations * population * task.size)
+        found = search(problem, seed, racing, Path(work) / "race", max(generations, int(SPENT * generations / share)))
+        choices["longer race"] = choose(problem, found, full, heldout)
+        for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
+            found = search(problem, seed, [kept], Path(work) / "whole", until)
+            choices[name] = choose(problem, found, full, heldout)
+    parts = [part for block in blocks for part in block if part.weight > 0 and isinstance(part, TextTask)]
+    return choices, rank(kept.matrices, task, parts, seed)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Mean over examples of one minus the other, and its standard error."""
+    paired = one.astype(np.float64) - other
+    return float(paired.mean()), float(paired.std(ddof=1) / np.sqrt(paired.size))
+
+
+def is_equal(choice: Choice, whole: Choice) -> bool:
+    mean, error = difference(choice.searched, whole.searched)
+    return mean >= -error
+
+
+def rows(seed: int, choices: dict[str, Choice]) -> list[str]:
+    """One line for each search, against the one without a race."""
+    whole, lines = choices["whole"], []
+    for name in ("whole", "race", "longer race", "fewer"):
+        choice = choices[name]
+        cells = [f"{1 - choice.passes / whole.passes:.0%}", f"{1 - choice.seconds / whole.seconds:.0%}"]
+        for split in ("searched", "heldout"):
+            own, other = getattr(choice, split), getattr(whole, split)
+            mean, error = difference(own, other)
+            cells.append(f"{own.mean():.3f}" if choice is whole else f"{mean:+.3f} ± {error:.3f}")
+        cells += [f"{choice.accuracy:.0%}", "" if choice is whole else "yes" if is_equal(choice, whole) else "no"]
+        lines.append(f"| {seed} | {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(results: dict[int, dict[str, Choice]]) -> str:
+    head = ["seed", "search", "passes saved", "time saved", "search split", "held out", "exact match", "equal"]
+    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
+    return "\n".join([*lines, *(line for seed, choices in results.items() for line in rows(seed, choices))])
+
+
+def summary(results: dict[int, dict[str, Choice]]) -> str:
+    lines = []
+    for name in ("race", "longer race", "fewer"):
+        equal = sum(is_equal(choices[name], choices["whole"]) for choices in results.values())
+        shown = []
+        for split in ("searched", "heldout"):
+            gaps = [difference(getattr(c[name], split), getattr(c["whole"], split))[0] for c in results.values()]
+            error = np.std(gaps, ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.nan
+            shown.append(f"{split} {np.mean(gaps):+.4f} ± {error:.4f}")
+        accuracy = np.mean([choices[name].accuracy for choices in results.values()])
+        lines.append(f"{name}: equal in {equal} of {len(results)}; mean {', '.join(shown)}; exact match {accuracy:.1%}")
+    whole = [choices["whole"] for choices in results.values()]
+    lines.append(f"whole: exact match {np.mean([choice.accuracy for choice in whole]):.1%}")
+    return "\n".join(lines)
+
+
+def ranking_table(rankings: Sequence[Rankings]) -> str:
+    """Over all seeds, by thirds of the search."""
+    lines = [
+        "| generations | race: best is the best | race: upper half, rank correlation | even: best | even: upper half |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    generations = len(rankings[0]["race"])
+    edges = [0, generations // 3, 2 * generations // 3, generations]
+    for begin, end in [*pairwise(edges), (0, generations)]:
+        cells = []
+        for name in ("race", "even"):
+            part = [one for ranking in rankings for one in ranking[name][begin:end]]
+            cells += [f"{np.mean([one.best for one in part]):.0%}", f"{np.mean([one.upper_half for one in part]):.2f}"]
+        lines.append(f"| {begin + 1} to {end} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What racing over examples saves, and what it chooses.")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--generations", type=int, default=100)
+    parser.add_argument("--rungs", type=int, default=4)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    problem = build_problem(CONFIG, read_config(CONFIG, [f"search.generations={arguments.generations}"], 0))
+    results, rankings = {}, []
+    for seed in range(arguments.seeds):
+        results[seed], ranking = run_seed(problem, seed, arguments.rungs)
+        rankings.append(ranking)
+        print("\n".join(rows(seed, results[seed])), flush=True)
+    print(f"\n{arguments.rungs} rungs, {arguments.generations} generations; {describe()}\n")
+    print(f"{table(results)}\n\n{summary(results)}\n\n{ranking_table(rankings)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""All devices of a run: meshes of virtual devices, and processes that share a search."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, build_family, random_records, write_lines
+
+MESHES = ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8))
+
+# Scores of a population of merges, however they are spread, in a process with eight devices.
+MESH_PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from evojax_merge.evaluation.devices import Devices
+from evojax_merge.search.scorers import open_scorers
+from evojax_merge.search.setup import build_problem, read_config
+from pathlib import Path
+
+path, meshes, out = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+problem = build_problem(path, read_config(path, [], None))
+requests = problem.requests()[:1]
+genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
+found = {}
+def keep(name, scores):
+    for task, metrics in scores.matrices.items():
+        for metric, matrix in metrics.items():
+            found[f"{name}/{task}/{metric}"] = matrix
+    for task, texts in scores.outputs.items():
+        found[f"{name}/{task}/texts"] = np.array(texts)
+for population, model in meshes:
+    grid = np.array(jax.devices()[: population * model]).reshape(population, model)
+    mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto,) * 2) if population * model > 1 else None
+    (scorer,) = open_scorers(problem, requests, Devices(mesh))
+    for chunk in (1, 2, 6):
+        scorer.evaluator.chunk = chunk
+        scorer.evaluator.chosen.clear()
+        keep(f"{population}x{model}/{chunk}", scorer.score(genomes))
+    if population * model == 1:
+        rows = [scorer.score(genome[None]) for genome in genomes]
+        for task, metrics in rows[0].matrices.items():
+            for metric in metrics:
+                found[f"alone/{task}/{metric}"] = np.concatenate([row.matrices[task][metric] for row in rows])
+        for task in rows[0].outputs:
+            found[f"alone/{task}/texts"] = np.array([row.outputs[task][0] for row in rows])
+np.savez(out, **found)
+"""
+
+
+def write_config(root: Path, **changes: Any) -> Path:
+    """A search over a tiny family: choices that share their question, and a few words that are written."""
+    records = random_records(10)
+    header = "w5 w6 w7 w8 " * 10
+    for record in records:
+        record["prompt"] = header + record["prompt"]
+    write_lines(root / "tasks.jsonl", records)
+    document = {
+        "base": "base",
+        "parents": ["parent0", "parent1"],
+        "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}},
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"},
+            {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin"},
+            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+", "max_new_tokens": 5},
+        ],
+        "search": {"population": 6, "generations": 3},
+        "seed": 3,
+    }
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(document | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return build_family(tmp_path_factory.mktemp("devices"))
+
+
+def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(family: Family, tmp_path: Path) -> None:
+    config, out = write_config(family.root), tmp_path / "found.npz"
+    command = [sys.executable, "-c", MESH_PROGRAM, str(config), json.dumps(MESHES), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = dict(np.load(out))
+    ways = {name.rsplit("/", 2)[0] for name in found}
+    assert len(ways) == 1 + 3 * len(MESHES)
+    for name, values in found.items():
+        way, task, metric = name.rsplit("/", 2)
+        expected = found[f"alone/{task}/{metric}"]
+        if metric == "texts":
+            assert (values == expected).all(), way
+        else:
+            np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
+    assert np.ptp(found["alone/text/log_probability"], axis=0).min() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+def start(config: Path, out: Path, processes: int, *options: str) -> list[subprocess.Popen[str]]:
+    port = free_port()
+    started = []
+    for number in range(processes):
+        environment = os.environ | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(number),
+        }
+        command = [sys.executable, "-m", "evojax_merge.cli", "search", str(config), "--out", str(out), "--distributed"]
+        started.append(
+            subprocess.Popen(
+                [*command, *options], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    return started
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    ended = []
+    for process in processes:
+        output, errors = process.communicate(timeout=300)
+        ended.append((process.returncode, output, errors))
+    return ended
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> None:
+    config = write_config(family.root)
+    ended = finish(start(config, tmp_path / "two", 2))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert finish(start(config, tmp_path / "one", 1))[0][0] == 0
+    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for row, other in zip(one, two, strict=True):
+        np.testing.assert_allclose(row["fitness"], other["fitness"], atol=1e-5)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    np.testing.assert_allclose(results[0]["genome"], results[1]["genome"], atol=1e-4)
+    # One of them writes, and speaks.
+    assert "winner:" in ended[0][1] and ended[1][1] == ""
+
+
+def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Family, tmp_path: Path) -> None:
+    config, out = write_config(family.root, search={"population": 6, "generations": 400}), tmp_path / "run"
+    processes = start(config, out, 2)
+    deadline = time.monotonic() + 240
+    while not (out / "history.jsonl").exists() or len(history(out)) < 2:
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    (code, _, errors), _ = finish(processes)
+    assert code == 1, errors
+    assert "another process of this run has gone" in errors and "--resume" in errors
+    saved = len(history(out))
+    assert saved >= 2
+    config = write_config(family.root, search={"population": 6, "generations": saved + 2})
+    command = [sys.executable, "-m", "evojax_merge.cli", "search", str(config), "--out", str(out), "--resume"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert [row["generation"] for row in history(out)] == list(range(saved + 2))
+
+
+def test_distributed_without_others_is_refused() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_NUM", "JAX_PROCESS"))}
+    environment["JAX_COORDINATOR_ADDRESS"] = "127.0.0.1:1"
+    command = [sys.executable, "-m", "evojax_merge.cli", "search", "none.yaml", "--distributed"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "JAX_NUM_PROCESSES" in done.stderr

@@ -1,0 +1,125 @@
+"""What a pass over a 7B Llama takes beyond the bank, as the compiler reports it. Nothing is allocated.
+
+In float32, the dtype that a CPU computes in: of another the compiler would make copies that no accelerator needs.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from merge_kernels import METHODS
+
+from evojax_merge.checkpoints.architectures import COMPONENTS, Leaf, dimensions, layer_leaves, shared_leaves
+from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.evaluator import arrays_of
+from evojax_merge.evaluation.passes import MergeOf
+from evojax_merge.models import decoder
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
+from evojax_merge.tasks.batches import scoring_batches
+from evojax_merge.tasks.task import Row
+
+PARENTS = 2
+LLAMA = DecoderConfig(
+    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, norm_eps=1e-5,
+    activation="silu", rope=RopeConfig("default", 10000.0), windows=(NO_WINDOW,) * 32,
+)  # fmt: skip
+# Rows and tokens of a batch.
+ROWS, WIDTH = 4, 128
+
+
+def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def shape_of(leaf: Leaf, config: DecoderConfig) -> tuple[int, ...]:
+    sizes = dimensions(config)
+    return tuple(sizes[axis] for axis in leaf.shape)
+
+
+def abstract(config: DecoderConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
+    """Shapes of a bank of a base and two parents, and of a chunk of recipes."""
+    spec = MergeSpec(method, METHODS[method].options, 0, "float32")
+    sources, numbers = PARENTS + int(spec.options.based), spec.method.scores(PARENTS)
+    layers, shared = layer_leaves(config), shared_leaves(config)
+    depth = config.layers
+    statistics = statistics_of(spec)
+    tables = {leaf.name: {name: array(depth, *rest) for name, rest in statistics.items()} for leaf in layers}
+    bank = Bank(
+        {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers},
+        {leaf.name: array(sources, *shape_of(leaf, config)) for leaf in shared},
+        {leaf.name: array(depth, numbers, *shape_of(leaf, config), dtype=jnp.uint16) for leaf in layers if numbers},
+        {leaf.name: array(numbers, *shape_of(leaf, config), dtype=jnp.uint16) for leaf in shared if numbers},
+        tables,
+        {leaf.name: {name: array(*rest) for name, rest in statistics.items()} for leaf in shared},
+        tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layers),
+    )
+    parameters = spec.method.parameters
+    recipe = Recipe(
+        {p.name: array(chunk, depth, len(COMPONENTS), *([PARENTS] if p.per_parent else [])) for p in parameters},
+        {
+            leaf.name: {p.name: array(chunk, *([PARENTS] if p.per_parent else [])) for p in parameters}
+            for leaf in shared
+        },
+    )
+    return bank, recipe, spec
+
+
+def statistics_of(spec: MergeSpec) -> dict[str, tuple[int, ...]]:
+    """What is tabulated of a tensor, by what a small one gives."""
+    from merge_kernels import tabulate
+
+    rng = np.random.default_rng(0)
+    small = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(PARENTS + int(spec.options.based))]
+    found = tabulate(
+        spec.method, spec.options, small, {}, lambda k: rng.integers(0, 2**16, (4, 6)).astype(np.uint16)
+    ).statistics
+    return {name: values.shape for name, values in found.items()}
+
+
+def temporaries(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS) -> int:
+    bank, recipe, spec = abstract(config, method, chunk)
+    tokens = np.random.default_rng(0).integers(0, config.vocab, (rows, WIDTH))
+    (scoring,) = scoring_batches(
+        [[Row(tuple(map(int, row)), 1, "row", i) for i, row in enumerate(tokens)]], rows * WIDTH
+    )
+    (batch,) = scoring.batches
+    arrays = {name: array(*values.shape, dtype=values.dtype) for name, values in arrays_of(batch).items()}
+    build = MergeOf(spec, "float32")
+    lowered = passes.score.lower(config, build, None, None, bank, recipe, None, arrays)
+    return int(lowered.compile().memory_analysis().temp_size_in_bytes)
+
+
+def floats(*parts: tuple[int, ...]) -> int:
+    return 4 * sum(int(np.prod(part)) for part in parts)
+
+
+def bound(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS) -> float:
+    """1.1 x chunk x (K + 1 layer slices, one merged layer, activations, a tile of the head)."""
+    layer = floats(*(shape_of(leaf, config) for leaf in layer_leaves(config)))
+    tokens = rows * WIDTH
+    # The state, what the MLP makes of it in three arrays, queries, keys, values, and what attention looks at.
+    activations = floats(
+        *[(tokens, config.hidden)] * 4, *[(tokens, config.mlp)] * 3, *[(tokens, config.heads * config.head_dim)] * 4,
+        *[(rows, config.heads, WIDTH, WIDTH)] * 2,
+    )  # fmt: skip
+    tile = min(decoder.HEAD_TILE, config.vocab)
+    head = floats(*[(tile, config.hidden)] * (PARENTS + 2), *[(tokens, tile)] * 3)
+    return 1.1 * chunk * ((PARENTS + 1) * layer + layer + activations + head)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "linear", "slerp"])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_temporaries_are_a_few_layers(method: str, chunk: int) -> None:
+    assert temporaries(LLAMA, method, chunk) <= bound(LLAMA, method, chunk)
+
+
+def test_temporaries_do_not_depend_on_depth_or_vocabulary() -> None:
+    plain = temporaries(LLAMA, "ties", 1)
+    deep = replace(LLAMA, layers=80, windows=(NO_WINDOW,) * 80)
+    wide = replace(LLAMA, vocab=128_256)
+    for other in (deep, wide):
+        assert abs(temporaries(other, "ties", 1) - plain) <= 0.01 * plain

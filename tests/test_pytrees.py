@@ -1,0 +1,335 @@
+"""Searching for a merge of any pytrees: what is merged, against float64 NumPy; groups, determinism, errors."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from evojax_merge import on_host, search_pytrees
+from evojax_merge.errors import InputError
+from evojax_merge.pytrees import Generation, PytreeSearch
+from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
+
+SHAPES = {"encoder": {"kernel": (5, 7), "bias": (7,)}, "decoder": {"kernel": (3, 2, 4), "scale": ()}}
+
+
+def tree(seed: int, near: Any = None, scale: float = 0.3) -> Any:
+    """Random leaves of SHAPES, perhaps near those of another tree; no two magnitudes are equal."""
+    rng = np.random.default_rng(seed)
+    drawn = jax.tree.map(
+        lambda s: rng.normal(size=s).astype(np.float32), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    return drawn if near is None else jax.tree.map(lambda b, d: np.asarray(b + scale * d, np.float32), near, drawn)
+
+
+BASE = tree(0)
+PARENTS = [tree(1, BASE), tree(2, BASE)]
+
+
+def similarity(target: Any) -> Callable[[Any], jax.Array]:
+    """Minus the squared distance from `target`."""
+
+    def fitness(merged: Any) -> jax.Array:
+        return -sum(jnp.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (merged, target)), strict=True))
+
+    return fitness
+
+
+def quick(parents: Any = None, fitness: Any = None, **settings: Any) -> PytreeSearch:
+    short = {"generations": 3, "population": 4}
+    return search_pytrees(parents or PARENTS, fitness or similarity(tree(3)), **(short | settings))
+
+
+def same(one: Any, other: Any) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is merged
+
+
+def linear(base: Any, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
+    return (p["weight"][0] * x[0] + p["weight"][1] * x[1]) / sum(p["weight"])
+
+
+def task_arithmetic(base: np.ndarray, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
+    return base + 0.7 * (p["weight"][0] * (x[0] - base) + p["weight"][1] * (x[1] - base))
+
+
+def ties(base: np.ndarray, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
+    kept = []
+    for k in range(2):
+        delta = x[k] - base
+        count = 0 if p["density"][k] <= 0 else max(1, int(p["density"][k] * delta.size))
+        count = delta.size if p["density"][k] >= 1 else count
+        threshold = np.sort(np.abs(delta).ravel())[::-1][count - 1] if count else np.inf
+        kept.append(p["weight"][k] * np.where(np.abs(delta) >= threshold, delta, 0.0))
+    sign = np.where(kept[0] + kept[1] >= 0, 1, -1)
+    agree = [np.sign(d) == sign for d in kept]
+    total = sum(np.where(a, d, 0) for a, d in zip(agree, kept, strict=True))
+    weight = sum(np.where(a, w, 0) for a, w in zip(agree, p["weight"], strict=True))
+    return base + 0.7 * total / np.where(np.abs(weight) < 1e-8, 1, weight)
+
+
+def slerp(base: Any, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
+    (t,) = p["t"]
+    cosine = float(np.sum(x[0] * x[1]) / np.linalg.norm(x[0]) / np.linalg.norm(x[1]))
+    if abs(cosine) > 0.9995:
+        return (1 - t) * x[0] + t * x[1]
+    angle = np.arccos(cosine)
+    return (np.sin((1 - t) * angle) * x[0] + np.sin(t * angle) * x[1]) / np.sin(angle)
+
+
+@pytest.mark.parametrize(
+    ("reference", "settings"),
+    [
+        (linear, {}),
+        (task_arithmetic, {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {"low": -1, "high": 2}}}),
+        (ties, {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {}, "density": {"start": 0.5}}}),
+        (slerp, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_best_is_the_merge_by_its_parameters(reference: Callable[..., np.ndarray], settings: Any) -> None:
+    found = quick(method=reference.__name__, **settings)
+    assert list(found.parameters) == ["decoder", "encoder"]
+
+    def check(path: Any, merged: jax.Array, base: np.ndarray, *parents: np.ndarray) -> None:
+        wide = [np.asarray(x, np.float64) for x in parents]
+        expected = reference(np.asarray(base, np.float64), wide, found.parameters[path[0].key])
+        assert merged.dtype == np.float32 and merged.shape == base.shape
+        np.testing.assert_allclose(merged, expected, atol=2e-6)
+
+    jax.tree_util.tree_map_with_path(check, found.best, BASE, *PARENTS)
+    assert found.fitness == pytest.approx(float(similarity(tree(3))(found.best)), rel=1e-5)
+    assert found.fitness >= max(generation.best_so_far for generation in found.history)
+
+
+def test_search_finds_a_merge_that_is_known() -> None:
+    weights = {"encoder": (0.3, 1.2), "decoder": (0.9, 0.1)}
+    target = {
+        group: jax.tree.map(
+            lambda b, x, y, w=w: b + w[0] * (x - b) + w[1] * (y - b), *(t[group] for t in (BASE, *PARENTS))
+        )
+        for group, w in weights.items()
+    }
+    found = search_pytrees(
+        PARENTS, similarity(target), base=BASE, method="task_arithmetic", parameters={"weight": {"high": 1.5}},
+        generations=60,
+    )  # fmt: skip
+    for group, expected in weights.items():
+        np.testing.assert_allclose(found.parameters[group]["weight"], expected, atol=0.02)
+
+
+def test_what_is_no_weight_is_the_base_s_and_dtypes_stay() -> None:
+    def with_others(own: Any, count: int) -> Any:
+        half = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), own["decoder"])
+        others = {"steps": np.int32(count), "key": jax.random.key(count), "mask": np.arange(3) > count, "none": None}
+        return {"half": half, "wide": own["encoder"], "empty": np.zeros((0, 3), np.float32), **others}
+
+    trees = [with_others(own, count) for count, own in enumerate((BASE, *PARENTS))]
+    found = quick(
+        trees[1:], lambda merged: -jnp.square(merged["wide"]["kernel"]).sum() - merged["half"]["scale"],
+        base=trees[0], method="dare_ties", parameters={"weight": {}, "density": {}},
+    )  # fmt: skip
+    assert jax.tree.structure(found.best) == jax.tree.structure(trees[0])
+    assert found.best["half"]["kernel"].dtype == jnp.bfloat16 and found.best["wide"]["bias"].dtype == np.float32
+    assert int(found.best["steps"]) == 0 and found.best["mask"].tolist() == [False, True, True]
+    assert (jax.random.key_data(found.best["key"]) == jax.random.key_data(jax.random.key(0))).all()
+    assert set(found.parameters) == {"half", "wide"}
+
+
+def test_containers_and_names_of_leaves_do_not_matter_to_the_kernels() -> None:
+    """The same arrays as a dict, in another order, and in lists: one group's merge is the same bit for bit."""
+
+    def as_lists(x: Any) -> Any:
+        return [(x["encoder"]["bias"], x["decoder"]["kernel"]), [x["decoder"]["scale"], x["encoder"]["kernel"]]]
+
+    target = tree(3)
+    settings = {"method": "ties", "groups": lambda path: "all", "parameters": {"weight": {}, "density": {"start": 0.5}}}
+    one = quick(PARENTS, on_host(lambda m: float(np.square(m["encoder"]["kernel"] - target["encoder"]["kernel"]).sum())),
+                base=BASE, **settings)  # fmt: skip
+    other = quick([as_lists(x) for x in PARENTS],
+                  on_host(lambda m: float(np.square(m[1][1] - target["encoder"]["kernel"]).sum())),
+                  base=as_lists(BASE), **settings)  # fmt: skip
+    assert one.parameters == other.parameters and list(one.parameters) == ["all"]
+    assert same(as_lists(one.best), other.best)
+
+
+def test_order_of_parents_changes_no_mask() -> None:
+    settings = {"method": "dare_linear", "base": BASE, "parameters": {"lambda": {}}}
+    one = quick(PARENTS, fixed={"weight": [0.4, 0.9], "density": [0.3, 0.6]}, **settings)
+    other = quick(PARENTS[::-1], fixed={"weight": [0.9, 0.4], "density": [0.6, 0.3]}, **settings)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), one.best, other.best)
+    # They do thin out: where neither parent's entry is kept, the base's stays.
+    untouched = np.mean(np.asarray(one.best["encoder"]["kernel"]) == BASE["encoder"]["kernel"])
+    assert 0.05 < untouched < 0.6
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Groups
+
+
+def test_groups_are_the_modules_below_what_all_leaves_share() -> None:
+    def linen(own: Any) -> Any:
+        return {"params": {"net": {"Dense_0": own["encoder"], "Dense_1": own["decoder"]}}}
+
+    nested = [linen(x) for x in PARENTS]
+    target = jnp.zeros(())
+    assert set(quick(nested, lambda m: target).parameters) == {"Dense_0", "Dense_1"}
+    paths: list[str] = []
+
+    def by_kind(path: str) -> str:
+        paths.append(path)
+        return path.rsplit("/", 1)[-1]
+
+    assert set(quick(nested, lambda m: target, groups=by_kind).parameters) == {"kernel", "bias", "scale"}
+    assert "params/net/Dense_0/kernel" in paths
+    assert set(quick([np.ones(3), np.zeros(3)], lambda m: m.sum()).parameters) == {"all"}
+
+
+class Small(nnx.Module):
+    def __init__(self, seed: int) -> None:
+        rngs = nnx.Rngs(seed)
+        self.first = nnx.Linear(4, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x: Any) -> jax.Array:
+        return self.norm(self.first(x))
+
+
+def test_nnx_modules_and_their_states_are_pytrees() -> None:
+    models = [Small(0), Small(1)]
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    target = 0.2 * models[0](x) + 0.8 * models[1](x)
+
+    def error(model: Any) -> jax.Array:
+        return -jnp.square(model(x) - target).mean(axis=1)
+
+    whole = quick(models, error)
+    graph, _ = nnx.split(models[0])
+    states = quick([nnx.state(model) for model in models], lambda state: error(nnx.merge(graph, state)))
+    assert isinstance(whole.best, Small) and set(whole.parameters) == {"first", "norm"}
+    np.testing.assert_allclose(error(whole.best), whole.scores, atol=1e-6)
+    np.testing.assert_allclose(states.scores, whole.scores, atol=1e-6)
+    assert whole.scores.shape == (6,) and whole.fitness == pytest.approx(whole.scores.mean(), abs=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The search
+
+
+def test_deterministic_for_a_seed() -> None:
+    settings = {"method": "dare_ties", "base": BASE, "parameters": {"weight": {}, "density": {"start": 0.5}}}
+    one, again, other = (quick(seed=seed, **settings) for seed in (1, 1, 2))
+    assert same(one.best, again.best) and one.parameters == again.parameters
+    assert [g.fitness.tolist() for g in one.history] == [g.fitness.tolist() for g in again.history]
+    assert one.parameters != other.parameters
+
+
+def test_host_traced_and_every_chunk_agree() -> None:
+    fitness, seen = similarity(tree(3)), []
+    runs = [quick(chunk=chunk, on_generation=seen.append) for chunk in (None, 1, 3, 100)]
+    runs.append(quick(fitness=on_host(lambda merged: np.asarray(fitness(merged)))))
+    for run in runs[1:]:
+        # The last generations follow from the first: what differs by rounding only stays near.
+        for a, b in zip(runs[0].history, run.history, strict=True):
+            np.testing.assert_allclose(a.fitness, b.fitness, rtol=1e-4)
+        assert run.fitness == pytest.approx(runs[0].fitness, rel=1e-4)
+    assert [generation.number for generation in seen] == [0, 1, 2] * 4
+    assert all(isinstance(generation, Generation) and len(generation.fitness) == 4 for generation in seen)
+
+
+def test_candidates_that_are_not_finite_have_failed() -> None:
+    def positive(merged: Any) -> jax.Array:
+        value = merged["encoder"]["bias"][0]
+        return jnp.where(value > middle, value, jnp.nan)
+
+    middle = (PARENTS[0]["encoder"]["bias"][0] + PARENTS[1]["encoder"]["bias"][0]) / 2
+    found = quick(fitness=positive, population=8)
+    failed = [generation.failed for generation in found.history]
+    assert 0 < failed[0] < 8 and np.isnan(found.history[0].fitness).sum() == failed[0]
+    assert found.fitness > middle
+    with pytest.raises(ValueError, match="no candidate has a finite fitness"):
+        quick(fitness=lambda merged: jnp.inf)
+
+
+def changed(path: tuple[str, str], value: Any) -> Any:
+    copy = jax.tree.map(lambda x: x, PARENTS[1])
+    copy[path[0]][path[1]] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"parents": []}, "parents: is empty"),
+        ({"parents": [PARENTS[0], changed(("encoder", "kernel"), np.ones((5, 6)))]},
+         r"parents\[1\]: leaf 'encoder/kernel' has shape \(5, 6\), but \(5, 7\) in parents\[0\]"),
+        ({"parents": [PARENTS[0], {"encoder": PARENTS[1]["encoder"]}]},
+         r"parents\[1\]: has no leaf 'decoder/kernel', which parents\[0\] has"),
+        ({"parents": [PARENTS[0], changed(("encoder", "extra"), np.ones(2))]},
+         r"parents\[0\]: has no leaf 'encoder/extra', which parents\[1\] has"),
+        ({"parents": [[np.ones(2)], (np.ones(2),)]}, r"parents\[1\]: has other containers than parents\[0\]"),
+        ({"parents": [PARENTS[0], changed(("encoder", "bias"), np.full(7, np.nan))]},
+         r"parents\[1\]: leaf 'encoder/bias' holds NaN or Inf"),
+        ({"parents": [PARENTS[0], changed(("encoder", "bias"), "text")]}, "leaf 'encoder/bias' is of <U4; expected real"),
+        ({"parents": [{"n": np.arange(3)}] * 2}, "no floating-point array to merge"),
+        ({"base": {"encoder": BASE["encoder"]}, "method": "ties"}, r"base has|base: has no leaf"),
+        ({"method": "tie"}, r"method: unknown method 'tie' \(did you mean 'ties'\?\)"),
+        ({"method": "ties"}, "base: missing; ties takes task vectors from a base"),
+        ({"base": BASE}, "base: linear takes no base"),
+        ({"parents": [*PARENTS, BASE], "method": "slerp"}, "slerp takes 2 models, found 3"),
+        ({"method": "karcher"}, "karcher has no parameter to search"),
+        ({"parameters": {"wieght": {}}}, r"parameters.wieght: linear has no such parameter"),
+        ({"parameters": {"weight": {"lowest": 0}}}, r"parameters.weight: lowest: .*found 0"),
+        ({"parameters": {"weight": {"low": 2}}}, "low 2 is not below high 1"),
+        ({"population": 1}, "population: .*greater than or equal to 2, found 1"),
+        ({"chunk": 0}, "chunk: 0; expected 1 or more"),
+    ],
+)  # fmt: skip
+def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) -> None:
+    given = {"parents": PARENTS, "fitness": similarity(BASE)} | settings
+    with pytest.raises(InputError, match=said):
+        search_pytrees(**given)
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, on_host])
+def test_wrong_fitness_is_named(wrap: Any) -> None:
+    with pytest.raises(TypeError, match=r"the fitness returned float32\[5, 7\]; expected a real number"):
+        quick(fitness=wrap(lambda merged: merged["encoder"]["kernel"]))
+    with pytest.raises(ZeroDivisionError):
+        quick(fitness=wrap(lambda merged: 1 / 0))
+
+
+def test_importing_the_package_imports_no_jax() -> None:
+    program = (
+        "import sys, evojax_merge\n"
+        "assert not {'jax', 'transformers', 'flax'} & set(sys.modules)\n"
+        "assert callable(evojax_merge.search_pytrees) and callable(evojax_merge.on_host)\n"
+        "assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The worked example
+
+
+def test_digits_are_read_better_than_by_any_expert_or_the_uniform_merge() -> None:
+    plan = Plan(base_steps=20, expert_steps=150, generations=12, population=8)
+    family = make_family(0, plan)
+    found = evolve(family, 0, plan, lambda generation: None)
+    by_model = [accuracy(model, family.heldout) for model in (*family.experts, uniform(family), found.best)]
+    # An expert reads its own half of the digits and nothing else.
+    assert max(by_model[:2]) < 0.6
+    assert by_model[3] > by_model[2] + 0.02 > max(by_model[:2]) + 0.1
+    assert found.fitness == pytest.approx(float(log_probabilities(found.best, family.search).mean()), rel=1e-4)
