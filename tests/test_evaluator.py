@@ -17,7 +17,7 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.evaluation import evaluator as evaluation
-from evojax_merge.evaluation import passes
+from evojax_merge.evaluation import passes, requests
 from evojax_merge.evaluation.evaluator import Evaluator, Scores, arrays_of, fitness, means
 from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
@@ -25,6 +25,8 @@ from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import Merged
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.tasks import batches
+from evojax_merge.tasks.task import cut_at_stop
 from evojax_merge.tasks.text import Example, Fields, TextTask, read_examples
 
 POPULATION = 3
@@ -96,7 +98,9 @@ class Setting:
         genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
         return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))
 
-    def evaluator(self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128) -> Evaluator:
+    def evaluator(
+        self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128
+    ) -> Evaluator:
         requests = build_requests([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
         return Evaluator(self.config, self.tokenizer, requests, chunk=chunk)
 
@@ -262,7 +266,6 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
     def totals(tile: int) -> np.ndarray:
         monkeypatch.setattr(decoder, "HEAD_TILE", tile)
 
-
         @jax.jit
         def run(source: Merged) -> jax.Array:
             columns = decoder.Columns(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["branches"]))
@@ -382,3 +385,130 @@ def test_config_of_the_decoder_is_a_constant_of_the_program(ties: Setting) -> No
     assert isinstance(ties.config, DecoderConfig)
     assert hash(ties.config) == hash(replace(ties.config))
     assert ties.config != replace(ties.config, norm_eps=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is shared, and what is cut short
+
+
+def behind_header(task: TextTask, words_before: int) -> TextTask:
+    header = " ".join(f"w{4 + i % 50}" for i in range(words_before)) + " "
+    examples = tuple(replace(example, prompt=header + example.prompt) for example in task.examples)
+    return replace(task, examples=examples)
+
+
+FAMILIES: dict[str, Any] = {
+    "llama": tiny_config(tie_word_embeddings=True),
+    "mistral, window of 7": tiny_config("mistral", sliding_window=7),
+    "qwen2": tiny_config("qwen2"),
+    "qwen3, yarn": tiny_config(
+        "qwen3", rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}, head_dim=16
+    ),
+    "llama, dynamic": tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_shared_is_computed_as_if_it_were_not(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers of 40 words before every row, and choices behind one question, against whole rows one by one."""
+    setting = Setting(build_family(tmp_path, FAMILIES[name]), "task_arithmetic")
+    tasks = [behind_header(task, 40) for task in setting.tasks]
+    shared = setting.evaluator(tasks)
+    for request in shared.requests:
+        part = request.scoring or request.prompts
+        assert part is not None and len(part.header) >= 40
+        assert part.computed < 0.7 * part.tokens
+    found = shared.population(setting.bank, setting.spec, setting.recipes)
+    monkeypatch.setattr(batches, "MIN_HEADER", 10**6)
+    monkeypatch.setattr(requests, "_requests", unshared)
+    plain = setting.evaluator(tasks)
+    expected = plain.population(setting.bank, setting.spec, setting.recipes)
+    assert found.outputs == expected.outputs
+    for task in tasks:
+        for metric, matrix in expected.matrices[task.name].items():
+            np.testing.assert_allclose(found.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
+
+
+def unshared(splits: Any, tokens_per_batch: int) -> Any:
+    """Requests whose rows share nothing."""
+    (asked,) = splits
+    scored = batches.scoring_batches([asked.scored], tokens_per_batch, pack=False)[0] if asked.scored else None
+    prompts = (
+        batches.prompt_batches([asked.prompts], tokens_per_batch, asked.max_new_tokens)[0] if asked.prompts else None
+    )
+    return [(scored, prompts)]
+
+
+def test_a_question_is_computed_once_for_its_choices(ties: Setting) -> None:
+    task = ties.tasks[1]
+    (request,) = ties.evaluator([task]).requests
+    assert request.scoring is not None
+    read = sum(int((batch.branches >= 0).sum()) for batch in request.scoring.batches)
+    questions = sum(len(example.prompt.split()) for example in task.examples)
+    # The choices have 1, 2 and 3 words, of which the last is only predicted.
+    assert read == questions + len(task.examples) * (0 + 1 + 2)
+
+
+def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(ties.tasks[2], max_new_tokens=24)
+    whole = ties.evaluator([task]).population(ties.bank, ties.spec, ties.recipes).outputs["words"]
+    # A word that every output has after at most a few.
+    stop = tuple({text.split()[3] for row in whole for text in row})
+    monkeypatch.setattr(evaluation, "GLANCE", 4)
+    rounds = []
+    keep_writing = passes.keep_writing
+    monkeypatch.setattr(passes, "keep_writing", lambda *given: rounds.append(1) or keep_writing(*given))
+    cut = ties.evaluator([replace(task, stop=stop)], chunk=POPULATION)
+    found = cut.population(ties.bank, ties.spec, ties.recipes).outputs["words"]
+    assert found == [[cut_at_stop(text, stop) for text in row] for row in whole]
+    (request,) = cut.requests
+    assert request.prompts is not None
+    assert len(rounds) == len(request.prompts.batches)
+
+
+def out_of_memory() -> Exception:
+    return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+
+
+def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which one candidate and two rows fit."""
+    score, begin_writing, said = passes.score, passes.begin_writing, []
+
+    def small_score(*given: Any) -> Any:
+        members, batch = given[5], given[7]
+        if jax.tree.leaves(members)[0].shape[0] > 1 or batch["tokens"].shape[0] > 2:
+            raise out_of_memory()
+        return score(*given)
+
+    def small_writing(*given: Any) -> Any:
+        if jax.tree.leaves(given[5])[0].shape[0] > 1:
+            raise out_of_memory()
+        return begin_writing(*given)
+
+    monkeypatch.setattr(passes, "score", small_score)
+    monkeypatch.setattr(passes, "begin_writing", small_writing)
+    evaluator, told = ties.evaluator(chunk=POPULATION), []
+    expected_passes = evaluator.passes(POPULATION)
+    evaluator.say = said.append
+    scores = evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
+    for name, metrics in ties_scores.matrices.items():
+        for metric, matrix in metrics.items():
+            np.testing.assert_allclose(scores.matrices[name][metric], matrix, atol=1e-5)
+    assert any("going on with 1" in line for line in said)
+    assert any("batches of" in line for line in said)
+    assert sum(told) >= expected_passes
+    # What was learnt is kept.
+    said.clear()
+    evaluator.population(ties.bank, ties.spec, ties.recipes)
+    assert not said
+
+
+def test_what_fits_nowhere_fails(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*given: Any) -> Any:
+        raise out_of_memory()
+
+    monkeypatch.setattr(passes, "score", never)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        ties.evaluator(chunk=2).population(ties.bank, ties.spec, ties.recipes)

@@ -25,7 +25,7 @@ from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.search.open_tasks import open_whole_task
 from evojax_merge.search.setup import build_problem, read_config, resolved_document, stop_tokens
-from evojax_merge.tasks.harness import HarnessTask, Options, open_harness
+from evojax_merge.tasks.harness import HarnessTask, Options, is_benchmark, open_harness
 from evojax_merge.tasks.task import Answers
 
 CONTEXT = 48
@@ -413,3 +413,12 @@ def test_a_run_keeps_where_its_tasks_came_from(family: Family, harness_tasks: Pa
     kept = resolved_document(problem)
     assert {str(harness_tasks / name) for name in ("own_choices.yaml", "test.jsonl")} <= set(kept["inputs"])
     assert kept["tasks"][0]["include_path"] == str(harness_tasks)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("gsm8k", True), ("mgsm_direct_ja", True), ("mmlu_pro", True), ("arc_challenge", True), ("hellaswag", True),
+     ("tinyMMLU", True), ("gsm_symbolic", False), ("racecar_names", False), ("own_gsm8k", False)],
+)  # fmt: skip
+def test_benchmarks_are_known_by_their_names(name: str, known: bool) -> None:
+    assert is_benchmark(name) == known

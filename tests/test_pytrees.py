@@ -152,13 +152,11 @@ def test_containers_and_names_of_leaves_do_not_matter_to_the_kernels() -> None:
     def as_lists(x: Any) -> Any:
         return [(x["encoder"]["bias"], x["decoder"]["kernel"]), [x["decoder"]["scale"], x["encoder"]["kernel"]]]
 
-    target = tree(3)
+    wanted = tree(3)["encoder"]["kernel"]
     settings = {"method": "ties", "groups": lambda path: "all", "parameters": {"weight": {}, "density": {"start": 0.5}}}
-    one = quick(PARENTS, on_host(lambda m: float(np.square(m["encoder"]["kernel"] - target["encoder"]["kernel"]).sum())),
-                base=BASE, **settings)  # fmt: skip
-    other = quick([as_lists(x) for x in PARENTS],
-                  on_host(lambda m: float(np.square(m[1][1] - target["encoder"]["kernel"]).sum())),
-                  base=as_lists(BASE), **settings)  # fmt: skip
+    one = quick(PARENTS, lambda m: -jnp.square(m["encoder"]["kernel"] - wanted).sum(), base=BASE, **settings)
+    listed = [as_lists(x) for x in PARENTS]
+    other = quick(listed, lambda m: -jnp.square(m[1][1] - wanted).sum(), base=as_lists(BASE), **settings)
     assert one.parameters == other.parameters and list(one.parameters) == ["all"]
     assert same(as_lists(one.best), other.best)
 
@@ -236,14 +234,14 @@ def test_deterministic_for_a_seed() -> None:
 
 def test_host_traced_and_every_chunk_agree() -> None:
     fitness, seen = similarity(tree(3)), []
-    runs = [quick(chunk=chunk, on_generation=seen.append) for chunk in (None, 1, 3, 100)]
+    runs = [quick(chunk=chunk, on_generation=seen.append) for chunk in (1, 3, 100)]
     runs.append(quick(fitness=on_host(lambda merged: np.asarray(fitness(merged)))))
     for run in runs[1:]:
         # The last generations follow from the first: what differs by rounding only stays near.
         for a, b in zip(runs[0].history, run.history, strict=True):
             np.testing.assert_allclose(a.fitness, b.fitness, rtol=1e-4)
         assert run.fitness == pytest.approx(runs[0].fitness, rel=1e-4)
-    assert [generation.number for generation in seen] == [0, 1, 2] * 4
+    assert [generation.number for generation in seen] == [0, 1, 2] * 3
     assert all(isinstance(generation, Generation) and len(generation.fitness) == 4 for generation in seen)
 
 
@@ -280,9 +278,9 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"parents": [[np.ones(2)], (np.ones(2),)]}, r"parents\[1\]: has other containers than parents\[0\]"),
         ({"parents": [PARENTS[0], changed(("encoder", "bias"), np.full(7, np.nan))]},
          r"parents\[1\]: leaf 'encoder/bias' holds NaN or Inf"),
-        ({"parents": [PARENTS[0], changed(("encoder", "bias"), "text")]}, "leaf 'encoder/bias' is of <U4; expected real"),
+        ({"parents": [PARENTS[0], changed(("encoder", "bias"), "text")]}, "leaf 'encoder/bias' is of <U4; expected"),
         ({"parents": [{"n": np.arange(3)}] * 2}, "no floating-point array to merge"),
-        ({"base": {"encoder": BASE["encoder"]}, "method": "ties"}, r"base has|base: has no leaf"),
+        ({"base": {"encoder": BASE["encoder"]}, "method": "ties"}, "base: has no leaf 'decoder/kernel', which parents"),
         ({"method": "tie"}, r"method: unknown method 'tie' \(did you mean 'ties'\?\)"),
         ({"method": "ties"}, "base: missing; ties takes task vectors from a base"),
         ({"base": BASE}, "base: linear takes no base"),

@@ -181,7 +181,5 @@ def _check_fair(where: str, config: TaskConfig) -> None:
         return
     why = f"{found} is a benchmark, and a search on its test examples makes its score meaningless"
     if not config.on_test_set:
-        raise InputError(
-            where, f"on_test_set: {why}; take {instead} or examples of your own, or say on_test_set: true"
-        )
+        raise InputError(where, f"on_test_set: {why}; take {instead} or examples of your own, or say on_test_set: true")
     print(f"warning: {where}: {why}", file=sys.stderr)

@@ -121,7 +121,7 @@ def race(
             break
         running, met, begin = running[best], {block: _rows(scores, best) for block, scores in met.items()}, end
     complete = np.isfinite(values) & (examples == sum(task.size for block in blocks for task in block.tasks))
-    leader = int(best[np.argmax(values[running[best]])]) if best.size else 0
+    leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
     return Raced(values, examples, complete, _standing(values, reached), means(tasks, together)[leader], first)
 
 
@@ -136,7 +136,7 @@ def race_passes(blocks: Sequence["Scorer"], order: Sequence[int], population: in
 
 
 def describe_rungs(blocks: Sequence["Scorer"], population: int) -> str:
-    """Part of a line: how a generation is raced."""
+    """One line: how many candidates of a generation meet how many examples."""
     sizes = np.cumsum([sum(task.size for task in block.tasks) for block in blocks])
     rungs = [f"{survivors(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_ends(len(blocks)))]
     return f"racing: {', '.join(rungs)} examples"

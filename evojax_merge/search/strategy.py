@@ -4,6 +4,7 @@ Here, and only here, fitness changes its sign: evosax minimises.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -56,10 +57,16 @@ class Strategy:
         return jax.random.fold_in(jax.random.key(self.seed), generation)
 
 
-def make_strategy(dims: int, population: int, sigma: float, seed: int) -> Strategy:
-    """CMA-ES, or its separable form where D is beyond `MAX_FULL_DIMS`."""
+@lru_cache(maxsize=8)
+def _algorithm(dims: int, population: int) -> tuple[str, Any]:
+    """Kept, because every new instance is compiled anew."""
     from evosax.algorithms import CMA_ES, Sep_CMA_ES
 
     name, kind = ("CMA_ES", CMA_ES) if dims <= MAX_FULL_DIMS else ("Sep_CMA_ES", Sep_CMA_ES)
-    algorithm = kind(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
+    return name, kind(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
+
+
+def make_strategy(dims: int, population: int, sigma: float, seed: int) -> Strategy:
+    """CMA-ES, or its separable form where D is beyond `MAX_FULL_DIMS`."""
+    name, algorithm = _algorithm(dims, population)
     return Strategy(name, algorithm, algorithm.default_params.replace(std_init=jnp.float32(sigma)), seed)

@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,15 +27,15 @@ from evojax_merge.tasks.task import Answers, Asked, Row
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
 DEFAULT_NEW_TOKENS = 256
 
-# Tasks by which models are compared. Those that bear such a name in a user's own files count as well.
+# Tasks by which models are compared, their variants included. A user's own task of such a name counts as well.
 BENCHMARKS = (
-    "aclue", "aexams", "afrimgsm", "afrimmlu", "agieval", "ai2_arc", "aime", "anli", "arc_", "arabicmmlu", "bbh",
+    "aclue", "aexams", "afrimgsm", "afrimmlu", "agieval", "ai2_arc", "aime", "anli", "arabicmmlu", "arc", "bbh",
     "belebele", "bigbench", "blimp", "boolq", "ceval", "cmmlu", "commonsense_qa", "copa", "drop", "global_mmlu",
     "global_piqa", "glue", "gpqa", "gsm8k", "gsm_plus", "hellaswag", "hendrycks_math", "humaneval", "ifeval", "jmmlu",
-    "kmmlu", "lambada", "leaderboard", "logiqa", "math_500", "mathqa", "mbpp", "medmcqa", "medqa", "mgsm",
-    "minerva_math", "mmlu", "mmmlu", "nq_open", "okapi", "openbookqa", "paws", "piqa", "race", "sciq", "social_iqa",
-    "squad", "super_glue", "superglue", "supergpqa", "tinyBenchmarks", "triviaqa", "truthfulqa", "wikitext",
-    "winogrande", "xcopa", "xnli", "xquad", "xstorycloze", "xwinograd",
+    "kmmlu", "lambada", "leaderboard", "logiqa", "mathqa", "mbpp", "medmcqa", "medqa", "mgsm", "minerva_math", "mmlu",
+    "mmmlu", "nq_open", "openbookqa", "paws", "piqa", "race", "sciq", "sglue", "social_iqa", "squad", "super-glue",
+    "supergpqa", "tinyarc", "tinygsm8k", "tinyhellaswag", "tinymmlu", "tinytruthfulqa", "tinywinogrande", "triviaqa",
+    "truthfulqa", "wikitext", "winogrande", "xcopa", "xnli", "xquad", "xstorycloze", "xwinograd",
 )  # fmt: skip
 
 # Metrics of a whole set of examples: no example has a score of its own.
@@ -58,13 +59,14 @@ class Options:
 
 @dataclass
 class Source:
-    """A task of the harness, loaded once, whatever is asked of it and by how many candidates.
+    """A task of the harness, loaded once, whatever is asked of it and by how many candidates. `where` names it in
+    messages.
 
     `kept`: its requests by example, with the tokenizer whose chat template is in them. `rows`: how many rows of tokens
     each request of an example became when it was last asked.
     """
 
-    name: str
+    where: str
     task: Any
     options: Options
     files: tuple[Path, ...]
@@ -83,7 +85,7 @@ class Source:
         options, chat = self.options, None
         if tokenizer is not None:
             if not tokenizer.chat_template:
-                raise InputError(self.name, "apply_chat_template: the models' tokenizer has no chat template")
+                raise InputError(self.where, "apply_chat_template: the models' tokenizer has no chat template")
             chat = functools.partial(_chat, tokenizer)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
@@ -99,7 +101,7 @@ class Source:
                     chat_template=chat,
                 )
         except (ValueError, AssertionError) as error:
-            raise InputError(self.name, f"lm-eval cannot build its requests ({_line(error)})") from error
+            raise InputError(self.where, f"lm-eval cannot build its requests ({_line(error)})") from error
         by_example: dict[int, list[Any]] = {}
         for instance in self.task.instances:
             by_example.setdefault(instance.doc_id, []).append(instance)
@@ -135,7 +137,7 @@ class HarnessTask:
         prompts: list[Row] = []
         limits: set[tuple[int, tuple[str, ...]]] = set()
         for number, example in enumerate(self.examples):
-            where, counts = f"{self.source.name}, example {example}", []
+            where, counts = f"{self.source.where}, example {example}", []
             for request in requests[example]:
                 if request.request_type == "generate_until":
                     text, settings = request.args
@@ -164,7 +166,7 @@ class HarnessTask:
                 counts.append(len(pairs))
             self.source.rows[example] = counts
         if len(limits) > 1:
-            raise InputError(self.source.name, "its examples differ in stop texts or length; not supported")
+            raise InputError(self.source.where, "its examples differ in stop texts or length; not supported")
         new, stop = limits.pop() if limits else (0, ())
         return Asked(tuple(scored), tuple(prompts), new, stop)
 
@@ -190,7 +192,7 @@ class HarnessTask:
                         values[name][p, n] = value
         matrices = {name: self._matrix(name.partition(",")[0], table) for name, table in values.items()}
         if matrices[self.metric] is None:
-            raise InputError(self.source.name, f"metric: {self.metric!r} has no value for a single example")
+            raise InputError(self.source.where, f"metric: {self.metric!r} has no value for a single example")
         return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
     def unanswered(self, texts: Sequence[str]) -> str | None:
@@ -296,13 +298,13 @@ def open_harness(
         size = len(task.eval_docs)
     size = size if options.docs is None else min(size, options.docs)
     chosen = _metric(f"{where}: metric", task, metric)
-    source = Source(lm_eval, task, options, _files(entry, task), size)
+    source = Source(f"{where}: {lm_eval}", task, options, _files(entry, task), size)
     return HarnessTask(name, chosen, weight, source, tuple(range(size)))
 
 
 def is_benchmark(lm_eval: str) -> bool:
     """Whether models are compared by the task, so that a search on it makes the comparison worthless."""
-    return any(lm_eval.lower().startswith(prefix.lower()) for prefix in BENCHMARKS)
+    return re.match(rf"({'|'.join(map(re.escape, BENCHMARKS))})(?![a-z])", lm_eval.lower()) is not None
 
 
 def _harness(where: str) -> None:
