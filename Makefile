@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test lint bench bench-search bench-merge bench-kernels bench-paths bench-zoo clean
+.PHONY: help quickstart smollm2 test lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
+	bench-paths bench-zoo clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
@@ -44,6 +45,8 @@ lint: .venv/installed-test
 
 bench:
 	@echo "make bench-search   seconds per candidate of a search, against mergekit + transformers (3 minutes)"
+	@echo "make bench-evaluate the evaluator on SmolLM2-135M, against the machine's peak and transformers (15 minutes)"
+	@echo "make bench-racing   what racing over examples saves, and what it costs, over ten seeds (20 minutes)"
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
@@ -53,6 +56,12 @@ bench:
 
 bench-search: .venv/installed-test
 	$(BIN)/python bench/search.py
+
+bench-evaluate: .venv/installed-test
+	$(BIN)/python bench/evaluate.py
+
+bench-racing: .venv/installed-test
+	$(BIN)/python bench/racing.py
 
 bench-merge: .venv/installed-test
 	$(BIN)/python bench/merge_cli.py

@@ -241,8 +241,8 @@ def run_merge_command(
 
 def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
     document = load_yaml(tasks_path)
-    if isinstance(document, dict) and "parents" in document:
-        config = parse(tasks_path, document, Config)
+    if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
+        config = read_config(tasks_path, [], None)
         file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
     else:
         file = parse(tasks_path, document, TaskFile)
@@ -254,7 +254,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         tokenizer = load_tokenizer(path)
         requests = build_requests(
             [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders[0].config), stop_tokens(path),
+            context_length(sources.folders[0].config), stop_tokens(path, tokenizer),
         )  # fmt: skip
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)

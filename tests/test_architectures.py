@@ -70,8 +70,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-
-
 def load(folder: Path) -> tuple[DecoderConfig, Stored]:
     sources, config = open_sources([folder])
     return config, load_stored(sources, config)

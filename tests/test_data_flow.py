@@ -11,17 +11,15 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import yaml
 from helpers import (
-    greedy_tokens,
-    hidden_states,
     build_family,
     finetune,
+    greedy_tokens,
+    hidden_states,
     load_torch,
     random_model,
     random_records,
@@ -43,7 +41,7 @@ from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.evaluation.evaluator import Evaluator, build_requests
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.decoder import logits
 from evojax_merge.models.paths import Path, PathBank, PathSpec, fold
 from evojax_merge.models.sources import Stored
 from evojax_merge.spaces.data_flow import IndicatorSpace, Move, MoveSpace, ScaleBounds

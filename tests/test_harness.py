@@ -144,7 +144,7 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
     tasks = [open_harness("tasks", name, None, name, 1.0, Options(include_path=folder, **options)) for name in names]
     sources, config = open_sources([model])
     tokenizer = load_tokenizer(model)
-    (requests,) = build_requests([tasks], tokenizer, 4096, context, stop_tokens(model))
+    (requests,) = build_requests([tasks], tokenizer, 4096, context, stop_tokens(model, tokenizer))
     seen: dict[str, Answers] = {}
     # What the evaluator hands to a task is recorded on its way.
     spies = [replace(request, task=Spy(request.task, seen)) for request in requests]

@@ -20,7 +20,7 @@ from helpers import build_family, hidden_states, load_torch, random_records, wri
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.models.bank import candidate
-from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import Merged
 from evojax_merge.search.setup import build_problem, read_config
 from evojax_merge.search.strategy import default_population, make_strategy

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from helpers import hidden_states
 
 from evojax_merge import zoo
@@ -61,7 +60,7 @@ def texts(tokens: np.ndarray) -> list[str]:
 
 
 def test_references_lead_into_the_users_cache_folder(family: Path, in_cache: Path) -> None:
-    assert family == in_cache / "evojax-merge" / "zoo" / "v1" / "seed-0"
+    assert family == in_cache / "evojax-merge" / "zoo" / zoo.VERSION / "seed-0"
     for name in ("base", "maths", "japanese"):
         assert zoo.locate(f"zoo:{name}") == zoo.locate(f"zoo:0/{name}") == family / name
         assert (family / name / "model.safetensors").is_file()
@@ -117,7 +116,7 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
         patch.setattr(arithmetic, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             zoo.locate("zoo:base", SHORT)
-    assert not list((tmp_path / "evojax-merge" / "zoo" / "v1").iterdir())
+    assert not list((tmp_path / "evojax-merge" / "zoo" / zoo.VERSION).iterdir())
     assert (zoo.locate("zoo:base", SHORT) / "model.safetensors").is_file()
 
 
@@ -131,7 +130,7 @@ def test_a_seed_gives_the_same_files_in_another_process(family: Path, tmp_path: 
         capture_output=True,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
     )
-    other = tmp_path / "evojax-merge" / "zoo" / "v1" / "seed-0"
+    other = tmp_path / "evojax-merge" / "zoo" / zoo.VERSION / "seed-0"
     files = sorted(path.relative_to(family) for path in family.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
     for file in files:

@@ -166,7 +166,7 @@ def build_problem(path: Path, config: Config) -> Problem:
         full=[full for full, _ in tasks],
         heldout=[heldout for _, heldout in tasks],
         context=context,
-        stop=stop_tokens(tokenizer_folder),
+        stop=stop_tokens(tokenizer_folder, tokenizer),
     )
 
 
@@ -258,15 +258,14 @@ def context_length(config: Mapping[str, Any]) -> int:
     return int(config.get("max_position_embeddings") or 2**30)
 
 
-def stop_tokens(folder: Path) -> tuple[int, ...]:
-    """The token ids that end a generation: of generation_config.json, else of config.json."""
+def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that end a generation: of generation_config.json, else of config.json, and the tokenizer's own."""
+    found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
-        if not (folder / name).exists():
-            continue
-        ids = json.loads((folder / name).read_text()).get("eos_token_id")
+        ids = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).exists() else None
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return ()
+            return tuple(sorted(found | set(ids if isinstance(ids, list) else [int(ids)])))
+    return tuple(sorted(found))
 
 
 def resolved_document(problem: Problem) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _left_padding(batch: PromptBatch) -> int:
 # What rows share
 
 
-def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+def common_beginning(rows: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all of them begin with."""
     # Between the least and the greatest in order lie all others.
     low, high = min(rows), max(rows)
