@@ -373,6 +373,10 @@ def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
         evaluator = ties.evaluator(tasks)
         scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
         assert np.isfinite(fitness(tasks, scores)).all()
+        (request,) = evaluator.requests
+        assert request.scoring is not None
+        # Where not even one candidate fits, its rows go through one by one.
+        assert (max(len(batch.tokens) for batch in request.scoring.batches) == 1) == (budget == 1)
         return set(evaluator.chosen.values())
 
     assert chosen(None) == {1}

@@ -110,8 +110,12 @@ class Population:
             yield rows, repeat_last(self.members, rows, size)
 
 
+class _TooLarge(Exception):
+    """The compiler says that not even one candidate's pass fits."""
+
+
 def _out_of_memory(error: Exception) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+    return isinstance(error, _TooLarge) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
 @dataclass
@@ -182,7 +186,7 @@ class Evaluator:
 
             try:
                 return run(self.requests[i], count)
-            except jax.errors.JaxRuntimeError as error:
+            except (jax.errors.JaxRuntimeError, _TooLarge) as error:
                 if not _out_of_memory(error) or not self._halve(i):
                     raise
                 # What is done again is not counted twice.
@@ -253,13 +257,19 @@ class Evaluator:
                 self.chosen[key] = min(self.chunk, most)
             else:
                 self.chosen[key] = self._largest_chunk(population, request, most) if on_accelerator() else 1
+            self.say(
+                f"{request.task.name}: {self.chosen[key]} of {population.size} candidates a pass and device, "
+                f"in batches of {request.tokens_per_batch} tokens"
+            )
         return self.chosen[key]
 
     def _largest_chunk(self, population: Population, request: Requests, most: int) -> int:
         """One and two candidates a pass tell what each takes; the largest chunk that should fit is then compiled to
-        see whether it does."""
+        see whether it does. Raises _TooLarge where one does not fit and a batch has more than a row."""
         budget = free_memory()
         one = self._temporaries(population, request, 1)
+        if one is not None and one > budget and smaller(request) is not None:
+            raise _TooLarge
         if one is None or most < 2:
             return 1
         two = self._temporaries(population, request, 2) or 2 * one
