@@ -38,8 +38,9 @@ from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
 from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document
 from evojax_merge.checkpoints.recipes import read_recipe
-from evojax_merge.evaluation.evaluator import Evaluator, build_requests
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
+from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.paths import Path, PathBank, PathSpec, fold
@@ -244,13 +245,14 @@ def test_segments_walk_every_sequence_once(rows: list[list[int]]) -> None:
 
 
 class Setting:
-    """Two parents, their paths' bank, and a likelihood and a generation task."""
+    """Two parents, their paths' bank, and a likelihood and a generation task, behind a header of so many words."""
 
-    def __init__(self, root: File) -> None:
+    def __init__(self, root: File, header: int) -> None:
         self.folders = make_parents(root, "qwen2")
         self.bank, self.spec = open_paths(self.folders)
         file = write_lines(root / "tasks.jsonl", random_records(6))
-        fields = Fields("{prompt}", "{target}", "choices", "answer", " ")
+        before = "".join(f"w{4 + i % 50} " for i in range(header))
+        fields = Fields(before + "{prompt}", "{target}", "choices", "answer", " ")
         kinds: list[tuple[Any, str]] = [("likelihood", "log_probability"), ("exact_match", "accuracy")]
         self.tasks = [
             TextTask(kind, kind, metric, 1.0, str(file), tuple(read_examples(file, kind, fields)), max_new_tokens=3)
@@ -266,9 +268,9 @@ class Setting:
         return PathEvaluator(self.evaluator(), self.bank, 12)
 
 
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("setting"))
+@pytest.fixture(scope="module", params=[0, 40])
+def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("setting"), request.param)
 
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
@@ -294,11 +296,9 @@ def test_company_changes_no_score(setting: Setting) -> None:
         alone = setting.paths().population([path]).matrices["likelihood"]["log_probability"][0]
         np.testing.assert_array_equal(scores[p], alone)
     # 3 shared steps, then 4, 5 after it, and 6: six instead of fifteen, in each batch.
-    batches = len(setting.evaluator().requests[0].scoring)
-    likelihood = together.computed - sum(len(path.layers) for path in paths) * len(
-        setting.evaluator().requests[1].prompts
-    )
-    assert likelihood == 6 * batches
+    scored, written = setting.evaluator().requests
+    likelihood = together.computed - sum(len(path.layers) for path in paths) * written.batches
+    assert likelihood == 6 * scored.batches
 
 
 def test_paths_that_come_again_cost_nothing(setting: Setting) -> None:

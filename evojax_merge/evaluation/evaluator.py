@@ -1,9 +1,10 @@
 """The evaluator: every candidate of a population on every example of the tasks, in compiled batched passes.
 
 May import models, tasks and evaluation's other files. The result for a task is a score matrix `float32[P, N]`; fitness
-is a reduction of it. Scoring streams: a candidate's layers are merged inside the forward pass and never exist together.
-Generation materialises a chunk of candidates first. How many candidates go through a pass together (the *chunk*), and
-how many rows, is chosen from the memory that the compiler reports; where that was too much, less is tried.
+is a reduction of it. Scoring streams: a candidate's layers are merged inside the forward pass and never exist together,
+unless several passes would do the merge again and there is room to keep it. Generation materialises a chunk of
+candidates first. How many candidates go through a pass together (the *chunk*), and how many rows, is chosen from the
+memory that the compiler reports; where that was too much, less is tried.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ Progress = Callable[[int], None]
 
 # Tokens that a candidate writes between two looks at its stop texts.
 GLANCE = 32
+# Share of the free memory that candidates may take that are put together for several passes.
+WHOLE_SHARE = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
 CPU_MODELS = 32 * 2**20
 
@@ -102,6 +105,10 @@ class Population:
     @property
     def size(self) -> int:
         return size_of(self.members)
+
+    @property
+    def source(self) -> tuple[Build, Any]:
+        return self.build, self.shared
 
     def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
         """Runs of `size` candidates: their numbers, and the members, filled up to one shape."""
@@ -216,7 +223,6 @@ class Evaluator:
         if request.scoring is None:
             return totals, greedy
         mesh, reduce = self.devices.mesh, request.asked.reduce
-        build, shared = population.build, population.shared
         waiting: list[tuple[np.ndarray, ScoringBatch, Any]] = []
 
         def take() -> None:
@@ -227,7 +233,10 @@ class Evaluator:
             greedy[place] = np.asarray(likeliest)[: len(rows), real]
             progress(len(rows))
 
-        for rows, members in population.chunks(self._scoring_chunk(population, request) * self.devices.population):
+        chunk = self._scoring_chunk(population, request)
+        whole = self._fits_whole(population, request, chunk)
+        for rows, members in population.chunks(chunk * self.devices.population):
+            build, shared, members = self._whole(population, members) if whole else (*population.source, members)
             prefix = self._read_header(build, shared, members, request.scoring.header)
             for batch in request.scoring.batches:
                 arrays = arrays_of(batch)
@@ -241,6 +250,25 @@ class Evaluator:
         while waiting:
             take()
         return totals, greedy
+
+    def _whole(self, population: Population, members: Any) -> tuple[Build, Any, Any]:
+        """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
+        if not isinstance(population.build, MergeOf):
+            return *population.source, members
+        return Each(), None, passes.materialise(population.build, self.devices.mesh, population.shared, members)
+
+    def _fits_whole(self, population: Population, request: Requests, chunk: int) -> bool:
+        """Whether a chunk is put together before it is scored: each pass would do its merge again, so where there are
+        several, and room for the chunk, it is done once."""
+        if not isinstance(population.build, MergeOf) or request.scoring is None or len(request.scoring.batches) < 2:
+            return False
+        return chunk * float_bytes(self._model_shape(population)) <= WHOLE_SHARE * free_memory()
+
+    def _model_shape(self, population: Population) -> Any:
+        """One materialised candidate's shapes."""
+        assert isinstance(population.build, MergeOf)
+        _, member = next(population.chunks(1))
+        return jax.eval_shape(partial(passes.materialise, population.build, None), population.shared, member)
 
     def _read_header(self, build: Build, shared: Any, members: Any, header: np.ndarray) -> Cache | None:
         if not header.size:
@@ -309,10 +337,7 @@ class Evaluator:
         if request.prompts is None:
             return texts, broken
         for rows, members in population.chunks(self._writing_chunk(population, request) * self.devices.population):
-            build, shared = population.build, population.shared
-            if isinstance(build, MergeOf):
-                members = passes.materialise(build, self.devices.mesh, shared, members)
-                build, shared = Each(), None
+            build, shared, members = self._whole(population, members)
             prefix = self._read_header(build, shared, members, request.prompts.header)
             for batch in request.prompts.batches:
                 tokens = self._continue(build, shared, members, prefix, batch, request)[: len(rows)]
@@ -378,9 +403,8 @@ class Evaluator:
 
     def _written_bytes(self, population: Population, request: Requests) -> tuple[int, int]:
         """Bytes of one materialised candidate, and of what it needs to write the largest batch of prompts."""
-        assert request.prompts is not None and isinstance(population.build, MergeOf)
-        _, member = next(population.chunks(1))
-        model = jax.eval_shape(partial(passes.materialise, population.build, None), population.shared, member)
+        assert request.prompts is not None
+        model = self._model_shape(population)
         if not on_accelerator():
             return float_bytes(model), 0
         batch, header = max(request.prompts.batches, key=lambda batch: batch.tokens.size), request.prompts.header

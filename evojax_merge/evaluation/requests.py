@@ -1,4 +1,5 @@
-"""What is asked of every candidate: a task's rows, tokenised once for a whole run, in batches. May import tasks.
+"""What is asked of every candidate: a task's rows, tokenised once for a whole run, in batches. May import tasks and
+evaluation.devices.
 
 Several splits of the same tasks get batches of the same shapes, and so share what is compiled.
 """
@@ -8,8 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.devices import on_accelerator
 from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
 from evojax_merge.tasks.task import Asked, Task
+
+# Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,15 @@ class Requests:
 
 
 def build_requests(
-    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int, context: int, stop: tuple[int, ...]
+    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int | None, context: int, stop: tuple[int, ...]
 ) -> list[list[Requests]]:
-    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
+    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
+    `tokens_per_batch` None: as many tokens as suit the devices.
 
     Raises InputError for an example that is longer than `context`, the model's.
     """
+    if tokens_per_batch is None:
+        tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
     asked = [[task.ask(tokenizer, context) for task in split] for split in splits]
     for part in (part for split in asked for part in split):
         _check_lengths(part, context)

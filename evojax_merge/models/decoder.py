@@ -10,6 +10,7 @@ hold branches that share a beginning, and may all follow one *prefix* that was c
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import jax
@@ -30,6 +31,8 @@ ACTIVATIONS = {
 
 # Rows of the output head that are in memory at once while scoring.
 HEAD_TILE = 8192
+# Queries that look at the same columns together, at least, and the most groups of them.
+QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 
 
 class HeadSource(Protocol):
@@ -113,21 +116,47 @@ def attend(query: jax.Array, parts: Sequence[Seen]) -> jax.Array:
     """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all parts."""
     batch, steps, heads, dim = query.shape
     groups = parts[0].key.shape[-2]
-    query = query.reshape(batch, steps, groups, heads // groups, dim)
+    # Heads of a group first: the products are then plain ones over `[G, B, …]`, or over `[G, …]` of all rows at once.
+    query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     scores = []
     for part in parts:
-        keys = "bsgd" if part.key.ndim == 4 else "sgd"
-        raw = jnp.einsum(f"btgrd,{keys}->bgrts", query, part.key).astype(jnp.float32) * dim**-0.5
+        raw = _by_group(query, part.key, "nd,sd->ns").astype(jnp.float32) * dim**-0.5
         # Finite, so that a padding row in which nothing is visible stays finite as well.
-        scores.append(jnp.where(part.visible[:, None, None], raw, jnp.finfo(jnp.float32).min))
+        scores.append(jnp.where(part.visible[None, :, None], raw, jnp.finfo(jnp.float32).min))
     shares = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0].value.dtype)
     mixed, begin = [], 0
     for part in parts:
-        values = "bsgd" if part.value.ndim == 4 else "sgd"
         end = begin + part.value.shape[-3]
-        mixed.append(jnp.einsum(f"bgrts,{values}->btgrd", shares[..., begin:end], part.value))
+        mixed.append(_by_group(shares[..., begin:end], part.value, "ns,sd->nd"))
         begin = end
-    return sum(mixed[1:], mixed[0]).reshape(batch, steps, heads * dim)
+    return sum(mixed[1:], mixed[0]).transpose(1, 3, 0, 2, 4).reshape(batch, steps, heads * dim)
+
+
+def _by_group(left: jax.Array, right: jax.Array, product: str) -> jax.Array:
+    """Products `[G, B, R, T, …]` of left `[G, B, R, T, …]` with right `[B, S, G, d]`, or `[S, G, d]` for all rows."""
+    groups, batch, repeats, steps, inner = left.shape
+    left_axes, right_axes, out_axes = product.replace("->", ",").split(",")
+    if right.ndim == 4:
+        flat, other, lead = left.reshape(groups, batch, repeats * steps, inner), right.transpose(2, 0, 1, 3), "gb"
+    else:
+        flat, other, lead = left.reshape(groups, batch * repeats * steps, inner), right.transpose(1, 0, 2), "g"
+    out = jnp.einsum(f"{lead}{left_axes},{lead}{right_axes}->{lead}{out_axes}", flat, other)
+    return out.reshape(groups, batch, repeats, steps, -1)
+
+
+def attend_backwards(query: jax.Array, own: Seen, before: Sequence[Seen]) -> jax.Array:
+    """`attend` of whole rows to themselves and to what stands before them. No column sees one behind it, so that blocks
+    of queries need only look at the columns up to their own."""
+    steps = query.shape[1]
+    blocks = max(1, min(MAX_QUERY_BLOCKS, steps // QUERY_BLOCK))
+    edges = [steps * i // blocks for i in range(blocks + 1)]
+
+    def block(begin: int, end: int) -> jax.Array:
+        seen = Seen(own.key[:, :end], own.value[:, :end], own.visible[:, begin:end, :end])
+        earlier = [Seen(part.key, part.value, part.visible[:, begin:end]) for part in before]
+        return attend(query[:, begin:end], [*earlier, seen])
+
+    return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
 
 def project_qkv(
@@ -177,11 +206,11 @@ def run_layer(
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
-        parts = [Seen(key, value, visible(window, columns, columns))]
+        before = []
         if prefix is not None:
-            before = prefix_columns(prefix[0].shape[0])
-            parts.insert(0, Seen(*prefix, visible(window, columns, before)))
-        x = x + linear(attend(query, parts), weights, "o")
+            before = [Seen(*prefix, visible(window, columns, prefix_columns(prefix[0].shape[0])))]
+        mixed = attend_backwards(query, Seen(key, value, visible(window, columns, columns)), before)
+        x = x + linear(mixed, weights, "o")
     return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), (key, value)
 
 
