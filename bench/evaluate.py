@@ -93,12 +93,15 @@ def work(config: DecoderConfig, rows: Sequence[Row]) -> tuple[float, float]:
 
 def problem_for(folder: Path, task: dict[str, Any], method: str, population: int) -> Problem:
     """A search over the real model with one task, whose examples are all scored in every generation."""
+    parameters: dict[str, Any] = {"weight": {"low": 0.0, "high": 1.2}}
+    if method == "ties":
+        parameters["density"] = {"low": 0.1}
     document = {
         "base": MODELS["base"],
         "parents": [MODELS["one"], MODELS["two"]],
         "space": {
             "method": method, "layers_per_group": 10, "components": ["attention+mlp+norm"],
-            "parameters": {"weight": {"low": 0.0, "high": 1.2}},
+            "parameters": parameters,
         },
         "tasks": [{"name": "task", **task}],
         "search": {"population": population},
@@ -267,7 +270,7 @@ def building_part(folder: Path, sizes: Sizes) -> None:
     from mergekit.options import MergeOptions
     from transformers import AutoModelForCausalLM
 
-    problem = problem_for(folder, tasks_for(folder, 8)["likelihood"], "ties", sizes.candidates)
+    problem = problem_for(folder, tasks_for(folder, 11)["likelihood"], "ties", sizes.candidates)
     scorer, request = opened(problem)
     genomes, rows = genomes_for(problem, sizes.candidates), request.asked.scored
     ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates

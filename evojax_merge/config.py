@@ -252,8 +252,9 @@ class StageConfig(Section):
 
 class EvaluationConfig(Section):
     """How candidates are scored. `chunk`, how many share a pass on a device, None: chosen from the device's memory.
-    `tokens_per_batch`: how many tokens of each go through a pass, at most; None: 2,048 on a CPU, 16,384 on others, or
-    fewer where they do not fit. `model`: how many devices hold one bank."""
+    `tokens_per_batch`: how many tokens of each go through a pass, at most (of prompts that are continued, four times
+    as many); None: 2,048 on a CPU, 8,192 on others, or fewer where they do not fit. `model`: how many devices hold one
+    bank."""
 
     chunk: int | None = Field(None, ge=1)
     tokens_per_batch: int | None = Field(None, ge=1)

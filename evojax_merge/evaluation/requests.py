@@ -14,7 +14,9 @@ from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, promp
 from evojax_merge.tasks.task import Asked, Task
 
 # Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
+# Prompts: so many times as many. While tokens are written each row is one token of a pass, so that more go together.
+PROMPT_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def _requests(
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
         scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].reduce is None)
     if splits[0].prompts:
-        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, splits[0].max_new_tokens)
+        tokens = PROMPT_TOKENS * tokens_per_batch
+        prompts = prompt_batches([part.prompts for part in splits], tokens, splits[0].max_new_tokens)
     return list(zip(scored, prompts, strict=True))
 
 

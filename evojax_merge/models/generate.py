@@ -63,7 +63,7 @@ def start(
         space = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
         return _greedy(config, model, hidden[:, -1]), Cache(jnp.pad(cache.keys, space), jnp.pad(cache.values, space))
 
-    token, cache = jax.vmap(read)(members, prefix)
+    token, cache = _each(read, members, prefix)
     size = token.shape[0]
     return Writing(
         token,
@@ -89,13 +89,6 @@ def continue_(
     # One column and one set of prompts for the whole population: the candidates' caches are then written in place.
     first, column = writing.first[0], writing.column[0]
 
-    def one(member: Any, cache: Cache, column: jax.Array, last: jax.Array, prefix: Any) -> tuple[jax.Array, Cache]:
-        model = source_of(member)
-        hidden, cache = step(config, model, cache, column, last, first, prefix)
-        return _greedy(config, model, hidden), cache
-
-    all_ = jax.vmap(one, in_axes=(0, 0, None, 0, 0))
-
     def unfinished(carry: Any) -> jax.Array:
         made, _, _, _, done = carry
         return (made < count) & ~done.all()
@@ -104,14 +97,28 @@ def continue_(
         made, token, cache, out, done = carry
         done = done | (token[..., None] == stops).any(-1)
         out = jax.lax.dynamic_update_slice(out, jnp.where(done, ENDED, token)[..., None], (0, 0, made))
+
+        def further(member: Any, cache: Cache, last: jax.Array, prefix: Any) -> tuple[jax.Array, Cache]:
+            model = source_of(member)
+            hidden, cache = step(config, model, cache, column + made, last, first, prefix)
+            return _greedy(config, model, hidden), cache
+
         # The very last step is not needed, but a branch in the loop would cost more than it saves.
-        token, cache = all_(members, cache, column + made, token, prefix)
+        token, cache = _each(further, members, cache, token, prefix)
         return made + 1, token, cache, out, done
 
     out = jnp.full((*writing.token.shape, count), ENDED, jnp.int32)
     carry = (jnp.int32(0), writing.token, writing.cache, out, writing.done)
     made, token, cache, out, done = jax.lax.while_loop(unfinished, body, carry)
     return out, Writing(token, cache, writing.first, writing.column + made, done)
+
+
+def _each(function: Callable[..., Any], *members: Any) -> Any:
+    """`function` for every member of the population."""
+    if jax.tree.leaves(members)[0].shape[0] > 1:
+        return jax.vmap(function)(*members)
+    # A population axis of one would make batched products of plain ones, which are slower.
+    return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], members)))
 
 
 def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:
