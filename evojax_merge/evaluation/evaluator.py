@@ -285,10 +285,11 @@ class Evaluator:
                 self.chosen[key] = min(self.chunk, most)
             else:
                 self.chosen[key] = self._largest_chunk(population, request, most) if on_accelerator() else 1
-            self.say(
-                f"{request.task.name}: {self.chosen[key]} of {population.size} candidates a pass and device, "
-                f"in batches of {request.tokens_per_batch} tokens"
-            )
+            if self.chosen[key] > 1:
+                self.say(
+                    f"{request.task.name}: {self.chosen[key]} of {population.size} candidates a pass and device, "
+                    f"in batches of {request.tokens_per_batch} tokens"
+                )
         return self.chosen[key]
 
     def _largest_chunk(self, population: Population, request: Requests, most: int) -> int:
