@@ -15,11 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.generate import ENDED
 from evojax_merge.models.sources import Stored
+from evojax_merge.tasks.records import read_symbolic
+from evojax_merge.tasks.text import Example, TextTask
 from evojax_merge.wheels import PackageUnavailable
 from evojax_merge.zoo import locate, smollm2
 
@@ -30,6 +34,7 @@ TEXTS = (
     "50人の生徒がいるクラスには、さまざまな趣味があります。",
 )
 NEW_TOKENS = 24
+FIFTY_TOKENS = 48
 
 
 def or_skip(make: Callable[[], Any]) -> Any:
@@ -144,6 +149,41 @@ def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], 
             # They may part only where torch itself can hardly tell its two best tokens apart.
             best, second = np.sort(scores[parted[0]])[:-3:-1]
             assert best - second <= 1e-3, tokenizer.decode(found)
+
+
+def test_fifty_worked_problems_are_written_as_transformers_writes_them(
+    base: Path, ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any
+) -> None:
+    """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
+    problems = or_skip(lambda: read_symbolic("eng")).records[:50]
+    prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
+    examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
+    task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
+    config, model = ours
+    requests = build_requests([[task]], tokenizer, None, 8192, (tokenizer.eos_token_id,))[0]
+    found = Evaluator(config, tokenizer, requests).stored(model).outputs["problems"][0]
+    expected, logits_ = torch_greedy(theirs, tokenizer, prompts)
+    for prompt, text, wanted, rows in zip(prompts, found, expected, logits_, strict=True):
+        if text == wanted:
+            continue
+        same = next(i for i, (a, b) in enumerate(zip(*map(tokenizer.encode, (text, wanted)), strict=False)) if a != b)
+        best, second = np.sort(rows[same])[:-3:-1]
+        print(f"parted after {same} tokens, {best - second:.1e} apart: {prompt!r}")
+        assert best - second <= 1e-3
+
+
+def torch_greedy(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[str], list[np.ndarray]]:
+    """transformers' greedy continuations, and the logits float32[new, vocab] that each token was taken from."""
+    tokenizer.padding_side = "left"
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = model.generate(
+            **batch, max_new_tokens=FIFTY_TOKENS, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    new = out.sequences[:, batch["input_ids"].shape[1] :]
+    rows = torch.stack(out.logits, dim=1).numpy()
+    return tokenizer.batch_decode(new, skip_special_tokens=True), list(rows)
 
 
 def test_it_answers_a_question_in_its_chat_format(ours: tuple[DecoderConfig, Stored], tokenizer: Any) -> None:
