@@ -216,8 +216,8 @@ def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_score
 
 
 def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores) -> None:
-    evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=20)
-    assert [len(request.scoring + request.prompts) for request in evaluator.requests] == [6, 2]
+    evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=8)
+    assert all(request.batches >= 4 for request in evaluator.requests)
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
     for name, metrics in scores.matrices.items():
@@ -368,7 +368,7 @@ def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
     tasks = [ties.short]
 
     def chosen(budget: int | None) -> set[int]:
-        monkeypatch.setattr(evaluation, "free_memory", lambda: budget)
+        monkeypatch.setattr(evaluation, "free_memory", lambda: 10**9 if budget is None else budget)
         monkeypatch.setattr(evaluation, "on_accelerator", lambda: budget is not None)
         evaluator = ties.evaluator(tasks)
         scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))

@@ -6,7 +6,8 @@ population on their own devices and gather the scores: a generation costs a few 
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,14 +75,23 @@ class Devices:
             return rows
         from jax.experimental import multihost_utils
 
-        try:
+        with in_step():
             together = np.asarray(multihost_utils.process_allgather(rows))
-        except jax.errors.JaxRuntimeError:
-            raise LostProcess from None
         return together.reshape(-1, *rows.shape[1:])[:size]
 
 
 ONE_DEVICE = Devices()
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Around what all processes of a run do together. Raises LostProcess where one of them has gone."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostProcess from error
 
 
 def wait_for_all(name: str) -> None:
@@ -89,7 +99,8 @@ def wait_for_all(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(name)
+        with in_step():
+            multihost_utils.sync_global_devices(name)
 
 
 def join_processes() -> None:

@@ -73,8 +73,7 @@ def run_search(
     )
     if len(blocks) > 1:
         reporter.said(describe_rungs(blocks, population))
-    checkpoints = Checkpoints(folder)
-    try:
+    with Checkpoints(folder) as checkpoints:
         state = _fresh_state(strategy, space.start, config.finalists)
         first = checkpoints.latest()
         if first is not None:
@@ -110,8 +109,6 @@ def run_search(
                     population=population,
                 )
             )
-    finally:
-        checkpoints.close()
     return _outcome(state)
 
 

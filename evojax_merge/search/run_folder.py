@@ -1,4 +1,5 @@
-"""The run folder: what a search leaves behind and continues from. May import errors, config, checkpoints' writer.
+"""The run folder: what a search leaves behind and continues from. May import errors, config, checkpoints'
+writer and evaluation.devices.
 
 config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
@@ -24,7 +25,8 @@ import numpy as np
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.evaluation.devices import in_step
 
 # May differ between a run and its continuation.
 EXTENDABLE = ("generations",)
@@ -177,12 +179,18 @@ class Checkpoints:
 
     def save(self, generations: int, state: Any) -> None:
         """Every process has the same state, and all of them call this; one writes."""
-        self._checkpointer.save_pytree(generations, jax.tree.map(np.asarray, state))
+        with in_step():
+            self._checkpointer.save_pytree(generations, jax.tree.map(np.asarray, state))
 
     def load(self, generations: int, like: Any) -> Any:
         """Restore into the structure of `like`."""
         loaded = self._checkpointer.load_pytree(generations, jax.tree.map(np.asarray, like))
         return jax.tree.map(lambda new, old: jnp.asarray(new) if isinstance(old, jax.Array) else new, loaded, like)
 
-    def close(self) -> None:
-        self._checkpointer.close()
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        # Closing is done together; it would wait for a process that has gone.
+        if kind is not LostProcess:
+            self._checkpointer.close()
