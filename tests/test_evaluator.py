@@ -23,7 +23,7 @@ from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.sources import Merged
+from evojax_merge.models.sources import merge_of
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
 from evojax_merge.tasks import batches
 from evojax_merge.tasks.task import cut_at_stop
@@ -106,7 +106,7 @@ class Setting:
 
     def write(self, p: int, folder: Path) -> Any:
         """Candidate p on disk, as torch loads it."""
-        model = materialise(Merged(self.bank, candidate(self.recipes, p), self.spec))
+        model = materialise(merge_of(self.bank, candidate(self.recipes, p), self.spec))
         tensors = dict(stored_tensors(model, self.config))
         specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
         folder.mkdir()
@@ -261,13 +261,13 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
     scoring = ties.evaluator(ties.tasks[:1]).requests[0].scoring
     assert scoring is not None
     arrays = arrays_of(scoring.batches[0])
-    source = Merged(ties.bank, candidate(ties.recipes, 0), ties.spec)
+    source = merge_of(ties.bank, candidate(ties.recipes, 0), ties.spec)
 
     def totals(tile: int) -> np.ndarray:
         monkeypatch.setattr(decoder, "HEAD_TILE", tile)
 
         @jax.jit
-        def run(source: Merged) -> jax.Array:
+        def run(source: Any) -> jax.Array:
             columns = decoder.Columns(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["branches"]))
             hidden, _ = decoder.forward(ties.config, source, jnp.asarray(arrays["tokens"]), columns)
             return passes.score_states(ties.config, source, hidden, arrays, None)[0]

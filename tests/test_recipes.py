@@ -26,7 +26,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import run_merge_command
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec, Recipe, candidate
-from evojax_merge.models.sources import Merged
+from evojax_merge.models.sources import merge_of
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
 
 RANDOM = ("dare_linear", "dare_ties")
@@ -471,7 +471,7 @@ def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, 
     """The candidate out of the bank and its tables, and the streamed merge of its recipe."""
     recipe, spec, sources, decoder, document = found_recipe(found_family, name, seed=1)
     bank = load_bank(sources, decoder, spec)
-    model = jax.jit(lambda recipe: Merged(bank, recipe, spec).materialise())(recipe)
+    model = jax.jit(lambda recipe: merge_of(bank, recipe, spec).materialise())(recipe)
     evaluated = dict(stored_tensors(model, decoder))
     written = state(merge(tmp_path, document))
     assert set(evaluated) == set(written)

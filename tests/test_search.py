@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.models.bank import candidate
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.sources import Merged
+from evojax_merge.models.sources import merge_of
 from evojax_merge.search.setup import build_problem, read_config
 from evojax_merge.search.strategy import default_population, make_strategy
 
@@ -101,7 +101,7 @@ def test_winner_is_what_was_scored(finished, config_file):
     bank = load_bank(problem.sources, problem.decoder, problem.spec)
     genome = json.loads((finished / "result.json").read_text())["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
-    source = Merged(bank, candidate(recipes, 0), problem.spec)
+    source = merge_of(bank, candidate(recipes, 0), problem.spec)
     tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
     ours = np.asarray(logits(problem.decoder, source, hidden_states(problem.decoder, source, tokens)))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache, Columns, HeadSource, forward, logits, prefix_columns, score_targets
 from evojax_merge.models.generate import Writing, continue_, start
-from evojax_merge.models.sources import Merged, Stored
+from evojax_merge.models.sources import Merged, Stored, merge_of
 from evojax_merge.tasks.task import Reduce
 
 
@@ -35,7 +35,7 @@ class MergeOf:
     compute_dtype: str
 
     def __call__(self, shared: Bank, member: Recipe) -> Merged:
-        return Merged(shared, member, self.spec, self.compute_dtype)
+        return merge_of(shared, member, self.spec, self.compute_dtype)
 
 
 @dataclass(frozen=True)

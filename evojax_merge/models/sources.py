@@ -5,6 +5,7 @@ it, so that a candidate never exists as a whole; `materialise` turns the second 
 every token would redo the merge.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from merge_kernels import combine, look_up
 
-from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe
+from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
 from evojax_merge.models.decoder import Weights
 
 
@@ -43,35 +44,40 @@ class Stored:
 
 @struct.dataclass
 class Merged:
-    """The merge of `bank` by `recipe`, computed as it is asked for, rounded to the export dtype."""
+    """The merge of `bank` by `recipe`, computed as it is asked for, rounded to the export dtype. Made by `merge_of`.
+
+    statistics: what the recipe's densities find in the bank's tables, of layers and of shared leaves: leaf ->
+    statistic -> `[L, …]` and `[…]`.
+    """
 
     bank: Bank
     recipe: Recipe
+    layer_statistics: Tables
+    shared_statistics: Tables
     spec: MergeSpec = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
     @property
     def layers(self) -> Any:
         bank = self.bank
-        return bank.layers, bank.layer_scores, bank.layer_tables, self.recipe.layers
+        return bank.layers, bank.layer_scores, self.layer_statistics, self.recipe.layers
 
     def layer(self, slice_: Any) -> Weights:
         return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.exported_layer(slice_).items()}
 
     def exported_layer(self, slice_: Any) -> Weights:
         """One layer's weights as they would be written."""
-        leaves, scores, tables, parameters = slice_
+        leaves, scores, statistics, parameters = slice_
         component = self.bank.component_of
         return {
-            name: self._merge(leaf, scores.get(name), tables.get(name, {}), _pick(parameters, component[name]))
+            name: self._merge(leaf, scores.get(name), statistics.get(name, {}), _pick(parameters, component[name]))
             for name, leaf in leaves.items()
         }
 
     def _merge(
-        self, sources: jax.Array, scores: jax.Array | None, table: Parameters, parameters: Parameters
+        self, sources: jax.Array, scores: jax.Array | None, statistics: Parameters, parameters: Parameters
     ) -> jax.Array:
         spec = self.spec
-        statistics = look_up(spec.method, table, parameters)
         numbers = () if scores is None else tuple(scores)
         with jax.named_scope("merge"):
             merged = combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
@@ -83,7 +89,7 @@ class Merged:
         sources, scores = bank.shared[name], bank.shared_scores.get(name)
         if rows is not None:
             sources, scores = rows(sources), None if scores is None else rows(scores)
-        return self._merge(sources, scores, bank.shared_tables.get(name, {}), self.recipe.shared[name])
+        return self._merge(sources, scores, self.shared_statistics.get(name, {}), self.recipe.shared[name])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         picked = self._merge_shared("embed", lambda leaf: leaf[:, tokens])
@@ -99,9 +105,27 @@ class Merged:
 
     def materialise(self) -> Stored:
         """The whole candidate, in the export dtype."""
-        layers = jax.lax.map(self.exported_layer, self.layers)
+        # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
+        layers = jax.vmap(self.exported_layer)(self.layers)
         shared = {name: self._merge_shared(name) for name in self.bank.shared}
         return Stored(layers, shared, self.compute_dtype)
+
+
+def merge_of(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> Merged:
+    """The merge of `bank` by `recipe`. Its statistics are looked up here, not where a layer is merged: the compiler
+    would fuse the look-up into the merge and do it anew for every entry of the weights."""
+    component = bank.component_of
+
+    def of_layer(name: str, table: Parameters, parameters: Parameters) -> Parameters:
+        return dict(look_up(spec.method, table, _pick(parameters, component[name])))
+
+    layers = {
+        name: jax.vmap(partial(of_layer, name))(table, recipe.layers) for name, table in bank.layer_tables.items()
+    }
+    shared = {
+        name: dict(look_up(spec.method, table, recipe.shared[name])) for name, table in bank.shared_tables.items()
+    }
+    return Merged(bank, recipe, layers, shared, spec, compute_dtype)
 
 
 def _pick(parameters: Parameters, component: int) -> Parameters:
