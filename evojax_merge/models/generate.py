@@ -53,14 +53,14 @@ def start(
     """
     width = tokens.shape[1]
     plain = columns_of(width, first, width - first)
-    before = 0 if prefix is None else prefix.keys.shape[3]
+    before = 0 if prefix is None else prefix.keys.shape[4]
     columns = Columns(before + plain.positions, plain.branches)
 
     def read(member: Any, prefix: Cache | None) -> tuple[jax.Array, Cache]:
         model = source_of(member)
         hidden, cache = forward(config, model, tokens, columns, prefix=prefix, keep_cache=True)
         assert cache is not None
-        space = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+        space = [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]
         return _greedy(config, model, hidden[:, -1]), Cache(jnp.pad(cache.keys, space), jnp.pad(cache.values, space))
 
     token, cache = _each(read, members, prefix)

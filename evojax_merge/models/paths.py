@@ -139,7 +139,7 @@ def advance(
         if header is not None:
             before = prefix_columns(header.shape[1])
             header, kept = run_layer(config, weights, header, rotary_of(config, before), window, before)
-            prefix = (kept[0][0], kept[1][0])
+            prefix = (kept[0][:, 0], kept[1][:, 0])
         rows, _ = run_layer(config, weights, state.rows, rotary, window, columns, prefix)
         return State(rows, header)
 
