@@ -48,6 +48,8 @@ from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 
 MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
+# Passes that a share of the peak is measured over, one after the other but for what overlaps.
+PASSES = 4
 PARTS = ("peak", "scores", "building", "writing")
 
 
@@ -153,30 +155,31 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     """Rows of one length, so that nothing is padding, every second token scored."""
     from transformers import AutoModelForCausalLM
 
-    peak = matrix_peak()
-    print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
-    print("| --- | ---: | ---: |")
+    before = matrix_peak()
     words = " ".join(problem.fields["question"] for problem in read_symbolic("eng").records)
     problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, "ties", 2)
     ids = problem.tokenizer(words)["input_ids"]
     rows = [Row(tuple(ids[i * 192 : (i + 1) * 192]), 97, f"row {i}", i) for i in range(8)]
     model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
-    theirs = median_seconds(partial(score_rows, model, rows), 3)
-    done = sum(work(problem.decoder, rows))
-    print(f"| transformers, stored model | {done / theirs / 1e9:.0f} | {done / theirs / peak:.0%} |", flush=True)
-    for name, method in (("stored model", None), ("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
-        problem = problem_for(
-            folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method or "ties", 2
-        )
+    seconds = {"transformers, stored model": median_seconds(partial(score_rows, model, rows), 3)}
+    # As many passes of a stored model as of candidates, each of which has one.
+    scorer, request = opened(problem)
+    evaluator = replace(scorer.evaluator, requests=[of_rows(request, rows * PASSES)], chosen={})
+    stored = load_stored(*open_sources([problem.merged_from[0]]))
+    seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
+    for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
+        problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
         scorer, request = opened(problem)
         evaluator = replace(scorer.evaluator, requests=[of_rows(request, rows)], chosen={})
-        if method is None:
-            model = load_stored(*open_sources([problem.merged_from[0]]))
-            seconds = median_seconds(partial(evaluator.stored, model), 5)
-        else:
-            recipes = scorer.recipes(genomes_for(problem, 1))
-            seconds = median_seconds(partial(evaluator.population, scorer.bank, scorer.spec, recipes), 5)
-        print(f"| {name} | {done / seconds / 1e9:.0f} | {done / seconds / peak:.0%} |", flush=True)
+        recipes = scorer.recipes(genomes_for(problem, PASSES))
+        run = partial(evaluator.population, scorer.bank, scorer.spec, recipes)
+        seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
+    # Of a machine whose speed drifts, the best of both ends.
+    peak, done = max(before, matrix_peak()), sum(work(problem.decoder, rows))
+    print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
+    print("| --- | ---: | ---: |")
+    for name, taken in seconds.items():
+        print(f"| {name} | {done / taken / 1e9:.0f} | {done / taken / peak:.0%} |", flush=True)
 
 
 def of_rows(request: Requests, rows: Sequence[Row]) -> Requests:
@@ -187,7 +190,7 @@ def of_rows(request: Requests, rows: Sequence[Row]) -> Requests:
 
     assert isinstance(request.task, TextTask)
     task = replace(request.task, examples=(Example("", ("",), "", 0),) * len(rows))
-    (batches,) = scoring_batches([rows], request.tokens_per_batch)
+    (batches,) = scoring_batches([rows], 8 * 192, pack=False)
     return replace(request, task=task, asked=Asked(tuple(rows)), scoring=batches)
 
 

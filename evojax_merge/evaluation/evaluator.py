@@ -7,10 +7,13 @@ candidates first. How many candidates go through a pass together (the *chunk*), 
 memory that the compiler reports; where that was too much, less is tried.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from threading import Event
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +39,7 @@ from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
 
 Progress = Callable[[int], None]
+Result = TypeVar("Result")
 
 # Tokens that a candidate writes between two looks at its stop texts.
 GLANCE = 32
@@ -92,6 +96,41 @@ def score_task(task: Task, answers: Answers, broken: np.ndarray) -> dict[str, np
 def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     """What a compiled pass takes of a batch."""
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
+
+
+def _two_under_way(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> Iterator[Result]:
+    """The jobs' results, in their order; each job is started before the one before it is waited for, and no more, so
+    that an interruption does not wait long.
+
+    An accelerator queues what it is asked, and needs only never to be idle. A CPU works through what one thread asks
+    one after the other, and leaves cores idle wherever there is little to do: with `threads` each job has its own. The
+    event that jobs are given is set when nobody waits for them any more.
+    """
+    left = Event()
+    if not threads:
+        under_way: deque[Result] = deque()
+        for job in jobs:
+            under_way.append(job(left))
+            if len(under_way) > 1:
+                yield under_way.popleft()
+        yield from under_way
+        return
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(_finished, job, left))
+                if len(waiting) > 1:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            left.set()
+
+
+def _finished(job: Callable[[Event], Result], left: Event) -> Result:
+    result: Result = jax.block_until_ready(job(left))
+    return result
 
 
 @dataclass(frozen=True)
@@ -222,34 +261,38 @@ class Evaluator:
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if request.scoring is None:
             return totals, greedy
-        mesh, reduce = self.devices.mesh, request.asked.reduce
-        waiting: list[tuple[np.ndarray, ScoringBatch, Any]] = []
-
-        def take() -> None:
-            rows, batch, (found, likeliest) = waiting.pop(0)
+        for rows, batch, (found, likeliest) in _two_under_way(self._passes(population, request), self._threads(0)):
             real = batch.rows >= 0
             place = np.ix_(rows, batch.rows[real])
             totals[place] = np.asarray(found)[: len(rows), real]
             greedy[place] = np.asarray(likeliest)[: len(rows), real]
             progress(len(rows))
+        return totals, greedy
 
+    def _passes(
+        self, population: Population, request: Requests
+    ) -> Iterator[Callable[[Event], tuple[np.ndarray, ScoringBatch, Any]]]:
+        """For each chunk and batch a job: which candidates and rows, and what score_states finds of them."""
+        assert request.scoring is not None
+        mesh, reduce = self.devices.mesh, request.asked.reduce
         chunk = self._scoring_chunk(population, request)
         whole = self._fits_whole(population, request, chunk)
+
+        def job(rows: np.ndarray, source: Any, prefix: Cache | None, batch: ScoringBatch, left: Event) -> Any:
+            build, shared, members = source
+            found = passes.score(self.config, build, mesh, reduce, shared, members, prefix, arrays_of(batch))
+            return rows, batch, found
+
         for rows, members in population.chunks(chunk * self.devices.population):
-            build, shared, members = self._whole(population, members) if whole else (*population.source, members)
-            prefix = self._read_header(build, shared, members, request.scoring.header)
-            for batch in request.scoring.batches:
-                arrays = arrays_of(batch)
-                waiting.append(
-                    (rows, batch, passes.score(self.config, build, mesh, reduce, shared, members, prefix, arrays))
-                )
-                # One pass is always queued, so that the device does not wait for the host; no more than one, so that
-                # an interruption does not wait for the device.
-                if len(waiting) > 1:
-                    take()
-        while waiting:
-            take()
-        return totals, greedy
+            source = self._whole(population, members) if whole else (*population.source, members)
+            prefix = self._read_header(*source, request.scoring.header)
+            yield from (partial(job, rows, source, prefix, batch) for batch in request.scoring.batches)
+
+    def _threads(self, model: int) -> bool:
+        """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
+        there is room for both. Processes that share their devices' passes must ask for them in the same order."""
+        alone = self.devices.mesh is None and not on_accelerator()
+        return alone and 2 * model <= WHOLE_SHARE * free_memory()
 
     def _whole(self, population: Population, members: Any) -> tuple[Build, Any, Any]:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
@@ -337,23 +380,51 @@ class Evaluator:
         broken = np.zeros(population.size, bool)
         if request.prompts is None:
             return texts, broken
-        for rows, members in population.chunks(self._writing_chunk(population, request) * self.devices.population):
-            build, shared, members = self._whole(population, members)
-            prefix = self._read_header(build, shared, members, request.prompts.header)
-            for batch in request.prompts.batches:
-                tokens = self._continue(build, shared, members, prefix, batch, request)[: len(rows)]
-                broken[rows] |= (tokens == BROKEN).any(axis=(1, 2))
-                written = self._decoded(tokens)
-                for p, row in enumerate(rows):
-                    for b in np.flatnonzero(batch.rows >= 0):
-                        texts[row][batch.rows[b]] = cut_at_stop(written[p][b], request.asked.stop)
-                progress(len(rows))
+        size = float_bytes(self._model_shape(population)) if isinstance(population.build, MergeOf) else 0
+        for rows, found, failed in _two_under_way(self._writings(population, request, progress), self._threads(size)):
+            broken[rows] = failed[: len(rows)]
+            for p, row in enumerate(rows):
+                texts[row] = found[p]
         return texts, broken
 
+    def _writings(
+        self, population: Population, request: Requests, progress: Progress
+    ) -> Iterator[Callable[[Event], tuple[np.ndarray, list[list[str]], np.ndarray]]]:
+        """For each chunk a job: which candidates, what they write, and whose logits were not finite."""
+        assert request.prompts is not None
+        prompts = request.prompts
+
+        def job(rows: np.ndarray, members: Any, left: Event) -> Any:
+            texts, broken = [[""] * len(request.asked.prompts) for _ in rows], np.zeros(len(rows), bool)
+            source = self._whole(population, members)
+            prefix = self._read_header(*source, prompts.header)
+            for batch in prompts.batches:
+                if left.is_set():
+                    break
+                tokens = self._continue(*source, prefix, batch, request, left)[: len(rows)]
+                broken |= (tokens == BROKEN).any(axis=(1, 2))
+                written = self._decoded(tokens)
+                for p in range(len(rows)):
+                    for b in np.flatnonzero(batch.rows >= 0):
+                        texts[p][batch.rows[b]] = cut_at_stop(written[p][b], request.asked.stop)
+                progress(len(rows))
+            return rows, texts, broken
+
+        chunk = self._writing_chunk(population, request) * self.devices.population
+        yield from (partial(job, rows, members) for rows, members in population.chunks(chunk))
+
     def _continue(
-        self, build: Build, shared: Any, members: Any, prefix: Cache | None, batch: PromptBatch, request: Requests
+        self,
+        build: Build,
+        shared: Any,
+        members: Any,
+        prefix: Cache | None,
+        batch: PromptBatch,
+        request: Requests,
+        left: Event,
     ) -> np.ndarray:
-        """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text."""
+        """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text; less, once
+        `left` is set."""
         asked, mesh = request.asked, self.devices.mesh
         count = min(GLANCE, asked.max_new_tokens) if asked.stop else asked.max_new_tokens
         rounds = -(-asked.max_new_tokens // count)
@@ -369,6 +440,8 @@ class Evaluator:
                 self.config, build, mesh, count, request.stop, shared, members, writing, prefix
             )
             pieces.append(np.asarray(out))
+            if left.is_set():
+                break
             done = np.asarray(writing.done)
             if asked.stop and len(pieces) < rounds:
                 done = done | self._stopped(np.concatenate(pieces, axis=2), asked)
