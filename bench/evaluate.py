@@ -174,6 +174,9 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
         recipes = scorer.recipes(genomes_for(problem, PASSES))
         run = partial(evaluator.population, scorer.bank, scorer.spec, recipes)
         seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
+    evaluator = replace(evaluator, requests=[of_rows(request, rows * PASSES)], chosen={})
+    run = partial(evaluator.population, scorer.bank, scorer.spec, scorer.recipes(genomes_for(problem, 2)))
+    seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
     # Of a machine whose speed drifts, the best of both ends.
     peak, done = max(before, matrix_peak()), sum(work(problem.decoder, rows))
     print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
@@ -345,7 +348,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
-    parser.add_argument("--candidates", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--peers", type=int, default=2, help="candidates that the peer builds")
     arguments = parser.parse_args()
     for reference in MODELS.values():
