@@ -124,4 +124,6 @@ def _each(function: Callable[..., Any], *members: Any) -> Any:
 def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:
     scores = logits(config, model, hidden)
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(scores).all(axis=-1), best, BROKEN)
+    # A NaN counts as the largest, so that what is found is finite only where all are, but for minus infinities.
+    most = jnp.take_along_axis(scores, best[..., None], axis=-1)[..., 0]
+    return jnp.where(jnp.isfinite(most), best, BROKEN)
