@@ -9,9 +9,12 @@ winners meet on the whole search split and on the held-out one. A choice is call
 search split is at most one paired standard error below that of the whole search: the standard error of the mean over
 examples of the difference between the two.
 
+What is to be expected of two equally good searches is seen beside it: in how many pairs of seeds the one's whole search
+chose equally to the other's.
+
 How well a race ranks is seen generation by generation on the populations of the whole search: whether its
 best is the best of all on all examples, and the rank correlation within the upper half, which is what recombination
-weighs. Beside it: every candidate on the same random part of the examples, as many passes in all.
+weighs. Beside it: every candidate on the same random part of the examples, as many passes in all, by their means.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from machine import describe
 
 from evojax_merge.evaluation.evaluator import Progress, Scores
 from evojax_merge.search.loop import Outcome, Reporter, rescore, run_search
-from evojax_merge.search.racing import cut, lengths, race, turn
+from evojax_merge.search.racing import cut, knowing_nothing, lengths, race, turn
 from evojax_merge.search.run_folder import open_run, read_lines
 from evojax_merge.search.scorers import MergeScorer, PathScorer, Scorer, open_scorers
 from evojax_merge.search.setup import Problem, build_problem, read_config
@@ -68,10 +71,10 @@ Rankings = dict[str, list[Ranking]]
 
 @dataclass(frozen=True)
 class Kept:
-    """A scorer that keeps what it found: a score matrix `float32[P, N]` for each time it was asked."""
+    """A scorer that keeps what it found: genomes `float32[P, D]` and scores `float32[P, N]`, each time it was asked."""
 
     scorer: MergeScorer | PathScorer
-    matrices: list[np.ndarray]
+    found: list[tuple[np.ndarray, np.ndarray]]
 
     @property
     def tasks(self) -> list[Task]:
@@ -82,15 +85,16 @@ class Kept:
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
         scores = self.scorer.score(genomes, progress)
-        self.matrices.append(matrix_of(self, scores))
+        self.found.append((genomes, matrix_of(self, scores)))
         return scores
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A block of a population's known score matrix; a genome is the number of its candidate."""
+    """A block of a population's known score matrix `float32[P, N]`."""
 
     tasks: list[Task]
+    genomes: np.ndarray
     matrix: np.ndarray
 
     def passes(self, population: int) -> int:
@@ -98,7 +102,8 @@ class Replayed:
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
         (task,) = self.tasks
-        return Scores({task.name: {task.metric: self.matrix[genomes[:, 0].astype(int)]}})
+        numbers = (self.genomes[None] == genomes[:, None]).all(axis=-1).argmax(axis=1)
+        return Scores({task.name: {task.metric: self.matrix[numbers]}})
 
 
 def matrix_of(scorer: Scorer, scores: Scores) -> np.ndarray:
@@ -141,16 +146,20 @@ def compare(standing: np.ndarray, truth: np.ndarray) -> Ranking:
     return Ranking(bool(np.argmax(standing) == order[0]), float(np.corrcoef(ranks, np.arange(len(half)))[0, 1]))
 
 
-def rank(matrices: Sequence[np.ndarray], task: TextTask, blocks: Sequence[TextTask], seed: int) -> Rankings:
+def rank(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], task: TextTask, blocks: Sequence[TextTask], seed: int
+) -> Rankings:
     """The ranks that a race gives in each generation, and those of an even split of as many passes."""
     raced, even = [], []
     place = {example: i for i, example in enumerate(task.examples)}
     columns = [[place[example] for example in block.examples] for block in blocks]
-    for generation, matrix in enumerate(matrices):
+    known = None
+    for generation, (genomes, matrix) in enumerate(found):
         truth = matrix.mean(axis=1, dtype=np.float64)
-        replayed = [Replayed([block], matrix[:, part]) for block, part in zip(blocks, columns, strict=True)]
-        numbers = np.arange(len(matrix), dtype=np.float32)[:, None]
-        result = race(replayed, turn(len(blocks), seed, generation), numbers)
+        replayed = [Replayed([block], genomes, matrix[:, part]) for block, part in zip(blocks, columns, strict=True)]
+        known = known or knowing_nothing(replayed, genomes.shape[1])
+        result = race(replayed, turn(len(blocks), seed, generation), genomes, known)
+        known = result.known
         raced.append(compare(result.standing, truth))
         share = int(result.examples.sum()) // len(matrix)
         part = np.random.default_rng([seed, generation]).permutation(task.size)[:share]
@@ -180,7 +189,7 @@ def run_seed(problem: Problem, seed: int, rungs: int) -> tuple[dict[str, Choice]
             found = search(problem, seed, [kept], Path(work) / "whole", until)
             choices[name] = choose(problem, found, full, heldout)
     parts = [part for block in blocks for part in block if part.weight > 0 and isinstance(part, TextTask)]
-    return choices, rank(kept.matrices, task, parts, seed)
+    return choices, rank(kept.found, task, parts, seed)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -227,6 +236,8 @@ def summary(results: dict[int, dict[str, Choice]]) -> str:
         accuracy = np.mean([choices[name].accuracy for choices in results.values()])
         lines.append(f"{name}: equal in {equal} of {len(results)}; mean {', '.join(shown)}; exact match {accuracy:.1%}")
     whole = [choices["whole"] for choices in results.values()]
+    pairs = [is_equal(one, other) for one in whole for other in whole if one is not other]
+    lines.append(f"whole, another seed: equal in {sum(pairs)} of {len(pairs)}")
     lines.append(f"whole: exact match {np.mean([choice.accuracy for choice in whole]):.1%}")
     return "\n".join(lines)
 

@@ -57,14 +57,18 @@ class Scores:
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
+def shares(tasks: Sequence[Task]) -> list[tuple[Task, float]]:
+    """The tasks that the fitness is made of, and how much each counts; together 1. Tasks of weight 0 take no part,
+    unless there are no others: then all count alike."""
+    weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
+    return [(task, weight / sum(weights)) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
+
+
 def fitness(tasks: Sequence[Task], scores: Scores) -> np.ndarray:
     """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
-    score is not finite. Tasks of weight 0 take no part, unless there are no others: then all count alike."""
-    weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
+    score is not finite."""
     rows = [
-        weight / sum(weights) * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
-        for task, weight in zip(tasks, weights, strict=True)
-        if weight > 0
+        share * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64) for task, share in shares(tasks)
     ]
     summed = np.sum(rows, axis=0)
     return np.where(np.isfinite(summed), summed, np.nan)

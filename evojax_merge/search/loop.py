@@ -16,7 +16,8 @@ import numpy as np
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.evaluation.signals import warnings
-from evojax_merge.search.racing import Raced, describe_rungs, race, race_passes, turn
+from evojax_merge.search.foresight import Known
+from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, truncate_lines
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
@@ -74,7 +75,7 @@ def run_search(
     if len(blocks) > 1:
         reporter.said(describe_rungs(blocks, population))
     with Checkpoints(folder) as checkpoints:
-        state = _fresh_state(strategy, space.start, config.finalists)
+        state = _fresh_state(strategy, space.start, config.finalists, knowing_nothing(blocks, space.dims))
         first = checkpoints.latest()
         if first is not None:
             state = checkpoints.load(first, state)
@@ -85,7 +86,7 @@ def run_search(
             order = turn(len(blocks), seed, number)
             reporter.evaluating(number, race_passes(blocks, order, population))
             started = time.perf_counter()
-            raced = race(blocks, order, np.asarray(genomes), reporter.advanced)
+            raced = race(blocks, order, np.asarray(genomes), Known(**state["known"]), reporter.advanced)
             seconds = time.perf_counter() - started
             if number == 0:
                 for line in warnings(blocks[order[0]].tasks, raced.first):
@@ -112,11 +113,12 @@ def run_search(
     return _outcome(state)
 
 
-def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int) -> dict[str, Any]:
+def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Known) -> dict[str, Any]:
     return {
         "strategy": strategy.init(start),
         "genomes": np.zeros((archive, start.size), np.float32),
         "fitness": np.full(archive, -np.inf),
+        "known": vars(known),
     }
 
 
@@ -131,6 +133,7 @@ def _next_state(
         "strategy": strategy.tell(asked, number, genomes, raced.standing),
         "genomes": np.concatenate([state["genomes"], np.asarray(genomes)])[best],
         "fitness": every[best],
+        "known": vars(raced.known),
     }
 
 

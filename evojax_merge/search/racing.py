@@ -2,8 +2,8 @@
 
 The search split is cut into equal blocks of examples. In the first rung of a generation all candidates meet one block;
 the better half goes on, meets as many examples again, and so forth: each rung doubles the examples and halves the
-candidates, and the last few have met all of them. All candidates of a rung met the same examples, so that a block that
-happens to be hard is hard for all. The blocks take turns at being first: none counts more than another in the long run,
+candidates, and the last few have met all of them. Who is better is what each would score on all examples, as far as
+those that it met tell (foresight). The blocks take turns at being first: none counts more than another in the long run,
 and a search cannot learn the first block by heart. A race over one block is no race: all meet all.
 """
 
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Progress, Scores, fitness, means
+from evojax_merge.evaluation.evaluator import Progress, Scores, fitness, means, shares
+from evojax_merge.search.foresight import WINDOW, Known, foresee, nothing_known, remember
 from evojax_merge.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -86,9 +87,9 @@ def turn(blocks: int, seed: int, generation: int) -> list[int]:
 @dataclass(frozen=True)
 class Raced:
     """What a race showed of P candidates. fitness: float64[P], on the examples that each one met, NaN where it failed;
-    examples: int[P], how many those are; complete: bool[P], who met all of them. standing: float64[P], higher is
-    better: who went further stands above who stopped, equals by their fitness; NaN where one failed. scores_of_best:
-    the best one's, `task/metric` -> mean. first: everyone's scores on the first block."""
+    examples: int[P], how many those are; complete: bool[P], who met all of them. standing: float64[P], the fitness on
+    all examples, foreseen for those that did not meet all, NaN where one failed. scores_of_best: the best one's,
+    `task/metric` -> mean. first: everyone's scores on the first block. known: what the next generation's race knows."""
 
     fitness: np.ndarray
     examples: np.ndarray
@@ -96,17 +97,39 @@ class Raced:
     standing: np.ndarray
     scores_of_best: dict[str, float]
     first: Scores
+    known: Known
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of some candidates. numbers: int[S], which ones; the rest as `foresee` takes it: worth:
+    float32[S, M]; met: int[M]; counts: float[M]."""
+
+    numbers: np.ndarray
+    worth: np.ndarray
+    met: np.ndarray
+    counts: np.ndarray
+
+
+def knowing_nothing(blocks: Sequence["Scorer"], dims: int) -> Known:
+    """What the first generation's race knows. Where there is but one block, nothing is ever foreseen or kept."""
+    examples = sum(task.size for block in blocks for task, _ in shares(block.tasks))
+    return nothing_known(WINDOW if len(blocks) > 1 else 1, dims, examples)
 
 
 def race(
-    blocks: Sequence["Scorer"], order: Sequence[int], genomes: np.ndarray, progress: Progress = lambda done: None
+    blocks: Sequence["Scorer"],
+    order: Sequence[int],
+    genomes: np.ndarray,
+    known: Known,
+    progress: Progress = lambda done: None,
 ) -> Raced:
     """Race genomes `float32[P, D]` over blocks of examples, which are met in this order."""
     population, tasks = len(genomes), blocks[0].tasks
-    values, examples, reached = np.full(population, np.nan), np.zeros(population, int), np.zeros(population, int)
-    running = np.arange(population)
+    values, standing, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
     met: dict[int, Scores] = {}
-    begin = 0
+    stopped: list[Measured] = []
+    running, begin = np.arange(population), 0
     for rung, end in enumerate(rung_ends(len(blocks))):
         met |= {block: blocks[block].score(genomes[running], progress) for block in order[begin:end]}
         if rung == 0:
@@ -115,14 +138,46 @@ def race(
         together = _joined([met[block] for block in sorted(met)])
         values[running] = fitness(tasks, together)
         examples[running] = sum(task.size for block in met for task in blocks[block].tasks)
-        reached[running] = rung
-        best = _best(values[running], survivors(population, rung + 1))
-        if end == len(blocks) or not best.size:
+        part = _measured(blocks, met, running)
+        if end == len(blocks):
+            standing[running] = values[running]
+            if stopped:
+                whole = np.isfinite(values[running])
+                known = remember(known, genomes[running[whole]], part.worth[whole])
             break
+        standing[running] = np.where(np.isfinite(values[running]), _foreseen(known, genomes, part), np.nan)
+        best = _best(standing[running], survivors(population, rung + 1))
+        if not best.size:
+            break
+        left = np.setdiff1d(np.arange(len(running)), best)
+        stopped.append(Measured(running[left], part.worth[left], part.met, part.counts))
         running, met, begin = running[best], {block: _rows(scores, best) for block, scores in met.items()}, end
     complete = np.isfinite(values) & (examples == sum(task.size for block in blocks for task in block.tasks))
+    # Those that met everything tell most of their own generation.
+    for group in stopped:
+        there = np.isfinite(values[group.numbers])
+        standing[group.numbers] = np.where(there, _foreseen(known, genomes, group), np.nan)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
-    return Raced(values, examples, complete, _standing(values, reached), means(tasks, together)[leader], first)
+    return Raced(values, examples, complete, standing, means(tasks, together)[leader], first, known)
+
+
+def _measured(blocks: Sequence["Scorer"], met: dict[int, Scores], numbers: np.ndarray) -> Measured:
+    """The candidates `numbers`, whose scores on some blocks these are. Examples are numbered block by block."""
+    sizes = [{task.name: task.size for task, _ in shares(block.tasks)} for block in blocks]
+    total = {name: sum(size[name] for size in sizes) for name in sizes[0]}
+    done = {name: sum(sizes[block][name] for block in met) for name in total}
+    begins = np.cumsum([0, *(sum(size.values()) for size in sizes)])
+    worth, places, counts = [], [], []
+    for block in sorted(met):
+        places.append(np.arange(begins[block], begins[block + 1]))
+        for task, share in shares(blocks[block].tasks):
+            worth.append(share / total[task.name] * met[block].matrices[task.name][task.metric])
+            counts.append(np.full(task.size, total[task.name] / done[task.name]))
+    return Measured(numbers, np.concatenate(worth, axis=1), np.concatenate(places), np.concatenate(counts))
+
+
+def _foreseen(known: Known, genomes: np.ndarray, group: Measured) -> np.ndarray:
+    return foresee(known, genomes[group.numbers], group.worth, group.met, group.counts)
 
 
 def race_passes(blocks: Sequence["Scorer"], order: Sequence[int], population: int) -> int:
@@ -153,14 +208,6 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
     """The numbers of the `count` best candidates, in their own order; fewer where fewer are finite."""
     order = np.argsort(np.where(np.isfinite(values), -values, np.inf), kind="stable")[:count]
     return np.sort(order[np.isfinite(values[order])])
-
-
-def _standing(values: np.ndarray, reached: np.ndarray) -> np.ndarray:
-    failed = ~np.isfinite(values)
-    order = np.lexsort((np.where(failed, np.inf, -values), -reached))
-    standing = np.empty(len(values))
-    standing[order] = -np.arange(len(values))
-    return np.where(failed, np.nan, standing)
 
 
 def _joined(parts: Sequence[Scores]) -> Scores:
