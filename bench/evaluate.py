@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=2, help="candidates that the peer builds")
     arguments = parser.parse_args()
     for reference in MODELS.values():
-        locate(reference, Path.cwd())
+        locate("bench", reference, Path.cwd())
     sizes = Sizes(arguments.problems, arguments.new, arguments.candidates, arguments.peers)
     run = {"peak": peak_part, "scores": scores_part, "building": building_part, "writing": writing_part}
     print(f"SmolLM2-135M-Instruct; {describe()}")

@@ -6,12 +6,17 @@ from pathlib import Path
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it."""
+    """The processor's name as the kernel gives it, and its widest vector instructions: clouds give one name to
+    machines of which one computes three times as fast as the other."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    told = dict(reversed([line.partition(":")[::2] for line in lines if ":" in line]))
+    told = {key.strip(): value.strip() for key, value in told.items()}
+    flags = told.get("flags", "").split()
+    widest = next((f" with {name}" for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    return told.get("model name", platform.machine()) + widest
 
 
 def describe() -> str:

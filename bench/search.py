@@ -197,7 +197,7 @@ def main() -> None:
         for name in arguments.models:
             if name == "zoo":
                 parts = {"base": "zoo:base", "one": "zoo:maths", "two": "zoo:japanese"}
-                models = {key: str(locate(part, Path.cwd())) for key, part in parts.items()}
+                models = {key: str(locate("bench", part, Path.cwd())) for key, part in parts.items()}
                 length, population = 16, arguments.population
             else:
                 write_random_family(Path(work))

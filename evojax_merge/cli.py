@@ -32,13 +32,19 @@ def cli() -> None:
     """Evolve merges of open-weight models, on accelerators, in JAX."""
 
 
-@cli.command()
+@cli.command(short_help="Search for the best merge, and export the winner.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
-@click.option("--resume", is_flag=True, help="Continue a run that was interrupted.")
+@click.option("--resume", is_flag=True, help="Continue a run: after an interruption, or with more generations.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
 @click.option("--seed", type=click.IntRange(min=0), help="Override the config's seed.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key; repeatable.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY.PATH=VALUE",
+    help="Override one key of CONFIG (search.generations=50, tasks.0.limit=20); repeatable.",
+)
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 def search(
     config: Path,
@@ -62,7 +68,7 @@ def search(
     run_search_command(config, out, resume, overwrite, seed, list(overrides))
 
 
-@cli.command()
+@cli.command(short_help="Do one merge, described by a mergekit YAML.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
@@ -77,7 +83,7 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
     run_merge_command(recipe, out, dtype, seed, overwrite, allow_nonfinite)
 
 
-@cli.command()
+@cli.command(short_help="Score stored models on tasks.")
 @click.argument("models", nargs=-1, required=True)
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
@@ -89,7 +95,7 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
     run_evaluate_command(list(models), tasks, json_file)
 
 
-@cli.command()
+@cli.command(short_help="Write a search's winner again, in another dtype or place.")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")

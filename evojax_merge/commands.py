@@ -1,6 +1,7 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,7 +116,10 @@ def run_search_command(
 ) -> None:
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
-    again = f"evojax-merge search {path} --out {out} --resume"
+    given = [part for override in overrides for part in ("--set", override)]
+    given += [] if seed is None else ["--seed", str(seed)]
+    given += ["--distributed"] if jax.process_count() > 1 else []
+    again = shlex.join(["evojax-merge", "search", str(path), "--out", str(out), *given, "--resume"])
     if config.stages is not None:
         _run_chain(path, config, config.stages, out, resume, overwrite, again)
         return
@@ -231,7 +235,7 @@ def run_merge_command(
     if out.exists() and not overwrite:
         raise InputError(out, "exists already; choose another folder or pass --overwrite")
     recipe = read_recipe(recipe_path)
-    job = prepare(recipe, dtype, seed, allow_nonfinite)
+    job = prepare(recipe, dtype, seed, allow_nonfinite, locate)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
     require_space(out, job.nbytes)
     with bytes_bar("merging", job.nbytes) as progress:
@@ -248,8 +252,9 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         file = parse(tasks_path, document, TaskFile)
     tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
     rows = []
-    for model in models:
-        path = locate(model, Path.cwd())
+    names = _short_names(models)
+    for model, name in zip(models, names, strict=True):
+        path = locate("MODELS", model, Path.cwd())
         sources, decoder = open_sources([path])
         tokenizer = load_tokenizer(path)
         requests = build_requests(
@@ -258,15 +263,26 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         )  # fmt: skip
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
-        with passes_bar(f"scoring {path.name}", evaluator.passes(1)) as progress:
+        with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
-        rows.append(Row("model", path.name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
-    console.print(terminal_table(rows, f"{sum(task.size for task in tasks)} examples"))
+        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+    sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks)
+    console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
     if json_file is not None:
         table = [
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
         ]
         atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def _short_names(models: list[str]) -> list[str]:
+    """The ends of the models' paths, as short as tells them apart."""
+    parts = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*one[-length:])) for one in parts]
+        if len(set(names)) == len(set(models)):
+            return names
+    return models
 
 
 def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:

@@ -205,6 +205,9 @@ TASK_KINDS: dict[Any, type[TaskConfig]] = {
 }  # fmt: skip
 
 
+KINDS = ("likelihood", "multiple_choice", "exact_match", "gsm", "function")
+
+
 def _task_tag(value: Any) -> str:
     if isinstance(value, TaskConfig):
         value = value.model_dump()
@@ -322,6 +325,8 @@ def _explain(path: Path, schema: type[BaseModel], error: ValidationError) -> Inp
     if first["type"] == "missing":
         return InputError(path, f"{key}: missing")
     found = first.get("input")
+    if location[:1] == ("tasks",) and location[-1] == "kind" and isinstance(found, str):
+        return InputError(path, f"{key}: there is no kind of task {found!r}{did_you_mean(found, KINDS)}")
     shown = f", found {found!r}" if isinstance(found, (str, int, float, bool)) else ""
     message = first["msg"].removeprefix("Value error, ")
     return InputError(path, f"{key}: {message}{shown}" if key else message)

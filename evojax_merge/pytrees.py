@@ -7,7 +7,7 @@ compiled program.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -61,11 +61,11 @@ class PytreeSearch:
     """What a search found: the best merge, its fitness, its scores per example (float32[N], one number where the
     fitness is one), by group the searched parameters (one per parent, or one), and how it went."""
 
-    best: Any
+    best: Any = field(repr=False)
     fitness: float
-    scores: np.ndarray
+    scores: np.ndarray = field(repr=False)
     parameters: dict[str, dict[str, tuple[float, ...]]]
-    history: tuple[Generation, ...]
+    history: tuple[Generation, ...] = field(repr=False)
 
 
 def search_pytrees(
@@ -334,7 +334,11 @@ def _score_traced(fitness: Callable[[Any], Any], merge: Merge, bank: Sequence[An
         return _row(jnp.asarray(fitness(merge(bank, genome)))).astype(jnp.float32)
 
     # What the function does wrong shows here, before the long work of compiling it with the merges.
-    jax.eval_shape(one, bank, jax.ShapeDtypeStruct((dims,), jnp.float32))
+    try:
+        jax.eval_shape(one, bank, jax.ShapeDtypeStruct((dims,), jnp.float32))
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        error.add_note("A fitness that JAX cannot trace goes in as on_host(fitness): from evojax_merge import on_host")
+        raise
 
     @jax.jit
     def program(bank: Sequence[Any], genomes: jax.Array) -> jax.Array:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,7 +128,7 @@ def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_pa
     task = {**document["tasks"][1], "file": str(config_file.parent / "heldout.jsonl"), "heldout": 0.5}
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text(yaml.safe_dump({"tasks": [task]}))
-    run(
+    done = run(
         "evaluate",
         finished / "best/model",
         config_file.parent / "base",
@@ -135,6 +137,7 @@ def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_pa
         "--json",
         tmp_path / "s.json",
     )
+    assert " model " in done.stdout and " base " in done.stdout
     scores = json.loads((tmp_path / "s.json").read_text())
     table = json.loads((finished / "result.json").read_text())["table"]
     for row, role in zip(scores, ("winner", "base"), strict=True):
@@ -143,9 +146,9 @@ def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_pa
             assert row["scores"][name] == pytest.approx(expected[name], abs=1e-4)
 
 
-def _start_and_wait(config_file: Path, out: Path, lines: int) -> subprocess.Popen:
+def _start_and_wait(config_file: Path, out: Path, lines: int, *options: str) -> subprocess.Popen:
     process = subprocess.Popen(
-        command("search", config_file, "--out", out),
+        command("search", config_file, "--out", out, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -184,12 +187,26 @@ def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path)
 
 def test_interrupt_saves_and_says_how_to_go_on(config_file, finished, tmp_path):
     out = tmp_path / "interrupted"
-    process = _start_and_wait(config_file, out, 3)
+    longer = ["--set", f"search.generations={GENERATIONS + 1}", "--set", "search.finalists=4"]
+    process = _start_and_wait(config_file, out, 3, *longer)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130 and "--resume" in stderr and "Traceback" not in stderr
-    run("search", config_file, "--out", out, "--resume")
-    assert contents(out) == contents(finished)
+    assert process.returncode == 130 and "Traceback" not in stderr
+    # Typed as it is printed, the command goes on with what the first one was given.
+    again = shlex.split(stderr.split("Continue with: ")[1].splitlines()[0])
+    assert again[0] == "evojax-merge"
+    run(*again[1:])
+    history = (out / "history.jsonl").read_bytes().splitlines()
+    assert history[:GENERATIONS] == (finished / "history.jsonl").read_bytes().splitlines()
+    assert len(history) == GENERATIONS + 1
+
+
+def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
+    out = tmp_path / "done"
+    shutil.copytree(finished, out)
+    done = run("search", config_file, "--out", out, "--resume", "--set", "search.generations=3")
+    assert f"{GENERATIONS} generations are saved, and 3 wanted: nothing to search" in done.stdout
+    assert (out / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
 
 
 def test_more_generations_continue_a_finished_run(config_file, finished, tmp_path):

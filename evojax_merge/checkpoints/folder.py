@@ -55,17 +55,17 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype in FLOAT_DTYPES.values() or dtype == np.float64
 
 
-def resolve(reference: str, relative_to: Path) -> Path:
+def resolve(where: object, reference: str, relative_to: Path) -> Path:
     """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar.
 
-    A local folder needs no network.
+    A local folder needs no network. `where` says in messages who names it.
     """
     for local in (Path(reference).expanduser(), relative_to / reference):
         if local.exists():
             return local.resolve()
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local:
-        raise InputError(reference, "no such folder; expected a model folder or a hub id 'owner/name'")
+        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -74,7 +74,7 @@ def resolve(reference: str, relative_to: Path) -> Path:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(reference, f"no such folder, and the hub did not give it ({reason})") from None
+        raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
 
 
 def read_header(file: Path) -> dict[str, Entry]:

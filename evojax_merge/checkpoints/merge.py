@@ -83,12 +83,17 @@ class Job:
 
 
 def prepare(
-    recipe: RecipeFile, dtype: str | None = None, seed: int | None = None, allow_nonfinite: bool = False
+    recipe: RecipeFile,
+    dtype: str | None = None,
+    seed: int | None = None,
+    allow_nonfinite: bool = False,
+    find: Callable[[object, str, Path], Path] = resolve,
 ) -> Job:
-    """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's."""
+    """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
+    a model lies."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    paths = [resolve(reference, recipe.path.parent) for reference in recipe.models]
+    paths = [find(recipe.path, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
     sources, layouts, tied = _open(recipe, paths, choice)
     _check_same_tensors(sources, layouts)

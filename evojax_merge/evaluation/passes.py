@@ -90,7 +90,7 @@ def _reduced(
 def read_header(
     config: DecoderConfig, build: Build, mesh: Mesh | None, shared: Any, members: Any, header: jax.Array
 ) -> Cache:
-    """Keys and values of a header int32[H], `[P, L, 1, H, …]`."""
+    """Keys and values of a header int32[H], of one row, for each of P candidates."""
 
     def one(shared: Any, member: Any) -> Cache:
         known, header = shared

@@ -3,14 +3,14 @@
 `forward` scans over layers and takes each layer's weights from a *layer source* (models.sources): a stored
 model, or a merge that is computed while the scan runs. It never asks where weights come from.
 
-Arrays: tokens `[B, T]`, hidden states `[B, T, hidden]`, keys and values `[L, G, B, S, head_dim]`
-of G key-value heads: what one head reads then lies together, and a step of generation moves nothing.
-Weights keep Hugging Face's orientation `[out, in]`. What stands in a batch's columns, and what sees what, is told by
-`Columns`: rows may be padded at the left (for generation, every prompt ends in the last column) or at the right, may
-hold branches that share a beginning, and may all follow one *prefix* that was computed before.
+Arrays: tokens `[B, T]`, hidden states `[B, T, hidden]`, keys `[L, G, B, head_dim, S]` and values `[L, G, B, S,
+head_dim]` of G key-value heads: what one head reads lies together, in the order in which its products read it. Weights
+keep Hugging Face's orientation `[out, in]`. What stands in a batch's columns, and what sees what, is told by `Columns`:
+rows may be padded at the left (for generation, every prompt ends in the last column) or at the right, may hold branches
+that share a beginning, and may all follow one *prefix* that was computed before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -39,9 +39,13 @@ QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 
 
 class HeadSource(Protocol):
-    """Where the output head comes from."""
+    """Where the output head comes from: `head(slices)` is what `head_slices` picks. `ahead`: whether slices, of the
+    head and of layers, are to lie in memory before anything is computed from them."""
 
-    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array: ...
+    @property
+    def ahead(self) -> bool: ...
+    def head_slices(self, start: jax.Array | int, rows: int) -> Any: ...
+    def head(self, slices: Any) -> jax.Array: ...
 
 
 class LayerSource(HeadSource, Protocol):
@@ -56,10 +60,15 @@ class LayerSource(HeadSource, Protocol):
 
 @struct.dataclass
 class Cache:
-    """Keys and values `[L, G, B, S, head_dim]` of the columns that were seen."""
+    """Keys `[L, G, B, head_dim, S]` and values `[L, G, B, S, head_dim]` of the columns that were seen."""
 
     keys: jax.Array
     values: jax.Array
+
+    @property
+    def width(self) -> int:
+        """How many columns there is room for."""
+        return self.values.shape[-2]
 
 
 @struct.dataclass
@@ -118,8 +127,8 @@ def rotary_table(config: DecoderConfig, positions: jax.Array, lengths: jax.Array
 
 @struct.dataclass
 class Seen:
-    """What a query may look at: key and value `[G, B, S, d]`, or `[G, S, d]` of what all rows share, and which columns
-    of it each query sees, `visible: bool[B, T, S]`."""
+    """What a query may look at: key `[G, B, d, S]` and value `[G, B, S, d]`, without B where all rows share it, and
+    which columns of it each query sees, `visible: bool[B, T, S]`."""
 
     key: jax.Array
     value: jax.Array
@@ -134,7 +143,7 @@ def attend(query: jax.Array, parts: Sequence[Seen]) -> jax.Array:
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     scores = []
     for part in parts:
-        raw = _by_group(query, part.key, "nd,sd->ns").astype(jnp.float32) * dim**-0.5
+        raw = _by_group(query, part.key, "nd,ds->ns").astype(jnp.float32) * dim**-0.5
         # Finite, so that a padding row in which nothing is visible stays finite as well.
         scores.append(jnp.where(part.visible[None, :, None], raw, jnp.finfo(jnp.float32).min))
     shares = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(parts[0].value.dtype)
@@ -147,7 +156,7 @@ def attend(query: jax.Array, parts: Sequence[Seen]) -> jax.Array:
 
 
 def _by_group(left: jax.Array, right: jax.Array, product: str) -> jax.Array:
-    """Products `[G, B, R, T, …]` of left `[G, B, R, T, …]` with right `[G, B, S, d]`, or `[G, S, d]` for all rows."""
+    """Products `[G, B, R, T, …]` of left `[G, B, R, T, …]` with right `[G, B, …]`, or `[G, …]` for all rows."""
     groups, batch, repeats, steps, inner = left.shape
     left_axes, right_axes, out_axes = product.replace("->", ",").split(",")
     lead, rows = ("gb", (batch, repeats * steps)) if right.ndim == 4 else ("g", (batch * repeats * steps,))
@@ -164,7 +173,7 @@ def attend_backwards(query: jax.Array, own: Seen, before: Sequence[Seen]) -> jax
     edges = [steps * i // blocks for i in range(blocks + 1)]
 
     def block(begin: int, end: int) -> jax.Array:
-        seen = Seen(own.key[:, :, :end], own.value[:, :, :end], own.visible[:, begin:end, :end])
+        seen = Seen(own.key[..., :end], own.value[:, :, :end], own.visible[:, begin:end, :end])
         earlier = [Seen(part.key, part.value, part.visible[:, begin:end]) for part in before]
         return attend(query[:, begin:end], [*earlier, seen])
 
@@ -174,7 +183,7 @@ def attend_backwards(query: jax.Array, own: Seen, before: Sequence[Seen]) -> jax
 def project_qkv(
     config: DecoderConfig, weights: Weights, x: jax.Array, rotary: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries `[B, T, H, d]`, and rotated keys and values `[G, B, T, d]`."""
+    """Rotated queries `[B, T, H, d]`, rotated keys `[G, B, d, T]`, and values `[G, B, T, d]`."""
     with jax.named_scope("qkv"):
         query, key, value = (
             linear(x, weights, name).reshape(*x.shape[:2], -1, config.head_dim) for name in ("q", "k", "v")
@@ -183,7 +192,7 @@ def project_qkv(
             query = rms_norm(query, weights["q_norm"], config.norm_eps)
             key = rms_norm(key, weights["k_norm"], config.norm_eps)
         cos, sin = (table.astype(x.dtype) for table in rotary)
-        return rotate(query, cos, sin), rotate(key, cos, sin).transpose(2, 0, 1, 3), value.transpose(2, 0, 1, 3)
+        return rotate(query, cos, sin), rotate(key, cos, sin).transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
 
 def gated_mlp(config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Array:
@@ -214,13 +223,13 @@ def run_layer(
     prefix: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One layer on whole rows: the hidden states `[B, T, hidden]` after it, and its keys and values. `prefix`: the
-    layer's keys and values `[G, S, d]` of what stands before every row."""
+    layer's keys `[G, d, S]` and values `[G, S, d]` of what stands before every row."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
         before = []
         if prefix is not None:
-            before = [Seen(*prefix, visible(window, columns, prefix_columns(prefix[0].shape[1])))]
+            before = [Seen(*prefix, visible(window, columns, prefix_columns(prefix[1].shape[1])))]
         mixed = attend_backwards(query, Seen(key, value, visible(window, columns, columns)), before)
         x = x + linear(mixed, weights, "o")
     return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), (key, value)
@@ -230,6 +239,22 @@ def rotary_of(config: DecoderConfig, columns: Columns) -> tuple[jax.Array, jax.A
     """The rotary table of a batch's columns."""
     lengths = jnp.max(jnp.where(columns.branches >= 0, columns.positions, 0), axis=1) + 1
     return rotary_table(config, columns.positions, lengths)
+
+
+def scan_ahead(step: Callable[..., Any], x: Any, at: Callable[[Any], Any], rest: Any) -> tuple[Any, Any]:
+    """Scan `step(x, slices, rest) -> (x, out)` over slices `at(0)`, `at(1)`, … and the rest (leading axis on every
+    leaf), the next slices carried along. A CPU's compiler would else fuse the choice of a slice into what is computed
+    from it, look its number up for every entry, and use no vector instructions. Costs the memory of one step's slices,
+    and is not for gradients."""
+    count = len(jax.tree.leaves(rest)[0])
+
+    def body(carry: tuple[Any, Any], xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+        (x, slices), (following, rest) = carry, xs
+        x, out = step(x, slices, rest)
+        return (x, at(following)), out
+
+    (x, _), out = jax.lax.scan(body, (x, at(0)), (jnp.minimum(jnp.arange(count) + 1, count - 1), rest))
+    return x, out
 
 
 def forward(
@@ -248,14 +273,20 @@ def forward(
     """
     rotary = rotary_of(config, columns)
 
-    def layer(x: jax.Array, xs: tuple[Any, jax.Array, Cache | None]) -> tuple[jax.Array, Any]:
-        slice_, window, before = xs
+    def layer(x: jax.Array, slice_: Any, rest: tuple[jax.Array, Cache | None]) -> tuple[jax.Array, Any]:
+        window, before = rest
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
         x, kept = run_layer(config, source.layer(slice_), x, rotary, window, columns, shared)
         return x, kept if keep_cache else None
 
-    x = source.embed(tokens)
-    x, kept = jax.lax.scan(layer, x, (source.layers, jnp.asarray(config.windows, jnp.int32), prefix))
+    def at(index: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), source.layers)
+
+    x, rest = source.embed(tokens), (jnp.asarray(config.windows, jnp.int32), prefix)
+    if source.ahead:
+        x, kept = scan_ahead(layer, x, at, rest)
+    else:
+        x, kept = jax.lax.scan(lambda x, xs: layer(x, *xs), x, (source.layers, rest))
     x = rms_norm(x, source.final_norm(), config.norm_eps)
     return x, Cache(*kept) if keep_cache else None
 
@@ -274,8 +305,8 @@ def step(
 
     Returns the final hidden state `[B, hidden]` and the cache with this column written.
     """
-    before = 0 if prefix is None else prefix.keys.shape[3]
-    width = cache.keys.shape[3]
+    before = 0 if prefix is None else prefix.width
+    width = cache.width
     here = Columns((before + column - first)[:, None], jnp.zeros((tokens.shape[0], 1), jnp.int32))
     rotary = rotary_of(config, here)
     behind = columns_of(width, first, width - first)
@@ -289,10 +320,10 @@ def step(
         query, key, value = project_qkv(config, weights, normed, rotary)
         # Carried, not stacked by the scan: the compiler then writes this column in place.
         cache = Cache(
-            *(
-                jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), (index, 0, 0, column, 0))
-                for old, new in ((cache.keys, key), (cache.values, value))
-            )
+            jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), (index, 0, 0, 0, column)),
+            jax.lax.dynamic_update_slice(
+                cache.values, value[None].astype(cache.values.dtype), (index, 0, 0, column, 0)
+            ),
         )
         parts = [Seen(cache.keys[index], cache.values[index], visible(window, here, there))]
         if shared is not None:
@@ -309,7 +340,7 @@ def step(
 
 def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
-    return product(hidden, source.head_rows(0, config.vocab), jnp.float32)
+    return product(hidden, source.head(source.head_slices(0, config.vocab)), jnp.float32)
 
 
 def score_targets(
@@ -325,12 +356,15 @@ def score_targets(
     tiles = -(-config.vocab // rows)
     State = tuple[jax.Array, jax.Array, jax.Array]
 
-    def tile(carry: State, index: jax.Array) -> tuple[State, None]:
+    # The last tile is moved back inside the vocabulary; the rows it repeats are masked.
+    starts = jnp.minimum(jnp.arange(tiles) * rows, config.vocab - rows)
+    # To the compiler, where tiles begin depends on the layers' result: none is fetched while they need the memory.
+    starts = jnp.minimum(starts, config.vocab + (hidden[0, 0] > 0))
+
+    def tile(carry: State, slices: Any, at: tuple[jax.Array, jax.Array]) -> tuple[State, None]:
         total, picked, most = carry
-        # The last tile is moved back inside the vocabulary; the rows it repeats are masked.
-        start = jnp.minimum(index * rows, config.vocab - rows)
-        head = source.head_rows(start, rows)
-        scores = product(hidden, head, jnp.float32)
+        index, start = at
+        scores = product(hidden, source.head(slices), jnp.float32)
         ids = start + jnp.arange(rows)
         fresh = jnp.where(ids >= index * rows, scores, -jnp.inf)
         peak = fresh.max(axis=-1)
@@ -339,9 +373,14 @@ def score_targets(
         inside = (targets >= index * rows) & (targets < start + rows)
         return (total, jnp.where(inside, hit, picked), jnp.maximum(most, peak)), None
 
-    nothing = jnp.full(targets.shape, -jnp.inf)
+    def slices(index: Any) -> Any:
+        return source.head_slices(starts[index], rows)
+
+    nothing, places = jnp.full(targets.shape, -jnp.inf), (jnp.arange(tiles), starts)
+    before = (nothing, jnp.zeros(targets.shape, jnp.float32), nothing)
     with jax.named_scope("head"):
-        (total, picked, most), _ = jax.lax.scan(
-            tile, (nothing, jnp.zeros(targets.shape, jnp.float32), nothing), jnp.arange(tiles)
-        )
+        if source.ahead:
+            (total, picked, most), _ = scan_ahead(tile, before, slices, places)
+        else:
+            (total, picked, most), _ = jax.lax.scan(lambda carry, at: tile(carry, slices(at[0]), at), before, places)
     return picked - total, picked >= most

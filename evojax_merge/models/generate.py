@@ -53,15 +53,18 @@ def start(
     """
     width = tokens.shape[1]
     plain = columns_of(width, first, width - first)
-    before = 0 if prefix is None else prefix.keys.shape[4]
+    before = 0 if prefix is None else prefix.width
     columns = Columns(before + plain.positions, plain.branches)
 
     def read(member: Any, prefix: Cache | None) -> tuple[jax.Array, Cache]:
         model = source_of(member)
         hidden, cache = forward(config, model, tokens, columns, prefix=prefix, keep_cache=True)
         assert cache is not None
-        space = [(0, 0), (0, 0), (0, 0), (0, room), (0, 0)]
-        return _greedy(config, model, hidden[:, -1]), Cache(jnp.pad(cache.keys, space), jnp.pad(cache.values, space))
+        still, more = (0, 0), (0, room)
+        keys = jnp.pad(cache.keys, [still, still, still, still, more])
+        return _greedy(config, model, hidden[:, -1]), Cache(
+            keys, jnp.pad(cache.values, [still, still, still, more, still])
+        )
 
     token, cache = _each(read, members, prefix)
     size = token.shape[0]

@@ -90,9 +90,15 @@ class Ends:
     def final_norm(self) -> jax.Array:
         return self.shared["final_norm"].astype(jnp.dtype(self.compute_dtype))
 
-    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        head = self.shared.get("head", self.shared["embed"])
-        return jax.lax.dynamic_slice_in_dim(head, start, rows).astype(jnp.dtype(self.compute_dtype))
+    @property
+    def ahead(self) -> bool:
+        return False
+
+    def head_slices(self, start: jax.Array | int, rows: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.shared.get("head", self.shared["embed"]), start, rows)
+
+    def head(self, slices: jax.Array) -> jax.Array:
+        return slices.astype(jnp.dtype(self.compute_dtype))
 
 
 def ends_of(bank: PathBank, parent: int) -> Ends:

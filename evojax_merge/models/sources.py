@@ -5,6 +5,7 @@ it, so that a candidate never exists as a whole; `materialise` turns the second 
 every token would redo the merge.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,9 @@ from merge_kernels import combine, look_up
 from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
 from evojax_merge.models.decoder import Weights
 
+# Sources and scores of a leaf, or of some rows of it.
+Slices = tuple[jax.Array, jax.Array | None]
+
 
 @struct.dataclass
 class Stored:
@@ -24,6 +28,10 @@ class Stored:
     layers: Weights
     shared: Weights
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    @property
+    def ahead(self) -> bool:
+        return False
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return x.astype(jnp.dtype(self.compute_dtype))
@@ -37,9 +45,11 @@ class Stored:
     def final_norm(self) -> jax.Array:
         return self._cast(self.shared["final_norm"])
 
-    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        head = self.shared.get("head", self.shared["embed"])
-        return self._cast(jax.lax.dynamic_slice_in_dim(head, start, rows))
+    def head_slices(self, start: jax.Array | int, rows: int) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(self.shared.get("head", self.shared["embed"]), start, rows)
+
+    def head(self, slices: jax.Array) -> jax.Array:
+        return self._cast(slices)
 
 
 @struct.dataclass
@@ -62,6 +72,12 @@ class Merged:
         bank = self.bank
         return bank.layers, bank.layer_scores, self.layer_statistics, self.recipe.layers
 
+    @property
+    def ahead(self) -> bool:
+        # An accelerator's compiler makes as fast code of a merge that picks its layer itself. Random numbers would take
+        # the memory of another layer.
+        return jax.default_backend() == "cpu" and not self.bank.layer_scores
+
     def layer(self, slice_: Any) -> Weights:
         return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.exported_layer(slice_).items()}
 
@@ -83,31 +99,36 @@ class Merged:
             merged = combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
-    def _merge_shared(self, name: str, rows: Any = None) -> jax.Array:
-        """A shared leaf, or only the rows that `rows(leaf: [S, n, …])` picks."""
-        bank = self.bank
-        sources, scores = bank.shared[name], bank.shared_scores.get(name)
-        if rows is not None:
-            sources, scores = rows(sources), None if scores is None else rows(scores)
-        return self._merge(sources, scores, self.shared_statistics.get(name, {}), self.recipe.shared[name])
+    def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
+        """A shared leaf's sources and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
+        scores = self.bank.shared_scores.get(name)
+        return rows(self.bank.shared[name]), None if scores is None else rows(scores)
+
+    def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
+        return self._merge(*slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        picked = self._merge_shared("embed", lambda leaf: leaf[:, tokens])
+        picked = self._merge_shared("embed", self._shared("embed", lambda leaf: leaf[:, tokens]))
         return picked.astype(jnp.dtype(self.compute_dtype))
 
     def final_norm(self) -> jax.Array:
-        return self._merge_shared("final_norm").astype(jnp.dtype(self.compute_dtype))
+        return self._merge_shared("final_norm", self._shared("final_norm")).astype(jnp.dtype(self.compute_dtype))
 
-    def head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        name = "head" if "head" in self.bank.shared else "embed"
-        tile = self._merge_shared(name, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
-        return tile.astype(jnp.dtype(self.compute_dtype))
+    @property
+    def _head(self) -> str:
+        return "head" if "head" in self.bank.shared else "embed"
+
+    def head_slices(self, start: jax.Array | int, rows: int) -> Slices:
+        return self._shared(self._head, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
+
+    def head(self, slices: Slices) -> jax.Array:
+        return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))
 
     def materialise(self) -> Stored:
         """The whole candidate, in the export dtype."""
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
         layers = jax.vmap(self.exported_layer)(self.layers)
-        shared = {name: self._merge_shared(name) for name in self.bank.shared}
+        shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
         return Stored(layers, shared, self.compute_dtype)
 
 

@@ -100,8 +100,8 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -
     parameter = method.parameter(name)
     low = parameter.low if bounds.low is None else bounds.low
     high = parameter.high if bounds.high is None else bounds.high
-    for value in (low, high):
-        number(f"{where}: parameters.{name}", parameter, value)
+    for key, value in (("low", low), ("high", high)):
+        number(f"{where}: parameters.{name}.{key}", parameter, value)
     if not low < high:
         raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
     if bounds.start is not None:
@@ -110,7 +110,7 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -
         start = ((low + high) / 2,)
     else:
         start = uniform_start(method, name, parents)
-    start = _checked(f"{where}: parameters.{name}", method, name, start, parents)
     if bounds.start is not None and not all(low <= value <= high for value in start):
         raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
+    start = _checked(f"{where}: parameters.{name}: start", method, name, start, parents)
     return Axis(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))

@@ -79,6 +79,8 @@ def run_search(
         first = checkpoints.latest()
         if first is not None:
             state = checkpoints.load(first, state)
+            if first >= config.generations:
+                reporter.said(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
         for path in (folder.history, folder.timing) if writes else ():
             truncate_lines(path, first or 0)
         for number in range(first or 0, config.generations):

@@ -23,18 +23,22 @@ from evojax_merge.tasks.task import Task
 from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, read_examples
 
 
-def locate(reference: str, relative_to: Path) -> Path:
-    """A model folder or data file: a path, a hub id, or `zoo:name` from the demo family, which is made on demand."""
+def locate(where: object, reference: str, relative_to: Path) -> Path:
+    """A model folder or data file: a path, a hub id, or `zoo:name` from the demo family, which is made on demand.
+    `where` says in messages who names it."""
     if reference.startswith("zoo:"):
         from evojax_merge.zoo import locate as locate_in_zoo
 
-        return locate_in_zoo(reference)
-    return resolve(reference, relative_to)
+        try:
+            return locate_in_zoo(reference)
+        except InputError as error:
+            raise InputError(where, str(error)) from None
+    return resolve(where, reference, relative_to)
 
 
 def locate_file(where: str, reference: str, relative_to: Path) -> Path:
     if reference.startswith("zoo:"):
-        return locate(reference, relative_to)
+        return locate(where, reference, relative_to)
     for path in (Path(reference).expanduser(), relative_to / reference):
         if path.exists():
             return path.resolve()

@@ -124,7 +124,7 @@ def describe_work(scorers: Sequence[MergeScorer | PathScorer]) -> str:
         )
     merges = [scorer.evaluator for scorer in scorers if isinstance(scorer, MergeScorer)]
     chunks = {chunk for evaluator in merges for chunk in evaluator.chosen.values()}
-    return f"candidates per pass and device: {', '.join(map(str, sorted(chunks)))}"
+    return f"candidates per pass and device: {', '.join(map(str, sorted(chunks))) or 'none scored'}"
 
 
 def open_scorers(

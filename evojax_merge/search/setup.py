@@ -109,13 +109,17 @@ def build_problem(path: Path, config: Config) -> Problem:
     where, folder = str(path), path.parent
     method = None if config.space is None else _method(where, config, config.space)
     tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
-    base = None if config.base is None else locate(config.base, folder)
-    parents = tuple(locate(parent, folder) for parent in config.parents)
+    base = None if config.base is None else locate(f"{where}: base", config.base, folder)
+    parents = tuple(locate(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
     based = method is not None and method.based(base is not None)
     paths = [base, *parents] if base is not None and based else list(parents)
     whose = None
     if config.tokenizer_source is not None:
-        whose = base if config.tokenizer_source == "base" else locate(config.tokenizer_source, folder)
+        whose = (
+            base
+            if config.tokenizer_source == "base"
+            else locate(f"{where}: tokenizer_source", config.tokenizer_source, folder)
+        )
         if whose is None or whose not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
