@@ -46,7 +46,7 @@ lint: .venv/installed-test
 bench:
 	@echo "make bench-search   seconds per candidate of a search, against mergekit + transformers (3 minutes)"
 	@echo "make bench-evaluate the evaluator on SmolLM2-135M, against the machine's peak and transformers (15 minutes)"
-	@echo "make bench-racing   what racing over examples saves, and what it costs, over ten seeds (20 minutes)"
+	@echo "make bench-racing   what racing over examples saves, and what it costs, over ten seeds (30 minutes)"
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
