@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
@@ -205,7 +205,10 @@ TASK_KINDS: dict[Any, type[TaskConfig]] = {
 }  # fmt: skip
 
 
-KINDS = ("likelihood", "multiple_choice", "exact_match", "gsm", "function")
+# The values of `kind`; a harness task has none.
+KINDS = [
+    kind for part in (TextConfig, GsmConfig, FunctionConfig) for kind in get_args(part.model_fields["kind"].annotation)
+]
 
 
 def _task_tag(value: Any) -> str:

@@ -386,7 +386,7 @@ class Evaluator:
             return texts, broken
         size = float_bytes(self._model_shape(population)) if isinstance(population.build, MergeOf) else 0
         for rows, found, failed in _two_under_way(self._writings(population, request, progress), self._threads(size)):
-            broken[rows] = failed[: len(rows)]
+            broken[rows] = failed
             for p, row in enumerate(rows):
                 texts[row] = found[p]
         return texts, broken

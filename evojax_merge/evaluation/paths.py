@@ -19,7 +19,8 @@ from evojax_merge.evaluation.passes import score_states
 from evojax_merge.evaluation.requests import Requests
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Columns, rms_norm
-from evojax_merge.models.paths import Ends, Path, PathBank, State, advance, begin, ends_of, fold
+from evojax_merge.models.paths import Path, PathBank, State, advance, begin, ends_of, fold
+from evojax_merge.models.sources import Stored
 from evojax_merge.tasks.batches import ScoringBatch
 from evojax_merge.tasks.task import Answers, Reduce
 
@@ -68,7 +69,7 @@ def segments(root: Trie) -> Iterator[tuple[int, list[Step], int | None]]:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(
-    config: DecoderConfig, reduce: Reduce | None, source: Ends, rows: jax.Array, batch: Any
+    config: DecoderConfig, reduce: Reduce | None, source: Stored, rows: jax.Array, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What passes.score_states makes of the states after the last layer."""
     return score_states(config, source, rms_norm(rows, source.final_norm(), config.norm_eps), batch, reduce)

@@ -77,34 +77,10 @@ class PathBank:
         }
 
 
-@struct.dataclass
-class Ends:
-    """What comes before and after the layers, of one parent: shared: leaf -> `[…]`."""
-
-    shared: Weights
-    compute_dtype: str = struct.field(pytree_node=False)
-
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self.shared["embed"][tokens].astype(jnp.dtype(self.compute_dtype))
-
-    def final_norm(self) -> jax.Array:
-        return self.shared["final_norm"].astype(jnp.dtype(self.compute_dtype))
-
-    @property
-    def ahead(self) -> bool:
-        return False
-
-    def head_slices(self, start: jax.Array | int, rows: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(self.shared.get("head", self.shared["embed"]), start, rows)
-
-    def head(self, slices: jax.Array) -> jax.Array:
-        return slices.astype(jnp.dtype(self.compute_dtype))
-
-
-def ends_of(bank: PathBank, parent: int) -> Ends:
-    """A parent's embedding, final norm and head, rounded as they would be written."""
+def ends_of(bank: PathBank, parent: int) -> Stored:
+    """What comes before and after the layers, of one parent, rounded as it would be written: a model without layers."""
     dtype = jnp.dtype(bank.export_dtype)
-    return Ends({name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype)
+    return Stored({}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype)
 
 
 @struct.dataclass
@@ -117,7 +93,7 @@ class State:
 
 
 @jax.jit
-def begin(source: Ends, tokens: jax.Array, header: jax.Array | None) -> State:
+def begin(source: Stored, tokens: jax.Array, header: jax.Array | None) -> State:
     """Before the first layer. header: int32[1, H]."""
     return State(source.embed(tokens), None if header is None else source.embed(header))
 

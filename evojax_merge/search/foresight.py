@@ -62,13 +62,12 @@ def foresee(known: Known, genomes: np.ndarray, worth: np.ndarray, met: np.ndarra
 
 def regress(features: np.ndarray, targets: np.ndarray, at: np.ndarray) -> np.ndarray:
     """Ridge regression with an intercept that is not shrunk, the ridge chosen by leave-one-out, no slope among the
-    choices. features: float[R, F]; targets: float[R]; at: float[P, F]. Returns float64[P]; not finite where `at` is
-    not."""
+    choices. features: float[R, F]; targets: float[R]; at: float[P, F]. Returns float64[P]."""
     center, mean, count = features.mean(axis=0, dtype=np.float64), targets.mean(), len(targets)
     centred, rest = features - center, targets - mean
     values, vectors = np.linalg.eigh(centred @ centred.T)
     variance = values.sum() / count
-    flat = np.full(len(at), mean) + 0.0 * at.sum(axis=1, dtype=np.float64)
+    flat = np.full(len(at), mean)
     if count < 3 or not variance > 0:
         return flat
     along, least, chosen = vectors.T @ rest, np.mean((rest * count / (count - 1)) ** 2), None
