@@ -147,20 +147,25 @@ def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, leng
     return forward(config, source, jnp.asarray(tokens, jnp.int32), columns_of(width, first, length))[0]
 
 
-def greedy_tokens(config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...]) -> np.ndarray:
+def greedy_tokens(
+    config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1, seen: Any = None
+) -> np.ndarray:
     """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
-    from evojax_merge.models.generate import continue_, start
+    from evojax_merge.models.generate import blank, continue_, start
 
     @jax.jit
-    def run(model: Any, tokens: jax.Array, first: jax.Array) -> jax.Array:
+    def run(model: Any, tokens: jax.Array, first: jax.Array, seen: jax.Array) -> jax.Array:
         def alone(_: Any) -> Any:
             return model
 
-        members = jnp.zeros(1)
-        writing = start(config, alone, members, tokens, first, new)
-        return continue_(config, alone, members, writing, new, stop)[0]
+        members, (rows, width) = jnp.zeros(1), tokens.shape
+        writing = blank(config, model.compute_dtype, 1, rows, width, new, window)
+        writing = start(config, alone, members, writing, width, jnp.int32(0), tokens, first, stop)
+        return continue_(config, alone, members, writing, new, window, stop, tokens, seen).tokens
 
-    return np.asarray(run(model, jnp.asarray(tokens, jnp.int32), jnp.asarray(first, jnp.int32)))[0]
+    tokens = jnp.asarray(tokens, jnp.int32)
+    seen = jnp.zeros((len(tokens), 0), jnp.int32) if seen is None else jnp.asarray(seen, jnp.int32)
+    return np.asarray(run(model, tokens, jnp.asarray(first, jnp.int32), seen))[0]
 
 
 @dataclass(frozen=True)

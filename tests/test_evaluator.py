@@ -216,7 +216,7 @@ def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_score
 
 
 def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores) -> None:
-    evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=8)
+    evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=4)
     assert all(request.batches >= 4 for request in evaluator.requests)
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
@@ -435,13 +435,13 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
             np.testing.assert_allclose(found.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
 
 
-def unshared(splits: Any, tokens_per_batch: int) -> Any:
+def unshared(splits: Any, tokens: int) -> Any:
     """Requests whose rows share nothing."""
     (asked,) = splits
-    scored = batches.scoring_batches([asked.scored], tokens_per_batch, pack=False)[0] if asked.scored else None
-    prompts = (
-        batches.prompt_batches([asked.prompts], tokens_per_batch, asked.max_new_tokens)[0] if asked.prompts else None
-    )
+    scored = batches.scoring_batches([asked.scored], tokens, pack=False)[0] if asked.scored else None
+    prompts = None
+    if asked.prompts:
+        (prompts,) = batches.prompt_batches([asked.prompts], tokens, 4 * tokens, asked.max_new_tokens)
     return [(scored, prompts)]
 
 
@@ -487,7 +487,7 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: Scores, monkeypa
         return score(*given)
 
     def small_writing(*given: Any) -> Any:
-        if jax.tree.leaves(given[5])[0].shape[0] > 1:
+        if jax.tree.leaves(given[6])[0].shape[0] > 1:
             raise out_of_memory()
         return begin_writing(*given)
 

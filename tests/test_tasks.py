@@ -252,7 +252,7 @@ def test_padding_of_texts_is_below_15_percent(count: int) -> None:
     """Lengths as texts have them: log-normal, some three times as long as others."""
     lengths = np.random.default_rng(0).lognormal(4.5, 0.4, count).astype(int)
     rows = [Row((1,) * int(length), int(length) // 2, "f", i) for i, length in enumerate(lengths)]
-    for (batches,) in (scoring_batches([rows], 4096), prompt_batches([rows], 4096, 64)):
+    for (batches,) in (scoring_batches([rows], 4096), prompt_batches([rows], 4096, 16384, 64)):
         assert batches.padding / batches.computed < 0.15
 
 
@@ -333,12 +333,12 @@ def test_choices_share_their_question() -> None:
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, MIN_HEADER + 1]))
+@given(rows_strategy, st.integers(1, 300), st.integers(1, 900), st.sampled_from([0, MIN_HEADER + 1]))
 def test_prompt_batches_end_every_prompt_in_the_last_column(
-    sizes: list[Size], tokens_per_batch: int, header: int
+    sizes: list[Size], tokens_per_part: int, tokens_per_batch: int, header: int
 ) -> None:
     rows = [Row(row.tokens, len(row.tokens), row.where, row.example) for row in make_rows(sizes, header=header)]
-    (batches,) = prompt_batches([rows], tokens_per_batch, 5)
+    (batches,) = prompt_batches([rows], tokens_per_part, tokens_per_batch, 5)
     numbers = np.concatenate([batch.rows for batch in batches.batches])
     assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
     for batch in batches.batches:
@@ -346,6 +346,16 @@ def test_prompt_batches_end_every_prompt_in_the_last_column(
             assert 0 <= batch.first[b] < batch.tokens.shape[1]
             if r >= 0:
                 assert (*batches.header.tolist(), *batch.tokens[b, batch.first[b] :].tolist()) == rows[r].tokens
+        # What is read in parts is the whole, and no more than is wanted at once.
+        read = {}
+        for part in batch.parts:
+            tokens, first = batch.part(part)
+            assert tokens.size <= max(tokens_per_part, part.width)
+            for b, own in enumerate(tokens):
+                read[part.begin + b] = own[first[b] :].tolist()
+        for b in np.flatnonzero(batch.rows >= 0):
+            assert read[b] == batch.tokens[b, batch.first[b] :].tolist()
+        assert batch.rows.size * (batch.tokens.shape[1] + 5) <= max(tokens_per_batch, batch.tokens.shape[1] + 5)
     if len(rows) > 1 and header:
         assert len(batches.header) >= header
 

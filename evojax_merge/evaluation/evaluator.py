@@ -10,7 +10,7 @@ memory that the compiler reports; where that was too much, less is tried.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Event
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from evojax_merge.evaluation.requests import Requests, smaller
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache
-from evojax_merge.models.generate import BROKEN
+from evojax_merge.models.generate import BROKEN, ENDED
 from evojax_merge.models.sources import Stored
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
@@ -41,8 +41,14 @@ from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
 Progress = Callable[[int], None]
 Result = TypeVar("Result")
 
-# Tokens that a candidate writes between two looks at its stop texts.
+# Passes in which candidates write between two looks at their stop texts.
 GLANCE = 32
+# Tokens that a sequence is given in a pass while it is written, the guessed ones counted, at most; and the tokens of
+# all sequences for which a pass does not take much longer than for one.
+WINDOW = 8
+CPU_WINDOWS, ACCELERATOR_WINDOWS = 8, 256
+# Candidates whose outputs are remembered, for guesses at the next ones'.
+REMEMBERED = 2
 # Share of the free memory that candidates may take that are put together for several passes.
 WHOLE_SHARE = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
@@ -137,6 +143,12 @@ def _finished(job: Callable[[Event], Result], left: Event) -> Result:
     return result
 
 
+def _window(batch: PromptBatch) -> int:
+    """How many tokens each sequence of a batch is given in a pass."""
+    windows = ACCELERATOR_WINDOWS if on_accelerator() else CPU_WINDOWS
+    return max(1, min(WINDOW, windows // len(batch.rows)))
+
+
 @dataclass(frozen=True)
 class Population:
     """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
@@ -184,6 +196,8 @@ class Evaluator:
     say: Callable[[str], None] = lambda text: None
     # By task and kind of pass: the chunk that was chosen.
     chosen: dict[Any, int] = field(default_factory=dict)
+    # By task: int32[N, …], what the last candidates wrote after each prompt.
+    written: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[Task]:
@@ -204,7 +218,7 @@ class Evaluator:
     def stored(self, model: Stored, progress: Progress = lambda done: None) -> Scores:
         """Score one stored model: a population of one."""
         # Every group of devices would compute the same.
-        alone = Evaluator(self.config, self.tokenizer, self.requests, self.compute_dtype, 1, say=self.say)
+        alone = replace(self, chunk=1, devices=ONE_DEVICE, chosen={})
         return alone._evaluate(Population(Alone(), model, np.zeros(1)), progress)
 
     def write_stored(self, model: Stored, request: Requests, progress: Progress) -> tuple[list[str], bool]:
@@ -385,37 +399,41 @@ class Evaluator:
         if request.prompts is None:
             return texts, broken
         size = float_bytes(self._model_shape(population)) if isinstance(population.build, MergeOf) else 0
-        for rows, found, failed in _two_under_way(self._writings(population, request, progress), self._threads(size)):
-            broken[rows] = failed
-            for p, row in enumerate(rows):
-                texts[row] = found[p]
+        for rows, tokens in _two_under_way(self._writings(population, request, progress), self._threads(size)):
+            self.written[request.task.name] = np.concatenate([self._seen(request)[:, tokens.shape[2] :], tokens[-1]], 1)
+            broken[rows] = (tokens == BROKEN).any(axis=(1, 2))
+            for row, written in zip(rows, self._decoded(tokens), strict=True):
+                texts[row] = [cut_at_stop(text, request.asked.stop) for text in written]
         return texts, broken
+
+    def _seen(self, request: Requests) -> np.ndarray:
+        """int32[N, M]: what was written after each prompt, as far as it is remembered, the latest last."""
+        nothing = np.full((len(request.asked.prompts), REMEMBERED * request.asked.max_new_tokens), ENDED, np.int32)
+        return self.written.get(request.task.name, nothing)
 
     def _writings(
         self, population: Population, request: Requests, progress: Progress
-    ) -> Iterator[Callable[[Event], tuple[np.ndarray, list[list[str]], np.ndarray]]]:
-        """For each chunk a job: which candidates, what they write, and whose logits were not finite."""
+    ) -> Iterator[Callable[[Event], tuple[np.ndarray, np.ndarray]]]:
+        """For each chunk a job: which candidates, and int32[P, N, new], what they write after every prompt."""
         assert request.prompts is not None
-        prompts = request.prompts
+        prompts, asked = request.prompts, request.asked
 
-        def job(rows: np.ndarray, members: Any, left: Event) -> Any:
-            texts, broken = [[""] * len(request.asked.prompts) for _ in rows], np.zeros(len(rows), bool)
+        def job(rows: np.ndarray, members: Any, seen: np.ndarray, left: Event) -> Any:
+            found = np.full((len(rows), len(asked.prompts), asked.max_new_tokens), ENDED, np.int32)
             source = self._whole(population, members)
             prefix = self._read_header(*source, prompts.header)
             for batch in prompts.batches:
                 if left.is_set():
                     break
-                tokens = self._continue(*source, prefix, batch, request, left)[: len(rows)]
-                broken |= (tokens == BROKEN).any(axis=(1, 2))
-                written = self._decoded(tokens)
-                for p in range(len(rows)):
-                    for b in np.flatnonzero(batch.rows >= 0):
-                        texts[p][batch.rows[b]] = cut_at_stop(written[p][b], request.asked.stop)
+                tokens = self._continue(*source, prefix, batch, request, seen[batch.rows], left)
+                real = batch.rows >= 0
+                found[:, batch.rows[real]] = tokens[: len(rows), real]
                 progress(len(rows))
-            return rows, texts, broken
+            return rows, found
 
         chunk = self._writing_chunk(population, request) * self.devices.population
-        yield from (partial(job, rows, members) for rows, members in population.chunks(chunk))
+        for rows, members in population.chunks(chunk):
+            yield partial(job, rows, members, self._seen(request))
 
     def _continue(
         self,
@@ -425,31 +443,35 @@ class Evaluator:
         prefix: Cache | None,
         batch: PromptBatch,
         request: Requests,
+        seen: np.ndarray,
         left: Event,
     ) -> np.ndarray:
         """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text; less, once
-        `left` is set."""
-        asked, mesh = request.asked, self.devices.mesh
-        count = min(GLANCE, asked.max_new_tokens) if asked.stop else asked.max_new_tokens
-        rounds = -(-asked.max_new_tokens // count)
-        writing = passes.begin_writing(
-            self.config, build, mesh, rounds * count, shared, members, prefix, batch.tokens, batch.first
+        `left` is set. seen: int32[B, M], what was written after these prompts before."""
+        asked, mesh, window = request.asked, self.devices.mesh, _window(batch)
+        count = GLANCE if asked.stop else asked.max_new_tokens
+        rows, width = batch.tokens.shape
+        writing = passes.open_writing(
+            self.config, self.compute_dtype, mesh, np.zeros(size_of(members)), rows, width, asked.max_new_tokens, window
         )
-        # Rows that fill up the batch say nothing.
-        done = np.broadcast_to(batch.rows < 0, writing.done.shape)
-        pieces: list[np.ndarray] = []
-        while len(pieces) < rounds and not done.all():
+        for part in batch.parts:
+            writing = passes.begin_writing(
+                self.config, build, mesh, width, request.stop, shared, members, prefix, writing, np.int32(part.begin),
+                *batch.part(part),
+            )  # fmt: skip
+        tokens, done = np.asarray(writing.tokens), np.asarray(writing.done)
+        # Rows that fill up a part say nothing.
+        done = done | (batch.rows < 0)
+        while not (done.all() or left.is_set()):
             writing = writing.replace(done=jax.device_put(done, writing.done.sharding))
-            out, writing = passes.keep_writing(
-                self.config, build, mesh, count, request.stop, shared, members, writing, prefix
-            )
-            pieces.append(np.asarray(out))
-            if left.is_set():
-                break
-            done = np.asarray(writing.done)
-            if asked.stop and len(pieces) < rounds:
-                done = done | self._stopped(np.concatenate(pieces, axis=2), asked)
-        return np.concatenate(pieces, axis=2)[:, :, : asked.max_new_tokens]
+            writing = passes.keep_writing(
+                self.config, build, mesh, count, window, request.stop, shared, members, writing, prefix, batch.tokens,
+                seen,
+            )  # fmt: skip
+            tokens, done = np.array(writing.tokens), np.asarray(writing.done)
+            if asked.stop and not done.all():
+                done = done | self._stopped(tokens, asked)
+        return tokens
 
     def _stopped(self, tokens: np.ndarray, asked: Asked) -> np.ndarray:
         """bool[P, B]: whether a text holds a stop text."""
@@ -488,10 +510,14 @@ class Evaluator:
         batch, header = max(request.prompts.batches, key=lambda batch: batch.tokens.size), request.prompts.header
         read = partial(passes.read_header, self.config, Each(), None)
         prefix = jax.eval_shape(read, None, model, header) if header.size else None
-        new = request.asked.max_new_tokens
+        part = max(batch.parts, key=lambda part: (part.end - part.begin) * part.width)
+        (rows, width), new = batch.tokens.shape, request.asked.max_new_tokens
+        opened = partial(passes.open_writing, self.config, self.compute_dtype, None)
+        writing = jax.eval_shape(lambda: opened(np.zeros(1), rows, width, new, _window(batch)))
         lowered = passes.begin_writing.lower(
-            self.config, Each(), None, new, None, model, prefix, batch.tokens, batch.first
-        )
+            self.config, Each(), None, width, request.stop, None, model, prefix, writing, np.int32(0),
+            *batch.part(part),
+        )  # fmt: skip
         memory = lowered.compile().memory_analysis()
-        writing = float_bytes(lowered.out_info)
-        return float_bytes(model), 2 * writing + (0 if memory is None else memory.temp_size_in_bytes)
+        held = float_bytes(writing)
+        return float_bytes(model), 2 * held + (0 if memory is None else memory.temp_size_in_bytes)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from evojax_merge.evaluation.devices import over_population, spread
+from evojax_merge.evaluation.devices import over_population, size_of, spread
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache, Columns, HeadSource, forward, logits, prefix_columns, score_targets
-from evojax_merge.models.generate import Writing, continue_, start
+from evojax_merge.models.generate import Writing, blank, continue_, start
 from evojax_merge.models.sources import Merged, Stored, merge_of
 from evojax_merge.tasks.task import Reduce
 
@@ -141,43 +141,61 @@ def materialise(build: MergeOf, mesh: Mesh | None, bank: Bank, recipes: Recipe) 
     return spread(mesh, local, bank, recipes)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2, 4, 5, 6, 7))
+def open_writing(
+    config: DecoderConfig, dtype: str, mesh: Mesh | None, members: Any, rows: int, width: int, new: int, window: int
+) -> Writing:
+    """Room for as many candidates as `members: [P]` has (see models.generate)."""
+
+    def local(_: Any, members: Any) -> Writing:
+        return blank(config, dtype, size_of(members), rows, width, new, window)
+
+    return spread(mesh, local, None, members)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(8,))
 def begin_writing(
     config: DecoderConfig,
     build: Build,
     mesh: Mesh | None,
-    room: int,
+    width: int,
+    stop: tuple[int, ...],
     shared: Any,
     members: Any,
     prefix: Cache | None,
+    writing: Writing,
+    row: jax.Array,
     tokens: jax.Array,
     first: jax.Array,
 ) -> Writing:
-    """Read a batch of prompts (see models.generate)."""
+    """Read prompts and write a first token after each (see models.generate)."""
 
     def local(shared: Any, members: Any) -> Writing:
-        (known, tokens, first), (own, prefix) = shared, members
-        return start(config, partial(build, known), own, tokens, first, room, prefix)
+        (known, row, tokens, first), (own, writing, prefix) = shared, members
+        return start(config, partial(build, known), own, writing, width, row, tokens, first, stop, prefix)
 
-    return spread(mesh, local, (shared, tokens, first), (members, prefix))
+    return spread(mesh, local, (shared, row, tokens, first), (members, writing, prefix))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(7,))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(8,))
 def keep_writing(
     config: DecoderConfig,
     build: Build,
     mesh: Mesh | None,
     count: int,
+    window: int,
     stop: tuple[int, ...],
     shared: Any,
     members: Any,
     writing: Writing,
     prefix: Cache | None,
-) -> tuple[jax.Array, Writing]:
-    """`count` further tokens int32[P, B, count] (see models.generate)."""
+    tokens: jax.Array,
+    seen: jax.Array,
+) -> Writing:
+    """`count` further passes (see models.generate)."""
 
-    def local(known: Any, members: Any) -> tuple[jax.Array, Writing]:
-        own, writing, prefix = members
-        return continue_(config, partial(build, known), own, writing, count, stop, prefix)
+    def local(shared: Any, members: Any) -> Writing:
+        (known, tokens, seen), (own, writing, prefix) = shared, members
+        return continue_(config, partial(build, known), own, writing, count, window, stop, tokens, seen, prefix)
 
-    return spread(mesh, local, shared, (members, writing, prefix))
+    return spread(mesh, local, (shared, tokens, seen), (members, writing, prefix))

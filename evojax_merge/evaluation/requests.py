@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import on_accelerator
 from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
@@ -15,7 +17,8 @@ from evojax_merge.tasks.task import Asked, Task
 
 # Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
-# Prompts: so many times as many. While tokens are written each row is one token of a pass, so that more go together.
+# So many times as many go together, prompts and what is written, while it is written: each row is then few tokens of a
+# pass.
 PROMPT_TOKENS = 4
 
 
@@ -69,8 +72,9 @@ def _requests(
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
         scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].reduce is None)
     if splits[0].prompts:
-        tokens = PROMPT_TOKENS * tokens_per_batch
-        prompts = prompt_batches([part.prompts for part in splits], tokens, splits[0].max_new_tokens)
+        together = PROMPT_TOKENS * tokens_per_batch
+        new = splits[0].max_new_tokens
+        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, together, new)
     return list(zip(scored, prompts, strict=True))
 
 
@@ -93,11 +97,15 @@ def _check_lengths(asked: Asked, context: int) -> None:
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 
+def _shape(part: Any) -> Any:
+    return part.shape if isinstance(part, np.ndarray) else part
+
+
 def describe_requests(requests: Sequence[Requests]) -> str:
     """One line: what each candidate is asked."""
     parts: list[Batches[Any]] = [p for r in requests for p in (r.scoring, r.prompts) if p is not None]
     rows = sum(len(request.asked.scored) + len(request.asked.prompts) for request in requests)
-    shapes = {(len(p.header), *(array.shape for array in vars(b).values())) for p in parts for b in p.batches}
+    shapes = {(len(p.header), *map(_shape, vars(b).values())) for p in parts for b in p.batches}
     tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
     shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
     return (

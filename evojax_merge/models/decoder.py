@@ -300,15 +300,19 @@ def step(
     first: jax.Array,
     prefix: Cache | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """One token further: tokens `int32[B]` stand in `column` (a scalar, the same for the whole batch) of rows that
-    begin at `first: int32[B]`, behind the prefix where there is one.
+    """A few tokens further: tokens `int32[B, W]` stand in the columns from `column` on (a scalar, the same for the
+    whole batch, or `int32[B]`) of rows that begin at `first: int32[B]`, behind the prefix where there is one.
 
-    Returns the final hidden state `[B, hidden]` and the cache with this column written.
+    Returns the final hidden states `[B, W, hidden]` and the cache with these columns written. What stood in or behind
+    them is not seen.
     """
     before = 0 if prefix is None else prefix.width
-    width = cache.width
-    here = Columns((before + column - first)[:, None], jnp.zeros((tokens.shape[0], 1), jnp.int32))
-    rotary = rotary_of(config, here)
+    (rows, count), width = tokens.shape, cache.width
+    positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - first[:, None]
+    here = Columns(positions, jnp.zeros_like(positions))
+    # Each as the last token of its text, as if it came alone.
+    alone = rotary_of(config, Columns(positions.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32)))
+    rotary = (alone[0].reshape(rows, count, -1), alone[1].reshape(rows, count, -1))
     behind = columns_of(width, first, width - first)
     there = Columns(before + behind.positions, behind.branches)
 
@@ -318,12 +322,9 @@ def step(
         weights = source.layer(slice_)
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
-        # Carried, not stacked by the scan: the compiler then writes this column in place.
+        # Carried, not stacked by the scan: the compiler then writes these columns in place.
         cache = Cache(
-            jax.lax.dynamic_update_slice(cache.keys, key[None].astype(cache.keys.dtype), (index, 0, 0, 0, column)),
-            jax.lax.dynamic_update_slice(
-                cache.values, value[None].astype(cache.values.dtype), (index, 0, 0, column, 0)
-            ),
+            write_columns(cache.keys, key, index, column, 4), write_columns(cache.values, value, index, column, 3)
         )
         parts = [Seen(cache.keys[index], cache.values[index], visible(window, here, there))]
         if shared is not None:
@@ -332,10 +333,27 @@ def step(
         x = x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
         return (x, cache), None
 
-    x = source.embed(tokens)[:, None]
+    x = source.embed(tokens)
     windows = jnp.asarray(config.windows, jnp.int32)
     (x, cache), _ = jax.lax.scan(layer, (x, cache), (source.layers, windows, jnp.arange(config.layers), prefix))
-    return rms_norm(x, source.final_norm(), config.norm_eps)[:, 0], cache
+    return rms_norm(x, source.final_norm(), config.norm_eps), cache
+
+
+def write_columns(kept: jax.Array, fresh: jax.Array, layer: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """`kept: [L, G, B, …]` with a layer's fresh entries `[G, B, …]` from `column` on along `axis`: a scalar, or
+    `int32[B]`, a column for each row."""
+    fresh = fresh.astype(kept.dtype)
+    if column.ndim == 0:
+        start: list[jax.Array | int] = [layer, 0, 0, 0, 0]
+        start[axis] = column
+        return jax.lax.dynamic_update_slice(kept, fresh[None], start)
+    rows = jnp.arange(kept.shape[2])
+    places = jnp.stack([jnp.full_like(rows, layer), rows, column], axis=-1)
+    window = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 2), (0, 2, axis))
+    return jax.lax.scatter(
+        kept, places, fresh.swapaxes(0, 1), window, indices_are_sorted=True, unique_indices=True,
+        mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
+    )  # fmt: skip
 
 
 def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:

@@ -1,7 +1,14 @@
 """Greedy generation of a population over one batch of prompts. May import models' other files.
 
-In two programs, so that the host can look at what was written so far: `start` reads the prompts, `continue_` writes a
-number of further tokens. Sequences that ended, by a stop token or because the host says so, are no longer written.
+`start` reads prompts, in parts of their own widths; `continue_` writes on after all of them together, in several calls,
+so that the host can look at what was written so far. Sequences that ended, by a stop token or because the host says so,
+are no longer written.
+
+A pass reads all weights to write a token, and would read as much to write a few. So each pass is given a *window*: the
+last token, and a guess at what follows it, looked up in what other candidates wrote after the same prompt, in the
+prompt, and in the text itself. What the model writes after each of them is computed side by side; as far as the guess
+was what the model writes, it is kept (speculative decoding, arXiv 2211.17192, in its greedy form, with a look-up in
+place of a smaller model, as in prompt look-up decoding). The text is the one that a window of one token gives.
 """
 
 from collections.abc import Callable
@@ -19,18 +26,20 @@ from evojax_merge.models.sources import Stored
 ENDED = -1
 # What stands there where the model gave no finite logits.
 BROKEN = -2
+# How many of a text's last tokens are compared with the places that its continuation is looked up in.
+LOOK = 4
 
 
 @struct.dataclass
 class Writing:
-    """Where P candidates stand on B prompts; every leaf has the leading axis P. token: int32[P, B], the next token of
-    each, not yet in the cache; first: int32[P, B], the column of each prompt's first token; column: int32[P], where the
-    next token goes, the same for all; done: bool[P, B], the sequences that have ended."""
+    """Where P candidates stand on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], what each has
+    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; first:
+    int32[P, B], the column of each prompt's first token; done: bool[P, B], the sequences that have ended."""
 
-    token: jax.Array
+    tokens: jax.Array
+    made: jax.Array
     cache: Cache
     first: jax.Array
-    column: jax.Array
     done: jax.Array
 
 
@@ -38,21 +47,36 @@ class Writing:
 SourceOf = Callable[[Any], Stored]
 
 
+def blank(config: DecoderConfig, dtype: str, size: int, rows: int, width: int, new: int, window: int) -> Writing:
+    """Room for `size` candidates to write up to `new` tokens, `window` in a pass, after `rows` prompts of up to `width`
+    tokens; none has been read, and so all are done."""
+    keys = (config.layers, config.kv_heads, rows, config.head_dim, width + new + window - 1)
+    cache = Cache(
+        jnp.zeros((size, *keys), jnp.dtype(dtype)), jnp.zeros((size, *keys[:3], *keys[:2:-1]), jnp.dtype(dtype))
+    )
+    nothing = jnp.zeros((size, rows), jnp.int32)
+    return Writing(jnp.full((size, rows, new), ENDED, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0)
+
+
 def start(
     config: DecoderConfig,
     source_of: SourceOf,
     members: Any,
+    writing: Writing,
+    width: int,
+    row: jax.Array,
     tokens: jax.Array,
     first: jax.Array,
-    room: int,
+    stop: tuple[int, ...],
     prefix: Cache | None = None,
 ) -> Writing:
-    """Read prompts `int32[B, T]`, padded at the left, behind a prefix (leading axis P) where there is one.
+    """Read prompts `int32[B, T]`, padded at the left, behind a prefix (leading axis P) where there is one, as the rows
+    from `row` on of what has room for prompts of `width`, and write a first token after each.
 
-    members: P of them, leading axis P on every leaf; room: for how many further tokens the cache has space.
+    members: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it.
     """
-    width = tokens.shape[1]
-    plain = columns_of(width, first, width - first)
+    own = tokens.shape[1]
+    plain = columns_of(own, first, own - first)
     before = 0 if prefix is None else prefix.width
     columns = Columns(before + plain.positions, plain.branches)
 
@@ -60,20 +84,22 @@ def start(
         model = source_of(member)
         hidden, cache = forward(config, model, tokens, columns, prefix=prefix, keep_cache=True)
         assert cache is not None
-        still, more = (0, 0), (0, room)
-        keys = jnp.pad(cache.keys, [still, still, still, still, more])
-        return _greedy(config, model, hidden[:, -1]), Cache(
-            keys, jnp.pad(cache.values, [still, still, still, more, still])
-        )
+        return _greedy(config, model, hidden[:, -1]), cache
+
+    def put(there: jax.Array, fresh: jax.Array, *at: jax.Array | int) -> jax.Array:
+        return jax.lax.dynamic_update_slice(there, fresh.astype(there.dtype), at)
 
     token, cache = _each(read, members, prefix)
-    size = token.shape[0]
+    done, column = _among(token, stop), width - own
     return Writing(
-        token,
-        cache,
-        jnp.broadcast_to(first, (size, *first.shape)),
-        jnp.full(size, width, jnp.int32),
-        jnp.zeros(token.shape, bool),
+        put(writing.tokens, jnp.where(done, ENDED, token)[..., None], 0, row, 0),
+        put(writing.made, jnp.where(done, 0, 1), 0, row),
+        Cache(
+            put(writing.cache.keys, cache.keys, 0, 0, 0, row, 0, column),
+            put(writing.cache.values, cache.values, 0, 0, 0, row, column, 0),
+        ),
+        put(writing.first, jnp.broadcast_to(first + column, token.shape), 0, row),
+        put(writing.done, done | (writing.tokens.shape[-1] == 1), 0, row),
     )
 
 
@@ -82,38 +108,67 @@ def continue_(
     source_of: SourceOf,
     members: Any,
     writing: Writing,
-    count: int,
+    passes: int,
+    window: int,
     stop: tuple[int, ...],
+    prompts: jax.Array,
+    seen: jax.Array,
     prefix: Cache | None = None,
-) -> tuple[jax.Array, Writing]:
-    """Up to `count` further tokens, int32[P, B, count]: `ENDED` after a stop token (which is not included), `BROKEN`
-    where logits are not finite. stop: token ids that end a sequence."""
-    stops = jnp.asarray(stop or (ENDED,), jnp.int32)
-    # One column and one set of prompts for the whole population: the candidates' caches are then written in place.
-    first, column = writing.first[0], writing.column[0]
+) -> Writing:
+    """Up to `passes` further passes, each of which writes 1 to `window` tokens of every sequence; `BROKEN` where logits
+    are not finite. prompts: int32[B, T], as they were read; seen: int32[B, M], any texts that the continuations are
+    likely to have parts of, negative where there is none."""
+    width, new = prompts.shape[1], writing.tokens.shape[-1]
+    # One set of prompts for the whole population.
+    first = writing.first[0]
 
     def unfinished(carry: Any) -> jax.Array:
-        made, _, _, _, done = carry
-        return (made < count) & ~done.all()
+        number, writing = carry
+        return (number < passes) & ~writing.done.all()
 
     def body(carry: Any) -> Any:
-        made, token, cache, out, done = carry
-        done = done | (token[..., None] == stops).any(-1)
-        out = jax.lax.dynamic_update_slice(out, jnp.where(done, ENDED, token)[..., None], (0, 0, made))
+        number, writing = carry
+        # Without guesses all that still write stand in one column: the caches are then written in place.
+        together = width + jnp.max(jnp.where(writing.done, 0, writing.made)) - 1 if window == 1 else None
 
-        def further(member: Any, cache: Cache, last: jax.Array, prefix: Any) -> tuple[jax.Array, Cache]:
+        def further(member: Any, cache: Cache, tokens: jax.Array, made: jax.Array, prefix: Any) -> Any:
             model = source_of(member)
-            hidden, cache = step(config, model, cache, column + made, last, first, prefix)
-            return _greedy(config, model, hidden), cache
+            text = jnp.concatenate([seen, prompts, tokens], axis=1)
+            column = width + made - 1
+            given = look_up_next(text, seen.shape[1] + column, window)
+            hidden, cache = step(config, model, cache, column if together is None else together, given, first, prefix)
+            return given, _greedy(config, model, hidden), cache
 
-        # The very last step is not needed, but a branch in the loop would cost more than it saves.
-        token, cache = _each(further, members, cache, token, prefix)
-        return made + 1, token, cache, out, done
+        given, found, cache = _each(further, members, writing.cache, writing.tokens, writing.made, prefix)
+        # What follows the last token is right, and what follows a token that was guessed rightly.
+        right = jnp.cumprod(found[..., :-1] == given[..., 1:], axis=-1).sum(axis=-1) + 1
+        ends = jnp.argmax(jnp.pad(_among(found, stop), [(0, 0), (0, 0), (0, 1)], constant_values=True), axis=-1)
+        kept = jnp.where(writing.done, 0, jnp.minimum(jnp.minimum(right, ends), new - writing.made))
+        place = jnp.arange(new) - writing.made[..., None]
+        fresh = jnp.take_along_axis(found, jnp.clip(place, 0, window - 1), axis=-1)
+        tokens = jnp.where((place >= 0) & (place < kept[..., None]), fresh, writing.tokens)
+        made = writing.made + kept
+        done = writing.done | (ends < right) | (made >= new)
+        return number + 1, Writing(tokens, made, cache, writing.first, done)
 
-    out = jnp.full((*writing.token.shape, count), ENDED, jnp.int32)
-    carry = (jnp.int32(0), writing.token, writing.cache, out, writing.done)
-    made, token, cache, out, done = jax.lax.while_loop(unfinished, body, carry)
-    return out, Writing(token, cache, writing.first, writing.column + made, done)
+    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), writing))[1]
+
+
+def look_up_next(text: jax.Array, last: jax.Array, window: int) -> jax.Array:
+    """The tokens in column `last: int32[B]` of texts `int32[B, M]`, and a guess at the `window - 1` that follow them:
+    what follows the place before it whose last `LOOK` tokens are most like the text's; of equals, the latest."""
+    columns = jnp.arange(text.shape[1])
+    alike = jnp.ones(text.shape, bool)
+    length = jnp.zeros(text.shape, jnp.int32)
+    for back in range(LOOK):
+        token = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
+        alike &= (jnp.roll(text, back, axis=1) == token) & (columns >= back)
+        length += alike
+    earlier = columns < last[:, None]
+    best = jnp.argmax(jnp.where(earlier, length * text.shape[1] + columns, -1), axis=1)
+    follows = jnp.take_along_axis(text, best[:, None] + jnp.arange(window), axis=1, mode="clip")
+    own = jnp.take_along_axis(text, last[:, None], axis=1)
+    return jnp.concatenate([own, follows[:, 1:]], axis=1)
 
 
 def _each(function: Callable[..., Any], *members: Any) -> Any:
@@ -122,6 +177,10 @@ def _each(function: Callable[..., Any], *members: Any) -> Any:
         return jax.vmap(function)(*members)
     # A population axis of one would make batched products of plain ones, which are slower.
     return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], members)))
+
+
+def _among(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    return (tokens[..., None] == jnp.asarray(stop or (ENDED,), jnp.int32)).any(-1)
 
 
 def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:

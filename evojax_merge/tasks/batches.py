@@ -70,12 +70,33 @@ class ScoringBatch:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows `begin` to `end` of a batch of prompts; none of them is longer than `width`."""
+
+    begin: int
+    end: int
+    width: int
+
+
+@dataclass(frozen=True)
 class PromptBatch:
-    """tokens: int32[B, T], padded at the left; first: int32[B], the first real column; rows: int[B]."""
+    """Prompts that are read in parts of their own widths, and written on together. tokens: int32[B, T], padded at the
+    left; first: int32[B], the first real column; rows: int[B]."""
 
     tokens: np.ndarray
     first: np.ndarray
     rows: np.ndarray
+    parts: tuple[Part, ...]
+
+    def part(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+        """A part's tokens `int32[b, width]`, and their first real columns `int32[b]`."""
+        left = self.tokens.shape[1] - part.width
+        return self.tokens[part.begin : part.end, left:], self.first[part.begin : part.end] - left
+
+    @property
+    def read(self) -> int:
+        """Token positions that are computed to read it."""
+        return sum((part.end - part.begin) * part.width for part in self.parts)
 
 
 Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
@@ -93,7 +114,9 @@ class Batches(Generic[Batch]):
     @property
     def computed(self) -> int:
         """Token positions that a candidate computes, padding included."""
-        return len(self.header) + sum(batch.tokens.size for batch in self.batches)
+        return len(self.header) + sum(
+            batch.tokens.size if isinstance(batch, ScoringBatch) else batch.read for batch in self.batches
+        )
 
     @property
     def padding(self) -> int:
@@ -105,8 +128,7 @@ class Batches(Generic[Batch]):
 
 
 def _left_padding(batch: PromptBatch) -> int:
-    real = batch.rows != NOTHING
-    return int(batch.first[real].sum()) + int((~real).sum()) * batch.tokens.shape[1]
+    return batch.read - int((batch.tokens.shape[1] - batch.first[batch.rows != NOTHING]).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -205,10 +227,10 @@ class Shape:
     size: int
 
 
-def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, extra: int = 0) -> list[Shape]:
+def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, most_rows: int | None = None) -> list[Shape]:
     """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
-    `tokens_per_batch` tokens, of sizes that fill the batches of the first split best. As few widths as keep its padding
-    below `PADDING`, or those that come nearest to it. `extra`: columns that every row gets besides."""
+    `tokens_per_batch` tokens and at most so many rows, of sizes that fill the batches of the first split best. As few
+    widths as keep its padding below `PADDING`, or those that come nearest to it."""
     everything, first = np.concatenate(splits), splits[0]
     tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
     found = []
@@ -216,7 +238,8 @@ def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, extra: int
         shapes, cells, above = [], 0, 0
         for width in bucket_widths(everything, buckets, step):
             count = int(((first > above) & (first <= width)).sum())
-            shapes.append(Shape(above, width, _full_size(max(1, count), max(1, tokens_per_batch // (width + extra)))))
+            most = min(max(1, tokens_per_batch // width), most_rows or max(1, count))
+            shapes.append(Shape(above, width, _full_size(max(1, count), most)))
             cells += -(-count // shapes[-1].size) * shapes[-1].size * width
             above = width
         found.append((cells, shapes))
@@ -304,29 +327,59 @@ def _scoring_batch(group: Sequence[Sheet], shape: Shape, slots: int, scored: int
     return batch
 
 
-def prompt_batches(splits: Sequence[Sequence[Row]], tokens_per_batch: int, new: int) -> list[Batches[PromptBatch]]:
-    """Rows of several splits of a task that are continued by `new` tokens, in batches of the same shapes."""
+def prompt_batches(
+    splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int
+) -> list[Batches[PromptBatch]]:
+    """Rows of several splits of a task that are continued by `new` tokens, in batches of one shape: read in parts of
+    about `tokens_per_part` tokens, written in batches of about `tokens_per_batch`, the new ones counted."""
     header = header_length([row for rows in splits for row in rows])
     lengths = [np.array([len(row.tokens) - header for row in rows]) for rows in splits]
-    shapes = batch_shapes(lengths, tokens_per_batch, new)
+    most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
+    shapes = batch_shapes(lengths, tokens_per_part, most)
+    parts = [list(_grouped(count, shapes)) for count in lengths]
+    # As many rows as fill the first split's batches best.
+    size = max(shape.size for shape in shapes)
+    while size < most and len(_packed(parts[0], size)) > len(_packed(parts[0], most)):
+        size += 1
     return [
         Batches(
             np.array(rows[0].tokens[:header], np.int32),
-            tuple(_prompt_batch(rows, members, shape, header) for shape, members in _grouped(count, shapes)),
+            tuple(_prompt_batch(rows, group, size, shapes[-1].width, header) for group in _packed(split, size)),
             sum(len(row.tokens) for row in rows),
         )
-        for rows, count in zip(splits, lengths, strict=True)
+        for rows, split in zip(splits, parts, strict=True)
     ]
 
 
-def _prompt_batch(rows: Sequence[Row], members: np.ndarray, shape: Shape, header: int) -> PromptBatch:
+Read = tuple[Shape, np.ndarray]
+
+
+def _packed(parts: Sequence[Read], size: int) -> list[list[Read]]:
+    """Parts in groups of at most `size` rows, in their order."""
+    groups: list[list[Read]] = []
+    room = 0
+    for shape, members in parts:
+        if shape.size > room:
+            groups.append([])
+            room = size
+        groups[-1].append((shape, members))
+        room -= shape.size
+    return groups
+
+
+def _prompt_batch(rows: Sequence[Row], group: Sequence[Read], size: int, width: int, header: int) -> PromptBatch:
     batch = PromptBatch(
-        tokens=np.zeros((shape.size, shape.width), np.int32),
-        first=np.full(shape.size, shape.width - 1, np.int32),
-        rows=np.concatenate([members, np.full(shape.size - len(members), NOTHING, np.int64)]),
+        tokens=np.zeros((size, width), np.int32),
+        first=np.full(size, width - 1, np.int32),
+        rows=np.full(size, NOTHING, np.int64),
+        parts=tuple(
+            Part(end - shape.size, end, shape.width)
+            for (shape, _), end in zip(group, np.cumsum([shape.size for shape, _ in group]).tolist(), strict=True)
+        ),
     )
-    for b, r in enumerate(members):
-        own = rows[r].tokens[header:]
-        batch.tokens[b, shape.width - len(own) :] = own
-        batch.first[b] = shape.width - len(own)
+    for part, (_, members) in zip(batch.parts, group, strict=True):
+        for b, r in enumerate(members, start=part.begin):
+            own = rows[r].tokens[header:]
+            batch.tokens[b, width - len(own) :] = own
+            batch.first[b], batch.rows[b] = width - len(own), r
     return batch
