@@ -122,6 +122,10 @@ def test_logits_and_greedy_generation_equal_torch(case: str, tmp_path: Path) -> 
             )  # fmt: skip
         assert row.tolist() == whole[0, len(prompt) :].tolist()
 
+    # Guesses, right ones and wrong ones, change nothing.
+    seen = np.concatenate([random_tokens(9, 3, 5), continued[:, :7], random_tokens(8, 3, 1), continued[:, 7:]], axis=1)
+    assert greedy_tokens(config, model, padded, first, new, (), window=4, seen=seen).tolist() == continued.tolist()
+
 
 def test_generation_ends_at_a_stop_token(tmp_path: Path) -> None:
     """What precedes the stop token is as without it; the stop token itself and what follows are not there."""

@@ -33,7 +33,7 @@ from evojax_merge.evaluation.requests import Requests, smaller
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache
-from evojax_merge.models.generate import BROKEN, ENDED
+from evojax_merge.models.generate import BROKEN, ENDED, Writing
 from evojax_merge.models.sources import Stored
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
@@ -318,6 +318,15 @@ class Evaluator:
             return *population.source, members
         return Each(), None, passes.materialise(population.build, self.devices.mesh, population.shared, members)
 
+    def _writer(self, build: Build, shared: Any, members: Any) -> tuple[Build, Any, Any]:
+        """Whole candidates as they write on fastest: a CPU copies each layer that it picks from a stack, every time, so
+        that the layers are laid apart once, where there is room."""
+        if on_accelerator() or float_bytes((shared, members)) > WHOLE_SHARE * free_memory():
+            return build, shared, members
+        if isinstance(shared, Stored):
+            return build, passes.lay_apart(shared), members
+        return build, shared, passes.lay_each_apart(self.devices.mesh, members)
+
     def _fits_whole(self, population: Population, request: Requests, chunk: int) -> bool:
         """Whether a chunk is put together before it is scored: each pass would do its merge again, so where there are
         several, and room for the chunk, it is done once."""
@@ -421,11 +430,13 @@ class Evaluator:
         def job(rows: np.ndarray, members: Any, seen: np.ndarray, left: Event) -> Any:
             found = np.full((len(rows), len(asked.prompts), asked.max_new_tokens), ENDED, np.int32)
             source = self._whole(population, members)
+            writer = self._writer(*source)
             prefix = self._read_header(*source, prompts.header)
             for batch in prompts.batches:
                 if left.is_set():
                     break
-                tokens = self._continue(*source, prefix, batch, request, seen[batch.rows], left)
+                writing = self._begin(*source, prefix, batch, request)
+                tokens = self._continue(*writer, prefix, batch, request, writing, seen[batch.rows], left)
                 real = batch.rows >= 0
                 found[:, batch.rows[real]] = tokens[: len(rows), real]
                 progress(len(rows))
@@ -435,6 +446,20 @@ class Evaluator:
         for rows, members in population.chunks(chunk):
             yield partial(job, rows, members, self._seen(request))
 
+    def _begin(
+        self, build: Build, shared: Any, members: Any, prefix: Cache | None, batch: PromptBatch, request: Requests
+    ) -> Writing:
+        """A batch of prompts, read part by part."""
+        mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
+        new, everyone = request.asked.max_new_tokens, np.zeros(size_of(members))
+        writing = passes.open_writing(self.config, self.compute_dtype, mesh, everyone, rows, width, new, _window(batch))
+        for part in batch.parts:
+            writing = passes.begin_writing(
+                self.config, build, mesh, width, request.stop, shared, members, prefix, writing, np.int32(part.begin),
+                *batch.part(part),
+            )  # fmt: skip
+        return passes.end_reading(mesh, writing)
+
     def _continue(
         self,
         build: Build,
@@ -443,30 +468,22 @@ class Evaluator:
         prefix: Cache | None,
         batch: PromptBatch,
         request: Requests,
+        writing: Writing,
         seen: np.ndarray,
         left: Event,
     ) -> np.ndarray:
         """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text; less, once
         `left` is set. seen: int32[B, M], what was written after these prompts before."""
-        asked, mesh, window = request.asked, self.devices.mesh, _window(batch)
+        asked, mesh = request.asked, self.devices.mesh
         count = GLANCE if asked.stop else asked.max_new_tokens
-        rows, width = batch.tokens.shape
-        writing = passes.open_writing(
-            self.config, self.compute_dtype, mesh, np.zeros(size_of(members)), rows, width, asked.max_new_tokens, window
-        )
-        for part in batch.parts:
-            writing = passes.begin_writing(
-                self.config, build, mesh, width, request.stop, shared, members, prefix, writing, np.int32(part.begin),
-                *batch.part(part),
-            )  # fmt: skip
         tokens, done = np.asarray(writing.tokens), np.asarray(writing.done)
         # Rows that fill up a part say nothing.
         done = done | (batch.rows < 0)
         while not (done.all() or left.is_set()):
-            writing = writing.replace(done=jax.device_put(done, writing.done.sharding))
+            writing = replace(writing, done=jax.device_put(done, writing.done.sharding))
             writing = passes.keep_writing(
-                self.config, build, mesh, count, window, request.stop, shared, members, writing, prefix, batch.tokens,
-                seen,
+                self.config, build, mesh, count, _window(batch), request.stop, shared, members, writing, prefix,
+                batch.tokens, seen,
             )  # fmt: skip
             tokens, done = np.array(writing.tokens), np.asarray(writing.done)
             if asked.stop and not done.all():

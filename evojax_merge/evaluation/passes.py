@@ -6,7 +6,7 @@ every leaf); a static `build` makes a layer source of the two.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from evojax_merge.evaluation.devices import over_population, size_of, spread
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache, Columns, HeadSource, forward, logits, prefix_columns, score_targets
-from evojax_merge.models.generate import Writing, blank, continue_, start
-from evojax_merge.models.sources import Merged, Stored, merge_of
+from evojax_merge.models.generate import Writing, blank, by_layer, continue_, start
+from evojax_merge.models.sources import Apart, Merged, Stored, merge_of
 from evojax_merge.tasks.task import Reduce
+
+Whole = TypeVar("Whole", Stored, Apart)
 
 
 class Build(Protocol):
@@ -42,7 +44,7 @@ class MergeOf:
 class Alone:
     """One stored model, which is what is shared; its member says nothing."""
 
-    def __call__(self, shared: Stored, member: Any) -> Stored:
+    def __call__(self, shared: Whole, member: Any) -> Whole:
         return shared
 
 
@@ -50,7 +52,7 @@ class Alone:
 class Each:
     """Candidates are stored models of their own."""
 
-    def __call__(self, shared: None, member: Stored) -> Stored:
+    def __call__(self, shared: None, member: Whole) -> Whole:
         return member
 
 
@@ -141,6 +143,18 @@ def materialise(build: MergeOf, mesh: Mesh | None, bank: Bank, recipes: Recipe) 
     return spread(mesh, local, bank, recipes)
 
 
+@jax.jit
+def lay_apart(model: Stored) -> Apart:
+    """A model with its layers in arrays of their own."""
+    return model.apart()
+
+
+@partial(jax.jit, static_argnums=0)
+def lay_each_apart(mesh: Mesh | None, members: Stored) -> Apart:
+    """Candidates with the layers of each in arrays of their own."""
+    return spread(mesh, lambda _, members: jax.vmap(Stored.apart)(members), None, members)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2, 4, 5, 6, 7))
 def open_writing(
     config: DecoderConfig, dtype: str, mesh: Mesh | None, members: Any, rows: int, width: int, new: int, window: int
@@ -175,6 +189,12 @@ def begin_writing(
         return start(config, partial(build, known), own, writing, width, row, tokens, first, stop, prefix)
 
     return spread(mesh, local, (shared, row, tokens, first), (members, writing, prefix))
+
+
+@partial(jax.jit, static_argnums=0)
+def end_reading(mesh: Mesh | None, writing: Writing) -> Writing:
+    """When all prompts are read (see models.generate)."""
+    return spread(mesh, lambda _, writing: by_layer(writing), None, writing)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(8,))

@@ -58,6 +58,14 @@ class LayerSource(HeadSource, Protocol):
     def final_norm(self) -> jax.Array: ...
 
 
+class StoredSource(HeadSource, Protocol):
+    """A model that exists, layer by layer."""
+
+    def each_layer(self) -> Sequence[Weights]: ...
+    def embed(self, tokens: jax.Array) -> jax.Array: ...
+    def final_norm(self) -> jax.Array: ...
+
+
 @struct.dataclass
 class Cache:
     """Keys `[L, G, B, head_dim, S]` and values `[L, G, B, S, head_dim]` of the columns that were seen."""
@@ -293,21 +301,22 @@ def forward(
 
 def step(
     config: DecoderConfig,
-    source: LayerSource,
-    cache: Cache,
+    source: StoredSource,
+    cache: Sequence[Cache],
     column: jax.Array,
     tokens: jax.Array,
     first: jax.Array,
     prefix: Cache | None = None,
-) -> tuple[jax.Array, Cache]:
+) -> tuple[jax.Array, tuple[Cache, ...]]:
     """A few tokens further: tokens `int32[B, W]` stand in the columns from `column` on (a scalar, the same for the
-    whole batch, or `int32[B]`) of rows that begin at `first: int32[B]`, behind the prefix where there is one.
+    whole batch, or `int32[B]`) of rows that begin at `first: int32[B]`, behind the prefix where there is one. cache:
+    each layer's, without the axis L.
 
     Returns the final hidden states `[B, W, hidden]` and the cache with these columns written. What stood in or behind
     them is not seen.
     """
     before = 0 if prefix is None else prefix.width
-    (rows, count), width = tokens.shape, cache.width
+    (rows, count), width = tokens.shape, cache[0].width
     positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - first[:, None]
     here = Columns(positions, jnp.zeros_like(positions))
     # Each as the last token of its text, as if it came alone.
@@ -315,41 +324,31 @@ def step(
     rotary = (alone[0].reshape(rows, count, -1), alone[1].reshape(rows, count, -1))
     behind = columns_of(width, first, width - first)
     there = Columns(before + behind.positions, behind.branches)
-
-    def layer(carry: tuple[jax.Array, Cache], xs: tuple[Any, jax.Array, jax.Array, Cache | None]) -> tuple[Any, None]:
-        x, cache = carry
-        slice_, window, index, shared = xs
-        weights = source.layer(slice_)
+    x, written = source.embed(tokens), []
+    # Not a scan: to pick a layer of a stack, be it weights or cache, a CPU copies it, which takes as long as to use it.
+    for index, (weights, kept) in enumerate(zip(source.each_layer(), cache, strict=True)):
+        window = jnp.int32(config.windows[index])
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         query, key, value = project_qkv(config, weights, normed, rotary)
-        # Carried, not stacked by the scan: the compiler then writes these columns in place.
-        cache = Cache(
-            write_columns(cache.keys, key, index, column, 4), write_columns(cache.values, value, index, column, 3)
-        )
-        parts = [Seen(cache.keys[index], cache.values[index], visible(window, here, there))]
-        if shared is not None:
-            parts.insert(0, Seen(shared.keys[:, 0], shared.values[:, 0], visible(window, here, prefix_columns(before))))
+        kept = Cache(write_columns(kept.keys, key, column, 3), write_columns(kept.values, value, column, 2))
+        parts = [Seen(kept.keys, kept.values, visible(window, here, there))]
+        if prefix is not None:
+            seen = visible(window, here, prefix_columns(before))
+            parts.insert(0, Seen(prefix.keys[index, :, 0], prefix.values[index, :, 0], seen))
         x = x + linear(attend(query, parts), weights, "o")
         x = x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps))
-        return (x, cache), None
-
-    x = source.embed(tokens)
-    windows = jnp.asarray(config.windows, jnp.int32)
-    (x, cache), _ = jax.lax.scan(layer, (x, cache), (source.layers, windows, jnp.arange(config.layers), prefix))
-    return rms_norm(x, source.final_norm(), config.norm_eps), cache
+        written.append(kept)
+    return rms_norm(x, source.final_norm(), config.norm_eps), tuple(written)
 
 
-def write_columns(kept: jax.Array, fresh: jax.Array, layer: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """`kept: [L, G, B, …]` with a layer's fresh entries `[G, B, …]` from `column` on along `axis`: a scalar, or
-    `int32[B]`, a column for each row."""
+def write_columns(kept: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """`kept: [G, B, …]` with fresh entries `[G, B, …]` from `column` on along `axis`: a scalar, or `int32[B]`, a column
+    for each row."""
     fresh = fresh.astype(kept.dtype)
     if column.ndim == 0:
-        start: list[jax.Array | int] = [layer, 0, 0, 0, 0]
-        start[axis] = column
-        return jax.lax.dynamic_update_slice(kept, fresh[None], start)
-    rows = jnp.arange(kept.shape[2])
-    places = jnp.stack([jnp.full_like(rows, layer), rows, column], axis=-1)
-    window = jax.lax.ScatterDimensionNumbers((1, 2, 3), (0, 2), (0, 2, axis))
+        return jax.lax.dynamic_update_slice_in_dim(kept, fresh, column, axis)
+    places = jnp.stack([jnp.arange(kept.shape[1]), column], axis=-1)
+    window = jax.lax.ScatterDimensionNumbers((1, 2, 3), (1,), (1, axis))
     return jax.lax.scatter(
         kept, places, fresh.swapaxes(0, 1), window, indices_are_sorted=True, unique_indices=True,
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,

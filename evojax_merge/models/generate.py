@@ -1,8 +1,8 @@
 """Greedy generation of a population over one batch of prompts. May import models' other files.
 
-`start` reads prompts, in parts of their own widths; `continue_` writes on after all of them together, in several calls,
-so that the host can look at what was written so far. Sequences that ended, by a stop token or because the host says so,
-are no longer written.
+`start` reads prompts, in parts of their own widths; then, `by_layer`, `continue_` writes on after all of them together,
+in several calls, so that the host can look at what was written so far. Sequences that ended, by a stop token or because
+the host says so, are no longer written.
 
 A pass reads all weights to write a token, and would read as much to write a few. So each pass is given a *window*: the
 last token, and a guess at what follows it, looked up in what other candidates wrote after the same prompt, in the
@@ -20,7 +20,7 @@ from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache, Columns, columns_of, forward, logits, step
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.sources import Apart, Stored
 
 # What stands in the output after a sequence has ended.
 ENDED = -1
@@ -33,34 +33,34 @@ LOOK = 4
 @struct.dataclass
 class Writing:
     """Where P candidates stand on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], what each has
-    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; first:
-    int32[P, B], the column of each prompt's first token; done: bool[P, B], the sequences that have ended."""
+    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; cache: one
+    Cache while prompts are read, and after that a tuple, each layer's without the axis L; first: int32[P, B], the
+    column of each prompt's first token; done: bool[P, B], the sequences that have ended."""
 
     tokens: jax.Array
     made: jax.Array
-    cache: Cache
+    cache: Any
     first: jax.Array
     done: jax.Array
 
 
-# A member of the population -> its model.
-SourceOf = Callable[[Any], Stored]
+# A member of the population -> its model, to read with and to write with.
+Reader = Callable[[Any], Stored]
+Writer = Callable[[Any], Stored | Apart]
 
 
 def blank(config: DecoderConfig, dtype: str, size: int, rows: int, width: int, new: int, window: int) -> Writing:
     """Room for `size` candidates to write up to `new` tokens, `window` in a pass, after `rows` prompts of up to `width`
     tokens; none has been read, and so all are done."""
-    keys = (config.layers, config.kv_heads, rows, config.head_dim, width + new + window - 1)
-    cache = Cache(
-        jnp.zeros((size, *keys), jnp.dtype(dtype)), jnp.zeros((size, *keys[:3], *keys[:2:-1]), jnp.dtype(dtype))
-    )
+    room, heads, dim = width + new + window - 1, (size, config.layers, config.kv_heads, rows), config.head_dim
+    cache = Cache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
     nothing = jnp.zeros((size, rows), jnp.int32)
     return Writing(jnp.full((size, rows, new), ENDED, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0)
 
 
 def start(
     config: DecoderConfig,
-    source_of: SourceOf,
+    source_of: Reader,
     members: Any,
     writing: Writing,
     width: int,
@@ -103,9 +103,16 @@ def start(
     )
 
 
+def by_layer(writing: Writing) -> Writing:
+    """When all prompts are read: the cache as `continue_` takes it."""
+    keys, values = writing.cache.keys, writing.cache.values
+    cache = tuple(Cache(keys[:, i], values[:, i]) for i in range(keys.shape[1]))
+    return Writing(writing.tokens, writing.made, cache, writing.first, writing.done)
+
+
 def continue_(
     config: DecoderConfig,
-    source_of: SourceOf,
+    source_of: Writer,
     members: Any,
     writing: Writing,
     passes: int,
@@ -121,6 +128,10 @@ def continue_(
     width, new = prompts.shape[1], writing.tokens.shape[-1]
     # One set of prompts for the whole population.
     first = writing.first[0]
+    # A population of one goes without its axis: the compiler would copy every cache to put it on and take it off.
+    alone = writing.made.shape[0] == 1
+    given_all = (members, writing, prefix)
+    members, writing, prefix = jax.tree.map(lambda leaf: leaf[0], given_all) if alone else given_all
 
     def unfinished(carry: Any) -> jax.Array:
         number, writing = carry
@@ -131,7 +142,9 @@ def continue_(
         # Without guesses all that still write stand in one column: the caches are then written in place.
         together = width + jnp.max(jnp.where(writing.done, 0, writing.made)) - 1 if window == 1 else None
 
-        def further(member: Any, cache: Cache, tokens: jax.Array, made: jax.Array, prefix: Any) -> Any:
+        def further(
+            member: Any, cache: tuple[Cache, ...], tokens: jax.Array, made: jax.Array, prefix: Cache | None
+        ) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
             model = source_of(member)
             text = jnp.concatenate([seen, prompts, tokens], axis=1)
             column = width + made - 1
@@ -139,10 +152,12 @@ def continue_(
             hidden, cache = step(config, model, cache, column if together is None else together, given, first, prefix)
             return given, _greedy(config, model, hidden), cache
 
-        given, found, cache = _each(further, members, writing.cache, writing.tokens, writing.made, prefix)
+        run = further if alone else jax.vmap(further)
+        given, found, cache = run(members, writing.cache, writing.tokens, writing.made, prefix)
         # What follows the last token is right, and what follows a token that was guessed rightly.
         right = jnp.cumprod(found[..., :-1] == given[..., 1:], axis=-1).sum(axis=-1) + 1
-        ends = jnp.argmax(jnp.pad(_among(found, stop), [(0, 0), (0, 0), (0, 1)], constant_values=True), axis=-1)
+        stops = _among(found, stop)
+        ends = jnp.where(stops.any(axis=-1), jnp.argmax(stops, axis=-1), window)
         kept = jnp.where(writing.done, 0, jnp.minimum(jnp.minimum(right, ends), new - writing.made))
         place = jnp.arange(new) - writing.made[..., None]
         fresh = jnp.take_along_axis(found, jnp.clip(place, 0, window - 1), axis=-1)
@@ -151,7 +166,8 @@ def continue_(
         done = writing.done | (ends < right) | (made >= new)
         return number + 1, Writing(tokens, made, cache, writing.first, done)
 
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), writing))[1]
+    writing = jax.lax.while_loop(unfinished, body, (jnp.int32(0), writing))[1]
+    return jax.tree.map(lambda leaf: leaf[None], writing) if alone else writing
 
 
 def look_up_next(text: jax.Array, last: jax.Array, window: int) -> jax.Array:
@@ -183,7 +199,7 @@ def _among(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
     return (tokens[..., None] == jnp.asarray(stop or (ENDED,), jnp.int32)).any(-1)
 
 
-def _greedy(config: DecoderConfig, model: Stored, hidden: jax.Array) -> jax.Array:
+def _greedy(config: DecoderConfig, model: Stored | Apart, hidden: jax.Array) -> jax.Array:
     scores = logits(config, model, hidden)
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     # A NaN counts as the largest, so that what is found is finite only where all are, but for minus infinities.

@@ -21,13 +21,11 @@ from evojax_merge.models.decoder import Weights
 Slices = tuple[jax.Array, jax.Array | None]
 
 
-@struct.dataclass
-class Stored:
-    """A stored model. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is untied)."""
+class _Whole:
+    """What sources of a model that exists have in common."""
 
-    layers: Weights
     shared: Weights
-    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+    compute_dtype: str
 
     @property
     def ahead(self) -> bool:
@@ -50,6 +48,35 @@ class Stored:
 
     def head(self, slices: jax.Array) -> jax.Array:
         return self._cast(slices)
+
+
+@struct.dataclass
+class Stored(_Whole):
+    """A stored model. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is untied)."""
+
+    layers: Weights
+    shared: Weights
+    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    def each_layer(self) -> list[Weights]:
+        depth = len(next(iter(self.layers.values())))
+        return [self.layer({name: leaf[i] for name, leaf in self.layers.items()}) for i in range(depth)]
+
+    def apart(self) -> "Apart":
+        """The same, its layers in arrays of their own."""
+        return Apart(tuple(self.each_layer()), self.shared, self.compute_dtype)
+
+
+@struct.dataclass
+class Apart(_Whole):
+    """A stored model whose layers lie apart, for a decoder that takes them one by one."""
+
+    each: tuple[Weights, ...]
+    shared: Weights
+    compute_dtype: str = struct.field(pytree_node=False, default="float32")
+
+    def each_layer(self) -> list[Weights]:
+        return list(self.each)
 
 
 @struct.dataclass
