@@ -9,7 +9,7 @@ SmolLM2-135M-Instruct and its two fine-tunes (made on the first run), population
 - scores: seconds per candidate of likelihood rows, of 8-shot prompts, and of multiple choice, where our side computes
   what prompts share once. The peer scores whole rows, as they are, in batches of as many tokens.
 - building: the same where the peer has to make its candidate first, with mergekit, as today's loop does.
-- writing: tokens per second of greedy generation, prompts of one length, no stop.
+- writing: tokens per second of greedy generation after word problems, no stop; the peer has all of them in one batch.
 
 Both sides score the same rows; their scores must agree. The first pass of either (compilation, caches) is not counted.
 """
