@@ -3,8 +3,9 @@
 May import models, tasks and evaluation's other files. The result for a task is a score matrix `float32[P, N]`; fitness
 is a reduction of it. Scoring streams: a candidate's layers are merged inside the forward pass and never exist together,
 unless several passes would do the merge again and there is room to keep it. Generation materialises a chunk of
-candidates first, and guesses at what they write from what those before them wrote. How many candidates go through a pass together (the *chunk*), and how many rows, is chosen from the
-memory that the compiler reports; where that was too much, less is tried.
+candidates first, and guesses at what they write from what those before them wrote. How many candidates go through a
+pass together (the *chunk*), and how many rows, is chosen from the memory that the compiler reports; where that was too
+much, less is tried.
 """
 
 from collections import deque
