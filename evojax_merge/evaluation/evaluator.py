@@ -50,7 +50,7 @@ WINDOW = 8
 CPU_WINDOWS, ACCELERATOR_WINDOWS = 8, 256
 # Candidates whose outputs are remembered, for guesses at the next ones'.
 REMEMBERED = 2
-# Share of the free memory that candidates may take that are put together for several passes.
+# Share of the free memory that candidates may take that are put together, or laid apart, for several passes.
 WHOLE_SHARE = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
 CPU_MODELS = 32 * 2**20

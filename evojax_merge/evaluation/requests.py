@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import on_accelerator
 from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
@@ -97,15 +95,18 @@ def _check_lengths(asked: Asked, context: int) -> None:
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 
-def _shape(part: Any) -> Any:
-    return part.shape if isinstance(part, np.ndarray) else part
+def _shapes(batch: ScoringBatch | PromptBatch) -> list[Any]:
+    """What is compiled for a batch: prompts are read in parts, and written on together."""
+    if isinstance(batch, PromptBatch):
+        return [batch.tokens.shape, *((part.end - part.begin, part.width, "read") for part in batch.parts)]
+    return [tuple(array.shape for array in vars(batch).values())]
 
 
 def describe_requests(requests: Sequence[Requests]) -> str:
     """One line: what each candidate is asked."""
     parts: list[Batches[Any]] = [p for r in requests for p in (r.scoring, r.prompts) if p is not None]
     rows = sum(len(request.asked.scored) + len(request.asked.prompts) for request in requests)
-    shapes = {(len(p.header), *map(_shape, vars(b).values())) for p in parts for b in p.batches}
+    shapes = {(len(p.header), shape) for p in parts for batch in p.batches for shape in _shapes(batch)}
     tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
     shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
     return (
