@@ -201,6 +201,38 @@ def test_interrupt_saves_and_says_how_to_go_on(config_file, finished, tmp_path):
     assert len(history) == GENERATIONS + 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
+    """One that comes in the middle of a save lets it finish, and is then what it would have been; a second one does
+    not wait."""
+    script = tmp_path / "save.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from evojax_merge import cli\n"
+        "from evojax_merge.search.run_folder import Checkpoints, RunFolder, interrupts_held\n"
+        "number, times, folder = int(sys.argv[1]), int(sys.argv[2]), RunFolder(Path(sys.argv[3]))\n"
+        "def save():\n"
+        "    with Checkpoints(folder) as checkpoints:\n"
+        "        with interrupts_held():\n"
+        "            for _ in range(times):\n"
+        "                os.kill(os.getpid(), number)\n"
+        "            checkpoints.save(1, {'mean': 1.0})\n"
+        "        print('went on')\n"
+        "signal.signal(signal.SIGTERM, cli._terminate)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "status = cli.run(save)\n"
+        "with Checkpoints(folder) as checkpoints:\n"
+        "    print(checkpoints.latest())\n"
+        "sys.exit(status)\n"
+    )
+    for times, saved in ((1, "1\n"), (2, "None\n"), (0, "went on\n1\n")):
+        arguments = [sys.executable, script, str(int(number)), str(times), tmp_path / f"run{times}"]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.stdout == saved and done.returncode == (130 if times else 0)
+        assert done.stderr == ("interrupted\n" if times else "")
+
+
 def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
     out = tmp_path / "done"
     shutil.copytree(finished, out)

@@ -18,7 +18,7 @@ from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.evaluation.signals import warnings
 from evojax_merge.search.foresight import Known
 from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
-from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, truncate_lines
+from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, interrupts_held, truncate_lines
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
 
@@ -95,11 +95,12 @@ def run_search(
                     reporter.said(line)
             state = _next_state(strategy, asked, number, genomes, raced, state)
             row = _history_row(number, raced, state)
-            if writes:
-                append_line(folder.history, row)
-                timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
-                append_line(folder.timing, timing)
-            checkpoints.save(number + 1, state)
+            with interrupts_held():
+                if writes:
+                    append_line(folder.history, row)
+                    timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
+                    append_line(folder.timing, timing)
+                checkpoints.save(number + 1, state)
             reporter.finished(
                 Generation(
                     number=number,

@@ -14,6 +14,10 @@ report.png       fitness over generations, and the winner's parameters
 import json
 import os
 import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +162,37 @@ def _differences(one: Any, other: Any, key: str = "") -> list[str]:
     return [] if one == other else [key]
 
 
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM that arrive in this block act at its end; a second one acts at once. Orbax waits in an event
+    loop that an interruption leaves half closed, with what it was saving. Signals reach the main thread alone; in
+    another this does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def release() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def hold(number: int, frame: Any) -> None:
+        held.append(number)
+        if len(held) > 1:
+            release()
+            signal.raise_signal(number)
+
+    for number in usual:
+        signal.signal(number, hold)
+    try:
+        yield
+    finally:
+        release()
+    if held:
+        signal.raise_signal(held[0])
+
+
 class Checkpoints:
     """The state after each generation. A process killed in the middle of a save leaves the last one intact."""
 
@@ -178,13 +213,14 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(self, generations: int, state: Any) -> None:
-        """Every process has the same state, and all of them call this; one writes."""
+        """Every process has the same state, and all of them call this, with `interrupts_held`; one writes."""
         with in_step():
             self._checkpointer.save_pytree(generations, jax.tree.map(np.asarray, state))
 
     def load(self, generations: int, like: Any) -> Any:
         """Restore into the structure of `like`."""
-        loaded = self._checkpointer.load_pytree(generations, jax.tree.map(np.asarray, like))
+        with interrupts_held():
+            loaded = self._checkpointer.load_pytree(generations, jax.tree.map(np.asarray, like))
         return jax.tree.map(lambda new, old: jnp.asarray(new) if isinstance(old, jax.Array) else new, loaded, like)
 
     def __enter__(self) -> "Checkpoints":
