@@ -1,6 +1,7 @@
 """What every test shares: a CPU unless told otherwise, a cache folder of the suite's own, no network."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports JAX or transformers. A user's own JAX_PLATFORMS is kept.
@@ -12,8 +13,33 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What the program caches (compiled programs, the demo family) stays out of the user's own cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xdg")
 
+import jax
 import pytest
 from helpers import Family, build_family
+
+# They compile many programs that run for a moment, and take a third less time without the compiler's slow passes. All
+# others, of kernels and of real models, run what users run; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has these do it as well.
+QUICKLY_COMPILED = {
+    f"test_{name}"
+    for name in (
+        "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate", "harness",
+        "mergekit_evolve", "racing", "search",
+    )
+}  # fmt: skip
+SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+GIVEN = os.environ.get(SWITCH)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How this module's programs are compiled, here and in the processes that it starts."""
+    quickly = GIVEN or str(int(request.module.__name__ in QUICKLY_COMPILED))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, quickly)
+        before = jax.config.read("jax_disable_most_optimizations")
+        jax.config.update("jax_disable_most_optimizations", quickly == "1")
+        yield
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

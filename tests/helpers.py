@@ -151,7 +151,7 @@ def greedy_tokens(
     config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1, seen: Any = None
 ) -> np.ndarray:
     """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
-    from evojax_merge.models.generate import blank, by_layer, continue_, start
+    from evojax_merge.models.generate import blank, continue_, start
 
     @jax.jit
     def run(model: Any, tokens: jax.Array, first: jax.Array, seen: jax.Array) -> jax.Array:
@@ -161,7 +161,7 @@ def greedy_tokens(
         members, (rows, width) = jnp.zeros(1), tokens.shape
         writing = blank(config, model.compute_dtype, 1, rows, width, new, window)
         writing = start(config, alone, members, writing, width, jnp.int32(0), tokens, first, stop)
-        return continue_(config, alone, members, by_layer(writing), new, window, stop, tokens, seen).tokens
+        return continue_(config, alone, members, writing, new, window, stop, tokens, seen).tokens
 
     tokens = jnp.asarray(tokens, jnp.int32)
     seen = jnp.zeros((len(tokens), 0), jnp.int32) if seen is None else jnp.asarray(seen, jnp.int32)

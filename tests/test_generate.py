@@ -12,7 +12,7 @@ from helpers import greedy_tokens, random_model, save, tiny_config
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.generate import BROKEN, ENDED, blank, by_layer, continue_, look_up_next, start
+from evojax_merge.models.generate import BROKEN, ENDED, blank, continue_, look_up_next, start
 from evojax_merge.models.sources import Stored
 
 ROWS, WIDTH, NEW = 4, 9, 21
@@ -78,7 +78,6 @@ def written_in(model: Any, prompts: Any, passes: int, window: int, seen: np.ndar
 
         writing = blank(config, "float32", 1, ROWS, WIDTH, NEW, window)
         writing = start(config, alone, jnp.zeros(1), writing, WIDTH, jnp.int32(0), tokens, first, ())
-        writing = by_layer(writing)
         return continue_(config, alone, jnp.zeros(1), writing, passes, window, (), tokens, seen).made[0]
 
     return np.asarray(run(stored, jnp.asarray(seen, jnp.int32), passes))
@@ -115,7 +114,7 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
             part = tokens[row:end, WIDTH - width :], first[row:end] - (WIDTH - width)
             writing = start(config, scaled, scales, writing, WIDTH, jnp.int32(row), *part, ())
         seen = jnp.asarray(expected[0])
-        found = continue_(config, scaled, scales, by_layer(writing), NEW, window, (), tokens, seen)
+        found = continue_(config, scaled, scales, writing, NEW, window, (), tokens, seen)
         assert np.asarray(found.tokens).tolist() == [rows.tolist() for rows in expected]
 
 
@@ -130,7 +129,7 @@ def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: n
     for row in range(ROWS):
         own = tokens[row : row + 1, first[row] :]
         writing = start(config, alone, jnp.zeros(1), writing, WIDTH, jnp.int32(row), own, np.zeros(1, np.int32), ())
-    found = continue_(config, alone, jnp.zeros(1), by_layer(writing), NEW, 3, (), jnp.asarray(tokens), tokens)
+    found = continue_(config, alone, jnp.zeros(1), writing, NEW, 3, (), jnp.asarray(tokens), tokens)
     assert np.asarray(found.tokens)[0].tolist() == plain.tolist()
 
 

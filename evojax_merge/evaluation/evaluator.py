@@ -459,7 +459,7 @@ class Evaluator:
                 self.config, build, mesh, width, request.stop, shared, members, prefix, writing, np.int32(part.begin),
                 *batch.part(part),
             )  # fmt: skip
-        return passes.end_reading(mesh, writing)
+        return writing
 
     def _continue(
         self,

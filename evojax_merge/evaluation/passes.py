@@ -16,7 +16,7 @@ from evojax_merge.evaluation.devices import over_population, size_of, spread
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import Cache, Columns, HeadSource, forward, logits, prefix_columns, score_targets
-from evojax_merge.models.generate import Writing, blank, by_layer, continue_, start
+from evojax_merge.models.generate import Writing, blank, continue_, start
 from evojax_merge.models.sources import Apart, Merged, Stored, merge_of
 from evojax_merge.tasks.task import Reduce
 
@@ -189,12 +189,6 @@ def begin_writing(
         return start(config, partial(build, known), own, writing, width, row, tokens, first, stop, prefix)
 
     return spread(mesh, local, (shared, row, tokens, first), (members, writing, prefix))
-
-
-@partial(jax.jit, static_argnums=0)
-def end_reading(mesh: Mesh | None, writing: Writing) -> Writing:
-    """When all prompts are read (see models.generate)."""
-    return spread(mesh, lambda _, writing: by_layer(writing), None, writing)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(8,))

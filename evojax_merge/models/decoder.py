@@ -105,11 +105,15 @@ def product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """`x @ W.T` with `W: [out, in]`: `[..., out]` in `dtype`, by default the operands'."""
     if x.size // x.shape[-1] >= FEW_ROWS:
         return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    # A few rows against large weights: a CPU's product is up to a quarter faster as W @ x.T, with x.T laid out anew.
-    # The barriers keep the compiler from turning it round again.
+    # A few rows against large weights: a CPU's product is up to a quarter faster as W @ x.T.
+    return upright_product(x, weight, dtype).T.reshape(*x.shape[:-1], -1)
+
+
+def upright_product(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
+    """`W @ x.T` with `W: [out, in]`: `[out, rows]`, with x.T laid out anew. The barriers keep the compiler from turning
+    it round."""
     columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    y = jax.lax.optimization_barrier(jnp.einsum("oi,ib->ob", weight, columns, preferred_element_type=dtype))
-    return y.T.reshape(*x.shape[:-1], -1)
+    return jax.lax.optimization_barrier(jnp.einsum("oi,ib->ob", weight, columns, preferred_element_type=dtype))
 
 
 def linear(x: jax.Array, weights: Weights, name: str) -> jax.Array:
@@ -358,6 +362,17 @@ def write_columns(kept: jax.Array, fresh: jax.Array, column: jax.Array, axis: in
 def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
     return product(hidden, source.head(source.head_slices(0, config.vocab)), jnp.float32)
+
+
+def likeliest(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The likeliest tokens `int32[…]` after final hidden states `[…, hidden]`, of equals the first, and their float32
+    logits, NaN where any token's is."""
+    # Upright, a CPU compares the logits of many rows at a time.
+    scores = upright_product(hidden, source.head(source.head_slices(0, config.vocab)), jnp.float32)
+    # Of a column, NaN counts as the largest; a maximum need not keep it.
+    best = jnp.argmax(scores, axis=0).astype(jnp.int32)
+    most = jnp.take_along_axis(scores, best[None], axis=0)[0]
+    return best.reshape(hidden.shape[:-1]), most.reshape(hidden.shape[:-1])
 
 
 def score_targets(

@@ -1,8 +1,8 @@
 """Greedy generation of a population over one batch of prompts. May import models' other files.
 
-`start` reads prompts, in parts of their own widths; then, `by_layer`, `continue_` writes on after all of them together,
-in several calls, so that the host can look at what was written so far. Sequences that ended, by a stop token or because
-the host says so, are no longer written.
+`start` reads prompts, in parts of their own widths; then `continue_` writes on after all of them together, in several
+calls, so that the host can look at what was written so far. Sequences that ended, by a stop token or because the host
+says so, are no longer written.
 
 A pass reads all weights to write a token, and would read as much to write a few. So each pass is given a *window*: the
 last token, and a guess at what follows it, looked up in what other candidates wrote after the same prompt, in the
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Cache, Columns, columns_of, forward, logits, step
+from evojax_merge.models.decoder import Cache, Columns, columns_of, forward, likeliest, step
 from evojax_merge.models.sources import Apart, Stored
 
 # What stands in the output after a sequence has ended.
@@ -33,13 +33,13 @@ LOOK = 4
 @struct.dataclass
 class Writing:
     """Where P candidates stand on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], what each has
-    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; cache: one
-    Cache while prompts are read, and after that a tuple, each layer's without the axis L; first: int32[P, B], the
-    column of each prompt's first token; done: bool[P, B], the sequences that have ended."""
+    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; cache: of
+    each layer, without the axis L; first: int32[P, B], the column of each prompt's first token; done: bool[P, B], the
+    sequences that have ended."""
 
     tokens: jax.Array
     made: jax.Array
-    cache: Any
+    cache: tuple[Cache, ...]
     first: jax.Array
     done: jax.Array
 
@@ -52,8 +52,11 @@ Writer = Callable[[Any], Stored | Apart]
 def blank(config: DecoderConfig, dtype: str, size: int, rows: int, width: int, new: int, window: int) -> Writing:
     """Room for `size` candidates to write up to `new` tokens, `window` in a pass, after `rows` prompts of up to `width`
     tokens; none has been read, and so all are done."""
-    room, heads, dim = width + new + window - 1, (size, config.layers, config.kv_heads, rows), config.head_dim
-    cache = Cache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
+    room, heads, dim = width + new + window - 1, (size, config.kv_heads, rows), config.head_dim
+    cache = tuple(
+        Cache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
+        for _ in range(config.layers)
+    )
     nothing = jnp.zeros((size, rows), jnp.int32)
     return Writing(jnp.full((size, rows, new), ENDED, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0)
 
@@ -89,25 +92,22 @@ def start(
     def put(there: jax.Array, fresh: jax.Array, *at: jax.Array | int) -> jax.Array:
         return jax.lax.dynamic_update_slice(there, fresh.astype(there.dtype), at)
 
-    token, cache = _each(read, members, prefix)
+    token, fresh = _each(read, members, prefix)
     done, column = _among(token, stop), width - own
+    cache = tuple(
+        Cache(
+            put(kept.keys, fresh.keys[:, i], 0, 0, row, 0, column),
+            put(kept.values, fresh.values[:, i], 0, 0, row, column, 0),
+        )
+        for i, kept in enumerate(writing.cache)
+    )
     return Writing(
         put(writing.tokens, jnp.where(done, ENDED, token)[..., None], 0, row, 0),
         put(writing.made, jnp.where(done, 0, 1), 0, row),
-        Cache(
-            put(writing.cache.keys, cache.keys, 0, 0, 0, row, 0, column),
-            put(writing.cache.values, cache.values, 0, 0, 0, row, column, 0),
-        ),
+        cache,
         put(writing.first, jnp.broadcast_to(first + column, token.shape), 0, row),
         put(writing.done, done | (writing.tokens.shape[-1] == 1), 0, row),
     )
-
-
-def by_layer(writing: Writing) -> Writing:
-    """When all prompts are read: the cache as `continue_` takes it."""
-    keys, values = writing.cache.keys, writing.cache.values
-    cache = tuple(Cache(keys[:, i], values[:, i]) for i in range(keys.shape[1]))
-    return Writing(writing.tokens, writing.made, cache, writing.first, writing.done)
 
 
 def continue_(
@@ -200,8 +200,6 @@ def _among(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 
 
 def _greedy(config: DecoderConfig, model: Stored | Apart, hidden: jax.Array) -> jax.Array:
-    scores = logits(config, model, hidden)
-    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    # A NaN counts as the largest, so that what is found is finite only where all are, but for minus infinities.
-    most = jnp.take_along_axis(scores, best[..., None], axis=-1)[..., 0]
+    best, most = likeliest(config, model, hidden)
+    # What is found is finite only where all are, but for minus infinities.
     return jnp.where(jnp.isfinite(most), best, BROKEN)

@@ -19,6 +19,8 @@ from evojax_merge.tasks.task import Row
 # Widths: as few as bring the padding below this share of the computed positions, between so few and so many.
 PADDING = 0.15
 BUCKETS = (4, 8)
+# Of prompts, of which a width only reads, and that together are a third of what writing takes.
+PROMPT_PADDING = 0.1
 # Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
 LENGTH_STEP = 8
 # A shorter header is left in the rows: a pass of its own costs more.
@@ -227,10 +229,12 @@ class Shape:
     size: int
 
 
-def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, most_rows: int | None = None) -> list[Shape]:
+def batch_shapes(
+    splits: Sequence[np.ndarray], tokens_per_batch: int, padding: float, most_rows: int | None = None
+) -> list[Shape]:
     """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
     `tokens_per_batch` tokens and at most so many rows, of sizes that fill the batches of the first split best. As few
-    widths as keep its padding below `PADDING`, or those that come nearest to it."""
+    widths as keep its padding below this share, or those that come nearest to it."""
     everything, first = np.concatenate(splits), splits[0]
     tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
     found = []
@@ -243,7 +247,7 @@ def batch_shapes(splits: Sequence[np.ndarray], tokens_per_batch: int, most_rows:
             cells += -(-count // shapes[-1].size) * shapes[-1].size * width
             above = width
         found.append((cells, shapes))
-        if cells * (1 - PADDING) <= first.sum():
+        if cells * (1 - padding) <= first.sum():
             break
     return min(found, key=lambda one: one[0])[1]
 
@@ -273,7 +277,7 @@ def scoring_batches(
     header = header_length([row for rows in splits for row in rows])
     sheets = [sheets_of(rows, header, pack) for rows in splits]
     lengths = [np.array([len(sheet.tokens) for sheet in split]) for split in sheets]
-    shapes = batch_shapes(lengths, tokens_per_batch)
+    shapes = batch_shapes(lengths, tokens_per_batch, PADDING)
     groups = [
         [(shape, [split[i] for i in members]) for shape, members in _grouped(count, shapes)]
         for split, count in zip(sheets, lengths, strict=True)
@@ -335,7 +339,7 @@ def prompt_batches(
     header = header_length([row for rows in splits for row in rows])
     lengths = [np.array([len(row.tokens) - header for row in rows]) for rows in splits]
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
-    shapes = batch_shapes(lengths, tokens_per_part, most)
+    shapes = batch_shapes(lengths, tokens_per_part, PROMPT_PADDING, most)
     parts = [list(_grouped(count, shapes)) for count in lengths]
     # As many rows as fill the first split's batches best.
     size = max(shape.size for shape in shapes)
