@@ -51,6 +51,8 @@ from evojax_merge.tasks.task import Row
 MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
 # Passes that a share of the peak is measured over, one after the other but for what overlaps.
 PASSES = 4
+# How often each side writes.
+ROUNDS = 3
 PARTS = ("peak", "scores", "building", "writing")
 
 
@@ -67,12 +69,13 @@ class Sizes:
 def median_seconds(run: Callable[[], Any], times: int) -> float:
     """The median over `times` runs, after one that is not counted."""
     run()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+    return float(np.median([seconds_of(run) for _ in range(times)]))
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def matrix_peak() -> float:
@@ -322,16 +325,19 @@ def writing_part(folder: Path, sizes: Sizes) -> None:
         strategy = make_strategy(problem.space.dims, sizes.candidates, problem.config.search.sigma, 0)
         state = strategy.init(problem.space.start)
         warm, genomes = (np.asarray(strategy.ask(state, number)[0]) for number in (0, 1))
-        scorer.score(warm)
-        start = time.perf_counter()
-        scorer.score(genomes)
-        ours = (time.perf_counter() - start) / sizes.candidates
         model = torch_model(scorer, problem, genomes[0])
         assert request.prompts is not None
-        theirs = sum(
-            median_seconds(partial(written_by, model, torch.tensor(batch.tokens).long(), batch.first, sizes.new), 1)
-            for batch in request.prompts.batches
-        )
+        batches = [(torch.tensor(batch.tokens).long(), batch.first) for batch in request.prompts.batches]
+        for batch in batches:
+            written_by(model, *batch, 1)
+        rounds = []
+        # In turn, on a machine whose speed drifts.
+        for _ in range(ROUNDS):
+            scorer.score(warm)
+            ours = seconds_of(partial(scorer.score, genomes)) / sizes.candidates
+            theirs = sum(seconds_of(partial(written_by, model, *batch, sizes.new)) for batch in batches)
+            rounds.append((ours, theirs))
+        ours, theirs = np.median(rounds, axis=0)
         made = prompts * sizes.new
         print(
             f"| {prompts} | {sizes.new} | {made / ours:.0f} | {made / theirs:.0f} | {theirs / ours:.2f} |", flush=True
