@@ -34,12 +34,13 @@ GIVEN = os.environ.get(SWITCH)
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """How this module's programs are compiled, here and in the processes that it starts."""
     quickly = GIVEN or str(int(request.module.__name__ in QUICKLY_COMPILED))
+    if jax.config.read("jax_disable_most_optimizations") != (quickly == "1"):
+        jax.config.update("jax_disable_most_optimizations", quickly == "1")
+        # Else what another module compiled would be taken.
+        jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, quickly)
-        before = jax.config.read("jax_disable_most_optimizations")
-        jax.config.update("jax_disable_most_optimizations", quickly == "1")
         yield
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

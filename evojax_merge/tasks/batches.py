@@ -19,7 +19,7 @@ from evojax_merge.tasks.task import Row
 # Widths: as few as bring the padding below this share of the computed positions, between so few and so many.
 PADDING = 0.15
 BUCKETS = (4, 8)
-# Of prompts, of which a width only reads, and that together are a third of what writing takes.
+# Of prompts: a width more compiles what reads them again, not what writes on.
 PROMPT_PADDING = 0.1
 # Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
 LENGTH_STEP = 8
