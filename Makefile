@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
-	@echo "make test         the tests, in an environment of their own (15 minutes on two fast cores, 30 on slow ones)"
+	@echo "make test         the tests, in an environment of their own (20 minutes on two cores)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        what can be measured, and how long each takes"
 
