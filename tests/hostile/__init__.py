@@ -1,0 +1,251 @@
+"""Inputs from strangers: what a hostile case is, and the server that runs each of them in a process of its own.
+
+A case changes a folder of good inputs (`World`) and names a command. The command runs in a forked child of a process
+that has imported everything once, so that a case costs a fraction of a second and still is a real process: its exit
+status is what a shell would see, it may hang, be killed, or call `os._exit`.
+
+The modules beside this one each hold a list `CASES`, by the kind of input.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class World:
+    """A folder of good inputs: models `base`, `one`, `two`, `tasks.jsonl`, `recipe.yaml` (a TIES merge of them) and
+    `config.yaml` (a search of one generation of four candidates)."""
+
+    root: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def write(self, name: str, document: Any) -> Path:
+        """Write a text, bytes, or a document as YAML."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(document, bytes):
+            path.write_bytes(document)
+        else:
+            text = document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False)
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def edit(self, name: str, **changes: Any) -> None:
+        """Set keys of a JSON or YAML mapping in place; the value `...` removes a key."""
+        path = self.root / name
+        is_json = path.suffix == ".json"
+        document = json.loads(path.read_text()) if is_json else yaml.safe_load(path.read_text())
+        for key, value in changes.items():
+            if value is ...:
+                document.pop(key, None)
+            else:
+                document[key] = value
+        path.write_text(json.dumps(document) if is_json else yaml.safe_dump(document, sort_keys=False))
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    """The recipe of a world, with other top-level keys."""
+    models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.5}} for name in ("one", "two")]
+    return {"merge_method": "ties", "base_model": "base", "models": models} | changes
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The search config of a world, with other top-level keys."""
+    return {
+        "base": "base",
+        "parents": ["one", "two"],
+        "space": {"method": "ties", "parameters": {"weight": {"low": 0.0, "high": 1.0}, "density": {}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
+        "search": {"generations": 1, "population": 4},
+    } | changes
+
+
+SEARCH = ("search", "config.yaml", "--out", "run")
+MERGE = ("merge", "recipe.yaml", "out")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hostile input.
+
+    `change`: makes it, in a world; may return a tuple, the arguments of the command in place of `command`.
+    `says`: texts that the one line on stderr must contain. `leaves`: files and folders, by their path in the world,
+    that may be there afterwards and were not before; all else must be as it was, to the byte. `seconds`: the time by
+    which the command has ended. `lines`: how many lines stderr may have (a user's traceback has more).
+    """
+
+    name: str
+    change: Callable[[World], Any]
+    says: tuple[str, ...] = ()
+    command: tuple[str, ...] = SEARCH
+    status: int = 2
+    leaves: tuple[str, ...] = ()
+    seconds: float = 10.0
+    lines: int = 1
+    stdin: str = ""
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended. `status` is negative for a signal, as with subprocess; None: it was killed for time."""
+
+    status: int | None
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+class Server:
+    """A process that has imported the program, and forks a child for each command."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "hostile"],
+            cwd=Path(__file__).parent.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(
+        self,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        seconds: float,
+        stdin: str = "",
+        environment: Sequence[tuple[str, str]] = (),
+    ) -> Done:
+        """Run `evojax-merge` with these arguments in `folder`; kill it after `seconds`."""
+        (self._folder / "stdin").write_text(stdin)
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": str(folder), "streams": str(self._folder), "seconds": seconds, "environment": list(environment),
+        }  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        streams = [(self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+        return Done(answer["status"], *streams, answer["seconds"])
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def serve() -> None:
+    """Answer requests, one JSON line each, until standard input ends."""
+    import evojax_merge.commands  # noqa: F401  what every child needs
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _become(request)
+        status = _wait(child, started + request["seconds"])
+        print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
+
+
+def _wait(child: int, deadline: float) -> int | None:
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Turn a forked child into the command line."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams = Path(request["streams"])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        handle = os.open(streams / name, flags, 0o644)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    sys.argv = ["evojax-merge", *request["arguments"]]
+    from evojax_merge.cli import main
+
+    try:
+        main()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    else:
+        status = 0
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def snapshot(root: Path) -> dict[str, str]:
+    """Everything below a folder: a file's digest, a link's target, or `folder`."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = f"-> {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "folder" if path.is_dir() else "special"
+    return found
+
+
+def check(case: Case, world: World, server: Server) -> Done:
+    """Make the case, run it, and assert that it ended as a user can rely on."""
+    changed = case.change(world)
+    arguments = changed if isinstance(changed, tuple) else case.command
+    before = snapshot(world.root)
+    done = server.run(arguments, world.root, seconds=3 * case.seconds, stdin=case.stdin, environment=case.environment)
+    shown = f"status {done.status} after {done.seconds:.1f} s\nstdout: {done.stdout[-2000:]}\nstderr: {done.stderr}"
+    assert done.status == case.status, shown
+    assert done.seconds < case.seconds, shown
+    if case.status == 2:
+        assert "Traceback" not in done.stderr, shown
+        lines = done.stderr.splitlines()
+        assert len(lines) == case.lines and lines[-1].startswith("error: ") and len(lines[-1]) < 2000, shown
+    for text in case.says:
+        assert text in done.stderr, f"{text!r} is not in: {shown}"
+    after = snapshot(world.root)
+    new = {name for name in set(after) - set(before) if not any(_within(name, allowed) for allowed in case.leaves)}
+    other = {name for name in before if before[name] != after.get(name)}
+    assert not new and not other, f"left: {sorted(new)}; changed or gone: {sorted(other)}\n{shown}"
+    return done
+
+
+def _within(name: str, folder: str) -> bool:
+    return name == folder or name.startswith(f"{folder}/")
+
+
+def build_world(root: Path, family: Any) -> World:
+    """A world with models, tasks, a recipe and a config that are right. `family`: tests/helpers.py, build_family."""
+    for name, path in zip(("base", "one", "two"), (family.base, *family.parents), strict=True):
+        shutil.copytree(path, root / name)
+    shutil.copyfile(family.tasks, root / "tasks.jsonl")
+    world = World(root)
+    world.write("recipe.yaml", recipe())
+    world.write("config.yaml", config())
+    return world

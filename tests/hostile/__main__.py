@@ -1,0 +1,5 @@
+"""`python -m hostile`: the server that runs commands in forked children."""
+
+from hostile import serve
+
+serve()

@@ -1,0 +1,5 @@
+"""Hostile checkpoints."""
+
+from hostile import Case
+
+CASES: list[Case] = []

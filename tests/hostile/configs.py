@@ -1,0 +1,5 @@
+"""Hostile configs."""
+
+from hostile import Case
+
+CASES: list[Case] = []

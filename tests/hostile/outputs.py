@@ -1,0 +1,5 @@
+"""Hostile outputs."""
+
+from hostile import Case
+
+CASES: list[Case] = []

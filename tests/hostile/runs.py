@@ -1,0 +1,5 @@
+"""Hostile runs."""
+
+from hostile import Case
+
+CASES: list[Case] = []

@@ -1,0 +1,5 @@
+"""Hostile tasks."""
+
+from hostile import Case
+
+CASES: list[Case] = []

@@ -1,0 +1,5 @@
+"""Hostile tokenizers."""
+
+from hostile import Case
+
+CASES: list[Case] = []

@@ -1,0 +1,37 @@
+"""Broken and hostile inputs: each ends with its status, one line that names what is wrong, within ten seconds, and
+leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Family
+from hostile import MERGE, SEARCH, Case, Server, build_world, check, checkpoints, configs, outputs, recipes, runs, tasks
+from hostile import tokenizers as tokenizer_files
+
+MODULES = (checkpoints, tokenizer_files, recipes, outputs, tasks, configs, runs)
+CASES = [
+    pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
+    for module in MODULES
+    for case in module.CASES
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hostile_input(case: Case, family: Family, server: Server, tmp_path: Path) -> None:
+    check(case, build_world(tmp_path / "world", family), server)
+
+
+def test_the_world_is_good_where_nothing_is_changed(family: Family, server: Server, tmp_path: Path) -> None:
+    """Else every refusal above could have another reason."""
+    world = build_world(tmp_path / "world", family)
+    for arguments in (MERGE, SEARCH):
+        done = server.run(arguments, world.root, seconds=120)
+        assert done.status == 0, done.stderr
