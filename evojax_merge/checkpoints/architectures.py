@@ -300,8 +300,9 @@ def decoder_config(path: Path) -> DecoderConfig:
     config_class = _config_classes()[kind]
     _check_declared(path, raw, config_class)
     try:
-        # What is not read is not handed over: transformers would set whatever attribute a stranger's file names.
-        hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in HANDLED[kind]})
+        # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
+        read = HANDLED[kind] | {field.name for field in dataclasses.fields(config_class)}
+        hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in read})
         # As transformers does when it makes a model: only now `original_max_position_embeddings` outside counts.
         hf.standardize_rope_params()
     except Exception as error:  # whatever transformers' own validation raises is about the file
