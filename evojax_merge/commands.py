@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.folder import Folder
+from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
@@ -127,6 +130,7 @@ def run_search_command(
     requests = problem.requests()
     require_space(out, _model_bytes(problem))
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    _say_unread(problem.sources.folders)
     _search_into(folder, problem, requests, again)
 
 
@@ -151,7 +155,7 @@ def _run_chain(
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
     problems = [
-        build_problem(path, stage_config(config, stage, config.parents[0] if i else None))
+        build_problem(path, stage_config(config, stage, config.parents[0] if i else None), chained=i > 0)
         for i, stage in enumerate(stages)
     ]
     requests = [problem.requests() for problem in problems]
@@ -161,10 +165,13 @@ def _run_chain(
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     run = _open_together(out, document, resume=resume, overwrite=overwrite)
+    _say_unread(problems[0].sources.folders)
     winner: str | None = None
     for number, stage in enumerate(stages, start=1):
         console.print(f"stage {number} of {len(stages)}", highlight=False)
-        problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
+        problem = (
+            problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner), chained=True)
+        )
         if number == len(stages):
             _search_into(run, problem, requests[-1], again)
             return
@@ -214,6 +221,21 @@ def _say(text: str) -> None:
     console.print(text, highlight=False)
 
 
+def _say_unread(folders: Sequence[Folder]) -> None:
+    """One line that names what configs hold and no forward pass reads, if anything."""
+    keys = sorted(
+        {key for one in folders if one.config.get("model_type") in MODEL_TYPES for key in unread_keys(one.config)}
+    )
+    if keys:
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        code = "; custom code is never run" if "auto_map" in keys else ""
+        named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
+        console.print(
+            f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
     """Export the winner, and report."""
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
@@ -251,6 +273,7 @@ def run_merge_command(
         raise InputError(out, "exists already; choose another folder or pass --overwrite")
     recipe = read_recipe(recipe_path)
     job = prepare(recipe, dtype, seed, allow_nonfinite, locate)
+    _say_unread(job.sources.folders)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
     require_space(out, job.nbytes)
     with bytes_bar("merging", job.nbytes) as progress:
@@ -271,10 +294,11 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     for model, name in zip(models, names, strict=True):
         path = locate("MODELS", model, Path.cwd())
         sources, decoder = open_sources([path])
+        _say_unread(sources.folders)
         tokenizer = load_tokenizer(path)
         requests = build_requests(
             [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders[0].config), stop_tokens(path, tokenizer),
+            context_length(sources.folders), stop_tokens(path, tokenizer),
         )  # fmt: skip
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,28 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import Family, finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
+from helpers import (
+    Family,
+    edit_json,
+    finetune,
+    load_torch,
+    random_model,
+    save,
+    state,
+    tiny_config,
+    word_tokenizer,
+    words,
+)
 from merge_kernels import METHODS, draw, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
-from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.checkpoints.folder import open_folder, resolve
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.checkpoints.tokens import TokenizerChoice
+from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.search.setup import context_length, stop_tokens
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
 
@@ -418,3 +431,129 @@ def test_rows_are_aligned_by_token(tmp_path: Path) -> None:
     bank = load_bank(*open_sources([one, other], TokenizerChoice(1)), spec_of("linear"))
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0][order])
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"][order])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders and repositories that hold more than a model
+
+
+BESIDE = (
+    "original/consolidated.00.pth", "original/params.json", "onnx/model.safetensors", "model.fp16.gguf", "README.md",
+    "consolidated.00.pth", "consolidated.safetensors", "consolidated-00001-of-00001.safetensors", "metal/model.bin",
+    "openvino/config.json", "coreml/model.mlpackage", "pytorch_model.bin", "model.onnx", "params.json",
+)  # fmt: skip
+
+
+def _with_files_beside(folder: Path) -> Path:
+    for name in BESIDE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no tensors")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "single and an index that is left of shards", "another name"])
+def test_a_repository_gives_the_model_and_nothing_else(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is read is downloaded, from one commit; a folder with everything in it opens as the same model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    model = random_model(tiny_config())
+    repository = _with_files_beside(
+        save(model, tmp_path / "repository", max_shard_size="30KB" if layout == "sharded" else "1GB")
+    )
+    weights = {path.name for path in repository.glob("model*.safetensors")}
+    assert (len(weights) > 1) == (layout == "sharded")
+    if "index" in layout:
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    if layout == "another name":
+        (repository / "model.safetensors").rename(repository / "weights.safetensors")
+        weights = {"weights.safetensors"}
+    cache = tmp_path / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    revisions = []
+
+    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
+        assert name == "owner/name"
+        revisions.append(revision)
+        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(names, **patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = resolve("MODELS", "owner/name@main", tmp_path)
+    assert set(revisions[1:]) == {cache.name} and revisions[0] == "main"
+    files = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert files & set(BESIDE) == {"params.json"}
+    assert {file for file in files if file.endswith(".safetensors")} == weights
+    expected = {name: values.shape for name, values in model.state_dict().items()}
+    for folder in (found, repository):
+        assert {name: entry.shape for name, entry in open_folder(folder).entries.items()} == expected
+
+
+def test_a_repository_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    save(random_model(tiny_config()), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for reference in ("owner/name", "owner/name@main", f"owner/name@{commit}"):
+        _, config = open_sources([resolve("MODELS", reference, tmp_path)])
+        assert config.layers == 3
+    with pytest.raises(InputError, match="owner/other: no such folder, and the hub did not give it"):
+        resolve("MODELS", "owner/other", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models that differ in what need not be alike
+
+
+def test_rows_padded_differently_are_aligned_by_token(tmp_path: Path) -> None:
+    """One tokenizer, but a trainer has rounded the number of rows up: aligned by token, it is the same model."""
+    small = save(random_model(tiny_config(vocab_size=60)), tmp_path / "small")
+    model = random_model(tiny_config(vocab_size=64), seed=1)
+    padded = save(model, tmp_path / "padded", words(60))
+    for order in ([small, padded], [padded, small]):
+        with pytest.raises(InputError, match="say tokenizer_source: base"):
+            open_sources(order)
+        sources, config = open_sources(order, TokenizerChoice(0))
+        assert config.vocab == 60
+        rows = sources.read(order.index(padded), "model.embed_tokens.weight")
+        np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().numpy()[:60])
+
+
+def test_the_shortest_context_of_all_models_counts(tmp_path: Path) -> None:
+    paths = []
+    for positions in (256, 64, 128):
+        paths.append(save(random_model(tiny_config(max_position_embeddings=positions)), tmp_path / str(positions)))
+    sources, _ = open_sources(paths)
+    assert context_length(sources.folders) == 64
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What ends a generation
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({}, {}, (2,)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, (2, 7)),
+        ({"eos_token_id": [7, 9, 2]}, {}, (2, 7, 9)),
+        ({"eos_token_id": None}, {"eos_token_id": [5]}, (2, 5)),
+        # What is not read may be anything, as for transformers.
+        ({"eos_token_id": 7, "temperature": "hot", "top_p": [], "cache_implementation": {"a": 1}}, {}, (2, 7)),
+        (None, {"eos_token_id": 5}, (2, 5)),
+        (None, {"eos_token_id": None}, (2,)),
+    ],
+)
+def test_stop_tokens(generation: Any, config: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+    save(random_model(tiny_config()), tmp_path)
+    edit_json(tmp_path / "config.json", lambda document: document.update(config))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == expected

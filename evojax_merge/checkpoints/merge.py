@@ -22,9 +22,10 @@ import numpy as np
 from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
-from evojax_merge.checkpoints.architectures import MODEL_TYPES, comparable
+from evojax_merge.checkpoints.architectures import MODEL_TYPES, check_unquantised, check_values, comparable
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
-from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows
+from evojax_merge.checkpoints.json_files import read_json_object, shown
+from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, rows_differ
 from evojax_merge.checkpoints.recipes import (
     Layout,
     RecipeFile,
@@ -111,6 +112,7 @@ def prepare(
         )
     _check_configs(sources)
     leader = sources.folders[0]
+    read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
     return Job(
@@ -168,9 +170,13 @@ def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None)
         if kind != expected:
             raise InputError(
                 folder.path / "config.json",
-                f"model_type is {kind!r}, but {first.path} is {expected!r}; expected one architecture",
+                f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture",
             )
     decoders = _are_decoders(folders)
+    for folder in folders:
+        check_unquantised(folder.path / "config.json", folder.config)
+        if decoders:
+            check_values(folder.path / "config.json", folder.config)
     tied = HEAD not in first.entries
     names = [list(folder.entries) for folder in folders]
     if decoders:
@@ -178,13 +184,25 @@ def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None)
         tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
         head = [] if tied else [HEAD]
         names = [[n for n in own if n != HEAD and not n.endswith("rotary_emb.inv_freq")] + head for own in names]
+    layouts = [layout(own) for own in names]
+    if decoders:
+        _check_depths(folders, layouts)
     if choice is None:
-        return Sources(folders), [layout(own) for own in names], tied
+        return Sources(folders), layouts, tied
     if not decoders:
         kind = first.config.get("model_type")
-        raise InputError(recipe.path, f"tokenizer: model_type {kind!r} is not known to align rows by token")
+        raise InputError(recipe.path, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
     vocabulary = align(paths, [folder.entries[EMBEDDING].shape[0] for folder in folders], choice)
-    return Sources(folders, vocabulary), [layout(own) for own in names], tied
+    return Sources(folders, vocabulary), layouts, tied
+
+
+def _check_depths(folders: Sequence[Folder], layouts: Sequence[Layout]) -> None:
+    """The decoders' configs and tensors agree on the number of layers."""
+    for folder, one in zip(folders, layouts, strict=True):
+        found = len(one.stacks.get("model.layers.", {}))
+        said = folder.config.get("num_hidden_layers", found)
+        if said != found:
+            raise InputError(folder.path / "config.json", f"num_hidden_layers: {said}, but its tensors are of {found}")
 
 
 def _are_decoders(folders: Sequence[Folder]) -> bool:
@@ -193,10 +211,11 @@ def _are_decoders(folders: Sequence[Folder]) -> bool:
 
 def _check_configs(sources: Sources) -> None:
     """The configs mean the same layers, and the tokenizers the same rows where nothing aligns them."""
-    first, *others = [comparable(folder.config) for folder in sources.folders]
-    if _are_decoders(sources.folders) and any(other != first for other in others):
+    if _are_decoders(sources.folders):
+        first, *others = [comparable(folder.config) for folder in sources.folders]
         # They say it in other words, or they mean another thing: that takes a reading of what each value means.
-        check_alike(sources.folders)
+        if any(other != first for other in others):
+            check_alike(sources.folders)
     if sources.vocabulary is None:
         check_same_vocabulary([folder.path for folder in sources.folders])
 
@@ -235,7 +254,8 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> Non
             where = sources.folders[s].path
             raise InputError(
                 where,
-                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}",
+                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}"
+                f"{rows_differ(own, sources.shape(s, own), expected)}",
             )
         if is_float(sources.entry(s, own).dtype) != is_float(sources.entry(first, name).dtype):
             raise InputError(
