@@ -1,0 +1,91 @@
+"""Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them.
+
+May import errors.
+"""
+
+import json
+import reprlib
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.errors import InputError
+
+# The index of the largest checkpoints is some 20 MB; what is larger is no description of a model.
+LIMIT_BYTES = 64 << 20
+LIMIT_DEPTH = 64
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut to what fits in a message; without line feeds or bytes that a terminal would obey."""
+    return _short.repr(value)
+
+
+def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[str, Any]:
+    """The JSON object that the file holds.
+
+    `missing`: what to return where there is no such file, or, as a text, what to say then ("expected a Hugging Face
+    model folder with a config.json").
+
+    NaN and Infinity are read as Python's json does (the configs of some architectures hold them): whoever uses a
+    number checks it. Raises InputError for a file that cannot be read, that is over `LIMIT_BYTES`, that is not UTF-8
+    or not JSON, that nests deeper than `LIMIT_DEPTH`, that is no object, or that gives one key two values.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device read for ever
+            raise InputError(path, "not a file; expected a JSON file")
+        if found.st_size > LIMIT_BYTES:
+            raise InputError(path, f"has {found.st_size:,} bytes; expected a JSON file of at most {LIMIT_BYTES:,}")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        if isinstance(missing, str):
+            raise InputError(path, f"not found; {missing}") from None
+        return dict(missing)
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror}); expected a JSON file") from None
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_object)
+    except _Duplicate as error:
+        raise InputError(path, f"gives the key {shown(error.args[0])} twice, with different values") from None
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"not UTF-8 (byte {error.start}); expected JSON in UTF-8") from None
+    except RecursionError:
+        raise InputError(path, f"nests too deep; expected JSON of at most {LIMIT_DEPTH} levels") from None
+    except ValueError as error:  # json's own errors, and integers of thousands of digits
+        raise InputError(path, f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(path, f"holds {shown(value)}; expected a JSON object")
+    if _deeper(value, LIMIT_DEPTH):
+        raise InputError(path, f"nests too deep; expected JSON of at most {LIMIT_DEPTH} levels")
+    return value
+
+
+class _Duplicate(Exception):
+    """A key that an object gives twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        for key, value in pairs:
+            if value is not made[key] and value != made[key]:
+                raise _Duplicate(key)
+    return made
+
+
+def _deeper(value: object, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        inner: list[object] = []
+        for item in level:
+            children = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
+            inner.extend(child for child in children if isinstance(child, dict | list))
+        if not inner:
+            return False
+        level = inner
+    return True
