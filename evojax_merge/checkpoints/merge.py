@@ -23,7 +23,16 @@ from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, comparable
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
+from evojax_merge.checkpoints.folder import (
+    EMBEDDING,
+    FLOAT_DTYPES,
+    HEAD,
+    Folder,
+    is_finite,
+    is_float,
+    open_folder,
+    resolve,
+)
 from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows
 from evojax_merge.checkpoints.recipes import (
     Layout,
@@ -306,8 +315,8 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
             return np.array(tensors[0])
         if not job.allow_nonfinite:
             for (s, name), values in zip(row.inputs, tensors, strict=True):
-                if not _finite(values):
-                    where = sources.folders[s].path
+                if not is_finite(values):
+                    where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
         if method.name == "passthrough" and row.parameters["scale"][0] == 1:
             return np.array(tensors[0], dtype)
@@ -321,7 +330,7 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
         merged = _combine_in_pieces(
             method, row.options, tensors, prepared.scores, prepared.statistics, row.parameters, dtype
         )
-        if not job.allow_nonfinite and not _finite(merged):
+        if not job.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 job.recipe.path,
                 f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
@@ -332,11 +341,6 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
         for s, name in row.inputs:
             if not has_rows(name):
                 sources.forget(s, name)
-
-
-def _finite(values: np.ndarray) -> bool:
-    flat = values.reshape(-1)
-    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
 
 
 def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
