@@ -22,6 +22,7 @@ import numpy as np
 from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
+from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, comparable
 from evojax_merge.checkpoints.folder import (
     EMBEDDING,
@@ -154,7 +155,13 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> Tokenize
 def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     """The Jinja template that the recipe asks for: its own, ChatML, or the one that most of the models have."""
     wanted = recipe.chat_template
-    if wanted is None or "{" in wanted:
+    if wanted is None:
+        return None
+    if "{" in wanted:
+        try:
+            check_chat_template(wanted)
+        except ChatTemplateError as error:
+            raise InputError(recipe.path, f"chat_template: not a Jinja template ({error})") from None
         return wanted
     if wanted == "chatml":
         return CHATML

@@ -1,6 +1,7 @@
 """Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
 
-May import errors; imports transformers when a tokenizer is loaded.
+May import errors and json_files; imports transformers when a tokenizer is loaded. A folder's tokenizer is data: code
+that it brings along is never run, and nobody is asked whether to run it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+# The largest that are in use have some 40 MB.
+TOKENIZER_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,61 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's own tokenizer. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
+    """The folder's own tokenizer. Raises InputError where there is none, or where it cannot be loaded without code of
+    its own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
+    _check_files(folder)
+    # What is in tokenizer.json needs no code, whatever class wraps it.
+    loader = PreTrainedTokenizerFast if _custom_code(folder) else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+        tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Some that are damaged are loaded all the same, and fail when they are used.
+        tokenizer("")
+        return tokenizer
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         reason = " ".join(str(error).split())[:200]
-        raise InputError(folder, f"its tokenizer cannot be loaded ({reason})") from None
+        raise InputError(folder, f"its tokenizer cannot be loaded ({reason or type(error).__name__})") from None
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def _check_files(folder: Path) -> None:
+    """Raises InputError unless the tokenizer's files are files of a likely size, and its settings JSON objects."""
+    for name in TOKENIZER_FILES:
+        file = folder / name
+        if not file.exists():
+            continue
+        if not file.is_file():
+            raise InputError(file, "is not a file; expected a tokenizer's")
+        size = file.stat().st_size
+        if size > TOKENIZER_BYTES:
+            raise InputError(file, f"has {size:,} bytes; expected a tokenizer's of at most {TOKENIZER_BYTES:,}")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json_object(folder / name, missing={})
+
+
+def _custom_code(folder: Path) -> bool:
+    """Whether the tokenizer's makers want code of their own run. Raises InputError where nothing goes without it."""
+    file = folder / "tokenizer_config.json"
+    wanted = read_json_object(file, missing={}).get("auto_map")
+    if isinstance(wanted, dict):
+        wanted = wanted.get("AutoTokenizer")
+    if not wanted:
+        return False
+    if not (folder / "tokenizer.json").exists():
+        raise InputError(
+            file,
+            f"auto_map: {shown(wanted)} is custom code, which is never run; save the tokenizer once as a "
+            "tokenizer.json, and take auto_map out",
+        )
+    return True
 
 
 def check_same_vocabulary(folders: Sequence[Path]) -> None:
@@ -89,6 +134,7 @@ def check_same_vocabulary(folders: Sequence[Path]) -> None:
         if not has_tokenizer(folder):
             continue
         file = folder / "tokenizer.json"
+        _check_files(folder)
         if file.exists():
             # Equal files need no tokenizer loaded, and most families share theirs to the byte.
             content = file.read_bytes()

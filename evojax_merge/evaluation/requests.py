@@ -18,6 +18,8 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
 # So many times as many go together, prompts and what is written, while it is written: each row is then few tokens of a
 # pass.
 PROMPT_TOKENS = 4
+# Of an example's tokens so many may be unknown ones before it is worth a word.
+UNKNOWN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,43 @@ def _check_lengths(asked: Asked, context: int) -> None:
             if len(row.tokens) + new > longest:
                 wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
+
+
+def check_tokens(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> list[str]:
+    """Warnings, one line each, of tokens that a model of `vocab` embedding rows cannot know, or that say nothing.
+
+    Raises InputError for an example with a token beyond the rows. Tokens that the tokenizer has beyond them are only
+    mentioned: trainers add some that no text holds.
+    """
+    rows = [row for request in requests for row in (*request.asked.scored, *request.asked.prompts)]
+    for row in rows:
+        beyond = max(row.tokens)
+        if beyond >= vocab:
+            token = tokenizer.convert_ids_to_tokens(beyond)
+            raise InputError(
+                row.where,
+                f"token {token!r} has the number {beyond}, and the models' embedding {vocab} rows; expected the "
+                f"tokenizer that the models were trained with ({tokenizer.name_or_path})",
+            )
+    found = []
+    outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
+    if outside:
+        found.append(
+            f"warning: {tokenizer.name_or_path}: {len(outside):,} tokens (such as {outside[0][1]!r}) are beyond the "
+            f"{vocab:,} rows of the models' embedding; no example holds one"
+        )
+    unknown = tokenizer.unk_token_id
+    # Where another token stands in for the unknown one, it is there for its own sake.
+    if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        counts = [row.tokens.count(unknown) for row in rows]
+        share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
+        if share > UNKNOWN_SHARE:
+            first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
+            found.append(
+                f"warning: {share:.0%} of the examples' tokens are unknown to the tokenizer "
+                f"({tokenizer.unk_token!r}; first in {first})"
+            )
+    return found
 
 
 def _shapes(batch: ScoringBatch | PromptBatch) -> list[Any]:
