@@ -29,7 +29,7 @@ from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
-from evojax_merge.evaluation.requests import Requests, build_requests, check_tokens, describe_requests
+from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
@@ -125,7 +125,7 @@ def run_search_command(
         return
     problem = build_problem(path, config)
     requests = problem.requests()
-    _warn(_check_tokens(problem, requests))
+    _warn(_token_warnings(problem, requests))
     require_space(out, _model_bytes(problem))
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     with nullcontext() if resume else removed_if_refused(folder):
@@ -158,7 +158,7 @@ def _run_chain(
     ]
     requests = [problem.requests() for problem in problems]
     # All stages ask the same.
-    _warn(_check_tokens(problems[0], requests[0]))
+    _warn(_token_warnings(problems[0], requests[0]))
     require_space(out, _model_bytes(problems[0]) * len(stages))
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
@@ -222,9 +222,9 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     wait_for_all("written")
 
 
-def _check_tokens(problem: Problem, requests: list[list[Requests]]) -> list[str]:
+def _token_warnings(problem: Problem, requests: list[list[Requests]]) -> list[str]:
     *_, full, heldout = requests
-    return check_tokens(full + heldout, problem.tokenizer, problem.decoder.vocab)
+    return token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab)
 
 
 def _warn(lines: list[str]) -> None:
@@ -282,9 +282,9 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         tokenizer = load_tokenizer(path)
         requests = build_requests(
             [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders[0].config), stop_tokens(path, tokenizer),
+            context_length(sources.folders[0].config), stop_tokens(path, tokenizer), decoder.vocab,
         )  # fmt: skip
-        _warn(check_tokens(requests[0], tokenizer, decoder.vocab))
+        _warn(token_warnings(requests[0], tokenizer, decoder.vocab))
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:

@@ -1,6 +1,6 @@
 """Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
 
-May import errors and json_files; imports transformers when a tokenizer is loaded. A folder's tokenizer is data: code
+May import errors, folder and json_files; imports transformers when a tokenizer is loaded. A folder's tokenizer is data: code
 that it brings along is never run, and nobody is asked whether to run it.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
 
@@ -76,8 +77,14 @@ def load_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     _check_files(folder)
+    code = _wanted_code(folder)
+    if code is not None and not (folder / "tokenizer.json").exists():
+        raise InputError(
+            folder / "tokenizer_config.json",
+            f"auto_map: {shown(code)} is custom code, which is never run; save the tokenizer once as a tokenizer.json",
+        )
     # What is in tokenizer.json needs no code, whatever class wraps it.
-    loader = PreTrainedTokenizerFast if _custom_code(folder) else AutoTokenizer
+    loader = AutoTokenizer if code is None else PreTrainedTokenizerFast
     try:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # Some that are damaged are loaded all the same, and fail when they are used.
@@ -109,48 +116,46 @@ def _check_files(folder: Path) -> None:
         read_json_object(folder / name, missing={})
 
 
-def _custom_code(folder: Path) -> bool:
-    """Whether the tokenizer's makers want code of their own run. Raises InputError where nothing goes without it."""
-    file = folder / "tokenizer_config.json"
-    wanted = read_json_object(file, missing={}).get("auto_map")
+def _wanted_code(folder: Path) -> Any:
+    """What the tokenizer's makers want run of their own, or None."""
+    wanted = read_json_object(folder / "tokenizer_config.json", missing={}).get("auto_map")
     if isinstance(wanted, dict):
         wanted = wanted.get("AutoTokenizer")
-    if not wanted:
-        return False
-    if not (folder / "tokenizer.json").exists():
-        raise InputError(
-            file,
-            f"auto_map: {shown(wanted)} is custom code, which is never run; save the tokenizer once as a "
-            "tokenizer.json, and take auto_map out",
-        )
-    return True
+    return wanted or None
 
 
 def check_same_vocabulary(folders: Sequence[Path]) -> None:
     """Raises InputError unless all folders that hold a tokenizer map the same tokens to the same rows."""
-    reference: tuple[Path, dict[str, int]] | None = None
-    texts: set[bytes] = set()
-    for folder in folders:
-        if not has_tokenizer(folder):
-            continue
-        file = folder / "tokenizer.json"
+    distinct: dict[tuple[str, ...], Path] = {}
+    for folder in filter(has_tokenizer, folders):
         _check_files(folder)
-        if file.exists():
-            # Equal files need no tokenizer loaded, and most families share theirs to the byte.
-            content = file.read_bytes()
-            if content in texts:
-                continue
-            texts.add(content)
+        # Equal files need no tokenizer loaded, and most families share theirs to the byte.
+        distinct.setdefault(_fingerprint(folder), folder)
+    if not distinct:
+        return
+    first, *others = distinct.values()
+    if not others and _wanted_code(first) is not None:
+        # What it means is not known here, but that it is one.
+        return
+    expected = load_tokenizer(first).get_vocab()
+    for folder in others:
         vocabulary = load_tokenizer(folder).get_vocab()
-        if reference is None:
-            reference = (folder, vocabulary)
-        elif vocabulary != reference[1]:
-            differing = sorted(set(vocabulary.items()) ^ set(reference[1].items()))
+        if vocabulary != expected:
+            differing = sorted(set(vocabulary.items()) ^ set(expected.items()))
             raise InputError(
                 folder,
-                f"its tokenizer differs from that of {reference[0]} (first difference: token {differing[0][0]!r}); "
+                f"its tokenizer differs from that of {first} (first difference: token {differing[0][0]!r}); "
                 "say tokenizer_source: whose to take, so that rows are aligned by token",
             )
+
+
+def _fingerprint(folder: Path) -> tuple[str, ...]:
+    """The hashes of the files that say which token has which row."""
+    whole = folder / "tokenizer.json"
+    files = (
+        [whole] if whole.exists() else [folder / name for name in TOKENIZER_FILES] + sorted(folder.glob("*.tiktoken"))
+    )
+    return tuple(file_hash(file) if file.is_file() else "" for file in files)
 
 
 def unite(tokenizers: Sequence[Any], first: int, counts: Sequence[int]) -> Any:

@@ -40,18 +40,25 @@ class Requests:
 
 
 def build_requests(
-    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int | None, context: int, stop: tuple[int, ...]
+    splits: Sequence[Sequence[Task]],
+    tokenizer: Any,
+    tokens_per_batch: int | None,
+    context: int,
+    stop: tuple[int, ...],
+    vocab: int = 2**31,
 ) -> list[list[Requests]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
     `tokens_per_batch` None: as many tokens as suit the devices.
 
-    Raises InputError for an example that is longer than `context`, the model's.
+    Raises InputError for an example that is longer than `context`, the model's, or that holds a token beyond the
+    `vocab` rows of its embedding.
     """
     if tokens_per_batch is None:
         tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
     asked = [[task.ask(tokenizer, context) for task in split] for split in splits]
     for part in (part for split in asked for part in split):
         _check_lengths(part, context)
+        _check_tokens(part, tokenizer, vocab)
     columns = [_requests([split[i] for split in asked], tokens_per_batch) for i in range(len(splits[0]))]
     return [
         [
@@ -97,22 +104,22 @@ def _check_lengths(asked: Asked, context: int) -> None:
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 
-def check_tokens(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> list[str]:
-    """Warnings, one line each, of tokens that a model of `vocab` embedding rows cannot know, or that say nothing.
-
-    Raises InputError for an example with a token beyond the rows. Tokens that the tokenizer has beyond them are only
-    mentioned: trainers add some that no text holds.
-    """
-    rows = [row for request in requests for row in (*request.asked.scored, *request.asked.prompts)]
-    for row in rows:
-        beyond = max(row.tokens)
-        if beyond >= vocab:
-            token = tokenizer.convert_ids_to_tokens(beyond)
+def _check_tokens(asked: Asked, tokenizer: Any, vocab: int) -> None:
+    for row in (*asked.scored, *asked.prompts):
+        number = max(row.tokens, default=0)
+        if number >= vocab:
+            token = tokenizer.convert_ids_to_tokens(number)
             raise InputError(
                 row.where,
-                f"token {token!r} has the number {beyond}, and the models' embedding {vocab} rows; expected the "
-                f"tokenizer that the models were trained with ({tokenizer.name_or_path})",
+                f"token {token!r} has the number {number:,}, and the models' embedding {vocab:,} rows; expected the "
+                f"tokenizer that they were trained with, not that of {tokenizer.name_or_path}",
             )
+
+
+def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> list[str]:
+    """One line each for what is amiss with the tokens of a model with `vocab` embedding rows: that the tokenizer has
+    some beyond the rows (trainers add such, and no example holds one, or `build_requests` had raised), and that many of
+    the examples' are unknown to it."""
     found = []
     outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
     if outside:
@@ -123,13 +130,14 @@ def check_tokens(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> li
     unknown = tokenizer.unk_token_id
     # Where another token stands in for the unknown one, it is there for its own sake.
     if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        rows = [row for request in requests for row in (*request.asked.scored, *request.asked.prompts)]
         counts = [row.tokens.count(unknown) for row in rows]
         share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
         if share > UNKNOWN_SHARE:
             first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
             found.append(
-                f"warning: {share:.0%} of the examples' tokens are unknown to the tokenizer "
-                f"({tokenizer.unk_token!r}; first in {first})"
+                f"warning: {share:.0%} of the examples' tokens are unknown to the tokenizer ({tokenizer.unk_token!r}), "
+                f"first in {first}"
             )
     return found
 
