@@ -10,6 +10,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +172,11 @@ def _refused(file: Path) -> str | None:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise ValueError(f"{shown(name)} is there twice")
-        made[name] = value
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ordered = sorted(name for name, _ in pairs)
+        twice = next(name for name, after in pairwise(ordered) if name == after)
+        raise ValueError(f"{shown(twice)} is there twice")
     return made
 
 
@@ -267,11 +268,11 @@ def _open_shards(index: Path) -> dict[str, Entry]:
         if not isinstance(file, str) or not file:
             raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
     entries: dict[str, Entry] = {}
-    for file in sorted(set(weight_map.values())):
+    shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+    for file, shard in shards.items():
         # The name itself must stay inside; the file may be a link (the hub's cache is made of links).
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(index, f"weight_map points outside its folder: {shown(file)}")
-        shard = index.parent / file
         if not os.path.lexists(shard):
             raise InputError(index, f"shard {shown(file)} is missing")
         tensors = read_header(shard)
@@ -281,7 +282,7 @@ def _open_shards(index: Path) -> dict[str, Entry]:
             raise InputError(shard, f"holds {name}, which {entries[name].file.name} holds as well")
         entries |= tensors
     for name, file in weight_map.items():
-        if name not in entries or entries[name].file != index.parent / file:
+        if name not in entries or entries[name].file != shards[file]:
             raise InputError(index, f"says that {name} is in {file!r}, which does not hold it")
     return entries
 
