@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
-from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests
+from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
@@ -40,7 +40,15 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
-from evojax_merge.search.run_folder import EarlierWinner, RunFolder, earlier_winners, is_run, keep_winner, open_run
+from evojax_merge.search.run_folder import (
+    EarlierWinner,
+    RunFolder,
+    earlier_winners,
+    is_run,
+    keep_winner,
+    open_run,
+    removed_if_refused,
+)
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
     Problem,
@@ -128,10 +136,12 @@ def run_search_command(
         return
     problem = build_problem(path, config)
     requests = problem.requests()
+    _warn(_token_warnings(problem, requests))
     require_space(out, _model_bytes(problem))
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     _say_unread(problem.sources.folders)
-    _search_into(folder, problem, requests, again)
+    with nullcontext() if resume else removed_if_refused(folder):
+        _search_into(folder, problem, requests, again)
 
 
 def _open_together(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
@@ -159,6 +169,8 @@ def _run_chain(
         for i, stage in enumerate(stages)
     ]
     requests = [problem.requests() for problem in problems]
+    # All stages ask the same.
+    _warn(_token_warnings(problems[0], requests[0]))
     require_space(out, _model_bytes(problems[0]) * len(stages))
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
@@ -166,6 +178,14 @@ def _run_chain(
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     run = _open_together(out, document, resume=resume, overwrite=overwrite)
     _say_unread(problems[0].sources.folders)
+    with nullcontext() if resume else removed_if_refused(run):
+        _run_stages(path, config, stages, run, problems, requests, resume, again)
+
+
+def _run_stages(
+    path: Path, config: Config, stages: list[StageConfig], run: RunFolder, problems: list[Problem],
+    requests: list[list[list[Requests]]], resume: bool, again: str,
+) -> None:  # fmt: skip
     winner: str | None = None
     for number, stage in enumerate(stages, start=1):
         console.print(f"stage {number} of {len(stages)}", highlight=False)
@@ -175,7 +195,7 @@ def _run_chain(
         if number == len(stages):
             _search_into(run, problem, requests[-1], again)
             return
-        folder = RunFolder((out / "stages" / f"stage-{number}").resolve())
+        folder = RunFolder((run.path / "stages" / f"stage-{number}").resolve())
         if not (resume and folder.result.exists() and folder.model.exists()):
             begun = resume and is_run(folder)
             _open_together(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
@@ -215,6 +235,17 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     if devices.writes:
         _write_winner(folder, problem, result)
     wait_for_all("written")
+
+
+def _token_warnings(problem: Problem, requests: list[list[Requests]]) -> list[str]:
+    *_, full, heldout = requests
+    return token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab)
+
+
+def _warn(lines: list[str]) -> None:
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, file=sys.stderr)
 
 
 def _say(text: str) -> None:
@@ -298,8 +329,9 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         tokenizer = load_tokenizer(path)
         requests = build_requests(
             [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders), stop_tokens(path, tokenizer),
+            context_length(sources.folders), stop_tokens(path, tokenizer), decoder.vocab,
         )  # fmt: skip
+        _warn(token_warnings(requests[0], tokenizer, decoder.vocab))
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:

@@ -29,9 +29,9 @@ from helpers import (
 from merge_kernels import METHODS, draw, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
-from evojax_merge.checkpoints.folder import open_folder, resolve
+from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
+from evojax_merge.checkpoints.tokens import TokenizerChoice, check_same_vocabulary, load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
@@ -557,3 +557,91 @@ def test_stop_tokens(generation: Any, config: dict[str, Any], expected: tuple[in
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files of others
+
+
+def write_safetensors(file: Path, rows: dict[str, Any], data: bytes) -> Path:
+    header = json.dumps(rows).encode()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return file
+
+
+def row_of(dtype: str, shape: list[int], start: int, stop: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+def test_unusual_files_that_are_right_are_read(tmp_path: Path) -> None:
+    """Metadata of null, tensors without values and without axes, data that is not aligned, rows in any order."""
+    rows = {
+        "__metadata__": None,
+        "last": row_of("F32", [2], 5, 13),
+        "scalar": row_of("BF16", [], 1, 3),
+        "none": row_of("F32", [0, 7], 13, 13),
+        "byte": row_of("U8", [1], 0, 1),
+        "half": row_of("F16", [1], 3, 5),
+    }
+    values = np.array([1.5, -2.5], np.float32).tobytes()
+    scalar, half = np.array(3.0, ml_dtypes.bfloat16).tobytes(), np.array(0.5, np.float16).tobytes()
+    write_safetensors(tmp_path / "model.safetensors", rows, b"\7" + scalar + half + values)
+    folder = open_folder(tmp_path)
+    assert folder.entries.keys() == rows.keys() - {"__metadata__"}
+    np.testing.assert_array_equal(folder.read("last"), [1.5, -2.5])
+    assert folder.read("scalar") == 3 and folder.read("half") == 0.5
+    assert folder.read("none").shape == (0, 7) and folder.read("byte").tolist() == [7]
+
+
+def test_tensors_that_an_index_forgets_are_read_as_by_transformers(tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    folder = save(model, tmp_path / "model", **SHARDED)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"].pop("model.norm.weight")
+    index.write_text(json.dumps(content))
+    assert len(set(content["weight_map"].values())) > 2
+    theirs = load_torch(folder).state_dict()["model.norm.weight"].numpy()
+    np.testing.assert_array_equal(open_folder(folder).read("model.norm.weight"), theirs)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE + 3])
+def test_values_that_are_not_finite_are_found_wherever_they_are(dtype: Any, size: int) -> None:
+    limits = ml_dtypes.finfo(dtype)
+    finite = np.resize(np.array([0.0, -0.0, 1.0, limits.max, limits.min, limits.smallest_subnormal], dtype), size)
+    into = np.empty_like(finite)
+    assert is_finite(finite) and copy_finite(finite, into)
+    np.testing.assert_array_equal(into.view(np.uint8), finite.view(np.uint8))
+    for place in {0, size // 2, size - 1} if size else ():
+        for value in (np.nan, -np.nan, np.inf, -np.inf):
+            broken = finite.copy()
+            broken[place] = value
+            assert not is_finite(broken)
+            assert not copy_finite(broken.reshape(1, -1), into.reshape(1, -1))
+    wide = np.empty(size, np.float32)
+    assert copy_finite(np.ones(size, dtype), wide) and (wide == 1).all()
+
+
+def test_code_of_a_tokenizer_is_not_run_where_its_file_says_the_same(tmp_path: Path) -> None:
+    folder = save(random_model(tiny_config()), tmp_path / "model")
+    expected = load_tokenizer(folder)
+    settings = folder / "tokenizer_config.json"
+    content = json.loads(settings.read_text()) | {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    settings.write_text(json.dumps(content | {"tokenizer_class": "Mine"}))
+    (folder / "mine.py").write_text("raise SystemExit('run')")
+    found = load_tokenizer(folder)
+    assert found.get_vocab() == expected.get_vocab()
+    assert found("w4 w5 </s>") == expected("w4 w5 </s>") and found.eos_token_id == expected.eos_token_id
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: auto_map: .*mine\.Mine.* custom code"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    folder = save(random_model(tiny_config()), tmp_path / "model")
+    os.truncate(folder / "tokenizer.json", 2**40)
+    for read in (load_tokenizer, lambda folder: check_same_vocabulary([folder, folder])):
+        with pytest.raises(InputError, match=r"tokenizer\.json: has 1,099,511,627,776 bytes"):
+            read(folder)

@@ -18,6 +18,7 @@ from helpers import SPECIAL, word_tokenizer, write_lines
 from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 
+from evojax_merge.chat_templates import render_chat
 from evojax_merge.config import GsmConfig, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.search.open_tasks import open_task, open_whole_task
@@ -244,6 +245,22 @@ def test_a_tokenizer_without_a_chat_template_or_with_a_fussy_one_is_refused(tmp_
         task.ask(chat_tokenizer(GSM8K, template=None), 1000)
     with pytest.raises(InputError, match="no system, please"):
         task.ask(chat_tokenizer(GSM8K, template="{{ raise_exception('no system, please') }}"), 1000)
+
+
+def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(tmp_path: Path) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    task = gsm_task(tmp_path, GSM8K, apply_chat_template=True)
+    for template, message in (
+        ("{{ 'a' * 10**9 }}", "512 MiB"),
+        (loop, "more than 2 s"),
+        ("{{ 'a' * 10**7 }}", "10,000,000"),
+    ):
+        with pytest.raises(InputError, match=message):
+            task.ask(chat_tokenizer(GSM8K, template=template), 1000)
+    long = [{"role": "user", "content": "w" * 10**6}]
+    tokenizer = chat_tokenizer(GSM8K)
+    expected = tokenizer.apply_chat_template(long, tokenize=False, add_generation_prompt=True)
+    assert render_chat(tokenizer, long, add_generation_prompt=True) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------

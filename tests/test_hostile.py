@@ -6,10 +6,24 @@ from pathlib import Path
 
 import pytest
 from helpers import Family
-from hostile import MERGE, SEARCH, Case, Server, build_world, check, checkpoints, configs, outputs, recipes, runs, tasks
+from hostile import (
+    MERGE,
+    SEARCH,
+    Case,
+    Server,
+    build_world,
+    check,
+    checkpoints,
+    configs,
+    outputs,
+    recipes,
+    runs,
+    safetensors_files,
+    tasks,
+)
 from hostile import tokenizers as tokenizer_files
 
-MODULES = (checkpoints, tokenizer_files, recipes, outputs, tasks, configs, runs)
+MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs)
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES

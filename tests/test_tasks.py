@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.requests import build_requests
+from evojax_merge.evaluation.requests import build_requests, token_warnings
 from evojax_merge.search.open_tasks import open_task
 from evojax_merge.tasks.batches import (
     BUCKETS,
@@ -221,6 +221,40 @@ def test_examples_beyond_the_context_are_refused() -> None:
     build_requests([[generated]], tokenizer, 64, 13, ())
     with pytest.raises(InputError, match=r"file\.jsonl:2: 9 tokens and 4 new ones"):
         build_requests([[generated]], tokenizer, 64, 12, ())
+
+
+def test_tokens_beyond_the_embedding_are_refused_where_an_example_holds_one() -> None:
+    tokenizer = word_tokenizer(words(16))
+    task = task_of("likelihood", [Example("w4 w5", (" w6",), "w6", 1), Example("w4", (" w9",), "w9", 2)])
+    with pytest.raises(InputError, match=r"file\.jsonl:2: token 'w9' has the number 9, .* 9 rows"):
+        build_requests([[task]], tokenizer, 64, 9, (), 9)
+    (requests,) = build_requests([[task]], tokenizer, 64, 9, (), 10)
+    (line,) = token_warnings(requests, tokenizer, 10)
+    assert line.startswith("warning: ") and "6 tokens (such as 'w10')" in line
+    # Rows that no token has are padding.
+    assert token_warnings(requests, tokenizer, 16) == token_warnings(requests, tokenizer, 64) == []
+
+
+@pytest.mark.parametrize(("unknown", "warned"), [(1, False), (3, True)])
+def test_unknown_words_are_warned_of_where_they_are_many(unknown: int, warned: bool) -> None:
+    tokenizer = word_tokenizer(words(16))
+    # 40 tokens, of which 1 (2.5 %) or 3 (7.5 %) are unknown; the first on line 2.
+    lines = ["w4 " * 9, *(["x " + "w4 " * 8] * unknown), *(["w4 " * 9] * (3 - unknown))]
+    task = task_of("likelihood", [Example(text, ("w5",), "w5", n + 1) for n, text in enumerate(lines)])
+    (requests,) = build_requests([[task]], tokenizer, 64, 9, (), 16)
+    found = token_warnings(requests, tokenizer, 16)
+    assert len(found) == warned
+    assert not warned or ("8% of" in found[0] and "'<unk>'" in found[0] and "file.jsonl:2" in found[0])
+    # GPT-2's is its end of text, and stands for nothing unknown.
+    tokenizer.eos_token = "<unk>"
+    assert token_warnings(requests, tokenizer, 16) == []
+
+
+def test_a_text_that_a_tokenizer_fails_on_is_named() -> None:
+    tokenizer = word_tokenizer(words(16))
+    tokenizer.backend_tokenizer.model.unk_token = "<nothing>"
+    with pytest.raises(InputError, match="its tokenizer fails on 'w4 colourless w5'"):
+        likelihood_rows(task_of("likelihood", [Example("w4 colourless", (" w5",), "w5", 9)]), tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def _load_leaf(
 
     def one(i: int) -> dict[str, np.ndarray]:
         for s in range(count):
-            stack[i, s] = sources.read(s, names[i])
+            sources.read_into(s, names[i], stack[i, s])
 
         def draws(k: int) -> np.ndarray:
             return draw(spec.seed, sources.digest(first_parent + k, names[i]), shape)
@@ -118,12 +118,12 @@ def load_path_bank(
         first = leaf.tensor.format(i=0)
         stack = aligned_empty((len(origins), *sources.shape(0, first)), common_dtype(sources, first))
         for row, (source, i) in zip(stack, origins, strict=True):
-            row[:] = sources.read(source, leaf.tensor.format(i=i))
+            sources.read_into(source, leaf.tensor.format(i=i), row)
             progress(row.nbytes)
         layers[leaf.name] = put(leaf.name, stack)
     shared = {}
     for leaf in shared_leaves(spec.configs[0]):
-        shared[leaf.name] = tuple(jax.device_put(sources.read(s, leaf.tensor)) for s in range(len(spec.configs)))
+        shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
     windows = np.array([window for config in spec.configs for window in config.windows], np.int32)
     return PathBank(layers, shared, jax.device_put(windows), origins, spec.export_dtype, compute_dtype)
@@ -147,9 +147,9 @@ def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, comput
         names = [leaf.tensor.format(i=i) for i in range(config.layers)]
         stack = aligned_empty((config.layers, *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
         for i, name in enumerate(names):
-            stack[i] = sources.read(source, name)
+            sources.read_into(source, name, stack[i])
         layers[leaf.name] = put(leaf.name, stack)
-    shared = {leaf.name: jax.device_put(sources.read(source, leaf.tensor)) for leaf in shared_leaves(config)}
+    shared = {leaf.name: jax.device_put(sources.read_finite(source, leaf.tensor)) for leaf in shared_leaves(config)}
     return Stored(layers, shared, compute_dtype)
 
 

@@ -1,21 +1,25 @@
 """A Hugging Face model folder, opened for reading: tensors by name out of memory-mapped safetensors files.
 
-May import errors and NumPy. Everything is checked while opening, from the headers alone: a missing or truncated
-shard, an index that points outside its folder, a folder that only holds pickles.
+May import errors, NumPy and safetensors. Everything is checked while opening, from the headers alone: a missing or
+truncated shard, an index that points outside its folder, a folder that only holds pickles.
 """
 
 import glob
 import hashlib
 import json
 import mmap
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
 
 DTYPES: dict[str, np.dtype] = {
@@ -30,6 +34,8 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+# What is packed several to a byte, or needs scales that lie elsewhere.
+QUANTISED_DTYPES = ("F8_", "F6_", "F4")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -59,6 +65,42 @@ class Entry:
 
 def is_float(dtype: np.dtype) -> bool:
     return dtype in FLOAT_DTYPES.values() or dtype == np.float64
+
+
+# Values that are looked at together: a piece stays in the cache.
+PIECE = 2**17
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no value of a float array of any shape is NaN or infinite."""
+    flat = values.reshape(-1)
+    return all(_finite_piece(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE))
+
+
+def copy_finite(values: np.ndarray, into: np.ndarray) -> bool:
+    """Copy `values`, cast to the dtype of `into` (contiguous, of the same shape); False where one is NaN or infinite.
+
+    Costs little more than the copy alone: each piece is looked at while it is in the cache.
+    """
+    source, target, finite = values.reshape(-1), into.reshape(-1), True
+    for start in range(0, source.size, PIECE):
+        piece = source[start : start + PIECE]
+        target[start : start + PIECE] = piece
+        finite = finite and _finite_piece(piece)
+    return finite
+
+
+def _finite_piece(piece: np.ndarray) -> bool:
+    """NaN and infinity have all bits of the exponent set: as integers they are above all others of their sign. NumPy
+    compares integers many times as fast as it calls isfinite on two-byte floats."""
+    signed, unsigned = _INTEGERS[piece.dtype.itemsize]
+    infinity = np.array(np.inf, piece.dtype).view(unsigned)
+    minus = np.array(-np.inf, piece.dtype).view(unsigned)
+    bits = np.ascontiguousarray(piece)
+    return bool(bits.view(signed).max() < infinity and bits.view(unsigned).max() < minus)
+
+
+_INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
 def resolve(where: object, reference: str, relative_to: Path) -> Path:
@@ -112,32 +154,63 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file. Raises InputError where the file is missing, damaged or truncated."""
+    """The tensors of one safetensors file. Raises InputError where the file is missing, damaged or truncated.
+
+    The safetensors library checks the header against the file: that it is JSON of the right form, of at most 100 MB,
+    and that the tensors, of the sizes that their shapes and dtypes give, cover the rest of the file one after the
+    other. It reads no tensor for that. What it lets pass is checked here: a name that is there twice.
+    """
     try:
+        if not file.is_file():
+            what = "is not a file" if file.exists() else "is a link to nothing" if file.is_symlink() else "is missing"
+            raise InputError(file, f"{what}; expected a safetensors file")
         size = file.stat().st_size
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
                 raise InputError(file, f"truncated: the header wants {length:,} bytes, the file has {size:,}")
-            header = json.loads(handle.read(length))
+            refused = _refused(file)
+            # Only what the library accepted is parsed here, or, to say by how much, a header that it found well formed.
+            if refused is not None and "not fully covered" not in refused:
+                raise InputError(file, f"not a safetensors file, or damaged ({refused})")
+            header = json.loads(handle.read(length), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise InputError(file, f"cannot be read ({error.strerror}); expected a safetensors file") from None
-    except ValueError:
-        raise InputError(file, "not a safetensors file (its header is not valid)") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(file, f"not a safetensors file (its header is not valid: {error})") from None
     header.pop("__metadata__", None)
+    end = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+    if end > size:
+        raise InputError(file, f"truncated: expected {end:,} bytes, found {size:,}")
+    if end < size:
+        raise InputError(file, f"damaged: holds {size - end:,} bytes after its last tensor")
     entries = {}
     for name, row in header.items():
+        if row["dtype"].startswith(QUANTISED_DTYPES):
+            raise InputError(file, f"{name} is quantised (dtype {row['dtype']}); expected weights of full precision")
         if row["dtype"] not in DTYPES:
             raise InputError(file, f"{name} has dtype {row['dtype']}; expected one of {', '.join(DTYPES)}")
         start, stop = (8 + length + offset for offset in row["data_offsets"])
-        dtype, shape = DTYPES[row["dtype"]], tuple(row["shape"])
-        if stop - start != dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
-            raise InputError(file, f"damaged: {name} {list(shape)} does not fill its {stop - start:,} bytes")
-        entries[name] = Entry(file, dtype, shape, start, stop)
-    end = max((entry.stop for entry in entries.values()), default=0)
-    if end > size:
-        raise InputError(file, f"truncated: expected {end:,} bytes, found {size:,}")
+        entries[name] = Entry(file, DTYPES[row["dtype"]], tuple(row["shape"]), start, stop)
     return entries
+
+
+def _refused(file: Path) -> str | None:
+    """What the safetensors library says against the file's header."""
+    try:
+        with safe_open(file, framework="numpy"):
+            return None
+    except SafetensorError as error:
+        return str(error).removeprefix("Error while deserializing header: ")[:200]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ordered = sorted(name for name, _ in pairs)
+        twice = next(name for name, after in pairwise(ordered) if name == after)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return made
 
 
 @dataclass(frozen=True)
@@ -219,24 +292,32 @@ def open_folder(path: Path) -> Folder:
 
 
 def _open_shards(index: Path) -> dict[str, Entry]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(index, "not a safetensors index (expected JSON with a weight_map)") from None
-    headers = {}
-    for file in sorted(set(weight_map.values())):
-        shard = index.parent / file
+    """The tensors of all shards that the index names, listed or not, as transformers reads them."""
+    weight_map = read_json_object(index, missing={}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+    entries: dict[str, Entry] = {}
+    shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+    for file, shard in shards.items():
         # The name itself must stay inside; the file may be a link (the hub's cache is made of links).
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(index, f"weight_map points outside its folder: {file!r}")
-        if not shard.exists():
-            raise InputError(index, f"shard {file!r} is missing")
-        headers[file] = read_header(shard)
-    entries = {}
+            raise InputError(index, f"weight_map points outside its folder: {shown(file)}")
+        if not os.path.lexists(shard):
+            raise InputError(index, f"shard {shown(file)} is missing")
+        tensors = read_header(shard)
+        twice = entries.keys() & tensors.keys()
+        if twice:
+            name = min(twice)
+            raise InputError(shard, f"holds {name}, which {entries[name].file.name} holds as well")
+        entries |= tensors
     for name, file in weight_map.items():
-        if name not in headers[file]:
+        if name not in entries or entries[name].file != shards[file]:
             raise InputError(index, f"says that {name} is in {file!r}, which does not hold it")
-        entries[name] = headers[file][name]
     return entries
 
 

@@ -22,8 +22,18 @@ import numpy as np
 from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
+from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, check_unquantised, check_values, comparable
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, HEAD, Folder, is_float, open_folder, resolve
+from evojax_merge.checkpoints.folder import (
+    EMBEDDING,
+    FLOAT_DTYPES,
+    HEAD,
+    Folder,
+    is_finite,
+    is_float,
+    open_folder,
+    resolve,
+)
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, rows_differ
 from evojax_merge.checkpoints.recipes import (
@@ -147,7 +157,13 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> Tokenize
 def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     """The Jinja template that the recipe asks for: its own, ChatML, or the one that most of the models have."""
     wanted = recipe.chat_template
-    if wanted is None or "{" in wanted:
+    if wanted is None:
+        return None
+    if "{" in wanted:
+        try:
+            check_chat_template(wanted)
+        except ChatTemplateError as error:
+            raise InputError(recipe.path, f"chat_template: not a Jinja template ({error})") from None
         return wanted
     if wanted == "chatml":
         return CHATML
@@ -326,8 +342,8 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
             return np.array(tensors[0])
         if not job.allow_nonfinite:
             for (s, name), values in zip(row.inputs, tensors, strict=True):
-                if not _finite(values):
-                    where = sources.folders[s].path
+                if not is_finite(values):
+                    where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
         if method.name == "passthrough" and row.parameters["scale"][0] == 1:
             return np.array(tensors[0], dtype)
@@ -341,7 +357,7 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
         merged = _combine_in_pieces(
             method, row.options, tensors, prepared.scores, prepared.statistics, row.parameters, dtype
         )
-        if not job.allow_nonfinite and not _finite(merged):
+        if not job.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 job.recipe.path,
                 f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
@@ -352,11 +368,6 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
         for s, name in row.inputs:
             if not has_rows(name):
                 sources.forget(s, name)
-
-
-def _finite(values: np.ndarray) -> bool:
-    flat = values.reshape(-1)
-    return all(np.isfinite(flat[start : start + PIECE]).all() for start in range(0, flat.size, PIECE))
 
 
 def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:

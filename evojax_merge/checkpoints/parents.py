@@ -15,7 +15,16 @@ from evojax_merge.checkpoints.architectures import (
     layer_leaves,
     shared_leaves,
 )
-from evojax_merge.checkpoints.folder import EMBEDDING, HEAD, Entry, Folder, open_folder
+from evojax_merge.checkpoints.folder import (
+    EMBEDDING,
+    HEAD,
+    Entry,
+    Folder,
+    copy_finite,
+    is_finite,
+    is_float,
+    open_folder,
+)
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.tokens import (
     TokenizerChoice,
@@ -56,6 +65,22 @@ class Sources:
         donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
         tensors = {s: self.folders[s].read(self.name_in(s, tensor)) for s in donors | {source}}
         return aligned_rows(self.vocabulary, source, tensors)
+
+    def read_finite(self, source: int, tensor: str) -> np.ndarray:
+        """As `read`. Raises InputError where the tensor holds NaN or infinity: every score would come from it."""
+        values = self.read(source, tensor)
+        if not is_finite(values):
+            raise self._not_finite(source, tensor)
+        return values
+
+    def read_into(self, source: int, tensor: str, into: np.ndarray) -> None:
+        """As `read_finite`, into an array of the tensor's shape."""
+        if not copy_finite(self.read(source, tensor), into):
+            raise self._not_finite(source, tensor)
+
+    def _not_finite(self, source: int, tensor: str) -> InputError:
+        name = self.name_in(source, tensor)
+        return InputError(self.entry(source, tensor).file, f"{name} holds NaN or Inf; expected finite weights")
 
     def forget(self, source: int, tensor: str) -> None:
         """Let go of the memory that reading a tensor has mapped."""
@@ -151,7 +176,12 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
         if extra:
             raise InputError(folder.path, f"holds a tensor that its architecture does not have: {extra[0]}")
         for name, expected in shapes.items():
-            found = sources.shape(s, name)
+            entry, found = sources.entry(s, name), sources.shape(s, name)
+            if not is_float(entry.dtype):
+                raise InputError(
+                    entry.file,
+                    f"{sources.name_in(s, name)} holds {entry.dtype}; expected float weights (a quantised model?)",
+                )
             if s and name in first and found != sources.shape(0, name):
                 raise InputError(
                     folder.path,

@@ -1,6 +1,7 @@
 """Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
 
-May import errors; imports transformers when a tokenizer is loaded.
+May import errors, folder and json_files; imports transformers when a tokenizer is loaded. A folder's tokenizer is data:
+code that it brings along is never run, and nobody is asked whether to run it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.folder import file_hash
+from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+# The largest that are in use have some 40 MB.
+TOKENIZER_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,46 +70,92 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's own tokenizer. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
+    """The folder's own tokenizer. Raises InputError where there is none, or where it cannot be loaded without code of
+    its own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
+    _check_files(folder)
+    code = _wanted_code(folder)
+    if code is not None and not (folder / "tokenizer.json").exists():
+        raise InputError(
+            folder / "tokenizer_config.json",
+            f"auto_map: {shown(code)} is custom code, which is never run; save the tokenizer once as a tokenizer.json",
+        )
+    # What is in tokenizer.json needs no code, whatever class wraps it.
+    loader = AutoTokenizer if code is None else PreTrainedTokenizerFast
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
+        tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Some that are damaged are loaded all the same, and fail when they are used.
+        tokenizer("")
+        return tokenizer
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
         reason = " ".join(str(error).split())[:200]
-        raise InputError(folder, f"its tokenizer cannot be loaded ({reason})") from None
+        raise InputError(folder, f"its tokenizer cannot be loaded ({reason or type(error).__name__})") from None
 
 
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
+def _check_files(folder: Path) -> None:
+    """Raises InputError unless the tokenizer's files are files of a likely size, and its settings JSON objects."""
+    for name in TOKENIZER_FILES:
+        file = folder / name
+        if not file.exists():
+            continue
+        if not file.is_file():
+            raise InputError(file, "is not a file; expected a tokenizer's")
+        size = file.stat().st_size
+        if size > TOKENIZER_BYTES:
+            raise InputError(file, f"has {size:,} bytes; expected a tokenizer's of at most {TOKENIZER_BYTES:,}")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        read_json_object(folder / name, missing={})
+
+
+def _wanted_code(folder: Path) -> Any:
+    """What the tokenizer's makers want run of their own, or None."""
+    wanted = read_json_object(folder / "tokenizer_config.json", missing={}).get("auto_map")
+    if isinstance(wanted, dict):
+        wanted = wanted.get("AutoTokenizer")
+    return wanted or None
+
+
 def check_same_vocabulary(folders: Sequence[Path]) -> None:
     """Raises InputError unless all folders that hold a tokenizer map the same tokens to the same rows."""
-    reference: tuple[Path, dict[str, int]] | None = None
-    texts: set[bytes] = set()
-    for folder in folders:
-        if not has_tokenizer(folder):
-            continue
-        file = folder / "tokenizer.json"
-        if file.exists():
-            # Equal files need no tokenizer loaded, and most families share theirs to the byte.
-            content = file.read_bytes()
-            if content in texts:
-                continue
-            texts.add(content)
+    distinct: dict[tuple[str, ...], Path] = {}
+    for folder in filter(has_tokenizer, folders):
+        _check_files(folder)
+        # Equal files need no tokenizer loaded, and most families share theirs to the byte.
+        distinct.setdefault(_fingerprint(folder), folder)
+    if not distinct:
+        return
+    first, *others = distinct.values()
+    if not others and _wanted_code(first) is not None:
+        # What it means is not known here, but that it is one.
+        return
+    expected = load_tokenizer(first).get_vocab()
+    for folder in others:
         vocabulary = load_tokenizer(folder).get_vocab()
-        if reference is None:
-            reference = (folder, vocabulary)
-        elif vocabulary != reference[1]:
-            differing = sorted(set(vocabulary.items()) ^ set(reference[1].items()))
+        if vocabulary != expected:
+            differing = sorted(set(vocabulary.items()) ^ set(expected.items()))
             raise InputError(
                 folder,
-                f"its tokenizer differs from that of {reference[0]} (first difference: token {differing[0][0]!r}); "
+                f"its tokenizer differs from that of {first} (first difference: token {differing[0][0]!r}); "
                 "say tokenizer_source: whose to take, so that rows are aligned by token",
             )
+
+
+def _fingerprint(folder: Path) -> tuple[str, ...]:
+    """The hashes of the files that say which token has which row."""
+    whole = folder / "tokenizer.json"
+    files = (
+        [whole] if whole.exists() else [folder / name for name in TOKENIZER_FILES] + sorted(folder.glob("*.tiktoken"))
+    )
+    return tuple(file_hash(file) if file.is_file() else "" for file in files)
 
 
 def unite(tokenizers: Sequence[Any], first: int, counts: Sequence[int]) -> Any:

@@ -18,6 +18,8 @@ CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
 # So many times as many go together, prompts and what is written, while it is written: each row is then few tokens of a
 # pass.
 PROMPT_TOKENS = 4
+# Of an example's tokens so many may be unknown ones before it is worth a word.
+UNKNOWN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,25 @@ class Requests:
 
 
 def build_requests(
-    splits: Sequence[Sequence[Task]], tokenizer: Any, tokens_per_batch: int | None, context: int, stop: tuple[int, ...]
+    splits: Sequence[Sequence[Task]],
+    tokenizer: Any,
+    tokens_per_batch: int | None,
+    context: int,
+    stop: tuple[int, ...],
+    vocab: int = 2**31,
 ) -> list[list[Requests]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
     `tokens_per_batch` None: as many tokens as suit the devices.
 
-    Raises InputError for an example that is longer than `context`, the model's.
+    Raises InputError for an example that is longer than `context`, the model's, or that holds a token beyond the
+    `vocab` rows of its embedding.
     """
     if tokens_per_batch is None:
         tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
     asked = [[task.ask(tokenizer, context) for task in split] for split in splits]
     for part in (part for split in asked for part in split):
         _check_lengths(part, context)
+        _check_tokens(part, tokenizer, vocab)
     columns = [_requests([split[i] for split in asked], tokens_per_batch) for i in range(len(splits[0]))]
     return [
         [
@@ -93,6 +102,44 @@ def _check_lengths(asked: Asked, context: int) -> None:
             if len(row.tokens) + new > longest:
                 wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
+
+
+def _check_tokens(asked: Asked, tokenizer: Any, vocab: int) -> None:
+    for row in (*asked.scored, *asked.prompts):
+        number = max(row.tokens, default=0)
+        if number >= vocab:
+            token = tokenizer.convert_ids_to_tokens(number)
+            raise InputError(
+                row.where,
+                f"token {token!r} has the number {number:,}, and the models' embedding {vocab:,} rows; expected the "
+                f"tokenizer that they were trained with, not that of {tokenizer.name_or_path}",
+            )
+
+
+def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> list[str]:
+    """One line each for what is amiss with the tokens of a model with `vocab` embedding rows: that the tokenizer has
+    some beyond the rows (trainers add such, and no example holds one, or `build_requests` had raised), and that many of
+    the examples' are unknown to it."""
+    found = []
+    outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
+    if outside:
+        found.append(
+            f"warning: {tokenizer.name_or_path}: {len(outside):,} tokens (such as {outside[0][1]!r}) are beyond the "
+            f"{vocab:,} rows of the models' embedding; no example holds one"
+        )
+    unknown = tokenizer.unk_token_id
+    # Where another token stands in for the unknown one, it is there for its own sake.
+    if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        rows = [row for request in requests for row in (*request.asked.scored, *request.asked.prompts)]
+        counts = [row.tokens.count(unknown) for row in rows]
+        share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
+        if share > UNKNOWN_SHARE:
+            first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
+            found.append(
+                f"warning: {share:.0%} of the examples' tokens are unknown to the tokenizer ({tokenizer.unk_token!r}), "
+                f"first in {first}"
+            )
+    return found
 
 
 def _shapes(batch: ScoringBatch | PromptBatch) -> list[Any]:

@@ -131,6 +131,19 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
     return folder
 
 
+@contextmanager
+def removed_if_refused(folder: RunFolder) -> Iterator[None]:
+    """Where the input turns out to be wrong (InputError) before anything of the search was saved, the folder goes
+    again: it holds its config alone, and the next attempt may have another."""
+    try:
+        yield
+    except InputError:
+        files = [path for path in folder.path.rglob("*") if path.is_symlink() or not path.is_dir()]
+        if jax.process_index() == 0 and {path.name for path in files} <= {folder.config.name}:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
+
+
 def is_run(folder: RunFolder) -> bool:
     """Whether a search made this folder: its config.yaml lists the hashes of its inputs."""
     if not folder.config.exists():

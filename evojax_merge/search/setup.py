@@ -72,7 +72,7 @@ class Problem:
         """What is asked for each block of the searched tasks, for the full and for the held-out ones."""
         splits = (*self.blocks, self.full, self.heldout)
         tokens = self.config.evaluation.tokens_per_batch
-        *searched, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop)
+        *searched, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
         return [*map(_weighted, searched), heldout]
 
     @property

@@ -1,5 +1,5 @@
-"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, tasks.language, tasks.records,
-tasks.task and tasks.text.
+"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, chat_templates, tasks.language,
+tasks.records, tasks.task and tasks.text.
 
 Prompts, the search for the answer in an output and its comparison are those of the lm-eval harness's tasks (0.4.13):
 `gsm8k`, `gsm8k_cot`, and, as `mgsm_ja`, its `mgsm_native_cot_ja`. Two answers are looked for: `strict` takes the one
@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.language import language_of
 from evojax_merge.tasks.records import Record, Source
-from evojax_merge.tasks.task import Answers, Asked, Row
+from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
 from evojax_merge.tasks.text import encode_prompt
 
 Match = Literal["strict", "flexible"]
@@ -140,16 +141,14 @@ class GsmTask:
             turns.append({"role": "assistant", "content": worked(self.style, shot)})
         turns.append({"role": "user", "content": put(self.style, problem)})
         try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            # A template is a program of the model's makers: it may refuse a system turn, say.
-            said = " ".join(str(error).split())[:200]
+            text = render_chat(tokenizer, turns, add_generation_prompt=True)
+        except ChatTemplateError as error:
+            # A template may refuse a system turn, say.
             raise InputError(
-                f"task {self.name}", f"apply_chat_template: the models' chat template failed ({said})"
+                f"task {self.name}", f"apply_chat_template: the models' chat template failed ({error})"
             ) from None
         # Templates write the beginning of the sequence themselves.
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
+        return token_ids(tokenizer, text, add_special_tokens=False)
 
     def score(self, answers: Answers) -> dict[str, np.ndarray]:
         """`strict` and `flexible`: is the number right; `language`, where one is wanted: is the output in it;

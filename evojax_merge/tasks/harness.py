@@ -1,7 +1,8 @@
 """Tasks of the lm-eval harness: it builds the requests and scores the answers, the evaluator answers them.
 
-May import errors and tasks.task, and lm_eval where a task is opened. The requests become the tokens that the harness's
-own `hf` model makes of them, and each candidate's answers go back through the task's filters and `process_results`.
+May import errors, chat_templates and tasks.task, and lm_eval where a task is opened. The requests become the tokens
+that the harness's own `hf` model makes of them, and each candidate's answers go back through the task's filters and
+`process_results`.
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.task import Answers, Asked, Row
+from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
 
 # What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
@@ -100,6 +102,8 @@ class Source:
                     fewshot_as_multiturn=options.fewshot_as_multiturn,
                     chat_template=chat,
                 )
+        except ChatTemplateError as error:
+            raise InputError(self.where, f"apply_chat_template: the models' chat template failed ({error})") from None
         except (ValueError, AssertionError) as error:
             raise InputError(self.where, f"lm-eval cannot build its requests ({_line(error)})") from error
         by_example: dict[int, list[Any]] = {}
@@ -427,19 +431,22 @@ def _line(error: Exception) -> str:
 
 def prefix_token(tokenizer: Any) -> int:
     """What stands before a text that has no context."""
-    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if found is None:
+        raise InputError(tokenizer.name_or_path, "its tokenizer has no token that begins or ends a text")
+    return int(found)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokens with the tokenizer's own special ones, unless the text begins with one already."""
     begun = text.startswith(tokenizer.decode(prefix_token(tokenizer)))
-    return list(tokenizer.encode(text, **({"add_special_tokens": False} if begun else {})))
+    return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
 
 
 def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], list[int]]:
     """Tokens before the target, and the target's. White space at the end of the context goes to the target."""
     if not context:
-        tokens = list(tokenizer.encode(target, add_special_tokens=False))
+        tokens = token_ids(tokenizer, target, add_special_tokens=False)
         prefix = prefix_token(tokenizer)
         return (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
     kept = context.rstrip()
@@ -450,7 +457,7 @@ def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], l
 
 def encode_prompt(tokenizer: Any, text: str) -> list[int]:
     begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return list(tokenizer(text, **({"add_special_tokens": False} if begun else {}))["input_ids"])
+    return token_ids(tokenizer, text, **({"add_special_tokens": False} if begun else {}))
 
 
 def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[int], list[int]]]:
@@ -472,21 +479,22 @@ def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, 
     until = settings.get("until") or []
     stop = [until] if isinstance(until, str) else list(until)
     # The end-of-sequence token ends an output when it is spelled out, too.
-    stop.append(tokenizer.decode(tokenizer.eos_token_id))
+    if tokenizer.eos_token_id is not None:
+        stop.append(tokenizer.decode(tokenizer.eos_token_id))
     return new, tuple(dict.fromkeys(text for text in stop if text))
 
 
 def _chat(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation as the tokenizer's template writes it; without the system's turn where it takes none."""
-    import jinja2
-
     write = functools.partial(
-        tokenizer.apply_chat_template,
-        tokenize=False,
+        render_chat,
+        tokenizer,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
     )
     try:
-        return str(write(history))
-    except jinja2.exceptions.TemplateError:
-        return str(write([turn for turn in history if turn["role"] != "system"]))
+        return write(history)
+    except ChatTemplateError as error:
+        if not error.refused:
+            raise
+        return write([turn for turn in history if turn["role"] != "system"])

@@ -1,4 +1,6 @@
-"""What a task is to the rest of the program: what it asks of a model, and how it scores the answers. May import NumPy.
+"""What a task is to the rest of the program: what it asks of a model, and how it scores the answers.
+
+May import errors and NumPy.
 
 Every kind of task (text, gsm, harness, function) is a frozen dataclass with these members. A task turns its examples
 into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces the
@@ -12,6 +14,8 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+
+from evojax_merge.errors import InputError
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: what a traced function makes of a row.
 Reduce = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -84,6 +88,16 @@ class Task(Protocol):
     def unanswered(self, texts: Sequence[str]) -> str | None:
         """What was looked for in the outputs, if it is in none of them; else None."""
         ...
+
+
+def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    """The tokens of a text. Raises InputError where the tokenizer fails on it: one may lack a token for unknown words,
+    say."""
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(tokenizer.name_or_path, f"its tokenizer fails on {text[:80]!r} ({said})") from None
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

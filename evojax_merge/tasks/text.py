@@ -15,7 +15,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.records import read_records
-from evojax_merge.tasks.task import Answers, Asked, Row
+from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -142,8 +142,8 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], in
     """
     kept = prompt.rstrip(" ")
     target = prompt[len(kept) :] + target
-    whole = tokenizer(kept + target)["input_ids"]
-    start = len(tokenizer(kept)["input_ids"]) if kept else len(tokenizer("")["input_ids"])
+    whole = token_ids(tokenizer, kept + target)
+    start = len(token_ids(tokenizer, kept))
     end = _closing_tokens(tokenizer)
     # A tokenizer that closes every text (with an end-of-sequence token) closes the prompt as well.
     return whole[: len(whole) - end] if end else whole, min(start - end, len(whole) - end - 1)
@@ -151,12 +151,12 @@ def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], in
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """The tokens of a text that is to be continued."""
-    tokens: list[int] = tokenizer(prompt)["input_ids"]
+    tokens = token_ids(tokenizer, prompt)
     return tokens[: len(tokens) - _closing_tokens(tokenizer)]
 
 
 def _closing_tokens(tokenizer: Any) -> int:
-    empty = tokenizer("")["input_ids"]
+    empty = token_ids(tokenizer, "")
     return int(bool(empty) and empty[-1] == tokenizer.eos_token_id and empty[-1] != tokenizer.bos_token_id)
 
 
