@@ -141,16 +141,24 @@ def _download(name: str, revision: str | None) -> Path:
     folder = fetch(folder.name, [SINGLE_FILE])
     if not (folder / SINGLE_FILE).exists():
         index = folder / INDEX_FILE
-        shards = [glob.escape(file) for file in _shard_names(index)] if index.exists() else ["*.safetensors"]
-        folder = fetch(folder.name, shards)
+        shards = (
+            [glob.escape(file) for file in set(_weight_map(index).values())] if index.exists() else ["*.safetensors"]
+        )
+        folder = fetch(folder.name, sorted(shards))
     return folder
 
 
-def _shard_names(index: Path) -> list[str]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as a safetensors index has them. Raises InputError where it is anything else."""
     weight_map = read_json_object(index, missing={}).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError(index, "not a safetensors index (expected JSON with a weight_map)")
-    return sorted(set(weight_map.values()))
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+    return weight_map
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -293,14 +301,7 @@ def open_folder(path: Path) -> Folder:
 
 def _open_shards(index: Path) -> dict[str, Entry]:
     """The tensors of all shards that the index names, listed or not, as transformers reads them."""
-    weight_map = read_json_object(index, missing={}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(
-            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+    weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
     for file, shard in shards.items():
