@@ -263,21 +263,23 @@ def _combine_in_pieces(
 ) -> np.ndarray:
     """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
 
-    The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
+    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured. The last piece is
+    filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
     shape = sources[0].shape
     by_row = options.axis is not None and len(shape) > 1
-    flat = (shape[0], -1) if by_row else (-1,)
+    width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
+    flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
     numbers = [x.reshape(flat) for x in scores]
-    width = int(np.prod(tensors[0].shape[1:]))
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
         step = max(1, step // 16)
     merged = np.empty(tensors[0].shape, dtype)
     # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
-    own = {name: x.reshape(x.shape[0], -1) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
+    vectors = (-1, 1) if options.axis == -1 else (1, -1)
+    own = {name: x.reshape(vectors) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
     numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
     for start in range(0, total, step):
         stop = min(start + step, total)
