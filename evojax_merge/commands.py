@@ -22,7 +22,7 @@ from rich.progress import (
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, StageConfig, TaskFile, parse
@@ -49,6 +49,7 @@ from evojax_merge.search.setup import (
     stop_tokens,
 )
 from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, write_recipe, write_result
+from evojax_merge.yaml_reader import load_yaml
 
 # Where the output is a file, lines are as long as a table needs.
 console = Console(width=None if sys.stdout.isatty() else 140)

@@ -236,7 +236,14 @@ def test_odd_sizes_and_buffers_are_merged_as_in_mergekit(models: Path, tmp_path:
 
 
 # Convolutions of images and of video, a vector, a single number.
-AXES = {"conv": (5, 4, 3, 2), "video": (3, 2, 2, 3, 4), "kernel": (4, 6, 3), "matrix": (6, 7), "bias": (11,), "gain": ()}
+AXES = {
+    "conv": (5, 4, 3, 2),
+    "video": (3, 2, 2, 3, 4),
+    "kernel": (4, 6, 3),
+    "matrix": (6, 7),
+    "bias": (11,),
+    "gain": (),
+}
 BY_AXIS = {
     "nuslerp": {},
     "nuslerp of rows": {"nuslerp_flatten": False},
@@ -258,7 +265,9 @@ def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, base
         rng = np.random.default_rng(seed)
         # No two short rows point in opposite directions, where rounding would decide.
         low = 0.0 if name == "base" else 0.5
-        tensors = {n: torch.tensor(rng.uniform(low, low + 0.5, shape), dtype=torch.float32) for n, shape in AXES.items()}
+        tensors = {
+            n: torch.tensor(rng.uniform(low, low + 0.5, shape), dtype=torch.float32) for n, shape in AXES.items()
+        }
         if method == "della":
             # mergekit ranks the rows of one entry to 0 / 0.
             tensors = {n: values for n, values in tensors.items() if n != "gain"}

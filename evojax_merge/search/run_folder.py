@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
-from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import in_step
+from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
 EXTENDABLE = ("generations",)
