@@ -74,7 +74,7 @@ def search(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
 @click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Override the seed of random methods.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
     """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
@@ -100,7 +100,7 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 def export(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
     """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
     _start_jax()

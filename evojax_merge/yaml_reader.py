@@ -95,7 +95,7 @@ def _check_events(where: object, text: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             if any(node.anchor == event.anchor for node in open_nodes):
                 raise InputError(_at(where, event.start_mark), f"*{event.anchor} is inside of what it stands for")
-            closed(None, sizes.get(event.anchor, 1))
+            closed(None, sizes.get(event.anchor or "", 1))
         elif isinstance(event, yaml.ScalarEvent):
             if open_nodes and open_nodes[-1].mapping and open_nodes[-1].children % 2 == 0:
                 _check_key(where, event, open_nodes[-1].keys)

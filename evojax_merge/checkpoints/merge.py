@@ -42,7 +42,7 @@ from evojax_merge.checkpoints.tokens import (
     check_same_vocabulary,
     load_tokenizer,
 )
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder
+from evojax_merge.checkpoints.writer import CARD, ShardWriter, TensorSpec, atomic_folder, write_marker
 from evojax_merge.errors import InputError
 
 Progress = Callable[[int], None]
@@ -76,6 +76,13 @@ class Job:
     tied: bool
     origins: list[tuple[int, int]]
     allow_nonfinite: bool
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        folders = self.sources.folders
+        files = [file.resolve() for folder in folders for file in folder.files]
+        return [*(folder.path for folder in folders), *files, self.tokenizer, self.recipe.path]
 
     @property
     def nbytes(self) -> int:
@@ -358,10 +365,16 @@ def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
 
 
 def merge_to(
-    job: Job, target: Path, *, card: str, overwrite: bool = False, progress: Progress = lambda done: None
+    job: Job,
+    target: Path,
+    *,
+    card: str,
+    overwrite: bool = False,
+    check: Callable[[], None] = lambda: None,
+    progress: Progress = lambda done: None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder that appears complete or not at all."""
-    with atomic_folder(target, overwrite=overwrite) as folder:
+    """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
+    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         with ShardWriter(folder, job.specs) as writer:
             for name, tensor in zip(writer.order, merged_tensors(job, writer.order), strict=True):
                 writer.write(name, tensor)
@@ -371,7 +384,8 @@ def merge_to(
         _write_tokenizer(job, folder)
         if (job.leader.path / "generation_config.json").exists():
             shutil.copyfile(job.leader.path / "generation_config.json", folder / "generation_config.json")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+        write_marker(folder)
 
 
 def _write_tokenizer(job: Job, folder: Path) -> None:

@@ -68,6 +68,11 @@ class RunFolder:
     def picture(self) -> Path:
         return self.path / "report.png"
 
+    @property
+    def parts(self) -> list[Path]:
+        """The folders that belong to the run; what else lies beside them is its user's."""
+        return [self.path / "best", self.path / "checkpoints", self.path / "stages"]
+
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
 
@@ -135,9 +140,8 @@ def is_run(folder: RunFolder) -> bool:
 
 def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it."""
-    shutil.rmtree(folder.path / "best", ignore_errors=True)
-    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-    shutil.rmtree(folder.path / "stages", ignore_errors=True)
+    for part in folder.parts:
+        shutil.rmtree(part, ignore_errors=True)
     for file in (folder.history, folder.timing, folder.result, folder.picture):
         file.unlink(missing_ok=True)
 

@@ -148,7 +148,10 @@ class Server:
 
 def serve() -> None:
     """Answer requests, one JSON line each, until standard input ends."""
-    import evojax_merge.commands  # noqa: F401  what every child needs
+    # What every child needs.
+    from transformers import AutoTokenizer  # noqa: F401
+
+    import evojax_merge.commands  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)
