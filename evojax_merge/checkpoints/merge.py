@@ -62,8 +62,7 @@ CHATML = (
 class Job:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `tokenizer`: the folder whose tokenizer is copied. `origins`: for each output layer the model and the layer that
-    it stands for.
+    `tokenizer`: the folder whose tokenizer is copied. `config`: the merged model's, but for the dtype.
     """
 
     recipe: RecipeFile
@@ -73,8 +72,7 @@ class Job:
     leader: Folder
     tokenizer: Path
     chat_template: str | None
-    tied: bool
-    origins: list[tuple[int, int]]
+    config: dict[str, Any]
     allow_nonfinite: bool
 
     @property
@@ -122,8 +120,46 @@ def prepare(
     copied = None if vocabulary is None else vocabulary.copied
     return Job(
         recipe, sources, tuple(rows), specs, leader, leader.path if copied is None else paths[copied],
-        _chat_template(recipe, paths), tied, output_layers(recipe, layouts), allow_nonfinite,
+        _chat_template(recipe, paths), _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
     )  # fmt: skip
+
+
+def _merged_config(
+    recipe: RecipeFile, sources: Sources, layouts: Sequence[Layout], tied: bool | None
+) -> dict[str, Any]:
+    """The first model's config, changed only in what the recipe changes. `tied`: whether the head is the embedding;
+    None where the model is not a known decoder, and its config is believed."""
+    leader = sources.folders[0]
+    config = dict(leader.config)
+    if not config:
+        return {}
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    if sources.vocabulary is not None:
+        config["vocab_size"] = sources.vocabulary.size
+    layers = sum(len(rows) for rows in layouts[0].stacks.values())
+    origins = output_layers(recipe, layouts)
+    if recipe.slices[0].count is None or origins == [(0, i) for i in range(layers)]:
+        return config
+    depth = next((key for key in DEPTHS if config.get(key) == layers), None)
+    if depth is None:
+        raise InputError(
+            leader.path / "config.json",
+            f"does not say that there are {layers} layers (by {', '.join(DEPTHS)}); slices: cannot change their number",
+        )
+    config[depth] = len(origins)
+    for key, value in config.items():
+        # What is said once per layer, such as layer_types.
+        if "layer" in key and isinstance(value, list) and len(value) == layers:
+            config[key] = [_of_layer(sources.folders[model], key, i) for model, i in origins]
+    return config
+
+
+def _of_layer(folder: Folder, key: str, layer: int) -> Any:
+    values = folder.config.get(key)
+    if not isinstance(values, list) or layer >= len(values):
+        raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
+    return values[layer]
 
 
 def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> TokenizerChoice:
@@ -163,8 +199,11 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     return max(found, key=found.count) if found else None
 
 
-def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None) -> tuple[Sources, list[Layout], bool]:
-    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head is tied.
+def _open(
+    recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None
+) -> tuple[Sources, list[Layout], bool | None]:
+    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head of a decoder
+    is tied.
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
@@ -178,7 +217,7 @@ def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None)
                 f"model_type is {kind!r}, but {first.path} is {expected!r}; expected one architecture",
             )
     decoders = _are_decoders(folders)
-    tied = HEAD not in first.entries
+    tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
     if decoders:
         # An untied head anywhere makes the merge untied.
@@ -403,23 +442,10 @@ def _write_tokenizer(job: Job, folder: Path) -> None:
 
 
 def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
-    config = dict(job.leader.config)
-    if not config:
+    if not job.config:
         return
+    config = dict(job.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if "tie_word_embeddings" in config or not job.tied:
-        config["tie_word_embeddings"] = job.tied
-    depth = next((key for key in DEPTHS if key in config), None)
-    layers = 0 if depth is None else int(config[depth])
-    if depth is not None and job.origins != [(0, i) for i in range(layers)]:
-        configs = [one.config for one in job.sources.folders]
-        config[depth] = len(job.origins)
-        for key, value in config.items():
-            # What is said once per layer, such as layer_types.
-            if isinstance(value, list) and len(value) == layers:
-                config[key] = [configs[model][key][i] for model, i in job.origins]
-    if job.sources.vocabulary is not None:
-        config["vocab_size"] = job.sources.vocabulary.size
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
