@@ -73,7 +73,7 @@ def search(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Override the seed of random methods.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:

@@ -39,7 +39,7 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
-from evojax_merge.search.run_folder import RunFolder, is_run, open_run
+from evojax_merge.search.run_folder import EarlierWinner, RunFolder, earlier_winners, is_run, keep_winner, open_run
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
     Problem,
@@ -50,7 +50,7 @@ from evojax_merge.search.setup import (
     stage_config,
     stop_tokens,
 )
-from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, write_recipe, write_result
+from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, recipe_text, write_result
 from evojax_merge.yaml_reader import load_yaml
 
 # Where the output is a file, lines are as long as a table needs.
@@ -219,17 +219,32 @@ def _say(text: str) -> None:
 
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
     """Export the winner, and report."""
-    write_recipe(problem, result.genome, folder.recipe)
+    recipe, history = recipe_text(problem, result.genome), folder.read_history()
+    keep_winner(folder, recipe)
+    atomic_write(folder.recipe, recipe)
     job = prepare(read_recipe(folder.recipe))
-    card = search_card(folder.path.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
+    card = search_card(folder.path.name, problem, result, recipe)
     with bytes_bar("exporting", job.nbytes) as progress_bytes:
         merge_to(job, folder.model, card=card, overwrite=True, progress=progress_bytes)
-    draw(problem, result, folder.read_history(), folder.picture)
-    write_result(result, folder)
+    draw(problem, result, history, folder.picture)
+    write_result(result, len(history), folder)
     if result.path is not None:
         console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+    for earlier in earlier_winners(folder):
+        line = _compared(earlier, len(history), result.winner.fitness)
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
+    """One line on what going on has brought, on the examples that no search has seen."""
+    now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
+    verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
+    return (
+        f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
+        f"({before}), which is kept in {earlier.path}"
+    )
 
 
 def run_merge_command(

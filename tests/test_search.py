@@ -250,6 +250,32 @@ def test_more_generations_continue_a_finished_run(config_file, finished, tmp_pat
     assert (out / "best/model/model.safetensors").read_bytes() == (
         finished / "best/model/model.safetensors"
     ).read_bytes()
+    assert contents(out) == contents(finished)
+
+
+def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(config_file, tmp_path):
+    out = tmp_path / "longer"
+    # From a bad start a longer search finds another winner.
+    again = ["search", config_file, "--out", out, "--set", "space.parameters.weight.start=-0.2"]
+    run(*again, "--set", "search.generations=1")
+    files = ["best/recipe.yaml", "best/model/model.safetensors", "best/model/config.json", "result.json", "report.png"]
+    before = {name: (out / name).read_bytes() for name in files}
+    done = run(*again, "--resume")
+    assert (out / "best/recipe.yaml").read_bytes() != before["best/recipe.yaml"]
+    kept = {name: (out / "winners/001" / name.removeprefix("best/")).read_bytes() for name in files}
+    assert kept == before
+    # Both held-out figures are told, and which is better.
+    table = [json.loads(text)["table"] for text in (before["result.json"], (out / "result.json").read_bytes())]
+    old, new = (next(row["heldout_fitness"] for row in rows if row["role"] == "winner") for rows in table)
+    verdict = "better than" if new > old else "WORSE than"
+    line = next(line for line in done.stdout.splitlines() if line.startswith("held out, the winner"))
+    assert f"of {GENERATIONS} generations ({new:.4f}) is {verdict} that of 1 ({old:.4f})" in line
+    assert str(out / "winners/001") in line
+    # Going on with nothing new to find keeps what there is.
+    after = contents(out)
+    run(*again, "--resume")
+    assert sorted(path.name for path in (out / "winners").iterdir()) == ["001"]
+    assert contents(out) == after
 
 
 def test_search_never_sees_the_heldout_split(config_file, finished, tmp_path):

@@ -33,8 +33,8 @@ LAYER_NAME = re.compile(
 )
 # What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
-# The seed is a word of the random numbers' key.
-MAX_SEED = 2**64 - 1
+# The seed is a word of the random numbers' key; the same bound holds for a search.
+MAX_SEED = 2**63 - 1
 # Merging is done in float32.
 MAX_NUMBER = float(np.finfo(np.float32).max)
 # Entries of a gradient: there are fewer layers than that.

@@ -127,8 +127,8 @@ def genome_recipe(space: ParameterSpace, genome: np.ndarray) -> Recipe:
     return jax.tree.map(np.asarray, candidate(recipes, 0))
 
 
-def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
-    """Write a genome's recipe as `evojax-merge merge` and mergekit take it."""
+def recipe_text(problem: Problem, genome: np.ndarray) -> str:
+    """A genome's recipe as YAML, as `evojax-merge merge` and mergekit take it."""
     parents, space = [str(parent) for parent in problem.parents], problem.space
     if isinstance(space, ParameterSpace):
         assert isinstance(problem.spec, MergeSpec)
@@ -141,7 +141,7 @@ def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
         document = path_document(found, problem.spec, parents)
     if problem.sources.vocabulary is not None:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
-    atomic_write(path, dump_yaml(document))
+    return dump_yaml(document)
 
 
 def _winner_document(result: Result) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _winner_document(result: Result) -> dict[str, Any]:
     return {"groups": result.groups, "parameters": rounded}
 
 
-def write_result(result: Result, folder: RunFolder) -> None:
+def write_result(result: Result, generations: int, folder: RunFolder) -> None:
     """`result.json`: the table and the winner's parameters by group. Nothing in it depends on the clock."""
 
     def plain(row: Row) -> dict[str, Any]:
@@ -163,6 +163,7 @@ def write_result(result: Result, folder: RunFolder) -> None:
         }
 
     document = {
+        "generations": generations,
         "table": [plain(row) for row in result.rows],
         "search_fitness": {"winner": result.search_fitness, result.baseline[0]: result.baseline[1]},
         **_winner_document(result),

@@ -103,9 +103,9 @@ CASES: list[Case] = [
          "parameters: {t: '1e999'}\n"), "t: '1e999'"),
     case("a method that is a list", document(merge_method=["ties"]), "merge_method: ['ties']"),
     case("a dtype that is a mapping", document(dtype={"float32": 1}), "dtype: {'float32': 1}"),
-    case("a seed of 2^64", document(random_seed=2**64), "random_seed", str(2**64 - 1)),
+    case("a seed of 2^63", document(random_seed=2**63), "random_seed", str(2**63 - 1)),
     case("a seed that is a truth value", document(random_seed=True), "random_seed: True"),
-    Case("a seed of 2^64 in the command", lambda w: (*MERGE, "--seed", str(2**64)), ("--seed", str(2**64 - 1)), MERGE),
+    Case("a seed of 2^63 in the command", lambda w: (*MERGE, "--seed", str(2**63)), ("--seed", str(2**63 - 1)), MERGE),
     case("padding without end", document(tokenizer={"source": "base", "pad_to_multiple_of": 10**30}),
          "pad_to_multiple_of", "65536"),
     case("a token that is a list", document(tokenizer={"source": "base", "tokens": {"w9": {"source": {
