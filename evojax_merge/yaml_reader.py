@@ -14,7 +14,7 @@ LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 RESOLVER = yaml.resolver.Resolver()
 # The recipe of two hundred parents with a number for every part of every layer stays well below these.
 MAX_BYTES = 16 * 2**20
-MAX_NODES = 500_000
+MAX_NODES = 1_000_000
 MAX_DEPTH = 100
 MAX_DIGITS = 1000
 

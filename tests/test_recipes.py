@@ -30,6 +30,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec, Recipe, candidate
 from evojax_merge.models.sources import merge_of
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.yaml_reader import parse_yaml
 
 RANDOM = ("dare_linear", "dare_ties")
 # Bounds inside which every parameter has a meaning, whatever the others are.
@@ -735,6 +736,30 @@ def test_slices_of_a_model_that_does_not_say_its_depth_are_refused(tmp_path: Pat
     slices[0]["sources"][0]["layer_range"] = [0, 3]
     written = merge(tmp_path, {"merge_method": "passthrough", "slices": slices}) / "config.json"
     assert json.loads(written.read_text())["n_layer"] == 5
+
+
+def test_anchors_and_merge_keys_are_read_and_kept_apart_from_keys_that_stand_twice() -> None:
+    text = """
+    usual: &usual {weight: 0.5, density: 0.1}
+    more: &more {epsilon: 0.2}
+    one: {<<: *usual, weight: 0.7}
+    two: {<<: [*usual, *more]}
+    three: {<<: *usual, <<: *more}
+    numbers: {1: a, "1": b}
+    """
+    assert parse_yaml("file", text) == yaml.safe_load(text)
+    assert parse_yaml("file", text)["one"] == {"weight": 0.7, "density": 0.1}
+    for twice in ("{a: 1, a: 1}", "{a: 1, 'a': 2}", "{a: 1, !!str a: 2}", "[{b: {c: 1, d: 2, c: 3}}]", "{1: a, 1: b}"):
+        with pytest.raises(InputError, match=r"^file:1: .*is on line 1 already"):
+            parse_yaml("file", twice)
+
+
+def test_recipes_of_many_parents_and_layers_are_read(tmp_path: Path) -> None:
+    """As a search writes them."""
+    filters = [{"filter": f"layers.{i}.{part}", "value": 0.123456} for i in range(80) for part in ("self_attn", "mlp")]
+    models = [{"model": f"m{k}", "parameters": {"weight": filters}} for k in range(100)]
+    path = write(tmp_path, {"merge_method": "linear", "models": models})
+    assert len(read_recipe(path).models) == 100
 
 
 def test_relative_models_are_found_beside_the_recipe(family: Family, tmp_path: Path) -> None:
