@@ -1,10 +1,12 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.checkpoints.writer import atomic_write, require_space
+from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
 from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, wait_for_all
@@ -60,6 +62,7 @@ from evojax_merge.search.setup import (
     stop_tokens,
 )
 from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, recipe_text, write_result
+from evojax_merge.yaml_reader import load_yaml
 
 # Where the output is a file, lines are as long as a table needs.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -300,16 +303,25 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
 def run_merge_command(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
 ) -> None:
-    if out.exists() and not overwrite:
-        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recover(out)
+    check_free(out, overwrite)
     recipe = read_recipe(recipe_path)
     job = prepare(recipe, dtype, seed, allow_nonfinite, locate)
     _say_unread(job.sources.folders)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
+    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out)])
+    check()
     require_space(out, job.nbytes)
     with bytes_bar("merging", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _parts_of_runs(out: Path) -> list[Path]:
+    """What belongs to the runs in whose folders `out` would lie."""
+    place = Path(os.path.realpath(out))
+    runs = [RunFolder(folder) for folder in place.parents]
+    return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
 def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
@@ -362,10 +374,12 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
         raise InputError(run, "is not a run folder of a search")
     if not folder.recipe.exists():
         raise InputError(run, "has no winner yet (no best/recipe.yaml); finish it with search … --resume")
-    if out.exists() and not overwrite:
-        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recover(out)
+    check_free(out, overwrite)
     recipe = read_recipe(folder.recipe)
     job = prepare(recipe, dtype)
+    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out), *folder.parts])
+    check()
     card_file = folder.model / "README.md"
     card = (
         card_file.read_text(encoding="utf-8")
@@ -374,5 +388,5 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
     )
     require_space(out, job.nbytes)
     with bytes_bar("exporting", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

@@ -6,10 +6,10 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.yaml_reader import parse_yaml
 
 
 class Section(BaseModel):
@@ -357,9 +357,7 @@ def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) 
             for part in parts[:-1]:
                 target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
             last: Any = int(parts[-1]) if isinstance(target, list) else parts[-1]
-            target[last] = yaml.safe_load(text)
+            target[last] = parse_yaml(f"--set {key}", text)
         except (ValueError, IndexError, TypeError, AttributeError):
             raise InputError("--set", f"{key}: there is no such key in {path}") from None
-        except yaml.YAMLError:
-            raise InputError("--set", f"{key}: {text!r} is not a YAML value") from None
     return document

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import (
     Family,
     edit_json,
@@ -30,11 +32,24 @@ from merge_kernels import METHODS, draw, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
+from evojax_merge.checkpoints.merge import merge_to
+from evojax_merge.checkpoints.merge import prepare as prepare_merge
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import TokenizerChoice, check_same_vocabulary, load_tokenizer
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.checkpoints.writer import (
+    MARKER,
+    ShardWriter,
+    TensorSpec,
+    atomic_folder,
+    atomic_write,
+    check_output,
+    recover,
+    write_marker,
+)
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.report.card import merge_card
 from evojax_merge.search.setup import context_length, stop_tokens
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
@@ -385,6 +400,142 @@ def test_failure_in_the_last_step_brings_the_old_folder_back(tmp_path: Path, mon
         overwrite()
     assert (target / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+
+    def write() -> None:
+        with atomic_folder(target) as work:
+            (work / "file").write_text("new")
+            target.mkdir()
+            (target / "file").write_text("another's")
+
+    with pytest.raises(InputError, match="exists already"):
+        write()
+    assert (target / "file").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# Starts to write over, or beside, `folder` and is killed: while it writes, between the two steps of the swap, and
+# while it removes what was there.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from evojax_merge.checkpoints import writer
+target, moment = Path(sys.argv[1]), sys.argv[2]
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if moment == "swapping":
+    rename, calls = os.rename, []
+    os.rename = lambda *names: (kill() if calls else None, calls.append(1), rename(*names))
+if moment == "removing":
+    writer.recover, before = (lambda target: kill() if (target / "new").exists() else before(target)), writer.recover
+with writer.atomic_folder(target, overwrite=True) as work:
+    (work / "new").write_text("new")
+    if moment == "writing":
+        kill()
+    if moment == "running":
+        print("running", flush=True)
+        sys.stdin.read()
+"""
+
+
+def killed(target: Path, moment: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, target, moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["writing", "swapping", "removing"])
+def test_what_a_killed_process_left_is_put_back_or_removed(moment: str, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+    # Names that are like ours, and a folder of another name.
+    mine = [tmp_path / name for name in (".folder.old.0123abcd", ".folder", ".other.evojax-merge-new.0123abcd")]
+    for path in mine:
+        path.mkdir()
+        (path / "file").write_text("mine")
+    killed(target, moment)
+    assert len(list(tmp_path.iterdir())) > len(mine) + (moment != "swapping")
+    recover(target)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", *(path.name for path in mine)}
+    assert [path.name for path in target.iterdir()] == ["new" if moment == "removing" else "old"]
+    assert all((path / "file").read_text() == "mine" for path in mine)
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    command = [sys.executable, "-c", KILLED, target, "running"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        (work,) = tmp_path.iterdir()
+        recover(target)
+        assert (work / "new").exists()
+        other.communicate()
+    assert other.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def model_of_ours(family: Family, folder: Path) -> Path:
+    rows = [{"model": str(path), "parameters": {"weight": 1}} for path in family.parents]
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
+    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", "linear", [], "recipe"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["empty", "ours", "copied", "linked", "of a tokenizer's making", "without a marker"])
+def test_what_this_program_wrote_may_be_replaced(kind: str, family: Family, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    if kind == "empty":
+        target.mkdir()
+    elif kind == "linked":
+        target.symlink_to(model_of_ours(family, tmp_path / "place"))
+    else:
+        model_of_ours(family, target)
+    if kind == "copied":
+        # Times are lost.
+        target = Path(shutil.copytree(target, tmp_path / "copy", copy_function=shutil.copyfile))
+    elif kind == "of a tokenizer's making":
+        (target / "additional_chat_templates").mkdir()
+        (target / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+        (target / MARKER).unlink()
+        write_marker(target)
+    elif kind == "without a marker":
+        (target / MARKER).unlink()
+    check_output(target, [family.base, *family.parents])
+    with atomic_folder(target, overwrite=True, check=lambda: check_output(target, [family.base])) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    # A link still leads to where it led.
+    assert target.is_symlink() == (kind == "linked")
+
+
+def test_what_a_user_adds_during_a_merge_is_kept(family: Family, tmp_path: Path) -> None:
+    target = model_of_ours(family, tmp_path / "folder")
+
+    def write() -> None:
+        with atomic_folder(target, overwrite=True, check=lambda: check_output(target, [])) as work:
+            (work / "new").write_text("new")
+            (target / "notes.txt").write_text("mine")
+
+    with pytest.raises(InputError, match=r"holds 'notes\.txt', which evojax-merge did not write"):
+        write()
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_an_error_s_text_is_one_line_that_can_be_printed() -> None:
+    for text, shown in (
+        ("a\nb\r\x1b[2J\x00", "a\\nb\\r\\x1b[2J\\x00"), ("\ud800", "\\ud800"), ("\u2028\u202e", "\\u2028\\u202e"),
+        ("日本語　é 🙂", "日本語　é 🙂"),
+    ):  # fmt: skip
+        assert str(InputError("file", text)) == f"file: {shown}"
+        str(InputError("file", text)).encode()
+    long = str(InputError("file", "\x1b" * 10**6 + "; do this"))
+    assert len(long) <= 1000
+    assert long.startswith("file: \\x1b")
+    assert long.endswith("; do this")
 
 
 def test_atomic_write_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
-from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import in_step
+from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
 EXTENDABLE = ("generations",)
@@ -73,6 +73,11 @@ class RunFolder:
     @property
     def picture(self) -> Path:
         return self.path / "report.png"
+
+    @property
+    def parts(self) -> list[Path]:
+        """The folders that belong to the run; what else lies beside them is its user's."""
+        return [self.path / "best", self.path / "checkpoints", self.path / "stages", self.winners]
 
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
@@ -154,10 +159,8 @@ def is_run(folder: RunFolder) -> bool:
 
 def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it."""
-    shutil.rmtree(folder.path / "best", ignore_errors=True)
-    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-    shutil.rmtree(folder.path / "stages", ignore_errors=True)
-    shutil.rmtree(folder.winners, ignore_errors=True)
+    for part in folder.parts:
+        shutil.rmtree(part, ignore_errors=True)
     for file in (folder.history, folder.timing, folder.result, folder.picture):
         file.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, sh
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
-from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml
+from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
     Config,
@@ -40,6 +40,7 @@ from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, 
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
+from evojax_merge.yaml_reader import load_yaml
 
 
 @dataclass(frozen=True)
