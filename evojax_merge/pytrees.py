@@ -18,7 +18,7 @@ from merge_kernels import combine, draw, look_up, tabulate
 from pydantic import ValidationError
 
 from evojax_merge.checkpoints.recipes import check_parent_count
-from evojax_merge.config import Bounds, Numbers, SearchConfig, Section
+from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.axes import axes_of, find_method, options_of
@@ -113,6 +113,8 @@ def search_pytrees(
     search = _valid("search", SearchConfig, population=population, generations=generations, sigma=sigma)
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
 
     names = ["base"] * based + [f"parents[{k}]" for k in range(len(parents))]
     tree = _open(names, [base, *parents] if based else list(parents))
@@ -176,9 +178,7 @@ def _valid(where: str, schema: type[Section], **values: Any) -> Any:
     try:
         return schema(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{WHERE}: {where}", f"{key}: {first['msg']}, found {first['input']!r}") from None
+        raise InputError(f"{WHERE}: {where}", explain(schema, error, values)) from None
 
 
 def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:
