@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import click
 
 from evojax_merge import __version__
-from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.errors import Failed, InputError, LostProcess
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 # As config.MAX_SEED says; that file's imports are too heavy for --help.
@@ -121,6 +121,9 @@ def run(command: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):

@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
@@ -27,8 +27,9 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
 from evojax_merge.config import Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
-from evojax_merge.evaluation.devices import local_devices, wait_for_all
+from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
+from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
@@ -126,6 +127,7 @@ def run_search_command(
     problem = build_problem(path, config)
     requests = problem.requests()
     require_space(out, _model_bytes(problem))
+    _require_bank(path, problem)
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     _search_into(folder, problem, requests, again)
 
@@ -144,6 +146,15 @@ def _model_bytes(problem: Problem) -> int:
     return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
 
 
+def _require_bank(path: Path, problem: Problem) -> None:
+    """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
+    devices hold theirs in the memory of the host."""
+    devices = 1 if on_accelerator() else len(jax.local_devices())
+    nbytes = held_bytes(problem.sources, problem.decoder, problem.spec) * devices // problem.config.evaluation.model
+    what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
+    require_memory(f"{path}: parents", what, nbytes, unused_memory())
+
+
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
 ) -> None:
@@ -156,6 +167,8 @@ def _run_chain(
     ]
     requests = [problem.requests() for problem in problems]
     require_space(out, _model_bytes(problems[0]) * len(stages))
+    for problem in problems:
+        _require_bank(path, problem)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
@@ -262,6 +275,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
             context_length(sources.folders[0].config), stop_tokens(path, tokenizer),
         )  # fmt: skip
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
+        require_memory(path, "the model", bank_bytes(sources, decoder), unused_memory())
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)

@@ -67,9 +67,13 @@ Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 # What merges are made of, in float32.
 Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
-Numbers = Annotated[Number | list[Number], Field(description="a number within float32, or a list of such")]
+Numbers = Annotated[Number | list[Number], Field(description="a number that float32 holds, or a list of such")]
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
-Text = Annotated[str, AfterValidator(_encodable), Field(max_length=1_000_000, description="a text")]
+Text = Annotated[
+    str,
+    AfterValidator(_encodable),
+    Field(max_length=1_000_000, description="a text (of no NUL and no half characters)"),
+]
 Name = Annotated[
     str,
     AfterValidator(_one_line),
@@ -385,7 +389,7 @@ def describe_value(value: Any) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= 80 else f"{value[:60]!r} and {len(value) - 60:,} more characters"
     if isinstance(value, list):
-        return f"a list of {len(value):,}"
+        return f"a list of {len(value):,}" if value else "an empty list"
     return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
@@ -423,35 +427,30 @@ def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
         return f"a mapping (of {', '.join(annotation.model_fields)})"
     origin = get_origin(annotation)
     if origin is Literal:
-        return f"one of {', '.join(map(str, get_args(annotation)))}"
+        return " or ".join(", ".join(map(str, get_args(annotation))).rsplit(", ", 1))
     if origin is list:
-        (low, _), (high, _) = _limits(metadata, "min_length", None), _limits(metadata, "max_length", None)
+        low, high = _limit(metadata, "min_length"), _limit(metadata, "max_length")
         inner, _ = _parts(get_args(annotation)[0])
         what = {str: "texts", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
-        amount = "" if high is None else f"{low or 0} to {high:,} "
+        amount = "" if high is None else f"{low} to {high:,} " if low else f"up to {high:,} "
         return f"a list of {amount}{what}"
     if origin is dict:
         return "a mapping"
     if annotation is bool:
         return "true or false"
     what = "a whole number" if annotation is int else "a number"
-    (low, low_open), (high, high_open) = _limits(metadata, "ge", "gt"), _limits(metadata, "le", "lt")
+    low, high = _limit(metadata, "ge"), _limit(metadata, "le")
     if low is None and high is None:
         return f"a finite {what[2:]}" if annotation is float else what
     if high is None:
-        return f"{what} above {low:g}" if low_open else f"{what}, {low:,} or more"
-    if low_open or high_open:
-        return f"{what} above {low:g} and {'below' if high_open else 'up to'} {high:g}"
+        return f"{what}, {low:,} or more"
+    if high == FLOAT32_MAX:
+        return f"{what} that float32 holds"
     return f"{what} from {low:,} to {high:,}" if annotation is int else f"{what} from {low:g} to {high:g}"
 
 
-def _limits(metadata: Sequence[Any], name: str, strict: str | None) -> tuple[Any, bool]:
-    """The first of two kinds of limits, and whether it is the second kind."""
-    for one in metadata:
-        for kind in (name, strict):
-            if kind is not None and getattr(one, kind, None) is not None:
-                return getattr(one, kind), kind == strict
-    return None, False
+def _limit(metadata: Sequence[Any], name: str) -> Any:
+    return next((getattr(one, name) for one in metadata if getattr(one, name, None) is not None), None)
 
 
 def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:

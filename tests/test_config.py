@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
@@ -35,7 +35,8 @@ DOCUMENTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
 }  # fmt: skip
 WRONG: list[Any] = [
     None, [], ["x", None], [None], {}, {"a": 1}, {1: 2}, "", "text", "a\nb", "a\0b", "\ud800", "x" * 5000, True, -1,
-    0, 1.5, 10**12, 10**400, math.nan, math.inf, -math.inf, 1e300, "nan", "1e400", [math.nan], yaml.safe_load("2020-01-01"),
+    0, 1.5, 10**12, 10**400, math.nan, math.inf, -math.inf, 1e300, "nan", "1e400", [math.nan],
+    yaml.safe_load("2020-01-01"),
 ]  # fmt: skip
 JARGON = re.compile(
     r"Input should|valid (string|number|integer|list|dictionary)|instance of|constrained|function-|\[key\]|literal\[|"
@@ -126,13 +127,21 @@ def test_messages_say_key_bounds_and_value(key: str, value: Any, says: str) -> N
 def test_a_held_out_split_is_a_share_or_a_file() -> None:
     for value in (None, 1.5, True, [0.2], math.nan):
         task = TASKS["text"] | {"heldout": value}
-        with pytest.raises(InputError, match=r"tasks\[0\]\.heldout: expected a share between 0 and 1, or a file, found"):
+        with pytest.raises(
+            InputError, match=r"tasks\[0\]\.heldout: expected a share between 0 and 1, or a file, found"
+        ):
             parse(FILE, DOCUMENTS["space"][1] | {"tasks": [task]}, Config)
 
 
 @pytest.mark.parametrize(
     ("key", "text", "value"),
-    [("sigma", "1", 1.0), ("sigma", "1e-3", 1e-3), ("sigma", ".5", 0.5), ("generations", "7", 7), ("generations", "7.0", 7)],
+    [
+        ("sigma", "1", 1.0),
+        ("sigma", "1e-3", 1e-3),
+        ("sigma", ".5", 0.5),
+        ("generations", "7", 7),
+        ("generations", "7.0", 7),
+    ],
 )
 def test_numbers_may_be_written_as_yaml_and_people_do(key: str, text: str, value: Any) -> None:
     """YAML reads 1e-3 as a text."""
