@@ -1,6 +1,7 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
-from evojax_merge.config import Config, StageConfig, TaskFile, parse
+from evojax_merge.config import MAX_NAME_BYTES, Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
@@ -117,6 +118,8 @@ def run_search_command(
 ) -> None:
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     given = [part for override in overrides for part in ("--set", override)]
     given += [] if seed is None else ["--seed", str(seed)]
     given += ["--distributed"] if jax.process_count() > 1 else []
@@ -240,6 +243,8 @@ def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
         console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+    for sentence in result.verdicts():
+        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_merge_command(

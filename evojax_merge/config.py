@@ -29,6 +29,8 @@ from evojax_merge.errors import InputError, did_you_mean
 
 # Beyond this an addition in float32 is infinite.
 FLOAT32_MAX = 3.4028234663852886e38
+# Of a file's name, in what file systems allow.
+MAX_NAME_BYTES = 255
 # Seeds go into 64-bit integers with a sign.
 MAX_SEED = 2**63 - 1
 # Steps of a layer path: some forty times as many as the deepest models have layers.
@@ -62,6 +64,13 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _path(text: str) -> str:
+    """A file system refuses longer names."""
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in _one_line(text).split("/")):
+        raise PydanticCustomError("text", "has a part that no file can be called")
+    return text
+
+
 # A field's description, where it has one, is what messages say was expected.
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -81,8 +90,8 @@ Name = Annotated[
 ]
 Location = Annotated[
     str,
-    AfterValidator(_one_line),
-    Field(min_length=1, max_length=4096, description="a path or name of 1 to 4,096 characters, in one line"),
+    AfterValidator(_path),
+    Field(min_length=1, max_length=4096, description="a path or name, in one line, no part over 255 bytes"),
 ]
 Heldout = Annotated[Location | Share, Field(description="a share between 0 and 1, or a file")]
 
@@ -456,7 +465,9 @@ def _limit(metadata: Sequence[Any], name: str) -> Any:
 def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:
     """Where a location of pydantic's is: the key as it is in the YAML, the annotation and metadata there, and the
     value. Parts of the location that are no keys (the kind of a task, the members of a union) are left out."""
-    key, annotation, metadata, value = "", schema, [], document
+    key, value = "", document
+    annotation: Any = schema
+    metadata: list[Any] = []
     for part in location:
         inside: Any = None
         if part == "[key]":

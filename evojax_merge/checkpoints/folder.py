@@ -7,6 +7,7 @@ shard, an index that points outside its folder, a folder that only holds pickles
 import hashlib
 import json
 import mmap
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +61,10 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
 
     A local folder needs no network. `where` says in messages who names it.
     """
-    for local in (Path(reference).expanduser(), relative_to / reference):
-        if local.exists():
-            return local.resolve()
+    # These two take any text, also what no file can be called.
+    for local in (os.path.expanduser(reference), relative_to / reference):
+        if os.path.exists(local):
+            return Path(local).resolve()
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local:
         raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")

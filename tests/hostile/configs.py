@@ -52,6 +52,21 @@ def as_folder(world: World) -> None:
     (world / "config.yaml").mkdir()
 
 
+REST = (
+    "space: {method: linear, parameters: {weight: {}}}\ntasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"
+)
+
+
+def failing(world: World) -> None:
+    """A function of which no candidate gets a number."""
+    world.write("own.py", "def score(records, texts):\n    return [float('nan')] * len(records)\n")
+    world.write("config.yaml", config(
+        tasks=[{"name": "mine", "kind": "function", "function": "own.py:score", "file": "tasks.jsonl",
+                "max_new_tokens": 2}],
+        search={"generations": 3, "population": 4},
+    ))  # fmt: skip
+
+
 NAMES = "1 to 200 characters"
 CASES: list[Case] = [
     # Numbers.
@@ -64,10 +79,6 @@ CASES: list[Case] = [
     Case("a sigma that float32 takes for 0", searching(sigma=1e-60), ("search.sigma", "1e-06")),
     Case("a billion finalists", searching(finalists=1e9), ("search.finalists", "10,000")),
     Case("a population of ten million", searching(population=10_000_000), ("search.population", "100,000")),
-    Case("more candidates than memory holds", lambda w: (w.write("config.yaml", config(
-        data_flow={"form": "indicator", "repetitions": 1000}, space=None,
-        search={"generations": 1, "population": 100_000, "finalists": 10_000})), SEARCH)[1],
-        ("search: population 100,000", "of memory", "available")),
     Case("a seed of 2^63", changed(seed=2**63), ("seed", "9,223,372,036,854,775,807")),
     Case("a seed beyond 64 bits", changed(seed=2**70), ("seed", "9,223,372,036,854,775,807")),
     Case("a negative seed", changed(seed=-1), ("seed", "-1")),
@@ -82,7 +93,8 @@ CASES: list[Case] = [
     Case("a task's weight that is infinite", asking(weight=float("inf")), ("tasks[0].weight", "inf")),
     Case("a task's weight that is no number", asking(weight=float("nan")), ("tasks[0].weight", "nan")),
     Case("a held-out share that is no number", asking(heldout=float("nan")), ("tasks[0].heldout", "nan")),
-    Case("too many new tokens", asking(kind="exact_match", max_new_tokens=10**9), ("tasks[0].max_new_tokens", "1,000,000")),
+    Case("too many new tokens", asking(kind="exact_match", max_new_tokens=10**9),
+         ("tasks[0].max_new_tokens", "1,000,000")),
     Case("too many shown examples", changed(tasks=[{"name": "g", "kind": "gsm", "source": "tasks.jsonl",
          "num_fewshot": 10**9}]), ("tasks[0].num_fewshot", "10,000")),
     Case("a bound that is infinite", within(parameters={"weight": {"high": float("inf")}}),
@@ -112,7 +124,16 @@ CASES: list[Case] = [
     Case("batches that are absurd", changed(evaluation={"tokens_per_batch": 10**15}),
          ("evaluation.tokens_per_batch", "10,000,000")),
     Case("10,000 stages", changed(space=None, stages=[{"data_flow": {}}] * 10_000), ("stages", "1 to 100", "10,000")),
-    Case("a million components", within(components=["mlp"] * 1_000_000), ("space.components", "1,000,000"), seconds=30),
+    Case("20,000 components", within(components=["mlp"] * 20_000), ("space.components", "100", "20,000")),
+    # Searches of which nothing comes: one line, and status 1.
+    Case("a function that gives nobody a number", failing, ("error: generation 1: all 4 candidates failed", "mine",
+         "nothing is saved", "what the function"), status=1, leaves=("run", "__pycache__"), seconds=60),
+    Case("weights that overflow every merge", within(method="linear", normalize=False,
+         parameters={"weight": {"low": 1e37, "high": 3e38}}), ("error: generation 1: all 4 candidates", "bounds"),
+         status=1, leaves=("run",), seconds=60),
+    Case("a path of which every candidate is too long", along(form="indicator", repetitions=100, scales="none",
+         max_layers=3), ("error: generation 1: all 4 candidates failed", "max_layers"), status=1, leaves=("run",),
+         seconds=60),
     # Names.
     Case("a name of 300 characters", asking(name="x" * 300), ("tasks[0].name", NAMES)),
     Case("no name", asking(name=""), ("tasks[0].name", NAMES)),
@@ -141,10 +162,8 @@ CASES: list[Case] = [
     Case("a section that is nothing", changed(search=None), ("search", "mapping", "nothing")),
     Case("a key that is a number", changed(**{"space": config()["space"] | {1: 2}}), ("space.1", "unknown key")),
     Case("a parameter that is a number", within(parameters={1: {}}), ("space.parameters.1",)),
-    Case("a date for a number", text("parents: [one]\nspace: {method: linear, parameters: {weight: {}}}\nseed: 2020-01-01\n"
-         "tasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"), ("seed", "date")),
-    Case("parents within themselves", text("parents: &a [one, *a]\nspace: {method: linear, parameters: {weight: {}}}\n"
-         "tasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"), ("parents",)),
+    Case("a date for a number", text("parents: [one]\nseed: 2020-01-01\n" + REST), ("seed", "date")),
+    Case("parents within themselves", text("parents: &a [one, *a]\n" + REST), ("parents",)),
     # --set.
     Case("an empty part of a key", arguments("--set", "search..sigma=1"), ("--set", "key.path=value")),
     Case("no key", arguments("--set", "=1"), ("--set", "key.path=value")),
