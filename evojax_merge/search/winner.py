@@ -88,7 +88,7 @@ class Result:
                 continue
             shown = [f"{value:.4f}" for value in (ours, row.fitness)]
             if shown[0] == shown[1]:
-                shown = [f"{value:.8g}" for value in (ours, row.fitness)]
+                shown = [repr(float(value)) for value in (ours, row.fitness)]
             sentences.append(
                 f"On held-out data the evolved model is worse than {name}: it has {shown[0]}, that has {shown[1]}."
             )

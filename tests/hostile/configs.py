@@ -59,12 +59,9 @@ REST = (
 
 def failing(world: World) -> None:
     """A function of which no candidate gets a number."""
-    world.write("own.py", "def score(records, texts):\n    return [float('nan')] * len(records)\n")
-    world.write("config.yaml", config(
-        tasks=[{"name": "mine", "kind": "function", "function": "own.py:score", "file": "tasks.jsonl",
-                "max_new_tokens": 2}],
-        search={"generations": 3, "population": 4},
-    ))  # fmt: skip
+    world.write("own.py", "def score(records, log_probabilities):\n    return [float('nan')] * len(records)\n")
+    task = {"name": "mine", "kind": "function", "function": "own.py:score", "gets": "log_probabilities"}
+    world.write("config.yaml", config(tasks=[task | {"file": "tasks.jsonl"}]))
 
 
 NAMES = "1 to 200 characters"
@@ -128,9 +125,6 @@ CASES: list[Case] = [
     # Searches of which nothing comes: one line, and status 1.
     Case("a function that gives nobody a number", failing, ("error: generation 1: all 4 candidates failed", "mine",
          "nothing is saved", "what the function"), status=1, leaves=("run", "__pycache__"), seconds=60),
-    Case("weights that overflow every merge", within(method="linear", normalize=False,
-         parameters={"weight": {"low": 1e37, "high": 3e38}}), ("error: generation 1: all 4 candidates", "bounds"),
-         status=1, leaves=("run",), seconds=60),
     Case("a path of which every candidate is too long", along(form="indicator", repetitions=100, scales="none",
          max_layers=3), ("error: generation 1: all 4 candidates failed", "max_layers"), status=1, leaves=("run",),
          seconds=60),
