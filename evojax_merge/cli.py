@@ -11,9 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from evojax_merge import __version__
-from evojax_merge.errors import InputError, LostProcess, printable
+from evojax_merge.errors import Failed, InputError, LostProcess, printable
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+# As config.MAX_SEED says; that file's imports are too heavy for --help.
+SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
 def _start_jax() -> None:
@@ -38,7 +40,7 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue a run: after an interruption, or with more generations.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
-@click.option("--seed", type=click.IntRange(min=0), help="Override the config's seed.")
+@click.option("--seed", type=SEED, help="Override the config's seed.")
 @click.option(
     "--set",
     "overrides",
@@ -73,7 +75,7 @@ def search(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Override the seed of random methods.")
+@click.option("--seed", type=SEED, help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
@@ -120,6 +122,9 @@ def run(command: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):

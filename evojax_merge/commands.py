@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
@@ -30,10 +30,11 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import Config, StageConfig, TaskFile, parse
+from evojax_merge.config import MAX_NAME_BYTES, Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
-from evojax_merge.evaluation.devices import local_devices, wait_for_all
+from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
+from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
@@ -130,6 +131,8 @@ def run_search_command(
 ) -> None:
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     given = [part for override in overrides for part in ("--set", override)]
     given += [] if seed is None else ["--seed", str(seed)]
     given += ["--distributed"] if jax.process_count() > 1 else []
@@ -141,6 +144,7 @@ def run_search_command(
     requests = problem.requests()
     _warn(_token_warnings(problem, requests))
     require_space(out, _model_bytes(problem))
+    _require_bank(path, problem)
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     _say_unread(problem.sources.folders)
     with nullcontext() if resume else removed_if_refused(folder):
@@ -161,6 +165,15 @@ def _model_bytes(problem: Problem) -> int:
     return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
 
 
+def _require_bank(path: Path, problem: Problem) -> None:
+    """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
+    devices hold theirs in the memory of the host."""
+    devices = 1 if on_accelerator() else len(jax.local_devices())
+    nbytes = held_bytes(problem.sources, problem.decoder, problem.spec) * devices // problem.config.evaluation.model
+    what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
+    require_memory(f"{path}: parents", what, nbytes, unused_memory())
+
+
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
 ) -> None:
@@ -175,6 +188,8 @@ def _run_chain(
     # All stages ask the same.
     _warn(_token_warnings(problems[0], requests[0]))
     require_space(out, _model_bytes(problems[0]) * len(stages))
+    for problem in problems:
+        _require_bank(path, problem)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
@@ -285,9 +300,11 @@ def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
         console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+    for sentence in result.verdicts():
+        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     for earlier in earlier_winners(folder):
         line = _compared(earlier, len(history), result.winner.fitness)
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
@@ -345,6 +362,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
         )  # fmt: skip
         _warn(token_warnings(requests[0], tokenizer, decoder.vocab))
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
+        require_memory(path, "the model", bank_bytes(sources, decoder), unused_memory())
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)

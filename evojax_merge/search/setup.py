@@ -19,6 +19,7 @@ from evojax_merge.checkpoints.parents import Sources, open_decoders, open_source
 from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
+    MAX_PATH_LAYERS,
     Config,
     DataFlowConfig,
     SearchConfig,
@@ -28,6 +29,7 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -36,11 +38,17 @@ from evojax_merge.search.axes import axes_of, find_method, options_of
 from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
 from evojax_merge.search.open_tasks import locate, open_task
 from evojax_merge.search.racing import cut, lengths
+from evojax_merge.search.strategy import default_population
 from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
+
+# Dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
+MAX_DIMS = 1_000_000
+# Arrays of a population's genomes that a generation has at a time.
+GENOME_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
         assert config.data_flow is not None
         spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
+    _check_size(where, config.search, space.dims)
     tokenizer_folder = whose or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
     searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]
@@ -208,8 +217,31 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
         return MoveSpace(
             depths, config.moves, min(config.window, depths[0]), bounds, config.scales != "none", longest, config.ends
         )
-    longest = config.max_layers or sum(depths) * config.repetitions
+    places = sum(depths) * config.repetitions
+    if places > MAX_PATH_LAYERS:
+        raise InputError(
+            where,
+            f"repetitions: {config.repetitions} times {sum(depths)} layers are paths of up to {places:,}; expected "
+            f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
+        )
+    longest = config.max_layers or places
     return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, longest, config.ends)
+
+
+def _check_size(where: str, search: SearchConfig, dims: int) -> None:
+    """Raises InputError for a search whose genomes do not fit into memory, or that nobody would see the end of."""
+    if dims > MAX_DIMS:
+        raise InputError(
+            where, f"the search has {dims:,} dimensions; expected {MAX_DIMS:,} at most: let more layers share their "
+            "parameters (layers_per_group), or take other scales",
+        )  # fmt: skip
+    population = search.population or default_population(dims)
+    require_memory(
+        f"{where}: search",
+        f"population {population:,} (and {search.finalists:,} finalists) of {dims:,} dimensions",
+        GENOME_COPIES * 4 * dims * (population + search.finalists),
+        available_memory(),
+    )
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
