@@ -160,6 +160,9 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
         spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
     _check_size(where, config.search, space.dims)
+    # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
+    for number in {0, 0 if config.data_flow is None else config.data_flow.ends}:
+        read_json_object(sources.folders[number].path / "generation_config.json", missing={})
     tokenizer_folder = whose or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
     searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]

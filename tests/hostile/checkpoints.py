@@ -189,6 +189,11 @@ CASES: list[Case] = [
     # generation_config.json
     Case("generation_config.json: garbage", _raw(GENERATION, "{eos"), (GENERATION, "not valid JSON")),
     Case("generation_config.json: garbage, merged", _raw(GENERATION, b"\xff\x00"), (GENERATION, "UTF-8"), MERGE),
+    Case(
+        "generation_config.json: garbage, of the model that gives it but not the tokenizer",
+        lambda world: (_raw(GENERATION, "{")(world), world.edit("config.yaml", tokenizer_source="one"), None)[-1],
+        (GENERATION, "not valid JSON"),
+    ),
     Case("generation_config.json: a list", _raw(GENERATION, "[2]"), (GENERATION, "a JSON object")),
     Case("generation_config.json: nested too deep", _raw(GENERATION, DEEP), (GENERATION, "nests too deep")),
     Case("eos: a text", _raw(GENERATION, '{"eos_token_id": "</s>"}'), (GENERATION, "eos_token_id: '</s>'")),
@@ -210,5 +215,10 @@ CASES: list[Case] = [
     Case("parents: the same behind a link", _link, ("config.yaml: parents[2]", "parents[0]")),
     Case("parents: the base", _set("config.yaml", parents=["one", "base"]), ("config.yaml: parents[1]", "base")),
     Case("vocabularies: padded differently", _wider, ("one", "[80, 48]", "tokenizer_source: base")),
+    Case(
+        "vocabularies: padded differently, aligned as the message says",
+        lambda world: (_wider(world), world.edit("config.yaml", tokenizer_source="base"), None)[-1],
+        status=0, leaves=("run",), seconds=60.0,
+    ),
     Case("vocabularies: padded differently, merged", _wider, ("one", "tokenizer_source: base"), MERGE),
 ]  # fmt: skip
