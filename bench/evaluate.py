@@ -44,7 +44,7 @@ from evojax_merge.search.open_tasks import locate
 from evojax_merge.search.scorers import MergeScorer, open_scorers
 from evojax_merge.search.setup import Problem, build_problem, read_config
 from evojax_merge.search.strategy import make_strategy
-from evojax_merge.search.winner import write_recipe
+from evojax_merge.search.winner import recipe_text
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 
@@ -286,7 +286,7 @@ def building_part(folder: Path, sizes: Sizes) -> None:
     ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
     seconds = []
     for genome in genomes[: sizes.peers]:
-        write_recipe(problem, genome, folder / "recipe.yaml")
+        (folder / "recipe.yaml").write_text(recipe_text(problem, genome))
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         options = MergeOptions(quiet=True, write_model_card=False)

@@ -31,7 +31,7 @@ from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import Problem, build_problem, locate, read_config
-from evojax_merge.search.winner import write_recipe
+from evojax_merge.search.winner import recipe_text
 
 METHOD = "ties"
 
@@ -134,7 +134,7 @@ def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.n
     request = problem.requests()[0][0]
     values, seconds = [], []
     for genome in genomes:
-        write_recipe(problem, genome, folder / "recipe.yaml")
+        (folder / "recipe.yaml").write_text(recipe_text(problem, genome))
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         run_merge(

@@ -22,7 +22,7 @@ from evojax_merge.search.loop import Reporter, run_search
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.scorers import MergeScorer, PathScorer, open_scorers
 from evojax_merge.search.setup import Problem, build_problem, read_config, resolved_document
-from evojax_merge.search.winner import Result, choose_winner, write_recipe
+from evojax_merge.search.winner import Result, choose_winner, recipe_text
 from evojax_merge.spaces.data_flow import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -81,7 +81,7 @@ def evolve(problem: Problem, folder: Path) -> Result:
     *blocks, full, heldout = open_scorers(problem, problem.requests())
     outcome = run_search(problem.search, problem.config.seed, problem.space, blocks, run, Reporter())
     result = choose_winner(problem, full, heldout, outcome)
-    write_recipe(problem, result.genome, run.recipe)
+    run.recipe.write_text(recipe_text(problem, result.genome))
     merge_to(prepare(read_recipe(run.recipe)), run.model, card="")
     return result
 

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Every heavy import happens inside the command that needs it."""
 
+import io
 import os
 import signal
 import sys
@@ -10,9 +11,11 @@ from typing import Any, NoReturn
 import click
 
 from evojax_merge import __version__
-from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.errors import Failed, InputError, LostProcess, printable
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+# As config.MAX_SEED says; that file's imports are too heavy for --help.
+SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
 def _start_jax() -> None:
@@ -37,7 +40,7 @@ def cli() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
 @click.option("--resume", is_flag=True, help="Continue a run: after an interruption, or with more generations.")
 @click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
-@click.option("--seed", type=click.IntRange(min=0), help="Override the config's seed.")
+@click.option("--seed", type=SEED, help="Override the config's seed.")
 @click.option(
     "--set",
     "overrides",
@@ -72,8 +75,8 @@ def search(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--seed", type=click.IntRange(min=0), help="Override the seed of random methods.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--seed", type=SEED, help="Override the seed of random methods.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
     """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
@@ -99,7 +102,7 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 def export(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
     """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
     _start_jax()
@@ -119,13 +122,16 @@ def run(command: Callable[[], Any]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
+    except Failed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
             error.show()
         else:
             more = "" if context is None else f" (see {context.command_path} --help)"
-            print(f"error: {error.format_message()}{more}", file=sys.stderr)
+            print(f"error: {printable(error.format_message())}{more}", file=sys.stderr)
         return WRONG_INPUT
     except (KeyboardInterrupt, click.Abort):
         print("interrupted", file=sys.stderr)
@@ -136,6 +142,10 @@ def run(command: Callable[[], Any]) -> int:
 def main() -> None:
     # A scheduler's polite kill is an interruption like any other.
     signal.signal(signal.SIGTERM, _terminate)
+    # A name that the terminal's encoding does not have is no reason to stop.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(run(lambda: cli.main(standalone_mode=False)))
     except LostProcess as error:

@@ -1,10 +1,12 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,20 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
+from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
+from evojax_merge.checkpoints.folder import Folder
+from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.checkpoints.writer import atomic_write, require_space
-from evojax_merge.config import Config, StageConfig, TaskFile, parse
+from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
+from evojax_merge.config import MAX_NAME_BYTES, Config, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
-from evojax_merge.evaluation.devices import local_devices, wait_for_all
+from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
+from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
@@ -37,7 +43,15 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
-from evojax_merge.search.run_folder import RunFolder, is_run, open_run, removed_if_refused
+from evojax_merge.search.run_folder import (
+    EarlierWinner,
+    RunFolder,
+    earlier_winners,
+    is_run,
+    keep_winner,
+    open_run,
+    removed_if_refused,
+)
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
     Problem,
@@ -48,7 +62,8 @@ from evojax_merge.search.setup import (
     stage_config,
     stop_tokens,
 )
-from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, write_recipe, write_result
+from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, recipe_text, write_result
+from evojax_merge.yaml_reader import load_yaml
 
 # Where the output is a file, lines are as long as a table needs.
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -116,6 +131,8 @@ def run_search_command(
 ) -> None:
     config = read_config(path, overrides, seed)
     out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     given = [part for override in overrides for part in ("--set", override)]
     given += [] if seed is None else ["--seed", str(seed)]
     given += ["--distributed"] if jax.process_count() > 1 else []
@@ -127,7 +144,9 @@ def run_search_command(
     requests = problem.requests()
     _warn(_token_warnings(problem, requests))
     require_space(out, _model_bytes(problem))
+    _require_bank(path, problem)
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    _say_unread(problem.sources.folders)
     with nullcontext() if resume else removed_if_refused(folder):
         _search_into(folder, problem, requests, again)
 
@@ -146,6 +165,15 @@ def _model_bytes(problem: Problem) -> int:
     return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
 
 
+def _require_bank(path: Path, problem: Problem) -> None:
+    """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
+    devices hold theirs in the memory of the host."""
+    devices = 1 if on_accelerator() else len(jax.local_devices())
+    nbytes = held_bytes(problem.sources, problem.decoder, problem.spec) * devices // problem.config.evaluation.model
+    what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
+    require_memory(f"{path}: parents", what, nbytes, unused_memory())
+
+
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
 ) -> None:
@@ -153,18 +181,21 @@ def _run_chain(
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
     problems = [
-        build_problem(path, stage_config(config, stage, config.parents[0] if i else None))
+        build_problem(path, stage_config(config, stage, config.parents[0] if i else None), chained=i > 0)
         for i, stage in enumerate(stages)
     ]
     requests = [problem.requests() for problem in problems]
     # All stages ask the same.
     _warn(_token_warnings(problems[0], requests[0]))
     require_space(out, _model_bytes(problems[0]) * len(stages))
+    for problem in problems:
+        _require_bank(path, problem)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     run = _open_together(out, document, resume=resume, overwrite=overwrite)
+    _say_unread(problems[0].sources.folders)
     with nullcontext() if resume else removed_if_refused(run):
         _run_stages(path, config, stages, run, problems, requests, resume, again)
 
@@ -176,7 +207,9 @@ def _run_stages(
     winner: str | None = None
     for number, stage in enumerate(stages, start=1):
         console.print(f"stage {number} of {len(stages)}", highlight=False)
-        problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
+        problem = (
+            problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner), chained=True)
+        )
         if number == len(stages):
             _search_into(run, problem, requests[-1], again)
             return
@@ -237,33 +270,75 @@ def _say(text: str) -> None:
     console.print(text, highlight=False)
 
 
+def _say_unread(folders: Sequence[Folder]) -> None:
+    """One line that names what configs hold and no forward pass reads, if anything."""
+    keys = sorted(
+        {key for one in folders if one.config.get("model_type") in MODEL_TYPES for key in unread_keys(one.config)}
+    )
+    if keys:
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        code = "; custom code is never run" if "auto_map" in keys else ""
+        named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
+        console.print(
+            f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
     """Export the winner, and report."""
-    write_recipe(problem, result.genome, folder.recipe)
+    recipe, history = recipe_text(problem, result.genome), folder.read_history()
+    keep_winner(folder, recipe)
+    atomic_write(folder.recipe, recipe)
     job = prepare(read_recipe(folder.recipe))
-    card = search_card(folder.path.name, problem, result, folder.recipe.read_text(encoding="utf-8"))
+    card = search_card(folder.path.name, problem, result, recipe)
     with bytes_bar("exporting", job.nbytes) as progress_bytes:
         merge_to(job, folder.model, card=card, overwrite=True, progress=progress_bytes)
-    draw(problem, result, folder.read_history(), folder.picture)
-    write_result(result, folder)
+    draw(problem, result, history, folder.picture)
+    write_result(result, len(history), folder)
     if result.path is not None:
         console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+    for sentence in result.verdicts():
+        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for earlier in earlier_winners(folder):
+        line = _compared(earlier, len(history), result.winner.fitness)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
+    """One line on what going on has brought, on the examples that no search has seen."""
+    now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
+    verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
+    return (
+        f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
+        f"({before}), which is kept in {earlier.path}"
+    )
 
 
 def run_merge_command(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
 ) -> None:
-    if out.exists() and not overwrite:
-        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recover(out)
+    check_free(out, overwrite)
     recipe = read_recipe(recipe_path)
     job = prepare(recipe, dtype, seed, allow_nonfinite, locate)
+    _say_unread(job.sources.folders)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
+    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out)])
+    check()
     require_space(out, job.nbytes)
     with bytes_bar("merging", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _parts_of_runs(out: Path) -> list[Path]:
+    """What belongs to the runs in whose folders `out` would lie."""
+    place = Path(os.path.realpath(out))
+    runs = [RunFolder(folder) for folder in place.parents]
+    return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
 def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
@@ -279,13 +354,15 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     for model, name in zip(models, names, strict=True):
         path = locate("MODELS", model, Path.cwd())
         sources, decoder = open_sources([path])
+        _say_unread(sources.folders)
         tokenizer = load_tokenizer(path)
         requests = build_requests(
             [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders[0].config), stop_tokens(path, tokenizer), decoder.vocab,
+            context_length(sources.folders), stop_tokens(path, tokenizer), decoder.vocab,
         )  # fmt: skip
         _warn(token_warnings(requests[0], tokenizer, decoder.vocab))
         evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
+        require_memory(path, "the model", bank_bytes(sources, decoder), unused_memory())
         stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
@@ -315,10 +392,12 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
         raise InputError(run, "is not a run folder of a search")
     if not folder.recipe.exists():
         raise InputError(run, "has no winner yet (no best/recipe.yaml); finish it with search … --resume")
-    if out.exists() and not overwrite:
-        raise InputError(out, "exists already; choose another folder or pass --overwrite")
+    recover(out)
+    check_free(out, overwrite)
     recipe = read_recipe(folder.recipe)
     job = prepare(recipe, dtype)
+    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out), *folder.parts])
+    check()
     card_file = folder.model / "README.md"
     card = (
         card_file.read_text(encoding="utf-8")
@@ -327,5 +406,5 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
     )
     require_space(out, job.nbytes)
     with bytes_bar("exporting", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, progress=progress)
+        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)

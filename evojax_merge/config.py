@@ -3,28 +3,104 @@
 `load_config` reads, checks and resolves; every error names the file, the key and what was expected.
 """
 
+import re
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.yaml_reader import parse_yaml
+
+# Beyond this an addition in float32 is infinite.
+FLOAT32_MAX = 3.4028234663852886e38
+# Of a file's name, in what file systems allow.
+MAX_NAME_BYTES = 255
+# Seeds go into 64-bit integers with a sign.
+MAX_SEED = 2**63 - 1
+# Steps of a layer path: some forty times as many as the deepest models have layers.
+MAX_PATH_LAYERS = 10_000
+# Candidates of a generation: each has a line's entry in the history, and a genome in memory.
+MAX_POPULATION = 100_000
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Unit = Annotated[float, Field(ge=0.0, le=1.0)]
-Numbers = float | list[float]
+def _number(value: Any) -> Any:
+    """YAML's true and false are no numbers, though Python's are."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a truth value is no number")
+    return value
+
+
+def _encodable(text: str) -> str:
+    """Neither NUL nor half a surrogate pair: no file can hold them."""
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise PydanticCustomError("text", "holds characters that no text has")
+    return text
+
+
+def _one_line(text: str) -> str:
+    """Nothing that would break a line of a table or of a message."""
+    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in _encodable(text)):
+        raise PydanticCustomError("text", "holds control characters")
+    return text
+
+
+def _path(text: str) -> str:
+    """A file system refuses longer names."""
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in _one_line(text).split("/")):
+        raise PydanticCustomError("text", "has a part that no file can be called")
+    return text
+
+
+# A field's description, where it has one, is what messages say was expected.
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+# What merges are made of, in float32.
+Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+Numbers = Annotated[Number | list[Number], Field(description="a number that float32 holds, or a list of such")]
+Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
+Text = Annotated[
+    str,
+    AfterValidator(_encodable),
+    Field(max_length=1_000_000, description="a text (of no NUL and no half characters)"),
+]
+Name = Annotated[
+    str,
+    AfterValidator(_one_line),
+    Field(min_length=1, max_length=200, description="a text of 1 to 200 characters, in one line"),
+]
+Location = Annotated[
+    str,
+    AfterValidator(_path),
+    Field(min_length=1, max_length=4096, description="a path or name, in one line, no part over 255 bytes"),
+]
+Heldout = Annotated[Location | Share, Field(description="a share between 0 and 1, or a file")]
 
 
 class Bounds(Section):
     """A searched parameter: bounds, and where the search starts (one number, or one per parent)."""
 
-    low: float | None = None
-    high: float | None = None
+    low: Number | None = None
+    high: Number | None = None
     start: Numbers | None = None
 
 
@@ -38,14 +114,18 @@ class SpaceConfig(Section):
     """
 
     kind: Literal["parameter"] = "parameter"
-    method: str
-    layers_per_group: Annotated[int, Field(ge=1)] | Literal["all"] = 1
-    components: list[str] = ["attention", "mlp", "norm"]
+    method: Name
+    layers_per_group: Annotated[Whole, Field(ge=1)] | Literal["all"] = Field(
+        1, description="a whole number, 1 or more, or all"
+    )
+    components: list[Name] = Field(["attention", "mlp", "norm"], max_length=100)
     smooth: bool = False
     parameters: dict[str, Bounds] = {}
     fixed: dict[str, Numbers] = {}
     normalize: bool | None = None
-    rescale: bool | Literal["none", "l1", "density"] | None = None
+    rescale: bool | Literal["none", "l1", "density"] | None = Field(
+        None, description="true, false, none, l1 or density"
+    )
 
 
 class DataFlowConfig(Section):
@@ -59,22 +139,22 @@ class DataFlowConfig(Section):
     """
 
     form: Literal["moves", "indicator"] = "moves"
-    moves: int = Field(4, ge=1)
-    window: int = Field(4, ge=1)
-    repetitions: int = Field(3, ge=1)
+    moves: Whole = Field(4, ge=1, le=1000)
+    window: Whole = Field(4, ge=1, le=10_000)
+    repetitions: Whole = Field(3, ge=1, le=1000)
     scales: Literal["block", "matrix", "network", "none"] | None = None
-    scale_low: float = Field(0.5, gt=0.0)
-    scale_high: float = Field(4.0, gt=0.0)
-    max_layers: int | None = Field(None, ge=1)
-    ends: int = Field(0, ge=0)
+    scale_low: Real = Field(0.5, ge=1e-6, le=1.0)
+    scale_high: Real = Field(4.0, ge=1.0, le=1e6)
+    max_layers: Whole | None = Field(None, ge=1, le=MAX_PATH_LAYERS)
+    ends: Whole = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "DataFlowConfig":
         allowed = ("block", "none") if self.form == "moves" else ("matrix", "network", "none")
         if self.scales is not None and self.scales not in allowed:
             raise ValueError(f"scales: the form {self.form} has {', '.join(allowed)}")
-        if not self.scale_low < self.scale_high or not self.scale_low <= 1 <= self.scale_high:
-            raise ValueError("scale_low, scale_high: expected bounds around 1")
+        if not self.scale_low < self.scale_high:
+            raise ValueError("scale_low, scale_high: both are 1; expected bounds around 1")
         return self
 
 
@@ -83,10 +163,10 @@ class TaskConfig(Section):
     never sees. `weight` 0: no part of the fitness, only shown in the held-out table. `limit`: how many examples of the
     search split every generation is scored on; the finalists are scored on all."""
 
-    name: str
-    heldout: str | Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    weight: float = Field(1.0, ge=0.0)
-    limit: int | None = Field(None, ge=1)
+    name: Name
+    heldout: Heldout = 0.2
+    weight: Real = Field(1.0, ge=0.0, le=1e9)
+    limit: Whole | None = Field(None, ge=1)
 
 
 class TextConfig(TaskConfig):
@@ -97,16 +177,16 @@ class TextConfig(TaskConfig):
     """
 
     kind: Literal["likelihood", "multiple_choice", "exact_match"]
-    file: str
-    prompt: str = "{prompt}"
-    target: str = "{target}"
-    choices: str = "choices"
-    answer: str = "answer"
-    delimiter: str = " "
+    file: Location
+    prompt: Text = "{prompt}"
+    target: Text = "{target}"
+    choices: Name = "choices"
+    answer: Name = "answer"
+    delimiter: Text = " "
     metric: Literal["log_probability", "accuracy", "margin"] | None = None
-    pattern: str | None = None
-    max_new_tokens: int = Field(256, ge=1)
-    stop: list[str] = []
+    pattern: Text | None = None
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
+    stop: list[Text] = Field([], max_length=100)
 
 
 class GsmConfig(TaskConfig):
@@ -120,18 +200,18 @@ class GsmConfig(TaskConfig):
     """
 
     kind: Literal["gsm"]
-    source: str
+    source: Location
     match: Literal["strict", "flexible"] = "strict"
-    language: str | None = None
-    style: str | None = None
-    prompt: str | None = None
-    pattern: str | None = None
-    stop: list[str] | None = None
-    num_fewshot: int = Field(0, ge=0)
-    fewshot_source: str | None = None
+    language: Name | None = None
+    style: Name | None = None
+    prompt: Text | None = None
+    pattern: Text | None = None
+    stop: list[Text] | None = Field(None, max_length=100)
+    num_fewshot: Whole = Field(0, ge=0, le=10_000)
+    fewshot_source: Location | None = None
     apply_chat_template: bool = False
-    system_instruction: str | None = None
-    max_new_tokens: int = Field(256, ge=1)
+    system_instruction: Text | None = None
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
     on_test_set: bool = False
 
     @model_validator(mode="after")
@@ -154,22 +234,24 @@ class HarnessConfig(TaskConfig):
     may see the examples that models are compared by. The others are the harness's own.
     """
 
-    name: str = ""
-    lm_eval: str
-    metric: str | None = None
-    docs: int | None = Field(None, ge=2)
+    name: Name = ""
+    lm_eval: Name
+    metric: Name | None = None
+    docs: Whole | None = Field(None, ge=2)
     split: Literal["train"] | None = None
-    num_fewshot: int | None = Field(None, ge=0)
-    include_path: str | None = None
+    num_fewshot: Whole | None = Field(None, ge=0, le=10_000)
+    include_path: Location | None = None
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = True
-    system_instruction: str | None = None
+    system_instruction: Text | None = None
     on_test_set: bool = False
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return {"name": value["lm_eval"]} | value if isinstance(value, dict) and "lm_eval" in value else value
+        own = value.get("lm_eval") if isinstance(value, dict) else None
+        # One that is no name is said by its own key.
+        return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
 
 
 class FunctionConfig(TaskConfig):
@@ -181,14 +263,14 @@ class FunctionConfig(TaskConfig):
     """
 
     kind: Literal["function"]
-    function: str
+    function: Location
     gets: Literal["texts", "log_probabilities", "logits"] = "texts"
-    file: str
-    prompt: str = "{prompt}"
-    target: str = "{target}"
-    delimiter: str = " "
-    max_new_tokens: int = Field(256, ge=1)
-    stop: list[str] = []
+    file: Location
+    prompt: Text = "{prompt}"
+    target: Text = "{target}"
+    delimiter: Text = " "
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
+    stop: list[Text] = Field([], max_length=100)
 
     @model_validator(mode="after")
     def _fits(self) -> "FunctionConfig":
@@ -235,11 +317,11 @@ class SearchConfig(Section):
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all."""
 
-    population: int | None = Field(None, ge=2)
-    generations: int = Field(50, ge=1)
-    sigma: float = Field(1 / 6, gt=0.0)
-    finalists: int = Field(5, ge=1)
-    rungs: int = Field(1, ge=1, le=8)
+    population: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
+    generations: Whole = Field(50, ge=1, le=1_000_000)
+    sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)
+    finalists: Whole = Field(5, ge=1, le=10_000)
+    rungs: Whole = Field(1, ge=1, le=8)
 
 
 class StageConfig(Section):
@@ -262,27 +344,27 @@ class EvaluationConfig(Section):
     as many); None: 2,048 on a CPU, 8,192 on others, or fewer where they do not fit. `model`: how many devices hold one
     bank."""
 
-    chunk: int | None = Field(None, ge=1)
-    tokens_per_batch: int | None = Field(None, ge=1)
-    model: int = Field(1, ge=1)
+    chunk: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
+    tokens_per_batch: Whole | None = Field(None, ge=1, le=10_000_000)
+    model: Whole = Field(1, ge=1, le=100_000)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class Config(Section):
     """A whole search: over one space, or in stages."""
 
-    base: str | None = None
-    parents: list[str] = Field(min_length=1)
-    tokenizer_source: str | None = None
+    base: Location | None = None
+    parents: list[Location] = Field(min_length=1, max_length=1000)
+    tokenizer_source: Location | None = None
     space: SpaceConfig | None = None
     data_flow: DataFlowConfig | None = None
-    stages: list[StageConfig] | None = Field(None, min_length=1)
-    tasks: list[AnyTask] = Field(min_length=1)
+    stages: list[StageConfig] | None = Field(None, min_length=1, max_length=100)
+    tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    seed: int = Field(0, ge=0)
-    out: str | None = None
+    seed: Whole = Field(0, ge=0, le=MAX_SEED)
+    out: Location | None = None
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "Config":
@@ -299,40 +381,147 @@ class Config(Section):
 class TaskFile(Section):
     """The YAML that `evojax-merge evaluate --tasks` takes: `tasks:` as in a search, all examples are scored."""
 
-    tasks: list[AnyTask] = Field(min_length=1)
+    tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that the mapping at `location` may have."""
+def describe_value(value: Any) -> str:
+    """A value of a document, in YAML's words and short enough for a message."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    if isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 80 else f"{value[:60]!r} and {len(value) - 60:,} more characters"
+    if isinstance(value, list):
+        return f"a list of {len(value):,}" if value else "an empty list"
+    return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
+
+
+def _parts(annotation: Any) -> tuple[Any, list[Any]]:
+    """An annotation without `Annotated` and `None`, and its metadata."""
+    metadata: list[Any] = []
+    while True:
+        if get_origin(annotation) is Annotated:
+            annotation, *more = get_args(annotation)
+            # What is nearer to the field counts first.
+            metadata += reversed(
+                [one for item in more for one in (_flat(item) if isinstance(item, FieldInfo) else [item])]
+            )
+        elif get_origin(annotation) in (Union, UnionType):
+            members = [one for one in get_args(annotation) if one is not NoneType]
+            if len(members) != 1:
+                return annotation, metadata
+            annotation = members[0]
+        else:
+            return annotation, metadata
+
+
+def _flat(field: FieldInfo) -> list[Any]:
+    return [*field.metadata, field]
+
+
+def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
+    """In words, what a value of this annotation is."""
+    annotation, own = _parts(annotation)
+    metadata = [*metadata, *own]
+    described = next((one.description for one in metadata if getattr(one, "description", None)), None)
+    if described is not None:
+        return str(described)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"a mapping (of {', '.join(annotation.model_fields)})"
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return " or ".join(", ".join(map(str, get_args(annotation))).rsplit(", ", 1))
+    if origin is list:
+        low, high = _limit(metadata, "min_length"), _limit(metadata, "max_length")
+        inner, _ = _parts(get_args(annotation)[0])
+        what = {str: "texts", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
+        amount = "" if high is None else f"{low} to {high:,} " if low else f"up to {high:,} "
+        return f"a list of {amount}{what}"
+    if origin is dict:
+        return "a mapping"
+    if annotation is bool:
+        return "true or false"
+    what = "a whole number" if annotation is int else "a number"
+    low, high = _limit(metadata, "ge"), _limit(metadata, "le")
+    if low is None and high is None:
+        return f"a finite {what[2:]}" if annotation is float else what
+    if high is None:
+        return f"{what}, {low:,} or more"
+    if high == FLOAT32_MAX:
+        return f"{what} that float32 holds"
+    return f"{what} from {low:,} to {high:,}" if annotation is int else f"{what} from {low:g} to {high:g}"
+
+
+def _limit(metadata: Sequence[Any], name: str) -> Any:
+    return next((getattr(one, name) for one in metadata if getattr(one, name, None) is not None), None)
+
+
+def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:
+    """Where a location of pydantic's is: the key as it is in the YAML, the annotation and metadata there, and the
+    value. Parts of the location that are no keys (the kind of a task, the members of a union) are left out."""
+    key, value = "", document
+    annotation: Any = schema
+    metadata: list[Any] = []
     for part in location:
-        if part in TASK_KINDS:
-            model = TASK_KINDS[part]
-        if isinstance(part, int) or part not in model.model_fields:
+        inside: Any = None
+        if part == "[key]":
+            break
+        annotation, more = _parts(annotation)
+        metadata = [*metadata, *more]
+        if get_origin(annotation) in (Union, UnionType):
+            if part not in TASK_KINDS:
+                break
+            annotation, metadata = TASK_KINDS[part], []
             continue
-        annotation = model.model_fields[part].annotation
-        nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-        model = next((a for a in nested if issubclass(a, BaseModel)), model)
-    return sorted(model.model_fields)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(str(part))
+            key += f".{part}"
+            # An unknown key has no annotation.
+            annotation, metadata = (None, []) if field is None else (field.annotation, list(reversed(_flat(field))))
+        elif get_origin(annotation) is list and isinstance(part, int):
+            key += f"[{part}]"
+            annotation, metadata = get_args(annotation)[0], []
+        elif get_origin(annotation) is dict:
+            key += f".{part}"
+            annotation, metadata = get_args(annotation)[1], []
+        else:
+            break
+        if isinstance(value, dict):
+            inside = value.get(part)
+        elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
+            inside = value[part]
+        value = inside
+    return key.lstrip("."), annotation, metadata, value
 
 
-def _explain(path: Path, schema: type[BaseModel], error: ValidationError) -> InputError:
-    first = error.errors()[0]
-    location = first["loc"]
-    tagged = location[:1] == ("tasks",) and len(location) > 2 and location[2] in TASK_KINDS
-    shown_parts = (*location[:2], *location[3:]) if tagged else location
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown_parts).lstrip(".")
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(schema, location[:-1])
-        return InputError(path, f"{key}: unknown key{did_you_mean(str(location[-1]), known)}")
-    if first["type"] == "missing":
-        return InputError(path, f"{key}: missing")
-    found = first.get("input")
-    if location[:1] == ("tasks",) and location[-1] == "kind" and isinstance(found, str):
-        return InputError(path, f"{key}: there is no kind of task {found!r}{did_you_mean(found, KINDS)}")
-    shown = f", found {found!r}" if isinstance(found, (str, int, float, bool)) else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return InputError(path, f"{key}: {message}{shown}" if key else message)
+def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
+    """What is wrong with a document, in one line: the key, what was expected and what was found."""
+    first = error.errors(include_url=False)[0]
+    location, kind = first["loc"], first["type"]
+    key, annotation, metadata, value = _find(schema, location, document)
+    if kind in ("extra_forbidden", "invalid_key"):
+        _, parent, _, _ = _find(schema, location[:-1], document)
+        known = _parts(parent)[0].model_fields
+        return f"{key}: unknown key{did_you_mean(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
+        shown = f", found {describe_value(value)}" if isinstance(value, (str, int, float)) else ""
+        return f"{key}: {message}{shown}" if key else message
+    if location[-1] == "[key]":
+        return f"{key}: the key is no text; put it in quotes"
+    if key.endswith(".kind") and location[0] == "tasks":
+        if isinstance(value, str):
+            return f"{key}: there is no kind of task {describe_value(value)}{did_you_mean(value, KINDS)}"
+        return f"{key}: expected one of {', '.join(KINDS)}, found {describe_value(value)}"
+    return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:
@@ -342,24 +531,30 @@ def parse(path: Path, document: Any, schema: type[Section]) -> Any:
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        raise _explain(path, schema, error) from None
+        raise InputError(path, explain(schema, error, document)) from None
 
 
 def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`key.path=value` pairs, values as YAML; list items by their number."""
+    """`key.path=value` pairs, values as YAML; list items by their number, from 0. Of a key that is set twice the last
+    value counts."""
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
-            raise InputError("--set", f"{override!r}; expected key.path=value")
-        target: Any = document
         parts = key.split(".")
+        if not separator or not all(parts):
+            raise InputError("--set", f"{describe_value(override)}; expected key.path=value")
+        value = parse_yaml(f"--set {key}", text)
+        target: Any = document
         try:
             for part in parts[:-1]:
-                target = target[int(part)] if isinstance(target, list) else target.setdefault(part, {})
-            last: Any = int(parts[-1]) if isinstance(target, list) else parts[-1]
-            target[last] = yaml.safe_load(text)
+                target = target[_position(part)] if isinstance(target, list) else target.setdefault(part, {})
+            target[_position(parts[-1]) if isinstance(target, list) else parts[-1]] = value
         except (ValueError, IndexError, TypeError, AttributeError):
-            raise InputError("--set", f"{key}: there is no such key in {path}") from None
-        except yaml.YAMLError:
-            raise InputError("--set", f"{key}: {text!r} is not a YAML value") from None
+            raise InputError("--set", f"{describe_value(key)}: there is no such key in {path}") from None
     return document
+
+
+def _position(part: str) -> int:
+    """The number of a list's item; ValueError for anything else, as for a number that counts from the end."""
+    if not re.fullmatch(r"[0-9]{1,9}", part):
+        raise ValueError
+    return int(part)

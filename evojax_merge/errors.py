@@ -1,19 +1,47 @@
 """The errors that a user meets. Imports nothing.
 
 `InputError` is for whatever the user can put right: the command line prints it as one line and exits with
-status 2. Anything else that reaches the top is a failure of the program or of a user's own function (status 1).
+status 2. `Failed` is for what went wrong although the input is right: one line too, status 1. Anything else that
+reaches the top is a failure of the program or of a user's own function (status 1, with its traceback).
 """
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+# Characters of a message: what a stranger's file puts into one must not push the rest off the screen.
+LONGEST_MESSAGE = 1000
+
+
+def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """The text as one line that any terminal shows as it is: line ends, control characters (terminal sequences begin
+    with one), what turns the direction of writing, and lone surrogates are escaped as in Python. Of more than
+    `longest` characters the middle is left out."""
+
+    def shortened(text: str) -> str:
+        tail = longest // 3
+        return text if len(text) <= longest else f"{text[: longest - tail - 5]} […] {text[len(text) - tail :]}"
+
+    text = shortened(text)
+    return shortened(
+        "".join(
+            c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+            for c in text
+        )
+    )
 
 
 class InputError(Exception):
-    """Wrong input: `where` names the file (and key or line), `what` says what was found and expected."""
+    """Wrong input: `where` names the file (and key or line), `what` says what was found and expected. Its text is one
+    line, whatever names and values from files it contains."""
 
     def __init__(self, where: object, what: str) -> None:
-        super().__init__(f"{where}: {what}")
+        super().__init__(printable(f"{where}: {what}"))
         self.where, self.what = str(where), what
+
+
+class Failed(Exception):
+    """The input is right, and yet it came to nothing: says what was tried, a likely cause and what to look at."""
 
 
 class LostProcess(Exception):
@@ -26,5 +54,5 @@ class LostProcess(Exception):
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(known)})"

@@ -18,8 +18,8 @@ from merge_kernels import combine, draw, look_up, tabulate
 from pydantic import ValidationError
 
 from evojax_merge.checkpoints.recipes import check_parent_count
-from evojax_merge.config import Bounds, Numbers, SearchConfig, Section
-from evojax_merge.errors import InputError
+from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.axes import axes_of, find_method, options_of
 from evojax_merge.search.strategy import default_population, make_strategy
@@ -43,8 +43,7 @@ def on_host(function: Callable[[Any], Any]) -> HostFitness:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation showed. fitness: float64[P], NaN where a candidate failed; `best_so_far` is NaN while all
-    have."""
+    """What one generation showed. fitness: float64[P], NaN where a candidate failed."""
 
     number: int
     fitness: np.ndarray
@@ -99,7 +98,8 @@ def search_pytrees(
     the top level. population None: 4 + floor(3 ln D). chunk: how many candidates are computed together; None: one
     after the other on a CPU, else all.
 
-    Deterministic for a seed. Raises InputError for what cannot be merged or searched.
+    Deterministic for a seed. Raises InputError for what cannot be merged or searched, and Failed in a generation of
+    which no candidate has a finite fitness.
     """
     if not parents:
         raise InputError(WHERE, "parents: is empty")
@@ -113,6 +113,8 @@ def search_pytrees(
     search = _valid("search", SearchConfig, population=population, generations=generations, sigma=sigma)
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
 
     names = ["base"] * based + [f"parents[{k}]" for k in range(len(parents))]
     tree = _open(names, [base, *parents] if based else list(parents))
@@ -149,8 +151,13 @@ def search_pytrees(
     for number in range(search.generations):
         genomes, asked = strategy.ask(state, number)
         values = _fitness(score(np.asarray(genomes)))
+        if np.isnan(values).all():
+            raise Failed(
+                f"{WHERE}: generation {number}: all {size} candidates failed, their fitness is not finite; look at "
+                "what the fitness function returns for the parents, and at the bounds of the parameters"
+            )
         state = strategy.tell(asked, number, genomes, values)
-        if not np.isnan(values).all() and not np.nanmax(values) <= best_fitness:
+        if not np.nanmax(values) <= best_fitness:
             best, best_fitness = np.asarray(genomes[int(np.nanargmax(values))]), float(np.nanmax(values))
         history.append(Generation(number, values, float(state.std), best_fitness))
         on_generation(history[-1])
@@ -161,7 +168,8 @@ def search_pytrees(
     scores = score(np.concatenate([finalists, np.repeat(finalists[:1], max(0, size - 3), axis=0)]))[:3]
     values = _fitness(scores)
     if np.isnan(values).all():
-        raise ValueError(f"{WHERE}: no candidate has a finite fitness")
+        # Each generation had a candidate with a finite fitness: the function gives another one now.
+        raise Failed(f"{WHERE}: the best of {search.generations} generations has no finite fitness any more")
     winner = int(np.nanargmax(values))
     return PytreeSearch(
         best=jax.jit(merge)(bank, finalists[winner]),
@@ -176,9 +184,7 @@ def _valid(where: str, schema: type[Section], **values: Any) -> Any:
     try:
         return schema(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{WHERE}: {where}", f"{key}: {first['msg']}, found {first['input']!r}") from None
+        raise InputError(f"{WHERE}: {where}", explain(schema, error, values)) from None
 
 
 def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:

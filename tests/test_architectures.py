@@ -1,6 +1,7 @@
 """The decoder against transformers and torch: every architecture, every feature that a config can switch on."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import edit_json, finetune, greedy_tokens, hidden_states, load_torch, random_model, save, tiny_config
+from helpers import (
+    Family,
+    edit_json,
+    finetune,
+    greedy_tokens,
+    hidden_states,
+    load_torch,
+    random_model,
+    save,
+    tiny_config,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from evojax_merge.checkpoints.architectures import decoder_config
 from evojax_merge.checkpoints.bank import load_bank, load_stored
-from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.commands import run_merge_command, run_search_command
 from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config import NO_WINDOW, DecoderConfig, rope_frequencies
 from evojax_merge.models.generate import ENDED
 from evojax_merge.models.sources import Stored
 
@@ -239,9 +253,18 @@ def _rope(**changes: Any) -> Any:
 
 REFUSED = {
     "another activation": ("llama", _set("hidden_act", "tanh"), "hidden_act"),
-    "an attribute of the architecture away from its default": ("llama", _set("pretraining_tp", 2), "pretraining_tp"),
-    "an attribute that nobody knows": ("llama", _set("residual_multiplier", 0.5), "residual_multiplier"),
-    "an attribute of another architecture": ("qwen3", _set("num_experts", 8), "num_experts"),
+    "a Granite multiplier": ("llama", _set("residual_multiplier", 0.5), "residual_multiplier"),
+    "Granite's attention scale": ("llama", _set("attention_multiplier", 0.015625), "attention_multiplier"),
+    "MiniCPM's depth scale": ("llama", _set("scale_depth", 1.4), "scale_depth"),
+    "MiniCPM's embedding scale": ("mistral", _set("scale_emb", 12), "scale_emb"),
+    "a multiplier that is a text": ("llama", _set("logits_scaling", "8"), "logits_scaling"),
+    "Gemma's cap": ("llama", _set("final_logit_softcapping", 30.0), "final_logit_softcapping"),
+    "Gemma's attention scale": ("llama", _set("query_pre_attn_scalar", 256), "query_pre_attn_scalar"),
+    "layers without positions": ("llama", _set("no_rope_layers", [1, 1, 0]), "no_rope_layers"),
+    "positions of images": ("qwen2", _set("use_mrope", True), "use_mrope"),
+    "layers of unlike shapes": ("llama", _set("per_layer_config", {"0": {"intermediate_size": 8}}), "per_layer_config"),
+    "quantised": ("llama", _set("quantization_config", {"quant_method": "gptq"}), "quantization_config.*gptq"),
+    "quantised, in other words": ("llama", _set("compression_config", {"x": 1}), "compression_config"),
     "longrope": ("llama", _rope(rope_type="longrope", short_factor=[1.0] * 6, long_factor=[2.0] * 6), "rope"),
     "partial rotary": ("llama", _rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "a rope key that is not of its kind": ("llama", _rope(beta_fast=16.0), "beta_fast"),
@@ -271,6 +294,211 @@ def test_attributes_at_their_default_and_of_no_consequence_are_accepted(tmp_path
     )
     _, config = open_sources([tmp_path])
     assert config.layers == 3
+
+
+# config.json as repositories and trainers leave them, but for the number of layers, and what all of them have.
+LEFT_BY_TRANSFORMERS = {
+    "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.40.0",
+}  # fmt: skip
+LLAMA_2 = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32,
+    "num_key_value_heads": 32, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32000,
+    "pretraining_tp": 1, "rope_scaling": None, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_3 = LLAMA_2 | {
+    "num_key_value_heads": 8, "intermediate_size": 14336, "rope_theta": 500000.0, "vocab_size": 128256,
+    "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False, "max_position_embeddings": 8192,
+}  # fmt: skip
+LLAMA_31_ROPE = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "rms_norm_eps": 1e-5,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rope_theta": 10000.0,
+    "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000,
+}  # fmt: skip
+QWEN_25 = {
+    "architectures": ["Qwen2ForCausalLM"], "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "max_position_embeddings": 32768, "max_window_layers": 24, "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+UNSLOTH = {
+    "_name_or_path": "unsloth/mistral-7b-bnb-4bit", "unsloth_fixed": True, "unsloth_version": "2024.9",
+    "unk_token_id": 0, "pad_token_id": 770, "dtype": "bfloat16",
+}  # fmt: skip
+REAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "SmolLM2-135M": (
+        "llama",
+        {
+            "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+            "eos_token_id": 0, "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+            "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_interleaved": False,
+            "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True, "vocab_size": 49152,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+        },
+    ),
+    "Llama-2-7b": ("llama", LLAMA_2 | {"_name_or_path": "meta-llama/Llama-2-7b-hf", "pretraining_tp": 2}),
+    "Llama of the first days": (
+        "llama",
+        {
+            "architectures": ["LLaMAForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "pad_token_id": -1,
+            "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_sequence_length": 2048, "vocab_size": 32000,
+        },
+    ),
+    "Llama-3-8B": ("llama", LLAMA_3),
+    "Llama-3.1-8B-Instruct": (
+        "llama",
+        LLAMA_3 | {
+            "eos_token_id": [128001, 128008, 128009], "max_position_embeddings": 131072, "rope_scaling": LLAMA_31_ROPE,
+        },
+    ),
+    "Llama-3.2-1B": (
+        "llama",
+        LLAMA_3 | {
+            "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072,
+            "rope_scaling": LLAMA_31_ROPE | {"factor": 32.0}, "tie_word_embeddings": True,
+        },
+    ),
+    "DeepSeek-R1-Distill-Llama-8B": (
+        "llama", LLAMA_3 | {"max_position_embeddings": 131072, "rope_scaling": LLAMA_31_ROPE, "eos_token_id": 128001},
+    ),
+    "TinyLlama, tuned by axolotl": (
+        "llama",
+        LLAMA_2 | {
+            "_name_or_path": "TinyLlama/TinyLlama-1.1B", "hidden_size": 2048, "intermediate_size": 5632,
+            "num_key_value_heads": 4, "max_position_embeddings": 2048, "neftune_noise_alpha": 5,
+            "_flash_attn_2_enabled": True, "attn_implementation": "flash_attention_2", "model_parallel": False,
+        },
+    ),
+    "a Vicuna with stretched positions": (
+        "llama", LLAMA_2 | {"rope_scaling": {"factor": 4.0, "type": "linear"}, "max_sequence_length": 16384},
+    ),
+    "a CodeLlama, dynamic": (
+        "llama", LLAMA_2 | {"rope_scaling": {"factor": 2.0, "type": "dynamic"}, "rope_theta": 1000000},
+    ),
+    "Yarn-Llama": (
+        "llama",
+        LLAMA_2 | {
+            "rope_scaling": {
+                "factor": 16.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True,
+            },
+            "max_position_embeddings": 65536,
+            "auto_map": {"AutoModelForCausalLM": "modeling_llama_yarn.LlamaForCausalLM"},
+        },
+    ),
+    "a Llama with head_dim null, and keys of other families": (
+        "llama",
+        LLAMA_3 | {
+            "head_dim": None, "sliding_window": 4096, "use_mrope": False, "num_experts": 8, "embedding_multiplier": 1.0,
+            "layer_types": ["sliding_attention", "sliding_attention"], "logit_scale": 1, "sep_token_id": 5,
+            "final_logit_softcapping": None, "query_pre_attn_scalar": 128, "use_bfloat16": True, "torchscript": False,
+        },
+    ),
+    "yarn, with the original context beside it": (
+        "llama",
+        LLAMA_3 | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 2048},
+    ),
+    "Mistral-7B-v0.1": ("mistral", MISTRAL),
+    "Mistral-Nemo": (
+        "mistral",
+        MISTRAL | {
+            "head_dim": 128, "hidden_size": 5120, "max_position_embeddings": 1024000, "rope_theta": 1000000.0,
+            "sliding_window": None, "vocab_size": 131072,
+        },
+    ),
+    "Zephyr": ("mistral", MISTRAL | {"_name_or_path": "mistralai/Mistral-7B-v0.1", "pad_token_id": 2}),
+    "OpenHermes": ("mistral", MISTRAL | {"eos_token_id": 32000, "vocab_size": 32002, "use_cache": False}),
+    "an Unsloth fine-tune of Mistral": ("mistral", MISTRAL | UNSLOTH | {"attention_bias": True, "mlp_bias": True}),
+    "Qwen2.5-0.5B": ("qwen2", QWEN_25 | {"use_mrope": False}),
+    "Qwen2.5 with a window of nothing that is not used": ("qwen2", QWEN_25 | {"sliding_window": 0}),
+    "Qwen2.5, yarn": (
+        "qwen2",
+        QWEN_25 | {"rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
+    ),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        "qwen2",
+        QWEN_25 | {
+            "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "max_window_layers": 21,
+            "rope_theta": 10000, "sliding_window": 4096, "tie_word_embeddings": False, "use_mrope": False,
+        },
+    ),
+    "an Unsloth fine-tune of Qwen3": (
+        "qwen3",
+        QWEN_25 | UNSLOTH | {
+            "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 128, "hidden_size": 1024,
+            "intermediate_size": 3072, "max_position_embeddings": 40960, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "layer_types": ["full_attention", "full_attention"], "sliding_window": None,
+        },
+    ),
+    "written by transformers 5": (
+        "qwen3",
+        {
+            "attention_bias": False, "head_dim": 128, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 300,
+            "max_position_embeddings": 40960, "num_attention_heads": 16, "num_key_value_heads": 8, "dtype": "bfloat16",
+            "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "tie_word_embeddings": True,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REAL)
+def test_real_configs_are_read_as_transformers_reads_them(case: str, tmp_path: Path) -> None:
+    kind, own = REAL[case]
+    document = LEFT_BY_TRANSFORMERS | own | {"model_type": kind, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    config = decoder_config(tmp_path / "config.json")
+
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs, attn_implementation="eager")
+    expected = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    if config.head_is_embedding:
+        expected.pop("lm_head.weight")
+    assert tensor_shapes(config) == expected
+    assert config.head_is_embedding == theirs.tie_word_embeddings
+    layer = model.model.layers[0]
+    assert (config.kv_heads, config.head_dim) == (theirs.num_key_value_heads, layer.self_attn.head_dim)
+    assert config.norm_eps == layer.input_layernorm.variance_epsilon
+
+    rotary = type(model.model.rotary_emb)(theirs)
+    found = rope_frequencies(config, jnp.asarray([16], jnp.int32))[0]
+    np.testing.assert_allclose(np.asarray(found), rotary.inv_freq.numpy(), rtol=1e-5)
+    assert config.rope.attention_factor == pytest.approx(rotary.attention_scaling)
+
+    windows = getattr(theirs, "sliding_window", None) if kind != "llama" else None
+    assert set(config.windows) == {windows or NO_WINDOW}
+
+
+def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path: Path, capsys: Any) -> None:
+    """In a search, which exports the winner, and in a merge; they may differ between the models."""
+    models = {}
+    for number, (name, path) in enumerate(zip(("base", "one", "two"), (family.base, *family.parents), strict=True)):
+        models[name] = shutil.copytree(path, tmp_path / name)
+        left = {"rope_interleaved": False, "unsloth_version": f"2024.{number}", "auto_map": {"AutoModel": "x.Y"}}
+        edit_json(models[name] / "config.json", lambda config, left=left: config.update(left))
+    recipe = {
+        "merge_method": "linear", "models": [{"model": name, "parameters": {"weight": 1}} for name in models],
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    config = {
+        "parents": ["one", "two"], "space": {"method": "linear", "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
+        "search": {"generations": 1, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    run_merge_command(tmp_path / "recipe.yaml", tmp_path / "merged", None, None, False, False)
+    said = [capsys.readouterr().out]
+    run_search_command(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
+    said.append(capsys.readouterr().out)
+    for out, folder in zip(said, (tmp_path / "merged", tmp_path / "run" / "best" / "model"), strict=True):
+        named = [line for line in out.splitlines() if "unsloth_version" in line]
+        assert len(named) == 1 and "rope_interleaved" in named[0] and "auto_map" in named[0]
+        written = json.loads((folder / "config.json").read_text())
+        assert written["unsloth_version"].startswith("2024.") and written["rope_interleaved"] is False
 
 
 def test_configs_that_differ_in_the_forward_pass_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +15,42 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import Family, finetune, load_torch, random_model, save, state, tiny_config, word_tokenizer, words
+import yaml
+from helpers import (
+    Family,
+    edit_json,
+    finetune,
+    load_torch,
+    random_model,
+    save,
+    state,
+    tiny_config,
+    word_tokenizer,
+    words,
+)
 from merge_kernels import METHODS, draw, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
-from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder
+from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
+from evojax_merge.checkpoints.merge import merge_to
+from evojax_merge.checkpoints.merge import prepare as prepare_merge
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import TokenizerChoice, check_same_vocabulary, load_tokenizer
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.checkpoints.writer import (
+    MARKER,
+    ShardWriter,
+    TensorSpec,
+    atomic_folder,
+    atomic_write,
+    check_output,
+    recover,
+    write_marker,
+)
 from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.report.card import merge_card
+from evojax_merge.search.setup import context_length, stop_tokens
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
 
@@ -374,6 +402,142 @@ def test_failure_in_the_last_step_brings_the_old_folder_back(tmp_path: Path, mon
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+
+    def write() -> None:
+        with atomic_folder(target) as work:
+            (work / "file").write_text("new")
+            target.mkdir()
+            (target / "file").write_text("another's")
+
+    with pytest.raises(InputError, match="exists already"):
+        write()
+    assert (target / "file").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+# Starts to write over, or beside, `folder` and is killed: while it writes, between the two steps of the swap, and
+# while it removes what was there.
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from evojax_merge.checkpoints import writer
+target, moment = Path(sys.argv[1]), sys.argv[2]
+kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+if moment == "swapping":
+    rename, calls = os.rename, []
+    os.rename = lambda *names: (kill() if calls else None, calls.append(1), rename(*names))
+if moment == "removing":
+    writer.recover, before = (lambda target: kill() if (target / "new").exists() else before(target)), writer.recover
+with writer.atomic_folder(target, overwrite=True) as work:
+    (work / "new").write_text("new")
+    if moment == "writing":
+        kill()
+    if moment == "running":
+        print("running", flush=True)
+        sys.stdin.read()
+"""
+
+
+def killed(target: Path, moment: str) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, target, moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["writing", "swapping", "removing"])
+def test_what_a_killed_process_left_is_put_back_or_removed(moment: str, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "old").write_text("old")
+    # Names that are like ours, and a folder of another name.
+    mine = [tmp_path / name for name in (".folder.old.0123abcd", ".folder", ".other.evojax-merge-new.0123abcd")]
+    for path in mine:
+        path.mkdir()
+        (path / "file").write_text("mine")
+    killed(target, moment)
+    assert len(list(tmp_path.iterdir())) > len(mine) + (moment != "swapping")
+    recover(target)
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", *(path.name for path in mine)}
+    assert [path.name for path in target.iterdir()] == ["new" if moment == "removing" else "old"]
+    assert all((path / "file").read_text() == "mine" for path in mine)
+
+
+def test_what_a_running_process_writes_is_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    command = [sys.executable, "-c", KILLED, target, "running"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        (work,) = tmp_path.iterdir()
+        recover(target)
+        assert (work / "new").exists()
+        other.communicate()
+    assert other.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def model_of_ours(family: Family, folder: Path) -> Path:
+    rows = [{"model": str(path), "parameters": {"weight": 1}} for path in family.parents]
+    recipe = folder.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
+    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", "linear", [], "recipe"))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["empty", "ours", "copied", "linked", "of a tokenizer's making", "without a marker"])
+def test_what_this_program_wrote_may_be_replaced(kind: str, family: Family, tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    if kind == "empty":
+        target.mkdir()
+    elif kind == "linked":
+        target.symlink_to(model_of_ours(family, tmp_path / "place"))
+    else:
+        model_of_ours(family, target)
+    if kind == "copied":
+        # Times are lost.
+        target = Path(shutil.copytree(target, tmp_path / "copy", copy_function=shutil.copyfile))
+    elif kind == "of a tokenizer's making":
+        (target / "additional_chat_templates").mkdir()
+        (target / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+        (target / MARKER).unlink()
+        write_marker(target)
+    elif kind == "without a marker":
+        (target / MARKER).unlink()
+    check_output(target, [family.base, *family.parents])
+    with atomic_folder(target, overwrite=True, check=lambda: check_output(target, [family.base])) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    # A link still leads to where it led.
+    assert target.is_symlink() == (kind == "linked")
+
+
+def test_what_a_user_adds_during_a_merge_is_kept(family: Family, tmp_path: Path) -> None:
+    target = model_of_ours(family, tmp_path / "folder")
+
+    def write() -> None:
+        with atomic_folder(target, overwrite=True, check=lambda: check_output(target, [])) as work:
+            (work / "new").write_text("new")
+            (target / "notes.txt").write_text("mine")
+
+    with pytest.raises(InputError, match=r"holds 'notes\.txt', which evojax-merge did not write"):
+        write()
+    assert (target / "notes.txt").read_text() == "mine"
+
+
+def test_an_error_s_text_is_one_line_that_can_be_printed() -> None:
+    for text, shown in (
+        ("a\nb\r\x1b[2J\x00", "a\\nb\\r\\x1b[2J\\x00"), ("\ud800", "\\ud800"), ("\u2028\u202e", "\\u2028\\u202e"),
+        ("日本語　é 🙂", "日本語　é 🙂"),
+    ):  # fmt: skip
+        assert str(InputError("file", text)) == f"file: {shown}"
+        str(InputError("file", text)).encode()
+    long = str(InputError("file", "\x1b" * 10**6 + "; do this"))
+    assert len(long) <= 1000
+    assert long.startswith("file: \\x1b")
+    assert long.endswith("; do this")
+
+
 def test_atomic_write_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "file"
     atomic_write(target, "one")
@@ -418,6 +582,132 @@ def test_rows_are_aligned_by_token(tmp_path: Path) -> None:
     bank = load_bank(*open_sources([one, other], TokenizerChoice(1)), spec_of("linear"))
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0][order])
     np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"][order])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders and repositories that hold more than a model
+
+
+BESIDE = (
+    "original/consolidated.00.pth", "original/params.json", "onnx/model.safetensors", "model.fp16.gguf", "README.md",
+    "consolidated.00.pth", "consolidated.safetensors", "consolidated-00001-of-00001.safetensors", "metal/model.bin",
+    "openvino/config.json", "coreml/model.mlpackage", "pytorch_model.bin", "model.onnx", "params.json",
+)  # fmt: skip
+
+
+def _with_files_beside(folder: Path) -> Path:
+    for name in BESIDE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"no tensors")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded", "single and an index that is left of shards", "another name"])
+def test_a_repository_gives_the_model_and_nothing_else(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what is read is downloaded, from one commit; a folder with everything in it opens as the same model."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    model = random_model(tiny_config())
+    repository = _with_files_beside(
+        save(model, tmp_path / "repository", max_shard_size="30KB" if layout == "sharded" else "1GB")
+    )
+    weights = {path.name for path in repository.glob("model*.safetensors")}
+    assert (len(weights) > 1) == (layout == "sharded")
+    if "index" in layout:
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (repository / "model.safetensors.index.json").write_text(json.dumps(index))
+    if layout == "another name":
+        (repository / "model.safetensors").rename(repository / "weights.safetensors")
+        weights = {"weights.safetensors"}
+    cache = tmp_path / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    revisions = []
+
+    def download(name: str, *, revision: str | None, **patterns: Any) -> str:
+        assert name == "owner/name"
+        revisions.append(revision)
+        names = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+        for file in filter_repo_objects(names, **patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(repository / file, cache / file)
+        return str(cache)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = resolve("MODELS", "owner/name@main", tmp_path)
+    assert set(revisions[1:]) == {cache.name} and revisions[0] == "main"
+    files = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
+    assert files & set(BESIDE) == {"params.json"}
+    assert {file for file in files if file.endswith(".safetensors")} == weights
+    expected = {name: values.shape for name, values in model.state_dict().items()}
+    for folder in (found, repository):
+        assert {name: entry.shape for name, entry in open_folder(folder).entries.items()} == expected
+
+
+def test_a_repository_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    save(random_model(tiny_config()), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for reference in ("owner/name", "owner/name@main", f"owner/name@{commit}"):
+        _, config = open_sources([resolve("MODELS", reference, tmp_path)])
+        assert config.layers == 3
+    with pytest.raises(InputError, match="owner/other: no such folder, and the hub did not give it"):
+        resolve("MODELS", "owner/other", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models that differ in what need not be alike
+
+
+def test_rows_padded_differently_are_aligned_by_token(tmp_path: Path) -> None:
+    """One tokenizer, but a trainer has rounded the number of rows up: aligned by token, it is the same model."""
+    small = save(random_model(tiny_config(vocab_size=60)), tmp_path / "small")
+    model = random_model(tiny_config(vocab_size=64), seed=1)
+    padded = save(model, tmp_path / "padded", words(60))
+    for order in ([small, padded], [padded, small]):
+        with pytest.raises(InputError, match="say tokenizer_source: base"):
+            open_sources(order)
+        sources, config = open_sources(order, TokenizerChoice(0))
+        assert config.vocab == 60
+        rows = sources.read(order.index(padded), "model.embed_tokens.weight")
+        np.testing.assert_array_equal(rows, model.get_input_embeddings().weight.detach().numpy()[:60])
+
+
+def test_the_shortest_context_of_all_models_counts(tmp_path: Path) -> None:
+    paths = []
+    for positions in (256, 64, 128):
+        paths.append(save(random_model(tiny_config(max_position_embeddings=positions)), tmp_path / str(positions)))
+    sources, _ = open_sources(paths)
+    assert context_length(sources.folders) == 64
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What ends a generation
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({}, {}, (2,)),
+        ({"eos_token_id": 7}, {"eos_token_id": 5}, (2, 7)),
+        ({"eos_token_id": [7, 9, 2]}, {}, (2, 7, 9)),
+        ({"eos_token_id": None}, {"eos_token_id": [5]}, (2, 5)),
+        # What is not read may be anything, as for transformers.
+        ({"eos_token_id": 7, "temperature": "hot", "top_p": [], "cache_implementation": {"a": 1}}, {}, (2, 7)),
+        (None, {"eos_token_id": 5}, (2, 5)),
+        (None, {"eos_token_id": None}, (2,)),
+    ],
+)
+def test_stop_tokens(generation: Any, config: dict[str, Any], expected: tuple[int, ...], tmp_path: Path) -> None:
+    save(random_model(tiny_config()), tmp_path)
+    edit_json(tmp_path / "config.json", lambda document: document.update(config))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert stop_tokens(tmp_path, load_tokenizer(tmp_path)) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------

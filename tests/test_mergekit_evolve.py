@@ -20,7 +20,7 @@ from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.mergekit_evolve import filter_components
 from evojax_merge.search.setup import Problem, build_problem, read_config
-from evojax_merge.search.winner import write_recipe
+from evojax_merge.search.winner import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace
 
 LAYERS = 4
@@ -108,7 +108,7 @@ def test_a_point_is_the_merge_that_mergekit_makes_of_it(name: str, family4: Fami
         by_set = np.moveaxis(point[..., i], 1, 2)
         rows = [by_set[:, layered].reshape(-1, point.shape[1]), by_set[-1, alone].reshape(-1, point.shape[1])]
         values[parameter] = np.concatenate(rows)
-    write_recipe(problem, space.genome(values), tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe_text(problem, space.genome(values)))
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
     assert ours.keys() == wanted.keys()
@@ -129,7 +129,7 @@ def test_slerp_reaches_the_merges_that_mergekit_does(family4: Family, tmp_path: 
     space = problem.space
     assert isinstance(space, ParameterSpace)
     t = 1 / (1 + np.exp(point[:, 0, 0, 0] - point[:, 1, 0, 0]))
-    write_recipe(problem, space.genome({"t": t[:, None]}), tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(recipe_text(problem, space.genome({"t": t[:, None]})))
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
     for tensor, array in wanted.items():

@@ -152,7 +152,8 @@ def theirs_raw(models: Path, recipe: str, out: Path) -> Path:
     def file(name: str) -> str:
         return str(models / name / "model.safetensors")
 
-    document["base_model"] = file(document["base_model"])
+    if "base_model" in document:
+        document["base_model"] = file(document["base_model"])
     document["models"] = [{**row, "model": file(row["model"])} for row in document["models"]]
     tasks = plan_flat_merge(
         RawPyTorchMergeConfig.model_validate(document), str(out), False, False, MergeOptions(quiet=True)
@@ -232,6 +233,81 @@ def test_odd_sizes_and_buffers_are_merged_as_in_mergekit(models: Path, tmp_path:
     buffer = load_file(found / "model.safetensors")["h.0.positions"]
     assert buffer.dtype == torch.int64
     assert torch.equal(buffer, torch.arange(5))
+
+
+# Convolutions of images and of video, a vector, a single number.
+AXES = {
+    "conv": (5, 4, 3, 2),
+    "video": (3, 2, 2, 3, 4),
+    "kernel": (4, 6, 3),
+    "matrix": (6, 7),
+    "bias": (11,),
+    "gain": (),
+}
+BY_AXIS = {
+    "nuslerp": {},
+    "nuslerp of rows": {"nuslerp_flatten": False},
+    "nuslerp of columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+    "model_stock": {"filter_wise": True},
+    "sce": {"select_topk": 0.4},
+    "della": {"density": 1.0},
+    "ties": {"density": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("case", BY_AXIS)
+def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, based: bool, tmp_path: Path) -> None:
+    method = case.partition(" ")[0]
+    if not based and method != "nuslerp":
+        pytest.skip("needs a base")
+    for seed, name in enumerate(("base", "one", "two")):
+        rng = np.random.default_rng(seed)
+        # No two short rows point in opposite directions, where rounding would decide.
+        low = 0.0 if name == "base" else 0.5
+        tensors = {
+            n: torch.tensor(rng.uniform(low, low + 0.5, shape), dtype=torch.float32) for n, shape in AXES.items()
+        }
+        if method == "della":
+            # mergekit ranks the rows of one entry to 0 / 0.
+            tensors = {n: values for n, values in tensors.items() if n != "gain"}
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text('{"model_type": "something"}')
+    weight = {} if method in ("model_stock", "sce") else {"parameters": {"weight": 0.7}}
+    rows = [{"model": name} | weight for name in ("one", "two")]
+    document = {"merge_method": method, "models": rows, "parameters": BY_AXIS[case]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document | ({"base_model": "base"} if based else {})))
+    found = ours(tmp_path, "recipe", tmp_path / "ours")
+    assert_same_tensors(found, theirs_raw(tmp_path, "recipe", tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_without_axes_or_entries_are_merged(method: str, tmp_path: Path) -> None:
+    """A single number, and tensors of no entry at all, by every method."""
+    shapes = {"gain": (), "rows": (0, 4), "columns": (4, 0), "empty": (0,)}
+    for seed, name in enumerate(("base", "one", "two"), start=1):
+        (tmp_path / name).mkdir()
+        tensors = {n: torch.full(shape, float(seed)) for n, shape in shapes.items()}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text('{"model_type": "something"}')
+    spec = METHODS[method]
+    shared = {p.name: 0.5 for p in spec.parameters if not p.per_parent and p.default is None}
+    own = {p.name: 0.5 for p in spec.parameters if p.per_parent and p.name in ("weight", "density")}
+    switches = {"nuslerp": {"nuslerp_flatten": False}, "model_stock": {"filter_wise": True}}.get(method, {})
+    names = ("one", "two")[: spec.max_parents or 2]
+    if method == "slerp":
+        names = ("one",)
+    document = {
+        "merge_method": method, "models": [{"model": name, "parameters": own} for name in names],
+        "parameters": shared | switches,
+    }  # fmt: skip
+    if spec.base == "required" or method == "slerp":
+        document["base_model"] = "base"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    found = state(ours(tmp_path, "recipe", tmp_path / "out"))
+    assert {name: values.shape for name, values in found.items()} == shapes
+    assert np.isfinite(found["gain"])
 
 
 def test_a_buffer_that_differs_is_the_bases(models: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from evojax_merge import on_host, search_pytrees
-from evojax_merge.errors import InputError
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.pytrees import Generation, PytreeSearch
 from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
 
@@ -255,7 +255,7 @@ def test_candidates_that_are_not_finite_have_failed() -> None:
     failed = [generation.failed for generation in found.history]
     assert 0 < failed[0] < 8 and np.isnan(found.history[0].fitness).sum() == failed[0]
     assert found.fitness > middle
-    with pytest.raises(ValueError, match="no candidate has a finite fitness"):
+    with pytest.raises(Failed, match="generation 0: all 4 candidates failed, their fitness is not finite"):
         quick(fitness=lambda merged: jnp.inf)
 
 

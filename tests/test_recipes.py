@@ -1,6 +1,7 @@
 """Recipes: mergekit's YAML means here what it means there, and what a search found is written so that both read it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from helpers import Family, build_family, finetune, load_torch, random_model, save, state, tiny_config, words
 from merge_kernels import METHODS, Options
@@ -28,6 +30,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.models.bank import MergeSpec, Recipe, candidate
 from evojax_merge.models.sources import merge_of
 from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.yaml_reader import parse_yaml
 
 RANDOM = ("dare_linear", "dare_ties")
 # Bounds inside which every parameter has a meaning, whatever the others are.
@@ -600,6 +603,163 @@ def test_other_architectures_merge_tensor_by_tensor(tmp_path: Path) -> None:
     for name in ("h.0.weight", "wte.weight"):
         torch.testing.assert_close(tensors[name], 0.25 * contents[0][name] + 0.75 * contents[1][name])
     assert json.loads((found / "config.json").read_text())["model_type"] == "something"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Architectures: the folder loads as its sources do
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GROUPED = TINY | {"num_key_value_heads": 2}
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+WHISPER: dict[str, Any] = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
+    "max_source_positions": 16, "max_target_positions": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "decoder_start_token_id": 1, "begin_suppress_tokens": None,
+}  # fmt: skip
+T5: dict[str, Any] = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 32, "vocab_size": 64}
+
+
+def architectures() -> dict[str, Callable[[], Any]]:
+    """A small torch model of each, by name."""
+
+    def causal(config: Any) -> Callable[[], Any]:
+        return lambda: transformers.AutoModelForCausalLM.from_config(config)
+
+    tf = transformers
+    vision, text = tf.CLIPVisionConfig(**VISION), tf.LlamaConfig(**GROUPED, tie_word_embeddings=False)
+    llava = {"vision_config": vision, "text_config": text, "image_token_index": 63, "vision_feature_layer": -1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return {
+        **{f"{kind}{' tied' * tied}": causal(tiny_config(kind, tie_word_embeddings=tied))
+           for kind in ("llama", "qwen3") for tied in (False, True)},
+        "gpt2": causal(tf.GPT2Config(**GPT)),
+        "gpt2 untied": causal(tf.GPT2Config(**GPT, tie_word_embeddings=False)),
+        "gpt_neox": causal(tf.GPTNeoXConfig(**TINY, tie_word_embeddings=False)),
+        "gptj": causal(tf.GPTJConfig(**GPT, rotary_dim=4)),
+        "opt": causal(tf.OPTConfig(**{**TINY, "ffn_dim": 48}, word_embed_proj_dim=32)),
+        "bloom": causal(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4)),
+        "falcon": causal(tf.FalconConfig(**TINY)),
+        "phi": causal(tf.PhiConfig(**GROUPED)),
+        "phi3": causal(tf.Phi3Config(**GROUPED)),
+        "gemma": causal(tf.GemmaConfig(**GROUPED, head_dim=8)),
+        "gemma2": causal(tf.Gemma2Config(**GROUPED, head_dim=8)),
+        "mixtral": causal(tf.MixtralConfig(**GROUPED, **experts)),
+        "mamba": causal(tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3, state_size=4)),
+        "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, num_layers=6, num_decoder_layers=2)),
+        "t5 gated, untied": lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(**T5, num_layers=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        ),
+        "t5 encoder": lambda: tf.T5EncoderModel(tf.T5Config(**T5, num_layers=6)),
+        "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**{
+            key: value for key, value in WHISPER.items() if key not in ("num_mel_bins", "max_source_positions")
+        })),
+        "whisper": lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER)),
+        "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**TINY)),
+        "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)),
+        "clip": lambda: tf.CLIPModel(tf.CLIPConfig(text_config=TINY, vision_config=VISION, projection_dim=16)),
+        "llava": lambda: tf.LlavaForConditionalGeneration(tf.LlavaConfig(**llava)),
+        "llava untied": lambda: tf.LlavaForConditionalGeneration(tf.LlavaConfig(**llava, tie_word_embeddings=False)),
+    }  # fmt: skip
+
+
+def loading(model_class: Any, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """A model's tensors as transformers loads it, and what it says of weights that do not fit."""
+    model, found = model_class.from_pretrained(folder, output_loading_info=True)
+    told = {key: sorted(map(str, names)) for key, names in found.items() if isinstance(names, (list, set, tuple))}
+    return dict(model.state_dict()), told
+
+
+@pytest.mark.parametrize("kind", architectures())
+def test_a_merge_loads_as_its_sources_do(kind: str, tmp_path: Path) -> None:
+    """No weight is missing, left over or made up, and the config means what the sources' means."""
+    torch.manual_seed(0)
+    models = []
+    for k in range(2):
+        model = architectures()[kind]()
+        with torch.no_grad():
+            for values in model.parameters():
+                values += 0.1 * torch.randn_like(values)
+        model.save_pretrained(tmp_path / f"model{k}")
+        models.append(str(tmp_path / f"model{k}"))
+    rows = [{"model": path, "parameters": {"weight": w}} for path, w in zip(models, (0.25, 0.75), strict=True)]
+    found = merge(tmp_path, {"merge_method": "linear", "models": rows, "dtype": "float32"})
+    (one, told), (other, _) = (loading(type(model), Path(path)) for path in models)
+    tensors, said = loading(type(model), found)
+    assert said == told
+    assert not any(told.values())
+    for name, values in tensors.items():
+        expected = 0.25 * one[name] + 0.75 * other[name] if values.is_floating_point() else one[name]
+        torch.testing.assert_close(values, expected, msg=name)
+    config, source = (json.loads((folder / "config.json").read_text()) for folder in (found, Path(models[0])))
+    assert config == {**source, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "bloom", "phi", "mixtral", "bert"])
+def test_slices_write_the_depth_that_they_make(kind: str, tmp_path: Path) -> None:
+    """Also of architectures that no decoder here knows."""
+    torch.manual_seed(0)
+    model = architectures()[kind]()
+    model.save_pretrained(tmp_path / "model")
+    order = (0, 2, 2, 1, 0)
+    slices = [{"sources": [{"model": str(tmp_path / "model"), "layer_range": [i, i + 1]}]} for i in order]
+    found = merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
+    (tensors, said), source = loading(type(model), found), model.state_dict()
+    assert not any(said.values())
+    layers = {
+        tuple(match.groups()) for name in tensors if (match := re.match(r"(.*(?:h|layers?|block)\.)(\d+)\.", name))
+    }
+    assert sorted(int(number) for _, number in layers) == list(range(len(order)))
+    for name, values in tensors.items():
+        head, number, tail = re.fullmatch(r"(.*?(?:h|layers?|block)\.)(\d+)(\..*)|.*", name).groups()
+        torch.testing.assert_close(values, source[name if number is None else f"{head}{order[int(number)]}{tail}"])
+
+
+def test_slices_of_a_model_that_does_not_say_its_depth_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    (tmp_path / "model").mkdir()
+    save_file({f"h.{i}.weight": torch.zeros(2) for i in range(3)}, tmp_path / "model" / "model.safetensors")
+    slices = [{"sources": [{"model": str(tmp_path / "model"), "layer_range": [0, 2]}]}]
+    for config in ({"model_type": "something"}, {"model_type": "something", "n_layer": 5}):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match="does not say that there are 3 layers"):
+            merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
+    # All of them, in their order, are no change.
+    slices[0]["sources"][0]["layer_range"] = [0, 3]
+    written = merge(tmp_path, {"merge_method": "passthrough", "slices": slices}) / "config.json"
+    assert json.loads(written.read_text())["n_layer"] == 5
+
+
+def test_anchors_and_merge_keys_are_read_and_kept_apart_from_keys_that_stand_twice() -> None:
+    text = """
+    usual: &usual {weight: 0.5, density: 0.1}
+    more: &more {epsilon: 0.2}
+    one: {<<: *usual, weight: 0.7}
+    two: {<<: [*usual, *more]}
+    three: {<<: *usual, <<: *more}
+    numbers: {1: a, "1": b}
+    """
+    assert parse_yaml("file", text) == yaml.safe_load(text)
+    assert parse_yaml("file", text)["one"] == {"weight": 0.7, "density": 0.1}
+    for twice in ("{a: 1, a: 1}", "{a: 1, 'a': 2}", "{a: 1, !!str a: 2}", "[{b: {c: 1, d: 2, c: 3}}]", "{1: a, 1: b}"):
+        with pytest.raises(InputError, match=r"^file:1: .*is on line 1 already"):
+            parse_yaml("file", twice)
+
+
+def test_recipes_of_many_parents_and_layers_are_read(tmp_path: Path) -> None:
+    """As a search writes them."""
+    filters = [{"filter": f"layers.{i}.{part}", "value": 0.123456} for i in range(80) for part in ("self_attn", "mlp")]
+    models = [{"model": f"m{k}", "parameters": {"weight": filters}} for k in range(100)]
+    path = write(tmp_path, {"merge_method": "linear", "models": models})
+    assert len(read_recipe(path).models) == 100
 
 
 def test_relative_models_are_found_beside_the_recipe(family: Family, tmp_path: Path) -> None:

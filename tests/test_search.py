@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import cma
 import jax
@@ -21,11 +24,18 @@ from helpers import build_family, hidden_states, load_torch, random_records, wri
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
+from evojax_merge.config import SearchConfig
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation.evaluator import Scores
 from evojax_merge.models.bank import candidate
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import merge_of
+from evojax_merge.search.loop import Reporter, run_search
+from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.setup import build_problem, read_config
 from evojax_merge.search.strategy import default_population, make_strategy
+from evojax_merge.search.winner import Result, Row
+from evojax_merge.tasks.text import Example, TextTask
 
 GENERATIONS = 8
 
@@ -69,7 +79,7 @@ def config_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def finished(config_file, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run("search", config_file, "--out", out)
+    (out.parent / "stdout").write_text(run("search", config_file, "--out", out).stdout)
     return out
 
 
@@ -250,6 +260,32 @@ def test_more_generations_continue_a_finished_run(config_file, finished, tmp_pat
     assert (out / "best/model/model.safetensors").read_bytes() == (
         finished / "best/model/model.safetensors"
     ).read_bytes()
+    assert contents(out) == contents(finished)
+
+
+def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(config_file, tmp_path):
+    out = tmp_path / "longer"
+    # From a bad start a longer search finds another winner.
+    again = ["search", config_file, "--out", out, "--set", "space.parameters.weight.start=-0.2"]
+    run(*again, "--set", "search.generations=1")
+    files = ["best/recipe.yaml", "best/model/model.safetensors", "best/model/config.json", "result.json", "report.png"]
+    before = {name: (out / name).read_bytes() for name in files}
+    done = run(*again, "--resume")
+    assert (out / "best/recipe.yaml").read_bytes() != before["best/recipe.yaml"]
+    kept = {name: (out / "winners/001" / name.removeprefix("best/")).read_bytes() for name in files}
+    assert kept == before
+    # Both held-out figures are told, and which is better.
+    table = [json.loads(text)["table"] for text in (before["result.json"], (out / "result.json").read_bytes())]
+    old, new = (next(row["heldout_fitness"] for row in rows if row["role"] == "winner") for rows in table)
+    verdict = "better than" if new > old else "WORSE than"
+    line = next(line for line in done.stdout.splitlines() if line.startswith("held out, the winner"))
+    assert f"of {GENERATIONS} generations ({new:.4f}) is {verdict} that of 1 ({old:.4f})" in line
+    assert str(out / "winners/001") in line
+    # Going on with nothing new to find keeps what there is.
+    after = contents(out)
+    run(*again, "--resume")
+    assert sorted(path.name for path in (out / "winners").iterdir()) == ["001"]
+    assert contents(out) == after
 
 
 def test_search_never_sees_the_heldout_split(config_file, finished, tmp_path):
@@ -375,3 +411,103 @@ def test_a_task_without_signal_is_named(tmp_path):
     said = run("search", tmp_path / "config.yaml", "--out", tmp_path / "run").stdout
     assert said.count("0 of 40 outputs matched the pattern 'never'") == 1
     assert said.count("all 4 candidates score 0; it gives no signal") == 1
+
+
+@dataclass
+class OwnScorer:
+    """One example whose score is a function of the genome."""
+
+    function: Callable[[np.ndarray], np.ndarray]
+    tasks: list[TextTask] = field(
+        default_factory=lambda: [
+            TextTask("text", "likelihood", "log_probability", 1.0, "text.jsonl", (Example("a", (" b",), "b", 1),))
+        ]
+    )
+
+    def passes(self, population: int) -> int:
+        return population
+
+    def score(self, genomes, progress=lambda done: None) -> Scores:
+        return Scores({"text": {"log_probability": self.function(genomes)[:, None].astype(np.float32)}})
+
+
+def test_a_generation_that_fails_as_a_whole_ends_the_search(tmp_path):
+    """In one line, with what was saved before it; the next start tries it again."""
+    calls, fails = [], [2]
+
+    def score(genomes):
+        calls.append(len(genomes))
+        values = -np.square(genomes).sum(axis=1)
+        return np.where(len(calls) - 1 in fails, np.nan, values)
+
+    space = SimpleNamespace(dims=3, start=np.zeros(3, np.float32))
+
+    def search(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        config = SearchConfig(population=4, generations=5)
+        return run_search(config, 0, space, [OwnScorer(score)], RunFolder(tmp_path / name), Reporter())
+
+    with pytest.raises(Failed) as caught:
+        search("run")
+    line = str(caught.value)
+    assert line.startswith("generation 3: all 4 candidates failed, their scores for task text are not finite")
+    assert f"the 2 before it are saved in {tmp_path / 'run'}" in line and "\n" not in line
+    assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
+    fails.clear()
+    resumed = search("run")
+    whole = search("whole")
+    assert (tmp_path / "run/history.jsonl").read_bytes() == (tmp_path / "whole/history.jsonl").read_bytes()
+    assert np.array_equal(resumed.genomes, whole.genomes)
+
+
+def test_one_finite_candidate_is_enough_to_go_on(tmp_path):
+    def score(genomes):
+        return np.where(np.arange(len(genomes)) == 1, 1.0, np.nan)
+
+    space = SimpleNamespace(dims=3, start=np.zeros(3, np.float32))
+    config = SearchConfig(population=4, generations=2)
+    outcome = run_search(config, 0, space, [OwnScorer(score)], RunFolder(tmp_path), Reporter())
+    assert np.isfinite(outcome.fitness).all()
+
+
+def result_of(**heldout: float) -> Result:
+    """A result with these held-out fitnesses by role; parents are parent1, parent2, ..."""
+    rows = [Row(role.rstrip("0123456789"), role, value, {}) for role, value in heldout.items()]
+    return Result(np.zeros(2), 0.0, ("uniform merge", 0.0), rows, {}, [])
+
+
+def test_a_winner_that_loses_is_told_with_both_figures():
+    beaten = result_of(base=-3.0, parent1=-1.62, parent2=-1.7, uniform=-1.9, winner=-1.5)
+    assert beaten.verdicts() == []
+    worse = result_of(base=-3.0, parent1=-1.7, parent2=-1.62, uniform=-1.9, winner=-1.64)
+    assert worse.verdicts() == [
+        "On held-out data the evolved model is worse than the best parent parent2: it has -1.6400, that has -1.6200."
+    ]
+    tie = result_of(parent1=-1.7, uniform=-1.5, winner=-1.5)
+    assert tie.verdicts() == [
+        "On held-out data the evolved model is only as good as the uniform merge: both have -1.5000."
+    ]
+    close = result_of(parent1=-1.50000001, winner=-1.50000002)
+    assert "-1.5000000" in close.verdicts()[0] and "worse" in close.verdicts()[0]
+    all_of_them = result_of(base=-1.0, parent1=-1.0, uniform=-1.0, winner=-2.0)
+    assert [name in line for line, name in zip(all_of_them.verdicts(), ("base", "parent1", "uniform"), strict=True)]
+    failed = result_of(parent1=-1.0, winner=np.nan)
+    assert "no finite score on held-out data" in failed.verdicts()[0]
+    assert result_of(parent1=np.nan, parent2=-3.0, winner=-2.0).verdicts() == []
+
+
+def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
+    document = json.loads((finished / "result.json").read_text())
+    by_role = {}
+    for row in document["table"]:
+        by_role.setdefault(row["role"], []).append(row["heldout_fitness"])
+    better = document["better_than"]
+    assert set(better) == {"base", "parent", "uniform"}
+    winner, card = by_role["winner"][0], (finished / "best/model/README.md").read_text()
+    for role, row in better.items():
+        assert row["heldout_fitness"] == max(by_role[role]) and row["winner_heldout_fitness"] == winner
+        assert row["better"] == (winner > max(by_role[role]))
+    said = (finished.parent / "stdout").read_text()
+    expected = sum(not row["better"] for row in better.values())
+    for text in (card, said):
+        assert text.count("On held-out data the evolved model is") == expected

@@ -140,6 +140,21 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     return total
 
 
+def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
+    """Bytes that a loaded bank takes: all sources, and the 16-bit numbers of each entry that a method prepares."""
+    total = bank_bytes(sources, config)
+    if isinstance(spec, PathSpec):
+        return total
+    count = len(sources.folders)
+    numbers = spec.method.scores(count - int(spec.options.based))
+    entries = sum(
+        (config.layers if "{i}" in leaf.tensor else 1)
+        * int(np.prod(sources.shape(0, leaf.tensor.format(i=0)), dtype=np.int64))
+        for leaf in layer_leaves(config) + shared_leaves(config)
+    )
+    return total + numbers * entries * np.dtype(np.uint16).itemsize
+
+
 def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32") -> Stored:
     """One source alone, as a stored model in its own dtype."""
     layers = {}

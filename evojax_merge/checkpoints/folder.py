@@ -4,6 +4,7 @@ May import errors, NumPy and safetensors. Everything is checked while opening, f
 truncated shard, an index that points outside its folder, a folder that only holds pickles.
 """
 
+import glob
 import hashlib
 import json
 import mmap
@@ -44,6 +45,10 @@ FLOAT_DTYPES = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# Everything about a model but its weights, as transformers reads it.
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
+FOREIGN_FILES = "consolidated*"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -103,23 +108,60 @@ _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, n
 def resolve(where: object, reference: str, relative_to: Path) -> Path:
     """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar.
 
-    A local folder needs no network. `where` says in messages who names it.
+    A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
+    names it.
     """
-    for local in (Path(reference).expanduser(), relative_to / reference):
-        if local.exists():
-            return local.resolve()
+    # These two take any text, also what no file can be called.
+    for local in (os.path.expanduser(reference), relative_to / reference):
+        if os.path.exists(local):
+            return Path(local).resolve()
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local:
         raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return _download(name, revision or None)
+    except InputError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The snapshot of a hub repository with the files that are read, and no others: repositories also hold the weights
+    in other programs' formats, beside ours or in folders of their own."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(revision: str | None, patterns: list[str]) -> Path:
+        # The patterns' * matches / as well.
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", FOREIGN_FILES])
+        )
+
+    folder = fetch(revision, SMALL_FILES)
+    # The snapshot's folder has the name of its commit: the weights come from the same one.
+    folder = fetch(folder.name, [SINGLE_FILE])
+    if not (folder / SINGLE_FILE).exists():
+        index = folder / INDEX_FILE
+        shards = (
+            [glob.escape(file) for file in set(_weight_map(index).values())] if index.exists() else ["*.safetensors"]
+        )
+        folder = fetch(folder.name, sorted(shards))
+    return folder
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, as a safetensors index has them. Raises InputError where it is anything else."""
+    weight_map = read_json_object(index, missing={}).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(
+            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
+        )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file:
+            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+    return weight_map
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -191,12 +233,7 @@ class Folder:
 
     @cached_property
     def config(self) -> dict:
-        try:
-            return json.loads((self.path / "config.json").read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise InputError(self.path / "config.json", f"not valid JSON ({error})") from None
+        return read_json_object(self.path / "config.json", missing={})
 
     @cached_property
     def _maps(self) -> dict[Path, mmap.mmap]:
@@ -237,15 +274,18 @@ class Folder:
 
 
 def open_folder(path: Path) -> Folder:
-    """Open a model folder (one safetensors file, or shards with an index)."""
+    """Open a model folder: one safetensors file, or shards with an index, in the order in which transformers looks.
+
+    Files beside them (another program's weights, an index that a single file has replaced) are not looked at.
+    """
     if not path.is_dir():
         raise InputError(path, "not a folder; expected a Hugging Face model folder")
     index, single = path / INDEX_FILE, path / SINGLE_FILE
-    if index.exists():
-        return Folder(path, _open_shards(index))
     if single.exists():
         return Folder(path, read_header(single))
-    others = sorted(path.glob("*.safetensors"))
+    if index.exists():
+        return Folder(path, _open_shards(index))
+    others = sorted(set(path.glob("*.safetensors")) - set(path.glob(FOREIGN_FILES)))
     if len(others) == 1:
         return Folder(path, read_header(others[0]))
     if others:
@@ -256,19 +296,15 @@ def open_folder(path: Path) -> Folder:
             "holds pickle files only, which can run code when they are read; convert it once with "
             "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) and use that folder",
         )
-    raise InputError(path, f"holds no {SINGLE_FILE} and no {INDEX_FILE}")
+    raise InputError(
+        path,
+        f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights (no GGUF or pickles)",
+    )
 
 
 def _open_shards(index: Path) -> dict[str, Entry]:
     """The tensors of all shards that the index names, listed or not, as transformers reads them."""
-    weight_map = read_json_object(index, missing={}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(
-            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
-        )
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or not file:
-            raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
+    weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
     for file, shard in shards.items():

@@ -49,9 +49,14 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[st
     except OSError as error:
         raise InputError(path, f"cannot be read ({error.strerror}); expected a JSON file") from None
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_object)
+        text = raw.decode()
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\u" in text:  # halves of a pair are JSON, but no text: they could not be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except _Duplicate as error:
         raise InputError(path, f"gives the key {shown(error.args[0])} twice, with different values") from None
+    except UnicodeEncodeError:
+        raise InputError(path, "holds half of a surrogate pair (\\ud800 to \\udfff); expected Unicode text") from None
     except UnicodeDecodeError as error:
         raise InputError(path, f"not UTF-8 (byte {error.start}); expected JSON in UTF-8") from None
     except RecursionError:

@@ -23,7 +23,7 @@ from merge_kernels import Method, Options, combine, draw
 from merge_kernels import prepare as prepare_tensor
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
-from evojax_merge.checkpoints.architectures import MODEL_TYPES, comparable
+from evojax_merge.checkpoints.architectures import MODEL_TYPES, check_unquantised, check_values, comparable
 from evojax_merge.checkpoints.folder import (
     EMBEDDING,
     FLOAT_DTYPES,
@@ -34,7 +34,8 @@ from evojax_merge.checkpoints.folder import (
     open_folder,
     resolve,
 )
-from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows
+from evojax_merge.checkpoints.json_files import read_json_object, shown
+from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, rows_differ
 from evojax_merge.checkpoints.recipes import (
     Layout,
     RecipeFile,
@@ -52,7 +53,7 @@ from evojax_merge.checkpoints.tokens import (
     check_same_vocabulary,
     load_tokenizer,
 )
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder
+from evojax_merge.checkpoints.writer import CARD, ShardWriter, TensorSpec, atomic_folder, write_marker
 from evojax_merge.errors import InputError
 
 Progress = Callable[[int], None]
@@ -72,8 +73,7 @@ CHATML = (
 class Job:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `tokenizer`: the folder whose tokenizer is copied. `origins`: for each output layer the model and the layer that
-    it stands for.
+    `tokenizer`: the folder whose tokenizer is copied. `config`: the merged model's, but for the dtype.
     """
 
     recipe: RecipeFile
@@ -83,9 +83,15 @@ class Job:
     leader: Folder
     tokenizer: Path
     chat_template: str | None
-    tied: bool
-    origins: list[tuple[int, int]]
+    config: dict[str, Any]
     allow_nonfinite: bool
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        folders = self.sources.folders
+        files = [file.resolve() for folder in folders for file in folder.files]
+        return [*(folder.path for folder in folders), *files, self.tokenizer, self.recipe.path]
 
     @property
     def nbytes(self) -> int:
@@ -121,12 +127,51 @@ def prepare(
         )
     _check_configs(sources)
     leader = sources.folders[0]
+    read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
     return Job(
         recipe, sources, tuple(rows), specs, leader, leader.path if copied is None else paths[copied],
-        _chat_template(recipe, paths), tied, output_layers(recipe, layouts), allow_nonfinite,
+        _chat_template(recipe, paths), _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
     )  # fmt: skip
+
+
+def _merged_config(
+    recipe: RecipeFile, sources: Sources, layouts: Sequence[Layout], tied: bool | None
+) -> dict[str, Any]:
+    """The first model's config, changed only in what the recipe changes. `tied`: whether the head is the embedding;
+    None where the model is not a known decoder, and its config is believed."""
+    leader = sources.folders[0]
+    config = dict(leader.config)
+    if not config:
+        return {}
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    if sources.vocabulary is not None:
+        config["vocab_size"] = sources.vocabulary.size
+    layers = sum(len(rows) for rows in layouts[0].stacks.values())
+    origins = output_layers(recipe, layouts)
+    if recipe.slices[0].count is None or origins == [(0, i) for i in range(layers)]:
+        return config
+    depth = next((key for key in DEPTHS if config.get(key) == layers), None)
+    if depth is None:
+        raise InputError(
+            leader.path / "config.json",
+            f"does not say that there are {layers} layers (by {', '.join(DEPTHS)}); slices: cannot change their number",
+        )
+    config[depth] = len(origins)
+    for key, value in config.items():
+        # What is said once per layer, such as layer_types.
+        if "layer" in key and isinstance(value, list) and len(value) == layers:
+            config[key] = [_of_layer(sources.folders[model], key, i) for model, i in origins]
+    return config
+
+
+def _of_layer(folder: Folder, key: str, layer: int) -> Any:
+    values = folder.config.get(key)
+    if not isinstance(values, list) or layer >= len(values):
+        raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
+    return values[layer]
 
 
 def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> TokenizerChoice:
@@ -172,8 +217,11 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     return max(found, key=found.count) if found else None
 
 
-def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None) -> tuple[Sources, list[Layout], bool]:
-    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head is tied.
+def _open(
+    recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None
+) -> tuple[Sources, list[Layout], bool | None]:
+    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head of a decoder
+    is tied.
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
@@ -184,23 +232,39 @@ def _open(recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None)
         if kind != expected:
             raise InputError(
                 folder.path / "config.json",
-                f"model_type is {kind!r}, but {first.path} is {expected!r}; expected one architecture",
+                f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture",
             )
     decoders = _are_decoders(folders)
-    tied = HEAD not in first.entries
+    for folder in folders:
+        check_unquantised(folder.path / "config.json", folder.config)
+        if decoders:
+            check_values(folder.path / "config.json", folder.config)
+    tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
     if decoders:
         # An untied head anywhere makes the merge untied.
         tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
         head = [] if tied else [HEAD]
         names = [[n for n in own if n != HEAD and not n.endswith("rotary_emb.inv_freq")] + head for own in names]
+    layouts = [layout(own) for own in names]
+    if decoders:
+        _check_depths(folders, layouts)
     if choice is None:
-        return Sources(folders), [layout(own) for own in names], tied
+        return Sources(folders), layouts, tied
     if not decoders:
         kind = first.config.get("model_type")
-        raise InputError(recipe.path, f"tokenizer: model_type {kind!r} is not known to align rows by token")
+        raise InputError(recipe.path, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
     vocabulary = align(paths, [folder.entries[EMBEDDING].shape[0] for folder in folders], choice)
-    return Sources(folders, vocabulary), [layout(own) for own in names], tied
+    return Sources(folders, vocabulary), layouts, tied
+
+
+def _check_depths(folders: Sequence[Folder], layouts: Sequence[Layout]) -> None:
+    """The decoders' configs and tensors agree on the number of layers."""
+    for folder, one in zip(folders, layouts, strict=True):
+        found = len(one.stacks.get("model.layers.", {}))
+        said = folder.config.get("num_hidden_layers", found)
+        if said != found:
+            raise InputError(folder.path / "config.json", f"num_hidden_layers: {said}, but its tensors are of {found}")
 
 
 def _are_decoders(folders: Sequence[Folder]) -> bool:
@@ -209,10 +273,11 @@ def _are_decoders(folders: Sequence[Folder]) -> bool:
 
 def _check_configs(sources: Sources) -> None:
     """The configs mean the same layers, and the tokenizers the same rows where nothing aligns them."""
-    first, *others = [comparable(folder.config) for folder in sources.folders]
-    if _are_decoders(sources.folders) and any(other != first for other in others):
+    if _are_decoders(sources.folders):
+        first, *others = [comparable(folder.config) for folder in sources.folders]
         # They say it in other words, or they mean another thing: that takes a reading of what each value means.
-        check_alike(sources.folders)
+        if any(other != first for other in others):
+            check_alike(sources.folders)
     if sources.vocabulary is None:
         check_same_vocabulary([folder.path for folder in sources.folders])
 
@@ -251,7 +316,8 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> Non
             where = sources.folders[s].path
             raise InputError(
                 where,
-                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}",
+                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}"
+                f"{rows_differ(own, sources.shape(s, own), expected)}",
             )
         if is_float(sources.entry(s, own).dtype) != is_float(sources.entry(first, name).dtype):
             raise InputError(
@@ -279,21 +345,23 @@ def _combine_in_pieces(
 ) -> np.ndarray:
     """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
 
-    The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
+    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured. The last piece is
+    filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
     shape = sources[0].shape
     by_row = options.axis is not None and len(shape) > 1
-    flat = (shape[0], -1) if by_row else (-1,)
+    width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
+    flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
     numbers = [x.reshape(flat) for x in scores]
-    width = int(np.prod(tensors[0].shape[1:]))
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
         step = max(1, step // 16)
     merged = np.empty(tensors[0].shape, dtype)
     # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
-    own = {name: x.reshape(x.shape[0], -1) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
+    vectors = (-1, 1) if options.axis == -1 else (1, -1)
+    own = {name: x.reshape(vectors) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
     numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
     for start in range(0, total, step):
         stop = min(start + step, total)
@@ -367,10 +435,16 @@ def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
 
 
 def merge_to(
-    job: Job, target: Path, *, card: str, overwrite: bool = False, progress: Progress = lambda done: None
+    job: Job,
+    target: Path,
+    *,
+    card: str,
+    overwrite: bool = False,
+    check: Callable[[], None] = lambda: None,
+    progress: Progress = lambda done: None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder that appears complete or not at all."""
-    with atomic_folder(target, overwrite=overwrite) as folder:
+    """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
+    with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         with ShardWriter(folder, job.specs) as writer:
             for name, tensor in zip(writer.order, merged_tensors(job, writer.order), strict=True):
                 writer.write(name, tensor)
@@ -380,7 +454,8 @@ def merge_to(
         _write_tokenizer(job, folder)
         if (job.leader.path / "generation_config.json").exists():
             shutil.copyfile(job.leader.path / "generation_config.json", folder / "generation_config.json")
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+        write_marker(folder)
 
 
 def _write_tokenizer(job: Job, folder: Path) -> None:
@@ -398,23 +473,10 @@ def _write_tokenizer(job: Job, folder: Path) -> None:
 
 
 def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
-    config = dict(job.leader.config)
-    if not config:
+    if not job.config:
         return
+    config = dict(job.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    if "tie_word_embeddings" in config or not job.tied:
-        config["tie_word_embeddings"] = job.tied
-    depth = next((key for key in DEPTHS if key in config), None)
-    layers = 0 if depth is None else int(config[depth])
-    if depth is not None and job.origins != [(0, i) for i in range(layers)]:
-        configs = [one.config for one in job.sources.folders]
-        config[depth] = len(job.origins)
-        for key, value in config.items():
-            # What is said once per layer, such as layer_types.
-            if isinstance(value, list) and len(value) == layers:
-                config[key] = [configs[model][key][i] for model, i in job.origins]
-    if job.sources.vocabulary is not None:
-        config["vocab_size"] = job.sources.vocabulary.size
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

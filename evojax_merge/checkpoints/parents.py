@@ -25,6 +25,7 @@ from evojax_merge.checkpoints.folder import (
     is_float,
     open_folder,
 )
+from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.tokens import (
     TokenizerChoice,
     Vocabulary,
@@ -115,9 +116,11 @@ def open_decoders(
         if kind != kinds[0]:
             raise InputError(
                 folder.path / "config.json",
-                f"model_type is {kind!r}, but {folders[0].path} is {kinds[0]!r}; expected one architecture",
+                f"model_type is {shown(kind)}, but {folders[0].path} is {shown(kinds[0])}; expected one architecture",
             )
     configs = [decoder_config(folder.path / "config.json") for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        _check_rows(folder, config)
     counts = [config.vocab for config in configs]
     vocabulary = None if tokenizer is None else align(paths, counts, tokenizer)
     sources = Sources(folders, vocabulary)
@@ -182,14 +185,31 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
             if s and name in first and found != sources.shape(0, name):
                 raise InputError(
                     folder.path,
-                    f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}",
+                    f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}"
+                    f"{rows_differ(name, found, sources.shape(0, name))}",
                 )
             if found != expected:
                 raise InputError(folder.path, f"{name} has shape {list(found)}; its config says {list(expected)}")
+
+
+def rows_differ(tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do, for a message, where two models differ in nothing but the number of their tokens' rows."""
+    if not has_rows(tensor) or found[1:] != expected[1:]:
+        return ""
+    return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
+
+
+def _check_rows(folder: Folder, config: DecoderConfig) -> None:
+    """A folder's embedding and head have as many rows as its config says, before anything aligns them."""
+    for name in (EMBEDDING, HEAD):
+        entry = folder.entries.get(name)
+        if entry is not None and entry.shape[:1] != (config.vocab,):
+            raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")
 
 
 def _check_config(file: Path, found: DecoderConfig, expected: DecoderConfig) -> None:
     for field in fields(DecoderConfig):
         one, other = getattr(found, field.name), getattr(expected, field.name)
         if one != other:
-            raise InputError(file, f"{field.name} is {one}, but {other} in the first model; expected the same")
+            first = f"{shown(other)} in the first model"
+            raise InputError(file, f"{field.name} is {shown(one)}, but {first}; expected the same")

@@ -5,6 +5,8 @@ the masks of random methods and which mergekit ignores; `rescale: density` (the 
 refuses; and `ends`, the model whose embedding and head a passthrough merge of slices has.
 """
 
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from merge_kernels import METHODS, Method, Options, Parameter
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.yaml_reader import load_yaml
 
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -31,6 +33,14 @@ LAYER_NAME = re.compile(
 )
 # What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
+# The seed is a word of the random numbers' key; the same bound holds for a search.
+MAX_SEED = 2**63 - 1
+# Merging is done in float32.
+MAX_NUMBER = float(np.finfo(np.float32).max)
+# Entries of a gradient: there are fewer layers than that.
+MAX_GRADIENT = 10_000
+# Rows that no token has.
+MAX_PADDING = 2**16
 
 Setting = Any
 Settings = Mapping[str, Setting]
@@ -120,20 +130,6 @@ def _mapping(where: str, value: Any, known: set[str], refused: set[str] = frozen
     return value
 
 
-def load_yaml(path: Path) -> Any:
-    """Parse a YAML file; InputError with the line where it is not YAML."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(path, "no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f":{mark.line + 1}"
-        raise InputError(f"{path}{line}", f"not valid YAML ({getattr(error, 'problem', None) or error})") from None
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # YAML -> recipe
 
@@ -142,13 +138,15 @@ def read_recipe(path: Path) -> RecipeFile:
     """Read a mergekit recipe. What is not supported is refused by name."""
     top = _mapping(str(path), load_yaml(path), TOP_KEYS, REFUSED_KEYS)
     name = top.get("merge_method")
+    if not isinstance(name, str):
+        raise InputError(path, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
     if name in REFUSED_METHODS:
         raise InputError(path, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
-        raise InputError(path, f"merge_method: unknown method {name!r}{did_you_mean(str(name), METHODS)}")
+        raise InputError(path, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]
     for key in ("dtype", "out_dtype"):
-        if top.get(key) is not None and top[key] not in FLOAT_DTYPES:
+        if top.get(key) is not None and top[key] not in [*FLOAT_DTYPES]:
             raise InputError(path, f"{key}: {top[key]!r}; expected one of {', '.join(FLOAT_DTYPES)}")
     if ("models" in top) == ("slices" in top):
         raise InputError(path, "expected exactly one of the keys models, slices")
@@ -160,8 +158,8 @@ def read_recipe(path: Path) -> RecipeFile:
     else:
         slices = [_slice(f"{path}: slices[{i}]", row, method, base) for i, row in _rows(path, top, "slices")]
     seed = top.get("random_seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(path, f"random_seed: {seed!r}; expected a whole number from 0 on")
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise InputError(path, f"random_seed: {seed!r}; expected a whole number from 0 to {MAX_SEED}")
     chat = top.get("chat_template")
     if chat is not None and not isinstance(chat, str):
         raise InputError(path, "chat_template: expected auto, chatml or a Jinja template")
@@ -213,7 +211,7 @@ def _rows(path: Path, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
 def _reference(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(where, f"{value!r}; expected a folder or a hub id")
-    if "+" in value and not Path(value).expanduser().exists():
+    if "+" in value and not os.path.exists(os.path.expanduser(value)):
         raise InputError(where, f"{value}: adapters (model+adapter) are not supported; merge the adapter in first")
     return value
 
@@ -261,7 +259,32 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
 def _settings(where: str, value: Any, method: Method) -> Settings:
     if value is None:
         return {}
-    return _mapping(where, value, {p.name for p in method.parameters} | {*method.switches, *method.inert})
+    known = {p.name for p in method.parameters} | {*method.switches, *method.inert}
+    settings = _mapping(where, value, known)
+    for name, setting in settings.items():
+        _check_setting(where, name, setting)
+    return settings
+
+
+def _check_setting(where: str, name: str, setting: Any) -> None:
+    """A scalar, a gradient of scalars, or filters with values of these kinds; whether or not a tensor will use it."""
+    if isinstance(setting, (dict, list)):
+        rows = [setting] if isinstance(setting, dict) else setting
+        if len(rows) > MAX_GRADIENT:
+            raise InputError(where, f"{name}: {len(rows):,} entries; expected at most {MAX_GRADIENT:,}")
+        filtered = any(isinstance(row, (dict, list)) for row in rows)
+        for row in rows:
+            if not filtered:
+                _check_setting(where, name, row)
+                continue
+            row = _mapping(f"{where}: {name}", row, {"filter", "value"})
+            if not isinstance(row.get("filter"), (str, type(None))):
+                raise InputError(where, f"{name}: filter: {row['filter']!r}; expected a part of tensors' names")
+            _check_setting(where, name, row.get("value"))
+    elif isinstance(setting, (int, float)) and not abs(setting) <= MAX_NUMBER:
+        raise InputError(where, f"{name}: {setting!r}; expected a number of at most {MAX_NUMBER:.4g}")
+    elif not isinstance(setting, (int, float, str, type(None))):
+        raise InputError(where, f"{name}: {setting!r}; expected a number, a gradient or filters")
 
 
 def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
@@ -278,8 +301,8 @@ def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
     if not isinstance(tokens, dict):
         raise InputError(where, "tokens: expected a mapping from token to its source")
     pad = section.get("pad_to_multiple_of") or 1
-    if type(pad) is not int or pad < 1:
-        raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number above 0")
+    if type(pad) is not int or not 1 <= pad <= MAX_PADDING:
+        raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number from 1 to {MAX_PADDING}")
     return TokenizerSetting(
         _reference(f"{where}.source", section.get("source", "union")),
         {str(token): _token(f"{where}.tokens.{token}", row) for token, row in tokens.items()},
@@ -304,7 +327,10 @@ def _token(where: str, row: Any) -> TokenSetting:
         raise InputError(
             f"{where}.source", "expected kind: zero, or kind: model_token with model and token or token_id"
         )
-    return TokenSetting(_reference(f"{where}.source.model", source["model"]), source[given[0]], force)
+    token = source[given[0]]
+    if type(token) is not (str if given[0] == "token" else int):
+        raise InputError(f"{where}.source", f"{given[0]}: {token!r}; expected a token, or its number as token_id")
+    return TokenSetting(_reference(f"{where}.source.model", source["model"]), token, force)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -347,14 +373,14 @@ def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any
 def number(where: str, parameter: Parameter, value: Any) -> float:
     """A parameter's value as a finite float inside its meaning, or InputError."""
     try:
-        result = float(value)
+        result = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         raise InputError(where, f"{parameter.name}: {value!r}; expected a number") from None
-    if not parameter.lowest <= result <= parameter.highest or not np.isfinite(result):
-        raise InputError(
-            where,
-            f"{parameter.name}: {value!r}; expected a number in [{parameter.lowest:g}, {parameter.highest:g}]",
-        )
+    except OverflowError:
+        result = math.inf
+    lowest, highest = max(parameter.lowest, -MAX_NUMBER), min(parameter.highest, MAX_NUMBER)
+    if not lowest <= result <= highest:
+        raise InputError(where, f"{parameter.name}: {value!r}; expected a number in [{lowest:g}, {highest:g}]")
     return result
 
 

@@ -1,14 +1,20 @@
-"""Writing model folders: streamed safetensors shards, and folders that appear complete or not at all.
+"""Writing model folders: streamed safetensors shards, folders that appear complete or not at all, and what they may
+replace.
 
-May import errors and checkpoints.folder.
+May import errors, checkpoints.folder and checkpoints.tokens.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,51 +22,286 @@ from typing import BinaryIO
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE
+from evojax_merge import __version__
+from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError
 
 MAX_SHARD_BYTES = 5 * 10**9
 
 
+# Beside the weights: what the folder holds, so that it can be told from what is somebody else's.
+MARKER = "evojax_merge.json"
+CARD = "README.md"
+# The tag of our cards, in their front matter.
+TAG = "evojax-merge"
+# What a model folder of ours can hold that has no marker but a card of ours.
+USUAL_FILES = {"config.json", "generation_config.json", CARD, SINGLE_FILE, INDEX_FILE, *TOKENIZER_FILES}
+SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# Of a large file this many evenly spaced blocks tell whether it is the one that was written.
+BLOCKS, BLOCK_BYTES = 64, 4096
+# The hidden names, beside a folder, of what is going to take its name and of what had it.
+NEW, OLD = ".evojax-merge-new.", ".evojax-merge-old."
+
+
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
 
-    An existing `target` is refused, or, with `overwrite`, replaced only once the new one is complete.
+    An existing `target` is refused, or, with `overwrite`, moved aside once the new one is complete and removed once
+    that stands; of a link what it points to. `check` is called before the block and before anything is moved, and
+    raises what forbids it. What a killed process left of a former call is put back or removed.
     """
-    if target.exists() and not overwrite:
-        raise InputError(target, "exists already; choose another folder or pass --overwrite")
-    if target.exists() and not target.is_dir():
-        raise InputError(target, "is a file; expected a folder name")
+    # Of a path such as `.` the name, and of a link what it points to.
+    place = Path(os.path.realpath(target))
+    recover(target)
+    check_free(target, overwrite)
+    check()
+    made: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        made = _make_folders(place.parent)
+        with _locked(place.parent):
+            work = Path(tempfile.mkdtemp(prefix=f".{place.name}{NEW}", dir=place.parent))
+            owner = _lock(work)
         work.chmod(0o755)
     except OSError as error:
+        _remove_empty(made)
         raise InputError(target, f"cannot be written ({error.strerror})") from None
+    stands = False
     try:
         yield work
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "folder"
-            os.rename(target, old)
-            try:
-                os.rename(work, target)
-            except BaseException:
-                os.rename(old, target)
-                raise
-            finally:
-                shutil.rmtree(old.parent)
-        else:
-            os.rename(work, target)
+        if place.exists():
+            # Else a power failure could take both.
+            _flush(work)
+        with _locked(place.parent):
+            check_free(target, overwrite)
+            check()
+            _swap(work, place)
+            stands = True
     except OSError as error:
         raise InputError(target, f"could not be written ({error.strerror}); nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not stands:
+            _remove_empty(made)
+        if owner is not None:
+            os.close(owner)
+    recover(target)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raises InputError where `target` is there, unless it is a folder and `overwrite` is set, or cannot be made."""
+    if os.path.exists(target):
+        if not overwrite:
+            raise InputError(target, "exists already; choose another folder or pass --overwrite")
+        if not os.path.isdir(target):
+            raise InputError(target, "is a file; expected a folder name")
+    elif os.path.islink(target):
+        raise InputError(target, "is a link that leads nowhere; remove it or choose another folder")
+    else:
+        above = next(path for path in Path(os.path.realpath(target)).parents if os.path.exists(path))
+        if not os.path.isdir(above):
+            raise InputError(target, f"cannot be written ({above} is a file)")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(target, f"cannot be written ({above} is not writable for you)")
+
+
+def _swap(work: Path, place: Path) -> None:
+    """Give `work` the name `place`. What had it lies aside afterwards, or is back where this fails."""
+    if not place.exists():
+        os.rename(work, place)
+        return
+    old = place.with_name(f".{place.name}{OLD}{secrets.token_hex(4)}")
+    os.rename(place, old)
+    try:
+        os.rename(work, place)
+    except BaseException:
+        os.rename(old, place)
+        raise
+
+
+def recover(target: Path) -> None:
+    """Put back, or remove, what a process that was killed while it wrote `target` left beside it.
+
+    What a running process is writing is locked, and stays.
+    """
+    place = Path(os.path.realpath(target))
+    try:
+        with _locked(place.parent):
+            names = sorted(os.listdir(place.parent))
+            for name in names:
+                left = place.parent / name
+                if name.startswith(f".{place.name}{OLD}") and not os.path.lexists(place):
+                    # Killed between the two steps of a swap.
+                    os.rename(left, place)
+                elif name.startswith((f".{place.name}{OLD}", f".{place.name}{NEW}")):
+                    lock = _lock(left)
+                    if lock is not None:
+                        shutil.rmtree(left, ignore_errors=True)
+                        os.close(lock)
+    except OSError:
+        # A folder that is not there, or that is not ours to change: what is wrong with it is said by who writes.
+        return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Other processes that create, swap or clean up in this folder wait; where it cannot be locked they do not."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds the folder's lock, which ends with the process; None where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it that are missing; returns what was made, the uppermost first."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in reversed(folders):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whose a folder is
+
+
+def write_marker(folder: Path) -> None:
+    """List the files of a complete model folder, with what tells whether they are still the ones that were written."""
+    files = {
+        path.relative_to(folder).as_posix(): fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    document = {"written_by": f"evojax-merge {__version__}", "files": files}
+    (folder / MARKER).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def fingerprint(file: Path) -> str:
+    """sha256 of a file's size and of `BLOCKS` blocks of it; of everything where it is smaller than they are."""
+    size = file.stat().st_size
+    total = hashlib.sha256(size.to_bytes(8, "little"))
+    with file.open("rb") as handle:
+        if size <= BLOCKS * BLOCK_BYTES:
+            total.update(handle.read())
+        else:
+            for i in range(BLOCKS):
+                handle.seek((size - BLOCK_BYTES) * i // (BLOCKS - 1))
+                total.update(handle.read(BLOCK_BYTES))
+    return total.hexdigest()
+
+
+def check_output(target: Path, keep: Sequence[Path]) -> None:
+    """Raises InputError where a model must not be written to `target`, or must not replace what is there.
+
+    `keep`: files and folders that are read; the target is none of them, holds none of them and lies in none of them.
+    What may be replaced is a folder that this program wrote, without a file that it did not.
+    """
+    place = Path(os.path.realpath(target))
+    above = _lineage(place)
+    for path in keep:
+        if _identity(path) is None:
+            continue
+        if _identity(path) == _identity(place):
+            raise InputError(target, f"is {path}, which this command reads; choose another folder")
+        if _identity(place) in _lineage(path):
+            raise InputError(target, f"holds {path}, which this command reads; choose another folder")
+        if _identity(path) in above:
+            raise InputError(target, f"lies inside of {path}, which this command reads; choose another folder")
+    if os.path.exists(place):
+        if _identity(place) in _lineage(Path.cwd()):
+            raise InputError(target, "is or holds the working directory; choose another folder")
+        if os.path.ismount(place):
+            raise InputError(target, "is a mount point, which cannot be replaced; choose a folder inside of it")
+        _check_ours(target)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What two names of one file have in common; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _lineage(path: Path) -> set[tuple[int, int] | None]:
+    """The identities of a path and of all folders above it, those that are there."""
+    real = Path(os.path.realpath(path))
+    return {_identity(one) for one in (real, *real.parents)} - {None}
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises InputError, naming the first file that this program did not write, or did not write so."""
+    expected = _marked_files(folder)
+    if expected is None:
+        carded = _has_card(folder)
+        expected = {n: None for n in os.listdir(folder) if carded and (n in USUAL_FILES or SHARD_NAME.fullmatch(n))}
+    _check_entries(folder, "", expected)
+
+
+def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None]) -> None:
+    advice = "choose another folder, or remove this one yourself"
+    names = sorted(os.listdir(folder / above))
+    if names and not (folder / above).stat().st_mode & stat.S_IWUSR:
+        raise InputError(folder, f"{above or 'it'} is write-protected; {advice}")
+    for name in (f"{above}{one}" for one in names):
+        file = folder / name
+        if file.is_dir() and not file.is_symlink() and any(other.startswith(f"{name}/") for other in expected):
+            _check_entries(folder, f"{name}/", expected)
+            continue
+        if name not in expected or file.is_symlink() or not file.is_file():
+            raise InputError(folder, f"holds {name!r}, which evojax-merge did not write; {advice}")
+        if not file.stat().st_mode & stat.S_IWUSR:
+            raise InputError(folder, f"holds {name!r}, which is write-protected; {advice}")
+        if expected[name] not in (None, fingerprint(file)):
+            raise InputError(folder, f"holds {name!r}, which was changed after evojax-merge wrote it; {advice}")
+
+
+def _marked_files(folder: Path) -> dict[str, str | None] | None:
+    """The fingerprints that the marker has, of each file by name, None for the marker itself; None without one."""
+    try:
+        files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
+        return {name: str(files[name]) for name in files} | {MARKER: None}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _has_card(folder: Path) -> bool:
+    """Whether the front matter of the folder's card has our tag."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return text.startswith("---\n") and f"- {TAG}\n" in text.partition("\n---\n")[0] + "\n"
 
 
 def require_space(target: Path, nbytes: int) -> None:
     """Raises InputError where the disk that `target` will be on has less than `nbytes` free."""
-    folder = next(parent for parent in (target, *target.resolve().parents) if parent.exists())
+    place = Path(os.path.realpath(target))
+    folder = next(path for path in (place, *place.parents) if os.path.exists(path))
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise InputError(target, f"needs {nbytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB free")

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.models.bank import candidate
 
 # Share of a device's free memory that a pass may take beyond the bank.
@@ -166,21 +167,16 @@ def spread(mesh: Mesh | None, local: Callable[[Any, Any], Any], shared: Any, mem
 
 def free_memory() -> int:
     """Bytes that a pass may use on a device beyond what is loaded."""
+    return int(MEMORY_SHARE * unused_memory())
+
+
+def unused_memory() -> int:
+    """Bytes of a device that nothing is in; on a CPU those of the host that this process may take."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
-        return int(MEMORY_SHARE * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return int(MEMORY_SHARE * _available())
-
-
-def _available() -> int:
-    """Bytes of the host that are free or can be freed."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    return available_memory()
 
 
 def on_accelerator() -> bool:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import (
     ONE_DEVICE,
@@ -29,6 +30,7 @@ from evojax_merge.evaluation.devices import (
     repeat_last,
     size_of,
 )
+from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import Alone, Build, Each, MergeOf
 from evojax_merge.evaluation.requests import Requests, smaller
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
@@ -178,7 +180,7 @@ class _TooLarge(Exception):
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, _TooLarge) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+    return isinstance(error, _TooLarge) or is_out_of_memory(error)
 
 
 @dataclass
@@ -230,8 +232,8 @@ class Evaluator:
     def _evaluate(self, population: Population, progress: Progress) -> Scores:
         scores = Scores({})
         for i in range(len(self.requests)):
-            totals, greedy = self._with_less(i, partial(self._score, population), progress)
-            texts, broken = self._with_less(i, partial(self._write, population), progress)
+            totals, greedy = self.with_less(i, partial(self._score, population), progress)
+            texts, broken = self.with_less(i, partial(self._write, population), progress)
             task, asked = self.requests[i].task, self.requests[i].asked
             counts = np.array([len(row.tokens) - row.start for row in asked.scored])
             scores.matrices[task.name] = score_task(task, Answers(totals, counts, greedy, texts), broken)
@@ -239,8 +241,9 @@ class Evaluator:
                 scores.outputs[task.name] = texts
         return scores
 
-    def _with_less(self, i: int, run: Callable[[Requests, Progress], Any], progress: Progress) -> Any:
-        """`run` request i; where that is out of memory, with half of what went through a pass, until it fits."""
+    def with_less(self, i: int, run: Callable[[Requests, Progress], Any], progress: Progress) -> Any:
+        """`run` request i; where that is out of memory, with half of what went through a pass, until it fits. Raises
+        Failed where it does not fit however little that is."""
         while True:
             done = 0
 
@@ -251,9 +254,14 @@ class Evaluator:
 
             try:
                 return run(self.requests[i], count)
-            except (jax.errors.JaxRuntimeError, _TooLarge) as error:
-                if not _out_of_memory(error) or not self._halve(i):
+            except (jax.errors.JaxRuntimeError, MemoryError, _TooLarge) as error:
+                if not _out_of_memory(error):
                     raise
+                if not self._halve(i):
+                    raise Failed(
+                        f"{self.requests[i].task.name}: out of memory with one candidate and one row a pass "
+                        f"({free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
+                    ) from error
                 # What is done again is not counted twice.
                 progress(-done)
 

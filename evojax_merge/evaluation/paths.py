@@ -124,23 +124,32 @@ class PathEvaluator:
         keys = list(fresh)
         for key in keys:
             self.known[key], self.outputs[key] = {}, {}
-        for request in self.evaluator.requests:
-            task, rows = request.task, request.asked.scored
-            totals = np.zeros((len(keys), len(rows)), np.float32)
-            greedy = np.zeros(totals.shape, bool)
-            for batch in request.scoring.batches if request.scoring is not None else ():
-                real = batch.rows >= 0
-                found, likeliest = self._walk(keys, batch, request, progress)
-                totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = found[:, real], likeliest[:, real]
-            texts, broken = [[""] * len(request.asked.prompts) for _ in keys], np.zeros(len(keys), bool)
-            if request.prompts is not None:
-                for i, key in enumerate(keys):
-                    texts[i], broken[i] = self._continue(fresh[key], request, progress)
-            counts = np.array([len(row.tokens) - row.start for row in rows])
+        for i, request in enumerate(self.evaluator.requests):
+            task, run = request.task, partial(self._answers, fresh)
+            totals, greedy, texts, broken = self.evaluator.with_less(i, run, progress)
+            counts = np.array([len(row.tokens) - row.start for row in request.asked.scored])
             matrices = score_task(task, Answers(totals, counts, greedy, texts), broken)
-            for i, key in enumerate(keys):
-                self.known[key][task.name] = {metric: scores[i] for metric, scores in matrices.items()}
-                self.outputs[key][task.name] = texts[i]
+            for k, key in enumerate(keys):
+                self.known[key][task.name] = {metric: scores[k] for metric, scores in matrices.items()}
+                self.outputs[key][task.name] = texts[k]
+
+    def _answers(
+        self, fresh: dict[Key, Path], request: Requests, progress: Progress
+    ) -> tuple[np.ndarray, np.ndarray, list[list[str]], np.ndarray]:
+        """What P distinct paths make of a request: float32[P, S] and bool[P, S] of its scored rows, P lists of outputs,
+        and bool[P], whose logits were not finite."""
+        keys = list(fresh)
+        totals = np.zeros((len(keys), len(request.asked.scored)), np.float32)
+        greedy = np.zeros(totals.shape, bool)
+        for batch in request.scoring.batches if request.scoring is not None else ():
+            real = batch.rows >= 0
+            found, likeliest = self._walk(keys, batch, request, progress)
+            totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = found[:, real], likeliest[:, real]
+        texts, broken = [[""] * len(request.asked.prompts) for _ in keys], np.zeros(len(keys), bool)
+        if request.prompts is not None:
+            for k, key in enumerate(keys):
+                texts[k], broken[k] = self._continue(fresh[key], request, progress)
+        return totals, greedy, texts, broken
 
     def _walk(
         self, keys: Sequence[Key], batch: ScoringBatch, request: Requests, progress: Progress

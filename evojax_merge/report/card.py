@@ -47,7 +47,7 @@ def search_card(name: str, problem: Problem, result: Result, recipe: str) -> str
         f"{search.generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"On the search split the winner scored {result.search_fitness:.4f}, the {label} "
         f"{baseline:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
-        f"{markdown_table(result.rows)}\n"
+        f"{markdown_table(result.rows)}\n" + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from merge_kernels import METHODS, Method, Options
 
 from evojax_merge.checkpoints.recipes import number, options_from
-from evojax_merge.config import Bounds, Numbers
+from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.spaces.parameter import Axis, uniform_start
 
@@ -102,8 +102,11 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -
     high = parameter.high if bounds.high is None else bounds.high
     for key, value in (("low", low), ("high", high)):
         number(f"{where}: parameters.{name}.{key}", parameter, value)
-    if not low < high:
+    # As they are used: two numbers may be one in float32, and their difference none.
+    if not np.float32(low) < np.float32(high):
         raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
+    if high - low > FLOAT32_MAX:
+        raise InputError(where, f"parameters.{name}: from low {low:g} to high {high:g} is further than float32 holds")
     if bounds.start is not None:
         start = _numbers(bounds.start)
     elif parameter.default is None and not parameter.per_parent:

@@ -14,13 +14,16 @@ import jax
 import numpy as np
 
 from evojax_merge.config import SearchConfig
-from evojax_merge.evaluation.evaluator import fitness
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation.evaluator import Scores, fitness, shares
 from evojax_merge.evaluation.signals import warnings
 from evojax_merge.search.foresight import Known
 from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, interrupts_held, truncate_lines
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
+from evojax_merge.tasks.function import FunctionTask
+from evojax_merge.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def run_search(
 ) -> Outcome:
     """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `blocks`:
     a scorer for each block of examples that a race is over; one scores every candidate on everything. `writes`: whether
-    this is the process that writes the run folder; all of them save checkpoints together."""
+    this is the process that writes the run folder; all of them save checkpoints together. Raises Failed in the
+    generation in which every candidate fails."""
     population = config.population or default_population(space.dims)
     strategy = make_strategy(space.dims, population, config.sigma, seed)
     reporter.said(
@@ -90,6 +94,8 @@ def run_search(
             started = time.perf_counter()
             raced = race(blocks, order, np.asarray(genomes), Known(**state["known"]), reporter.advanced)
             seconds = time.perf_counter() - started
+            if not np.isfinite(raced.fitness).any():
+                raise Failed(_all_failed(number, population, blocks[order[0]].tasks, raced.first, folder))
             if number == 0:
                 for line in warnings(blocks[order[0]].tasks, raced.first):
                     reporter.said(line)
@@ -114,6 +120,33 @@ def run_search(
                 )
             )
     return _outcome(state)
+
+
+def _all_failed(number: int, population: int, tasks: Sequence[Task], scores: Scores, folder: RunFolder) -> str:
+    """A generation of which nothing can be learned: what failed, and where to look. It is not saved, so that a
+    continuation tries it again."""
+    failed = first_failed(tasks, scores)
+    saved = f"the {number} before it are saved in {folder.path}" if number else "it is the first, and nothing is saved"
+    return (
+        f"generation {number + 1}: all {population} candidates failed, their scores for task {failed.name} are not "
+        f"finite; {saved}. {failure_hint(failed)}"
+    )
+
+
+def first_failed(tasks: Sequence[Task], scores: Scores) -> Task:
+    """The first task of the fitness for which no candidate's scores are finite, else for which one's are not."""
+    rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in shares(tasks)]
+    return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda row: row[1].sum())[0])
+
+
+def failure_hint(task: Task) -> str:
+    """What makes every candidate fail."""
+    if isinstance(task, FunctionTask):
+        return f"Look at what the function of task {task.name} returns"
+    return (
+        "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
+        "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
+    )
 
 
 def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Known) -> dict[str, Any]:

@@ -11,7 +11,20 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES
-from evojax_merge.config import EvaluationConfig, SearchConfig, Section, TaskConfig, parse
+from evojax_merge.config import (
+    MAX_SEED,
+    EvaluationConfig,
+    Heldout,
+    Location,
+    Name,
+    Real,
+    SearchConfig,
+    Section,
+    TaskConfig,
+    Text,
+    Whole,
+    parse,
+)
 from evojax_merge.errors import InputError
 
 # How many layers a filter is tried on, to see that it takes all of them or none.
@@ -22,25 +35,25 @@ HELDOUT: float = TaskConfig.model_fields["heldout"].default
 class Genome(Section):
     """What is searched. `layer_granularity` below 1: all layers are one group."""
 
-    models: list[str] = Field(min_length=1)
+    models: list[Location] = Field(min_length=1, max_length=1000)
     merge_method: Literal["linear", "task_arithmetic", "ties", "dare_ties", "slerp"]
-    base_model: str | None = None
-    tokenizer_source: str | None = None
-    layer_granularity: int = 0
+    base_model: Location | None = None
+    tokenizer_source: Location | None = None
+    layer_granularity: Whole = Field(0, ge=-10_000, le=10_000)
     normalize: bool | None = None
     allow_negative_weights: bool = False
-    filters: list[str] | None = None
+    filters: list[Text] | None = Field(None, max_length=1000)
     smooth: bool = False
 
 
 class EvolveTask(Section):
     """One lm-eval task; the keys from `heldout` on are ours."""
 
-    name: str
-    weight: float = 1.0
-    metric: str = "acc,none"
-    heldout: str | float = HELDOUT
-    include_path: str | None = None
+    name: Name
+    weight: Real = Field(1.0, ge=-1e9, le=1e9)
+    metric: Name = "acc,none"
+    heldout: Heldout = HELDOUT
+    include_path: Location | None = None
     on_test_set: bool = False
 
 
@@ -48,18 +61,18 @@ class EvolveConfig(Section):
     """The file; the keys from `search` on are ours."""
 
     genome: Genome
-    tasks: list[EvolveTask] = Field(min_length=1)
-    limit: int | None = Field(None, ge=1)
-    num_fewshot: int | None = Field(None, ge=0)
+    tasks: list[EvolveTask] = Field(min_length=1, max_length=1000)
+    limit: Whole | None = Field(None, ge=1, le=10**9)
+    num_fewshot: Whole | None = Field(None, ge=0, le=10_000)
     shuffle: bool = False
     random_init: bool = False
     apply_chat_template: bool = True
     fewshot_as_multiturn: bool = True
-    random_seed: int = Field(0, ge=0)
+    random_seed: Whole = Field(0, ge=0, le=MAX_SEED)
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    out: str | None = None
+    out: Location | None = None
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -6,11 +6,13 @@ history.jsonl    one line a generation; nothing in it depends on the clock
 timing.jsonl     seconds a generation
 checkpoints/     the state after each generation (orbax), the last two kept
 best/            recipe.yaml and model/
+winners/         what best/ was when the run had finished with fewer generations, with its result.json and report.png
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
 report.png       fitness over generations, and the winner's parameters
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -27,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
-from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import in_step
+from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
 EXTENDABLE = ("generations",)
@@ -61,12 +63,21 @@ class RunFolder:
         return self.path / "best" / "model"
 
     @property
+    def winners(self) -> Path:
+        return self.path / "winners"
+
+    @property
     def result(self) -> Path:
         return self.path / "result.json"
 
     @property
     def picture(self) -> Path:
         return self.path / "report.png"
+
+    @property
+    def parts(self) -> list[Path]:
+        """The folders that belong to the run; what else lies beside them is its user's."""
+        return [self.path / "best", self.path / "checkpoints", self.path / "stages", self.winners]
 
     def read_history(self) -> list[dict[str, Any]]:
         return read_lines(self.history)
@@ -148,11 +159,58 @@ def is_run(folder: RunFolder) -> bool:
 
 def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it."""
-    shutil.rmtree(folder.path / "best", ignore_errors=True)
-    shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-    shutil.rmtree(folder.path / "stages", ignore_errors=True)
+    for part in folder.parts:
+        shutil.rmtree(part, ignore_errors=True)
     for file in (folder.history, folder.timing, folder.result, folder.picture):
         file.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class EarlierWinner:
+    """The winner of a run that had finished before it went on: where it is kept, and what `result.json` said of it."""
+
+    path: Path
+    generations: int
+    heldout_fitness: float
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """The document of a `result.json`, or None where there is none that can be read."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def keep_winner(folder: RunFolder, recipe: str) -> None:
+    """Move a finished run's winner to `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same.
+
+    One rename moves recipe, model, result and picture together: a kill leaves all of them in one place or the other.
+    """
+    result, best = read_result(folder.result), folder.recipe.parent
+    if result is None or not folder.model.exists() or not folder.recipe.exists():
+        return
+    if folder.recipe.read_text(encoding="utf-8") == recipe:
+        return
+    for file in (folder.result, folder.picture):
+        if file.exists():
+            shutil.copyfile(file, best / file.name)
+    name = f"{result.get('generations', 0):03d}"
+    others = (folder.winners / f"{name}-{number}" for number in itertools.count(2))
+    folder.winners.mkdir(exist_ok=True)
+    os.rename(best, next(path for path in itertools.chain([folder.winners / name], others) if not path.exists()))
+    best.mkdir()
+
+
+def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
+    """The winners that were kept, in the order of their generations."""
+    found = []
+    for path in sorted(folder.winners.glob("*/")):
+        result = read_result(path / "result.json") or {"table": []}
+        fitness = [row["heldout_fitness"] for row in result["table"] if row["role"] == "winner"]
+        found += [EarlierWinner(path, result["generations"], value) for value in fitness]
+    return found
 
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:

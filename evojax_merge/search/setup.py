@@ -4,8 +4,7 @@ What a user can get wrong is found here, cheapest first: the space, the task fil
 tokenizers, then the place to write.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, shared_leaves
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, file_hash
+from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, file_hash
+from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
-from evojax_merge.checkpoints.recipes import check_parent_count, load_yaml
+from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
+    MAX_PATH_LAYERS,
     Config,
     DataFlowConfig,
     SearchConfig,
@@ -28,6 +29,7 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -36,10 +38,17 @@ from evojax_merge.search.axes import axes_of, find_method, options_of
 from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
 from evojax_merge.search.open_tasks import locate, open_task
 from evojax_merge.search.racing import cut, lengths
+from evojax_merge.search.strategy import default_population
 from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
+from evojax_merge.yaml_reader import load_yaml
+
+# Dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
+MAX_DIMS = 1_000_000
+# Arrays of a population's genomes that a generation has at a time.
+GENOME_COPIES = 6
 
 
 @dataclass(frozen=True)
@@ -104,13 +113,17 @@ def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Conf
     return config.model_copy(update=changes | {"parents": parents})
 
 
-def build_problem(path: Path, config: Config) -> Problem:
-    """Check everything and open the sources. `path` is the config's file: relative paths start there."""
+def build_problem(path: Path, config: Config, *, chained: bool = False) -> Problem:
+    """Check everything and open the sources. `path` is the config's file: relative paths start there.
+
+    `chained`: the first parent is the winner of the stage before, or stands for it.
+    """
     where, folder = str(path), path.parent
     method = None if config.space is None else _method(where, config, config.space)
     tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(f"{where}: base", config.base, folder)
     parents = tuple(locate(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
+    _check_distinct(where, base, parents[1:] if chained else parents)
     based = method is not None and method.based(base is not None)
     paths = [base, *parents] if base is not None and based else list(parents)
     whose = None
@@ -146,8 +159,9 @@ def build_problem(path: Path, config: Config) -> Problem:
         assert config.data_flow is not None
         spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
+    _check_size(where, config.search, space.dims)
     tokenizer_folder = whose or (base if base is not None else parents[0])
-    tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders[0].config)
+    tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
     searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]
     return Problem(
         config=config,
@@ -174,6 +188,15 @@ def build_problem(path: Path, config: Config) -> Problem:
     )
 
 
+def _check_distinct(where: str, base: Path | None, parents: Sequence[Path]) -> None:
+    """Raises InputError where a model is named twice, by whatever path: it would be given two weights, or none."""
+    named = {} if base is None else {base: "base"}
+    for i, parent in enumerate(parents):
+        if parent in named:
+            raise InputError(where, f"parents[{i}]: {parent} is {named[parent]} already; expected models that differ")
+        named[parent] = f"parents[{i}]"
+
+
 def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:
     sources, config = open_sources(paths, tokenizer)
     return sources, [config] * len(paths)
@@ -194,8 +217,31 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
         return MoveSpace(
             depths, config.moves, min(config.window, depths[0]), bounds, config.scales != "none", longest, config.ends
         )
-    longest = config.max_layers or sum(depths) * config.repetitions
+    places = sum(depths) * config.repetitions
+    if places > MAX_PATH_LAYERS:
+        raise InputError(
+            where,
+            f"repetitions: {config.repetitions} times {sum(depths)} layers are paths of up to {places:,}; expected "
+            f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
+        )
+    longest = config.max_layers or places
     return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, longest, config.ends)
+
+
+def _check_size(where: str, search: SearchConfig, dims: int) -> None:
+    """Raises InputError for a search whose genomes do not fit into memory, or that nobody would see the end of."""
+    if dims > MAX_DIMS:
+        raise InputError(
+            where, f"the search has {dims:,} dimensions; expected {MAX_DIMS:,} at most: let more layers share their "
+            "parameters (layers_per_group), or take other scales",
+        )  # fmt: skip
+    population = search.population or default_population(dims)
+    require_memory(
+        f"{where}: search",
+        f"population {population:,} (and {search.finalists:,} finalists) of {dims:,} dimensions",
+        GENOME_COPIES * 4 * dims * (population + search.finalists),
+        available_memory(),
+    )
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
@@ -258,17 +304,30 @@ def _limited(task: Task, limit: int | None) -> Task:
     return task if limit is None else task.part(range(min(limit, task.size)))
 
 
-def context_length(config: Mapping[str, Any]) -> int:
-    return int(config.get("max_position_embeddings") or 2**30)
+def context_length(folders: Sequence[Folder]) -> int:
+    """The most tokens that all of these models take: what one of them was never trained on is asked of none."""
+    return min(int(folder.config.get("max_position_embeddings") or 2**30) for folder in folders)
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that end a generation: of generation_config.json, else of config.json, and the tokenizer's own."""
+    """The token ids that end a generation: of generation_config.json, else of config.json, and the tokenizer's own.
+
+    Raises InputError where a file gives anything but ids of the model's vocabulary; what else they say is not read.
+    """
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
-        ids = json.loads((folder / name).read_text()).get("eos_token_id") if (folder / name).exists() else None
-        if ids is not None:
-            return tuple(sorted(found | set(ids if isinstance(ids, list) else [int(ids)])))
+        ids = read_json_object(folder / name, missing={}).get("eos_token_id")
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        rows = read_json_object(folder / "config.json", missing={}).get("vocab_size", len(tokenizer))
+        for one in ids:
+            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < rows:
+                raise InputError(
+                    folder / name,
+                    f"eos_token_id: {shown(one)}; expected a token id from 0 to {rows - 1}, or a list of them",
+                )
+        return tuple(sorted(found | set(ids)))
     return tuple(sorted(found))
 
 

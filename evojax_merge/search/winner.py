@@ -3,7 +3,7 @@ room but report and cli.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document, recipe_document
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.errors import Failed
 from evojax_merge.evaluation.evaluator import fitness, means
 from evojax_merge.models.bank import MergeSpec, Recipe, candidate
 from evojax_merge.models.paths import Path as LayerPath
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.search.loop import Outcome, rescore
+from evojax_merge.search.loop import Outcome, failure_hint, rescore
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.scorers import MergeScorer, PathScorer
 from evojax_merge.search.setup import Problem
+from evojax_merge.search.strategy import default_population
 from evojax_merge.spaces.parameter import ParameterSpace, uniform_start
+from evojax_merge.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,39 @@ class Result:
     def winner(self) -> Row:
         return next(row for row in self.rows if row.role == "winner")
 
+    @property
+    def rivals(self) -> list[Row]:
+        """What a search has to beat on held-out data: the base, the best parent, and the uniform merge, as far as there
+        are such."""
+        parents = [row for row in self.rows if row.role == "parent"]
+        best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
+        return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
+
+    def verdicts(self) -> list[str]:
+        """A sentence, with both figures, for each rival that the winner is not better than on held-out data."""
+        ours, sentences = self.winner.fitness, []
+        for row in self.rivals:
+            if ours > row.fitness or (np.isfinite(ours) and not np.isfinite(row.fitness)):
+                continue
+            name = {"base": f"the base {row.name}", "uniform": "the uniform merge"}.get(
+                row.role, f"the best parent {row.name}"
+            )
+            if not np.isfinite(ours):
+                sentences.append(
+                    f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
+                )
+                continue
+            if ours == row.fitness:
+                sentences.append(f"On held-out data the evolved model is only as good as {name}: both have {ours:.4f}.")
+                continue
+            shown = [f"{value:.4f}" for value in (ours, row.fitness)]
+            if shown[0] == shown[1]:
+                shown = [repr(float(value)) for value in (ours, row.fitness)]
+            sentences.append(
+                f"On held-out data the evolved model is worse than {name}: it has {shown[0]}, that has {shown[1]}."
+            )
+        return sentences
+
 
 def model_name(path: Path) -> str:
     """What a model is called in tables: its folder, or its run where a search made it."""
@@ -80,10 +116,11 @@ def choose_winner(
     outcome: Outcome,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Result:
-    """Re-score the finalists on the full search split, then score everyone on the held-out split."""
+    """Re-score the finalists on the full search split, then score everyone on the held-out split. Raises Failed where
+    no finalist has finite scores."""
     finalists = rescore(problem.space, full, outcome, progress)
     if not finalists:
-        raise RuntimeError("no candidate of the search has a finite score; there is no winner")
+        raise Failed(_no_winner(problem, full.tasks))
     best, space = finalists[0], problem.space
     label, plain = "first parent", space.start
     if isinstance(space, ParameterSpace):
@@ -100,6 +137,17 @@ def choose_winner(
         return Result(best.genome, best.fitness, (label, baseline), rows, {}, [], path)
     parameters = {name: np.asarray(v) for name, v in space.values(jnp.asarray(best.genome)).items()}
     return Result(best.genome, best.fitness, (label, baseline), rows, parameters, space.groups)
+
+
+def _no_winner(problem: Problem, tasks: Sequence[Task]) -> str:
+    """Every generation had a candidate with finite scores, and none of them has on the whole search split."""
+    search, metrics = problem.search, ", ".join(f"{task.name} ({task.metric})" for task in tasks)
+    population = search.population or default_population(problem.space.dims)
+    return (
+        f"no winner: after {search.generations} generations of {population} candidates, none of the "
+        f"{search.finalists} best, the distribution's mean and the start has finite scores on the whole search split "
+        f"of {metrics}. {failure_hint(tasks[0])}"
+    )
 
 
 def _stored_row(
@@ -127,8 +175,8 @@ def genome_recipe(space: ParameterSpace, genome: np.ndarray) -> Recipe:
     return jax.tree.map(np.asarray, candidate(recipes, 0))
 
 
-def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
-    """Write a genome's recipe as `evojax-merge merge` and mergekit take it."""
+def recipe_text(problem: Problem, genome: np.ndarray) -> str:
+    """A genome's recipe as YAML, as `evojax-merge merge` and mergekit take it."""
     parents, space = [str(parent) for parent in problem.parents], problem.space
     if isinstance(space, ParameterSpace):
         assert isinstance(problem.spec, MergeSpec)
@@ -141,7 +189,7 @@ def write_recipe(problem: Problem, genome: np.ndarray, path: Path) -> None:
         document = path_document(found, problem.spec, parents)
     if problem.sources.vocabulary is not None:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
-    atomic_write(path, dump_yaml(document))
+    return dump_yaml(document)
 
 
 def _winner_document(result: Result) -> dict[str, Any]:
@@ -151,7 +199,7 @@ def _winner_document(result: Result) -> dict[str, Any]:
     return {"groups": result.groups, "parameters": rounded}
 
 
-def write_result(result: Result, folder: RunFolder) -> None:
+def write_result(result: Result, generations: int, folder: RunFolder) -> None:
     """`result.json`: the table and the winner's parameters by group. Nothing in it depends on the clock."""
 
     def plain(row: Row) -> dict[str, Any]:
@@ -162,8 +210,20 @@ def write_result(result: Result, folder: RunFolder) -> None:
             "heldout_scores": row.scores,
         }
 
+    winner = result.winner
     document = {
+        "generations": generations,
         "table": [plain(row) for row in result.rows],
+        # By role: whether the winner is better on held-out data, and both figures.
+        "better_than": {
+            row.role: {
+                "name": row.name,
+                "better": winner.fitness > row.fitness,
+                "winner_heldout_fitness": winner.fitness,
+                "heldout_fitness": row.fitness,
+            }
+            for row in result.rivals
+        },
         "search_fitness": {"winner": result.search_fitness, result.baseline[0]: result.baseline[1]},
         **_winner_document(result),
         "genome": [float(gene) for gene in result.genome],

@@ -395,7 +395,7 @@ METHODS: dict[str, Method] = {
         Method(
             "karcher",
             (
-                Parameter("max_iter", False, default=10, low=0, high=100, lowest=0, searched=False),
+                Parameter("max_iter", False, default=10, low=0, high=100, lowest=0, highest=10_000, searched=False),
                 Parameter("tol", False, default=1e-5, low=0.0, high=1.0, lowest=0.0, searched=False),
             ),
             base="parent", combine=_combine_karcher, prepare=_prepare_karcher,

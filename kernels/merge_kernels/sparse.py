@@ -180,7 +180,7 @@ def ranked_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[s
     Numbers beyond 16 bits are clipped, which changes no comparison while `0 < density ± eps < 1`. Ranks go along
     axis 1 (a vector is one row), ties in the order of the tensor.
     """
-    rows = magnitudes if magnitudes.ndim > 1 else magnitudes[None]
+    rows = magnitudes if magnitudes.ndim > 1 else magnitudes.reshape(1, -1)
     order = np.argsort(rows, axis=1, kind="stable")
     ranks = np.empty_like(order)
     steps = np.arange(rows.shape[1]).reshape(1, -1, *[1] * (rows.ndim - 2))
