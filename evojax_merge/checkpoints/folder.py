@@ -72,7 +72,7 @@ PIECE = 2**17
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether no value of a float array of any shape is NaN or infinite."""
+    """Whether no value of a float array of any shape is NaN or infinite, in float32 where it is wider."""
     flat = values.reshape(-1)
     return all(_finite_piece(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE))
 
@@ -94,12 +94,14 @@ def _finite_piece(piece: np.ndarray) -> bool:
     """NaN and infinity have all bits of the exponent set: as integers they are above all others of their sign. NumPy
     compares integers many times as fast as it calls isfinite on two-byte floats."""
     signed, unsigned = _INTEGERS[piece.dtype.itemsize]
-    infinity = np.array(np.inf, piece.dtype).view(unsigned)
-    minus = np.array(-np.inf, piece.dtype).view(unsigned)
+    limit = np.inf if piece.dtype != np.float64 else BEYOND_FLOAT32
+    infinity, minus = np.array([limit, -limit], piece.dtype).view(unsigned)
     bits = np.ascontiguousarray(piece)
     return bool(bits.view(signed).max() < infinity and bits.view(unsigned).max() < minus)
 
 
+# The first number that float32 rounds to infinity: a merge is computed in float32, whatever its sources are.
+BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 

@@ -130,9 +130,12 @@ def prepare(
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
+    tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
+    if template is not None:
+        load_tokenizer(tokenizer)  # it is written anew, with the template
     return Job(
-        recipe, sources, tuple(rows), specs, leader, leader.path if copied is None else paths[copied],
-        _chat_template(recipe, paths), _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
+        recipe, sources, tuple(rows), specs, leader, tokenizer, template,
+        _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
     )  # fmt: skip
 
 

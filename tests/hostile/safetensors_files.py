@@ -227,6 +227,12 @@ HEADERS = [
     Case("a dtype of another case", row(dtype="f32"), IN_FILE),
     Case("metadata that is a list", header(lambda rows: rows.update(__metadata__=[1])), IN_FILE),
     Case("an escape in a name", header(lambda rows: rows.update({"a\n\x1b[31m\0": rows.pop(NORM)})), (NORM,)),
+    Case(
+        "an escape in a name, merged",
+        header(lambda rows: rows.update({"a\n\x1b[31m\0": rows.pop(NORM)})),
+        (r"a\n\x1b[31m\x00", NORM),
+        MERGE,
+    ),
     Case("the same for merge", moved(-8), IN_FILE, MERGE),
     Case("the same for evaluate", moved(-8), IN_FILE, EVALUATE),
 ]

@@ -137,6 +137,12 @@ def pickled(world: World) -> None:
         world.write(f"{model}/tokenizer_config.json", '{"tokenizer_class": "TransfoXLTokenizer"}')
 
 
+def code_and_template(world: World) -> None:
+    """The tokenizer would have to be written anew."""
+    custom_code(False, **MINE)(world)
+    world.write("recipe.yaml", recipe(chat_template="chatml"))
+
+
 MINE = {"auto_map": {"AutoTokenizer": ["my_tokenizer.MyTokenizer", None]}, "tokenizer_class": "MyTokenizer"}
 THEIRS = {"auto_map": {"AutoTokenizer": [None, "somebody/repo--my_tokenizer.MyTokenizer"]}, "tokenizer_class": "Mine"}
 CODE_NAMED = ("tokenizer_config.json: ", "auto_map", "my_tokenizer.MyTokenizer", "custom code")
@@ -146,6 +152,7 @@ CUSTOM_CODE = [
     Case("code, with a yes on standard input", custom_code(False, **MINE), CODE_NAMED, stdin="y\ny\ny\n"),
     Case("code, evaluated", custom_code(False, **MINE), CODE_NAMED, EVALUATE, stdin="y\n" * 9),
     Case("code, merged", custom_code(False, **MINE), (), MERGE, status=0, leaves=("out",), lines=0),
+    Case("code, merged with a template", code_and_template, CODE_NAMED, MERGE),
     Case("code of another repository", custom_code(False, **THEIRS), CODE_NAMED, stdin="y\ny\ny\n"),
     Case("code in the old form", custom_code(False, auto_map=["my_tokenizer.MyTokenizer", None]), CODE_NAMED),
     Case("code that is not needed", custom_code(True, **MINE), (), EVALUATE, 0, lines=0, stdin="y\n" * 9),
