@@ -52,9 +52,7 @@ def as_folder(world: World) -> None:
     (world / "config.yaml").mkdir()
 
 
-REST = (
-    "space: {method: linear, parameters: {weight: {}}}\ntasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"
-)
+REST = "space: {method: linear, parameters: {weight: {}}}\ntasks: [{name: a, kind: likelihood, file: tasks.jsonl}]\n"
 
 
 def failing(world: World) -> None:
