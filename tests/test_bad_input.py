@@ -422,9 +422,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no parents": (without("parents"), ("parents", "missing")),
     "an empty list of parents": (search_config(parents=[]), ("parents",)),
     "no tasks": (without("tasks"), ("tasks", "missing")),
-    "text for a number": (
-        search_config(search={"generations": "many"}), ("search.generations", "whole number", "many"),
-    ),
+    "text for a number": (search_config(search={"generations": "many"}), ("generations", "whole number", "many")),
     "no generation": (search_config(search={"generations": 0}), ("search.generations", "1", "0")),
     "a negative seed": (search_config(seed=-1), ("seed", "-1")),
     "no base for task vectors": (without("base"), ("base", "ties")),

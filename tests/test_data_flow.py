@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,8 @@ from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
 from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document
 from evojax_merge.checkpoints.recipes import read_recipe
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation import paths as path_evaluation
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
 from evojax_merge.evaluation.requests import build_requests
@@ -271,6 +274,33 @@ class Setting:
 @pytest.fixture(scope="module", params=[0, 40])
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("setting"), request.param)
+
+
+def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where half of the largest batch fits, scores are those of larger batches."""
+    rng = np.random.default_rng(3)
+    paths = [random_path(rng, 7, steps, 0) for steps in (2, 4)]
+    whole, begin, said = setting.paths().population(paths), path_evaluation.begin, []
+
+    def small(source: Any, tokens: np.ndarray, header: Any) -> Any:
+        if tokens.size > largest // 2:
+            raise jax.errors.JaxRuntimeError("INTERNAL: YNNPACK operation failed")
+        return begin(source, tokens, header)
+
+    monkeypatch.setattr(path_evaluation, "begin", small)
+    (requests,) = build_requests([setting.tasks], word_tokenizer(words()), 256, 256, (2,))
+    scoring = requests[0].scoring
+    assert scoring is not None
+    largest = max(batch.tokens.size for batch in scoring.batches)
+    evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), requests, say=said.append)
+    found = PathEvaluator(evaluator, setting.bank, 12).population(paths)
+    assert said and all(text.startswith("likelihood: out of memory; going on with batches of ") for text in said)
+    for name, metrics in whole.matrices.items():
+        for metric, matrix in metrics.items():
+            np.testing.assert_allclose(found.matrices[name][metric], matrix, rtol=0, atol=1e-5)
+    monkeypatch.setattr(path_evaluation, "begin", lambda *given: small(None, np.zeros((9, 9)), None))
+    with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
+        setting.paths().population(paths)
 
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
