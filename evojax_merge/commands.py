@@ -1,9 +1,10 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from rich.progress import (
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.merge import merge_to, prepare
-from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.recipes import load_yaml, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, require_space
-from evojax_merge.config import Config, StageConfig, TaskFile, parse
+from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
@@ -35,7 +36,7 @@ from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
-from evojax_merge.search.open_tasks import locate, open_whole_task
+from evojax_merge.search.open_tasks import locate, open_whole_task, overlaps, repeated
 from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import RunFolder, is_run, open_run
 from evojax_merge.search.scorers import describe_work, open_scorers
@@ -49,16 +50,21 @@ from evojax_merge.search.setup import (
     stop_tokens,
 )
 from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, write_recipe, write_result
+from evojax_merge.tasks.task import Task
 
-# Where the output is a file, lines are as long as a table needs.
-console = Console(width=None if sys.stdout.isatty() else 140)
+# Where the output is a file, lines are as long as a table needs. Nothing is markup: names and patterns of others are
+# printed as they are.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
+
+# Of a row of the table that `evaluate --json` writes.
+TABLE_KEYS = {"model", "fitness", "scores"}
 
 
 @contextmanager
 def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
@@ -71,7 +77,12 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in candidate passes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
@@ -127,6 +138,7 @@ def run_search_command(
     requests = problem.requests()
     require_space(out, _model_bytes(problem))
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
+    _warn(overlaps(str(path), config.tasks, problem.full, problem.heldout))
     _search_into(folder, problem, requests, again)
 
 
@@ -161,6 +173,7 @@ def _run_chain(
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     run = _open_together(out, document, resume=resume, overwrite=overwrite)
+    _warn(overlaps(str(path), config.tasks, problems[0].full, problems[0].heldout))
     winner: str | None = None
     for number, stage in enumerate(stages, start=1):
         console.print(f"stage {number} of {len(stages)}", highlight=False)
@@ -186,8 +199,8 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         *blocks, full, heldout = open_scorers(problem, requests, devices, progress, _say)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
-        TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
+        TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console) as progress:
@@ -212,6 +225,11 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
 
 def _say(text: str) -> None:
     console.print(text, highlight=False)
+
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines if jax.process_index() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
@@ -251,18 +269,18 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     else:
         file = parse(tasks_path, document, TaskFile)
     tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
+    paths = [locate("MODELS", model, Path.cwd()) for model in models]
+    if json_file is not None:
+        _check_table_file(json_file)
+    for path in paths[1:]:
+        # Whatever is wrong with a later model is found before the first is scored.
+        _open_evaluator(path, tasks, file.evaluation)
+    _warn([line for i, task in enumerate(tasks) for line in repeated(f"{tasks_path}: tasks[{i}]", task)])
     rows = []
     names = _short_names(models)
-    for model, name in zip(models, names, strict=True):
-        path = locate("MODELS", model, Path.cwd())
-        sources, decoder = open_sources([path])
-        tokenizer = load_tokenizer(path)
-        requests = build_requests(
-            [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders[0].config), stop_tokens(path, tokenizer),
-        )  # fmt: skip
-        evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
-        stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
+    for path, name in zip(paths, names, strict=True):
+        sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
+        stored = load_stored(sources, evaluator.config, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
@@ -273,6 +291,41 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
         ]
         atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
+    """A stored model, by its headers alone, and what scores it."""
+    sources, decoder = open_sources([path])
+    tokenizer = load_tokenizer(path)
+    (requests,) = build_requests(
+        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders[0].config),
+        stop_tokens(path, tokenizer),
+    )  # fmt: skip
+    return sources, Evaluator(decoder, tokenizer, requests, settings.compute_dtype)
+
+
+def _check_table_file(path: Path) -> None:
+    """Raises InputError where scores cannot be written, or would take the place of anything but earlier scores."""
+    if os.path.lexists(path) and not _holds_table(path):
+        raise InputError(path, "--json: exists, and holds no scores of an earlier evaluation; choose another name")
+    # Under the name that the file has until it is complete.
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        work.touch()
+        work.unlink()
+    except OSError as error:
+        raise InputError(path, f"--json: cannot be written ({error.strerror})") from None
+
+
+def _holds_table(path: Path) -> bool:
+    """Whether a file is empty, or what `evaluate --json` writes."""
+    try:
+        if not path.is_file():
+            return False
+        rows = json.loads(path.read_bytes() or "[]")
+        return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _short_names(models: list[str]) -> list[str]:

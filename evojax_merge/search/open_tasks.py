@@ -208,6 +208,60 @@ def _harness_task(where: str, config: HarnessConfig, source: str | None, folder:
     return open_harness(where, source or config.lm_eval, config.metric, config.name, config.weight, options)
 
 
+def overlaps(where: str, tasks: Sequence[TaskConfig], full: Sequence[Task], heldout: Sequence[Task]) -> list[str]:
+    """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
+    once in its data, and for each of which held-out examples are among those that are searched on. `where` is the
+    config; `full` and `heldout` are the splits of its tasks."""
+    searched = {key for task in full if task.weight > 0 for key, _ in _examples(task)}
+    lines = []
+    for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
+        task = f"{where}: tasks[{number}]"
+        if isinstance(config.heldout, str):
+            lines += repeated(task, search) + repeated(f"{task}.heldout", held)
+        else:
+            lines += repeated(task, search, held)
+        shared = [place for key, place in _examples(held) if key in searched]
+        if shared:
+            lines.append(
+                f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
+                f"on ({_places(shared)}); on them the held-out scores show nothing new"
+            )
+    return lines
+
+
+def repeated(where: str, *splits: Task) -> list[str]:
+    """A line, if examples stand more than once in a task's data."""
+    known: set[Hashable] = set()
+    places = []
+    for key, place in sorted((row for split in splits for row in _examples(split)), key=lambda row: row[1]):
+        if key in known:
+            places.append(place)
+        known.add(key)
+    if not places:
+        return []
+    count = sum(split.size for split in splits)
+    return [f"{where}: {len(places)} of {count} examples repeat others of the same data ({_places(places)})"]
+
+
+def _examples(task: Task) -> list[tuple[Hashable, tuple[str, int]]]:
+    """Each example's content, and where it stands. The harness's tasks keep their examples to themselves."""
+    match task:
+        case TextTask():
+            return [((one.prompt, one.targets, one.answer), (task.file, one.line)) for one in task.examples]
+        case GsmTask():
+            return [((one.question, one.number), (one.where, 0)) for one in task.problems]
+        case FunctionTask():
+            contents = (json.dumps(record, sort_keys=True) for record in task.records)
+            return list(zip(contents, ((task.text.file, one.line) for one in task.text.examples), strict=True))
+    return []
+
+
+def _places(places: Sequence[tuple[str, int]]) -> str:
+    """The first of them."""
+    shown = [f"{file}:{line}" if line else file for file, line in places[:3]]
+    return ", ".join(shown) + (", …" if len(places) > 3 else "")
+
+
 def _check_fair(where: str, config: TaskConfig) -> None:
     """No search on the examples that models are compared by, unless the config says that this is meant."""
     match config:

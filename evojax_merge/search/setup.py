@@ -28,6 +28,7 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -107,6 +108,7 @@ def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Conf
 def build_problem(path: Path, config: Config) -> Problem:
     """Check everything and open the sources. `path` is the config's file: relative paths start there."""
     where, folder = str(path), path.parent
+    _check_devices(where, config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
     tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(f"{where}: base", config.base, folder)
@@ -172,6 +174,13 @@ def build_problem(path: Path, config: Config) -> Problem:
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
     )
+
+
+def _check_devices(where: str, model: int) -> None:
+    try:
+        local_devices(model)
+    except InputError as error:
+        raise InputError(where, str(error)) from None
 
 
 def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:

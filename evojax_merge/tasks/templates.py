@@ -71,7 +71,7 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
             raise InputError(where, f"{key}: the record has no field {_shown(path[: depth + 1])!r}{has}")
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     found = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
     raise InputError(where, f"{key}: the field {_shown(path)!r} is {found}; expected a text or a number")
