@@ -267,8 +267,8 @@ DATA = [
         change=lambda world: (world / "one").rename(world / "[bold]one"),
     ), status=0, seconds=30),
     Case("names that look like formulas and markup", lambda world: [
-        (world / "[").mkdir(), (world / "one").rename(world / "[" / "INST] $_{ ^"),
-        world.edit("config.yaml", parents=["[/INST] $_{ ^", "two"]),
+        (world / "[").mkdir(), (world / "one").rename(world / "[" / "INST] $_{ ^$"),
+        world.edit("config.yaml", parents=["[/INST] $_{ ^$", "two"]),
     ] and None, status=0, leaves=("run",), seconds=60),
     Case("a pattern that looks like markup and is never found",
          scored_by(task(EXACT, pattern=r"\[/INST\](?:.*)[/bold]")), status=0, leaves=("eval.yaml",), seconds=30),
