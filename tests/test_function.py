@@ -322,7 +322,7 @@ def test_what_would_end_the_program_is_a_failure(function: Any, folder: Path) ->
     before = os._exit, os.execv, signal.getsignal(signal.SIGINT)
     task: Any = task_of(folder, "own.py:lengths")
     task = replace(task, function=replace(task.function, reference="own.py:f", call=function))
-    with pytest.raises(FunctionFailed, match="own.py:f failed") as raised:
+    with pytest.raises(FunctionFailed, match=r"own\.py:f failed") as raised:
         task.score(answers([[""] * 6]))
     assert function.__name__ in [frame.name for frame in traceback.extract_tb(raised.value.__cause__.__traceback__)]
     assert (os._exit, os.execv, signal.getsignal(signal.SIGINT)) == before

@@ -331,9 +331,11 @@ def test_what_the_harness_cannot_do_is_told(
     variants: dict[str, dict[str, Any]] = {
         "own_no_train": {"training_split": None, "fewshot_split": "test"},
         "own_no_data": {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "nothing.jsonl")}}},
-        "own_no_pattern": {"filter_list": [
-            {"name": "f", "filter": [{"function": "regex", "regex_pattern": "[/INST"}, {"function": "take_first"}]},
-        ]},
+        "own_no_pattern": {
+            "filter_list": [
+                {"name": "f", "filter": [{"function": "regex", "regex_pattern": "[/INST"}, {"function": "take_first"}]},
+            ]
+        },
         "own_no_template": {"doc_to_text": "{{question"},
         "own_sampled": {"generation_kwargs": {"until": ["w9"], "do_sample": True, "temperature": 0.7}},
         "own_endless": {"generation_kwargs": {"until": ["w9"], "max_gen_toks": CONTEXT}},

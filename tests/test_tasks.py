@@ -90,7 +90,10 @@ def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
 def test_numbers_and_whole_characters_of_records_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     digits = "9" * 4000
-    path.write_text(f'{{"prompt": {digits}, "target": 0.5, "other": [NaN, null, true]}}\n{{"prompt": "\\ud83d\\ude00", "target": true}}\n')
+    path.write_text(
+        f'{{"prompt": {digits}, "target": 0.5, "other": [NaN, null, true]}}\n'
+        '{"prompt": "\\ud83d\\ude00", "target": true}\n'
+    )
     found = read_examples(path, "likelihood", fields())
     assert [(e.prompt, e.targets) for e in found] == [(digits, (" 0.5",)), ("😀", (" True",))]
 
@@ -188,8 +191,8 @@ def test_examples_that_are_searched_on_and_held_out_are_counted(
     ]
     full, held = zip(*(open_task("config", config, tmp_path, 0) for config in configs), strict=True)
     lines = overlaps("config", configs, full, held)
-    assert [int(line.split()[1]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
-    assert [int(line.split()[1]) for line in lines if "searched" in line] == [shared] * bool(shared)
+    assert [int(line.split()[2]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
+    assert [int(line.split()[2]) for line in lines if "searched" in line] == [shared] * bool(shared)
     assert all(line.startswith("config: tasks[0].heldout: ") for line in lines)
 
 
@@ -496,12 +499,19 @@ def test_the_first_group_that_took_part_is_the_answer() -> None:
 @pytest.mark.parametrize(
     "pattern",
     [
-        r"(?:answer|Answer)(?: is|:)\s*\(?([A-D])", r"\\boxed\{(.*?)\}", r"x{e}", r"[[:alpha:]]", r"\w{2,3}?", r"(?i)W1\b",
-        r"[/INST]", r"(a)|(1)", r"(?m)^w\d$", r"\d*", "[]a]+", r"(?P<n>\d)(?P=n)",
+        r"(?:answer|Answer)(?: is|:)\s*\(?([A-D])", r"\\boxed\{(.*?)\}", r"x{e}", r"[[:alpha:]]", r"\w{2,3}?",
+        r"(?i)W1\b", r"[/INST]", r"(a)|(1)", r"(?m)^w\d$", r"\d*", "[]a]+", r"(?P<n>\d)(?P=n)",
     ],
 )  # fmt: skip
 def test_patterns_match_as_in_re(pattern: str) -> None:
-    texts = ["The answer is (B), Answer: C", r"\boxed{w1} \boxed{}", "x{e} xx", "[:alpha:]] a] w1\nw2\nW1", "1122 a", ""]
+    texts = [
+        "The answer is (B), Answer: C",
+        r"\boxed{w1} \boxed{}",
+        "x{e} xx",
+        "[:alpha:]] a] w1\nw2\nW1",
+        "1122 a",
+        "",
+    ]
     check_pattern("config", pattern, 64, texts)
     for text in texts:
         found = [(match.span(), match.groups()) for match in find_all("task", pattern, text)]
@@ -517,7 +527,7 @@ def test_a_pattern_without_an_end_is_given_up(capsys: pytest.CaptureFixture[str]
     assert extract_answer(slow[1], pattern, "task t") is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: task t: pattern: {pattern!r} takes more than ")
-    with pytest.raises(InputError, match="task t: pattern: .* 3 outputs"):
+    with pytest.raises(InputError, match=r"task t: pattern: .* 3 outputs"):
         extract_answer(slow[2], pattern, "task t")
     with pytest.raises(InputError, match=r"config: pattern: .* takes more than"):
         check_pattern("config", pattern, 64, slow)

@@ -1,7 +1,8 @@
 """Tasks of the lm-eval harness: it builds the requests and scores the answers, the evaluator answers them.
 
-May import errors, tasks.task and tasks.function, and lm_eval where a task is opened. The requests become the tokens that the harness's
-own `hf` model makes of them, and each candidate's answers go back through the task's filters and `process_results`.
+May import errors, tasks.task and tasks.function, and lm_eval where a task is opened. The requests become the tokens
+that the harness's own `hf` model makes of them, and each candidate's answers go back through the task's filters and
+`process_results`.
 """
 
 import contextlib

@@ -49,7 +49,9 @@ def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str]
     joined to one text of as many characters as `longest` tokens may have."""
     shown = _shown(pattern)
     if not pattern:
-        raise InputError(where, "pattern: is empty, and matches nothing but empty text; leave the key out or fill it in")
+        raise InputError(
+            where, "pattern: is empty, and matches nothing but empty text; leave the key out or fill it in"
+        )
     if len(pattern) > LONGEST:
         raise InputError(where, f"pattern: {len(pattern):,} characters; expected at most {LONGEST:,}")
     try:

@@ -1,8 +1,8 @@
 """Tasks of text: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
 
-May import errors and tasks.records, .templates, .patterns and .task. Three kinds: `likelihood` (mean log-probability of the target given the
-prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by), `exact_match` (the
-answer in a greedy continuation). Scores are per example, and higher is better.
+May import errors and tasks.records, .templates, .patterns and .task. Three kinds: `likelihood` (mean log-probability
+of the target given the prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by),
+`exact_match` (the answer in a greedy continuation). Scores are per example, and higher is better.
 """
 
 import re
@@ -118,7 +118,9 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected an index below {len(choices)} or a choice")
+        raise InputError(
+            where, f"{fields.answer}: {_brief(answer)}; expected an index below {len(choices)} or a choice"
+        )
     return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), answer, line)
 
 
@@ -236,9 +238,7 @@ def score_outputs(task: TextTask, texts: Sequence[Sequence[str]]) -> dict[str, n
     """texts: P lists of N continuations. Metric -> float32[P, N]."""
     rows = [
         [
-            same_answer(
-                extract_answer(text, task.pattern, f"task {task.name}"), str(example.answer), task.pattern
-            )
+            same_answer(extract_answer(text, task.pattern, f"task {task.name}"), str(example.answer), task.pattern)
             for text, example in zip(row, task.examples, strict=True)
         ]
         for row in texts

@@ -90,8 +90,8 @@ FILES = [
 
 RECORDS = [
     Case("a record nested too deep", lines(DEEP), ("tasks.jsonl:3", "nested")),
-    Case("a record nested half as deep", lines('{"prompt": "w4", "target": "w5", "more": ' + "[" * 500 + "]" * 500 + "}"),
-         ("tasks.jsonl:3", "nested")),
+    Case("a record nested half as deep",
+         lines('{"prompt": "w4", "target": "w5", "more": ' + "[" * 500 + "]" * 500 + "}"), ("tasks.jsonl:3", "nested")),
     Case("an integer of 5,000 digits", lines('{"prompt": "w4", "target": ' + "9" * 5000 + "}"),
          ("tasks.jsonl:3", "digits")),
     Case("not a number as target", lines('{"prompt": "w4", "target": NaN}'), ("tasks.jsonl:3", "target", "nan")),
@@ -122,7 +122,8 @@ RECORDS = [
         lines('{"prompt": "w4", "choices": ["w5", "w6"], "answer": ' + "9" * 4000 + "}", behind=0),
     ), ("tasks.jsonl:1", "answer")),
     Case("choices of nothing", both(
-        task(LIKELIHOOD, kind="multiple_choice"), lines('{"prompt": "w4", "choices": ["", "w6"], "answer": 0}', behind=0),
+        task(LIKELIHOOD, kind="multiple_choice"),
+        lines('{"prompt": "w4", "choices": ["", "w6"], "answer": 0}', behind=0),
     ), ("tasks.jsonl:1", "choices")),
     Case("a white answer", both(task(EXACT), lines('{"prompt": "w4", "target": " "}')), ("tasks.jsonl:3", "target")),
     Case("a problem whose number is null", both(
@@ -160,8 +161,8 @@ PATTERNS = [
         )) and None,
     ), ("config.yaml: tasks[0]: pattern", repr(SLOW), "more than")),
     Case("a pattern that is slow on outputs alone", both(
-        task(EXACT, pattern=SLOW, max_new_tokens=200), lines(*('{"prompt": "w5", "target": "1%d"}' % i for i in range(8)),
-                                                             behind=0),
+        task(EXACT, pattern=SLOW, max_new_tokens=200),
+        lines(*(json.dumps({"prompt": "w5", "target": str(i)}) for i in range(8)), behind=0),
     ), ("task text: pattern", repr(SLOW), "more than"), leaves=("run",), seconds=60, lines=2),
     Case("an empty pattern", task(EXACT, pattern=""), ("tasks[0]", "pattern", "empty")),
     Case("a pattern of 3,000 groups", task(EXACT, pattern="(" * 3000 + ")" * 3000), ("tasks[0]", "pattern", "deep")),
@@ -199,9 +200,11 @@ def scored_by(change: Change) -> Change:
 RETURN = "return [0.5] * len(records)"
 FUNCTIONS = [
     Case(f"a fitness that does {text!r}", scored_by(body(f"{text}\n{RETURN}")),
-         ("Traceback", f"own.py\", line 5, in score\n    {text}", "own.py:score", said), status=1, leaves=LEAVES, seconds=30)
+         ("Traceback", f"own.py\", line 5, in score\n    {text}", "own.py:score", said),
+         status=1, leaves=LEAVES, seconds=30)
     for text, said in (
-        ("sys.exit(0)", "SystemExit: 0"), ("os._exit(0)", "os._exit(0)"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("sys.exit(0)", "SystemExit: 0"), ("os._exit(0)", "os._exit(0)"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
     )
 ] + [
     Case(f"a fitness of logits that does {text!r}", function(
@@ -212,7 +215,8 @@ FUNCTIONS = [
     Case(f"a module that does {text!r}", function(f"import os, sys\n\n{text}\n\n\ndef score(records, values): ...\n"),
          ("config.yaml: tasks[0].function", "line 3", said), leaves=LEAVES)
     for text, said in (
-        ("sys.exit(0)", "SystemExit: 0"), ("os._exit(0)", "os._exit(0)"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("sys.exit(0)", "SystemExit: 0"), ("os._exit(0)", "os._exit(0)"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
         ("exit()", "SystemExit"), ("os.execlp('true', 'true')", "os.execv"),
     )
 ] + [
@@ -248,9 +252,9 @@ EVALUATIONS = [
     Case("a second model that is cut", evaluation("one", "two", change=cut), ("two", "truncated")),
     Case("a third model that is not there", evaluation("one", "two", "./three"), ("three", "no such folder")),
     Case("a second model without a tokenizer", evaluation("one", "two", change=lambda world: [
-        path.unlink() for path in (world / "two").glob("tokenizer*")]), ("two", "tokenizer")),
+        path.unlink() for path in (world / "two").glob("tokenizer*")]), ("two", "tokenizer"), seconds=30),
     Case("a second model whose context is too short", evaluation("one", "two", change=lambda world: world.edit(
-        "two/config.json", max_position_embeddings=4)), ("tasks.jsonl", "context")),
+        "two/config.json", max_position_embeddings=4)), ("tasks.jsonl", "context"), seconds=30),
     Case("two tasks of one name", evaluation("one", tasks=[LIKELIHOOD, LIKELIHOOD | {"delimiter": "\n"}]),
          ("eval.yaml", "names", "'text'")),
     Case("a bank over seven devices", lambda world: world.write(
@@ -266,10 +270,10 @@ DATA = [
         "[bold]one", tasks=[LIKELIHOOD | {"name": "[/INST] [red] |"}],
         change=lambda world: (world / "one").rename(world / "[bold]one"),
     ), status=0, seconds=30),
-    Case("names that look like formulas and markup", lambda world: [
-        (world / "[").mkdir(), (world / "one").rename(world / "[" / "INST] $_{ ^$"),
-        world.edit("config.yaml", parents=["[/INST] $_{ ^$", "two"]),
-    ] and None, status=0, leaves=("run",), seconds=60),
+    Case("names that look like formulas and markup", both(
+        lambda world: (world / "[").mkdir(), lambda world: (world / "one").rename(world / "[" / "INST] $_{ ^$"),
+        lambda world: world.edit("config.yaml", parents=["[/INST] $_{ ^$", "two"]),
+    ), status=0, leaves=("run",), seconds=60),
     Case("a pattern that looks like markup and is never found",
          scored_by(task(EXACT, pattern=r"\[/INST\](?:.*)[/bold]")), status=0, leaves=("eval.yaml",), seconds=30),
 ]  # fmt: skip
