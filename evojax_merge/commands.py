@@ -26,11 +26,11 @@ from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
-from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import MAX_NAME_BYTES, Config, StageConfig, TaskFile, parse
+from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
 from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
@@ -41,7 +41,7 @@ from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
-from evojax_merge.search.open_tasks import locate, open_whole_task
+from evojax_merge.search.open_tasks import locate, open_whole_task, overlaps, repeated
 from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import (
     EarlierWinner,
@@ -63,17 +63,22 @@ from evojax_merge.search.setup import (
     stop_tokens,
 )
 from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, recipe_text, write_result
+from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
-# Where the output is a file, lines are as long as a table needs.
-console = Console(width=None if sys.stdout.isatty() else 140)
+# Where the output is a file, lines are as long as a table needs. Nothing is markup: names and patterns of others are
+# printed as they are.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
+
+# Of a row of the table that `evaluate --json` writes.
+TABLE_KEYS = {"model", "fitness", "scores"}
 
 
 @contextmanager
 def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
@@ -86,7 +91,12 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 @contextmanager
 def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in candidate passes."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
@@ -147,6 +157,7 @@ def run_search_command(
     _require_bank(path, problem)
     folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
     _say_unread(problem.sources.folders)
+    _warn(overlaps(str(path), config.tasks, problem.full, problem.heldout))
     with nullcontext() if resume else removed_if_refused(folder):
         _search_into(folder, problem, requests, again)
 
@@ -196,6 +207,7 @@ def _run_chain(
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     run = _open_together(out, document, resume=resume, overwrite=overwrite)
     _say_unread(problems[0].sources.folders)
+    _warn(overlaps(str(path), config.tasks, problems[0].full, problems[0].heldout))
     with nullcontext() if resume else removed_if_refused(run):
         _run_stages(path, config, stages, run, problems, requests, resume, again)
 
@@ -231,8 +243,8 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         *blocks, full, heldout = open_scorers(problem, requests, devices, progress, _say)
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
-        TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
+        TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
     )  # fmt: skip
     try:
         with Progress(*columns, console=console) as progress:
@@ -260,10 +272,9 @@ def _token_warnings(problem: Problem, requests: list[list[Requests]]) -> list[st
     return token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab)
 
 
-def _warn(lines: list[str]) -> None:
-    if jax.process_index() == 0:
-        for line in lines:
-            print(line, file=sys.stderr)
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines if jax.process_index() == 0 else ():
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def _say(text: str) -> None:
@@ -281,8 +292,8 @@ def _say_unread(folders: Sequence[Folder]) -> None:
         named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
         console.print(
             f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+            soft_wrap=True,
+        )
 
 
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
@@ -349,21 +360,21 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     else:
         file = parse(tasks_path, document, TaskFile)
     tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
+    paths = [locate("MODELS", model, Path.cwd()) for model in models]
+    if json_file is not None:
+        _check_table_file(json_file)
+    for path in paths[1:]:
+        # Whatever is wrong with a later model is found before the first is scored.
+        _open_evaluator(path, tasks, file.evaluation)
+    _warn([line for i, task in enumerate(tasks) for line in repeated(f"{tasks_path}: tasks[{i}]", task)])
     rows = []
     names = _short_names(models)
-    for model, name in zip(models, names, strict=True):
-        path = locate("MODELS", model, Path.cwd())
-        sources, decoder = open_sources([path])
+    for path, name in zip(paths, names, strict=True):
+        sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
         _say_unread(sources.folders)
-        tokenizer = load_tokenizer(path)
-        requests = build_requests(
-            [tasks], tokenizer, file.evaluation.tokens_per_batch,
-            context_length(sources.folders), stop_tokens(path, tokenizer), decoder.vocab,
-        )  # fmt: skip
-        _warn(token_warnings(requests[0], tokenizer, decoder.vocab))
-        evaluator = Evaluator(decoder, tokenizer, requests[0], file.evaluation.compute_dtype)
-        require_memory(path, "the model", bank_bytes(sources, decoder), unused_memory())
-        stored = load_stored(sources, decoder, 0, file.evaluation.compute_dtype)
+        _warn(token_warnings(evaluator.requests, evaluator.tokenizer, evaluator.config.vocab))
+        require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
+        stored = load_stored(sources, evaluator.config, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
@@ -374,6 +385,41 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
         ]
         atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+
+
+def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
+    """A stored model, by its headers alone, and what scores it."""
+    sources, decoder = open_sources([path])
+    tokenizer = load_tokenizer(path)
+    (requests,) = build_requests(
+        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders), stop_tokens(path, tokenizer),
+        decoder.vocab,
+    )  # fmt: skip
+    return sources, Evaluator(decoder, tokenizer, requests, settings.compute_dtype)
+
+
+def _check_table_file(path: Path) -> None:
+    """Raises InputError where scores cannot be written, or would take the place of anything but earlier scores."""
+    if os.path.lexists(path) and not _holds_table(path):
+        raise InputError(path, "--json: exists, and holds no scores of an earlier evaluation; choose another name")
+    # Under the name that the file has until it is complete.
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        work.touch()
+        work.unlink()
+    except OSError as error:
+        raise InputError(path, f"--json: cannot be written ({error.strerror})") from None
+
+
+def _holds_table(path: Path) -> bool:
+    """Whether a file is empty, or what `evaluate --json` writes."""
+    try:
+        if not path.is_file():
+            return False
+        rows = json.loads(path.read_bytes() or "[]")
+        return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def _short_names(models: list[str]) -> list[str]:

@@ -367,10 +367,8 @@ class Config(Section):
     out: Location | None = None
 
     @model_validator(mode="after")
-    def _distinct_names(self) -> "Config":
-        names = [task.name for task in self.tasks]
-        if len(set(names)) != len(names):
-            raise ValueError("tasks: names must differ")
+    def _fits(self) -> "Config":
+        _check_names(self.tasks)
         if not any(task.weight > 0 for task in self.tasks):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
@@ -383,6 +381,18 @@ class TaskFile(Section):
 
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TaskFile":
+        _check_names(self.tasks)
+        return self
+
+
+def _check_names(tasks: Sequence[TaskConfig]) -> None:
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"tasks: names must differ; {twice!r} stands more than once")
 
 
 def describe_value(value: Any) -> str:

@@ -31,6 +31,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.errors import InputError
 
 Change = Callable[[Path], Any]
 
@@ -622,6 +623,21 @@ def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
     write(tasks, {"tassk": []})
     line = refused("evaluate", models / "one", "--tasks", tasks)
     assert str(tasks) in line
+
+
+def test_scores_take_the_place_of_earlier_scores_alone(tmp_path: Path) -> None:
+    from evojax_merge.commands import _check_table_file
+
+    file = tmp_path / "scores.json"
+    row = {"model": "one", "fitness": None, "scores": {"text/accuracy": 0.5}}
+    for text in ("", json.dumps([row])):
+        file.write_text(text)
+        _check_table_file(file)
+    for text in ("{}", "mine", "[1]", json.dumps([row, row | {"note": 1}]), "[" * 9999):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"scores\.json: --json: exists"):
+            _check_table_file(file)
+    assert contents(tmp_path) == {"scores.json"}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,16 @@
 """Tasks that a user's own function scores: what it is given, what it may return, and what a run does when it fails."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -20,6 +25,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.search.open_tasks import open_task, open_whole_task
+from evojax_merge.tasks.function import FunctionFailed
 from evojax_merge.tasks.task import Answers, Task
 
 RECORDS = random_records(6, seed=5)
@@ -265,6 +271,87 @@ def test_settings_without_a_meaning_are_refused() -> None:
     for gets, key, value in (("texts", "target", "{a}"), ("logits", "stop", ["."]), ("logits", "max_new_tokens", 3)):
         with pytest.raises(ValidationError, match=f"{key}: has no meaning where the function gets {gets}"):
             config_of("own.py:score", gets, **{key: value})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What would end the program
+
+
+def exits(records: Any, texts: Any) -> Any:
+    sys.exit(0)
+
+
+def ends(records: Any, texts: Any) -> Any:
+    os._exit(0)
+
+
+def is_another(records: Any, texts: Any) -> Any:
+    os.execl("/bin/true", "true")
+
+
+def stops(records: Any, texts: Any) -> Any:
+    raise GeneratorExit
+
+
+def aborts(records: Any, texts: Any) -> Any:
+    raise click.Abort
+
+
+def blames_the_user(records: Any, texts: Any) -> Any:
+    raise InputError("config", "is wrong")
+
+
+def interrupts(records: Any, texts: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def is_no_number(records: Any, texts: Any) -> Any:
+    class Sly:
+        def is_no_number(self, *options: Any, **named: Any) -> Any:
+            sys.exit(0)
+
+        __array__ = is_no_number
+
+    return Sly()
+
+
+@pytest.mark.parametrize(
+    "function", [exits, ends, is_another, stops, aborts, blames_the_user, interrupts, is_no_number]
+)
+def test_what_would_end_the_program_is_a_failure(function: Any, folder: Path) -> None:
+    before = os._exit, os.execv, signal.getsignal(signal.SIGINT)
+    task: Any = task_of(folder, "own.py:lengths")
+    task = replace(task, function=replace(task.function, reference="own.py:f", call=function))
+    with pytest.raises(FunctionFailed, match=r"own\.py:f failed") as raised:
+        task.score(answers([[""] * 6]))
+    assert function.__name__ in [frame.name for frame in traceback.extract_tb(raised.value.__cause__.__traceback__)]
+    assert (os._exit, os.execv, signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_real_interruption_is_one_even_where_the_function_goes_on(folder: Path) -> None:
+    def goes_on(records: Any, texts: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return [1.0] * len(records)
+
+    before = signal.getsignal(signal.SIGINT)
+    task: Any = task_of(folder, "own.py:lengths")
+    with pytest.raises(KeyboardInterrupt):
+        replace(task, function=replace(task.function, call=goes_on)).score(answers([[""] * 6]))
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_forked_process_does_not_come_back(folder: Path) -> None:
+    def forks(records: Any, texts: Any) -> Any:
+        if (child := os.fork()) == 0:
+            return [2.0] * len(records)
+        return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(records)
+
+    task: Any = task_of(folder, "own.py:lengths")
+    found = replace(task, function=replace(task.function, call=forks)).score(answers([[""] * 6]))
+    assert (found["score"] == 0).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------

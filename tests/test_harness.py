@@ -314,6 +314,9 @@ def test_the_metric_is_the_first_unless_it_is_named(harness_tasks: Path) -> None
         ("own_choices", {"metric": "brier_score,none"}, "metric: 'brier_score,none'; the task has"),
         ("own_no_train", {"split": "train"}, "split: own_no_train has no training split"),
         ("own_no_data", {}, "own_no_data cannot be loaded"),
+        ("own_no_pattern", {}, r"own_no_pattern cannot be loaded \(unterminated character set"),
+        ("own_no_template", {}, "own_no_template cannot be loaded"),
+        ("own_ending", {}, r"own_ending cannot be loaded \(own_ending failed \(SystemExit: 0\)\)"),
         ("own_sampled", {}, "own_sampled, example 0: the task draws its outputs at random"),
         ("own_endless", {}, "own_endless, example 0: asks for 48 new tokens; the models' context is 48"),
         ("own_choices", {"num_fewshot": 12, "split": "train"}, "lm-eval cannot build its requests"),
@@ -328,11 +331,20 @@ def test_what_the_harness_cannot_do_is_told(
     variants: dict[str, dict[str, Any]] = {
         "own_no_train": {"training_split": None, "fewshot_split": "test"},
         "own_no_data": {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "nothing.jsonl")}}},
+        "own_no_pattern": {
+            "filter_list": [
+                {"name": "f", "filter": [{"function": "regex", "regex_pattern": "[/INST"}, {"function": "take_first"}]},
+            ]
+        },
+        "own_no_template": {"doc_to_text": "{{question"},
         "own_sampled": {"generation_kwargs": {"until": ["w9"], "do_sample": True, "temperature": 0.7}},
         "own_endless": {"generation_kwargs": {"until": ["w9"], "max_gen_toks": CONTEXT}},
     }
     for variant, changes in variants.items():
         (folder / f"{variant}.yaml").write_text(yaml.safe_dump(own | {"task": variant} | changes))
+    (folder / "ending.py").write_text("raise SystemExit(0)\n")
+    ending = {name: value for name, value in own.items() if name != "doc_to_text"} | {"task": "own_ending"}
+    (folder / "own_ending.yaml").write_text(f"{yaml.safe_dump(ending)}doc_to_text: !function ending.text\n")
     with pytest.raises(InputError, match=message):
         open_own(folder, name, **options).ask(load_tokenizer(harness_tasks / "model"), CONTEXT)
 

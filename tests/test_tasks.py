@@ -1,6 +1,7 @@
 """Tasks: from a JSONL file to tokens in batches, and from outputs to scores."""
 
 import json
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.requests import build_requests, token_warnings
-from evojax_merge.search.open_tasks import open_task
+from evojax_merge.search.open_tasks import open_task, overlaps
 from evojax_merge.tasks.batches import (
     BUCKETS,
     MIN_HEADER,
@@ -27,7 +28,9 @@ from evojax_merge.tasks.batches import (
     prompt_batches,
     scoring_batches,
 )
+from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.task import Row, cut_at_stop
+from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
     Fields,
@@ -72,6 +75,46 @@ def test_blank_lines_count_but_hold_nothing(tmp_path: Path) -> None:
     path = tmp_path / "task.jsonl"
     path.write_text('\n{"prompt": "a", "target": "b"}\n   \n{"prompt": "c", "target": "d"}\n')
     assert [(e.prompt, e.line) for e in read_examples(path, "likelihood", fields())] == [("a", 2), ("c", 4)]
+
+
+def test_a_line_ends_with_a_line_feed_alone(tmp_path: Path) -> None:
+    """What else Unicode calls the end of a line may stand in a text, as it is or escaped."""
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\x0cb", "a\x1cb", "a\r\nb"]
+    raw = [json.dumps({"prompt": text, "target": "t"}, ensure_ascii=False) for text in texts]
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(("\ufeff" + "\r\n".join(raw)).encode())
+    found = read_examples(path, "likelihood", fields())
+    assert [(e.prompt, e.line) for e in found] == [(text, i) for i, text in enumerate(texts, start=1)]
+
+
+def test_numbers_and_whole_characters_of_records_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    digits = "9" * 4000
+    path.write_text(
+        f'{{"prompt": {digits}, "target": 0.5, "other": [NaN, null, true]}}\n'
+        '{"prompt": "\\ud83d\\ude00", "target": true}\n'
+    )
+    found = read_examples(path, "likelihood", fields())
+    assert [(e.prompt, e.targets) for e in found] == [(digits, (" 0.5",)), ("😀", (" True",))]
+
+
+@pytest.mark.parametrize(
+    ("template", "filled"),
+    [
+        ("{{{a}}} {{}}", "{x} {}"), ("{a} {a}", "x x"), ("{b[c]}{b[d][1]}", "y7"), ("{an odd-name}", "z"),
+        ("plain", "plain"), ("", ""),
+    ],
+)  # fmt: skip
+def test_templates_name_fields(template: str, filled: str) -> None:
+    record = {"a": "x", "b": {"c": "y", "d": ["6", "7"]}, "an odd-name": "z"}
+    check_template("config", template)
+    assert fill("file:1", "prompt", template, record) == filled
+
+
+@pytest.mark.parametrize("template", ["{a.b}", "{a!s}", "{a:>9}", "{a:{b}}", "{}", "{0}", "{", "}", "{a[}", "{[a]}"])
+def test_templates_do_nothing_else(template: str) -> None:
+    with pytest.raises(InputError, match=r"config: .*expected the names of fields in braces"):
+        check_template("config", template)
 
 
 def test_delimiter_joins_where_there_is_no_white_space(tmp_path: Path) -> None:
@@ -129,6 +172,28 @@ def test_a_held_out_share_is_a_fixed_partition(heldout: float, tmp_path: Path) -
     again = open_task("config", config, tmp_path, 0)
     assert again == (searched, held)
     assert open_task("config", config, tmp_path, 1)[1] != held or heldout == 0.01
+
+
+@pytest.mark.parametrize(
+    ("heldout", "repeats", "shared"), [("search.jsonl", 0, 4), ("held.jsonl", 1, 2), (0.5, 0, 0)]
+)  # fmt: skip
+def test_examples_that_are_searched_on_and_held_out_are_counted(
+    heldout: Any, repeats: int, shared: int, tmp_path: Path
+) -> None:
+    records = [{"prompt": f"p{i}", "target": "t"} for i in range(7)]
+    write_lines(tmp_path / "search.jsonl", records[:4])
+    write_lines(tmp_path / "held.jsonl", [*records[2:6], {"target": "t", "prompt": "p5"}])
+    # Another target is another example.
+    write_lines(tmp_path / "other.jsonl", [records[6], records[0] | {"target": "u"}])
+    configs = [
+        TextConfig(name="n", kind="likelihood", file="search.jsonl", heldout=heldout),
+        TextConfig(name="o", kind="likelihood", file="other.jsonl", heldout=0.5),
+    ]
+    full, held = zip(*(open_task("config", config, tmp_path, 0) for config in configs), strict=True)
+    lines = overlaps("config", configs, full, held)
+    assert [int(line.split()[2]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
+    assert [int(line.split()[2]) for line in lines if "searched" in line] == [shared] * bool(shared)
+    assert all(line.startswith("config: tasks[0].heldout: ") for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -456,6 +521,52 @@ def test_pattern_s_last_match_is_extracted() -> None:
     assert extract_answer("nothing", r"\(([A-D])\)") is None
 
 
+def test_the_first_group_that_took_part_is_the_answer() -> None:
+    either = r"#### (\d+)|answer is (\w+)"
+    assert extract_answer("the answer is yes", either) == "yes"
+    assert extract_answer("the answer is yes #### 5", either) == "5"
+    assert extract_answer("b", r"(a)?b") is None
+    # A match of nothing, such as the one at the end of every text, is none.
+    assert extract_answer("w12 w", r"\d*") == "12"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(?:answer|Answer)(?: is|:)\s*\(?([A-D])", r"\\boxed\{(.*?)\}", r"x{e}", r"[[:alpha:]]", r"\w{2,3}?",
+        r"(?i)W1\b", r"[/INST]", r"(a)|(1)", r"(?m)^w\d$", r"\d*", "[]a]+", r"(?P<n>\d)(?P=n)",
+    ],
+)  # fmt: skip
+def test_patterns_match_as_in_re(pattern: str) -> None:
+    texts = [
+        "The answer is (B), Answer: C",
+        r"\boxed{w1} \boxed{}",
+        "x{e} xx",
+        "[:alpha:]] a] w1\nw2\nW1",
+        "1122 a",
+        "",
+    ]
+    check_pattern("config", pattern, 64, texts)
+    for text in texts:
+        found = [(match.span(), match.groups()) for match in find_all("task", pattern, text)]
+        assert found == [(match.span(), match.groups()) for match in re.finditer(pattern, text)]
+
+
+def test_a_pattern_without_an_end_is_given_up(capsys: pytest.CaptureFixture[str]) -> None:
+    pattern, slow = r"(.*?,){25}P", [",".join(map(str, range(40 + i))) for i in range(3)]
+    check_pattern("config", pattern, 64, ["1, 2"])
+    for _ in range(2):
+        assert extract_answer(slow[0], pattern, "task t") is None
+    assert extract_answer("1," * 25 + "P", pattern) == "1,"
+    assert extract_answer(slow[1], pattern, "task t") is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: task t: pattern: {pattern!r} takes more than ")
+    with pytest.raises(InputError, match=r"task t: pattern: .* 3 outputs"):
+        extract_answer(slow[2], pattern, "task t")
+    with pytest.raises(InputError, match=r"config: pattern: .* takes more than"):
+        check_pattern("config", pattern, 64, slow)
+
+
 @pytest.mark.parametrize(
     ("found", "wanted", "pattern", "same"),
     [
@@ -465,6 +576,9 @@ def test_pattern_s_last_match_is_extracted() -> None:
         ("1234", "1,234", None, True),
         ("-3", "3", None, False),
         ("43", "42", None, False),
+        ("9007199254740993", "9007199254740992", None, False),
+        ("9" * 5000, "9" * 5000, None, True),
+        ("9" * 5000, "8" * 5000, None, False),
         (None, "42", None, False),
         ("42", "no number", None, False),
         ("B", "B", r"[A-D]", True),

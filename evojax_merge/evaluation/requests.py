@@ -124,7 +124,7 @@ def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> 
     outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
     if outside:
         found.append(
-            f"warning: {tokenizer.name_or_path}: {len(outside):,} tokens (such as {outside[0][1]!r}) are beyond the "
+            f"{tokenizer.name_or_path}: {len(outside):,} tokens (such as {outside[0][1]!r}) are beyond the "
             f"{vocab:,} rows of the models' embedding; no example holds one"
         )
     unknown = tokenizer.unk_token_id
@@ -136,7 +136,7 @@ def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> 
         if share > UNKNOWN_SHARE:
             first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
             found.append(
-                f"warning: {share:.0%} of the examples' tokens are unknown to the tokenizer ({tokenizer.unk_token!r}), "
+                f"{share:.0%} of the examples' tokens are unknown to the tokenizer ({tokenizer.unk_token!r}), "
                 f"first in {first}"
             )
     return found

@@ -19,6 +19,12 @@ def draw(problem: Problem, result: Result, history: list[dict[str, Any]], path: 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    # Names are not formulas, whatever dollars they hold.
+    with plt.rc_context({"text.parse_math": False}):
+        _draw(plt, problem, result, history, path)
+
+
+def _draw(plt: Any, problem: Problem, result: Result, history: list[dict[str, Any]], path: Path) -> None:
     names = list(result.values)
     if result.path is not None:
         figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, squeeze=False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from evojax_merge.search.winner import Row
 
@@ -12,24 +13,30 @@ def score_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    """Names stand in it as they are, whatever console prints it: `[/INST]` is a name, not markup."""
+    table = Table(title=Text(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
     for column in score_columns(rows):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     for row in rows:
         style = "bold" if row.role == "winner" else ""
         label = row.name if row.role in ("winner", "uniform") else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(label, f"{row.fitness:.4f}", *numbers, style=style)
+        table.add_row(Text(label), f"{row.fitness:.4f}", *numbers, style=style)
     return table
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
     columns = ["fitness", *score_columns(rows)]
-    lines = [f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    lines = [f"| model | {' | '.join(map(_cell, columns))} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         numbers = [row.fitness, *(row.scores[column] for column in columns[1:])]
         label = row.name if row.role in ("winner", "uniform") else f"{row.role} `{row.name}`"
-        lines.append(f"| {label} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
+        lines.append(f"| {_cell(label)} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """What stands in a cell of Markdown as it is."""
+    return text.replace("|", "\\|").replace("\n", " ")

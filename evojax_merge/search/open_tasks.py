@@ -3,8 +3,10 @@
 May import config, tasks, zoo and checkpoints.folder.
 """
 
-import re
+import json
+import os
 import sys
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,14 @@ from evojax_merge.tasks.gsm import STYLES, GsmTask, Problem, first_worked, is_te
 from evojax_merge.tasks.harness import HarnessTask, is_benchmark, open_harness
 from evojax_merge.tasks.harness import Options as HarnessOptions
 from evojax_merge.tasks.language import check_language
+from evojax_merge.tasks.patterns import check_pattern
 from evojax_merge.tasks.records import Source, is_file_name, read_records, read_source
 from evojax_merge.tasks.task import Task
-from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, read_examples
+from evojax_merge.tasks.templates import check_template
+from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, extract_answer, read_examples
+
+# Examples that a user's pattern is tried on before the search.
+PROBED = 50
 
 
 def locate(where: object, reference: str, relative_to: Path) -> Path:
@@ -40,7 +47,8 @@ def locate_file(where: str, reference: str, relative_to: Path) -> Path:
     if reference.startswith("zoo:"):
         return locate(where, reference, relative_to)
     for path in (Path(reference).expanduser(), relative_to / reference):
-        if path.exists():
+        # Not the path's own method, which raises for a name that no file can have.
+        if os.path.exists(path):
             return path.resolve()
     raise InputError(where, f"{reference}: no such file")
 
@@ -91,21 +99,44 @@ def _text_task(where: str, config: TextConfig, source: str | None, folder: Path)
     metric = config.metric or METRICS[config.kind][0]
     if metric not in METRICS[config.kind]:
         raise InputError(where, f"metric: {metric!r}; {config.kind} has {', '.join(METRICS[config.kind])}")
-    if config.pattern is not None:
-        _check_pattern(where, config.pattern)
+    fields = _fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
+    _check_stop(where, config.stop)
     file = locate_file(f"{where}.file" if source is None else f"{where}.heldout", source or config.file, folder)
-    fields = Fields(config.prompt, config.target, config.choices, config.answer, config.delimiter)
-    return TextTask(
+    task = TextTask(
         config.name, config.kind, metric, config.weight, str(file), tuple(read_examples(file, config.kind, fields)),
         config.pattern, config.max_new_tokens, tuple(config.stop),
     )  # fmt: skip
+    if config.pattern is not None:
+        samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
+        check_pattern(where, config.pattern, config.max_new_tokens, samples)
+    elif config.kind == "exact_match":
+        answers = [str(one.answer) for one in task.examples]
+        if not any(extract_answer(answer, None) for answer in answers):
+            why = f"no target of {file} holds a number, which is the answer without a pattern ({answers[0][:100]!r})"
+            raise InputError(f"{where}.pattern", f"missing; {why}")
+    return task
 
 
-def _check_pattern(where: str, pattern: str) -> None:
+def _fields(where: str, prompt: str, target: str, choices: str, answer: str, delimiter: str) -> Fields:
+    for key, template in (("prompt", prompt), ("target", target)):
+        check_template(f"{where}.{key}", template)
+    _check_characters(f"{where}.delimiter", delimiter)
+    return Fields(prompt, target, choices, answer, delimiter)
+
+
+def _check_stop(where: str, stop: Sequence[str]) -> None:
+    """An empty text stands at the beginning of every output, and would leave nothing of it."""
+    for number, text in enumerate(stop):
+        if not text:
+            raise InputError(f"{where}.stop[{number}]", "is empty, and would end every output at once; leave it out")
+        _check_characters(f"{where}.stop[{number}]", text)
+
+
+def _check_characters(where: str, text: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(where, f"pattern: {pattern!r} is not a regular expression ({error})") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
 
 
 def _gsm_task(where: str, config: GsmConfig, source: str | None, folder: Path) -> GsmTask:
@@ -133,12 +164,16 @@ def _gsm_task(where: str, config: GsmConfig, source: str | None, folder: Path) -
         strict=style.strict if config.pattern is None else config.pattern,
         stop=style.stop if config.stop is None else tuple(config.stop),
     )
-    _check_pattern(where, style.strict)
+    _check_stop(where, style.stop)
+    for key, text in (("prompt", style.prompt), ("system_instruction", config.system_instruction)):
+        _check_characters(f"{where}.{key}", text or "")
     # A problem whose answer is shown is none, wherever it comes from.
     seen = {shot.question for shot in shots}
     problems = tuple(p for p in map(read_problem, scored.records) if p.question not in seen)
     if not problems:
         raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
+    samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
+    check_pattern(where, style.strict, config.max_new_tokens, samples)
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, shots, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens,
@@ -151,7 +186,8 @@ def _function_task(where: str, config: FunctionConfig, source: str | None, folde
     kind: Kind = "exact_match" if config.gets == "texts" else "likelihood"
     # What a right text is, the function knows: a record of texts needs no target, and this one is never read.
     target = "-" if config.gets == "texts" else config.target
-    fields = Fields(config.prompt, target, "", "", config.delimiter)
+    fields = _fields(where, config.prompt, target, "", "", config.delimiter)
+    _check_stop(where, config.stop)
     text = TextTask(
         config.name, kind, METRIC, config.weight, str(file), tuple(read_examples(file, kind, fields)),
         max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
@@ -170,6 +206,60 @@ def _harness_task(where: str, config: HarnessConfig, source: str | None, folder:
         config.fewshot_as_multiturn, config.system_instruction,
     )  # fmt: skip
     return open_harness(where, source or config.lm_eval, config.metric, config.name, config.weight, options)
+
+
+def overlaps(where: str, tasks: Sequence[TaskConfig], full: Sequence[Task], heldout: Sequence[Task]) -> list[str]:
+    """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
+    once in its data, and for each of which held-out examples are among those that are searched on. `where` is the
+    config; `full` and `heldout` are the splits of its tasks."""
+    searched = {key for task in full if task.weight > 0 for key, _ in _examples(task)}
+    lines = []
+    for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
+        task = f"{where}: tasks[{number}]"
+        if isinstance(config.heldout, str):
+            lines += repeated(task, search) + repeated(f"{task}.heldout", held)
+        else:
+            lines += repeated(task, search, held)
+        shared = [place for key, place in _examples(held) if key in searched]
+        if shared:
+            lines.append(
+                f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
+                f"on ({_places(shared)}); on them the held-out scores show nothing new"
+            )
+    return lines
+
+
+def repeated(where: str, *splits: Task) -> list[str]:
+    """A line, if examples stand more than once in a task's data."""
+    known: set[Hashable] = set()
+    places = []
+    for key, place in sorted((row for split in splits for row in _examples(split)), key=lambda row: row[1]):
+        if key in known:
+            places.append(place)
+        known.add(key)
+    if not places:
+        return []
+    count = sum(split.size for split in splits)
+    return [f"{where}: {len(places)} of {count} examples repeat others of the same data ({_places(places)})"]
+
+
+def _examples(task: Task) -> list[tuple[Hashable, tuple[str, int]]]:
+    """Each example's content, and where it stands. The harness's tasks keep their examples to themselves."""
+    match task:
+        case TextTask():
+            return [((one.prompt, one.targets, one.answer), (task.file, one.line)) for one in task.examples]
+        case GsmTask():
+            return [((one.question, one.number), (one.where, 0)) for one in task.problems]
+        case FunctionTask():
+            contents = (json.dumps(record, sort_keys=True) for record in task.records)
+            return list(zip(contents, ((task.text.file, one.line) for one in task.text.examples), strict=True))
+    return []
+
+
+def _places(places: Sequence[tuple[str, int]]) -> str:
+    """The first of them."""
+    shown = [f"{file}:{line}" if line else file for file, line in places[:3]]
+    return ", ".join(shown) + (", …" if len(places) > 3 else "")
 
 
 def _check_fair(where: str, config: TaskConfig) -> None:

@@ -29,6 +29,7 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
@@ -119,6 +120,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
     `chained`: the first parent is the winner of the stage before, or stands for it.
     """
     where, folder = str(path), path.parent
+    _check_devices(where, config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
     tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
     base = None if config.base is None else locate(f"{where}: base", config.base, folder)
@@ -198,6 +200,13 @@ def _check_distinct(where: str, base: Path | None, parents: Sequence[Path]) -> N
         if parent in named:
             raise InputError(where, f"parents[{i}]: {parent} is {named[parent]} already; expected models that differ")
         named[parent] = f"parents[{i}]"
+
+
+def _check_devices(where: str, model: int) -> None:
+    try:
+        local_devices(model)
+    except InputError as error:
+        raise InputError(where, str(error)) from None
 
 
 def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:

@@ -2,26 +2,32 @@
 
 The function gets one of three things: the `texts` that a candidate writes, the `log_probabilities` of the targets,
 or, compiled into the scoring pass, each row's `logits`. What it must not be is wrong without a word: it is imported
-and looked at before any long work, and whatever it returns is checked for its shape and type.
+and looked at before any long work, and whatever it returns is checked for its shape and type. It runs in this process,
+where it can use the devices that the search uses; what would end the process from inside it is a failure of the
+function instead.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import inspect
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import click
 import jax
 import numpy as np
 
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, LostProcess, did_you_mean
 from evojax_merge.tasks.task import Answers, Asked
 from evojax_merge.tasks.text import TextTask
 
@@ -33,6 +39,11 @@ ARGUMENTS: dict[Gets, tuple[str, ...]] = {
     "logits": ("logits", "targets", "mask"),
 }
 METRIC = "score"
+# What the command line takes for the end of the command, or for its user's mistake, when the program raises it.
+MEANT_FOR_THE_PROGRAM = (InputError, LostProcess, click.ClickException, click.Abort)
+# What ends or replaces a process at once; all others of the family go through these.
+ENDS = ("_exit", "execv", "execve")
+_OWN_ENDS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,8 @@ class Traced:
     def __call__(self, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         import jax.numpy as jnp
 
-        result = jnp.asarray(self.function.call(logits, targets, mask))
+        with users_code(self.function.reference):
+            result = jnp.asarray(self.function.call(logits, targets, mask))
         if result.shape or jnp.iscomplexobj(result):
             found = f"{result.dtype.name}{list(result.shape)}"
             raise TypeError(f"{self.function.reference} returned {found} for a row; expected one real number")
@@ -112,10 +124,85 @@ class FunctionTask:
         """One candidate's scores, float32[N]. A candidate that failed is not shown to the function."""
         if self.gets == "log_probabilities" and not np.isfinite(own).all():
             return np.full(self.size, np.nan, np.float32)
-        return checked(self.function, self.function.call(list(self.records), own), self.size)
+        with users_code(self.function.reference):
+            return checked(self.function, self.function.call(list(self.records), own), self.size)
 
     def unanswered(self, texts: Sequence[str]) -> str | None:
         return None
+
+
+class Ended(BaseException):
+    """A user's code called what ends or replaces its process."""
+
+
+class FunctionFailed(RuntimeError):
+    """A user's code failed by what would have ended the program; that is its cause."""
+
+
+@contextlib.contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """Around code of a user's: it fails, with FunctionFailed, where it would end the program (`sys.exit`, `os._exit`,
+    `os.exec…`) or interrupt it without that anyone asked. A SIGINT or SIGTERM in the block interrupts as always, even
+    where the code goes on. A process that the code forks off and that comes out of the block ends there: it would be a
+    second search."""
+    owner, interruptions = os.getpid(), list[BaseException]()
+
+    def instead(end: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            if os.getpid() != owner:
+                return real(*arguments, **named)
+            raise Ended(f"os.{end}({', '.join(map(repr, (*arguments, *named.values())))})")
+
+        return call
+
+    def noted(handler: Callable[..., Any]) -> Callable[..., Any]:
+        def handle(number: int, frame: Any) -> Any:
+            try:
+                return handler(number, frame)
+            except BaseException as raised:
+                interruptions.append(raised)
+                raise
+
+        return handle
+
+    # Signals come to the main thread alone, and only it can set who handles them.
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    # Functions are traced in several threads, and all of them share `os`.
+    with _OWN_ENDS:
+        ends = {end: getattr(os, end) for end in ENDS}
+        status = 1
+        try:
+            for number, handler in handlers.items():
+                signal.signal(number, noted(handler))
+            for end, real in ends.items():
+                setattr(os, end, instead(end, real))
+            yield
+            status = 0
+            if interruptions:
+                raise interruptions[-1]
+        except BaseException as error:
+            if isinstance(error, SystemExit):
+                status = error.code & 0xFF if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error, Exception) and not isinstance(error, MEANT_FOR_THE_PROGRAM):
+                raise
+            if interruptions and not isinstance(error, Exception):
+                raise interruptions[-1] from None
+            raise FunctionFailed(f"{name} failed ({_one_line(error)})") from error
+        finally:
+            if os.getpid() != owner:
+                ends["_exit"](status)
+            for end, real in ends.items():
+                setattr(os, end, real)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _one_line(error: BaseException) -> str:
+    text = "; ".join(str(error).splitlines())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
@@ -186,7 +273,7 @@ def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Pat
 
 
 def _file_module(where: str, place: str, folder: Path) -> ModuleType:
-    path = next((path for path in (folder / place, Path(place).expanduser()) if path.is_file()), None)
+    path = next((path for path in (folder / place, Path(place).expanduser()) if os.path.isfile(path)), None)
     if path is None:
         raise InputError(where, f"{place}: no such file")
     path = path.resolve()
@@ -219,23 +306,24 @@ def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]
     own = str(folder.resolve())
     sys.path.insert(0, own)
     try:
-        return load()
+        with users_code(place):
+            return load()
     except ModuleNotFoundError as error:
         if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
             raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
         raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
     except Exception as error:
-        raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
+        cause = (isinstance(error, FunctionFailed) and error.__cause__) or error
+        raise InputError(where, f"{place} cannot be imported ({_told(cause, place)})") from None
     finally:
         sys.path.remove(own)
         if own not in sys.path:
             sys.path.append(own)
 
 
-def _told(error: Exception, place: str) -> str:
+def _told(error: BaseException, place: str) -> str:
     """An exception in one line, with the line of the user's file that it came from."""
-    text = "; ".join(str(error).splitlines())
-    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    said = _one_line(error)
     if isinstance(error, SyntaxError):
         return said  # It names file and line by itself.
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]

@@ -1,5 +1,5 @@
-"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, chat_templates, tasks.language,
-tasks.records, tasks.task and tasks.text.
+"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, chat_templates, and tasks.language,
+.patterns, .records, .task and .text.
 
 Prompts, the search for the answer in an output and its comparison are those of the lm-eval harness's tasks (0.4.13):
 `gsm8k`, `gsm8k_cot`, and, as `mgsm_ja`, its `mgsm_native_cot_ja`. Two answers are looked for: `strict` takes the one
@@ -19,6 +19,7 @@ import numpy as np
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.language import language_of
+from evojax_merge.tasks.patterns import find_all
 from evojax_merge.tasks.records import Record, Source
 from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
 from evojax_merge.tasks.text import encode_prompt
@@ -168,7 +169,7 @@ class GsmTask:
     def _judge(self, text: str, wanted: str) -> Mapping[str, bool]:
         right: dict[str, bool] = {}
         for match in MATCHES:
-            found = find_answer(self.style, match, text)
+            found = find_answer(self.style, match, text, f"task {self.name}")
             right[match] = found is not None and comparable(self.style, found) == wanted
         if self.language is None:
             return {**right, "accuracy": right[self.match]}
@@ -176,7 +177,8 @@ class GsmTask:
         return {**right, "language": spoken, "accuracy": right[self.match] and spoken}
 
     def unanswered(self, texts: Sequence[str]) -> str | None:
-        if any(find_answer(self.style, self.match, text) is not None for text in texts):
+        where = f"task {self.name}"
+        if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
             return None
         return "a number" if self.match == "flexible" else f"the pattern {self.style.strict!r}"
 
@@ -262,15 +264,17 @@ def _after(style: Style, problem: Problem) -> str:
 # Answers
 
 
-def find_answer(style: Style, match: Match, text: str) -> str | None:
-    """The answer in an output: of several groups of the pattern the first that is not empty."""
-    found = re.findall(style.strict if match == "strict" else FLEXIBLE, text)
+def find_answer(style: Style, match: Match, text: str, where: str = "tasks") -> str | None:
+    """The answer in an output: of several groups of the pattern the first that is not empty. `where` names the task
+    in messages."""
+    found = find_all(where, style.strict, text) if match == "strict" else list(re.finditer(FLEXIBLE, text))
     if not found:
         return None
     chosen = found[0 if match == "strict" else -1]
-    if isinstance(chosen, tuple):
-        chosen = next((group for group in chosen if group), None)
-    return None if chosen is None else str(chosen).strip()
+    groups = chosen.groups("")
+    # One group that is empty is an answer, of several the first that is not, as in the harness.
+    answer = next((group for group in groups if group), None) if len(groups) > 1 else chosen[len(groups)]
+    return None if answer is None else str(answer).strip()
 
 
 def comparable(style: Style, answer: str) -> str:

@@ -1,8 +1,8 @@
 """Tasks of the lm-eval harness: it builds the requests and scores the answers, the evaluator answers them.
 
-May import errors, chat_templates and tasks.task, and lm_eval where a task is opened. The requests become the tokens
-that the harness's own `hf` model makes of them, and each candidate's answers go back through the task's filters and
-`process_results`.
+May import errors, chat_templates, tasks.task and tasks.function, and lm_eval where a task is opened. The requests
+become the tokens that the harness's own `hf` model makes of them, and each candidate's answers go back through the
+task's filters and `process_results`.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import numpy as np
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
+from evojax_merge.tasks.function import users_code
 from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
 
 # What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
@@ -92,7 +93,7 @@ class Source:
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
-            with _as_the_harness():
+            with _as_the_harness(), users_code(self.where):
                 self.task.build_all_requests(
                     limit=options.docs,
                     rank=0,
@@ -104,7 +105,8 @@ class Source:
                 )
         except ChatTemplateError as error:
             raise InputError(self.where, f"apply_chat_template: the models' chat template failed ({error})") from None
-        except (ValueError, AssertionError) as error:
+        except Exception as error:
+            # A task is a program of its makers, templates and functions included.
             raise InputError(self.where, f"lm-eval cannot build its requests ({_line(error)})") from error
         by_example: dict[int, list[Any]] = {}
         for instance in self.task.instances:
@@ -248,14 +250,16 @@ class HarnessTask:
         together = [request for group in filled for request in group]
         if not together:
             return
-        for pipeline in self.source.task._filters:
-            pipeline.apply(together)
+        with users_code(self.source.where):
+            for pipeline in self.source.task._filters:
+                pipeline.apply(together)
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
-                # A task's own function may change the document that it is given.
-                metrics = self.source.task.process_results(
-                    copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
-                )
+                with users_code(self.source.where):
+                    # A task's own function may change the document that it is given.
+                    metrics = self.source.task.process_results(
+                        copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
+                    )
                 found |= {f"{metric},{name}": value for metric, value in metrics.items()}
 
     def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
@@ -284,9 +288,13 @@ def open_harness(
     """A task of the harness by its name there. Raises InputError for what it does not have."""
     manager, entry = _find(where, lm_eval, options.include_path)
     try:
-        with _as_the_harness():
+        with _as_the_harness(), users_code(lm_eval):
             (task,) = manager.load([lm_eval])["tasks"].values()
-    except (OSError, ValueError, KeyError) as error:
+            # Else an expression that is none would be found when the first outputs are scored.
+            for pipeline in task._filters:
+                for make in pipeline.filters:
+                    make()
+    except Exception as error:
         raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
     if getattr(task, "MULTIMODAL", False):
         raise InputError(where, f"lm_eval: {lm_eval} shows images or sounds; only text is supported")

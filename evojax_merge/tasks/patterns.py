@@ -1,0 +1,127 @@
+"""Regular expressions that users write, as those of `re`, but with an end: looking for a match that backtracks without
+one is given up. May import errors."""
+
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+
+import regex
+
+from evojax_merge.errors import InputError
+
+# Of processor time that one text may take. What an ordinary pattern needs for the longest output is a thousandth.
+SECONDS = 2.0
+# Texts that may take as long; after them the pattern is refused, or it would take all of the run's time.
+GIVE_UP_AFTER = 3
+LONGEST = 10_000
+# Parts that counted repetitions are written out to when a pattern is compiled: `((a{99}){99}){99}` has a million.
+LARGEST = 100_000
+
+TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}|\{,\d+\}|.", re.DOTALL)
+
+
+class Pattern:
+    """A compiled pattern. `slow`: the texts on which looking for it was given up."""
+
+    def __init__(self, pattern: str) -> None:
+        self.text = pattern
+        self.compiled = regex.compile(_as_re(pattern), regex.V0)
+        self.slow: set[str] = set()
+
+    def find_all(self, text: str) -> list[regex.Match[str]] | None:
+        """All matches; None where looking for them took too long."""
+        if text in self.slow:
+            return None
+        try:
+            return list(self.compiled.finditer(text, timeout=SECONDS))
+        except (TimeoutError, MemoryError):
+            self.slow.add(text)
+            return None
+
+
+_compiled = functools.cache(Pattern)
+
+
+def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str] = ()) -> None:
+    """Raises InputError for what is no regular expression of `re`, is too large, or takes too long on the `samples`,
+    joined to one text of as many characters as `longest` tokens may have."""
+    shown = _shown(pattern)
+    if not pattern:
+        raise InputError(
+            where, "pattern: is empty, and matches nothing but empty text; leave the key out or fill it in"
+        )
+    if len(pattern) > LONGEST:
+        raise InputError(where, f"pattern: {len(pattern):,} characters; expected at most {LONGEST:,}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(pattern)
+            if _size(pattern) > LARGEST:
+                raise InputError(where, f"pattern: {shown} repeats more than {LARGEST:,} parts")
+            found = _compiled(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
+        said = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise InputError(where, f"pattern: {shown} is not a regular expression ({said})") from None
+    sample = " ".join(samples)[: 4 * longest]
+    if found.find_all(sample) is None:
+        raise InputError(where, f"pattern: {shown} {_too_slow(sample)}")
+
+
+def find_all(where: str, pattern: str, text: str) -> list[regex.Match[str]]:
+    """All matches in a model's output. Where looking for them takes too long there are none, which is said once;
+    raises InputError if that happens again and again. `where` names the task."""
+    known = _compiled(pattern)
+    before = len(known.slow)
+    found = known.find_all(text)
+    if found is None and len(known.slow) > before:
+        told = f"pattern: {_shown(pattern)} {_too_slow(text)}"
+        if len(known.slow) >= GIVE_UP_AFTER:
+            raise InputError(where, f"{told}, and did so on {len(known.slow)} outputs")
+        if not before:
+            print(f"warning: {where}: {told}; such an output counts as one without an answer", file=sys.stderr)
+    return found or []
+
+
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}…")
+
+
+def _too_slow(text: str) -> str:
+    shown = text if len(text) <= 60 else f"{text[:60]}…"
+    return (
+        f"takes more than {SECONDS:g} s on a text of {len(text):,} characters ({shown!r}): "
+        "it tries too many ways to match; expected a pattern without repetitions inside repetitions"
+    )
+
+
+def _as_re(pattern: str) -> str:
+    """The pattern without what only the package regex gives a meaning: `{e}` for errors, `[[:alpha:]]` for a class."""
+    parts = []
+    for token in TOKENS.findall(pattern):
+        if token == "{":
+            token = r"\{"
+        elif token.startswith("[") and len(token) > 1:
+            inner = re.sub(r"(\\.)|\[", lambda part: part[1] or r"\[", token[1:], flags=re.DOTALL)
+            token = f"[{inner}"
+        parts.append(token)
+    return "".join(parts)
+
+
+def _size(pattern: str) -> int:
+    """About how many parts a pattern has when its counted repetitions are written out."""
+    groups, last = [0], 0
+    for token in TOKENS.findall(pattern):
+        if token == "(":
+            groups.append(0)
+            last = 0
+        elif token == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif token.startswith("{") and len(token) > 1:
+            groups[-1] += last * (max(int(number) for number in re.findall(r"\d+", token)) - 1)
+        else:
+            last = 1
+            groups[-1] += 1
+    return sum(groups)

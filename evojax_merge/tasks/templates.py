@@ -1,0 +1,86 @@
+"""Templates that users write, such as `"Q: {question}\\nA:"`: text, and the names of a record's fields.
+
+May import errors. They look like Python's format strings, of which they may have names alone: `{name}`, `{name[key]}`
+for a field of a field, `{{` and `}}` for braces. No attribute, conversion, width or format is followed: a template
+cannot reach what is not in the record.
+"""
+
+import functools
+import math
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from evojax_merge.errors import InputError
+
+# Text, or the path to a field.
+Part = str | tuple[str, ...]
+
+NAME = re.compile(r"[^\[\].!:{}]+(?:\[[^\[\]{}]+\])*")
+# Far beyond any model's context; a longer text would only be slow to refuse.
+LONGEST = 10_000_000
+EXPECTED = "expected the names of fields in braces, such as {question}, and {{ }} for braces themselves"
+
+
+@functools.cache
+def _parts(template: str) -> tuple[Part, ...]:
+    """Raises ValueError that says what is no template."""
+    parts: list[Part] = []
+    for text, name, form, conversion in string.Formatter().parse(template):
+        if text:
+            parts.append(text)
+        if name is None:
+            continue
+        shown = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+        if form or conversion or not NAME.fullmatch(name) or name.isdecimal():
+            raise ValueError(f"{{{shown[:100]}}} is not the name of a field")
+        parts.append(tuple(re.split(r"[\[\]]+", name.removesuffix("]"))))
+    return tuple(parts)
+
+
+def check_template(where: str, template: str) -> None:
+    """Raises InputError for a template that is none; `where` is its key."""
+    try:
+        template.encode()
+        _parts(template)
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
+    except ValueError as error:
+        raise InputError(where, f"{error}; {EXPECTED}") from None
+
+
+def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
+    """A template, filled from a record. Raises InputError where the record has not what it names, or no text or number
+    there. `where` is the record's place, `key` what the template is for."""
+    text = "".join(part if isinstance(part, str) else _value(where, key, part, record) for part in _parts(template))
+    if len(text) > LONGEST:
+        raise InputError(where, f"{key}: a text of {len(text):,} characters; expected at most {LONGEST:,}")
+    return text
+
+
+def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> str:
+    value: Any = record
+    for depth, name in enumerate(path):
+        if isinstance(value, Mapping) and name in value:
+            value = value[name]
+        elif isinstance(value, list) and depth and name.isdecimal() and len(name) < 10 and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            has = f" (it has {_listed(value)})" if isinstance(value, Mapping) else ""
+            raise InputError(where, f"{key}: the record has no field {_shown(path[: depth + 1])!r}{has}")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    found = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
+    raise InputError(where, f"{key}: the field {_shown(path)!r} is {found}; expected a text or a number")
+
+
+def _shown(path: tuple[str, ...]) -> str:
+    return path[0] + "".join(f"[{name}]" for name in path[1:])
+
+
+def _listed(record: Mapping[str, Any]) -> str:
+    names = list(map(str, record))
+    return ", ".join(name[:40] for name in names[:12]) + (", …" if len(names) > 12 else "")
