@@ -1,4 +1,4 @@
-"""The errors that a user meets. Imports nothing.
+"""The errors that a user meets.
 
 `InputError` is for whatever the user can put right: the command line prints it as one line and exits with
 status 2. `Failed` is for what went wrong although the input is right: one line too, status 1. Anything else that
@@ -42,6 +42,9 @@ class InputError(Exception):
 
 class Failed(Exception):
     """The input is right, and yet it came to nothing: says what was tried, a likely cause and what to look at."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(printable(what))
 
 
 class LostProcess(Exception):
