@@ -4,7 +4,8 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from evojax_merge import interrupts
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
@@ -30,6 +32,7 @@ from evojax_merge.errors import InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests
+from evojax_merge.interrupts import interrupts_held
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
@@ -37,7 +40,7 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
-from evojax_merge.search.run_folder import RunFolder, is_run, open_run
+from evojax_merge.search.run_folder import Checkpoints, RunFolder, is_run, locked, open_run
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
     Problem,
@@ -114,29 +117,83 @@ class SearchBar(Reporter):
 def run_search_command(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]
 ) -> None:
-    config = read_config(path, overrides, seed)
-    out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
-    given = [part for override in overrides for part in ("--set", override)]
-    given += [] if seed is None else ["--seed", str(seed)]
-    given += ["--distributed"] if jax.process_count() > 1 else []
-    again = shlex.join(["evojax-merge", "search", str(path), "--out", str(out), *given, "--resume"])
-    if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, again)
-        return
-    problem = build_problem(path, config)
-    requests = problem.requests()
-    require_space(out, _model_bytes(problem))
-    folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
-    _search_into(folder, problem, requests, again)
+    options = [part for override in overrides for part in ("--set", override)]
+    options += [] if seed is None else ["--seed", str(seed)]
+    options += ["--distributed"] if jax.process_count() > 1 else []
+    asked = ["--out", str(out)] if out else []
+    asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
+    continuation = Continuation(_command(path, *asked, *options))
+    with continuation.told():
+        config = read_config(path, overrides, seed)
+        out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+        again = _command(path, "--out", str(out), *options, "--resume")
+        if config.stages is not None:
+            _run_chain(path, config, config.stages, out, resume, overwrite, partial(continuation.begun, again))
+            return
+        problem = build_problem(path, config)
+        requests = problem.requests()
+        require_space(out, _model_bytes(problem))
+        begun = partial(continuation.begun, again)
+        with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
+            _search_into(folder, problem, requests)
 
 
-def _open_together(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
-    """The run folder, opened by the one process that writes; the others wait, and say nothing."""
+def _command(path: Path, *options: str) -> str:
+    return shlex.join(["evojax-merge", "search", str(path), *options])
+
+
+class Continuation:
+    """The command that continues a search, wherever it is broken off: at first, the one that was given."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._folder: RunFolder | None = None
+
+    def begun(self, command: str, folder: RunFolder) -> None:
+        self._command, self._folder = command, folder
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Print it where a signal or the loss of another process ends the block."""
+        try:
+            yield
+        except BaseException as error:
+            if interrupts.received() or isinstance(error, LostProcess):
+                with interrupts_held():
+                    print(f"stopped; {self._saved()}. Continue with: {self._command}", file=sys.stderr, flush=True)
+            raise
+
+    def _saved(self) -> str:
+        if self._folder is None:
+            return "nothing was searched yet"
+        count = len(self._folder.read_history())
+        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
+
+
+@contextmanager
+def _opened(
+    path: Path, document: dict[str, Any], begun: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """The run folder, locked and opened by the one process that writes; the others wait, and say nothing. `begun` is
+    called as soon as there is something to resume."""
     console.quiet = jax.process_index() > 0
-    if jax.process_index() == 0:
-        open_run(path, document, resume=resume, overwrite=overwrite)
+    folder = RunFolder(path)
+    with ExitStack() as stack:
+        with interrupts_held():
+            if jax.process_index() == 0:
+                stack.enter_context(locked(path, resume=resume))
+                open_run(path, document, resume=resume, overwrite=overwrite)
+            begun(folder)
+        _check_checkpoints(folder)
+        yield folder
+
+
+def _check_checkpoints(folder: RunFolder) -> None:
+    """What cannot be continued is found before the models are loaded."""
     wait_for_all("opened")
-    return RunFolder(path)
+    if folder.checkpoints.exists() or folder.history.exists():
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.restore(_say)
 
 
 def _model_bytes(problem: Problem) -> int:
@@ -145,8 +202,9 @@ def _model_bytes(problem: Problem) -> int:
 
 
 def _run_chain(
-    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
-) -> None:
+    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
+    begun: Callable[[RunFolder], None],
+) -> None:  # fmt: skip
     """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
@@ -160,24 +218,28 @@ def _run_chain(
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
-    run = _open_together(out, document, resume=resume, overwrite=overwrite)
-    winner: str | None = None
-    for number, stage in enumerate(stages, start=1):
-        console.print(f"stage {number} of {len(stages)}", highlight=False)
-        problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
-        if number == len(stages):
-            _search_into(run, problem, requests[-1], again)
-            return
-        folder = RunFolder((out / "stages" / f"stage-{number}").resolve())
-        if not (resume and folder.result.exists() and folder.model.exists()):
-            begun = resume and is_run(folder)
-            _open_together(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
-            _search_into(folder, problem, requests[number - 1], again)
-        winner = str(folder.model)
+    with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
+        winner: str | None = None
+        for number, stage in enumerate(stages, start=1):
+            console.print(f"stage {number} of {len(stages)}", highlight=False)
+            problem = problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner))
+            if number == len(stages):
+                _search_into(run, problem, requests[-1])
+                return
+            folder = RunFolder((run.stages / f"stage-{number}").resolve())
+            if not (resume and folder.result.exists() and folder.model.exists()):
+                begun(folder)
+                if jax.process_index() == 0:
+                    again = resume and is_run(folder)
+                    open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
+                _check_checkpoints(folder)
+                _search_into(folder, problem, requests[number - 1])
+            winner = str(folder.model)
+            begun(run)
 
 
-def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]], again: str) -> None:
-    """Search, choose, export and report. `again` is the command that continues an interrupted run."""
+def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]]) -> None:
+    """Search, choose, export and report."""
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
@@ -189,16 +251,11 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}"), TimeElapsedColumn(),
     )  # fmt: skip
-    try:
-        with Progress(*columns, console=console) as progress:
-            reporter = SearchBar(progress, problem.search.generations)
-            outcome = run_search(
-                problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
-            )
-    except (KeyboardInterrupt, LostProcess):
-        done = len(folder.read_history())
-        print(f"stopped; {done} generations are saved. Continue with: {again}", file=sys.stderr)
-        raise
+    with Progress(*columns, console=console) as progress:
+        reporter = SearchBar(progress, problem.search.generations)
+        outcome = run_search(
+            problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
+        )
     console.print(describe_work(blocks), highlight=False)
     if len(blocks) > 1:
         examples = sum(task.size for block in blocks for task in block.tasks)
@@ -216,6 +273,7 @@ def _say(text: str) -> None:
 
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
     """Export the winner, and report."""
+    interrupts.check()
     write_recipe(problem, result.genome, folder.recipe)
     job = prepare(read_recipe(folder.recipe))
     card = search_card(folder.path.name, problem, result, folder.recipe.read_text(encoding="utf-8"))

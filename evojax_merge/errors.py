@@ -1,7 +1,8 @@
 """The errors that a user meets. Imports nothing.
 
 `InputError` is for whatever the user can put right: the command line prints it as one line and exits with
-status 2. Anything else that reaches the top is a failure of the program or of a user's own function (status 1).
+status 2. `Failed` is for what went wrong although the input is right: one line too, status 1. Anything else that
+reaches the top is a failure of the program or of a user's own function (status 1, with its traceback).
 """
 
 import difflib
@@ -14,6 +15,10 @@ class InputError(Exception):
     def __init__(self, where: object, what: str) -> None:
         super().__init__(f"{where}: {what}")
         self.where, self.what = str(where), what
+
+
+class Failed(Exception):
+    """The input is right, and yet it came to nothing: says what was tried, a likely cause and what to look at."""
 
 
 class LostProcess(Exception):

@@ -13,12 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.evaluation.signals import warnings
+from evojax_merge.interrupts import interrupts_held
 from evojax_merge.search.foresight import Known
 from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
-from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, interrupts_held, truncate_lines
+from evojax_merge.search.run_folder import (
+    Checkpoints,
+    RunFolder,
+    append_line,
+    restore_history,
+    restore_timing,
+    to_line,
+)
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
 
@@ -76,14 +85,16 @@ def run_search(
         reporter.said(describe_rungs(blocks, population))
     with Checkpoints(folder) as checkpoints:
         state = _fresh_state(strategy, space.start, config.finalists, knowing_nothing(blocks, space.dims))
-        first = checkpoints.latest()
-        if first is not None:
-            state = checkpoints.load(first, state)
+        saved, first, history = checkpoints.restore(reporter.said), 0, ""
+        if saved is not None:
+            state, first, history = saved.state(state), saved.generations, saved.history
             if first >= config.generations:
                 reporter.said(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-        for path in (folder.history, folder.timing) if writes else ():
-            truncate_lines(path, first or 0)
-        for number in range(first or 0, config.generations):
+        if writes:
+            restore_history(folder, history, reporter.said)
+            restore_timing(folder, first)
+        for number in range(first, config.generations):
+            interrupts.check()
             genomes, asked = strategy.ask(state["strategy"], number)
             order = turn(len(blocks), seed, number)
             reporter.evaluating(number, race_passes(blocks, order, population))
@@ -95,12 +106,14 @@ def run_search(
                     reporter.said(line)
             state = _next_state(strategy, asked, number, genomes, raced, state)
             row = _history_row(number, raced, state)
+            timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
+            line = to_line(row)
+            history += line
             with interrupts_held():
+                checkpoints.save(number + 1, state, history)
                 if writes:
-                    append_line(folder.history, row)
-                    timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
-                    append_line(folder.timing, timing)
-                checkpoints.save(number + 1, state)
+                    append_line(folder.history, line)
+                    append_line(folder.timing, to_line(timing))
             reporter.finished(
                 Generation(
                     number=number,
