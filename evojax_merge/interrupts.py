@@ -1,8 +1,9 @@
 """Signals that ask the program to end: SIGINT, SIGTERM and SIGHUP. Imports nothing heavy; called from the main thread.
 
-They unwind the program as KeyboardInterrupt, so that nothing half-done is left. While modules are imported they end it
-at once instead: nothing is begun yet, and an import in C turns what is raised in it into an error of its own. For the
-same reason `received` is what tells an interruption, and not the exception that reaches the top.
+They unwind the program as KeyboardInterrupt, so that nothing half-done is left. At the start, where nothing is begun
+yet, they end it at once instead. An import is let finish: one in C turns what is raised in it into an error of its own,
+or aborts the process, and a library may take it for a package that is not installed. For the same reason `received` is
+what tells an interruption, and not the exception that reaches the top.
 """
 
 import os
@@ -10,10 +11,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
+# Tells that a bit of processor time has passed. (A user's function, or a limit on time, may use SIGALRM.)
+LATER = signal.SIGPROF
 
 _received = False
 
@@ -65,8 +69,8 @@ def interrupts_held() -> Iterator[None]:
         yield
         return
     held: list[int] = []
-    usual = {number: signal.getsignal(number) for number in SIGNALS}
-    usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
+    usual = {number: signal.getsignal(number) for number in (*SIGNALS, LATER)}
+    usual = {number: handler for number, handler in usual.items() if handler not in (signal.SIG_IGN, None)}
 
     def hold(number: int, frame: Any) -> None:
         held.append(number)
@@ -84,10 +88,22 @@ def interrupts_held() -> Iterator[None]:
         signal.raise_signal(held[0])
 
 
-def _unwind(number: int, frame: Any) -> NoReturn:
+def _unwind(number: int, frame: FrameType | None) -> None:
     global _received
-    _received = True
+    first, _received = not _received, True
+    if (first or number == LATER) and _importing(frame):
+        signal.signal(LATER, _unwind)
+        signal.setitimer(signal.ITIMER_PROF, 0.02)
+        return
     raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

@@ -176,7 +176,7 @@ def build(root: Path) -> None:
     config["search"] = {"generations": GENERATIONS, "population": 4}
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     recipe = yaml.safe_load((root / "recipe.yaml").read_text())
-    (root / "other.yaml").write_text(yaml.safe_dump(recipe | {"merge_method": "linear"}))
+    (root / "other.yaml").write_text(yaml.safe_dump(recipe | {"merge_method": "dare_ties"}))
 
 
 def torture(root: Path, kills: int, seed: int, log: Callable[[str], None] = print) -> Torture:
