@@ -46,6 +46,7 @@ def end_at_once(status: int, message: str = "") -> None:
         os.write(2, message.encode(errors="replace"))
         os._exit(status)
 
+    signal.setitimer(signal.ITIMER_PROF, 0)
     _handle(end)
 
 
@@ -95,6 +96,7 @@ def _unwind(number: int, frame: FrameType | None) -> None:
         signal.signal(LATER, _unwind)
         signal.setitimer(signal.ITIMER_PROF, 0.02)
         return
+    signal.setitimer(signal.ITIMER_PROF, 0)
     raise KeyboardInterrupt
 
 
