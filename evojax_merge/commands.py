@@ -37,7 +37,7 @@ from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
-from evojax_merge.search.loop import Generation, Reporter, run_search
+from evojax_merge.search.loop import Generation, Reporter, run_bytes, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task
 from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, is_run, locked, open_run
@@ -132,7 +132,7 @@ def run_search_command(
             return
         problem = build_problem(path, config)
         requests = problem.requests()
-        require_space(out, _model_bytes(problem))
+        require_space(out, _run_bytes(problem))
         begun = partial(continuation.begun, again)
         with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
             _search_into(folder, problem, requests)
@@ -196,9 +196,11 @@ def _check_checkpoints(folder: RunFolder) -> None:
             checkpoints.restore(_say)
 
 
-def _model_bytes(problem: Problem) -> int:
-    """Candidates need no disk; the winner is about as large as one parent."""
-    return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+def _run_bytes(problem: Problem) -> int:
+    """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+    examples = sum(task.size for block in problem.blocks for task in block)
+    return model + run_bytes(problem.search, problem.space, examples)
 
 
 def _run_chain(
@@ -213,7 +215,7 @@ def _run_chain(
         for i, stage in enumerate(stages)
     ]
     requests = [problem.requests() for problem in problems]
-    require_space(out, _model_bytes(problems[0]) * len(stages))
+    require_space(out, sum(map(_run_bytes, problems)))
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
@@ -355,7 +357,7 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
     job = prepare(recipe, dtype)
     card_file = folder.model / "README.md"
     card = (
-        card_file.read_text(encoding="utf-8")
+        card_file.read_text(encoding="utf-8", errors="replace")
         if card_file.exists()
         else merge_card(out.name, recipe.method.name, recipe.models, folder.recipe.read_text(encoding="utf-8"))
     )

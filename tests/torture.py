@@ -39,7 +39,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "generation": lambda run: (run / "history.jsonl").exists(),
     "recipe": lambda run: (run / "best/recipe.yaml").exists(),
     "export": lambda run: any(path.name.startswith(".model") for path in _entries(run / "best")),
-    "swap": lambda run: any(".old." in path.name for path in _entries(run / "best")),
+    "swap": lambda run: any("old." in path.name for path in _entries(run / "best")),
     "report": lambda run: (run / "best/model").exists(),
 }
 GENERATIONS = 4

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, cannot_write
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -53,7 +53,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.rename(work, target)
     except OSError as error:
-        raise InputError(target, f"could not be written ({error.strerror}); nothing was left behind") from None
+        raise cannot_write(target, error, "; nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -73,7 +73,7 @@ def atomic_write(path: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
         os.replace(work, path)
     except OSError as error:
-        raise InputError(path, f"could not be written ({error.strerror})") from None
+        raise cannot_write(path, error) from None
     finally:
         work.unlink(missing_ok=True)
 

@@ -15,12 +15,14 @@ import numpy as np
 
 from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
+from evojax_merge.evaluation.devices import float_bytes
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.evaluation.signals import warnings
 from evojax_merge.interrupts import interrupts_held
-from evojax_merge.search.foresight import Known
+from evojax_merge.search.foresight import WINDOW, Known
 from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
 from evojax_merge.search.run_folder import (
+    KEPT_CHECKPOINTS,
     Checkpoints,
     RunFolder,
     append_line,
@@ -127,6 +129,16 @@ def run_search(
                 )
             )
     return _outcome(state)
+
+
+def run_bytes(config: SearchConfig, space: Space, examples: int) -> int:
+    """About how much a run writes beside its model, at most: checkpoints (each with the history), one of them being
+    written while the others are kept, and the history."""
+    population = config.population or default_population(space.dims)
+    state = jax.eval_shape(make_strategy(space.dims, population, config.sigma, 0).init, space.start)
+    arrays = 4 * WINDOW * (space.dims + examples) + 4 * config.finalists * space.dims + float_bytes(state)
+    history = config.generations * (400 + 45 * population)
+    return (KEPT_CHECKPOINTS + 1) * (arrays + history) + 2 * history + 2**20
 
 
 def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Known) -> dict[str, Any]:

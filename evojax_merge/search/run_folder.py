@@ -15,6 +15,7 @@ The process may be killed at any instant. What it leaves is a folder that holds 
 continued; the next process to open it removes the rest.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +26,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ import numpy as np
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.checkpoints.writer import atomic_write
-from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.errors import Failed, InputError, LostProcess, cannot_write
 from evojax_merge.evaluation.devices import in_step, wait_for_all
 from evojax_merge.interrupts import interrupts_held
 
@@ -124,10 +125,13 @@ def to_line(row: dict[str, Any]) -> str:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line, on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(line)
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(line)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise cannot_write(path, error, "; all that was saved is whole, and --resume goes on from it") from None
 
 
 def restore_history(folder: RunFolder, history: str, say: Callable[[str], None]) -> None:
@@ -428,8 +432,19 @@ class Checkpoints:
         """Every process has the same state, and all of them call this, with `interrupts_held`; one writes."""
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history"] = np.frombuffer(history.encode(), np.uint8)
-        with in_step():
-            self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
+        try:
+            with in_step():
+                self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
+        except LostProcess:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            full = os.strerror(errno.ENOSPC)
+            raise Failed(
+                f"{self._folder.checkpoints}: generation {generations} could not be saved "
+                f"({full if full in text else text[:200]}); all that was saved before is whole, and --resume goes on "
+                "from it"
+            ) from None
 
     def restore(self, say: Callable[[str], None]) -> Saved | None:
         """The newest checkpoint that can be read; those that cannot are removed, and that is said. None: there is none
@@ -484,9 +499,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        # Closing is done together; it would wait for a process that has gone.
+        # Closing is done together; it would wait for a process that has gone. It raises again what a save has raised.
         if kind is not LostProcess:
-            self._checkpointer.close()
+            with nullcontext() if kind is None else suppress(Exception):
+                self._checkpointer.close()
 
 
 def _name(path: tuple[Any, ...]) -> str:
