@@ -321,22 +321,23 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is still locked: nobody else can have taken it.
-        folder.lock.unlink(missing_ok=True)
-        os.close(handle)
-        if is_new and not _entries(path):
-            with suppress(OSError):
-                path.rmdir()
+        if handle in _held:
+            # While it is still locked: nobody else can have taken it.
+            folder.lock.unlink(missing_ok=True)
+            _held.remove(handle)
+            os.close(handle)
+            if is_new and not _entries(path):
+                with suppress(OSError):
+                    path.rmdir()
 
 
 def _lock(folder: RunFolder) -> int:
-    """The open lock file. Record locks: unlike flock's they are not handed on to child processes, which may outlive
-    this one."""
+    """The open lock file."""
     while True:
         handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             os.close(handle)
             raise _in_use(folder) from None
         except OSError as error:
@@ -351,7 +352,19 @@ def _lock(folder: RunFolder) -> int:
         raise InputError(folder.lock, "is no lock of this program, which needs a file of this name; move it")
     os.ftruncate(handle, 0)
     os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+    _held.add(handle)
     return handle
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+# A forked child, which may outlive this process, would have the lock as well.
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _in_use(folder: RunFolder) -> InputError:

@@ -126,7 +126,7 @@ def older_version(run: Path) -> None:
 HOLD = """
 import fcntl, os, sys
 handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
-fcntl.lockf(handle, fcntl.LOCK_EX)
+fcntl.flock(handle, fcntl.LOCK_EX)
 os.write(handle, f"{os.getpid()} on elsewhere\\n".encode())
 print(flush=True)
 sys.stdin.read()
