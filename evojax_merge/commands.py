@@ -189,11 +189,10 @@ def _opened(
 
 
 def _check_checkpoints(folder: RunFolder) -> None:
-    """What cannot be continued is found before the models are loaded."""
+    """What cannot be continued is found before the models are loaded. All processes do this together."""
     wait_for_all("opened")
-    if folder.checkpoints.exists() or folder.history.exists():
-        with Checkpoints(folder) as checkpoints:
-            checkpoints.restore(_say)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.restore(_say)
 
 
 def _run_bytes(problem: Problem) -> int:

@@ -180,13 +180,13 @@ def build(root: Path) -> None:
 
 
 def torture(root: Path, kills: int, seed: int, log: Callable[[str], None] = print) -> Torture:
-    """Kill so many times, a tenth of them merges and exports. `root`: a folder that is not there yet."""
+    """Kill so many times, merges and exports about a tenth of them. `root`: a folder that is not there yet."""
     torment = Torture(root, random.Random(seed))
     build(root)
     # Twice, so that compiled programs are kept when it is timed. The run's name stands in its model's card.
     for _ in range(2):
         torment.whole("search", "config.yaml", "--out", REFERENCE, "--overwrite")
-    for number in range(kills // 10):
+    for number in range(-(-kills // 10)):
         replace(torment, number)
         log(f"{sum(torment.kills.values())} kills, {len(torment.faults)} faults")
     while sum(torment.kills.values()) < kills:
