@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
+.PHONY: help quickstart smollm2 test torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
 	bench-paths bench-zoo clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
 	@echo "make test         the tests, in an environment of their own (20 minutes on two cores)"
+	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench        what can be measured, and how long each takes"
 
@@ -37,6 +38,9 @@ smollm2: .venv/installed-smollm2
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+torture: .venv/installed-test
+	$(BIN)/python tests/torture.py --kills 100 --seed 0
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

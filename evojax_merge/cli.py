@@ -2,20 +2,37 @@
 
 import io
 import os
-import signal
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from evojax_merge import __version__, interrupts
+
+if __name__ == "__main__":  # Before click: an interruption should not find the program unprepared.
+    interrupts.end_at_once(interrupts.INTERRUPTED, "interrupted\n")
 
 import click
 
-from evojax_merge import __version__
 from evojax_merge.errors import Failed, InputError, LostProcess, printable
+from evojax_merge.interrupts import INTERRUPTED
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # As config.MAX_SEED says; that file's imports are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Around the imports of a command. A search that is interrupted here is told how to go on, as it is later."""
+    arguments = sys.argv[1:]
+    again = shlex.join(["evojax-merge", *arguments])
+    told = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
+    with interrupts.nothing_begun(f"{told}interrupted\n"):
+        _start_jax()
+        yield
 
 
 def _start_jax() -> None:
@@ -61,12 +78,12 @@ def search(
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
-    _start_jax()
-    if distributed:
-        from evojax_merge.evaluation.devices import join_processes
+    with _starting():
+        if distributed:
+            from evojax_merge.evaluation.devices import join_processes
 
-        join_processes()
-    from evojax_merge.commands import run_search_command
+            join_processes()
+        from evojax_merge.commands import run_search_command
 
     run_search_command(config, out, resume, overwrite, seed, list(overrides))
 
@@ -80,8 +97,8 @@ def search(
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
     """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
-    _start_jax()
-    from evojax_merge.commands import run_merge_command
+    with _starting():
+        from evojax_merge.commands import run_merge_command
 
     run_merge_command(recipe, out, dtype, seed, overwrite, allow_nonfinite)
 
@@ -92,8 +109,8 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
 def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> None:
     """Score stored MODELS on all examples of the tasks (a search's config can serve as the tasks file)."""
-    _start_jax()
-    from evojax_merge.commands import run_evaluate_command
+    with _starting():
+        from evojax_merge.commands import run_evaluate_command
 
     run_evaluate_command(list(models), tasks, json_file)
 
@@ -105,24 +122,38 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 def export(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
     """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
-    _start_jax()
-    from evojax_merge.commands import run_export_command
+    with _starting():
+        from evojax_merge.commands import run_export_command
 
     run_export_command(run, out, dtype, overwrite)
-
-
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def run(command: Callable[[], Any]) -> int:
     """Run a command; turn what it raises into the exit status and one line on stderr."""
     try:
+        return _run(command)
+    except BaseException as error:
+        # What a signal breaks off may raise anything: an import in C makes an ImportError of it.
+        if interrupts.received():
+            interrupts.end_at_once(INTERRUPTED, "interrupted\n")
+        elif not isinstance(error, (KeyboardInterrupt, click.Abort)):
+            raise
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _run(command: Callable[[], Any]) -> int:
+    try:
         command()
+        sys.stdout.flush()
     except InputError as error:
+        if interrupts.received():
+            raise
         print(f"error: {error}", file=sys.stderr)
         return WRONG_INPUT
     except Failed as error:
+        if interrupts.received():
+            raise
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except click.ClickException as error:
@@ -133,21 +164,20 @@ def run(command: Callable[[], Any]) -> int:
             more = "" if context is None else f" (see {context.command_path} --help)"
             print(f"error: {printable(error.format_message())}{more}", file=sys.stderr)
         return WRONG_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except BrokenPipeError:
+        print("error: standard output was closed", file=sys.stderr)
+        return FAILED
     return DONE
 
 
 def main() -> None:
-    # A scheduler's polite kill is an interruption like any other.
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupts.install()
     # A name that the terminal's encoding does not have is no reason to stop.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(run(lambda: cli.main(standalone_mode=False)))
+        status = run(lambda: cli.main(standalone_mode=False))
     except LostProcess as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # An ordinary end would wait for the process that has gone.
@@ -156,7 +186,15 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        sys.exit(FAILED)
+        status = FAILED
+    # All is said and done: a signal that comes now only hastens the end.
+    interrupts.end_at_once(status)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # The interpreter would try again, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 if __name__ == "__main__":

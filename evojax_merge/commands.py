@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from evojax_merge import interrupts
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
 from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
 from evojax_merge.checkpoints.folder import Folder
@@ -36,19 +37,22 @@ from evojax_merge.evaluation.devices import local_devices, on_accelerator, unuse
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
+from evojax_merge.interrupts import interrupts_held
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
-from evojax_merge.search.loop import Generation, Reporter, run_search
+from evojax_merge.search.loop import Generation, Reporter, run_bytes, run_search
 from evojax_merge.search.open_tasks import locate, open_whole_task, overlaps, repeated
 from evojax_merge.search.racing import describe_race
 from evojax_merge.search.run_folder import (
+    Checkpoints,
     EarlierWinner,
     RunFolder,
     earlier_winners,
     is_run,
     keep_winner,
+    locked,
     open_run,
     removed_if_refused,
 )
@@ -139,41 +143,95 @@ class SearchBar(Reporter):
 def run_search_command(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]
 ) -> None:
-    config = read_config(path, overrides, seed)
-    out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
-    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
-        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
-    given = [part for override in overrides for part in ("--set", override)]
-    given += [] if seed is None else ["--seed", str(seed)]
-    given += ["--distributed"] if jax.process_count() > 1 else []
-    again = shlex.join(["evojax-merge", "search", str(path), "--out", str(out), *given, "--resume"])
-    if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, again)
-        return
-    problem = build_problem(path, config)
-    requests = problem.requests()
-    _warn(_token_warnings(problem, requests))
-    require_space(out, _model_bytes(problem))
-    _require_bank(path, problem)
-    folder = _open_together(out, resolved_document(problem), resume=resume, overwrite=overwrite)
-    _say_unread(problem.sources.folders)
-    _warn(overlaps(str(path), config.tasks, problem.full, problem.heldout))
-    with nullcontext() if resume else removed_if_refused(folder):
-        _search_into(folder, problem, requests, again)
+    options = [part for override in overrides for part in ("--set", override)]
+    options += [] if seed is None else ["--seed", str(seed)]
+    options += ["--distributed"] if jax.process_count() > 1 else []
+    asked = ["--out", str(out)] if out else []
+    asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
+    continuation = Continuation(_command(path, *asked, *options))
+    with continuation.told():
+        config = read_config(path, overrides, seed)
+        out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+            raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+        again = _command(path, "--out", str(out), *options, "--resume")
+        begun = partial(continuation.begun, again)
+        if config.stages is not None:
+            _run_chain(path, config, config.stages, out, resume, overwrite, begun)
+            return
+        problem = build_problem(path, config)
+        requests = problem.requests()
+        require_space(out, _run_bytes(problem))
+        _require_bank(path, problem)
+        with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
+            _say_first(path, problem, requests)
+            _search_into(folder, problem, requests)
 
 
-def _open_together(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
-    """The run folder, opened by the one process that writes; the others wait, and say nothing."""
+def _command(path: Path, *options: str) -> str:
+    return shlex.join(["evojax-merge", "search", str(path), *options])
+
+
+class Continuation:
+    """The command that continues a search, wherever it is broken off: at first, the one that was given."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._folder: RunFolder | None = None
+
+    def begun(self, command: str, folder: RunFolder) -> None:
+        self._command, self._folder = command, folder
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Print it where a signal or the loss of another process ends the block."""
+        try:
+            yield
+        except BaseException as error:
+            if interrupts.received() or isinstance(error, LostProcess):
+                with interrupts_held():
+                    print(f"stopped; {self._saved()}. Continue with: {self._command}", file=sys.stderr, flush=True)
+            raise
+
+    def _saved(self) -> str:
+        if self._folder is None:
+            return "nothing was searched yet"
+        count = len(self._folder.read_history())
+        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
+
+
+@contextmanager
+def _opened(
+    path: Path, document: dict[str, Any], begun: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """The run folder, locked and opened by the one process that writes; the others wait, and say nothing. `begun` is
+    called as soon as there is something to resume."""
     console.quiet = jax.process_index() > 0
-    if jax.process_index() == 0:
-        open_run(path, document, resume=resume, overwrite=overwrite)
+    folder = RunFolder(path)
+    with ExitStack() as stack:
+        with interrupts_held():
+            if jax.process_index() == 0:
+                stack.enter_context(locked(path, resume=resume))
+                if not resume:
+                    stack.enter_context(removed_if_refused(folder))
+                open_run(path, document, resume=resume, overwrite=overwrite)
+            begun(folder)
+        _check_checkpoints(folder)
+        yield folder
+
+
+def _check_checkpoints(folder: RunFolder) -> None:
+    """What cannot be continued is found before the models are loaded. All processes do this together."""
     wait_for_all("opened")
-    return RunFolder(path)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.restore(_say)
 
 
-def _model_bytes(problem: Problem) -> int:
-    """Candidates need no disk; the winner is about as large as one parent."""
-    return bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+def _run_bytes(problem: Problem) -> int:
+    """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+    examples = sum(task.size for block in problem.blocks for task in block)
+    return model + run_bytes(problem.search, problem.space, examples)
 
 
 def _require_bank(path: Path, problem: Problem) -> None:
@@ -186,8 +244,9 @@ def _require_bank(path: Path, problem: Problem) -> None:
 
 
 def _run_chain(
-    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool, again: str
-) -> None:
+    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
+    begun: Callable[[RunFolder], None],
+) -> None:  # fmt: skip
     """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
@@ -196,45 +255,47 @@ def _run_chain(
         for i, stage in enumerate(stages)
     ]
     requests = [problem.requests() for problem in problems]
-    # All stages ask the same.
-    _warn(_token_warnings(problems[0], requests[0]))
-    require_space(out, _model_bytes(problems[0]) * len(stages))
+    require_space(out, sum(map(_run_bytes, problems)))
     for problem in problems:
         _require_bank(path, problem)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
-    run = _open_together(out, document, resume=resume, overwrite=overwrite)
-    _say_unread(problems[0].sources.folders)
-    _warn(overlaps(str(path), config.tasks, problems[0].full, problems[0].heldout))
-    with nullcontext() if resume else removed_if_refused(run):
-        _run_stages(path, config, stages, run, problems, requests, resume, again)
+    with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
+        # All stages ask the same.
+        _say_first(path, problems[0], requests[0])
+        winner: str | None = None
+        for number, stage in enumerate(stages, start=1):
+            console.print(f"stage {number} of {len(stages)}")
+            problem = problems[0]
+            if winner is not None:
+                problem = build_problem(path, stage_config(config, stage, winner), chained=True)
+            if number == len(stages):
+                _search_into(run, problem, requests[-1])
+                return
+            folder = RunFolder((run.stages / f"stage-{number}").resolve())
+            if not (resume and folder.result.exists() and folder.model.exists()):
+                begun(folder)
+                if jax.process_index() == 0:
+                    again = resume and is_run(folder)
+                    open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
+                _check_checkpoints(folder)
+                _search_into(folder, problem, requests[number - 1])
+            winner = str(folder.model)
+            begun(run)
 
 
-def _run_stages(
-    path: Path, config: Config, stages: list[StageConfig], run: RunFolder, problems: list[Problem],
-    requests: list[list[list[Requests]]], resume: bool, again: str,
-) -> None:  # fmt: skip
-    winner: str | None = None
-    for number, stage in enumerate(stages, start=1):
-        console.print(f"stage {number} of {len(stages)}", highlight=False)
-        problem = (
-            problems[0] if winner is None else build_problem(path, stage_config(config, stage, winner), chained=True)
-        )
-        if number == len(stages):
-            _search_into(run, problem, requests[-1], again)
-            return
-        folder = RunFolder((run.path / "stages" / f"stage-{number}").resolve())
-        if not (resume and folder.result.exists() and folder.model.exists()):
-            begun = resume and is_run(folder)
-            _open_together(folder.path, resolved_document(problem), resume=begun, overwrite=not begun)
-            _search_into(folder, problem, requests[number - 1], again)
-        winner = str(folder.model)
+def _say_first(path: Path, problem: Problem, requests: list[list[Requests]]) -> None:
+    """What a user should know of the models and the examples before a search."""
+    _say_unread(problem.sources.folders)
+    *_, full, heldout = requests
+    _warn(token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab))
+    _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout))
 
 
-def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]], again: str) -> None:
-    """Search, choose, export and report. `again` is the command that continues an interrupted run."""
+def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]]) -> None:
+    """Search, choose, export and report."""
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
@@ -246,16 +307,11 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
     )  # fmt: skip
-    try:
-        with Progress(*columns, console=console) as progress:
-            reporter = SearchBar(progress, problem.search.generations)
-            outcome = run_search(
-                problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
-            )
-    except (KeyboardInterrupt, LostProcess):
-        done = len(folder.read_history())
-        print(f"stopped; {done} generations are saved. Continue with: {again}", file=sys.stderr)
-        raise
+    with Progress(*columns, console=console) as progress:
+        reporter = SearchBar(progress, problem.search.generations)
+        outcome = run_search(
+            problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
+        )
     console.print(describe_work(blocks), highlight=False)
     if len(blocks) > 1:
         examples = sum(task.size for block in blocks for task in block.tasks)
@@ -265,11 +321,6 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     if devices.writes:
         _write_winner(folder, problem, result)
     wait_for_all("written")
-
-
-def _token_warnings(problem: Problem, requests: list[list[Requests]]) -> list[str]:
-    *_, full, heldout = requests
-    return token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab)
 
 
 def _warn(lines: Sequence[str]) -> None:
@@ -298,6 +349,7 @@ def _say_unread(folders: Sequence[Folder]) -> None:
 
 def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
     """Export the winner, and report."""
+    interrupts.check()
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
@@ -446,7 +498,7 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool)
     check()
     card_file = folder.model / "README.md"
     card = (
-        card_file.read_text(encoding="utf-8")
+        card_file.read_text(encoding="utf-8", errors="replace")
         if card_file.exists()
         else merge_card(out.name, recipe.method.name, recipe.models, folder.recipe.read_text(encoding="utf-8"))
     )

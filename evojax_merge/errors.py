@@ -6,6 +6,7 @@ reaches the top is a failure of the program or of a user's own function (status 
 """
 
 import difflib
+import errno
 import unicodedata
 from collections.abc import Iterable
 
@@ -45,6 +46,13 @@ class Failed(Exception):
 
     def __init__(self, what: str) -> None:
         super().__init__(printable(what))
+
+
+def cannot_write(where: object, error: OSError, more: str = "") -> Exception:
+    """What to raise where a file could not be written. A disk that fills is no wrong input."""
+    text = f"could not be written ({error.strerror or error}){more}"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+    return Failed(f"{where}: {text}") if full else InputError(where, text)
 
 
 class LostProcess(Exception):

@@ -25,7 +25,7 @@ import numpy as np
 from evojax_merge import __version__
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, cannot_write
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -79,7 +79,7 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
             _swap(work, place)
             stands = True
     except OSError as error:
-        raise InputError(target, f"could not be written ({error.strerror}); nothing was left behind") from None
+        raise cannot_write(target, error, "; nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if not stands:
@@ -314,7 +314,7 @@ def atomic_write(path: Path, text: str) -> None:
         work.write_text(text, encoding="utf-8")
         os.replace(work, path)
     except OSError as error:
-        raise InputError(path, f"could not be written ({error.strerror})") from None
+        raise cannot_write(path, error) from None
     finally:
         work.unlink(missing_ok=True)
 

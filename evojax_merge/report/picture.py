@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.errors import cannot_write
 from evojax_merge.models.paths import Path as LayerPath
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.report.paths import parent_names
@@ -47,9 +48,14 @@ def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     work = path.with_name(f".{path.name}")
-    figure.savefig(work, dpi=120, format="png")
-    plt.close(figure)
-    work.replace(path)
+    try:
+        figure.savefig(work, dpi=120, format="png")
+        work.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        plt.close(figure)
+        work.unlink(missing_ok=True)
 
 
 def _draw_path(axis: Any, problem: Problem, path: LayerPath) -> None:

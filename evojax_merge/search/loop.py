@@ -13,13 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
+from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
+from evojax_merge.evaluation.devices import float_bytes
 from evojax_merge.evaluation.evaluator import Scores, fitness, shares
 from evojax_merge.evaluation.signals import warnings
-from evojax_merge.search.foresight import Known
+from evojax_merge.interrupts import interrupts_held
+from evojax_merge.search.foresight import WINDOW, Known
 from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
-from evojax_merge.search.run_folder import Checkpoints, RunFolder, append_line, interrupts_held, truncate_lines
+from evojax_merge.search.run_folder import (
+    KEPT_CHECKPOINTS,
+    Checkpoints,
+    RunFolder,
+    append_line,
+    restore_history,
+    restore_timing,
+    to_line,
+)
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
 from evojax_merge.tasks.function import FunctionTask
@@ -80,14 +91,16 @@ def run_search(
         reporter.said(describe_rungs(blocks, population))
     with Checkpoints(folder) as checkpoints:
         state = _fresh_state(strategy, space.start, config.finalists, knowing_nothing(blocks, space.dims))
-        first = checkpoints.latest()
-        if first is not None:
-            state = checkpoints.load(first, state)
+        saved, first, history = checkpoints.restore(reporter.said), 0, ""
+        if saved is not None:
+            state, first, history = saved.state(state), saved.generations, saved.history
             if first >= config.generations:
                 reporter.said(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-        for path in (folder.history, folder.timing) if writes else ():
-            truncate_lines(path, first or 0)
-        for number in range(first or 0, config.generations):
+        if writes:
+            restore_history(folder, history, reporter.said)
+            restore_timing(folder, first)
+        for number in range(first, config.generations):
+            interrupts.check()
             genomes, asked = strategy.ask(state["strategy"], number)
             order = turn(len(blocks), seed, number)
             reporter.evaluating(number, race_passes(blocks, order, population))
@@ -101,12 +114,14 @@ def run_search(
                     reporter.said(line)
             state = _next_state(strategy, asked, number, genomes, raced, state)
             row = _history_row(number, raced, state)
+            timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
+            line = to_line(row)
+            history += line
             with interrupts_held():
+                checkpoints.save(number + 1, state, history)
                 if writes:
-                    append_line(folder.history, row)
-                    timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
-                    append_line(folder.timing, timing)
-                checkpoints.save(number + 1, state)
+                    append_line(folder.history, line)
+                    append_line(folder.timing, to_line(timing))
             reporter.finished(
                 Generation(
                     number=number,
@@ -147,6 +162,16 @@ def failure_hint(task: Task) -> str:
         "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
         "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
     )
+
+
+def run_bytes(config: SearchConfig, space: Space, examples: int) -> int:
+    """About how much a run writes beside its model, at most: checkpoints (each with the history), one of them being
+    written while the others are kept, and the history."""
+    population = config.population or default_population(space.dims)
+    state = jax.eval_shape(make_strategy(space.dims, population, config.sigma, 0).init, space.start)
+    arrays = 4 * WINDOW * (space.dims + examples) + 4 * config.finalists * space.dims + float_bytes(state)
+    history = config.generations * (400 + 45 * population)
+    return (KEPT_CHECKPOINTS + 1) * (arrays + history) + 2 * history + 2**20
 
 
 def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Known) -> dict[str, Any]:

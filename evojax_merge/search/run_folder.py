@@ -1,25 +1,34 @@
-"""The run folder: what a search leaves behind and continues from. May import errors, config, checkpoints'
+"""The run folder: what a search leaves behind and continues from. May import errors, interrupts, config, checkpoints'
 writer and evaluation.devices.
 
 config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
 timing.jsonl     seconds a generation
-checkpoints/     the state after each generation (orbax), the last two kept
+checkpoints/     the state after each generation (orbax), the last three kept; each holds the history up to it
 best/            recipe.yaml and model/
 winners/         what best/ was when the run had finished with fewer generations, with its result.json and report.png
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
 report.png       fitness over generations, and the winner's parameters
+lock             while a process works here: its id and host
+
+The process may be killed at any instant. What it leaves is a folder that holds nothing but a lock, or one that can be
+continued; the next process to open it removes the rest.
 """
 
+import errno
+import fcntl
+import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +38,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
-from evojax_merge.checkpoints.writer import atomic_write
-from evojax_merge.errors import InputError, LostProcess
-from evojax_merge.evaluation.devices import in_step
+from evojax_merge.checkpoints.writer import atomic_write, recover
+from evojax_merge.errors import Failed, InputError, LostProcess, cannot_write
+from evojax_merge.evaluation.devices import in_step, wait_for_all
+from evojax_merge.interrupts import interrupts_held
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
-EXTENDABLE = ("generations",)
+EXTENDABLE = (("search", "generations"),)
+KEPT_CHECKPOINTS = 3
+# The checkpoints of a run that is started again, for the moment until they are deleted.
+CLEARED = ".checkpoints.old"
+OTHER_VERSION = (
+    "was begun by another version of this program, and cannot be continued by this one; pass --overwrite to start "
+    "again, or choose another folder with --out"
+)
+LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,18 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
     def picture(self) -> Path:
         return self.path / "report.png"
 
@@ -84,55 +114,80 @@ class RunFolder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; a line that a kill cut short is left out."""
+    """The lines of a JSONL file, from its start to the first that was cut short or is no JSON object with a
+    generation's number."""
+    rows: list[dict[str, Any]] = []
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
+        return rows
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("generation"), int):
+            break
+        rows.append(row)
     return rows
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
+def to_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def append_line(path: Path, line: str) -> None:
     """Append one line, on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(line)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise cannot_write(path, error, "; all that was saved is whole, and --resume goes on from it") from None
 
 
-def truncate_lines(path: Path, generations: int) -> None:
-    """Keep the lines of generations below `generations`: those of a generation that was not saved are made again."""
-    rows = [row for row in read_lines(path) if row["generation"] < generations]
-    if path.exists():
-        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def restore_history(folder: RunFolder, history: str, say: Callable[[str], None]) -> None:
+    """Make history.jsonl what the checkpoint holds, to the byte. A line that was being written and those of a
+    generation that was not saved go without a word; where anything else is different, that is said."""
+    found = folder.history.read_bytes() if folder.history.is_file() else b""
+    saved = history.encode()
+    if found != saved:
+        if not (saved.startswith(found) or found.startswith(saved)):
+            say(f"{folder.history.name} was not as it had been written; it is restored from the checkpoint")
+        atomic_write(folder.history, history)
+
+
+def restore_timing(folder: RunFolder, generations: int) -> None:
+    """Keep the lines of generations below `generations`; where one is damaged, those before it. They depend on the
+    clock, and nothing depends on them."""
+    if folder.timing.exists():
+        rows = [row for row in read_lines(folder.timing) if row["generation"] < generations]
+        atomic_write(folder.timing, "".join(map(to_line, rows)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Opening
 
 
 def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
-    """Create a run folder, or open one that was begun with the same config.
+    """Create a run folder, or open one that was begun with the same config, and remove what a killed process left.
 
     Raises InputError where it cannot be written, holds another run, or is not a run folder at all.
     """
     folder = RunFolder(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(path, "is a file; expected a run folder")
-    occupied = path.exists() and any(path.iterdir())
-    if occupied and not is_run(folder):
-        raise InputError(path, "is not empty and not a run folder; choose another with --out")
+    occupied = _check_place(folder, resume)
     if occupied and resume:
         _check_same_config(folder, document)
     elif occupied and not overwrite:
         raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
-    elif not occupied and resume:
-        raise InputError(path, "holds no run to resume")
     try:
+        path.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         if occupied and not resume:
             _clear(folder)
-        (path / "best").mkdir(parents=True, exist_ok=True)
+        atomic_write(folder.config, dump_yaml(document))
+        folder.recipe.parent.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})") from None
-    atomic_write(folder.config, dump_yaml(document))
     return folder
 
 
@@ -144,9 +199,27 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
         yield
     except InputError:
         files = [path for path in folder.path.rglob("*") if path.is_symlink() or not path.is_dir()]
-        if jax.process_index() == 0 and {path.name for path in files} <= {folder.config.name}:
+        if {path.name for path in files} <= {folder.config.name, folder.lock.name}:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
+
+
+def _check_place(folder: RunFolder, resume: bool) -> bool:
+    """Whether a run lies here. Raises InputError where something else does, or nothing that could be resumed."""
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        raise InputError(path, "is a file; expected a run folder")
+    try:
+        empty = not path.exists() or not any(path.iterdir())
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})") from None
+    if empty and resume:
+        raise InputError(path, "holds no run to resume")
+    if empty or _is_just_begun(folder):
+        return False
+    if not is_run(folder):
+        raise InputError(path, "is not empty and not a run folder; choose another with --out")
+    return True
 
 
 def is_run(folder: RunFolder) -> bool:
@@ -157,12 +230,65 @@ def is_run(folder: RunFolder) -> bool:
     return isinstance(document, dict) and "inputs" in document
 
 
+def _is_just_begun(folder: RunFolder) -> bool:
+    """Whether a process was killed here before it had written config.yaml."""
+
+    def of_a_start(path: Path) -> bool:
+        if path == folder.lock:
+            return path.is_file() and _holder(path) is not None
+        return _is_half(path, folder.config) or (path == folder.recipe.parent and not any(path.iterdir()))
+
+    return all(of_a_start(path) for path in folder.path.iterdir())
+
+
+def _is_half(path: Path, whole: Path) -> bool:
+    """Whether a killed process was writing `whole` under this name; see checkpoints.writer. An editor's are others."""
+    return re.fullmatch(rf"\.{re.escape(whole.name)}(\.\d+)?", path.name) is not None
+
+
+def _sweep(folder: RunFolder) -> None:
+    """Remove what killed processes left half-written; a model that was just being replaced gets its name back. Only
+    for who holds the lock."""
+    best = folder.recipe.parent
+    recover(folder.model)
+    written = (folder.config, folder.history, folder.timing, folder.result, folder.picture, folder.recipe)
+    for path in (*_entries(folder.path), *_entries(best)):
+        if any(_is_half(path, whole) for whole in written if whole.parent == path.parent):
+            _remove(path)
+    # Copied to go to winners/ with the rest of best/.
+    for file in (folder.result, folder.picture):
+        _remove(best / file.name)
+    _remove(folder.path / CLEARED)
+    steps = sorted((path for path in _entries(folder.checkpoints) if _is_step(path)), key=lambda path: int(path.name))
+    for path in {*_entries(folder.checkpoints)} - {*steps[-KEPT_CHECKPOINTS:]}:
+        _remove(path)
+    for stage in _entries(folder.stages):
+        _sweep(RunFolder(stage))
+
+
+def _entries(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else []
+
+
+def _is_step(path: Path) -> bool:
+    return path.name.isdecimal() and path.is_dir() and not path.is_symlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _clear(folder: RunFolder) -> None:
-    """Delete what a search wrote, and nothing that a user put beside it."""
-    for part in folder.parts:
-        shutil.rmtree(part, ignore_errors=True)
-    for file in (folder.history, folder.timing, folder.result, folder.picture):
-        file.unlink(missing_ok=True)
+    """Delete what a search wrote, and nothing that a user put beside it. Until the checkpoints go, all at once, the run
+    could be continued; afterwards it has not begun."""
+    folders = (folder.recipe.parent, folder.winners, folder.stages)
+    for path in (folder.result, folder.picture, *folders, folder.timing, folder.history):
+        _remove(path)
+    if folder.checkpoints.exists():
+        _remove(folder.checkpoints.rename(folder.path / CLEARED))
 
 
 @dataclass(frozen=True)
@@ -214,90 +340,267 @@ def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
 
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
-    old = load_yaml(folder.config)
-    differing = [key for key in _differences(old, document) if key.split(".")[-1] not in EXTENDABLE]
-    if differing:
+    for key, old, new in _differences(load_yaml(folder.config), document):
+        if key in EXTENDABLE:
+            continue
+        if key[0] == "inputs" and len(key) == 2:
+            what = "was removed" if new is None else "is new" if old is None else "has changed"
+            raise InputError(
+                folder.config,
+                f"belongs to other inputs: {key[1]} {what} since the run was begun (sha256 {_short(old)}, now "
+                f"{_short(new)}); restore it, or choose another folder with --out",
+            )
         raise InputError(
             folder.config,
-            f"belongs to another config: {differing[0]} differs; choose another folder with --out",
+            f"belongs to another config: {'.'.join(map(str, key))} differs (it was {_short(old)}, now {_short(new)}); "
+            "choose another folder with --out",
         )
 
 
-def _differences(one: Any, other: Any, key: str = "") -> list[str]:
+def _differences(one: Any, other: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
+    """Where two documents differ: key by key, and the value that each has there."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return [
-            difference
-            for name in sorted(set(one) | set(other), key=str)
-            for difference in _differences(one.get(name), other.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    return [] if one == other else [key]
+        for name in sorted(set(one) | set(other), key=str):
+            yield from _differences(one.get(name), other.get(name), (*key, name))
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from _differences(*pair, (*key, number))
+    elif one != other:
+        yield key, one, other
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 60 else f"{text[:40]} … {text[-10:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The lock
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM that arrive in this block act at its end; a second one acts at once. Orbax waits in an event
-    loop that an interruption leaves half closed, with what it was saving. Signals reach the main thread alone; in
-    another this does nothing."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def locked(path: Path, *, resume: bool) -> Iterator[None]:
+    """The run folder for this process alone, made where it is not there yet. The lock is the operating system's, on the
+    file `lock`, and goes with the process however it ends.
 
-    def release() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def hold(number: int, frame: Any) -> None:
-        held.append(number)
-        if len(held) > 1:
-            release()
-            signal.raise_signal(number)
-
-    for number in usual:
-        signal.signal(number, hold)
+    Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
+    """
+    folder, is_new = RunFolder(path), not path.exists()
+    _check_place(folder, resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = _lock(folder)
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error.strerror})") from None
     try:
         yield
     finally:
-        release()
-    if held:
-        signal.raise_signal(held[0])
+        if handle in _held:
+            # While it is still locked: nobody else can have taken it.
+            folder.lock.unlink(missing_ok=True)
+            _held.remove(handle)
+            os.close(handle)
+            if is_new and not _entries(path):
+                with suppress(OSError):
+                    path.rmdir()
+
+
+def _lock(folder: RunFolder) -> int:
+    """The open lock file."""
+    while True:
+        handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise _in_use(folder) from None
+        except OSError as error:
+            where = f"warning: {folder.path}: this file system knows no locks ({error.strerror})"
+            print(f"{where}; see to it that no other process works in this folder", file=sys.stderr)
+        # Who held it may have removed it since it was opened.
+        if folder.lock.exists() and os.path.samestat(os.fstat(handle), folder.lock.stat()):
+            break
+        os.close(handle)
+    if _holder(folder.lock) is None:
+        os.close(handle)
+        raise InputError(folder.lock, "is no lock of this program, which needs a file of this name; move it")
+    os.ftruncate(handle, 0)
+    os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
+    _held.add(handle)
+    return handle
+
+
+def _let_go() -> None:
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+# A forked child, which may outlive this process, would have the lock as well.
+_held: set[int] = set()
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _in_use(folder: RunFolder) -> InputError:
+    for _ in range(50):
+        holder = _holder(folder.lock) or b""
+        if holder:
+            break
+        # It has the lock, and is about to write its name into it.
+        time.sleep(0.01)
+    who = f"process {holder.decode(errors='replace')}" if holder else "another process"
+    return InputError(folder.path, f"is in use by {who}; wait until that has ended, or stop it")
+
+
+def _holder(lock: Path) -> bytes | None:
+    """`process id on host` from a lock file, empty where it is not written yet; None: it is something else."""
+    try:
+        content = lock.read_bytes()
+    except OSError:
+        return b""
+    return content.strip() if not content or LOCK.fullmatch(content) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: how many generations are behind it, the state's arrays by path, and the history so far."""
+
+    generations: int
+    arrays: dict[str, np.ndarray]
+    history: str
+
+    def state(self, like: Any) -> Any:
+        """The state, in the structure of `like`. Raises InputError where it is another."""
+        paths, structure = jax.tree_util.tree_flatten_with_path(like)
+        expected = {_name(path): leaf for path, leaf in paths}
+        if {name: (a.shape, a.dtype) for name, a in self.arrays.items()} != {
+            name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in expected.items()
+        }:
+            raise InputError("checkpoints", OTHER_VERSION)
+        pairs = [(self.arrays[name], leaf) for name, leaf in expected.items()]
+        return jax.tree.unflatten(
+            structure, [jnp.asarray(new) if isinstance(leaf, jax.Array) else new for new, leaf in pairs]
+        )
 
 
 class Checkpoints:
-    """The state after each generation. A process killed in the middle of a save leaves the last one intact."""
+    """The state after each generation. A process killed in the middle of a save leaves the last one intact.
+
+    The history lies beside the state, as long as it is: a few kilobytes for each of ten generations, which orbax
+    compresses. So a damaged history.jsonl can be told and restored, and a resumed one never differs. A digest over all
+    tells a damaged checkpoint.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         import logging
 
-        from orbax.checkpoint import v1 as ocp
+        with interrupts_held():
+            from orbax.checkpoint import v1 as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        policy = ocp.training.preservation_policies.LatestN(2)
-        self._checkpointer = ocp.training.Checkpointer(
-            (folder.path / "checkpoints").resolve(), preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        # It reports what cannot be read at length; what matters is raised as well.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        policy = ocp.training.preservation_policies.LatestN(KEPT_CHECKPOINTS)
+        self._folder = folder
+        with interrupts_held():
+            self._checkpointer = ocp.training.Checkpointer(
+                folder.checkpoints.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
+            )
 
     def latest(self) -> int | None:
         """How many generations the newest checkpoint has behind it, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, generations: int, state: Any) -> None:
+    def save(self, generations: int, state: Any, history: str) -> None:
         """Every process has the same state, and all of them call this, with `interrupts_held`; one writes."""
-        with in_step():
-            self._checkpointer.save_pytree(generations, jax.tree.map(np.asarray, state))
+        arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+        arrays["history"] = np.frombuffer(history.encode(), np.uint8)
+        try:
+            with in_step():
+                self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
+        except LostProcess:
+            raise
+        except Exception as error:
+            text = " ".join(str(error).split())
+            full = os.strerror(errno.ENOSPC)
+            raise Failed(
+                f"{self._folder.checkpoints}: generation {generations} could not be saved "
+                f"({full if full in text else text[:200]}); all that was saved before is whole, and --resume goes on "
+                "from it"
+            ) from None
 
-    def load(self, generations: int, like: Any) -> Any:
-        """Restore into the structure of `like`."""
-        with interrupts_held():
-            loaded = self._checkpointer.load_pytree(generations, jax.tree.map(np.asarray, like))
-        return jax.tree.map(lambda new, old: jnp.asarray(new) if isinstance(old, jax.Array) else new, loaded, like)
+    def restore(self, say: Callable[[str], None]) -> Saved | None:
+        """The newest checkpoint that can be read; those that cannot are removed, and that is said. None: there is none
+        because nothing was saved yet. Every process of a run calls this.
+
+        Raises InputError where none can be read though there was one, or where an older version wrote it.
+        """
+        steps = sorted((int(path.name) for path in _entries(self._folder.checkpoints) if _is_step(path)), reverse=True)
+        saved, damaged = None, []
+        for step in steps:
+            saved = self._load(step)
+            if saved is not None:
+                break
+            damaged.append(step)
+        again = "pass --overwrite to start again, or choose another folder with --out"
+        if saved is None and damaged:
+            shown = "it is damaged" if len(damaged) == 1 else f"all {len(damaged)} are damaged"
+            raise InputError(self._folder.checkpoints, f"no checkpoint can be read ({shown}); {again}")
+        if saved is None and self._folder.history.exists() and self._folder.history.stat().st_size:
+            raise InputError(self._folder.path, f"has a history but no checkpoint to continue from; {again}")
+        if damaged:
+            wait_for_all("read")
+            if jax.process_index() == 0:
+                for step in damaged:
+                    _remove(self._folder.checkpoints / str(step))
+            wait_for_all("removed")
+            self._checkpointer.reload()
+            assert saved is not None
+            say(
+                f"the checkpoint of generation {damaged[0]} is damaged; "
+                f"going on from the one of generation {saved.generations}"
+            )
+        return saved
+
+    def _load(self, generations: int) -> Saved | None:
+        """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it."""
+        try:
+            with interrupts_held():
+                loaded = self._checkpointer.load_pytree(generations)
+            arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
+            if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
+                return None
+        except Exception:
+            # Whatever its reader makes of bytes that it did not write.
+            return None
+        if "digest" not in loaded:
+            raise InputError(self._folder.path, OTHER_VERSION)
+        history = arrays.pop("history").tobytes().decode()
+        return Saved(generations, {name.removeprefix("state."): array for name, array in arrays.items()}, history)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        # Closing is done together; it would wait for a process that has gone.
+        # Closing is done together; it would wait for a process that has gone. It raises again what a save has raised.
         if kind is not LostProcess:
-            self._checkpointer.close()
+            with nullcontext() if kind is None else suppress(Exception):
+                self._checkpointer.close()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The place of a leaf in a pytree of dicts, dataclasses and sequences."""
+    return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """SHA-256 of arrays with their names, uint8[32]."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)

@@ -17,7 +17,7 @@ from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, fil
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.recipes import check_parent_count
-from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
     MAX_PATH_LAYERS,
     Config,
@@ -344,7 +344,9 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def resolved_document(problem: Problem) -> dict[str, Any]:
-    """The config as it is kept in the run folder: absolute paths, defaults filled in, hashes of all inputs."""
+    """The config as it is kept in the run folder: absolute paths, defaults filled in, and the hash of every file that
+    scores depend on: weights, the models' configs, whatever makes their tokenizers and chat templates, data, functions.
+    """
     document = problem.config.model_dump(mode="json")
     document.pop("out")
     document["base"] = None if problem.base is None else str(problem.base)
@@ -361,7 +363,8 @@ def resolved_document(problem: Problem) -> dict[str, Any]:
             row["include_path"] = str(full.source.options.include_path)
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
-        files |= set(folder.glob("*.safetensors"))
-        files |= {path for path in (folder / "config.json", folder / "tokenizer.json") if path.exists()}
+        files |= {file for kind in ("*.safetensors", "chat_templates/*.jinja") for file in folder.glob(kind)}
+        names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+        files |= {folder / name for name in names if (folder / name).is_file()}
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document

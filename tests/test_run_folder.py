@@ -1,0 +1,199 @@
+"""Run folders that were damaged, cut short or are fought over: what continues is what would have been."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_racing import climb
+
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.search.run_folder import Checkpoints, RunFolder, locked, open_run
+
+GENERATIONS = 5
+DOCUMENT: dict[str, Any] = {"inputs": {}}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small search over plain numbers."""
+    run, _, _ = climb(tmp_path_factory.mktemp("searched") / "run", GENERATIONS)
+    return run.path
+
+
+@pytest.fixture
+def run(searched: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(searched, tmp_path / "run")
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def each_file(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def changed(step: Path) -> None:
+        for file in [path for path in step.rglob("*") if path.is_file()]:
+            change(file)
+
+    return changed
+
+
+def the_data(change: Callable[[Path], Any]) -> Callable[[Path], None]:
+    return lambda step: each_file(lambda file: change(file) if file.parent.name == "d" else None)(step)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut": each_file(halve),
+    "emptied": each_file(lambda file: file.write_bytes(b"")),
+    "garbage": each_file(lambda file: file.write_bytes(os.urandom(300))),
+    "a bit of the data": the_data(flip),
+    "an empty folder": lambda step: (shutil.rmtree(step), step.mkdir()),
+    "a file": lambda step: (shutil.rmtree(step), step.write_text("5")),
+    "deleted": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, searched, run, tmp_path):
+    damage(run / "checkpoints" / str(GENERATIONS))
+    open_run(run, DOCUMENT, resume=True, overwrite=False)
+    said: list[str] = []
+    with Checkpoints(RunFolder(run)) as checkpoints:
+        saved = checkpoints.restore(said.append)
+    assert saved is not None and saved.generations == GENERATIONS - 1
+    gone = damage in (DAMAGES["deleted"], DAMAGES["a file"])
+    assert gone or said == ["the checkpoint of generation 5 is damaged; going on from the one of generation 4"]
+    climb(run, GENERATIONS, resume=True)
+    assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "4", "5"}
+
+
+HISTORIES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[:-30],
+    "emptied": lambda content: b"",
+    "garbage": lambda content: bytes(range(256)) * 4,
+    "a line missing": lambda content: b"".join(content.splitlines(keepends=True)[i] for i in (0, 2, 3, 4)),
+    "a line twice": lambda content: b"".join(content.splitlines(keepends=True)[i] for i in (0, 1, 1, 2, 3, 4)),
+    "edited": lambda content: content.replace(b'"generation": 1', b'"generation": 7'),
+    "not UTF-8": lambda content: content.replace(b"best", b"b\xffst", 1),
+    "deeply nested": lambda content: b"[" * 100_000 + b"\n" + content,
+}
+
+
+@pytest.mark.parametrize("change", HISTORIES.values(), ids=HISTORIES)
+def test_a_damaged_history_is_restored_to_the_byte(change, searched, run):
+    history, timing = run / "history.jsonl", run / "timing.jsonl"
+    history.write_bytes(change(history.read_bytes()))
+    timing.write_bytes(change(timing.read_bytes()))
+    climb(run, GENERATIONS, resume=True)
+    assert history.read_bytes() == (searched / "history.jsonl").read_bytes()
+    assert len(RunFolder(run).read_history()) == GENERATIONS
+    assert all(line in (searched / "timing.jsonl").read_bytes() for line in timing.read_bytes().splitlines())
+
+
+def test_what_a_killed_process_left_is_removed_and_a_model_put_back(run):
+    model = run / "best/model"
+    moved = run / "best/.model.old.abcd1234/folder"
+    shutil.copytree(run / "checkpoints/5", moved)
+    shutil.copytree(run / "checkpoints/5", run / "best/.model.efgh5678")
+    for name in (".config.yaml.123", ".history.jsonl.7", ".report.png", "best/.recipe.yaml.77"):
+        (run / name).write_text("half")
+    (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()
+    (run / ".config.yaml.swp").write_text("an editor's")
+    before = {path.name for path in run.iterdir()}
+    open_run(run, DOCUMENT, resume=True, overwrite=False)
+    assert {path.name for path in run.iterdir()} == before - {".config.yaml.123", ".history.jsonl.7", ".report.png"}
+    assert [path.name for path in (run / "best").iterdir()] == ["model"] and (model / "state").is_dir()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "4", "5"}
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_was_only_begun_is_taken_over(resume, tmp_path):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / ".config.yaml.4711").write_text("base: /mod")
+    (run / "lock").write_text("4711 on host\n")
+    with locked(run, resume=resume):
+        open_run(run, DOCUMENT, resume=resume, overwrite=not resume)
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "best"}
+
+
+@pytest.mark.parametrize("stage", ["result.json", "best", "history.jsonl", "checkpoints", ".checkpoints.old"])
+def test_starting_again_can_be_killed_at_any_step(stage, searched, run, monkeypatch):
+    """Afterwards the run is still the old one, or has not begun."""
+    from evojax_merge.search import run_folder
+
+    remove = run_folder._remove
+
+    def killed(path: Path) -> None:
+        if path.name == stage and path.exists():
+            raise KeyboardInterrupt
+        remove(path)
+
+    monkeypatch.setattr(run_folder, "_remove", killed)
+    if stage == "checkpoints":
+        monkeypatch.setattr(Path, "rename", lambda *_: killed(run / "checkpoints"))
+    (run / "result.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        open_run(run, DOCUMENT, resume=False, overwrite=True)
+    monkeypatch.undo()
+    climb(run, GENERATIONS, resume=True)
+    assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
+    assert not list(run.glob(".*"))
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    run = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, pathlib\n"
+         "from evojax_merge.search.run_folder import locked\n"
+         "with locked(pathlib.Path(sys.argv[1]), resume=False):\n"
+         "    print(flush=True); sys.stdin.read()", run],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    who = f"in use by process {holder.pid} on {os.uname().nodename}"
+    with pytest.raises(InputError, match=who), locked(run, resume=False):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    with locked(run, resume=False):
+        assert (run / "lock").read_text().startswith(f"{os.getpid()} on ")
+    # It was made for the lock, and holds nothing.
+    assert (run / "lock").exists() is False
+
+
+def test_a_disk_that_fills_ends_the_search_in_one_line(searched, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        climb(disk / "run", 2)
+        rest = os.open(disk / "rest", os.O_WRONLY | os.O_CREAT)
+        with suppress(OSError):
+            while True:
+                os.write(rest, b"x" * 4096)
+        os.close(rest)
+        with pytest.raises(Failed, match="No space left on device") as failed:
+            climb(disk / "run", GENERATIONS, resume=True)
+        assert "\n" not in str(failed.value)
+        (disk / "rest").unlink()
+        climb(disk / "run", GENERATIONS, resume=True)
+        assert (disk / "run/history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
+        assert {path.name for path in (disk / "run/checkpoints").iterdir()} == {"3", "4", "5"}
+    finally:
+        subprocess.run(["umount", disk], check=True)
