@@ -120,12 +120,13 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
-def export(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
+@click.option("--best-so-far", is_flag=True, help="Of a run that was broken off: the best candidate that it has saved.")
+def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
     """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
     with _starting():
         from evojax_merge.commands import run_export_command
 
-    run_export_command(run, out, dtype, overwrite)
+    run_export_command(run, out, dtype, overwrite, best_so_far)
 
 
 def run(command: Callable[[], Any]) -> int:

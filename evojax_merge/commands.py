@@ -1,6 +1,7 @@
 """What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -28,11 +30,11 @@ from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import Sources, open_sources
-from evojax_merge.checkpoints.recipes import read_recipe
+from evojax_merge.checkpoints.recipes import RecipeFile, parse_recipe, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
 from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
-from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.errors import Failed, InputError, LostProcess
 from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.memory import require_memory
@@ -49,6 +51,7 @@ from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
     RunFolder,
+    check_inputs,
     earlier_winners,
     is_run,
     keep_winner,
@@ -484,25 +487,75 @@ def _short_names(models: list[str]) -> list[str]:
     return models
 
 
-def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool) -> None:
+def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search")
-    if not folder.recipe.exists():
-        raise InputError(run, "has no winner yet (no best/recipe.yaml); finish it with search … --resume")
     recover(out)
     check_free(out, overwrite)
-    recipe = read_recipe(folder.recipe)
+    if best_so_far:
+        _export_best_so_far(folder, out, dtype, overwrite)
+        return
+    if not folder.recipe.exists():
+        more = "finish it with search … --resume, or pass --best-so-far"
+        raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
+    recipe, card_file = folder.recipe.read_text(encoding="utf-8"), folder.model / "README.md"
+    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
+    _export(folder, read_recipe(folder.recipe), recipe, card, out, dtype, overwrite)
+
+
+def _export(
+    folder: RunFolder, recipe: RecipeFile, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
+) -> None:
+    """Write the model of a run's recipe. `text`: the recipe as YAML; `card` None: one that shows just that."""
     job = prepare(recipe, dtype)
     check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out), *folder.parts])
     check()
-    card_file = folder.model / "README.md"
-    card = (
-        card_file.read_text(encoding="utf-8", errors="replace")
-        if card_file.exists()
-        else merge_card(out.name, recipe.method.name, recipe.models, folder.recipe.read_text(encoding="utf-8"))
-    )
+    if card is None:
+        card = merge_card(out.name, recipe.method.name, recipe.models, text)
     require_space(out, job.nbytes)
     with bytes_bar("exporting", job.nbytes) as progress:
         merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool) -> None:
+    """Write the best candidate that an unfinished run has saved, as every generation scored it."""
+    # Nobody else may go on with the run meanwhile.
+    with locked(folder.path, resume=True):
+        running, config = _stage_begun_last(folder)
+        check_inputs(running)
+        problem = build_problem(running.config, config, chained=True)
+        with Checkpoints(running) as checkpoints:
+            saved = checkpoints.restore(_say)
+        if saved is None:
+            raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
+        fitness = float(saved.arrays["fitness"][0])
+        if not math.isfinite(fitness):
+            raise Failed(f"{folder.path}: no candidate of {saved.generations} generations has a finite score")
+        text = recipe_text(problem, saved.arrays["genomes"][0])
+        recipe = parse_recipe(running.recipe, yaml.safe_load(text))
+        _export(folder, recipe, text, None, out, dtype, overwrite)
+    console.print(
+        f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
+        "generation is scored on (a finished run chooses its winner on the whole search split)",
+        soft_wrap=True,
+    )
+
+
+def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
+    """The run folder of a search that was broken off, and its config; of a chain, those of the stage that was
+    running."""
+    document = load_yaml(folder.config)
+    document.pop("inputs")
+    config: Config = parse(folder.config, document, Config)
+    if config.stages is None:
+        return folder, config
+    before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]
+    if folder.history.exists() or not before:
+        winner = str(before[-1].model) if before else None
+        return folder, stage_config(config, config.stages[-1], winner)
+    begun = [stage for stage in before if is_run(stage)]
+    if not begun:
+        raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
+    return _stage_begun_last(begun[-1])

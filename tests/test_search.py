@@ -245,6 +245,29 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         assert times == 2 or done.stderr == "interrupted\n" * times
 
 
+def test_a_run_that_was_killed_can_be_exported_as_it_stands(config_file, finished, tmp_path):
+    out, model = tmp_path / "killed", tmp_path / "model"
+    process = _start_and_wait(config_file, out, 3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    refused = run("export", out, model, status=2)
+    assert "--best-so-far" in refused.stderr and not model.exists()
+    done = run("export", out, model, "--best-so-far")
+    # The checkpoint's generation, which the history may be a line short of or ahead of.
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
+    best = json.loads((finished / "history.jsonl").read_text().splitlines()[saved - 1])["best_so_far"]
+    assert f"best candidate of {saved} generations, fitness {best:.4f}" in done.stdout
+    # The card's recipe makes the same model.
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((model / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0])
+    run("merge", recipe, tmp_path / "again")
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (model, tmp_path / "again")]
+    assert weights[0] == weights[1]
+    # The run is left as it was, and goes on.
+    run("search", config_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished)
+
+
 def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
     out = tmp_path / "done"
     shutil.copytree(finished, out)

@@ -136,7 +136,12 @@ def _mapping(where: str, value: Any, known: set[str], refused: set[str] = frozen
 
 def read_recipe(path: Path) -> RecipeFile:
     """Read a mergekit recipe. What is not supported is refused by name."""
-    top = _mapping(str(path), load_yaml(path), TOP_KEYS, REFUSED_KEYS)
+    return parse_recipe(path, load_yaml(path))
+
+
+def parse_recipe(path: Path, document: Any) -> RecipeFile:
+    """A mergekit recipe as plain data. `path` names it in messages, and is where relative paths start."""
+    top = _mapping(str(path), document, TOP_KEYS, REFUSED_KEYS)
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(path, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.writer import atomic_write, recover
 from evojax_merge.errors import Failed, InputError, LostProcess, cannot_write
@@ -344,17 +345,29 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
         if key in EXTENDABLE:
             continue
         if key[0] == "inputs" and len(key) == 2:
-            what = "was removed" if new is None else "is new" if old is None else "has changed"
-            raise InputError(
-                folder.config,
-                f"belongs to other inputs: {key[1]} {what} since the run was begun (sha256 {_short(old)}, now "
-                f"{_short(new)}); restore it, or choose another folder with --out",
-            )
+            raise _other_input(folder, key[1], old, new)
         raise InputError(
             folder.config,
             f"belongs to another config: {'.'.join(map(str, key))} differs (it was {_short(old)}, now {_short(new)}); "
             "choose another folder with --out",
         )
+
+
+def check_inputs(folder: RunFolder) -> None:
+    """Raises InputError where a file that a run's scores depend on is no longer what it was."""
+    for file, digest in load_yaml(folder.config)["inputs"].items():
+        found = file_hash(Path(file)) if Path(file).is_file() else None
+        if found != digest:
+            raise _other_input(folder, file, digest, found)
+
+
+def _other_input(folder: RunFolder, file: str, old: str | None, new: str | None) -> InputError:
+    what = "was removed" if new is None else "is new" if old is None else "has changed"
+    return InputError(
+        folder.config,
+        f"belongs to other inputs: {file} {what} since the run was begun (sha256 {_short(old)}, now {_short(new)}); "
+        "restore it, or choose another folder with --out",
+    )
 
 
 def _differences(one: Any, other: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
