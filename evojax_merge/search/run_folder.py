@@ -237,7 +237,7 @@ def _is_just_begun(folder: RunFolder) -> bool:
     def of_a_start(path: Path) -> bool:
         if path == folder.lock:
             return path.is_file() and _holder(path) is not None
-        return _is_half(path, folder.config) or (path == folder.recipe.parent and not any(path.iterdir()))
+        return _is_half(path, folder.config) or (path == folder.recipe.parent and path.is_dir() and not _entries(path))
 
     return all(of_a_start(path) for path in folder.path.iterdir())
 
