@@ -215,9 +215,9 @@ def _opened(
         with interrupts_held():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
+                open_run(path, document, resume=resume, overwrite=overwrite)
                 if not resume:
                     stack.enter_context(removed_if_refused(folder))
-                open_run(path, document, resume=resume, overwrite=overwrite)
             begun(folder)
         _check_checkpoints(folder)
         yield folder

@@ -47,7 +47,7 @@ from evojax_merge.checkpoints.writer import (
     recover,
     write_marker,
 )
-from evojax_merge.errors import InputError
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.report.card import merge_card
 from evojax_merge.search.setup import context_length, stop_tokens
@@ -396,7 +396,7 @@ def test_failure_in_the_last_step_brings_the_old_folder_back(tmp_path: Path, mon
         with atomic_folder(target, overwrite=True) as work:
             (work / "new").write_text("new")
 
-    with pytest.raises(InputError, match="Input/output error"):
+    with pytest.raises(Failed, match="Input/output error"):
         overwrite()
     assert (target / "file").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -548,7 +548,7 @@ def test_atomic_write_replaces_or_keeps(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(Failed, match="No space left"):
         atomic_write(target, "three")
     assert target.read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -16,6 +16,7 @@ from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
+from evojax_merge.errors import Failed
 from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation import passes, requests
 from evojax_merge.evaluation.evaluator import Evaluator, Scores, arrays_of, fitness, means
@@ -514,5 +515,5 @@ def test_what_fits_nowhere_fails(ties: Setting, monkeypatch: pytest.MonkeyPatch)
         raise out_of_memory()
 
     monkeypatch.setattr(passes, "score", never)
-    with pytest.raises(jax.errors.JaxRuntimeError):
+    with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
         ties.evaluator(chunk=2).population(ties.bank, ties.spec, ties.recipes)

@@ -586,8 +586,8 @@ FAILING: dict[str, tuple[dict[str, Any], str]] = {
     "other depth": (linear("one", "deep"), r"deep has 5 layers, but one has 3; .*slices:"),
     "other sizes": (linear("one", "wide"), r"wide\b.*(mlp|gate_proj)"),
     "other tokens": (linear("words_base", "words_two"), r"words_two\b.*(tokenizer_source|embed_tokens)"),
-    "NaN": (linear("one", "nan"), "nan: model.norm.weight holds NaN or Inf; pass --allow-nonfinite"),
-    "Inf": (on_base("ties", "infinite", "one"), "infinite: model.norm.weight holds NaN or Inf"),
+    "NaN": (linear("one", "nan"), "nan/model.safetensors: model.norm.weight holds NaN or Inf; pass --allow-nonfinite"),
+    "Inf": (on_base("ties", "infinite", "one"), "infinite/model.safetensors: model.norm.weight holds NaN or Inf"),
     "three antipodal": (
         {
             "merge_method": "multislerp",

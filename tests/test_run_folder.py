@@ -105,9 +105,9 @@ def test_a_damaged_history_is_restored_to_the_byte(change, searched, run):
 
 def test_what_a_killed_process_left_is_removed_and_a_model_put_back(run):
     model = run / "best/model"
-    moved = run / "best/.model.old.abcd1234/folder"
+    moved = run / "best/.model.evojax-merge-old.abcd1234"
     shutil.copytree(run / "checkpoints/5", moved)
-    shutil.copytree(run / "checkpoints/5", run / "best/.model.efgh5678")
+    shutil.copytree(run / "checkpoints/5", run / "best/.model.evojax-merge-new.efgh5678")
     for name in (".config.yaml.123", ".history.jsonl.7", ".report.png", "best/.recipe.yaml.77"):
         (run / name).write_text("half")
     (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()

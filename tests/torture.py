@@ -217,8 +217,9 @@ def replace(torment: Torture, number: int) -> None:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file of a model but the card, which has the folder's name."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "README.md"]
+    """Every file of a model but the card, which has the folder's name, and the marker, which has the card's digest."""
+    besides = ("README.md", "evojax_merge.json")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in besides]
     return {str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest() for path in files}
 
 
