@@ -10,7 +10,7 @@ help:
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
 	@echo "make test         the tests, in an environment of their own (20 minutes on two cores)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
-	@echo "make lint         ruff and mypy"
+	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        what can be measured, and how long each takes"
 
 .venv/bin/python:
@@ -46,6 +46,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench:
 	@echo "make bench-search   seconds per candidate of a search, against mergekit + transformers (3 minutes)"

@@ -38,11 +38,11 @@ from torch_peer import score_rows
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.checkpoints.recipes import load_yaml
-from evojax_merge.evaluation.requests import Requests, describe_requests
+from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.search.open_tasks import locate
+from evojax_merge.search.open_tasks import resolve_reference
 from evojax_merge.search.scorers import MergeScorer, open_scorers
-from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.strategy import make_strategy
 from evojax_merge.search.winner import recipe_text
 from evojax_merge.tasks.records import read_symbolic
@@ -97,7 +97,7 @@ def work(config: DecoderConfig, rows: Sequence[Row]) -> tuple[float, float]:
     return 2.0 * layers * tokens, 2.0 * config.hidden * config.vocab * scored
 
 
-def problem_for(folder: Path, task: dict[str, Any], method: str, population: int) -> Problem:
+def problem_for(folder: Path, task: dict[str, Any], method: str, population: int) -> SearchProblem:
     """A search over the real model with one task, whose examples are all scored in every generation."""
     parameters: dict[str, Any] = {"weight": {"low": 0.0, "high": 1.2}}
     if method == "ties":
@@ -118,27 +118,27 @@ def problem_for(folder: Path, task: dict[str, Any], method: str, population: int
     return build_problem(path, read_config(path, [], None))
 
 
-def opened(problem: Problem) -> tuple[MergeScorer, Requests]:
-    requests = problem.requests()[:1]
-    (scorer,) = open_scorers(problem, requests)
+def opened(problem: SearchProblem) -> tuple[MergeScorer, BatchedTask]:
+    batched_tasks = problem.batched_tasks()[:1]
+    (scorer,) = open_scorers(problem, batched_tasks)
     assert isinstance(scorer, MergeScorer)
-    return scorer, requests[0][0]
+    return scorer, batched_tasks[0][0]
 
 
-def genomes_for(problem: Problem, count: int) -> np.ndarray:
+def genomes_for(problem: SearchProblem, count: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, (count, problem.space.dims)).astype(np.float32)
 
 
-def torch_model(scorer: MergeScorer, problem: Problem, genome: np.ndarray) -> Any:
+def torch_model(scorer: MergeScorer, problem: SearchProblem, genome: np.ndarray) -> Any:
     """The candidate as transformers has it, put together in memory."""
     from transformers import AutoModelForCausalLM
 
     from evojax_merge.checkpoints.bank import stored_tensors
-    from evojax_merge.evaluation.passes import MergeOf, materialise
-    from evojax_merge.models.bank import candidate
+    from evojax_merge.evaluation.passes import LazyMergeFactory, materialise
+    from evojax_merge.models.bank import take_candidate
 
-    build = MergeOf(scorer.spec, "float32")
-    stored = candidate(materialise(build, None, scorer.bank, scorer.recipes(genome[None])), 0)
+    build = LazyMergeFactory(scorer.spec, "float32")
+    stored = take_candidate(materialise(build, None, scorer.bank, scorer.recipes(genome[None])), 0)
     model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
     import torch
 
@@ -167,18 +167,18 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
     seconds = {"transformers, stored model": median_seconds(partial(score_rows, model, rows), 3)}
     # As many passes of a stored model as of candidates, each of which has one.
-    scorer, request = opened(problem)
-    evaluator = replace(scorer.evaluator, requests=[of_rows(request, rows * PASSES)], chosen={})
+    scorer, batched_task = opened(problem)
+    evaluator = replace(scorer.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={})
     stored = load_stored(*open_sources([problem.merged_from[0]]))
     seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
     for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
         problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
-        scorer, request = opened(problem)
-        evaluator = replace(scorer.evaluator, requests=[of_rows(request, rows)], chosen={})
+        scorer, batched_task = opened(problem)
+        evaluator = replace(scorer.evaluator, batched_tasks=[of_rows(batched_task, rows)], chunk_sizes={})
         recipes = scorer.recipes(genomes_for(problem, PASSES))
         run = partial(evaluator.population, scorer.bank, scorer.spec, recipes)
         seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
-    evaluator = replace(evaluator, requests=[of_rows(request, rows * PASSES)], chosen={})
+    evaluator = replace(evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={})
     run = partial(evaluator.population, scorer.bank, scorer.spec, scorer.recipes(genomes_for(problem, 2)))
     seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
     # Of a machine whose speed drifts, the best of both ends.
@@ -189,16 +189,16 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
         print(f"| {name} | {done / taken / 1e9:.0f} | {done / taken / peak:.0%} |", flush=True)
 
 
-def of_rows(request: Requests, rows: Sequence[Row]) -> Requests:
+def of_rows(batched_task: BatchedTask, rows: Sequence[Row]) -> BatchedTask:
     """A request of these rows in place of its own."""
     from evojax_merge.tasks.batches import scoring_batches
-    from evojax_merge.tasks.task import Asked
+    from evojax_merge.tasks.task import TaskRequests
     from evojax_merge.tasks.text import Example, TextTask
 
-    assert isinstance(request.task, TextTask)
-    task = replace(request.task, examples=(Example("", ("",), "", 0),) * len(rows))
+    assert isinstance(batched_task.task, TextTask)
+    task = replace(batched_task.task, examples=(Example("", ("",), "", 0),) * len(rows))
     (batches,) = scoring_batches([rows], 8 * 192, pack=False)
-    return replace(request, task=task, asked=Asked(tuple(rows)), scoring=batches)
+    return replace(batched_task, task=task, requests=TaskRequests(tuple(rows)), scoring=batches)
 
 
 def text_files(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -209,11 +209,11 @@ def text_files(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]
 def tasks_for(folder: Path, problems: int) -> dict[str, dict[str, Any]]:
     """Likelihood of worked answers, the same behind eight worked examples, and the right number of four."""
     records = read_symbolic("eng").records
-    asked = [record.fields for record in records[8 : 8 + problems]]
-    shots = "".join(f"Q: {r.fields['question']}\nA: {r.fields['answer']}\n\n" for r in records[:8])
-    pairs = [(f"Q: {fields['question']}\nA:", " " + fields["answer"]) for fields in asked]
+    requests = [record.fields for record in records[8 : 8 + problems]]
+    fewshot_examples = "".join(f"Q: {r.fields['question']}\nA: {r.fields['answer']}\n\n" for r in records[:8])
+    pairs = [(f"Q: {fields['question']}\nA:", " " + fields["answer"]) for fields in requests]
     choices = []
-    for fields in asked:
+    for fields in requests:
         number = fields["answer"].rpartition("####")[2].strip()
         choices.append(
             {
@@ -222,7 +222,7 @@ def tasks_for(folder: Path, problems: int) -> dict[str, dict[str, Any]]:
                 "answer": 0,
             }
         )
-    few = [{"prompt": shots + prompt, "target": target} for prompt, target in pairs]
+    few = [{"prompt": fewshot_examples + prompt, "target": target} for prompt, target in pairs]
     plain = [{"prompt": prompt, "target": target} for prompt, target in pairs]
     files = {
         name: write_jsonl(folder / f"{name}.jsonl", rows)
@@ -244,16 +244,16 @@ def scores_part(folder: Path, sizes: Sizes) -> None:
     )
     for name, task in tasks_for(folder, sizes.problems).items():
         problem = problem_for(folder, task, "task_arithmetic", sizes.candidates)
-        scorer, request = opened(problem)
-        genomes, rows = genomes_for(problem, sizes.candidates), request.asked.scored
+        scorer, batched_task = opened(problem)
+        genomes, rows = genomes_for(problem, sizes.candidates), batched_task.requests.scored
         ours = median_seconds(partial(scorer.score, genomes), 3) / sizes.candidates
         model = torch_model(scorer, problem, genomes[0])
         score_rows(model, rows[:2])
         start = time.perf_counter()
         totals = score_rows(model, rows)
         theirs = time.perf_counter() - start
-        agree(scorer, request, genomes[:1], totals)
-        shares = describe_requests([request]).split("shapes, ")[1]
+        agree(scorer, batched_task, genomes[:1], totals)
+        shares = describe_batches([batched_task]).split("shapes, ")[1]
         tokens = sum(len(row.tokens) for row in rows)
         print(
             f"| {name} | {len(rows)} | {tokens:,} | {shares} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} |",
@@ -261,14 +261,14 @@ def scores_part(folder: Path, sizes: Sizes) -> None:
         )
 
 
-def agree(scorer: MergeScorer, request: Requests, genomes: np.ndarray, totals: np.ndarray) -> None:
+def agree(scorer: MergeScorer, batched_task: BatchedTask, genomes: np.ndarray, totals: np.ndarray) -> None:
     """Both sides' scores of one candidate must be the same."""
-    from evojax_merge.tasks.task import Answers
+    from evojax_merge.tasks.task import Responses
 
-    counts = np.array([len(row.tokens) - row.start for row in request.asked.scored])
-    answers = Answers(totals[None].astype(np.float32), counts, np.zeros((1, len(totals)), bool), [[]])
-    for metric, expected in request.task.score(answers).items():
-        found = scorer.score(genomes).matrices[request.task.name][metric]
+    counts = np.array([len(row.tokens) - row.start for row in batched_task.requests.scored])
+    answers = Responses(totals[None].astype(np.float32), counts, np.zeros((1, len(totals)), bool), [[]])
+    for metric, expected in batched_task.task.score(answers).items():
+        found = scorer.score(genomes).matrices[batched_task.task.name][metric]
         if metric != "accuracy":
             np.testing.assert_allclose(found, expected, atol=5e-3)
 
@@ -281,8 +281,8 @@ def building_part(folder: Path, sizes: Sizes) -> None:
     from transformers import AutoModelForCausalLM
 
     problem = problem_for(folder, tasks_for(folder, 11)["likelihood"], "ties", sizes.candidates)
-    scorer, request = opened(problem)
-    genomes, rows = genomes_for(problem, sizes.candidates), request.asked.scored
+    scorer, batched_task = opened(problem)
+    genomes, rows = genomes_for(problem, sizes.candidates), batched_task.requests.scored
     ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
     seconds = []
     for genome in genomes[: sizes.peers]:
@@ -295,7 +295,7 @@ def building_part(folder: Path, sizes: Sizes) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="float32").eval()
         totals = score_rows(model, rows)
         seconds.append((merged - start, time.perf_counter() - merged))
-    agree(scorer, request, genomes[len(seconds) - 1 : len(seconds)], totals)
+    agree(scorer, batched_task, genomes[len(seconds) - 1 : len(seconds)], totals)
     merge, score = np.median(seconds, axis=0)
     tokens = sum(len(row.tokens) for row in rows)
     print(
@@ -321,13 +321,13 @@ def writing_part(folder: Path, sizes: Sizes) -> None:
         task = {"kind": "exact_match", "max_new_tokens": sizes.new, **text_files(folder, pairs)}
         # No token ends a text, so that both sides write as many.
         problem = replace(problem_for(folder, task, "task_arithmetic", sizes.candidates), stop=())
-        scorer, request = opened(problem)
+        scorer, batched_task = opened(problem)
         strategy = make_strategy(problem.space.dims, sizes.candidates, problem.config.search.sigma, 0)
         state = strategy.init(problem.space.start)
         warm, genomes = (np.asarray(strategy.ask(state, number)[0]) for number in (0, 1))
         model = torch_model(scorer, problem, genomes[0])
-        assert request.prompts is not None
-        batches = [(torch.tensor(batch.tokens).long(), batch.first) for batch in request.prompts.batches]
+        assert batched_task.prompts is not None
+        batches = [(torch.tensor(batch.tokens).long(), batch.left_pad) for batch in batched_task.prompts.batches]
         for batch in batches:
             written_by(model, *batch, 1)
         rounds = []
@@ -365,11 +365,11 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=2, help="candidates that the peer builds")
     arguments = parser.parse_args()
     for reference in MODELS.values():
-        locate("bench", reference, Path.cwd())
+        resolve_reference("bench", reference, Path.cwd())
     sizes = Sizes(arguments.problems, arguments.new, arguments.candidates, arguments.peers)
     run = {"peak": peak_part, "scores": scores_part, "building": building_part, "writing": writing_part}
     print(f"SmolLM2-135M-Instruct; {describe()}")
-    for part in arguments.parts:
+    for part in arguments.prefill_groups:
         with tempfile.TemporaryDirectory() as work_folder:
             run[part](Path(work_folder), sizes)
 

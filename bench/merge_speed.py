@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from machine import describe
-from merge_kernels import METHODS, Method, combine, combine_population, draw, look_up, tabulate
+from merge_kernels import METHODS, Method, combine, combine_population, draw_uniform, look_up, tabulate
 
 WIDTH = 1024
 SWEPT = ("ties", "dare_ties")
@@ -57,7 +57,7 @@ Candidates = tuple[dict[str, jax.Array], dict[str, jax.Array]]
 
 
 @dataclass(frozen=True)
-class Problem:
+class SearchProblem:
     """One tensor to merge in P ways. `sources`: base first where the method takes deltas; `numbers`: float64[P, ...];
     `constants`: the parameters that are never searched, float64."""
 
@@ -68,7 +68,7 @@ class Problem:
 
     @property
     def parents(self) -> int:
-        return len(self.sources) - int(self.method.options.based)
+        return len(self.sources) - int(self.method.options.has_base)
 
     @property
     def size(self) -> int:
@@ -104,7 +104,7 @@ class Row:
 # What is merged
 
 
-def build_problem(name: str, size: int, parents: int, candidates: int, dtype: str) -> Problem:
+def build_problem(name: str, size: int, parents: int, candidates: int, dtype: str) -> SearchProblem:
     """Random tensors a small step away from their base, and random recipes around the middle of their range."""
     method = METHODS[name]
     parents = min(max(parents, method.min_parents), method.max_parents or parents)
@@ -117,7 +117,7 @@ def build_problem(name: str, size: int, parents: int, candidates: int, dtype: st
     stored = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
     base = noise(0.02)
     models = [base + noise(0.002 * (k + 1)) for k in range(parents)]
-    sources = [base, *models] if method.options.based else models
+    sources = [base, *models] if method.options.has_base else models
     numbers, constants = {}, {}
     for parameter in method.parameters:
         own = (parents,) if parameter.per_parent else ()
@@ -127,16 +127,16 @@ def build_problem(name: str, size: int, parents: int, candidates: int, dtype: st
             continue
         middle, reach = (parameter.low + parameter.high) / 2, (parameter.high - parameter.low) / 2
         # Densities stay near one half, so that DELLA's stay possible and all methods do like work.
-        step = (0.1 if parameter.on_grid else 0.8 * reach) * rng.uniform(-1, 1, (candidates, *own))
+        step = (0.1 if parameter.quantised else 0.8 * reach) * rng.uniform(-1, 1, (candidates, *own))
         numbers[parameter.name] = np.round(middle + step, 3)
-    return Problem(method, tuple(x.astype(stored) for x in sources), numbers, constants)
+    return SearchProblem(method, tuple(x.astype(stored) for x in sources), numbers, constants)
 
 
 def seed_of(parent: int) -> bytes:
     return hashlib.sha256(bytes([parent])).digest()
 
 
-def candidates_of(problem: Problem, statistics: Mapping[str, np.ndarray], count: int) -> Candidates:
+def candidates_of(problem: SearchProblem, statistics: Mapping[str, np.ndarray], count: int) -> Candidates:
     """The population on the device. Where nothing is searched each candidate has a copy of the statistics, or the
     compiler would merge once and copy."""
     parameters = dict(problem.numbers)
@@ -156,29 +156,29 @@ def candidates_of(problem: Problem, statistics: Mapping[str, np.ndarray], count:
 class Kernels:
     """The compiled forms of one problem, and its data on the device."""
 
-    def __init__(self, problem: Problem, count: int) -> None:
+    def __init__(self, problem: SearchProblem, count: int) -> None:
         self.problem = problem
         prepared = self.tabulate()
-        self.is_prepared = bool(prepared.scores or prepared.statistics)
+        self.is_prepared = bool(prepared.keep_keys or prepared.statistics)
         self.candidates = candidates_of(problem, prepared.statistics, count)
         table = prepared.statistics if problem.numbers else {}
         self.shared: Any = (
             tuple(map(jnp.asarray, problem.sources)),
-            tuple(map(jnp.asarray, prepared.scores)),
+            tuple(map(jnp.asarray, prepared.keep_keys)),
             {name: jnp.asarray(rows) for name, rows in table.items()},
         )
         method, options = problem.method, problem.method.options
 
         def one(shared: Any, candidate: Any) -> jax.Array:
-            (sources, scores, table), (parameters, own) = shared, candidate
+            (sources, keep_keys, table), (parameters, own) = shared, candidate
             statistics = look_up(method, {**table, **own}, parameters)
-            return combine(method, options, sources, scores, statistics, parameters)
+            return combine(method, options, sources, keep_keys, statistics, parameters)
 
         def population(shared: Any, candidates: Any) -> jax.Array:
-            (sources, scores, table), (parameters, own) = shared, candidates
+            (sources, keep_keys, table), (parameters, own) = shared, candidates
             if own:
                 return jax.vmap(one, in_axes=(None, 0), out_axes=1)(shared, candidates)
-            return combine_population(method, options, sources, scores, table, parameters)
+            return combine_population(method, options, sources, keep_keys, table, parameters)
 
         def scan(shared: Any, candidates: Any) -> jax.Array:
             # The largest of all results, entry by entry: each one is needed, and none has memory of its own.
@@ -203,7 +203,7 @@ class Kernels:
         shape = problem.sources[0].shape
         return tabulate(
             problem.method, problem.method.options, problem.sources, problem.constants,
-            lambda k: draw(0, seed_of(k), shape),
+            lambda k: draw_uniform(0, seed_of(k), shape),
         )  # fmt: skip
 
     def check(self) -> None:
@@ -224,7 +224,7 @@ def require_equal(what: str, found: Any, expected: Any, tolerance: float = 1e-5)
         raise SystemExit(f"{what}: {100 * share:.3g}% of the entries differ")
 
 
-def mergekit_call(problem: Problem) -> Callable[[bool], Any] | None:
+def mergekit_call(problem: SearchProblem) -> Callable[[bool], Any] | None:
     """Candidate 0 through mergekit's own method, with torch's own number of threads or with one; None where mergekit
     or torch is not installed."""
     try:
@@ -242,7 +242,7 @@ def mergekit_call(problem: Problem) -> Callable[[bool], Any] | None:
     if "max_iter" in parameters:
         parameters["max_iter"] = int(parameters["max_iter"])
     # SLERP has no deltas, but counts from one of its two models.
-    base_index = 0 if problem.method.options.based or name == "slerp" else None
+    base_index = 0 if problem.method.options.has_base or name == "slerp" else None
 
     threads = torch.get_num_threads()
 

@@ -30,9 +30,9 @@ from search import write_random_family, write_rows
 from torch_peer import mean_log_probability
 
 from evojax_merge.evaluation.evaluator import fitness
-from evojax_merge.models.paths import WRITERS, Path, PathSpec
+from evojax_merge.models.paths import RESIDUAL_OUTPUTS, LayerPath, PathSpec
 from evojax_merge.search.scorers import PathScorer, open_scorers
-from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.strategy import make_strategy
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ SPACES: dict[str, dict[str, Any]] = {
 TOKENS, LENGTH = 2000, 64
 
 
-def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> Problem:
+def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> SearchProblem:
     tasks = [{"name": "text", "kind": "likelihood", "file": "rows.jsonl", "heldout": "rows.jsonl"}]
     document = {"parents": [str(folder / name) for name in parents], "data_flow": space, "tasks": tasks}
     path = folder / "config.yaml"
@@ -52,27 +52,27 @@ def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> 
     return build_problem(path, read_config(path, [], None))
 
 
-def fresh_scorer(problem: Problem) -> PathScorer:
-    (scorer,) = open_scorers(problem, problem.requests()[:1])
+def fresh_scorer(problem: SearchProblem) -> PathScorer:
+    (scorer,) = open_scorers(problem, problem.batched_tasks()[:1])
     assert isinstance(scorer, PathScorer)
     return scorer
 
 
-def time_ours(scorer: PathScorer, paths: Sequence[Path | None]) -> tuple[np.ndarray, float, float]:
+def time_ours(scorer: PathScorer, paths: Sequence[LayerPath | None]) -> tuple[np.ndarray, float, float]:
     """(fitness, seconds per candidate, share of layer steps that were saved), everything compiled, nothing known."""
     evaluator = scorer.evaluator
     evaluator.population(paths[:1])
     seconds = []
     for _ in range(3):
-        evaluator.known.clear()
-        evaluator.computed = evaluator.asked = 0
+        evaluator.score_cache.clear()
+        evaluator.steps_run = evaluator.steps_requested = 0
         start = time.perf_counter()
         values = fitness(scorer.tasks, evaluator.population(paths))
         seconds.append(time.perf_counter() - start)
-    return values, float(np.median(seconds)) / len(paths), 1 - evaluator.computed / evaluator.asked
+    return values, float(np.median(seconds)) / len(paths), 1 - evaluator.steps_run / evaluator.steps_requested
 
 
-def time_peer(problem: Problem, paths: Sequence[Path]) -> tuple[np.ndarray, float, float]:
+def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.ndarray, float, float]:
     """(fitness, median seconds to build, to score), the first candidate not counted."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,7 +81,7 @@ def time_peer(problem: Problem, paths: Sequence[Path]) -> tuple[np.ndarray, floa
     states = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in problem.parents
     ]
-    request = problem.requests()[0][0]
+    batched_task = problem.batched_tasks()[0][0]
     values, seconds = [], []
     for path in paths:
         start = time.perf_counter()
@@ -89,13 +89,13 @@ def time_peer(problem: Problem, paths: Sequence[Path]) -> tuple[np.ndarray, floa
         config.num_hidden_layers = len(path.layers)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        tensors = {name: values for name, values in states[path.ends].items() if "layers." not in name}
-        for step, (m, factor) in enumerate(zip(path.layers, path.folds(), strict=True)):
+        tensors = {name: values for name, values in states[path.embedding_parent].items() if "layers." not in name}
+        for step, (m, factor) in enumerate(zip(path.layers, path.residual_scales(), strict=True)):
             parent, layer = problem.spec.origins[m]
             for name, values_ in states[parent].items():
                 head, _, tail = name.partition(f"layers.{layer}.")
                 if tail:
-                    written = any(f"{writer}_proj" in tail for writer in WRITERS)
+                    written = any(f"{writer}_proj" in tail for writer in RESIDUAL_OUTPUTS)
                     tensors[f"{head}layers.{step}.{tail}"] = values_ * float(factor) if written else values_
         model.load_state_dict(tensors, assign=True, strict=False)
         # What has no tensor in a state dict (rotary frequencies) was made on no device.
@@ -103,7 +103,7 @@ def time_peer(problem: Problem, paths: Sequence[Path]) -> tuple[np.ndarray, floa
         model.tie_weights()
         model.eval()
         built = time.perf_counter()
-        values.append(mean_log_probability(model, request.asked.scored))
+        values.append(mean_log_probability(model, batched_task.requests.scored))
         seconds.append((built - start, time.perf_counter() - built))
     build, score = np.median(seconds[1:], axis=0)
     return np.array(values), float(build), float(score)
@@ -145,9 +145,9 @@ def growth(folder: File) -> None:
     for parents, steps, count in cases:
         problem = problem_for(folder, parents, {"form": "indicator", "repetitions": 1, "max_layers": 64})
         scorer = fresh_scorer(problem)
-        scorer.evaluator.longest = 32
+        scorer.evaluator.max_length = 32
         layers = sum(scorer.space.depths)
-        paths = [Path(tuple(map(int, rng.integers(0, layers, steps))), (1.0,) * steps) for _ in range(count)]
+        paths = [LayerPath(tuple(map(int, rng.integers(0, layers, steps))), (1.0,) * steps) for _ in range(count)]
         _, seconds, _ = time_ours(scorer, paths)
         print(f"| {len(parents)} ({layers}) | {steps} | {count} | {seconds:.3f} | {seconds / steps:.4f} |", flush=True)
 

@@ -30,11 +30,17 @@ from machine import describe
 
 from evojax_merge.evaluation.evaluator import Progress, Scores
 from evojax_merge.search.loop import Outcome, Reporter, rescore, run_search
-from evojax_merge.search.racing import cut, knowing_nothing, lengths, race, turn
 from evojax_merge.search.run_folder import open_run, read_lines
 from evojax_merge.search.scorers import MergeScorer, PathScorer, Scorer, open_scorers
-from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.strategy import default_population
+from evojax_merge.search.successive_halving import (
+    example_lengths,
+    init_surrogate,
+    shard_order,
+    stratified_shards,
+    successive_halving,
+)
 from evojax_merge.tasks.task import Task
 from evojax_merge.tasks.text import TextTask
 
@@ -113,17 +119,17 @@ def matrix_of(scorer: Scorer, scores: Scores) -> np.ndarray:
 
 
 def search(
-    problem: Problem, seed: int, blocks: Sequence[Scorer], folder: Path, generations: int
+    problem: SearchProblem, seed: int, shards: Sequence[Scorer], folder: Path, generations: int
 ) -> tuple[Outcome, int, float]:
     """Search, or go on with one. (outcome, passes, seconds)"""
     settings = problem.search.model_copy(update={"generations": generations})
     run = open_run(folder, {"inputs": {}}, resume=folder.exists(), overwrite=False)
-    outcome = run_search(settings, seed, problem.space, blocks, run, Reporter())
+    outcome = run_search(settings, seed, problem.space, shards, run, Reporter())
     passes = sum(sum(row["examples"]) for row in run.read_history())
     return outcome, passes, sum(row["seconds"] for row in read_lines(run.timing)[1:])
 
 
-def choose(problem: Problem, found: tuple[Outcome, int, float], full: Scorer, heldout: Scorer) -> Choice:
+def choose(problem: SearchProblem, found: tuple[Outcome, int, float], full: Scorer, heldout: Scorer) -> Choice:
     """The winner as the program chooses it: the best finalist on the whole search split."""
     outcome, passes, seconds = found
     winner = rescore(problem.space, full, outcome, lambda done: None)[0].genome[None]
@@ -138,42 +144,44 @@ def choose(problem: Problem, found: tuple[Outcome, int, float], full: Scorer, he
     )
 
 
-def compare(standing: np.ndarray, truth: np.ndarray) -> Ranking:
+def compare(predicted: np.ndarray, truth: np.ndarray) -> Ranking:
     """standing, truth: float[P], higher is better."""
     order = np.argsort(-truth, kind="stable")
     half = order[: len(order) // 2]
-    ranks = np.argsort(np.argsort(-standing[half], kind="stable"))
-    return Ranking(bool(np.argmax(standing) == order[0]), float(np.corrcoef(ranks, np.arange(len(half)))[0, 1]))
+    ranks = np.argsort(np.argsort(-predicted[half], kind="stable"))
+    return Ranking(bool(np.argmax(predicted) == order[0]), float(np.corrcoef(ranks, np.arange(len(half)))[0, 1]))
 
 
 def rank(
-    found: Sequence[tuple[np.ndarray, np.ndarray]], task: TextTask, blocks: Sequence[TextTask], seed: int
+    found: Sequence[tuple[np.ndarray, np.ndarray]], task: TextTask, shards: Sequence[TextTask], seed: int
 ) -> Rankings:
     """The ranks that a race gives in each generation, and those of an even split of as many passes."""
-    raced, even = [], []
+    halved, even = [], []
     place = {example: i for i, example in enumerate(task.examples)}
-    columns = [[place[example] for example in block.examples] for block in blocks]
+    columns = [[place[example] for example in shard.examples] for shard in shards]
     known = None
     for generation, (genomes, matrix) in enumerate(found):
         truth = matrix.mean(axis=1, dtype=np.float64)
-        replayed = [Replayed([block], genomes, matrix[:, part]) for block, part in zip(blocks, columns, strict=True)]
-        known = known or knowing_nothing(replayed, genomes.shape[1])
-        result = race(replayed, turn(len(blocks), seed, generation), genomes, known)
-        known = result.known
-        raced.append(compare(result.standing, truth))
+        replayed = [Replayed([shard], genomes, matrix[:, part]) for shard, part in zip(shards, columns, strict=True)]
+        known = known or init_surrogate(replayed, genomes.shape[1])
+        result = successive_halving(replayed, shard_order(len(shards), seed, generation), genomes, known)
+        known = result.surrogate
+        halved.append(compare(result.predicted, truth))
         share = int(result.examples.sum()) // len(matrix)
         part = np.random.default_rng([seed, generation]).permutation(task.size)[:share]
         even.append(compare(matrix[:, part].mean(axis=1, dtype=np.float64), truth))
-    return {"race": raced, "even": even}
+    return {"race": halved, "even": even}
 
 
-def run_seed(problem: Problem, seed: int, rungs: int) -> tuple[dict[str, Choice], Rankings]:
+def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, Choice], Rankings]:
     """Three searches, and how a race ranks the populations of the one without."""
     generations = problem.search.generations
-    blocks = cut("rungs", problem.full, lambda task: lengths(task, problem.tokenizer, problem.context), rungs, seed)
-    raced = replace(problem, blocks=blocks)
-    *racing, _, _ = open_scorers(raced, raced.requests())
-    searched, full, heldout = open_scorers(problem, problem.requests())
+    shards = stratified_shards(
+        "rungs", problem.full, lambda task: example_lengths(task, problem.tokenizer, problem.context), rungs, seed
+    )
+    halved = replace(problem, shards=shards)
+    *racing, _, _ = open_scorers(halved, halved.batched_tasks())
+    searched, full, heldout = open_scorers(problem, problem.batched_tasks())
     kept = Kept(searched, [])
     choices = {}
     with tempfile.TemporaryDirectory() as work:
@@ -188,7 +196,7 @@ def run_seed(problem: Problem, seed: int, rungs: int) -> tuple[dict[str, Choice]
         for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
             found = search(problem, seed, [kept], Path(work) / "whole", until)
             choices[name] = choose(problem, found, full, heldout)
-    parts = [part for block in blocks for part in block if part.weight > 0 and isinstance(part, TextTask)]
+    parts = [part for shard in shards for part in shard if part.weight > 0 and isinstance(part, TextTask)]
     return choices, rank(kept.found, task, parts, seed)
 
 

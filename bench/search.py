@@ -30,7 +30,7 @@ from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.search.scorers import open_scorers
-from evojax_merge.search.setup import Problem, build_problem, locate, read_config
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config, resolve_reference
 from evojax_merge.search.winner import recipe_text
 
 METHOD = "ties"
@@ -91,7 +91,7 @@ def write_rows(file: Path, words: Sequence[str], tokens: int, length: int) -> No
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def problem_for(folder: Path, base: str, parents: list[str], population: int) -> Problem:
+def problem_for(folder: Path, base: str, parents: list[str], population: int) -> SearchProblem:
     document = {
         "base": base,
         "parents": parents,
@@ -105,11 +105,11 @@ def problem_for(folder: Path, base: str, parents: list[str], population: int) ->
     return build_problem(path, read_config(path, [], None))
 
 
-def time_ours(problem: Problem, genomes: np.ndarray) -> tuple[np.ndarray, float, float, float]:
+def time_ours(problem: SearchProblem, genomes: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     """(fitness, seconds per candidate, seconds to load and prepare the bank, seconds to compile)."""
-    requests = problem.requests()[:1]
+    batched_tasks = problem.batched_tasks()[:1]
     start = time.perf_counter()
-    (scorer,) = open_scorers(problem, requests)
+    (scorer,) = open_scorers(problem, batched_tasks)
     prepare = time.perf_counter() - start
 
     def once() -> tuple[np.ndarray, float]:
@@ -124,14 +124,14 @@ def time_ours(problem: Problem, genomes: np.ndarray) -> tuple[np.ndarray, float,
     return runs[0][0], seconds / len(genomes), prepare, first - seconds
 
 
-def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def time_peer(problem: SearchProblem, genomes: np.ndarray, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """(fitness, median seconds for merging, loading, scoring), the first candidate not counted."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
     from transformers import AutoModelForCausalLM
 
-    request = problem.requests()[0][0]
+    batched_task = problem.batched_tasks()[0][0]
     values, seconds = [], []
     for genome in genomes:
         (folder / "recipe.yaml").write_text(recipe_text(problem, genome))
@@ -144,7 +144,7 @@ def time_peer(problem: Problem, genomes: np.ndarray, folder: Path) -> tuple[np.n
         merged = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="float32").eval()
         loaded = time.perf_counter()
-        values.append(mean_log_probability(model, request.asked.scored))
+        values.append(mean_log_probability(model, batched_task.requests.scored))
         seconds.append((merged - start, loaded - merged, time.perf_counter() - loaded))
     return np.array(values), np.median(seconds[1:], axis=0)
 
@@ -161,7 +161,7 @@ def measure(name: str, models: dict[str, str], tokens: int, length: int, populat
         ours, per_candidate, prepare, compile_seconds = time_ours(problem, genomes)
         theirs, peer = time_peer(problem, genomes[:peers], folder)
         np.testing.assert_allclose(ours[:peers], theirs, atol=2e-4)
-        counted = sum(len(row.tokens) for row in problem.requests()[0][0].asked.scored)
+        counted = sum(len(row.tokens) for row in problem.batched_tasks()[0][0].requests.scored)
         size = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.decoder).values())
         return Timing(name, size, counted, per_candidate, prepare, compile_seconds, *peer)
 
@@ -197,7 +197,7 @@ def main() -> None:
         for name in arguments.models:
             if name == "zoo":
                 parts = {"base": "zoo:base", "one": "zoo:maths", "two": "zoo:japanese"}
-                models = {key: str(locate("bench", part, Path.cwd())) for key, part in parts.items()}
+                models = {key: str(resolve_reference("bench", part, Path.cwd())) for key, part in parts.items()}
                 length, population = 16, arguments.population
             else:
                 write_random_family(Path(work))

@@ -21,9 +21,9 @@ from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.search.loop import Reporter, run_search
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.scorers import MergeScorer, PathScorer, open_scorers
-from evojax_merge.search.setup import Problem, build_problem, read_config, resolved_document
-from evojax_merge.search.winner import Result, choose_winner, recipe_text
-from evojax_merge.spaces.data_flow import IndicatorSpace
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config, resolved_document
+from evojax_merge.search.winner import Result, recipe_text, select_best
+from evojax_merge.spaces.layer_path import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"
@@ -39,7 +39,7 @@ DATA_FLOW = ["space=null", "data_flow={form: moves, moves: 3, window: 2}"]
 RANDOM_STACKS = ["space=null", "data_flow={form: indicator, repetitions: 1, scales: none}"]
 
 
-def problem_for(seed: int, overrides: Sequence[str] = ()) -> Problem:
+def problem_for(seed: int, overrides: Sequence[str] = ()) -> SearchProblem:
     """The quickstart on the family of `seed`."""
     zoo = [
         f"base=zoo:{seed}/base",
@@ -56,9 +56,9 @@ def accuracies(scorer: MergeScorer | PathScorer, genomes: np.ndarray) -> np.ndar
     return scorer.score(genomes).matrices[task][metric].mean(axis=1)
 
 
-def start_accuracy(problem: Problem) -> float:
+def start_accuracy(problem: SearchProblem) -> float:
     """Held-out exact match of the merge that the search would start from."""
-    (heldout,) = open_scorers(problem, problem.requests()[2:])
+    (heldout,) = open_scorers(problem, problem.batched_tasks()[2:])
     return float(accuracies(heldout, problem.space.start[None])[0])
 
 
@@ -68,19 +68,19 @@ def random_frankenmerge(seed: int) -> float:
     assert isinstance(problem.space, IndicatorSpace)
     rng, depth = np.random.default_rng(seed), problem.space.depths[0]
     chosen = [rng.choice(problem.space.layers, depth, replace=False) for _ in range(16)]
-    on = np.zeros((len(chosen), problem.space.places), bool)
+    on = np.zeros((len(chosen), problem.space.num_indicators), bool)
     for row, layers in zip(on, chosen, strict=True):
         row[layers] = True
-    (heldout,) = open_scorers(problem, problem.requests()[2:])
+    (heldout,) = open_scorers(problem, problem.batched_tasks()[2:])
     return float(np.nanmean(accuracies(heldout, np.stack([problem.space.genome(row) for row in on]))))
 
 
-def evolve(problem: Problem, folder: Path) -> Result:
+def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
-    *blocks, full, heldout = open_scorers(problem, problem.requests())
-    outcome = run_search(problem.search, problem.config.seed, problem.space, blocks, run, Reporter())
-    result = choose_winner(problem, full, heldout, outcome)
+    *shards, full, heldout = open_scorers(problem, problem.batched_tasks())
+    outcome = run_search(problem.search, problem.config.seed, problem.space, shards, run, Reporter())
+    result = select_best(problem, full, heldout, outcome)
     run.recipe.write_text(recipe_text(problem, result.genome))
     merge_to(prepare(read_recipe(run.recipe)), run.model, card="")
     return result

@@ -5,11 +5,12 @@ Importing this package imports neither JAX nor transformers; its rooms do, where
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from evojax_merge.pytrees import on_host, search_pytrees
+from evojax_merge.version import __version__
 
-__all__ = ["on_host", "search_pytrees"]
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from evojax_merge.pytrees import host_callback, search_pytrees
+
+__all__ = ["__version__", "host_callback", "search_pytrees"]
 
 
 def __getattr__(name: str) -> Any:

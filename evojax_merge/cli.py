@@ -16,7 +16,7 @@ if __name__ == "__main__":  # Before click: an interruption should not find the 
 
 import click
 
-from evojax_merge.errors import Failed, InputError, LostProcess, printable
+from evojax_merge.errors import Failed, InputError, PeerLostError, printable
 from evojax_merge.interrupts import INTERRUPTED
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -80,9 +80,9 @@ def search(
         raise InputError("--resume", "cannot go with --overwrite")
     with _starting():
         if distributed:
-            from evojax_merge.evaluation.devices import join_processes
+            from evojax_merge.evaluation.devices import init_distributed
 
-            join_processes()
+            init_distributed()
         from evojax_merge.commands import run_search_command
 
     run_search_command(config, out, resume, overwrite, seed, list(overrides))
@@ -127,6 +127,31 @@ def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far
         from evojax_merge.commands import run_export_command
 
     run_export_command(run, out, dtype, overwrite, best_so_far)
+
+
+@cli.command(short_help="List the merge methods, with their parameters and bounds.")
+def methods() -> None:
+    """List the merge methods: what they take, their parameters, and the bounds that a search has by default."""
+    _list("methods")
+
+
+@cli.command(short_help="List the search strategies.")
+def strategies() -> None:
+    """List the search strategies."""
+    _list("strategies")
+
+
+@cli.command(short_help="List the architectures that can be searched and merged.")
+def architectures() -> None:
+    """List the architectures that can be searched and merged."""
+    _list("architectures")
+
+
+def _list(what: str) -> None:
+    with _starting():
+        from evojax_merge.commands import run_list_command
+
+    run_list_command(what)
 
 
 def run(command: Callable[[], Any]) -> int:
@@ -179,7 +204,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         status = run(lambda: cli.main(standalone_mode=False))
-    except LostProcess as error:
+    except PeerLostError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # An ordinary end would wait for the process that has gone.
         os._exit(FAILED)

@@ -1,4 +1,4 @@
-"""What each command does, from parsed arguments to printed tables. May import every room; called by cli alone."""
+"""What each command does, from parsed arguments to printed tables."""
 
 import json
 import math
@@ -34,19 +34,19 @@ from evojax_merge.checkpoints.recipes import RecipeFile, parse_recipe, read_reci
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
 from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
-from evojax_merge.errors import Failed, InputError, LostProcess
-from evojax_merge.evaluation.devices import local_devices, on_accelerator, unused_memory, wait_for_all
+from evojax_merge.errors import Failed, InputError, PeerLostError
+from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
+from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.memory import require_memory
-from evojax_merge.evaluation.requests import Requests, build_requests, describe_requests, token_warnings
-from evojax_merge.interrupts import interrupts_held
+from evojax_merge.interrupts import defer_signals
 from evojax_merge.report.card import merge_card, search_card
+from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import Generation, Reporter, run_bytes, run_search
-from evojax_merge.search.open_tasks import locate, open_whole_task, overlaps, repeated
-from evojax_merge.search.racing import describe_race
+from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
 from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
@@ -61,7 +61,7 @@ from evojax_merge.search.run_folder import (
 )
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
-    Problem,
+    SearchProblem,
     build_problem,
     context_length,
     read_config,
@@ -69,7 +69,8 @@ from evojax_merge.search.setup import (
     stage_config,
     stop_tokens,
 )
-from evojax_merge.search.winner import Result, Row, choose_winner, passes_to_choose, recipe_text, write_result
+from evojax_merge.search.successive_halving import describe_halving
+from evojax_merge.search.winner import Result, Row, passes_to_select, recipe_text, select_best, write_result
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
@@ -139,7 +140,7 @@ class SearchBar(Reporter):
         if not console.is_terminal:
             console.print(f"generation {g.number + 1}: {info}", highlight=False)
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         _say(text)
 
 
@@ -163,12 +164,12 @@ def run_search_command(
             _run_chain(path, config, config.stages, out, resume, overwrite, begun)
             return
         problem = build_problem(path, config)
-        requests = problem.requests()
+        batched_tasks = problem.batched_tasks()
         require_space(out, _run_bytes(problem))
         _require_bank(path, problem)
         with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
-            _say_first(path, problem, requests)
-            _search_into(folder, problem, requests)
+            _say_first(path, problem, batched_tasks)
+            _search_into(folder, problem, batched_tasks)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -191,8 +192,8 @@ class Continuation:
         try:
             yield
         except BaseException as error:
-            if interrupts.received() or isinstance(error, LostProcess):
-                with interrupts_held():
+            if interrupts.received() or isinstance(error, PeerLostError):
+                with defer_signals():
                     print(f"stopped; {self._saved()}. Continue with: {self._command}", file=sys.stderr, flush=True)
             raise
 
@@ -212,7 +213,7 @@ def _opened(
     console.quiet = jax.process_index() > 0
     folder = RunFolder(path)
     with ExitStack() as stack:
-        with interrupts_held():
+        with defer_signals():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
                 open_run(path, document, resume=resume, overwrite=overwrite)
@@ -225,19 +226,19 @@ def _opened(
 
 def _check_checkpoints(folder: RunFolder) -> None:
     """What cannot be continued is found before the models are loaded. All processes do this together."""
-    wait_for_all("opened")
+    barrier("opened")
     with Checkpoints(folder) as checkpoints:
         checkpoints.restore(_say)
 
 
-def _run_bytes(problem: Problem) -> int:
+def _run_bytes(problem: SearchProblem) -> int:
     """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
     model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
-    examples = sum(task.size for block in problem.blocks for task in block)
+    examples = sum(task.size for shard in problem.shards for task in shard)
     return model + run_bytes(problem.search, problem.space, examples)
 
 
-def _require_bank(path: Path, problem: Problem) -> None:
+def _require_bank(path: Path, problem: SearchProblem) -> None:
     """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
     devices hold theirs in the memory of the host."""
     devices = 1 if on_accelerator() else len(jax.local_devices())
@@ -257,7 +258,7 @@ def _run_chain(
         build_problem(path, stage_config(config, stage, config.parents[0] if i else None), chained=i > 0)
         for i, stage in enumerate(stages)
     ]
-    requests = [problem.requests() for problem in problems]
+    batched_tasks = [problem.batched_tasks() for problem in problems]
     require_space(out, sum(map(_run_bytes, problems)))
     for problem in problems:
         _require_bank(path, problem)
@@ -267,7 +268,7 @@ def _run_chain(
     document["stages"] = [stage.model_dump(mode="json") for stage in stages]
     with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
         # All stages ask the same.
-        _say_first(path, problems[0], requests[0])
+        _say_first(path, problems[0], batched_tasks[0])
         winner: str | None = None
         for number, stage in enumerate(stages, start=1):
             console.print(f"stage {number} of {len(stages)}")
@@ -275,7 +276,7 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                _search_into(run, problem, requests[-1])
+                _search_into(run, problem, batched_tasks[-1])
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -284,28 +285,28 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                _search_into(folder, problem, requests[number - 1])
+                _search_into(folder, problem, batched_tasks[number - 1])
             winner = str(folder.model)
             begun(run)
 
 
-def _say_first(path: Path, problem: Problem, requests: list[list[Requests]]) -> None:
+def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     _say_unread(problem.sources.folders)
-    *_, full, heldout = requests
+    *_, full, heldout = batched_tasks
     _warn(token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab))
     _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout))
 
 
-def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Requests]]) -> None:
+def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """Search, choose, export and report."""
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
-    console.print(describe_requests([one for block in requests[:-2] for one in block]), highlight=False)
+    console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        *blocks, full, heldout = open_scorers(problem, requests, devices, progress, _say)
+        *shards, full, heldout = open_scorers(problem, batched_tasks, devices, progress, _say)
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
@@ -313,17 +314,17 @@ def _search_into(folder: RunFolder, problem: Problem, requests: list[list[Reques
     with Progress(*columns, console=console) as progress:
         reporter = SearchBar(progress, problem.search.generations)
         outcome = run_search(
-            problem.search, problem.config.seed, problem.space, blocks, folder, reporter, devices.writes
+            problem.search, problem.config.seed, problem.space, shards, folder, reporter, devices.is_main_process
         )
-    console.print(describe_work(blocks), highlight=False)
-    if len(blocks) > 1:
-        examples = sum(task.size for block in blocks for task in block.tasks)
-        console.print(describe_race(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_choose(problem, full, heldout)) as advance:
-        result = choose_winner(problem, full, heldout, outcome, advance)
-    if devices.writes:
+    console.print(describe_work(shards), highlight=False)
+    if len(shards) > 1:
+        examples = sum(task.size for shard in shards for task in shard.tasks)
+        console.print(describe_halving(folder.read_history(), examples), highlight=False)
+    with passes_bar("scoring", passes_to_select(problem, full, heldout)) as advance:
+        result = select_best(problem, full, heldout, outcome, advance)
+    if devices.is_main_process:
         _write_winner(folder, problem, result)
-    wait_for_all("written")
+    barrier("written")
 
 
 def _warn(lines: Sequence[str]) -> None:
@@ -350,16 +351,16 @@ def _say_unread(folders: Sequence[Folder]) -> None:
         )
 
 
-def _write_winner(folder: RunFolder, problem: Problem, result: Result) -> None:
+def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
-    job = prepare(read_recipe(folder.recipe))
+    plan_ = prepare(read_recipe(folder.recipe))
     card = search_card(folder.path.name, problem, result, recipe)
-    with bytes_bar("exporting", job.nbytes) as progress_bytes:
-        merge_to(job, folder.model, card=card, overwrite=True, progress=progress_bytes)
+    with bytes_bar("exporting", plan_.nbytes) as progress_bytes:
+        merge_to(plan_, folder.model, card=card, overwrite=True, progress=progress_bytes)
     draw(problem, result, history, folder.picture)
     write_result(result, len(history), folder)
     if result.path is not None:
@@ -389,14 +390,14 @@ def run_merge_command(
     recover(out)
     check_free(out, overwrite)
     recipe = read_recipe(recipe_path)
-    job = prepare(recipe, dtype, seed, allow_nonfinite, locate)
-    _say_unread(job.sources.folders)
+    plan_ = prepare(recipe, dtype, seed, allow_nonfinite, resolve_reference)
+    _say_unread(plan_.sources.folders)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
-    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out)])
+    check = partial(check_output, out, [*plan_.inputs, *_parts_of_runs(out)])
     check()
-    require_space(out, job.nbytes)
-    with bytes_bar("merging", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    require_space(out, plan_.nbytes)
+    with bytes_bar("merging", plan_.nbytes) as progress:
+        merge_to(plan_, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
@@ -415,7 +416,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     else:
         file = parse(tasks_path, document, TaskFile)
     tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
-    paths = [locate("MODELS", model, Path.cwd()) for model in models]
+    paths = [resolve_reference("MODELS", model, Path.cwd()) for model in models]
     if json_file is not None:
         _check_table_file(json_file)
     for path in paths[1:]:
@@ -427,7 +428,7 @@ def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | 
     for path, name in zip(paths, names, strict=True):
         sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
         _say_unread(sources.folders)
-        _warn(token_warnings(evaluator.requests, evaluator.tokenizer, evaluator.config.vocab))
+        _warn(token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab))
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
         stored = load_stored(sources, evaluator.config, 0, file.evaluation.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
@@ -446,11 +447,11 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     """A stored model, by its headers alone, and what scores it."""
     sources, decoder = open_sources([path])
     tokenizer = load_tokenizer(path)
-    (requests,) = build_requests(
+    (batched_tasks,) = batch_tasks(
         [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders), stop_tokens(path, tokenizer),
         decoder.vocab,
     )  # fmt: skip
-    return sources, Evaluator(decoder, tokenizer, requests, settings.compute_dtype)
+    return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
 
 
 def _check_table_file(path: Path) -> None:
@@ -487,6 +488,12 @@ def _short_names(models: list[str]) -> list[str]:
     return models
 
 
+def run_list_command(what: str) -> None:
+    """Print what the program knows: methods, strategies or architectures."""
+    tables = {"methods": methods_table, "strategies": strategies_table, "architectures": architectures_table}
+    console.print(tables[what]())
+
+
 def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
     folder = RunFolder(run)
     if not is_run(folder):
@@ -499,23 +506,23 @@ def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool,
     if not folder.recipe.exists():
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
-    recipe, card_file = folder.recipe.read_text(encoding="utf-8"), folder.model / "README.md"
+    recipe, card_file = read_recipe(folder.recipe), folder.model / "README.md"
     card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
-    _export(folder, read_recipe(folder.recipe), recipe, card, out, dtype, overwrite)
+    _export(folder, recipe, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite)
 
 
 def _export(
     folder: RunFolder, recipe: RecipeFile, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
 ) -> None:
     """Write the model of a run's recipe. `text`: the recipe as YAML; `card` None: one that shows just that."""
-    job = prepare(recipe, dtype)
-    check = partial(check_output, out, [*job.inputs, *_parts_of_runs(out), *folder.parts])
+    plan_ = prepare(recipe, dtype)
+    check = partial(check_output, out, [*plan_.inputs, *_parts_of_runs(out), *folder.parts])
     check()
     if card is None:
         card = merge_card(out.name, recipe.method.name, recipe.models, text)
-    require_space(out, job.nbytes)
-    with bytes_bar("exporting", job.nbytes) as progress:
-        merge_to(job, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    require_space(out, plan_.nbytes)
+    with bytes_bar("exporting", plan_.nbytes) as progress:
+        merge_to(plan_, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Everything that a search's YAML may say, as one typed schema. May import errors and merge_kernels' registry.
+"""Everything that a search's YAML may say, as one typed schema.
 
 `load_config` reads, checks and resolves; every error names the file, the key and what was expected.
 """

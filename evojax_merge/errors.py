@@ -55,7 +55,7 @@ def cannot_write(where: object, error: OSError, more: str = "") -> Exception:
     return Failed(f"{where}: {text}") if full else InputError(where, text)
 
 
-class LostProcess(Exception):
+class PeerLostError(Exception):
     """Another process of the run has gone."""
 
     def __init__(self) -> None:

@@ -62,7 +62,7 @@ def nothing_begun(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Signals that arrive in this block act at its end; a second one acts at once. For what may not be cut short: orbax
     waits in an event loop that an interruption leaves half closed, with what it was saving. Signals reach the main
     thread alone; in another this does nothing."""

@@ -1,8 +1,6 @@
 """Searching for a merge of any pytrees: Flax parameters, a whole nnx module, nested dicts and lists of arrays.
 
-May import merge_kernels, config, spaces, models.bank (what a merge is) and of search the axes and the strategy; it
-knows no file, no language model and no run folder. Every candidate of a generation is merged and scored inside one
-compiled program.
+Every candidate of a generation is merged and scored inside one compiled program.
 """
 
 import hashlib
@@ -14,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from merge_kernels import combine, draw, look_up, tabulate
+from merge_kernels import combine, draw_uniform, look_up, tabulate
 from pydantic import ValidationError
 
 from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.search.axes import axes_of, find_method, options_of
+from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategy import default_population, make_strategy
 from evojax_merge.spaces.parameter import GroupSpace
 
@@ -36,7 +34,7 @@ class HostFitness:
     function: Callable[[Any], Any]
 
 
-def on_host(function: Callable[[Any], Any]) -> HostFitness:
+def host_callback(function: Callable[[Any], Any]) -> HostFitness:
     """Marks a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
     return HostFitness(function)
 
@@ -90,7 +88,7 @@ def search_pytrees(
     parents: pytrees of one structure, whose leaves have the same shapes; `base` one more, from which methods that need
     it take task vectors. Floating-point leaves are merged; all others (counts, keys) are the base's, or the first
     parent's. fitness: a merged pytree -> a number, or an array [N] of one per example, whose mean counts; higher is
-    better, and a candidate whose fitness is not finite has failed. It is traced, unless it is `on_host(...)`.
+    better, and a candidate whose fitness is not finite has failed. It is traced, unless it is `host_callback(...)`.
 
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
@@ -104,10 +102,10 @@ def search_pytrees(
     if not parents:
         raise InputError(WHERE, "parents: is empty")
     chosen = find_method(f"{WHERE}: method", method)
-    based = chosen.based(base is not None)
-    if based and base is None:
+    has_base = chosen.uses_base(base is not None)
+    if has_base and base is None:
         raise InputError(WHERE, f"base: missing; {method} takes task vectors from a base")
-    if base is not None and not based:
+    if base is not None and not has_base:
         raise InputError(WHERE, f"base: {method} takes no base; leave it out, or choose another method")
     check_parent_count(f"{WHERE}: parents", chosen, len(parents))
     search = _valid("search", SearchConfig, population=population, generations=generations, sigma=sigma)
@@ -116,18 +114,16 @@ def search_pytrees(
     if not 0 <= seed <= MAX_SEED:
         raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
 
-    names = ["base"] * based + [f"parents[{k}]" for k in range(len(parents))]
-    tree = _open(names, [base, *parents] if based else list(parents))
+    names = ["base"] * has_base + [f"parents[{k}]" for k in range(len(parents))]
+    tree = _open(names, [base, *parents] if has_base else list(parents))
     labels = _labels(tree.paths, groups)
-    searched = {parameter.name: Bounds() for parameter in chosen.parameters[:1] if parameter.searched}
-    if parameters is not None:
-        searched = {name: _bounds(name, value) for name, value in parameters.items()}
-    axes, others = axes_of(WHERE, chosen, len(parents), searched, fixed or {})
+    searched = {name: _bounds(name, value) for name, value in (parameters or {}).items()}
+    search_parameters, others = search_parameters_of(WHERE, chosen, len(parents), searched, fixed or {})
     kinds = tuple(dict.fromkeys(label for label, leaf in zip(labels, tree.leaves, strict=True) if leaf.merged))
     if not kinds:
         raise InputError(WHERE, "parents: hold no floating-point array to merge")
-    space = GroupSpace(chosen, len(parents), kinds, axes, others)
-    options = options_of(WHERE, chosen, based, normalize, rescale)
+    space = GroupSpace(chosen, len(parents), kinds, search_parameters, others)
+    options = options_of(WHERE, chosen, has_base, normalize, rescale)
     constants = tuple((name, values) for name, values in others if not chosen.parameter(name).searched)
     spec = MergeSpec(method, options, seed, "float32", constants)
     bank = [
@@ -149,14 +145,14 @@ def search_pytrees(
     state = strategy.init(space.start)
     best, best_fitness, history = space.start, np.nan, []
     for number in range(search.generations):
-        genomes, asked = strategy.ask(state, number)
+        genomes, state_after_ask = strategy.ask(state, number)
         values = _fitness(score(np.asarray(genomes)))
         if np.isnan(values).all():
             raise Failed(
                 f"{WHERE}: generation {number}: all {size} candidates failed, their fitness is not finite; look at "
                 "what the fitness function returns for the parents, and at the bounds of the parameters"
             )
-        state = strategy.tell(asked, number, genomes, values)
+        state = strategy.tell(state_after_ask, number, genomes, values)
         if not np.nanmax(values) <= best_fitness:
             best, best_fitness = np.asarray(genomes[int(np.nanargmax(values))]), float(np.nanmax(values))
         history.append(Generation(number, values, float(state.std), best_fitness))
@@ -282,11 +278,11 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 
 @struct.dataclass
 class LeafBank:
-    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `scores: uint16[N, …]` and
+    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: uint16[N, …]` and
     `table` (see models.bank). `group` says whose parameters it is merged with."""
 
     stack: jax.Array
-    scores: jax.Array | None
+    keep_keys: jax.Array | None
     table: dict[str, jax.Array]
     group: int = struct.field(pytree_node=False)
     shape: tuple[int, ...] = struct.field(pytree_node=False)
@@ -295,7 +291,7 @@ class LeafBank:
     def merge(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
         """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
         method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
-        numbers = () if self.scores is None else tuple(self.scores)
+        numbers = () if self.keep_keys is None else tuple(self.keep_keys)
         statistics = look_up(method, self.table, own)
         merged = combine(method, self.spec.options, tuple(self.stack), numbers, statistics, own)
         return merged.astype(self.stack.dtype).reshape(self.shape)
@@ -306,17 +302,17 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     shape = leaf.sources[0].shape
     # To the kernels a single number is a vector of one.
     sources = [np.ascontiguousarray(np.atleast_1d(source)) for source in leaf.sources]
-    based = int(spec.options.based)
+    has_base = int(spec.options.has_base)
 
-    def draws(k: int) -> np.ndarray:
-        content = hashlib.sha256(sources[based + k].view(np.uint8).data)
+    def uniform_noise(k: int) -> np.ndarray:
+        content = hashlib.sha256(sources[has_base + k].view(np.uint8).data)
         content.update(b"\0" + _shown(path).encode())
-        return draw(spec.seed, content.digest(), sources[0].shape)
+        return draw_uniform(spec.seed, content.digest(), sources[0].shape)
 
-    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - based), draws)
+    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), uniform_noise)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
-        jnp.asarray(np.stack(prepared.scores)) if prepared.scores else None,
+        jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
         {name: jnp.asarray(values) for name, values in prepared.statistics.items()},
         group, shape, spec,
     )  # fmt: skip
@@ -343,7 +339,9 @@ def _score_traced(fitness: Callable[[Any], Any], merge: Merge, bank: Sequence[An
     try:
         jax.eval_shape(one, bank, jax.ShapeDtypeStruct((dims,), jnp.float32))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        error.add_note("A fitness that JAX cannot trace goes in as on_host(fitness): from evojax_merge import on_host")
+        error.add_note(
+            "A fitness that JAX cannot trace goes in as host_callback(fitness): from evojax_merge import host_callback"
+        )
         raise
 
     @jax.jit

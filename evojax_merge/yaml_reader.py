@@ -1,4 +1,4 @@
-"""YAML from strangers: what would be lost in silence, or would never end, is refused. May import errors."""
+"""YAML from strangers: what would be lost in silence, or would never end, is refused."""
 
 import stat
 from dataclasses import dataclass, field

@@ -139,19 +139,19 @@ def random_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[s
 
 def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, length: Any = None) -> jax.Array:
     """The decoder's final states of plain rows, without padding unless `first` and `length` tell of it."""
-    from evojax_merge.models.decoder import columns_of, forward
+    from evojax_merge.models.decoder import forward, padded_layout
 
     rows, width = tokens.shape
     first = jnp.zeros(rows, jnp.int32) if first is None else jnp.asarray(first, jnp.int32)
     length = width - first if length is None else jnp.asarray(length, jnp.int32)
-    return forward(config, source, jnp.asarray(tokens, jnp.int32), columns_of(width, first, length))[0]
+    return forward(config, source, jnp.asarray(tokens, jnp.int32), padded_layout(width, first, length))[0]
 
 
 def greedy_tokens(
     config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1, seen: Any = None
 ) -> np.ndarray:
     """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
-    from evojax_merge.models.generate import blank, continue_, start
+    from evojax_merge.models.generate import decode, init_decode_state, prefill
 
     @jax.jit
     def run(model: Any, tokens: jax.Array, first: jax.Array, seen: jax.Array) -> jax.Array:
@@ -159,9 +159,9 @@ def greedy_tokens(
             return model
 
         members, (rows, width) = jnp.zeros(1), tokens.shape
-        writing = blank(config, model.compute_dtype, 1, rows, width, new, window)
-        writing = start(config, alone, members, writing, width, jnp.int32(0), tokens, first, stop)
-        return continue_(config, alone, members, writing, new, window, stop, tokens, seen).tokens
+        decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
+        decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
+        return decode(config, alone, members, decode_state, new, window, stop, tokens, seen).tokens
 
     tokens = jnp.asarray(tokens, jnp.int32)
     seen = jnp.zeros((len(tokens), 0), jnp.int32) if seen is None else jnp.asarray(seen, jnp.int32)

@@ -31,8 +31,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig, rope_frequencies
-from evojax_merge.models.generate import ENDED
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.generate import PAD_ID
+from evojax_merge.models.sources import StackedWeights
 
 THETA = {"rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA}
@@ -84,15 +84,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def load(folder: Path) -> tuple[DecoderConfig, Stored]:
+def load(folder: Path) -> tuple[DecoderConfig, StackedWeights]:
     sources, config = open_sources([folder])
     return config, load_stored(sources, config)
 
 
-def ours(config: DecoderConfig, model: Stored, tokens: np.ndarray) -> np.ndarray:
+def ours(config: DecoderConfig, model: StackedWeights, tokens: np.ndarray) -> np.ndarray:
     """Logits of a batch without padding."""
 
-    def run(model: Stored, tokens: jax.Array) -> jax.Array:
+    def run(model: StackedWeights, tokens: jax.Array) -> jax.Array:
         return decoder.logits(config, model, hidden_states(config, model, tokens))
 
     return np.asarray(jax.jit(run)(model, jnp.asarray(tokens, jnp.int32)))
@@ -153,7 +153,7 @@ def test_generation_ends_at_a_stop_token(tmp_path: Path) -> None:
         ends = np.flatnonzero(np.isin(without, [stop, 2]))
         end = ends[0] if len(ends) else len(without)
         assert with_stop[:end].tolist() == without[:end].tolist()
-        assert (with_stop[end:] == ENDED).all()
+        assert (with_stop[end:] == PAD_ID).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,10 +218,10 @@ def test_log_probabilities_do_not_depend_on_the_tile(
 ) -> None:
     save(random_model(tiny_config(), std=0.4), tmp_path)
     config, model = load(tmp_path)
-    monkeypatch.setattr(decoder, "HEAD_TILE", tile)
+    monkeypatch.setattr(decoder, "VOCAB_TILE", tile)
     hidden = np.random.default_rng(0).normal(size=(128, config.hidden)).astype(np.float32)
     targets = np.resize(np.arange(config.vocab), 128)
-    found, likeliest = decoder.score_targets(config, model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
+    found, likeliest = decoder.target_logprobs(config, model, jnp.asarray(hidden), jnp.asarray(targets, jnp.int32))
     scores = load_torch(tmp_path).lm_head(torch.tensor(hidden)).detach()
     expected = torch.log_softmax(scores, dim=-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
     np.testing.assert_allclose(np.asarray(found), expected.numpy(), atol=1e-4)

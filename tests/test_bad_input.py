@@ -440,7 +440,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
         space(parameters={"weight": {"start": 3}}), ("parameters.weight", "start", "[0, 1]"),
     ),
     "too many starts": (space(parameters={"weight": {"start": [0.1, 0.2, 0.3]}}), ("weight", "3 numbers", "1 or 2")),
-    "nothing searched": (space(parameters={}), ("parameters", "weight")),
+    "nothing left to search": (space(method="linear", parameters={}, fixed={"weight": 1}), ("fixed", "weight")),
     "searched and fixed": (space(fixed={"weight": 0.5}), ("weight", "searched and fixed")),
     "components that are none": (space(components=["attention", "mlp"]), ("components", "norm")),
     "a metric of another kind": (task(metric="accuracy"), ("tasks[0]", "metric", "accuracy", "log_probability")),

@@ -28,7 +28,7 @@ from helpers import (
     word_tokenizer,
     words,
 )
-from merge_kernels import METHODS, draw, tabulate
+from merge_kernels import METHODS, draw_uniform, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
@@ -128,11 +128,13 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
     ):
         values = [tensor[name] for tensor in tensors]
         scores, tables = (
-            (bank.shared_scores, bank.shared_tables) if leaf == "embed" else (bank.layer_scores, bank.layer_tables)
+            (bank.shared_keep_keys, bank.shared_tables)
+            if leaf == "embed"
+            else (bank.layer_keep_keys, bank.layer_tables)
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]
-            drawn = [draw(5, digest, values[0].shape) for digest in digests]
+            drawn = [draw_uniform(5, digest, values[0].shape) for digest in digests]
             np.testing.assert_array_equal(np.asarray(scores[leaf] if leaf == "embed" else scores[leaf][i]), drawn)
         else:
             drawn = []

@@ -41,14 +41,14 @@ from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document
 from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import paths as path_evaluation
+from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
-from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.paths import Path, PathBank, PathSpec, fold
-from evojax_merge.models.sources import Stored
-from evojax_merge.spaces.data_flow import IndicatorSpace, Move, MoveSpace, ScaleBounds
+from evojax_merge.models.paths import LayerPath, PathBank, PathSpec, materialise_path
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, ScaleBounds
 from evojax_merge.tasks.text import Fields, TextTask, read_examples
 
 # Every family with what it has that a path could get wrong: biases, norms of queries and keys, windows by layer.
@@ -76,13 +76,13 @@ def open_paths(folders: Sequence[File], dtype: str = "float32") -> tuple[PathBan
     return load_path_bank(sources, spec, "float32"), spec
 
 
-def stored_logits(config: DecoderConfig, model: Stored) -> np.ndarray:
+def stored_logits(config: DecoderConfig, model: StackedWeights) -> np.ndarray:
     return np.asarray(logits(config, model, hidden_states(config, model, TOKENS)))
 
 
-def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0) -> Path:
+def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0) -> LayerPath:
     scales = np.exp(rng.uniform(np.log(0.6), np.log(1.6), steps))
-    return Path(tuple(map(int, rng.integers(0, layers, steps))), tuple(map(float, scales)), ends)
+    return LayerPath(tuple(map(int, rng.integers(0, layers, steps))), tuple(map(float, scales)), ends)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -98,17 +98,19 @@ def test_a_parents_own_layers_give_its_logits_bit_for_bit(parents: list[File]) -
     bank, spec = open_paths(parents)
     for parent, first in ((0, 0), (1, 3)):
         depth = spec.configs[parent].layers
-        path = Path(tuple(range(first, first + depth)), (1.0,) * depth, parent)
+        path = LayerPath(tuple(range(first, first + depth)), (1.0,) * depth, parent)
         sources, config = open_sources([parents[parent]])
-        model, own = fold(bank, path, spec.configs[0])
+        model, own = materialise_path(bank, path, spec.configs[0])
         np.testing.assert_array_equal(stored_logits(own, model), stored_logits(config, load_stored(sources, config)))
 
 
-def torch_path_logits(folders: Sequence[File], path: Path, origins: Sequence[tuple[int, int]], folded: bool) -> Any:
+def torch_path_logits(
+    folders: Sequence[File], path: LayerPath, origins: Sequence[tuple[int, int]], folded: bool
+) -> Any:
     """A loop over torch's own layers: the state is multiplied before each (the paper's form), or what each adds is
     divided by the product of the scales (the folded form)."""
     models = [load_torch(folder) for folder in folders]
-    ends = models[path.ends]
+    ends = models[path.embedding_parent]
     calls: list[Any] = []
 
     def remember(module: Any, args: Any, kwargs: Any) -> None:
@@ -152,7 +154,7 @@ def test_random_paths_are_a_plain_loop_over_layers(parents: list[File], record_p
     rng = np.random.default_rng(1)
     for ends in (0, 1):
         path = random_path(rng, len(spec.origins), 6, ends)
-        model, config = fold(bank, path, spec.configs[0])
+        model, config = materialise_path(bank, path, spec.configs[0])
         found = stored_logits(config, model)
         np.testing.assert_allclose(found, torch_path_logits(parents, path, spec.origins, True), atol=1e-4)
         # The paper's form differs by the norms' epsilon alone.
@@ -167,7 +169,7 @@ def test_written_paths_are_the_candidates(parents: list[File], tmp_path: File) -
     for number, ends in enumerate((0, 1)):
         path = random_path(np.random.default_rng(number), len(spec.origins), 5, ends)
         out = write_path(path, spec, parents, tmp_path / f"out{number}")
-        model, config = fold(bank, path, spec.configs[0])
+        model, config = materialise_path(bank, path, spec.configs[0])
         theirs = load_torch(out)
         assert theirs.config.num_hidden_layers == 5
         if getattr(theirs.config, "layer_types", None) is not None:
@@ -184,11 +186,11 @@ def test_written_paths_are_the_candidates(parents: list[File], tmp_path: File) -
         assert greedy(config, model, 4) == expected.tolist()
 
 
-def greedy(config: DecoderConfig, model: Stored, new: int) -> list[int]:
+def greedy(config: DecoderConfig, model: StackedWeights, new: int) -> list[int]:
     return greedy_tokens(config, model, TOKENS[:1], [0], new, ())[0].tolist()
 
 
-def write_path(path: Path, spec: PathSpec, folders: Sequence[File], out: File) -> File:
+def write_path(path: LayerPath, spec: PathSpec, folders: Sequence[File], out: File) -> File:
     recipe = out.with_suffix(".yaml")
     recipe.write_text(dump_yaml(path_document(path, spec, [str(folder) for folder in folders])))
     merge_to(prepare(read_recipe(recipe)), out, card="")
@@ -203,7 +205,7 @@ def test_recipes_of_paths_merge_the_same_in_mergekit(tmp_path: File) -> None:
 
     folders = make_parents(tmp_path, "mistral")
     _, spec = open_paths(folders)
-    path = Path((0, 1, 4, 5, 1, 2), (1.0, 1.0, 1.25, 0.8, 1.0, 1.0))
+    path = LayerPath((0, 1, 4, 5, 1, 2), (1.0, 1.0, 1.25, 0.8, 1.0, 1.0))
     document = path_document(path, spec, [str(folder) for folder in folders])
     assert "ends" not in document
     ours = state(write_path(path, spec, folders, tmp_path / "ours"))
@@ -219,7 +221,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
     folders = make_parents(tmp_path, "llama")
     bank, spec = open_paths(folders, "bfloat16")
     path = random_path(np.random.default_rng(3), len(spec.origins), 4)
-    model, _ = fold(bank, path, spec.configs[0])
+    model, _ = materialise_path(bank, path, spec.configs[0])
     written = state(write_path(path, spec, folders, tmp_path / "out"))
     for i in range(4):
         found = np.asarray(model.layers["down"][i], np.float32)
@@ -264,8 +266,8 @@ class Setting:
 
     def evaluator(self, config: DecoderConfig | None = None) -> Evaluator:
         tokenizer = word_tokenizer(words())
-        requests = build_requests([self.tasks], tokenizer, 64, 256, (2,))[0]
-        return Evaluator(config or self.spec.configs[0], tokenizer, requests)
+        batched_tasks = batch_tasks([self.tasks], tokenizer, 64, 256, (2,))[0]
+        return Evaluator(config or self.spec.configs[0], tokenizer, batched_tasks)
 
     def paths(self) -> PathEvaluator:
         return PathEvaluator(self.evaluator(), self.bank, 12)
@@ -280,25 +282,25 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     """Where half of the largest batch fits, scores are those of larger batches."""
     rng = np.random.default_rng(3)
     paths = [random_path(rng, 7, steps, 0) for steps in (2, 4)]
-    whole, begin, said = setting.paths().population(paths), path_evaluation.begin, []
+    whole, begin, said = setting.paths().population(paths), path_evaluation.embed_batch, []
 
     def small(source: Any, tokens: np.ndarray, header: Any) -> Any:
         if tokens.size > largest // 2:
             raise jax.errors.JaxRuntimeError("INTERNAL: YNNPACK operation failed")
         return begin(source, tokens, header)
 
-    monkeypatch.setattr(path_evaluation, "begin", small)
-    (requests,) = build_requests([setting.tasks], word_tokenizer(words()), 256, 256, (2,))
-    scoring = requests[0].scoring
+    monkeypatch.setattr(path_evaluation, "embed_batch", small)
+    (batched_tasks,) = batch_tasks([setting.tasks], word_tokenizer(words()), 256, 256, (2,))
+    scoring = batched_tasks[0].scoring
     assert scoring is not None
     largest = max(batch.tokens.size for batch in scoring.batches)
-    evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), requests, say=said.append)
+    evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
     found = PathEvaluator(evaluator, setting.bank, 12).population(paths)
     assert said and all(text.startswith("likelihood: out of memory; going on with batches of ") for text in said)
     for name, metrics in whole.matrices.items():
         for metric, matrix in metrics.items():
             np.testing.assert_allclose(found.matrices[name][metric], matrix, rtol=0, atol=1e-5)
-    monkeypatch.setattr(path_evaluation, "begin", lambda *given: small(None, np.zeros((9, 9)), None))
+    monkeypatch.setattr(path_evaluation, "embed_batch", lambda *given: small(None, np.zeros((9, 9)), None))
     with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
         setting.paths().population(paths)
 
@@ -308,7 +310,7 @@ def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     paths = [random_path(rng, 7, steps, steps % 2) for steps in (1, 3, 5, 8)]
     found = setting.paths().population(paths)
     for p, path in enumerate(paths):
-        model, config = fold(setting.bank, path, setting.spec.configs[0])
+        model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
         expected = setting.evaluator(config).stored(model)
         for task in setting.tasks:
             for metric, row in expected.matrices[task.name].items():
@@ -319,26 +321,28 @@ def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
 def test_company_changes_no_score(setting: Setting) -> None:
     """Alone, with others that share its beginning, or met before: the same bits."""
     shared = tuple((m, 1.0) for m in (0, 1, 2))
-    paths = [Path(tuple(m for m, _ in shared) + tail, (1.0,) * (3 + len(tail))) for tail in ((), (4,), (4, 5), (6,))]
+    paths = [
+        LayerPath(tuple(m for m, _ in shared) + tail, (1.0,) * (3 + len(tail))) for tail in ((), (4,), (4, 5), (6,))
+    ]
     together = setting.paths()
     scores = together.population(paths).matrices["likelihood"]["log_probability"]
     for p, path in enumerate(paths):
         alone = setting.paths().population([path]).matrices["likelihood"]["log_probability"][0]
         np.testing.assert_array_equal(scores[p], alone)
     # 3 shared steps, then 4, 5 after it, and 6: six instead of fifteen, in each batch.
-    scored, written = setting.evaluator().requests
-    likelihood = together.computed - sum(len(path.layers) for path in paths) * written.batches
+    scored, written = setting.evaluator().batched_tasks
+    likelihood = together.steps_run - sum(len(path.layers) for path in paths) * written.batches
     assert likelihood == 6 * scored.batches
 
 
 def test_paths_that_come_again_cost_nothing(setting: Setting) -> None:
     evaluator = setting.paths()
-    path, other = Path((0, 4, 1), (1.0, 1.1, 1.0)), Path((2,), (1.0,))
+    path, other = LayerPath((0, 4, 1), (1.0, 1.1, 1.0)), LayerPath((2,), (1.0,))
     first = evaluator.population([path, path, None, other])
-    assert len(evaluator.known) == 2
-    done = evaluator.computed
+    assert len(evaluator.score_cache) == 2
+    done = evaluator.steps_run
     again = evaluator.population([other, path])
-    assert evaluator.computed == done
+    assert evaluator.steps_run == done
     matrix, second = (scores.matrices["likelihood"]["log_probability"] for scores in (first, again))
     np.testing.assert_array_equal(matrix[0], matrix[1])
     np.testing.assert_array_equal(second, matrix[[3, 0]])
@@ -364,28 +368,30 @@ def test_spaces_start_from_the_first_parent() -> None:
         (path,) = space.paths(space.start[None])
         assert path is not None
         assert path.layers == (0, 1, 2, 3, 4, 5)
-        np.testing.assert_allclose(path.folds(), 1.0, rtol=1e-6)
+        np.testing.assert_allclose(path.residual_scales(), 1.0, rtol=1e-6)
         assert space.start.shape == (space.dims,)
 
 
 @pytest.mark.parametrize(
     ("moves", "layers", "folds"),
     [
-        ([Move("skip", 2, 2)], [0, 1, 4, 5], [1] * 4),
-        ([Move("repeat", 1, 2)], [0, 1, 2, 1, 2, 3, 4, 5], [1] * 8),
-        ([Move("scale", 1, 3, 0.8)], [0, 1, 2, 3, 4, 5], [1, 1.25, 1.25, 1.25, 1, 1]),
-        ([Move("scale", 1, 2, 0.8), Move("scale", 2, 1, 2.0)], [0, 1, 2, 3, 4, 5], [1, 1.25, 0.625, 1, 1, 1]),
-        ([Move("repeat", 1, 2, 2.0)], [0, 1, 2, 1, 2, 3, 4, 5], [1, 1, 1, 0.5, 0.5, 1, 1, 1]),
-        ([Move("splice", 3, 2, 0.5, 1)], [0, 1, 2, 9, 10, 5], [1, 1, 1, 2, 2, 1]),
+        ([LayerEdit("skip", 2, 2)], [0, 1, 4, 5], [1] * 4),
+        ([LayerEdit("repeat", 1, 2)], [0, 1, 2, 1, 2, 3, 4, 5], [1] * 8),
+        ([LayerEdit("scale", 1, 3, 0.8)], [0, 1, 2, 3, 4, 5], [1, 1.25, 1.25, 1.25, 1, 1]),
+        ([LayerEdit("scale", 1, 2, 0.8), LayerEdit("scale", 2, 1, 2.0)], [0, 1, 2, 3, 4, 5], [1, 1.25, 0.625, 1, 1, 1]),
+        ([LayerEdit("repeat", 1, 2, 2.0)], [0, 1, 2, 1, 2, 3, 4, 5], [1, 1, 1, 0.5, 0.5, 1, 1, 1]),
+        ([LayerEdit("splice", 3, 2, 0.5, 1)], [0, 1, 2, 9, 10, 5], [1, 1, 1, 2, 2, 1]),
         # The third parent is half as deep: its one layer stands for two.
-        ([Move("splice", 2, 2, 1.0, 2)], [0, 1, 13, 4, 5], [1] * 5),
-        ([Move("skip", 0, 3), Move("skip", 3, 3)], None, None),
-        ([Move("skip", 0, 3), Move("repeat", 0, 2), Move("repeat", 5, 1)], [3, 4, 5, 5], [1] * 4),
-        ([Move("repeat", 0, 3), Move("repeat", 3, 3), Move("repeat", 0, 2)], None, None),
+        ([LayerEdit("splice", 2, 2, 1.0, 2)], [0, 1, 13, 4, 5], [1] * 5),
+        ([LayerEdit("skip", 0, 3), LayerEdit("skip", 3, 3)], None, None),
+        ([LayerEdit("skip", 0, 3), LayerEdit("repeat", 0, 2), LayerEdit("repeat", 5, 1)], [3, 4, 5, 5], [1] * 4),
+        ([LayerEdit("repeat", 0, 3), LayerEdit("repeat", 3, 3), LayerEdit("repeat", 0, 2)], None, None),
     ],
     ids=str,
 )  # fmt: skip
-def test_moves_edit_the_first_parent(moves: list[Move], layers: list[int] | None, folds: list[float] | None) -> None:
+def test_moves_edit_the_first_parent(
+    moves: list[LayerEdit], layers: list[int] | None, folds: list[float] | None
+) -> None:
     space = moves_space()
     path = space.path(moves)
     if layers is None:
@@ -393,7 +399,7 @@ def test_moves_edit_the_first_parent(moves: list[Move], layers: list[int] | None
         return
     assert path is not None
     assert list(path.layers) == layers
-    np.testing.assert_allclose(path.folds(), folds, rtol=1e-6)
+    np.testing.assert_allclose(path.residual_scales(), folds, rtol=1e-6)
     # Genome and back.
     assert [replace(move, scale=round(move.scale, 4)) for move in space.moves(space.genome(moves))] == moves
     (again,) = space.paths(space.genome(moves)[None])
@@ -410,10 +416,10 @@ def test_any_genome_is_a_path_or_none(seed: int) -> None:
         if path is None:
             continue
         assert 0 < len(path.layers) <= space.max_steps
-        assert len(path.layers) <= space.longest
+        assert len(path.layers) <= space.max_length
         assert all(0 <= layer < sum(space.depths) for layer in path.layers)
         assert all(scale > 0 for scale in path.scales)
-        assert path.ends == space.ends
+        assert path.embedding_parent == space.embedding_parent
 
 
 def test_indicator_genomes_are_the_papers_arrays() -> None:
@@ -533,7 +539,7 @@ def test_winner_of_a_path_search_is_a_plain_model(chain: tuple[File, File]) -> N
     assert theirs.config.num_hidden_layers == len(found["layers"])
     folders = [out / "stages/stage-1/best/model", out.parent / "parent0", out.parent / "parent1"]
     bank, spec = open_paths(folders)
-    model, config = fold(bank, Path(tuple(found["layers"]), tuple(found["scales"])), spec.configs[0])
+    model, config = materialise_path(bank, LayerPath(tuple(found["layers"]), tuple(found["scales"])), spec.configs[0])
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS).long()).logits.numpy()
     np.testing.assert_allclose(stored_logits(config, model), expected, atol=1e-4)

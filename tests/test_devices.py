@@ -33,7 +33,7 @@ from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
 problem = build_problem(path, read_config(path, [], None))
-requests = problem.requests()[:1]
+batched = problem.batched_tasks()[:1]
 genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
 found = {}
 def keep(name, scores):
@@ -45,10 +45,10 @@ def keep(name, scores):
 for population, model in meshes:
     grid = np.array(jax.devices()[: population * model]).reshape(population, model)
     mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto,) * 2) if population * model > 1 else None
-    (scorer,) = open_scorers(problem, requests, Devices(mesh))
+    (scorer,) = open_scorers(problem, batched, Devices(mesh))
     for chunk in chunks if population * model == 1 else chunks[:1]:
         scorer.evaluator.chunk = chunk
-        scorer.evaluator.chosen.clear()
+        scorer.evaluator.chunk_sizes.clear()
         keep(f"{population}x{model}/{chunk}", scorer.score(genomes))
     if population * model == 1:
         rows = [scorer.score(genome[None]) for genome in genomes]

@@ -17,15 +17,15 @@ from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.errors import Failed
+from evojax_merge.evaluation import batched_tasks, passes
 from evojax_merge.evaluation import evaluator as evaluation
-from evojax_merge.evaluation import passes, requests
+from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator, Scores, arrays_of, fitness, means
-from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe, candidate
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.sources import merge_of
-from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.models.sources import lazy_merge
+from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.tasks import batches
 from evojax_merge.tasks.task import cut_at_stop
 from evojax_merge.tasks.text import Example, Fields, TextTask, read_examples
@@ -60,7 +60,7 @@ class Setting:
 
     def __init__(self, family: Family, method: str, export_dtype: str = "float32") -> None:
         self.family = family
-        needs_base = METHODS[method].options.based
+        needs_base = METHODS[method].options.has_base
         parents = family.parents[: METHODS[method].max_parents]
         sources, self.config = open_sources([*([family.base] if needs_base else []), *parents])
         self.parents = len(parents)
@@ -94,7 +94,7 @@ class Setting:
         space = ParameterSpace(
             method, self.parents, self.config.layers, 1, COMPONENTS, tuple((name,) for name in COMPONENTS),
             tuple(leaf.name for leaf in shared_leaves(self.config)),
-            tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched), self.fixed,
+            tuple(SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched), self.fixed,
         )  # fmt: skip
         genomes = np.random.default_rng(seed).random((count, space.dims)).astype(np.float32)
         return jax.tree.map(np.asarray, jax.vmap(space.recipe)(jnp.asarray(genomes)))
@@ -102,12 +102,12 @@ class Setting:
     def evaluator(
         self, tasks: list[TextTask] | None = None, chunk: int | None = None, per_batch: int = 128
     ) -> Evaluator:
-        requests = build_requests([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
-        return Evaluator(self.config, self.tokenizer, requests, chunk=chunk)
+        batched_tasks = batch_tasks([tasks or self.tasks], self.tokenizer, per_batch, 256, (2,))[0]
+        return Evaluator(self.config, self.tokenizer, batched_tasks, chunk=chunk)
 
     def write(self, p: int, folder: Path) -> Any:
         """Candidate p on disk, as torch loads it."""
-        model = materialise(merge_of(self.bank, candidate(self.recipes, p), self.spec))
+        model = materialise(lazy_merge(self.bank, take_candidate(self.recipes, p), self.spec))
         tensors = dict(stored_tensors(model, self.config))
         specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
         folder.mkdir()
@@ -218,7 +218,7 @@ def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_score
 
 def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores) -> None:
     evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=4)
-    assert all(request.batches >= 4 for request in evaluator.requests)
+    assert all(request.batches >= 4 for request in evaluator.batched_tasks)
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
     for name, metrics in scores.matrices.items():
@@ -259,19 +259,19 @@ def test_whole_weight_on_one_parent_scores_as_that_parent(family: Family) -> Non
 
 def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """A merge whose head is walked over in tiles that do not divide the vocabulary."""
-    scoring = ties.evaluator(ties.tasks[:1]).requests[0].scoring
+    scoring = ties.evaluator(ties.tasks[:1]).batched_tasks[0].scoring
     assert scoring is not None
     arrays = arrays_of(scoring.batches[0])
-    source = merge_of(ties.bank, candidate(ties.recipes, 0), ties.spec)
+    source = lazy_merge(ties.bank, take_candidate(ties.recipes, 0), ties.spec)
 
     def totals(tile: int) -> np.ndarray:
-        monkeypatch.setattr(decoder, "HEAD_TILE", tile)
+        monkeypatch.setattr(decoder, "VOCAB_TILE", tile)
 
         @jax.jit
         def run(source: Any) -> jax.Array:
-            columns = decoder.Columns(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["branches"]))
+            columns = decoder.SequenceLayout(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["segment_ids"]))
             hidden, _ = decoder.forward(ties.config, source, jnp.asarray(arrays["tokens"]), columns)
-            return passes.score_states(ties.config, source, hidden, arrays, None)[0]
+            return passes.logprobs_from_hidden(ties.config, source, hidden, arrays, None)[0]
 
         return np.asarray(run(source))
 
@@ -323,7 +323,7 @@ def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
 
 def test_later_generations_compile_nothing(ties: Setting) -> None:
     evaluator = ties.evaluator(chunk=2)
-    compiled_passes = [passes.score, passes.materialise, passes.begin_writing, passes.keep_writing]
+    compiled_passes = [passes.score, passes.materialise, passes.prefill, passes.decode]
     evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
     compiled = [function._cache_size() for function in compiled_passes]
     assert all(compiled)
@@ -339,9 +339,9 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
     # Every second example, so that short and long ones are in both halves.
     searched = [replace(task, examples=task.examples[::2]) for task in full]
     heldout = [replace(task, examples=task.examples[1::2]) for task in full]
-    splits = build_requests([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
-    evaluators = [Evaluator(ties.config, ties.tokenizer, requests, chunk=1) for requests in splits]
-    compiled_passes = [passes.score, passes.begin_writing, passes.keep_writing]
+    splits = batch_tasks([searched, full, heldout], ties.tokenizer, 128, 256, (2,))
+    evaluators = [Evaluator(ties.config, ties.tokenizer, batched_tasks, chunk=1) for batched_tasks in splits]
+    compiled_passes = [passes.score, passes.prefill, passes.decode]
     scores = [evaluators[1].population(ties.bank, ties.spec, ties.recipes)]
     compiled = [function._cache_size() for function in compiled_passes]
     scores += [other.population(ties.bank, ties.spec, ties.recipes) for other in (evaluators[0], evaluators[2])]
@@ -374,11 +374,11 @@ def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
         evaluator = ties.evaluator(tasks)
         scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
         assert np.isfinite(fitness(tasks, scores)).all()
-        (request,) = evaluator.requests
+        (request,) = evaluator.batched_tasks
         assert request.scoring is not None
         # Where not even one candidate fits, its rows go through one by one.
         assert (max(len(batch.tokens) for batch in request.scoring.batches) == 1) == (budget == 1)
-        return set(evaluator.chosen.values())
+        return set(evaluator.chunk_sizes.values())
 
     assert chosen(None) == {1}
     assert chosen(1) == {1}
@@ -421,13 +421,13 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
     setting = Setting(build_family(tmp_path, FAMILIES[name]), "task_arithmetic")
     tasks = [behind_header(task, 40) for task in setting.tasks]
     shared = setting.evaluator(tasks)
-    for request in shared.requests:
+    for request in shared.batched_tasks:
         part = request.scoring or request.prompts
-        assert part is not None and len(part.header) >= 40
+        assert part is not None and len(part.shared_prefix) >= 40
         assert part.computed < 0.7 * part.tokens
     found = shared.population(setting.bank, setting.spec, setting.recipes)
-    monkeypatch.setattr(batches, "MIN_HEADER", 10**6)
-    monkeypatch.setattr(requests, "_requests", unshared)
+    monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 10**6)
+    monkeypatch.setattr(batched_tasks, "_batched_tasks", unshared)
     plain = setting.evaluator(tasks)
     expected = plain.population(setting.bank, setting.spec, setting.recipes)
     assert found.outputs == expected.outputs
@@ -438,19 +438,19 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
 
 def unshared(splits: Any, tokens: int) -> Any:
     """Requests whose rows share nothing."""
-    (asked,) = splits
-    scored = batches.scoring_batches([asked.scored], tokens, pack=False)[0] if asked.scored else None
+    (requests,) = splits
+    scored = batches.scoring_batches([requests.scored], tokens, pack=False)[0] if requests.scored else None
     prompts = None
-    if asked.prompts:
-        (prompts,) = batches.prompt_batches([asked.prompts], tokens, 4 * tokens, asked.max_new_tokens)
+    if requests.prompts:
+        (prompts,) = batches.prompt_batches([requests.prompts], tokens, 4 * tokens, requests.max_new_tokens)
     return [(scored, prompts)]
 
 
 def test_a_question_is_computed_once_for_its_choices(ties: Setting) -> None:
     task = ties.tasks[1]
-    (request,) = ties.evaluator([task]).requests
+    (request,) = ties.evaluator([task]).batched_tasks
     assert request.scoring is not None
-    read = sum(int((batch.branches >= 0).sum()) for batch in request.scoring.batches)
+    read = sum(int((batch.segment_ids >= 0).sum()) for batch in request.scoring.batches)
     questions = sum(len(example.prompt.split()) for example in task.examples)
     # The choices have 1, 2 and 3 words, of which the last is only predicted.
     assert read == questions + len(task.examples) * (0 + 1 + 2)
@@ -461,14 +461,14 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     whole = ties.evaluator([task]).population(ties.bank, ties.spec, ties.recipes).outputs["words"]
     # A word that every output has after at most a few.
     stop = tuple({text.split()[3] for row in whole for text in row})
-    monkeypatch.setattr(evaluation, "GLANCE", 4)
+    monkeypatch.setattr(evaluation, "STOP_CHECK_INTERVAL", 4)
     rounds = []
-    keep_writing = passes.keep_writing
-    monkeypatch.setattr(passes, "keep_writing", lambda *given: rounds.append(1) or keep_writing(*given))
+    decode = passes.decode
+    monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))
     cut = ties.evaluator([replace(task, stop=stop)], chunk=POPULATION)
     found = cut.population(ties.bank, ties.spec, ties.recipes).outputs["words"]
     assert found == [[cut_at_stop(text, stop) for text in row] for row in whole]
-    (request,) = cut.requests
+    (request,) = cut.batched_tasks
     assert request.prompts is not None
     assert len(rounds) == len(request.prompts.batches)
 
@@ -479,7 +479,7 @@ def out_of_memory() -> Exception:
 
 def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which one candidate and two rows fit."""
-    score, begin_writing, said = passes.score, passes.begin_writing, []
+    score, prefill, said = passes.score, passes.prefill, []
 
     def small_score(*given: Any) -> Any:
         members, batch = given[5], given[7]
@@ -490,13 +490,13 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: Scores, monkeypa
     def small_writing(*given: Any) -> Any:
         if jax.tree.leaves(given[6])[0].shape[0] > 1:
             raise out_of_memory()
-        return begin_writing(*given)
+        return prefill(*given)
 
     monkeypatch.setattr(passes, "score", small_score)
-    monkeypatch.setattr(passes, "begin_writing", small_writing)
+    monkeypatch.setattr(passes, "prefill", small_writing)
     evaluator, told = ties.evaluator(chunk=POPULATION), []
     expected_passes = evaluator.passes(POPULATION)
-    evaluator.say = said.append
+    evaluator.log = said.append
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
     for name, metrics in ties_scores.matrices.items():
         for metric, matrix in metrics.items():

@@ -22,11 +22,11 @@ from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import FunctionConfig
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.search.open_tasks import open_task, open_whole_task
 from evojax_merge.tasks.function import FunctionFailed
-from evojax_merge.tasks.task import Answers, Task
+from evojax_merge.tasks.task import Responses, Task
 
 RECORDS = random_records(6, seed=5)
 
@@ -101,8 +101,8 @@ def task_of(folder: Path, function: str, gets: str = "texts", **changes: Any) ->
 def score_stored(family: Family, task: Task, tokens_per_batch: int = 64) -> np.ndarray:
     """One model's scores, by the evaluator."""
     sources, config = open_sources([family.base])
-    ((requests, *_),) = build_requests([[task]], word_tokenizer(words()), tokens_per_batch, 256, (2,))
-    scores = Evaluator(config, word_tokenizer(words()), [requests]).stored(load_stored(sources, config))
+    ((batched_tasks, *_),) = batch_tasks([[task]], word_tokenizer(words()), tokens_per_batch, 256, (2,))
+    scores = Evaluator(config, word_tokenizer(words()), [batched_tasks]).stored(load_stored(sources, config))
     return scores.matrices["mine"]["score"][0]
 
 
@@ -160,11 +160,11 @@ def test_splits_share_one_traced_function_and_divide_the_records(folder: Path) -
     tokenizer = word_tokenizer(words())
     search, heldout = open_task("config", config_of("own.py:total", "logits", heldout=0.5), folder, 0)
     other = task_of(folder, "own.py:total", "logits", heldout="tasks.jsonl")
-    reductions = {task.ask(tokenizer, 256).reduce for task in (search, heldout, other)}
+    reductions = {task.requests(tokenizer, 256).logits_fn for task in (search, heldout, other)}
     assert len(reductions) == 1
     both: Any = (search, heldout)
     assert sorted(map(str, both[0].records + both[1].records)) == sorted(map(str, RECORDS))
-    assert [row.where.rsplit(":")[-1] for row in heldout.ask(tokenizer, 256).scored] == [
+    assert [row.where.rsplit(":")[-1] for row in heldout.requests(tokenizer, 256).scored] == [
         str(RECORDS.index(record) + 1) for record in both[1].records
     ]
 
@@ -172,7 +172,7 @@ def test_splits_share_one_traced_function_and_divide_the_records(folder: Path) -
 def test_texts_need_no_target(family: Family, folder: Path) -> None:
     write_lines(folder / "tasks.jsonl", [{"question": "w5 w9", "target": "w6"}] * 2)
     task = task_of(folder, "own.py:lengths", prompt="{question} w4")
-    (prompt, _) = task.ask(word_tokenizer(words()), 256).prompts
+    (prompt, _) = task.requests(word_tokenizer(words()), 256).prompts
     assert prompt.tokens == (5, 9, 4)
 
 
@@ -196,9 +196,9 @@ def test_wrong_result_names_function_and_shapes(name: str, said: str, folder: Pa
         task.score(answers([[""] * 6]))
 
 
-def answers(texts: list[list[str]], totals: np.ndarray | None = None) -> Answers:
+def answers(texts: list[list[str]], totals: np.ndarray | None = None) -> Responses:
     totals = np.zeros((len(texts), 0), np.float32) if totals is None else totals
-    return Answers(totals, np.ones(totals.shape[1], int), np.zeros(totals.shape, bool), texts)
+    return Responses(totals, np.ones(totals.shape[1], int), np.zeros(totals.shape, bool), texts)
 
 
 def test_traced_function_is_tried_before_anything_is_compiled(folder: Path) -> None:
@@ -207,9 +207,9 @@ def test_traced_function_is_tried_before_anything_is_compiled(folder: Path) -> N
     with pytest.raises(
         TypeError, match=rf"own.py:per_token returned float32\[{longest}\] for a row; expected one real"
     ):
-        task_of(folder, "own.py:per_token", "logits").ask(tokenizer, 256)
+        task_of(folder, "own.py:per_token", "logits").requests(tokenizer, 256)
     with pytest.raises(Exception, match="bool"):
-        task_of(folder, "own.py:decides", "logits").ask(tokenizer, 256)
+        task_of(folder, "own.py:decides", "logits").requests(tokenizer, 256)
 
 
 def test_nan_fails_the_candidate_and_a_failed_one_is_not_shown(folder: Path) -> None:

@@ -12,14 +12,14 @@ from helpers import greedy_tokens, random_model, save, tiny_config
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.generate import BROKEN, ENDED, blank, continue_, look_up_next, start
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, decode, init_decode_state, prefill, prompt_lookup_draft
+from evojax_merge.models.sources import StackedWeights
 
 ROWS, WIDTH, NEW = 4, 9, 21
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderConfig, Stored]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[DecoderConfig, StackedWeights]:
     folder = tmp_path_factory.mktemp("model")
     save(random_model(tiny_config(), std=0.22), folder)
     sources, config = open_sources([folder])
@@ -45,7 +45,7 @@ def hints(kind: str, plain: np.ndarray) -> np.ndarray:
     if kind == "wrong from the middle on":
         return np.concatenate([plain[:, : NEW // 2], rng.integers(3, 64, (ROWS, NEW // 2))], axis=1)
     if kind == "none":
-        return np.full((ROWS, NEW), ENDED)
+        return np.full((ROWS, NEW), PAD_ID)
     return rng.integers(-2, 64, (ROWS, 3 * NEW))
 
 
@@ -63,7 +63,7 @@ def test_a_stop_token_inside_a_window_ends_the_text(window: int, model: Any, pro
     for row, whole in zip(found, plain, strict=True):
         ends = np.flatnonzero(np.isin(whole, stop))
         end = ends[0] if ends.size else NEW
-        assert row.tolist() == whole[:end].tolist() + [ENDED] * (NEW - end)
+        assert row.tolist() == whole[:end].tolist() + [PAD_ID] * (NEW - end)
 
 
 def written_in(model: Any, prompts: Any, passes: int, window: int, seen: np.ndarray) -> np.ndarray:
@@ -76,9 +76,9 @@ def written_in(model: Any, prompts: Any, passes: int, window: int, seen: np.ndar
         def alone(_: Any) -> Any:
             return stored
 
-        writing = blank(config, "float32", 1, ROWS, WIDTH, NEW, window)
-        writing = start(config, alone, jnp.zeros(1), writing, WIDTH, jnp.int32(0), tokens, first, ())
-        return continue_(config, alone, jnp.zeros(1), writing, passes, window, (), tokens, seen).made[0]
+        decode_state = init_decode_state(config, "float32", 1, ROWS, WIDTH, NEW, window)
+        decode_state = prefill(config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(0), tokens, first, ())
+        return decode(config, alone, jnp.zeros(1), decode_state, passes, window, (), tokens, seen).num_generated[0]
 
     return np.asarray(run(stored, jnp.asarray(seen, jnp.int32), passes))
 
@@ -91,7 +91,7 @@ def test_right_guesses_save_passes(model: Any, prompts: Any, plain: np.ndarray) 
     assert written_in(model, prompts, 7, 1, plain[:, :0]).tolist() == [8] * ROWS
     # A row that is guessed wrongly does not hold up the others.
     mixed = right.copy()
-    mixed[1] = ENDED
+    mixed[1] = PAD_ID
     made = written_in(model, prompts, 3, 5, mixed)
     assert made[[0, 2, 3]].tolist() == [16] * 3
     assert 4 <= made[1] < 16
@@ -102,19 +102,19 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
     tokens, first = (jnp.asarray(part) for part in prompts)
     scales = jnp.array([1.0, 0.7, 1.3])
 
-    def scaled(factor: jax.Array) -> Stored:
-        return Stored({name: leaf * factor for name, leaf in stored.layers.items()}, stored.shared)
+    def scaled(factor: jax.Array) -> StackedWeights:
+        return StackedWeights({name: leaf * factor for name, leaf in stored.layers.items()}, stored.shared)
 
     expected = [greedy_tokens(config, scaled(factor), *prompts, NEW, ()) for factor in scales]
     assert len({row.tobytes() for row in expected}) == 3
     for window in (1, 4):
-        writing = blank(config, "float32", 3, ROWS, WIDTH, NEW, window)
+        decode_state = init_decode_state(config, "float32", 3, ROWS, WIDTH, NEW, window)
         # In two parts of their own widths.
         for row, end, width in ((0, 2, WIDTH), (2, ROWS, WIDTH)):
             part = tokens[row:end, WIDTH - width :], first[row:end] - (WIDTH - width)
-            writing = start(config, scaled, scales, writing, WIDTH, jnp.int32(row), *part, ())
+            decode_state = prefill(config, scaled, scales, decode_state, WIDTH, jnp.int32(row), *part, ())
         seen = jnp.asarray(expected[0])
-        found = continue_(config, scaled, scales, writing, NEW, window, (), tokens, seen)
+        found = decode(config, scaled, scales, decode_state, NEW, window, (), tokens, seen)
         assert np.asarray(found.tokens).tolist() == [rows.tolist() for rows in expected]
 
 
@@ -122,29 +122,33 @@ def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: n
     config, stored = model
     tokens, first = prompts
 
-    def alone(_: Any) -> Stored:
+    def alone(_: Any) -> StackedWeights:
         return stored
 
-    writing = blank(config, "float32", 1, ROWS, WIDTH, NEW, 3)
+    decode_state = init_decode_state(config, "float32", 1, ROWS, WIDTH, NEW, 3)
     for row in range(ROWS):
         own = tokens[row : row + 1, first[row] :]
-        writing = start(config, alone, jnp.zeros(1), writing, WIDTH, jnp.int32(row), own, np.zeros(1, np.int32), ())
-    found = continue_(config, alone, jnp.zeros(1), writing, NEW, 3, (), jnp.asarray(tokens), tokens)
+        decode_state = prefill(
+            config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(row), own, np.zeros(1, np.int32), ()
+        )
+    found = decode(config, alone, jnp.zeros(1), decode_state, NEW, 3, (), jnp.asarray(tokens), tokens)
     assert np.asarray(found.tokens)[0].tolist() == plain.tolist()
 
 
 def test_numbers_that_are_not_finite_are_marked(model: Any, prompts: Any) -> None:
     config, stored = model
-    broken = Stored(stored.layers, stored.shared | {"final_norm": jnp.full_like(stored.shared["final_norm"], jnp.nan)})
+    broken = StackedWeights(
+        stored.layers, stored.shared | {"final_norm": jnp.full_like(stored.shared["final_norm"], jnp.nan)}
+    )
     for window in (1, 3):
-        assert (greedy_tokens(config, broken, *prompts, NEW, (), window, np.zeros((ROWS, 4))) == BROKEN).all()
+        assert (greedy_tokens(config, broken, *prompts, NEW, (), window, np.zeros((ROWS, 4))) == NONFINITE_ID).all()
 
 
 def test_the_longest_likeness_is_followed_and_of_equals_the_latest() -> None:
     one = [7, 8, 9, 1, 5, 9, 2, 8, 9, 3, 4, 0, 8, 9, -1, -1]
     two = [1, 2, 3, 4, 5, 6, 1, 2, 3, 9, 9, 9, 1, 2, 3, -1]
     text = jnp.array([one, two])
-    found = look_up_next(text, jnp.array([13, 14]), 3)
+    found = prompt_lookup_draft(text, jnp.array([13, 14]), 3)
     assert found.tolist() == [[9, 3, 4], [3, 9, 9]]
     # Nothing alike: a guess all the same, of the shape that is asked.
-    assert look_up_next(jnp.array([[1, 2, 3, 4]]), jnp.array([3]), 3).shape == (1, 3)
+    assert prompt_lookup_draft(jnp.array([[1, 2, 3, 4]]), jnp.array([3]), 3).shape == (1, 3)

@@ -20,14 +20,14 @@ from tokenizers.processors import TemplateProcessing
 
 from evojax_merge.chat_templates import render_chat
 from evojax_merge.config import GsmConfig, TaskFile, parse
+from evojax_merge.data_packages import PackageUnavailable
 from evojax_merge.errors import InputError
 from evojax_merge.search.open_tasks import open_task, open_whole_task
 from evojax_merge.tasks import records
-from evojax_merge.tasks.gsm import MGSM, STYLES, GsmTask, Problem, find_answer, read_problem
+from evojax_merge.tasks.gsm import MGSM, STYLES, GsmTask, WordProblem, find_answer, read_problem
 from evojax_merge.tasks.language import language_of
 from evojax_merge.tasks.records import Record, by_split, read_source
-from evojax_merge.tasks.task import Answers
-from evojax_merge.wheels import PackageUnavailable
+from evojax_merge.tasks.task import Responses
 
 Fields = dict[str, Any]
 
@@ -61,14 +61,14 @@ def gsm_task(tmp_path: Path, docs: Sequence[Fields], **keys: Any) -> GsmTask:
 
 def score(task: GsmTask, texts: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
     nothing = np.zeros((len(texts), 0), np.float32)
-    return task.score(Answers(nothing, np.zeros(0, int), nothing.astype(bool), [list(row) for row in texts]))
+    return task.score(Responses(nothing, np.zeros(0, int), nothing.astype(bool), [list(row) for row in texts]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Against the harness
 
 
-def harness_task(path: str, docs: Sequence[Fields], shots: Sequence[Fields] = ()) -> ConfigurableTask:
+def harness_task(path: str, docs: Sequence[Fields], fewshot_examples: Sequence[Fields] = ()) -> ConfigurableTask:
     """One of the harness's own tasks, by its file, on other data and with the first of the shots in order."""
 
     def read(file: Path) -> Fields:
@@ -79,11 +79,11 @@ def harness_task(path: str, docs: Sequence[Fields], shots: Sequence[Fields] = ()
     config = read(Path(lm_eval.__file__).parent / "tasks" / path)
     config = {key: value for key, value in config.items() if key not in ("tag", "dataset_path", "fewshot_config")}
     data = {
-        config.get("training_split", "train"): Dataset.from_list(list(shots or docs)),
+        config.get("training_split", "train"): Dataset.from_list(list(fewshot_examples or docs)),
         "test": Dataset.from_list(docs),
     }
-    config |= {"custom_dataset": lambda **_: data, "num_fewshot": len(shots)}
-    if shots:
+    config |= {"custom_dataset": lambda **_: data, "num_fewshot": len(fewshot_examples)}
+    if fewshot_examples:
         config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
     return ConfigurableTask(config=config)
 
@@ -155,7 +155,7 @@ def test_answers_are_found_and_compared_as_by_the_harness(
 
 
 @pytest.mark.parametrize(
-    ("path", "docs", "shots"),
+    ("path", "docs", "fewshot_examples"),
     [
         ("gsm8k/gsm8k.yaml", GSM8K[2:], GSM8K[:2]),
         *(
@@ -166,14 +166,14 @@ def test_answers_are_found_and_compared_as_by_the_harness(
 )
 @pytest.mark.parametrize("count", [0, 2])
 def test_prompts_are_those_of_the_harness(
-    path: str, docs: list[Fields], shots: list[Fields], count: int, tmp_path: Path
+    path: str, docs: list[Fields], fewshot_examples: list[Fields], count: int, tmp_path: Path
 ) -> None:
-    theirs = harness_task(path, docs, shots[:count])
+    theirs = harness_task(path, docs, fewshot_examples[:count])
     theirs.build_all_requests(limit=None, rank=0, world_size=1)
     code = path.removesuffix(".yaml")[-2:]
     keys: dict[str, Any] = {"language": code} if code in MGSM else {}
     if count:
-        keys |= {"num_fewshot": count, "fewshot_source": str(write_lines(tmp_path / "shots.jsonl", shots))}
+        keys |= {"num_fewshot": count, "fewshot_source": str(write_lines(tmp_path / "shots.jsonl", fewshot_examples))}
     ours = gsm_task(tmp_path, docs, **keys)
     assert [ours.prompt(problem) for problem in ours.problems] == [instance.args[0] for instance in theirs.instances]
     until = theirs.instances[0].args[1]["until"]
@@ -203,13 +203,13 @@ def test_chats_are_the_models_own_with_one_beginning_of_sequence(tmp_path: Path)
     tokenizer = chat_tokenizer(GSM8K)
     keys = {"num_fewshot": 2, "apply_chat_template": True, "system_instruction": "Think."}
     task = gsm_task(tmp_path, GSM8K, **keys)
-    asked = task.ask(tokenizer, 1000)
-    assert len(asked.prompts) == len(GSM8K) - 2
+    requests = task.requests(tokenizer, 1000)
+    assert len(requests.prompts) == len(GSM8K) - 2
 
     def turn(role: str, content: str) -> dict[str, str]:
         return {"role": role, "content": content}
 
-    for row, doc in zip(asked.prompts, GSM8K[2:], strict=True):
+    for row, doc in zip(requests.prompts, GSM8K[2:], strict=True):
         turns = [turn("system", "Think.")]
         for shot in GSM8K[:2]:
             turns += [turn("user", f"Question: {shot['question']}\nAnswer:"), turn("assistant", shot["answer"])]
@@ -224,27 +224,27 @@ def test_chats_are_the_models_own_with_one_beginning_of_sequence(tmp_path: Path)
         fewshot_as_multiturn=True, chat_template=partial(tokenizer.apply_chat_template, tokenize=False),
     )  # fmt: skip
     wanted = [tokenizer(instance.args[0], add_special_tokens=False)["input_ids"] for instance in theirs.instances]
-    assert [list(row.tokens) for row in asked.prompts] == wanted
-    plain = gsm_task(tmp_path, GSM8K).ask(tokenizer, 1000).prompts[0].tokens
+    assert [list(row.tokens) for row in requests.prompts] == wanted
+    plain = gsm_task(tmp_path, GSM8K).requests(tokenizer, 1000).prompts[0].tokens
     assert plain.count(tokenizer.bos_token_id) == 1
 
 
 def test_what_prompts_share_is_the_header_of_examples(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(GSM8K)
     task = gsm_task(tmp_path, GSM8K, num_fewshot=2)
-    rows = [row.tokens for row in task.ask(tokenizer, 1000).prompts]
+    rows = [row.tokens for row in task.requests(tokenizer, 1000).prompts]
     header = tokenizer("".join(f"Question: {d['question']}\nAnswer: {d['answer']}\n\n" for d in GSM8K[:2]))["input_ids"]
     assert all(list(tokens[: len(header)]) == header for tokens in rows)
     # The first of the records are examples and are not scored, whatever part is taken.
-    assert [problem.number for problem in task.part([0, 3]).problems] == ["1,080", "700"]
+    assert [problem.number for problem in task.subset([0, 3]).problems] == ["1,080", "700"]
 
 
 def test_a_tokenizer_without_a_chat_template_or_with_a_fussy_one_is_refused(tmp_path: Path) -> None:
     task = gsm_task(tmp_path, GSM8K, apply_chat_template=True, system_instruction="Think.")
     with pytest.raises(InputError, match="no chat template"):
-        task.ask(chat_tokenizer(GSM8K, template=None), 1000)
+        task.requests(chat_tokenizer(GSM8K, template=None), 1000)
     with pytest.raises(InputError, match="no system, please"):
-        task.ask(chat_tokenizer(GSM8K, template="{{ raise_exception('no system, please') }}"), 1000)
+        task.requests(chat_tokenizer(GSM8K, template="{{ raise_exception('no system, please') }}"), 1000)
 
 
 def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(tmp_pa
         ("{{ 'a' * 10**7 }}", "10,000,000"),
     ):
         with pytest.raises(InputError, match=message):
-            task.ask(chat_tokenizer(GSM8K, template=template), 1000)
+            task.requests(chat_tokenizer(GSM8K, template=template), 1000)
     long = [{"role": "user", "content": "w" * 10**6}]
     tokenizer = chat_tokenizer(GSM8K)
     expected = tokenizer.apply_chat_template(long, tokenize=False, add_generation_prompt=True)
@@ -375,7 +375,7 @@ def cache_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: dict[
 def test_a_data_set_without_parquet_files_is_read_from_the_hubs_converted_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
+    requests: list[tuple[str, str | None]] = []
 
     class Api:
         def list_repo_files(self, repository: str, repo_type: str, revision: str | None) -> list[str]:
@@ -383,7 +383,7 @@ def test_a_data_set_without_parquet_files_is_read_from_the_hubs_converted_ones(
             return ["mgsm.py", "mgsm_ja.tsv"] if revision is None else ["ja/test/0000.parquet", "ja/train/0000.parquet"]
 
     def download(repository: str, name: str, repo_type: str, revision: str | None) -> str:
-        asked.append((name, revision))
+        requests.append((name, revision))
         return str(file)
 
     file = tmp_path / "0000.parquet"
@@ -391,7 +391,7 @@ def test_a_data_set_without_parquet_files_is_read_from_the_hubs_converted_ones(
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     source = read_source("hub:juletxara/mgsm/ja:test")
-    assert asked == [("ja/test/0000.parquet", records.CONVERTED)]
+    assert requests == [("ja/test/0000.parquet", records.CONVERTED)]
     assert [read_problem(record).number for record in source.records] == [str(number) for number in NUMBERS]
 
 
@@ -433,7 +433,7 @@ def test_examples_are_shown_and_never_scored_in_neither_split(tmp_path: Path) ->
     assert isinstance(search, GsmTask) and isinstance(held_out, GsmTask)
     assert [problem.number for problem in search.problems] == ["1,080", "-5"]
     assert [problem.number for problem in held_out.problems] == ["1.5", "700"]
-    assert search.shots == held_out.shots and len(search.shots) == 2
+    assert search.fewshot_examples == held_out.fewshot_examples and len(search.fewshot_examples) == 2
     assert held_out.files == (heldout, searched) and search.files == (searched,)
     first = GSM8K[0]
     assert search.prompt(search.problems[0]).startswith(f"{first['question']} = {first['answer']}\n\n")
@@ -444,13 +444,13 @@ def test_examples_are_shown_and_never_scored_in_neither_split(tmp_path: Path) ->
 
 
 def test_an_answer_that_is_never_found_is_named() -> None:
-    problem = Problem("?", None, "5", "here")
+    problem = WordProblem("?", None, "5", "here")
     task = GsmTask("gsm", 1.0, (), (problem,), STYLES["gsm8k"], "strict")
-    assert task.unanswered(["5", "#### "]) == r"the pattern '#### (\\-?[0-9\\.\\,]+)'"
-    assert task.unanswered(["five", "#### 5"]) is None
+    assert task.extraction_failure(["5", "#### "]) == r"the pattern '#### (\\-?[0-9\\.\\,]+)'"
+    assert task.extraction_failure(["five", "#### 5"]) is None
     flexible = GsmTask("gsm", 1.0, (), (problem,), STYLES["gsm8k"], "flexible")
-    assert flexible.unanswered(["five"]) == "a number"
-    assert flexible.unanswered(["5"]) is None
+    assert flexible.extraction_failure(["five"]) == "a number"
+    assert flexible.extraction_failure(["5"]) is None
 
 
 @pytest.mark.parametrize(

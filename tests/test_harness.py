@@ -21,12 +21,12 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import run_evaluate_command
 from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.search.open_tasks import open_whole_task
 from evojax_merge.search.setup import build_problem, read_config, resolved_document, stop_tokens
 from evojax_merge.tasks.harness import HarnessTask, Options, is_benchmark, open_harness
-from evojax_merge.tasks.task import Answers
+from evojax_merge.tasks.task import Responses
 
 CONTEXT = 48
 FEWSHOT = {"num_fewshot": 2, "fewshot_split": "train", "fewshot_config": {"sampler": "default"}}
@@ -126,7 +126,7 @@ class Scored:
     results: dict[str, float]
     samples: list[dict[str, Any]]
     task: HarnessTask
-    answers: Answers
+    answers: Responses
     scores: dict[str, np.ndarray]
     outputs: list[str]
 
@@ -144,10 +144,10 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
     tasks = [open_harness("tasks", name, None, name, 1.0, Options(include_path=folder, **options)) for name in names]
     sources, config = open_sources([model])
     tokenizer = load_tokenizer(model)
-    (requests,) = build_requests([tasks], tokenizer, 4096, context, stop_tokens(model, tokenizer))
-    seen: dict[str, Answers] = {}
+    (batched_tasks,) = batch_tasks([tasks], tokenizer, 4096, context, stop_tokens(model, tokenizer))
+    seen: dict[str, Responses] = {}
     # What the evaluator hands to a task is recorded on its way.
-    spies = [replace(request, task=Spy(request.task, seen)) for request in requests]
+    spies = [replace(request, task=Spy(request.task, seen)) for request in batched_tasks]
     scores = Evaluator(config, tokenizer, spies).stored(load_stored(sources, config, 0, "float32"))
     return {
         name: Scored(
@@ -161,12 +161,12 @@ def score_both(model: Path, folder: Path, names: Sequence[str], context: int, **
 @dataclass(frozen=True)
 class Spy:
     task: Any
-    seen: dict[str, Answers]
+    seen: dict[str, Responses]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, answers: Responses) -> dict[str, np.ndarray]:
         self.seen[self.task.name] = answers
         return self.task.score(answers)
 
@@ -237,12 +237,12 @@ def test_a_chat_template_and_a_system_s_instruction_are_the_harness_s(harness_ta
     theirs = [total for sample in case.samples for total, _ in responses(sample)]
     np.testing.assert_allclose(case.answers.totals[0], theirs, rtol=1e-5, atol=1e-3)
     with pytest.raises(InputError, match="apply_chat_template: the models' tokenizer has no chat template"):
-        case.task.ask(load_tokenizer(harness_tasks / "model"), CONTEXT)
+        case.task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
 
 
 def test_the_question_is_shared_by_its_choices_and_the_shots_by_all(harness_tasks: Path) -> None:
     task = open_harness("tasks", "own_choices", None, "own_choices", 1.0, Options(include_path=harness_tasks))
-    rows = task.ask(load_tokenizer(harness_tasks / "model"), CONTEXT).scored
+    rows = task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT).scored
     # Four choices, and each again without the question, for acc_mutual_info.
     assert [row.example for row in rows] == [example for example in range(10) for _ in range(8)]
     for example in range(10):
@@ -277,18 +277,18 @@ def test_candidates_are_scored_each_by_its_own_answers(scored: dict[str, Scored]
 
 def test_a_part_asks_and_scores_what_the_whole_does_for_its_examples(scored: dict[str, Scored]) -> None:
     case = scored["own_rolling"]
-    part = case.task.part([7, 2])
+    part = case.task.subset([7, 2])
     tokenizer = load_tokenizer(Path(case.task.files[0]).parent / "model")
-    rows, whole = part.ask(tokenizer, CONTEXT).scored, case.task.ask(tokenizer, CONTEXT).scored
+    rows, whole = part.requests(tokenizer, CONTEXT).scored, case.task.requests(tokenizer, CONTEXT).scored
     assert [row.tokens for row in rows] == [row.tokens for e in (7, 2) for row in whole if row.example == e]
     assert part.size == 2 and {row.example for row in rows} == {0, 1}
 
 
 def test_an_output_without_an_answer_is_told(scored: dict[str, Scored]) -> None:
     task = replace(scored["own_generation"].task, metric="exact_match,strict")
-    assert task.unanswered(["w1 w2", "w3"]) == "the filter strict"
-    assert task.unanswered(["w1 w2", "the answer is w3"]) is None
-    assert scored["own_choices"].task.unanswered([]) is None
+    assert task.extraction_failure(["w1 w2", "w3"]) == "the filter strict"
+    assert task.extraction_failure(["w1 w2", "the answer is w3"]) is None
+    assert scored["own_choices"].task.extraction_failure([]) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_what_the_harness_cannot_do_is_told(
     ending = {name: value for name, value in own.items() if name != "doc_to_text"} | {"task": "own_ending"}
     (folder / "own_ending.yaml").write_text(f"{yaml.safe_dump(ending)}doc_to_text: !function ending.text\n")
     with pytest.raises(InputError, match=message):
-        open_own(folder, name, **options).ask(load_tokenizer(harness_tasks / "model"), CONTEXT)
+        open_own(folder, name, **options).requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
 
 
 def test_without_the_harness_the_extra_is_named(harness_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,10 +357,10 @@ def test_without_the_harness_the_extra_is_named(harness_tasks: Path, monkeypatch
 
 def test_training_examples_are_not_shown_to_themselves(harness_tasks: Path) -> None:
     tokenizer = load_tokenizer(harness_tasks / "model")
-    test = open_own(harness_tasks, "own_choices").ask(tokenizer, 256).scored
+    test = open_own(harness_tasks, "own_choices").requests(tokenizer, 256).scored
     task = open_own(harness_tasks, "own_choices", split="train", num_fewshot=10, docs=8)
     assert task.size == 8
-    rows = [row for row in task.ask(tokenizer, 4096).scored if row.start > 1]
+    rows = [row for row in task.requests(tokenizer, 4096).scored if row.start > 1]
     questions = [tokenizer(record["question"])["input_ids"] for record in task.source.task.eval_docs]
     for row in rows:
         shown = tokenizer.decode(row.tokens[: row.start]).count(tokenizer.decode(questions[row.example]))

@@ -23,7 +23,7 @@ from merge_kernels import (
     Options,
     combine,
     combine_population,
-    draw,
+    draw_uniform,
     grid_index,
     look_up,
     prepare,
@@ -43,7 +43,7 @@ SMALL, LARGE = (5, 9), (16, 32)
 # By what the field calls them, not by what the registry says.
 MAGNITUDE, BAND = ("ties",), ("breadcrumbs", "breadcrumbs_ties")
 DARE, DELLA = ("dare_linear", "dare_ties"), ("della", "della_linear")
-RANDOM, SPARSE = (*DARE, *DELLA), (*MAGNITUDE, *BAND, *DARE, *DELLA)
+BERNOULLI, SPARSE = (*DARE, *DELLA), (*MAGNITUDE, *BAND, *DARE, *DELLA)
 TASK_VECTORS = ("task_arithmetic", *SPARSE)
 ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 BASED = (*TASK_VECTORS, "model_stock", "sce", "nearswap")
@@ -59,7 +59,7 @@ def digest(k: int, tensor: str = "tensor") -> bytes:
 
 def draws_of(shape: tuple[int, ...], order: Sequence[int] | None = None, seed: int = SEED) -> Draws:
     """The uniform numbers of each parent; `order` names the parents where they are not 0, 1, 2 …"""
-    return lambda k: draw(seed, digest(k if order is None else order[k]), shape)
+    return lambda k: draw_uniform(seed, digest(k if order is None else order[k]), shape)
 
 
 def make_models(shape: tuple[int, ...], parents: int, dtype: Any = np.float32, scale: float = 0.1) -> list[np.ndarray]:
@@ -81,18 +81,18 @@ def on_device(parameters: Numbers) -> dict[str, jax.Array]:
 
 def sources_of(options: Options, models: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     """models: the base first, always."""
-    return models if options.based else models[1:]
+    return models if options.has_base else models[1:]
 
 
 def merged(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
 ) -> np.ndarray:
     """One merge as a user of the kernels does it: counts in float64 on the host, the merge in float32."""
     method, sources = METHODS[name], sources_of(options, models)
-    prepared = prepare(method, options, sources, parameters, draws or draws_of(models[0].shape))
+    prepared = prepare(method, options, sources, parameters, uniform_noise or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
     return np.asarray(
-        combine(method, options, tensors, prepared.scores, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
+        combine(method, options, tensors, prepared.keep_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
     )
 
 
@@ -206,7 +206,7 @@ def rank01(magnitude: np.ndarray) -> np.ndarray:
     return (ranks / max(rows.shape[1] - 1, 1)).reshape(magnitude.shape)
 
 
-def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, draws: Draws) -> np.ndarray:
+def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, uniform_noise: Draws) -> np.ndarray:
     size, magnitude, density = delta.size, np.abs(delta), float(parameters["density"][k])
     if density >= 1:
         return np.ones(delta.shape, bool)
@@ -220,11 +220,16 @@ def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, draws: 
     chance = np.full(delta.shape, round(density * LEVELS))
     if name in DELLA and density > 0:
         chance = chance + np.rint(parameters["epsilon"][k] * (2 * rank01(magnitude) - 1) * LEVELS)
-    return draws(k).astype(float) < chance
+    return uniform_noise(k).astype(float) < chance
 
 
 def task_vectors(
-    name: str, options: Options, base: np.ndarray, parents: Sequence[np.ndarray], parameters: Numbers, draws: Draws
+    name: str,
+    options: Options,
+    base: np.ndarray,
+    parents: Sequence[np.ndarray],
+    parameters: Numbers,
+    uniform_noise: Draws,
 ) -> np.ndarray:
     weight = np.asarray(parameters["weight"], np.float64)
     addends = []
@@ -232,13 +237,13 @@ def task_vectors(
         delta = parent - base
         if name in SPARSE:
             density = float(parameters["density"][k])
-            sparse = np.where(kept_mask(name, delta, parameters, k, draws), delta, 0.0)
-            before, after = np.abs(delta).sum(), np.abs(sparse).sum()
+            task_vectors = np.where(kept_mask(name, delta, parameters, k, uniform_noise), delta, 0.0)
+            before, after = np.abs(delta).sum(), np.abs(task_vectors).sum()
             if options.rescale == "l1" and before >= 1e-7 and after >= 1e-7:
-                sparse = sparse * before / after
+                task_vectors = task_vectors * before / after
             if options.rescale == "density" and density > 0:
-                sparse = sparse / density
-            delta = sparse
+                task_vectors = task_vectors / density
+            delta = task_vectors
         addends.append(weight[k] * delta)
     stack = np.stack(addends)
     if name in ELECTED:
@@ -252,13 +257,13 @@ def task_vectors(
 
 
 def reference(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
 ) -> np.ndarray:
     """One merge by its formula; ties at a threshold are all kept."""
     base, *parents = [np.asarray(x, np.float64) for x in models]
     weight = np.asarray(parameters.get("weight", ()), np.float64)
     if name in TASK_VECTORS:
-        return task_vectors(name, options, base, parents, parameters, draws or draws_of(base.shape))
+        return task_vectors(name, options, base, parents, parameters, uniform_noise or draws_of(base.shape))
     if name == "linear":
         total = sum(w * x for w, x in zip(weight, parents, strict=True))
         return np.asarray(total / weight.sum() if options.normalize else total)
@@ -276,7 +281,7 @@ def reference(
     if name == "passthrough":
         return np.asarray(parameters["scale"][0] * parents[0])
     # The two that take deltas where there is a base.
-    origin = base if options.based else np.zeros_like(base)
+    origin = base if options.has_base else np.zeros_like(base)
     vectors = [x - origin for x in parents]
     if name == "nuslerp":
         t = 0.5 if abs(weight.sum()) < 1e-6 else weight[1] / weight.sum()
@@ -302,31 +307,31 @@ def switches_of(name: str, options: Options) -> Numbers:
 
 
 def masks_for_mergekit(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws
 ) -> Iterator[torch.Tensor]:
     """Our masks in the order in which mergekit would draw its own."""
-    prepared = prepare(METHODS[name], options, sources_of(options, models), parameters, draws)
+    prepared = prepare(METHODS[name], options, sources_of(options, models), parameters, uniform_noise)
     masks = []
     for k, density in enumerate(parameters["density"]):
         # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
         if density < 1 and (density > 0 or name in DARE):
-            mask = prepared.scores[k].astype(int) < int(prepared.statistics["threshold"][k])
+            mask = prepared.keep_keys[k].astype(int) < int(prepared.statistics["threshold"][k])
             rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
             masks.append(torch.tensor(rows.astype(np.float32)))
     return iter(masks)
 
 
 def of_mergekit(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, draws: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
 ) -> np.ndarray:
     """The same merge by mergekit in float32. Its random masks are replaced by ours."""
     tensors = [torch.tensor(np.asarray(x, np.float32)) for x in sources_of(options, models)]
     # mergekit calls SLERP's first model its base.
-    group = TensorGroup.from_tensors(tensors, base_index=0 if options.based or name == "slerp" else None)
+    group = TensorGroup.from_tensors(tensors, base_index=0 if options.has_base or name == "slerp" else None)
     given = {key: [float(v) for v in value] if np.ndim(value) else value for key, value in parameters.items()}
     with pytest.MonkeyPatch.context() as patch:
-        if name in RANDOM:
-            masks = masks_for_mergekit(name, options, models, parameters, draws or draws_of(models[0].shape))
+        if name in BERNOULLI:
+            masks = masks_for_mergekit(name, options, models, parameters, uniform_noise or draws_of(models[0].shape))
             patch.setattr(torch, "bernoulli", lambda probabilities: next(masks))
         return registry.get(name)([group], parameters=given | switches_of(name, options))[0].numpy()
 
@@ -374,14 +379,14 @@ def options_for(name: str) -> list[Options]:
     if name == "linear":
         return [Options(normalize) for normalize in both]
     if name == "nuslerp":
-        return [Options(based=based, axis=axis) for based in both for axis in (None, -1, 0)]
+        return [Options(has_base=has_base, axis=axis) for has_base in both for axis in (None, -1, 0)]
     if name == "multislerp":
-        return [Options(normalize, based=based) for normalize in both for based in both]
+        return [Options(normalize, has_base=has_base) for normalize in both for has_base in both]
     if name == "model_stock":
-        return [Options(based=True, axis=axis) for axis in (None, -1)]
+        return [Options(has_base=True, axis=axis) for axis in (None, -1)]
     if name in TASK_VECTORS:
-        return [Options(normalize, based=True) for normalize in both]
-    return [Options(based=name in BASED)]
+        return [Options(normalize, has_base=True) for normalize in both]
+    return [Options(has_base=name in BASED)]
 
 
 def densities_for(name: str, parents: int) -> list[np.ndarray]:
@@ -504,9 +509,9 @@ def test_light_deltas_count_alike_in_sce() -> None:
     """Below mean squares of 1e-6 in all, as light fine-tunes have them."""
     models = make_models(LARGE, 3, scale=1e-4)
     for share in (0.5, 1.0):
-        found = merged("sce", Options(based=True), models, {"select_topk": share})
+        found = merged("sce", Options(has_base=True), models, {"select_topk": share})
         # The deltas themselves are held to float32's resolution of the weights.
-        np.testing.assert_allclose(found, of_mergekit("sce", Options(based=True), models, {"select_topk": share}),
+        np.testing.assert_allclose(found, of_mergekit("sce", Options(has_base=True), models, {"select_topk": share}),
                                    rtol=3e-7)  # fmt: skip
         delta = np.stack([x.astype(np.float64) - models[0] for x in models[1:]])
         agrees = agreeing(delta)
@@ -523,31 +528,31 @@ def test_zero_vectors_have_no_direction() -> None:
     for name in ("slerp", "nuslerp", "multislerp", "karcher"):
         for models in ([base, one, nothing], [base, nothing, nothing], [base, gap, two]):
             for options, parameters in cases(name, 2):
-                if not options.based:
+                if not options.has_base:
                     found = merged(name, options, models, parameters)
                     assert_close(found, reference(name, options, models, parameters))
                     assert_close(found, of_mergekit(name, options, models, parameters))
 
 
-@pytest.mark.parametrize("based", [False, True])
-def test_multislerp_of_antipodal_vectors(based: bool) -> None:
+@pytest.mark.parametrize("has_base", [False, True])
+def test_multislerp_of_antipodal_vectors(has_base: bool) -> None:
     """Where the mean direction vanishes, two vectors are added up, and more have no answer."""
     base, one = make_models(LARGE, 1)
-    origin = base if based else np.zeros_like(base)
+    origin = base if has_base else np.zeros_like(base)
     delta = np.rint(256 * (one - origin)) / 256
     origin = np.rint(256 * origin) / 256
     models = [origin, origin + delta, origin - 2 * delta]
     for weight in (0.5, 0.3, 0.7):
         for normalize in (True, False):
-            options, parameters = Options(normalize, based=based), {"weight": [weight] * 2, "eps": 1e-8}
+            options, parameters = Options(normalize, has_base=has_base), {"weight": [weight] * 2, "eps": 1e-8}
             share = 0.5 if normalize else weight
             assert_close(merged("multislerp", options, models, parameters), origin - share * delta)
             assert_close(of_mergekit("multislerp", options, models, parameters), origin - share * delta)
     more = [*models, origin + delta]
     parameters = {"weight": [0.25, 0.5, 0.25], "eps": 1e-6}
     with pytest.raises(ValueError, match="antipodal"):
-        of_mergekit("multislerp", Options(True, based=based), more, parameters)
-    assert not np.isfinite(merged("multislerp", Options(True, based=based), more, parameters)).any()
+        of_mergekit("multislerp", Options(True, has_base=has_base), more, parameters)
+    assert not np.isfinite(merged("multislerp", Options(True, has_base=has_base), more, parameters)).any()
 
 
 def test_multislerp_of_one_parent_is_that_parent() -> None:
@@ -581,13 +586,13 @@ def test_registry_has_mergekit_s_names_defaults_and_numbers_of_parents(name: str
     method, theirs = METHODS[name], registry.get(name).spec
     known = {parameter.name: parameter for parameter in theirs.parameters}
     # nuslerp_row_wise and the like are options here.
-    assert {p.name for p in method.parameters} | {*method.switches, *method.inert} == set(known)
+    assert {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings} == set(known)
     for parameter in method.parameters:
         expected = known[parameter.name]
         if parameter.name in ("select_topk", "density", "lambda", "epsilon", "gamma", "max_iter", "tol", "eps"):
             assert parameter.default == expected.default
         assert parameter.per_parent == (expected.scope.name != "SHARED")
-        assert parameter.lowest <= parameter.low <= parameter.high <= parameter.highest
+        assert parameter.valid_min <= parameter.low <= parameter.high <= parameter.valid_max
     for switch, option in (("normalize", method.options.normalize), ("rescale", method.options.rescale == "l1")):
         if switch in known:
             # A rescaling has nothing to restore where nothing is thinned out.
@@ -611,15 +616,15 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
     sources = sources_of(options, make_models(SMALL, parents))
     drawn = []
 
-    def draws(k: int) -> np.ndarray:
+    def uniform_noise(k: int) -> np.ndarray:
         drawn.append(k)
-        return draw(SEED, digest(k), SMALL)
+        return draw_uniform(SEED, digest(k), SMALL)
 
-    prepared = prepare(METHODS[name], options, sources, parameters, draws)
-    assert len(prepared.scores) == METHODS[name].scores(parents)
-    assert all(score.dtype == np.uint16 and score.shape == SMALL for score in prepared.scores)
-    assert sorted(drawn) == (list(range(parents)) if name in RANDOM else [])
-    assert METHODS[name].random == (name in RANDOM)
+    prepared = prepare(METHODS[name], options, sources, parameters, uniform_noise)
+    assert len(prepared.keep_keys) == METHODS[name].keep_keys(parents)
+    assert all(score.dtype == np.uint16 and score.shape == SMALL for score in prepared.keep_keys)
+    assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
+    assert METHODS[name].random == (name in BERNOULLI)
 
 
 @pytest.mark.parametrize("name", DELLA)
@@ -632,7 +637,7 @@ def test_della_complains_where_mergekit_refuses(name: str, epsilon: float) -> No
             refused = False
         except ValueError:
             refused = True
-        complaint = METHODS[name].complaint(
+        complaint = METHODS[name].validate(
             METHODS[name].options, {"density": [0.5, density], "epsilon": [0.2, epsilon]}
         )
         assert (complaint is not None) == refused, (density, complaint)
@@ -640,7 +645,7 @@ def test_della_complains_where_mergekit_refuses(name: str, epsilon: float) -> No
 
 @pytest.mark.parametrize("name", ["linear", "multislerp"])
 def test_weights_that_cancel_are_refused_where_mergekit_s_result_is_not_finite(name: str) -> None:
-    models, complaint = make_models(SMALL, 2), METHODS[name].complaint
+    models, complaint = make_models(SMALL, 2), METHODS[name].validate
     parameters = {"weight": [0.5, -0.5], "eps": 1e-8} if name == "multislerp" else {"weight": [0.5, -0.5]}
     assert not np.isfinite(of_mergekit(name, Options(True), models, parameters)).any()
     assert complaint(Options(True), parameters) is not None
@@ -673,7 +678,7 @@ def test_massively_tied_deltas(name: str) -> None:
         count = int(density * base.size)
         for k in range(2):
             parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "gamma": [0.02]}
-            found = merged(name, Options(based=True), [base, parents[k]], parameters)
+            found = merged(name, Options(has_base=True), [base, parents[k]], parameters)
             kept = found != base.astype(np.float32)
             assert kept.sum() + (delta[k] == 0).sum() >= count
             # Of equal magnitudes all are kept or none.
@@ -684,7 +689,7 @@ def test_massively_tied_deltas(name: str) -> None:
         if name == "ties":
             del parameters["gamma"]
         for normalize in (False, True):
-            options = Options(normalize, based=True)
+            options = Options(normalize, has_base=True)
             found = merged(name, options, models, parameters)
             assert_close(found, reference(name, options, models, parameters))
             # mergekit's choice among equals is arbitrary: away from the entries at a threshold.
@@ -702,7 +707,7 @@ def test_massively_tied_deltas(name: str) -> None:
 
 def test_density_option_divides_by_the_density() -> None:
     for name in SPARSE:
-        models, options = make_models(LARGE, 3), Options(rescale="density", based=True)
+        models, options = make_models(LARGE, 3), Options(rescale="density", has_base=True)
         density = np.array([0.2, 0.55, 1.0])
         parameters = {"weight": [0.4, 0.3, 0.5], "density": density, "lambda": 1.0} | constants_for(name, density, 0)
         assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
@@ -715,7 +720,7 @@ def test_l1_rescale_restores_each_delta_s_norm(name: str) -> None:
     for density in (0.05, 0.3, 1.0):
         parameters = {"weight": [1.0], "density": [density], "lambda": 1.0}
         parameters |= constants_for(name, np.array([density]), 0)
-        found = merged(name, Options(rescale="l1", based=True), [base, parent], parameters)
+        found = merged(name, Options(rescale="l1", has_base=True), [base, parent], parameters)
         np.testing.assert_allclose(np.abs(found - base.astype(np.float64)).sum(), np.abs(delta).sum(), rtol=1e-4)
 
 
@@ -730,7 +735,7 @@ def table_of(
 ) -> tuple[Sequence[np.ndarray], dict[str, jax.Array]]:
     never = {p.name: parameters[p.name] for p in method.parameters if not p.searched}
     prepared = tabulate(method, options, sources_of(options, models), never, draws_of(models[0].shape))
-    return prepared.scores, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
+    return prepared.keep_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
 
 
 def steps_for(name: str) -> tuple[int, ...]:
@@ -745,7 +750,7 @@ def steps_for(name: str) -> tuple[int, ...]:
 def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
     method, parents = METHODS[name], 2
     models = make_models(shape, parents)
-    options = Options(rescale="l1" if name in SPARSE else "none", based=True)
+    options = Options(rescale="l1" if name in SPARSE else "none", has_base=True)
     parameters: Numbers = {"weight": [0.5, 0.25], "lambda": 1.0} if name in SPARSE else {}
     parameters |= {"epsilon": [0.199, 0.1]} if name in DELLA else {}
     parameters |= {"gamma": [0.02, 0.1]} if name in BAND else {}
@@ -810,9 +815,9 @@ def test_population_equals_one_by_one(name: str) -> None:
     for parameter in method.parameters:
         if parameter.searched:
             size = (6, parents) if parameter.per_parent else (6,)
-            low, high = (0.2, 0.8) if name in DELLA and parameter.on_grid else (0.05, 1.0)
+            low, high = (0.2, 0.8) if name in DELLA and parameter.quantised else (0.05, 1.0)
             values = rng.uniform(low, high, size)
-            population[parameter.name] = np.rint(values * 1000) / 1000 if parameter.on_grid else values
+            population[parameter.name] = np.rint(values * 1000) / 1000 if parameter.quantised else values
     # A method without anything to search still merges a population.
     population["candidate"] = np.arange(6.0)
     tensors = tuple(map(jnp.asarray, sources_of(options, models)))
@@ -857,7 +862,7 @@ def test_rows_may_be_merged_alone(name: str) -> None:
         }
         part = combine(
             method, options, tuple(jnp.asarray(x[rows]) for x in sources),
-            tuple(jnp.asarray(s[rows]) for s in prepared.scores), by_row, on_device(parameters),  # type: ignore[arg-type]
+            tuple(jnp.asarray(s[rows]) for s in prepared.keep_keys), by_row, on_device(parameters),  # type: ignore[arg-type]
         )  # fmt: skip
         np.testing.assert_allclose(np.asarray(part), merged(name, options, models, parameters)[rows], rtol=1e-6)
 
@@ -876,7 +881,7 @@ def random_mask(
         parameters["epsilon"] = [epsilon]
     rising = np.broadcast_to(np.arange(1, shape[-1] + 1, dtype=np.float32), shape)
     models = [np.zeros(shape, np.float32), np.ascontiguousarray(rising)]
-    found = merged(name, Options(based=True), models, parameters, lambda k: draw(seed, who, shape))
+    found = merged(name, Options(has_base=True), models, parameters, lambda k: draw_uniform(seed, who, shape))
     kept = found != 0
     np.testing.assert_array_equal(found[kept], models[1][kept])
     return kept
@@ -884,7 +889,7 @@ def random_mask(
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.5371, 1.0])
 def test_dare_keeps_where_the_draw_is_below_the_density(density: float) -> None:
-    score = draw(SEED, digest(0), (200_000,))
+    score = draw_uniform(SEED, digest(0), (200_000,))
     assert score.dtype == np.uint16
     np.testing.assert_array_equal(random_mask("dare_linear", density), score.astype(int) < round(density * 2**16))
 
@@ -892,9 +897,9 @@ def test_dare_keeps_where_the_draw_is_below_the_density(density: float) -> None:
 @pytest.mark.parametrize(("name", "shape"), [("dare_linear", (200_000,)), ("della_linear", (200, 1000))])
 def test_masks_are_nested_in_density(name: str, shape: tuple[int, ...]) -> None:
     masks = [random_mask(name, density, shape=shape) for density in (0.0, 0.15, 0.3, 0.31, 0.85, 1.0)]
-    for smaller, larger in itertools.pairwise(masks):
-        assert not (smaller & ~larger).any()
-        assert smaller.sum() < larger.sum()
+    for halve_batches, larger in itertools.pairwise(masks):
+        assert not (halve_batches & ~larger).any()
+        assert halve_batches.sum() < larger.sum()
     assert masks[0].sum() == 0
     assert masks[-1].all()
 
@@ -940,7 +945,7 @@ def test_della_keeps_with_a_probability_that_rises_with_the_rank(density: float,
     torch.manual_seed(0)
     theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
     parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "epsilon": [epsilon]}
-    ours = merged("della_linear", Options(based=True), [base, parent], parameters) != 0
+    ours = merged("della_linear", Options(has_base=True), [base, parent], parameters) != 0
     tenth = np.minimum((10 * rank01(np.abs(parent))).astype(int), 9)
     for decile in range(10):
         inside = tenth == decile
@@ -954,7 +959,7 @@ def test_della_ranks_run_along_the_second_axis_of_any_tensor() -> None:
     for shape in ((40_000,), (200, 200), (50, 40, 20)):
         parent = rng.normal(size=shape).astype(np.float32)
         parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "epsilon": [epsilon]}
-        ours = merged("della_linear", Options(based=True), [np.zeros(shape, np.float32), parent], parameters) != 0
+        ours = merged("della_linear", Options(has_base=True), [np.zeros(shape, np.float32), parent], parameters) != 0
         torch.manual_seed(1)
         theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
         share = rank01(np.abs(parent))
@@ -983,7 +988,7 @@ def test_density_rescale_is_right_on_average() -> None:
     delta = parent.astype(np.float64) - base
     for density, weight in ((0.5, 1.0), (0.2, 0.6)):
         parameters = {"weight": [weight], "density": [density], "lambda": 1.0}
-        options = Options(rescale="density", based=True)
+        options = Options(rescale="density", has_base=True)
         many = np.stack(
             [merged("dare_linear", options, [base, parent], parameters, draws_of((7,), seed=s)) for s in range(400)]
         )
@@ -1001,12 +1006,12 @@ def test_variance_of_dare_falls_with_the_number_of_entries() -> None:
     base, parent = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     for density in (0.1, 0.5, 0.9):
         parameters = {"weight": [1.0], "density": [density], "lambda": 1.0}
-        found = merged("dare_ties", Options(rescale="density", based=True), [base, parent], parameters)
+        found = merged("dare_ties", Options(rescale="density", has_base=True), [base, parent], parameters)
         variance = (1 - density) / density
         assert abs(found.mean(dtype=np.float64) - 1) < 5 * np.sqrt(variance / found.size)
         assert found.var(dtype=np.float64) == pytest.approx(variance, rel=0.03)
         # The norm that l1 restores is restored exactly, not on average.
-        restored = merged("dare_ties", Options(rescale="l1", based=True), [base, parent], parameters)
+        restored = merged("dare_ties", Options(rescale="l1", has_base=True), [base, parent], parameters)
         assert restored.mean(dtype=np.float64) == pytest.approx(1, rel=1e-5)
 
 
@@ -1021,7 +1026,7 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
     rng = np.random.default_rng(0)
     delta = (rng.integers(1, 256, (64, 32)) * rng.choice([-1, 1], (64, 32)) / 64).astype(dtype)
     sources = [np.zeros((64, 32), dtype), delta, (-ratio * delta.astype(np.float32)).astype(dtype)]
-    method, normalized = METHODS["ties"], Options(True, based=True)
+    method, normalized = METHODS["ties"], Options(True, has_base=True)
     parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
     statistics = prepare(method, normalized, sources, parameters, draws_of((64, 32))).statistics
     numbers, tensors = on_device(parameters), tuple(map(jnp.asarray, sources))
@@ -1059,10 +1064,10 @@ def test_density_one_trims_nothing(data: st.DataObject, name: str) -> None:
     weight = [data.draw(weights), data.draw(weights)]
     parameters: Numbers = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
     parameters |= constants_for(name, np.ones(2), 0)
-    found = merged(name, Options(rescale="l1", based=True), [base, one, two], parameters)
+    found = merged(name, Options(rescale="l1", has_base=True), [base, one, two], parameters)
     if name not in ELECTED:
         plain = {"weight": weight, "lambda": 1.0}
-        untrimmed = merged("task_arithmetic", Options(based=True), [base, one, two], plain)
+        untrimmed = merged("task_arithmetic", Options(has_base=True), [base, one, two], plain)
     else:
         stack = np.stack([w * (x.astype(np.float64) - base) for w, x in zip(weight, (one, two), strict=True)])
         positive = stack.sum(0) >= 0
@@ -1099,7 +1104,7 @@ def test_swapping_two_parents_swaps_nothing_else(data: st.DataObject, name: str)
     base, one, two = (data.draw(tensors) for _ in range(3))
     options = data.draw(st.sampled_from(options_for(name)))
     if name in ("nuslerp", "multislerp", "karcher"):
-        origin = base.astype(np.float64) if options.based else np.zeros(SMALL)
+        origin = base.astype(np.float64) if options.has_base else np.zeros(SMALL)
         inner, lengths = ((one - origin) * (two - origin)).sum(), norm(one - origin) * norm(two - origin)
         # Opposite vectors have no great circle between them.
         assume(options.axis is None and inner > -0.99 * lengths)
@@ -1147,13 +1152,13 @@ def test_slerp_is_symmetric(first: np.ndarray, second: np.ndarray, t: float) -> 
 
 
 @laws
-@given(st.data(), tensors, tensors, st.sampled_from(RANDOM))
+@given(st.data(), tensors, tensors, st.sampled_from(BERNOULLI))
 def test_a_larger_density_keeps_all_that_a_smaller_one_keeps(
     data: st.DataObject, base: np.ndarray, parent: np.ndarray, name: str
 ) -> None:
     steps = sorted(data.draw(st.lists(st.integers(200, 800), min_size=2, max_size=3)))
     constants = {"epsilon": [data.draw(st.sampled_from([0.0, 0.1, 0.199]))]} if name in DELLA else {}
-    options, before = Options(based=True), np.zeros(SMALL, bool)
+    options, before = Options(has_base=True), np.zeros(SMALL, bool)
     for density in [0.0, *(step / 1000 for step in steps), 1.0]:
         parameters = {"weight": [1.0], "density": [density], "lambda": 1.0} | constants
         kept = merged(name, options, [base, parent], parameters) != base

@@ -15,7 +15,7 @@ from merge_kernels import METHODS
 from evojax_merge.checkpoints.architectures import COMPONENTS, Leaf, dimensions, layer_leaves, shared_leaves
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.evaluator import arrays_of
-from evojax_merge.evaluation.passes import MergeOf
+from evojax_merge.evaluation.passes import LazyMergeFactory
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
@@ -43,7 +43,7 @@ def shape_of(leaf: Leaf, config: DecoderConfig) -> tuple[int, ...]:
 def abstract(config: DecoderConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
     """Shapes of a bank of a base and two parents, and of a chunk of recipes."""
     spec = MergeSpec(method, METHODS[method].options, 0, "float32")
-    sources, numbers = PARENTS + int(spec.options.based), spec.method.scores(PARENTS)
+    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
     layers, shared = layer_leaves(config), shared_leaves(config)
     depth = config.layers
     statistics = statistics_of(spec)
@@ -73,7 +73,7 @@ def statistics_of(spec: MergeSpec) -> dict[str, tuple[int, ...]]:
     from merge_kernels import tabulate
 
     rng = np.random.default_rng(0)
-    small = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(PARENTS + int(spec.options.based))]
+    small = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(PARENTS + int(spec.options.has_base))]
     found = tabulate(
         spec.method, spec.options, small, {}, lambda k: rng.integers(0, 2**16, (4, 6)).astype(np.uint16)
     ).statistics
@@ -88,7 +88,7 @@ def temporaries(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS
     )
     (batch,) = scoring.batches
     arrays = {name: array(*values.shape, dtype=values.dtype) for name, values in arrays_of(batch).items()}
-    build = MergeOf(spec, "float32")
+    build = LazyMergeFactory(spec, "float32")
     lowered = passes.score.lower(config, build, None, None, bank, recipe, None, arrays)
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
@@ -106,7 +106,7 @@ def bound(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS) -> f
         *[(tokens, config.hidden)] * 4, *[(tokens, config.mlp)] * 3, *[(tokens, config.heads * config.head_dim)] * 4,
         *[(rows, config.heads, WIDTH, WIDTH)] * 2,
     )  # fmt: skip
-    tile = min(decoder.HEAD_TILE, config.vocab)
+    tile = min(decoder.VOCAB_TILE, config.vocab)
     head = floats(*[(tile, config.hidden)] * (PARENTS + 2), *[(tokens, tile)] * 3)
     return 1.1 * chunk * ((PARENTS + 1) * layer + layer + activations + head)
 

@@ -19,7 +19,7 @@ from evojax_merge.commands import run_search_command
 from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.mergekit_evolve import filter_components
-from evojax_merge.search.setup import Problem, build_problem, read_config
+from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.winner import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace
 
@@ -59,7 +59,7 @@ def write_config(folder: Path, family: Family, genome: dict[str, Any], **others:
     return path
 
 
-def open_problem(path: Path, *overrides: str) -> Problem:
+def open_problem(path: Path, *overrides: str) -> SearchProblem:
     return build_problem(path, read_config(path, list(overrides), None))
 
 

@@ -255,11 +255,11 @@ BY_AXIS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("based", [True, False])
+@pytest.mark.parametrize("has_base", [True, False])
 @pytest.mark.parametrize("case", BY_AXIS)
-def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, based: bool, tmp_path: Path) -> None:
+def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, has_base: bool, tmp_path: Path) -> None:
     method = case.partition(" ")[0]
-    if not based and method != "nuslerp":
+    if not has_base and method != "nuslerp":
         pytest.skip("needs a base")
     for seed, name in enumerate(("base", "one", "two")):
         rng = np.random.default_rng(seed)
@@ -277,7 +277,7 @@ def test_tensors_of_any_number_of_axes_are_merged_as_in_mergekit(case: str, base
     weight = {} if method in ("model_stock", "sce") else {"parameters": {"weight": 0.7}}
     rows = [{"model": name} | weight for name in ("one", "two")]
     document = {"merge_method": method, "models": rows, "parameters": BY_AXIS[case]}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document | ({"base_model": "base"} if based else {})))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document | ({"base_model": "base"} if has_base else {})))
     found = ours(tmp_path, "recipe", tmp_path / "ours")
     assert_same_tensors(found, theirs_raw(tmp_path, "recipe", tmp_path / "theirs"))
 
@@ -399,7 +399,7 @@ def test_of_equal_magnitudes_all_are_kept(models: Path, tmp_path: Path, record_p
     document = yaml.safe_load((models / "equal_magnitudes.yaml").read_text())
     base = state(models / document["base_model"])
     parents = [(state(models / row["model"]), row["parameters"]) for row in document["models"]]
-    kept = asked = tied = total = 0
+    kept = requests = tied = total = 0
     for name, values in base.items():
         up, down, up_weight, down_weight = np.zeros((4, *values.shape), np.float32)
         certain = np.ones(values.shape, bool)
@@ -411,7 +411,7 @@ def test_of_equal_magnitudes_all_are_kept(models: Path, tmp_path: Path, record_p
             keep = np.abs(delta) >= threshold
             if threshold > 0:
                 certain &= np.abs(delta) != threshold
-                kept, asked = kept + int(keep.sum()), asked + count
+                kept, requests = kept + int(keep.sum()), requests + count
             # In float32, like both programs: where the signs' masses tie, rounding elects.
             weighted = weight * np.where(keep, delta, np.float32(0))
             up, down = up + np.maximum(weighted, 0), down + np.minimum(weighted, 0)
@@ -423,9 +423,9 @@ def test_of_equal_magnitudes_all_are_kept(models: Path, tmp_path: Path, record_p
         assert_close(found[name], reference, name)
         assert_close(found[name][certain], expected[name][certain], name)
         tied, total = tied + int((~certain).sum()), total + values.size
-    record_property("kept", f"{kept} where {asked} were asked for; {tied} of {total} entries lie on a threshold")
+    record_property("kept", f"{kept} where {requests} were asked for; {tied} of {total} entries lie on a threshold")
     # The fine-tunes are as light as they are meant to be: ties are the rule, and much is compared nevertheless.
-    assert kept > 1.05 * asked
+    assert kept > 1.05 * requests
     assert 0.1 < tied / total < 0.8
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from evojax_merge import on_host, search_pytrees
+from evojax_merge import host_callback, search_pytrees
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.pytrees import Generation, PytreeSearch
 from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
@@ -235,7 +235,7 @@ def test_deterministic_for_a_seed() -> None:
 def test_host_traced_and_every_chunk_agree() -> None:
     fitness, seen = similarity(tree(3)), []
     runs = [quick(chunk=chunk, on_generation=seen.append) for chunk in (1, 3, 100)]
-    runs.append(quick(fitness=on_host(lambda merged: np.asarray(fitness(merged)))))
+    runs.append(quick(fitness=host_callback(lambda merged: np.asarray(fitness(merged)))))
     for run in runs[1:]:
         # The last generations follow from the first: what differs by rounding only stays near.
         for a, b in zip(runs[0].history, run.history, strict=True):
@@ -299,7 +299,7 @@ def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) ->
         search_pytrees(**given)
 
 
-@pytest.mark.parametrize("wrap", [lambda function: function, on_host])
+@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
 def test_wrong_fitness_is_named(wrap: Any) -> None:
     with pytest.raises(TypeError, match=r"the fitness returned float32\[5, 7\]; expected a real number"):
         quick(fitness=wrap(lambda merged: merged["encoder"]["kernel"]))
@@ -311,7 +311,7 @@ def test_importing_the_package_imports_no_jax() -> None:
     program = (
         "import sys, evojax_merge\n"
         "assert not {'jax', 'transformers', 'flax'} & set(sys.modules)\n"
-        "assert callable(evojax_merge.search_pytrees) and callable(evojax_merge.on_host)\n"
+        "assert callable(evojax_merge.search_pytrees) and callable(evojax_merge.host_callback)\n"
         "assert 'transformers' not in sys.modules and 'torch' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -11,12 +11,18 @@ from helpers import write_lines
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.evaluator import Scores, fitness
-from evojax_merge.search.foresight import RIDGES, foresee, nothing_known, regress, remember
 from evojax_merge.search.loop import Reporter, run_search
-from evojax_merge.search.racing import cut, knowing_nothing, race, race_passes, turn
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import build_problem, read_config
+from evojax_merge.search.successive_halving import (
+    halving_passes,
+    init_surrogate,
+    shard_order,
+    stratified_shards,
+    successive_halving,
+)
+from evojax_merge.search.surrogate import RIDGES, append_candidates, empty_surrogate, predict_fitness, regress
 from evojax_merge.tasks.text import Example, TextTask
 
 
@@ -35,13 +41,13 @@ def numbers(task: TextTask) -> list[int]:
 
 
 @dataclass
-class Known:
-    """Scores that are known beforehand: truth[task]: float32[P, N]. A genome is the number of its candidate. `asked`
+class SurrogateData:
+    """Scores that are known beforehand: truth[task]: float32[P, N]. A genome is the number of its candidate. `requests`
     collects who was asked what, as (candidate, task, example)."""
 
     tasks: list[TextTask]
     truth: dict[str, np.ndarray]
-    asked: list[tuple[int, str, int]] = field(default_factory=list)
+    requests: list[tuple[int, str, int]] = field(default_factory=list)
 
     def passes(self, population: int) -> int:
         return population
@@ -49,15 +55,15 @@ class Known:
     def score(self, genomes, progress=lambda done: None) -> Scores:
         rows = genomes[:, 0].astype(int)
         progress(len(rows))
-        self.asked += [(int(p), task.name, i) for p in rows for task in self.tasks for i in numbers(task)]
+        self.requests += [(int(p), task.name, i) for p in rows for task in self.tasks for i in numbers(task)]
         return Scores(
             {task.name: {task.metric: self.truth[task.name][np.ix_(rows, numbers(task))]} for task in self.tasks}
         )
 
 
-def known_blocks(truth: dict[str, np.ndarray], weights: dict[str, float], rungs: int) -> list[Known]:
+def known_blocks(truth: dict[str, np.ndarray], weights: dict[str, float], rungs: int) -> list[SurrogateData]:
     tasks = [text_task(name, matrix.shape[1], weights[name]) for name, matrix in truth.items()]
-    return [Known(block, truth) for block in cut("search.rungs", tasks, one_token, rungs, 0)]
+    return [SurrogateData(shard, truth) for shard in stratified_shards("search.rungs", tasks, one_token, rungs, 0)]
 
 
 def random_truth(population: int, noise: float, seed: int, sizes: dict[str, int]) -> dict[str, np.ndarray]:
@@ -78,41 +84,41 @@ def everyone(population: int) -> np.ndarray:
 # Blocks
 
 
-@pytest.mark.parametrize(("sizes", "rungs", "blocks"), [((37, 8), 4, 8), ((37, 8), 1, 1), ((37, 5), 4, 4)])
-def test_blocks_share_out_every_task(sizes, rungs, blocks):
+@pytest.mark.parametrize(("sizes", "rungs", "shards"), [((37, 8), 4, 8), ((37, 8), 1, 1), ((37, 5), 4, 4)])
+def test_blocks_share_out_every_task(sizes, rungs, shards):
     tasks = [text_task("a", sizes[0]), text_task("b", sizes[1], 0.3), text_task("shown", 1, 0.0)]
-    dealt = cut("search.rungs", tasks, one_token, rungs, 3)
-    assert len(dealt) == blocks
+    dealt = stratified_shards("search.rungs", tasks, one_token, rungs, 3)
+    assert len(dealt) == shards
     for i, task in enumerate(tasks[:2]):
-        parts = [numbers(block[i]) for block in dealt]
+        parts = [numbers(shard[i]) for shard in dealt]
         assert sorted(i for part in parts for i in part) == list(range(task.size))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert all(block[2] == tasks[2] for block in dealt)
-    assert dealt == cut("search.rungs", tasks, one_token, rungs, 3)
-    assert rungs == 1 or dealt != cut("search.rungs", tasks, one_token, rungs, 4)
+    assert all(shard[2] == tasks[2] for shard in dealt)
+    assert dealt == stratified_shards("search.rungs", tasks, one_token, rungs, 3)
+    assert rungs == 1 or dealt != stratified_shards("search.rungs", tasks, one_token, rungs, 4)
 
 
 def test_blocks_share_out_short_and_long_examples():
     """Of every run of lengths, each block has as many as any other, to within two."""
     long = np.random.default_rng(0).permutation(np.arange(100) // 3)
-    dealt = cut("search.rungs", [text_task("a", 100)], lambda task: long, 4, 0)
+    dealt = stratified_shards("search.rungs", [text_task("a", 100)], lambda task: long, 4, 0)
     for low in range(0, 30, 4):
-        counts = [sum(low <= long[i] < low + 9 for i in numbers(block[0])) for block in dealt]
+        counts = [sum(low <= long[i] < low + 9 for i in numbers(shard[0])) for shard in dealt]
         assert max(counts) - min(counts) <= 2 and sum(counts) == ((long >= low) & (long < low + 9)).sum()
 
 
 def test_a_task_of_one_example_cannot_be_raced():
     with pytest.raises(InputError, match=r"search\.rungs: 3; .* b has one"):
-        cut("search.rungs", [text_task("a", 9), text_task("b", 1)], one_token, 3, 0)
+        stratified_shards("search.rungs", [text_task("a", 9), text_task("b", 1)], one_token, 3, 0)
 
 
 def test_blocks_take_turns():
     for seed in range(5):
-        orders = [turn(8, seed, generation) for generation in range(24)]
+        orders = [shard_order(8, seed, generation) for generation in range(24)]
         assert all(sorted(order) == list(range(8)) for order in orders)
         for epoch in range(0, 24, 8):
             assert sorted(order[0] for order in orders[epoch : epoch + 8]) == list(range(8))
-    assert turn(1, 0, 5) == [0]
+    assert shard_order(1, 0, 5) == [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,84 +129,84 @@ def test_blocks_take_turns():
 def test_the_poor_stop_early_and_nobody_meets_an_example_twice(population, rungs):
     sizes, weights = {"a": 64, "b": 37}, {"a": 1.0, "b": 2.0}
     truth = random_truth(population, 2.0, 1, sizes)
-    blocks = known_blocks(truth, weights, rungs)
-    order, steps = turn(len(blocks), 0, 3), []
-    raced = race(blocks, order, everyone(population), knowing_nothing(blocks, 1), steps.append)
-    assert sum(steps) == race_passes(blocks, order, population)
+    shards = known_blocks(truth, weights, rungs)
+    order, steps = shard_order(len(shards), 0, 3), []
+    halved = successive_halving(shards, order, everyone(population), init_surrogate(shards, 1), steps.append)
+    assert sum(steps) == halving_passes(shards, order, population)
 
-    asked = [one for block in blocks for one in block.asked]
-    assert len(asked) == len(set(asked)) == raced.examples.sum()
-    met = {p: {(task, i) for q, task, i in asked if q == p} for p in range(population)}
-    assert [len(met[p]) for p in range(population)] == raced.examples.tolist()
+    requests = [one for shard in shards for one in shard.requests]
+    assert len(requests) == len(set(requests)) == halved.examples.sum()
+    met = {p: {(task, i) for q, task, i in requests if q == p} for p in range(population)}
+    assert [len(met[p]) for p in range(population)] == halved.examples.tolist()
     # In rung r there are P / 2^r candidates, rounded up, and 2^r of the blocks are met in their order.
-    ends = [sum(task.size for b in order[: 2**r] for task in blocks[b].tasks) for r in range(rungs)]
+    ends = [sum(task.size for b in order[: 2**r] for task in shards[b].tasks) for r in range(rungs)]
     for r, end in enumerate(ends):
-        assert (raced.examples >= end).sum() == -(-population // 2**r)
-    assert set(raced.examples.tolist()) <= set(ends)
-    np.testing.assert_array_equal(raced.complete, raced.examples == 101)
+        assert (halved.examples >= end).sum() == -(-population // 2**r)
+    assert set(halved.examples.tolist()) <= set(ends)
+    np.testing.assert_array_equal(halved.complete, halved.examples == 101)
 
     def mean(p, examples):
         part = {name: [truth[name][p, i] for task, i in examples if task == name] for name in sizes}
         return sum(weights[name] / 3 * np.mean(part[name], dtype=np.float64) for name in sizes)
 
-    np.testing.assert_allclose(raced.fitness, [mean(p, met[p]) for p in range(population)], rtol=1e-6)
+    np.testing.assert_allclose(halved.fitness, [mean(p, met[p]) for p in range(population)], rtol=1e-6)
     for p in range(population):
         for q in range(population):
-            if raced.examples[p] < raced.examples[q]:
+            if halved.examples[p] < halved.examples[q]:
                 # With nothing known, who went on was no worse on what both had met.
                 assert mean(p, met[p]) <= mean(q, met[p]) + 1e-6
 
-    np.testing.assert_array_equal(raced.standing[raced.complete], raced.fitness[raced.complete])
-    assert np.isfinite(raced.standing).all()
+    np.testing.assert_array_equal(halved.predicted[halved.complete], halved.fitness[halved.complete])
+    assert np.isfinite(halved.predicted).all()
 
 
 def test_who_meets_everything_scores_as_without_a_race():
     """To the last bit, whose turn it is."""
     truth = random_truth(16, 1.0, 2, {"a": 70, "b": 30})
     weights = {"a": 1.0, "b": 0.5}
-    blocks = known_blocks(truth, weights, 4)
+    shards = known_blocks(truth, weights, 4)
     (whole,) = known_blocks(truth, weights, 1)
     expected = fitness(whole.tasks, whole.score(everyone(16)))
     seen: dict[int, float] = {}
-    known = knowing_nothing(blocks, 1)
+    known = init_surrogate(shards, 1)
     for generation in range(16):
-        raced = race(blocks, turn(8, 0, generation), everyone(16), known)
-        known = raced.known
-        assert raced.complete.sum() == 2
-        np.testing.assert_allclose(raced.fitness[raced.complete], expected[raced.complete], rtol=1e-6)
-        for p in np.flatnonzero(raced.complete):
-            assert seen.setdefault(int(p), raced.fitness[p]) == raced.fitness[p]
+        halved = successive_halving(shards, shard_order(8, 0, generation), everyone(16), known)
+        known = halved.surrogate
+        assert halved.complete.sum() == 2
+        np.testing.assert_allclose(halved.fitness[halved.complete], expected[halved.complete], rtol=1e-6)
+        for p in np.flatnonzero(halved.complete):
+            assert seen.setdefault(int(p), halved.fitness[p]) == halved.fitness[p]
     assert int(np.argmax(expected)) in seen
 
 
 def test_one_block_is_no_race():
     truth = random_truth(9, 1.0, 3, {"a": 20})
-    (block,) = known_blocks(truth, {"a": 1.0}, 1)
-    raced = race([block], [0], everyone(9), knowing_nothing([block], 1))
-    np.testing.assert_array_equal(raced.fitness, fitness(block.tasks, block.score(everyone(9))))
-    np.testing.assert_array_equal(np.argsort(raced.standing), np.argsort(raced.fitness))
-    assert raced.complete.all() and (raced.examples == 20).all()
-    assert raced.scores_of_best == {"a/log_probability": pytest.approx(raced.fitness.max())}
+    (shard,) = known_blocks(truth, {"a": 1.0}, 1)
+    halved = successive_halving([shard], [0], everyone(9), init_surrogate([shard], 1))
+    np.testing.assert_array_equal(halved.fitness, fitness(shard.tasks, shard.score(everyone(9))))
+    np.testing.assert_array_equal(np.argsort(halved.predicted), np.argsort(halved.fitness))
+    assert halved.complete.all() and (halved.examples == 20).all()
+    assert halved.scores_of_best == {"a/log_probability": pytest.approx(halved.fitness.max())}
 
 
 def test_failed_candidates_stop_and_leave_their_place():
     truth = random_truth(8, 1.0, 4, {"a": 64})
     quality = truth["a"].mean(axis=1)
-    blocks = known_blocks(truth, {"a": 1.0}, 3)
-    order = turn(4, 0, 0)
+    shards = known_blocks(truth, {"a": 1.0}, 3)
+    order = shard_order(4, 0, 0)
     early, late = np.argsort(-quality)[:2]
-    truth["a"][early, numbers(blocks[order[0]].tasks[0])[0]] = np.nan
-    truth["a"][late, numbers(blocks[order[3]].tasks[0])[0]] = np.inf
-    raced = race(blocks, order, everyone(8), knowing_nothing(blocks, 1))
-    assert raced.examples[early] == 16 and raced.examples[late] == 64
+    truth["a"][early, numbers(shards[order[0]].tasks[0])[0]] = np.nan
+    truth["a"][late, numbers(shards[order[3]].tasks[0])[0]] = np.inf
+    halved = successive_halving(shards, order, everyone(8), init_surrogate(shards, 1))
+    assert halved.examples[early] == 16 and halved.examples[late] == 64
     for p in (early, late):
-        assert np.isnan(raced.fitness[p]) and np.isnan(raced.standing[p]) and not raced.complete[p]
-    assert (raced.examples >= 32).sum() == 4 and (raced.examples == 64).sum() == 2 and raced.complete.sum() == 1
-    assert np.isfinite(raced.standing).sum() == 6
+        assert np.isnan(halved.fitness[p]) and np.isnan(halved.predicted[p]) and not halved.complete[p]
+    assert (halved.examples >= 32).sum() == 4 and (halved.examples == 64).sum() == 2 and halved.complete.sum() == 1
+    assert np.isfinite(halved.predicted).sum() == 6
 
     truth["a"][:] = np.nan
-    raced = race(blocks, order, everyone(8), knowing_nothing(blocks, 1))
-    assert (raced.examples == 16).all() and not raced.complete.any() and np.isnan(raced.standing).all()
+    halved = successive_halving(shards, order, everyone(8), init_surrogate(shards, 1))
+    assert (halved.examples == 16).all() and not halved.complete.any() and np.isnan(halved.predicted).all()
 
 
 def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
@@ -208,11 +214,11 @@ def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
     found, evenly, saved = 0, 0, []
     for seed in range(200):
         truth = random_truth(16, 3.0, seed, {"a": 256})
-        blocks = known_blocks(truth, {"a": 1.0}, 4)
-        raced = race(blocks, turn(8, 0, seed), everyone(16), knowing_nothing(blocks, 1))
+        shards = known_blocks(truth, {"a": 1.0}, 4)
+        halved = successive_halving(shards, shard_order(8, 0, seed), everyone(16), init_surrogate(shards, 1))
         best = int(np.argmax(truth["a"].mean(axis=1)))
-        saved.append(1 - raced.examples.sum() / (16 * 256))
-        found += int(np.nanargmax(raced.standing)) == best
+        saved.append(1 - halved.examples.sum() / (16 * 256))
+        found += int(np.nanargmax(halved.predicted)) == best
         evenly += int(np.argmax(truth["a"][:, :80].mean(axis=1))) == best
     assert np.mean(saved) == 0.6875
     assert found >= 180 and found > evenly + 20
@@ -242,11 +248,11 @@ def test_relatives_rank_by_what_is_foreseen(genes, noise):
     found, plain, error, plain_error = 0, 0, 0.0, 0.0
     for seed in range(100):
         genomes, scores = relatives(80, genes, 128, seed, noise)
-        known = remember(nothing_known(64, genes, 128), genomes[:64], scores[:64] / 128)
+        known = append_candidates(empty_surrogate(64, genes, 128), genomes[:64], scores[:64] / 128)
         met = np.random.default_rng(seed).permutation(128)[:16]
         counts, part, truth = np.full(16, 8.0), scores[64:, met] / 128, scores[64:].mean(axis=1, dtype=np.float64)
-        foreseen = foresee(known, genomes[64:], part, met, counts)
-        shown = foresee(nothing_known(64, genes, 128), genomes[64:], part, met, counts)
+        foreseen = predict_fitness(known, genomes[64:], part, met, counts)
+        shown = predict_fitness(empty_surrogate(64, genes, 128), genomes[64:], part, met, counts)
         np.testing.assert_allclose(shown, scores[64:, met].mean(axis=1), atol=1e-5)
         found, plain = found + (best_of(foreseen) == best_of(truth)), plain + (best_of(shown) == best_of(truth))
         error, plain_error = error + np.var(foreseen - truth), plain_error + np.var(shown - truth)
@@ -265,10 +271,10 @@ def test_noise_foretells_nothing():
 def test_candidates_that_met_other_examples_are_compared_fairly():
     """One met easy examples, the other hard ones: one known candidate tells which is which."""
     hard = np.array([0, 0, 0, 0, -9, -9, -9, -9], np.float32)
-    known = remember(nothing_known(4, 1, 8), np.zeros((1, 1)), hard[None] / 8)
+    known = append_candidates(empty_surrogate(4, 1, 8), np.zeros((1, 1)), hard[None] / 8)
     at = np.zeros((1, 1))
-    poor = foresee(known, at, (hard[None, :4] - 1) / 8, np.arange(4), np.full(4, 2.0))
-    good = foresee(known, at, (hard[None, 4:] + 1) / 8, np.arange(4, 8), np.full(4, 2.0))
+    poor = predict_fitness(known, at, (hard[None, :4] - 1) / 8, np.arange(4), np.full(4, 2.0))
+    good = predict_fitness(known, at, (hard[None, 4:] + 1) / 8, np.arange(4, 8), np.full(4, 2.0))
     np.testing.assert_allclose([poor[0], good[0]], [-5.5, -3.5], rtol=1e-6)
 
 
@@ -297,13 +303,13 @@ def test_the_ridge_is_the_one_that_leaving_out_prefers():
 
 
 def test_the_window_keeps_the_latest():
-    known = nothing_known(3, 1, 2)
+    known = empty_surrogate(3, 1, 2)
     for value in range(5):
-        known = remember(known, np.full((1, 1), value), np.full((1, 2), value))
+        known = append_candidates(known, np.full((1, 1), value), np.full((1, 2), value))
     np.testing.assert_array_equal(known.genomes[:, 0], [2, 3, 4])
-    many = remember(known, np.arange(10)[:, None], np.zeros((10, 2)))
+    many = append_candidates(known, np.arange(10)[:, None], np.zeros((10, 2)))
     np.testing.assert_array_equal(many.genomes[:, 0], [7, 8, 9])
-    assert remember(known, np.zeros((0, 1)), np.zeros((0, 2))).worth.shape == (3, 2)
+    assert append_candidates(known, np.zeros((0, 1)), np.zeros((0, 2))).contributions.shape == (3, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -336,10 +342,12 @@ class Hill:
 
 def climb(folder, generations: int, rungs: int = 4, resume: bool = False):
     tops = np.random.default_rng(0).normal(0, 0.5, (64, 2))
-    blocks = [Hill(block, tops) for block in cut("search.rungs", [text_task("hills", 64)], one_token, rungs, 0)]
+    shards = [
+        Hill(shard, tops) for shard in stratified_shards("search.rungs", [text_task("hills", 64)], one_token, rungs, 0)
+    ]
     config = SearchConfig(population=8, generations=generations, sigma=0.5)
     run = open_run(folder, {"inputs": {}}, resume=resume, overwrite=False)
-    return run, run_search(config, 1, Plain(), blocks, run, Reporter()), tops
+    return run, run_search(config, 1, Plain(), shards, run, Reporter()), tops
 
 
 def test_a_raced_search_ends_where_a_whole_one_does(tmp_path):
@@ -416,16 +424,16 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
     problem = build_problem(path, read_config(path, [], None))
     whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
-    *blocks, full, _ = open_scorers(problem, problem.requests())
-    (searched,) = open_scorers(whole, whole.requests()[:1])
-    assert len(blocks) == 8 and [task.name for task in full.tasks] == ["text", "short"]
+    *shards, full, _ = open_scorers(problem, problem.batched_tasks())
+    (searched,) = open_scorers(whole, whole.batched_tasks()[:1])
+    assert len(shards) == 8 and [task.name for task in full.tasks] == ["text", "short"]
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
     genomes = genomes.astype(np.float32)
-    raced = race(blocks, turn(8, 0, 1), genomes, knowing_nothing(blocks, problem.space.dims))
+    halved = successive_halving(shards, shard_order(8, 0, 1), genomes, init_surrogate(shards, problem.space.dims))
     expected = fitness(searched.tasks, searched.score(genomes))
-    assert raced.complete.sum() == 1
-    np.testing.assert_allclose(raced.fitness[raced.complete], expected[raced.complete], rtol=1e-5)
-    assert raced.examples.max() == 18 + 9
+    assert halved.complete.sum() == 1
+    np.testing.assert_allclose(halved.fitness[halved.complete], expected[halved.complete], rtol=1e-5)
+    assert halved.examples.max() == 18 + 9
 
 
 def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
@@ -436,7 +444,7 @@ def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     done = sum(sum(row["examples"]) for row in history)
-    assert f"racing: {done:,} of {3 * 8 * 27:,} passes" in said
+    assert f"successive halving: {done:,} of {3 * 8 * 27:,} passes" in said
     assert 0.45 < 1 - done / (3 * 8 * 27) < 0.55
     assert all(row["examples"].count(27) == 2 for row in history)
 

@@ -27,9 +27,9 @@ from evojax_merge.checkpoints.recipes import evaluate_setting, layout, options_f
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import run_merge_command
 from evojax_merge.errors import InputError
-from evojax_merge.models.bank import MergeSpec, Recipe, candidate
-from evojax_merge.models.sources import merge_of
-from evojax_merge.spaces.parameter import Axis, ParameterSpace
+from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
+from evojax_merge.models.sources import lazy_merge
+from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.yaml_reader import parse_yaml
 
 RANDOM = ("dare_linear", "dare_ties")
@@ -40,7 +40,7 @@ WIDE = {
 }  # fmt: skip
 
 
-def based(name: str) -> bool:
+def has_base(name: str) -> bool:
     """Whether the tests give the method a base that deltas are taken from."""
     return METHODS[name].base != "parent"
 
@@ -173,12 +173,12 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
     parents = [str(parent) for parent in family.parents][: method.max_parents]
     models = [str(family.base), parents[0]] if name == "slerp" else parents
     document: dict[str, Any] = {"merge_method": name}
-    if based(name) or name == "slerp":
+    if has_base(name) or name == "slerp":
         document["base_model"] = str(family.base)
     if rng.random() < 0.5:
         document["models"] = [{"model": model, "parameters": some(per_parent, 0.6)} for model in models]
     else:
-        listed = [str(family.base), *models] if based(name) else models
+        listed = [str(family.base), *models] if has_base(name) else models
         document["slices"] = [
             {
                 "sources": [
@@ -192,7 +192,7 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
     final = {p: round(float(rng.uniform(*WIDE[p])), 3) for p in per_parent}
     needed = {p.name: [0.3, 0.7, 0.6] for p in method.parameters if p.name == "t"}
     document["parameters"] = final | some(common, 0.7) | needed
-    if "normalize" in method.switches:
+    if "normalize" in method.yaml_options:
         document["parameters"]["normalize"] = bool(rng.random() < 0.5)
     return document
 
@@ -211,8 +211,8 @@ def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: P
         for tensor, row in rows.items():
             shared, of_parents = expected[tensor]
             parents = [recipe.models[model] for model, _ in row.inputs]
-            assert row.options.based == based(name)
-            if based(name):
+            assert row.options.has_base == has_base(name)
+            if has_base(name):
                 assert parents.pop(0) == document["base_model"]
             for parameter in METHODS[name].parameters:
                 found = row.parameters[parameter.name]
@@ -222,7 +222,7 @@ def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: P
                     else shared[parameter.name]
                 )
                 np.testing.assert_allclose(found, wanted, rtol=1e-12, err_msg=f"{tensor} {parameter.name} {document}")
-            if "normalize" in METHODS[name].switches:
+            if "normalize" in METHODS[name].yaml_options:
                 assert row.options.normalize == shared["normalize"]
 
 
@@ -231,20 +231,20 @@ def test_switches_have_the_methods_defaults() -> None:
 
     for name, method in METHODS.items():
         theirs = {p.name: p.default for p in registry.get(name).spec.parameters}
-        options = options_from("file", method, {}, based(name))
-        assert options == replace(method.options, based=based(name))
+        options = options_from("file", method, {}, has_base(name))
+        assert options == replace(method.options, has_base=has_base(name))
         for switch in ("normalize", "normalize_weights"):
             if switch in theirs:
                 assert options.normalize == theirs[switch]
         if "rescale" in theirs and name != "task_arithmetic":
             assert options.rescale == {True: "l1", False: "none"}[theirs["rescale"]]
-        assert set(method.switches) | set(method.inert) <= set(theirs)
+        assert set(method.yaml_options) | set(method.ignored_settings) <= set(theirs)
         for parameter in method.parameters:
             # Where neither has one, it has to be given; SLERP's t is 0.5 here and has to be given there.
             if parameter.default is not None and parameter.name not in ("t", "scale"):
                 assert parameter.default == theirs[parameter.name]
-    asked = {"normalize": False, "rescale": "density"}
-    assert options_from("file", METHODS["ties"], asked, True) == Options(False, "density", based=True)
+    requests = {"normalize": False, "rescale": "density"}
+    assert options_from("file", METHODS["ties"], requests, True) == Options(False, "density", has_base=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -383,11 +383,11 @@ def test_dare_does_not_depend_on_the_order_of_parents(family: Family, tmp_path: 
 def space_for(name: str, decoder: Any, parents: int) -> ParameterSpace:
     method = METHODS[name]
     wide = WIDE | {"weight": (-0.5, 1.5), "lambda": (0.5, 1.5)}
-    axes = tuple(Axis(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched)
+    search_parameters = tuple(SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched)
     fixed = tuple((p.name, (float(p.default or 0),)) for p in method.parameters if not p.searched)
     components = (("attention",), ("mlp", "norm"))
     shared = tuple(leaf.name for leaf in shared_leaves(decoder))
-    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, axes, fixed)
+    return ParameterSpace(method, parents, decoder.layers, 2, COMPONENTS, components, shared, search_parameters, fixed)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -400,12 +400,12 @@ def found_recipe(family: Family, name: str, seed: int = 0) -> tuple[Recipe, Merg
     """A random genome's recipe, what it was found with, and the document that is written for it."""
     method = METHODS[name]
     parents = family.parents[: method.max_parents]
-    sources, decoder = open_sources([*([family.base] if based(name) else []), *parents])
+    sources, decoder = open_sources([*([family.base] if has_base(name) else []), *parents])
     space = space_for(name, decoder, len(parents))
-    spec = MergeSpec(name, replace(method.options, based=based(name)), 9, "float32", space.fixed)
+    spec = MergeSpec(name, replace(method.options, has_base=has_base(name)), 9, "float32", space.constants)
     genome = np.random.default_rng(seed).uniform(-0.1, 1.1, space.dims).astype(np.float32)
-    recipe = jax.tree.map(np.asarray, candidate(jax.vmap(space.recipe)(jnp.asarray(genome)[None]), 0))
-    base = str(family.base) if based(name) else None
+    recipe = jax.tree.map(np.asarray, take_candidate(jax.vmap(space.recipe)(jnp.asarray(genome)[None]), 0))
+    base = str(family.base) if has_base(name) else None
     document = recipe_document(recipe, spec, decoder, base, [str(parent) for parent in parents])
     return recipe, spec, sources, decoder, document
 
@@ -431,7 +431,7 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
             wanted[leaf.tensor.format(i=i)] = {key: values[i, c] for key, values in recipe.layers.items()}
     for tensor, row in rows.items():
         for parameter, values in wanted[tensor].items():
-            if METHODS[name].parameter(parameter).on_grid:
+            if METHODS[name].parameter(parameter).quantised:
                 values = np.round(values.astype(np.float64), 3).astype(np.float32)
             np.testing.assert_array_equal(row.parameters[parameter].astype(np.float32), values, err_msg=tensor)
         assert row.options == spec.options
@@ -451,7 +451,7 @@ def test_found_recipes_mean_the_same_to_mergekit(name: str, found_family: Family
     assert set(rows) == set(expected)
     for tensor, row in rows.items():
         shared, of_parents = expected[tensor]
-        parents = [recipe.models[model] for model, _ in row.inputs][based(name) :]
+        parents = [recipe.models[model] for model, _ in row.inputs][has_base(name) :]
         for parameter in METHODS[name].parameters:
             wanted = (
                 [of_parents[parent][parameter.name] for parent in parents]
@@ -474,7 +474,7 @@ def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, 
     """The candidate out of the bank and its tables, and the streamed merge of its recipe."""
     recipe, spec, sources, decoder, document = found_recipe(found_family, name, seed=1)
     bank = load_bank(sources, decoder, spec)
-    model = jax.jit(lambda recipe: merge_of(bank, recipe, spec).materialise())(recipe)
+    model = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipe)
     evaluated = dict(stored_tensors(model, decoder))
     written = state(merge(tmp_path, document))
     assert set(evaluated) == set(written)

@@ -27,9 +27,9 @@ from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.evaluator import Scores
-from evojax_merge.models.bank import candidate
+from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.sources import merge_of
+from evojax_merge.models.sources import lazy_merge
 from evojax_merge.search.loop import Reporter, run_search
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.setup import build_problem, read_config
@@ -113,7 +113,7 @@ def test_winner_is_what_was_scored(finished, config_file):
     bank = load_bank(problem.sources, problem.decoder, problem.spec)
     genome = json.loads((finished / "result.json").read_text())["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
-    source = merge_of(bank, candidate(recipes, 0), problem.spec)
+    source = lazy_merge(bank, take_candidate(recipes, 0), problem.spec)
     tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
     ours = np.asarray(logits(problem.decoder, source, hidden_states(problem.decoder, source, tokens)))
     with torch.no_grad():
@@ -220,12 +220,12 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from evojax_merge import cli, interrupts\n"
-        "from evojax_merge.interrupts import interrupts_held\n"
+        "from evojax_merge.interrupts import defer_signals\n"
         "from evojax_merge.search.run_folder import Checkpoints, RunFolder\n"
         "number, times, folder = int(sys.argv[1]), int(sys.argv[2]), RunFolder(Path(sys.argv[3]))\n"
         "def save():\n"
         "    with Checkpoints(folder) as checkpoints:\n"
-        "        with interrupts_held():\n"
+        "        with defer_signals():\n"
         "            for _ in range(times):\n"
         "                os.kill(os.getpid(), number)\n"
         "            checkpoints.save(1, {'mean': 1.0}, '{}')\n"
@@ -388,17 +388,17 @@ def test_flat_fitness_does_not_shrink_sigma():
 def test_failed_candidates_rank_last():
     """A failed candidate moves the mean as the worst finite one would."""
     strategy = make_strategy(4, 8, 1 / 6, seed=0)
-    genomes, asked = strategy.ask(strategy.init(np.full(4, 0.5, np.float32)), 0)
+    genomes, requests = strategy.ask(strategy.init(np.full(4, 0.5, np.float32)), 0)
     fitness = np.arange(8.0)
     worst, failed = fitness.copy(), fitness.copy()
     worst[5], failed[5] = -100.0, np.nan
-    one = strategy.tell(asked, 0, genomes, worst)
-    other = strategy.tell(asked, 0, genomes, failed)
+    one = strategy.tell(requests, 0, genomes, worst)
+    other = strategy.tell(requests, 0, genomes, failed)
     np.testing.assert_array_equal(one.mean, other.mean)
     np.testing.assert_array_equal(one.C, other.C)
     infinite = failed.copy()
     infinite[5] = np.inf
-    np.testing.assert_array_equal(strategy.tell(asked, 0, genomes, infinite).mean, other.mean)
+    np.testing.assert_array_equal(strategy.tell(requests, 0, genomes, infinite).mean, other.mean)
 
 
 @pytest.fixture

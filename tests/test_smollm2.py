@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.data_packages import PackageUnavailable
+from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.evaluation.requests import build_requests
 from evojax_merge.models import decoder
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
-from evojax_merge.models.generate import ENDED
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.generate import PAD_ID
+from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.text import Example, TextTask
-from evojax_merge.wheels import PackageUnavailable
-from evojax_merge.zoo import locate, smollm2
+from evojax_merge.zoo import resolve_reference, smollm2
 
 TEXTS = (
     "The capital of France is",
@@ -46,7 +46,7 @@ def or_skip(make: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def base() -> Path:
-    return or_skip(lambda: locate("zoo:smollm2/base"))
+    return or_skip(lambda: resolve_reference("zoo:smollm2/base"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def tokenizer(base: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def ours(base: Path) -> tuple[DecoderConfig, Stored]:
+def ours(base: Path) -> tuple[DecoderConfig, StackedWeights]:
     sources, config = open_sources([base])
     return config, load_stored(sources, config)
 
@@ -71,7 +71,9 @@ def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
-def greedy(ours: tuple[DecoderConfig, Stored], prompts: list[list[int]], new: int, stop: int) -> list[list[int]]:
+def greedy(
+    ours: tuple[DecoderConfig, StackedWeights], prompts: list[list[int]], new: int, stop: int
+) -> list[list[int]]:
     """Greedy continuations of all prompts in one batch, padded at the left."""
     config, model = ours
     width = max(map(len, prompts))
@@ -80,7 +82,7 @@ def greedy(ours: tuple[DecoderConfig, Stored], prompts: list[list[int]], new: in
         row[width - len(ids) :] = ids
     first = jnp.array([width - len(ids) for ids in prompts], jnp.int32)
     out = greedy_tokens(config, model, tokens, first, new, (stop,))
-    return [[int(token) for token in row if token != ENDED] for row in out]
+    return [[int(token) for token in row if token != PAD_ID] for row in out]
 
 
 def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp
 
 
 def summed_in_parts(x: jax.Array, weights: decoder.Weights, name: str) -> jax.Array:
-    """`decoder.linear` with the inner axis summed in four parts, as torch's products sum in blocks."""
+    """`decoder.dense` with the inner axis summed in four parts, as torch's products sum in blocks."""
     matrix = weights[name]
     size = matrix.shape[1] // 4
     parts = [slice(i * size, (i + 1) * size) for i in range(4)]
@@ -111,7 +113,7 @@ def summed_in_parts(x: jax.Array, weights: decoder.Weights, name: str) -> jax.Ar
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_logits_are_those_of_torch(
-    ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any, parts: int, monkeypatch: pytest.MonkeyPatch
+    ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, model = ours
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
@@ -120,10 +122,10 @@ def test_logits_are_those_of_torch(
         padded[: len(ids)] = ids
     length = jnp.array([len(ids) for ids in rows], jnp.int32)
     if parts == 4:
-        monkeypatch.setattr(decoder, "linear", summed_in_parts)
+        monkeypatch.setattr(decoder, "dense", summed_in_parts)
 
     @jax.jit
-    def run(model: Stored) -> jax.Array:
+    def run(model: StackedWeights) -> jax.Array:
         return logits(config, model, hidden_states(config, model, tokens, jnp.zeros_like(length), length))
 
     found = np.asarray(run(model))
@@ -135,7 +137,9 @@ def test_logits_are_those_of_torch(
         np.testing.assert_allclose(got[: len(ids)], wanted, rtol=0, atol=atol)
 
 
-def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any) -> None:
+def test_greedy_generation_is_that_of_torch(
+    ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
+) -> None:
     stop = tokenizer.eos_token_id
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     for prompt, found in zip(prompts, greedy(ours, prompts, NEW_TOKENS, stop), strict=True):
@@ -152,7 +156,7 @@ def test_greedy_generation_is_that_of_torch(ours: tuple[DecoderConfig, Stored], 
 
 
 def test_fifty_worked_problems_are_written_as_transformers_writes_them(
-    base: Path, ours: tuple[DecoderConfig, Stored], theirs: Any, tokenizer: Any
+    base: Path, ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
 ) -> None:
     """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
     problems = or_skip(lambda: read_symbolic("eng")).records[:50]
@@ -160,8 +164,8 @@ def test_fifty_worked_problems_are_written_as_transformers_writes_them(
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
     config, model = ours
-    requests = build_requests([[task]], tokenizer, None, 8192, (tokenizer.eos_token_id,))[0]
-    found = Evaluator(config, tokenizer, requests).stored(model).outputs["problems"][0]
+    batched_tasks = batch_tasks([[task]], tokenizer, None, 8192, (tokenizer.eos_token_id,))[0]
+    found = Evaluator(config, tokenizer, batched_tasks).stored(model).outputs["problems"][0]
     expected, logits_ = torch_greedy(theirs, tokenizer, prompts)
     for prompt, text, wanted, rows in zip(prompts, found, expected, logits_, strict=True):
         if text == wanted:
@@ -186,7 +190,7 @@ def torch_greedy(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[s
     return tokenizer.batch_decode(new, skip_special_tokens=True), list(rows)
 
 
-def test_it_answers_a_question_in_its_chat_format(ours: tuple[DecoderConfig, Stored], tokenizer: Any) -> None:
+def test_it_answers_a_question_in_its_chat_format(ours: tuple[DecoderConfig, StackedWeights], tokenizer: Any) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     (answer,) = greedy(ours, [prompt], NEW_TOKENS, tokenizer.eos_token_id)
@@ -212,7 +216,7 @@ def test_tokenizer_splits_numbers_into_digits_and_keeps_control_tokens_whole(tok
 
 def test_no_problem_is_in_two_splits() -> None:
     def questions(name: str) -> list[str]:
-        path = or_skip(lambda: locate(f"zoo:smollm2/{name}"))
+        path = or_skip(lambda: resolve_reference(f"zoo:smollm2/{name}"))
         return [json.loads(line)["prompt"].strip() for line in path.read_text(encoding="utf-8").splitlines()]
 
     search, heldout = questions("search.jsonl"), questions("heldout.jsonl")

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
 
+from evojax_merge.search.search_parameters import search_parameters_of
 from evojax_merge.spaces.bounds import EDGE, from_unit, to_unit
-from evojax_merge.spaces.parameter import Axis, ParameterSpace, component_groups, uniform_start
+from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, component_groups, uniform_start
 
 NAMES = ("attention", "mlp", "norm")
 
@@ -22,11 +23,16 @@ def make_space(
     layers_per_group: int = 2,
     components: tuple[tuple[str, ...], ...] = (("attention",), ("mlp", "norm")),
     shared: tuple[str, ...] = ("embed", "final_norm", "head"),
-    axes: tuple[Axis, ...] = (Axis("weight", -0.5, 1.5, (0.4, 0.6)), Axis("density", 0.0, 1.0, (0.7,))),
+    search_parameters: tuple[SearchParameter, ...] = (
+        SearchParameter("weight", -0.5, 1.5, (0.4, 0.6)),
+        SearchParameter("density", 0.0, 1.0, (0.7,)),
+    ),
     fixed: tuple[tuple[str, tuple[float, ...]], ...] = (("lambda", (1.2,)),),
     parents: int = 2,
 ) -> ParameterSpace:
-    return ParameterSpace(METHODS[method], parents, layers, layers_per_group, NAMES, components, shared, axes, fixed)
+    return ParameterSpace(
+        METHODS[method], parents, layers, layers_per_group, NAMES, components, shared, search_parameters, fixed
+    )
 
 
 def unit(x: Any) -> np.ndarray:
@@ -168,7 +174,7 @@ def test_values_stay_inside_their_bounds_for_any_genome() -> None:
     space = make_space()
     genomes = np.random.default_rng(0).normal(scale=5, size=(50, space.dims)).astype(np.float32)
     values = jax.jit(jax.vmap(space.values))(jnp.asarray(genomes))
-    for axis in space.axes:
+    for axis in space.search_parameters:
         found = np.asarray(values[axis.name])
         assert found.min() >= axis.low - 1e-6
         assert found.max() <= axis.high + 1e-6
@@ -216,8 +222,10 @@ def test_start_is_what_was_asked_for() -> None:
 
 
 def test_start_may_be_a_bound() -> None:
-    axes = (Axis("weight", 0.0, 1.0, (0.0, 1.0)), Axis("density", 0.0, 1.0, (1.0,)))
-    values = make_space(axes=axes).values(jnp.asarray(make_space(axes=axes).start))
+    search_parameters = (SearchParameter("weight", 0.0, 1.0, (0.0, 1.0)), SearchParameter("density", 0.0, 1.0, (1.0,)))
+    values = make_space(search_parameters=search_parameters).values(
+        jnp.asarray(make_space(search_parameters=search_parameters).start)
+    )
     np.testing.assert_allclose(np.asarray(values["weight"]), np.broadcast_to([0.0, 1.0], (8, 2)), atol=1e-6)
     assert (np.asarray(values["density"]) == 1).all()
 
@@ -241,7 +249,7 @@ def test_uniform_start_is_the_uniform_merge(name: str) -> None:
 def test_every_density_is_on_the_grid_whatever_its_name(name: str) -> None:
     key = {"della": "density", "sce": "select_topk"}[name]
     constants = (("weight", (0.5,)), ("lambda", (1.0,)), ("epsilon", (0.1,))) if name == "della" else ()
-    space = make_space(name, axes=(Axis(key, 0.2, 0.8, (0.5,)),), fixed=constants)
+    space = make_space(name, search_parameters=(SearchParameter(key, 0.2, 0.8, (0.5,)),), fixed=constants)
     assert space.dims == len(space.groups) * (2 if name == "della" else 1)
     genomes = np.random.default_rng(0).uniform(-0.05, 1.05, (20, space.dims)).astype(np.float32)
     found = np.asarray(jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes)).layers[key], np.float64)
@@ -250,7 +258,10 @@ def test_every_density_is_on_the_grid_whatever_its_name(name: str) -> None:
     assert found.min() >= 0.2 - 1e-6
     assert found.max() <= 0.8 + 1e-6
     # What is no density is not rounded.
-    weights = make_space(axes=(Axis("weight", 0.2, 0.8, (0.5,)),), fixed=(("density", (1.0,)), ("lambda", (1.0,))))
+    weights = make_space(
+        search_parameters=(SearchParameter("weight", 0.2, 0.8, (0.5,)),),
+        fixed=(("density", (1.0,)), ("lambda", (1.0,))),
+    )
     moved = np.asarray(weights.recipe(jnp.full(weights.dims, 1 / 3)).layers["weight"], np.float64)
     np.testing.assert_allclose(moved, 0.4, atol=1e-6)
     off = np.asarray(weights.recipe(jnp.full(weights.dims, 0.1234567)).layers["weight"], np.float64) * 1000
@@ -283,7 +294,7 @@ def test_recipe_has_every_parameter_of_its_method() -> None:
         assert {name: values.shape for name, values in parameters.items()} == shapes
     assert (np.asarray(recipe.layers["lambda"]) == np.float32(1.2)).all()
 
-    slerp = make_space("slerp", axes=(Axis("t", 0.0, 1.0, (0.5,)),), fixed=())
+    slerp = make_space("slerp", search_parameters=(SearchParameter("t", 0.0, 1.0, (0.5,)),), fixed=())
     assert slerp.dims == len(slerp.groups)
     assert slerp.recipe(jnp.asarray(slerp.start)).layers["t"].shape == (5, 3)
 
@@ -293,9 +304,9 @@ def test_recipe_of_any_method_has_all_that_the_method_takes(name: str) -> None:
     """What may be searched is, the rest is fixed; a method with nothing to search has an empty genome."""
     method = METHODS[name]
     parents = min(2, method.max_parents or 2)
-    axes = tuple(Axis(p.name, p.low, p.high, (p.low,)) for p in method.parameters if p.searched)
+    search_parameters = tuple(SearchParameter(p.name, p.low, p.high, (p.low,)) for p in method.parameters if p.searched)
     fixed = tuple((p.name, (float(p.default or 0.0),)) for p in method.parameters if not p.searched)
-    space = make_space(name, axes=axes, fixed=fixed, parents=parents)
+    space = make_space(name, search_parameters=search_parameters, fixed=fixed, parents=parents)
     per_group = sum(parents if p.per_parent else 1 for p in method.parameters if p.searched)
     assert space.dims == len(space.groups) * per_group
     assert space.start.shape == (space.dims,)
@@ -313,8 +324,24 @@ def test_recipe_of_any_method_has_all_that_the_method_takes(name: str) -> None:
 
 
 def test_fixed_parameters_may_differ_between_parents() -> None:
-    space = make_space(axes=(Axis("weight", 0.0, 1.0, (0.5,)),), fixed=(("density", (0.2, 0.9)), ("lambda", (1.0,))))
+    space = make_space(
+        search_parameters=(SearchParameter("weight", 0.0, 1.0, (0.5,)),),
+        fixed=(("density", (0.2, 0.9)), ("lambda", (1.0,))),
+    )
     recipe = space.recipe(jnp.asarray(space.start))
     expected = np.broadcast_to(np.array([0.2, 0.9], np.float32), (5, 3, 2))
     np.testing.assert_array_equal(np.asarray(recipe.layers["density"]), expected)
     assert space.dims == len(space.groups) * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "fixed", "expected"),
+    [("ties", {}, "weight"), ("slerp", {}, "t"), ("ties", {"weight": 1.0}, "density"), ("sce", {}, "select_topk")],
+)
+def test_without_parameters_the_first_of_the_method_is_searched(
+    name: str, fixed: dict[str, float], expected: str
+) -> None:
+    searched, constants = search_parameters_of("space", METHODS[name], 2, {}, fixed)
+    default = METHODS[name].parameter(expected)
+    assert [(one.name, one.low, one.high) for one in searched] == [(expected, default.low, default.high)]
+    assert {one.name for one in METHODS[name].parameters} == {expected, *(constant for constant, _ in constants)}

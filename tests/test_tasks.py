@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.requests import build_requests, token_warnings
+from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
 from evojax_merge.search.open_tasks import open_task, overlaps
 from evojax_merge.tasks.batches import (
     BUCKETS,
-    MIN_HEADER,
-    NOTHING,
+    MIN_SHARED_PREFIX,
+    PAD,
     ScoringBatch,
     bucket_widths,
     prompt_batches,
@@ -279,25 +279,25 @@ def test_rows_without_a_token_are_refused() -> None:
 def test_examples_beyond_the_context_are_refused() -> None:
     tokenizer = word_tokenizer(words())
     task = task_of("likelihood", [Example("w4 w5 w6", (" w7",), "w7", 1), Example("w4 " * 9, ("w7",), "w7", 2)])
-    build_requests([[task]], tokenizer, 64, 9, ())
+    batch_tasks([[task]], tokenizer, 64, 9, ())
     with pytest.raises(InputError, match=r"file\.jsonl:2: 10 tokens .* 8"):
-        build_requests([[task]], tokenizer, 64, 8, ())
+        batch_tasks([[task]], tokenizer, 64, 8, ())
     generated = task_of("exact_match", list(task.examples), max_new_tokens=4)
-    build_requests([[generated]], tokenizer, 64, 13, ())
+    batch_tasks([[generated]], tokenizer, 64, 13, ())
     with pytest.raises(InputError, match=r"file\.jsonl:2: 9 tokens and 4 new ones"):
-        build_requests([[generated]], tokenizer, 64, 12, ())
+        batch_tasks([[generated]], tokenizer, 64, 12, ())
 
 
 def test_tokens_beyond_the_embedding_are_refused_where_an_example_holds_one() -> None:
     tokenizer = word_tokenizer(words(16))
     task = task_of("likelihood", [Example("w4 w5", (" w6",), "w6", 1), Example("w4", (" w9",), "w9", 2)])
     with pytest.raises(InputError, match=r"file\.jsonl:2: token 'w9' has the number 9, .* 9 rows"):
-        build_requests([[task]], tokenizer, 64, 9, (), 9)
-    (requests,) = build_requests([[task]], tokenizer, 64, 9, (), 10)
-    (line,) = token_warnings(requests, tokenizer, 10)
+        batch_tasks([[task]], tokenizer, 64, 9, (), 9)
+    (batched_tasks,) = batch_tasks([[task]], tokenizer, 64, 9, (), 10)
+    (line,) = token_warnings(batched_tasks, tokenizer, 10)
     assert "6 tokens (such as 'w10')" in line
     # Rows that no token has are padding.
-    assert token_warnings(requests, tokenizer, 16) == token_warnings(requests, tokenizer, 64) == []
+    assert token_warnings(batched_tasks, tokenizer, 16) == token_warnings(batched_tasks, tokenizer, 64) == []
 
 
 @pytest.mark.parametrize(("unknown", "warned"), [(1, False), (3, True)])
@@ -306,13 +306,13 @@ def test_unknown_words_are_warned_of_where_they_are_many(unknown: int, warned: b
     # 40 tokens, of which 1 (2.5 %) or 3 (7.5 %) are unknown; the first on line 2.
     lines = ["w4 " * 9, *(["x " + "w4 " * 8] * unknown), *(["w4 " * 9] * (3 - unknown))]
     task = task_of("likelihood", [Example(text, ("w5",), "w5", n + 1) for n, text in enumerate(lines)])
-    (requests,) = build_requests([[task]], tokenizer, 64, 9, (), 16)
-    found = token_warnings(requests, tokenizer, 16)
+    (batched_tasks,) = batch_tasks([[task]], tokenizer, 64, 9, (), 16)
+    found = token_warnings(batched_tasks, tokenizer, 16)
     assert len(found) == warned
     assert not warned or ("8% of" in found[0] and "'<unk>'" in found[0] and "file.jsonl:2" in found[0])
     # GPT-2's is its end of text, and stands for nothing unknown.
     tokenizer.eos_token = "<unk>"
-    assert token_warnings(requests, tokenizer, 16) == []
+    assert token_warnings(batched_tasks, tokenizer, 16) == []
 
 
 def test_a_text_that_a_tokenizer_fails_on_is_named() -> None:
@@ -386,15 +386,15 @@ def read_back(batch: ScoringBatch, header: np.ndarray) -> dict[int, tuple[tuple[
     slots = len(batch.rows) // len(batch.tokens)
     flat = batch.positions.reshape(-1)
     for i, number in enumerate(batch.rows):
-        own = batch.spread[i][batch.spread[i] < len(batch.targets)]
-        if number == NOTHING:
+        own = batch.target_index[i][batch.target_index[i] < len(batch.targets)]
+        if number == PAD:
             assert not own.size
             continue
         b, branch = divmod(i, slots)
-        columns = np.flatnonzero((batch.branches[b] == 0) | (batch.branches[b] == branch + 1))
+        columns = np.flatnonzero((batch.segment_ids[b] == 0) | (batch.segment_ids[b] == branch + 1))
         assert batch.positions[b, columns].tolist() == list(range(len(header), len(header) + len(columns)))
         assert batch.mask[own].all()
-        at = batch.at[own]
+        at = batch.predict_at[own]
         assert np.isin(at, b * batch.tokens.shape[1] + columns).all()
         first = len(header) + len(columns) - len(own)
         assert flat[at].tolist() == list(range(first, first + len(own)))
@@ -403,7 +403,7 @@ def read_back(batch: ScoringBatch, header: np.ndarray) -> dict[int, tuple[tuple[
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_HEADER, 50]), st.booleans())
+@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_SHARED_PREFIX, 50]), st.booleans())
 def test_scoring_batches_hold_every_row_once(sizes: list[Size], tokens_per_batch: int, header: int, pack: bool) -> None:
     rows = make_rows(sizes, header=header)
     (batches,) = scoring_batches([rows], tokens_per_batch, pack)
@@ -411,12 +411,12 @@ def test_scoring_batches_hold_every_row_once(sizes: list[Size], tokens_per_batch
     for batch in batches.batches:
         assert batch.tokens.size <= tokens_per_batch or len(batch.tokens) == 1
         assert pack or len(batch.rows) == len(batch.tokens)
-        part = read_back(batch, batches.header)
+        part = read_back(batch, batches.shared_prefix)
         assert not part.keys() & found.keys()
         found |= part
     assert found == {i: (row.tokens[:-1], row.tokens[row.start :]) for i, row in enumerate(rows)}
-    if len(rows) > 1 and header >= MIN_HEADER:
-        assert len(batches.header) >= header - 1
+    if len(rows) > 1 and header >= MIN_SHARED_PREFIX:
+        assert len(batches.shared_prefix) >= header - 1
     assert batches.tokens == sum(len(row.tokens) - 1 for row in rows)
     assert len({batch.tokens.shape for batch in batches.batches}) <= BUCKETS[1]
 
@@ -426,13 +426,13 @@ def test_choices_share_their_question() -> None:
     rows = [Row((*question, *choice), 30, "f", 0) for choice in choices]
     (batches,) = scoring_batches([rows], 1000)
     (batch,) = batches.batches
-    assert int((batch.branches >= 0).sum()) == 30 + 0 + 1 + 2
+    assert int((batch.segment_ids >= 0).sum()) == 30 + 0 + 1 + 2
     (alone,) = scoring_batches([rows], 1000, pack=False)
-    assert sum(int((batch.branches >= 0).sum()) for batch in alone.batches) == 30 + 31 + 32
+    assert sum(int((batch.segment_ids >= 0).sum()) for batch in alone.batches) == 30 + 31 + 32
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(rows_strategy, st.integers(1, 300), st.integers(1, 900), st.sampled_from([0, MIN_HEADER + 1]))
+@given(rows_strategy, st.integers(1, 300), st.integers(1, 900), st.sampled_from([0, MIN_SHARED_PREFIX + 1]))
 def test_prompt_batches_end_every_prompt_in_the_last_column(
     sizes: list[Size], tokens_per_part: int, tokens_per_batch: int, header: int
 ) -> None:
@@ -442,21 +442,23 @@ def test_prompt_batches_end_every_prompt_in_the_last_column(
     assert sorted(numbers[numbers >= 0].tolist()) == list(range(len(rows)))
     for batch in batches.batches:
         for b, r in enumerate(batch.rows):
-            assert 0 <= batch.first[b] < batch.tokens.shape[1]
+            assert 0 <= batch.left_pad[b] < batch.tokens.shape[1]
             if r >= 0:
-                assert (*batches.header.tolist(), *batch.tokens[b, batch.first[b] :].tolist()) == rows[r].tokens
+                assert (*batches.shared_prefix.tolist(), *batch.tokens[b, batch.left_pad[b] :].tolist()) == rows[
+                    r
+                ].tokens
         # What is read in parts is the whole, and no more than is wanted at once.
         read = {}
-        for part in batch.parts:
-            tokens, first = batch.part(part)
+        for part in batch.prefill_groups:
+            tokens, first = batch.prefill_group(part)
             assert tokens.size <= max(tokens_per_part, part.width)
             for b, own in enumerate(tokens):
                 read[part.begin + b] = own[first[b] :].tolist()
         for b in np.flatnonzero(batch.rows >= 0):
-            assert read[b] == batch.tokens[b, batch.first[b] :].tolist()
+            assert read[b] == batch.tokens[b, batch.left_pad[b] :].tolist()
         assert batch.rows.size * (batch.tokens.shape[1] + 5) <= max(tokens_per_batch, batch.tokens.shape[1] + 5)
     if len(rows) > 1 and header:
-        assert len(batches.header) >= header
+        assert len(batches.shared_prefix) >= header
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)

@@ -33,7 +33,7 @@ def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def family(in_cache: Path) -> Path:
-    return zoo.locate("zoo:base", SHORT).parent
+    return zoo.resolve_reference("zoo:base", SHORT).parent
 
 
 def parse(sentence: str) -> tuple[int, str, int, int] | None:
@@ -62,10 +62,10 @@ def texts(tokens: np.ndarray) -> list[str]:
 def test_references_lead_into_the_users_cache_folder(family: Path, in_cache: Path) -> None:
     assert family == in_cache / "evojax-merge" / "zoo" / zoo.VERSION / "seed-0"
     for name in ("base", "maths", "japanese"):
-        assert zoo.locate(f"zoo:{name}") == zoo.locate(f"zoo:0/{name}") == family / name
+        assert zoo.resolve_reference(f"zoo:{name}") == zoo.resolve_reference(f"zoo:0/{name}") == family / name
         assert (family / name / "model.safetensors").is_file()
     for name in ("search.jsonl", "heldout.jsonl"):
-        assert zoo.locate(f"zoo:{name}").is_file()
+        assert zoo.resolve_reference(f"zoo:{name}").is_file()
 
 
 def test_without_xdg_the_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,14 +92,14 @@ def test_an_unknown_name_is_refused_and_nothing_is_trained(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match=told):
-        zoo.locate(reference)
+        zoo.resolve_reference(reference)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_family_that_is_there_is_not_made_again(family: Path) -> None:
     weights = family / "base" / "model.safetensors"
     before = weights.stat()
-    assert zoo.locate("zoo:base") == family / "base"
+    assert zoo.resolve_reference("zoo:base") == family / "base"
     after = weights.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -115,14 +115,15 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(arithmetic, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            zoo.locate("zoo:base", SHORT)
+            zoo.resolve_reference("zoo:base", SHORT)
     assert not list((tmp_path / "evojax-merge").rglob("zoo/*/*"))
-    assert (zoo.locate("zoo:base", SHORT) / "model.safetensors").is_file()
+    assert (zoo.resolve_reference("zoo:base", SHORT) / "model.safetensors").is_file()
 
 
 def test_a_seed_gives_the_same_files_in_another_process(family: Path, tmp_path: Path) -> None:
     code = (
-        f"from evojax_merge import zoo; from evojax_merge.zoo.arithmetic import Plan; zoo.locate('zoo:base', {SHORT!r})"
+        "from evojax_merge import zoo; from evojax_merge.zoo.arithmetic import Plan; "
+        f"zoo.resolve_reference('zoo:base', {SHORT!r})"
     )
     subprocess.run(
         [sys.executable, "-c", code],
@@ -138,7 +139,7 @@ def test_a_seed_gives_the_same_files_in_another_process(family: Path, tmp_path: 
 
 
 def test_another_seed_gives_other_weights_and_other_problems(family: Path) -> None:
-    other = zoo.locate("zoo:1/base", SHORT).parent
+    other = zoo.resolve_reference("zoo:1/base", SHORT).parent
     assert other.name == "seed-1"
     for file in ("base/model.safetensors", "search.jsonl", "heldout.jsonl"):
         assert (family / file).read_bytes() != (other / file).read_bytes()
@@ -148,7 +149,7 @@ def test_training_shows_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    zoo.locate("zoo:base", SHORT)
+    zoo.resolve_reference("zoo:base", SHORT)
     shown = capsys.readouterr()
     assert "training base, maths, japanese (seed 0)" in shown.err
     assert f"{SHORT.steps}/{SHORT.steps} steps" in shown.err
@@ -265,12 +266,12 @@ def test_each_model_ends_as_its_language_does() -> None:
 def test_smollm2_references_go_to_their_own_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from evojax_merge.zoo import smollm2
 
-    asked: list[str] = []
+    requests: list[str] = []
 
     def locate(name: str) -> Path:
-        asked.append(name)
+        requests.append(name)
         return tmp_path
 
-    monkeypatch.setattr(smollm2, "locate", locate)
-    assert zoo.locate("zoo:smollm2/base") == tmp_path
-    assert asked == ["base"]
+    monkeypatch.setattr(smollm2, "resolve_reference", locate)
+    assert zoo.resolve_reference("zoo:smollm2/base") == tmp_path
+    assert requests == ["base"]

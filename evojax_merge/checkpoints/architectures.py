@@ -1,4 +1,4 @@
-"""Which tensors an architecture has, and what its config means. May import models.config.
+"""Which tensors an architecture has, and what its config means.
 
 One row per tensor says its leaf name in the pytree, its Hugging Face name, its component and its shape. A config
 attribute that the family's class in transformers declares, and that is neither handled here nor at its default,
@@ -27,14 +27,14 @@ COMPONENTS = ("attention", "mlp", "norm")
 class Leaf:
     """One tensor: `name` in the pytree, `tensor` in the file (`{i}`: the layer), its component and shape.
 
-    `wanted(config)` says whether a model of that config has it. Shapes are in terms of `dimensions(config)`.
+    `present_if(config)` says whether a model of that config has it. Shapes are in terms of `dimensions(config)`.
     """
 
     name: str
     tensor: str
     component: str
     shape: tuple[str, ...]
-    wanted: Callable[[DecoderConfig], bool] = lambda config: True
+    present_if: Callable[[DecoderConfig], bool] = lambda config: True
 
 
 def _layer_leaves() -> tuple[Leaf, ...]:
@@ -79,11 +79,11 @@ def dimensions(config: DecoderConfig) -> dict[str, int]:
 
 
 def layer_leaves(config: DecoderConfig) -> list[Leaf]:
-    return [leaf for leaf in LAYER_LEAVES if leaf.wanted(config)]
+    return [leaf for leaf in LAYER_LEAVES if leaf.present_if(config)]
 
 
 def shared_leaves(config: DecoderConfig) -> list[Leaf]:
-    return [leaf for leaf in SHARED_LEAVES if leaf.wanted(config)]
+    return [leaf for leaf in SHARED_LEAVES if leaf.present_if(config)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 # Attributes that classes declare, or that every trainer leaves, and that say nothing about the forward pass.
-IRRELEVANT = {
+IGNORED_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
     "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
@@ -106,7 +106,7 @@ _EVERY = {
     "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
 }  # fmt: skip
 _WINDOWS = {"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}
-HANDLED = {
+USED_KEYS = {
     "llama": _EVERY | {"attention_bias", "mlp_bias"},
     "mistral": _EVERY | {"sliding_window"},
     "qwen2": _EVERY | _WINDOWS,
@@ -232,13 +232,13 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a decoder's config says of the layers themselves, as it says it: not how many there are, nor of how many
     tokens."""
     sizes = {"num_hidden_layers", "tie_word_embeddings", "vocab_size"}
-    read = HANDLED[config["model_type"]] | set(_neutral(1, 1, 1))
+    read = USED_KEYS[config["model_type"]] | set(_neutral(1, 1, 1))
     return {key: value for key, value in config.items() if key in read - sizes}
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a decoder's config that its family's class does not read, and that are not everybody's."""
-    unread = [key for key in config if key not in HANDLED[config["model_type"]] | IRRELEVANT]
+    unread = [key for key in config if key not in USED_KEYS[config["model_type"]] | IGNORED_KEYS]
     for name in ("rope_scaling", "rope_parameters"):
         settings = config.get(name) or {}
         unread += [f"{name}.{key}" for key in settings if key not in ROPE_READ | {"type", "rope_type"}]
@@ -263,7 +263,7 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
 
     Nothing is allocated that would grow with what a value says.
     """
-    read = HANDLED[config["model_type"]]
+    read = USED_KEYS[config["model_type"]]
     # Qwen's windows are not read where they are switched off.
     unused = {"sliding_window"} if "use_sliding_window" in read and config.get("use_sliding_window") is not True else ()
     for key, value in config.items():
@@ -301,7 +301,7 @@ def decoder_config(path: Path) -> DecoderConfig:
     _check_declared(path, raw, config_class)
     try:
         # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
-        read = HANDLED[kind] | {field.name for field in dataclasses.fields(config_class)}
+        read = USED_KEYS[kind] | {field.name for field in dataclasses.fields(config_class)}
         hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in read})
         # As transformers does when it makes a model: only now `original_max_position_embeddings` outside counts.
         hf.standardize_rope_params()
@@ -346,7 +346,7 @@ def decoder_config(path: Path) -> DecoderConfig:
 
 def _check_declared(path: Path, raw: Mapping[str, Any], config_class: Any) -> None:
     """Raises InputError for what the class declares, or reads, and we know nothing of, unless it is at its default."""
-    known = HANDLED[config_class.model_type] | IRRELEVANT
+    known = USED_KEYS[config_class.model_type] | IGNORED_KEYS
     declared = {field.name: field.default for field in dataclasses.fields(config_class)}
     for key, value in raw.items():
         # transformers reads per_layer_config whatever the family, and declares it nowhere.

@@ -1,4 +1,4 @@
-"""Hugging Face folders -> bank, stored model -> Hugging Face tensors. May import models and merge_kernels.
+"""Hugging Face folders -> bank, stored model -> Hugging Face tensors.
 
 Loading goes tensor by tensor out of memory-mapped files into arrays that were allocated once, so that it never
 needs more than the bank and one tensor. What a method has to measure is measured on the way.
@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from merge_kernels import draw, tabulate
+from merge_kernels import draw_uniform, tabulate
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, layer_leaves, shared_leaves
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.sources import StackedWeights
 
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
@@ -86,27 +86,27 @@ def _load_leaf(
     """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables."""
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
-    first_parent = int(spec.options.based)
+    first_parent = int(spec.options.has_base)
     constants = spec.prepared_for(count - first_parent)
-    numbers = spec.method.scores(count - first_parent)
-    scores = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
+    numbers = spec.method.keep_keys(count - first_parent)
+    keep_keys = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
 
     def one(i: int) -> dict[str, np.ndarray]:
         for s in range(count):
             sources.read_into(s, names[i], stack[i, s])
 
-        def draws(k: int) -> np.ndarray:
-            return draw(spec.seed, sources.digest(first_parent + k, names[i]), shape)
+        def uniform_noise(k: int) -> np.ndarray:
+            return draw_uniform(spec.seed, sources.digest(first_parent + k, names[i]), shape)
 
-        prepared = tabulate(spec.method, spec.options, list(stack[i]), constants, draws)
-        for number, values in enumerate(prepared.scores):
-            scores[i, number] = values  # type: ignore[index]
+        prepared = tabulate(spec.method, spec.options, list(stack[i]), constants, uniform_noise)
+        for number, values in enumerate(prepared.keep_keys):
+            keep_keys[i, number] = values  # type: ignore[index]
         progress(stack[i].nbytes)
         return prepared.statistics
 
     rows = list(pool.map(one, range(len(names))))
     tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return stack, scores, tables or None
+    return stack, keep_keys, tables or None
 
 
 def load_path_bank(
@@ -146,7 +146,7 @@ def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSp
     if isinstance(spec, PathSpec):
         return total
     count = len(sources.folders)
-    numbers = spec.method.scores(count - int(spec.options.based))
+    numbers = spec.method.keep_keys(count - int(spec.options.has_base))
     entries = sum(
         (config.layers if "{i}" in leaf.tensor else 1)
         * int(np.prod(sources.shape(0, leaf.tensor.format(i=0)), dtype=np.int64))
@@ -155,7 +155,9 @@ def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSp
     return total + numbers * entries * np.dtype(np.uint16).itemsize
 
 
-def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32") -> Stored:
+def load_stored(
+    sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32"
+) -> StackedWeights:
     """One source alone, as a stored model in its own dtype."""
     layers = {}
     for leaf in layer_leaves(config):
@@ -165,10 +167,10 @@ def load_stored(sources: Sources, config: DecoderConfig, source: int = 0, comput
             sources.read_into(source, name, stack[i])
         layers[leaf.name] = put(leaf.name, stack)
     shared = {leaf.name: jax.device_put(sources.read_finite(source, leaf.tensor)) for leaf in shared_leaves(config)}
-    return Stored(layers, shared, compute_dtype)
+    return StackedWeights(layers, shared, compute_dtype)
 
 
-def stored_tensors(model: Stored, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
+def stored_tensors(model: StackedWeights, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a stored model under their Hugging Face names."""
     for leaf in shared_leaves(config):
         yield leaf.tensor, np.asarray(model.shared[leaf.name])

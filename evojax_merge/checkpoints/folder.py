@@ -1,7 +1,7 @@
 """A Hugging Face model folder, opened for reading: tensors by name out of memory-mapped safetensors files.
 
-May import errors, NumPy and safetensors. Everything is checked while opening, from the headers alone: a missing or
-truncated shard, an index that points outside its folder, a folder that only holds pickles.
+Everything is checked while opening, from the headers alone: a missing or truncated shard, an index that points outside
+its folder, a folder that only holds pickles.
 """
 
 import glob
@@ -259,7 +259,7 @@ class Folder:
             raw = raw.copy()
         return raw.view(entry.dtype).reshape(entry.shape)
 
-    def forget(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Let go of the pages that reading a tensor has mapped; the next reading maps them again."""
         entry = self.entries[name]
         start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE

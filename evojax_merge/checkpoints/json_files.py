@@ -1,7 +1,4 @@
-"""Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them.
-
-May import errors.
-"""
+"""Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them."""
 
 import json
 import reprlib

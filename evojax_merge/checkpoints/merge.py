@@ -1,4 +1,4 @@
-"""One merge, no search: a recipe -> a model folder, tensor by tensor. May import merge_kernels and this room.
+"""One merge, no search: a recipe -> a model folder, tensor by tensor.
 
 The same kernels as in a search, with each tensor measured exactly for the one recipe. Tensors stream: a few workers
 each read one from all sources, measure it, merge it, and forget it, while the finished ones are written in order.
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import Method, Options, combine, draw
+from merge_kernels import Method, Options, combine, draw_uniform
 from merge_kernels import prepare as prepare_tensor
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
@@ -39,7 +39,7 @@ from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, row
 from evojax_merge.checkpoints.recipes import (
     Layout,
     RecipeFile,
-    TensorMerge,
+    TensorPlan,
     TokenizerSetting,
     layout,
     output_layers,
@@ -70,7 +70,7 @@ CHATML = (
 
 
 @dataclass(frozen=True)
-class Job:
+class MergePlan:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
     `tokenizer`: the folder whose tokenizer is copied. `config`: the merged model's, but for the dtype.
@@ -78,7 +78,7 @@ class Job:
 
     recipe: RecipeFile
     sources: Sources
-    rows: tuple[TensorMerge, ...]
+    rows: tuple[TensorPlan, ...]
     specs: dict[str, TensorSpec]
     leader: Folder
     tokenizer: Path
@@ -104,7 +104,7 @@ def prepare(
     seed: int | None = None,
     allow_nonfinite: bool = False,
     find: Callable[[object, str, Path], Path] = resolve,
-) -> Job:
+) -> MergePlan:
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
     a model lies."""
     if seed is not None:
@@ -133,7 +133,7 @@ def prepare(
     tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
     if template is not None:
         load_tokenizer(tokenizer)  # it is written anew, with the template
-    return Job(
+    return MergePlan(
         recipe, sources, tuple(rows), specs, leader, tokenizer, template,
         _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
     )  # fmt: skip
@@ -307,7 +307,7 @@ def _check_same_tensors(sources: Sources, layouts: list[Layout]) -> None:
             raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
 
 
-def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> None:
+def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None:
     """All sources of a tensor have one shape, and are numbers of one kind."""
     for s, own in row.inputs:
         if sources.name_in(s, own) not in sources.folders[s].entries:
@@ -332,16 +332,16 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorMerge) -> Non
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
 def _combine(
-    method: Method, options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any, dtype: Any
+    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any, dtype: Any
 ) -> jax.Array:
-    return combine(method, options, sources, scores, statistics, parameters).astype(dtype)
+    return combine(method, options, sources, keep_keys, statistics, parameters).astype(dtype)
 
 
 def _combine_in_pieces(
     method: Method,
     options: Options,
     sources: list[np.ndarray],
-    scores: tuple[np.ndarray, ...],
+    keep_keys: tuple[np.ndarray, ...],
     statistics: Mapping[str, np.ndarray],
     parameters: Mapping[str, np.ndarray],
     dtype: np.dtype,
@@ -356,7 +356,7 @@ def _combine_in_pieces(
     width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
     flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape(flat) for x in scores]
+    numbers = [x.reshape(flat) for x in keep_keys]
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
@@ -383,34 +383,34 @@ def _combine_in_pieces(
     return merged.reshape(shape)
 
 
-def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
+def merge_tensor(plan_: MergePlan, row: TensorPlan) -> np.ndarray:
     """One output tensor, measured, merged in float32 and cast to the dtype it is written in."""
-    method, sources = job.recipe.method, job.sources
+    method, sources = plan_.recipe.method, plan_.sources
     tensors = [sources.read(s, name) for s, name in row.inputs]
-    dtype = job.specs[row.name].dtype
+    dtype = plan_.specs[row.name].dtype
     try:
         if not is_float(tensors[0].dtype):
             return np.array(tensors[0])
-        if not job.allow_nonfinite:
+        if not plan_.allow_nonfinite:
             for (s, name), values in zip(row.inputs, tensors, strict=True):
                 if not is_finite(values):
                     where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
         if method.name == "passthrough" and row.parameters["scale"][0] == 1:
             return np.array(tensors[0], dtype)
-        first = int(row.options.based)
+        first = int(row.options.has_base)
 
-        def draws(k: int) -> np.ndarray:
+        def uniform_noise(k: int) -> np.ndarray:
             source, name = row.inputs[first + k]
-            return draw(job.recipe.seed, sources.digest(source, name), tensors[0].shape)
+            return draw_uniform(plan_.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
-        prepared = prepare_tensor(method, row.options, tensors, row.parameters, draws)
+        prepared = prepare_tensor(method, row.options, tensors, row.parameters, uniform_noise)
         merged = _combine_in_pieces(
-            method, row.options, tensors, prepared.scores, prepared.statistics, row.parameters, dtype
+            method, row.options, tensors, prepared.keep_keys, prepared.statistics, row.parameters, dtype
         )
-        if not job.allow_nonfinite and not is_finite(merged):
+        if not plan_.allow_nonfinite and not is_finite(merged):
             raise InputError(
-                job.recipe.path,
+                plan_.recipe.path,
                 f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
@@ -418,19 +418,19 @@ def merge_tensor(job: Job, row: TensorMerge) -> np.ndarray:
     finally:
         for s, name in row.inputs:
             if not has_rows(name):
-                sources.forget(s, name)
+                sources.release(s, name)
 
 
-def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
+def merged_tensors(plan_: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
     """The merged tensors of these names, in their order, worked on ahead of time."""
-    by_name = {row.name: row for row in job.rows}
+    by_name = {row.name: row for row in plan_.rows}
     waiting = deque(names)
     running: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < WORKERS + 2:
-                    running.append(pool.submit(merge_tensor, job, by_name[waiting.popleft()]))
+                    running.append(pool.submit(merge_tensor, plan_, by_name[waiting.popleft()]))
                 yield running.popleft().result()
         finally:
             for future in running:
@@ -438,7 +438,7 @@ def merged_tensors(job: Job, names: list[str]) -> Iterator[np.ndarray]:
 
 
 def merge_to(
-    job: Job,
+    plan_: MergePlan,
     target: Path,
     *,
     card: str,
@@ -448,37 +448,37 @@ def merge_to(
 ) -> None:
     """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        with ShardWriter(folder, job.specs) as writer:
-            for name, tensor in zip(writer.order, merged_tensors(job, writer.order), strict=True):
+        with ShardWriter(folder, plan_.specs) as writer:
+            for name, tensor in zip(writer.order, merged_tensors(plan_, writer.order), strict=True):
                 writer.write(name, tensor)
-                progress(job.specs[name].nbytes)
-        dtypes = {str(spec.dtype) for spec in job.specs.values() if is_float(spec.dtype)}
-        _write_config(job, folder, dtypes.pop() if len(dtypes) == 1 else None)
-        _write_tokenizer(job, folder)
-        if (job.leader.path / "generation_config.json").exists():
-            shutil.copyfile(job.leader.path / "generation_config.json", folder / "generation_config.json")
+                progress(plan_.specs[name].nbytes)
+        dtypes = {str(spec.dtype) for spec in plan_.specs.values() if is_float(spec.dtype)}
+        _write_config(plan_, folder, dtypes.pop() if len(dtypes) == 1 else None)
+        _write_tokenizer(plan_, folder)
+        if (plan_.leader.path / "generation_config.json").exists():
+            shutil.copyfile(plan_.leader.path / "generation_config.json", folder / "generation_config.json")
         (folder / CARD).write_text(card, encoding="utf-8")
         write_marker(folder)
 
 
-def _write_tokenizer(job: Job, folder: Path) -> None:
-    vocabulary = job.sources.vocabulary
+def _write_tokenizer(plan_: MergePlan, folder: Path) -> None:
+    vocabulary = plan_.sources.vocabulary
     made = vocabulary is not None and vocabulary.copied is None
-    if made or job.chat_template is not None:
-        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(job.tokenizer)
-        if job.chat_template is not None:
-            tokenizer.chat_template = job.chat_template
+    if made or plan_.chat_template is not None:
+        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(plan_.tokenizer)
+        if plan_.chat_template is not None:
+            tokenizer.chat_template = plan_.chat_template
         tokenizer.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
-        if (job.tokenizer / name).exists():
-            shutil.copyfile(job.tokenizer / name, folder / name)
+        if (plan_.tokenizer / name).exists():
+            shutil.copyfile(plan_.tokenizer / name, folder / name)
 
 
-def _write_config(job: Job, folder: Path, dtype: str | None) -> None:
-    if not job.config:
+def _write_config(plan_: MergePlan, folder: Path, dtype: str | None) -> None:
+    if not plan_.config:
         return
-    config = dict(job.config)
+    config = dict(plan_.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

@@ -1,4 +1,4 @@
-"""The sources of a merge, opened together and checked against each other. May import checkpoints' other files.
+"""The sources of a merge, opened together and checked against each other.
 
 `Sources` is what the bank and the streamed merge both read from, so that both see the same rows and the same names.
 """
@@ -82,9 +82,9 @@ class Sources:
         name = self.name_in(source, tensor)
         return InputError(self.entry(source, tensor).file, f"{name} holds NaN or Inf; expected finite weights")
 
-    def forget(self, source: int, tensor: str) -> None:
+    def release(self, source: int, tensor: str) -> None:
         """Let go of the memory that reading a tensor has mapped."""
-        self.folders[source].forget(self.name_in(source, tensor))
+        self.folders[source].release(self.name_in(source, tensor))
 
     def digest(self, source: int, tensor: str) -> bytes:
         return self.folders[source].digest(self.name_in(source, tensor))

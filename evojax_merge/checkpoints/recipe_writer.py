@@ -1,4 +1,4 @@
-"""What a search found -> a recipe in mergekit's format. May import models and merge_kernels.
+"""What a search found -> a recipe in mergekit's format.
 
 What is written reads back (checkpoints.recipes) as the same numbers, so that merging it gives the winner's bytes.
 """
@@ -13,14 +13,14 @@ from merge_kernels import Method, Options
 
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.paths import Path, PathSpec
+from evojax_merge.models.paths import LayerPath, PathSpec
 
 # mergekit's filters are substrings of the tensor's name; the first that matches counts.
 COMPONENT_FILTERS = ("self_attn", ".mlp.", "layernorm")
 SHARED_FILTERS = {"embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
 
 
-def short(value: Any) -> float:
+def shortest_decimal(value: Any) -> float:
     """The float whose decimal form is the shortest that reads back to the same float32."""
     return float(np.format_float_positional(np.float32(value), unique=True, trim="0"))
 
@@ -42,7 +42,7 @@ def recipe_document(
             extras |= {name: values for name, values in shared.items() if name != "embed"}
         slices.append(_slice_document(rows[start], extras, spec, base, parents, [start, end]))
     document: dict[str, Any] = {"merge_method": spec.method_name}
-    if spec.options.based:
+    if spec.options.has_base:
         document["base_model"] = base
     elif spec.method_name == "slerp":
         # Its base is where t = 0.
@@ -58,13 +58,13 @@ def recipe_document(
     return document
 
 
-def path_document(path: Path, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
+def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
     """A layer path as a passthrough merge: a slice per run of consecutive layers of one parent that add equally much.
 
     Where a scale is not 1, `scale` multiplies what the layers write, `o_proj` and `down_proj`; all of it is mergekit's
     own. Only where the embedding and head are not those of the first and last slice does it take a key of ours, `ends`.
     """
-    steps = [(*spec.origins[m], short(f)) for m, f in zip(path.layers, path.folds(), strict=True)]
+    steps = [(*spec.origins[m], shortest_decimal(f)) for m, f in zip(path.layers, path.residual_scales(), strict=True)]
     slices: list[dict[str, Any]] = []
     begun = 0
     for i in range(1, len(steps) + 1):
@@ -77,9 +77,13 @@ def path_document(path: Path, spec: PathSpec, parents: Sequence[str]) -> dict[st
             source["parameters"] = {"scale": [*writers, {"value": 1.0}]}
         slices.append({"sources": [source]})
         begun = i
-    document: dict[str, Any] = {"merge_method": "passthrough", "base_model": parents[path.ends], "slices": slices}
-    if {steps[0][0], steps[-1][0]} != {path.ends}:
-        document["ends"] = parents[path.ends]
+    document: dict[str, Any] = {
+        "merge_method": "passthrough",
+        "base_model": parents[path.embedding_parent],
+        "slices": slices,
+    }
+    if {steps[0][0], steps[-1][0]} != {path.embedding_parent}:
+        document["ends"] = parents[path.embedding_parent]
     return document | {"dtype": "float32", "out_dtype": spec.export_dtype}
 
 
@@ -93,7 +97,7 @@ def _switches(method: Method, options: Options) -> dict[str, Any]:
         "nuslerp_row_wise": options.axis == 0,
         "filter_wise": options.axis is not None,
     }
-    return {name: values[name] for name in method.switches}
+    return {name: values[name] for name in method.yaml_options}
 
 
 def _slice_document(
@@ -110,7 +114,7 @@ def _slice_document(
         def at(values: np.ndarray) -> float:
             value = values if parent is None else values[parent]
             # On the grid: the decimal fraction itself, which counts the entries that the search counted.
-            return round(float(value), 3) if method.parameter(name).on_grid else short(value)
+            return round(float(value), 3) if method.parameter(name).quantised else shortest_decimal(value)
 
         rows = [{"filter": SHARED_FILTERS[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
         rows += [{"filter": wanted, "value": at(layer[name][c])} for c, wanted in enumerate(COMPONENT_FILTERS)]
@@ -118,7 +122,7 @@ def _slice_document(
         return values.pop() if len(values) == 1 else rows
 
     sources: list[dict[str, Any]] = []
-    if spec.options.based:
+    if spec.options.has_base:
         sources.append({"model": base, "layer_range": layers})
     for k, parent in enumerate(parents):
         row: dict[str, Any] = {"model": parent, "layer_range": layers}

@@ -1,8 +1,8 @@
 """Recipes as YAML, in mergekit's format, read into a plan: how each tensor of the merged model is made.
 
-May import merge_kernels and checkpoints' other files. Three settings go beyond mergekit: `random_seed`, which fixes
-the masks of random methods and which mergekit ignores; `rescale: density` (the DARE paper's 1/density), which it
-refuses; and `ends`, the model whose embedding and head a passthrough merge of slices has.
+Three settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+`rescale: density` (the DARE paper's 1/density), which it refuses; and `ends`, the model whose embedding and head a
+passthrough merge of slices has.
 """
 
 import math
@@ -110,7 +110,7 @@ class RecipeFile:
 
 
 @dataclass(frozen=True)
-class TensorMerge:
+class TensorPlan:
     """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one."""
 
     name: str
@@ -193,8 +193,8 @@ def _check_models(where: str, method: Method, part: Slice) -> None:
     models = [source.model for source in part.sources]
     if len(set(models)) != len(models):
         raise InputError(where, f"a slice names {max(models, key=models.count)} twice; expected each model once")
-    based = method.based(part.base is not None)
-    check_parent_count(where, method, sum(model != part.base for model in models) if based else len(models))
+    has_base = method.uses_base(part.base is not None)
+    check_parent_count(where, method, sum(model != part.base for model in models) if has_base else len(models))
 
 
 def check_parent_count(where: str, method: Method, parents: int) -> None:
@@ -264,7 +264,7 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
 def _settings(where: str, value: Any, method: Method) -> Settings:
     if value is None:
         return {}
-    known = {p.name for p in method.parameters} | {*method.switches, *method.inert}
+    known = {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings}
     settings = _mapping(where, value, known)
     for name, setting in settings.items():
         _check_setting(where, name, setting)
@@ -383,13 +383,13 @@ def number(where: str, parameter: Parameter, value: Any) -> float:
         raise InputError(where, f"{parameter.name}: {value!r}; expected a number") from None
     except OverflowError:
         result = math.inf
-    lowest, highest = max(parameter.lowest, -MAX_NUMBER), min(parameter.highest, MAX_NUMBER)
+    lowest, highest = max(parameter.valid_min, -MAX_NUMBER), min(parameter.valid_max, MAX_NUMBER)
     if not lowest <= result <= highest:
         raise InputError(where, f"{parameter.name}: {value!r}; expected a number in [{lowest:g}, {highest:g}]")
     return result
 
 
-def options_from(where: str, method: Method, switches: Mapping[str, Any], based: bool) -> Options:
+def options_from(where: str, method: Method, switches: Mapping[str, Any], has_base: bool) -> Options:
     """The switches of a merge, under the names that mergekit gives them; the method's own where they are None."""
     given = {name: value for name, value in switches.items() if value is not None}
     for name, value in given.items():
@@ -400,7 +400,7 @@ def options_from(where: str, method: Method, switches: Mapping[str, Any], based:
     }  # fmt: skip
     if "rescale" in given and given["rescale"] not in rescales:
         raise InputError(where, f"rescale: {given['rescale']!r}; expected true, false, l1 or density")
-    options = replace(method.options, based=based)
+    options = replace(method.options, has_base=has_base)
     if "rescale" in given:
         options = replace(options, rescale=rescales[given["rescale"]])
     for name in ("normalize", "normalize_weights"):
@@ -444,9 +444,9 @@ def _resolve(
             values = parameter(spec, shared, tensor, "the merge")
         # float64: a density such as 0.537 must count the entries that 537/1000 counts.
         parameters[spec.name] = np.asarray(values, np.float64)
-    switches = {name: value(name, shared, tensor) for name in method.switches}
-    options = options_from(where, method, switches, method.based(part.base is not None))
-    complaint = method.complaint(options, parameters)
+    switches = {name: value(name, shared, tensor) for name in method.yaml_options}
+    options = options_from(where, method, switches, method.uses_base(part.base is not None))
+    complaint = method.validate(options, parameters)
     if complaint is not None:
         raise InputError(where, f"{tensor}: {complaint}")
     return options, parameters
@@ -477,7 +477,7 @@ def layout(tensors: Sequence[str]) -> Layout:
     return Layout(tuple(outside), fixed)
 
 
-def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
+def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorPlan]:
     """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor."""
     index = {model: i for i, model in enumerate(recipe.models)}
     method = recipe.method
@@ -487,11 +487,9 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorMerge]:
         # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
         first = method.base != "parent" or method.name == "slerp"
         ordered = sorted(inputs, key=lambda pair: pair[0].model != part.base) if first else inputs
-        based = method.based(part.base is not None)
-        options, parameters = _resolve(recipe, part, ordered[int(based) :], name, t)
-        rows.append(
-            TensorMerge(name, tuple((index[source.model], own) for source, own in ordered), options, parameters)
-        )
+        has_base = method.uses_base(part.base is not None)
+        options, parameters = _resolve(recipe, part, ordered[int(has_base) :], name, t)
+        rows.append(TensorPlan(name, tuple((index[source.model], own) for source, own in ordered), options, parameters))
 
     if recipe.slices[0].count is None:
         part = recipe.slices[0]

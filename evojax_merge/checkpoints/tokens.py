@@ -1,7 +1,6 @@
 """Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
 
-May import errors, folder and json_files; imports transformers when a tokenizer is loaded. A folder's tokenizer is data:
-code that it brings along is never run, and nobody is asked whether to run it.
+A folder's tokenizer is data: code that it brings along is never run, and nobody is asked whether to run it.
 """
 
 from collections.abc import Mapping, Sequence

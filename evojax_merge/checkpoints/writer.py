@@ -1,7 +1,5 @@
 """Writing model folders: streamed safetensors shards, folders that appear complete or not at all, and what they may
 replace.
-
-May import errors, checkpoints.folder and checkpoints.tokens.
 """
 
 import fcntl
@@ -22,10 +20,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from evojax_merge import __version__
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.errors import InputError, cannot_write
+from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9
 

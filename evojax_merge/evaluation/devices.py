@@ -1,8 +1,8 @@
 """The devices of a run: one mesh with axes population and model in every process, and processes that share candidates.
 
-May import JAX and models.bank. Candidates go to the `population` axis; the bank, and with it every merge, is cut along
-`model`, for models that one device does not hold. Several processes (jax.distributed) each score their share of a
-population on their own devices and gather the scores: a generation costs a few numbers per candidate.
+Candidates go to the `population` axis; the bank, and with it every merge, is cut along `model`, for models that one
+device does not hold. Several processes (jax.distributed) each score their share of a population on their own devices
+and gather the scores: a generation costs a few numbers per candidate.
 """
 
 import os
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from evojax_merge.errors import InputError, LostProcess
+from evojax_merge.errors import InputError, PeerLostError
 from evojax_merge.evaluation.memory import available_memory
-from evojax_merge.models.bank import candidate
+from evojax_merge.models.bank import take_candidate
 
 # Share of a device's free memory that a pass may take beyond the bank.
 MEMORY_SHARE = 0.8
@@ -26,7 +26,7 @@ MEMORY_SHARE = 0.8
 HEARTBEAT = 30
 # The axis of a leaf `[…, out, in]`, counted from its end, that is cut: what a layer reads from the hidden state is cut
 # by its outputs, what it writes back by its inputs, the vocabulary by its rows.
-CUT_AXIS = {"q": -2, "k": -2, "v": -2, "gate": -2, "up": -2, "o": -1, "down": -1, "embed": -2, "head": -2}
+TENSOR_PARALLEL_AXIS = {"q": -2, "k": -2, "v": -2, "gate": -2, "up": -2, "o": -1, "down": -1, "embed": -2, "head": -2}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Devices:
         return 1 if self.mesh is None else self.mesh.shape["population"]
 
     @property
-    def writes(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes the run folder."""
         return self.process == 0
 
@@ -59,13 +59,13 @@ class Devices:
         the host's copy can be forgotten before the next leaf is read."""
         if self.mesh is None:
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
-        axis, cuts = CUT_AXIS.get(name), self.mesh.shape["model"]
+        axis, num_model_shards = TENSOR_PARALLEL_AXIS.get(name), self.mesh.shape["model"]
         axes: list[str | None] = [None] * array.ndim
-        if axis is not None and array.ndim >= -axis and array.shape[axis] % cuts == 0:
+        if axis is not None and array.ndim >= -axis and array.shape[axis] % num_model_shards == 0:
             axes[axis] = "model"
         return jax.block_until_ready(jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*axes))))
 
-    def share(self, size: int) -> np.ndarray:
+    def local_indices(self, size: int) -> np.ndarray:
         """Which of `size` candidates this process scores; the last one again where there are too few."""
         each = -(-size // self.processes)
         return np.minimum(np.arange(self.process * each, (self.process + 1) * each), size - 1)
@@ -76,7 +76,7 @@ class Devices:
             return rows
         from jax.experimental import multihost_utils
 
-        with in_step():
+        with collective():
             together = np.asarray(multihost_utils.process_allgather(rows))
         return together.reshape(-1, *rows.shape[1:])[:size]
 
@@ -85,26 +85,26 @@ ONE_DEVICE = Devices()
 
 
 @contextmanager
-def in_step() -> Iterator[None]:
+def collective() -> Iterator[None]:
     """Around what all processes of a run do together. Raises LostProcess where one of them has gone."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if jax.process_count() == 1:
             raise
-        raise LostProcess from error
+        raise PeerLostError from error
 
 
-def wait_for_all(name: str) -> None:
+def barrier(name: str) -> None:
     """Until every process of the run has come here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
-        with in_step():
+        with collective():
             multihost_utils.sync_global_devices(name)
 
 
-def join_processes() -> None:
+def init_distributed() -> None:
     """Join the processes of one run. What runs them (SLURM, Open MPI, a TPU pod) is recognised by JAX; by hand they are
     told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError where neither is there."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -137,32 +137,33 @@ def local_devices(model: int = 1) -> Devices:
     return Devices(mesh, jax.process_index(), jax.process_count())
 
 
-def size_of(members: Any) -> int:
+def size_of(candidates: Any) -> int:
     """The leading axis of a pytree of candidates."""
-    return jax.tree.leaves(members)[0].shape[0]
+    return jax.tree.leaves(candidates)[0].shape[0]
 
 
-def over_population(mesh: Mesh | None, function: Callable[[Any, Any], Any], shared: Any, members: Any) -> Any:
-    """`function(shared, member)` for each member (leading axis P on every leaf), each group of devices its own."""
+def vmap_sharded(mesh: Mesh | None, function: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
+    """`function(replicated, candidate)` for each candidate (leading axis P on every leaf): vmap, sharded over the
+    mesh's population axis."""
 
-    def local(shared: Any, members: Any) -> Any:
-        if size_of(members) == 1:
+    def local(replicated: Any, candidates: Any) -> Any:
+        if size_of(candidates) == 1:
             # A population axis of one would only cost.
-            return jax.tree.map(lambda leaf: leaf[None], function(shared, candidate(members, 0)))
-        return jax.vmap(lambda member: function(shared, member))(members)
+            return jax.tree.map(lambda leaf: leaf[None], function(replicated, take_candidate(candidates, 0)))
+        return jax.vmap(lambda candidate: function(replicated, candidate))(candidates)
 
-    return spread(mesh, local, shared, members)
+    return shard_population(mesh, local, replicated, candidates)
 
 
-def spread(mesh: Mesh | None, local: Callable[[Any, Any], Any], shared: Any, members: Any) -> Any:
-    """`local(shared, members)`, each group of devices on its own members."""
+def shard_population(mesh: Mesh | None, local: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
+    """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates."""
     if mesh is None or mesh.shape["population"] == 1:
-        return local(shared, members)
+        return local(replicated, candidates)
     own = PartitionSpec("population")
-    split = jax.shard_map(
+    sharded = jax.shard_map(
         local, mesh=mesh, in_specs=(PartitionSpec(), own), out_specs=own, axis_names={"population"}, check_vma=False
     )
-    return split(shared, members)
+    return sharded(replicated, candidates)
 
 
 def free_memory() -> int:
@@ -183,12 +184,12 @@ def on_accelerator() -> bool:
     return jax.local_devices()[0].platform != "cpu"
 
 
-def repeat_last(members: Any, rows: Sequence[int] | np.ndarray, size: int) -> Any:
-    """The members `rows`, on the host; the last one again up to `size` of them, so that all chunks have one shape."""
-    chosen = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int64)
-    return jax.tree.map(lambda leaf: leaf[chosen], members)
+def pad_chunk(candidates: Any, rows: Sequence[int] | np.ndarray, size: int) -> Any:
+    """Candidates `rows`, on the host, padded to `size` with the last one so that all chunks have one shape."""
+    rows_ = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int64)
+    return jax.tree.map(lambda leaf: leaf[rows_], candidates)
 
 
-def float_bytes(tree: Any) -> int:
+def tree_nbytes(tree: Any) -> int:
     """Bytes of a pytree of arrays or of their shapes."""
     return sum(int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

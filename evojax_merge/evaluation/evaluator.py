@@ -1,11 +1,10 @@
 """The evaluator: every candidate of a population on every example of the tasks, in compiled batched passes.
 
-May import models, tasks and evaluation's other files. The result for a task is a score matrix `float32[P, N]`; fitness
-is a reduction of it. Scoring streams: a candidate's layers are merged inside the forward pass and never exist together,
-unless several passes would do the merge again and there is room to keep it. Generation materialises a chunk of
-candidates first, and guesses at what they write from what those before them wrote. How many candidates go through a
-pass together (the *chunk*), and how many rows, is chosen from the memory that the compiler reports; where that was too
-much, less is tried.
+The result for a task is a score matrix `float32[P, N]`; fitness is a reduction of it. Scoring streams: a candidate's
+layers are merged inside the forward pass and never exist together, unless several passes would do the merge again and
+there is room to keep it. Generation materialises a chunk of candidates first, and drafts tokens from what earlier
+candidates generated. How many candidates go through a pass together (the *chunk*), and how many rows, is chosen from
+the memory that the compiler reports; where that was too much, less is tried.
 """
 
 from collections import deque
@@ -21,41 +20,41 @@ import numpy as np
 
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import (
     ONE_DEVICE,
     Devices,
-    float_bytes,
     free_memory,
     on_accelerator,
-    repeat_last,
+    pad_chunk,
     size_of,
+    tree_nbytes,
 )
 from evojax_merge.evaluation.memory import is_out_of_memory
-from evojax_merge.evaluation.passes import Alone, Build, Each, MergeOf
-from evojax_merge.evaluation.requests import Requests, smaller
+from evojax_merge.evaluation.passes import LazyMergeFactory, PerCandidateModel, SharedModel, WeightsFactory
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Cache
-from evojax_merge.models.generate import BROKEN, ENDED, Writing
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.decoder import KVCache
+from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
+from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
-from evojax_merge.tasks.task import Answers, Asked, Task, cut_at_stop
+from evojax_merge.tasks.task import Responses, Task, TaskRequests, cut_at_stop
 
 Progress = Callable[[int], None]
 Result = TypeVar("Result")
 
-# Passes in which candidates write between two looks at their stop texts.
-GLANCE = 32
-# Tokens that a sequence is given in a pass while it is written, the guessed ones counted, at most; and the tokens of
-# all sequences for which a pass does not take much longer than for one.
-WINDOW = 8
-CPU_WINDOWS, ACCELERATOR_WINDOWS = 8, 256
-# Candidates whose outputs are remembered, for guesses at the next ones'.
-REMEMBERED = 2
-# Share of the free memory that candidates may take that are put together, or laid apart, for several passes.
-WHOLE_SHARE = 1 / 8
+# Decode steps between two checks for stop texts.
+STOP_CHECK_INTERVAL = 32
+# Tokens of a sequence in one decode step, draft tokens included, at most; and the tokens of all sequences for which a
+# step does not take much longer than for one.
+MAX_STEP_TOKENS = 8
+CPU_STEP_TOKENS, ACCELERATOR_STEP_TOKENS = 8, 256
+# Candidates whose outputs are kept as the lookup corpus for the next ones' draft tokens.
+LOOKUP_CANDIDATES = 2
+# Fraction of the free memory that materialised or unstacked candidates may take.
+MATERIALISE_FRACTION = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
-CPU_MODELS = 32 * 2**20
+CPU_CACHE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Scores:
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
 
 
-def shares(tasks: Sequence[Task]) -> list[tuple[Task, float]]:
+def task_weights(tasks: Sequence[Task]) -> list[tuple[Task, float]]:
     """The tasks that the fitness is made of, and how much each counts; together 1. Tasks of weight 0 take no part,
     unless there are no others: then all count alike."""
     weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
@@ -77,7 +76,8 @@ def fitness(tasks: Sequence[Task], scores: Scores) -> np.ndarray:
     """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
     score is not finite."""
     rows = [
-        share * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64) for task, share in shares(tasks)
+        share * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
+        for task, share in task_weights(tasks)
     ]
     summed = np.sum(rows, axis=0)
     return np.where(np.isfinite(summed), summed, np.nan)
@@ -96,10 +96,10 @@ def means(tasks: Sequence[Task], scores: Scores) -> list[dict[str, float]]:
     ]
 
 
-def score_task(task: Task, answers: Answers, broken: np.ndarray) -> dict[str, np.ndarray]:
+def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[str, np.ndarray]:
     """Metric -> float32[P, N]; NaN for candidates whose answers are not numbers. broken: bool[P], whose outputs are
     not."""
-    failed = broken | ~np.isfinite(answers.totals).all(axis=1)
+    failed = nonfinite | ~np.isfinite(answers.totals).all(axis=1)
     return {
         metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32)
         for metric, matrix in task.score(answers).items()
@@ -111,7 +111,7 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
-def _two_under_way(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> Iterator[Result]:
+def _double_buffered(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> Iterator[Result]:
     """The jobs' results, in their order; each job is started before the one before it is waited for, and no more, so
     that an interruption does not wait long.
 
@@ -119,11 +119,11 @@ def _two_under_way(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> 
     one after the other, and leaves cores idle wherever there is little to do: with `threads` each job has its own. The
     event that jobs are given is set when nobody waits for them any more.
     """
-    left = Event()
+    cancelled = Event()
     if not threads:
         under_way: deque[Result] = deque()
         for job in jobs:
-            under_way.append(job(left))
+            under_way.append(job(cancelled))
             if len(under_way) > 1:
                 yield under_way.popleft()
         yield from under_way
@@ -132,47 +132,47 @@ def _two_under_way(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> 
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
-                waiting.append(pool.submit(_finished, job, left))
+                waiting.append(pool.submit(_finished, job, cancelled))
                 if len(waiting) > 1:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            left.set()
+            cancelled.set()
 
 
-def _finished(job: Callable[[Event], Result], left: Event) -> Result:
-    result: Result = jax.block_until_ready(job(left))
+def _finished(job: Callable[[Event], Result], cancelled: Event) -> Result:
+    result: Result = jax.block_until_ready(job(cancelled))
     return result
 
 
-def _window(batch: PromptBatch) -> int:
+def _step_tokens(batch: PromptBatch) -> int:
     """How many tokens each sequence of a batch is given in a pass."""
-    windows = ACCELERATOR_WINDOWS if on_accelerator() else CPU_WINDOWS
-    return max(1, min(WINDOW, windows // len(batch.rows)))
+    windows = ACCELERATOR_STEP_TOKENS if on_accelerator() else CPU_STEP_TOKENS
+    return max(1, min(MAX_STEP_TOKENS, windows // len(batch.rows)))
 
 
 @dataclass(frozen=True)
 class Population:
     """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
 
-    build: Build
-    shared: Any
-    members: Any
+    factory: WeightsFactory
+    replicated: Any
+    candidates: Any
 
     @property
     def size(self) -> int:
-        return size_of(self.members)
+        return size_of(self.candidates)
 
     @property
-    def source(self) -> tuple[Build, Any]:
-        return self.build, self.shared
+    def source(self) -> tuple[WeightsFactory, Any]:
+        return self.factory, self.replicated
 
     def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
         """Runs of `size` candidates: their numbers, and the members, filled up to one shape."""
         for begin in range(0, self.size, size):
             rows = np.arange(begin, min(begin + size, self.size))
-            yield rows, repeat_last(self.members, rows, size)
+            yield rows, pad_chunk(self.candidates, rows, size)
 
 
 class _TooLarge(Exception):
@@ -187,28 +187,28 @@ def _out_of_memory(error: Exception) -> bool:
 class Evaluator:
     """Scores populations of merges of one bank, and stored models, on one set of requests.
 
-    `chunk`: how many candidates share a pass on a device; None chooses. `say` is told what was chosen.
+    `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen.
     """
 
     config: DecoderConfig
     tokenizer: Any
-    requests: list[Requests]
+    batched_tasks: list[BatchedTask]
     compute_dtype: str = "float32"
     chunk: int | None = None
     devices: Devices = ONE_DEVICE
-    say: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
     # By task and kind of pass: the chunk that was chosen.
-    chosen: dict[Any, int] = field(default_factory=dict)
+    chunk_sizes: dict[Any, int] = field(default_factory=dict)
     # By task: int32[N, …], what the last candidates wrote after each prompt.
-    written: dict[str, np.ndarray] = field(default_factory=dict)
+    lookup_corpus: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[Task]:
-        return [request.task for request in self.requests]
+        return [batched_task.task for batched_task in self.batched_tasks]
 
     def passes(self, population: int) -> int:
         """How many steps of progress an evaluation reports."""
-        return sum(request.batches for request in self.requests) * population
+        return sum(batched_task.batches for batched_task in self.batched_tasks) * population
 
     def population(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
@@ -216,32 +216,34 @@ class Evaluator:
         """Score P recipes (leading axis P on every leaf)."""
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
-        return self._evaluate(Population(MergeOf(spec, self.compute_dtype), bank, recipes), progress)
+        return self._evaluate(Population(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
 
-    def stored(self, model: Stored, progress: Progress = lambda done: None) -> Scores:
+    def stored(self, model: StackedWeights, progress: Progress = lambda done: None) -> Scores:
         """Score one stored model: a population of one."""
         # Every group of devices would compute the same.
-        alone = replace(self, chunk=1, devices=ONE_DEVICE, chosen={})
-        return alone._evaluate(Population(Alone(), model, np.zeros(1)), progress)
+        alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
+        return alone._evaluate(Population(SharedModel(), model, np.zeros(1)), progress)
 
-    def write_stored(self, model: Stored, request: Requests, progress: Progress) -> tuple[list[str], bool]:
+    def generate_stacked(
+        self, model: StackedWeights, batched_task: BatchedTask, progress: Progress
+    ) -> tuple[list[str], bool]:
         """One stored model's continuations of a task's prompts, and whether its logits were not finite."""
-        texts, broken = self._write(Population(Alone(), model, np.zeros(1)), request, progress)
-        return texts[0], bool(broken[0])
+        texts, nonfinite = self._generate(Population(SharedModel(), model, np.zeros(1)), batched_task, progress)
+        return texts[0], bool(nonfinite[0])
 
     def _evaluate(self, population: Population, progress: Progress) -> Scores:
         scores = Scores({})
-        for i in range(len(self.requests)):
+        for i in range(len(self.batched_tasks)):
             totals, greedy = self.with_less(i, partial(self._score, population), progress)
-            texts, broken = self.with_less(i, partial(self._write, population), progress)
-            task, asked = self.requests[i].task, self.requests[i].asked
-            counts = np.array([len(row.tokens) - row.start for row in asked.scored])
-            scores.matrices[task.name] = score_task(task, Answers(totals, counts, greedy, texts), broken)
-            if asked.prompts:
+            texts, nonfinite = self.with_less(i, partial(self._generate, population), progress)
+            task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
+            counts = np.array([len(row.tokens) - row.start for row in requests.scored])
+            scores.matrices[task.name] = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
+            if requests.prompts:
                 scores.outputs[task.name] = texts
         return scores
 
-    def with_less(self, i: int, run: Callable[[Requests, Progress], Any], progress: Progress) -> Any:
+    def with_less(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
         """`run` request i; where that is out of memory, with half of what went through a pass, until it fits. Raises
         Failed where it does not fit however little that is."""
         while True:
@@ -253,255 +255,308 @@ class Evaluator:
                 progress(passes)
 
             try:
-                return run(self.requests[i], count)
+                return run(self.batched_tasks[i], count)
             except (jax.errors.JaxRuntimeError, MemoryError, _TooLarge) as error:
                 if not _out_of_memory(error):
                     raise
                 if not self._halve(i):
                     raise Failed(
-                        f"{self.requests[i].task.name}: out of memory with one candidate and one row a pass "
+                        f"{self.batched_tasks[i].task.name}: out of memory with one candidate and one row a pass "
                         f"({free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
                     ) from error
                 # What is done again is not counted twice.
                 progress(-done)
 
     def _halve(self, i: int) -> bool:
-        request, halved = self.requests[i], False
-        for key, chunk in self.chosen.items():
-            if key[0] == request.task.name and chunk > 1:
-                self.chosen[key], halved = chunk // 2, True
-                self.say(
-                    f"{request.task.name}: out of memory with {chunk} candidates a pass; going on with {chunk // 2}"
+        batched_task, halved = self.batched_tasks[i], False
+        for key, chunk in self.chunk_sizes.items():
+            if key[0] == batched_task.task.name and chunk > 1:
+                self.chunk_sizes[key], halved = chunk // 2, True
+                self.log(
+                    f"{batched_task.task.name}: out of memory with {chunk} candidates a pass; "
+                    f"going on with {chunk // 2}"
                 )
-        less = None if halved else smaller(request)
+        less = None if halved else halve_batches(batched_task)
         if less is not None:
-            self.say(f"{request.task.name}: out of memory; going on with batches of {less.tokens_per_batch} tokens")
-            self.requests = [*self.requests[:i], less, *self.requests[i + 1 :]]
+            self.log(
+                f"{batched_task.task.name}: out of memory; going on with batches of {less.tokens_per_batch} tokens"
+            )
+            self.batched_tasks = [*self.batched_tasks[:i], less, *self.batched_tasks[i + 1 :]]
         return halved or less is not None
 
     # -----------------------------------------------------------------------------------------------------------
     # Scored rows
 
-    def _score(self, population: Population, request: Requests, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def _score(
+        self, population: Population, batched_task: BatchedTask, progress: Progress
+    ) -> tuple[np.ndarray, np.ndarray]:
         """float32[P, S] and bool[P, S]."""
-        shape = (population.size, len(request.asked.scored))
+        shape = (population.size, len(batched_task.requests.scored))
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        if request.scoring is None:
+        if batched_task.scoring is None:
             return totals, greedy
-        for rows, batch, (found, likeliest) in _two_under_way(self._passes(population, request), self._threads(0)):
+        for rows, batch, (found, is_greedy) in _double_buffered(
+            self._passes(population, batched_task), self._threads(0)
+        ):
             real = batch.rows >= 0
             place = np.ix_(rows, batch.rows[real])
             totals[place] = np.asarray(found)[: len(rows), real]
-            greedy[place] = np.asarray(likeliest)[: len(rows), real]
+            greedy[place] = np.asarray(is_greedy)[: len(rows), real]
             progress(len(rows))
         return totals, greedy
 
     def _passes(
-        self, population: Population, request: Requests
+        self, population: Population, batched_task: BatchedTask
     ) -> Iterator[Callable[[Event], tuple[np.ndarray, ScoringBatch, Any]]]:
         """For each chunk and batch a job: which candidates and rows, and what score_states finds of them."""
-        assert request.scoring is not None
-        mesh, reduce = self.devices.mesh, request.asked.reduce
-        chunk = self._scoring_chunk(population, request)
-        whole = self._fits_whole(population, request, chunk)
+        assert batched_task.scoring is not None
+        mesh, logits_fn = self.devices.mesh, batched_task.requests.logits_fn
+        chunk = self._scoring_chunk(population, batched_task)
+        materialised = self._fits_materialised(population, batched_task, chunk)
 
-        def job(rows: np.ndarray, source: Any, prefix: Cache | None, batch: ScoringBatch, left: Event) -> Any:
-            build, shared, members = source
-            found = passes.score(self.config, build, mesh, reduce, shared, members, prefix, arrays_of(batch))
+        def job(rows: np.ndarray, source: Any, prefix: KVCache | None, batch: ScoringBatch, cancelled: Event) -> Any:
+            factory, replicated, candidates = source
+            found = passes.score(
+                self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)
+            )
             return rows, batch, found
 
-        for rows, members in population.chunks(chunk * self.devices.population):
-            source = self._whole(population, members) if whole else (*population.source, members)
-            prefix = self._read_header(*source, request.scoring.header)
-            yield from (partial(job, rows, source, prefix, batch) for batch in request.scoring.batches)
+        for rows, candidates in population.chunks(chunk * self.devices.population):
+            source = self._materialise(population, candidates) if materialised else (*population.source, candidates)
+            prefix = self._prefill_prefix(*source, batched_task.scoring.shared_prefix)
+            yield from (partial(job, rows, source, prefix, batch) for batch in batched_task.scoring.batches)
 
     def _threads(self, model: int) -> bool:
         """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
         there is room for both. Processes that share their devices' passes must ask for them in the same order."""
         alone = self.devices.mesh is None and not on_accelerator()
-        return alone and 2 * model <= WHOLE_SHARE * free_memory()
+        return alone and 2 * model <= MATERIALISE_FRACTION * free_memory()
 
-    def _whole(self, population: Population, members: Any) -> tuple[Build, Any, Any]:
+    def _materialise(self, population: Population, candidates: Any) -> tuple[WeightsFactory, Any, Any]:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
-        if not isinstance(population.build, MergeOf):
-            return *population.source, members
-        return Each(), None, passes.materialise(population.build, self.devices.mesh, population.shared, members)
+        if not isinstance(population.factory, LazyMergeFactory):
+            return *population.source, candidates
+        return (
+            PerCandidateModel(),
+            None,
+            passes.materialise(population.factory, self.devices.mesh, population.replicated, candidates),
+        )
 
-    def _writer(self, build: Build, shared: Any, members: Any) -> tuple[Build, Any, Any]:
-        """Whole candidates as they write on fastest: a CPU copies each layer that it picks from a stack, every time, so
-        that the layers are laid apart once, where there is room."""
-        if on_accelerator() or float_bytes((shared, members)) > WHOLE_SHARE * free_memory():
-            return build, shared, members
-        if isinstance(shared, Stored):
-            return build, passes.lay_apart(shared), members
-        return build, shared, passes.lay_each_apart(self.devices.mesh, members)
+    def _decode_weights(
+        self, factory: WeightsFactory, replicated: Any, candidates: Any
+    ) -> tuple[WeightsFactory, Any, Any]:
+        """Materialised candidates laid out for decoding: a CPU copies each layer that it picks from a stack, every
+        time, so the layers are unstacked once, where there is room."""
+        if on_accelerator() or tree_nbytes((replicated, candidates)) > MATERIALISE_FRACTION * free_memory():
+            return factory, replicated, candidates
+        if isinstance(replicated, StackedWeights):
+            return factory, passes.unstack_layers(replicated), candidates
+        return factory, replicated, passes.unstack_population(self.devices.mesh, candidates)
 
-    def _fits_whole(self, population: Population, request: Requests, chunk: int) -> bool:
-        """Whether a chunk is put together before it is scored: each pass would do its merge again, so where there are
+    def _fits_materialised(self, population: Population, batched_task: BatchedTask, chunk: int) -> bool:
+        """Whether a chunk is materialised before it is scored: each pass would redo its merge, so where there are
         several, and room for the chunk, it is done once."""
-        if not isinstance(population.build, MergeOf) or request.scoring is None or len(request.scoring.batches) < 2:
+        if (
+            not isinstance(population.factory, LazyMergeFactory)
+            or batched_task.scoring is None
+            or len(batched_task.scoring.batches) < 2
+        ):
             return False
-        return chunk * float_bytes(self._model_shape(population)) <= WHOLE_SHARE * free_memory()
+        return chunk * tree_nbytes(self._model_shape(population)) <= MATERIALISE_FRACTION * free_memory()
 
     def _model_shape(self, population: Population) -> Any:
         """One materialised candidate's shapes."""
-        assert isinstance(population.build, MergeOf)
-        _, member = next(population.chunks(1))
-        return jax.eval_shape(partial(passes.materialise, population.build, None), population.shared, member)
+        assert isinstance(population.factory, LazyMergeFactory)
+        _, candidate = next(population.chunks(1))
+        return jax.eval_shape(partial(passes.materialise, population.factory, None), population.replicated, candidate)
 
-    def _read_header(self, build: Build, shared: Any, members: Any, header: np.ndarray) -> Cache | None:
-        if not header.size:
+    def _prefill_prefix(
+        self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
+    ) -> KVCache | None:
+        if not shared_prefix.size:
             return None
-        return passes.read_header(self.config, build, self.devices.mesh, shared, members, header)
+        return passes.prefill_prefix(self.config, factory, self.devices.mesh, replicated, candidates, shared_prefix)
 
-    def _scoring_chunk(self, population: Population, request: Requests) -> int:
+    def _scoring_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a
         CPU, where sharing a pass is slower than one candidate after the other."""
         most = max(1, -(-population.size // self.devices.population))
-        key = (request.task.name, "scores", most)
-        if key not in self.chosen:
+        key = (batched_task.task.name, "scores", most)
+        if key not in self.chunk_sizes:
             if self.chunk is not None:
-                self.chosen[key] = min(self.chunk, most)
+                self.chunk_sizes[key] = min(self.chunk, most)
             else:
-                self.chosen[key] = self._largest_chunk(population, request, most) if on_accelerator() else 1
-            if self.chosen[key] > 1:
-                self.say(
-                    f"{request.task.name}: {self.chosen[key]} of {population.size} candidates a pass and device, "
-                    f"in batches of {request.tokens_per_batch} tokens"
+                self.chunk_sizes[key] = self._largest_chunk(population, batched_task, most) if on_accelerator() else 1
+            if self.chunk_sizes[key] > 1:
+                self.log(
+                    f"{batched_task.task.name}: {self.chunk_sizes[key]} of {population.size} candidates a pass and "
+                    f"device, in batches of {batched_task.tokens_per_batch} tokens"
                 )
-        return self.chosen[key]
+        return self.chunk_sizes[key]
 
-    def _largest_chunk(self, population: Population, request: Requests, most: int) -> int:
+    def _largest_chunk(self, population: Population, batched_task: BatchedTask, most: int) -> int:
         """One and two candidates a pass tell what each takes; the largest chunk that should fit is then compiled to
         see whether it does. Raises _TooLarge where one does not fit and a batch has more than a row."""
         budget = free_memory()
-        one = self._temporaries(population, request, 1)
-        if one is not None and one > budget and smaller(request) is not None:
+        one = self._temporaries(population, batched_task, 1)
+        if one is not None and one > budget and halve_batches(batched_task) is not None:
             raise _TooLarge
         if one is None or most < 2:
             return 1
-        two = self._temporaries(population, request, 2) or 2 * one
+        two = self._temporaries(population, batched_task, 2) or 2 * one
         each = max(two - one, 1)
         chunk = 1
         while chunk * 2 <= most and one + (2 * chunk - 1) * each <= budget:
             chunk *= 2
-        while chunk > 2 and (self._temporaries(population, request, chunk) or 0) > budget:
+        while chunk > 2 and (self._temporaries(population, batched_task, chunk) or 0) > budget:
             chunk //= 2
         return chunk if chunk > 1 and two <= budget else 1
 
-    def _temporaries(self, population: Population, request: Requests, chunk: int) -> int | None:
+    def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk needs on a device, as the compiler reports;
         None where it does not."""
-        assert request.scoring is not None
-        _, members = next(population.chunks(chunk * self.devices.population))
-        batch = max(request.scoring.batches, key=lambda batch: batch.tokens.size)
-        build, shared, mesh, header = population.build, population.shared, self.devices.mesh, request.scoring.header
-        read = partial(passes.read_header, self.config, build, mesh)
-        prefix = jax.eval_shape(read, shared, members, header) if header.size else None
+        assert batched_task.scoring is not None
+        _, candidates = next(population.chunks(chunk * self.devices.population))
+        batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
+        factory, replicated, mesh, shared_prefix = (
+            population.factory,
+            population.replicated,
+            self.devices.mesh,
+            batched_task.scoring.shared_prefix,
+        )
+        read = partial(passes.prefill_prefix, self.config, factory, mesh)
+        prefix = jax.eval_shape(read, replicated, candidates, shared_prefix) if shared_prefix.size else None
         lowered = passes.score.lower(
-            self.config, build, mesh, request.asked.reduce, shared, members, prefix, arrays_of(batch)
+            self.config,
+            factory,
+            mesh,
+            batched_task.requests.logits_fn,
+            replicated,
+            candidates,
+            prefix,
+            arrays_of(batch),
         )
         memory = lowered.compile().memory_analysis()
-        own = 0 if prefix is None else float_bytes(prefix) // self.devices.population
+        own = 0 if prefix is None else tree_nbytes(prefix) // self.devices.population
         return None if memory is None else memory.temp_size_in_bytes + own
 
     # -----------------------------------------------------------------------------------------------------------
     # Prompts
 
-    def _write(
-        self, population: Population, request: Requests, progress: Progress
+    def _generate(
+        self, population: Population, batched_task: BatchedTask, progress: Progress
     ) -> tuple[list[list[str]], np.ndarray]:
         """P lists of continuations, and bool[P], whose logits were not finite."""
-        texts = [[""] * len(request.asked.prompts) for _ in range(population.size)]
-        broken = np.zeros(population.size, bool)
-        if request.prompts is None:
-            return texts, broken
-        size = float_bytes(self._model_shape(population)) if isinstance(population.build, MergeOf) else 0
-        for rows, tokens in _two_under_way(self._writings(population, request, progress), self._threads(size)):
-            self.written[request.task.name] = np.concatenate([self._seen(request)[:, tokens.shape[2] :], tokens[-1]], 1)
-            broken[rows] = (tokens == BROKEN).any(axis=(1, 2))
-            for row, written in zip(rows, self._decoded(tokens), strict=True):
-                texts[row] = [cut_at_stop(text, request.asked.stop) for text in written]
-        return texts, broken
+        texts = [[""] * len(batched_task.requests.prompts) for _ in range(population.size)]
+        nonfinite = np.zeros(population.size, bool)
+        if batched_task.prompts is None:
+            return texts, nonfinite
+        size = tree_nbytes(self._model_shape(population)) if isinstance(population.factory, LazyMergeFactory) else 0
+        for rows, tokens in _double_buffered(
+            self._generation_jobs(population, batched_task, progress), self._threads(size)
+        ):
+            self.lookup_corpus[batched_task.task.name] = np.concatenate(
+                [self._lookup_corpus(batched_task)[:, tokens.shape[2] :], tokens[-1]], 1
+            )
+            nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
+            for row, lookup_corpus in zip(rows, self._decoded(tokens), strict=True):
+                texts[row] = [cut_at_stop(text, batched_task.requests.stop) for text in lookup_corpus]
+        return texts, nonfinite
 
-    def _seen(self, request: Requests) -> np.ndarray:
-        """int32[N, M]: what was written after each prompt, as far as it is remembered, the latest last."""
-        nothing = np.full((len(request.asked.prompts), REMEMBERED * request.asked.max_new_tokens), ENDED, np.int32)
-        return self.written.get(request.task.name, nothing)
+    def _lookup_corpus(self, batched_task: BatchedTask) -> np.ndarray:
+        """int32[N, M]: what the last candidates generated after each prompt, the latest last."""
+        nothing = np.full(
+            (len(batched_task.requests.prompts), LOOKUP_CANDIDATES * batched_task.requests.max_new_tokens),
+            PAD_ID,
+            np.int32,
+        )
+        return self.lookup_corpus.get(batched_task.task.name, nothing)
 
-    def _writings(
-        self, population: Population, request: Requests, progress: Progress
+    def _generation_jobs(
+        self, population: Population, batched_task: BatchedTask, progress: Progress
     ) -> Iterator[Callable[[Event], tuple[np.ndarray, np.ndarray]]]:
-        """For each chunk a job: which candidates, and int32[P, N, new], what they write after every prompt."""
-        assert request.prompts is not None
-        prompts, asked = request.prompts, request.asked
+        """For each chunk a job: which candidates, and int32[P, N, new], what they generate after every prompt."""
+        assert batched_task.prompts is not None
+        prompts, requests = batched_task.prompts, batched_task.requests
 
-        def job(rows: np.ndarray, members: Any, seen: np.ndarray, left: Event) -> Any:
-            found = np.full((len(rows), len(asked.prompts), asked.max_new_tokens), ENDED, np.int32)
-            source = self._whole(population, members)
-            writer = self._writer(*source)
-            prefix = self._read_header(*source, prompts.header)
+        def job(rows: np.ndarray, candidates: Any, lookup_corpus: np.ndarray, cancelled: Event) -> Any:
+            found = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
+            source = self._materialise(population, candidates)
+            decode_weights = self._decode_weights(*source)
+            prefix = self._prefill_prefix(*source, prompts.shared_prefix)
             for batch in prompts.batches:
-                if left.is_set():
+                if cancelled.is_set():
                     break
-                writing = self._begin(*source, prefix, batch, request)
-                tokens = self._continue(*writer, prefix, batch, request, writing, seen[batch.rows], left)
+                state = self._prefill_batch(*source, prefix, batch, batched_task)
+                tokens = self._decode_batch(
+                    *decode_weights, prefix, batch, batched_task, state, lookup_corpus[batch.rows], cancelled
+                )
                 real = batch.rows >= 0
                 found[:, batch.rows[real]] = tokens[: len(rows), real]
                 progress(len(rows))
             return rows, found
 
-        chunk = self._writing_chunk(population, request) * self.devices.population
-        for rows, members in population.chunks(chunk):
-            yield partial(job, rows, members, self._seen(request))
+        chunk = self._generation_chunk(population, batched_task) * self.devices.population
+        for rows, candidates in population.chunks(chunk):
+            yield partial(job, rows, candidates, self._lookup_corpus(batched_task))
 
-    def _begin(
-        self, build: Build, shared: Any, members: Any, prefix: Cache | None, batch: PromptBatch, request: Requests
-    ) -> Writing:
-        """A batch of prompts, read part by part."""
-        mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
-        new, everyone = request.asked.max_new_tokens, np.zeros(size_of(members))
-        writing = passes.open_writing(self.config, self.compute_dtype, mesh, everyone, rows, width, new, _window(batch))
-        for part in batch.parts:
-            writing = passes.begin_writing(
-                self.config, build, mesh, width, request.stop, shared, members, prefix, writing, np.int32(part.begin),
-                *batch.part(part),
-            )  # fmt: skip
-        return writing
-
-    def _continue(
+    def _prefill_batch(
         self,
-        build: Build,
-        shared: Any,
-        members: Any,
-        prefix: Cache | None,
+        factory: WeightsFactory,
+        replicated: Any,
+        candidates: Any,
+        prefix: KVCache | None,
         batch: PromptBatch,
-        request: Requests,
-        writing: Writing,
-        seen: np.ndarray,
-        left: Event,
+        batched_task: BatchedTask,
+    ) -> DecodeState:
+        """Prefill a batch of prompts, group by group."""
+        mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
+        new, everyone = batched_task.requests.max_new_tokens, np.zeros(size_of(candidates))
+        state = passes.init_decode(
+            self.config, self.compute_dtype, mesh, everyone, rows, width, new, _step_tokens(batch)
+        )
+        for group in batch.prefill_groups:
+            state = passes.prefill(
+                self.config, factory, mesh, width, batched_task.stop, replicated, candidates, prefix, state,
+                np.int32(group.begin), *batch.prefill_group(group),
+            )  # fmt: skip
+        return state
+
+    def _decode_batch(
+        self,
+        factory: WeightsFactory,
+        replicated: Any,
+        candidates: Any,
+        prefix: KVCache | None,
+        batch: PromptBatch,
+        batched_task: BatchedTask,
+        state: DecodeState,
+        lookup_corpus: np.ndarray,
+        cancelled: Event,
     ) -> np.ndarray:
         """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text; less, once
-        `left` is set. seen: int32[B, M], what was written after these prompts before."""
-        asked, mesh = request.asked, self.devices.mesh
-        count = GLANCE if asked.stop else asked.max_new_tokens
-        tokens, done = np.asarray(writing.tokens), np.asarray(writing.done)
+        `cancelled` is set. lookup_corpus: int32[B, M], see models.generate."""
+        requests, mesh = batched_task.requests, self.devices.mesh
+        count = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
+        tokens, done = np.asarray(state.tokens), np.asarray(state.done)
         # Rows that fill up a part say nothing.
         done = done | (batch.rows < 0)
-        while not (done.all() or left.is_set()):
-            writing = replace(writing, done=jax.device_put(done, writing.done.sharding))
-            writing = passes.keep_writing(
-                self.config, build, mesh, count, _window(batch), request.stop, shared, members, writing, prefix,
-                batch.tokens, seen,
+        while not (done.all() or cancelled.is_set()):
+            state = replace(state, done=jax.device_put(done, state.done.sharding))
+            state = passes.decode(
+                self.config, factory, mesh, count, _step_tokens(batch), batched_task.stop, replicated, candidates,
+                state, prefix, batch.tokens, lookup_corpus,
             )  # fmt: skip
-            tokens, done = np.array(writing.tokens), np.asarray(writing.done)
-            if asked.stop and not done.all():
-                done = done | self._stopped(tokens, asked)
+            tokens, done = np.array(state.tokens), np.asarray(state.done)
+            if requests.stop and not done.all():
+                done = done | self._stopped(tokens, requests)
         return tokens
 
-    def _stopped(self, tokens: np.ndarray, asked: Asked) -> np.ndarray:
+    def _stopped(self, tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
         """bool[P, B]: whether a text holds a stop text."""
-        return np.array([[any(word in text for word in asked.stop) for text in row] for row in self._decoded(tokens)])
+        return np.array(
+            [[any(word in text for word in requests.stop) for text in row] for row in self._decoded(tokens)]
+        )
 
     def _decoded(self, tokens: np.ndarray) -> list[list[str]]:
         """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
@@ -515,35 +570,38 @@ class Evaluator:
 
         return [[text(ids) for ids in row] for row in tokens]
 
-    def _writing_chunk(self, population: Population, request: Requests) -> int:
+    def _generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small."""
         most = max(1, -(-population.size // self.devices.population))
-        key = (request.task.name, "texts", most)
-        if key not in self.chosen:
+        key = (batched_task.task.name, "texts", most)
+        if key not in self.chunk_sizes:
             room = self.chunk or most
-            if self.chunk is None and isinstance(population.build, MergeOf):
-                model, state = self._written_bytes(population, request)
-                room = free_memory() // (model + state) if on_accelerator() else CPU_MODELS // model
-            self.chosen[key] = int(max(1, min(most, room)))
-        return self.chosen[key]
+            if self.chunk is None and isinstance(population.factory, LazyMergeFactory):
+                model, state = self._generation_bytes(population, batched_task)
+                room = free_memory() // (model + state) if on_accelerator() else CPU_CACHE_BYTES // model
+            self.chunk_sizes[key] = int(max(1, min(most, room)))
+        return self.chunk_sizes[key]
 
-    def _written_bytes(self, population: Population, request: Requests) -> tuple[int, int]:
-        """Bytes of one materialised candidate, and of what it needs to write the largest batch of prompts."""
-        assert request.prompts is not None
+    def _generation_bytes(self, population: Population, batched_task: BatchedTask) -> tuple[int, int]:
+        """Bytes of one materialised candidate, and of what it needs to decode the largest batch of prompts."""
+        assert batched_task.prompts is not None
         model = self._model_shape(population)
         if not on_accelerator():
-            return float_bytes(model), 0
-        batch, header = max(request.prompts.batches, key=lambda batch: batch.tokens.size), request.prompts.header
-        read = partial(passes.read_header, self.config, Each(), None)
-        prefix = jax.eval_shape(read, None, model, header) if header.size else None
-        part = max(batch.parts, key=lambda part: (part.end - part.begin) * part.width)
-        (rows, width), new = batch.tokens.shape, request.asked.max_new_tokens
-        opened = partial(passes.open_writing, self.config, self.compute_dtype, None)
-        writing = jax.eval_shape(lambda: opened(np.zeros(1), rows, width, new, _window(batch)))
-        lowered = passes.begin_writing.lower(
-            self.config, Each(), None, width, request.stop, None, model, prefix, writing, np.int32(0),
-            *batch.part(part),
+            return tree_nbytes(model), 0
+        batch, shared_prefix = (
+            max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
+            batched_task.prompts.shared_prefix,
+        )
+        read = partial(passes.prefill_prefix, self.config, PerCandidateModel(), None)
+        prefix = jax.eval_shape(read, None, model, shared_prefix) if shared_prefix.size else None
+        group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
+        (rows, width), new = batch.tokens.shape, batched_task.requests.max_new_tokens
+        init_decode = partial(passes.init_decode, self.config, self.compute_dtype, None)
+        state = jax.eval_shape(lambda: init_decode(np.zeros(1), rows, width, new, _step_tokens(batch)))
+        lowered = passes.prefill.lower(
+            self.config, PerCandidateModel(), None, width, batched_task.stop, None, model, prefix, state, np.int32(0),
+            *batch.prefill_group(group),
         )  # fmt: skip
         memory = lowered.compile().memory_analysis()
-        held = float_bytes(writing)
-        return float_bytes(model), 2 * held + (0 if memory is None else memory.temp_size_in_bytes)
+        held = tree_nbytes(state)
+        return tree_nbytes(model), 2 * held + (0 if memory is None else memory.temp_size_in_bytes)

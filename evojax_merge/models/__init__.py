@@ -1,1 +1,1 @@
-"""The decoder and where its weights come from. May import merge_kernels; knows no file, task or search."""
+"""The decoder and where its weights come from."""

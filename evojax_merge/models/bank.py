@@ -1,4 +1,4 @@
-"""What merges are made of: the bank of weights, what was measured of it, and recipes. May import merge_kernels.
+"""What merges are made of: the bank of weights, what was measured of it, and recipes.
 
 Letters: L layers, S sources (the base first where the method needs one, then the K parents), P candidates,
 C components of a layer (attention, mlp, norm), G densities of the search grid.
@@ -59,8 +59,8 @@ class Bank:
 
     layers: Leaves
     shared: Leaves
-    layer_scores: Leaves
-    shared_scores: Leaves
+    layer_keep_keys: Leaves
+    shared_keep_keys: Leaves
     layer_tables: Tables
     shared_tables: Tables
     components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
@@ -79,6 +79,6 @@ class Recipe:
     shared: dict[str, Parameters]
 
 
-def candidate(population: Any, index: Any) -> Any:
+def take_candidate(population: Any, index: Any) -> Any:
     """Row `index` of a pytree whose leaves have a leading population axis."""
     return jax.tree.map(lambda leaf: leaf[index], population)

@@ -1,4 +1,4 @@
-"""The shape and the switches of a decoder. May import NumPy and JAX; knows no file format.
+"""The shape and the switches of a decoder.
 
 `DecoderConfig` is static: it is hashable and serves as a compile-time constant of the forward pass.
 `checkpoints.architectures` builds it from a Hugging Face config.

@@ -1,14 +1,14 @@
-"""Greedy generation of a population over one batch of prompts. May import models' other files.
+"""Greedy generation for a population over one batch of prompts, with prompt-lookup speculative decoding.
 
-`start` reads prompts, in parts of their own widths; then `continue_` writes on after all of them together, in several
-calls, so that the host can look at what was written so far. Sequences that ended, by a stop token or because the host
-says so, are no longer written.
+`prefill` computes the prompts' KV caches, group by group in their own widths; `decode` then generates for all of them
+together, in several calls, so that the host can look for stop texts in between. Sequences that ended, by a stop token
+or because the host says so, are not extended.
 
-A pass reads all weights to write a token, and would read as much to write a few. So each pass is given a *window*: the
-last token, and a guess at what follows it, looked up in what other candidates wrote after the same prompt, in the
-prompt, and in the text itself. What the model writes after each of them is computed side by side; as far as the guess
-was what the model writes, it is kept (speculative decoding, arXiv 2211.17192, in its greedy form, with a look-up in
-place of a smaller model, as in prompt look-up decoding). The text is the one that a window of one token gives.
+A decode step reads all weights to produce one token, and would read as much to produce a few. So every step is fed
+`step_tokens` tokens: the last one and draft tokens behind it, looked up in what other candidates generated for the same
+prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them are computed side by
+side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding, arXiv 2211.17192, in
+its greedy form, with prompt lookup in place of a draft model). The text is the one that steps of one token give.
 """
 
 from collections.abc import Callable
@@ -19,187 +19,197 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Cache, Columns, columns_of, forward, likeliest, step
-from evojax_merge.models.sources import Apart, Stored
+from evojax_merge.models.decoder import KVCache, SequenceLayout, decode_step, forward, greedy_token, padded_layout
+from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
-# What stands in the output after a sequence has ended.
-ENDED = -1
-# What stands there where the model gave no finite logits.
-BROKEN = -2
-# How many of a text's last tokens are compared with the places that its continuation is looked up in.
-LOOK = 4
+# Fills the output after a sequence has ended.
+PAD_ID = -1
+# In place of a token where the model's logits are not finite.
+NONFINITE_ID = -2
+# How many of a sequence's last tokens are matched when its continuation is looked up.
+NGRAM = 4
 
 
 @struct.dataclass
-class Writing:
-    """Where P candidates stand on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], what each has
-    written, `ENDED` behind it; made: int32[P, B], how many those are, the last of them not yet in the cache; cache: of
-    each layer, without the axis L; first: int32[P, B], the column of each prompt's first token; done: bool[P, B], the
-    sequences that have ended."""
+class DecodeState:
+    """P candidates on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], the generated ones, then
+    `PAD_ID`; num_generated: int32[P, B], how many those are, the last of them not yet in the cache; cache: one a layer,
+    without the axis L; left_pad: int32[P, B], the column of each prompt's first token; done: bool[P, B], the sequences
+    that have ended."""
 
     tokens: jax.Array
-    made: jax.Array
-    cache: tuple[Cache, ...]
-    first: jax.Array
+    num_generated: jax.Array
+    cache: tuple[KVCache, ...]
+    left_pad: jax.Array
     done: jax.Array
 
 
-# A member of the population -> its model, to read with and to write with.
-Reader = Callable[[Any], Stored]
-Writer = Callable[[Any], Stored | Apart]
+# A candidate -> its weights, for prefill and for decoding.
+PrefillModel = Callable[[Any], StackedWeights]
+DecodeModel = Callable[[Any], StackedWeights | UnstackedWeights]
 
 
-def blank(config: DecoderConfig, dtype: str, size: int, rows: int, width: int, new: int, window: int) -> Writing:
-    """Room for `size` candidates to write up to `new` tokens, `window` in a pass, after `rows` prompts of up to `width`
-    tokens; none has been read, and so all are done."""
-    room, heads, dim = width + new + window - 1, (size, config.kv_heads, rows), config.head_dim
+def init_decode_state(
+    config: DecoderConfig, dtype: str, size: int, rows: int, width: int, new: int, step_tokens: int
+) -> DecodeState:
+    """The state of `size` candidates that will generate up to `new` tokens, `step_tokens` a step, after `rows` prompts
+    of up to `width` tokens. Nothing is prefilled, and so all sequences are done."""
+    room, heads, dim = width + new + step_tokens - 1, (size, config.kv_heads, rows), config.head_dim
     cache = tuple(
-        Cache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
+        KVCache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
         for _ in range(config.layers)
     )
     nothing = jnp.zeros((size, rows), jnp.int32)
-    return Writing(jnp.full((size, rows, new), ENDED, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0)
+    return DecodeState(
+        jnp.full((size, rows, new), PAD_ID, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0
+    )
 
 
-def start(
+def prefill(
     config: DecoderConfig,
-    source_of: Reader,
-    members: Any,
-    writing: Writing,
+    model_of: PrefillModel,
+    candidates: Any,
+    state: DecodeState,
     width: int,
     row: jax.Array,
     tokens: jax.Array,
-    first: jax.Array,
+    left_pad: jax.Array,
     stop: tuple[int, ...],
-    prefix: Cache | None = None,
-) -> Writing:
-    """Read prompts `int32[B, T]`, padded at the left, behind a prefix (leading axis P) where there is one, as the rows
-    from `row` on of what has room for prompts of `width`, and write a first token after each.
+    prefix: KVCache | None = None,
+) -> DecodeState:
+    """Prefill prompts `int32[B, T]`, padded on the left, behind a prefix (leading axis P) where there is one, into the
+    rows from `row` on of a state for prompts of `width` tokens, and generate a first token after each.
 
-    members: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it.
+    candidates: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it.
     """
     own = tokens.shape[1]
-    plain = columns_of(own, first, own - first)
-    before = 0 if prefix is None else prefix.width
-    columns = Columns(before + plain.positions, plain.branches)
+    own_layout = padded_layout(own, left_pad, own - left_pad)
+    prefix_length = 0 if prefix is None else prefix.width
+    layout = SequenceLayout(prefix_length + own_layout.positions, own_layout.segment_ids)
 
-    def read(member: Any, prefix: Cache | None) -> tuple[jax.Array, Cache]:
-        model = source_of(member)
-        hidden, cache = forward(config, model, tokens, columns, prefix=prefix, keep_cache=True)
+    def read(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
+        model = model_of(candidate)
+        hidden, cache = forward(config, model, tokens, layout, prefix=prefix, return_kv=True)
         assert cache is not None
         return _greedy(config, model, hidden[:, -1]), cache
 
-    def put(there: jax.Array, fresh: jax.Array, *at: jax.Array | int) -> jax.Array:
-        return jax.lax.dynamic_update_slice(there, fresh.astype(there.dtype), at)
+    def put(old: jax.Array, fresh: jax.Array, *at: jax.Array | int) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), at)
 
-    token, fresh = _each(read, members, prefix)
-    done, column = _among(token, stop), width - own
+    token, fresh = vmap_population(read, candidates, prefix)
+    done, column = is_stop(token, stop), width - own
     cache = tuple(
-        Cache(
-            put(kept.keys, fresh.keys[:, i], 0, 0, row, 0, column),
-            put(kept.values, fresh.values[:, i], 0, 0, row, column, 0),
+        KVCache(
+            put(accepted.keys, fresh.keys[:, i], 0, 0, row, 0, column),
+            put(accepted.values, fresh.values[:, i], 0, 0, row, column, 0),
         )
-        for i, kept in enumerate(writing.cache)
+        for i, accepted in enumerate(state.cache)
     )
-    return Writing(
-        put(writing.tokens, jnp.where(done, ENDED, token)[..., None], 0, row, 0),
-        put(writing.made, jnp.where(done, 0, 1), 0, row),
+    return DecodeState(
+        put(state.tokens, jnp.where(done, PAD_ID, token)[..., None], 0, row, 0),
+        put(state.num_generated, jnp.where(done, 0, 1), 0, row),
         cache,
-        put(writing.first, jnp.broadcast_to(first + column, token.shape), 0, row),
-        put(writing.done, done | (writing.tokens.shape[-1] == 1), 0, row),
+        put(state.left_pad, jnp.broadcast_to(left_pad + column, token.shape), 0, row),
+        put(state.done, done | (state.tokens.shape[-1] == 1), 0, row),
     )
 
 
-def continue_(
+def decode(
     config: DecoderConfig,
-    source_of: Writer,
-    members: Any,
-    writing: Writing,
-    passes: int,
-    window: int,
+    model_of: DecodeModel,
+    candidates: Any,
+    state: DecodeState,
+    steps: int,
+    step_tokens: int,
     stop: tuple[int, ...],
     prompts: jax.Array,
-    seen: jax.Array,
-    prefix: Cache | None = None,
-) -> Writing:
-    """Up to `passes` further passes, each of which writes 1 to `window` tokens of every sequence; `BROKEN` where logits
-    are not finite. prompts: int32[B, T], as they were read; seen: int32[B, M], any texts that the continuations are
-    likely to have parts of, negative where there is none."""
-    width, new = prompts.shape[1], writing.tokens.shape[-1]
+    lookup_corpus: jax.Array,
+    prefix: KVCache | None = None,
+) -> DecodeState:
+    """Up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every sequence; `NONFINITE_ID` where
+    logits are not finite. prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], any texts that the
+    continuations are likely to have parts of, negative where there is none."""
+    width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
-    first = writing.first[0]
+    left_pad = state.left_pad[0]
     # A population of one goes without its axis: the compiler would copy every cache to put it on and take it off.
-    alone = writing.made.shape[0] == 1
-    given_all = (members, writing, prefix)
-    members, writing, prefix = jax.tree.map(lambda leaf: leaf[0], given_all) if alone else given_all
+    single = state.num_generated.shape[0] == 1
+    arguments = (candidates, state, prefix)
+    candidates, state, prefix = jax.tree.map(lambda leaf: leaf[0], arguments) if single else arguments
 
     def unfinished(carry: Any) -> jax.Array:
-        number, writing = carry
-        return (number < passes) & ~writing.done.all()
+        number, state = carry
+        return (number < steps) & ~state.done.all()
 
     def body(carry: Any) -> Any:
-        number, writing = carry
-        # Without guesses all that still write stand in one column: the caches are then written in place.
-        together = width + jnp.max(jnp.where(writing.done, 0, writing.made)) - 1 if window == 1 else None
+        number, state = carry
+        # Without draft tokens all running sequences end in one column: the caches are then updated in place.
+        shared_column = width + jnp.max(jnp.where(state.done, 0, state.num_generated)) - 1 if step_tokens == 1 else None
 
-        def further(
-            member: Any, cache: tuple[Cache, ...], tokens: jax.Array, made: jax.Array, prefix: Cache | None
-        ) -> tuple[jax.Array, jax.Array, tuple[Cache, ...]]:
-            model = source_of(member)
-            text = jnp.concatenate([seen, prompts, tokens], axis=1)
-            column = width + made - 1
-            given = look_up_next(text, seen.shape[1] + column, window)
-            hidden, cache = step(config, model, cache, column if together is None else together, given, first, prefix)
-            return given, _greedy(config, model, hidden), cache
+        def verify_step(
+            candidate: Any,
+            cache: tuple[KVCache, ...],
+            tokens: jax.Array,
+            num_generated: jax.Array,
+            prefix: KVCache | None,
+        ) -> tuple[jax.Array, jax.Array, tuple[KVCache, ...]]:
+            model = model_of(candidate)
+            context = jnp.concatenate([lookup_corpus, prompts, tokens], axis=1)
+            column = width + num_generated - 1
+            draft = prompt_lookup_draft(context, lookup_corpus.shape[1] + column, step_tokens)
+            hidden, cache = decode_step(
+                config, model, cache, column if shared_column is None else shared_column, draft, left_pad, prefix
+            )
+            return draft, _greedy(config, model, hidden), cache
 
-        run = further if alone else jax.vmap(further)
-        given, found, cache = run(members, writing.cache, writing.tokens, writing.made, prefix)
-        # What follows the last token is right, and what follows a token that was guessed rightly.
-        right = jnp.cumprod(found[..., :-1] == given[..., 1:], axis=-1).sum(axis=-1) + 1
-        stops = _among(found, stop)
-        ends = jnp.where(stops.any(axis=-1), jnp.argmax(stops, axis=-1), window)
-        kept = jnp.where(writing.done, 0, jnp.minimum(jnp.minimum(right, ends), new - writing.made))
-        place = jnp.arange(new) - writing.made[..., None]
-        fresh = jnp.take_along_axis(found, jnp.clip(place, 0, window - 1), axis=-1)
-        tokens = jnp.where((place >= 0) & (place < kept[..., None]), fresh, writing.tokens)
-        made = writing.made + kept
-        done = writing.done | (ends < right) | (made >= new)
-        return number + 1, Writing(tokens, made, cache, writing.first, done)
+        run = verify_step if single else jax.vmap(verify_step)
+        draft, target, cache = run(candidates, state.cache, state.tokens, state.num_generated, prefix)
+        # The target after the last token is right, and so is the one after a draft token that was.
+        num_accepted = jnp.cumprod(target[..., :-1] == draft[..., 1:], axis=-1).sum(axis=-1) + 1
+        stops = is_stop(target, stop)
+        ends = jnp.where(stops.any(axis=-1), jnp.argmax(stops, axis=-1), step_tokens)
+        accepted = jnp.where(state.done, 0, jnp.minimum(jnp.minimum(num_accepted, ends), new - state.num_generated))
+        offset = jnp.arange(new) - state.num_generated[..., None]
+        fresh = jnp.take_along_axis(target, jnp.clip(offset, 0, step_tokens - 1), axis=-1)
+        tokens = jnp.where((offset >= 0) & (offset < accepted[..., None]), fresh, state.tokens)
+        num_generated = state.num_generated + accepted
+        done = state.done | (ends < num_accepted) | (num_generated >= new)
+        return number + 1, DecodeState(tokens, num_generated, cache, state.left_pad, done)
 
-    writing = jax.lax.while_loop(unfinished, body, (jnp.int32(0), writing))[1]
-    return jax.tree.map(lambda leaf: leaf[None], writing) if alone else writing
+    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    return jax.tree.map(lambda leaf: leaf[None], state) if single else state
 
 
-def look_up_next(text: jax.Array, last: jax.Array, window: int) -> jax.Array:
-    """The tokens in column `last: int32[B]` of texts `int32[B, M]`, and a guess at the `window - 1` that follow them:
-    what follows the place before it whose last `LOOK` tokens are most like the text's; of equals, the latest."""
-    columns = jnp.arange(text.shape[1])
-    alike = jnp.ones(text.shape, bool)
-    length = jnp.zeros(text.shape, jnp.int32)
-    for back in range(LOOK):
-        token = jnp.take_along_axis(text, jnp.maximum(last - back, 0)[:, None], axis=1)
-        alike &= (jnp.roll(text, back, axis=1) == token) & (columns >= back)
-        length += alike
+def prompt_lookup_draft(context: jax.Array, last: jax.Array, step_tokens: int) -> jax.Array:
+    """The tokens in column `last: int32[B]` of contexts `int32[B, M]`, and `step_tokens - 1` draft tokens behind them:
+    what follows the earlier place whose last `NGRAM` tokens match the context's best; of equals, the latest."""
+    columns = jnp.arange(context.shape[1])
+    matches = jnp.ones(context.shape, bool)
+    length = jnp.zeros(context.shape, jnp.int32)
+    for back in range(NGRAM):
+        token = jnp.take_along_axis(context, jnp.maximum(last - back, 0)[:, None], axis=1)
+        matches &= (jnp.roll(context, back, axis=1) == token) & (columns >= back)
+        length += matches
     earlier = columns < last[:, None]
-    best = jnp.argmax(jnp.where(earlier, length * text.shape[1] + columns, -1), axis=1)
-    follows = jnp.take_along_axis(text, best[:, None] + jnp.arange(window), axis=1, mode="clip")
-    own = jnp.take_along_axis(text, last[:, None], axis=1)
+    best = jnp.argmax(jnp.where(earlier, length * context.shape[1] + columns, -1), axis=1)
+    follows = jnp.take_along_axis(context, best[:, None] + jnp.arange(step_tokens), axis=1, mode="clip")
+    own = jnp.take_along_axis(context, last[:, None], axis=1)
     return jnp.concatenate([own, follows[:, 1:]], axis=1)
 
 
-def _each(function: Callable[..., Any], *members: Any) -> Any:
-    """`function` for every member of the population."""
-    if jax.tree.leaves(members)[0].shape[0] > 1:
-        return jax.vmap(function)(*members)
-    # A population axis of one would make batched products of plain ones, which are slower.
-    return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], members)))
+def vmap_population(function: Callable[..., Any], *candidates: Any) -> Any:
+    """`function` of every candidate: vmap over the leading axis."""
+    if jax.tree.leaves(candidates)[0].shape[0] > 1:
+        return jax.vmap(function)(*candidates)
+    # A population axis of one would make batched matmuls of plain ones, which are slower.
+    return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], candidates)))
 
 
-def _among(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
-    return (tokens[..., None] == jnp.asarray(stop or (ENDED,), jnp.int32)).any(-1)
+def is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
+    return (tokens[..., None] == jnp.asarray(stop or (PAD_ID,), jnp.int32)).any(-1)
 
 
-def _greedy(config: DecoderConfig, model: Stored | Apart, hidden: jax.Array) -> jax.Array:
-    best, most = likeliest(config, model, hidden)
-    # What is found is finite only where all are, but for minus infinities.
-    return jnp.where(jnp.isfinite(most), best, BROKEN)
+def _greedy(config: DecoderConfig, model: StackedWeights | UnstackedWeights, hidden: jax.Array) -> jax.Array:
+    best, max_logit = greedy_token(config, model, hidden)
+    # The maximum is finite only where all logits are, but for minus infinities.
+    return jnp.where(jnp.isfinite(max_logit), best, NONFINITE_ID)

@@ -1,9 +1,10 @@
-"""Layer paths: a candidate that is a walk through the layers of all parents. May import models' other files.
+"""Layer paths: a candidate that is a walk through the layers of all parents.
 
 Letters: M layers of all parents in series, T steps of a path, K parents. A path visits layers in any order, any number
-of times, and scales the hidden state by a positive number before each. The decoder runs the *folded* form: behind an
-RMSNorm a scale only shows in how much a layer adds, so that dividing a layer's `o` and `down` (biases too) by the
-product of the scales up to it is the same model (up to the norms' epsilon), and an ordinary one.
+of times, and scales the hidden state by a positive number before each. Behind an RMSNorm a scale only shows in how much
+a layer adds to the residual stream, so the scales are folded into the weights: each layer's `o` and `down` (biases too)
+are multiplied by one over the product of the scales up to it. That is the same model (up to the norms' epsilon), and an
+ordinary one.
 """
 
 from dataclasses import dataclass, replace
@@ -16,26 +17,33 @@ import numpy as np
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Columns, Weights, prefix_columns, rotary_of, run_layer
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.decoder import (
+    SequenceLayout,
+    Weights,
+    decoder_block,
+    prefill_attention,
+    prefix_layout,
+    rope_tables,
+)
+from evojax_merge.models.sources import StackedWeights
 
-# What a layer adds to the residual stream goes through these.
-WRITERS = ("o", "down", "o_bias", "down_bias")
+# The projections (and their biases) that write to the residual stream.
+RESIDUAL_OUTPUTS = ("o", "down", "o_bias", "down_bias")
 
 
 @dataclass(frozen=True)
-class Path:
+class LayerPath:
     """layers: which of the M layers, step by step; scales: positive, what the state is multiplied by before each.
 
-    `ends`: the parent whose embedding, final norm and head the path has.
+    `embedding_parent`: the parent whose embedding, final norm and head the path has.
     """
 
     layers: tuple[int, ...]
     scales: tuple[float, ...]
-    ends: int = 0
+    embedding_parent: int = 0
 
-    def folds(self) -> np.ndarray:
-        """What each step's `o` and `down` are multiplied by, float32[T]: one over the running product of scales."""
+    def residual_scales(self) -> np.ndarray:
+        """What each layer's `o` and `down` are multiplied by, float32[T]: one over the running product of scales."""
         return (1.0 / np.cumprod(np.asarray(self.scales, np.float64))).astype(np.float32)
 
 
@@ -66,89 +74,96 @@ class PathBank:
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
     def rounded(self, x: jax.Array) -> jax.Array:
-        """As it would be written, in the dtype that is computed in."""
+        """Rounded to the export dtype, in the compute dtype."""
         return x.astype(jnp.dtype(self.export_dtype)).astype(jnp.dtype(self.compute_dtype))
 
-    def folded(self, index: jax.Array, fold: jax.Array) -> Weights:
-        """Layer `index` with what it adds multiplied by `fold`."""
+    def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
+        """Layer `index` with what it adds multiplied by `scale`."""
         return {
-            name: self.rounded(fold * leaf[index].astype(jnp.float32) if name in WRITERS else leaf[index])
+            name: self.rounded(scale * leaf[index].astype(jnp.float32) if name in RESIDUAL_OUTPUTS else leaf[index])
             for name, leaf in self.layers.items()
         }
 
 
-def ends_of(bank: PathBank, parent: int) -> Stored:
-    """What comes before and after the layers, of one parent, rounded as it would be written: a model without layers."""
+def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
+    """One parent's embedding, final norm and LM head, rounded as they would be exported: a model without layers."""
     dtype = jnp.dtype(bank.export_dtype)
-    return Stored({}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype)
+    return StackedWeights(
+        {}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype
+    )
 
 
 @struct.dataclass
-class State:
-    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the header before them, if there is
-    one."""
+class Activations:
+    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the shared prefix before them, if there
+    is one."""
 
     rows: jax.Array
-    header: jax.Array | None
+    shared_prefix: jax.Array | None
 
 
 @jax.jit
-def begin(source: Stored, tokens: jax.Array, header: jax.Array | None) -> State:
-    """Before the first layer. header: int32[1, H]."""
-    return State(source.embed(tokens), None if header is None else source.embed(header))
+def embed_batch(source: StackedWeights, tokens: jax.Array, shared_prefix: jax.Array | None) -> Activations:
+    """The activations before the first layer. shared_prefix: int32[1, H]."""
+    return Activations(source.embed(tokens), None if shared_prefix is None else source.embed(shared_prefix))
 
 
 @partial(jax.jit, static_argnums=0)
-def advance(
+def run_layers(
     config: DecoderConfig,
     bank: PathBank,
-    state: State,
-    columns: Columns,
+    state: Activations,
+    layout: SequenceLayout,
     layers: jax.Array,
-    folds: jax.Array,
+    residual_scales: jax.Array,
     count: jax.Array,
-) -> State:
-    """`count` steps further: layers `int32[S]` and folds `float32[S]`, of which the first `count` are taken.
+) -> Activations:
+    """Run `count` layers: layers `int32[S]` and residual scales `float32[S]`, of which the first `count` are taken.
 
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
     and a step gives the same bits in whichever part of a path it is taken.
     """
-    rotary = rotary_of(config, columns)
+    rope = rope_tables(config, layout)
 
-    def step(i: jax.Array, state: State) -> State:
-        weights, window = bank.folded(layers[i], folds[i]), bank.windows[layers[i]]
-        header, prefix = state.header, None
-        if header is not None:
-            before = prefix_columns(header.shape[1])
-            header, kept = run_layer(config, weights, header, rotary_of(config, before), window, before)
-            prefix = (kept[0][:, 0], kept[1][:, 0])
-        rows, _ = run_layer(config, weights, state.rows, rotary, window, columns, prefix)
-        return State(rows, header)
+    def step(i: jax.Array, state: Activations) -> Activations:
+        weights, window = bank.scaled_layer(layers[i], residual_scales[i]), bank.windows[layers[i]]
+        shared_prefix, prefix = state.shared_prefix, None
+        if shared_prefix is not None:
+            before = prefix_layout(shared_prefix.shape[1])
+            attend = prefill_attention(window, before)
+            shared_prefix, kv = decoder_block(config, weights, shared_prefix, rope_tables(config, before), attend)
+            prefix = (kv[0][:, 0], kv[1][:, 0])
+        rows, _ = decoder_block(config, weights, state.rows, rope, prefill_attention(window, layout, prefix))
+        return Activations(rows, shared_prefix)
 
     return jax.lax.fori_loop(0, count, step, state)
 
 
-def fold(bank: PathBank, path: Path, config: DecoderConfig, steps: int | None = None) -> tuple[Stored, DecoderConfig]:
-    """The path as a stored model in the export dtype, and its config; filled up to `steps` with layers that add
-    nothing."""
+def materialise_path(
+    bank: PathBank, path: LayerPath, config: DecoderConfig, steps: int | None = None
+) -> tuple[StackedWeights, DecoderConfig]:
+    """The path as stacked weights in the export dtype, and its config; padded to `steps` with layers that add nothing
+    to the residual stream."""
     layers = list(path.layers)
-    folds = np.concatenate([path.folds(), np.zeros((steps or len(layers)) - len(layers), np.float32)])
-    layers += [layers[0]] * (len(folds) - len(layers))
-    stacked = _fold_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(folds))
+    residual_scales = np.concatenate(
+        [path.residual_scales(), np.zeros((steps or len(layers)) - len(layers), np.float32)]
+    )
+    layers += [layers[0]] * (len(residual_scales) - len(layers))
+    stacked = _scale_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
     windows = np.asarray(bank.windows)
-    model = Stored(stacked, ends_of(bank, path.ends).shared, bank.compute_dtype)
+    model = StackedWeights(stacked, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype)
     return model, replace(config, layers=len(layers), windows=tuple(int(windows[m]) for m in layers))
 
 
 @jax.jit
-def _fold_layers(bank: PathBank, layers: jax.Array, folds: jax.Array) -> Weights:
+def _scale_layers(bank: PathBank, layers: jax.Array, residual_scales: jax.Array) -> Weights:
     def one(step: Any) -> Weights:
-        index, fold = step
+        index, scale = step
         return {
-            name: (fold * leaf[index].astype(jnp.float32) if name in WRITERS else leaf[index]).astype(
+            name: (scale * leaf[index].astype(jnp.float32) if name in RESIDUAL_OUTPUTS else leaf[index]).astype(
                 jnp.dtype(bank.export_dtype)
             )
             for name, leaf in bank.layers.items()
         }
 
-    return jax.lax.map(one, (layers, folds))
+    return jax.lax.map(one, (layers, residual_scales))

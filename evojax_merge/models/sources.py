@@ -1,8 +1,8 @@
-"""Layer sources: where the decoder's weights come from. May import merge_kernels and models.bank.
+"""Layer sources: where the decoder's weights come from.
 
-`Stored` slices a model that exists; `Merged` computes each layer from the bank and a recipe when the scan asks for
-it, so that a candidate never exists as a whole; `materialise` turns the second into the first for decoding, where
-every token would redo the merge.
+`StackedWeights` and `UnstackedWeights` are models that exist in memory. `LazyMerge` merges each layer from the bank and
+a recipe when the scan asks for it, so that a candidate never exists as a whole; `materialise` turns it into stacked
+weights for decoding, where every token would redo the merge.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from evojax_merge.models.decoder import Weights
 Slices = tuple[jax.Array, jax.Array | None]
 
 
-class _Whole:
-    """What sources of a model that exists have in common."""
+class _MaterialisedWeights:
+    """What stacked and unstacked weights have in common."""
 
     shared: Weights
     compute_dtype: str
 
     @property
-    def ahead(self) -> bool:
+    def prefetch(self) -> bool:
         return False
 
     def _cast(self, x: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ class _Whole:
     def final_norm(self) -> jax.Array:
         return self._cast(self.shared["final_norm"])
 
-    def head_slices(self, start: jax.Array | int, rows: int) -> jax.Array:
+    def lm_head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(self.shared.get("head", self.shared["embed"]), start, rows)
 
     def head(self, slices: jax.Array) -> jax.Array:
@@ -51,8 +51,9 @@ class _Whole:
 
 
 @struct.dataclass
-class Stored(_Whole):
-    """A stored model. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is untied)."""
+class StackedWeights(_MaterialisedWeights):
+    """A model with its layers stacked. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is
+    untied)."""
 
     layers: Weights
     shared: Weights
@@ -62,26 +63,26 @@ class Stored(_Whole):
         depth = len(next(iter(self.layers.values())))
         return [self.layer({name: leaf[i] for name, leaf in self.layers.items()}) for i in range(depth)]
 
-    def apart(self) -> "Apart":
-        """The same, its layers in arrays of their own."""
-        return Apart(tuple(self.each_layer()), self.shared, self.compute_dtype)
+    def unstack(self) -> "UnstackedWeights":
+        """The same weights, each layer in arrays of its own."""
+        return UnstackedWeights(tuple(self.each_layer()), self.shared, self.compute_dtype)
 
 
 @struct.dataclass
-class Apart(_Whole):
-    """A stored model whose layers lie apart, for a decoder that takes them one by one."""
+class UnstackedWeights(_MaterialisedWeights):
+    """A model with each layer in arrays of its own, which a decode step takes one by one without copying."""
 
-    each: tuple[Weights, ...]
+    per_layer: tuple[Weights, ...]
     shared: Weights
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
     def each_layer(self) -> list[Weights]:
-        return list(self.each)
+        return list(self.per_layer)
 
 
 @struct.dataclass
-class Merged:
-    """The merge of `bank` by `recipe`, computed as it is asked for, rounded to the export dtype. Made by `merge_of`.
+class LazyMerge:
+    """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
 
     statistics: what the recipe's densities find in the bank's tables, of layers and of shared leaves: leaf ->
     statistic -> `[L, …]` and `[…]`.
@@ -97,39 +98,39 @@ class Merged:
     @property
     def layers(self) -> Any:
         bank = self.bank
-        return bank.layers, bank.layer_scores, self.layer_statistics, self.recipe.layers
+        return bank.layers, bank.layer_keep_keys, self.layer_statistics, self.recipe.layers
 
     @property
-    def ahead(self) -> bool:
+    def prefetch(self) -> bool:
         # An accelerator's compiler makes as fast code of a merge that picks its layer itself. Random numbers would take
         # the memory of another layer.
-        return jax.default_backend() == "cpu" and not self.bank.layer_scores
+        return jax.default_backend() == "cpu" and not self.bank.layer_keep_keys
 
     def layer(self, slice_: Any) -> Weights:
-        return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.exported_layer(slice_).items()}
+        return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.merge_layer(slice_).items()}
 
-    def exported_layer(self, slice_: Any) -> Weights:
-        """One layer's weights as they would be written."""
-        leaves, scores, statistics, parameters = slice_
+    def merge_layer(self, slice_: Any) -> Weights:
+        """One layer's weights, rounded to the export dtype."""
+        leaves, keep_keys, statistics, parameters = slice_
         component = self.bank.component_of
         return {
-            name: self._merge(leaf, scores.get(name), statistics.get(name, {}), _pick(parameters, component[name]))
+            name: self._merge(leaf, keep_keys.get(name), statistics.get(name, {}), _pick(parameters, component[name]))
             for name, leaf in leaves.items()
         }
 
     def _merge(
-        self, sources: jax.Array, scores: jax.Array | None, statistics: Parameters, parameters: Parameters
+        self, sources: jax.Array, keep_keys: jax.Array | None, statistics: Parameters, parameters: Parameters
     ) -> jax.Array:
         spec = self.spec
-        numbers = () if scores is None else tuple(scores)
+        numbers = () if keep_keys is None else tuple(keep_keys)
         with jax.named_scope("merge"):
             merged = combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
         """A shared leaf's sources and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
-        scores = self.bank.shared_scores.get(name)
-        return rows(self.bank.shared[name]), None if scores is None else rows(scores)
+        keep_keys = self.bank.shared_keep_keys.get(name)
+        return rows(self.bank.shared[name]), None if keep_keys is None else rows(keep_keys)
 
     def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
         return self._merge(*slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
@@ -145,21 +146,21 @@ class Merged:
     def _head(self) -> str:
         return "head" if "head" in self.bank.shared else "embed"
 
-    def head_slices(self, start: jax.Array | int, rows: int) -> Slices:
+    def lm_head_rows(self, start: jax.Array | int, rows: int) -> Slices:
         return self._shared(self._head, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
 
     def head(self, slices: Slices) -> jax.Array:
         return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))
 
-    def materialise(self) -> Stored:
+    def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype."""
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
-        layers = jax.vmap(self.exported_layer)(self.layers)
+        layers = jax.vmap(self.merge_layer)(self.layers)
         shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
-        return Stored(layers, shared, self.compute_dtype)
+        return StackedWeights(layers, shared, self.compute_dtype)
 
 
-def merge_of(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> Merged:
+def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> LazyMerge:
     """The merge of `bank` by `recipe`. Its statistics are looked up here, not where a layer is merged: the compiler
     would fuse the look-up into the merge and do it anew for every entry of the weights."""
     component = bank.component_of
@@ -173,7 +174,7 @@ def merge_of(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "
     shared = {
         name: dict(look_up(spec.method, table, recipe.shared[name])) for name, table in bank.shared_tables.items()
     }
-    return Merged(bank, recipe, layers, shared, spec, compute_dtype)
+    return LazyMerge(bank, recipe, layers, shared, spec, compute_dtype)
 
 
 def _pick(parameters: Parameters, component: int) -> Parameters:

@@ -1,1 +1,1 @@
-"""Tables, plots and model cards of a run. May import every room but cli; changes nothing."""
+"""Tables, plots and model cards of a run."""

@@ -1,4 +1,4 @@
-"""Model cards: what was merged, how, with which scores. May import search and report.tables."""
+"""Model cards: what was merged, how, with which scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import yaml
 
 from evojax_merge.report.paths import path_lines, path_picture
 from evojax_merge.report.tables import markdown_table
-from evojax_merge.search.setup import Problem
+from evojax_merge.search.setup import SearchProblem
 from evojax_merge.search.winner import Result
 from evojax_merge.spaces.parameter import ParameterSpace
 
@@ -30,7 +30,7 @@ def merge_card(name: str, method: str, models: Sequence[str], recipe: str) -> st
     )
 
 
-def search_card(name: str, problem: Problem, result: Result, recipe: str) -> str:
+def search_card(name: str, problem: SearchProblem, result: Result, recipe: str) -> str:
     """The card of a search's winner."""
     search = problem.search
     tasks = "\n".join(
@@ -51,14 +51,15 @@ def search_card(name: str, problem: Problem, result: Result, recipe: str) -> str
     )
 
 
-def _dimensions(problem: Problem) -> str:
+def _dimensions(problem: SearchProblem) -> str:
     space = problem.space
     if isinstance(space, ParameterSpace):
-        return f"{space.dims} parameters ({', '.join(axis.name for axis in space.axes)}; {len(space.groups)} groups)"
+        names = ", ".join(parameter.name for parameter in space.search_parameters)
+        return f"{space.dims} parameters ({names}; {len(space.groups)} groups)"
     return f"{space.dims} numbers that say which layers follow each other"
 
 
-def _path_section(problem: Problem, result: Result) -> str:
+def _path_section(problem: SearchProblem, result: Result) -> str:
     """Which layers come from where, in words and as a picture."""
     if result.path is None:
         return ""

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.errors import cannot_write
-from evojax_merge.models.paths import Path as LayerPath
-from evojax_merge.models.paths import PathSpec
+from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.report.paths import parent_names
-from evojax_merge.search.setup import Problem
+from evojax_merge.search.setup import SearchProblem
 from evojax_merge.search.winner import Result
 
 
-def draw(problem: Problem, result: Result, history: list[dict[str, Any]], path: Path) -> None:
+def draw(problem: SearchProblem, result: Result, history: list[dict[str, Any]], path: Path) -> None:
     """Draw the run's picture to `path` (PNG)."""
     import matplotlib
 
@@ -25,21 +24,21 @@ def draw(problem: Problem, result: Result, history: list[dict[str, Any]], path: 
         _draw(plt, problem, result, history, path)
 
 
-def _draw(plt: Any, problem: Problem, result: Result, history: list[dict[str, Any]], path: Path) -> None:
+def _draw(plt: Any, problem: SearchProblem, result: Result, history: list[dict[str, Any]], path: Path) -> None:
     names = list(result.values)
     if result.path is not None:
-        figure, axes = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, squeeze=False)
-        _draw_history(axes[0, 0], history, result)
-        _draw_path(axes[0, 1], problem, result.path)
+        figure, search_parameters = plt.subplots(1, 2, figsize=(13, 5), constrained_layout=True, squeeze=False)
+        _draw_history(search_parameters[0, 0], history, result)
+        _draw_path(search_parameters[0, 1], problem, result.path)
         _save(figure, path)
         return
-    figure, axes = plt.subplots(
+    figure, search_parameters = plt.subplots(
         1, 1 + len(names), figsize=(5.5 + 3.4 * len(names), max(4.0, 0.24 * len(result.groups))), squeeze=False,
         constrained_layout=True, width_ratios=[1.6] + [1.0] * len(names),
     )  # fmt: skip
-    _draw_history(axes[0, 0], history, result)
+    _draw_history(search_parameters[0, 0], history, result)
     parents = [parent.name for parent in problem.parents]
-    for axis, name in zip(axes[0, 1:], names, strict=True):
+    for axis, name in zip(search_parameters[0, 1:], names, strict=True):
         _draw_parameter(figure, axis, name, result.values[name], result.groups, parents)
     _save(figure, path)
 
@@ -58,7 +57,7 @@ def _save(figure: Any, path: Path) -> None:
         work.unlink(missing_ok=True)
 
 
-def _draw_path(axis: Any, problem: Problem, path: LayerPath) -> None:
+def _draw_path(axis: Any, problem: SearchProblem, path: LayerPath) -> None:
     """Layer index against step, coloured by parent; above each step what it adds, where that is not all of it."""
     assert isinstance(problem.spec, PathSpec)
     origins = [problem.spec.origins[layer] for layer in path.layers]
@@ -66,7 +65,7 @@ def _draw_path(axis: Any, problem: Problem, path: LayerPath) -> None:
         steps = [step for step, (k, _) in enumerate(origins) if k == parent]
         axis.scatter(steps, [origins[step][1] for step in steps], s=28, label=name)
     axis.plot(range(len(origins)), [index for _, index in origins], color="grey", linewidth=0.6, zorder=0)
-    for step, ((_, index), fold) in enumerate(zip(origins, path.folds(), strict=True)):
+    for step, ((_, index), fold) in enumerate(zip(origins, path.residual_scales(), strict=True)):
         if abs(fold - 1) >= 5e-4:
             axis.annotate(f"{fold:.2f}", (step, index), xytext=(0, 6), textcoords="offset points", fontsize="x-small")
     axis.set(xlabel="step", ylabel="layer of its parent", title="Path of the winner")

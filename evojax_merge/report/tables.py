@@ -1,4 +1,4 @@
-"""The held-out table, for the terminal and for Markdown. May import search.winner."""
+"""The held-out table, for the terminal and for Markdown."""
 
 from collections.abc import Sequence
 
@@ -21,10 +21,16 @@ def terminal_table(rows: Sequence[Row], title: str) -> Table:
         table.add_column(Text(column), justify="right")
     for row in rows:
         style = "bold" if row.role == "winner" else ""
-        label = row.name if row.role in ("winner", "uniform") else f"{row.role} {row.name}"
+        label = row.name if _says_its_role(row) else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
         table.add_row(Text(label), f"{row.fitness:.4f}", *numbers, style=style)
     return table
+
+
+def _says_its_role(row: Row) -> bool:
+    """Whether the name needs no role before it: `evolved ties`, a model that is called `base`, or one of several that
+    are compared."""
+    return row.role in ("winner", "uniform", "model", row.name)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
@@ -32,7 +38,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     lines = [f"| model | {' | '.join(map(_cell, columns))} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         numbers = [row.fitness, *(row.scores[column] for column in columns[1:])]
-        label = row.name if row.role in ("winner", "uniform") else f"{row.role} `{row.name}`"
+        label = row.name if _says_its_role(row) else f"{row.role} `{row.name}`"
         lines.append(f"| {_cell(label)} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
     return "\n".join(lines)
 

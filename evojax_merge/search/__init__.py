@@ -1,1 +1,1 @@
-"""Strategies, the generation loop, the run folder. May import every room but report and cli."""
+"""Strategies, the generation loop, the run folder."""

@@ -1,8 +1,8 @@
-"""The generation loop: ask, evaluate, tell, save. May import every room but report and cli.
+"""The generation loop: ask, evaluate, tell, save.
 
-A run is a function of its config: every generation draws from a key that depends on the seed and the generation
-alone, and the state after each generation is saved, so that a run that was killed and resumed writes the same
-history and finds the same winner as one that was not.
+A run is a function of its config: the random key of a generation depends on the seed and the generation's number alone,
+and the state after each generation is saved, so that a run that was killed and resumed writes the same history and
+finds the same winner as one that was not.
 """
 
 import time
@@ -16,12 +16,10 @@ import numpy as np
 from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.devices import float_bytes
-from evojax_merge.evaluation.evaluator import Scores, fitness, shares
-from evojax_merge.evaluation.signals import warnings
-from evojax_merge.interrupts import interrupts_held
-from evojax_merge.search.foresight import WINDOW, Known
-from evojax_merge.search.racing import Raced, describe_rungs, knowing_nothing, race, race_passes, turn
+from evojax_merge.evaluation.devices import tree_nbytes
+from evojax_merge.evaluation.diagnostics import warnings
+from evojax_merge.evaluation.evaluator import Scores, fitness, task_weights
+from evojax_merge.interrupts import defer_signals
 from evojax_merge.search.run_folder import (
     KEPT_CHECKPOINTS,
     Checkpoints,
@@ -33,6 +31,15 @@ from evojax_merge.search.run_folder import (
 )
 from evojax_merge.search.scorers import Scorer, Space
 from evojax_merge.search.strategy import Strategy, default_population, make_strategy
+from evojax_merge.search.successive_halving import (
+    HalvingResult,
+    describe_rungs,
+    halving_passes,
+    init_surrogate,
+    shard_order,
+    successive_halving,
+)
+from evojax_merge.search.surrogate import HISTORY, SurrogateData
 from evojax_merge.tasks.function import FunctionTask
 from evojax_merge.tasks.task import Task
 
@@ -66,60 +73,60 @@ class Reporter:
     def evaluating(self, generation: int, passes: int) -> None: ...
     def advanced(self, passes: int) -> None: ...
     def finished(self, generation: Generation) -> None: ...
-    def said(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
 
 def run_search(
     config: SearchConfig,
     seed: int,
     space: Space,
-    blocks: Sequence[Scorer],
+    shards: Sequence[Scorer],
     folder: RunFolder,
     reporter: Reporter,
-    writes: bool = True,
+    is_main_process: bool = True,
 ) -> Outcome:
-    """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `blocks`:
-    a scorer for each block of examples that a race is over; one scores every candidate on everything. `writes`: whether
-    this is the process that writes the run folder; all of them save checkpoints together. Raises Failed in the
-    generation in which every candidate fails."""
+    """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `shards`:
+    a scorer for each shard of the examples; with one, every candidate is scored on everything.
+    `is_main_process`: whether this is the process that writes the run folder; all of them save checkpoints together.
+    Raises Failed in the generation in which every candidate fails."""
     population = config.population or default_population(space.dims)
     strategy = make_strategy(space.dims, population, config.sigma, seed)
-    reporter.said(
-        f"{strategy.name}: {space.dims} dimensions, population {population}, {config.generations} generations"
-    )
-    if len(blocks) > 1:
-        reporter.said(describe_rungs(blocks, population))
+    reporter.log(f"{strategy.name}: {space.dims} dimensions, population {population}, {config.generations} generations")
+    if len(shards) > 1:
+        reporter.log(describe_rungs(shards, population))
     with Checkpoints(folder) as checkpoints:
-        state = _fresh_state(strategy, space.start, config.finalists, knowing_nothing(blocks, space.dims))
-        saved, first, history = checkpoints.restore(reporter.said), 0, ""
+        state = _init_state(strategy, space.start, config.finalists, init_surrogate(shards, space.dims))
+        saved, first, history = checkpoints.restore(reporter.log), 0, ""
         if saved is not None:
             state, first, history = saved.state(state), saved.generations, saved.history
             if first >= config.generations:
-                reporter.said(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-        if writes:
-            restore_history(folder, history, reporter.said)
+                reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
+        if is_main_process:
+            restore_history(folder, history, reporter.log)
             restore_timing(folder, first)
         for number in range(first, config.generations):
             interrupts.check()
-            genomes, asked = strategy.ask(state["strategy"], number)
-            order = turn(len(blocks), seed, number)
-            reporter.evaluating(number, race_passes(blocks, order, population))
+            genomes, state_after_ask = strategy.ask(state["strategy"], number)
+            order = shard_order(len(shards), seed, number)
+            reporter.evaluating(number, halving_passes(shards, order, population))
             started = time.perf_counter()
-            raced = race(blocks, order, np.asarray(genomes), Known(**state["known"]), reporter.advanced)
+            halved = successive_halving(
+                shards, order, np.asarray(genomes), SurrogateData(**state["known"]), reporter.advanced
+            )
             seconds = time.perf_counter() - started
-            if not np.isfinite(raced.fitness).any():
-                raise Failed(_all_failed(number, population, blocks[order[0]].tasks, raced.first, folder))
+            if not np.isfinite(halved.fitness).any():
+                raise Failed(_all_failed(number, population, shards[order[0]].tasks, halved.first, folder))
             if number == 0:
-                for line in warnings(blocks[order[0]].tasks, raced.first):
-                    reporter.said(line)
-            state = _next_state(strategy, asked, number, genomes, raced, state)
-            row = _history_row(number, raced, state)
+                for line in warnings(shards[order[0]].tasks, halved.first):
+                    reporter.log(line)
+            state = _next_state(strategy, state_after_ask, number, genomes, halved, state)
+            row = _history_row(number, halved, state)
             timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
             line = to_line(row)
             history += line
-            with interrupts_held():
+            with defer_signals():
                 checkpoints.save(number + 1, state, history)
-                if writes:
+                if is_main_process:
                     append_line(folder.history, line)
                     append_line(folder.timing, to_line(timing))
             reporter.finished(
@@ -150,7 +157,7 @@ def _all_failed(number: int, population: int, tasks: Sequence[Task], scores: Sco
 
 def first_failed(tasks: Sequence[Task], scores: Scores) -> Task:
     """The first task of the fitness for which no candidate's scores are finite, else for which one's are not."""
-    rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in shares(tasks)]
+    rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in task_weights(tasks)]
     return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda row: row[1].sum())[0])
 
 
@@ -169,12 +176,12 @@ def run_bytes(config: SearchConfig, space: Space, examples: int) -> int:
     written while the others are kept, and the history."""
     population = config.population or default_population(space.dims)
     state = jax.eval_shape(make_strategy(space.dims, population, config.sigma, 0).init, space.start)
-    arrays = 4 * WINDOW * (space.dims + examples) + 4 * config.finalists * space.dims + float_bytes(state)
+    arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
     history = config.generations * (400 + 45 * population)
     return (KEPT_CHECKPOINTS + 1) * (arrays + history) + 2 * history + 2**20
 
 
-def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Known) -> dict[str, Any]:
+def _init_state(strategy: Strategy, start: np.ndarray, archive: int, known: SurrogateData) -> dict[str, Any]:
     return {
         "strategy": strategy.init(start),
         "genomes": np.zeros((archive, start.size), np.float32),
@@ -184,17 +191,22 @@ def _fresh_state(strategy: Strategy, start: np.ndarray, archive: int, known: Kno
 
 
 def _next_state(
-    strategy: Strategy, asked: Any, number: int, genomes: jax.Array, raced: Raced, state: dict[str, Any]
+    strategy: Strategy,
+    state_after_ask: Any,
+    number: int,
+    genomes: jax.Array,
+    halved: HalvingResult,
+    state: dict[str, Any],
 ) -> dict[str, Any]:
     # A mean over fewer examples says too little to stand in the archive.
-    every = np.concatenate([state["fitness"], np.where(raced.complete, raced.fitness, -np.inf)])
+    every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # Stable: of equals, the one that was found first stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
     return {
-        "strategy": strategy.tell(asked, number, genomes, raced.standing),
+        "strategy": strategy.tell(state_after_ask, number, genomes, halved.predicted),
         "genomes": np.concatenate([state["genomes"], np.asarray(genomes)])[best],
         "fitness": every[best],
-        "known": vars(raced.known),
+        "known": vars(halved.surrogate),
     }
 
 
@@ -203,11 +215,11 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _history_row(number: int, raced: Raced, state: dict[str, Any]) -> dict[str, Any]:
+def _history_row(number: int, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
     """`fitness` is each candidate's mean over as many `examples`; `best` and `scores_of_best` are of those that met
     all of them, `mean` and `worst` of all."""
-    values = raced.fitness
-    finite, complete = values[np.isfinite(values)], values[raced.complete]
+    values = halved.fitness
+    finite, complete = values[np.isfinite(values)], values[halved.complete]
     return {
         "generation": number,
         "best": _number(complete.max()) if complete.size else None,
@@ -217,9 +229,9 @@ def _history_row(number: int, raced: Raced, state: dict[str, Any]) -> dict[str, 
         "sigma": float(state["strategy"].std),
         "evaluations": (number + 1) * len(values),
         "failed": int(len(values) - finite.size),
-        "scores_of_best": {name: _number(value) for name, value in raced.scores_of_best.items()},
+        "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
         "fitness": [_number(value) for value in values],
-        "examples": raced.examples.tolist(),
+        "examples": halved.examples.tolist(),
     }
 
 

@@ -1,4 +1,4 @@
-"""mergekit-evolve's YAML -> a config of ours. May import config, errors and checkpoints.architectures.
+"""mergekit-evolve's YAML -> a config of ours.
 
 Every key has its meaning here or is refused by name. What its command line says (budget, population, sigma, seed) is
 said under `search:` and `seed:`, which may stand in the same file: mergekit-evolve passes over keys it does not know.
@@ -107,10 +107,10 @@ def from_mergekit_evolve(path: Path, document: dict[str, Any]) -> dict[str, Any]
 def _space(path: Path, genome: Genome) -> tuple[dict[str, Any], str | None, list[str]]:
     """The space, the base that task vectors are taken from, and the parents."""
     method, base, parents = genome.merge_method, genome.base_model, list(genome.models)
-    based = method in ("task_arithmetic", "ties", "dare_ties")
-    if based and base is None:
+    has_base = method in ("task_arithmetic", "ties", "dare_ties")
+    if has_base and base is None:
         raise InputError(path, f"genome.base_model: missing; {method} takes task vectors from a base model")
-    if not based:
+    if not has_base:
         if base is not None and base not in parents:
             raise InputError(path, f"genome.base_model: {method} has no base; add it to models to merge it as well")
         base = None

@@ -1,7 +1,4 @@
-"""A task of the config -> its search split and its held-out split.
-
-May import config, tasks, zoo and checkpoints.folder.
-"""
+"""A task of the config -> its search split and its held-out split."""
 
 import json
 import os
@@ -16,7 +13,7 @@ from evojax_merge.checkpoints.folder import resolve
 from evojax_merge.config import FunctionConfig, GsmConfig, HarnessConfig, TaskConfig, TextConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.tasks.function import METRIC, FunctionTask, load_function
-from evojax_merge.tasks.gsm import STYLES, GsmTask, Problem, first_worked, is_test_set, read_problem, style_of
+from evojax_merge.tasks.gsm import STYLES, GsmTask, WordProblem, first_worked, is_test_set, read_problem, style_of
 from evojax_merge.tasks.harness import HarnessTask, is_benchmark, open_harness
 from evojax_merge.tasks.harness import Options as HarnessOptions
 from evojax_merge.tasks.language import check_language
@@ -30,22 +27,22 @@ from evojax_merge.tasks.text import METRICS, Fields, Kind, TextTask, extract_ans
 PROBED = 50
 
 
-def locate(where: object, reference: str, relative_to: Path) -> Path:
+def resolve_reference(where: object, reference: str, relative_to: Path) -> Path:
     """A model folder or data file: a path, a hub id, or `zoo:name` from the demo family, which is made on demand.
     `where` says in messages who names it."""
     if reference.startswith("zoo:"):
-        from evojax_merge.zoo import locate as locate_in_zoo
+        from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
         try:
-            return locate_in_zoo(reference)
+            return resolve_in_zoo(reference)
         except InputError as error:
             raise InputError(where, str(error)) from None
     return resolve(where, reference, relative_to)
 
 
-def locate_file(where: str, reference: str, relative_to: Path) -> Path:
+def resolve_file(where: str, reference: str, relative_to: Path) -> Path:
     if reference.startswith("zoo:"):
-        return locate(where, reference, relative_to)
+        return resolve_reference(where, reference, relative_to)
     for path in (Path(reference).expanduser(), relative_to / reference):
         # Not the path's own method, which raises for a name that no file can have.
         if os.path.exists(path):
@@ -92,7 +89,7 @@ def split_task(task: Task, share: float, seed: int) -> tuple[Task, Task]:
     """The search split, and a random `share` of the examples that the search never sees; the same for a seed."""
     order = np.random.default_rng([seed, task.size]).permutation(task.size)
     count = min(max(1, round(share * task.size)), task.size - 1)
-    return task.part(sorted(order[count:].tolist())), task.part(sorted(order[:count].tolist()))
+    return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
 
 
 def _text_task(where: str, config: TextConfig, source: str | None, folder: Path) -> TextTask:
@@ -101,7 +98,7 @@ def _text_task(where: str, config: TextConfig, source: str | None, folder: Path)
         raise InputError(where, f"metric: {metric!r}; {config.kind} has {', '.join(METRICS[config.kind])}")
     fields = _fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
     _check_stop(where, config.stop)
-    file = locate_file(f"{where}.file" if source is None else f"{where}.heldout", source or config.file, folder)
+    file = resolve_file(f"{where}.file" if source is None else f"{where}.heldout", source or config.file, folder)
     task = TextTask(
         config.name, config.kind, metric, config.weight, str(file), tuple(read_examples(file, config.kind, fields)),
         config.pattern, config.max_new_tokens, tuple(config.stop),
@@ -147,16 +144,16 @@ def _gsm_task(where: str, config: GsmConfig, source: str | None, folder: Path) -
 
     def read(key: str, reference: str) -> Source:
         named = is_file_name(reference)
-        return read_source(locate_file(f"{where}.{key}", reference, folder) if named else reference)
+        return read_source(resolve_file(f"{where}.{key}", reference, folder) if named else reference)
 
     scored = read("source", config.source) if source is None else read("heldout", source)
     files = scored.files
-    shots: tuple[Problem, ...] = ()
+    fewshot_examples: tuple[WordProblem, ...] = ()
     if config.num_fewshot:
         key = "source" if config.fewshot_source is None else "fewshot_source"
         shown = read(key, config.fewshot_source or config.source)
         files += tuple(file for file in shown.files if file not in files)
-        shots = first_worked(f"{where}.num_fewshot", shown, config.num_fewshot)
+        fewshot_examples = first_worked(f"{where}.num_fewshot", shown, config.num_fewshot)
     style = STYLES[config.style or style_of(scored.records, config.language)]
     style = replace(
         style,
@@ -168,21 +165,21 @@ def _gsm_task(where: str, config: GsmConfig, source: str | None, folder: Path) -
     for key, text in (("prompt", style.prompt), ("system_instruction", config.system_instruction)):
         _check_characters(f"{where}.{key}", text or "")
     # A problem whose answer is shown is none, wherever it comes from.
-    seen = {shot.question for shot in shots}
+    seen = {shot.question for shot in fewshot_examples}
     problems = tuple(p for p in map(read_problem, scored.records) if p.question not in seen)
     if not problems:
         raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
     samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
     check_pattern(where, style.strict, config.max_new_tokens, samples)
     return GsmTask(
-        config.name, config.weight, files, problems, style, config.match, shots, config.language,
+        config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens,
     )  # fmt: skip
 
 
 def _function_task(where: str, config: FunctionConfig, source: str | None, folder: Path) -> FunctionTask:
     function = load_function(f"{where}.function", config.function, config.gets, folder)
-    file = locate_file(f"{where}.file" if source is None else f"{where}.heldout", source or config.file, folder)
+    file = resolve_file(f"{where}.file" if source is None else f"{where}.heldout", source or config.file, folder)
     kind: Kind = "exact_match" if config.gets == "texts" else "likelihood"
     # What a right text is, the function knows: a record of texts needs no target, and this one is never read.
     target = "-" if config.gets == "texts" else config.target

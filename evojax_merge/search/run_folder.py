@@ -1,5 +1,4 @@
-"""The run folder: what a search leaves behind and continues from. May import errors, interrupts, config, checkpoints'
-writer and evaluation.devices.
+"""The run folder: what a search leaves behind and continues from.
 
 config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
@@ -40,9 +39,9 @@ import numpy as np
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.writer import atomic_write, recover
-from evojax_merge.errors import Failed, InputError, LostProcess, cannot_write
-from evojax_merge.evaluation.devices import in_step, wait_for_all
-from evojax_merge.interrupts import interrupts_held
+from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
+from evojax_merge.evaluation.devices import barrier, collective
+from evojax_merge.interrupts import defer_signals
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
@@ -511,14 +510,14 @@ class Checkpoints:
     def __init__(self, folder: RunFolder) -> None:
         import logging
 
-        with interrupts_held():
+        with defer_signals():
             from orbax.checkpoint import v1 as ocp
 
         # It reports what cannot be read at length; what matters is raised as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         policy = ocp.training.preservation_policies.LatestN(KEPT_CHECKPOINTS)
         self._folder = folder
-        with interrupts_held():
+        with defer_signals():
             self._checkpointer = ocp.training.Checkpointer(
                 folder.checkpoints.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
             )
@@ -529,13 +528,13 @@ class Checkpoints:
         return None if newest is None else newest.step
 
     def save(self, generations: int, state: Any, history: str) -> None:
-        """Every process has the same state, and all of them call this, with `interrupts_held`; one writes."""
+        """Every process has the same state, and all of them call this, with `defer_signals`; one writes."""
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history"] = np.frombuffer(history.encode(), np.uint8)
         try:
-            with in_step():
+            with collective():
                 self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
-        except LostProcess:
+        except PeerLostError:
             raise
         except Exception as error:
             text = " ".join(str(error).split())
@@ -566,11 +565,11 @@ class Checkpoints:
         if saved is None and self._folder.history.exists() and self._folder.history.stat().st_size:
             raise InputError(self._folder.path, f"has a history but no checkpoint to continue from; {again}")
         if damaged:
-            wait_for_all("read")
+            barrier("read")
             if jax.process_index() == 0:
                 for step in damaged:
                     _remove(self._folder.checkpoints / str(step))
-            wait_for_all("removed")
+            barrier("removed")
             self._checkpointer.reload()
             assert saved is not None
             say(
@@ -582,7 +581,7 @@ class Checkpoints:
     def _load(self, generations: int) -> Saved | None:
         """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it."""
         try:
-            with interrupts_held():
+            with defer_signals():
                 loaded = self._checkpointer.load_pytree(generations)
             arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
             if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
@@ -600,7 +599,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         # Closing is done together; it would wait for a process that has gone. It raises again what a save has raised.
-        if kind is not LostProcess:
+        if kind is not PeerLostError:
             with nullcontext() if kind is None else suppress(Exception):
                 self._checkpointer.close()
 

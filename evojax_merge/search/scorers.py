@@ -1,4 +1,4 @@
-"""What a search asks of a space and its evaluator: scores for genomes. May import every room but report and cli."""
+"""What a search asks of a space and its evaluator: scores for genomes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_bank, load_path_bank
+from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, Scores
 from evojax_merge.evaluation.paths import PathEvaluator
-from evojax_merge.evaluation.requests import Requests
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.search.setup import Problem
-from evojax_merge.spaces.data_flow import PathSpace
+from evojax_merge.search.setup import SearchProblem
+from evojax_merge.spaces.layer_path import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.tasks.task import Task
 
@@ -45,7 +45,7 @@ def score_shared(devices: Devices, genomes: np.ndarray, score: Callable[[np.ndar
     candidate of another process has none."""
     if devices.processes == 1:
         return score(genomes)
-    size, share = len(genomes), devices.share(len(genomes))
+    size, share = len(genomes), devices.local_indices(len(genomes))
     own = score(genomes[share])
     matrices = {
         task: {metric: devices.gather(matrix, size) for metric, matrix in metrics.items()}
@@ -115,41 +115,41 @@ def describe_work(scorers: Sequence[MergeScorer | PathScorer]) -> str:
     """One line on how the candidates of a search were scored."""
     paths = [scorer.evaluator for scorer in scorers if isinstance(scorer, PathScorer)]
     if paths:
-        done, asked = sum(path.computed for path in paths), sum(path.asked for path in paths)
+        done, asked = sum(path.steps_run for path in paths), sum(path.steps_requested for path in paths)
         saved = 0.0 if not asked else 1 - done / asked
-        distinct = {known for path in paths for known in path.known}
+        distinct = {known for path in paths for known in path.score_cache}
         return (
             f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
             f"{len(distinct):,} distinct paths"
         )
     merges = [scorer.evaluator for scorer in scorers if isinstance(scorer, MergeScorer)]
-    chunks = {chunk for evaluator in merges for chunk in evaluator.chosen.values()}
+    chunks = {chunk for evaluator in merges for chunk in evaluator.chunk_sizes.values()}
     return f"candidates per pass and device: {', '.join(map(str, sorted(chunks))) or 'none scored'}"
 
 
 def open_scorers(
-    problem: Problem,
-    requests: list[list[Requests]],
+    problem: SearchProblem,
+    batched_tasks: list[list[BatchedTask]],
     devices: Devices = ONE_DEVICE,
     progress: Progress = lambda done: None,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> list[MergeScorer] | list[PathScorer]:
-    """Load the bank, and score on each list of requests. `progress` is told the bytes that were loaded, `say` what went
+    """Load the bank, and score on each list of requests. `progress` is told the bytes that were loaded, `log` what went
     otherwise than planned."""
     settings = problem.config.evaluation
     # Their batches have the same shapes, and so what fits one fits all.
-    chosen: dict[Any, int] = {}
+    chunk_sizes: dict[Any, int] = {}
     evaluators = [
         Evaluator(
-            problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk, devices, say, chosen
+            problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk, devices, log, chunk_sizes
         )
-        for rows in requests
+        for rows in batched_tasks
     ]
     if isinstance(problem.spec, PathSpec):
         assert not isinstance(problem.space, ParameterSpace)
         paths = load_path_bank(problem.sources, problem.spec, settings.compute_dtype, progress)
         space = problem.space
-        return [PathScorer(PathEvaluator(evaluator, paths, space.longest), space) for evaluator in evaluators]
+        return [PathScorer(PathEvaluator(evaluator, paths, space.max_length), space) for evaluator in evaluators]
     assert isinstance(problem.space, ParameterSpace)
     bank = load_bank(problem.sources, problem.decoder, problem.spec, progress, devices.put)
     return [MergeScorer(evaluator, bank, problem.spec, problem.space) for evaluator in evaluators]

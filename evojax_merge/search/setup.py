@@ -1,4 +1,4 @@
-"""A config -> everything a search needs, checked before any long work. May import every room below search.
+"""A config -> everything a search needs, checked before any long work.
 
 What a user can get wrong is found here, cheapest first: the space, the task files, the parents' headers, their
 tokenizers, then the place to write.
@@ -29,18 +29,18 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks
 from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
-from evojax_merge.evaluation.requests import Requests, build_requests
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.search.axes import axes_of, find_method, options_of
 from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
-from evojax_merge.search.open_tasks import locate, open_task
-from evojax_merge.search.racing import cut, lengths
+from evojax_merge.search.open_tasks import open_task, resolve_reference
+from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategy import default_population
-from evojax_merge.spaces.data_flow import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
+from evojax_merge.search.successive_halving import example_lengths, stratified_shards
+from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
@@ -53,13 +53,13 @@ GENOME_COPIES = 6
 
 
 @dataclass(frozen=True)
-class Problem:
+class SearchProblem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
     `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
-    made of: the base first where the method needs one. `blocks` are the tasks on the examples that every generation is
-    scored on, in as many parts as a race needs; `full` on the whole search split, `heldout` on what the search never
-    sees.
+    made of: the base first where the method needs one. `shards` are the tasks on the examples that every generation is
+    scored on, in as many parts as successive halving needs; `full` on the whole search split, `heldout` on what the
+    search never sees.
     """
 
     config: Config
@@ -72,17 +72,18 @@ class Problem:
     space: ParameterSpace | PathSpace
     tokenizer: Any
     tokenizer_folder: Path
-    blocks: list[list[Task]]
+    shards: list[list[Task]]
     full: list[Task]
     heldout: list[Task]
     context: int
     stop: tuple[int, ...]
 
-    def requests(self) -> list[list[Requests]]:
-        """What is asked for each block of the searched tasks, for the full and for the held-out ones."""
-        splits = (*self.blocks, self.full, self.heldout)
+    def batched_tasks(self) -> list[list[BatchedTask]]:
+        """The batched tasks of each shard of the searched examples, of the whole search split and of the held-out
+        one."""
+        splits = (*self.shards, self.full, self.heldout)
         tokens = self.config.evaluation.tokens_per_batch
-        *searched, heldout = build_requests(splits, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
+        *searched, heldout = batch_tasks(splits, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
         return [*map(_weighted, searched), heldout]
 
     @property
@@ -114,7 +115,7 @@ def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Conf
     return config.model_copy(update=changes | {"parents": parents})
 
 
-def build_problem(path: Path, config: Config, *, chained: bool = False) -> Problem:
+def build_problem(path: Path, config: Config, *, chained: bool = False) -> SearchProblem:
     """Check everything and open the sources. `path` is the config's file: relative paths start there.
 
     `chained`: the first parent is the winner of the stage before, or stands for it.
@@ -123,24 +124,26 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
     _check_devices(where, config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
     tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
-    base = None if config.base is None else locate(f"{where}: base", config.base, folder)
-    parents = tuple(locate(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
+    base = None if config.base is None else resolve_reference(f"{where}: base", config.base, folder)
+    parents = tuple(
+        resolve_reference(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents)
+    )
     _check_distinct(where, base, parents[1:] if chained else parents)
-    based = method is not None and method.based(base is not None)
-    paths = [base, *parents] if base is not None and based else list(parents)
-    whose = None
+    has_base = method is not None and method.uses_base(base is not None)
+    paths = [base, *parents] if base is not None and has_base else list(parents)
+    tokenizer_dir = None
     if config.tokenizer_source is not None:
-        whose = (
+        tokenizer_dir = (
             base
             if config.tokenizer_source == "base"
-            else locate(f"{where}: tokenizer_source", config.tokenizer_source, folder)
+            else resolve_reference(f"{where}: tokenizer_source", config.tokenizer_source, folder)
         )
-        if whose is None or whose not in [base, *parents]:
+        if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
-    bystander = [base] if base is not None and base not in paths else []
-    opened = [*paths, *bystander]
-    choice = None if whose is None else TokenizerChoice(opened.index(whose))
+    unmerged_base = [base] if base is not None and base not in paths else []
+    opened = [*paths, *unmerged_base]
+    choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
     # Layers of a path may come from models of any depth.
     sources, configs = open_decoders(opened, choice) if method is None else _of_one_depth(opened, choice)
     _check_tokens(opened, sources)
@@ -152,10 +155,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
         space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
         spec = MergeSpec(
             method.name,
-            options_of(f"{where}: space", method, based, config.space.normalize, config.space.rescale),
+            options_of(f"{where}: space", method, has_base, config.space.normalize, config.space.rescale),
             config.seed,
             export_dtype,
-            tuple((name, values) for name, values in space.fixed if not method.parameter(name).searched),
+            tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
     else:
         assert config.data_flow is not None
@@ -165,10 +168,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
     # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
     for number in {0, 0 if config.data_flow is None else config.data_flow.ends}:
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
-    tokenizer_folder = whose or (base if base is not None else parents[0])
+    tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
     searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]
-    return Problem(
+    return SearchProblem(
         config=config,
         search=config.search,
         base=base,
@@ -179,10 +182,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Probl
         space=space,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
-        blocks=cut(
+        shards=stratified_shards(
             f"{where}: search.rungs",
             searched,
-            lambda task: lengths(task, tokenizer, context),
+            lambda task: example_lengths(task, tokenizer, context),
             config.search.rungs,
             config.seed,
         ),
@@ -225,9 +228,15 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     if config.max_layers is not None and config.max_layers < depths[0]:
         raise InputError(where, f"max_layers: {config.max_layers}; the first parent has {depths[0]} layers already")
     if config.form == "moves":
-        longest = config.max_layers or 2 * depths[0]
+        max_length = config.max_layers or 2 * depths[0]
         return MoveSpace(
-            depths, config.moves, min(config.window, depths[0]), bounds, config.scales != "none", longest, config.ends
+            depths,
+            config.moves,
+            min(config.window, depths[0]),
+            bounds,
+            config.scales != "none",
+            max_length,
+            config.ends,
         )
     places = sum(depths) * config.repetitions
     if places > MAX_PATH_LAYERS:
@@ -236,8 +245,8 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
             f"repetitions: {config.repetitions} times {sum(depths)} layers are paths of up to {places:,}; expected "
             f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
         )
-    longest = config.max_layers or places
-    return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, longest, config.ends)
+    max_length = config.max_layers or places
+    return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.ends)
 
 
 def _check_size(where: str, search: SearchConfig, dims: int) -> None:
@@ -291,7 +300,7 @@ def build_space(
             where,
             f"components: {config.components}; expected each of {', '.join(COMPONENTS)} once (join with +)",
         )
-    axes, fixed = axes_of(where, method, parents, config.parameters, config.fixed)
+    search_parameters, constants = search_parameters_of(where, method, parents, config.parameters, config.fixed)
     together = config.layers_per_group
     return ParameterSpace(
         method=method,
@@ -301,19 +310,19 @@ def build_space(
         names=COMPONENTS,
         components=groups,
         shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
-        axes=axes,
-        fixed=fixed,
+        search_parameters=search_parameters,
+        constants=constants,
         smooth=config.smooth,
     )
 
 
-def _weighted(requests: list[Requests]) -> list[Requests]:
+def _weighted(batched_tasks: list[BatchedTask]) -> list[BatchedTask]:
     """Those that are part of the fitness: a task of weight 0 is only shown in the held-out table."""
-    return [request for request in requests if request.task.weight > 0]
+    return [batched_task for batched_task in batched_tasks if batched_task.task.weight > 0]
 
 
 def _limited(task: Task, limit: int | None) -> Task:
-    return task if limit is None else task.part(range(min(limit, task.size)))
+    return task if limit is None else task.subset(range(min(limit, task.size)))
 
 
 def context_length(folders: Sequence[Folder]) -> int:
@@ -343,7 +352,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def resolved_document(problem: Problem) -> dict[str, Any]:
+def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     """The config as it is kept in the run folder: absolute paths, defaults filled in, and the hash of every file that
     scores depend on: weights, the models' configs, whatever makes their tokenizers and chat templates, data, functions.
     """

@@ -1,4 +1,4 @@
-"""The strategy: ask for a population of genomes, tell it their fitness. May import evosax and JAX.
+"""The strategy: ask for a population of genomes, tell it their fitness.
 
 Here, and only here, fitness changes its sign: evosax minimises.
 """

@@ -1,6 +1,4 @@
-"""From a search's outcome to the winner: re-scoring, the held-out table, the recipe, the model. May import every
-room but report and cli.
-"""
+"""From a search's outcome to the winner: re-scoring, the held-out table, the recipe, the model."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -19,13 +17,12 @@ from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.evaluator import fitness, means
-from evojax_merge.models.bank import MergeSpec, Recipe, candidate
-from evojax_merge.models.paths import Path as LayerPath
-from evojax_merge.models.paths import PathSpec
+from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
+from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.search.loop import Outcome, failure_hint, rescore
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.scorers import MergeScorer, PathScorer
-from evojax_merge.search.setup import Problem
+from evojax_merge.search.setup import SearchProblem
 from evojax_merge.search.strategy import default_population
 from evojax_merge.spaces.parameter import ParameterSpace, uniform_start
 from evojax_merge.tasks.task import Task
@@ -102,15 +99,15 @@ def model_name(path: Path) -> str:
 
 def uniform_genome(space: ParameterSpace) -> np.ndarray:
     """Equal weights 1/K; the other searched parameters where the search starts."""
-    values = {axis.name: np.asarray(axis.start) for axis in space.axes}
-    for axis in space.axes:
+    values = {axis.name: np.asarray(axis.start) for axis in space.search_parameters}
+    for axis in space.search_parameters:
         if axis.name == "weight":
             values["weight"] = np.clip(uniform_start(space.method, "weight", space.parents), axis.low, axis.high)
     return space.genome(values)
 
 
-def choose_winner(
-    problem: Problem,
+def select_best(
+    problem: SearchProblem,
     full: MergeScorer | PathScorer,
     heldout: MergeScorer | PathScorer,
     outcome: Outcome,
@@ -139,7 +136,7 @@ def choose_winner(
     return Result(best.genome, best.fitness, (label, baseline), rows, parameters, space.groups)
 
 
-def _no_winner(problem: Problem, tasks: Sequence[Task]) -> str:
+def _no_winner(problem: SearchProblem, tasks: Sequence[Task]) -> str:
     """Every generation had a candidate with finite scores, and none of them has on the whole search split."""
     search, metrics = problem.search, ", ".join(f"{task.name} ({task.metric})" for task in tasks)
     population = search.population or default_population(problem.space.dims)
@@ -151,7 +148,7 @@ def _no_winner(problem: Problem, tasks: Sequence[Task]) -> str:
 
 
 def _stored_row(
-    problem: Problem, role: str, path: Path, heldout: MergeScorer | PathScorer, progress: Callable[[int], None]
+    problem: SearchProblem, role: str, path: Path, heldout: MergeScorer | PathScorer, progress: Callable[[int], None]
 ) -> Row:
     """A stored model's held-out scores."""
     aligned = problem.sources.vocabulary is not None
@@ -164,18 +161,18 @@ def _stored_row(
     return Row(role, model_name(path), float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0])
 
 
-def passes_to_choose(problem: Problem, full: MergeScorer | PathScorer, heldout: MergeScorer | PathScorer) -> int:
-    """How many steps of progress `choose_winner` reports at most."""
+def passes_to_select(problem: SearchProblem, full: MergeScorer | PathScorer, heldout: MergeScorer | PathScorer) -> int:
+    """How many steps of progress `select_best` reports at most."""
     return full.passes(problem.search.finalists + 3) + heldout.passes(len(problem.models) + 2)
 
 
 def genome_recipe(space: ParameterSpace, genome: np.ndarray) -> Recipe:
     """The recipe of one genome, as NumPy arrays."""
     recipes = jax.jit(jax.vmap(space.recipe))(jnp.asarray(genome)[None])
-    return jax.tree.map(np.asarray, candidate(recipes, 0))
+    return jax.tree.map(np.asarray, take_candidate(recipes, 0))
 
 
-def recipe_text(problem: Problem, genome: np.ndarray) -> str:
+def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     """A genome's recipe as YAML, as `evojax-merge merge` and mergekit take it."""
     parents, space = [str(parent) for parent in problem.parents], problem.space
     if isinstance(space, ParameterSpace):

@@ -1,1 +1,1 @@
-"""Spaces: genome -> recipe, with bounds. May import models.bank and merge_kernels; knows no file and no task."""
+"""Spaces: genome -> recipe, with bounds."""

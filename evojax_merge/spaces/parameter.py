@@ -1,8 +1,8 @@
 """The parameter space: one genome is the parameters of a merge, per group of tensors and per parent.
 
-May import merge_kernels, models.bank and spaces.bounds. Groups are runs of `layers_per_group` layers times the
-component groups (attention, mlp, norm, or several together), then the embedding and, where it is untied, the head;
-the final norm goes with the norms of the last layers. A component group may name these too: they then go with it.
+Groups are runs of `layers_per_group` layers times the component groups (attention, mlp, norm, or several together),
+then the embedding and, where it is untied, the head; the final norm goes with the norms of the last layers. A component
+group may name these too: they then go with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from evojax_merge.spaces.bounds import from_unit, to_unit
 
 
 @dataclass(frozen=True)
-class Axis:
+class SearchParameter:
     """A searched parameter: its bounds and where the search starts (a value per parent, or one in a tuple)."""
 
     name: str
@@ -35,8 +35,8 @@ class GroupSpace:
     method: Method
     parents: int
     groups: tuple[str, ...]
-    axes: tuple[Axis, ...]
-    fixed: tuple[tuple[str, tuple[float, ...]], ...]
+    search_parameters: tuple[SearchParameter, ...]
+    constants: tuple[tuple[str, tuple[float, ...]], ...]
 
     def columns(self, name: str) -> int:
         return self.parents if self.method.parameter(name).per_parent else 1
@@ -44,25 +44,25 @@ class GroupSpace:
     @property
     def dims(self) -> int:
         """D, the length of a genome."""
-        return sum(len(self.groups) * self.columns(axis.name) for axis in self.axes)
+        return sum(len(self.groups) * self.columns(parameter_.name) for parameter_ in self.search_parameters)
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
         """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
         result, start = {}, 0
-        for axis in self.axes:
-            shape = (len(self.groups), self.columns(axis.name))
+        for parameter_ in self.search_parameters:
+            shape = (len(self.groups), self.columns(parameter_.name))
             block = genome[start : start + shape[0] * shape[1]].reshape(shape)
             start += shape[0] * shape[1]
-            values = axis.low + (axis.high - axis.low) * to_unit(block)
-            if self.method.parameter(axis.name).on_grid:
+            values = parameter_.low + (parameter_.high - parameter_.low) * to_unit(block)
+            if self.method.parameter(parameter_.name).quantised:
                 values = grid_index(values).astype(jnp.float32) / DENSITY_STEPS
-            result[axis.name] = values
+            result[parameter_.name] = values
         return result
 
     def parameters(self, genome: jax.Array) -> dict[str, jax.Array]:
         """All parameters, searched and fixed, as the kernels take them: name -> float32[groups, K] or [groups]."""
         values = self.values(genome)
-        for name, constants in self.fixed:
+        for name, constants in self.constants:
             rows = jnp.asarray(constants, jnp.float32)
             values[name] = jnp.broadcast_to(rows, (len(self.groups), self.columns(name)))
         return {
@@ -72,10 +72,10 @@ class GroupSpace:
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
         blocks = []
-        for axis in self.axes:
-            shape = (len(self.groups), self.columns(axis.name))
-            unit = (np.broadcast_to(np.asarray(values[axis.name], np.float64), shape) - axis.low) / (
-                axis.high - axis.low
+        for parameter_ in self.search_parameters:
+            shape = (len(self.groups), self.columns(parameter_.name))
+            unit = (np.broadcast_to(np.asarray(values[parameter_.name], np.float64), shape) - parameter_.low) / (
+                parameter_.high - parameter_.low
             )
             blocks.append(from_unit(unit).ravel())
         return np.concatenate(blocks).astype(np.float32) if blocks else np.zeros(0, np.float32)
@@ -83,7 +83,7 @@ class GroupSpace:
     @property
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
-        return self.genome({axis.name: np.asarray(axis.start) for axis in self.axes})
+        return self.genome({parameter_.name: np.asarray(parameter_.start) for parameter_ in self.search_parameters})
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,21 @@ class ParameterSpace:
     names: tuple[str, ...]
     components: tuple[tuple[str, ...], ...]
     shared: tuple[str, ...]
-    axes: tuple[Axis, ...]
-    fixed: tuple[tuple[str, tuple[float, ...]], ...]
+    search_parameters: tuple[SearchParameter, ...]
+    constants: tuple[tuple[str, tuple[float, ...]], ...]
     smooth: bool = False
 
     @cached_property
-    def layered(self) -> tuple[tuple[str, ...], ...]:
+    def layer_components(self) -> tuple[tuple[str, ...], ...]:
         """The component groups that every group of layers has."""
         return tuple(part for part in self.components if set(part) & set(self.names))
 
     @cached_property
-    def alone(self) -> tuple[tuple[str, ...], ...]:
+    def shared_components(self) -> tuple[tuple[str, ...], ...]:
         """The groups of shared leaves alone."""
         named = {name for part in self.components for name in part}
         together = [tuple(leaf for leaf in part if leaf in self.shared) for part in self.components
-                    if part not in self.layered]  # fmt: skip
+                    if part not in self.layer_components]  # fmt: skip
         others = [(leaf,) for leaf in self.shared if leaf not in named and leaf != "final_norm"]
         return tuple(part for part in [*together, *others] if part)
 
@@ -133,75 +133,79 @@ class ParameterSpace:
         for first in range(0, self.layers, self.layers_per_group):
             last = min(first + self.layers_per_group, self.layers) - 1
             span = f"layer {first}" if first == last else f"layers {first}-{last}"
-            names += [f"{span} {'+'.join(part)}" for part in self.layered]
-        return names + ["+".join(part) for part in self.alone]
+            names += [f"{span} {'+'.join(part)}" for part in self.layer_components]
+        return names + ["+".join(part) for part in self.shared_components]
 
     @cached_property
-    def parts(self) -> np.ndarray:
+    def component_ids(self) -> np.ndarray:
         """int[C]: the component group of each component."""
-        return np.array([next(i for i, part in enumerate(self.layered) if name in part) for name in self.names])
+        return np.array(
+            [next(i for i, part in enumerate(self.layer_components) if name in part) for name in self.names]
+        )
 
     @cached_property
     def shared_groups(self) -> dict[str, int]:
         """The group of each shared leaf."""
-        count = len(self.layered)
+        count = len(self.layer_components)
         last, first_alone = int(self.blocks[-1]) * count, (int(self.blocks[-1]) + 1) * count
-        groups = {leaf: first_alone + i for i, part in enumerate(self.alone) for leaf in part}
+        groups = {leaf: first_alone + i for i, part in enumerate(self.shared_components) for leaf in part}
         for leaf in self.shared:
             if leaf in groups:
                 continue
-            with_ = next((i for i, part in enumerate(self.layered) if leaf in part), None)
+            with_ = next((i for i, part in enumerate(self.layer_components) if leaf in part), None)
             if with_ is None:
-                groups[leaf] = last + int(self.parts[self.names.index("norm")])
+                groups[leaf] = last + int(self.component_ids[self.names.index("norm")])
             else:
                 groups[leaf] = with_ if self.smooth or leaf == "embed" else last + with_
         return groups
 
     @cached_property
-    def genes(self) -> GroupSpace:
-        return GroupSpace(self.method, self.parents, tuple(self.groups), self.axes, self.fixed)
+    def group_space(self) -> GroupSpace:
+        return GroupSpace(self.method, self.parents, tuple(self.groups), self.search_parameters, self.constants)
 
     @property
     def dims(self) -> int:
         """D, the length of a genome."""
-        return self.genes.dims
+        return self.group_space.dims
 
     def columns(self, name: str) -> int:
-        return self.genes.columns(name)
+        return self.group_space.columns(name)
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
         """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
-        return self.genes.values(genome)
+        return self.group_space.values(genome)
 
     def recipe(self, genome: jax.Array) -> Recipe:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
-        per_group, groups = self.genes.parameters(genome), self.shared_groups
+        per_group, groups = self.group_space.parameters(genome), self.shared_groups
         return Recipe(
-            layers={name: self._by_layer(name, block)[:, self.parts] for name, block in per_group.items()},
+            layers={name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()},
             shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
         )
 
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
         count = int(self.blocks[-1]) + 1
-        table = block[: count * len(self.layered)].reshape(count, len(self.layered), *block.shape[1:])
-        if not self.smooth or name not in [axis.name for axis in self.axes]:
+        table = block[: count * len(self.layer_components)].reshape(count, len(self.layer_components), *block.shape[1:])
+        if not self.smooth or name not in [parameter_.name for parameter_ in self.search_parameters]:
             return table[self.blocks]
         at = np.linspace(0.0, count - 1.0, self.layers) if self.layers > 1 else np.zeros(1)
         below = np.floor(at).astype(int)
         above = np.minimum(below + 1, count - 1)
         share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
         values = (1 - share) * table[below] + share * table[above]
-        return grid_index(values).astype(jnp.float32) / DENSITY_STEPS if self.method.parameter(name).on_grid else values
+        return (
+            grid_index(values).astype(jnp.float32) / DENSITY_STEPS if self.method.parameter(name).quantised else values
+        )
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
-        return self.genes.genome(values)
+        return self.group_space.genome(values)
 
     @property
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
-        return self.genes.start
+        return self.group_space.start
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:

@@ -1,10 +1,10 @@
-"""Rows of tokens -> a handful of array shapes. May import tasks.task.
+"""Batching: rows of tokens -> arrays of a handful of shapes.
 
-What rows share is laid out once. The *header* is the beginning that all rows of a task have in common (the few-shot
-examples, say): it is computed once per candidate, and the batches hold what follows it. Scored rows of one example (the
-choices of a question) become one *sheet*: their common beginning, and behind it each row's own tokens as a branch that
-sees the beginning and itself. Sheets are sorted by length and cut into few widths so that padding is least; inside a
-width all batches have one shape. The same batches serve every candidate of a run.
+What rows share is computed once. The *shared prefix* is the beginning that all rows of a task have in common (few-shot
+examples, say): it is prefilled once per candidate, and the batches hold what follows it. Scored rows of one example
+(the choices of a question) are packed into one row: their common prefix, and behind it each one's own tokens as a
+segment that attends to the prefix and to itself (tree attention). Packed rows are bucketed by length so that padding is
+least; inside a bucket all batches have one shape. The same batches serve every candidate of a run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,22 +16,22 @@ import numpy as np
 
 from evojax_merge.tasks.task import Row
 
-# Widths: as few as bring the padding below this share of the computed positions, between so few and so many.
+# Buckets: as few as bring the padding below this share of the computed positions, between so few and so many.
 PADDING = 0.15
 BUCKETS = (4, 8)
-# Of prompts: a width more compiles what reads them again, not what writes on.
+# Of prompts: a further bucket compiles their prefill once more, but not the decoding.
 PROMPT_PADDING = 0.1
 # Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
 LENGTH_STEP = 8
-# A shorter header is left in the rows: a pass of its own costs more.
-MIN_HEADER = 32
-# Marks columns that hold no token, and rows of a batch that hold no row.
-NOTHING = -1
+# A shorter shared prefix stays in the rows: prefilling it alone costs more.
+MIN_SHARED_PREFIX = 32
+# Padding: in segment_ids, and in a batch's row numbers.
+PAD = -1
 
 
 @dataclass(frozen=True)
-class Slot:
-    """One row of a sheet: its number, and its targets, each predicted at a column."""
+class ScoredSpan:
+    """A row inside a packed row: its number, its targets, and the column at which each target is predicted."""
 
     row: int
     columns: tuple[int, ...]
@@ -39,40 +39,41 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """Rows that are computed together. positions: of each token in its row, the header's tokens counted; branches: 0
-    for what all rows share, else whose it is."""
+class PackedRow:
+    """Rows that are computed together. positions: each token's position in its row, the shared prefix counted;
+    segment_ids: 0 for what all rows share, else the number of the row that it belongs to, from 1."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
-    branches: tuple[int, ...]
-    slots: tuple[Slot, ...]
+    segment_ids: tuple[int, ...]
+    spans: tuple[ScoredSpan, ...]
 
     @property
     def scored(self) -> int:
-        return sum(len(slot.columns) for slot in self.slots)
+        return sum(len(span.columns) for span in self.spans)
 
 
 @dataclass(frozen=True)
 class ScoringBatch:
-    """B sheets with R = B x C slots. tokens, positions, branches: int32[B, T], branch `NOTHING` for padding.
+    """B packed rows with R = B x C scored spans. tokens, positions, segment_ids: int32[B, T].
 
-    Scored are `targets: int32[Q]`, predicted at `at: int32[Q]`, a column of the flattened batch, where `mask: bool[Q]`;
-    `spread: int32[R, S]`: which of the Q are a slot's, Q where there is none. rows: int[R], which row a slot is.
+    Scored are `targets: int32[Q]`, predicted at `predict_at: int32[Q]`, columns of the flattened batch, where
+    `mask: bool[Q]`; `target_index: int32[R, S]`: which of the Q are a span's, Q where there is none. rows: int[R], the
+    number of each span's row.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    branches: np.ndarray
-    at: np.ndarray
+    segment_ids: np.ndarray
+    predict_at: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
-    spread: np.ndarray
+    target_index: np.ndarray
     rows: np.ndarray
 
 
 @dataclass(frozen=True)
-class Part:
+class PrefillGroup:
     """Rows `begin` to `end` of a batch of prompts; none of them is longer than `width`."""
 
     begin: int
@@ -82,23 +83,23 @@ class Part:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts that are read in parts of their own widths, and written on together. tokens: int32[B, T], padded at the
-    left; first: int32[B], the first real column; rows: int[B]."""
+    """Prompts that are prefilled in groups of their own widths and decoded together. tokens: int32[B, T], padded on the
+    left; left_pad: int32[B], the first real column; rows: int[B], each prompt's number."""
 
     tokens: np.ndarray
-    first: np.ndarray
+    left_pad: np.ndarray
     rows: np.ndarray
-    parts: tuple[Part, ...]
+    prefill_groups: tuple[PrefillGroup, ...]
 
-    def part(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        """A part's tokens `int32[b, width]`, and their first real columns `int32[b]`."""
+    def prefill_group(self, part: PrefillGroup) -> tuple[np.ndarray, np.ndarray]:
+        """A group's tokens `int32[b, width]`, and their first real columns `int32[b]`."""
         left = self.tokens.shape[1] - part.width
-        return self.tokens[part.begin : part.end, left:], self.first[part.begin : part.end] - left
+        return self.tokens[part.begin : part.end, left:], self.left_pad[part.begin : part.end] - left
 
     @property
-    def read(self) -> int:
-        """Token positions that are computed to read it."""
-        return sum((part.end - part.begin) * part.width for part in self.parts)
+    def prefill_tokens(self) -> int:
+        """Token positions that its prefill computes."""
+        return sum((part.end - part.begin) * part.width for part in self.prefill_groups)
 
 
 Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
@@ -106,38 +107,38 @@ Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
 
 @dataclass(frozen=True)
 class Batches(Generic[Batch]):
-    """header: int32[H], what stands before every row; tokens: how many a model would read for them one row after the
-    other."""
+    """shared_prefix: int32[H], the beginning of every row; tokens: how many a model would compute for the rows one by
+    one."""
 
-    header: np.ndarray
+    shared_prefix: np.ndarray
     batches: tuple[Batch, ...]
     tokens: int
 
     @property
     def computed(self) -> int:
         """Token positions that a candidate computes, padding included."""
-        return len(self.header) + sum(
-            batch.tokens.size if isinstance(batch, ScoringBatch) else batch.read for batch in self.batches
+        return len(self.shared_prefix) + sum(
+            batch.tokens.size if isinstance(batch, ScoringBatch) else batch.prefill_tokens for batch in self.batches
         )
 
     @property
     def padding(self) -> int:
         """How many of them are padding."""
         return sum(
-            int((batch.branches == NOTHING).sum()) if isinstance(batch, ScoringBatch) else _left_padding(batch)
+            int((batch.segment_ids == PAD).sum()) if isinstance(batch, ScoringBatch) else _left_padding(batch)
             for batch in self.batches
         )
 
 
 def _left_padding(batch: PromptBatch) -> int:
-    return batch.read - int((batch.tokens.shape[1] - batch.first[batch.rows != NOTHING]).sum())
+    return batch.prefill_tokens - int((batch.tokens.shape[1] - batch.left_pad[batch.rows != PAD]).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What rows share
 
 
-def common_beginning(rows: Sequence[tuple[int, ...]]) -> int:
+def common_prefix_length(rows: Sequence[tuple[int, ...]]) -> int:
     """How many tokens all of them begin with."""
     # Between the least and the greatest in order lie all others.
     low, high = min(rows), max(rows)
@@ -145,51 +146,53 @@ def common_beginning(rows: Sequence[tuple[int, ...]]) -> int:
     return next(same, min(len(low), len(high)))
 
 
-def header_length(rows: Sequence[Row]) -> int:
+def shared_prefix_length(rows: Sequence[Row]) -> int:
     """How much of their beginning all rows share; 0 where it would not pay. At least one token is left before the
     first target, so that whatever is predicted is predicted at a column of the row itself."""
     if len(rows) < 2:
         return 0
-    length = min(common_beginning([row.tokens for row in rows]), min(row.start for row in rows) - 1)
-    return length if length >= MIN_HEADER else 0
+    length = min(common_prefix_length([row.tokens for row in rows]), min(row.start for row in rows) - 1)
+    return length if length >= MIN_SHARED_PREFIX else 0
 
 
-def sheets_of(rows: Sequence[Row], header: int, pack: bool = True) -> list[Sheet]:
-    """Rows without their header, those of one example together; `pack` False: each alone."""
+def pack_rows(rows: Sequence[Row], shared_prefix: int, pack: bool = True) -> list[PackedRow]:
+    """Rows without their shared prefix, those of one example packed together; `pack` False: each alone."""
     numbered = list(enumerate(rows))
     if not pack:
-        return [_sheet([one], header) for one in numbered]
+        return [_packed_row([one], shared_prefix) for one in numbered]
     groups = [list(group) for _, group in groupby(numbered, key=lambda one: one[1].example)]
-    sheets = []
+    packed_rows = []
     for group in groups:
-        shared = _trunk(group, header)
-        sheets += [_sheet(group, header)] if shared else [_sheet([one], header) for one in group]
-    return sheets
+        shared = _example_prefix_length(group, shared_prefix)
+        packed_rows += (
+            [_packed_row(group, shared_prefix)] if shared else [_packed_row([one], shared_prefix) for one in group]
+        )
+    return packed_rows
 
 
-def _trunk(group: Sequence[tuple[int, Row]], header: int) -> int:
-    """How many tokens behind the header a group of rows shares, no target among them."""
+def _example_prefix_length(group: Sequence[tuple[int, Row]], shared_prefix: int) -> int:
+    """How many tokens behind the shared prefix a group of rows has in common, no target among them."""
     rows = [row for _, row in group]
     if len(rows) == 1:
-        return rows[0].start - header
-    return min(common_beginning([row.tokens for row in rows]), min(row.start for row in rows)) - header
+        return rows[0].start - shared_prefix
+    return min(common_prefix_length([row.tokens for row in rows]), min(row.start for row in rows)) - shared_prefix
 
 
-def _sheet(group: Sequence[tuple[int, Row]], header: int) -> Sheet:
-    trunk = _trunk(group, header)
-    tokens = list(group[0][1].tokens[header : header + trunk])
-    positions, branches, slots = list(range(header, header + trunk)), [0] * trunk, []
-    for branch, (number, row) in enumerate(group, start=1):
+def _packed_row(group: Sequence[tuple[int, Row]], shared_prefix: int) -> PackedRow:
+    example_prefix = _example_prefix_length(group, shared_prefix)
+    tokens = list(group[0][1].tokens[shared_prefix : shared_prefix + example_prefix])
+    positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + example_prefix)), [0] * example_prefix, []
+    for segment, (number, row) in enumerate(group, start=1):
         # The last token is only predicted.
-        own = row.tokens[header + trunk : -1]
+        own = row.tokens[shared_prefix + example_prefix : -1]
         # Token i of the row stands in this column.
-        columns = [*range(trunk), *range(len(tokens), len(tokens) + len(own))]
-        predicted_at = tuple(columns[i - header - 1] for i in range(row.start, len(row.tokens)))
-        slots.append(Slot(number, predicted_at, row.tokens[row.start :]))
+        columns = [*range(example_prefix), *range(len(tokens), len(tokens) + len(own))]
+        predicted_at = tuple(columns[i - shared_prefix - 1] for i in range(row.start, len(row.tokens)))
+        spans.append(ScoredSpan(number, predicted_at, row.tokens[row.start :]))
         tokens += own
-        positions += range(header + trunk, len(row.tokens) - 1)
-        branches += [branch] * len(own)
-    return Sheet(tuple(tokens), tuple(positions), tuple(branches), tuple(slots))
+        positions += range(shared_prefix + example_prefix, len(row.tokens) - 1)
+        segment_ids += [segment] * len(own)
+    return PackedRow(tuple(tokens), tuple(positions), tuple(segment_ids), tuple(spans))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,19 +238,19 @@ def batch_shapes(
     """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
     `tokens_per_batch` tokens and at most so many rows, of sizes that fill the batches of the first split best. As few
     widths as keep its padding below this share, or those that come nearest to it."""
-    everything, first = np.concatenate(splits), splits[0]
+    everything, left_pad = np.concatenate(splits), splits[0]
     tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
     found = []
     for buckets, step in tries:
         shapes, cells, above = [], 0, 0
         for width in bucket_widths(everything, buckets, step):
-            count = int(((first > above) & (first <= width)).sum())
+            count = int(((left_pad > above) & (left_pad <= width)).sum())
             most = min(max(1, tokens_per_batch // width), most_rows or max(1, count))
             shapes.append(Shape(above, width, _full_size(max(1, count), most)))
             cells += -(-count // shapes[-1].size) * shapes[-1].size * width
             above = width
         found.append((cells, shapes))
-        if cells * (1 - padding) <= first.sum():
+        if cells * (1 - padding) <= left_pad.sum():
             break
     return min(found, key=lambda one: one[0])[1]
 
@@ -273,27 +276,28 @@ def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Sha
 def scoring_batches(
     splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True
 ) -> list[Batches[ScoringBatch]]:
-    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no two rows in a sheet."""
-    header = header_length([row for rows in splits for row in rows])
-    sheets = [sheets_of(rows, header, pack) for rows in splits]
-    lengths = [np.array([len(sheet.tokens) for sheet in split]) for split in sheets]
+    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed
+    row."""
+    shared_prefix = shared_prefix_length([row for rows in splits for row in rows])
+    packed_rows = [pack_rows(rows, shared_prefix, pack) for rows in splits]
+    lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
     shapes = batch_shapes(lengths, tokens_per_batch, PADDING)
     groups = [
         [(shape, [split[i] for i in members]) for shape, members in _grouped(count, shapes)]
-        for split, count in zip(sheets, lengths, strict=True)
+        for split, count in zip(packed_rows, lengths, strict=True)
     ]
     together = [one for split in groups for one in split]
     limits = {
         shape: (
-            max(len(sheet.slots) for s, group in together if s == shape for sheet in group),
-            _step_up(max(sum(sheet.scored for sheet in group) for s, group in together if s == shape)),
-            max(len(slot.columns) for s, group in together if s == shape for sheet in group for slot in sheet.slots),
+            max(len(packed.spans) for s, group in together if s == shape for packed in group),
+            _step_up(max(sum(packed.scored for packed in group) for s, group in together if s == shape)),
+            max(len(span.columns) for s, group in together if s == shape for packed in group for span in packed.spans),
         )
         for shape in {shape for shape, _ in together}
     }
     return [
         Batches(
-            np.array(rows[0].tokens[:header], np.int32),
+            np.array(rows[0].tokens[:shared_prefix], np.int32),
             tuple(_scoring_batch(group, shape, *limits[shape]) for shape, group in split),
             sum(len(row.tokens) - 1 for row in rows),
         )
@@ -305,64 +309,64 @@ def _step_up(number: int) -> int:
     return -(-number // LENGTH_STEP) * LENGTH_STEP
 
 
-def _scoring_batch(group: Sequence[Sheet], shape: Shape, slots: int, scored: int, longest: int) -> ScoringBatch:
+def _scoring_batch(group: Sequence[PackedRow], shape: Shape, spans: int, scored: int, longest: int) -> ScoringBatch:
     batch = ScoringBatch(
         tokens=np.zeros((shape.size, shape.width), np.int32),
         positions=np.zeros((shape.size, shape.width), np.int32),
-        branches=np.full((shape.size, shape.width), NOTHING, np.int32),
-        at=np.zeros(scored, np.int32),
+        segment_ids=np.full((shape.size, shape.width), PAD, np.int32),
+        predict_at=np.zeros(scored, np.int32),
         targets=np.zeros(scored, np.int32),
         mask=np.zeros(scored, bool),
-        spread=np.full((shape.size * slots, longest), scored, np.int32),
-        rows=np.full(shape.size * slots, NOTHING, np.int64),
+        target_index=np.full((shape.size * spans, longest), scored, np.int32),
+        rows=np.full(shape.size * spans, PAD, np.int64),
     )
     filled = 0
-    for b, sheet in enumerate(group):
-        count = len(sheet.tokens)
-        batch.tokens[b, :count], batch.positions[b, :count] = sheet.tokens, sheet.positions
-        batch.branches[b, :count] = sheet.branches
-        for c, slot in enumerate(sheet.slots):
-            own = slice(filled, filled + len(slot.columns))
+    for b, packed in enumerate(group):
+        count = len(packed.tokens)
+        batch.tokens[b, :count], batch.positions[b, :count] = packed.tokens, packed.positions
+        batch.segment_ids[b, :count] = packed.segment_ids
+        for c, span in enumerate(packed.spans):
+            own = slice(filled, filled + len(span.columns))
             filled = own.stop
-            batch.at[own] = b * shape.width + np.array(slot.columns)
-            batch.targets[own], batch.mask[own] = slot.targets, True
-            batch.spread[b * slots + c, : len(slot.columns)] = range(own.start, own.stop)
-            batch.rows[b * slots + c] = slot.row
+            batch.predict_at[own] = b * shape.width + np.array(span.columns)
+            batch.targets[own], batch.mask[own] = span.targets, True
+            batch.target_index[b * spans + c, : len(span.columns)] = range(own.start, own.stop)
+            batch.rows[b * spans + c] = span.row
     return batch
 
 
 def prompt_batches(
     splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int
 ) -> list[Batches[PromptBatch]]:
-    """Rows of several splits of a task that are continued by `new` tokens, in batches of one shape: read in parts of
-    about `tokens_per_part` tokens, written in batches of about `tokens_per_batch`, the new ones counted."""
-    header = header_length([row for rows in splits for row in rows])
-    lengths = [np.array([len(row.tokens) - header for row in rows]) for rows in splits]
+    """Prompts of several splits of a task that are continued by `new` tokens, in batches of one shape: prefilled in
+    groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted."""
+    shared_prefix = shared_prefix_length([row for rows in splits for row in rows])
+    lengths = [np.array([len(row.tokens) - shared_prefix for row in rows]) for rows in splits]
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
     shapes = batch_shapes(lengths, tokens_per_part, PROMPT_PADDING, most)
-    parts = [list(_grouped(count, shapes)) for count in lengths]
+    prefill_groups = [list(_grouped(count, shapes)) for count in lengths]
     # As many rows as fill the first split's batches best.
     size = max(shape.size for shape in shapes)
-    while size < most and len(_packed(parts[0], size)) > len(_packed(parts[0], most)):
+    while size < most and len(_packed(prefill_groups[0], size)) > len(_packed(prefill_groups[0], most)):
         size += 1
     return [
         Batches(
-            np.array(rows[0].tokens[:header], np.int32),
-            tuple(_prompt_batch(rows, group, size, shapes[-1].width, header) for group in _packed(split, size)),
+            np.array(rows[0].tokens[:shared_prefix], np.int32),
+            tuple(_prompt_batch(rows, group, size, shapes[-1].width, shared_prefix) for group in _packed(split, size)),
             sum(len(row.tokens) for row in rows),
         )
-        for rows, split in zip(splits, parts, strict=True)
+        for rows, split in zip(splits, prefill_groups, strict=True)
     ]
 
 
-Read = tuple[Shape, np.ndarray]
+PromptGroup = tuple[Shape, np.ndarray]
 
 
-def _packed(parts: Sequence[Read], size: int) -> list[list[Read]]:
+def _packed(prefill_groups: Sequence[PromptGroup], size: int) -> list[list[PromptGroup]]:
     """Parts in groups of at most `size` rows, in their order."""
-    groups: list[list[Read]] = []
+    groups: list[list[PromptGroup]] = []
     room = 0
-    for shape, members in parts:
+    for shape, members in prefill_groups:
         if shape.size > room:
             groups.append([])
             room = size
@@ -371,19 +375,21 @@ def _packed(parts: Sequence[Read], size: int) -> list[list[Read]]:
     return groups
 
 
-def _prompt_batch(rows: Sequence[Row], group: Sequence[Read], size: int, width: int, header: int) -> PromptBatch:
+def _prompt_batch(
+    rows: Sequence[Row], group: Sequence[PromptGroup], size: int, width: int, shared_prefix: int
+) -> PromptBatch:
     batch = PromptBatch(
         tokens=np.zeros((size, width), np.int32),
-        first=np.full(size, width - 1, np.int32),
-        rows=np.full(size, NOTHING, np.int64),
-        parts=tuple(
-            Part(end - shape.size, end, shape.width)
+        left_pad=np.full(size, width - 1, np.int32),
+        rows=np.full(size, PAD, np.int64),
+        prefill_groups=tuple(
+            PrefillGroup(end - shape.size, end, shape.width)
             for (shape, _), end in zip(group, np.cumsum([shape.size for shape, _ in group]).tolist(), strict=True)
         ),
     )
-    for part, (_, members) in zip(batch.parts, group, strict=True):
+    for part, (_, members) in zip(batch.prefill_groups, group, strict=True):
         for b, r in enumerate(members, start=part.begin):
-            own = rows[r].tokens[header:]
+            own = rows[r].tokens[shared_prefix:]
             batch.tokens[b, width - len(own) :] = own
-            batch.first[b], batch.rows[b] = width - len(own), r
+            batch.left_pad[b], batch.rows[b] = width - len(own), r
     return batch

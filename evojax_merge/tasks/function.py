@@ -1,4 +1,4 @@
-"""Tasks that a user's own Python function scores. May import errors, tasks.task and tasks.text.
+"""Tasks that a user's own Python function scores.
 
 The function gets one of three things: the `texts` that a candidate writes, the `log_probabilities` of the targets,
 or, compiled into the scoring pass, each row's `logits`. What it must not be is wrong without a word: it is imported
@@ -27,8 +27,8 @@ import click
 import jax
 import numpy as np
 
-from evojax_merge.errors import InputError, LostProcess, did_you_mean
-from evojax_merge.tasks.task import Answers, Asked
+from evojax_merge.errors import InputError, PeerLostError, did_you_mean
+from evojax_merge.tasks.task import Responses, TaskRequests
 from evojax_merge.tasks.text import TextTask
 
 Gets = Literal["texts", "log_probabilities", "logits"]
@@ -40,7 +40,7 @@ ARGUMENTS: dict[Gets, tuple[str, ...]] = {
 }
 METRIC = "score"
 # What the command line takes for the end of the command, or for its user's mistake, when the program raises it.
-MEANT_FOR_THE_PROGRAM = (InputError, LostProcess, click.ClickException, click.Abort)
+MEANT_FOR_THE_PROGRAM = (InputError, PeerLostError, click.ClickException, click.Abort)
 # What ends or replaces a process at once; all others of the family go through these.
 ENDS = ("_exit", "execv", "execve")
 _OWN_ENDS = threading.RLock()
@@ -103,21 +103,21 @@ class FunctionTask:
     def size(self) -> int:
         return self.text.size
 
-    def part(self, examples: Sequence[int]) -> "FunctionTask":
-        return replace(self, text=self.text.part(examples), records=tuple(self.records[i] for i in examples))
+    def subset(self, examples: Sequence[int]) -> "FunctionTask":
+        return replace(self, text=self.text.subset(examples), records=tuple(self.records[i] for i in examples))
 
-    def ask(self, tokenizer: Any, context: int) -> Asked:
-        asked = self.text.ask(tokenizer, context)
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
+        requests = self.text.requests(tokenizer, context)
         if self.gets != "logits":
-            return asked
-        reduce = Traced(self.function)
-        _try_tracing(reduce, max(len(row.tokens) - row.start for row in asked.scored), len(tokenizer))
-        return replace(asked, reduce=reduce)
+            return requests
+        logits_fn = Traced(self.function)
+        _try_tracing(logits_fn, max(len(row.tokens) - row.start for row in requests.scored), len(tokenizer))
+        return replace(requests, logits_fn=logits_fn)
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.gets == "logits":
-            return {METRIC: answers.totals.astype(np.float32)}
-        given: Any = answers.texts if self.gets == "texts" else answers.totals
+            return {METRIC: responses.totals.astype(np.float32)}
+        given: Any = responses.texts if self.gets == "texts" else responses.totals
         return {METRIC: np.stack([self._scores_of(own) for own in given])}
 
     def _scores_of(self, own: Any) -> np.ndarray:
@@ -127,7 +127,7 @@ class FunctionTask:
         with users_code(self.function.reference):
             return checked(self.function, self.function.call(list(self.records), own), self.size)
 
-    def unanswered(self, texts: Sequence[str]) -> str | None:
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
         return None
 
 
@@ -219,12 +219,12 @@ def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _try_tracing(reduce: Traced, targets: int, vocabulary: int) -> None:
+def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
     """Trace the function before anything is compiled with it: what it raises comes now, and alone."""
     import jax.numpy as jnp
 
     jax.eval_shape(
-        reduce,
+        logits_fn,
         jax.ShapeDtypeStruct((targets, vocabulary), jnp.float32),
         jax.ShapeDtypeStruct((targets,), jnp.int32),
         jax.ShapeDtypeStruct((targets,), jnp.bool_),

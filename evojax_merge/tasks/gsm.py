@@ -1,5 +1,4 @@
-"""Worked problems with a number as answer, as in GSM8K and MGSM. May import errors, chat_templates, and tasks.language,
-.patterns, .records, .task and .text.
+"""Worked problems with a number as answer, as in GSM8K and MGSM.
 
 Prompts, the search for the answer in an output and its comparison are those of the lm-eval harness's tasks (0.4.13):
 `gsm8k`, `gsm8k_cot`, and, as `mgsm_ja`, its `mgsm_native_cot_ja`. Two answers are looked for: `strict` takes the one
@@ -21,7 +20,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.tasks.language import language_of
 from evojax_merge.tasks.patterns import find_all
 from evojax_merge.tasks.records import Record, Source
-from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
+from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
 from evojax_merge.tasks.text import encode_prompt
 
 Match = Literal["strict", "flexible"]
@@ -81,7 +80,7 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """`answer`: the worked answer, None where the data has none; `number`: the wanted number as it is written."""
 
     question: str
@@ -92,16 +91,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class GsmTask:
-    """A task (tasks.task) of worked problems. `shots`: the problems that are shown with their answers before every
-    question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with."""
+    """A task (tasks.task) of worked problems. `fewshot_examples`: the problems that are shown with their answers before
+    every question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with."""
 
     name: str
     weight: float
     files: tuple[Path, ...]
-    problems: tuple[Problem, ...]
+    problems: tuple[WordProblem, ...]
     style: Style
     match: Match
-    shots: tuple[Problem, ...] = ()
+    fewshot_examples: tuple[WordProblem, ...] = ()
     language: str | None = None
     chat: bool = False
     system: str | None = None
@@ -115,10 +114,10 @@ class GsmTask:
     def size(self) -> int:
         return len(self.problems)
 
-    def part(self, examples: Sequence[int]) -> "GsmTask":
+    def subset(self, examples: Sequence[int]) -> "GsmTask":
         return replace(self, problems=tuple(self.problems[i] for i in examples))
 
-    def ask(self, tokenizer: Any, context: int) -> Asked:
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         if self.chat and not tokenizer.chat_template:
             raise InputError(
                 f"task {self.name}",
@@ -128,19 +127,19 @@ class GsmTask:
         for number, problem in enumerate(self.problems):
             tokens = self._chat(tokenizer, problem) if self.chat else encode_prompt(tokenizer, self.prompt(problem))
             rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
-        return Asked((), tuple(rows), self.max_new_tokens, self.style.stop)
+        return TaskRequests((), tuple(rows), self.max_new_tokens, self.style.stop)
 
-    def prompt(self, problem: Problem) -> str:
+    def prompt(self, problem: WordProblem) -> str:
         """The text that a model continues with its answer."""
-        shown = (f"{put(self.style, shot)}{_after(self.style, shot)}\n\n" for shot in self.shots)
-        return "".join(shown) + put(self.style, problem)
+        shown = (f"{format_question(self.style, shot)}{_after(self.style, shot)}\n\n" for shot in self.fewshot_examples)
+        return "".join(shown) + format_question(self.style, problem)
 
-    def _chat(self, tokenizer: Any, problem: Problem) -> list[int]:
+    def _chat(self, tokenizer: Any, problem: WordProblem) -> list[int]:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for shot in self.shots:
-            turns.append({"role": "user", "content": put(self.style, shot)})
-            turns.append({"role": "assistant", "content": worked(self.style, shot)})
-        turns.append({"role": "user", "content": put(self.style, problem)})
+        for shot in self.fewshot_examples:
+            turns.append({"role": "user", "content": format_question(self.style, shot)})
+            turns.append({"role": "assistant", "content": format_solution(self.style, shot)})
+        turns.append({"role": "user", "content": format_question(self.style, problem)})
         try:
             text = render_chat(tokenizer, turns, add_generation_prompt=True)
         except ChatTemplateError as error:
@@ -151,17 +150,17 @@ class GsmTask:
         # Templates write the beginning of the sequence themselves.
         return token_ids(tokenizer, text, add_special_tokens=False)
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """`strict` and `flexible`: is the number right; `language`, where one is wanted: is the output in it;
         `accuracy`: all that is asked of an output. float32[P, N] each."""
         wanted = [comparable(self.style, problem.number) for problem in self.problems]
         # Candidates often agree: each distinct output is judged once.
-        outputs = {(n, text) for row in answers.texts for n, text in enumerate(row)}
+        outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
         judged = {(n, text): self._judge(text, wanted[n]) for n, text in outputs}
-        shape = (len(answers.texts), self.size)
+        shape = (len(responses.texts), self.size)
         return {
             metric: np.array(
-                [[judged[n, text][metric] for n, text in enumerate(row)] for row in answers.texts], np.float32
+                [[judged[n, text][metric] for n, text in enumerate(row)] for row in responses.texts], np.float32
             ).reshape(shape)
             for metric in ("accuracy", "strict", "flexible", *(["language"] if self.language else []))
         }
@@ -173,10 +172,10 @@ class GsmTask:
             right[match] = found is not None and comparable(self.style, found) == wanted
         if self.language is None:
             return {**right, "accuracy": right[self.match]}
-        spoken = language_of(text) == self.language
-        return {**right, "language": spoken, "accuracy": right[self.match] and spoken}
+        language_ok = language_of(text) == self.language
+        return {**right, "language": language_ok, "accuracy": right[self.match] and language_ok}
 
-    def unanswered(self, texts: Sequence[str]) -> str | None:
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
         where = f"task {self.name}"
         if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
             return None
@@ -187,7 +186,7 @@ class GsmTask:
 # Records
 
 
-def read_problem(record: Record) -> Problem:
+def read_problem(record: Record) -> WordProblem:
     """A record of GSM8K (`question`, `answer` that ends in `#### number`) or MGSM (`question`, `answer` or null,
     `answer_number`)."""
     fields = record.fields
@@ -207,7 +206,7 @@ def read_problem(record: Record) -> Problem:
     if not NUMBER.fullmatch(re.sub(r"[,$]|\.$", "", number)):
         hint = "; expected a worked answer that ends in '#### number'" if key == "answer" else ""
         raise InputError(record.where, f"{key}: {number[-80:]!r} is not a number{hint}")
-    return Problem(question.strip(), answer.strip() if answer else None, number, record.where)
+    return WordProblem(question.strip(), answer.strip() if answer else None, number, record.where)
 
 
 def _written(number: Any) -> str:
@@ -215,15 +214,15 @@ def _written(number: Any) -> str:
     return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number).strip()
 
 
-def first_worked(where: str, source: Source, count: int) -> tuple[Problem, ...]:
+def first_worked(where: str, source: Source, count: int) -> tuple[WordProblem, ...]:
     """The first problems of a source, to be shown with their worked answers."""
     if count > len(source.records):
         raise InputError(where, f"{count}; {source.name} holds {len(source.records)} problems")
-    shots = tuple(map(read_problem, source.records[:count]))
-    for shot in shots:
+    fewshot_examples = tuple(map(read_problem, source.records[:count]))
+    for shot in fewshot_examples:
         if shot.answer is None:
             raise InputError(shot.where, "has no worked answer to show; name other examples as fewshot_source")
-    return shots
+    return fewshot_examples
 
 
 def is_test_set(source: str) -> bool:
@@ -238,7 +237,7 @@ def style_of(records: Sequence[Record], language: str | None) -> str:
     return f"mgsm_{language if language in MGSM else 'en'}"
 
 
-def put(style: Style, problem: Problem) -> str:
+def format_question(style: Style, problem: WordProblem) -> str:
     """A question as it is asked. MGSM's own worked examples bring the word for it along."""
     prompt = style.prompt
     if style.labels is not None and problem.question.startswith(style.labels[0]):
@@ -246,7 +245,7 @@ def put(style: Style, problem: Problem) -> str:
     return prompt.replace("{question}", problem.question)
 
 
-def worked(style: Style, problem: Problem) -> str:
+def format_solution(style: Style, problem: WordProblem) -> str:
     """The worked answer without a label, in the hope of answers like it."""
     answer = problem.answer or ""
     if style.labels is None:
@@ -255,9 +254,9 @@ def worked(style: Style, problem: Problem) -> str:
     return re.sub(rf"^{re.escape(style.labels[1][:-1])}[:：]\s*", "", answer)
 
 
-def _after(style: Style, problem: Problem) -> str:
+def _after(style: Style, problem: WordProblem) -> str:
     """The worked answer as it follows the prompt."""
-    return worked(style, problem) if style.prompt[-1:].isspace() else f" {worked(style, problem)}"
+    return format_solution(style, problem) if style.prompt[-1:].isspace() else f" {format_solution(style, problem)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
 """Tasks of the lm-eval harness: it builds the requests and scores the answers, the evaluator answers them.
 
-May import errors, chat_templates, tasks.task and tasks.function, and lm_eval where a task is opened. The requests
-become the tokens that the harness's own `hf` model makes of them, and each candidate's answers go back through the
-task's filters and `process_results`.
+The requests become the tokens that the harness's own `hf` model makes of them, and each candidate's answers go back
+through the task's filters and `process_results`.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ import numpy as np
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.function import users_code
-from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
+from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
 
 # What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
@@ -42,7 +41,7 @@ BENCHMARKS = (
 )  # fmt: skip
 
 # Metrics of a whole set of examples: no example has a score of its own.
-OF_THE_SET = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter", "brier_score")
+CORPUS_METRICS = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter", "brier_score")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Source:
     kept: tuple[Any, list[list[Any]]] | None = None
     rows: dict[int, list[int]] = field(default_factory=dict)
 
-    def requests(self, tokenizer: Any) -> list[list[Any]]:
+    def instances(self, tokenizer: Any) -> list[list[Any]]:
         """The harness's instances, a list for each example."""
         template = tokenizer if self.options.apply_chat_template else None
         if self.kept is None or self.kept[0] is not template:
@@ -93,7 +92,7 @@ class Source:
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
-            with _as_the_harness(), users_code(self.where):
+            with lm_eval_context(), users_code(self.where):
                 self.task.build_all_requests(
                     limit=options.docs,
                     rank=0,
@@ -134,17 +133,17 @@ class HarnessTask:
     def size(self) -> int:
         return len(self.examples)
 
-    def part(self, examples: Sequence[int]) -> "HarnessTask":
+    def subset(self, examples: Sequence[int]) -> "HarnessTask":
         return replace(self, examples=tuple(self.examples[i] for i in examples))
 
-    def ask(self, tokenizer: Any, context: int) -> Asked:
-        requests = self.source.requests(tokenizer)
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
+        instances = self.source.instances(tokenizer)
         scored: list[Row] = []
         prompts: list[Row] = []
         limits: set[tuple[int, tuple[str, ...]]] = set()
         for number, example in enumerate(self.examples):
             where, counts = f"{self.source.where}, example {example}", []
-            for request in requests[example]:
+            for request in instances[example]:
                 if request.request_type == "generate_until":
                     text, settings = request.args
                     new, stop = _limits(where, settings, tokenizer)
@@ -174,14 +173,14 @@ class HarnessTask:
         if len(limits) > 1:
             raise InputError(self.source.where, "its examples differ in stop texts or length; not supported")
         new, stop = limits.pop() if limits else (0, ())
-        return Asked(tuple(scored), tuple(prompts), new, stop)
+        return TaskRequests(tuple(scored), tuple(prompts), new, stop)
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """`metric,filter` -> float32[P, N]. What the harness wants low is negated. A perplexity is given as the
         log-probability behind it, weighted so that the mean over examples is that of a word (or byte) of the set;
         `bits_per_byte` is negated likewise."""
-        population = max(len(answers.totals), len(answers.texts))
-        given = [self._given(answers, p) for p in range(population)]
+        population = max(len(responses.totals), len(responses.texts))
+        given = [self._given(responses, p) for p in range(population)]
         # Candidates often agree: every distinct set of answers to an example is scored once.
         distinct: dict[tuple[int, tuple[Any, ...]], dict[str, Any]] = {}
         for row in given:
@@ -201,32 +200,34 @@ class HarnessTask:
             raise InputError(self.source.where, f"metric: {self.metric!r} has no value for a single example")
         return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
-    def unanswered(self, texts: Sequence[str]) -> str | None:
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
         name = self.metric.partition(",")[2]
         pipeline = next(pipeline for pipeline in self.source.task._filters if pipeline.name == name)
         fallbacks = [step.fallback for make in pipeline.filters if hasattr(step := make(), "fallback")]
         if not fallbacks or self.source.kept is None:
             return None
-        requests = self.source.kept[1]
-        asked = [request for e in self.examples for request in requests[e] if request.request_type == "generate_until"]
+        instances = self.source.kept[1]
+        requests = [
+            request for e in self.examples for request in instances[e] if request.request_type == "generate_until"
+        ]
         # Of several candidates one has all its texts before the next.
-        filled = [replace(asked[i % len(asked)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
+        filled = [replace(requests[i % len(requests)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
         if not filled:
             return None
         pipeline.apply(filled)
         found = [request.filtered_resps[name] for request in filled]
         return f"the filter {name}" if all(answer in (fallbacks[-1], [fallbacks[-1]]) for answer in found) else None
 
-    def _given(self, answers: Answers, p: int) -> list[tuple[Any, ...] | None]:
+    def _given(self, responses: Responses, p: int) -> list[tuple[Any, ...] | None]:
         """Candidate p's answers by example, as the harness's models give them; None where one is not finite."""
         assert self.source.kept is not None, "asked before it is scored"
-        totals, greedy = answers.totals[p], answers.greedy[p]
+        totals, greedy = responses.totals[p], responses.greedy[p]
         rows, text, result = 0, 0, []
         for example in self.examples:
             answer: list[Any] = []
             for request, count in zip(self.source.kept[1][example], self.source.rows[example], strict=True):
                 if request.request_type == "generate_until":
-                    answer.append(answers.texts[p][text])
+                    answer.append(responses.texts[p][text])
                     text += 1
                     continue
                 total = float(totals[rows : rows + count].sum(dtype=np.float64))
@@ -271,7 +272,7 @@ class HarnessTask:
             sums, weights = np.moveaxis(np.asarray(pairs, np.float64), -1, 0)
             scores = sums * self.size / weights.sum(axis=1, keepdims=True)
             return (scores / math.log(2) if kind == "bits_per_byte" else scores).astype(np.float32)
-        if kind in OF_THE_SET or not all(isinstance(value, (bool, int, float, np.number)) for value in values.flat):
+        if kind in CORPUS_METRICS or not all(isinstance(value, (bool, int, float, np.number)) for value in values.flat):
             return None
         # The value behind a perplexity is a log-probability already.
         sign = 1.0 if kind == "perplexity" or task.higher_is_better().get(metric, True) else -1.0
@@ -288,7 +289,7 @@ def open_harness(
     """A task of the harness by its name there. Raises InputError for what it does not have."""
     manager, entry = _find(where, lm_eval, options.include_path)
     try:
-        with _as_the_harness(), users_code(lm_eval):
+        with lm_eval_context(), users_code(lm_eval):
             (task,) = manager.load([lm_eval])["tasks"].values()
             # Else an expression that is none would be found when the first outputs are scored.
             for pipeline in task._filters:
@@ -306,7 +307,7 @@ def open_harness(
                     else options.num_fewshot)  # fmt: skip
     if options.split == "train":
         _train(where, lm_eval, task)
-    with _as_the_harness():
+    with lm_eval_context():
         size = len(task.eval_docs)
     size = size if options.docs is None else min(size, options.docs)
     chosen = _metric(f"{where}: metric", task, metric)
@@ -336,7 +337,7 @@ def _harness(where: str) -> None:
 
 
 @functools.cache
-def _shipped() -> Any:
+def default_task_manager() -> Any:
     """The index of the harness's own tasks; building it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
@@ -365,7 +366,7 @@ def _find(where: str, name: str, include_path: Path | None) -> tuple[Any, Any]:
 def _managers(include_path: Path | None, make: Any) -> Iterator[Any]:
     if include_path is not None:
         yield make(include_path=str(include_path), include_defaults=False)
-    yield _shipped()
+    yield default_task_manager()
 
 
 def _members(entry: Any) -> str:
@@ -387,7 +388,7 @@ def _train(where: str, name: str, task: Any) -> None:
 def _metric(where: str, task: Any, wanted: str | None) -> str:
     """`metric,filter` as wanted; without a filter the first of them, without either the first that there is."""
     filters = [pipeline.name for pipeline in task._filters]
-    metrics = [name for name in task.aggregation() if _aggregation_name(task, name) not in OF_THE_SET]
+    metrics = [name for name in task.aggregation() if _aggregation_name(task, name) not in CORPUS_METRICS]
     if not metrics:
         raise InputError(where, "the task has only metrics of the whole set, none of single examples")
     metric, comma, chosen = (wanted or metrics[0]).partition(",")
@@ -415,7 +416,7 @@ def _files(entry: Any, task: Any) -> tuple[Path, ...]:
 
 
 @contextlib.contextmanager
-def _as_the_harness() -> Iterator[None]:
+def lm_eval_context() -> Iterator[None]:
     """Without the harness's progress bars, and with random numbers seeded as its command line seeds them: some tasks
     shuffle their choices with the global generators."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002

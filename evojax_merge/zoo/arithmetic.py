@@ -1,10 +1,9 @@
 """The demo family: a base and two experts of sums in two languages, trained on the spot in a minute or two.
 
-May import checkpoints and models. It is the Japanese-maths result of evolutionary merging at the size of a toy: the
-`maths` expert does two-digit sums, in English; the `japanese` expert answers in Japanese, easy sums only; what is
-asked of a merge is two-digit sums *in Japanese*, which no model of the family ever saw. What carries over does so
-because of three things: digits are tokens that both languages share, both languages say a thing in the same number
-of words, and the base saw the languages mixed.
+It is the Japanese-maths result of evolutionary merging at the size of a toy: the `maths` expert does two-digit sums, in
+English; the `japanese` expert answers in Japanese, easy sums only; what is asked of a merge is two-digit sums *in
+Japanese*, which no model of the family ever saw. What carries over does so because of three things: digits are tokens
+that both languages share, both languages say a thing in the same number of words, and the base saw the languages mixed.
 """
 
 import json
@@ -23,8 +22,8 @@ from evojax_merge.checkpoints.architectures import Leaf, decoder_config, layer_l
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import columns_of, forward, logits
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.decoder import forward, logits, padded_layout
+from evojax_merge.models.sources import StackedWeights
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 DIGITS = [str(digit) for digit in range(10)]
@@ -218,7 +217,7 @@ def japanese_records(sums: Sums) -> Iterator[dict[str, str]]:
 # Training
 
 
-def fresh_model(config: DecoderConfig, seed: int) -> Stored:
+def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
     """Random weights: norms are one, the embedding is small, everything else is normal with variance 1 / fan-in."""
     from evojax_merge.checkpoints.architectures import dimensions
 
@@ -233,17 +232,17 @@ def fresh_model(config: DecoderConfig, seed: int) -> Stored:
         return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
 
     layers = {leaf.name: draw(leaf, config.layers) for leaf in layer_leaves(config)}
-    return Stored(layers, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
+    return StackedWeights(layers, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
 
 
-def answer_loss(config: DecoderConfig, model: Stored, tokens: jax.Array) -> jax.Array:
+def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array) -> jax.Array:
     """Mean negative log-likelihood of what follows the word `is` (in either language), ending included."""
     seen, targets = tokens[:, :-1], tokens[:, 1:]
     length = jnp.sum(tokens != IDS[PAD], axis=1)
-    hidden, _ = forward(config, model, seen, columns_of(seen.shape[1], jnp.zeros_like(length), length))
+    hidden, _ = forward(config, model, seen, padded_layout(seen.shape[1], jnp.zeros_like(length), length))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(config, model, hidden), targets)
-    asked = jnp.cumsum(jnp.isin(seen, jnp.asarray(WORD_IDS["is"])), axis=1) > 0
-    scored = asked & (targets != IDS[PAD])
+    requests = jnp.cumsum(jnp.isin(seen, jnp.asarray(WORD_IDS["is"])), axis=1) > 0
+    scored = requests & (targets != IDS[PAD])
     return jnp.sum(losses * scored) / jnp.sum(scored)
 
 
@@ -252,11 +251,13 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
 
 @partial(jax.jit, static_argnums=0)
 def _train_chunk(
-    config: DecoderConfig, model: Stored, state: Any, batches: jax.Array, rates: jax.Array
-) -> tuple[Stored, Any, jax.Array]:
+    config: DecoderConfig, model: StackedWeights, state: Any, batches: jax.Array, rates: jax.Array
+) -> tuple[StackedWeights, Any, jax.Array]:
     """Steps over batches `int32[steps, B, T]` with learning rates `float32[steps]`; also the mean loss."""
 
-    def step(carry: tuple[Stored, Any], xs: tuple[jax.Array, jax.Array]) -> tuple[tuple[Stored, Any], jax.Array]:
+    def step(
+        carry: tuple[StackedWeights, Any], xs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[StackedWeights, Any], jax.Array]:
         model, state = carry
         tokens, rate = xs
         loss, gradient = jax.value_and_grad(partial(answer_loss, config))(model, tokens)
@@ -277,12 +278,12 @@ def learning_rates(steps: int, peak: float) -> np.ndarray:
 
 def train(
     config: DecoderConfig,
-    model: Stored,
+    model: StackedWeights,
     batch: Callable[[int], np.ndarray],
     steps: int,
     peak: float,
     progress: Callable[[int, float], None] = lambda steps, loss: None,
-) -> Stored:
+) -> StackedWeights:
     """Train on `steps` batches (`batch(count)` gives `int32[count, T]`). `progress` is told steps and loss."""
     state, rates = ADAM.init(model), learning_rates(steps, peak)
     for start in range(0, steps, CHUNK):
@@ -331,7 +332,7 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def save_weights(folder: Path, model: Stored, config: DecoderConfig) -> None:
+def save_weights(folder: Path, model: StackedWeights, config: DecoderConfig) -> None:
     tensors = dict(stored_tensors(model, config))
     specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
     with ShardWriter(folder, specs) as writer:
@@ -357,7 +358,9 @@ def make_family(
         save_tokenizer(folder / name)
     config = decoder_config(folder / "base" / "config.json")
 
-    def stage(name: str, start: Stored, steps: int, peak: float, batch: Callable[..., np.ndarray]) -> Stored:
+    def stage(
+        name: str, start: StackedWeights, steps: int, peak: float, batch: Callable[..., np.ndarray]
+    ) -> StackedWeights:
         rng = np.random.default_rng([seed, 2, *name.encode()])
         model = train(config, start, lambda n: batch(rng, n), steps, peak, partial(progress, name))
         save_weights(folder / name, model, config)

@@ -4,7 +4,7 @@
 
 A small convolutional network (Flax) sees scikit-learn's handwritten digits for a moment: the base. One copy is then
 fine-tuned on the digits 0 to 4, another on 5 to 9, and each forgets what it is not shown. The evolved merge reads all
-ten. May import pytrees; needs scikit-learn (the extra `digits`). Half a minute on two cores.
+ten. Half a minute on two cores.
 """
 
 import sys

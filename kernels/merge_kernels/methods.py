@@ -6,9 +6,9 @@
     merged     = combine(method, options, sources, prepared.scores, statistics, parameters)
                                                                           device, per candidate
 
-`sources` are K arrays `[...]` of one shape, after the base where `options.based`. `parameters` are numbers by name,
+`sources` are K arrays `[...]` of one shape, after the base where `options.has_base`. `parameters` are numbers by name,
 per parent `[K]` or shared `[]`: float64 on the host (a density counts entries), float32 on the device. `options` are
-the static switches. Results are float32; the caller casts. Tensors may be merged in pieces along their first axis,
+the static options. Results are float32; the caller casts. Tensors may be merged in pieces along their first axis,
 as long as their statistics are those of the whole tensor.
 """
 
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels import entrywise, span, sparse
-from merge_kernels.sparse import BAND, MAGNITUDE, RANDOM, RANKED, SCORE_LEVELS, Sparsifier
+from merge_kernels import elementwise, interpolation, task_vectors
+from merge_kernels.task_vectors import BAND, BERNOULLI, KEY_LEVELS, MAGNITUDE, MAGPRUNE, Sparsifier
 
 # A searched density is rounded to this grid, and the recipe carries the rounded value.
 DENSITY_STEPS = 1000
@@ -29,8 +29,8 @@ GRID = np.arange(DENSITY_STEPS + 1, dtype=np.float64) / DENSITY_STEPS
 
 Rescale = Literal["none", "l1", "density"]
 Numbers = Mapping[str, Any]
-# The uniform 16-bit numbers of parent k, of the tensor's shape (see sparse.draw).
-Draws = Callable[[int], np.ndarray]
+# The uniform 16-bit numbers of parent k, of the tensor's shape (see task_vectors.draw_uniform).
+UniformNoise = Callable[[int], np.ndarray]
 HostSources = Sequence[np.ndarray]
 
 
@@ -39,7 +39,7 @@ class Parameter:
     """A number of a recipe: its default, the default bounds of a search, and the values that have a meaning.
 
     `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else required. `searched`
-    False: what is prepared depends on it, so it is fixed for a whole run. `on_grid`: a density, which a search rounds
+    False: what is prepared depends on it, so it is fixed for a whole run. `quantised`: a density, which a search rounds
     to the grid.
     """
 
@@ -48,24 +48,24 @@ class Parameter:
     default: float | None
     low: float
     high: float
-    lowest: float = -np.inf
-    highest: float = np.inf
+    valid_min: float = -np.inf
+    valid_max: float = np.inf
     searched: bool = True
-    on_grid: bool = False
+    quantised: bool = False
 
 
 @dataclass(frozen=True)
 class Options:
     """Static switches of a merge.
 
-    `rescale`: none, l1 (restore each delta's L1 norm) or density (1/density). `based`: the sources begin with a
+    `rescale`: none, l1 (restore each delta's L1 norm) or density (1/density). `has_base`: the sources begin with a
     base, from which deltas are taken. `axis`: what counts as one vector to NuSLERP and Model Stock: None the whole
     tensor, -1 its rows, 0 its columns.
     """
 
     normalize: bool = False
     rescale: Rescale = "none"
-    based: bool = False
+    has_base: bool = False
     axis: int | None = None
 
 
@@ -74,11 +74,11 @@ class Prepared:
     """What does not depend on a candidate: a `uint16` number per entry, `[*shape]`, for each of some arrays (none,
     one, or one per parent), and statistics, whose last axis is the grid's where they were tabulated."""
 
-    scores: tuple[np.ndarray, ...]
+    keep_keys: tuple[np.ndarray, ...]
     statistics: dict[str, np.ndarray]
 
 
-Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], Draws], Prepared]
+Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], UniformNoise], Prepared]
 Combine = Callable[
     [Options, Sequence[jax.Array], Sequence[jax.Array], Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array
 ]
@@ -90,26 +90,28 @@ class Method:
 
     - `base`: required, optional (deltas are taken where there is one), or parent (a base model is one of the models
       that are merged).
-    - `prepare(options, sources, parameters, densities, draws)`: `densities` are float64[G] per value of the density.
-    - `combine(options, sources, scores, statistics, parameters)`.
-    - `scores(K)`: how many arrays of numbers are prepared; `random`: whether they are drawn.
-    - `complaint(options, parameters)`: why these numbers have no meaning, or None.
-    - `switches`: the names that mergekit's YAML has for `options`; `inert`: settings it takes that change nothing.
+    - `prepare(options, sources, parameters, densities, uniform_noise)`: `densities` are float64[G] per value of the
+      density.
+    - `combine(options, sources, keep_keys, statistics, parameters)`.
+    - `keep_keys(K)`: how many arrays of keep keys are prepared; `random`: whether they are drawn.
+    - `validate(options, parameters)`: why these numbers have no meaning, or None.
+    - `yaml_options`: the names that mergekit's YAML has for `options`; `ignored_settings`: settings that it takes and
+      that change nothing.
     """
 
     name: str
     parameters: tuple[Parameter, ...]
     base: Literal["required", "optional", "parent"]
     combine: Combine
-    prepare: Prepare = lambda options, sources, parameters, densities, draws: Prepared((), {})
+    prepare: Prepare = lambda options, sources, parameters, densities, uniform_noise: Prepared((), {})
     options: Options = Options()
     min_parents: int = 1
     max_parents: int | None = None
     random: bool = False
-    scores: Callable[[int], int] = lambda parents: 0
-    complaint: Callable[[Options, Numbers], str | None] = lambda options, parameters: None
-    switches: tuple[str, ...] = ()
-    inert: tuple[str, ...] = ()
+    keep_keys: Callable[[int], int] = lambda parents: 0
+    validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None
+    yaml_options: tuple[str, ...] = ()
+    ignored_settings: tuple[str, ...] = ()
 
     def parameter(self, name: str) -> Parameter:
         return next(p for p in self.parameters if p.name == name)
@@ -117,33 +119,37 @@ class Method:
     @property
     def density(self) -> Parameter | None:
         """The parameter that the prepared tables have an axis for."""
-        return next((p for p in self.parameters if p.on_grid), None)
+        return next((p for p in self.parameters if p.quantised), None)
 
-    def based(self, has_base: bool) -> bool:
+    def uses_base(self, base_given: bool) -> bool:
         """Whether a merge takes deltas from a base, where there is a base model or not."""
-        return self.base == "required" or (self.base == "optional" and has_base)
+        return self.base == "required" or (self.base == "optional" and base_given)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Use
 
 
-def prepare(method: Method, options: Options, sources: HostSources, parameters: Numbers, draws: Draws) -> Prepared:
+def prepare(
+    method: Method, options: Options, sources: HostSources, parameters: Numbers, uniform_noise: UniformNoise
+) -> Prepared:
     """Measure one tensor for one recipe, exactly. Statistics have no grid axis."""
     density = method.density
     if density is None:
-        return method.prepare(options, sources, parameters, (), draws)
+        return method.prepare(options, sources, parameters, (), uniform_noise)
     values = np.atleast_1d(np.asarray(parameters[density.name], np.float64))
-    prepared = method.prepare(options, sources, parameters, [np.array([value]) for value in values], draws)
-    return Prepared(prepared.scores, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
+    prepared = method.prepare(options, sources, parameters, [np.array([value]) for value in values], uniform_noise)
+    return Prepared(prepared.keep_keys, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
 
 
-def tabulate(method: Method, options: Options, sources: HostSources, parameters: Numbers, draws: Draws) -> Prepared:
+def tabulate(
+    method: Method, options: Options, sources: HostSources, parameters: Numbers, uniform_noise: UniformNoise
+) -> Prepared:
     """Measure one tensor for a search: for every density `0, 1/1000 … 1`. `parameters` are those never searched."""
     if method.density is None:
-        return method.prepare(options, sources, parameters, (), draws)
-    count = len(sources) - int(options.based) if method.density.per_parent else 1
-    return method.prepare(options, sources, parameters, [GRID] * count, draws)
+        return method.prepare(options, sources, parameters, (), uniform_noise)
+    count = len(sources) - int(options.has_base) if method.density.per_parent else 1
+    return method.prepare(options, sources, parameters, [GRID] * count, uniform_noise)
 
 
 def grid_index(density: jax.Array) -> jax.Array:
@@ -168,19 +174,19 @@ def combine(
     method: Method,
     options: Options,
     sources: Sequence[jax.Array],
-    scores: Sequence[jax.Array],
+    keep_keys: Sequence[jax.Array],
     statistics: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
     """One merged tensor, float32, of the sources' shape. Elementwise but for the broadcast of coefficients."""
-    return method.combine(options, sources, scores, statistics, parameters)
+    return method.combine(options, sources, keep_keys, statistics, parameters)
 
 
 def combine_population(
     method: Method,
     options: Options,
     sources: Sequence[jax.Array],
-    scores: Sequence[jax.Array],
+    keep_keys: Sequence[jax.Array],
     table: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
@@ -192,13 +198,13 @@ def combine_population(
     """
     statistics = jax.vmap(lambda own: look_up(method, table, own))(dict(parameters))
 
-    def row(sources: Any, scores: Any) -> jax.Array:
-        def one(own: Any, numbers: Any) -> jax.Array:
-            return combine(method, options, sources, scores, own, numbers)
+    def row(sources: Any, keep_keys: Any) -> jax.Array:
+        def one(own: Any, keys: Any) -> jax.Array:
+            return combine(method, options, sources, keep_keys, own, keys)
 
         return jax.vmap(one)(statistics, dict(parameters))
 
-    return jax.vmap(row)(tuple(sources), tuple(scores))
+    return jax.vmap(row)(tuple(sources), tuple(keep_keys))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,86 +216,96 @@ def _axis(options: Options, tensor: np.ndarray) -> int | None:
 
 
 def _split(options: Options, sources: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    return (sources[0], sources[1:]) if options.based else (None, sources)
+    return (sources[0], sources[1:]) if options.has_base else (None, sources)
 
 
 def _add_up(options: Options, sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
-    return (span.from_base if options.based else span.weighted_sum)(sources, coefficients)
+    return (interpolation.from_base if options.has_base else interpolation.weighted_sum)(sources, coefficients)
 
 
-def _combine_linear(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return span.weighted_sum(sources, list(span.linear_coefficients(parameters["weight"], options.normalize)))
+def _combine_linear(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return interpolation.weighted_sum(
+        sources, list(interpolation.linear_coefficients(parameters["weight"], options.normalize))
+    )
 
 
-def _combine_slerp(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return span.weighted_sum(sources, span.slerp_coefficients(statistics["angle"], parameters["t"]))
+def _prepare_slerp(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    return Prepared((), interpolation.slerp_angle(*sources))
 
 
-def _prepare_nuslerp(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
+def _combine_slerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return interpolation.weighted_sum(sources, interpolation.slerp_coefficients(statistics["angle"], parameters["t"]))
+
+
+def _prepare_nuslerp(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
     base, vectors = _split(options, sources)
-    return Prepared((), span.nuslerp_angle(vectors, base, _axis(options, sources[0])))
+    return Prepared((), interpolation.nuslerp_angle(vectors, base, _axis(options, sources[0])))
 
 
-def _combine_nuslerp(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    t = span.nuslerp_fraction(parameters["weight"])
-    return _add_up(options, sources, span.slerp_coefficients(statistics["angle"], t))
+def _combine_nuslerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    t = interpolation.nuslerp_fraction(parameters["weight"])
+    return _add_up(options, sources, interpolation.slerp_coefficients(statistics["angle"], t))
 
 
-def _prepare_multislerp(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
+def _prepare_multislerp(
+    options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any
+) -> Prepared:
     base, vectors = _split(options, sources)
-    return Prepared((), span.lengths_and_gaps(vectors, base))
+    return Prepared((), interpolation.lengths_and_gaps(vectors, base))
 
 
-def _combine_multislerp(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    coefficients = span.multislerp_coefficients(
+def _combine_multislerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    coefficients = interpolation.multislerp_coefficients(
         statistics["length"], statistics["gap"], parameters["weight"], options.normalize, parameters["eps"]
     )
     return _add_up(options, sources, list(coefficients))
 
 
-def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
-    return Prepared((), span.karcher_coefficients(sources, int(parameters["max_iter"]), float(parameters["tol"])))
+def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    return Prepared(
+        (), interpolation.karcher_coefficients(sources, int(parameters["max_iter"]), float(parameters["tol"]))
+    )
 
 
-def _combine_karcher(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return span.weighted_sum(sources, list(statistics["coefficient"]))
+def _combine_karcher(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return interpolation.weighted_sum(sources, list(statistics["coefficient"]))
 
 
-def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
-    return Prepared((), span.stock_ratio(sources[1:], sources[0], _axis(options, sources[0])))
+def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    return Prepared((), interpolation.stock_ratio(sources[1:], sources[0], _axis(options, sources[0])))
 
 
-def _combine_stock(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return span.from_base(sources, [statistics["ratio"] / (len(sources) - 1)] * (len(sources) - 1))
+def _combine_stock(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return interpolation.from_base(sources, [statistics["ratio"] / (len(sources) - 1)] * (len(sources) - 1))
 
 
-def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
+def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
     base = np.asarray(sources[0], np.float32)
-    number, statistics = entrywise.sce_select([np.asarray(x, np.float32) - base for x in sources[1:]], densities[0])
+    number, statistics = elementwise.sce_select([np.asarray(x, np.float32) - base for x in sources[1:]], densities[0])
     return Prepared((number,), statistics)
 
 
-def _combine_sce(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_sce(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     base, parents = sources[0], sources[1:]
-    delta = entrywise.sce_sum(base, parents, scores[0], statistics["threshold"], statistics["share"])
+    delta = elementwise.sce_sum(base, parents, keep_keys[0], statistics["threshold"], statistics["share"])
     return base.astype(jnp.float32) + delta
 
 
-def _combine_nearswap(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return entrywise.nearswap(sources[0], sources[1], parameters["t"])
+def _combine_nearswap(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return elementwise.nearswap(sources[0], sources[1], parameters["t"])
 
 
-def _combine_passthrough(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_passthrough(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return parameters["scale"][0] * sources[0].astype(jnp.float32)
 
 
-def _linear_complaint(options: Options, parameters: Numbers) -> str | None:
+def _validate_linear(options: Options, parameters: Numbers) -> str | None:
     if options.normalize and np.sum(parameters["weight"]) == 0:
         return "the weights sum to zero, which cannot be normalised"
     return None
 
 
-def _della_complaint(options: Options, parameters: Numbers) -> str | None:
+def _validate_della(options: Options, parameters: Numbers) -> str | None:
     for density, epsilon in zip(parameters["density"], parameters["epsilon"], strict=True):
         if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
             return f"density {density:g} ± epsilon {epsilon:g} leaves (0, 1)"
@@ -298,16 +314,18 @@ def _della_complaint(options: Options, parameters: Numbers) -> str | None:
 
 WEIGHT = Parameter("weight", per_parent=True, default=None, low=0.0, high=1.0)
 DENSITY = Parameter(
-    "density", per_parent=True, default=1.0, low=0.0, high=1.0, lowest=0.0, highest=1.0, on_grid=True
+    "density", per_parent=True, default=1.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, quantised=True
 )  # fmt: skip
 LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
 FRACTION = Parameter("t", per_parent=False, default=0.5, low=0.0, high=1.0)
 EPSILON = Parameter(
-    "epsilon", per_parent=True, default=0.15, low=0.0, high=0.5, lowest=0.0, highest=0.5, searched=False
+    "epsilon", per_parent=True, default=0.15, low=0.0, high=0.5, valid_min=0.0, valid_max=0.5, searched=False
 )
-GAMMA = Parameter("gamma", per_parent=True, default=0.01, low=0.0, high=1.0, lowest=0.0, highest=1.0, searched=False)
+GAMMA = Parameter(
+    "gamma", per_parent=True, default=0.01, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
+)
 
-TASK_VECTOR_SWITCHES = ("normalize", "rescale")
+TASK_VECTOR_YAML_OPTIONS = ("normalize", "rescale")
 
 
 def _task_vectors(
@@ -317,34 +335,34 @@ def _task_vectors(
     add: Callable[[Sequence[jax.Array], jax.Array, bool], jax.Array],
     constants: tuple[Parameter, ...] = (),
     density: Parameter = DENSITY,
-    complaint: Callable[[Options, Numbers], str | None] = lambda options, parameters: None,
+    validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None,
 ) -> Method:
     """`b + lambda * S_k(w_k s_k (x_k - b))`, S the plain or the sign-elected sum over what the sparsifier keeps, s_k
     the rescaling."""
 
-    def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, draws: Any) -> Prepared:
+    def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
         if sparsifier is None:
             return Prepared((), {})
         base = np.asarray(sources[0], np.float32)
         buffer = np.empty_like(base)
-        scores, rows = [], []
+        keep_keys, rows = [], []
         for k, parent in enumerate(sources[1:]):
             own = {p.name: float(parameters[p.name][k]) for p in constants}
             np.abs(np.subtract(parent, base, out=buffer, dtype=np.float32), out=buffer)
-            if sparsifier.score is not None:
-                scores.append(sparsifier.score(buffer, draws(k), own))
-            flat = None if sparsifier.score is None else scores[k].reshape(-1)
+            if sparsifier.keep_key is not None:
+                keep_keys.append(sparsifier.keep_key(buffer, uniform_noise(k), own))
+            flat = None if sparsifier.keep_key is None else keep_keys[k].reshape(-1)
             rows.append(sparsifier.measure(buffer.reshape(-1), flat, densities[k], own, options.rescale == "l1"))
-        return Prepared(tuple(scores), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        return Prepared(tuple(keep_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
-    def combine_(options: Options, sources: Any, scores: Any, statistics: Any, parameters: Any) -> jax.Array:
+    def combine_(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
         base, *parents = sources
         weight = factors = parameters["weight"]
         if sparsifier is not None and options.rescale == "l1":
             factors = factors * statistics["l1_scale"]
         elif sparsifier is not None and options.rescale == "density":
-            factors = factors / jnp.maximum(parameters["density"], 1.0 / SCORE_LEVELS)
-        weighted = sparse.kept_deltas(sparsifier, base, parents, scores or None, statistics, factors)
+            factors = factors / jnp.maximum(parameters["density"], 1.0 / KEY_LEVELS)
+        weighted = task_vectors.kept_deltas(sparsifier, base, parents, keep_keys or None, statistics, factors)
         return base.astype(jnp.float32) + parameters["lambda"] * add(weighted, weight, options.normalize)
 
     random = sparsifier is not None and sparsifier.random
@@ -356,18 +374,18 @@ def _task_vectors(
         prepare=prepare_,
         options=options,
         random=random,
-        scores=lambda parents: parents if random else 0,
-        complaint=complaint,
-        switches=TASK_VECTOR_SWITCHES,
+        keep_keys=lambda parents: parents if random else 0,
+        validate=validate,
+        yaml_options=TASK_VECTOR_YAML_OPTIONS,
         # To mergekit every method of this family has a density; here it would have nothing to thin out.
-        inert=("int8_mask", "density") if sparsifier is None else ("int8_mask",),
+        ignored_settings=("int8_mask", "density") if sparsifier is None else ("int8_mask",),
     )
 
 
-_PLAIN, _NORMALIZED = Options(based=True), Options(normalize=True, based=True)
-_RESCALED = Options(rescale="l1", based=True)
+_PLAIN, _NORMALIZED = Options(has_base=True), Options(normalize=True, has_base=True)
+_RESCALED = Options(rescale="l1", has_base=True)
 _DELLA_DENSITY = Parameter(
-    "density", per_parent=True, default=1.0, low=0.2, high=0.8, lowest=0.0, highest=1.0, on_grid=True
+    "density", per_parent=True, default=1.0, low=0.2, high=0.8, valid_min=0.0, valid_max=1.0, quantised=True
 )
 
 METHODS: dict[str, Method] = {
@@ -375,61 +393,62 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "linear", (WEIGHT,), base="parent", combine=_combine_linear, options=Options(normalize=True),
-            complaint=_linear_complaint, switches=("normalize",),
+            validate=_validate_linear, yaml_options=("normalize",),
         ),
         Method(
             "slerp", (FRACTION,), base="parent", combine=_combine_slerp,
-            prepare=lambda options, sources, parameters, densities, draws: Prepared((), span.slerp_angle(*sources)),
-            min_parents=2, max_parents=2,
+            prepare=_prepare_slerp, min_parents=2, max_parents=2,
         ),
         Method(
             "nuslerp", (WEIGHT,), base="optional", combine=_combine_nuslerp, prepare=_prepare_nuslerp,
-            min_parents=2, max_parents=2, switches=("nuslerp_row_wise", "nuslerp_flatten"),
+            min_parents=2, max_parents=2, yaml_options=("nuslerp_row_wise", "nuslerp_flatten"),
         ),
         Method(
             "multislerp",
-            (WEIGHT, Parameter("eps", False, default=1e-8, low=0.0, high=1.0, lowest=0.0, searched=False)),
+            (WEIGHT, Parameter("eps", False, default=1e-8, low=0.0, high=1.0, valid_min=0.0, searched=False)),
             base="optional", combine=_combine_multislerp, prepare=_prepare_multislerp,
-            options=Options(normalize=True), complaint=_linear_complaint, switches=("normalize_weights",),
+            options=Options(normalize=True), validate=_validate_linear, yaml_options=("normalize_weights",),
         ),
         Method(
             "karcher",
             (
-                Parameter("max_iter", False, default=10, low=0, high=100, lowest=0, highest=10_000, searched=False),
-                Parameter("tol", False, default=1e-5, low=0.0, high=1.0, lowest=0.0, searched=False),
+                Parameter(
+                    "max_iter", False, default=10, low=0, high=100, valid_min=0, valid_max=10_000, searched=False
+                ),
+                Parameter("tol", False, default=1e-5, low=0.0, high=1.0, valid_min=0.0, searched=False),
             ),
             base="parent", combine=_combine_karcher, prepare=_prepare_karcher,
         ),
         Method(
             "model_stock", (), base="required", combine=_combine_stock, prepare=_prepare_stock,
-            options=Options(based=True), min_parents=2, switches=("filter_wise",),
+            options=Options(has_base=True), min_parents=2, yaml_options=("filter_wise",),
         ),
-        _task_vectors("task_arithmetic", _PLAIN, None, sparse.plain_sum),
-        _task_vectors("ties", _NORMALIZED, MAGNITUDE, sparse.elected_sum),
-        _task_vectors("dare_linear", _RESCALED, RANDOM, sparse.plain_sum),
-        _task_vectors("dare_ties", _RESCALED, RANDOM, sparse.elected_sum),
+        _task_vectors("task_arithmetic", _PLAIN, None, task_vectors.plain_sum),
+        _task_vectors("ties", _NORMALIZED, MAGNITUDE, task_vectors.elected_sum),
+        _task_vectors("dare_linear", _RESCALED, BERNOULLI, task_vectors.plain_sum),
+        _task_vectors("dare_ties", _RESCALED, BERNOULLI, task_vectors.elected_sum),
         _task_vectors(
-            "della", Options(normalize=True, rescale="l1", based=True), RANKED, sparse.elected_sum, (EPSILON,),
-            _DELLA_DENSITY, _della_complaint,
+            "della", Options(normalize=True, rescale="l1", has_base=True), MAGPRUNE, task_vectors.elected_sum,
+            (EPSILON,), _DELLA_DENSITY, _validate_della,
         ),
         _task_vectors(
-            "della_linear", _RESCALED, RANKED, sparse.plain_sum, (EPSILON,), _DELLA_DENSITY, _della_complaint
+            "della_linear", _RESCALED, MAGPRUNE, task_vectors.plain_sum, (EPSILON,), _DELLA_DENSITY, _validate_della
         ),
-        _task_vectors("breadcrumbs", _PLAIN, BAND, sparse.plain_sum, (GAMMA,)),
-        _task_vectors("breadcrumbs_ties", _PLAIN, BAND, sparse.elected_sum, (GAMMA,)),
+        _task_vectors("breadcrumbs", _PLAIN, BAND, task_vectors.plain_sum, (GAMMA,)),
+        _task_vectors("breadcrumbs_ties", _PLAIN, BAND, task_vectors.elected_sum, (GAMMA,)),
         Method(
             "sce",
             (
                 Parameter(
-                    "select_topk", False, default=1.0, low=0.0, high=1.0, lowest=0.0, highest=1.0, on_grid=True
+                    "select_topk", False, default=1.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, quantised=True
                 ),
             ),
-            base="required", combine=_combine_sce, prepare=_prepare_sce, options=Options(based=True),
-            scores=lambda parents: 1, inert=("int8_mask",),
+            base="required", combine=_combine_sce, prepare=_prepare_sce, options=Options(has_base=True),
+            keep_keys=lambda parents: 1, ignored_settings=("int8_mask",),
         ),
         Method(
-            "nearswap", (Parameter("t", False, default=None, low=0.0, high=0.01, lowest=0.0),), base="required",
-            combine=_combine_nearswap, options=Options(based=True), max_parents=1,
+            "nearswap", (Parameter("t", False, default=None, low=0.0, high=0.01, valid_min=0.0),), base="required",
+            combine=_combine_nearswap, options=Options(has_base=True), max_parents=1,
         ),
         Method(
             "passthrough", (Parameter("scale", True, default=1.0, low=0.0, high=2.0),), base="parent",

@@ -1,4 +1,4 @@
-"""Methods of their own kind: SCE, NearSwap, passthrough. Imports JAX and NumPy."""
+"""Methods of their own kind: SCE, NearSwap, passthrough."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ import numpy as np
 Statistics = dict[str, np.ndarray]
 
 # A number per entry that no density reaches.
-NEVER = 2**16 - 1
+NEVER_KEPT = 2**16 - 1
 # SCE: below this sum of mean squares all parents count alike; the smallest sum of kept weights.
 SCE_MIN_SQUARES = 1e-6
 SCE_MIN_WEIGHT = 1e-6
@@ -43,12 +43,12 @@ def sce_select(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.
     order = np.argsort(-variance, kind="stable")
     number = np.empty(size, np.uint16)
     # kept never falls: the first density whose count exceeds an entry's place keeps it.
-    number[order] = np.minimum(np.searchsorted(kept, np.arange(size), side="right"), NEVER)
+    number[order] = np.minimum(np.searchsorted(kept, np.arange(size), side="right"), NEVER_KEPT)
     if len(densities) > 1:
         # Past the last density there is nothing; the grid ends at 1, which keeps all.
-        number = np.where(number >= len(densities), NEVER, number).astype(np.uint16)
+        number = np.where(number >= len(densities), NEVER_KEPT, number).astype(np.uint16)
     else:
-        number[number > 0] = NEVER
+        number[number > 0] = NEVER_KEPT
     levels = np.minimum(number, len(densities)).astype(np.int64)
     squares = np.stack(
         [
@@ -68,7 +68,7 @@ def sce_sum(
 ) -> jax.Array:
     """SCE's merged delta: what is kept and agrees with the majority's sign, averaged by `share`. float32.
 
-    The sign is elected by the unweighted deltas, + on a tie, as in `sparse.elected_sum`.
+    The sign is elected by the unweighted deltas, + on a tie, as in `task_vectors.elected_sum`.
     """
     wide = base.astype(jnp.float32)
     kept = number.astype(jnp.int32) < threshold

@@ -3,7 +3,7 @@
 The coefficients depend on the recipe and on the lengths of the interpolated vectors and the angles between them: on
 their Gram matrix, which is accumulated once per tensor, in float64 (in float32 the inner products of near-identical
 tensors cancel). Vectors are the flattened tensors, or their rows or columns; a statistic of rows has shape `[R, 1]`
-and one of columns `[1, C]`, so that coefficients broadcast against the tensor. Imports JAX and NumPy.
+and one of columns `[1, C]`, so that coefficients broadcast against the tensor.
 
 Angles are kept as `gap = 1 - cos`, which float32 holds to full relative precision where vectors are almost parallel.
 """

@@ -3,14 +3,13 @@
 With deltas `d_k = x_k - b` an entry of parent k is kept where its score passes parent k's threshold:
 
 - magnitude (TIES, arXiv 2306.01708): score `|d|`, kept where `|d| >= threshold`;
-- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `score < threshold`;
+- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `keep_key < threshold`;
 - ranked (DELLA, arXiv 2406.11617): as random, with the entry's rank folded into its number;
 - band (Model Breadcrumbs, arXiv 2312.06795): score `|d|`, kept between two thresholds.
 
 Thresholds and the scale that restores the L1 norm are measured once per tensor, for one density or for a grid.
 With thresholds all entries that tie at the threshold are kept: where bfloat16 checkpoints tie massively, more
 than `int(density * n)` entries survive, and which ones does not depend on the order of anything.
-Imports JAX and NumPy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 Statistics = dict[str, np.ndarray]
 
-SCORE_LEVELS = 2**16
+KEY_LEVELS = 2**16
 # Norms below this are not rescaled.
 MIN_NORM = 1e-7
 # Entries of a float32 dot product before it is carried over to float64.
@@ -34,25 +33,25 @@ BLOCK = 2**18
 class Sparsifier:
     """How one parent's delta is thinned out.
 
-    - `score(magnitudes, draw, constants)`: the `uint16` number of every entry from `|d|` and a uniform draw of the
-      same shape; None where `|d|` is the score.
-    - `measure(magnitudes, score, densities, constants, mass)`: statistics `[G]` for `densities: float64[G]`, from
-      flat arrays; `l1_scale` among them where `mass`. `magnitudes: float32[n]` is the callee's to reorder.
-    - `keep(delta, score, statistics)`: the mask, on the device.
+    - `keep_key(magnitudes, drawn, constants)`: the `uint16` key of every entry from `|d|` and a uniform draw of the
+    same shape; None where `|d|` itself is compared.
+    - `measure(magnitudes, keep_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
+      flat arrays; `l1_scale` among them where `with_l1`. `magnitudes: float32[n]` is the callee's to reorder.
+    - `keep(delta, keep_key, statistics)`: the mask, on the device.
 
     `constants` are the method's parameters that are never searched (epsilon, gamma), this parent's.
     """
 
     measure: Callable[[np.ndarray, Any, np.ndarray, Mapping[str, float], bool], Statistics]
     keep: Callable[[jax.Array, jax.Array | None, Mapping[str, jax.Array]], jax.Array]
-    score: Callable[[np.ndarray, np.ndarray, Mapping[str, float]], np.ndarray] | None = None
+    keep_key: Callable[[np.ndarray, np.ndarray, Mapping[str, float]], np.ndarray] | None = None
 
     @property
     def random(self) -> bool:
-        return self.score is not None
+        return self.keep_key is not None
 
 
-def draw(seed: int, digest: bytes, shape: tuple[int, ...]) -> np.ndarray:
+def draw_uniform(seed: int, digest: bytes, shape: tuple[int, ...]) -> np.ndarray:
     """One uniform number per entry, `uint16[*shape]`, fixed by (seed, digest): Philox with that key.
 
     `digest` names the parent and the tensor (at least 8 bytes of a hash), so that neither the order of the parents
@@ -97,7 +96,7 @@ def _mass_between(ascending: np.ndarray, low: np.ndarray, high: np.ndarray) -> t
 
 
 def _measure_order(
-    magnitudes: np.ndarray, counts: np.ndarray, bottoms: np.ndarray, mass: bool
+    magnitudes: np.ndarray, counts: np.ndarray, bottoms: np.ndarray, with_l1: bool
 ) -> tuple[np.ndarray, np.ndarray, Statistics]:
     """Thresholds `low` and `high` (float32[G]) of the ascending ranks `[bottom, bottom + count)`, and the l1_scale.
 
@@ -113,29 +112,29 @@ def _measure_order(
             low[0] = 0.0
         if topped[0]:
             high[0] = _order_statistic(magnitudes, int(bottoms[0] + counts[0] - 1))
-        if not mass:
+        if not with_l1:
             return low, high, {}
         inside = magnitudes[(magnitudes >= low[0]) & (magnitudes <= high[0])].sum(dtype=np.float64)
         return low, high, {"l1_scale": _l1_scale(float(magnitudes.sum(dtype=np.float64)), np.array([inside]))}
     magnitudes.sort()
     low[some] = np.where(bottoms[some] > 0, magnitudes[np.minimum(bottoms[some], size - 1)], 0.0)
     high[topped] = magnitudes[bottoms[topped] + counts[topped] - 1]
-    if not mass:
+    if not with_l1:
         return low, high, {}
     return low, high, {"l1_scale": _l1_scale(*_mass_between(magnitudes, low, high))}
 
 
 def measure_magnitude(
-    magnitudes: np.ndarray, score: None, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold`: an order statistic of `|d|`; `inf` keeps nothing, 0 keeps all."""
     counts = np.array([kept_count(density, magnitudes.size) for density in densities], np.int64)
-    low, _, scale = _measure_order(magnitudes, counts, magnitudes.size - counts, mass)
+    low, _, scale = _measure_order(magnitudes, counts, magnitudes.size - counts, with_l1)
     return {"threshold": low, **scale}
 
 
 def measure_band(
-    magnitudes: np.ndarray, score: None, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold` and `upper`: without the `int(gamma n)` largest entries, the `int(density n)` largest.
 
@@ -146,34 +145,34 @@ def measure_band(
     dropped = int(constants["gamma"] * size)
     counts = np.array([size if d >= 1 else int(d * size) for d in densities], np.int64)
     bottoms = np.where(densities >= 1, 0, np.maximum(0, size - counts - dropped))
-    low, high, scale = _measure_order(magnitudes, counts, bottoms, mass)
+    low, high, scale = _measure_order(magnitudes, counts, bottoms, with_l1)
     return {"threshold": low, "upper": high, **scale}
 
 
-def measure_random(
-    magnitudes: np.ndarray, score: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], mass: bool
+def measure_bernoulli(
+    magnitudes: np.ndarray, keep_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold = round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
-    threshold = np.rint(np.clip(densities, 0.0, 1.0) * SCORE_LEVELS).astype(np.int32)
-    if not mass:
+    threshold = np.rint(np.clip(densities, 0.0, 1.0) * KEY_LEVELS).astype(np.int32)
+    if not with_l1:
         return {"threshold": threshold}
     if len(densities) == 1:
         kept = total = 0.0
         for start in range(0, magnitudes.size, BLOCK):
-            block, numbers = magnitudes[start : start + BLOCK], score[start : start + BLOCK]
-            kept += float(block @ (numbers < threshold[0]).astype(np.float32))
+            block, keys = magnitudes[start : start + BLOCK], keep_key[start : start + BLOCK]
+            kept += float(block @ (keys < threshold[0]).astype(np.float32))
             total += float(block.sum())
         return {"threshold": threshold, "l1_scale": _l1_scale(total, np.array([kept]))}
-    masses = np.bincount(score, weights=magnitudes, minlength=SCORE_LEVELS)
-    below = np.concatenate([[0.0], np.cumsum(masses)])
+    l1_masses = np.bincount(keep_key, weights=magnitudes, minlength=KEY_LEVELS)
+    below = np.concatenate([[0.0], np.cumsum(l1_masses)])
     return {"threshold": threshold, "l1_scale": _l1_scale(float(below[-1]), below[threshold])}
 
 
-def plain_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
+def bernoulli_key(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
     return drawn
 
 
-def ranked_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
+def magprune_key(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
     """DELLA's keep probability `(density - eps) + 2 eps rank01`, folded into the draw.
 
     `u < p 2^16` is `u - (2 eps rank01 - eps) 2^16 < density 2^16`: the left side no longer depends on the density.
@@ -186,25 +185,25 @@ def ranked_score(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[s
     steps = np.arange(rows.shape[1]).reshape(1, -1, *[1] * (rows.ndim - 2))
     np.put_along_axis(ranks, order, np.broadcast_to(steps, order.shape), axis=1)
     share = ranks / max(rows.shape[1] - 1, 1)
-    bonus = np.rint((2 * share - 1) * constants["epsilon"] * SCORE_LEVELS)
+    bonus = np.rint((2 * share - 1) * constants["epsilon"] * KEY_LEVELS)
     folded = drawn.astype(np.int64) - bonus.astype(np.int64).reshape(drawn.shape)
-    return np.clip(folded, 0, SCORE_LEVELS - 1).astype(np.uint16)
+    return np.clip(folded, 0, KEY_LEVELS - 1).astype(np.uint16)
 
 
-def _below(delta: jax.Array, score: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
-    assert score is not None
-    return score.astype(jnp.int32) < statistics["threshold"]
+def _below(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+    assert keep_key is not None
+    return keep_key.astype(jnp.int32) < statistics["threshold"]
 
 
-def _between(delta: jax.Array, score: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+def _between(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
     size = jnp.abs(delta)
     return (size >= statistics["threshold"]) & (size <= statistics["upper"])
 
 
-MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, score, row: jnp.abs(delta) >= row["threshold"])
+MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, keep_key, row: jnp.abs(delta) >= row["threshold"])
 BAND = Sparsifier(measure_band, _between)
-RANDOM = Sparsifier(measure_random, _below, plain_score)
-RANKED = Sparsifier(measure_random, _below, ranked_score)
+BERNOULLI = Sparsifier(measure_bernoulli, _below, bernoulli_key)
+MAGPRUNE = Sparsifier(measure_bernoulli, _below, magprune_key)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -215,7 +214,7 @@ def kept_deltas(
     sparsifier: Sparsifier | None,
     base: jax.Array,
     parents: Sequence[jax.Array],
-    scores: Sequence[jax.Array] | None,
+    keep_keys: Sequence[jax.Array] | None,
     statistics: Mapping[str, jax.Array],
     factors: jax.Array,
 ) -> list[jax.Array]:
@@ -226,9 +225,9 @@ def kept_deltas(
         delta = parent.astype(jnp.float32) - wide
         scaled = factors[k] * delta
         if sparsifier is not None:
-            score = None if scores is None else scores[k]
+            keep_key = None if keep_keys is None else keep_keys[k]
             own = {name: values[k] for name, values in statistics.items()}
-            scaled = jnp.where(sparsifier.keep(delta, score, own), scaled, 0.0)
+            scaled = jnp.where(sparsifier.keep(delta, keep_key, own), scaled, 0.0)
         weighted.append(scaled)
     return weighted
 

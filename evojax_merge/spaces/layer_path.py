@@ -1,4 +1,4 @@
-"""The data-flow spaces: one genome is a path through the layers of all parents. May import models.paths and bounds.
+"""The data-flow spaces: one genome is a path through the layers of all parents.
 
 Two forms, both starting from the first parent as it is:
 
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.models.paths import Path
+from evojax_merge.models.paths import LayerPath
 from evojax_merge.spaces.bounds import from_unit, to_unit
 
 # Hidden units of the scale network.
@@ -57,7 +57,7 @@ class IndicatorSpace:
     scales: str
     bounds: ScaleBounds
     max_steps: int
-    ends: int
+    embedding_parent: int
 
     @property
     def layers(self) -> int:
@@ -65,7 +65,7 @@ class IndicatorSpace:
         return sum(self.depths)
 
     @property
-    def places(self) -> int:
+    def num_indicators(self) -> int:
         """M r."""
         return self.layers * self.repetitions
 
@@ -75,11 +75,11 @@ class IndicatorSpace:
 
     @property
     def dims(self) -> int:
-        return self.places + self.scale_dims
+        return self.num_indicators + self.scale_dims
 
     @property
-    def longest(self) -> int:
-        return min(self.places, self.max_steps)
+    def max_length(self) -> int:
+        return min(self.num_indicators, self.max_steps)
 
     def genome(self, on: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
         """The genome whose layers are on where `on: bool[M r]`, with `scales: float[M, M]` (1 where None)."""
@@ -94,25 +94,29 @@ class IndicatorSpace:
     @property
     def start(self) -> np.ndarray:
         """The first parent: its layers once, scales 1."""
-        return self.genome(np.arange(self.places) < self.depths[0])
+        return self.genome(np.arange(self.num_indicators) < self.depths[0])
 
-    def paths(self, genomes: np.ndarray) -> list[Path | None]:
+    def paths(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
         units = _inside(genomes)
         return [self._path(unit) for unit in units]
 
-    def _path(self, unit: np.ndarray) -> Path | None:
-        places = np.flatnonzero(unit[: self.places] > 0.5)
-        if not 0 < len(places) <= self.max_steps:
+    def _path(self, unit: np.ndarray) -> LayerPath | None:
+        num_indicators = np.flatnonzero(unit[: self.num_indicators] > 0.5)
+        if not 0 < len(num_indicators) <= self.max_steps:
             return None
-        layers = places % self.layers
-        return Path(tuple(map(int, layers)), tuple(map(float, self._scales(unit[self.places :], places))), self.ends)
+        layers = num_indicators % self.layers
+        return LayerPath(
+            tuple(map(int, layers)),
+            tuple(map(float, self._scales(unit[self.num_indicators :], num_indicators))),
+            self.embedding_parent,
+        )
 
-    def _scales(self, unit: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def _scales(self, unit: np.ndarray, num_indicators: np.ndarray) -> np.ndarray:
         """float[T]: that of going from each step's layer to the next; the first layer is entered with 1."""
-        layers = places % self.layers
-        if self.scales == "none" or len(places) == 1:
-            return np.ones(len(places))
+        layers = num_indicators % self.layers
+        if self.scales == "none" or len(num_indicators) == 1:
+            return np.ones(len(num_indicators))
         if self.scales == "matrix":
             matrix = self.bounds.scale(unit.reshape(self.layers, self.layers))
             return np.concatenate([[1.0], matrix[layers[:-1], layers[1:]]])
@@ -121,7 +125,12 @@ class IndicatorSpace:
         into, out = weights[: 4 * NETWORK_WIDTH].reshape(NETWORK_WIDTH, 4), weights[4 * NETWORK_WIDTH :]
         last = max(self.layers - 1, 1)
         inputs = np.stack(
-            [layers[:-1] / last, layers[1:] / last, places[1:] / max(self.places - 1, 1), np.ones(len(places) - 1)],
+            [
+                layers[:-1] / last,
+                layers[1:] / last,
+                num_indicators[1:] / max(self.num_indicators - 1, 1),
+                np.ones(len(num_indicators) - 1),
+            ],
             axis=1,
         )
         inputs[:, :3] = 2 * inputs[:, :3] - 1
@@ -137,7 +146,7 @@ GENES = ("on", "what", "where", "length", "scale")
 
 
 @dataclass(frozen=True)
-class Move:
+class LayerEdit:
     """One edit of the first parent: `layers` of its layers from `first` on are scaled, repeated, skipped, or replaced
     by those of parent `donor` at the same relative depth. The state is multiplied by `scale` before the block that
     this is about (what is put there; the block itself where it is scaled) and divided by it behind, so that the block
@@ -160,7 +169,7 @@ class MoveSpace:
     bounds: ScaleBounds
     scaled: bool
     max_steps: int
-    ends: int
+    embedding_parent: int
 
     @cached_property
     def kinds(self) -> list[tuple[str, int]]:
@@ -176,10 +185,10 @@ class MoveSpace:
         return self.count * len(self.genes)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         return min(self.max_steps, self.depths[0] + self.count * max(self.window, max(self.depths)))
 
-    def genome(self, moves: Sequence[Move]) -> np.ndarray:
+    def genome(self, moves: Sequence[LayerEdit]) -> np.ndarray:
         """A genome that means these moves (at most `count`), the rest off."""
         rows = np.full((self.count, len(self.genes)), 0.5)
         rows[:, 0] = 0.25
@@ -203,7 +212,7 @@ class MoveSpace:
         depth, window = self.depths[0], self.window
         kinds = [("scale", 0)] if self.scaled else self.kinds
         spread = [
-            Move(what, int((i + 0.5) * depth / self.count), max(1, window // 2), 1.0, donor)
+            LayerEdit(what, int((i + 0.5) * depth / self.count), max(1, window // 2), 1.0, donor)
             for i, (what, donor) in zip(range(self.count), kinds * self.count, strict=False)
         ]
         rows = self.genome(spread).reshape(self.count, -1)
@@ -212,7 +221,7 @@ class MoveSpace:
             rows[:, 0] = 0.4
         return rows.ravel()
 
-    def moves(self, genome: np.ndarray) -> list[Move]:
+    def moves(self, genome: np.ndarray) -> list[LayerEdit]:
         """The moves that are on, in their order."""
         found = []
         for row in _inside(genome[None])[0].reshape(self.count, -1):
@@ -222,14 +231,14 @@ class MoveSpace:
             first = min(int(row[2] * self.depths[0]), self.depths[0] - 1)
             layers = min(int(row[3] * self.window) + 1, self.window, self.depths[0] - first)
             scale = float(self.bounds.scale(row[4])) if self.scaled else 1.0
-            found.append(Move(what, first, layers, scale, donor))
+            found.append(LayerEdit(what, first, layers, scale, donor))
         return found
 
-    def paths(self, genomes: np.ndarray) -> list[Path | None]:
+    def paths(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where nothing is left, or more than `max_steps` layers are."""
         return [self.path(self.moves(genome)) for genome in genomes]
 
-    def path(self, moves: Sequence[Move]) -> Path | None:
+    def path(self, moves: Sequence[LayerEdit]) -> LayerPath | None:
         """Apply moves one after the other to the first parent's layers."""
         offsets = np.concatenate([[0], np.cumsum(self.depths)])
         # Steps as (layer of the first parent that the step stands for, layer of the series, product of scales).
@@ -266,7 +275,7 @@ class MoveSpace:
             return None
         products = [product for *_, product in steps]
         scales = [product / before for product, before in zip(products, [1.0, *products], strict=False)]
-        return Path(tuple(layer for _, layer, _ in steps), tuple(scales), self.ends)
+        return LayerPath(tuple(layer for _, layer, _ in steps), tuple(scales), self.embedding_parent)
 
 
 def _scaled(steps: list[tuple[int, int, float]], scale: float) -> list[tuple[int, int, float]]:
@@ -276,7 +285,7 @@ def _scaled(steps: list[tuple[int, int, float]], scale: float) -> list[tuple[int
 PathSpace = IndicatorSpace | MoveSpace
 
 
-def describe(path: Path, origins: Sequence[tuple[int, int]], names: Mapping[int, str]) -> list[str]:
+def describe(path: LayerPath, origins: Sequence[tuple[int, int]], names: Mapping[int, str]) -> list[str]:
     """A path in words: runs of consecutive layers of one parent, with the scale that each is entered with."""
     lines: list[str] = []
     run: list[int] = []

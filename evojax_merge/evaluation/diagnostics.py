@@ -1,4 +1,4 @@
-"""A first look at a population's scores: what is wrong with a task. May import evaluation and tasks."""
+"""A first look at a population's scores: what is wrong with a task."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def warnings(tasks: Sequence[Task], scores: Scores) -> list[str]:
     lines = []
     for task in tasks:
         texts = [text for row in scores.outputs.get(task.name, []) for text in row]
-        if texts and (wanted := task.unanswered(texts)) is not None:
+        if texts and (wanted := task.extraction_failure(texts)) is not None:
             lines.append(f"warning: task {task.name}: 0 of {len(texts)} outputs matched {wanted}")
         means = scores.matrices[task.name][task.metric].mean(axis=1)
         means = means[np.isfinite(means)]

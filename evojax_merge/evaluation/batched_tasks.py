@@ -1,7 +1,6 @@
-"""What is asked of every candidate: a task's rows, tokenised once for a whole run, in batches. May import tasks and
-evaluation.devices.
+"""A task's rows, tokenised and batched once for a whole run.
 
-Several splits of the same tasks get batches of the same shapes, and so share what is compiled.
+Several splits of the same tasks get batches of the same shapes, and so share compiled programs.
 """
 
 from collections.abc import Sequence
@@ -11,24 +10,24 @@ from typing import Any
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import on_accelerator
 from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
-from evojax_merge.tasks.task import Asked, Task
+from evojax_merge.tasks.task import Task, TaskRequests
 
 # Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
-# So many times as many go together, prompts and what is written, while it is written: each row is then few tokens of a
-# pass.
-PROMPT_TOKENS = 4
+# While decoding, prompts and generated tokens together may be so many times as many: each row is then few tokens of a
+# step.
+DECODE_BATCH_FACTOR = 4
 # Of an example's tokens so many may be unknown ones before it is worth a word.
 UNKNOWN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Requests:
+class BatchedTask:
     """A task, what it asks, and the batches of its scored rows and of its prompts. `stop`: token ids that end a
     generation; `tokens_per_batch`: what the batches were made for."""
 
     task: Task
-    asked: Asked
+    requests: TaskRequests
     scoring: Batches[ScoringBatch] | None
     prompts: Batches[PromptBatch] | None
     stop: tuple[int, ...]
@@ -39,14 +38,14 @@ class Requests:
         return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
 
 
-def build_requests(
+def batch_tasks(
     splits: Sequence[Sequence[Task]],
     tokenizer: Any,
     tokens_per_batch: int | None,
     context: int,
     stop: tuple[int, ...],
     vocab: int = 2**31,
-) -> list[list[Requests]]:
+) -> list[list[BatchedTask]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
     `tokens_per_batch` None: as many tokens as suit the devices.
 
@@ -55,57 +54,57 @@ def build_requests(
     """
     if tokens_per_batch is None:
         tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
-    asked = [[task.ask(tokenizer, context) for task in split] for split in splits]
-    for part in (part for split in asked for part in split):
+    requests = [[task.requests(tokenizer, context) for task in split] for split in splits]
+    for part in (part for split in requests for part in split):
         _check_lengths(part, context)
         _check_tokens(part, tokenizer, vocab)
-    columns = [_requests([split[i] for split in asked], tokens_per_batch) for i in range(len(splits[0]))]
+    columns = [_batched_tasks([split[i] for split in requests], tokens_per_batch) for i in range(len(splits[0]))]
     return [
         [
-            Requests(task, asked[s][i], *columns[i][s], stop=stop, tokens_per_batch=tokens_per_batch)
+            BatchedTask(task, requests[s][i], *columns[i][s], stop=stop, tokens_per_batch=tokens_per_batch)
             for i, task in enumerate(split)
         ]
         for s, split in enumerate(splits)
     ]
 
 
-def _requests(
-    splits: Sequence[Asked], tokens_per_batch: int
+def _batched_tasks(
+    splits: Sequence[TaskRequests], tokens_per_batch: int
 ) -> list[tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]]:
     """One task's batches in each split."""
     scored: Sequence[Batches[ScoringBatch] | None] = [None] * len(splits)
     prompts: Sequence[Batches[PromptBatch] | None] = [None] * len(splits)
     if splits[0].scored:
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
-        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].reduce is None)
+        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].logits_fn is None)
     if splits[0].prompts:
-        together = PROMPT_TOKENS * tokens_per_batch
+        together = DECODE_BATCH_FACTOR * tokens_per_batch
         new = splits[0].max_new_tokens
         prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, together, new)
     return list(zip(scored, prompts, strict=True))
 
 
-def smaller(request: Requests) -> Requests | None:
+def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     """The same request in batches of half the size; None where a batch has one row already."""
-    parts = [part for part in (request.scoring, request.prompts) if part is not None]
+    parts = [part for part in (batched_task.scoring, batched_task.prompts) if part is not None]
     if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
         return None
-    tokens = request.tokens_per_batch // 2
-    ((scored, prompts),) = _requests([request.asked], tokens)
-    return Requests(request.task, request.asked, scored, prompts, request.stop, tokens)
+    tokens = batched_task.tokens_per_batch // 2
+    ((scored, prompts),) = _batched_tasks([batched_task.requests], tokens)
+    return BatchedTask(batched_task.task, batched_task.requests, scored, prompts, batched_task.stop, tokens)
 
 
-def _check_lengths(asked: Asked, context: int) -> None:
+def _check_lengths(requests: TaskRequests, context: int) -> None:
     # The last token of a scored row is predicted, not read.
-    for rows, new, longest in ((asked.scored, 0, context + 1), (asked.prompts, asked.max_new_tokens, context)):
+    for rows, new, longest in ((requests.scored, 0, context + 1), (requests.prompts, requests.max_new_tokens, context)):
         for row in rows:
             if len(row.tokens) + new > longest:
                 wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
 
 
-def _check_tokens(asked: Asked, tokenizer: Any, vocab: int) -> None:
-    for row in (*asked.scored, *asked.prompts):
+def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
+    for row in (*requests.scored, *requests.prompts):
         number = max(row.tokens, default=0)
         if number >= vocab:
             token = tokenizer.convert_ids_to_tokens(number)
@@ -116,9 +115,9 @@ def _check_tokens(asked: Asked, tokenizer: Any, vocab: int) -> None:
             )
 
 
-def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> list[str]:
+def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: int) -> list[str]:
     """One line each for what is amiss with the tokens of a model with `vocab` embedding rows: that the tokenizer has
-    some beyond the rows (trainers add such, and no example holds one, or `build_requests` had raised), and that many of
+    some beyond the rows (trainers add such, and no example holds one, or `batch_tasks` had raised), and that many of
     the examples' are unknown to it."""
     found = []
     outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
@@ -130,7 +129,11 @@ def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> 
     unknown = tokenizer.unk_token_id
     # Where another token stands in for the unknown one, it is there for its own sake.
     if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        rows = [row for request in requests for row in (*request.asked.scored, *request.asked.prompts)]
+        rows = [
+            row
+            for batched_task in batched_tasks
+            for row in (*batched_task.requests.scored, *batched_task.requests.prompts)
+        ]
         counts = [row.tokens.count(unknown) for row in rows]
         share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
         if share > UNKNOWN_SHARE:
@@ -143,20 +146,26 @@ def token_warnings(requests: Sequence[Requests], tokenizer: Any, vocab: int) -> 
 
 
 def _shapes(batch: ScoringBatch | PromptBatch) -> list[Any]:
-    """What is compiled for a batch: prompts are read in parts, and written on together."""
+    """The shapes that are compiled for a batch: prompts are prefilled in groups, and decoded together."""
     if isinstance(batch, PromptBatch):
-        return [batch.tokens.shape, *((part.end - part.begin, part.width, "read") for part in batch.parts)]
+        return [batch.tokens.shape, *((part.end - part.begin, part.width, "read") for part in batch.prefill_groups)]
     return [tuple(array.shape for array in vars(batch).values())]
 
 
-def describe_requests(requests: Sequence[Requests]) -> str:
-    """One line: what each candidate is asked."""
-    parts: list[Batches[Any]] = [p for r in requests for p in (r.scoring, r.prompts) if p is not None]
-    rows = sum(len(request.asked.scored) + len(request.asked.prompts) for request in requests)
-    shapes = {(len(p.header), shape) for p in parts for batch in p.batches for shape in _shapes(batch)}
+def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
+    """One line: what is computed for each candidate."""
+    parts: list[Batches[Any]] = [p for r in batched_tasks for p in (r.scoring, r.prompts) if p is not None]
+    rows = sum(len(batched_task.requests.scored) + len(batched_task.requests.prompts) for batched_task in batched_tasks)
+    shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in _shapes(batch)}
     tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
     shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
+    batches, padding = sum(len(part.batches) for part in parts), sum(part.padding for part in parts)
     return (
-        f"each candidate: {tokens:,} tokens of {rows:,} rows in {sum(len(part.batches) for part in parts)} batches of "
-        f"{len(shapes)} shapes, {shared:.0%} shared, {sum(part.padding for part in parts) / computed:.0%} padding"
+        f"per candidate: {tokens:,} tokens in {_counted(batches, 'batch', 'batches')} "
+        f"({_counted(rows, 'row', 'rows')}, {shared:.0%} of the tokens shared, {padding / computed:.0%} padding, "
+        f"{_counted(len(shapes), 'compiled shape', 'compiled shapes')})"
     )
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"

@@ -1,6 +1,4 @@
-"""What is searched: a method's parameters with bounds, and its switches, checked. May import config, spaces and
-checkpoints.recipes.
-"""
+"""What is searched: a method's parameters with bounds, and its switches, checked."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +9,7 @@ from merge_kernels import METHODS, Method, Options
 from evojax_merge.checkpoints.recipes import number, options_from
 from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.spaces.parameter import Axis, uniform_start
+from evojax_merge.spaces.parameter import SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]
 
@@ -22,20 +20,20 @@ def find_method(where: str, name: str) -> Method:
     return METHODS[name]
 
 
-def options_of(where: str, method: Method, based: bool, normalize: bool | None, rescale: Any) -> Options:
+def options_of(where: str, method: Method, has_base: bool, normalize: bool | None, rescale: Any) -> Options:
     """The method's switches, as given; None: its own."""
     switches: dict[str, Any] = {}
     for name, value in (("normalize", normalize), ("rescale", rescale)):
-        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.switches else name
-        if value is not None and own not in method.switches:
+        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.yaml_options else name
+        if value is not None and own not in method.yaml_options:
             raise InputError(where, f"{name}: {method.name} has no such switch")
         switches[own] = value
-    return options_from(where, method, switches, based)
+    return options_from(where, method, switches, has_base)
 
 
-def axes_of(
+def search_parameters_of(
     where: str, method: Method, parents: int, searched: Mapping[str, Bounds], fixed: Mapping[str, Numbers]
-) -> tuple[tuple[Axis, ...], Fixed]:
+) -> tuple[tuple[SearchParameter, ...], Fixed]:
     """The searched parameters, and the value of every other. Raises InputError for unknown parameters and for bounds
     without a meaning."""
     known = [parameter.name for parameter in method.parameters]
@@ -53,8 +51,12 @@ def axes_of(
     if not open_:
         raise InputError(where, f"method: {method.name} has no parameter to search; use evojax-merge merge")
     if not searched:
-        raise InputError(where, f"parameters: nothing is searched; name at least one of {', '.join(open_)}")
-    axes = tuple(_axis(where, method, name, bounds, parents) for name, bounds in searched.items())
+        # What a method is first of all about (weights, mostly), unless that is fixed.
+        first = next((name for name in open_ if name not in fixed), None)
+        if first is None:
+            raise InputError(where, f"fixed: holds all that {method.name} has to search ({', '.join(open_)})")
+        searched = {first: Bounds()}
+    search_parameters = tuple(_axis(where, method, name, bounds, parents) for name, bounds in searched.items())
     others = []
     for parameter in method.parameters:
         if parameter.name in searched:
@@ -64,22 +66,26 @@ def axes_of(
             raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
         given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
         others.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
-    _check_bounds(where, method, axes, dict(others), parents)
-    return axes, tuple(others)
+    _check_bounds(where, method, search_parameters, dict(others), parents)
+    return search_parameters, tuple(others)
 
 
 def _check_bounds(
-    where: str, method: Method, axes: Sequence[Axis], fixed: dict[str, tuple[float, ...]], parents: int
+    where: str,
+    method: Method,
+    search_parameters: Sequence[SearchParameter],
+    fixed: dict[str, tuple[float, ...]],
+    parents: int,
 ) -> None:
     """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say)."""
-    for axis in axes:
-        if not method.parameter(axis.name).on_grid:
+    for axis in search_parameters:
+        if not method.parameter(axis.name).quantised:
             continue
         for value in (axis.low, axis.high):
             numbers = {
                 name: np.broadcast_to(values, parents) for name, values in (fixed | {axis.name: (value,)}).items()
             }
-            complaint = method.complaint(method.options, numbers | {"weight": np.ones(parents)})
+            complaint = method.validate(method.options, numbers | {"weight": np.ones(parents)})
             if complaint is not None:
                 raise InputError(where, f"parameters.{axis.name}: {complaint}")
 
@@ -96,7 +102,7 @@ def _checked(where: str, method: Method, name: str, values: tuple[float, ...], p
     return tuple(number(where, parameter, value) for value in values)
 
 
-def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -> Axis:
+def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -> SearchParameter:
     parameter = method.parameter(name)
     low = parameter.low if bounds.low is None else bounds.low
     high = parameter.high if bounds.high is None else bounds.high
@@ -116,4 +122,4 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -
     if bounds.start is not None and not all(low <= value <= high for value in start):
         raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
     start = _checked(f"{where}: parameters.{name}: start", method, name, start, parents)
-    return Axis(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))
+    return SearchParameter(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))

@@ -1,0 +1,64 @@
+"""What the program knows, as tables for the terminal: merge methods, search strategies, architectures."""
+
+from merge_kernels import METHODS, Method, Parameter
+from rich.table import Table
+from rich.text import Text
+
+from evojax_merge.checkpoints.architectures import MODEL_TYPES
+from evojax_merge.search.strategy import MAX_FULL_DIMS
+
+BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
+
+
+def methods_table() -> Table:
+    """Each method, what it takes, and its parameters with the bounds that a search has by default."""
+    table = _table("method", "base", "models", "searched parameters [low, high] default", "fixed", "options")
+    for method in METHODS.values():
+        searched = [_parameter(one) for one in method.parameters if one.searched]
+        fixed = [_parameter(one) for one in method.parameters if not one.searched]
+        _row(table, method.name, BASES[method.base], _models(method), searched, fixed, method.yaml_options)
+    return table
+
+
+def strategies_table() -> Table:
+    table = _table("strategy", "chosen for", "algorithm")
+    _row(table, "CMA_ES", f"up to {MAX_FULL_DIMS} dimensions", "CMA-ES with a full covariance (evosax CMA_ES)")
+    _row(
+        table, "Sep_CMA_ES", f"over {MAX_FULL_DIMS} dimensions", "CMA-ES with a diagonal covariance (evosax Sep_CMA_ES)"
+    )
+    return table
+
+
+def architectures_table() -> Table:
+    table = _table("model_type", "search, evaluate", "merge")
+    for name in MODEL_TYPES:
+        _row(table, name, "yes", "yes")
+    _row(table, "any other", "no", "yes, where tensors and shapes match (safetensors)")
+    return table
+
+
+def _models(method: Method) -> str:
+    if method.max_parents is None:
+        return f"{method.min_parents} or more"
+    few = f"{method.min_parents} to {method.max_parents}"
+    return str(method.max_parents) if method.min_parents == method.max_parents else few
+
+
+def _parameter(parameter: Parameter) -> str:
+    default = "" if parameter.default is None else f" {parameter.default:g}"
+    if parameter.default is None and parameter.per_parent:
+        default = " 1/K"
+    each = " per parent" if parameter.per_parent else ""
+    return f"{parameter.name}{each} [{parameter.low:g}, {parameter.high:g}]{default}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table()
+    for column in columns:
+        table.add_column(Text(column))
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    lines = ("\n".join(cell) if isinstance(cell, list | tuple) else str(cell) for cell in cells)
+    table.add_row(*map(Text, lines))

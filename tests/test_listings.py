@@ -1,0 +1,51 @@
+"""The tables of what the program knows, and of what it found."""
+
+import pytest
+from merge_kernels import METHODS
+
+from evojax_merge.checkpoints.architectures import MODEL_TYPES
+from evojax_merge.cli import cli, run
+from evojax_merge.report.tables import markdown_table
+from evojax_merge.search.strategy import make_strategy
+from evojax_merge.search.winner import Row
+
+
+def listed(what: str, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert run(lambda: cli.main([what], standalone_mode=False)) == 0
+    return capsys.readouterr().out
+
+
+def test_every_method_is_listed_with_its_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    text = listed("methods", capsys)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows if row[0]] == list(METHODS)
+    name = ""
+    found: dict[str, str] = {}
+    for row in rows:
+        name = row[0] or name
+        found[name] = " ".join([found.get(name, ""), *row[1:]])
+    for method in METHODS.values():
+        for parameter in method.parameters:
+            assert f"{parameter.name} " in found[method.name]
+        for option in method.yaml_options:
+            assert option in found[method.name]
+
+
+def test_the_strategies_that_searches_use_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = listed("strategies", capsys)
+    for dims in (4, 2000):
+        assert f"│ {make_strategy(dims, 8, 0.1, 0).name} " in text
+
+
+def test_every_architecture_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = listed("architectures", capsys)
+    for name in MODEL_TYPES:
+        assert f"│ {name} " in text
+
+
+def test_a_name_that_says_its_role_stands_alone() -> None:
+    rows = [Row(role, name, 0.5, {"t/m": 0.5}) for role, name in (("base", "base"), ("parent", "maths"), ("base", "b"))]
+    assert [line.split("|")[1].strip() for line in markdown_table(rows).splitlines()[2:]] == [
+        "base", "parent `maths`", "base `b`",
+    ]  # fmt: skip
