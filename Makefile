@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
-	@echo "make test         the tests, in an environment of their own (20 minutes on two cores)"
+	@echo "make test         the tests, in an environment of their own (15 minutes on two cores)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        what can be measured, and how long each takes"
@@ -72,7 +72,7 @@ bench-merge: .venv/installed-test
 	$(BIN)/python bench/merge_cli.py
 
 bench-kernels: .venv/installed-test
-	$(BIN)/python bench/merge_speed.py --sweep --plot kernels.png
+	$(BIN)/python bench/merge_speed.py --sweep --plot bench/kernels.png
 
 bench-paths: .venv/installed-test
 	$(BIN)/python bench/paths.py

@@ -1,6 +1,6 @@
 """Parameters per second of the merge kernels as a search uses them, beside what the machine can write and mergekit.
 
-    python bench/merge_speed.py [--sweep --plot kernels.png]
+    python bench/merge_speed.py [--sweep --plot bench/kernels.png]
 
 A parameter is one entry of one candidate's merged tensor. Measured in turn, in every repeat, so that a busy machine
 disturbs all alike (medians are shown):

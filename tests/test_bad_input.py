@@ -28,6 +28,8 @@ from helpers import (
     words,
     write_lines,
 )
+from hostile import config as search_config
+from hostile import recipe
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
@@ -53,23 +55,8 @@ def write(path: Path, document: Any) -> Path:
     return path
 
 
-def recipe(**changes: Any) -> dict[str, Any]:
-    models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.5}} for name in ("one", "two")]
-    return {"merge_method": "ties", "base_model": "base", "models": models} | changes
-
-
 def one_model(**parameters: Any) -> dict[str, Any]:
     return recipe(models=[{"model": "one", "parameters": parameters}])
-
-
-def search_config(**changes: Any) -> dict[str, Any]:
-    return {
-        "base": "base",
-        "parents": ["one", "two"],
-        "space": {"method": "ties", "parameters": {"weight": {"low": 0.0, "high": 1.0}, "density": {}}},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
-        "search": {"generations": 1, "population": 4},
-    } | changes
 
 
 def contents(folder: Path) -> set[str]:

@@ -375,6 +375,14 @@ def test_strategy_needs_about_as_many_evaluations_as_pycma(function):
     assert _minimise(function, dims, target, limit) < 1.5 * theirs
 
 
+def test_seeds_that_differ_in_their_upper_bits_alone_differ():
+    drawn = []
+    for seed in (1, 2**32 + 1, 2**33 + 1, 2**63 - 1):
+        strategy = make_strategy(5, 8, 0.1, seed)
+        drawn.append(np.asarray(strategy.ask(strategy.init(np.zeros(5, np.float32)), 0)[0]))
+    assert len({genomes.tobytes() for genomes in drawn}) == len(drawn)
+
+
 def test_flat_fitness_does_not_shrink_sigma():
     """Accuracy ties: 300 generations without any signal must leave a search that can still move."""
     strategy = make_strategy(10, 10, 1 / 6, seed=0)

@@ -54,7 +54,9 @@ class Strategy:
         return state
 
     def _key(self, generation: int) -> jax.Array:
-        return jax.random.fold_in(jax.random.key(self.seed), generation)
+        # Of a seed JAX takes the lower 32 bits alone.
+        key, high = jax.random.key(self.seed % 2**32), self.seed // 2**32
+        return jax.random.fold_in(jax.random.fold_in(key, high) if high else key, generation)
 
 
 @lru_cache(maxsize=8)
