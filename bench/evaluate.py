@@ -37,7 +37,6 @@ from torch_peer import score_rows
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.search.open_tasks import resolve_reference
@@ -47,6 +46,7 @@ from evojax_merge.search.strategy import make_strategy
 from evojax_merge.search.winner import recipe_text
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
+from evojax_merge.yaml_reader import load_yaml
 
 MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
 # Passes that a share of the peak is measured over, one after the other but for what overlaps.

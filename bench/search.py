@@ -27,11 +27,11 @@ from machine import describe
 from torch_peer import mean_log_probability
 
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.recipes import load_yaml
 from evojax_merge.evaluation.evaluator import fitness
 from evojax_merge.search.scorers import open_scorers
 from evojax_merge.search.setup import SearchProblem, build_problem, read_config, resolve_reference
 from evojax_merge.search.winner import recipe_text
+from evojax_merge.yaml_reader import load_yaml
 
 METHOD = "ties"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from evojax_merge.checkpoints.merge import merge_to, prepare
-from evojax_merge.checkpoints.recipes import read_recipe
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.search.loop import Reporter, run_search
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.scorers import MergeScorer, PathScorer, open_scorers

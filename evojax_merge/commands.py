@@ -28,9 +28,7 @@ from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
 from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
-from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import Sources, open_sources
-from evojax_merge.checkpoints.recipes import RecipeFile, parse_recipe, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
 from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
@@ -40,6 +38,8 @@ from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerat
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.interrupts import defer_signals
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.paths import path_picture

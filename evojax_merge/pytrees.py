@@ -15,9 +15,9 @@ from flax import struct
 from merge_kernels import combine, draw_uniform, look_up, tabulate
 from pydantic import ValidationError
 
-from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategy import default_population, make_strategy

@@ -32,10 +32,7 @@ from merge_kernels import METHODS, draw_uniform, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
-from evojax_merge.checkpoints.merge import merge_to
-from evojax_merge.checkpoints.merge import prepare as prepare_merge
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import TokenizerChoice, check_same_vocabulary, load_tokenizer
 from evojax_merge.checkpoints.writer import (
     MARKER,
@@ -48,6 +45,9 @@ from evojax_merge.checkpoints.writer import (
     write_marker,
 )
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.execute import prepare as prepare_merge
+from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.report.card import merge_card
 from evojax_merge.search.setup import context_length, stop_tokens
@@ -220,8 +220,8 @@ def test_merging_one_tensor_at_a_time_needs_no_whole_model(larger_models: list[P
     """A one-off merge holds a tensor of each source, never a model."""
     import tracemalloc
 
-    from evojax_merge.checkpoints.merge import merge_to, prepare
-    from evojax_merge.checkpoints.recipes import read_recipe
+    from evojax_merge.mergekit.execute import merge_to, prepare
+    from evojax_merge.mergekit.schema import read_recipe
 
     models = "".join(f"  - {{model: {path}, parameters: {{weight: 0.5}}}}\n" for path in larger_models[1:])
     recipe = tmp_path / "recipe.yaml"

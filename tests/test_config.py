@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from evojax_merge.config import TASK_KINDS, Config, TaskFile, apply_overrides, parse
 from evojax_merge.errors import InputError
-from evojax_merge.search.mergekit_evolve import EvolveConfig
+from evojax_merge.mergekit.evolve_config import EvolveConfig
 
 FILE = Path("config.yaml")
 TASKS: dict[str, dict[str, Any]] = {

@@ -35,15 +35,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evojax_merge.checkpoints.bank import load_path_bank, load_stored
-from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
-from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document
-from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import paths as path_evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator, build_trie, segments
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.paths import LayerPath, PathBank, PathSpec, materialise_path

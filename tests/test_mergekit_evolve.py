@@ -13,12 +13,12 @@ from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from evojax_merge.checkpoints.merge import merge_to, prepare
-from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.commands import run_search_command
 from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
-from evojax_merge.search.mergekit_evolve import filter_components
+from evojax_merge.mergekit.evolve_config import filter_components
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.winner import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace

@@ -20,10 +20,10 @@ from merge_kernels import METHODS
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-from evojax_merge.checkpoints.merge import merge_to, prepare
-from evojax_merge.checkpoints.recipes import read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
 
 RECIPES = Path(__file__).parent / "parity"
 TOLERANCE = 1e-5

@@ -20,13 +20,14 @@ from merge_kernels import METHODS, Options
 
 from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES, shared_leaves
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
-from evojax_merge.checkpoints.merge import merge_to, prepare
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipe_writer import dump_yaml, recipe_document
-from evojax_merge.checkpoints.recipes import evaluate_setting, layout, options_from, plan, read_recipe
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.commands import run_merge_command
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, plan
+from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter

@@ -37,11 +37,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.checkpoints.recipe_writer import dump_yaml
 from evojax_merge.checkpoints.writer import atomic_write, recover
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import barrier, collective
 from evojax_merge.interrupts import defer_signals
+from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.

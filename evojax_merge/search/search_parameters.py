@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.checkpoints.recipes import number, options_from
 from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.mergekit.plan import number, options_from
 from evojax_merge.spaces.parameter import SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]

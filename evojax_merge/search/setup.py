@@ -16,7 +16,6 @@ from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, sh
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
-from evojax_merge.checkpoints.recipes import check_parent_count
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
     MAX_PATH_LAYERS,
@@ -32,10 +31,11 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks
 from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
+from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
+from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.search.mergekit_evolve import from_mergekit_evolve
 from evojax_merge.search.open_tasks import open_task, resolve_reference
 from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategy import default_population

@@ -12,11 +12,11 @@ import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.recipe_writer import dump_yaml, path_document, recipe_document
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.evaluator import fitness, means
+from evojax_merge.mergekit.write import dump_yaml, path_document, recipe_document
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
 from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.search.loop import Outcome, failure_hint, rescore

@@ -13,8 +13,8 @@ OVERWRITE = ("merge", "recipe.yaml", "out", "--overwrite")
 
 def merged(world: World, name: str = "out") -> Path:
     """A model that this program wrote, as it writes it."""
-    from evojax_merge.checkpoints.merge import merge_to, prepare
-    from evojax_merge.checkpoints.recipes import read_recipe
+    from evojax_merge.mergekit.execute import merge_to, prepare
+    from evojax_merge.mergekit.schema import read_recipe
 
     merge_to(prepare(read_recipe(world / "recipe.yaml")), world / name, card="card")
     return world / name

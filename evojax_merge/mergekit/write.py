@@ -1,6 +1,6 @@
 """What a search found -> a recipe in mergekit's format.
 
-What is written reads back (checkpoints.recipes) as the same numbers, so that merging it gives the winner's bytes.
+What is written reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
 """
 
 from collections.abc import Sequence

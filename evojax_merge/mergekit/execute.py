@@ -36,15 +36,6 @@ from evojax_merge.checkpoints.folder import (
 )
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, rows_differ
-from evojax_merge.checkpoints.recipes import (
-    Layout,
-    RecipeFile,
-    TensorPlan,
-    TokenizerSetting,
-    layout,
-    output_layers,
-    plan,
-)
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
@@ -55,6 +46,8 @@ from evojax_merge.checkpoints.tokens import (
 )
 from evojax_merge.checkpoints.writer import CARD, ShardWriter, TensorSpec, atomic_folder, write_marker
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.plan import Layout, TensorPlan, layout, output_layers, plan
+from evojax_merge.mergekit.schema import RecipeFile, TokenizerSetting
 
 Progress = Callable[[int], None]
 

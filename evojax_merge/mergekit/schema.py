@@ -1,20 +1,18 @@
-"""Recipes as YAML, in mergekit's format, read into a plan: how each tensor of the merged model is made.
+"""Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
 Three settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
 `rescale: density` (the DARE paper's 1/density), which it refuses; and `ends`, the model whose embedding and head a
 passthrough merge of slices has.
 """
 
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from merge_kernels import METHODS, Method, Options, Parameter
+from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
@@ -27,12 +25,6 @@ TOP_KEYS = {
 REFUSED_KEYS = {"modules"}
 # Methods that mergekit has and that are not described well enough to be implemented from their papers.
 REFUSED_METHODS = {"ram", "ramplus_tl", "arcee_fusion"}
-# A layer's number inside a tensor's name, in the architectures that number their layers.
-LAYER_NAME = re.compile(
-    r"^(?P<head>(?:.*\.)?(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
-)
-# What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
-BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
 # The seed is a word of the random numbers' key; the same bound holds for a search.
 MAX_SEED = 2**63 - 1
 # Merging is done in float32.
@@ -109,17 +101,7 @@ class RecipeFile:
         return list(dict.fromkeys(named))
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one."""
-
-    name: str
-    inputs: tuple[tuple[int, str], ...]
-    options: Options
-    parameters: dict[str, np.ndarray]
-
-
-def _mapping(where: str, value: Any, known: set[str], refused: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+def checked_mapping(where: str, value: Any, known: set[str], refused: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
     if not isinstance(value, dict):
         raise InputError(where, f"expected a mapping, found {type(value).__name__}")
     for key in value:
@@ -141,7 +123,7 @@ def read_recipe(path: Path) -> RecipeFile:
 
 def parse_recipe(path: Path, document: Any) -> RecipeFile:
     """A mergekit recipe as plain data. `path` names it in messages, and is where relative paths start."""
-    top = _mapping(str(path), document, TOP_KEYS, REFUSED_KEYS)
+    top = checked_mapping(str(path), document, TOP_KEYS, REFUSED_KEYS)
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(path, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
@@ -222,7 +204,7 @@ def _reference(where: str, value: Any) -> str:
 
 
 def _source(where: str, row: Any, method: Method, required: set[str]) -> Source:
-    row = _mapping(where, row, required | {"parameters"})
+    row = checked_mapping(where, row, required | {"parameters"})
     for key in sorted(required):
         if key not in row:
             raise InputError(where, f"{key}: missing")
@@ -244,7 +226,7 @@ def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...
 
 
 def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
-    row = _mapping(where, row, {"sources", "parameters", "base_model"}, {"residual_weight"})
+    row = checked_mapping(where, row, {"sources", "parameters", "base_model"}, {"residual_weight"})
     if not isinstance(row.get("sources"), list) or not row["sources"]:
         raise InputError(where, "sources: expected a list that is not empty")
     sources = [
@@ -265,7 +247,7 @@ def _settings(where: str, value: Any, method: Method) -> Settings:
     if value is None:
         return {}
     known = {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings}
-    settings = _mapping(where, value, known)
+    settings = checked_mapping(where, value, known)
     for name, setting in settings.items():
         _check_setting(where, name, setting)
     return settings
@@ -282,7 +264,7 @@ def _check_setting(where: str, name: str, setting: Any) -> None:
             if not filtered:
                 _check_setting(where, name, row)
                 continue
-            row = _mapping(f"{where}: {name}", row, {"filter", "value"})
+            row = checked_mapping(f"{where}: {name}", row, {"filter", "value"})
             if not isinstance(row.get("filter"), (str, type(None))):
                 raise InputError(where, f"{name}: filter: {row['filter']!r}; expected a part of tensors' names")
             _check_setting(where, name, row.get("value"))
@@ -301,7 +283,7 @@ def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
     if section is None:
         return None
     where = f"{path}: tokenizer"
-    section = _mapping(where, section, {"source", "tokens", "pad_to_multiple_of"})
+    section = checked_mapping(where, section, {"source", "tokens", "pad_to_multiple_of"})
     tokens = section.get("tokens") or {}
     if not isinstance(tokens, dict):
         raise InputError(where, "tokens: expected a mapping from token to its source")
@@ -316,7 +298,7 @@ def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
 
 
 def _token(where: str, row: Any) -> TokenSetting:
-    row = _mapping(where, row, {"source", "force"})
+    row = checked_mapping(where, row, {"source", "force"})
     source, force = row.get("source"), row.get("force", False)
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
@@ -324,7 +306,7 @@ def _token(where: str, row: Any) -> TokenSetting:
         return TokenSetting(_reference(f"{where}.source", source), None, force)
     if not isinstance(source, dict):
         raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
-    source = _mapping(f"{where}.source", source, {"kind", "model", "token", "token_id"})
+    source = checked_mapping(f"{where}.source", source, {"kind", "model", "token", "token_id"})
     if source.get("kind") == "zero":
         return TokenSetting(None, None, force)
     given = [key for key in ("token", "token_id") if source.get(key) is not None]
@@ -336,231 +318,3 @@ def _token(where: str, row: Any) -> TokenSetting:
     if type(token) is not (str if given[0] == "token" else int):
         raise InputError(f"{where}.source", f"{given[0]}: {token!r}; expected a token, or its number as token_id")
     return TokenSetting(_reference(f"{where}.source.model", source["model"]), token, force)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Settings -> numbers
-
-
-def _endpoint(value: Any) -> Any:
-    """A gradient's entry: YAML reads 1e-3 as text (1.0e-3 would be a number)."""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
-
-
-def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any:
-    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches."""
-    if isinstance(setting, dict):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return setting
-    if not setting:
-        return None
-    if all(isinstance(entry, (int, float, str)) for entry in setting):
-        setting = [_endpoint(entry) for entry in setting]
-        if any(isinstance(entry, (bool, str)) for entry in setting):
-            return setting[int(t * (len(setting) - 1))]
-        position = t * (len(setting) - 1)
-        low = int(position)
-        high = min(len(setting) - 1, low + 1)
-        share = position - low
-        return (1 - share) * setting[low] + share * setting[high]
-    for row in setting:
-        row = _mapping(where, row, {"filter", "value"})
-        wanted = row.get("filter")
-        if wanted in (None, "*") or wanted in tensor:
-            return evaluate_setting(where, tensor, row.get("value"), t)
-    return None
-
-
-def number(where: str, parameter: Parameter, value: Any) -> float:
-    """A parameter's value as a finite float inside its meaning, or InputError."""
-    try:
-        result = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        raise InputError(where, f"{parameter.name}: {value!r}; expected a number") from None
-    except OverflowError:
-        result = math.inf
-    lowest, highest = max(parameter.valid_min, -MAX_NUMBER), min(parameter.valid_max, MAX_NUMBER)
-    if not lowest <= result <= highest:
-        raise InputError(where, f"{parameter.name}: {value!r}; expected a number in [{lowest:g}, {highest:g}]")
-    return result
-
-
-def options_from(where: str, method: Method, switches: Mapping[str, Any], has_base: bool) -> Options:
-    """The switches of a merge, under the names that mergekit gives them; the method's own where they are None."""
-    given = {name: value for name, value in switches.items() if value is not None}
-    for name, value in given.items():
-        if name != "rescale" and not isinstance(value, bool):
-            raise InputError(where, f"{name}: {value!r}; expected true or false")
-    rescales: dict[Any, Literal["none", "l1", "density"]] = {
-        True: "l1", False: "none", "none": "none", "l1": "l1", "density": "density",
-    }  # fmt: skip
-    if "rescale" in given and given["rescale"] not in rescales:
-        raise InputError(where, f"rescale: {given['rescale']!r}; expected true, false, l1 or density")
-    options = replace(method.options, has_base=has_base)
-    if "rescale" in given:
-        options = replace(options, rescale=rescales[given["rescale"]])
-    for name in ("normalize", "normalize_weights"):
-        if name in given:
-            options = replace(options, normalize=given[name])
-    if given.get("filter_wise"):
-        options = replace(options, axis=-1)
-    if not given.get("nuslerp_flatten", True):
-        options = replace(options, axis=0 if given.get("nuslerp_row_wise") else -1)
-    return options
-
-
-def _resolve(
-    recipe: RecipeFile, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
-) -> tuple[Options, dict[str, np.ndarray]]:
-    """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
-    where, method = str(recipe.path), recipe.method
-    shared = (part.settings, recipe.settings)
-
-    def value(name: str, scopes: Sequence[Settings], tensor: str) -> Any:
-        for scope in scopes:
-            if name in scope:
-                found = evaluate_setting(where, tensor, scope[name], t)
-                if found is not None:
-                    return found
-        return None
-
-    def parameter(spec: Parameter, scopes: Sequence[Settings], tensor: str, of: str) -> float:
-        found = value(spec.name, scopes, tensor)
-        if found is None and spec.default is None:
-            raise InputError(where, f"{spec.name}: missing for {of} and {tensor}")
-        return number(where, spec, spec.default if found is None else found)
-
-    parameters = {}
-    for spec in method.parameters:
-        if spec.per_parent:
-            values: Any = [
-                parameter(spec, (parent.settings, *shared), own_name, parent.model) for parent, own_name in parents
-            ]
-        else:
-            values = parameter(spec, shared, tensor, "the merge")
-        # float64: a density such as 0.537 must count the entries that 537/1000 counts.
-        parameters[spec.name] = np.asarray(values, np.float64)
-    switches = {name: value(name, shared, tensor) for name in method.yaml_options}
-    options = options_from(where, method, switches, method.uses_base(part.base is not None))
-    complaint = method.validate(options, parameters)
-    if complaint is not None:
-        raise InputError(where, f"{tensor}: {complaint}")
-    return options, parameters
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Recipe -> plan
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A model's tensor names: those outside of layers, and by stack of layers (what stands before the number) and
-    layer what stands after the number."""
-
-    outside: tuple[str, ...]
-    stacks: Mapping[str, Mapping[int, tuple[str, ...]]]
-
-
-def layout(tensors: Sequence[str]) -> Layout:
-    outside, stacks = [], dict[str, dict[int, list[str]]]()
-    for name in tensors:
-        match = LAYER_NAME.match(name)
-        if match is None:
-            outside.append(name)
-        else:
-            stacks.setdefault(match["head"], {}).setdefault(int(match["index"]), []).append(match["tail"])
-    fixed = {head: {i: tuple(tails) for i, tails in rows.items()} for head, rows in stacks.items()}
-    return Layout(tuple(outside), fixed)
-
-
-def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorPlan]:
-    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor."""
-    index = {model: i for i, model in enumerate(recipe.models)}
-    method = recipe.method
-    rows = []
-
-    def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
-        # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
-        first = method.base != "parent" or method.name == "slerp"
-        ordered = sorted(inputs, key=lambda pair: pair[0].model != part.base) if first else inputs
-        has_base = method.uses_base(part.base is not None)
-        options, parameters = _resolve(recipe, part, ordered[int(has_base) :], name, t)
-        rows.append(TensorPlan(name, tuple((index[source.model], own) for source, own in ordered), options, parameters))
-
-    if recipe.slices[0].count is None:
-        part = recipe.slices[0]
-        own = layouts[index[part.sources[0].model]]
-        for source in part.sources:
-            _check_depth(recipe, source.model, layouts[index[source.model]], part.sources[0].model, own)
-        for name in own.outside:
-            add(name, [(source, name) for source in part.sources], part, 0.0)
-        for head, layers in own.stacks.items():
-            last = max(layers)
-            for i, tails in sorted(layers.items()):
-                for tail in tails:
-                    name = f"{head}{i}{tail}"
-                    add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
-        return rows
-
-    for name in layouts[index[recipe.ends or recipe.slices[0].sources[0].model]].outside:
-        part = recipe.slices[0] if BEFORE_LAYERS.search(name) else recipe.slices[-1]
-        if recipe.ends is not None:
-            part = Slice(0, (Source(recipe.ends, 0, {}),), {}, part.base)
-        add(name, [(source, name) for source in part.sources], part, 0.0)
-    done = 0
-    for part in recipe.slices:
-        assert part.count is not None
-        head = _one_stack(recipe, part, layouts, index)
-        for offset in range(part.count):
-            # A gradient over a single layer takes its last value, as mergekit does.
-            t = offset / (part.count - 1) if part.count > 1 else 1.0
-            tails = layouts[index[part.sources[0].model]].stacks[head][part.sources[0].first + offset]
-            for tail in tails:
-                inputs = [(source, f"{head}{source.first + offset}{tail}") for source in part.sources]
-                add(f"{head}{done}{tail}", inputs, part, t)
-            done += 1
-    return rows
-
-
-def _check_depth(recipe: RecipeFile, model: str, found: Layout, first: str, expected: Layout) -> None:
-    """Whole models are merged layer by layer, so that none may be left over."""
-    one, other = ({head: len(layers) for head, layers in own.stacks.items()} for own in (found, expected))
-    if one != other:
-        depths = [", ".join(map(str, counts.values())) or "no" for counts in (one, other)]
-        raise InputError(
-            recipe.path, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which with slices:"
-        )
-
-
-def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:
-    """The stack that a slice's layers belong to; every source has those layers."""
-    for source in part.sources:
-        stacks = layouts[index[source.model]].stacks
-        if len(stacks) != 1:
-            known = ", ".join(stacks) or "none"
-            raise InputError(
-                recipe.path, f"slices: {source.model} has not one stack of numbered layers ({known}); use models:"
-            )
-        (head, layers), *_ = stacks.items()
-        for layer in range(source.first, source.first + (part.count or 0)):
-            if layer not in layers:
-                raise InputError(
-                    recipe.path, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)})"
-                )
-    return head
-
-
-def output_layers(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
-    """For each layer of the merged model the model and the layer that it stands for: its slice's first source's."""
-    index = {model: i for i, model in enumerate(recipe.models)}
-    origins = []
-    for part in recipe.slices:
-        model = index[part.sources[0].model]
-        stacks = layouts[model].stacks
-        count = part.count if part.count is not None else max((len(layers) for layers in stacks.values()), default=0)
-        origins += [(model, part.sources[0].first + i) for i in range(count)]
-    return origins
