@@ -83,9 +83,9 @@ def search(
             from evojax_merge.evaluation.devices import init_distributed
 
             init_distributed()
-        from evojax_merge.commands import run_search_command
+        from evojax_merge import pipeline
 
-    run_search_command(config, out, resume, overwrite, seed, list(overrides))
+    pipeline.search(config, out, resume, overwrite, seed, list(overrides))
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")
@@ -98,9 +98,9 @@ def search(
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
     """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
     with _starting():
-        from evojax_merge.commands import run_merge_command
+        from evojax_merge import pipeline
 
-    run_merge_command(recipe, out, dtype, seed, overwrite, allow_nonfinite)
+    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite)
 
 
 @cli.command(short_help="Score stored models on tasks.")
@@ -110,9 +110,9 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
 def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> None:
     """Score stored MODELS on all examples of the tasks (a search's config can serve as the tasks file)."""
     with _starting():
-        from evojax_merge.commands import run_evaluate_command
+        from evojax_merge import pipeline
 
-    run_evaluate_command(list(models), tasks, json_file)
+    pipeline.evaluate(list(models), tasks, json_file)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")
@@ -124,9 +124,9 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> No
 def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
     """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
     with _starting():
-        from evojax_merge.commands import run_export_command
+        from evojax_merge import pipeline
 
-    run_export_command(run, out, dtype, overwrite, best_so_far)
+    pipeline.export(run, out, dtype, overwrite, best_so_far)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
@@ -149,9 +149,9 @@ def architectures() -> None:
 
 def _list(what: str) -> None:
     with _starting():
-        from evojax_merge.commands import run_list_command
+        from evojax_merge import pipeline
 
-    run_list_command(what)
+    pipeline.list_known(what)
 
 
 def run(command: Callable[[], Any]) -> int:

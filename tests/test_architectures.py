@@ -23,10 +23,10 @@ from helpers import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from evojax_merge import pipeline
 from evojax_merge.checkpoints.architectures import decoder_config
 from evojax_merge.checkpoints.bank import load_bank, load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.commands import run_merge_command, run_search_command
 from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import MergeSpec
@@ -490,9 +490,9 @@ def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path
         "search": {"generations": 1, "population": 4},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    run_merge_command(tmp_path / "recipe.yaml", tmp_path / "merged", None, None, False, False)
+    pipeline.merge(tmp_path / "recipe.yaml", tmp_path / "merged", None, None, False, False)
     said = [capsys.readouterr().out]
-    run_search_command(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
+    pipeline.search(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
     said.append(capsys.readouterr().out)
     for out, folder in zip(said, (tmp_path / "merged", tmp_path / "run" / "best" / "model"), strict=True):
         named = [line for line in out.splitlines() if "unsloth_version" in line]

@@ -613,7 +613,7 @@ def test_wrong_evaluations(models: Path, refused: Refusal) -> None:
 
 
 def test_scores_take_the_place_of_earlier_scores_alone(tmp_path: Path) -> None:
-    from evojax_merge.commands import _check_table_file
+    from evojax_merge.pipeline import _check_table_file
 
     file = tmp_path / "scores.json"
     row = {"model": "one", "fitness": None, "scores": {"text/accuracy": 0.5}}

@@ -15,10 +15,10 @@ import torch
 import yaml
 from helpers import Family, random_model, save, tiny_config, words, write_lines
 
+from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.commands import run_evaluate_command
 from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
@@ -406,7 +406,7 @@ def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path,
     tasks = tmp_path / "tasks.yaml"
     rows = [{"lm_eval": name, "include_path": str(harness_tasks)} for name in names]
     tasks.write_text(yaml.safe_dump({"tasks": rows}))
-    run_evaluate_command([str(harness_tasks / "model")], tasks, tmp_path / "scores.json")
+    pipeline.evaluate([str(harness_tasks / "model")], tasks, tmp_path / "scores.json")
     (shown,) = json.loads((tmp_path / "scores.json").read_text())
     for name in names:
         for key, matrix in scored[name].scores.items():

@@ -18,11 +18,11 @@ import yaml
 from helpers import Family, build_family, finetune, load_torch, random_model, save, state, tiny_config, words
 from merge_kernels import METHODS, Options
 
+from evojax_merge import pipeline
 from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES, shared_leaves
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.commands import run_merge_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, plan
@@ -56,7 +56,7 @@ def merge(folder: Path, document: dict[str, Any], **options: Any) -> Path:
     """`evojax-merge merge` of a document, to a new folder."""
     out = folder / f"merged{len(list(folder.glob('merged*')))}"
     arguments = {"dtype": None, "seed": None, "overwrite": False, "allow_nonfinite": False} | options
-    run_merge_command(write(folder, document), out, **arguments)
+    pipeline.merge(write(folder, document), out, **arguments)
     return out
 
 

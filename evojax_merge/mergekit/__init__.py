@@ -1,1 +1,1 @@
-"""Everything that speaks mergekit: recipes in (schema, plan, execute) and out (write), and mergekit-evolve's configs."""
+"""What speaks mergekit: recipes in (schema, plan, execute), recipes out (write), and mergekit-evolve's configs."""

@@ -102,6 +102,7 @@ class RecipeFile:
 
 
 def checked_mapping(where: str, value: Any, known: set[str], refused: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    """The value as a mapping of known keys. Raises InputError for anything else, naming the first key that is not."""
     if not isinstance(value, dict):
         raise InputError(where, f"expected a mapping, found {type(value).__name__}")
     for key in value:

@@ -151,7 +151,7 @@ def serve() -> None:
     # What every child needs, and what transformers imports when it is first asked for it.
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
-    import evojax_merge.commands  # noqa: F401
+    import evojax_merge.pipeline  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

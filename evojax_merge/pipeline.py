@@ -1,4 +1,4 @@
-"""What each command does, from parsed arguments to printed tables."""
+"""The main path: search, merge, evaluate and export, from parsed arguments to printed tables."""
 
 import json
 import math
@@ -13,15 +13,6 @@ from typing import Any
 
 import jax
 import yaml
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from evojax_merge import interrupts
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
@@ -44,8 +35,9 @@ from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
+from evojax_merge.report.progress import bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
-from evojax_merge.search.loop import Generation, Reporter, run_bytes, run_search
+from evojax_merge.search.loop import run_bytes, run_search
 from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
 from evojax_merge.search.run_folder import (
     Checkpoints,
@@ -74,79 +66,11 @@ from evojax_merge.search.winner import Result, Row, passes_to_select, recipe_tex
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
-# Where the output is a file, lines are as long as a table needs. Nothing is markup: names and patterns of others are
-# printed as they are.
-console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
-
 # Of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
 
 
-@contextmanager
-def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
-
-
-@contextmanager
-def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in candidate passes."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.advance(task, done)
-
-
-class SearchBar(Reporter):
-    """The search's progress bar: generations in full, passes of the running one as its fraction."""
-
-    def __init__(self, progress: Progress, generations: int) -> None:
-        self._progress = progress
-        self._bar = progress.add_task("search", total=generations, info="compiling …")
-        self._share = 0.0
-
-    def evaluating(self, generation: int, passes: int) -> None:
-        self._share = 1.0 / max(passes, 1)
-        self._progress.update(self._bar, completed=generation)
-
-    def advanced(self, passes: int) -> None:
-        self._progress.advance(self._bar, passes * self._share)
-
-    def finished(self, generation: Generation) -> None:
-        g = generation
-
-        def shown(value: float | None) -> str:
-            return "none" if value is None else f"{value:.4f}"
-
-        failed = f"  failed {g.failed}" if g.failed else ""
-        info = (
-            f"best {shown(g.best_so_far)}  mean {shown(g.mean)}  sigma {g.sigma:.3f}  "
-            f"{g.seconds / g.population:.3g} s/candidate{failed}"
-        )
-        self._progress.update(self._bar, completed=g.number + 1, info=info)
-        if not console.is_terminal:
-            console.print(f"generation {g.number + 1}: {info}", highlight=False)
-
-    def log(self, text: str) -> None:
-        _say(text)
-
-
-def run_search_command(
-    path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]
-) -> None:
+def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += ["--distributed"] if jax.process_count() > 1 else []
@@ -228,7 +152,7 @@ def _check_checkpoints(folder: RunFolder) -> None:
     """What cannot be continued is found before the models are loaded. All processes do this together."""
     barrier("opened")
     with Checkpoints(folder) as checkpoints:
-        checkpoints.restore(_say)
+        checkpoints.restore(say)
 
 
 def _run_bytes(problem: SearchProblem) -> int:
@@ -306,13 +230,8 @@ def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        *shards, full, heldout = open_scorers(problem, batched_tasks, devices, progress, _say)
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
-        TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        reporter = SearchBar(progress, problem.search.generations)
+        *shards, full, heldout = open_scorers(problem, batched_tasks, devices, progress, say)
+    with search_bar(problem.search.generations) as reporter:
         outcome = run_search(
             problem.search, problem.config.seed, problem.space, shards, folder, reporter, devices.is_main_process
         )
@@ -330,10 +249,6 @@ def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
         print(f"warning: {line}", file=sys.stderr)
-
-
-def _say(text: str) -> None:
-    console.print(text, highlight=False)
 
 
 def _say_unread(folders: Sequence[Folder]) -> None:
@@ -384,7 +299,7 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
     )
 
 
-def run_merge_command(
+def merge(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
 ) -> None:
     recover(out)
@@ -408,7 +323,7 @@ def _parts_of_runs(out: Path) -> list[Path]:
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
-def run_evaluate_command(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
+def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
     document = load_yaml(tasks_path)
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(tasks_path, [], None)
@@ -488,13 +403,13 @@ def _short_names(models: list[str]) -> list[str]:
     return models
 
 
-def run_list_command(what: str) -> None:
+def list_known(what: str) -> None:
     """Print what the program knows: methods, strategies or architectures."""
     tables = {"methods": methods_table, "strategies": strategies_table, "architectures": architectures_table}
     console.print(tables[what]())
 
 
-def run_export_command(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
+def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search")
@@ -534,7 +449,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         check_inputs(running)
         problem = build_problem(running.config, config, chained=True)
         with Checkpoints(running) as checkpoints:
-            saved = checkpoints.restore(_say)
+            saved = checkpoints.restore(say)
         if saved is None:
             raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
         fitness = float(saved.arrays["fitness"][0])

@@ -1,0 +1,99 @@
+"""The terminal: the console, and progress bars in bytes, in candidate passes and in generations."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from evojax_merge.search.loop import Generation, Reporter
+
+# Where the output is a file, lines are as long as a table needs. Nothing is markup: names and patterns of others are
+# printed as they are.
+console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
+
+
+@contextmanager
+def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in candidate passes."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+class SearchBar(Reporter):
+    """The search's progress bar: generations in full, passes of the running one as its fraction."""
+
+    def __init__(self, progress: Progress, generations: int) -> None:
+        self._progress = progress
+        self._bar = progress.add_task("search", total=generations, info="compiling …")
+        self._share = 0.0
+
+    def evaluating(self, generation: int, passes: int) -> None:
+        self._share = 1.0 / max(passes, 1)
+        self._progress.update(self._bar, completed=generation)
+
+    def advanced(self, passes: int) -> None:
+        self._progress.advance(self._bar, passes * self._share)
+
+    def finished(self, generation: Generation) -> None:
+        g = generation
+
+        def shown(value: float | None) -> str:
+            return "none" if value is None else f"{value:.4f}"
+
+        failed = f"  failed {g.failed}" if g.failed else ""
+        info = (
+            f"best {shown(g.best_so_far)}  mean {shown(g.mean)}  sigma {g.sigma:.3f}  "
+            f"{g.seconds / g.population:.3g} s/candidate{failed}"
+        )
+        self._progress.update(self._bar, completed=g.number + 1, info=info)
+        if not console.is_terminal:
+            console.print(f"generation {g.number + 1}: {info}", highlight=False)
+
+    def log(self, text: str) -> None:
+        say(text)
+
+
+@contextmanager
+def search_bar(generations: int) -> Iterator[SearchBar]:
+    """A progress bar over the generations of a search."""
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
+        TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield SearchBar(progress, generations)
+
+
+def say(text: str) -> None:
+    """One line on the terminal, as it is."""
+    console.print(text, highlight=False)
