@@ -49,6 +49,7 @@ from evojax_merge.search.run_folder import (
     keep_winner,
     locked,
     open_run,
+    read_result,
     removed_if_refused,
 )
 from evojax_merge.search.scorers import describe_work, open_scorers
@@ -273,7 +274,7 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     plan_ = prepare(read_recipe(folder.recipe))
-    card = search_card(folder.path.name, problem, result, recipe)
+    card = search_card(folder.path.name, problem, result, recipe, len(history))
     with bytes_bar("exporting", plan_.nbytes) as progress_bytes:
         merge_to(plan_, folder.model, card=card, overwrite=True, progress=progress_bytes)
     draw(problem, result, history, folder.picture)
@@ -415,7 +416,8 @@ def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far
         raise InputError(run, "is not a run folder of a search")
     recover(out)
     check_free(out, overwrite)
-    if best_so_far:
+    finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
+    if best_so_far and not (finished and folder.recipe.exists()):
         _export_best_so_far(folder, out, dtype, overwrite)
         return
     if not folder.recipe.exists():

@@ -273,6 +273,9 @@ def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
     shutil.copytree(finished, out)
     done = run("search", config_file, "--out", out, "--resume", "--set", "search.generations=3")
     assert f"{GENERATIONS} generations are saved, and 3 wanted: nothing to search" in done.stdout
+    # What is written down is what was done, not what was asked for too late.
+    assert f"{GENERATIONS} generations, seed" in (out / "best/model/README.md").read_text()
+    assert contents(out) == contents(finished)
     assert (out / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
 
 

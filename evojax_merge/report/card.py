@@ -30,9 +30,8 @@ def merge_card(name: str, method: str, models: Sequence[str], recipe: str) -> st
     )
 
 
-def search_card(name: str, problem: SearchProblem, result: Result, recipe: str) -> str:
-    """The card of a search's winner."""
-    search = problem.search
+def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
+    """The card of a search's winner. generations: how many have been searched."""
     tasks = "\n".join(
         f"- `{task.name}`: metric {task.metric}, weight {task.weight:g}, "
         f"{task.size} search and {heldout.size} held-out examples"
@@ -44,7 +43,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str) 
         merge_card(name, problem.spec.method_name, models, recipe)
         + _path_section(problem, result)
         + f"\n## How it was found\n\nCMA-ES over {_dimensions(problem)}, "
-        f"{search.generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
+        f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"On the search split the winner scored {result.search_fitness:.4f}, the {label} "
         f"{baseline:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n" + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())

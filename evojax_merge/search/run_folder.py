@@ -179,6 +179,10 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
         _check_same_config(folder, document)
     elif occupied and not overwrite:
         raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
+    if resume and "generations" in document.get("search", {}):
+        # Fewer generations than are saved already cannot be asked for.
+        wanted = max(document["search"]["generations"], len(folder.read_history()))
+        document = document | {"search": document["search"] | {"generations": wanted}}
     try:
         path.mkdir(parents=True, exist_ok=True)
         _sweep(folder)

@@ -27,7 +27,7 @@ from evojax_merge.config import (
     apply_overrides,
     parse,
 )
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks
 from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
@@ -296,10 +296,15 @@ def build_space(
     """The parameter space of a config. Raises InputError for unknown parameters and bounds without a meaning."""
     groups = component_groups(config.components, COMPONENTS, [leaf.name for leaf in SHARED_LEAVES])
     if groups is None:
-        raise InputError(
-            where,
-            f"components: {config.components}; expected each of {', '.join(COMPONENTS)} once (join with +)",
-        )
+        shared = [leaf.name for leaf in SHARED_LEAVES]
+        named = [name for part in config.components for name in part.split("+")]
+        unknown = [
+            f"{name!r}{did_you_mean(name, [*COMPONENTS, *shared])}"
+            for name in named
+            if name not in {*COMPONENTS, *shared}
+        ]
+        found = unknown[0] if unknown else str(config.components)
+        raise InputError(where, f"components: {found}; expected each of {', '.join(COMPONENTS)} once (join with +)")
     search_parameters, constants = search_parameters_of(where, method, parents, config.parameters, config.fixed)
     together = config.layers_per_group
     return ParameterSpace(

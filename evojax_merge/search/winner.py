@@ -72,9 +72,8 @@ class Result:
         for row in self.rivals:
             if ours > row.fitness or (np.isfinite(ours) and not np.isfinite(row.fitness)):
                 continue
-            name = {"base": f"the base {row.name}", "uniform": "the uniform merge"}.get(
-                row.role, f"the best parent {row.name}"
-            )
+            named = "" if row.name == row.role else f" {row.name}"
+            name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
             if not np.isfinite(ours):
                 sentences.append(
                     f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
