@@ -2,10 +2,12 @@
 
 They unwind the program as KeyboardInterrupt, so that nothing half-done is left. At the start, where nothing is begun
 yet, they end it at once instead. An import is let finish: one in C turns what is raised in it into an error of its own,
-or aborts the process, and a library may take it for a package that is not installed. For the same reason `received` is
-what tells an interruption, and not the exception that reaches the top.
+or aborts the process, and a library may take it for a package that is not installed. So are garbage collectors'
+callbacks and finalizers, in which Python prints an exception and goes on. For the same reason `received` is what tells
+an interruption, and not the exception that reaches the top.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -92,7 +94,7 @@ def defer_signals() -> Iterator[None]:
 def _unwind(number: int, frame: FrameType | None) -> None:
     global _received
     first, _received = not _received, True
-    if (first or number == LATER) and _importing(frame):
+    if (first or number == LATER) and _is_fenced(frame):
         signal.signal(LATER, _unwind)
         signal.setitimer(signal.ITIMER_PROF, 0.02)
         return
@@ -100,9 +102,13 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _importing(frame: FrameType | None) -> bool:
+def _is_fenced(frame: FrameType | None) -> bool:
+    """Whether what is raised here would not reach the top: in an import, a callback of the garbage collector, or a
+    finalizer."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        code = frame.f_code
+        if code.co_filename == "<frozen importlib._bootstrap>" or code.co_name == "__del__" or code in callbacks:
             return True
         frame = frame.f_back
     return False

@@ -268,6 +268,35 @@ def test_a_run_that_was_killed_can_be_exported_as_it_stands(config_file, finishe
     assert contents(out) == contents(finished)
 
 
+@pytest.mark.parametrize("place", ["a callback of the garbage collector", "a finalizer"])
+def test_an_interruption_where_exceptions_are_ignored_comes_a_moment_later(place, tmp_path):
+    script = tmp_path / "collect.py"
+    script.write_text(
+        "import gc, os, signal, sys, time\n"
+        "from evojax_merge import interrupts\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "interrupts.install()\n"
+        "def interrupt(*_):\n"
+        "    if not interrupts.received():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Finalized:\n"
+        "    def __del__(self):\n"
+        "        interrupt()\n"
+        "        print('finalized')\n"
+        "if 'collector' in sys.argv[1]:\n"
+        "    gc.callbacks.append(interrupt)\n"
+        "try:\n"
+        "    gc.collect() if 'collector' in sys.argv[1] else Finalized()\n"
+        "    end = time.process_time() + 20\n"
+        "    while time.process_time() < end:\n"
+        "        pass\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted')\n"
+    )
+    done = subprocess.run([sys.executable, script, place], capture_output=True, text=True, timeout=100)
+    assert done.stdout == ("" if "collector" in place else "finalized\n") + "interrupted\n" and done.stderr == ""
+
+
 def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
     out = tmp_path / "done"
     shutil.copytree(finished, out)
