@@ -273,10 +273,10 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
-    plan_ = prepare(read_recipe(folder.recipe))
+    merge_plan = prepare(read_recipe(folder.recipe))
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    with bytes_bar("exporting", plan_.nbytes) as progress_bytes:
-        merge_to(plan_, folder.model, card=card, overwrite=True, progress=progress_bytes)
+    with bytes_bar("exporting", merge_plan.nbytes) as progress_bytes:
+        merge_to(merge_plan, folder.model, card=card, overwrite=True, progress=progress_bytes)
     draw(problem, result, history, folder.picture)
     write_result(result, len(history), folder)
     if result.path is not None:
@@ -306,14 +306,14 @@ def merge(
     recover(out)
     check_free(out, overwrite)
     recipe = read_recipe(recipe_path)
-    plan_ = prepare(recipe, dtype, seed, allow_nonfinite, resolve_reference)
-    _say_unread(plan_.sources.folders)
+    merge_plan = prepare(recipe, dtype, seed, allow_nonfinite, resolve_reference)
+    _say_unread(merge_plan.sources.folders)
     card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
-    check = partial(check_output, out, [*plan_.inputs, *_parts_of_runs(out)])
+    check = partial(check_output, out, [*merge_plan.inputs, *_parts_of_runs(out)])
     check()
-    require_space(out, plan_.nbytes)
-    with bytes_bar("merging", plan_.nbytes) as progress:
-        merge_to(plan_, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    require_space(out, merge_plan.nbytes)
+    with bytes_bar("merging", merge_plan.nbytes) as progress:
+        merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
@@ -432,14 +432,14 @@ def _export(
     folder: RunFolder, recipe: RecipeFile, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
 ) -> None:
     """Write the model of a run's recipe. `text`: the recipe as YAML; `card` None: one that shows just that."""
-    plan_ = prepare(recipe, dtype)
-    check = partial(check_output, out, [*plan_.inputs, *_parts_of_runs(out), *folder.parts])
+    merge_plan = prepare(recipe, dtype)
+    check = partial(check_output, out, [*merge_plan.inputs, *_parts_of_runs(out), *folder.parts])
     check()
     if card is None:
         card = merge_card(out.name, recipe.method.name, recipe.models, text)
-    require_space(out, plan_.nbytes)
-    with bytes_bar("exporting", plan_.nbytes) as progress:
-        merge_to(plan_, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    require_space(out, merge_plan.nbytes)
+    with bytes_bar("exporting", merge_plan.nbytes) as progress:
+        merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 

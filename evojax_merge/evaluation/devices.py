@@ -186,8 +186,8 @@ def on_accelerator() -> bool:
 
 def pad_chunk(candidates: Any, rows: Sequence[int] | np.ndarray, size: int) -> Any:
     """Candidates `rows`, on the host, padded to `size` with the last one so that all chunks have one shape."""
-    rows_ = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int64)
-    return jax.tree.map(lambda leaf: leaf[rows_], candidates)
+    padded = np.concatenate([rows, np.full(size - len(rows), rows[-1])]).astype(np.int64)
+    return jax.tree.map(lambda leaf: leaf[padded], candidates)
 
 
 def tree_nbytes(tree: Any) -> int:

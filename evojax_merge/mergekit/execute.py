@@ -376,15 +376,15 @@ def _combine_in_pieces(
     return merged.reshape(shape)
 
 
-def merge_tensor(plan_: MergePlan, row: TensorPlan) -> np.ndarray:
+def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
     """One output tensor, measured, merged in float32 and cast to the dtype it is written in."""
-    method, sources = plan_.recipe.method, plan_.sources
+    method, sources = merge_plan.recipe.method, merge_plan.sources
     tensors = [sources.read(s, name) for s, name in row.inputs]
-    dtype = plan_.specs[row.name].dtype
+    dtype = merge_plan.specs[row.name].dtype
     try:
         if not is_float(tensors[0].dtype):
             return np.array(tensors[0])
-        if not plan_.allow_nonfinite:
+        if not merge_plan.allow_nonfinite:
             for (s, name), values in zip(row.inputs, tensors, strict=True):
                 if not is_finite(values):
                     where = sources.entry(s, name).file
@@ -395,15 +395,15 @@ def merge_tensor(plan_: MergePlan, row: TensorPlan) -> np.ndarray:
 
         def uniform_noise(k: int) -> np.ndarray:
             source, name = row.inputs[first + k]
-            return draw_uniform(plan_.recipe.seed, sources.digest(source, name), tensors[0].shape)
+            return draw_uniform(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
         prepared = prepare_tensor(method, row.options, tensors, row.parameters, uniform_noise)
         merged = _combine_in_pieces(
             method, row.options, tensors, prepared.keep_keys, prepared.statistics, row.parameters, dtype
         )
-        if not plan_.allow_nonfinite and not is_finite(merged):
+        if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
-                plan_.recipe.path,
+                merge_plan.recipe.path,
                 f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
@@ -414,16 +414,16 @@ def merge_tensor(plan_: MergePlan, row: TensorPlan) -> np.ndarray:
                 sources.release(s, name)
 
 
-def merged_tensors(plan_: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
+def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
     """The merged tensors of these names, in their order, worked on ahead of time."""
-    by_name = {row.name: row for row in plan_.rows}
+    by_name = {row.name: row for row in merge_plan.rows}
     waiting = deque(names)
     running: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < WORKERS + 2:
-                    running.append(pool.submit(merge_tensor, plan_, by_name[waiting.popleft()]))
+                    running.append(pool.submit(merge_tensor, merge_plan, by_name[waiting.popleft()]))
                 yield running.popleft().result()
         finally:
             for future in running:
@@ -431,7 +431,7 @@ def merged_tensors(plan_: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
 
 
 def merge_to(
-    plan_: MergePlan,
+    merge_plan: MergePlan,
     target: Path,
     *,
     card: str,
@@ -441,37 +441,37 @@ def merge_to(
 ) -> None:
     """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        with ShardWriter(folder, plan_.specs) as writer:
-            for name, tensor in zip(writer.order, merged_tensors(plan_, writer.order), strict=True):
+        with ShardWriter(folder, merge_plan.specs) as writer:
+            for name, tensor in zip(writer.order, merged_tensors(merge_plan, writer.order), strict=True):
                 writer.write(name, tensor)
-                progress(plan_.specs[name].nbytes)
-        dtypes = {str(spec.dtype) for spec in plan_.specs.values() if is_float(spec.dtype)}
-        _write_config(plan_, folder, dtypes.pop() if len(dtypes) == 1 else None)
-        _write_tokenizer(plan_, folder)
-        if (plan_.leader.path / "generation_config.json").exists():
-            shutil.copyfile(plan_.leader.path / "generation_config.json", folder / "generation_config.json")
+                progress(merge_plan.specs[name].nbytes)
+        dtypes = {str(spec.dtype) for spec in merge_plan.specs.values() if is_float(spec.dtype)}
+        _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
+        _write_tokenizer(merge_plan, folder)
+        if (merge_plan.leader.path / "generation_config.json").exists():
+            shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
         (folder / CARD).write_text(card, encoding="utf-8")
         write_marker(folder)
 
 
-def _write_tokenizer(plan_: MergePlan, folder: Path) -> None:
-    vocabulary = plan_.sources.vocabulary
+def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
+    vocabulary = merge_plan.sources.vocabulary
     made = vocabulary is not None and vocabulary.copied is None
-    if made or plan_.chat_template is not None:
-        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(plan_.tokenizer)
-        if plan_.chat_template is not None:
-            tokenizer.chat_template = plan_.chat_template
+    if made or merge_plan.chat_template is not None:
+        tokenizer = vocabulary.tokenizer if made and vocabulary is not None else load_tokenizer(merge_plan.tokenizer)
+        if merge_plan.chat_template is not None:
+            tokenizer.chat_template = merge_plan.chat_template
         tokenizer.save_pretrained(folder)
         return
     for name in TOKENIZER_FILES:
-        if (plan_.tokenizer / name).exists():
-            shutil.copyfile(plan_.tokenizer / name, folder / name)
+        if (merge_plan.tokenizer / name).exists():
+            shutil.copyfile(merge_plan.tokenizer / name, folder / name)
 
 
-def _write_config(plan_: MergePlan, folder: Path, dtype: str | None) -> None:
-    if not plan_.config:
+def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:
+    if not merge_plan.config:
         return
-    config = dict(plan_.config)
+    config = dict(merge_plan.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

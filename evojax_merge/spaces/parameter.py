@@ -44,19 +44,19 @@ class GroupSpace:
     @property
     def dims(self) -> int:
         """D, the length of a genome."""
-        return sum(len(self.groups) * self.columns(parameter_.name) for parameter_ in self.search_parameters)
+        return sum(len(self.groups) * self.columns(searched.name) for searched in self.search_parameters)
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
         """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
         result, start = {}, 0
-        for parameter_ in self.search_parameters:
-            shape = (len(self.groups), self.columns(parameter_.name))
+        for searched in self.search_parameters:
+            shape = (len(self.groups), self.columns(searched.name))
             block = genome[start : start + shape[0] * shape[1]].reshape(shape)
             start += shape[0] * shape[1]
-            values = parameter_.low + (parameter_.high - parameter_.low) * to_unit(block)
-            if self.method.parameter(parameter_.name).quantised:
+            values = searched.low + (searched.high - searched.low) * to_unit(block)
+            if self.method.parameter(searched.name).quantised:
                 values = grid_index(values).astype(jnp.float32) / DENSITY_STEPS
-            result[parameter_.name] = values
+            result[searched.name] = values
         return result
 
     def parameters(self, genome: jax.Array) -> dict[str, jax.Array]:
@@ -72,10 +72,10 @@ class GroupSpace:
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
         blocks = []
-        for parameter_ in self.search_parameters:
-            shape = (len(self.groups), self.columns(parameter_.name))
-            unit = (np.broadcast_to(np.asarray(values[parameter_.name], np.float64), shape) - parameter_.low) / (
-                parameter_.high - parameter_.low
+        for searched in self.search_parameters:
+            shape = (len(self.groups), self.columns(searched.name))
+            unit = (np.broadcast_to(np.asarray(values[searched.name], np.float64), shape) - searched.low) / (
+                searched.high - searched.low
             )
             blocks.append(from_unit(unit).ravel())
         return np.concatenate(blocks).astype(np.float32) if blocks else np.zeros(0, np.float32)
@@ -83,7 +83,7 @@ class GroupSpace:
     @property
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
-        return self.genome({parameter_.name: np.asarray(parameter_.start) for parameter_ in self.search_parameters})
+        return self.genome({searched.name: np.asarray(searched.start) for searched in self.search_parameters})
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class ParameterSpace:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
         count = int(self.blocks[-1]) + 1
         table = block[: count * len(self.layer_components)].reshape(count, len(self.layer_components), *block.shape[1:])
-        if not self.smooth or name not in [parameter_.name for parameter_ in self.search_parameters]:
+        if not self.smooth or name not in [searched.name for searched in self.search_parameters]:
             return table[self.blocks]
         at = np.linspace(0.0, count - 1.0, self.layers) if self.layers > 1 else np.zeros(1)
         below = np.floor(at).astype(int)
