@@ -172,8 +172,10 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
         time.sleep(0.2)
     processes[1].send_signal(signal.SIGKILL)
     (code, _, errors), _ = finish(processes)
-    assert code == 1, errors
-    assert "another process of this run has gone" in errors and "--resume" in errors
+    # Where the loss shows in a meeting that JAX's coordination service holds (orbax's, while saving), JAX may end the
+    # process before we can say anything.
+    told = code == 1 and "another process of this run has gone" in errors and "--resume" in errors
+    assert told or (code == -signal.SIGABRT and "another task died" in errors), (code, errors)
     saved = len(history(out))
     assert saved >= 2
     config = write_config(family.root, search={"population": 6, "generations": saved + 2})
