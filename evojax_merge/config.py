@@ -313,10 +313,12 @@ AnyTask = Annotated[
 
 
 class SearchConfig(Section):
-    """The strategy and its budget. `population` None: 4 + floor(3 ln D). `sigma` is in units of the bounds' range.
+    """The strategy and its budget. `population` None: the strategy's own; CMA-ES' is 4 + floor(3 ln D). `sigma` is in
+    units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all."""
 
+    strategy: Name = "cma_es"
     population: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
     generations: Whole = Field(50, ge=1, le=1_000_000)
     sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)

@@ -16,7 +16,7 @@ import yaml
 
 from evojax_merge import interrupts
 from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
-from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_stored
+from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.parents import Sources, open_sources
@@ -26,22 +26,35 @@ from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageC
 from evojax_merge.errors import Failed, InputError, PeerLostError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
-from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
+from evojax_merge.evaluation.diagnostics import warnings
+from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
+from evojax_merge.problem import (
+    SearchProblem,
+    build_problem,
+    context_length,
+    failure_hint,
+    read_config,
+    resolved_document,
+    stage_config,
+    stop_tokens,
+)
 from evojax_merge.report.card import merge_card, search_card
+from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
-from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.progress import bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
-from evojax_merge.search.loop import run_bytes, run_search
+from evojax_merge.search.loop import evolve, run_bytes
 from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
 from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
+    FolderStorage,
     RunFolder,
     check_inputs,
     earlier_winners,
@@ -52,18 +65,8 @@ from evojax_merge.search.run_folder import (
     read_result,
     removed_if_refused,
 )
-from evojax_merge.search.scorers import describe_work, open_scorers
-from evojax_merge.search.setup import (
-    SearchProblem,
-    build_problem,
-    context_length,
-    read_config,
-    resolved_document,
-    stage_config,
-    stop_tokens,
-)
 from evojax_merge.search.successive_halving import describe_halving
-from evojax_merge.search.winner import Result, Row, passes_to_select, recipe_text, select_best, write_result
+from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
@@ -159,15 +162,15 @@ def _check_checkpoints(folder: RunFolder) -> None:
 def _run_bytes(problem: SearchProblem) -> int:
     """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
     model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
-    examples = sum(task.size for shard in problem.shards for task in shard)
-    return model + run_bytes(problem.search, problem.space, examples)
+    examples, tasks = sum(task.size for shard in problem.shards for task in shard), len(problem.full)
+    return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
 
 
 def _require_bank(path: Path, problem: SearchProblem) -> None:
     """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
     devices hold theirs in the memory of the host."""
     devices = 1 if on_accelerator() else len(jax.local_devices())
-    nbytes = held_bytes(problem.sources, problem.decoder, problem.spec) * devices // problem.config.evaluation.model
+    nbytes = problem.candidates.held_bytes() * devices // problem.config.evaluation.model
     what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
     require_memory(f"{path}: parents", what, nbytes, unused_memory())
 
@@ -231,17 +234,19 @@ def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        *shards, full, heldout = open_scorers(problem, batched_tasks, devices, progress, say)
-    with search_bar(problem.search.generations) as reporter:
-        outcome = run_search(
-            problem.search, problem.config.seed, problem.space, shards, folder, reporter, devices.is_main_process
-        )
-    console.print(describe_work(shards), highlight=False)
-    if len(shards) > 1:
-        examples = sum(task.size for shard in shards for task in shard.tasks)
+        evaluators = open_evaluators(problem, batched_tasks, devices, progress, say)
+    with search_bar(problem.search.generations) as reporter, Checkpoints(folder) as checkpoints:
+        storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
+        archive = evolve(
+            problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+            warnings, failure_hint,
+        )  # fmt: skip
+    console.print(problem.candidates.describe_work(evaluators.candidates), highlight=False)
+    if len(evaluators.shards) > 1:
+        examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, full, heldout)) as advance:
-        result = select_best(problem, full, heldout, outcome, advance)
+    with passes_bar("scoring", passes_to_select(problem, evaluators)) as advance:
+        result = select_best(problem, evaluators, archive, advance)
     if devices.is_main_process:
         _write_winner(folder, problem, result)
     barrier("written")
@@ -277,10 +282,11 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     with bytes_bar("exporting", merge_plan.nbytes) as progress_bytes:
         merge_to(merge_plan, folder.model, card=card, overwrite=True, progress=progress_bytes)
-    draw(problem, result, history, folder.picture)
-    write_result(result, len(history), folder)
-    if result.path is not None:
-        console.print(path_picture(problem, result.path), highlight=False, soft_wrap=True)
+    draw(result, history, folder.picture)
+    write_result(result, len(history), folder.result)
+    shown = result.report.terminal()
+    if shown is not None:
+        console.print(shown, highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
     for sentence in result.verdicts():

@@ -1,11 +1,17 @@
 """Searching for a merge of any pytrees: Flax parameters, a whole nnx module, nested dicts and lists of arrays.
 
-Every candidate of a generation is merged and scored inside one compiled program.
+The search is the one of checkpoints (search.loop); here is the space that a genome of group parameters lives in, and
+the evaluator that merges and scores every candidate of a generation inside one compiled program.
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
@@ -15,12 +21,19 @@ from flax import struct
 from merge_kernels import combine, draw_uniform, look_up, tabulate
 from pydantic import ValidationError
 
+from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
+from evojax_merge.search.protocols import Progress
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened
 from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
-from evojax_merge.search.strategy import default_population, make_strategy
+from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
+from evojax_merge.search.successive_halving import rung_size, stratified_shards
 from evojax_merge.spaces.parameter import GroupSpace
 
 WHERE = "search_pytrees"
@@ -40,47 +53,40 @@ def host_callback(function: Callable[[Any], Any]) -> HostFitness:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What one generation showed. fitness: float64[P], NaN where a candidate failed."""
-
-    number: int
-    fitness: np.ndarray
-    sigma: float
-    best_so_far: float
-
-    @property
-    def failed(self) -> int:
-        return int(np.isnan(self.fitness).sum())
-
-
-@dataclass(frozen=True)
 class PytreeSearch:
     """What a search found: the best merge, its fitness, its scores per example (float32[N], one number where the
-    fitness is one), by group the searched parameters (one per parent, or one), and how it went."""
+    fitness is one), by group the searched parameters (one per parent, or one), and how it went: a row a generation, as
+    in a run folder's history.jsonl."""
 
     best: Any = field(repr=False)
     fitness: float
     scores: np.ndarray = field(repr=False)
     parameters: dict[str, dict[str, tuple[float, ...]]]
-    history: tuple[Generation, ...] = field(repr=False)
+    history: tuple[dict[str, Any], ...] = field(repr=False)
 
 
 def search_pytrees(
     parents: Sequence[Any],
-    fitness: Callable[[Any], Any] | HostFitness,
+    fitness: Callable[..., Any] | HostFitness,
     *,
     base: Any = None,
+    examples: Any = None,
     method: str = "linear",
     parameters: Mapping[str, Bounds | Mapping[str, Any]] | None = None,
     fixed: Mapping[str, Numbers] | None = None,
     normalize: bool | None = None,
     rescale: bool | str | None = None,
     groups: Callable[[str], str] | None = None,
+    strategy: str = "cma_es",
     population: int | None = None,
     generations: int = 50,
     sigma: float = 1 / 6,
+    rungs: int = 1,
     seed: int = 0,
     chunk: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     on_generation: Callable[[Generation], None] = lambda generation: None,
 ) -> PytreeSearch:
     """Search for the merge of `parents` with the highest fitness.
@@ -89,12 +95,18 @@ def search_pytrees(
     it take task vectors. Floating-point leaves are merged; all others (counts, keys) are the base's, or the first
     parent's. fitness: a merged pytree -> a number, or an array [N] of one per example, whose mean counts; higher is
     better, and a candidate whose fitness is not finite has failed. It is traced, unless it is `host_callback(...)`.
+    examples: a pytree of arrays with a leading axis N; fitness is then called with the merged pytree and some rows of
+    it, and returns one number for each, so that candidates can be compared on few examples first (`rungs` above 1:
+    successive halving, as in a config).
 
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
     path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of
-    the top level. population None: 4 + floor(3 ln D). chunk: how many candidates are computed together; None: one
-    after the other on a CPU, else all.
+    the top level. strategy, population, generations, sigma, rungs: as in a config's search. chunk: how many candidates
+    are computed together; None: one after the other on a CPU, else all.
+
+    out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
+    resume continues a run there; overwrite starts it again.
 
     Deterministic for a seed. Raises InputError for what cannot be merged or searched, and Failed in a generation of
     which no candidate has a finite fitness.
@@ -108,11 +120,16 @@ def search_pytrees(
     if base is not None and not has_base:
         raise InputError(WHERE, f"base: {method} takes no base; leave it out, or choose another method")
     check_parent_count(f"{WHERE}: parents", chosen, len(parents))
-    search = _valid("search", SearchConfig, population=population, generations=generations, sigma=sigma)
+    search = _valid(
+        "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
+        finalists=1, rungs=rungs,
+    )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
     if not 0 <= seed <= MAX_SEED:
         raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
+    if rungs > 1 and examples is None:
+        raise InputError(WHERE, f"rungs: {rungs} compares candidates on few examples first; give it `examples`")
 
     names = ["base"] * has_base + [f"parents[{k}]" for k in range(len(parents))]
     tree = _open(names, [base, *parents] if has_base else list(parents))
@@ -122,58 +139,103 @@ def search_pytrees(
     kinds = tuple(dict.fromkeys(label for label, leaf in zip(labels, tree.leaves, strict=True) if leaf.merged))
     if not kinds:
         raise InputError(WHERE, "parents: hold no floating-point array to merge")
-    space = GroupSpace(chosen, len(parents), kinds, search_parameters, others)
+    space = PytreeSpace(GroupSpace(chosen, len(parents), kinds, search_parameters, others))
     options = options_of(WHERE, chosen, has_base, normalize, rescale)
     constants = tuple((name, values) for name, values in others if not chosen.parameter(name).searched)
     spec = MergeSpec(method, options, seed, "float32", constants)
     bank = [
-        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else leaf.sources[0]
+        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else CopiedLeaf(leaf.sources[0])
         for leaf, path, label in zip(tree.leaves, tree.paths, labels, strict=True)
     ]
 
-    def merge(bank: Sequence[Any], genome: jax.Array) -> Any:
-        numbers = space.parameters(genome)
-        return tree.structure.unflatten([x.merge(numbers) if isinstance(x, LeafBank) else x for x in bank])
+    def merge(bank: Sequence[LeafBank | CopiedLeaf], genome: jax.Array) -> Any:
+        numbers = space.groups.parameters(genome)
+        return tree.structure.unflatten([leaf.merge(numbers) for leaf in bank])
 
-    size = search.population or default_population(space.dims)
-    score = (
-        _score_on_host(fitness.function, merge, bank)
+    settings = StrategySettings(space.dims, search.population, search.sigma, search.generations)
+    chosen_strategy = make_strategy(WHERE, strategy, settings)
+    size = chosen_strategy.population
+    make_score = (
+        partial(_score_on_host, fitness.function, merge, bank, space)
         if isinstance(fitness, HostFitness)
-        else _score_traced(fitness, merge, bank, space.dims, _chunk(chunk, size))
+        else partial(_score_traced, fitness, merge, bank, space, size, _chunk(chunk, size))
     )
-    strategy = make_strategy(space.dims, size, search.sigma, seed)
-    state = strategy.init(space.start)
-    best, best_fitness, history = space.start, np.nan, []
-    for number in range(search.generations):
-        genomes, state_after_ask = strategy.ask(state, number)
-        values = _fitness(score(np.asarray(genomes)))
-        if np.isnan(values).all():
-            raise Failed(
-                f"{WHERE}: generation {number}: all {size} candidates failed, their fitness is not finite; look at "
-                "what the fitness function returns for the parents, and at the bounds of the parameters"
-            )
-        state = strategy.tell(state_after_ask, number, genomes, values)
-        if not np.nanmax(values) <= best_fitness:
-            best, best_fitness = np.asarray(genomes[int(np.nanargmax(values))]), float(np.nanmax(values))
-        history.append(Generation(number, values, float(state.std), best_fitness))
-        on_generation(history[-1])
+    _check_examples(examples)
+    score, count = make_score(examples)
+    whole = PytreeEvaluator(FitnessTask(tuple(range(count))), score)
+    parts = stratified_shards(f"{WHERE}: rungs", [whole.task], lambda one: np.ones(one.size), rungs, seed)
+    shards = [
+        whole if part is whole.task else PytreeEvaluator(part, make_score(_rows_of(examples, part.indices))[0])
+        for (part,) in parts
+    ]
+    document = {
+        "search_pytrees": {
+            "method": method, "seed": seed, "groups": list(kinds),
+            "parameters": {one.name: [one.low, one.high, *one.start] for one in search_parameters},
+            "constants": {name: list(values) for name, values in others}, "options": asdict(options),
+        },
+        "search": search.model_dump(mode="json"),
+        "inputs": {name: _digest_of(source) for name, source in zip(names, tree.columns, strict=True)}
+        | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        storage: MemoryStorage | FolderStorage = MemoryStorage()
+        folder = None
+        if out is not None:
+            folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
+            storage = FolderStorage(folder, stack.enter_context(Checkpoints(folder)))
+        archive = evolve(
+            search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
+            _Reporter(on_generation), hint=lambda task: HINT,
+        )  # fmt: skip
+        finalists = rescore(space, SpaceEvaluator(space, whole), archive, lambda done: None)
+        if not finalists:
+            # Each generation had a candidate with a finite fitness: the function gives another one now.
+            raise Failed(f"{WHERE}: the best of {search.generations} generations has no finite fitness any more")
+        winner = finalists[0]
+        found = PytreeSearch(
+            best=jax.jit(merge)(bank, winner.genome),
+            fitness=winner.fitness,
+            scores=whole.known(winner.genome),
+            parameters=_by_group(space.groups, winner.genome),
+            history=tuple(storage.read_history()),
+        )
+        if folder is not None:
+            _write(folder, found, winner.genome)
+    return found
 
-    # The start and the mean of the last distribution may be better than anything that was drawn. Filled up to a
-    # population, they go through the program that is compiled already.
-    finalists = np.stack([best, np.asarray(state.mean, np.float32), space.start])
-    scores = score(np.concatenate([finalists, np.repeat(finalists[:1], max(0, size - 3), axis=0)]))[:3]
-    values = _fitness(scores)
-    if np.isnan(values).all():
-        # Each generation had a candidate with a finite fitness: the function gives another one now.
-        raise Failed(f"{WHERE}: the best of {search.generations} generations has no finite fitness any more")
-    winner = int(np.nanargmax(values))
-    return PytreeSearch(
-        best=jax.jit(merge)(bank, finalists[winner]),
-        fitness=float(values[winner]),
-        scores=scores[winner],
-        parameters=_by_group(space, finalists[winner]),
-        history=tuple(history),
-    )
+
+HINT = "Look at what the fitness function returns for the parents, and at the bounds of the parameters"
+
+
+class _Reporter(Reporter):
+    """Hands each generation on."""
+
+    def __init__(self, on_generation: Callable[[Generation], None]) -> None:
+        self._on_generation = on_generation
+
+    def finished(self, generation: Generation) -> None:
+        self._on_generation(generation)
+
+
+def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
+    """best/params.safetensors and result.json of a run folder."""
+    from safetensors.numpy import save
+
+    leaves, _ = jax.tree_util.tree_flatten_with_path(found.best)
+    arrays = {
+        _shown(path) or "params": np.ascontiguousarray(np.asarray(leaf))
+        for path, leaf in leaves
+        if not jax.dtypes.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
+    }
+    atomic_write_bytes(folder.recipe.parent / "params.safetensors", save(arrays))
+    document = {
+        "generations": len(found.history),
+        "search_fitness": {"winner": found.fitness},
+        "parameters": found.parameters,
+        "genome": [float(gene) for gene in genome],
+    }
+    atomic_write(folder.result, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
 def _valid(where: str, schema: type[Section], **values: Any) -> Any:
@@ -209,11 +271,12 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Tree:
-    """All sources, leaf by leaf. paths: each leaf's keys."""
+    """All sources, leaf by leaf. paths: each leaf's keys; columns: each source's leaves, as they were given."""
 
     paths: tuple[Path, ...]
     leaves: tuple[Leaf, ...]
     structure: Any
+    columns: tuple[Sequence[Any], ...]
 
 
 def _shown(path: Path) -> str:
@@ -235,7 +298,8 @@ def _open(names: Sequence[str], sources: Sequence[Any]) -> Tree:
         if own != structure:
             raise InputError(f"{WHERE}: {name}", f"has other containers than {names[0]}: {own} and {structure}")
     columns = [[leaf for _, leaf in leaves] for leaves, _ in flat]
-    return Tree(paths, tuple(_leaf(names, _shown(p), row) for p, *row in zip(paths, *columns, strict=True)), structure)
+    rows = tuple(_leaf(names, _shown(p), row) for p, *row in zip(paths, *columns, strict=True))
+    return Tree(paths, rows, structure, tuple(columns))
 
 
 def _is_real(dtype: Any) -> bool:
@@ -243,9 +307,8 @@ def _is_real(dtype: Any) -> bool:
 
 
 def _leaf(names: Sequence[str], path: str, values: Sequence[Any]) -> Leaf:
-    first = values[0]
-    if isinstance(first, jax.Array) and jax.dtypes.issubdtype(first.dtype, jax.dtypes.extended):
-        return Leaf(tuple(values), merged=False)  # Random keys are no numbers.
+    if _is_key(values[0]):
+        return Leaf(tuple(values), merged=False)
     arrays = [np.asarray(value) for value in values]
     for name, array in zip(names, arrays, strict=True):
         if not _is_real(array.dtype):
@@ -297,6 +360,16 @@ class LeafBank:
         return merged.astype(self.stack.dtype).reshape(self.shape)
 
 
+@struct.dataclass
+class CopiedLeaf:
+    """A leaf that no merge changes."""
+
+    value: Any
+
+    def merge(self, parameters: Mapping[str, jax.Array]) -> Any:
+        return self.value
+
+
 def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     """Measure a leaf. Random numbers are fixed by the seed, a parent's content and the leaf's path."""
     shape = leaf.sources[0].shape
@@ -325,44 +398,169 @@ def _chunk(chunk: int | None, population: int) -> int:
     return min(chunk, population)
 
 
+# A genome's scores float32[P, N] for genomes float32[P, D].
 Score = Callable[[np.ndarray], np.ndarray]
 Merge = Callable[[Sequence[Any], jax.Array], Any]
 
 
-def _score_traced(fitness: Callable[[Any], Any], merge: Merge, bank: Sequence[Any], dims: int, chunk: int) -> Score:
-    """genomes float32[P, D] -> scores float32[P, N], merged and scored in one program."""
+@dataclass(frozen=True)
+class PytreeSpace:
+    """The parameters of the groups of leaves. Genomes go to the evaluator as they are: its program merges them."""
 
-    def one(bank: Sequence[Any], genome: jax.Array) -> jax.Array:
-        return _row(jnp.asarray(fitness(merge(bank, genome)))).astype(jnp.float32)
+    groups: GroupSpace
+
+    @property
+    def dims(self) -> int:
+        return self.groups.dims
+
+    @property
+    def start(self) -> np.ndarray:
+        return self.groups.start
+
+    def decode(self, genomes: np.ndarray) -> np.ndarray:
+        return genomes
+
+
+@dataclass(frozen=True)
+class FitnessTask:
+    """What the fitness function scores, as a task: `indices`, which of the examples."""
+
+    indices: tuple[int, ...]
+    name: str = "fitness"
+    metric: str = "fitness"
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    def subset(self, examples: Sequence[int]) -> "FitnessTask":
+        return FitnessTask(tuple(self.indices[i] for i in examples))
+
+
+@dataclass(frozen=True)
+class PytreeEvaluator:
+    """Scores genomes with the fitness function on some of the examples. Scores of the last population are kept."""
+
+    task: FitnessTask
+    function: Score
+    last: dict[bytes, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[FitnessTask]:
+        return [self.task]
+
+    def passes(self, population: int) -> int:
+        return population
+
+    def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
+        rows = self.function(genomes)
+        if rows.shape[1] != self.task.size:
+            raise TypeError(
+                f"the fitness returned {rows.shape[1]} numbers for a candidate; expected {self.task.size}, as before, "
+                "or one for each example"
+            )
+        self.last.clear()
+        self.last.update((genome.tobytes(), row) for genome, row in zip(genomes, rows, strict=True))
+        progress(len(genomes))
+        return TaskScores({self.task.name: {self.task.metric: rows}})
+
+    def known(self, genome: np.ndarray) -> np.ndarray:
+        """float32[N], the scores of a genome of the population that was evaluated last."""
+        return self.last[genome.tobytes()]
+
+
+def _check_examples(examples: Any) -> None:
+    """Raises InputError where they are not all as many."""
+    leaves = jax.tree.leaves(examples)
+    sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
+    if examples is not None and (len(sizes) != 1 or not sizes[0]):
+        raise InputError(WHERE, f"examples: leading axes of {sizes}; expected arrays with one number of examples")
+
+
+def _rows_of(examples: Any, indices: Sequence[int]) -> Any:
+    return jax.tree.map(lambda leaf: leaf[np.asarray(indices)], examples)
+
+
+def _digest_of(leaves: Sequence[Any]) -> str:
+    """SHA-256 of arrays in their order."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _is_key(leaf: Any) -> bool:
+    """Whether a leaf is an array of random keys, which are no numbers."""
+    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _score_traced(
+    fitness: Callable[..., Any],
+    merge: Merge,
+    bank: Sequence[Any],
+    space: PytreeSpace,
+    population: int,
+    chunk: int,
+    examples: Any,
+) -> tuple[Score, int]:
+    """Merges and scores in one program, compiled for a whole population, and for each rung of one; and N."""
+    rest = () if examples is None else (examples,)
+
+    def one(bank: Sequence[Any], genome: jax.Array, rest: Any) -> jax.Array:
+        return _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
 
     # What the function does wrong shows here, before the long work of compiling it with the merges.
     try:
-        jax.eval_shape(one, bank, jax.ShapeDtypeStruct((dims,), jnp.float32))
+        shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), rest)
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        error.add_note(
-            "A fitness that JAX cannot trace goes in as host_callback(fitness): from evojax_merge import host_callback"
-        )
-        raise
+        said = str(error).splitlines()[0]
+        raise InputError(
+            WHERE, f"fitness: JAX cannot trace it ({said}); pass host_callback(fitness), which is called with each "
+            "merged pytree (from evojax_merge import host_callback)",
+        ) from error  # fmt: skip
 
     @jax.jit
-    def program(bank: Sequence[Any], genomes: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda genome: one(bank, genome), genomes, batch_size=chunk)
+    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> jax.Array:
+        return jax.lax.map(lambda genome: one(bank, genome, rest), genomes, batch_size=chunk)
 
-    return lambda genomes: np.asarray(program(bank, genomes))
-
-
-def _score_on_host(fitness: Callable[[Any], Any], merge: Merge, bank: Sequence[Any]) -> Score:
-    """genomes float32[P, D] -> scores float32[P, N], one merge and one call after the other."""
-    merged = jax.jit(merge)
+    sizes = sorted({rung_size(population, rung) for rung in range(population.bit_length())})
 
     def score(genomes: np.ndarray) -> np.ndarray:
-        rows = [_row(np.asarray(fitness(merged(bank, genome)))).astype(np.float32) for genome in genomes]
+        rows = []
+        for begin in range(0, len(genomes), population):
+            part = genomes[begin : begin + population]
+            # Filled up to a size that is compiled already.
+            size = population if examples is None else next(size for size in sizes if size >= len(part))
+            padded = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
+            rows.append(np.asarray(program(bank, padded, rest))[: len(part)])
+        return np.concatenate(rows)
+
+    return score, shape.size
+
+
+def _score_on_host(
+    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], space: PytreeSpace, examples: Any
+) -> tuple[Score, int]:
+    """One merge and one call after the other; and N, which the first call, for the start, tells."""
+    merged, rest = jax.jit(merge), () if examples is None else (examples,)
+
+    def call(genome: np.ndarray) -> np.ndarray:
+        return _row(np.asarray(fitness(merged(bank, genome), *rest))).astype(np.float32)
+
+    start = space.start
+    known = {start.tobytes(): call(start)}
+
+    def score(genomes: np.ndarray) -> np.ndarray:
+        rows = [known[genome.tobytes()] if genome.tobytes() in known else call(genome) for genome in genomes]
         sizes = sorted({row.size for row in rows})
         if len(sizes) > 1:
             raise TypeError(f"the fitness returned {sizes[0]} numbers for one candidate and {sizes[1]} for another")
         return np.stack(rows)
 
-    return score
+    return score, known[start.tobytes()].size
 
 
 def _row(scores: Any) -> Any:
@@ -371,9 +569,3 @@ def _row(scores: Any) -> Any:
         found = f"{scores.dtype}{list(scores.shape)}"
         raise TypeError(f"the fitness returned {found}; expected a real number, or one number per example")
     return scores.reshape(-1)
-
-
-def _fitness(scores: np.ndarray) -> np.ndarray:
-    """float64[P]: the mean over examples; NaN where a candidate failed."""
-    means = scores.mean(axis=1, dtype=np.float64)
-    return np.where(np.isfinite(means), means, np.nan)

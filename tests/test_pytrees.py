@@ -1,5 +1,6 @@
 """Searching for a merge of any pytrees: what is merged, against float64 NumPy; groups, determinism, errors."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from evojax_merge import host_callback, search_pytrees
 from evojax_merge.errors import Failed, InputError
@@ -109,7 +111,7 @@ def test_best_is_the_merge_by_its_parameters(reference: Callable[..., np.ndarray
 
     jax.tree_util.tree_map_with_path(check, found.best, BASE, *PARENTS)
     assert found.fitness == pytest.approx(float(similarity(tree(3))(found.best)), rel=1e-5)
-    assert found.fitness >= max(generation.best_so_far for generation in found.history)
+    assert found.fitness >= max(row["best_so_far"] for row in found.history)
 
 
 def test_search_finds_a_merge_that_is_known() -> None:
@@ -228,7 +230,7 @@ def test_deterministic_for_a_seed() -> None:
     settings = {"method": "dare_ties", "base": BASE, "parameters": {"weight": {}, "density": {"start": 0.5}}}
     one, again, other = (quick(seed=seed, **settings) for seed in (1, 1, 2))
     assert same(one.best, again.best) and one.parameters == again.parameters
-    assert [g.fitness.tolist() for g in one.history] == [g.fitness.tolist() for g in again.history]
+    assert one.history == again.history
     assert one.parameters != other.parameters
 
 
@@ -239,9 +241,9 @@ def test_host_traced_and_every_chunk_agree() -> None:
     for run in runs[1:]:
         # The last generations follow from the first: what differs by rounding only stays near.
         for a, b in zip(runs[0].history, run.history, strict=True):
-            np.testing.assert_allclose(a.fitness, b.fitness, rtol=1e-4)
+            np.testing.assert_allclose(a["fitness"], b["fitness"], rtol=1e-4)
         assert run.fitness == pytest.approx(runs[0].fitness, rel=1e-4)
-    assert [generation.number for generation in seen] == [0, 1, 2] * 3
+    assert [generation.number for generation in seen] == [1, 2, 3] * 3
     assert all(isinstance(generation, Generation) and len(generation.fitness) == 4 for generation in seen)
 
 
@@ -252,11 +254,68 @@ def test_candidates_that_are_not_finite_have_failed() -> None:
 
     middle = (PARENTS[0]["encoder"]["bias"][0] + PARENTS[1]["encoder"]["bias"][0]) / 2
     found = quick(fitness=positive, population=8)
-    failed = [generation.failed for generation in found.history]
-    assert 0 < failed[0] < 8 and np.isnan(found.history[0].fitness).sum() == failed[0]
+    failed = [row["failed"] for row in found.history]
+    assert 0 < failed[0] < 8 and found.history[0]["fitness"].count(None) == failed[0]
     assert found.fitness > middle
-    with pytest.raises(Failed, match="generation 0: all 4 candidates failed, their fitness is not finite"):
+    with pytest.raises(
+        Failed, match=r"generation 1: all 4 candidates failed, .* Look at what the fitness function returns"
+    ):
         quick(fitness=lambda merged: jnp.inf)
+
+
+def rows_of(merged: Any, examples: Any) -> jax.Array:
+    """A score per example: how near the encoder brings its input to the target."""
+    return -jnp.sum((examples["x"] @ merged["encoder"]["kernel"] - examples["y"]) ** 2, axis=1)
+
+
+def linear_examples(count: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(count, 5)).astype(np.float32)
+    middle = 0.3 * PARENTS[0]["encoder"]["kernel"] + 0.7 * PARENTS[1]["encoder"]["kernel"]
+    return {"x": x, "y": x @ middle}
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
+def test_successive_halving_over_examples(wrap: Any) -> None:
+    found = quick(fitness=wrap(rows_of), examples=linear_examples(24), rungs=3, population=8, generations=6)
+    for row in found.history:
+        # Of 4 shards of 6 examples, 8 candidates are evaluated on one, 4 on two, 2 on all.
+        assert sorted(row["examples"]) == [6] * 4 + [12] * 2 + [24] * 2
+    assert found.scores.shape == (24,)
+    assert found.fitness == pytest.approx(float(rows_of(found.best, linear_examples(24)).mean()), rel=1e-4)
+
+
+def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> None:
+    whole = quick(generations=5, out=tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/result.json").read_text())["parameters"].keys() == whole.parameters.keys()
+
+    def stop(generation: Generation) -> None:
+        if generation.number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(generations=5, out=tmp_path / "run", on_generation=stop)
+    with pytest.raises(InputError, match="holds a run already"):
+        quick(generations=5, out=tmp_path / "run")
+    with pytest.raises(InputError, match="sigma differs"):
+        quick(generations=5, out=tmp_path / "run", resume=True, sigma=0.3)
+    parents = [PARENTS[0], changed(("encoder", "bias"), np.zeros(7, np.float32))]
+    with pytest.raises(InputError, match=r"parents\[1\] has changed"):
+        search_pytrees(parents, similarity(tree(3)), population=4, generations=5, out=tmp_path / "run", resume=True)
+    seen: list[int] = []
+    again = quick(generations=5, out=tmp_path / "run", resume=True, on_generation=lambda g: seen.append(g.number))
+    assert seen == [4, 5]
+    for name in ("history.jsonl", "result.json", "best/params.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same(again.best, whole.best) and again.history == whole.history
+    saved = load_file(tmp_path / "run/best/params.safetensors")
+    assert saved.keys() == {"encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/scale"}
+    np.testing.assert_array_equal(saved["encoder/kernel"], whole.best["encoder"]["kernel"])
+
+
+def test_a_fitness_that_jax_cannot_trace_is_told_of_host_callback() -> None:
+    with pytest.raises(InputError, match=r"fitness: JAX cannot trace it .* host_callback\(fitness\)"):
+        quick(fitness=lambda merged: float(merged["encoder"]["bias"][0]))
 
 
 def changed(path: tuple[str, str], value: Any) -> Any:
@@ -291,6 +350,9 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"parameters": {"weight": {"low": 2}}}, "low 2 is not below high 1"),
         ({"population": 1}, "population: expected a whole number from 2 to .*, found 1"),
         ({"chunk": 0}, "chunk: 0; expected 1 or more"),
+        ({"rungs": 2}, "rungs: 2 .* give it `examples`"),
+        ({"examples": {"x": np.ones(3), "y": np.ones(4)}}, r"examples: leading axes of \[3, 4\]"),
+        ({"strategy": "cma-es"}, r"unknown strategy 'cma-es' \(did you mean 'cma_es'\?\)"),
     ],
 )  # fmt: skip
 def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) -> None:

@@ -307,9 +307,14 @@ def require_space(target: Path, nbytes: int) -> None:
 
 def atomic_write(path: Path, text: str) -> None:
     """Write a text file that is either the old one or the complete new one."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the complete new one."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        work.write_text(text, encoding="utf-8")
+        work.write_bytes(content)
         os.replace(work, path)
     except OSError as error:
         raise cannot_write(path, error) from None

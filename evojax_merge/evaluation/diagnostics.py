@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evojax_merge.evaluation.evaluator import Scores
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.tasks.task import Task
 
 
-def warnings(tasks: Sequence[Task], scores: Scores) -> list[str]:
+def warnings(tasks: Sequence[Task], scores: TaskScores) -> list[str]:
     """One line for each task that finds no answer in any output, or on which all candidates score the same."""
     lines = []
     for task in tasks:

@@ -8,7 +8,7 @@ the memory that the compiler reports; where that was too much, less is tried.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +32,7 @@ from evojax_merge.evaluation.devices import (
 )
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import LazyMergeFactory, PerCandidateModel, SharedModel, WeightsFactory
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import KVCache
@@ -55,45 +56,6 @@ LOOKUP_CANDIDATES = 2
 MATERIALISE_FRACTION = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
 CPU_CACHE_BYTES = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of outputs."""
-
-    matrices: dict[str, dict[str, np.ndarray]]
-    outputs: dict[str, list[list[str]]] = field(default_factory=dict)
-
-
-def task_weights(tasks: Sequence[Task]) -> list[tuple[Task, float]]:
-    """The tasks that the fitness is made of, and how much each counts; together 1. Tasks of weight 0 take no part,
-    unless there are no others: then all count alike."""
-    weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
-    return [(task, weight / sum(weights)) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
-
-
-def fitness(tasks: Sequence[Task], scores: Scores) -> np.ndarray:
-    """float64[P]: the weighted mean over tasks of the mean over examples of each task's metric; NaN where a
-    score is not finite."""
-    rows = [
-        share * scores.matrices[task.name][task.metric].mean(axis=1, dtype=np.float64)
-        for task, share in task_weights(tasks)
-    ]
-    summed = np.sum(rows, axis=0)
-    return np.where(np.isfinite(summed), summed, np.nan)
-
-
-def means(tasks: Sequence[Task], scores: Scores) -> list[dict[str, float]]:
-    """Per candidate: `task/metric` -> mean over examples."""
-    first = scores.matrices[tasks[0].name][tasks[0].metric]
-    return [
-        {
-            f"{task.name}/{metric}": float(matrix[p].mean(dtype=np.float64))
-            for task in tasks
-            for metric, matrix in scores.matrices[task.name].items()
-        }
-        for p in range(first.shape[0])
-    ]
 
 
 def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[str, np.ndarray]:
@@ -185,7 +147,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 @dataclass
 class Evaluator:
-    """Scores populations of merges of one bank, and stored models, on one set of requests.
+    """TaskScores populations of merges of one bank, and stored models, on one set of requests.
 
     `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen.
     """
@@ -212,13 +174,13 @@ class Evaluator:
 
     def population(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
-    ) -> Scores:
+    ) -> TaskScores:
         """Score P recipes (leading axis P on every leaf)."""
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         return self._evaluate(Population(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
 
-    def stored(self, model: StackedWeights, progress: Progress = lambda done: None) -> Scores:
+    def stored(self, model: StackedWeights, progress: Progress = lambda done: None) -> TaskScores:
         """Score one stored model: a population of one."""
         # Every group of devices would compute the same.
         alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
@@ -231,8 +193,8 @@ class Evaluator:
         texts, nonfinite = self._generate(Population(SharedModel(), model, np.zeros(1)), batched_task, progress)
         return texts[0], bool(nonfinite[0])
 
-    def _evaluate(self, population: Population, progress: Progress) -> Scores:
-        scores = Scores({})
+    def _evaluate(self, population: Population, progress: Progress) -> TaskScores:
+        scores = TaskScores({})
         for i in range(len(self.batched_tasks)):
             totals, greedy = self.with_less(i, partial(self._score, population), progress)
             texts, nonfinite = self.with_less(i, partial(self._generate, population), progress)
@@ -605,3 +567,22 @@ class Evaluator:
         memory = lowered.compile().memory_analysis()
         held = tree_nbytes(state)
         return tree_nbytes(model), 2 * held + (0 if memory is None else memory.temp_size_in_bytes)
+
+
+@dataclass(frozen=True)
+class MergeEvaluator:
+    """Scores populations of merges of one bank, on the requests of an evaluator."""
+
+    evaluator: Evaluator
+    bank: Bank
+    spec: MergeSpec
+
+    @property
+    def tasks(self) -> list[Task]:
+        return self.evaluator.tasks
+
+    def passes(self, population: int) -> int:
+        return self.evaluator.passes(population)
+
+    def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
+        return self.evaluator.population(self.bank, self.spec, recipes, progress)

@@ -2,7 +2,7 @@
 
 A population of paths is a trie: candidates that begin with the same (layer, fold) steps share those nodes. A batch of
 tokens walks the trie depth first, one compiled call per run of steps between branches, and meets the LM head once per
-distinct path. Scores of a path are kept for the whole run, so that a path that comes again costs nothing.
+distinct path. TaskScores of a path are kept for the whole run, so that a path that comes again costs nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.evaluator import Evaluator, Progress, Scores, arrays_of, score_task
+from evojax_merge.evaluation.evaluator import Evaluator, Progress, arrays_of, score_task
 from evojax_merge.evaluation.passes import logprobs_from_hidden
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import SequenceLayout, rms_norm
 from evojax_merge.models.paths import (
@@ -30,7 +31,7 @@ from evojax_merge.models.paths import (
 )
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import ScoringBatch
-from evojax_merge.tasks.task import LogitsFn, Responses
+from evojax_merge.tasks.task import LogitsFn, Responses, Task
 
 # Generation materialises a path; its depth is rounded up to a multiple of this, so that few shapes are compiled.
 DEPTH_BUCKET = 4
@@ -85,7 +86,7 @@ def _score(
 
 @dataclass
 class PathEvaluator:
-    """Scores populations of paths over one bank, on the requests of an evaluator.
+    """TaskScores populations of paths over one bank, on the requests of an evaluator.
 
     `max_length`: how many steps a path has at most. `steps_run` and `steps_requested`: layer steps that were run, and
     that would have been run one candidate after the other, since the start.
@@ -99,7 +100,14 @@ class PathEvaluator:
     steps_run: int = 0
     steps_requested: int = 0
 
-    def population(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> Scores:
+    @property
+    def tasks(self) -> list[Task]:
+        return self.evaluator.tasks
+
+    def passes(self, population: int) -> int:
+        return self.evaluator.passes(population)
+
+    def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
         """Score P paths; None, a candidate without a path, scores NaN."""
         batched_tasks = self.evaluator.batched_tasks
         passes = sum(batched_task.batches for batched_task in batched_tasks)
@@ -127,7 +135,7 @@ class PathEvaluator:
                     for key in keys
                 ]
         self.steps_requested += passes * sum(len(path.layers) for path in paths if path is not None)
-        return Scores(matrices, outputs)
+        return TaskScores(matrices, outputs)
 
     def _score_fresh(self, fresh: dict[Key, LayerPath], progress: Progress) -> None:
         keys = list(fresh)

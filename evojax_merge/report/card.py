@@ -5,11 +5,9 @@ from pathlib import Path
 
 import yaml
 
-from evojax_merge.report.paths import path_lines, path_picture
+from evojax_merge.problem import SearchProblem
+from evojax_merge.report.comparison import Result
 from evojax_merge.report.tables import markdown_table
-from evojax_merge.search.setup import SearchProblem
-from evojax_merge.search.winner import Result
-from evojax_merge.spaces.parameter import ParameterSpace
 
 
 def _front_matter(models: Sequence[str]) -> str:
@@ -40,27 +38,11 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
     models = [str(path) for _, path in problem.models]
     label, baseline = result.baseline
     return (
-        merge_card(name, problem.spec.method_name, models, recipe)
-        + _path_section(problem, result)
-        + f"\n## How it was found\n\nCMA-ES over {_dimensions(problem)}, "
+        merge_card(name, problem.candidates.name, models, recipe)
+        + result.report.card_section()
+        + f"\n## How it was found\n\n{problem.strategy.name} over {problem.candidates.describe()}, "
         f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"On the search split the winner scored {result.search_fitness:.4f}, the {label} "
         f"{baseline:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n" + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )
-
-
-def _dimensions(problem: SearchProblem) -> str:
-    space = problem.space
-    if isinstance(space, ParameterSpace):
-        names = ", ".join(parameter.name for parameter in space.search_parameters)
-        return f"{space.dims} parameters ({names}; {len(space.groups)} groups)"
-    return f"{space.dims} numbers that say which layers follow each other"
-
-
-def _path_section(problem: SearchProblem, result: Result) -> str:
-    """Which layers come from where, in words and as a picture."""
-    if result.path is None:
-        return ""
-    listed = "\n".join(f"- {line}" for line in path_lines(problem, result.path))
-    return f"\n## Layers\n\n{listed}\n\n```\n{path_picture(problem, result.path)}\n```\n"

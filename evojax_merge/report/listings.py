@@ -1,11 +1,13 @@
 """What the program knows, as tables for the terminal: merge methods, search strategies, architectures."""
 
+import inspect
+
 from merge_kernels import METHODS, Method, Parameter
 from rich.table import Table
 from rich.text import Text
 
 from evojax_merge.checkpoints.architectures import MODEL_TYPES
-from evojax_merge.search.strategy import MAX_FULL_DIMS
+from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
 
@@ -21,11 +23,11 @@ def methods_table() -> Table:
 
 
 def strategies_table() -> Table:
-    table = _table("strategy", "chosen for", "algorithm")
-    _row(table, "CMA_ES", f"up to {MAX_FULL_DIMS} dimensions", "CMA-ES with a full covariance (evosax CMA_ES)")
-    _row(
-        table, "Sep_CMA_ES", f"over {MAX_FULL_DIMS} dimensions", "CMA-ES with a diagonal covariance (evosax Sep_CMA_ES)"
-    )
+    """Each strategy, by the name that `search.strategy` takes, and what its maker says of it."""
+    table = _table("strategy", "what it is")
+    for name in strategy_names():
+        said = inspect.getdoc(find_strategy("strategies", name)) or ""
+        _row(table, name, " ".join(said.split("\n\n")[0].split()))
     return table
 
 

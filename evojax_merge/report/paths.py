@@ -1,32 +1,59 @@
-"""A layer path, drawn in text: for model cards and terminals."""
+"""A layer path in reports: in words, in text and as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from evojax_merge.models.paths import LayerPath, PathSpec
-from evojax_merge.search.setup import SearchProblem
-from evojax_merge.search.winner import model_name
-from evojax_merge.spaces.layer_path import describe
+from evojax_merge.spaces.layer_path import describe_path
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def parent_names(problem: SearchProblem) -> list[str]:
-    return [model_name(parent) for parent in problem.parents]
+@dataclass(frozen=True)
+class PathReport:
+    """parents: short names."""
 
+    path: LayerPath
+    spec: PathSpec
+    parents: tuple[str, ...]
 
-def path_lines(problem: SearchProblem, path: LayerPath) -> list[str]:
-    """Which layers come from where, a line per run of layers."""
-    assert isinstance(problem.spec, PathSpec)
-    return describe(path, problem.spec.origins, dict(enumerate(parent_names(problem))))
+    def document(self) -> dict[str, Any]:
+        return {"path": {"layers": list(self.path.layers), "scales": list(self.path.scales)}}
 
+    def terminal(self) -> str | None:
+        """A row per step: the layer that it visits, marked with its parent's letter, and what it adds, if not all of
+        it."""
+        origins, deepest = self.spec.origins, max(config.layers for config in self.spec.configs)
+        letters = [LETTERS[k % len(LETTERS)] for k in range(len(self.parents))]
+        legend = ", ".join(f"{letter} = {name}" for letter, name in zip(letters, self.parents, strict=True))
+        rows = [f"layers 0 to {deepest - 1} from left to right; {legend}"]
+        for number, (layer, scale) in enumerate(zip(self.path.layers, self.path.residual_scales(), strict=True)):
+            parent, index = origins[layer]
+            line = "·" * index + letters[parent] + "·" * (deepest - index - 1)
+            rows.append(f"{number:3d} {line}" + ("" if abs(scale - 1) < 5e-4 else f"  x {scale:.3f}"))
+        return "\n".join(rows)
 
-def path_picture(problem: SearchProblem, path: LayerPath) -> str:
-    """A row per step: the layer that it visits, marked with its parent's letter, and what it adds, if not all of it."""
-    assert isinstance(problem.spec, PathSpec)
-    origins, deepest = problem.spec.origins, max(config.layers for config in problem.spec.configs)
-    letters = [LETTERS[k % len(LETTERS)] for k in range(len(problem.parents))]
-    legend = ", ".join(f"{letter} = {name}" for letter, name in zip(letters, parent_names(problem), strict=True))
-    rows = [f"layers 0 to {deepest - 1} from left to right; {legend}"]
-    for number, (layer, fold) in enumerate(zip(path.layers, path.residual_scales(), strict=True)):
-        parent, index = origins[layer]
-        line = "·" * index + letters[parent] + "·" * (deepest - index - 1)
-        rows.append(f"{number:3d} {line}" + ("" if abs(fold - 1) < 5e-4 else f"  x {fold:.3f}"))
-    return "\n".join(rows)
+    def card_section(self) -> str:
+        """Which layers come from where, a line per run of layers, and the same as a picture."""
+        lines = describe_path(self.path, self.spec.origins, dict(enumerate(self.parents)))
+        listed = "\n".join(f"- {line}" for line in lines)
+        return f"\n## Layers\n\n{listed}\n\n```\n{self.terminal()}\n```\n"
+
+    def panels(self) -> tuple[Sequence[float], float, float]:
+        return [1.6], 13, 5
+
+    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
+        """Layer index against step, coloured by parent; above each step what it adds, where that is not all of it."""
+        (axis,) = axes
+        origins = [self.spec.origins[layer] for layer in self.path.layers]
+        for parent, name in enumerate(self.parents):
+            steps = [step for step, (k, _) in enumerate(origins) if k == parent]
+            axis.scatter(steps, [origins[step][1] for step in steps], s=28, label=name)
+        axis.plot(range(len(origins)), [index for _, index in origins], color="grey", linewidth=0.6, zorder=0)
+        for step, ((_, index), scale) in enumerate(zip(origins, self.path.residual_scales(), strict=True)):
+            if abs(scale - 1) >= 5e-4:
+                place = {"xytext": (0, 6), "textcoords": "offset points", "fontsize": "x-small"}
+                axis.annotate(f"{scale:.2f}", (step, index), **place)
+        axis.set(xlabel="step", ylabel="layer of its parent", title="Path of the winner")
+        axis.legend(fontsize="small")

@@ -72,12 +72,13 @@ class SearchBar(Reporter):
 
         failed = f"  failed {g.failed}" if g.failed else ""
         info = (
-            f"best {shown(g.best_so_far)}  mean {shown(g.mean)}  sigma {g.sigma:.3f}  "
-            f"{g.seconds / g.population:.3g} s/candidate{failed}"
+            f"best so far {shown(g.best_so_far)}  mean {shown(g.mean)}  "
+            + "".join(f"{name} {value:.3f}  " for name, value in g.metrics.items())
+            + f"{g.seconds / g.population:.3g} s/candidate{failed}"
         )
-        self._progress.update(self._bar, completed=g.number + 1, info=info)
+        self._progress.update(self._bar, completed=g.number, info=info)
         if not console.is_terminal:
-            console.print(f"generation {g.number + 1}: {info}", highlight=False)
+            console.print(f"generation {g.number}: {info}", highlight=False)
 
     def log(self, text: str) -> None:
         say(text)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from evojax_merge.search.winner import Row
+from evojax_merge.report.comparison import Row
 
 
 def score_columns(rows: Sequence[Row]) -> list[str]:

@@ -6,9 +6,9 @@ finds the same winner as one that was not.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,20 +17,8 @@ from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.diagnostics import warnings
-from evojax_merge.evaluation.evaluator import Scores, fitness, task_weights
-from evojax_merge.interrupts import defer_signals
-from evojax_merge.search.run_folder import (
-    KEPT_CHECKPOINTS,
-    Checkpoints,
-    RunFolder,
-    append_line,
-    restore_history,
-    restore_timing,
-    to_line,
-)
-from evojax_merge.search.scorers import Scorer, Space
-from evojax_merge.search.strategy import Strategy, default_population, make_strategy
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, task_weights
+from evojax_merge.search.protocols import GenomeEvaluator, Space, State, Strategy
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -40,31 +28,39 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
-from evojax_merge.tasks.function import FunctionTask
-from evojax_merge.tasks.task import Task
+
+# The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
+INIT_KEY = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation showed; `seconds` is how long its evaluation took."""
+    """What one generation showed. number: from 1; fitness: float64[P], each candidate's mean over the examples that it
+    was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
+    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took."""
 
     number: int
+    fitness: np.ndarray
     best: float | None
     mean: float | None
-    sigma: float
     best_so_far: float | None
     failed: int
+    metrics: dict[str, float]
     seconds: float
-    population: int
+
+    @property
+    def population(self) -> int:
+        return len(self.fitness)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The best genomes of a search, best first: float32[A, D], and the mean of the final distribution."""
+class Archive:
+    """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
+    strategy proposes, float32[F, D]."""
 
     genomes: np.ndarray
     fitness: np.ndarray
-    mean: np.ndarray
+    proposed: np.ndarray
 
 
 class Reporter:
@@ -76,135 +72,183 @@ class Reporter:
     def log(self, text: str) -> None: ...
 
 
-def run_search(
+class Storage(Protocol):
+    """Where a run is kept, generation by generation."""
+
+    def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
+        """The state that was saved last, in the structure of `like`, and how many generations are behind it; `like`
+        and 0 where nothing was saved."""
+        ...
+
+    def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Keep a generation: the state after it, its line of the history and that of the clock."""
+        ...
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The rows that were saved."""
+        ...
+
+    def describe(self, generations: int) -> str:
+        """In words, what of the first `generations` is kept, and where."""
+        ...
+
+
+class MemoryStorage:
+    """Keeps nothing beyond the process."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+
+    def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
+        return like, 0
+
+    def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def read_history(self) -> list[dict[str, Any]]:
+        return list(self._rows)
+
+    def describe(self, generations: int) -> str:
+        return "nothing is saved"
+
+
+def generation_key(seed: int, generation: int) -> jax.Array:
+    """The random key of a generation, from 0 on. Of a seed JAX takes the lower 32 bits alone."""
+    key, high = jax.random.key(seed % 2**32), seed // 2**32
+    return jax.random.fold_in(jax.random.fold_in(key, high) if high else key, generation)
+
+
+def evolve(
     config: SearchConfig,
     seed: int,
+    strategy: Strategy,
     space: Space,
-    shards: Sequence[Scorer],
-    folder: RunFolder,
+    shards: Sequence[GenomeEvaluator],
+    storage: Storage,
     reporter: Reporter,
-    is_main_process: bool = True,
-) -> Outcome:
-    """Search from where the run folder stands (its start, or its last saved generation) to the config's end. `shards`:
-    a scorer for each shard of the examples; with one, every candidate is scored on everything.
-    `is_main_process`: whether this is the process that writes the run folder; all of them save checkpoints together.
-    Raises Failed in the generation in which every candidate fails."""
-    population = config.population or default_population(space.dims)
-    strategy = make_strategy(space.dims, population, config.sigma, seed)
-    reporter.log(f"{strategy.name}: {space.dims} dimensions, population {population}, {config.generations} generations")
+    look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
+    hint: Callable[[Any], str] = lambda task: "",
+) -> Archive:
+    """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
+    one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `look_at` finds
+    what is to be said of the first generation's scores; `hint` says what makes all candidates fail on a task.
+
+    Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
+    its population.
+    """
+    reporter.log(
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} generations"
+    )
     if len(shards) > 1:
-        reporter.log(describe_rungs(shards, population))
-    with Checkpoints(folder) as checkpoints:
-        state = _init_state(strategy, space.start, config.finalists, init_surrogate(shards, space.dims))
-        saved, first, history = checkpoints.restore(reporter.log), 0, ""
-        if saved is not None:
-            state, first, history = saved.state(state), saved.generations, saved.history
-            if first >= config.generations:
-                reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-        if is_main_process:
-            restore_history(folder, history, reporter.log)
-            restore_timing(folder, first)
-        for number in range(first, config.generations):
-            interrupts.check()
-            genomes, state_after_ask = strategy.ask(state["strategy"], number)
-            order = shard_order(len(shards), seed, number)
-            reporter.evaluating(number, halving_passes(shards, order, population))
-            started = time.perf_counter()
-            halved = successive_halving(
-                shards, order, np.asarray(genomes), SurrogateData(**state["known"]), reporter.advanced
+        reporter.log(describe_rungs(shards, strategy.population))
+    state = _init_state(config, seed, strategy, space, shards)
+    state, first = storage.restore(state, reporter.log)
+    if config.generations <= first:
+        reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
+    for number in range(first, config.generations):
+        interrupts.check()
+        key = generation_key(seed, number)
+        genomes, state_after_ask = strategy.ask(key, state["strategy"])
+        _check_genomes(strategy, space, genomes)
+        order = shard_order(len(shards), seed, number)
+        reporter.evaluating(number, halving_passes(shards, order, strategy.population))
+        started = time.perf_counter()
+        halved = successive_halving(
+            shards, order, np.asarray(genomes), SurrogateData(**state["known"]), reporter.advanced
+        )
+        seconds = time.perf_counter() - started
+        if not np.isfinite(halved.fitness).any():
+            tasks = shards[order[0]].tasks
+            raise Failed(_all_failed(number, strategy.population, tasks, halved.first, storage, hint))
+        if number == 0:
+            for line in look_at(shards[order[0]].tasks, halved.first):
+                reporter.log(line)
+        told = strategy.tell(key, state_after_ask, genomes, halved.scores)
+        state = _next_state(told, np.asarray(genomes), halved, state)
+        metrics = strategy.metrics(told)
+        row = _history_row(number + 1, np.asarray(genomes), halved, state, metrics)
+        each = seconds / strategy.population
+        storage.save(
+            number + 1, state, row, {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
+        )
+        reporter.finished(
+            Generation(
+                number=number + 1,
+                fitness=halved.fitness,
+                best=row["best"],
+                mean=row["mean"],
+                best_so_far=row["best_so_far"],
+                failed=row["failed"],
+                metrics=metrics,
+                seconds=seconds,
             )
-            seconds = time.perf_counter() - started
-            if not np.isfinite(halved.fitness).any():
-                raise Failed(_all_failed(number, population, shards[order[0]].tasks, halved.first, folder))
-            if number == 0:
-                for line in warnings(shards[order[0]].tasks, halved.first):
-                    reporter.log(line)
-            state = _next_state(strategy, state_after_ask, number, genomes, halved, state)
-            row = _history_row(number, halved, state)
-            timing = {"generation": number, "seconds": seconds, "seconds_per_candidate": seconds / population}
-            line = to_line(row)
-            history += line
-            with defer_signals():
-                checkpoints.save(number + 1, state, history)
-                if is_main_process:
-                    append_line(folder.history, line)
-                    append_line(folder.timing, to_line(timing))
-            reporter.finished(
-                Generation(
-                    number=number,
-                    best=row["best"],
-                    mean=row["mean"],
-                    sigma=row["sigma"],
-                    best_so_far=row["best_so_far"],
-                    failed=row["failed"],
-                    seconds=seconds,
-                    population=population,
-                )
-            )
-    return _outcome(state)
-
-
-def _all_failed(number: int, population: int, tasks: Sequence[Task], scores: Scores, folder: RunFolder) -> str:
-    """A generation of which nothing can be learned: what failed, and where to look. It is not saved, so that a
-    continuation tries it again."""
-    failed = first_failed(tasks, scores)
-    saved = f"the {number} before it are saved in {folder.path}" if number else "it is the first, and nothing is saved"
-    return (
-        f"generation {number + 1}: all {population} candidates failed, their scores for task {failed.name} are not "
-        f"finite; {saved}. {failure_hint(failed)}"
+        )
+    found = np.isfinite(state["fitness"])
+    return Archive(
+        np.asarray(state["genomes"])[found], np.asarray(state["fitness"])[found], strategy.finalists(state["strategy"])
     )
 
 
-def first_failed(tasks: Sequence[Task], scores: Scores) -> Task:
+def _check_genomes(strategy: Strategy, space: Space, genomes: Any) -> None:
+    expected = (strategy.population, space.dims)
+    if np.shape(genomes) != expected:
+        raise Failed(
+            f"the strategy {strategy.name} asked for genomes of shape {list(np.shape(genomes))}; expected "
+            f"{list(expected)}, its population and the search's dimensions"
+        )
+
+
+def _all_failed(
+    number: int,
+    population: int,
+    tasks: Sequence[ScoredTask],
+    scores: TaskScores,
+    storage: Storage,
+    hint: Callable[[Any], str],
+) -> str:
+    """A generation of which nothing can be learned: what failed, and where to look. It is not saved, so that a
+    continuation tries it again."""
+    failed = first_failed(tasks, scores)
+    return (
+        f"generation {number + 1}: all {population} candidates failed, their scores for task {failed.name} are not "
+        f"finite; {storage.describe(number)}. {hint(failed)}"
+    )
+
+
+def first_failed(tasks: Sequence[ScoredTask], scores: TaskScores) -> ScoredTask:
     """The first task of the fitness for which no candidate's scores are finite, else for which one's are not."""
     rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in task_weights(tasks)]
     return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda row: row[1].sum())[0])
 
 
-def failure_hint(task: Task) -> str:
-    """What makes every candidate fail."""
-    if isinstance(task, FunctionTask):
-        return f"Look at what the function of task {task.name} returns"
-    return (
-        "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
-        "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
-    )
-
-
-def run_bytes(config: SearchConfig, space: Space, examples: int) -> int:
-    """About how much a run writes beside its model, at most: checkpoints (each with the history), one of them being
-    written while the others are kept, and the history."""
-    population = config.population or default_population(space.dims)
-    state = jax.eval_shape(make_strategy(space.dims, population, config.sigma, 0).init, space.start)
+def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: int, tasks: int) -> int:
+    """About how many bytes a search of `examples` examples in `tasks` tasks writes beside its model, at most:
+    checkpoints, one of them being written while the others are kept, and the history twice."""
+    state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
-    history = config.generations * (400 + 45 * population)
-    return (KEPT_CHECKPOINTS + 1) * (arrays + history) + 2 * history + 2**20
+    history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
+    return 4 * arrays + 2 * history + 2**20
 
 
-def _init_state(strategy: Strategy, start: np.ndarray, archive: int, known: SurrogateData) -> dict[str, Any]:
+def _init_state(
+    config: SearchConfig, seed: int, strategy: Strategy, space: Space, shards: Sequence[GenomeEvaluator]
+) -> dict[str, Any]:
     return {
-        "strategy": strategy.init(start),
-        "genomes": np.zeros((archive, start.size), np.float32),
-        "fitness": np.full(archive, -np.inf),
-        "known": vars(known),
+        "strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None]),
+        "genomes": np.zeros((config.finalists, space.dims), np.float32),
+        "fitness": np.full(config.finalists, -np.inf),
+        "known": vars(init_surrogate(shards, space.dims)),
     }
 
 
-def _next_state(
-    strategy: Strategy,
-    state_after_ask: Any,
-    number: int,
-    genomes: jax.Array,
-    halved: HalvingResult,
-    state: dict[str, Any],
-) -> dict[str, Any]:
+def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
     # A mean over fewer examples says too little to stand in the archive.
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # Stable: of equals, the one that was found first stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
     return {
-        "strategy": strategy.tell(state_after_ask, number, genomes, halved.predicted),
-        "genomes": np.concatenate([state["genomes"], np.asarray(genomes)])[best],
+        "strategy": told,
+        "genomes": np.concatenate([state["genomes"], genomes])[best],
         "fitness": every[best],
         "known": vars(halved.surrogate),
     }
@@ -215,9 +259,16 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _history_row(number: int, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
-    """`fitness` is each candidate's mean over as many `examples`; `best` and `scores_of_best` are of those that met
-    all of them, `mean` and `worst` of all."""
+def _shortest(gene: np.float32) -> float:
+    """The shortest decimal number that float32 reads as this gene."""
+    return float(str(gene))
+
+
+def _history_row(
+    number: int, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any], metrics: dict[str, float]
+) -> dict[str, Any]:
+    """`fitness` is each candidate's mean over as many `examples`, `task_scores` its mean on those of each task; `best`
+    and `scores_of_best` are of those that were evaluated on all of them, `mean` and `worst` of all candidates."""
     values = halved.fitness
     finite, complete = values[np.isfinite(values)], values[halved.complete]
     return {
@@ -226,21 +277,18 @@ def _history_row(number: int, halved: HalvingResult, state: dict[str, Any]) -> d
         "mean": _number(finite.mean()) if finite.size else None,
         "worst": _number(finite.min()) if finite.size else None,
         "best_so_far": _number(state["fitness"][0]),
-        "sigma": float(state["strategy"].std),
-        "evaluations": (number + 1) * len(values),
+        **{name: _number(value) for name, value in metrics.items()},
+        "evaluations": number * len(values),
         "failed": int(len(values) - finite.size),
         "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
         "fitness": [_number(value) for value in values],
         "examples": halved.examples.tolist(),
+        "task_scores": {
+            name: [_number(value) for value in column]
+            for name, column in zip(halved.scores.tasks, halved.scores.task_means.T, strict=True)
+        },
+        "genomes": [[_shortest(gene) for gene in genome] for genome in genomes],
     }
-
-
-def _outcome(state: dict[str, Any]) -> Outcome:
-    found = np.isfinite(state["fitness"])
-    return Outcome(
-        np.asarray(state["genomes"])[found], np.asarray(state["fitness"])[found],
-        np.asarray(state["strategy"].mean, np.float32),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -251,13 +299,13 @@ class Finalist:
     fitness: float
 
 
-def rescore(space: Space, scorer: Scorer, outcome: Outcome, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, the mean of its last distribution, the start) on the full search
-    split, best first. Candidates that are not finite are left out."""
-    genomes = np.concatenate([outcome.genomes, outcome.mean[None], space.start[None]])
+def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
+    """The finalists (the best few of the search, what the strategy proposes, the start) on the full search split, best
+    first. Candidates that are not finite are left out."""
+    genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    values = fitness(scorer.tasks, scorer.score(genomes, progress))
+    values = fitness(evaluator.tasks, evaluator.score(genomes, progress))
     order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
     return [Finalist(genomes[i], float(values[i])) for i in order if np.isfinite(values[i])]

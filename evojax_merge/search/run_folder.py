@@ -2,8 +2,9 @@
 
 config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
+history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
-checkpoints/     the state after each generation (orbax), the last three kept; each holds the history up to it
+checkpoints/     the state after each generation (orbax), the last three kept
 best/            recipe.yaml and model/
 winners/         what best/ was when the run had finished with fewer generations, with its result.json and report.png
 stages/          run folders of the stages before the last, in a chain
@@ -27,7 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ class RunFolder:
     @property
     def history(self) -> Path:
         return self.path / "history.jsonl"
+
+    @property
+    def history_backup(self) -> Path:
+        return self.path / "history.backup.jsonl"
 
     @property
     def timing(self) -> Path:
@@ -145,22 +150,33 @@ def append_line(path: Path, line: str) -> None:
         raise cannot_write(path, error, "; all that was saved is whole, and --resume goes on from it") from None
 
 
-def restore_history(folder: RunFolder, history: str, say: Callable[[str], None]) -> None:
-    """Make history.jsonl what the checkpoint holds, to the byte. A line that was being written and those of a
-    generation that was not saved go without a word; where anything else is different, that is said."""
-    found = folder.history.read_bytes() if folder.history.is_file() else b""
-    saved = history.encode()
-    if found != saved:
-        if not (saved.startswith(found) or found.startswith(saved)):
-            say(f"{folder.history.name} was not as it had been written; it is restored from the checkpoint")
-        atomic_write(folder.history, history)
+def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable[[str], None]) -> None:
+    """Make history.jsonl and its backup what they were when a checkpoint was saved: `length` bytes with this SHA-256.
+
+    A line that was being written and those of a generation that was not saved go without a word; where anything else is
+    different, that is said. Where both are damaged, the lines before the damage are all there is."""
+    found = [path.read_bytes() if path.is_file() else b"" for path in (folder.history, folder.history_backup)]
+    whole = next((one[:length] for one in found if hashlib.sha256(one[:length]).digest() == digest), None)
+    if whole is None:
+        lines = [read_lines(path) for path in (folder.history, folder.history_backup)]
+        longest = max(lines, key=len)
+        whole = "".join(map(to_line, longest)).encode()
+        say(
+            f"{folder.history.name} is damaged, and so is its backup: the lines of generations after {len(longest)} "
+            "are lost; the search itself goes on as it would have"
+        )
+    elif found[0][:length] != whole:
+        say(f"{folder.history.name} was not as it had been written; it is restored from its backup")
+    for path, before in zip((folder.history, folder.history_backup), found, strict=True):
+        if before != whole:
+            atomic_write(path, whole.decode())
 
 
 def restore_timing(folder: RunFolder, generations: int) -> None:
-    """Keep the lines of generations below `generations`; where one is damaged, those before it. They depend on the
+    """Keep the lines of the first `generations`; where one is damaged, those before it. They depend on the
     clock, and nothing depends on them."""
     if folder.timing.exists():
-        rows = [row for row in read_lines(folder.timing) if row["generation"] < generations]
+        rows = [row for row in read_lines(folder.timing) if row["generation"] <= generations]
         atomic_write(folder.timing, "".join(map(to_line, rows)))
 
 
@@ -193,6 +209,20 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})") from None
     return folder
+
+
+@contextmanager
+def opened(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """A run folder, locked for this process and opened as `open_run` does. It goes again where it is refused before
+    anything of the search was saved."""
+    folder = RunFolder(path)
+    with ExitStack() as stack:
+        with defer_signals():
+            stack.enter_context(locked(path, resume=resume))
+            open_run(path, document, resume=resume, overwrite=overwrite)
+            if not resume:
+                stack.enter_context(removed_if_refused(folder))
+        yield folder
 
 
 @contextmanager
@@ -255,7 +285,10 @@ def _sweep(folder: RunFolder) -> None:
     for who holds the lock."""
     best = folder.recipe.parent
     recover(folder.model)
-    written = (folder.config, folder.history, folder.timing, folder.result, folder.picture, folder.recipe)
+    written = (
+        folder.config, folder.history, folder.history_backup, folder.timing, folder.result, folder.picture,
+        folder.recipe,
+    )  # fmt: skip
     for path in (*_entries(folder.path), *_entries(best)):
         if any(_is_half(path, whole) for whole in written if whole.parent == path.parent):
             _remove(path)
@@ -289,7 +322,8 @@ def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it. Until the checkpoints go, all at once, the run
     could be continued; afterwards it has not begun."""
     folders = (folder.recipe.parent, folder.winners, folder.stages)
-    for path in (folder.result, folder.picture, *folders, folder.timing, folder.history):
+    files = (folder.result, folder.picture, folder.timing, folder.history_backup, folder.history)
+    for path in (*folders, *files):
         _remove(path)
     if folder.checkpoints.exists():
         _remove(folder.checkpoints.rename(folder.path / CLEARED))
@@ -483,11 +517,13 @@ def _holder(lock: Path) -> bytes | None:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: how many generations are behind it, the state's arrays by path, and the history so far."""
+    """A checkpoint: how many generations are behind it, the state's arrays by path, and the length in bytes and the
+    SHA-256 of the history so far."""
 
     generations: int
     arrays: dict[str, np.ndarray]
-    history: str
+    history_length: int
+    history_digest: bytes
 
     def state(self, like: Any) -> Any:
         """The state, in the structure of `like`. Raises InputError where it is another."""
@@ -506,9 +542,8 @@ class Saved:
 class Checkpoints:
     """The state after each generation. A process killed in the middle of a save leaves the last one intact.
 
-    The history lies beside the state, as long as it is: a few kilobytes for each of ten generations, which orbax
-    compresses. So a damaged history.jsonl can be told and restored, and a resumed one never differs. A digest over all
-    tells a damaged checkpoint.
+    The length and the digest of the history lie beside the state: a damaged history.jsonl is told, and a resumed one
+    never differs. A digest over all tells a damaged checkpoint.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -531,10 +566,11 @@ class Checkpoints:
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, generations: int, state: Any, history: str) -> None:
+    def save(self, generations: int, state: Any, history_length: int, history_digest: bytes) -> None:
         """Every process has the same state, and all of them call this, with `defer_signals`; one writes."""
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-        arrays["history"] = np.frombuffer(history.encode(), np.uint8)
+        arrays["history.length"] = np.asarray(history_length, np.int64)
+        arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
         try:
             with collective():
                 self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
@@ -566,7 +602,8 @@ class Checkpoints:
         if saved is None and damaged:
             shown = "it is damaged" if len(damaged) == 1 else f"all {len(damaged)} are damaged"
             raise InputError(self._folder.checkpoints, f"no checkpoint can be read ({shown}); {again}")
-        if saved is None and self._folder.history.exists() and self._folder.history.stat().st_size:
+        # The line of a generation stands in the history before its checkpoint is saved.
+        if saved is None and len(self._folder.read_history()) > 1:
             raise InputError(self._folder.path, f"has a history but no checkpoint to continue from; {again}")
         if damaged:
             barrier("read")
@@ -593,10 +630,11 @@ class Checkpoints:
         except Exception:
             # Whatever its reader makes of bytes that it did not write.
             return None
-        if "digest" not in loaded:
+        if not {"digest", "history.length", "history.digest"} <= loaded.keys():
             raise InputError(self._folder.path, OTHER_VERSION)
-        history = arrays.pop("history").tobytes().decode()
-        return Saved(generations, {name.removeprefix("state."): array for name, array in arrays.items()}, history)
+        length, digest = int(arrays.pop("history.length")), arrays.pop("history.digest").tobytes()
+        state = {name.removeprefix("state."): array for name, array in arrays.items()}
+        return Saved(generations, state, length, digest)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -606,6 +644,48 @@ class Checkpoints:
         if kind is not PeerLostError:
             with nullcontext() if kind is None else suppress(Exception):
                 self._checkpointer.close()
+
+
+class FolderStorage:
+    """A run folder as the place where a search keeps its generations, for one process or several. A generation's line
+    stands in the history before its checkpoint is saved, so that the checkpoint can say what it must be."""
+
+    def __init__(self, folder: RunFolder, checkpoints: Checkpoints, *, is_main_process: bool = True) -> None:
+        self._folder, self._checkpoints, self._is_main_process = folder, checkpoints, is_main_process
+        self._length, self._digest = 0, hashlib.sha256()
+
+    def restore(self, like: Any, log: Callable[[str], None]) -> tuple[Any, int]:
+        saved = self._checkpoints.restore(log)
+        state, generations = (like, 0) if saved is None else (saved.state(like), saved.generations)
+        if self._is_main_process:
+            length, digest = (
+                (0, hashlib.sha256().digest()) if saved is None else (saved.history_length, saved.history_digest)
+            )
+            restore_history(self._folder, length, digest, log)
+            restore_timing(self._folder, generations)
+            written = self._folder.history.read_bytes() if self._folder.history.is_file() else b""
+            self._length, self._digest = len(written), hashlib.sha256(written)
+        return state, generations
+
+    def save(self, generation: int, state: Any, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        line = to_line(row)
+        self._length += len(line.encode())
+        self._digest.update(line.encode())
+        with defer_signals():
+            if self._is_main_process:
+                append_line(self._folder.history, line)
+                append_line(self._folder.history_backup, line)
+            self._checkpoints.save(generation, state, self._length, self._digest.digest())
+            if self._is_main_process:
+                append_line(self._folder.timing, to_line(timing))
+
+    def read_history(self) -> list[dict[str, Any]]:
+        return self._folder.read_history()
+
+    def describe(self, generations: int) -> str:
+        if not generations:
+            return "it is the first, and nothing is saved"
+        return f"the {generations} before it are saved in {self._folder.path}"
 
 
 def _name(path: tuple[Any, ...]) -> str:

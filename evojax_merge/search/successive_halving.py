@@ -9,18 +9,16 @@ everything.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Progress, Scores, fitness, means, task_weights
+from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores, fitness, means, task_weights
+from evojax_merge.search.protocols import GenomeEvaluator, Progress
 from evojax_merge.search.surrogate import HISTORY, SurrogateData, append_candidates, empty_surrogate, predict_fitness
 from evojax_merge.tasks.task import Task
-
-if TYPE_CHECKING:
-    from evojax_merge.search.scorers import Scorer
 
 
 def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
@@ -31,9 +29,18 @@ def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
     return found
 
 
+class SplittableTask(ScoredTask, Protocol):
+    def subset(self, examples: Sequence[int]) -> Any:
+        """The same task on some of its examples."""
+        ...
+
+
+T = TypeVar("T", bound=SplittableTask)
+
+
 def stratified_shards(
-    where: str, tasks: Sequence[Task], length: Callable[[Task], np.ndarray], rungs: int, seed: int
-) -> list[list[Task]]:
+    where: str, tasks: Sequence[T], length: Callable[[T], np.ndarray], rungs: int, seed: int
+) -> list[list[T]]:
     """The tasks' examples in 2^(rungs - 1) shards, stratified by task and by length; fewer where a task has fewer
     examples. The same for a seed. Tasks of weight 0 are not divided. Raises InputError where a task has not enough
     examples for two shards."""
@@ -90,17 +97,17 @@ def shard_order(shards: int, seed: int, generation: int) -> list[int]:
 @dataclass(frozen=True)
 class HalvingResult:
     """What a generation of P candidates showed. fitness: float64[P], on the examples that each one was evaluated on,
-    NaN where it failed; examples: int[P], how many those are; complete: bool[P], who was evaluated on all. predicted:
-    float64[P], the fitness on all examples, predicted for those that are not complete, NaN where one failed.
-    scores_of_best: the best one's, `task/metric` -> mean. first: everyone's scores on the first shard. surrogate: the
-    data for the next generation's predictions."""
+    NaN where it failed; examples: int[P], how many those are; complete: bool[P], who was evaluated on all. scores: the
+    matrix of all examples, in the shards' order; its `predicted` is the fitness on all examples, predicted for those
+    that are not complete. scores_of_best: the best one's, `task/metric` -> mean. first: everyone's scores on the first
+    shard. surrogate: the data for the next generation's predictions."""
 
     fitness: np.ndarray
     examples: np.ndarray
     complete: np.ndarray
-    predicted: np.ndarray
+    scores: Scores
     scores_of_best: dict[str, float]
-    first: Scores
+    first: TaskScores
     surrogate: SurrogateData
 
 
@@ -115,14 +122,14 @@ class PartialScores:
     counts: np.ndarray
 
 
-def init_surrogate(shards: Sequence["Scorer"], dims: int) -> SurrogateData:
+def init_surrogate(shards: Sequence[GenomeEvaluator], dims: int) -> SurrogateData:
     """The surrogate's data before the first generation. With one shard nothing is ever predicted or kept."""
     examples = sum(task.size for shard in shards for task, _ in task_weights(shard.tasks))
     return empty_surrogate(HISTORY if len(shards) > 1 else 1, dims, examples)
 
 
 def successive_halving(
-    shards: Sequence["Scorer"],
+    shards: Sequence[GenomeEvaluator],
     order: Sequence[int],
     genomes: np.ndarray,
     surrogate: SurrogateData,
@@ -131,11 +138,14 @@ def successive_halving(
     """Evaluate genomes `float32[P, D]` by successive halving over shards of examples, which are taken in `order`."""
     population, tasks = len(genomes), shards[0].tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
-    evaluated: dict[int, Scores] = {}
+    matrix = _empty_matrix(shards, population)
+    evaluated: dict[int, TaskScores] = {}
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
     for rung, end in enumerate(rung_shards(len(shards))):
-        evaluated |= {shard: shards[shard].score(genomes[running], progress) for shard in order[begin:end]}
+        for shard in order[begin:end]:
+            evaluated[shard] = shards[shard].score(genomes[running], progress)
+            _fill(matrix, shards, shard, running, evaluated[shard])
         if rung == 0:
             first = evaluated[order[0]]
         # In the shards' own order, so that a candidate's fitness does not depend on which one was first.
@@ -166,10 +176,34 @@ def successive_halving(
         there = np.isfinite(values[group.numbers])
         predicted[group.numbers] = np.where(there, _predicted(surrogate, genomes, group), np.nan)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
-    return HalvingResult(values, examples, complete, predicted, means(tasks, joined)[leader], first, surrogate)
+    matrix = replace(matrix, predicted=predicted)
+    return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
 
 
-def _partial_scores(shards: Sequence["Scorer"], evaluated: dict[int, Scores], numbers: np.ndarray) -> PartialScores:
+def _empty_matrix(shards: Sequence[GenomeEvaluator], population: int) -> Scores:
+    """The score matrix before anything was evaluated: the examples shard by shard, in each task by task."""
+    weighted = task_weights(shards[0].tasks)
+    sizes = [[task.size for task, _ in task_weights(shard.tasks)] for shard in shards]
+    task_of = np.concatenate([np.repeat(np.arange(len(weighted)), size) for size in sizes])
+    shape = (population, len(task_of))
+    names, shares = tuple(task.name for task, _ in weighted), np.array([share for _, share in weighted])
+    return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, shares)
+
+
+def _fill(
+    matrix: Scores, shards: Sequence[GenomeEvaluator], shard: int, numbers: np.ndarray, scores: TaskScores
+) -> None:
+    """Enter what the candidates `numbers: int[S]` scored on a shard."""
+    counts = [sum(task.size for task, _ in task_weights(one.tasks)) for one in shards]
+    columns = slice(sum(counts[:shard]), sum(counts[: shard + 1]))
+    rows = [scores.matrices[task.name][task.metric] for task, _ in task_weights(shards[shard].tasks)]
+    matrix.values[numbers, columns] = np.concatenate(rows, axis=1)
+    matrix.evaluated[numbers, columns] = True
+
+
+def _partial_scores(
+    shards: Sequence[GenomeEvaluator], evaluated: dict[int, TaskScores], numbers: np.ndarray
+) -> PartialScores:
     """The candidates `numbers`, whose scores on some shards these are. Examples are numbered shard by shard."""
     sizes = [{task.name: task.size for task, _ in task_weights(shard.tasks)} for shard in shards]
     total = {name: sum(size[name] for size in sizes) for name in sizes[0]}
@@ -188,7 +222,7 @@ def _predicted(surrogate: SurrogateData, genomes: np.ndarray, group: PartialScor
     return predict_fitness(surrogate, genomes[group.numbers], group.contributions, group.evaluated, group.counts)
 
 
-def halving_passes(shards: Sequence["Scorer"], order: Sequence[int], population: int) -> int:
+def halving_passes(shards: Sequence[GenomeEvaluator], order: Sequence[int], population: int) -> int:
     """How many steps of progress a generation reports where no candidate fails."""
     ends = rung_shards(len(shards))
     return sum(
@@ -198,7 +232,7 @@ def halving_passes(shards: Sequence["Scorer"], order: Sequence[int], population:
     )
 
 
-def describe_rungs(shards: Sequence["Scorer"], population: int) -> str:
+def describe_rungs(shards: Sequence[GenomeEvaluator], population: int) -> str:
     """One line: how many candidates of a generation are evaluated on how many examples."""
     sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
     rungs = [f"{rung_size(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_shards(len(shards)))]
@@ -219,18 +253,18 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[np.isfinite(values[order])])
 
 
-def _joined(parts: Sequence[Scores]) -> Scores:
+def _joined(parts: Sequence[TaskScores]) -> TaskScores:
     """The scores of the same candidates on several shards, side by side."""
 
     def joined(task: str, metric: str) -> np.ndarray:
         return np.concatenate([part.matrices[task][metric] for part in parts], axis=1)
 
     first = parts[0].matrices
-    return Scores({task: {metric: joined(task, metric) for metric in first[task]} for task in first})
+    return TaskScores({task: {metric: joined(task, metric) for metric in first[task]} for task in first})
 
 
-def _rows(scores: Scores, candidates: np.ndarray) -> Scores:
-    return Scores(
+def _rows(scores: TaskScores, candidates: np.ndarray) -> TaskScores:
+    return TaskScores(
         {
             task: {metric: matrix[candidates] for metric, matrix in metrics.items()}
             for task, metrics in scores.matrices.items()

@@ -96,7 +96,11 @@ class IndicatorSpace:
         """The first parent: its layers once, scales 1."""
         return self.genome(np.arange(self.num_indicators) < self.depths[0])
 
-    def paths(self, genomes: np.ndarray) -> list[LayerPath | None]:
+    def baseline(self) -> tuple[str, np.ndarray]:
+        """The first parent as it is."""
+        return "first parent", self.start
+
+    def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
         units = _inside(genomes)
         return [self._path(unit) for unit in units]
@@ -234,7 +238,11 @@ class MoveSpace:
             found.append(LayerEdit(what, first, layers, scale, donor))
         return found
 
-    def paths(self, genomes: np.ndarray) -> list[LayerPath | None]:
+    def baseline(self) -> tuple[str, np.ndarray]:
+        """The first parent as it is."""
+        return "first parent", self.start
+
+    def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where nothing is left, or more than `max_steps` layers are."""
         return [self.path(self.moves(genome)) for genome in genomes]
 
@@ -285,7 +293,7 @@ def _scaled(steps: list[tuple[int, int, float]], scale: float) -> list[tuple[int
 PathSpace = IndicatorSpace | MoveSpace
 
 
-def describe(path: LayerPath, origins: Sequence[tuple[int, int]], names: Mapping[int, str]) -> list[str]:
+def describe_path(path: LayerPath, origins: Sequence[tuple[int, int]], names: Mapping[int, str]) -> list[str]:
     """A path in words: runs of consecutive layers of one parent, with the scale that each is entered with."""
     lines: list[str] = []
     run: list[int] = []

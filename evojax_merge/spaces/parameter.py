@@ -7,7 +7,7 @@ group may name these too: they then go with it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +183,19 @@ class ParameterSpace:
             shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
         )
 
+    def decode(self, genomes: np.ndarray) -> Recipe:
+        """genomes float32[P, D] -> the recipes of P merges."""
+        return _recipes(self, jnp.asarray(genomes))
+
+    def baseline(self) -> tuple[str, np.ndarray]:
+        """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
+        values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
+        for searched in self.search_parameters:
+            if searched.name == "weight":
+                uniform = uniform_start(self.method, "weight", self.parents)
+                values["weight"] = np.clip(uniform, searched.low, searched.high)
+        return "uniform merge", self.genome(values)
+
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
         count = int(self.blocks[-1]) + 1
@@ -206,6 +219,11 @@ class ParameterSpace:
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
         return self.group_space.start
+
+
+@partial(jax.jit, static_argnums=0)
+def _recipes(space: ParameterSpace, genomes: jax.Array) -> Recipe:
+    return jax.vmap(space.recipe)(genomes)
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:

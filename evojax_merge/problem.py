@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from merge_kernels import Method
 
+from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates
 from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, shared_leaves
 from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
@@ -37,11 +38,14 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.search.open_tasks import open_task, resolve_reference
+from evojax_merge.search.protocols import Strategy
 from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
-from evojax_merge.search.strategy import default_population
+from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.successive_halving import example_lengths, stratified_shards
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.tasks.function import FunctionTask
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
@@ -68,8 +72,9 @@ class SearchProblem:
     parents: tuple[Path, ...]
     sources: Sources
     decoder: DecoderConfig
-    spec: MergeSpec | PathSpec
     space: ParameterSpace | PathSpace
+    candidates: Candidates
+    strategy: Strategy
     tokenizer: Any
     tokenizer_folder: Path
     shards: list[list[Task]]
@@ -150,7 +155,8 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
     export_dtype = config.export_dtype or _dtype_name(sources)
     space: ParameterSpace | PathSpace
-    spec: MergeSpec | PathSpec
+    candidates: Candidates
+    names = tuple(str(parent) for parent in parents)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
         spec = MergeSpec(
@@ -160,11 +166,13 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
+        candidates = MergeCandidates(space, spec, sources, decoder, None if base is None else str(base), names)
     else:
         assert config.data_flow is not None
-        spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
-        space = build_path_space(f"{where}: data_flow", config.data_flow, spec)
-    _check_size(where, config.search, space.dims)
+        path_spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
+        space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
+        candidates = PathCandidates(space, path_spec, sources, names)
+    strategy = build_strategy(f"{where}: search", config.search, space.dims)
     # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
     for number in {0, 0 if config.data_flow is None else config.data_flow.ends}:
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
@@ -178,8 +186,9 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         parents=parents,
         sources=sources,
         decoder=decoder,
-        spec=spec,
         space=space,
+        candidates=candidates,
+        strategy=strategy,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         shards=stratified_shards(
@@ -249,20 +258,25 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.ends)
 
 
-def _check_size(where: str, search: SearchConfig, dims: int) -> None:
-    """Raises InputError for a search whose genomes do not fit into memory, or that nobody would see the end of."""
+def build_strategy(where: str, search: SearchConfig, dims: int) -> Strategy:
+    """The strategy of a config. Raises InputError for an unknown one, for a population that it cannot have, and for a
+    search whose genomes do not fit into memory, or that nobody would see the end of."""
     if dims > MAX_DIMS:
         raise InputError(
-            where, f"the search has {dims:,} dimensions; expected {MAX_DIMS:,} at most: let more layers share their "
+            where.removesuffix(": search"),
+            f"the search has {dims:,} dimensions; expected {MAX_DIMS:,} at most: let more layers share their "
             "parameters (layers_per_group), or take other scales",
         )  # fmt: skip
+    find_strategy(f"{where}.strategy", search.strategy)
     population = search.population or default_population(dims)
     require_memory(
-        f"{where}: search",
+        where,
         f"population {population:,} (and {search.finalists:,} finalists) of {dims:,} dimensions",
         GENOME_COPIES * 4 * dims * (population + search.finalists),
         available_memory(),
     )
+    settings = StrategySettings(dims, search.population, search.sigma, search.generations)
+    return make_strategy(where, search.strategy, settings)
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
@@ -357,6 +371,16 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def failure_hint(task: Task) -> str:
+    """What makes every candidate fail on a task."""
+    if isinstance(task, FunctionTask):
+        return f"Look at what the function of task {task.name} returns"
+    return (
+        "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
+        "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
+    )
+
+
 def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     """The config as it is kept in the run folder: absolute paths, defaults filled in, and the hash of every file that
     scores depend on: weights, the models' configs, whatever makes their tokenizers and chat templates, data, functions.
@@ -367,7 +391,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     document["parents"] = [str(parent) for parent in problem.parents]
     if problem.config.tokenizer_source not in (None, "base"):
         document["tokenizer_source"] = str(problem.tokenizer_folder)
-    document["export_dtype"] = problem.spec.export_dtype
+    document["export_dtype"] = problem.candidates.export_dtype
     for row, full, heldout in zip(document["tasks"], problem.full, problem.heldout, strict=True):
         if "file" in row:
             row["file"] = str(full.files[0])

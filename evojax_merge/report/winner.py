@@ -1,0 +1,28 @@
+"""What a report shows of a winner, whatever kind of candidate it is."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class WinnerReport(Protocol):
+    """The winner for result.json, the terminal, the model card and the picture."""
+
+    def document(self) -> dict[str, Any]:
+        """Its part of result.json."""
+        ...
+
+    def terminal(self) -> str | None:
+        """What the terminal shows above the table of scores, if anything."""
+        ...
+
+    def card_section(self) -> str:
+        """A section of the model card in Markdown; empty where the recipe says it all."""
+        ...
+
+    def panels(self) -> tuple[Sequence[float], float, float]:
+        """Of its panels in the picture: their relative widths, and the width and height of the whole in inches."""
+        ...
+
+    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
+        """Draw the panels."""
+        ...

@@ -1,0 +1,91 @@
+"""What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores
+
+# Told how many candidate passes are done.
+Progress = Callable[[int], None]
+# A strategy's state: any pytree of arrays, of the same structure in every generation. It is saved after each.
+State = Any
+
+
+class Strategy(Protocol):
+    """A search algorithm that maximises fitness. D dimensions, P candidates a generation.
+
+    It holds its settings alone: what changes is in the state, so that a saved run continues to the bit. All its
+    randomness comes from the keys that it is given, one a generation, the same for `ask` and `tell`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def population(self) -> int:
+        """P."""
+        ...
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> State:
+        """The state before the first generation. genomes: float32[A, D], known to be good; row 0 is the start."""
+        ...
+
+    def ask(self, key: jax.Array, state: State) -> tuple[jax.Array, State]:
+        """The generation's genomes, float32[P, D], and the state to `tell`."""
+        ...
+
+    def tell(self, key: jax.Array, state: State, genomes: jax.Array, scores: Scores) -> State:
+        """The state after a generation. `scores.fitness`: float64[P], higher is better, NaN for candidates that
+        failed."""
+        ...
+
+    def finalists(self, state: State) -> np.ndarray:
+        """float32[F, D]: what else than the best candidates may be the winner, such as a distribution's mean."""
+        ...
+
+    def metrics(self, state: State) -> dict[str, float]:
+        """What the history says of the state, by name; `sigma`, the standard deviation of a step, where there is
+        one."""
+        ...
+
+
+class Space(Protocol):
+    """What a genome means."""
+
+    @property
+    def dims(self) -> int:
+        """D, how many numbers a genome has."""
+        ...
+
+    @property
+    def start(self) -> np.ndarray:
+        """float32[D], where a search begins."""
+        ...
+
+    def decode(self, genomes: np.ndarray) -> Any:
+        """The candidates that genomes float32[P, D] mean, as the space's evaluator takes them."""
+        ...
+
+
+class Evaluator(Protocol):
+    """Scores candidates on one split of the examples."""
+
+    @property
+    def tasks(self) -> Sequence[ScoredTask]: ...
+
+    def passes(self, population: int) -> int:
+        """How many steps of progress the evaluation of so many candidates reports."""
+        ...
+
+    def evaluate(self, candidates: Any, progress: Progress = ...) -> TaskScores: ...
+
+
+class GenomeEvaluator(Protocol):
+    """Scores genomes on one split of the examples: a space and an evaluator together."""
+
+    @property
+    def tasks(self) -> Sequence[ScoredTask]: ...
+    def passes(self, population: int) -> int: ...
+    def score(self, genomes: np.ndarray, progress: Progress = ...) -> TaskScores: ...

@@ -1,0 +1,52 @@
+"""CMA-ES, evosax's, with recombination weights that ties do not shrink."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.search.strategies.evosax import EvosaxStrategy
+from evojax_merge.search.strategies.registry import StrategySettings
+
+# A full covariance costs an eigendecomposition of D x D each generation; beyond this it would be what one waits for.
+MAX_FULL_DIMS = 512
+
+
+def default_population(dims: int) -> int:
+    """CMA-ES' default: 4 + floor(3 ln D)."""
+    return 4 + int(3 * np.log(max(dims, 1)))
+
+
+def ordinal_weights(population: jax.Array, fitness: jax.Array, state: Any, params: Any) -> jax.Array:
+    """Recombination weights by ordinal rank; candidates that are not finite come last.
+
+    Averaged ranks of ties would make the weights sum to less than 1 and let sigma collapse where many candidates
+    score the same, as they do on accuracy.
+    """
+    order = jnp.argsort(jnp.where(jnp.isfinite(fitness), fitness, jnp.inf), stable=True)
+    return params.weights[jnp.argsort(order)]
+
+
+@lru_cache(maxsize=8)
+def _algorithm(kind: str, dims: int, population: int) -> Any:
+    """Kept, because every new instance is compiled anew."""
+    from evosax import algorithms
+
+    return getattr(algorithms, kind)(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
+
+
+def _strategy(kind: str, settings: StrategySettings) -> EvosaxStrategy:
+    algorithm = _algorithm(kind, settings.dims, settings.population or default_population(settings.dims))
+    return EvosaxStrategy(kind, algorithm, algorithm.default_params.replace(std_init=jnp.float32(settings.sigma)))
+
+
+def cma_es(settings: StrategySettings) -> EvosaxStrategy:
+    """CMA-ES (Hansen, arXiv 1604.00772); its separable form where D is beyond `MAX_FULL_DIMS`."""
+    return _strategy("CMA_ES" if settings.dims <= MAX_FULL_DIMS else "Sep_CMA_ES", settings)
+
+
+def sep_cma_es(settings: StrategySettings) -> EvosaxStrategy:
+    """Separable CMA-ES (Ros and Hansen, 2008): a variance for each gene, and no covariances."""
+    return _strategy("Sep_CMA_ES", settings)

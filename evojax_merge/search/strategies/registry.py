@@ -1,0 +1,65 @@
+"""Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.search.protocols import Strategy
+
+
+@dataclass(frozen=True)
+class StrategySettings:
+    """What a strategy is made from. dims: D; population: P, None for the strategy's own default; sigma: the first
+    standard deviation of a step, in units of the bounds' range; generations: how many will be searched."""
+
+    dims: int
+    population: int | None
+    sigma: float
+    generations: int
+
+
+StrategyFactory = Callable[[StrategySettings], Strategy]
+
+# Our own, as module:function: evosax is imported where a strategy is made.
+_BUILT_IN = {
+    "cma_es": "evojax_merge.search.strategies.cma_es:cma_es",
+    "sep_cma_es": "evojax_merge.search.strategies.cma_es:sep_cma_es",
+}
+_registered: dict[str, StrategyFactory] = {}
+
+
+def register_strategy(name: str, factory: StrategyFactory) -> None:
+    """Make `search.strategy: NAME` mean what `factory` makes. Raises ValueError where the name is taken."""
+    if name in strategy_names():
+        raise ValueError(f"there is a strategy {name!r} already; choose another name")
+    _registered[name] = factory
+
+
+def strategy_names() -> list[str]:
+    return [*_BUILT_IN, *_registered]
+
+
+def find_strategy(where: str, name: str) -> StrategyFactory:
+    """Raises InputError for an unknown name, with the nearest known one."""
+    if name in _registered:
+        return _registered[name]
+    if name not in _BUILT_IN:
+        raise InputError(
+            where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}; known: "
+            f"{', '.join(strategy_names())}",
+        )  # fmt: skip
+    module, function = _BUILT_IN[name].split(":")
+    factory: StrategyFactory = getattr(import_module(module), function)
+    return factory
+
+
+def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
+    """Raises InputError for an unknown name, and where a strategy's population is not the one that was asked for."""
+    strategy = find_strategy(where, name)(settings)
+    if settings.population is not None and strategy.population != settings.population:
+        raise InputError(
+            where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
+            "here; give that, or leave it out",
+        )  # fmt: skip
+    return strategy
