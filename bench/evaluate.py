@@ -38,12 +38,13 @@ from torch_peer import score_rows
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
+from evojax_merge.evaluation.evaluator import MergeEvaluator
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.open_tasks import resolve_reference
-from evojax_merge.search.scorers import MergeScorer, open_scorers
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config
-from evojax_merge.search.strategy import make_strategy
-from evojax_merge.search.winner import recipe_text
+from evojax_merge.selection import open_evaluators, recipe_text
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.yaml_reader import load_yaml
@@ -118,10 +119,9 @@ def problem_for(folder: Path, task: dict[str, Any], method: str, population: int
     return build_problem(path, read_config(path, [], None))
 
 
-def opened(problem: SearchProblem) -> tuple[MergeScorer, BatchedTask]:
+def opened(problem: SearchProblem) -> tuple[SpaceEvaluator[MergeEvaluator], BatchedTask]:
     batched_tasks = problem.batched_tasks()[:1]
-    (scorer,) = open_scorers(problem, batched_tasks)
-    assert isinstance(scorer, MergeScorer)
+    (scorer,) = open_evaluators(problem, batched_tasks)
     return scorer, batched_tasks[0][0]
 
 
@@ -129,7 +129,7 @@ def genomes_for(problem: SearchProblem, count: int) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 1, (count, problem.space.dims)).astype(np.float32)
 
 
-def torch_model(scorer: MergeScorer, problem: SearchProblem, genome: np.ndarray) -> Any:
+def torch_model(scorer: SpaceEvaluator[MergeEvaluator], problem: SearchProblem, genome: np.ndarray) -> Any:
     """The candidate as transformers has it, put together in memory."""
     from transformers import AutoModelForCausalLM
 
@@ -137,8 +137,8 @@ def torch_model(scorer: MergeScorer, problem: SearchProblem, genome: np.ndarray)
     from evojax_merge.evaluation.passes import LazyMergeFactory, materialise
     from evojax_merge.models.bank import take_candidate
 
-    build = LazyMergeFactory(scorer.spec, "float32")
-    stored = take_candidate(materialise(build, None, scorer.bank, scorer.recipes(genome[None])), 0)
+    build = LazyMergeFactory(scorer.evaluator.spec, "float32")
+    stored = take_candidate(materialise(build, None, scorer.evaluator.bank, scorer.space.decode(genome[None])), 0)
     model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
     import torch
 
@@ -168,18 +168,22 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     seconds = {"transformers, stored model": median_seconds(partial(score_rows, model, rows), 3)}
     # As many passes of a stored model as of candidates, each of which has one.
     scorer, batched_task = opened(problem)
-    evaluator = replace(scorer.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={})
+    evaluator = replace(
+        scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={}
+    )
     stored = load_stored(*open_sources([problem.merged_from[0]]))
     seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
     for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
         problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
         scorer, batched_task = opened(problem)
-        evaluator = replace(scorer.evaluator, batched_tasks=[of_rows(batched_task, rows)], chunk_sizes={})
-        recipes = scorer.recipes(genomes_for(problem, PASSES))
-        run = partial(evaluator.population, scorer.bank, scorer.spec, recipes)
+        evaluator = replace(scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows)], chunk_sizes={})
+        recipes = scorer.space.decode(genomes_for(problem, PASSES))
+        run = partial(evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, recipes)
         seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
     evaluator = replace(evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={})
-    run = partial(evaluator.population, scorer.bank, scorer.spec, scorer.recipes(genomes_for(problem, 2)))
+    run = partial(
+        evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, scorer.space.decode(genomes_for(problem, 2))
+    )
     seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
     # Of a machine whose speed drifts, the best of both ends.
     peak, done = max(before, matrix_peak()), sum(work(problem.decoder, rows))
@@ -261,7 +265,9 @@ def scores_part(folder: Path, sizes: Sizes) -> None:
         )
 
 
-def agree(scorer: MergeScorer, batched_task: BatchedTask, genomes: np.ndarray, totals: np.ndarray) -> None:
+def agree(
+    scorer: SpaceEvaluator[MergeEvaluator], batched_task: BatchedTask, genomes: np.ndarray, totals: np.ndarray
+) -> None:
     """Both sides' scores of one candidate must be the same."""
     from evojax_merge.tasks.task import Responses
 
@@ -322,9 +328,8 @@ def writing_part(folder: Path, sizes: Sizes) -> None:
         # No token ends a text, so that both sides write as many.
         problem = replace(problem_for(folder, task, "task_arithmetic", sizes.candidates), stop=())
         scorer, batched_task = opened(problem)
-        strategy = make_strategy(problem.space.dims, sizes.candidates, problem.config.search.sigma, 0)
-        state = strategy.init(problem.space.start)
-        warm, genomes = (np.asarray(strategy.ask(state, number)[0]) for number in (0, 1))
+        state = problem.strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
+        warm, genomes = (np.asarray(problem.strategy.ask(generation_key(0, i), state)[0]) for i in (0, 1))
         model = torch_model(scorer, problem, genomes[0])
         assert batched_task.prompts is not None
         batches = [(torch.tensor(batch.tokens).long(), batch.left_pad) for batch in batched_task.prompts.batches]

@@ -29,11 +29,14 @@ from machine import describe
 from search import write_random_family, write_rows
 from torch_peer import mean_log_probability
 
-from evojax_merge.evaluation.evaluator import fitness
-from evojax_merge.models.paths import RESIDUAL_OUTPUTS, LayerPath, PathSpec
-from evojax_merge.search.scorers import PathScorer, open_scorers
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config
-from evojax_merge.search.strategy import make_strategy
+from evojax_merge.candidates import PathCandidates
+from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.scores import fitness
+from evojax_merge.models.paths import RESIDUAL_OUTPUTS, LayerPath
+from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.selection import open_evaluators
 
 SPACES: dict[str, dict[str, Any]] = {
     "moves, scaled": {"form": "moves", "moves": 3, "window": 3},
@@ -52,22 +55,23 @@ def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> 
     return build_problem(path, read_config(path, [], None))
 
 
-def fresh_scorer(problem: SearchProblem) -> PathScorer:
-    (scorer,) = open_scorers(problem, problem.batched_tasks()[:1])
-    assert isinstance(scorer, PathScorer)
-    return scorer
+def fresh_evaluator(problem: SearchProblem) -> SpaceEvaluator[PathEvaluator]:
+    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    return evaluator
 
 
-def time_ours(scorer: PathScorer, paths: Sequence[LayerPath | None]) -> tuple[np.ndarray, float, float]:
+def time_ours(
+    scorer: SpaceEvaluator[PathEvaluator], paths: Sequence[LayerPath | None]
+) -> tuple[np.ndarray, float, float]:
     """(fitness, seconds per candidate, share of layer steps that were saved), everything compiled, nothing known."""
     evaluator = scorer.evaluator
-    evaluator.population(paths[:1])
+    evaluator.evaluate(paths[:1])
     seconds = []
     for _ in range(3):
         evaluator.score_cache.clear()
         evaluator.steps_run = evaluator.steps_requested = 0
         start = time.perf_counter()
-        values = fitness(scorer.tasks, evaluator.population(paths))
+        values = fitness(scorer.tasks, evaluator.evaluate(paths))
         seconds.append(time.perf_counter() - start)
     return values, float(np.median(seconds)) / len(paths), 1 - evaluator.steps_run / evaluator.steps_requested
 
@@ -77,7 +81,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    assert isinstance(problem.spec, PathSpec)
+    assert isinstance(problem.candidates, PathCandidates)
     states = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in problem.parents
     ]
@@ -91,7 +95,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
             model = AutoModelForCausalLM.from_config(config)
         tensors = {name: values for name, values in states[path.embedding_parent].items() if "layers." not in name}
         for step, (m, factor) in enumerate(zip(path.layers, path.residual_scales(), strict=True)):
-            parent, layer = problem.spec.origins[m]
+            parent, layer = problem.candidates.spec.origins[m]
             for name, values_ in states[parent].items():
                 head, _, tail = name.partition(f"layers.{layer}.")
                 if tail:
@@ -117,10 +121,12 @@ def against_peer(folder: File, population: int, peers: int) -> None:
     )
     for name, space in SPACES.items():
         problem = problem_for(folder, ("base", "one", "two"), space)
-        scorer = fresh_scorer(problem)
-        strategy = make_strategy(problem.space.dims, population, 1 / 6, 0)
-        genomes, _ = strategy.ask(strategy.init(problem.space.start), 0)
-        paths = [path for path in scorer.space.paths(np.asarray(genomes)) if path is not None]
+        scorer = fresh_evaluator(problem)
+        strategy = problem.strategy
+        state = strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
+        genomes, _ = strategy.ask(generation_key(0, 0), state)
+        assert isinstance(problem.candidates, PathCandidates)
+        paths = [path for path in problem.candidates.space.decode(np.asarray(genomes)) if path is not None]
         found, ours, saved = time_ours(scorer, paths)
         expected, build, score = time_peer(problem, paths[:peers])
         if not np.allclose(found[: len(expected)], expected, atol=1e-3):
@@ -144,9 +150,9 @@ def growth(folder: File) -> None:
     ]
     for parents, steps, count in cases:
         problem = problem_for(folder, parents, {"form": "indicator", "repetitions": 1, "max_layers": 64})
-        scorer = fresh_scorer(problem)
+        scorer = fresh_evaluator(problem)
         scorer.evaluator.max_length = 32
-        layers = sum(scorer.space.depths)
+        layers = len(scorer.evaluator.bank.origins)
         paths = [LayerPath(tuple(map(int, rng.integers(0, layers, steps))), (1.0,) * steps) for _ in range(count)]
         _, seconds, _ = time_ours(scorer, paths)
         print(f"| {len(parents)} ({layers}) | {steps} | {count} | {seconds:.3f} | {seconds / steps:.4f} |", flush=True)

@@ -28,12 +28,11 @@ from pathlib import Path
 import numpy as np
 from machine import describe
 
-from evojax_merge.evaluation.evaluator import Progress, Scores
-from evojax_merge.search.loop import Outcome, Reporter, rescore, run_search
-from evojax_merge.search.run_folder import open_run, read_lines
-from evojax_merge.search.scorers import MergeScorer, PathScorer, Scorer, open_scorers
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config
-from evojax_merge.search.strategy import default_population
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores
+from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.search.loop import Archive, Reporter, evolve, rescore
+from evojax_merge.search.protocols import GenomeEvaluator, Progress
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run, read_lines
 from evojax_merge.search.successive_halving import (
     example_lengths,
     init_surrogate,
@@ -41,7 +40,7 @@ from evojax_merge.search.successive_halving import (
     stratified_shards,
     successive_halving,
 )
-from evojax_merge.tasks.task import Task
+from evojax_merge.selection import open_evaluators
 from evojax_merge.tasks.text import TextTask
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -77,20 +76,20 @@ Rankings = dict[str, list[Ranking]]
 
 @dataclass(frozen=True)
 class Kept:
-    """A scorer that keeps what it found: genomes `float32[P, D]` and scores `float32[P, N]`, each time it was asked."""
+    """An evaluator that keeps what it found: genomes `float32[P, D]` and scores `float32[P, N]`, each time."""
 
-    scorer: MergeScorer | PathScorer
+    evaluator: GenomeEvaluator
     found: list[tuple[np.ndarray, np.ndarray]]
 
     @property
-    def tasks(self) -> list[Task]:
-        return self.scorer.tasks
+    def tasks(self) -> Sequence[ScoredTask]:
+        return self.evaluator.tasks
 
     def passes(self, population: int) -> int:
-        return self.scorer.passes(population)
+        return self.evaluator.passes(population)
 
-    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
-        scores = self.scorer.score(genomes, progress)
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
+        scores = self.evaluator.score(genomes, progress)
         self.found.append((genomes, matrix_of(self, scores)))
         return scores
 
@@ -99,40 +98,44 @@ class Kept:
 class Replayed:
     """A block of a population's known score matrix `float32[P, N]`."""
 
-    tasks: list[Task]
+    tasks: Sequence[ScoredTask]
     genomes: np.ndarray
     matrix: np.ndarray
 
     def passes(self, population: int) -> int:
         return population
 
-    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> Scores:
+    def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         (task,) = self.tasks
         numbers = (self.genomes[None] == genomes[:, None]).all(axis=-1).argmax(axis=1)
-        return Scores({task.name: {task.metric: self.matrix[numbers]}})
+        return TaskScores({task.name: {task.metric: self.matrix[numbers]}})
 
 
-def matrix_of(scorer: Scorer, scores: Scores) -> np.ndarray:
+def matrix_of(evaluator: GenomeEvaluator, scores: TaskScores) -> np.ndarray:
     """float32[P, N] of the one task that is the fitness."""
-    (task,) = (task for task in scorer.tasks if task.weight > 0)
+    (task,) = (task for task in evaluator.tasks if task.weight > 0)
     return scores.matrices[task.name][task.metric]
 
 
 def search(
-    problem: SearchProblem, seed: int, shards: Sequence[Scorer], folder: Path, generations: int
-) -> tuple[Outcome, int, float]:
-    """Search, or go on with one. (outcome, passes, seconds)"""
+    problem: SearchProblem, seed: int, shards: Sequence[GenomeEvaluator], folder: Path, generations: int
+) -> tuple[Archive, int, float]:
+    """Search, or go on with one. (archive, passes, seconds)"""
     settings = problem.search.model_copy(update={"generations": generations})
     run = open_run(folder, {"inputs": {}}, resume=folder.exists(), overwrite=False)
-    outcome = run_search(settings, seed, problem.space, shards, run, Reporter())
+    with Checkpoints(run) as checkpoints:
+        storage = FolderStorage(run, checkpoints)
+        archive = evolve(settings, seed, problem.strategy, problem.space, shards, storage, Reporter())
     passes = sum(sum(row["examples"]) for row in run.read_history())
-    return outcome, passes, sum(row["seconds"] for row in read_lines(run.timing)[1:])
+    return archive, passes, sum(row["seconds"] for row in read_lines(run.timing)[1:])
 
 
-def choose(problem: SearchProblem, found: tuple[Outcome, int, float], full: Scorer, heldout: Scorer) -> Choice:
+def choose(
+    problem: SearchProblem, found: tuple[Archive, int, float], full: GenomeEvaluator, heldout: GenomeEvaluator
+) -> Choice:
     """The winner as the program chooses it: the best finalist on the whole search split."""
-    outcome, passes, seconds = found
-    winner = rescore(problem.space, full, outcome, lambda done: None)[0].genome[None]
+    archive, passes, seconds = found
+    winner = rescore(problem.space, full, archive, lambda done: None)[0].genome[None]
     there = heldout.score(winner)
     task, metric = SHOWN.split("/")
     return Choice(
@@ -166,7 +169,7 @@ def rank(
         known = known or init_surrogate(replayed, genomes.shape[1])
         result = successive_halving(replayed, shard_order(len(shards), seed, generation), genomes, known)
         known = result.surrogate
-        halved.append(compare(result.predicted, truth))
+        halved.append(compare(result.scores.fitness, truth))
         share = int(result.examples.sum()) // len(matrix)
         part = np.random.default_rng([seed, generation]).permutation(task.size)[:share]
         even.append(compare(matrix[:, part].mean(axis=1, dtype=np.float64), truth))
@@ -180,8 +183,8 @@ def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, C
         "rungs", problem.full, lambda task: example_lengths(task, problem.tokenizer, problem.context), rungs, seed
     )
     halved = replace(problem, shards=shards)
-    *racing, _, _ = open_scorers(halved, halved.batched_tasks())
-    searched, full, heldout = open_scorers(problem, problem.batched_tasks())
+    *racing, _, _ = open_evaluators(halved, halved.batched_tasks())
+    searched, full, heldout = open_evaluators(problem, problem.batched_tasks())
     kept = Kept(searched, [])
     choices = {}
     with tempfile.TemporaryDirectory() as work:
@@ -189,7 +192,7 @@ def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, C
         choices["race"] = choose(problem, found, full, heldout)
         (task,) = searched.tasks
         assert isinstance(task, TextTask)
-        population = problem.search.population or default_population(problem.space.dims)
+        population = problem.strategy.population
         share = found[1] / (generations * population * task.size)
         found = search(problem, seed, racing, Path(work) / "race", max(generations, int(SPENT * generations / share)))
         choices["longer race"] = choose(problem, found, full, heldout)

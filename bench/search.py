@@ -27,10 +27,9 @@ from machine import describe
 from torch_peer import mean_log_probability
 
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.evaluation.evaluator import fitness
-from evojax_merge.search.scorers import open_scorers
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config, resolve_reference
-from evojax_merge.search.winner import recipe_text
+from evojax_merge.evaluation.scores import fitness
+from evojax_merge.problem import SearchProblem, build_problem, read_config, resolve_reference
+from evojax_merge.selection import open_evaluators, recipe_text
 from evojax_merge.yaml_reader import load_yaml
 
 METHOD = "ties"
@@ -109,7 +108,7 @@ def time_ours(problem: SearchProblem, genomes: np.ndarray) -> tuple[np.ndarray, 
     """(fitness, seconds per candidate, seconds to load and prepare the bank, seconds to compile)."""
     batched_tasks = problem.batched_tasks()[:1]
     start = time.perf_counter()
-    (scorer,) = open_scorers(problem, batched_tasks)
+    (scorer,) = open_evaluators(problem, batched_tasks)
     prepare = time.perf_counter() - start
 
     def once() -> tuple[np.ndarray, float]:

@@ -18,11 +18,13 @@ from machine import describe
 
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
-from evojax_merge.search.loop import Reporter, run_search
-from evojax_merge.search.run_folder import open_run
-from evojax_merge.search.scorers import MergeScorer, PathScorer, open_scorers
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config, resolved_document
-from evojax_merge.search.winner import Result, recipe_text, select_best
+from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
+from evojax_merge.report.comparison import Result
+from evojax_merge.search import loop
+from evojax_merge.search.loop import Reporter
+from evojax_merge.search.protocols import GenomeEvaluator
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
+from evojax_merge.selection import open_evaluators, recipe_text, select_best
 from evojax_merge.spaces.layer_path import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -50,15 +52,15 @@ def problem_for(seed: int, overrides: Sequence[str] = ()) -> SearchProblem:
     return build_problem(CONFIG, read_config(CONFIG, [*zoo, *overrides], seed))
 
 
-def accuracies(scorer: MergeScorer | PathScorer, genomes: np.ndarray) -> np.ndarray:
+def accuracies(evaluator: GenomeEvaluator, genomes: np.ndarray) -> np.ndarray:
     """Exact match of each genome, float[P]."""
     task, metric = SHOWN.split("/")
-    return scorer.score(genomes).matrices[task][metric].mean(axis=1)
+    return evaluator.score(genomes).matrices[task][metric].mean(axis=1)
 
 
 def start_accuracy(problem: SearchProblem) -> float:
     """Held-out exact match of the merge that the search would start from."""
-    (heldout,) = open_scorers(problem, problem.batched_tasks()[2:])
+    (heldout,) = open_evaluators(problem, problem.batched_tasks()[2:])
     return float(accuracies(heldout, problem.space.start[None])[0])
 
 
@@ -71,16 +73,20 @@ def random_frankenmerge(seed: int) -> float:
     on = np.zeros((len(chosen), problem.space.num_indicators), bool)
     for row, layers in zip(on, chosen, strict=True):
         row[layers] = True
-    (heldout,) = open_scorers(problem, problem.batched_tasks()[2:])
+    (heldout,) = open_evaluators(problem, problem.batched_tasks()[2:])
     return float(np.nanmean(accuracies(heldout, np.stack([problem.space.genome(row) for row in on]))))
 
 
 def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
-    *shards, full, heldout = open_scorers(problem, problem.batched_tasks())
-    outcome = run_search(problem.search, problem.config.seed, problem.space, shards, run, Reporter())
-    result = select_best(problem, full, heldout, outcome)
+    *shards, full, heldout = open_evaluators(problem, problem.batched_tasks())
+    with Checkpoints(run) as checkpoints:
+        storage = FolderStorage(run, checkpoints)
+        archive = loop.evolve(
+            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter()
+        )
+    result = select_best(problem, full, heldout, archive)
     run.recipe.write_text(recipe_text(problem, result.genome))
     merge_to(prepare(read_recipe(run.recipe)), run.model, card="")
     return result

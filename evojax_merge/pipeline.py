@@ -234,19 +234,19 @@ def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        evaluators = open_evaluators(problem, batched_tasks, devices, progress, say)
+        *shards, full, heldout = open_evaluators(problem, batched_tasks, devices, progress, say)
     with search_bar(problem.search.generations) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, reporter,
             warnings, failure_hint,
         )  # fmt: skip
-    console.print(problem.candidates.describe_work(evaluators.candidates), highlight=False)
-    if len(evaluators.shards) > 1:
+    console.print(problem.candidates.describe_work([shard.evaluator for shard in shards]), highlight=False)
+    if len(shards) > 1:
         examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, evaluators)) as advance:
-        result = select_best(problem, evaluators, archive, advance)
+    with passes_bar("scoring", passes_to_select(problem, full, heldout)) as advance:
+        result = select_best(problem, full, heldout, archive, advance)
     if devices.is_main_process:
         _write_winner(folder, problem, result)
     barrier("written")

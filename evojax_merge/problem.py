@@ -39,12 +39,12 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.search.open_tasks import open_task, resolve_reference
 from evojax_merge.search.protocols import Strategy
-from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.successive_halving import example_lengths, stratified_shards
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
+from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.tasks.function import FunctionTask
 from evojax_merge.tasks.harness import HarnessTask
 from evojax_merge.tasks.task import Task

@@ -31,10 +31,10 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened
-from evojax_merge.search.search_parameters import find_method, options_of, search_parameters_of
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import rung_size, stratified_shards
 from evojax_merge.spaces.parameter import GroupSpace
+from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
 
 WHERE = "search_pytrees"
 Path = tuple[Any, ...]

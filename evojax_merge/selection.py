@@ -1,19 +1,20 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from evojax_merge.candidates import CandidateEvaluator
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
+from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.problem import SearchProblem, failure_hint
@@ -21,58 +22,47 @@ from evojax_merge.report.comparison import Result, Row, model_name
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, rescore
 
-
-@dataclass(frozen=True)
-class SearchEvaluators:
-    """What a search evaluates with, on each shard of its examples, on the whole search split and on the held-out one.
-
-    candidates: the evaluators behind `shards`; stored: what scores the base and the parents on the held-out split."""
-
-    shards: list[SpaceEvaluator]
-    full: SpaceEvaluator
-    heldout: SpaceEvaluator
-    candidates: list[CandidateEvaluator]
-    stored: Evaluator
+CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator]
 
 
 def open_evaluators(
     problem: SearchProblem,
-    batched_tasks: list[list[BatchedTask]],
+    splits: Sequence[list[BatchedTask]],
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
-) -> SearchEvaluators:
-    """Load the bank. `batched_tasks`: as `SearchProblem.batched_tasks` gives them. `progress` is told the bytes that
-    were loaded, `log` what went otherwise than planned."""
+) -> list[SpaceEvaluator[Any]]:
+    """Load the bank; what scores genomes on each of `splits` (see `SearchProblem.batched_tasks`). `progress` is told
+    the bytes that were loaded, `log` what went otherwise than planned."""
     settings = problem.config.evaluation
     # Their batches have the same shapes, and so what fits one fits all.
-    chunk_sizes: dict[object, int] = {}
+    chunk_sizes: dict[Any, int] = {}
     decoders = [
         Evaluator(
-            problem.decoder, problem.tokenizer, rows, settings.compute_dtype, settings.chunk, devices, log, chunk_sizes
+            problem.decoder, problem.tokenizer, tasks, settings.compute_dtype, settings.chunk, devices, log, chunk_sizes
         )
-        for rows in batched_tasks
+        for tasks in splits
     ]
     evaluators = problem.candidates.open_evaluators(decoders, devices, progress)
-    *shards, full, heldout = [SpaceEvaluator(problem.space, one, devices) for one in evaluators]
-    return SearchEvaluators(shards, full, heldout, list(evaluators[:-2]), decoders[-1])
+    return [SpaceEvaluator(problem.space, one, devices) for one in evaluators]
 
 
 def select_best(
     problem: SearchProblem,
-    evaluators: SearchEvaluators,
+    full: CandidateEvaluator,
+    heldout: CandidateEvaluator,
     archive: Archive,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """Re-score the finalists on the whole search split, then score everyone on the held-out split. Raises Failed where
     no finalist has finite scores."""
-    full, heldout, candidates = evaluators.full, evaluators.heldout, problem.candidates
+    candidates = problem.candidates
     finalists = rescore(problem.space, full, archive, progress)
     if not finalists:
         raise Failed(_no_winner(problem))
     best, (label, plain) = finalists[0], problem.space.baseline()
     baseline = float(fitness(full.tasks, full.score(plain[None], progress))[0])
-    rows = [_stored_row(problem, role, path, evaluators.stored, progress) for role, path in problem.models]
+    rows = [_stored_row(problem, role, path, heldout.evaluator.evaluator, progress) for role, path in problem.models]
     scores = heldout.score(np.stack([best.genome, plain]), progress)
     values, tables = fitness(heldout.tasks, scores), means(heldout.tasks, scores)
     if candidates.baseline_role is not None:
@@ -106,9 +96,8 @@ def _stored_row(
     return Row(role, model_name(path), float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0])
 
 
-def passes_to_select(problem: SearchProblem, evaluators: SearchEvaluators) -> int:
+def passes_to_select(problem: SearchProblem, full: CandidateEvaluator, heldout: CandidateEvaluator) -> int:
     """How many steps of progress `select_best` reports at most."""
-    full, heldout = evaluators.full, evaluators.heldout
     return full.passes(problem.search.finalists + 3) + heldout.passes(len(problem.models) + 2)
 
 

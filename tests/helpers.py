@@ -23,6 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from evojax_merge.config import SearchConfig
+from evojax_merge.problem import build_strategy
+from evojax_merge.search.loop import Archive, Reporter, evolve
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
+
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # Models this small lose more by waking a second thread than they gain.
 torch.set_num_threads(1)
@@ -185,3 +190,11 @@ def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.
     folders = tuple(save(finetune(model, k + 1), root / f"parent{k}") for k in range(parents))
     tasks = write_lines(root / "tasks.jsonl", random_records(12, model.config.vocab_size))
     return Family(root, base, folders, tasks)
+
+
+def search_in(folder: Path, config: SearchConfig, seed: int, space: Any, shards: Sequence[Any]) -> Archive:
+    """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
+    run = RunFolder(folder)
+    with Checkpoints(run) as checkpoints:
+        strategy = build_strategy("search", config, space.dims)
+        return evolve(config, seed, strategy, space, shards, FolderStorage(run, checkpoints), Reporter())

@@ -557,8 +557,8 @@ def test_places_below_or_at_a_file(models: Path, refused: Refusal) -> None:
 
 
 def test_run_folder_of_another_config(models: Path, refused: Refusal) -> None:
+    from evojax_merge.problem import build_problem, read_config, resolved_document
     from evojax_merge.search.run_folder import open_run
-    from evojax_merge.search.setup import build_problem, read_config, resolved_document
 
     path, out = models / "config.yaml", models / "run"
     document = resolved_document(build_problem(path, read_config(path, [], None)))

@@ -49,8 +49,8 @@ from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.problem import context_length, stop_tokens
 from evojax_merge.report.card import merge_card
-from evojax_merge.search.setup import context_length, stop_tokens
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}
 

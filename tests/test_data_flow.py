@@ -282,7 +282,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     """Where half of the largest batch fits, scores are those of larger batches."""
     rng = np.random.default_rng(3)
     paths = [random_path(rng, 7, steps, 0) for steps in (2, 4)]
-    whole, begin, said = setting.paths().population(paths), path_evaluation.embed_batch, []
+    whole, begin, said = setting.paths().evaluate(paths), path_evaluation.embed_batch, []
 
     def small(source: Any, tokens: np.ndarray, header: Any) -> Any:
         if tokens.size > largest // 2:
@@ -295,20 +295,20 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     assert scoring is not None
     largest = max(batch.tokens.size for batch in scoring.batches)
     evaluator = Evaluator(setting.spec.configs[0], word_tokenizer(words()), batched_tasks, log=said.append)
-    found = PathEvaluator(evaluator, setting.bank, 12).population(paths)
+    found = PathEvaluator(evaluator, setting.bank, 12).evaluate(paths)
     assert said and all(text.startswith("likelihood: out of memory; going on with batches of ") for text in said)
     for name, metrics in whole.matrices.items():
         for metric, matrix in metrics.items():
             np.testing.assert_allclose(found.matrices[name][metric], matrix, rtol=0, atol=1e-5)
     monkeypatch.setattr(path_evaluation, "embed_batch", lambda *given: small(None, np.zeros((9, 9)), None))
     with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
-        setting.paths().population(paths)
+        setting.paths().evaluate(paths)
 
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     rng = np.random.default_rng(0)
     paths = [random_path(rng, 7, steps, steps % 2) for steps in (1, 3, 5, 8)]
-    found = setting.paths().population(paths)
+    found = setting.paths().evaluate(paths)
     for p, path in enumerate(paths):
         model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
         expected = setting.evaluator(config).stored(model)
@@ -325,9 +325,9 @@ def test_company_changes_no_score(setting: Setting) -> None:
         LayerPath(tuple(m for m, _ in shared) + tail, (1.0,) * (3 + len(tail))) for tail in ((), (4,), (4, 5), (6,))
     ]
     together = setting.paths()
-    scores = together.population(paths).matrices["likelihood"]["log_probability"]
+    scores = together.evaluate(paths).matrices["likelihood"]["log_probability"]
     for p, path in enumerate(paths):
-        alone = setting.paths().population([path]).matrices["likelihood"]["log_probability"][0]
+        alone = setting.paths().evaluate([path]).matrices["likelihood"]["log_probability"][0]
         np.testing.assert_array_equal(scores[p], alone)
     # 3 shared steps, then 4, 5 after it, and 6: six instead of fifteen, in each batch.
     scored, written = setting.evaluator().batched_tasks
@@ -338,10 +338,10 @@ def test_company_changes_no_score(setting: Setting) -> None:
 def test_paths_that_come_again_cost_nothing(setting: Setting) -> None:
     evaluator = setting.paths()
     path, other = LayerPath((0, 4, 1), (1.0, 1.1, 1.0)), LayerPath((2,), (1.0,))
-    first = evaluator.population([path, path, None, other])
+    first = evaluator.evaluate([path, path, None, other])
     assert len(evaluator.score_cache) == 2
     done = evaluator.steps_run
-    again = evaluator.population([other, path])
+    again = evaluator.evaluate([other, path])
     assert evaluator.steps_run == done
     matrix, second = (scores.matrices["likelihood"]["log_probability"] for scores in (first, again))
     np.testing.assert_array_equal(matrix[0], matrix[1])
@@ -365,7 +365,7 @@ def test_spaces_start_from_the_first_parent() -> None:
         moves_space(), moves_space(scaled=False),
         *(IndicatorSpace((6, 4), 2, scales, BOUNDS, 20, 0) for scales in ("matrix", "none")),
     ):  # fmt: skip
-        (path,) = space.paths(space.start[None])
+        (path,) = space.decode(space.start[None])
         assert path is not None
         assert path.layers == (0, 1, 2, 3, 4, 5)
         np.testing.assert_allclose(path.residual_scales(), 1.0, rtol=1e-6)
@@ -402,7 +402,7 @@ def test_moves_edit_the_first_parent(
     np.testing.assert_allclose(path.residual_scales(), folds, rtol=1e-6)
     # Genome and back.
     assert [replace(move, scale=round(move.scale, 4)) for move in space.moves(space.genome(moves))] == moves
-    (again,) = space.paths(space.genome(moves)[None])
+    (again,) = space.decode(space.genome(moves)[None])
     assert again is not None
     assert again.layers == path.layers
 
@@ -412,7 +412,7 @@ def test_moves_edit_the_first_parent(
 def test_any_genome_is_a_path_or_none(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for space in (moves_space(), IndicatorSpace((3, 4), 2, "network", BOUNDS, 9, 1)):
-        (path,) = space.paths(rng.normal(0.5, 0.6, (1, space.dims)).astype(np.float32))
+        (path,) = space.decode(rng.normal(0.5, 0.6, (1, space.dims)).astype(np.float32))
         if path is None:
             continue
         assert 0 < len(path.layers) <= space.max_steps
@@ -428,23 +428,23 @@ def test_indicator_genomes_are_the_papers_arrays() -> None:
     assert space.dims == 8 + 16
     on = np.array([1, 0, 0, 1, 1, 1, 0, 0], bool)
     matrix = np.exp(np.random.default_rng(0).uniform(np.log(0.5), np.log(2), (4, 4)))
-    (path,) = space.paths(space.genome(on, matrix)[None])
+    (path,) = space.decode(space.genome(on, matrix)[None])
     assert path is not None
     assert path.layers == (0, 3, 0, 1)
     np.testing.assert_allclose(path.scales, [1, matrix[0, 3], matrix[3, 0], matrix[0, 1]], rtol=1e-5)
-    assert space.paths(space.genome(np.zeros(8, bool))[None]) == [None]
+    assert space.decode(space.genome(np.zeros(8, bool))[None]) == [None]
     assert IndicatorSpace((32, 32), 3, "matrix", BOUNDS, 192, 0).dims == 4288
 
 
 def test_network_scales_are_within_bounds_and_one_in_the_middle() -> None:
     space = IndicatorSpace((3, 3), 2, "network", BOUNDS, 12, 0)
     on = np.ones(12, bool)
-    (path,) = space.paths(space.genome(on)[None])
+    (path,) = space.decode(space.genome(on)[None])
     assert path is not None
     np.testing.assert_allclose(path.scales, 1.0)
     genome = space.genome(on)
     genome[12:] = np.random.default_rng(0).random(space.scale_dims)
-    (path,) = space.paths(genome[None])
+    (path,) = space.decode(genome[None])
     assert path is not None
     assert min(path.scales) >= 0.5 and max(path.scales) <= 2
     assert np.ptp(path.scales) > 0.1

@@ -27,8 +27,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.search.scorers import open_scorers
-from evojax_merge.search.setup import build_problem, read_config
+from evojax_merge.selection import open_evaluators
+from evojax_merge.problem import build_problem, read_config
 from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
@@ -45,7 +45,7 @@ def keep(name, scores):
 for population, model in meshes:
     grid = np.array(jax.devices()[: population * model]).reshape(population, model)
     mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto,) * 2) if population * model > 1 else None
-    (scorer,) = open_scorers(problem, batched, Devices(mesh))
+    (scorer,) = open_evaluators(problem, batched, Devices(mesh))
     for chunk in chunks if population * model == 1 else chunks[:1]:
         scorer.evaluator.chunk = chunk
         scorer.evaluator.chunk_sizes.clear()

@@ -20,7 +20,8 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation import batched_tasks, passes
 from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
-from evojax_merge.evaluation.evaluator import Evaluator, Scores, arrays_of, fitness, means
+from evojax_merge.evaluation.evaluator import Evaluator, arrays_of
+from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
@@ -124,7 +125,7 @@ def ties(family: Family) -> Setting:
 
 
 @pytest.fixture(scope="module")
-def ties_scores(ties: Setting) -> Scores:
+def ties_scores(ties: Setting) -> TaskScores:
     return ties.evaluator(chunk=1).population(ties.bank, ties.spec, ties.recipes)
 
 
@@ -162,7 +163,7 @@ def torch_scores(model: Any, tasks: list[TextTask]) -> dict[str, dict[str, np.nd
     }
 
 
-def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Scores, tmp_path: Path) -> None:
+def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: TaskScores, tmp_path: Path) -> None:
     """Each candidate written out and scored by transformers, one example after the other."""
     for p in range(POPULATION):
         expected = torch_scores(ties.write(p, tmp_path / str(p)), ties.tasks)
@@ -208,7 +209,7 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [2, POPULATION, 9])
-def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_scores: Scores) -> None:
+def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_scores: TaskScores) -> None:
     scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
     for name, metrics in ties_scores.matrices.items():
@@ -216,7 +217,7 @@ def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_score
             np.testing.assert_allclose(scores.matrices[name][metric], expected, atol=1e-5)
 
 
-def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores) -> None:
+def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: TaskScores) -> None:
     evaluator = ties.evaluator(ties.tasks[::2], chunk=1, per_batch=4)
     assert all(request.batches >= 4 for request in evaluator.batched_tasks)
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes)
@@ -226,7 +227,7 @@ def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: Scores)
             np.testing.assert_allclose(found, ties_scores.matrices[name][metric], atol=1e-5)
 
 
-def test_generation_of_a_population_equals_each_alone(ties: Setting, ties_scores: Scores) -> None:
+def test_generation_of_a_population_equals_each_alone(ties: Setting, ties_scores: TaskScores) -> None:
     evaluator = ties.evaluator(ties.tasks[2:])
     outputs = ties_scores.outputs["words"]
     assert len({text for row in outputs for text in row}) > 4
@@ -282,7 +283,7 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
 # Fitness
 
 
-def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_scores: Scores) -> None:
+def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_scores: TaskScores) -> None:
     recipes = jax.tree.map(np.copy, ties.recipes)
     recipes.layers["weight"][0, 1] = np.nan
     recipes.layers["lambda"][1] = 3e38
@@ -302,7 +303,7 @@ def matrix_task(name: str, metric: str, weight: float) -> TextTask:
 def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
     one = np.array([[-1.0, -3.0], [-2.0, -2.5]], np.float32)
     two = {"accuracy": np.array([[1, 0], [1, 1]], np.float32), "margin": np.array([[0.5, -1], [3, 4]], np.float32)}
-    scores = Scores({"one": {"log_probability": one}, "two": two})
+    scores = TaskScores({"one": {"log_probability": one}, "two": two})
     tasks = [matrix_task("one", "log_probability", 3.0), matrix_task("two", "margin", 1.0)]
     np.testing.assert_allclose(fitness(tasks, scores), [(3 * -2 - 0.25) / 4, (3 * -2.25 + 3.5) / 4])
     assert means(tasks, scores) == [
@@ -477,7 +478,7 @@ def out_of_memory() -> Exception:
     return jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
 
 
-def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: Scores, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: TaskScores, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which one candidate and two rows fit."""
     score, prefill, said = passes.score, passes.prefill, []
 

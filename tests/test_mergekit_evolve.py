@@ -19,8 +19,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import filter_components
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
-from evojax_merge.search.setup import SearchProblem, build_problem, read_config
-from evojax_merge.search.winner import recipe_text
+from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.selection import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace
 
 LAYERS = 4

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import yaml
-from helpers import write_lines
+from helpers import search_in, write_lines
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.evaluator import Scores, fitness
-from evojax_merge.search.loop import Reporter, run_search
+from evojax_merge.evaluation.scores import TaskScores, fitness
+from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.run_folder import open_run
-from evojax_merge.search.scorers import open_scorers
-from evojax_merge.search.setup import build_problem, read_config
 from evojax_merge.search.successive_halving import (
     halving_passes,
     init_surrogate,
@@ -23,6 +21,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import RIDGES, append_candidates, empty_surrogate, predict_fitness, regress
+from evojax_merge.selection import open_evaluators
 from evojax_merge.tasks.text import Example, TextTask
 
 
@@ -52,11 +51,11 @@ class SurrogateData:
     def passes(self, population: int) -> int:
         return population
 
-    def score(self, genomes, progress=lambda done: None) -> Scores:
+    def score(self, genomes, progress=lambda done: None) -> TaskScores:
         rows = genomes[:, 0].astype(int)
         progress(len(rows))
         self.requests += [(int(p), task.name, i) for p in rows for task in self.tasks for i in numbers(task)]
-        return Scores(
+        return TaskScores(
             {task.name: {task.metric: self.truth[task.name][np.ix_(rows, numbers(task))]} for task in self.tasks}
         )
 
@@ -156,8 +155,8 @@ def test_the_poor_stop_early_and_nobody_meets_an_example_twice(population, rungs
                 # With nothing known, who went on was no worse on what both had met.
                 assert mean(p, met[p]) <= mean(q, met[p]) + 1e-6
 
-    np.testing.assert_array_equal(halved.predicted[halved.complete], halved.fitness[halved.complete])
-    assert np.isfinite(halved.predicted).all()
+    np.testing.assert_array_equal(halved.scores.predicted[halved.complete], halved.fitness[halved.complete])
+    assert np.isfinite(halved.scores.predicted).all()
 
 
 def test_who_meets_everything_scores_as_without_a_race():
@@ -184,7 +183,7 @@ def test_one_block_is_no_race():
     (shard,) = known_blocks(truth, {"a": 1.0}, 1)
     halved = successive_halving([shard], [0], everyone(9), init_surrogate([shard], 1))
     np.testing.assert_array_equal(halved.fitness, fitness(shard.tasks, shard.score(everyone(9))))
-    np.testing.assert_array_equal(np.argsort(halved.predicted), np.argsort(halved.fitness))
+    np.testing.assert_array_equal(np.argsort(halved.scores.predicted), np.argsort(halved.fitness))
     assert halved.complete.all() and (halved.examples == 20).all()
     assert halved.scores_of_best == {"a/log_probability": pytest.approx(halved.fitness.max())}
 
@@ -200,13 +199,13 @@ def test_failed_candidates_stop_and_leave_their_place():
     halved = successive_halving(shards, order, everyone(8), init_surrogate(shards, 1))
     assert halved.examples[early] == 16 and halved.examples[late] == 64
     for p in (early, late):
-        assert np.isnan(halved.fitness[p]) and np.isnan(halved.predicted[p]) and not halved.complete[p]
+        assert np.isnan(halved.fitness[p]) and np.isnan(halved.scores.predicted[p]) and not halved.complete[p]
     assert (halved.examples >= 32).sum() == 4 and (halved.examples == 64).sum() == 2 and halved.complete.sum() == 1
-    assert np.isfinite(halved.predicted).sum() == 6
+    assert np.isfinite(halved.scores.predicted).sum() == 6
 
     truth["a"][:] = np.nan
     halved = successive_halving(shards, order, everyone(8), init_surrogate(shards, 1))
-    assert (halved.examples == 16).all() and not halved.complete.any() and np.isnan(halved.predicted).all()
+    assert (halved.examples == 16).all() and not halved.complete.any() and np.isnan(halved.scores.predicted).all()
 
 
 def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
@@ -218,7 +217,7 @@ def test_a_race_finds_the_best_where_as_many_passes_shared_evenly_do_not():
         halved = successive_halving(shards, shard_order(8, 0, seed), everyone(16), init_surrogate(shards, 1))
         best = int(np.argmax(truth["a"].mean(axis=1)))
         saved.append(1 - halved.examples.sum() / (16 * 256))
-        found += int(np.nanargmax(halved.predicted)) == best
+        found += int(np.nanargmax(halved.scores.predicted)) == best
         evenly += int(np.argmax(truth["a"][:, :80].mean(axis=1))) == best
     assert np.mean(saved) == 0.6875
     assert found >= 180 and found > evenly + 20
@@ -334,10 +333,10 @@ class Hill:
     def passes(self, population: int) -> int:
         return population
 
-    def score(self, genomes, progress=lambda done: None) -> Scores:
+    def score(self, genomes, progress=lambda done: None) -> TaskScores:
         (task,) = self.tasks
         distance = genomes[:, None, :] - self.tops[None, numbers(task)]
-        return Scores({task.name: {task.metric: -(distance**2).sum(axis=-1).astype(np.float32)}})
+        return TaskScores({task.name: {task.metric: -(distance**2).sum(axis=-1).astype(np.float32)}})
 
 
 def climb(folder, generations: int, rungs: int = 4, resume: bool = False):
@@ -347,7 +346,7 @@ def climb(folder, generations: int, rungs: int = 4, resume: bool = False):
     ]
     config = SearchConfig(population=8, generations=generations, sigma=0.5)
     run = open_run(folder, {"inputs": {}}, resume=resume, overwrite=False)
-    return run, run_search(config, 1, Plain(), shards, run, Reporter()), tops
+    return run, search_in(run.path, config, 1, Plain(), shards), tops
 
 
 def test_a_raced_search_ends_where_a_whole_one_does(tmp_path):
@@ -380,7 +379,7 @@ def test_a_resumed_race_writes_the_same_history(tmp_path):
     parts, again, _ = climb(tmp_path / "parts", 11, resume=True)
     assert parts.history.read_bytes() == whole.history.read_bytes()
     np.testing.assert_array_equal(again.genomes, outcome.genomes)
-    np.testing.assert_array_equal(again.mean, outcome.mean)
+    np.testing.assert_array_equal(again.proposed, outcome.proposed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -424,8 +423,8 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
     problem = build_problem(path, read_config(path, [], None))
     whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
-    *shards, full, _ = open_scorers(problem, problem.batched_tasks())
-    (searched,) = open_scorers(whole, whole.batched_tasks()[:1])
+    *shards, full, _ = open_evaluators(problem, problem.batched_tasks())
+    (searched,) = open_evaluators(whole, whole.batched_tasks()[:1])
     assert len(shards) == 8 and [task.name for task in full.tasks] == ["text", "short"]
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
     genomes = genomes.astype(np.float32)

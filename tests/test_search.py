@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cma
 import jax
@@ -20,21 +21,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, hidden_states, load_torch, random_records, write_lines
+from helpers import build_family, hidden_states, load_torch, random_records, search_in, write_lines
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.evaluator import Scores
+from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import lazy_merge
-from evojax_merge.search.loop import Reporter, run_search
-from evojax_merge.search.run_folder import RunFolder
-from evojax_merge.search.setup import build_problem, read_config
-from evojax_merge.search.strategy import default_population, make_strategy
-from evojax_merge.search.winner import Result, Row
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.report.comparison import Result, Row
+from evojax_merge.report.merges import MergeReport
+from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.registry import StrategySettings, find_strategy
 from evojax_merge.tasks.text import Example, TextTask
 
 GENERATIONS = 8
@@ -91,7 +93,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def test_run_folder_is_complete(finished):
     history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
-    assert [row["generation"] for row in history] == list(range(GENERATIONS))
+    assert [row["generation"] for row in history] == list(range(1, GENERATIONS + 1))
     assert all(len(row["fitness"]) == 6 and row["failed"] == 0 for row in history)
     best = [row["best_so_far"] for row in history]
     assert best == sorted(best) and best[-1] == max(row["best"] for row in history)
@@ -103,17 +105,19 @@ def test_run_folder_is_complete(finished):
     card = (finished / "best/model/README.md").read_text()
     assert "dare_ties" in card and "parent0" in card and "Held-out" in card
     assert {path.name for path in finished.iterdir()} == {
-        "config.yaml", "history.jsonl", "timing.jsonl", "checkpoints", "best", "result.json", "report.png",
+        "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "checkpoints", "best", "result.json",
+        "report.png",
     }  # fmt: skip
 
 
 def test_winner_is_what_was_scored(finished, config_file):
     """The exported folder, in transformers, gives the logits of the candidate that the search scored."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    bank = load_bank(problem.sources, problem.decoder, problem.spec)
+    spec = problem.candidates.spec
+    bank = load_bank(problem.sources, problem.decoder, spec)
     genome = json.loads((finished / "result.json").read_text())["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
-    source = lazy_merge(bank, take_candidate(recipes, 0), problem.spec)
+    source = lazy_merge(bank, take_candidate(recipes, 0), spec)
     tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
     ours = np.asarray(logits(problem.decoder, source, hidden_states(problem.decoder, source, tokens)))
     with torch.no_grad():
@@ -228,7 +232,7 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         "        with defer_signals():\n"
         "            for _ in range(times):\n"
         "                os.kill(os.getpid(), number)\n"
-        "            checkpoints.save(1, {'mean': 1.0}, '{}')\n"
+        "            checkpoints.save(1, {'mean': 1.0}, 0, b'')\n"
         "        print('went on')\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "interrupts.install()\n"
@@ -384,6 +388,35 @@ def test_overwrite_starts_again_and_keeps_what_is_not_its_own(config_file, finis
 # The strategy
 
 
+@dataclass(frozen=True)
+class Driven:
+    """A strategy with the keys of a seed, told fitness alone."""
+
+    strategy: Any
+    seed: int
+
+    def init(self, start):
+        return self.strategy.init(generation_key(self.seed, INIT_KEY), start[None])
+
+    def ask(self, state, generation):
+        return self.strategy.ask(generation_key(self.seed, generation), state)
+
+    def tell(self, state, generation, genomes, fitness):
+        return self.strategy.tell(generation_key(self.seed, generation), state, genomes, scores_of(fitness))
+
+
+def scores_of(fitness: np.ndarray) -> Scores:
+    """A matrix of one example."""
+    values = np.asarray(fitness, np.float32)[:, None]
+    weights = np.ones(1)
+    return Scores(values, np.ones(values.shape, bool), np.zeros(1, int), ("text",), weights, np.asarray(fitness))
+
+
+def make_strategy(dims: int, population: int, sigma: float, seed: int) -> Driven:
+    settings = StrategySettings(dims, population, sigma, 100)
+    return Driven(find_strategy("search.strategy", "cma_es")(settings), seed)
+
+
 def _minimise(function, dims: int, target: float, limit: int) -> int:
     """Evaluations until `function` is below `target`."""
     population = default_population(dims)
@@ -491,8 +524,8 @@ class OwnScorer:
     def passes(self, population: int) -> int:
         return population
 
-    def score(self, genomes, progress=lambda done: None) -> Scores:
-        return Scores({"text": {"log_probability": self.function(genomes)[:, None].astype(np.float32)}})
+    def score(self, genomes, progress=lambda done: None) -> TaskScores:
+        return TaskScores({"text": {"log_probability": self.function(genomes)[:, None].astype(np.float32)}})
 
 
 def test_a_generation_that_fails_as_a_whole_ends_the_search(tmp_path):
@@ -509,7 +542,7 @@ def test_a_generation_that_fails_as_a_whole_ends_the_search(tmp_path):
     def search(name):
         (tmp_path / name).mkdir(exist_ok=True)
         config = SearchConfig(population=4, generations=5)
-        return run_search(config, 0, space, [OwnScorer(score)], RunFolder(tmp_path / name), Reporter())
+        return search_in(tmp_path / name, config, 0, space, [OwnScorer(score)])
 
     with pytest.raises(Failed) as caught:
         search("run")
@@ -530,14 +563,14 @@ def test_one_finite_candidate_is_enough_to_go_on(tmp_path):
 
     space = SimpleNamespace(dims=3, start=np.zeros(3, np.float32))
     config = SearchConfig(population=4, generations=2)
-    outcome = run_search(config, 0, space, [OwnScorer(score)], RunFolder(tmp_path), Reporter())
+    outcome = search_in(tmp_path, config, 0, space, [OwnScorer(score)])
     assert np.isfinite(outcome.fitness).all()
 
 
 def result_of(**heldout: float) -> Result:
     """A result with these held-out fitnesses by role; parents are parent1, parent2, ..."""
     rows = [Row(role.rstrip("0123456789"), role, value, {}) for role, value in heldout.items()]
-    return Result(np.zeros(2), 0.0, ("uniform merge", 0.0), rows, {}, [])
+    return Result(np.zeros(2), 0.0, ("uniform merge", 0.0), rows, MergeReport((), {}, ()))
 
 
 def test_a_winner_that_loses_is_told_with_both_figures():

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
 
-from evojax_merge.search.search_parameters import search_parameters_of
 from evojax_merge.spaces.bounds import EDGE, from_unit, to_unit
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, component_groups, uniform_start
+from evojax_merge.spaces.search_parameters import search_parameters_of
 
 NAMES = ("attention", "mlp", "norm")
 

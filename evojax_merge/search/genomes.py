@@ -1,7 +1,7 @@
 """Scores for genomes: a space and an evaluator together, over all processes of a run."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -9,13 +9,15 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.search.protocols import Evaluator, Progress, Space
 
+E = TypeVar("E", bound=Evaluator)
+
 
 @dataclass(frozen=True)
-class SpaceEvaluator:
+class SpaceEvaluator(Generic[E]):
     """Scores genomes of a space. Each process decodes and evaluates its share."""
 
     space: Space
-    evaluator: Evaluator
+    evaluator: E
     devices: Devices = ONE_DEVICE
 
     @property
