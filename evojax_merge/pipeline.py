@@ -47,7 +47,7 @@ from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.picture import draw
-from evojax_merge.report.progress import bytes_bar, console, passes_bar, say, search_bar
+from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.loop import evolve, run_bytes
 from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
@@ -75,6 +75,7 @@ TABLE_KEYS = {"model", "fitness", "scores"}
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
+    """The search of a config file, told with the command that continues it wherever it is broken off."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += ["--distributed"] if jax.process_count() > 1 else []
@@ -83,21 +84,40 @@ def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: in
     continuation = Continuation(_command(path, *asked, *options))
     with continuation.told():
         config = read_config(path, overrides, seed)
-        out = out or (Path(config.out) if config.out else Path("runs") / path.stem)
-        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
-            raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
-        again = _command(path, "--out", str(out), *options, "--resume")
-        begun = partial(continuation.begun, again)
-        if config.stages is not None:
-            _run_chain(path, config, config.stages, out, resume, overwrite, begun)
-            return
-        problem = build_problem(path, config)
-        batched_tasks = problem.batched_tasks()
-        require_space(out, _run_bytes(problem))
-        _require_bank(path, problem)
-        with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
-            _say_first(path, problem, batched_tasks)
-            _search_into(folder, problem, batched_tasks)
+        out = out or default_out(path, config)
+        begun = partial(continuation.begun, _command(path, "--out", str(out), *options, "--resume"))
+        run_search(path, config, out, resume=resume, overwrite=overwrite, begun=begun)
+
+
+def default_out(path: Path, config: Config) -> Path:
+    """The run folder of a config that is given none."""
+    return Path(config.out) if config.out else Path("runs") / path.stem
+
+
+def run_search(
+    path: Path,
+    config: Config,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    begun: Callable[[RunFolder], None] = lambda folder: None,
+    on_generation: OnGeneration = lambda generation: None,
+) -> None:
+    """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
+    start in its folder; `begun` is called as soon as there is something to resume."""
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    if config.stages is not None:
+        _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation)
+        return
+    problem = build_problem(path, config)
+    batched_tasks = problem.batched_tasks()
+    require_space(out, _run_bytes(problem))
+    _require_bank(path, problem)
+    with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
+        _say_first(path, problem, batched_tasks)
+        _search_into(folder, problem, batched_tasks, on_generation)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -177,7 +197,7 @@ def _require_bank(path: Path, problem: SearchProblem) -> None:
 
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    begun: Callable[[RunFolder], None],
+    begun: Callable[[RunFolder], None], on_generation: OnGeneration,
 ) -> None:  # fmt: skip
     """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
     before have run folders of their own below `stages/`."""
@@ -204,7 +224,7 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                _search_into(run, problem, batched_tasks[-1])
+                _search_into(run, problem, batched_tasks[-1], on_generation)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -213,7 +233,7 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                _search_into(folder, problem, batched_tasks[number - 1])
+                _search_into(folder, problem, batched_tasks[number - 1], on_generation)
             winner = str(folder.model)
             begun(run)
 
@@ -226,7 +246,9 @@ def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[Batc
     _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout))
 
 
-def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
+def _search_into(
+    folder: RunFolder, problem: SearchProblem, batched_tasks: list[list[BatchedTask]], on_generation: OnGeneration
+) -> None:
     """Search, choose, export and report."""
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
@@ -235,7 +257,7 @@ def _search_into(folder: RunFolder, problem: SearchProblem, batched_tasks: list[
     console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         *shards, full, heldout = open_evaluators(problem, batched_tasks, devices, progress, say)
-    with search_bar(problem.search.generations) as reporter, Checkpoints(folder) as checkpoints:
+    with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, reporter,

@@ -101,13 +101,19 @@ class SearchProblem:
         return [folder.path for folder in self.sources.folders]
 
 
-def read_config(path: Path, overrides: list[str], seed: int | None) -> Config:
+def read_config(path: Path, overrides: Sequence[str], seed: int | None) -> Config:
+    """A config from its file, with `key.path=value` overrides."""
     document = load_yaml(path)
     if not isinstance(document, dict):
         raise InputError(path, "expected a mapping with parents, space and tasks")
+    return config_from(path, document, overrides, seed)
+
+
+def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], seed: int | None) -> Config:
+    """A config from a parsed document: ours, or one of mergekit-evolve. `path` names it in messages."""
     if "genome" in document:
         document = from_mergekit_evolve(path, document)
-    document = apply_overrides(path, document, overrides)
+    document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
     return parse(path, document, Config)

@@ -232,7 +232,7 @@ def test_an_interruption_waits_until_a_generation_is_saved(number, tmp_path):
         "        with defer_signals():\n"
         "            for _ in range(times):\n"
         "                os.kill(os.getpid(), number)\n"
-        "            checkpoints.save(1, {'mean': 1.0}, 0, b'')\n"
+        "            checkpoints.save(1, {'mean': 1.0}, 0, bytes(32))\n"
         "        print('went on')\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "interrupts.install()\n"

@@ -20,6 +20,8 @@ from evojax_merge.search.loop import Generation, Reporter
 # printed as they are.
 console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
 
+OnGeneration = Callable[[Generation], None]
+
 
 @contextmanager
 def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -50,10 +52,11 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class SearchBar(Reporter):
-    """The search's progress bar: generations in full, passes of the running one as its fraction."""
+    """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation` is
+    told of each generation as well."""
 
-    def __init__(self, progress: Progress, generations: int) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, generations: int, on_generation: OnGeneration) -> None:
+        self._progress, self._on_generation = progress, on_generation
         self._bar = progress.add_task("search", total=generations, info="compiling …")
         self._share = 0.0
 
@@ -79,20 +82,21 @@ class SearchBar(Reporter):
         self._progress.update(self._bar, completed=g.number, info=info)
         if not console.is_terminal:
             console.print(f"generation {g.number}: {info}", highlight=False)
+        self._on_generation(g)
 
     def log(self, text: str) -> None:
         say(text)
 
 
 @contextmanager
-def search_bar(generations: int) -> Iterator[SearchBar]:
+def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
     """A progress bar over the generations of a search."""
     columns = (
         TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
         TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
-        yield SearchBar(progress, generations)
+        yield SearchBar(progress, generations, on_generation)
 
 
 def say(text: str) -> None:
