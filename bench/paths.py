@@ -30,7 +30,7 @@ from search import write_random_family, write_rows
 from torch_peer import mean_log_probability
 
 from evojax_merge.evaluation.evaluator import fitness
-from evojax_merge.models.paths import RESIDUAL_OUTPUTS, LayerPath, PathSpec
+from evojax_merge.models.paths import LayerPath, PathSpec
 from evojax_merge.search.scorers import PathScorer, open_scorers
 from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.strategy import make_strategy
@@ -95,7 +95,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
             for name, values_ in states[parent].items():
                 head, _, tail = name.partition(f"layers.{layer}.")
                 if tail:
-                    written = any(f"{writer}_proj" in tail for writer in RESIDUAL_OUTPUTS)
+                    written = "o_proj" in tail or "down_proj" in tail
                     tensors[f"{head}layers.{step}.{tail}"] = values_ * float(factor) if written else values_
         model.load_state_dict(tensors, assign=True, strict=False)
         # What has no tensor in a state dict (rotary frequencies) was made on no device.

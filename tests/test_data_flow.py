@@ -224,7 +224,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
     model, _ = materialise_path(bank, path, spec.configs[0])
     written = state(write_path(path, spec, folders, tmp_path / "out"))
     for i in range(4):
-        found = np.asarray(model.layers["down"][i], np.float32)
+        found = np.asarray(model.stacks["layers"]["down"][i], np.float32)
         np.testing.assert_array_equal(found, written[f"model.layers.{i}.mlp.down_proj.weight"])
 
 
