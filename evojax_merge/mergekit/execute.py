@@ -135,7 +135,7 @@ def _merged_config(
     recipe: RecipeFile, sources: Sources, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
     """The first model's config, changed only in what the recipe changes. `tied`: whether the head is the embedding;
-    None where the model is not a known decoder, and its config is believed."""
+    None where the model is no decoder that can have one, and its config is believed."""
     leader = sources.folders[0]
     config = dict(leader.config)
     if not config:
@@ -216,7 +216,7 @@ def _open(
     recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None
 ) -> tuple[Sources, list[Layout], bool | None]:
     """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head of a decoder
-    is tied.
+    that can have one is tied.
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
@@ -237,11 +237,12 @@ def _open(
     tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
     if decoder is not None:
-        # An untied head anywhere makes the merge untied.
+        names = [[name for name in own if not name.endswith("rotary_emb.inv_freq")] for own in names]
         head = sources.token_tensors.head
-        tied = head is None or all(folder.config.get("tie_word_embeddings", False) for folder in folders)
-        own_head = [] if head is None or tied else [head]
-        names = [[n for n in own if n != head and not n.endswith("rotary_emb.inv_freq")] + own_head for own in names]
+        if head is not None:
+            # An untied head anywhere makes the merge untied.
+            tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
+            names = [[name for name in own if name != head] + ([] if tied else [head]) for own in names]
     layouts = [layout(own) for own in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)

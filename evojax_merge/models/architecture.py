@@ -25,8 +25,6 @@ LAYERS = "layers"
 COMPONENTS = ("attention", "mlp", "norm")
 # Leaves that every architecture has, and one that it may have: the LM head, where it is not the embedding.
 EMBEDDING, FINAL_NORM, HEAD = "embed", "final_norm", "head"
-# The axis of a shape that has an entry for each token.
-VOCABULARY = "vocab"
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,6 @@ class Leaf:
         """The names of all its tensors in the file; depths: how many layers a stack has."""
         return [self.tensor] if self.stack is None else [self.tensor_of(i) for i in range(depths[self.stack])]
 
-    @property
-    def has_tokens(self) -> bool:
-        """Whether its rows belong to tokens."""
-        return self.shape[0] == VOCABULARY
-
 
 class SharedWeights(Protocol):
     """The leaves outside of the layers: in memory, or merged when they are asked for."""
@@ -89,11 +82,11 @@ class Architecture:
 
     dimensions: the sizes that the leaves' shapes are written in. depths: how many layers each stack has.
 
-    embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. tables: (config,
-    layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`). block:
-    (config, a layer's weights, hidden states, tables, attend) -> the hidden states after it, and what `attend` kept;
-    `attend` is prefill or decoding with a cache, so that a block is written once. final_norm: (config, weights, hidden
-    states) -> what the head's rows are multiplied with.
+    embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. position_tables:
+    (config, layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`).
+    block: (config, a layer's weights, hidden states, position tables, attend) -> the hidden states after it, and what
+    `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm: (config,
+    weights, hidden states) -> what the head's rows are multiplied with.
 
     filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
     the layers; by default their whole names.
@@ -105,7 +98,7 @@ class Architecture:
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
     dimensions: Callable[[Any], Mapping[str, int]]
     embed: Callable[[Any, SharedWeights, jax.Array, SequenceLayout], jax.Array]
-    tables: Callable[[Any, SequenceLayout], Any]
+    position_tables: Callable[[Any, SequenceLayout], Any]
     block: Callable[[Any, Weights, jax.Array, Any, Attend], tuple[jax.Array, KeyValue]]
     final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
     config_class: str | None = None

@@ -196,7 +196,7 @@ def forward(
     follows.
     """
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
-    tables = architecture.tables(config, layout)
+    tables = architecture.position_tables(config, layout)
 
     def layer(x: jax.Array, slice_: Any, rest: tuple[jax.Array, KVCache | None]) -> tuple[jax.Array, Any]:
         window, before = rest
@@ -241,7 +241,7 @@ def decode_step(
     # Each token as the last of its sequence, as if it came alone: dynamic RoPE looks at the length.
     single = SequenceLayout(positions.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32))
     tables = jax.tree.map(
-        lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.tables(config, single)
+        lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.position_tables(config, single)
     )
     cached = padded_layout(width, left_pad, width - left_pad)
     cached = SequenceLayout(before + cached.positions, cached.segment_ids)

@@ -136,7 +136,7 @@ def run_layers(
     and a step gives the same bits in whichever part of a path it is taken.
     """
     architecture = architecture_of(config)
-    tables = architecture.tables(config, layout)
+    tables = architecture.position_tables(config, layout)
 
     def step(i: jax.Array, state: Activations) -> Activations:
         weights, window = bank.scaled_layer(layers[i], residual_scales[i]), bank.windows[layers[i]]
@@ -144,7 +144,7 @@ def run_layers(
         if shared_prefix is not None:
             before = prefix_layout(shared_prefix.shape[1])
             attend = prefill_attention(window, before)
-            prefix_tables = architecture.tables(config, before)
+            prefix_tables = architecture.position_tables(config, before)
             shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
             prefix = (kv[0][:, 0], kv[1][:, 0])
         rows, _ = architecture.block(config, weights, state.rows, tables, prefill_attention(window, layout, prefix))

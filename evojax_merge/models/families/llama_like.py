@@ -337,7 +337,7 @@ def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], re
         read_config=read,
         dimensions=dimensions,
         embed=embed,
-        tables=rope_tables,
+        position_tables=rope_tables,
         block=block,
         final_norm=final_norm,
         config_class=config_class,
