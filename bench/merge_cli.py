@@ -33,7 +33,7 @@ def write_models(folder: Path, layers: int) -> list[Path]:
     """Base and three parents: a Llama of width 1,024 and vocabulary 32,000, in one file each, deltas of 1%."""
     from transformers import LlamaConfig
 
-    from evojax_merge.checkpoints.architectures import decoder_config
+    from evojax_merge.checkpoints.config_file import decoder_config
     from evojax_merge.checkpoints.parents import tensor_shapes
     from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 

@@ -32,7 +32,7 @@ from torch_peer import mean_log_probability
 from evojax_merge.candidates import PathCandidates
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.scores import fitness
-from evojax_merge.models.paths import RESIDUAL_OUTPUTS, LayerPath
+from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
@@ -99,7 +99,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
             for name, values_ in states[parent].items():
                 head, _, tail = name.partition(f"layers.{layer}.")
                 if tail:
-                    written = any(f"{writer}_proj" in tail for writer in RESIDUAL_OUTPUTS)
+                    written = "o_proj" in tail or "down_proj" in tail
                     tensors[f"{head}layers.{step}.{tail}"] = values_ * float(factor) if written else values_
         model.load_state_dict(tensors, assign=True, strict=False)
         # What has no tensor in a state dict (rotary frequencies) was made on no device.

@@ -7,11 +7,15 @@ reaches the top is a failure of the program or of a user's own function (status 
 
 import difflib
 import errno
+import reprlib
 import unicodedata
 from collections.abc import Iterable
 
 # Characters of a message: what a stranger's file puts into one must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
 
 def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
@@ -30,6 +34,11 @@ def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
             for c in text
         )
     )
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut to what fits in a message; without line feeds or bytes that a terminal would obey."""
+    return _short.repr(value)
 
 
 class InputError(Exception):
@@ -62,8 +71,13 @@ class PeerLostError(Exception):
         super().__init__("another process of this run has gone; the run ends here and can be resumed")
 
 
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that a word is likely to have meant, if any is near."""
+    return next(iter(difflib.get_close_matches(word[:100], sorted(known), n=1, cutoff=0.5)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
-    return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(known)})"
+    near = nearest(word, known)
+    return f" (did you mean '{near}'?)" if near is not None else f" (known: {', '.join(known)})"

@@ -15,8 +15,8 @@ import jax
 import yaml
 
 from evojax_merge import interrupts
-from evojax_merge.checkpoints.architectures import MODEL_TYPES, unread_keys
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.config_file import unread_keys
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.parents import Sources, open_sources
@@ -33,6 +33,7 @@ from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
+from evojax_merge.models.architecture import known_architecture
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
@@ -282,7 +283,7 @@ def _warn(lines: Sequence[str]) -> None:
 def _say_unread(folders: Sequence[Folder]) -> None:
     """One line that names what configs hold and no forward pass reads, if anything."""
     keys = sorted(
-        {key for one in folders if one.config.get("model_type") in MODEL_TYPES for key in unread_keys(one.config)}
+        {key for one in folders if known_architecture(one.config.get("model_type")) for key in unread_keys(one.config)}
     )
     if keys:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""

@@ -13,8 +13,7 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates
-from evojax_merge.checkpoints.architectures import COMPONENTS, SHARED_LEAVES, shared_leaves
-from evojax_merge.checkpoints.folder import EMBEDDING, FLOAT_DTYPES, Folder, file_hash
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, TokenizerChoice, load_tokenizer
@@ -34,6 +33,7 @@ from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.mergekit.schema import check_parent_count
+from evojax_merge.models.architecture import COMPONENTS, architecture_of, shared_leaves
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
@@ -306,7 +306,7 @@ def _method(where: str, config: Config, space: SpaceConfig) -> Method:
 
 
 def _dtype_name(sources: Sources) -> str:
-    dtype = sources.entry(0, EMBEDDING).dtype
+    dtype = sources.entry(0, sources.token_tensors.embedding).dtype
     return next((name for name, known in FLOAT_DTYPES.items() if known == dtype), "float32")
 
 
@@ -314,9 +314,9 @@ def build_space(
     where: str, config: SpaceConfig, method: Method, parents: int, decoder: DecoderConfig
 ) -> ParameterSpace:
     """The parameter space of a config. Raises InputError for unknown parameters and bounds without a meaning."""
-    groups = component_groups(config.components, COMPONENTS, [leaf.name for leaf in SHARED_LEAVES])
+    shared = [leaf.name for leaf in architecture_of(decoder).shared]
+    groups = component_groups(config.components, COMPONENTS, shared)
     if groups is None:
-        shared = [leaf.name for leaf in SHARED_LEAVES]
         named = [name for part in config.components for name in part.split("+")]
         unknown = [
             f"{name!r}{did_you_mean(name, [*COMPONENTS, *shared])}"

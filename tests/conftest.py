@@ -22,8 +22,9 @@ from helpers import Family, build_family
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate", "harness",
-        "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search", "torture",
+        "architecture_seam", "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate",
+        "harness", "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search",
+        "torture",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

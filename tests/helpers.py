@@ -144,7 +144,8 @@ def random_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[s
 
 def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, length: Any = None) -> jax.Array:
     """The decoder's final states of plain rows, without padding unless `first` and `length` tell of it."""
-    from evojax_merge.models.decoder import forward, padded_layout
+    from evojax_merge.models.decoder import forward
+    from evojax_merge.models.layers import padded_layout
 
     rows, width = tokens.shape
     first = jnp.zeros(rows, jnp.int32) if first is None else jnp.asarray(first, jnp.int32)

@@ -24,8 +24,8 @@ from helpers import (
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evojax_merge import pipeline
-from evojax_merge.checkpoints.architectures import decoder_config
 from evojax_merge.checkpoints.bank import load_bank, load_stored
+from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
@@ -160,7 +160,7 @@ def test_generation_ends_at_a_stop_token(tmp_path: Path) -> None:
 def test_half_precision_checkpoints_are_computed_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     save(random_model(tiny_config("qwen2")).to(dtype), tmp_path)
     config, model = load(tmp_path)
-    assert model.layers["q"].dtype == jnp.dtype(str(dtype).removeprefix("torch."))
+    assert model.stacks["layers"]["q"].dtype == jnp.dtype(str(dtype).removeprefix("torch."))
     tokens = random_tokens(0, 2, 17)
     expected = torch_logits(load_torch(tmp_path), tokens)
     np.testing.assert_allclose(ours(config, model, tokens), expected, atol=1e-4)

@@ -48,6 +48,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.problem import context_length, stop_tokens
 from evojax_merge.report.card import merge_card
@@ -87,9 +88,9 @@ def test_bank_holds_every_tensor_of_every_source(tmp_path: Path) -> None:
     tensors = [state(folder) for folder in folders]
     rows = leaves(config)
     assert {name for _, name, _ in rows} == set(tensors[0])
-    assert len(bank.layers) + len(bank.shared) == len({leaf for leaf, _, _ in rows})
+    assert len(bank.stacks[LAYERS]) + len(bank.shared) == len({leaf for leaf, _, _ in rows})
     for leaf, name, layer in rows:
-        stacked = np.asarray(bank.shared[leaf] if layer is None else bank.layers[leaf][layer])
+        stacked = np.asarray(bank.shared[leaf] if layer is None else bank.stacks[LAYERS][leaf][layer])
         # bfloat16 and float32 together are stacked as float32, which holds both.
         assert stacked.dtype == np.float32
         for found, tensor in zip(stacked, tensors, strict=True):
@@ -101,10 +102,10 @@ def test_bank_keeps_the_sources_own_dtype(tmp_path: Path) -> None:
     folders = [save(model, tmp_path / "a"), save(finetune(model, 1), tmp_path / "b")]
     sources, decoder = open_sources(folders)
     bank = load_bank(sources, decoder, spec_of("linear"))
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves((bank.layers, bank.shared))} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((bank.stacks, bank.shared))} == {"bfloat16"}
     for k, folder in enumerate(folders):
         np.testing.assert_array_equal(
-            np.asarray(bank.layers["up"][1, k], np.float32), state(folder)["model.layers.1.mlp.up_proj.weight"]
+            np.asarray(bank.stacks[LAYERS]["up"][1, k], np.float32), state(folder)["model.layers.1.mlp.up_proj.weight"]
         )
 
 
@@ -130,7 +131,7 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
         scores, tables = (
             (bank.shared_keep_keys, bank.shared_tables)
             if leaf == "embed"
-            else (bank.layer_keep_keys, bank.layer_tables)
+            else (bank.stack_keep_keys[LAYERS], bank.stack_tables[LAYERS])
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]
@@ -149,7 +150,7 @@ def test_progress_adds_up_to_the_bank(family: Family) -> None:
     sources, decoder = open_sources([family.base, *family.parents])
     told: list[int] = []
     bank = load_bank(sources, decoder, spec_of("task_arithmetic"), told.append)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((bank.layers, bank.shared)))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((bank.stacks, bank.shared)))
     assert sum(told) == bank_bytes(sources, decoder) == held
 
 

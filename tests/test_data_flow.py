@@ -224,7 +224,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
     model, _ = materialise_path(bank, path, spec.configs[0])
     written = state(write_path(path, spec, folders, tmp_path / "out"))
     for i in range(4):
-        found = np.asarray(model.layers["down"][i], np.float32)
+        found = np.asarray(model.stacks["layers"]["down"][i], np.float32)
         np.testing.assert_array_equal(found, written[f"model.layers.{i}.mlp.down_proj.weight"])
 
 
@@ -284,10 +284,10 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     paths = [random_path(rng, 7, steps, 0) for steps in (2, 4)]
     whole, begin, said = setting.paths().evaluate(paths), path_evaluation.embed_batch, []
 
-    def small(source: Any, tokens: np.ndarray, header: Any) -> Any:
+    def small(config: DecoderConfig, source: Any, tokens: np.ndarray, *rest: Any) -> Any:
         if tokens.size > largest // 2:
             raise jax.errors.JaxRuntimeError("INTERNAL: YNNPACK operation failed")
-        return begin(source, tokens, header)
+        return begin(config, source, tokens, *rest)
 
     monkeypatch.setattr(path_evaluation, "embed_batch", small)
     (batched_tasks,) = batch_tasks([setting.tasks], word_tokenizer(words()), 256, 256, (2,))
@@ -300,7 +300,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
     for name, metrics in whole.matrices.items():
         for metric, matrix in metrics.items():
             np.testing.assert_allclose(found.matrices[name][metric], matrix, rtol=0, atol=1e-5)
-    monkeypatch.setattr(path_evaluation, "embed_batch", lambda *given: small(None, np.zeros((9, 9)), None))
+    monkeypatch.setattr(path_evaluation, "embed_batch", lambda config, *rest: small(config, None, np.zeros((9, 9))))
     with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
         setting.paths().evaluate(paths)
 

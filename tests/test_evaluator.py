@@ -12,7 +12,6 @@ import torch
 from helpers import Family, build_family, load_torch, tiny_config, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, shared_leaves
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
@@ -23,8 +22,10 @@ from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator, arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models import decoder
+from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
 from evojax_merge.tasks import batches
@@ -248,7 +249,7 @@ def test_whole_weight_on_one_parent_scores_as_that_parent(family: Family) -> Non
     setting = Setting(family, "ties")
     stored = setting.evaluator().stored(load_stored(*open_sources([family.parents[0]])))
     recipes = setting.random_recipes(1)
-    for parameters in (recipes.layers, *recipes.shared.values()):
+    for parameters in (recipes.stacks[LAYERS], *recipes.shared.values()):
         parameters["weight"] = np.broadcast_to(np.float32([1, 0]), parameters["weight"].shape)
         parameters["density"] = np.ones_like(parameters["density"])
         parameters["lambda"] = np.ones_like(parameters["lambda"])
@@ -270,7 +271,7 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
 
         @jax.jit
         def run(source: Any) -> jax.Array:
-            columns = decoder.SequenceLayout(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["segment_ids"]))
+            columns = SequenceLayout(jnp.asarray(arrays["positions"]), jnp.asarray(arrays["segment_ids"]))
             hidden, _ = decoder.forward(ties.config, source, jnp.asarray(arrays["tokens"]), columns)
             return passes.logprobs_from_hidden(ties.config, source, hidden, arrays, None)[0]
 
@@ -285,8 +286,8 @@ def test_merged_head_in_tiles(ties: Setting, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_scores: TaskScores) -> None:
     recipes = jax.tree.map(np.copy, ties.recipes)
-    recipes.layers["weight"][0, 1] = np.nan
-    recipes.layers["lambda"][1] = 3e38
+    recipes.stacks[LAYERS]["weight"][0, 1] = np.nan
+    recipes.stacks[LAYERS]["lambda"][1] = 3e38
     for chunk in (1, POPULATION):
         scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
         found, expected = fitness(ties.tasks, scores), fitness(ties.tasks, ties_scores)

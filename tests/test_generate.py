@@ -103,7 +103,7 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
     scales = jnp.array([1.0, 0.7, 1.3])
 
     def scaled(factor: jax.Array) -> StackedWeights:
-        return StackedWeights({name: leaf * factor for name, leaf in stored.layers.items()}, stored.shared)
+        return StackedWeights(jax.tree.map(lambda leaf: leaf * factor, stored.stacks), stored.shared)
 
     expected = [greedy_tokens(config, scaled(factor), *prompts, NEW, ()) for factor in scales]
     assert len({row.tobytes() for row in expected}) == 3
@@ -138,7 +138,7 @@ def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: n
 def test_numbers_that_are_not_finite_are_marked(model: Any, prompts: Any) -> None:
     config, stored = model
     broken = StackedWeights(
-        stored.layers, stored.shared | {"final_norm": jnp.full_like(stored.shared["final_norm"], jnp.nan)}
+        stored.stacks, stored.shared | {"final_norm": jnp.full_like(stored.shared["final_norm"], jnp.nan)}
     )
     for window in (1, 3):
         assert (greedy_tokens(config, broken, *prompts, NEW, (), window, np.zeros((ROWS, 4))) == NONFINITE_ID).all()

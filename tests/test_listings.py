@@ -3,8 +3,8 @@
 import pytest
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.architectures import MODEL_TYPES
 from evojax_merge.cli import cli, run
+from evojax_merge.models.architecture import model_types
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.search.strategies.registry import strategy_names
@@ -41,7 +41,7 @@ def test_the_strategies_that_searches_use_are_listed(capsys: pytest.CaptureFixtu
 
 def test_every_architecture_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     text = listed("architectures", capsys)
-    for name in MODEL_TYPES:
+    for name in model_types():
         assert f"│ {name} " in text
 
 

@@ -12,18 +12,19 @@ import numpy as np
 import pytest
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, Leaf, dimensions, layer_leaves, shared_leaves
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.evaluator import arrays_of
 from evojax_merge.evaluation.passes import LazyMergeFactory
 from evojax_merge.models import decoder
+from evojax_merge.models.architecture import COMPONENTS, LAYERS, Leaf, dimensions, shared_leaves, stack_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
-from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
+from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig, RopeConfig
 from evojax_merge.tasks.batches import scoring_batches
 from evojax_merge.tasks.task import Row
 
 PARENTS = 2
-LLAMA = DecoderConfig(
+LLAMA = LlamaLikeConfig(
+    architecture="llama",
     hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, mlp=11008, vocab=32000, norm_eps=1e-5,
     activation="silu", rope=RopeConfig("default", 10000.0), windows=(NO_WINDOW,) * 32,
 )  # fmt: skip
@@ -35,31 +36,41 @@ def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def shape_of(leaf: Leaf, config: DecoderConfig) -> tuple[int, ...]:
+def shape_of(leaf: Leaf, config: LlamaLikeConfig) -> tuple[int, ...]:
     sizes = dimensions(config)
     return tuple(sizes[axis] for axis in leaf.shape)
 
 
-def abstract(config: DecoderConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
+def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
     """Shapes of a bank of a base and two parents, and of a chunk of recipes."""
     spec = MergeSpec(method, METHODS[method].options, 0, "float32")
     sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
-    layers, shared = layer_leaves(config), shared_leaves(config)
+    layers, shared = stack_leaves(config), shared_leaves(config)
     depth = config.layers
     statistics = statistics_of(spec)
     tables = {leaf.name: {name: array(depth, *rest) for name, rest in statistics.items()} for leaf in layers}
     bank = Bank(
-        {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers},
+        {LAYERS: {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers}},
         {leaf.name: array(sources, *shape_of(leaf, config)) for leaf in shared},
-        {leaf.name: array(depth, numbers, *shape_of(leaf, config), dtype=jnp.uint16) for leaf in layers if numbers},
+        {
+            LAYERS: {
+                leaf.name: array(depth, numbers, *shape_of(leaf, config), dtype=jnp.uint16)
+                for leaf in layers
+                if numbers
+            }
+        },
         {leaf.name: array(numbers, *shape_of(leaf, config), dtype=jnp.uint16) for leaf in shared if numbers},
-        tables,
+        {LAYERS: tables},
         {leaf.name: {name: array(*rest) for name, rest in statistics.items()} for leaf in shared},
         tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layers),
     )
     parameters = spec.method.parameters
     recipe = Recipe(
-        {p.name: array(chunk, depth, len(COMPONENTS), *([PARENTS] if p.per_parent else [])) for p in parameters},
+        {
+            LAYERS: {
+                p.name: array(chunk, depth, len(COMPONENTS), *([PARENTS] if p.per_parent else [])) for p in parameters
+            }
+        },
         {
             leaf.name: {p.name: array(chunk, *([PARENTS] if p.per_parent else [])) for p in parameters}
             for leaf in shared
@@ -80,7 +91,7 @@ def statistics_of(spec: MergeSpec) -> dict[str, tuple[int, ...]]:
     return {name: values.shape for name, values in found.items()}
 
 
-def temporaries(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS) -> int:
+def temporaries(config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS) -> int:
     bank, recipe, spec = abstract(config, method, chunk)
     tokens = np.random.default_rng(0).integers(0, config.vocab, (rows, WIDTH))
     (scoring,) = scoring_batches(
@@ -97,9 +108,9 @@ def floats(*parts: tuple[int, ...]) -> int:
     return 4 * sum(int(np.prod(part)) for part in parts)
 
 
-def bound(config: DecoderConfig, method: str, chunk: int, rows: int = ROWS) -> float:
+def bound(config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS) -> float:
     """1.1 x chunk x (K + 1 layer slices, one merged layer, activations, a tile of the head)."""
-    layer = floats(*(shape_of(leaf, config) for leaf in layer_leaves(config)))
+    layer = floats(*(shape_of(leaf, config) for leaf in stack_leaves(config)))
     tokens = rows * WIDTH
     # The state, what the MLP makes of it in three arrays, queries, keys, values, and what attention looks at.
     activations = floats(

@@ -19,7 +19,6 @@ from helpers import Family, build_family, finetune, load_torch, random_model, sa
 from merge_kernels import METHODS, Options
 
 from evojax_merge import pipeline
-from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES, shared_leaves
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -28,6 +27,7 @@ from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, plan
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
+from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves, tensors_of
 from evojax_merge.models.bank import MergeSpec, Recipe, take_candidate
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter
@@ -425,11 +425,13 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
     tensors = list(sources.folders[0].entries)
     rows = {row.name: row for row in plan(read, [layout(tensors)] * len(read.models))}
     assert set(rows) == set(tensors)
-    wanted = {leaf.tensor: recipe.shared[leaf.name] for leaf in SHARED_LEAVES if leaf.name in recipe.shared}
-    for leaf in LAYER_LEAVES:
-        for i in range(decoder.layers):
+    wanted = {}
+    for tensor, leaf, i in tensors_of(decoder):
+        if leaf.stack is None:
+            wanted[tensor] = recipe.shared[leaf.name]
+        else:
             c = COMPONENTS.index(leaf.component)
-            wanted[leaf.tensor.format(i=i)] = {key: values[i, c] for key, values in recipe.layers.items()}
+            wanted[tensor] = {key: values[i, c] for key, values in recipe.stacks[LAYERS].items()}
     for tensor, row in rows.items():
         for parameter, values in wanted[tensor].items():
             if METHODS[name].parameter(parameter).quantised:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
 
+from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.bounds import EDGE, from_unit, to_unit
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, component_groups, uniform_start
 from evojax_merge.spaces.search_parameters import search_parameters_of
@@ -136,7 +137,7 @@ def test_each_gene_moves_its_own_group_and_parent_and_nothing_else(
                     layers = range(block * per_group, min(5, (block + 1) * per_group))
                     columns = [NAMES.index(component) for component in components[part]]
                     expected[np.ix_(list(layers), columns, [parent])] = True
-                moved = {key: values[gene] != values[0] for key, values in recipes.layers.items()}
+                moved = {key: values[gene] != values[0] for key, values in recipes.stacks[LAYERS].items()}
                 np.testing.assert_array_equal(moved[name], expected)
                 others = [key for key in moved if key != name]
                 assert not any(moved[key].any() for key in others)
@@ -186,7 +187,7 @@ def test_densities_lie_on_the_grid() -> None:
     space = make_space()
     genomes = np.random.default_rng(0).uniform(-0.05, 1.05, (20, space.dims)).astype(np.float32)
     recipes = jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes))
-    for found in (recipes.layers["density"], recipes.shared["head"]["density"]):
+    for found in (recipes.stacks[LAYERS]["density"], recipes.shared["head"]["density"]):
         thousandths = np.asarray(found, np.float64) * 1000
         np.testing.assert_allclose(thousandths, np.rint(thousandths), atol=1e-3)
         np.testing.assert_array_equal(np.asarray(grid_index(found)), np.rint(thousandths))
@@ -252,7 +253,7 @@ def test_every_density_is_on_the_grid_whatever_its_name(name: str) -> None:
     space = make_space(name, search_parameters=(SearchParameter(key, 0.2, 0.8, (0.5,)),), fixed=constants)
     assert space.dims == len(space.groups) * (2 if name == "della" else 1)
     genomes = np.random.default_rng(0).uniform(-0.05, 1.05, (20, space.dims)).astype(np.float32)
-    found = np.asarray(jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes)).layers[key], np.float64)
+    found = np.asarray(jax.jit(jax.vmap(space.recipe))(jnp.asarray(genomes)).stacks[LAYERS][key], np.float64)
     assert found.shape == ((20, 5, 3, 2) if name == "della" else (20, 5, 3))
     np.testing.assert_allclose(found * 1000, np.rint(found * 1000), atol=1e-3)
     assert found.min() >= 0.2 - 1e-6
@@ -262,9 +263,9 @@ def test_every_density_is_on_the_grid_whatever_its_name(name: str) -> None:
         search_parameters=(SearchParameter("weight", 0.2, 0.8, (0.5,)),),
         fixed=(("density", (1.0,)), ("lambda", (1.0,))),
     )
-    moved = np.asarray(weights.recipe(jnp.full(weights.dims, 1 / 3)).layers["weight"], np.float64)
+    moved = np.asarray(weights.recipe(jnp.full(weights.dims, 1 / 3)).stacks[LAYERS]["weight"], np.float64)
     np.testing.assert_allclose(moved, 0.4, atol=1e-6)
-    off = np.asarray(weights.recipe(jnp.full(weights.dims, 0.1234567)).layers["weight"], np.float64) * 1000
+    off = np.asarray(weights.recipe(jnp.full(weights.dims, 0.1234567)).stacks[LAYERS]["weight"], np.float64) * 1000
     assert (np.abs(off - np.rint(off)) > 0.01).all()
 
 
@@ -286,17 +287,17 @@ def test_recipe_has_every_parameter_of_its_method() -> None:
     """Searched and fixed ones, per parent and common ones, for every component of every layer and shared leaf."""
     recipe = make_space().recipe(jnp.full(make_space().dims, 0.5))
     shapes = {"weight": (2,), "density": (2,), "lambda": ()}
-    assert {name: values.shape for name, values in recipe.layers.items()} == {
+    assert {name: values.shape for name, values in recipe.stacks[LAYERS].items()} == {
         name: (5, 3, *shape) for name, shape in shapes.items()
     }
     assert set(recipe.shared) == {"embed", "final_norm", "head"}
     for parameters in recipe.shared.values():
         assert {name: values.shape for name, values in parameters.items()} == shapes
-    assert (np.asarray(recipe.layers["lambda"]) == np.float32(1.2)).all()
+    assert (np.asarray(recipe.stacks[LAYERS]["lambda"]) == np.float32(1.2)).all()
 
     slerp = make_space("slerp", search_parameters=(SearchParameter("t", 0.0, 1.0, (0.5,)),), fixed=())
     assert slerp.dims == len(slerp.groups)
-    assert slerp.recipe(jnp.asarray(slerp.start)).layers["t"].shape == (5, 3)
+    assert slerp.recipe(jnp.asarray(slerp.start)).stacks[LAYERS]["t"].shape == (5, 3)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -312,11 +313,14 @@ def test_recipe_of_any_method_has_all_that_the_method_takes(name: str) -> None:
     assert space.start.shape == (space.dims,)
     assert space.start.dtype == np.float32
     recipe = jax.jit(space.recipe)(jnp.asarray(space.start))
-    assert set(recipe.layers) == {p.name for p in method.parameters}
+    assert set(recipe.stacks[LAYERS]) == {p.name for p in method.parameters}
     for parameter in method.parameters:
         shape = (parents,) if parameter.per_parent else ()
         expected = parameter.low if parameter.searched else float(parameter.default or 0.0)
-        for found, lead in ((recipe.layers[parameter.name], (5, 3)), (recipe.shared["head"][parameter.name], ())):
+        for found, lead in (
+            (recipe.stacks[LAYERS][parameter.name], (5, 3)),
+            (recipe.shared["head"][parameter.name], ()),
+        ):
             assert found.shape == (*lead, *shape)
             np.testing.assert_allclose(np.asarray(found), expected, atol=1e-6)
     if name in ("karcher", "model_stock"):
@@ -330,7 +334,7 @@ def test_fixed_parameters_may_differ_between_parents() -> None:
     )
     recipe = space.recipe(jnp.asarray(space.start))
     expected = np.broadcast_to(np.array([0.2, 0.9], np.float32), (5, 3, 2))
-    np.testing.assert_array_equal(np.asarray(recipe.layers["density"]), expected)
+    np.testing.assert_array_equal(np.asarray(recipe.stacks[LAYERS]["density"]), expected)
     assert space.dims == len(space.groups) * 2
 
 

@@ -133,5 +133,5 @@ def test_what_a_strategy_cannot_be_is_told(config):
 
     register_strategy("narrow", lambda settings: Narrow(settings.dims, 5, settings.sigma))
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
-    with pytest.raises(Failed, match=r"narrow asked for genomes of shape \[5, 1\]; expected \[5, 2\]"):
+    with pytest.raises(Failed, match=r"hill_climber asked for genomes of shape \[5, 1\]; expected \[5, 2\]"):
         search_pytrees(parents, lambda merged: merged["w"].sum(), strategy="narrow")

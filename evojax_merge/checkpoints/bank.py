@@ -4,16 +4,27 @@ Loading goes tensor by tensor out of memory-mapped files into arrays that were a
 needs more than the bank and one tensor. What a method has to measure is measured on the way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from merge_kernels import draw_uniform, tabulate
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, layer_leaves, shared_leaves
 from evojax_merge.checkpoints.parents import Sources
+from evojax_merge.models.architecture import (
+    COMPONENTS,
+    LAYERS,
+    Leaf,
+    architecture_of,
+    depths,
+    leaves_of,
+    shared_leaves,
+    stack_leaves,
+    tensors_of,
+)
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -22,7 +33,7 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# Leaves, scores and tables by the leaf's name.
+# Leaves, keep keys and tables by the leaf's name.
 _Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
@@ -44,8 +55,8 @@ def common_dtype(sources: Sources, tensor: str) -> np.dtype:
     return widest
 
 
-def put(name: str, array: np.ndarray) -> jax.Array:
-    """Onto the device. Waits, so that the host's copy can be forgotten before the next leaf is read."""
+def put(array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
+    """Onto the device, whole. Waits, so that the host's copy can be forgotten before the next leaf is read."""
     return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
 
@@ -54,30 +65,36 @@ def load_bank(
     config: DecoderConfig,
     spec: MergeSpec,
     progress: Progress = lambda done: None,
-    put: Callable[[str, np.ndarray], jax.Array] = put,
+    put: Callable[..., jax.Array] = put,
 ) -> Bank:
     """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor;
-    `put` brings a leaf, of which it is told the name, to where it belongs.
+    `put` brings an array to where it belongs, and is told the axis that is cut where devices share a model.
 
     `sources` must hold the base first where deltas are taken from one.
     """
-    layer: _Parts = ({}, {}, {})
+    layers = depths(config)
     shared: _Parts = ({}, {}, {})
+    stacks: dict[str, _Parts] = {stack: ({}, {}, {}) for stack in layers}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for leaf in layer_leaves(config) + shared_leaves(config):
-            in_layers = "{i}" in leaf.tensor
-            tensors = [leaf.tensor.format(i=i) for i in range(config.layers)] if in_layers else [leaf.tensor]
-            loaded = _load_leaf(tensors, sources, spec, pool, progress)
+        for leaf in leaves_of(config):
+            loaded = _load_leaf(leaf.tensors(layers), sources, spec, pool, progress)
+            if leaf.stack is None:
+                # It was loaded as a stack of one.
+                loaded = jax.tree.map(lambda x: x[0], loaded)
             # What was measured of a leaf has no axes of its own.
-            names = (leaf.name, leaf.name, "")
-            for part, value, name in zip(layer if in_layers else shared, loaded, names, strict=True):
+            axes = (leaf.sharded_axis, leaf.sharded_axis, None)
+            for part, value, axis in zip(
+                shared if leaf.stack is None else stacks[leaf.stack], loaded, axes, strict=True
+            ):
                 if value is not None:
-                    # A shared leaf was loaded as a stack of one.
-                    part[leaf.name] = jax.tree.map(
-                        lambda x, name=name, all_=in_layers: put(name, x if all_ else x[0]), value
-                    )
-    components = tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layer_leaves(config))
-    return Bank(layer[0], shared[0], layer[1], shared[1], layer[2], shared[2], components)
+                    part[leaf.name] = jax.tree.map(partial(put, sharded_axis=axis), value)
+    weights, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(3))
+    return Bank(weights, shared[0], keep_keys, shared[1], tables, shared[2], _components(config))
+
+
+def _components(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
+    """The row of the component axis of each leaf of a stack."""
+    return tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
 
 
 def _load_leaf(
@@ -113,67 +130,66 @@ def load_path_bank(
     sources: Sources, spec: PathSpec, compute_dtype: str, progress: Progress = lambda done: None
 ) -> PathBank:
     """Load all layers of all sources in one series, in their own dtypes. `progress` is told the bytes."""
-    origins, layers = spec.origins, {}
-    for leaf in layer_leaves(spec.configs[0]):
-        first = leaf.tensor.format(i=0)
+    origins, layers, config = spec.origins, {}, spec.configs[0]
+    for leaf in stack_leaves(config, LAYERS):
+        first = leaf.tensor_of(0)
         stack = aligned_empty((len(origins), *sources.shape(0, first)), common_dtype(sources, first))
         for row, (source, i) in zip(stack, origins, strict=True):
-            sources.read_into(source, leaf.tensor.format(i=i), row)
+            sources.read_into(source, leaf.tensor_of(i), row)
             progress(row.nbytes)
-        layers[leaf.name] = put(leaf.name, stack)
+        layers[leaf.name] = put(stack)
     shared = {}
-    for leaf in shared_leaves(spec.configs[0]):
+    for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
     windows = np.array([window for config in spec.configs for window in config.windows], np.int32)
-    return PathBank(layers, shared, jax.device_put(windows), origins, spec.export_dtype, compute_dtype)
+    outputs = frozenset(leaf.name for leaf in architecture_of(config).leaves if leaf.writes_residual)
+    return PathBank(layers, shared, jax.device_put(windows), origins, outputs, spec.export_dtype, compute_dtype)
+
+
+def _entries(sources: Sources, leaf: Leaf, layers: Mapping[str, int]) -> int:
+    """How many numbers of a leaf a source has."""
+    names = leaf.tensors(layers)
+    return len(names) * int(np.prod(sources.shape(0, names[0]), dtype=np.int64))
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     """Bytes that `load_bank` will report as progress."""
-    total = 0
-    for leaf in layer_leaves(config) + shared_leaves(config):
-        repeats = config.layers if "{i}" in leaf.tensor else 1
-        name = leaf.tensor.format(i=0)
-        size = int(np.prod(sources.shape(0, name), dtype=np.int64)) * common_dtype(sources, name).itemsize
-        total += repeats * size * len(sources.folders)
-    return total
+    layers = depths(config)
+    return len(sources.folders) * sum(
+        _entries(sources, leaf, layers) * common_dtype(sources, leaf.tensors(layers)[0]).itemsize
+        for leaf in leaves_of(config)
+    )
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
     """Bytes that a loaded bank takes: all sources, and the 16-bit numbers of each entry that a method prepares."""
-    total = bank_bytes(sources, config)
-    if isinstance(spec, PathSpec):
-        return total
-    count = len(sources.folders)
-    numbers = spec.method.keep_keys(count - int(spec.options.has_base))
-    entries = sum(
-        (config.layers if "{i}" in leaf.tensor else 1)
-        * int(np.prod(sources.shape(0, leaf.tensor.format(i=0)), dtype=np.int64))
-        for leaf in layer_leaves(config) + shared_leaves(config)
-    )
-    return total + numbers * entries * np.dtype(np.uint16).itemsize
+    layers, numbers = depths(config), spec.prepared_arrays(len(sources.folders))
+    entries = sum(_entries(sources, leaf, layers) for leaf in leaves_of(config))
+    return bank_bytes(sources, config) + numbers * entries * np.dtype(np.uint16).itemsize
 
 
 def load_stored(
     sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32"
 ) -> StackedWeights:
     """One source alone, as a stored model in its own dtype."""
-    layers = {}
-    for leaf in layer_leaves(config):
-        names = [leaf.tensor.format(i=i) for i in range(config.layers)]
-        stack = aligned_empty((config.layers, *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
-        for i, name in enumerate(names):
-            sources.read_into(source, name, stack[i])
-        layers[leaf.name] = put(leaf.name, stack)
-    shared = {leaf.name: jax.device_put(sources.read_finite(source, leaf.tensor)) for leaf in shared_leaves(config)}
-    return StackedWeights(layers, shared, compute_dtype)
+    layers = depths(config)
+    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in layers}
+    shared = {}
+    for leaf in leaves_of(config):
+        if leaf.stack is None:
+            shared[leaf.name] = jax.device_put(sources.read_finite(source, leaf.tensor))
+            continue
+        names = leaf.tensors(layers)
+        stack = aligned_empty((len(names), *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
+        for row, name in zip(stack, names, strict=True):
+            sources.read_into(source, name, row)
+        stacks[leaf.stack][leaf.name] = put(stack)
+    return StackedWeights(stacks, shared, compute_dtype)
 
 
 def stored_tensors(model: StackedWeights, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of a stored model under their Hugging Face names."""
-    for leaf in shared_leaves(config):
-        yield leaf.tensor, np.asarray(model.shared[leaf.name])
-    for i in range(config.layers):
-        for leaf in layer_leaves(config):
-            yield leaf.tensor.format(i=i), np.asarray(model.layers[leaf.name][i])
+    """The tensors of a stored model under the names that they have in a file."""
+    for name, leaf, layer in tensors_of(config):
+        values = model.shared[leaf.name] if leaf.stack is None else model.stacks[leaf.stack][leaf.name][layer]
+        yield name, np.asarray(values)

@@ -49,7 +49,6 @@ INDEX_FILE = "model.safetensors.index.json"
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
 FOREIGN_FILES = "consolidated*"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

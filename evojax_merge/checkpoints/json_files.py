@@ -1,25 +1,16 @@
 """Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them."""
 
 import json
-import reprlib
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 
 # The index of the largest checkpoints is some 20 MB; what is larger is no description of a model.
 LIMIT_BYTES = 64 << 20
 LIMIT_DEPTH = 64
-
-_short = reprlib.Repr()
-_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
-
-
-def shown(value: object) -> str:
-    """`repr(value)`, cut to what fits in a message; without line feeds or bytes that a terminal would obey."""
-    return _short.repr(value)
 
 
 def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[str, Any]:

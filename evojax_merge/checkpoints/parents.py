@@ -4,20 +4,14 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from evojax_merge.checkpoints.architectures import (
-    decoder_config,
-    dimensions,
-    layer_leaves,
-    shared_leaves,
-)
+from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.folder import (
-    EMBEDDING,
-    HEAD,
     Entry,
     Folder,
     copy_finite,
@@ -34,7 +28,36 @@ from evojax_merge.checkpoints.tokens import (
     check_same_vocabulary,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import (
+    EMBEDDING,
+    HEAD,
+    dimensions,
+    known_architecture,
+    tensors_of,
+)
 from evojax_merge.models.config import DecoderConfig
+
+
+@dataclass(frozen=True)
+class TokenTensors:
+    """The names in the file of the tensors whose rows belong to tokens; head: None where no model has one."""
+
+    embedding: str
+    head: str | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.embedding,) if self.head is None else (self.embedding, self.head)
+
+
+def token_tensors(model_type: object) -> TokenTensors:
+    """Those of an architecture; of one that is not known what most are named."""
+    architecture = known_architecture(model_type)
+    if architecture is None:
+        return TokenTensors("model.embed_tokens.weight", "lm_head.weight")
+    embedding, head = architecture.leaf(EMBEDDING), architecture.leaf(HEAD)
+    assert embedding is not None
+    return TokenTensors(embedding.tensor, None if head is None else head.tensor)
 
 
 @dataclass(frozen=True)
@@ -44,23 +67,31 @@ class Sources:
     folders: tuple[Folder, ...]
     vocabulary: Vocabulary | None = None
 
+    @cached_property
+    def token_tensors(self) -> TokenTensors:
+        return token_tensors(self.folders[0].config.get("model_type"))
+
     def name_in(self, source: int, tensor: str) -> str:
         """The tensor's name in that folder: a tied head is the embedding, whether or not a copy of it is stored."""
         folder = self.folders[source]
         tied = bool(folder.config.get("tie_word_embeddings", False))
-        return EMBEDDING if tensor == HEAD and tied else tensor
+        return self.token_tensors.embedding if tensor == self.token_tensors.head and tied else tensor
+
+    def has_rows(self, tensor: str) -> bool:
+        """Whether the tensor's rows belong to tokens."""
+        return tensor in self.token_tensors.names
 
     def entry(self, source: int, tensor: str) -> Entry:
         return self.folders[source].entries[self.name_in(source, tensor)]
 
     def shape(self, source: int, tensor: str) -> tuple[int, ...]:
         shape = self.entry(source, tensor).shape
-        return (self.vocabulary.size, *shape[1:]) if self.vocabulary is not None and has_rows(tensor) else shape
+        return (self.vocabulary.size, *shape[1:]) if self.vocabulary is not None and self.has_rows(tensor) else shape
 
     def read(self, source: int, tensor: str) -> np.ndarray:
         """One source's tensor, with its rows in the common order: in its own dtype, or float32 where rows are filled
         in from others."""
-        if self.vocabulary is None or not has_rows(tensor):
+        if self.vocabulary is None or not self.has_rows(tensor):
             return self.folders[source].read(self.name_in(source, tensor))
         donors = {model for parts in self.vocabulary.fills.values() for model, _ in parts}
         tensors = {s: self.folders[s].read(self.name_in(s, tensor)) for s in donors | {source}}
@@ -88,11 +119,6 @@ class Sources:
 
     def digest(self, source: int, tensor: str) -> bytes:
         return self.folders[source].digest(self.name_in(source, tensor))
-
-
-def has_rows(tensor: str) -> bool:
-    """Whether the tensor's rows belong to tokens."""
-    return tensor in (EMBEDDING, HEAD)
 
 
 def open_sources(paths: Sequence[Path], tokenizer: TokenizerChoice | None = None) -> tuple[Sources, DecoderConfig]:
@@ -154,11 +180,7 @@ def _check_layers_alike(folder: Folder, config: DecoderConfig, first: DecoderCon
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this config, by its Hugging Face name."""
     sizes = dimensions(config)
-    shapes = {leaf.tensor: tuple(sizes[d] for d in leaf.shape) for leaf in shared_leaves(config)}
-    for i in range(config.layers):
-        for leaf in layer_leaves(config):
-            shapes[leaf.tensor.format(i=i)] = tuple(sizes[d] for d in leaf.shape)
-    return shapes
+    return {name: tuple(sizes[axis] for axis in leaf.shape) for name, leaf, _ in tensors_of(config)}
 
 
 def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
@@ -171,7 +193,7 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
             which = f"which {reference} has" if missing[0] in first and s else "which its config asks for"
             raise InputError(folder.path, f"has no tensor {missing[0]}{more}, {which}")
-        extra = sorted(set(folder.entries) - set(shapes) - {HEAD})
+        extra = sorted(set(folder.entries) - set(shapes) - {sources.token_tensors.head})
         extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
         if extra:
             raise InputError(folder.path, f"holds a tensor that its architecture does not have: {extra[0]}")
@@ -186,32 +208,36 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
                 raise InputError(
                     folder.path,
                     f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}"
-                    f"{rows_differ(name, found, sources.shape(0, name))}",
+                    f"{rows_differ(sources, name, found, sources.shape(0, name))}",
                 )
             if found != expected:
                 raise InputError(folder.path, f"{name} has shape {list(found)}; its config says {list(expected)}")
 
 
-def rows_differ(tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """What to do, for a message, where two models differ in nothing but the number of their tokens' rows."""
-    if not has_rows(tensor) or found[1:] != expected[1:]:
+    if not sources.has_rows(tensor) or found[1:] != expected[1:]:
         return ""
     return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
 
 
 def _check_rows(folder: Folder, config: DecoderConfig) -> None:
     """A folder's embedding and head have as many rows as its config says, before anything aligns them."""
-    for name in (EMBEDDING, HEAD):
+    for name in token_tensors(config.architecture).names:
         entry = folder.entries.get(name)
         if entry is not None and entry.shape[:1] != (config.vocab,):
             raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")
 
 
 def _check_config(file: Path, found: DecoderConfig, expected: DecoderConfig) -> None:
-    # Of RoPE what differs, not all of it.
-    for part, one, other in (("rope.", found.rope, expected.rope), ("", found, expected)):
-        for field in fields(one):
-            own, first = getattr(one, field.name), getattr(other, field.name)
-            if own != first:
-                name = f"{part}{field.name}"
-                raise InputError(file, f"{name} is {own}, but {first} in the first model; expected the same")
+    # Of a part, such as RoPE, what differs, not all of it.
+    values = {field.name: (getattr(found, field.name), getattr(expected, field.name)) for field in fields(found)}
+    parts = {name: pair for name, pair in values.items() if is_dataclass(pair[0])}
+    inner = {
+        f"{name}.{field.name}": (getattr(own, field.name), getattr(first, field.name))
+        for name, (own, first) in parts.items()
+        for field in fields(own)
+    }
+    for name, (own, first) in (inner | values).items():
+        if own != first:
+            raise InputError(file, f"{name} is {own}, but {first} in the first model; expected the same")

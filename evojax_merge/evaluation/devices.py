@@ -24,9 +24,6 @@ from evojax_merge.models.bank import take_candidate
 MEMORY_SHARE = 0.8
 # Seconds after which a process that says nothing is taken to be dead.
 HEARTBEAT = 30
-# The axis of a leaf `[…, out, in]`, counted from its end, that is cut: what a layer reads from the hidden state is cut
-# by its outputs, what it writes back by its inputs, the vocabulary by its rows.
-TENSOR_PARALLEL_AXIS = {"q": -2, "k": -2, "v": -2, "gate": -2, "up": -2, "o": -1, "down": -1, "embed": -2, "head": -2}
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,12 @@ class Devices:
         others = f", process {self.process + 1} of {self.processes}" if self.processes > 1 else ""
         return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
 
-    def put(self, name: str, array: np.ndarray) -> jax.Array:
-        """A leaf of the bank on the devices: cut along `model` where it can be, else on each of them. Waits, so that
-        the host's copy can be forgotten before the next leaf is read."""
+    def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
+        """An array of the bank on the devices: cut along `model`, at an axis counted from its end, where it can be,
+        else on each of them. Waits, so that the host's copy can be forgotten before the next leaf is read."""
         if self.mesh is None:
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
-        axis, num_model_shards = TENSOR_PARALLEL_AXIS.get(name), self.mesh.shape["model"]
+        axis, num_model_shards = sharded_axis, self.mesh.shape["model"]
         axes: list[str | None] = [None] * array.ndim
         if axis is not None and array.ndim >= -axis and array.shape[axis] % num_model_shards == 0:
             axes[axis] = "model"

@@ -19,13 +19,12 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
     HeadSource,
     KVCache,
-    SequenceLayout,
     forward,
     logits,
-    prefix_layout,
     target_logprobs,
 )
 from evojax_merge.models.generate import DecodeState
+from evojax_merge.models.layers import SequenceLayout, prefix_layout
 from evojax_merge.models.sources import LazyMerge, StackedWeights, UnstackedWeights, lazy_merge
 from evojax_merge.tasks.task import LogitsFn
 

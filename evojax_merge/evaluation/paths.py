@@ -18,8 +18,9 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.evaluator import Evaluator, Progress, arrays_of, score_task
 from evojax_merge.evaluation.passes import logprobs_from_hidden
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import SequenceLayout, rms_norm
+from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.paths import (
     Activations,
     LayerPath,
@@ -81,7 +82,8 @@ def _score(
     config: DecoderConfig, logits_fn: LogitsFn | None, source: StackedWeights, rows: jax.Array, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What passes.score_states makes of the states after the last layer."""
-    return logprobs_from_hidden(config, source, rms_norm(rows, source.final_norm(), config.norm_eps), batch, logits_fn)
+    hidden = architecture_of(config).final_norm(config, source, rows)
+    return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
 
 
 @dataclass
@@ -181,7 +183,7 @@ class PathEvaluator:
         for parent in sorted({embedding_parent for _, embedding_parent in keys}):
             source = embedding_and_head(self.bank, parent)
             members = [i for i, (_, embedding_parent) in enumerate(keys) if embedding_parent == parent]
-            states = [embed_batch(source, batch.tokens, shared_prefix)]
+            states = [embed_batch(config, source, batch.tokens, layout, shared_prefix)]
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
                 states.append(self._run_layers(config, states[depth], layout, steps))

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evojax_merge.checkpoints.architectures import COMPONENTS, LAYER_LEAVES, SHARED_LEAVES
 from evojax_merge.config import (
     MAX_SEED,
     EvaluationConfig,
@@ -26,6 +25,8 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import COMPONENTS
+from evojax_merge.models.families.llama_like import LEAVES
 
 # How many layers a filter is tried on, to see that it takes all of them or none.
 PROBED_LAYERS = 100
@@ -147,10 +148,10 @@ def filter_components(path: Path, filters: list[str]) -> list[str]:
 
     members: dict[str, int] = {}
     names: dict[str, str] = {}
-    for leaf in LAYER_LEAVES + SHARED_LEAVES:
-        part = leaf.component if leaf in LAYER_LEAVES else leaf.name
+    for leaf in LEAVES:
+        part = leaf.name if leaf.stack is None else leaf.component
         for layer in range(PROBED_LAYERS):
-            tensor = leaf.tensor.format(i=layer)
+            tensor = leaf.tensor_of(layer)
             number, first = chosen(tensor), names.setdefault(part, tensor)
             if members.setdefault(part, number) != number:
                 raise InputError(

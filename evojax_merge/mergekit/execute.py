@@ -23,11 +23,9 @@ from merge_kernels import Method, Options, combine, draw_uniform
 from merge_kernels import prepare as prepare_tensor
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
-from evojax_merge.checkpoints.architectures import MODEL_TYPES, check_unquantised, check_values, comparable
+from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable
 from evojax_merge.checkpoints.folder import (
-    EMBEDDING,
     FLOAT_DTYPES,
-    HEAD,
     Folder,
     is_finite,
     is_float,
@@ -35,7 +33,7 @@ from evojax_merge.checkpoints.folder import (
     resolve,
 )
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.checkpoints.parents import Sources, check_alike, has_rows, rows_differ
+from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
@@ -48,6 +46,7 @@ from evojax_merge.checkpoints.writer import CARD, ShardWriter, TensorSpec, atomi
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.plan import Layout, TensorPlan, layout, output_layers, plan
 from evojax_merge.mergekit.schema import RecipeFile, TokenizerSetting
+from evojax_merge.models.architecture import LAYERS, Architecture, known_architecture
 
 Progress = Callable[[int], None]
 
@@ -136,7 +135,7 @@ def _merged_config(
     recipe: RecipeFile, sources: Sources, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
     """The first model's config, changed only in what the recipe changes. `tied`: whether the head is the embedding;
-    None where the model is not a known decoder, and its config is believed."""
+    None where the model is no decoder that can have one, and its config is believed."""
     leader = sources.folders[0]
     config = dict(leader.config)
     if not config:
@@ -217,7 +216,7 @@ def _open(
     recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None
 ) -> tuple[Sources, list[Layout], bool | None]:
     """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head of a decoder
-    is tied.
+    that can have one is tied.
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
@@ -230,46 +229,45 @@ def _open(
                 folder.path / "config.json",
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture",
             )
-    decoders = _are_decoders(folders)
+    decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
     for folder in folders:
         check_unquantised(folder.path / "config.json", folder.config)
-        if decoders:
+        if decoder is not None:
             check_values(folder.path / "config.json", folder.config)
     tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
-    if decoders:
-        # An untied head anywhere makes the merge untied.
-        tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
-        head = [] if tied else [HEAD]
-        names = [[n for n in own if n != HEAD and not n.endswith("rotary_emb.inv_freq")] + head for own in names]
+    if decoder is not None:
+        names = [[name for name in own if not name.endswith("rotary_emb.inv_freq")] for own in names]
+        head = sources.token_tensors.head
+        if head is not None:
+            # An untied head anywhere makes the merge untied.
+            tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
+            names = [[name for name in own if name != head] + ([] if tied else [head]) for own in names]
     layouts = [layout(own) for own in names]
-    if decoders:
-        _check_depths(folders, layouts)
+    if decoder is not None:
+        _check_depths(decoder, folders, layouts)
     if choice is None:
-        return Sources(folders), layouts, tied
-    if not decoders:
+        return sources, layouts, tied
+    if decoder is None:
         kind = first.config.get("model_type")
         raise InputError(recipe.path, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
-    vocabulary = align(paths, [folder.entries[EMBEDDING].shape[0] for folder in folders], choice)
+    vocabulary = align(paths, [folder.entries[sources.token_tensors.embedding].shape[0] for folder in folders], choice)
     return Sources(folders, vocabulary), layouts, tied
 
 
-def _check_depths(folders: Sequence[Folder], layouts: Sequence[Layout]) -> None:
+def _check_depths(architecture: Architecture, folders: Sequence[Folder], layouts: Sequence[Layout]) -> None:
     """The decoders' configs and tensors agree on the number of layers."""
+    stack = next(leaf.tensor.partition("{layer}")[0] for leaf in architecture.leaves if leaf.stack == LAYERS)
     for folder, one in zip(folders, layouts, strict=True):
-        found = len(one.stacks.get("model.layers.", {}))
+        found = len(one.stacks.get(stack, {}))
         said = folder.config.get("num_hidden_layers", found)
         if said != found:
             raise InputError(folder.path / "config.json", f"num_hidden_layers: {said}, but its tensors are of {found}")
 
 
-def _are_decoders(folders: Sequence[Folder]) -> bool:
-    return folders[0].config.get("model_type") in MODEL_TYPES
-
-
 def _check_configs(sources: Sources) -> None:
     """The configs mean the same layers, and the tokenizers the same rows where nothing aligns them."""
-    if _are_decoders(sources.folders):
+    if known_architecture(sources.folders[0].config.get("model_type")) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
         # They say it in other words, or they mean another thing: that takes a reading of what each value means.
         if any(other != first for other in others):
@@ -313,7 +311,7 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None
             raise InputError(
                 where,
                 f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}"
-                f"{rows_differ(own, sources.shape(s, own), expected)}",
+                f"{rows_differ(sources, own, sources.shape(s, own), expected)}",
             )
         if is_float(sources.entry(s, own).dtype) != is_float(sources.entry(first, name).dtype):
             raise InputError(
@@ -410,7 +408,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         return merged
     finally:
         for s, name in row.inputs:
-            if not has_rows(name):
+            if not sources.has_rows(name):
                 sources.release(s, name)
 
 

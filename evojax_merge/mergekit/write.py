@@ -3,7 +3,8 @@
 What is written reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,13 +12,45 @@ import numpy as np
 import yaml
 from merge_kernels import Method, Options
 
+from evojax_merge.models.architecture import COMPONENTS, LAYERS, Architecture, architecture_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
 
-# mergekit's filters are substrings of the tensor's name; the first that matches counts.
-COMPONENT_FILTERS = ("self_attn", ".mlp.", "layernorm")
-SHARED_FILTERS = {"embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head"}
+
+@dataclass(frozen=True)
+class Filters:
+    """mergekit's filters are substrings of a tensor's name; the first that matches counts. components: filters, and
+    which component each takes; shared: the filter of each leaf outside of the layers; residual: those of what a layer
+    writes to the residual stream."""
+
+    components: tuple[tuple[str, int], ...]
+    shared: Mapping[str, str]
+    residual: tuple[str, ...]
+
+
+def filters_of(architecture: Architecture) -> Filters:
+    """The filters that an architecture declares, else the names of its tensors."""
+    layer = [leaf for leaf in architecture.leaves if leaf.stack == LAYERS]
+    tails = {leaf.name: leaf.tensor.partition("{layer}")[2] for leaf in layer}
+    writers = [leaf.name for leaf in layer if leaf.writes_residual]
+
+    def residual(name: str) -> str:
+        """The module's name, or all of it where that is in other tensors' names too."""
+        *_, module, _ = tails[name].split(".")
+        return tails[name] if any(module in tail for other, tail in tails.items() if other not in writers) else module
+
+    declared = architecture.filters
+    # The longest first: one may be a part of another.
+    named = [(tails[leaf.name], COMPONENTS.index(leaf.component)) for leaf in layer]
+    components = [(declared[part], c) for c, part in enumerate(COMPONENTS)] if declared else sorted(
+        named, key=lambda pair: -len(pair[0])
+    )  # fmt: skip
+    return Filters(
+        tuple(components),
+        {leaf.name: declared.get(leaf.name, leaf.tensor) for leaf in architecture.shared},
+        tuple(dict.fromkeys(map(residual, writers))),
+    )
 
 
 def shortest_decimal(value: Any) -> float:
@@ -32,15 +65,18 @@ def recipe_document(
 
     `recipe` holds NumPy arrays of one candidate (see models.bank.Recipe).
     """
-    rows = [{name: np.asarray(values[i]) for name, values in recipe.layers.items()} for i in range(config.layers)]
+    architecture, layers = architecture_of(config), recipe.stacks[LAYERS]
+    first = {leaf.name for leaf in architecture.shared if leaf.component == "embedding"}
+    filters = filters_of(architecture)
+    rows = [{name: np.asarray(values[i]) for name, values in layers.items()} for i in range(config.layers)]
     shared = jax.tree.map(np.asarray, recipe.shared)
     starts = [i for i in range(config.layers) if i == 0 or any((rows[i][n] != rows[i - 1][n]).any() for n in rows[i])]
     slices = []
     for start, end in zip(starts, [*starts[1:], config.layers], strict=True):
-        extras = {"embed": shared["embed"]} if start == 0 else {}
+        extras = {name: values for name, values in shared.items() if start == 0 and name in first}
         if end == config.layers:
-            extras |= {name: values for name, values in shared.items() if name != "embed"}
-        slices.append(_slice_document(rows[start], extras, spec, base, parents, [start, end]))
+            extras |= {name: values for name, values in shared.items() if name not in first}
+        slices.append(_slice_document(filters, rows[start], extras, spec, base, parents, [start, end]))
     document: dict[str, Any] = {"merge_method": spec.method_name}
     if spec.options.has_base:
         document["base_model"] = base
@@ -61,11 +97,13 @@ def recipe_document(
 def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
     """A layer path as a passthrough merge: a slice per run of consecutive layers of one parent that add equally much.
 
-    Where a scale is not 1, `scale` multiplies what the layers write, `o_proj` and `down_proj`; all of it is mergekit's
-    own. Only where the embedding and head are not those of the first and last slice does it take a key of ours, `ends`.
+    Where a scale is not 1, `scale` multiplies what the layers write (a Llama's `o_proj` and `down_proj`); all of it is
+    mergekit's own. Only where the embedding and head are not those of the first and last slice does it take a key of
+    ours, `ends`.
     """
     steps = [(*spec.origins[m], shortest_decimal(f)) for m, f in zip(path.layers, path.residual_scales(), strict=True)]
     slices: list[dict[str, Any]] = []
+    residual = filters_of(architecture_of(spec.configs[0])).residual
     begun = 0
     for i in range(1, len(steps) + 1):
         parent, first, fold = steps[begun]
@@ -73,7 +111,7 @@ def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> di
             continue
         source: dict[str, Any] = {"model": parents[parent], "layer_range": [first, first + i - begun]}
         if fold != 1:
-            writers = [{"filter": name, "value": fold} for name in ("o_proj", "down_proj")]
+            writers = [{"filter": name, "value": fold} for name in residual]
             source["parameters"] = {"scale": [*writers, {"value": 1.0}]}
         slices.append({"sources": [source]})
         begun = i
@@ -101,6 +139,7 @@ def _switches(method: Method, options: Options) -> dict[str, Any]:
 
 
 def _slice_document(
+    filters: Filters,
     layer: dict[str, np.ndarray],
     shared: dict[str, dict[str, np.ndarray]],
     spec: MergeSpec,
@@ -116,8 +155,8 @@ def _slice_document(
             # On the grid: the decimal fraction itself, which counts the entries that the search counted.
             return round(float(value), 3) if method.parameter(name).quantised else shortest_decimal(value)
 
-        rows = [{"filter": SHARED_FILTERS[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
-        rows += [{"filter": wanted, "value": at(layer[name][c])} for c, wanted in enumerate(COMPONENT_FILTERS)]
+        rows = [{"filter": filters.shared[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
+        rows += [{"filter": wanted, "value": at(layer[name][c])} for wanted, c in filters.components]
         values = {row["value"] for row in rows}
         return values.pop() if len(values) == 1 else rows
 

@@ -1,6 +1,6 @@
 """What merges are made of: the bank of weights, what was measured of it, and recipes.
 
-Letters: L layers, S sources (the base first where the method needs one, then the K parents), P candidates,
+Letters: L layers of a stack, S sources (the base first where the method needs one, then the K parents), P candidates,
 C components of a layer (attention, mlp, norm), G densities of the search grid.
 """
 
@@ -33,6 +33,10 @@ class MergeSpec:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
+    def prepared_arrays(self, sources: int) -> int:
+        """How many 16-bit numbers are prepared for each entry of a bank of that many sources."""
+        return self.method.keep_keys(sources - int(self.options.has_base))
+
     def prepared_for(self, parents: int) -> dict[str, Any]:
         """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
         method = self.method
@@ -52,16 +56,17 @@ class MergeSpec:
 class Bank:
     """All sources' weights, in their own dtype, and what the method has to know of them.
 
-    layers: leaf -> `[L, S, …]`; shared: leaf -> `[S, …]`; what the kernels prepared: scores, `uint16[L, N, …]` and
-    `[N, …]` for the N arrays that the method has, and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the
-    density grid as last axis where the method has a density); empty where the method prepares nothing.
+    stacks: stack -> leaf -> `[L, S, …]`, of the L layers that this stack has; shared: leaf -> `[S, …]`, outside of the
+    layers; what the kernels prepared: keep keys, `uint16[L, N, …]` and `[N, …]` for the N arrays that the method has,
+    and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the density grid as last axis where the method has a
+    density); without a leaf where the method prepares nothing. components: each leaf's row of the component axis.
     """
 
-    layers: Leaves
+    stacks: dict[str, Leaves]
     shared: Leaves
-    layer_keep_keys: Leaves
+    stack_keep_keys: dict[str, Leaves]
     shared_keep_keys: Leaves
-    layer_tables: Tables
+    stack_tables: dict[str, Tables]
     shared_tables: Tables
     components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
 
@@ -72,10 +77,10 @@ class Bank:
 
 @struct.dataclass
 class Recipe:
-    """One merge. layers: parameter -> `float32[L, C, K]` (per parent) or `[L, C]`; shared: leaf -> parameter ->
-    `float32[K]` or `[]`. Densities lie on the search grid. A population has a leading axis P on every leaf."""
+    """One merge. stacks: stack -> parameter -> `float32[L, C, K]` (per parent) or `[L, C]`; shared: leaf -> parameter
+    -> `float32[K]` or `[]`. Densities lie on the search grid. A population has a leading axis P on every leaf."""
 
-    layers: Parameters
+    stacks: dict[str, Parameters]
     shared: dict[str, Parameters]
 
 

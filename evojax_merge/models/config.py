@@ -1,7 +1,7 @@
 """The shape and the switches of a decoder.
 
 `DecoderConfig` is static: it is hashable and serves as a compile-time constant of the forward pass.
-`checkpoints.architectures` builds it from a Hugging Face config.
+`checkpoints.config_file` has the architecture make it of a Hugging Face config.
 """
 
 import math
@@ -32,30 +32,38 @@ class RopeConfig:
     truncate: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A Llama-like decoder: RMSNorm before, rotary grouped-query attention, gated MLP.
+    """What the program reads of any decoder; an architecture's own config adds to it what its block reads.
 
-    `windows[i]` is how many positions layer i looks back on, itself included (`NO_WINDOW`: all).
-    `head_is_embedding` says that the output head is the transposed input embedding.
+    `architecture` is its model_type, by which it is looked up (models.architecture). `windows[i]` is how many positions
+    layer i looks back on, itself included (`NO_WINDOW`: all). `head_is_embedding` says that the output head is the
+    transposed input embedding.
     """
 
+    architecture: str
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    mlp: int
     vocab: int
+    windows: tuple[int, ...]
+    head_is_embedding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaLikeConfig(DecoderConfig):
+    """RMSNorm before, rotary grouped-query attention, gated MLP."""
+
+    mlp: int
     norm_eps: float
     activation: str
     rope: RopeConfig
-    windows: tuple[int, ...]
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    head_is_embedding: bool = False
 
 
 def _default_frequencies(theta: float, head_dim: int) -> np.ndarray:
@@ -91,7 +99,7 @@ def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return np.where(wavelength > low, keep / rope.factor, np.where(wavelength < high, keep, blended))
 
 
-def rope_frequencies(config: DecoderConfig, lengths: jax.Array) -> jax.Array:
+def rope_frequencies(config: LlamaLikeConfig, lengths: jax.Array) -> jax.Array:
     """Inverse frequencies `float32[B, head_dim/2]` for sequences of `lengths: int32[B]`.
 
     Only dynamic NTK scaling depends on the length; the others give the same row for every sequence.

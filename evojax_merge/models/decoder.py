@@ -2,7 +2,7 @@
 
 `forward` (prefill) scans over the layers and takes each layer's weights from a *layer source* (models.sources): stored
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
-Both run `decoder_block`, which is given how to attend.
+Both run the block of the config's architecture, which is given how to attend.
 
 Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values `[L, G, B, S,
 head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its matmuls read
@@ -19,25 +19,21 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evojax_merge.models.config import DecoderConfig, rope_frequencies
-
-Weights = dict[str, jax.Array]
-# Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer.
-KeyValue = tuple[jax.Array, jax.Array]
-CosSin = tuple[jax.Array, jax.Array]
-
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-}
+from evojax_merge.models.architecture import LAYERS, SharedWeights, architecture_of
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.layers import (
+    Attend,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    matmul,
+    matmul_transposed,
+    padded_layout,
+    prefix_layout,
+)
 
 # Rows of the LM head that are in memory at once while scoring.
 VOCAB_TILE = 8192
-# With fewer rows than this a matmul keeps the weights on its left (see `matmul`).
-GEMV_MAX_ROWS = 128
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 
@@ -52,22 +48,18 @@ class HeadSource(Protocol):
     def head(self, slices: Any) -> jax.Array: ...
 
 
-class LayerSource(HeadSource, Protocol):
-    """Where weights come from. `layers` has leading axis L on every leaf and is what the scan runs over."""
+class LayerSource(HeadSource, SharedWeights, Protocol):
+    """Where weights come from. `stacks[stack]` has leading axis L on every leaf and is what a scan runs over."""
 
     @property
-    def layers(self) -> Any: ...
+    def stacks(self) -> Any: ...
     def layer(self, slice_: Any) -> Weights: ...
-    def embed(self, tokens: jax.Array) -> jax.Array: ...
-    def final_norm(self) -> jax.Array: ...
 
 
-class MaterialisedSource(HeadSource, Protocol):
+class MaterialisedSource(HeadSource, SharedWeights, Protocol):
     """Weights that exist in memory, layer by layer."""
 
-    def each_layer(self) -> Sequence[Weights]: ...
-    def embed(self, tokens: jax.Array) -> jax.Array: ...
-    def final_norm(self) -> jax.Array: ...
+    def each_layer(self, stack: str) -> Sequence[Weights]: ...
 
 
 @struct.dataclass
@@ -81,99 +73,6 @@ class KVCache:
     def width(self) -> int:
         """S, how many columns there is room for."""
         return self.values.shape[-2]
-
-
-@struct.dataclass
-class SequenceLayout:
-    """positions: int32[B, T], each token's position in its sequence; segment_ids: int32[B, T], 0 for tokens that all
-    segments of a row attend to, a segment's number for tokens that it alone attends to, negative for padding."""
-
-    positions: jax.Array
-    segment_ids: jax.Array
-
-
-def padded_layout(width: int, left_pad: jax.Array, length: jax.Array) -> SequenceLayout:
-    """One sequence a row, in the columns from `left_pad: int32[B]` on, `length: int32[B]` of them."""
-    offsets = jnp.arange(width)[None, :] - left_pad[:, None]
-    return SequenceLayout(jnp.maximum(offsets, 0), jnp.where((offsets >= 0) & (offsets < length[:, None]), 0, -1))
-
-
-def prefix_layout(length: int) -> SequenceLayout:
-    """A prefix: one row, the same for the whole batch."""
-    return SequenceLayout(jnp.arange(length)[None], jnp.zeros((1, length), jnp.int32))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Parts of a block
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32."""
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight * (wide * scale).astype(x.dtype)
-
-
-def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """`x @ W.T` with `W: [out, in]`: `[..., out]` in `dtype`, by default the operands'."""
-    if x.size // x.shape[-1] >= GEMV_MAX_ROWS:
-        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-    # Few rows against large weights: a CPU computes W @ x.T up to a quarter faster.
-    return matmul_transposed(x, weight, dtype).T.reshape(*x.shape[:-1], -1)
-
-
-def matmul_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """`W @ x.T` with `W: [out, in]`: `[out, rows]`. The barriers keep the compiler from transposing it back."""
-    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    return jax.lax.optimization_barrier(jnp.einsum("oi,ib->ob", weight, columns, preferred_element_type=dtype))
-
-
-def dense(x: jax.Array, weights: Weights, name: str) -> jax.Array:
-    """`x @ W.T (+ b)` with `W: [out, in]`."""
-    y = matmul(x, weights[name])
-    bias = weights.get(f"{name}_bias")
-    return y if bias is None else y + bias
-
-
-def rope_cos_sin(config: DecoderConfig, positions: jax.Array, lengths: jax.Array) -> CosSin:
-    """cos and sin `[B, T, head_dim/2]` at `positions: [B, T]` of sequences of `lengths: [B]`."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, lengths)[:, None, :]
-    factor = config.rope.attention_factor
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rope_tables(config: DecoderConfig, layout: SequenceLayout) -> CosSin:
-    """cos and sin `[B, T, head_dim/2]` for a batch's layout."""
-    lengths = jnp.max(jnp.where(layout.segment_ids >= 0, layout.positions, 0), axis=1) + 1
-    return rope_cos_sin(config, layout.positions, lengths)
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding of `x: [B, T, heads, head_dim]`, halves paired as Hugging Face pairs them."""
-    first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def project_qkv(
-    config: DecoderConfig, weights: Weights, x: jax.Array, rope: CosSin
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries `[B, T, H, d]` and keys `[G, B, d, T]` with RoPE applied, and values `[G, B, T, d]`."""
-    with jax.named_scope("qkv"):
-        query, key, value = (
-            dense(x, weights, name).reshape(*x.shape[:2], -1, config.head_dim) for name in ("q", "k", "v")
-        )
-        if config.qk_norm:
-            query = rms_norm(query, weights["q_norm"], config.norm_eps)
-            key = rms_norm(key, weights["k_norm"], config.norm_eps)
-        cos, sin = (table.astype(x.dtype) for table in rope)
-        return apply_rope(query, cos, sin), apply_rope(key, cos, sin).transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
-
-
-def gated_mlp(config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Array:
-    with jax.named_scope("mlp"):
-        gate = ACTIVATIONS[config.activation](dense(x, weights, "gate"))
-        return dense(gate * dense(x, weights, "up"), weights, "down")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,21 +143,12 @@ def causal_attention(query: jax.Array, own: KVSegment, prefix: Sequence[KVSegmen
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A block, and the two ways through all of them
-
-# (queries, keys, values) -> attention output `[B, T, H * d]`, and the layer's keys and values to keep.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeyValue]]
+# The two ways through all layers
 
 
-def decoder_block(
-    config: DecoderConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
-) -> tuple[jax.Array, KeyValue]:
-    """One layer: the hidden states `[B, T, hidden]` after it, and the keys and values that `attend` kept."""
-    with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
-        attn_out, kept = attend(*project_qkv(config, weights, normed, rope))
-        x = x + dense(attn_out, weights, "o")
-    return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), kept
+def by_head(key: jax.Array, value: jax.Array) -> KeyValue:
+    """Keys and values `[B, T, G, d]` as a cache keeps them: `[G, B, d, T]` and `[G, B, T, d]`."""
+    return key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
 
 
 def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValue | None = None) -> Attend:
@@ -269,6 +159,7 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
         before = [KVSegment(*prefix, attention_mask(window, layout, prefix_layout(prefix[1].shape[1])))]
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, KeyValue]:
+        key, value = by_head(key, value)
         return causal_attention(query, KVSegment(key, value, mask), before), (key, value)
 
     return attend
@@ -304,24 +195,26 @@ def forward(
     tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
     follows.
     """
-    rope = rope_tables(config, layout)
+    architecture, slices = architecture_of(config), source.stacks[LAYERS]
+    tables = architecture.position_tables(config, layout)
 
     def layer(x: jax.Array, slice_: Any, rest: tuple[jax.Array, KVCache | None]) -> tuple[jax.Array, Any]:
         window, before = rest
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
         attend = prefill_attention(window, layout, shared)
-        x, kv = decoder_block(config, source.layer(slice_), x, rope, attend)
+        x, kv = architecture.block(config, source.layer(slice_), x, tables, attend)
         return x, kv if return_kv else None
 
     def at(index: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), source.layers)
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), slices)
 
-    x, rest = source.embed(tokens), (jnp.asarray(config.windows, jnp.int32), prefix)
+    x = architecture.embed(config, source, tokens, layout)
+    rest = (jnp.asarray(config.windows, jnp.int32), prefix)
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, rest)
     else:
-        x, kv = jax.lax.scan(lambda x, xs: layer(x, *xs), x, (source.layers, rest))
-    x = rms_norm(x, source.final_norm(), config.norm_eps)
+        x, kv = jax.lax.scan(lambda x, xs: layer(x, *xs), x, (slices, rest))
+    x = architecture.final_norm(config, source, x)
     return x, KVCache(*kv) if return_kv else None
 
 
@@ -341,18 +234,20 @@ def decode_step(
     Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. What those and later
     columns held before is not attended to.
     """
-    before = 0 if prefix is None else prefix.width
+    architecture, before = architecture_of(config), 0 if prefix is None else prefix.width
     (rows, count), width = tokens.shape, cache[0].width
     positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - left_pad[:, None]
     query_layout = SequenceLayout(positions, jnp.zeros_like(positions))
     # Each token as the last of its sequence, as if it came alone: dynamic RoPE looks at the length.
     single = SequenceLayout(positions.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32))
-    cos, sin = (table.reshape(rows, count, -1) for table in rope_tables(config, single))
+    tables = jax.tree.map(
+        lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.position_tables(config, single)
+    )
     cached = padded_layout(width, left_pad, width - left_pad)
     cached = SequenceLayout(before + cached.positions, cached.segment_ids)
-    x, caches = source.embed(tokens), []
+    x, caches = architecture.embed(config, source, tokens, query_layout), []
     # Not a scan: to pick a layer of a stack, be it weights or cache, a CPU copies it, which takes as long as to use it.
-    for index, (weights, layer_cache) in enumerate(zip(source.each_layer(), cache, strict=True)):
+    for index, (weights, layer_cache) in enumerate(zip(source.each_layer(LAYERS), cache, strict=True)):
         window = jnp.int32(config.windows[index])
         mask = attention_mask(window, query_layout, cached)
         behind = []
@@ -368,13 +263,14 @@ def decode_step(
             mask: jax.Array = mask,
             behind: Sequence[KVSegment] = tuple(behind),
         ) -> tuple[jax.Array, KeyValue]:
+            key, value = by_head(key, value)
             keys = update_kv_cache(old.keys, key, column, 3)
             values = update_kv_cache(old.values, value, column, 2)
             return gqa_attention(query, [*behind, KVSegment(keys, values, mask)]), (keys, values)
 
-        x, kv = decoder_block(config, weights, x, (cos, sin), attend)
+        x, kv = architecture.block(config, weights, x, tables, attend)
         caches.append(KVCache(*kv))
-    return rms_norm(x, source.final_norm(), config.norm_eps), tuple(caches)
+    return architecture.final_norm(config, source, x), tuple(caches)
 
 
 def update_kv_cache(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:

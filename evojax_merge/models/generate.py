@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import KVCache, SequenceLayout, decode_step, forward, greedy_token, padded_layout
+from evojax_merge.models.decoder import KVCache, decode_step, forward, greedy_token
+from evojax_merge.models.layers import SequenceLayout, padded_layout
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
 # Fills the output after a sequence has ended.

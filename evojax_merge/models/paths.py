@@ -2,33 +2,24 @@
 
 Letters: M layers of all parents in series, T steps of a path, K parents. A path visits layers in any order, any number
 of times, and scales the hidden state by a positive number before each. Behind an RMSNorm a scale only shows in how much
-a layer adds to the residual stream, so the scales are folded into the weights: each layer's `o` and `down` (biases too)
-are multiplied by one over the product of the scales up to it. That is the same model (up to the norms' epsilon), and an
-ordinary one.
+a layer adds to the residual stream, so the scales are folded into the weights: each layer's leaves that write to it (a
+Llama's `o` and `down`) are multiplied by one over the product of the scales up to it. That is the same model (up to the
+norms' epsilon), and an ordinary one.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import (
-    SequenceLayout,
-    Weights,
-    decoder_block,
-    prefill_attention,
-    prefix_layout,
-    rope_tables,
-)
+from evojax_merge.models.decoder import prefill_attention
+from evojax_merge.models.layers import SequenceLayout, Weights, prefix_layout
 from evojax_merge.models.sources import StackedWeights
-
-# The projections (and their biases) that write to the residual stream.
-RESIDUAL_OUTPUTS = ("o", "down", "o_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class LayerPath:
     embedding_parent: int = 0
 
     def residual_scales(self) -> np.ndarray:
-        """What each layer's `o` and `down` are multiplied by, float32[T]: one over the running product of scales."""
+        """What each layer adds is multiplied by, float32[T]: one over the running product of scales."""
         return (1.0 / np.cumprod(np.asarray(self.scales, np.float64))).astype(np.float32)
 
 
@@ -55,6 +46,10 @@ class PathSpec:
     export_dtype: str
     method_name = "path"
 
+    def prepared_arrays(self, sources: int) -> int:
+        """How many 16-bit numbers are prepared for each entry of the bank: none."""
+        return 0
+
     @property
     def origins(self) -> tuple[tuple[int, int], ...]:
         """Which parent's which layer each of the M layers is."""
@@ -63,13 +58,15 @@ class PathSpec:
 
 @struct.dataclass
 class PathBank:
-    """All layers of all parents in one series: layers: leaf -> `[M, …]`; shared: leaf -> K arrays `[…]`; windows:
-    int32[M]. `origins[m]`: which parent's which layer m is."""
+    """All layers of all parents in one series: layers: leaf -> `[M, …]`, of the stack that a path walks through;
+    shared: leaf -> K arrays `[…]`; windows: int32[M]. `origins[m]`: which parent's which layer m is.
+    `residual_outputs`: the leaves that a layer's scale is folded into."""
 
     layers: Weights
     shared: dict[str, tuple[jax.Array, ...]]
     windows: jax.Array
     origins: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+    residual_outputs: frozenset[str] = struct.field(pytree_node=False)
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
@@ -79,17 +76,22 @@ class PathBank:
 
     def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
         """Layer `index` with what it adds multiplied by `scale`."""
-        return {
-            name: self.rounded(scale * leaf[index].astype(jnp.float32) if name in RESIDUAL_OUTPUTS else leaf[index])
-            for name, leaf in self.layers.items()
-        }
+        return {name: self.rounded(self._scaled(name, leaf[index], scale)) for name, leaf in self.layers.items()}
+
+    def exported_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
+        """The same, in the export dtype."""
+        dtype = jnp.dtype(self.export_dtype)
+        return {name: self._scaled(name, leaf[index], scale).astype(dtype) for name, leaf in self.layers.items()}
+
+    def _scaled(self, name: str, leaf: jax.Array, scale: jax.Array) -> jax.Array:
+        return scale * leaf.astype(jnp.float32) if name in self.residual_outputs else leaf
 
 
 def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
     """One parent's embedding, final norm and LM head, rounded as they would be exported: a model without layers."""
     dtype = jnp.dtype(bank.export_dtype)
     return StackedWeights(
-        {}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype
+        {LAYERS: {}}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype
     )
 
 
@@ -102,10 +104,20 @@ class Activations:
     shared_prefix: jax.Array | None
 
 
-@jax.jit
-def embed_batch(source: StackedWeights, tokens: jax.Array, shared_prefix: jax.Array | None) -> Activations:
+@partial(jax.jit, static_argnums=0)
+def embed_batch(
+    config: DecoderConfig,
+    source: StackedWeights,
+    tokens: jax.Array,
+    layout: SequenceLayout,
+    shared_prefix: jax.Array | None,
+) -> Activations:
     """The activations before the first layer. shared_prefix: int32[1, H]."""
-    return Activations(source.embed(tokens), None if shared_prefix is None else source.embed(shared_prefix))
+    embed = partial(architecture_of(config).embed, config, source)
+    rows = embed(tokens, layout)
+    return Activations(
+        rows, None if shared_prefix is None else embed(shared_prefix, prefix_layout(shared_prefix.shape[1]))
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -123,7 +135,8 @@ def run_layers(
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
     and a step gives the same bits in whichever part of a path it is taken.
     """
-    rope = rope_tables(config, layout)
+    architecture = architecture_of(config)
+    tables = architecture.position_tables(config, layout)
 
     def step(i: jax.Array, state: Activations) -> Activations:
         weights, window = bank.scaled_layer(layers[i], residual_scales[i]), bank.windows[layers[i]]
@@ -131,9 +144,10 @@ def run_layers(
         if shared_prefix is not None:
             before = prefix_layout(shared_prefix.shape[1])
             attend = prefill_attention(window, before)
-            shared_prefix, kv = decoder_block(config, weights, shared_prefix, rope_tables(config, before), attend)
+            prefix_tables = architecture.position_tables(config, before)
+            shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
             prefix = (kv[0][:, 0], kv[1][:, 0])
-        rows, _ = decoder_block(config, weights, state.rows, rope, prefill_attention(window, layout, prefix))
+        rows, _ = architecture.block(config, weights, state.rows, tables, prefill_attention(window, layout, prefix))
         return Activations(rows, shared_prefix)
 
     return jax.lax.fori_loop(0, count, step, state)
@@ -151,19 +165,12 @@ def materialise_path(
     layers += [layers[0]] * (len(residual_scales) - len(layers))
     stacked = _scale_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
     windows = np.asarray(bank.windows)
-    model = StackedWeights(stacked, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype)
+    model = StackedWeights(
+        {LAYERS: stacked}, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype
+    )
     return model, replace(config, layers=len(layers), windows=tuple(int(windows[m]) for m in layers))
 
 
 @jax.jit
 def _scale_layers(bank: PathBank, layers: jax.Array, residual_scales: jax.Array) -> Weights:
-    def one(step: Any) -> Weights:
-        index, scale = step
-        return {
-            name: (scale * leaf[index].astype(jnp.float32) if name in RESIDUAL_OUTPUTS else leaf[index]).astype(
-                jnp.dtype(bank.export_dtype)
-            )
-            for name, leaf in bank.layers.items()
-        }
-
-    return jax.lax.map(one, (layers, residual_scales))
+    return jax.lax.map(lambda step: bank.exported_layer(*step), (layers, residual_scales))

@@ -5,7 +5,7 @@ a recipe when the scan asks for it, so that a candidate never exists as a whole;
 weights for decoding, where every token would redo the merge.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 from merge_kernels import combine, look_up
 
+from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
-from evojax_merge.models.decoder import Weights
+from evojax_merge.models.layers import Weights
 
 # Sources and scores of a leaf, or of some rows of it.
 Slices = tuple[jax.Array, jax.Array | None]
@@ -37,14 +38,14 @@ class _MaterialisedWeights:
     def layer(self, slice_: Weights) -> Weights:
         return {name: self._cast(leaf) for name, leaf in slice_.items()}
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        return self._cast(self.shared["embed"][tokens])
+    def rows(self, name: str, ids: jax.Array) -> jax.Array:
+        return self._cast(self.shared[name][ids])
 
-    def final_norm(self) -> jax.Array:
-        return self._cast(self.shared["final_norm"])
+    def leaf(self, name: str) -> jax.Array:
+        return self._cast(self.shared[name])
 
     def lm_head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(self.shared.get("head", self.shared["embed"]), start, rows)
+        return jax.lax.dynamic_slice_in_dim(self.shared.get(HEAD, self.shared[EMBEDDING]), start, rows)
 
     def head(self, slices: jax.Array) -> jax.Array:
         return self._cast(slices)
@@ -52,59 +53,65 @@ class _MaterialisedWeights:
 
 @struct.dataclass
 class StackedWeights(_MaterialisedWeights):
-    """A model with its layers stacked. layers: leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it is
-    untied)."""
+    """A model with its layers stacked. stacks: stack -> leaf -> `[L, …]`; shared: leaf -> `[…]` (`head` only where it
+    is untied)."""
 
-    layers: Weights
+    stacks: dict[str, Weights]
     shared: Weights
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
-    def each_layer(self) -> list[Weights]:
-        depth = len(next(iter(self.layers.values())))
-        return [self.layer({name: leaf[i] for name, leaf in self.layers.items()}) for i in range(depth)]
+    def each_layer(self, stack: str) -> Sequence[Weights]:
+        leaves = self.stacks[stack]
+        depth = len(next(iter(leaves.values()), ()))
+        return [self.layer({name: leaf[i] for name, leaf in leaves.items()}) for i in range(depth)]
 
     def unstack(self) -> "UnstackedWeights":
         """The same weights, each layer in arrays of its own."""
-        return UnstackedWeights(tuple(self.each_layer()), self.shared, self.compute_dtype)
+        per_layer = {stack: tuple(self.each_layer(stack)) for stack in self.stacks}
+        return UnstackedWeights(per_layer, self.shared, self.compute_dtype)
 
 
 @struct.dataclass
 class UnstackedWeights(_MaterialisedWeights):
-    """A model with each layer in arrays of its own, which a decode step takes one by one without copying."""
+    """A model with each layer in arrays of its own, which a decode step takes one by one without copying. per_layer:
+    stack -> leaf -> `[…]` of each of its layers."""
 
-    per_layer: tuple[Weights, ...]
+    per_layer: dict[str, tuple[Weights, ...]]
     shared: Weights
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
-    def each_layer(self) -> list[Weights]:
-        return list(self.per_layer)
+    def each_layer(self, stack: str) -> Sequence[Weights]:
+        return self.per_layer[stack]
 
 
 @struct.dataclass
 class LazyMerge:
     """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
 
-    statistics: what the recipe's densities find in the bank's tables, of layers and of shared leaves: leaf ->
+    statistics: what the recipe's densities find in the bank's tables, of each stack and of shared leaves: leaf ->
     statistic -> `[L, …]` and `[…]`.
     """
 
     bank: Bank
     recipe: Recipe
-    layer_statistics: Tables
+    stack_statistics: dict[str, Tables]
     shared_statistics: Tables
     spec: MergeSpec = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
     @property
-    def layers(self) -> Any:
+    def stacks(self) -> dict[str, Any]:
         bank = self.bank
-        return bank.layers, bank.layer_keep_keys, self.layer_statistics, self.recipe.layers
+        return {
+            stack: (leaves, bank.stack_keep_keys[stack], self.stack_statistics[stack], self.recipe.stacks[stack])
+            for stack, leaves in bank.stacks.items()
+        }
 
     @property
     def prefetch(self) -> bool:
         # An accelerator's compiler makes as fast code of a merge that picks its layer itself. Random numbers would take
         # the memory of another layer.
-        return jax.default_backend() == "cpu" and not self.bank.layer_keep_keys
+        return jax.default_backend() == "cpu" and not any(self.bank.stack_keep_keys.values())
 
     def layer(self, slice_: Any) -> Weights:
         return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.merge_layer(slice_).items()}
@@ -135,16 +142,16 @@ class LazyMerge:
     def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
         return self._merge(*slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
 
-    def embed(self, tokens: jax.Array) -> jax.Array:
-        picked = self._merge_shared("embed", self._shared("embed", lambda leaf: leaf[:, tokens]))
+    def rows(self, name: str, ids: jax.Array) -> jax.Array:
+        picked = self._merge_shared(name, self._shared(name, lambda leaf: leaf[:, ids]))
         return picked.astype(jnp.dtype(self.compute_dtype))
 
-    def final_norm(self) -> jax.Array:
-        return self._merge_shared("final_norm", self._shared("final_norm")).astype(jnp.dtype(self.compute_dtype))
+    def leaf(self, name: str) -> jax.Array:
+        return self._merge_shared(name, self._shared(name)).astype(jnp.dtype(self.compute_dtype))
 
     @property
     def _head(self) -> str:
-        return "head" if "head" in self.bank.shared else "embed"
+        return HEAD if HEAD in self.bank.shared else EMBEDDING
 
     def lm_head_rows(self, start: jax.Array | int, rows: int) -> Slices:
         return self._shared(self._head, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
@@ -155,9 +162,9 @@ class LazyMerge:
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype."""
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
-        layers = jax.vmap(self.merge_layer)(self.layers)
+        stacks = {stack: jax.vmap(self.merge_layer)(slices) for stack, slices in self.stacks.items()}
         shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
-        return StackedWeights(layers, shared, self.compute_dtype)
+        return StackedWeights(stacks, shared, self.compute_dtype)
 
 
 def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> LazyMerge:
@@ -168,13 +175,14 @@ def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str =
     def of_layer(name: str, table: Parameters, parameters: Parameters) -> Parameters:
         return dict(look_up(spec.method, table, _pick(parameters, component[name])))
 
-    layers = {
-        name: jax.vmap(partial(of_layer, name))(table, recipe.layers) for name, table in bank.layer_tables.items()
+    stacks = {
+        stack: {name: jax.vmap(partial(of_layer, name))(table, recipe.stacks[stack]) for name, table in tables.items()}
+        for stack, tables in bank.stack_tables.items()
     }
     shared = {
         name: dict(look_up(spec.method, table, recipe.shared[name])) for name, table in bank.shared_tables.items()
     }
-    return LazyMerge(bank, recipe, layers, shared, spec, compute_dtype)
+    return LazyMerge(bank, recipe, stacks, shared, spec, compute_dtype)
 
 
 def _pick(parameters: Parameters, component: int) -> Parameters:

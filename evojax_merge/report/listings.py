@@ -6,7 +6,7 @@ from merge_kernels import METHODS, Method, Parameter
 from rich.table import Table
 from rich.text import Text
 
-from evojax_merge.checkpoints.architectures import MODEL_TYPES
+from evojax_merge.models.architecture import model_types
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
@@ -33,7 +33,7 @@ def strategies_table() -> Table:
 
 def architectures_table() -> Table:
     table = _table("model_type", "search, evaluate", "merge")
-    for name in MODEL_TYPES:
+    for name in model_types():
         _row(table, name, "yes", "yes")
     _row(table, "any other", "no", "yes, where tensors and shapes match (safetensors)")
     return table

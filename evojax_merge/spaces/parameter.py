@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import DENSITY_STEPS, Method, grid_index
 
+from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Recipe
 from evojax_merge.spaces.bounds import from_unit, to_unit
 
@@ -179,7 +180,9 @@ class ParameterSpace:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
         per_group, groups = self.group_space.parameters(genome), self.shared_groups
         return Recipe(
-            layers={name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()},
+            stacks={
+                LAYERS: {name: self._by_layer(name, block)[:, self.component_ids] for name, block in per_group.items()}
+            },
             shared={leaf: {name: block[groups[leaf]] for name, block in per_group.items()} for leaf in self.shared},
         )
 

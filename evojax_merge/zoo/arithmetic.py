@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from evojax_merge.checkpoints.architectures import Leaf, decoder_config, layer_leaves, shared_leaves
 from evojax_merge.checkpoints.bank import stored_tensors
+from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
+from evojax_merge.models.architecture import Leaf, depths, dimensions, shared_leaves, stack_leaves
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import forward, logits, padded_layout
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
@@ -219,8 +221,6 @@ def japanese_records(sums: Sums) -> Iterator[dict[str, str]]:
 
 def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
     """Random weights: norms are one, the embedding is small, everything else is normal with variance 1 / fan-in."""
-    from evojax_merge.checkpoints.architectures import dimensions
-
     sizes = dimensions(config)
     rng = np.random.default_rng([seed, 1])
 
@@ -231,8 +231,11 @@ def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
         std = EMBEDDING_STD if leaf.name == "embed" else shape[-1] ** -0.5
         return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
 
-    layers = {leaf.name: draw(leaf, config.layers) for leaf in layer_leaves(config)}
-    return StackedWeights(layers, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
+    stacks = {
+        stack: {leaf.name: draw(leaf, depth) for leaf in stack_leaves(config, stack)}
+        for stack, depth in depths(config).items()
+    }
+    return StackedWeights(stacks, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
 
 
 def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array) -> jax.Array:

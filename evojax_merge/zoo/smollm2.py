@@ -29,7 +29,8 @@ from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_fold
 from evojax_merge.data_packages import opened_wheel
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import SequenceLayout, forward, logits
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
 from evojax_merge.tasks.records import Record, read_symbolic

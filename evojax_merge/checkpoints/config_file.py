@@ -1,0 +1,169 @@
+"""config.json -> the static config of a known architecture, read without believing the file.
+
+An attribute that the architecture's class in transformers declares, and that is neither read here nor at its default,
+raises: a model that loads is a model that is right. What the class does not declare cannot change its forward pass and
+is no reason to refuse, unless its very name says that another program's forward pass reads it.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.errors import InputError, shown
+from evojax_merge.models.architecture import Architecture, find_architecture
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config_keys import Expected
+
+# Attributes that classes declare, or that every trainer leaves, and that say nothing about the forward pass.
+IGNORED_KEYS = {
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
+    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, ...]]:
+    """Attributes of other families that change a forward pass, and the values with which they do not."""
+    one = (1.0,)
+    off = (0.0,)
+    return {
+        # Granite, MiniCPM, Falcon-H1, Cohere and others of maximal update parametrisation
+        "attention_in_multiplier": one, "attention_multiplier": (1.0, head_dim**-0.5), "attention_out_multiplier": one,
+        "dim_model_base": (1.0, float(hidden)), "embedding_multiplier": one, "embedding_scale": one,
+        "embeddings_multiplier": one, "key_multiplier": one, "lm_head_multiplier": one, "logit_scale": one,
+        "logits_multiplier": one, "logits_scaling": one, "mlp_multipliers": one, "mup_attn_multiplier": one,
+        "mup_embedding_multiplier": one, "mup_width_multiplier": one, "residual_multiplier": one,
+        "residual_scale": one, "scale_depth": (1.0, layers**0.5), "scale_emb": one,
+        # Gemma, Grok, OLMo, SmolLM3, Qwen-VL, nanotron
+        "attn_logit_softcapping": off, "clip_qkv": off, "final_logit_softcapping": off, "logits_soft_cap": off,
+        "no_rope_layer_interval": off, "no_rope_layers": one, "query_pre_attn_scalar": (float(head_dim),),
+        "rope_interleaved": off, "rotary_pct": one, "use_mrope": off,
+    }  # fmt: skip
+
+
+def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a decoder's config says of the layers themselves, as it says it: not how many there are, nor of how many
+    tokens."""
+    sizes = {"num_hidden_layers", "tie_word_embeddings", "vocab_size"}
+    read = set(find_architecture(config["model_type"]).keys) | set(_neutral(1, 1, 1))
+    return {key: value for key, value in config.items() if key in read - sizes}
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a decoder's config that its architecture does not read, and that are not everybody's."""
+    keys = find_architecture(config["model_type"]).keys
+    unread = [key for key in config if key not in keys and key not in IGNORED_KEYS]
+    for name, expected in keys.items():
+        if expected.keys:
+            unread += [f"{name}.{key}" for key in config.get(name) or {} if key not in expected.keys]
+    return sorted(unread)
+
+
+def check_unquantised(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError where a config says that the weights are quantised. `path`: that of the config."""
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            how = config[key].get("quant_method") if isinstance(config[key], dict) else None
+            by = "" if how is None else f" ({shown(how)})"
+            raise InputError(
+                path,
+                f"{key}: a quantised checkpoint{by} cannot be merged; use the unquantised model, or dequantise it "
+                "with transformers (model.dequantize(), then save_pretrained; remove the key)",
+            )
+
+
+def check_values(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError for a value of a decoder's config that cannot be, naming its key. `path`: that of the config.
+
+    Nothing is allocated that would grow with what a value says.
+    """
+    keys = find_architecture(config["model_type"]).keys
+    read = {key: keys[key] for key in config if key in keys and keys[key].read_if(config)}
+    for key, expected in read.items():
+        _check_value(path, key, config[key], expected)
+    for key, expected in read.items():
+        for inner, value in (config[key] or {}).items() if expected.keys else ():
+            if inner in expected.keys:
+                _check_value(path, f"{key}.{inner}", value, expected.keys[inner])
+
+
+def _check_value(path: Path, key: str, value: Any, expected: Expected) -> None:
+    if not expected.accepts(value):
+        raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
+
+
+def decoder_config(path: Path) -> DecoderConfig:
+    """Read `config.json`. Raises InputError for an unknown architecture, a value that cannot be, or an attribute that
+    matters and is not handled."""
+    raw = read_json_object(path, missing="expected a Hugging Face model folder with a config.json")
+    try:
+        architecture = find_architecture(raw.get("model_type"))
+    except ValueError as error:
+        raise InputError(path, str(error)) from None
+    check_unquantised(path, raw)
+    check_values(path, raw)
+    values = _declared_values(path, raw, architecture)
+    try:
+        config = architecture.read_config(values)
+    except ValueError as error:
+        raise InputError(path, str(error)) from None
+    for key, neutral in _neutral(config.head_dim, config.hidden, config.layers).items():
+        if key not in architecture.keys and not _is_neutral(raw.get(key), neutral):
+            raise InputError(
+                path,
+                f"{key}: {shown(raw[key])} changes the forward pass of another family; a {config.architecture} does "
+                f"not read it (expected {neutral[0]:g}, or no such key)",
+            )
+    return config
+
+
+def _declared_values(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """What the keys that an architecture reads are worth, defaults filled in: by its class in transformers where there
+    is one, which also spells RoPE's settings in one way."""
+    keys = architecture.keys
+    if architecture.config_class is None:
+        values = {**architecture.defaults, **{key: value for key, value in raw.items() if key in keys}}
+        missing = next((key for key in keys if key not in values), None)
+        if missing is not None:
+            raise InputError(path, f"{missing}: missing; expected {keys[missing].words}")
+        return values
+    import transformers
+
+    config_class = getattr(transformers, architecture.config_class)
+    _check_declared(path, raw, architecture, config_class)
+    try:
+        # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
+        read = keys.keys() | {field.name for field in dataclasses.fields(config_class)}
+        hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in read})
+        # As transformers does when it makes a model: only now `original_max_position_embeddings` outside counts.
+        hf.standardize_rope_params()
+    except Exception as error:  # whatever transformers' own validation raises is about the file
+        raise InputError(
+            path, f"not a valid {architecture.model_type} config: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return {key: getattr(hf, key) for key in keys if hasattr(hf, key)}
+
+
+def _check_declared(path: Path, raw: Mapping[str, Any], architecture: Architecture, config_class: Any) -> None:
+    """Raises InputError for what the class declares, or reads, and we know nothing of, unless it is at its default."""
+    declared = {field.name: field.default for field in dataclasses.fields(config_class)}
+    for key, value in raw.items():
+        known = key in architecture.keys or key in IGNORED_KEYS
+        # transformers reads per_layer_config whatever the family, and declares it nowhere.
+        if (key in declared and not known) or key == "per_layer_config":
+            default = declared.get(key)
+            if value != default and value not in (None, [], {}):
+                raise InputError(path, f"{key}: {shown(value)} is not supported (expected {default!r})")
+
+
+def _is_neutral(value: Any, neutral: tuple[float, ...]) -> bool:
+    if isinstance(value, list):
+        return all(_is_neutral(item, neutral) for item in value)
+    if value is None:
+        return True
+    return isinstance(value, int | float) and any(math.isclose(value, one, abs_tol=1e-12) for one in neutral)

@@ -1,0 +1,226 @@
+"""What an architecture is: its tensors, what its config means, and its forward pass in three functions.
+
+An `Architecture` is plain data. The families that come with the program are in models.families, a file each; one from
+outside is made known with `register_architecture`. Everything else (the bank, the evaluator, generation, layer paths,
+recipes, the export) asks the architecture, and has no branch for any of them.
+
+Letters: L layers of a stack, B rows of T tokens. Weights keep Hugging Face's orientation `[out, in]`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import jax
+
+from evojax_merge.errors import nearest, shown
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config_keys import Expected
+from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
+
+# The stack of layers that the forward pass of a decoder runs through.
+LAYERS = "layers"
+# The components of a layer, in the order of the recipe's component axis.
+COMPONENTS = ("attention", "mlp", "norm")
+# Leaves that every architecture has, and one that it may have: the LM head, where it is not the embedding.
+EMBEDDING, FINAL_NORM, HEAD = "embed", "final_norm", "head"
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor, or one of each layer of a stack.
+
+    name: in the pytree; tensor: in the file, with `{layer}` where it is of a stack; component: of a stack one of
+    `COMPONENTS`, else embedding, norm or head; shape: in the names of `Architecture.dimensions`; stack: which, None
+    for a leaf outside of the layers. sharded_axis: the axis of `[…, out, in]`, counted from its end, that is cut where
+    devices share a model (what a layer reads from the hidden state by its outputs, what it writes back by its inputs,
+    the vocabulary by its rows; None: each device has all of it). writes_residual: whether what a layer adds to the
+    residual stream is proportional to it (together with the others of whom that is said), so that a layer path's
+    scale can be folded into it. present_if: whether a model of a config has it.
+    """
+
+    name: str
+    tensor: str
+    component: str
+    shape: tuple[str, ...]
+    stack: str | None = None
+    sharded_axis: int | None = None
+    writes_residual: bool = False
+    present_if: Callable[[Any], bool] = lambda config: True
+
+    def tensor_of(self, layer: int) -> str:
+        """The tensor's name in the file, of a layer."""
+        return self.tensor.replace("{layer}", str(layer))
+
+    def tensors(self, depths: Mapping[str, int]) -> list[str]:
+        """The names of all its tensors in the file; depths: how many layers a stack has."""
+        return [self.tensor] if self.stack is None else [self.tensor_of(i) for i in range(depths[self.stack])]
+
+
+class SharedWeights(Protocol):
+    """The leaves outside of the layers: in memory, or merged when they are asked for."""
+
+    def leaf(self, name: str) -> jax.Array: ...
+    def rows(self, name: str, ids: jax.Array) -> jax.Array:
+        """`[…, *]`: the rows `ids: int32[…]` of a leaf `[n, *]`. Of a merge no others are computed."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """What the program has to know of a family of models.
+
+    model_type: as in config.json. leaves: all tensors; `embed` `[vocab, hidden]` and `final_norm` are among them, and
+    `head` `[vocab, hidden]` where it may be untied. A model whose head is the embedding (config.head_is_embedding) has
+    no `head`.
+
+    keys: the keys of config.json that its forward pass reads, and what each must be. config_class: the name of its
+    class in transformers, which then fills in defaults, and tells what else could matter; without one, defaults: the
+    values of keys that may be missing. read_config: those keys with their values -> the static config; raises
+    ValueError, whose text is shown behind the file's name.
+
+    dimensions: the sizes that the leaves' shapes are written in. depths: how many layers each stack has.
+
+    embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. position_tables:
+    (config, layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`).
+    block: (config, a layer's weights, hidden states, position tables, attend) -> the hidden states after it, and what
+    `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm: (config,
+    weights, hidden states) -> what the head's rows are multiplied with.
+
+    filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
+    the layers; by default their whole names.
+    """
+
+    model_type: str
+    leaves: tuple[Leaf, ...]
+    keys: Mapping[str, Expected]
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    dimensions: Callable[[Any], Mapping[str, int]]
+    embed: Callable[[Any, SharedWeights, jax.Array, SequenceLayout], jax.Array]
+    position_tables: Callable[[Any, SequenceLayout], Any]
+    block: Callable[[Any, Weights, jax.Array, Any, Attend], tuple[jax.Array, KeyValue]]
+    final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
+    config_class: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
+    filters: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problem = _complaint(self.leaves, self.filters)
+        if problem is not None:
+            raise ValueError(f"architecture {self.model_type}: {problem}")
+
+    def leaf(self, name: str) -> Leaf | None:
+        """The leaf of that name, if there is one."""
+        return next((leaf for leaf in self.leaves if leaf.name == name), None)
+
+    @property
+    def shared(self) -> tuple[Leaf, ...]:
+        """The leaves outside of the layers, whether or not a model has them."""
+        return tuple(leaf for leaf in self.leaves if leaf.stack is None)
+
+
+def _complaint(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | None:
+    """What is wrong with the leaves of an architecture, if anything."""
+    names = [leaf.name for leaf in leaves]
+    double = next((name for name in names if names.count(name) > 1), None)
+    if double is not None:
+        return f"two leaves are named {double!r}"
+    missing = next((name for name in (EMBEDDING, FINAL_NORM) if name not in names), None)
+    if missing is not None:
+        return f"has no leaf {missing!r}"
+    for leaf in leaves:
+        known = COMPONENTS if leaf.stack is not None else ("embedding", "norm", "head")
+        if leaf.component not in known:
+            return f"leaf {leaf.name!r}: component {leaf.component!r}; expected one of {', '.join(known)}"
+        if (leaf.stack is None) == ("{layer}" in leaf.tensor):
+            return (
+                f"leaf {leaf.name!r}: expected {{layer}} in the tensor's name where the leaf is of a stack, only there"
+            )
+    named = {*COMPONENTS, *(leaf.name for leaf in leaves if leaf.stack is None)}
+    return (
+        f"filters: expected one for each of {', '.join(sorted(named))}" if filters and filters.keys() != named else None
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The registry
+
+
+@cache
+def _registry() -> dict[str, Architecture]:
+    from evojax_merge.models.families import FAMILIES
+
+    return {family.model_type: family for family in FAMILIES}
+
+
+def register_architecture(architecture: Architecture) -> Architecture:
+    """Make an architecture known: checkpoints of its model_type are then searched, evaluated and merged like those of
+    the families that come with the program. Raises ValueError where another has that model_type: what is compiled
+    knows an architecture by it."""
+    if _registry().setdefault(architecture.model_type, architecture) is not architecture:
+        raise ValueError(f"architecture {architecture.model_type!r} is registered already")
+    return architecture
+
+
+def model_types() -> tuple[str, ...]:
+    """The model_type of every known architecture."""
+    return tuple(_registry())
+
+
+def known_architecture(model_type: object) -> Architecture | None:
+    """The architecture of a model_type, as a config gives it; None where there is none."""
+    return _registry().get(model_type) if isinstance(model_type, str) else None
+
+
+def find_architecture(model_type: object) -> Architecture:
+    """The architecture of a model_type, as a config gives it. Raises ValueError with the nearest known name."""
+    found = known_architecture(model_type)
+    if found is None:
+        near = nearest(model_type, model_types()) if isinstance(model_type, str) else None
+        hint = "" if near is None else f" (did you mean '{near}'?)"
+        raise ValueError(f"model_type is {shown(model_type)}{hint}; expected one of {', '.join(model_types())}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A model of a config
+
+
+def architecture_of(config: DecoderConfig) -> Architecture:
+    return find_architecture(config.architecture)
+
+
+def dimensions(config: DecoderConfig) -> Mapping[str, int]:
+    """The sizes that the shapes of the leaves are written in."""
+    return architecture_of(config).dimensions(config)
+
+
+def depths(config: DecoderConfig) -> Mapping[str, int]:
+    """How many layers each stack has."""
+    return architecture_of(config).depths(config)
+
+
+def leaves_of(config: DecoderConfig) -> list[Leaf]:
+    """The leaves that a model of this config has."""
+    return [leaf for leaf in architecture_of(config).leaves if leaf.present_if(config)]
+
+
+def stack_leaves(config: DecoderConfig, stack: str = LAYERS) -> list[Leaf]:
+    """Those of a stack."""
+    return [leaf for leaf in leaves_of(config) if leaf.stack == stack]
+
+
+def shared_leaves(config: DecoderConfig) -> list[Leaf]:
+    """Those outside of the layers."""
+    return [leaf for leaf in leaves_of(config) if leaf.stack is None]
+
+
+def tensors_of(config: DecoderConfig) -> Iterator[tuple[str, Leaf, int]]:
+    """Every tensor of a model of this config: its name in the file, its leaf, and of which layer it is (0 for those
+    outside of the layers, which come first)."""
+    yield from ((leaf.tensor, leaf, 0) for leaf in shared_leaves(config))
+    for stack, depth in depths(config).items():
+        leaves = stack_leaves(config, stack)
+        yield from ((leaf.tensor_of(i), leaf, i) for i in range(depth) for leaf in leaves)

@@ -1,0 +1,62 @@
+"""What the value of a key in a config.json must be: a test, and the words for it in a message."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from evojax_merge.models.config import NO_WINDOW
+
+# Layers beyond this number are a slip or a trap: tables as long as the model is deep are made before a tensor is read.
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Expected:
+    """accepts: whether a value can be; words: what is expected, for a message; keys: those that are read of a mapping,
+    and what each must be; read_if: whether the value is read at all, given the whole config."""
+
+    accepts: Callable[[Any], bool]
+    words: str
+    keys: Mapping[str, "Expected"] = field(default_factory=dict)
+    read_if: Callable[[Mapping[str, Any]], bool] = lambda config: True
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole(low: int, high: int) -> Expected:
+    return Expected(
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"a whole number from {low:,} to {high:,}",
+    )
+
+
+def above(low: float) -> Expected:
+    # A comparison that NaN and infinity fail.
+    return Expected(lambda value: is_number(value) and low < value <= 1e30, f"a finite number above {low:g}")
+
+
+def one_of(*names: str) -> Expected:
+    return Expected(lambda value: value in names, f"one of {', '.join(names)}")
+
+
+def mapping(keys: Mapping[str, Expected]) -> Expected:
+    return Expected(lambda value: isinstance(value, dict), "a mapping", keys)
+
+
+def or_null(expected: Expected) -> Expected:
+    return replace(
+        expected, accepts=lambda value: value is None or expected.accepts(value), words=f"null or {expected.words}"
+    )
+
+
+SIZE = whole(1, 2**31 - 1)
+SWITCH = Expected(lambda value: isinstance(value, bool), "true or false")
+TEXT = Expected(lambda value: isinstance(value, str), "a text")
+TEXTS = Expected(
+    lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value), "a list of texts"
+)
+EPSILON = Expected(lambda value: is_number(value) and 0 <= value < 1, "a number from 0 to 1")
+DEPTH = whole(1, MOST_LAYERS)
+CONTEXT = whole(1, NO_WINDOW)

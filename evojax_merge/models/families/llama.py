@@ -1,0 +1,16 @@
+"""Llama, and the many models that say they are one: biases where the config says so, no windows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import SWITCH
+from evojax_merge.models.families.llama_like import llama_like, read_config
+
+
+def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
+    bias = hf["attention_bias"]
+    return read_config("llama", hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
+
+
+LLAMA = llama_like("llama", "LlamaConfig", {"attention_bias": SWITCH, "mlp_bias": SWITCH}, read)

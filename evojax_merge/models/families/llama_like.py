@@ -1,0 +1,345 @@
+"""What Llama, Mistral and Qwen share: the tensors, the forward pass, and the reading of their configs.
+
+RMSNorm before attention and MLP, rotary grouped-query attention (with a sliding window in some layers), gated MLP.
+Where the families differ their configs say it: biases, norms of queries and keys, windows.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from evojax_merge.errors import shown
+from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
+from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig, RopeConfig
+from evojax_merge.models.config_keys import (
+    CONTEXT,
+    DEPTH,
+    EPSILON,
+    SIZE,
+    SWITCH,
+    TEXT,
+    TEXTS,
+    Expected,
+    above,
+    is_number,
+    mapping,
+    one_of,
+    or_null,
+    whole,
+)
+from evojax_merge.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope,
+    dense,
+    dense_heads,
+    rms_norm,
+    rope_tables,
+)
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def _layer_leaves() -> tuple[Leaf, ...]:
+    layer = "model.layers.{layer}."
+    attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+    rows = [
+        Leaf("attention_norm", f"{layer}input_layernorm.weight", "norm", ("hidden",)),
+        Leaf("mlp_norm", f"{layer}post_attention_layernorm.weight", "norm", ("hidden",)),
+    ]
+    for name, out in (("q", "queries"), ("k", "keys"), ("v", "keys")):
+        rows += [
+            Leaf(name, f"{attention}{name}_proj.weight", "attention", (out, "hidden"), sharded_axis=-2),
+            Leaf(f"{name}_bias", f"{attention}{name}_proj.bias", "attention", (out,), present_if=lambda c: c.qkv_bias),
+        ]
+    rows += [
+        Leaf(
+            "o", f"{attention}o_proj.weight", "attention", ("hidden", "queries"), sharded_axis=-1, writes_residual=True
+        ),
+        Leaf(
+            "o_bias", f"{attention}o_proj.bias", "attention", ("hidden",), writes_residual=True,
+            present_if=lambda c: c.o_bias,
+        ),
+        Leaf("q_norm", f"{attention}q_norm.weight", "attention", ("head_dim",), present_if=lambda c: c.qk_norm),
+        Leaf("k_norm", f"{attention}k_norm.weight", "attention", ("head_dim",), present_if=lambda c: c.qk_norm),
+    ]  # fmt: skip
+    for name in ("gate", "up"):
+        rows += [
+            Leaf(name, f"{mlp}{name}_proj.weight", "mlp", ("mlp", "hidden"), sharded_axis=-2),
+            Leaf(f"{name}_bias", f"{mlp}{name}_proj.bias", "mlp", ("mlp",), present_if=lambda c: c.mlp_bias),
+        ]
+    rows += [
+        Leaf("down", f"{mlp}down_proj.weight", "mlp", ("hidden", "mlp"), sharded_axis=-1, writes_residual=True),
+        Leaf(
+            "down_bias", f"{mlp}down_proj.bias", "mlp", ("hidden",), writes_residual=True,
+            present_if=lambda c: c.mlp_bias,
+        ),
+    ]  # fmt: skip
+    return tuple(replace(row, stack=LAYERS) for row in rows)
+
+
+LEAVES = (
+    *_layer_leaves(),
+    Leaf("embed", "model.embed_tokens.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
+    Leaf("final_norm", "model.norm.weight", "norm", ("hidden",)),
+    Leaf(
+        "head", "lm_head.weight", "head", ("vocab", "hidden"), sharded_axis=-2,
+        present_if=lambda c: not c.head_is_embedding,
+    ),
+)  # fmt: skip
+# As mergekit's users write them.
+FILTERS = {
+    "attention": "self_attn", "mlp": ".mlp.", "norm": "layernorm",
+    "embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head",
+}  # fmt: skip
+
+
+def dimensions(config: LlamaLikeConfig) -> dict[str, int]:
+    return {
+        "hidden": config.hidden,
+        "queries": config.heads * config.head_dim,
+        "keys": config.kv_heads * config.head_dim,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp,
+        "vocab": config.vocab,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The forward pass
+
+
+def embed(config: LlamaLikeConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+    return source.rows("embed", tokens)
+
+
+def project_qkv(
+    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries `[B, T, H, d]` and keys `[B, T, G, d]` with RoPE applied, and values `[B, T, G, d]`."""
+    with jax.named_scope("qkv"):
+        query, key, value = (dense_heads(x, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        if config.qk_norm:
+            query = rms_norm(query, weights["q_norm"], config.norm_eps)
+            key = rms_norm(key, weights["k_norm"], config.norm_eps)
+        cos, sin = (table.astype(x.dtype) for table in rope)
+        return apply_rope(query, cos, sin), apply_rope(key, cos, sin), value
+
+
+def gated_mlp(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    with jax.named_scope("mlp"):
+        gate = ACTIVATIONS[config.activation](dense(x, weights, "gate"))
+        return dense(gate * dense(x, weights, "up"), weights, "down")
+
+
+def block(
+    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        attn_out, kept = attend(*project_qkv(config, weights, normed, rope))
+        x = x + dense(attn_out, weights, "o")
+    return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), kept
+
+
+def final_norm(config: LlamaLikeConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
+    return rms_norm(x, source.leaf("final_norm"), config.norm_eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# config.json
+
+_ONE = Expected(lambda value: is_number(value) and value == 1, "1")
+_MSCALE = Expected(lambda value: is_number(value) and 0 <= value <= 1e6, "a number from 0 to 1,000,000")
+_ROPE = or_null(
+    mapping(
+        {
+            "attention_factor": or_null(above(0)),
+            "beta_fast": or_null(above(0)),
+            "beta_slow": or_null(above(0)),
+            "factor": or_null(above(0)),
+            "high_freq_factor": or_null(above(0)),
+            "low_freq_factor": or_null(above(0)),
+            "mscale": or_null(_MSCALE),
+            "mscale_all_dim": or_null(_MSCALE),
+            "original_max_position_embeddings": or_null(CONTEXT),
+            "partial_rotary_factor": or_null(_ONE),
+            "rope_theta": above(1),
+            "rope_type": TEXT,
+            "truncate": SWITCH,
+            "type": TEXT,
+        }
+    )
+)
+# What the class of every family reads; `head_dim` and the spellings of RoPE count for all, declared or not.
+KEYS: dict[str, Expected] = {
+    "head_dim": or_null(SIZE),
+    "hidden_act": one_of(*ACTIVATIONS),
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "max_position_embeddings": CONTEXT,
+    "num_attention_heads": SIZE,
+    "num_hidden_layers": DEPTH,
+    "num_key_value_heads": or_null(SIZE),
+    "original_max_position_embeddings": or_null(CONTEXT),
+    "partial_rotary_factor": or_null(_ONE),
+    "rms_norm_eps": EPSILON,
+    "rope_parameters": _ROPE,
+    "rope_scaling": _ROPE,
+    "rope_theta": above(1),
+    "tie_word_embeddings": SWITCH,
+    "vocab_size": SIZE,
+}
+WINDOW = or_null(SIZE)
+# Qwen's windows are not read where they are switched off.
+QWEN_WINDOWS: dict[str, Expected] = {
+    "layer_types": or_null(TEXTS),
+    "max_window_layers": whole(0, 2**31 - 1),
+    "sliding_window": replace(WINDOW, read_if=lambda config: config.get("use_sliding_window") is True),
+    "use_sliding_window": SWITCH,
+}
+
+# By rope_type: the keys that are read, and those that may not be missing.
+ROPE_KEYS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+}  # fmt: skip
+ROPE_NEEDED = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": set[str](),
+}
+# Keys of RoPE settings that change positions in programs that know them. Any other key is somebody's note.
+_ROPE_OF_OTHERS = {"alpha", "long_factor", "long_mscale", "mrope_section", "short_factor", "short_mscale"}
+
+
+def read_config(
+    model_type: str, hf: Mapping[str, Any], *, qkv_bias: bool, o_bias: bool = False, mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> LlamaLikeConfig:  # fmt: skip
+    """The config of what the keys in `hf` are worth. Raises ValueError for what cannot be."""
+    heads = hf["num_attention_heads"]
+    kv_heads, head_dim = hf["num_key_value_heads"] or heads, hf.get("head_dim")
+    if head_dim is None:
+        if hf["hidden_size"] % heads:
+            raise ValueError(f"hidden_size: {hf['hidden_size']} is not a multiple of num_attention_heads: {heads}")
+        head_dim = hf["hidden_size"] // heads
+    if heads % kv_heads:
+        raise ValueError(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads: {kv_heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim: {head_dim}; expected an even number, to rotate positions in pairs")
+    return LlamaLikeConfig(
+        architecture=model_type,
+        hidden=hf["hidden_size"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=hf["vocab_size"],
+        windows=_windows(hf),
+        head_is_embedding=hf["tie_word_embeddings"],
+        mlp=hf["intermediate_size"],
+        norm_eps=hf["rms_norm_eps"],
+        activation=hf["hidden_act"],
+        rope=_rope(hf, head_dim),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    layers, window, kinds = hf["num_hidden_layers"], hf.get("sliding_window"), hf.get("layer_types")
+    if kinds is None:  # Llama, and Mistral: one window for all layers
+        return (min(window or NO_WINDOW, NO_WINDOW),) * layers
+    known = {"full_attention": NO_WINDOW, "sliding_attention": min(window or NO_WINDOW, NO_WINDOW)}
+    unknown = sorted(set(kinds) - set(known))
+    if unknown or len(kinds) != layers:
+        found = f"{len(kinds)} of them" if len(kinds) != layers else shown(unknown[0])
+        raise ValueError(f"layer_types: {found}; expected {layers} of {', '.join(known)}")
+    return tuple(known[kind] for kind in kinds)
+
+
+def _rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig:
+    rope = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
+    kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope_type: {shown(kind)} is not supported (expected {', '.join(ROPE_KEYS)})")
+    read = {"rope_theta", *set().union(*ROPE_KEYS.values())}
+    # transformers adds original_max_position_embeddings to every scaled kind.
+    others = rope.keys() & (read | _ROPE_OF_OTHERS) - ROPE_KEYS[kind] - {
+        "rope_theta", "original_max_position_embeddings",
+    }  # fmt: skip
+    if others:
+        raise ValueError(f"rope settings: {sorted(others)} not supported for rope_type {kind!r}")
+    original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    missing = ROPE_NEEDED[kind] - rope.keys()
+    if missing:
+        raise ValueError(f"rope settings: {sorted(missing)} missing for rope_type {kind!r}")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError("rope settings: low_freq_factor is not below high_freq_factor")
+    if kind == "dynamic" and head_dim <= 2:
+        raise ValueError(f"head_dim: {head_dim}; expected more than 2 for rope_type {kind!r}")
+    factor = float(rope.get("factor") or (hf["max_position_embeddings"] / original if kind == "yarn" else 1.0))
+    return RopeConfig(
+        kind=kind,
+        theta=float(theta),
+        factor=factor,
+        # Only dynamic scaling looks at the longest position: elsewhere it must not make parents differ.
+        max_position=hf["max_position_embeddings"] if kind == "dynamic" else 0,
+        original_max_position=original if kind in ("llama3", "yarn") else 0,
+        low_freq_factor=float(rope.get("low_freq_factor") or 1.0),
+        high_freq_factor=float(rope.get("high_freq_factor") or 1.0),
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        attention_factor=_yarn_attention_factor(rope, factor) if kind == "yarn" else 1.0,
+        truncate=bool(rope.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """YaRN (arXiv 2309.00071), equation 22, with DeepSeek's two multipliers where a config names them."""
+
+    def temperature(multiplier: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
+    return temperature(1.0)
+
+
+def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], read: Any) -> Architecture:
+    """An architecture of these tensors and this forward pass. keys: what its class reads beside `KEYS`; read: what
+    `read_config` is, given the keys' values."""
+    return Architecture(
+        model_type=model_type,
+        leaves=LEAVES,
+        keys=KEYS | keys,
+        read_config=read,
+        dimensions=dimensions,
+        embed=embed,
+        position_tables=rope_tables,
+        block=block,
+        final_norm=final_norm,
+        config_class=config_class,
+        filters=FILTERS,
+    )
