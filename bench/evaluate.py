@@ -39,7 +39,7 @@ from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.search.open_tasks import resolve_reference
+from evojax_merge.references import resolve_reference
 from evojax_merge.search.scorers import MergeScorer, open_scorers
 from evojax_merge.search.setup import SearchProblem, build_problem, read_config
 from evojax_merge.search.strategy import make_strategy

@@ -22,7 +22,7 @@ from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
+from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, parse
 from evojax_merge.errors import Failed, InputError, PeerLostError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
@@ -31,14 +31,15 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
+from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.paths import path_picture
 from evojax_merge.report.picture import draw
 from evojax_merge.report.progress import bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
+from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import run_bytes, run_search
-from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
 from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
@@ -64,6 +65,7 @@ from evojax_merge.search.setup import (
 )
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.search.winner import Result, Row, passes_to_select, recipe_text, select_best, write_result
+from evojax_merge.tasks.opening import open_whole_task, overlaps, repeated
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
@@ -326,12 +328,16 @@ def _parts_of_runs(out: Path) -> list[Path]:
 
 def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
     document = load_yaml(tasks_path)
+    seed = 0
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(tasks_path, [], None)
-        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
+        file, seed = TaskFile(tasks=config.tasks, evaluation=config.evaluation), config.seed
     else:
         file = parse(tasks_path, document, TaskFile)
-    tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
+    tasks = [
+        open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent, seed, resolve_file)
+        for i, task in enumerate(file.tasks)
+    ]
     paths = [resolve_reference("MODELS", model, Path.cwd()) for model in models]
     if json_file is not None:
         _check_table_file(json_file)

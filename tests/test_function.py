@@ -20,12 +20,11 @@ from pydantic import ValidationError
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.config import FunctionConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.search.open_tasks import open_task, open_whole_task
-from evojax_merge.tasks.function import FunctionFailed
+from evojax_merge.tasks.function import FunctionConfig, FunctionFailed
+from evojax_merge.tasks.opening import open_task, open_whole_task
 from evojax_merge.tasks.task import Responses, Task
 
 RECORDS = random_records(6, seed=5)

@@ -19,13 +19,13 @@ from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 
 from evojax_merge.chat_templates import render_chat
-from evojax_merge.config import GsmConfig, TaskFile, parse
+from evojax_merge.config import TaskFile, parse
 from evojax_merge.data_packages import PackageUnavailable
 from evojax_merge.errors import InputError
-from evojax_merge.search.open_tasks import open_task, open_whole_task
 from evojax_merge.tasks import records
-from evojax_merge.tasks.gsm import MGSM, STYLES, GsmTask, WordProblem, find_answer, read_problem
+from evojax_merge.tasks.gsm import MGSM, STYLES, GsmConfig, GsmTask, WordProblem, find_answer, read_problem
 from evojax_merge.tasks.language import language_of
+from evojax_merge.tasks.opening import open_task, open_whole_task
 from evojax_merge.tasks.records import Record, by_split, read_source
 from evojax_merge.tasks.task import Responses
 

@@ -19,13 +19,12 @@ from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.search.open_tasks import open_whole_task
 from evojax_merge.search.setup import build_problem, read_config, resolved_document, stop_tokens
-from evojax_merge.tasks.harness import HarnessTask, Options, is_benchmark, open_harness
+from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, Options, is_benchmark, open_harness
+from evojax_merge.tasks.opening import open_whole_task
 from evojax_merge.tasks.task import Responses
 
 CONTEXT = 48

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
-from evojax_merge.search.open_tasks import open_task, overlaps
 from evojax_merge.tasks.batches import (
     BUCKETS,
     MIN_SHARED_PREFIX,
@@ -28,12 +26,14 @@ from evojax_merge.tasks.batches import (
     prompt_batches,
     scoring_batches,
 )
+from evojax_merge.tasks.opening import open_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
     Fields,
+    TextConfig,
     TextTask,
     encode_pair,
     extract_answer,

@@ -40,7 +40,6 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
-from evojax_merge.tasks.function import FunctionTask
 from evojax_merge.tasks.task import Task
 
 
@@ -163,9 +162,7 @@ def first_failed(tasks: Sequence[Task], scores: Scores) -> Task:
 
 def failure_hint(task: Task) -> str:
     """What makes every candidate fail."""
-    if isinstance(task, FunctionTask):
-        return f"Look at what the function of task {task.name} returns"
-    return (
+    return task.failure_hint() or (
         "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
         "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
     )

@@ -16,6 +16,8 @@ SECONDS = 2.0
 # Texts that may take as long; after them the pattern is refused, or it would take all of the run's time.
 GIVE_UP_AFTER = 3
 LONGEST = 10_000
+# Examples of a task that a user's pattern is tried on before the search.
+PROBED = 50
 # Parts that counted repetitions are written out to when a pattern is compiled: `((a{99}){99}){99}` has a million.
 LARGEST = 100_000
 
