@@ -28,6 +28,8 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, desc
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
 from evojax_merge.evaluation.evaluator import Evaluator, fitness, means
 from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
+from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
@@ -52,6 +54,7 @@ from evojax_merge.search.run_folder import (
     open_run,
     read_result,
     removed_if_refused,
+    to_line,
 )
 from evojax_merge.search.scorers import describe_work, open_scorers
 from evojax_merge.search.setup import (
@@ -71,6 +74,8 @@ from evojax_merge.yaml_reader import load_yaml
 
 # Of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
+# Bytes of a line that `evaluate --samples` wrote earlier, at most.
+LONGEST_SAMPLE = 2**26
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
@@ -326,7 +331,7 @@ def _parts_of_runs(out: Path) -> list[Path]:
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
-def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
+def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, samples_file: Path | None = None) -> None:
     document = load_yaml(tasks_path)
     seed = 0
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
@@ -340,14 +345,19 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> Non
     ]
     paths = [resolve_reference("MODELS", model, Path.cwd()) for model in models]
     if json_file is not None:
-        _check_table_file(json_file)
+        _check_own_file(json_file, "--json", "scores", _holds_table)
+    if samples_file is not None:
+        if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
+            raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
+        _check_own_file(samples_file, "--samples", "samples", _holds_samples)
     for path in paths[1:]:
         # Whatever is wrong with a later model is found before the first is scored.
         _open_evaluator(path, tasks, file.evaluation)
     _warn([line for i, task in enumerate(tasks) for line in repeated(f"{tasks_path}: tasks[{i}]", task)])
     rows = []
+    samples: list[dict[str, Any]] = []
     names = _short_names(models)
-    for path, name in zip(paths, names, strict=True):
+    for model, path, name in zip(models, paths, names, strict=True):
         sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
         _say_unread(sources.folders)
         _warn(token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab))
@@ -356,6 +366,8 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> Non
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        if samples_file is not None:
+            samples += sample_rows(model, evaluator.batched_tasks, scores)
     sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks)
     console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
     if json_file is not None:
@@ -363,6 +375,8 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> Non
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
         ]
         atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    if samples_file is not None:
+        atomic_write(samples_file, "".join(map(to_line, samples)))
 
 
 def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
@@ -376,17 +390,17 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
 
 
-def _check_table_file(path: Path) -> None:
-    """Raises InputError where scores cannot be written, or would take the place of anything but earlier scores."""
-    if os.path.lexists(path) and not _holds_table(path):
-        raise InputError(path, "--json: exists, and holds no scores of an earlier evaluation; choose another name")
+def _check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
+    """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
+    if os.path.lexists(path) and not holds(path):
+        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
     # Under the name that the file has until it is complete.
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         work.touch()
         work.unlink()
     except OSError as error:
-        raise InputError(path, f"--json: cannot be written ({error.strerror})") from None
+        raise InputError(path, f"{option}: cannot be written ({error.strerror})") from None
 
 
 def _holds_table(path: Path) -> bool:
@@ -396,6 +410,19 @@ def _holds_table(path: Path) -> bool:
             return False
         rows = json.loads(path.read_bytes() or "[]")
         return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _holds_samples(path: Path) -> bool:
+    """Whether a file is empty, or begins as what `evaluate --samples` writes."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as lines:
+            line = lines.readline(LONGEST_SAMPLE)
+        row = json.loads(line or "{}")
+        return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
     except (OSError, ValueError, RecursionError):
         return False
 

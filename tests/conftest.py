@@ -23,7 +23,8 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate", "harness",
-        "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search", "torture",
+        "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search", "task_seam",
+        "torture",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

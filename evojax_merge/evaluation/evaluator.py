@@ -59,10 +59,12 @@ CPU_CACHE_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Scores:
-    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of outputs."""
+    """Per task: metric -> float32[P, N]; for tasks that generate the P lists of outputs; for tasks that score rows
+    these rows' total log-probabilities float32[P, S]."""
 
     matrices: dict[str, dict[str, np.ndarray]]
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
+    log_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def task_weights(tasks: Sequence[Task]) -> list[tuple[Task, float]]:
@@ -241,6 +243,8 @@ class Evaluator:
             scores.matrices[task.name] = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
             if requests.prompts:
                 scores.outputs[task.name] = texts
+            if requests.scored:
+                scores.log_probabilities[task.name] = totals
         return scores
 
     def with_less(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
