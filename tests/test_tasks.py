@@ -160,6 +160,19 @@ def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, n
     assert raised.value.where == f"{path}:2"
 
 
+def test_a_misspelt_field_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "sums.jsonl", [{"question": {"text": "1 + 1"}, "answer": "2"}])
+    for changes, told in (
+        ({"prompt": "{qestion}"}, "'qestion', which config.yaml: tasks[0].prompt names (did you mean 'question'? it "),
+        ({"prompt": "{question[txt]}"}, "'question[txt]', which config.yaml: tasks[0].prompt names (did you mean 'te"),
+        ({"prompt": "{answer}", "target": "{x}"}, "'x', which config.yaml: tasks[0].target names (it has question, a"),
+    ):
+        config = TextConfig(name="n", kind="likelihood", file="sums.jsonl", **changes)
+        with pytest.raises(InputError) as refused:
+            open_task("config.yaml: tasks[0]", config, tmp_path, seed=0)
+        assert str(refused.value).startswith(f"{path}:1: the record has no field {told}")
+
+
 @pytest.mark.parametrize("heldout", [0.25, 0.01, 0.99])
 def test_a_held_out_share_is_a_fixed_partition(heldout: float, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "task.jsonl", [{"prompt": f"p{i}", "target": "t"} for i in range(20)])

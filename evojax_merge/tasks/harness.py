@@ -13,18 +13,20 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from pydantic import Field, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Location, Name, Text, Whole
-from evojax_merge.tasks.function import users_code
+from evojax_merge.tasks.function import FunctionFailed, users_code
+from evojax_merge.tasks.patterns import LimitedRegex, TooSlow
 from evojax_merge.tasks.task import (
     Opening,
     Responses,
@@ -296,9 +298,14 @@ class HarnessTask(TaskDefaults):
         together = [request for group in filled for request in group]
         if not together:
             return
-        with users_code(self.source.where):
-            for pipeline in self.source.task._filters:
-                pipeline.apply(together)
+        try:
+            with users_code(self.source.where):
+                for pipeline in self.source.task._filters:
+                    pipeline.apply(together)
+        except FunctionFailed as error:
+            if isinstance(error.__cause__, TooSlow):
+                raise error.__cause__ from None
+            raise
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
                 with users_code(self.source.where):
@@ -363,6 +370,9 @@ def open_harness(
             for pipeline in task._filters:
                 for make in pipeline.filters:
                     make()
+                pipeline.filters = [
+                    functools.partial(_limited, f"{where}: {lm_eval}", make) for make in pipeline.filters
+                ]
     except Exception as error:
         raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
     if getattr(task, "MULTIMODAL", False):
@@ -381,6 +391,15 @@ def open_harness(
     chosen = _metric(f"{where}: metric", task, metric)
     source = Source(f"{where}: {lm_eval}", task, options, _files(entry, task), size)
     return HarnessTask(name, chosen, weight, source, tuple(range(size)))
+
+
+def _limited(where: str, make: Callable[[], Any]) -> Any:
+    """A step of a filter. Where it is one of the harness's own that look for an expression, looking has an end, as for
+    the patterns of other tasks."""
+    step = make()
+    if type(step).__module__ == "lm_eval.filters.extraction" and isinstance(getattr(step, "regex", None), re.Pattern):
+        step.regex = LimitedRegex(where, step.regex)
+    return step
 
 
 def is_benchmark(lm_eval: str) -> bool:
@@ -475,12 +494,25 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
 
 
 def _files(entry: Any, task: Any) -> tuple[Path, ...]:
-    """The task's YAML and the local files that its examples come from."""
+    """The task's YAML with what it is made of, and the local files that its examples come from."""
     named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
     texts = [named] if isinstance(named, (str, list)) else list(named.values())
     flat = [text for one in texts for text in (one if isinstance(one, list) else [one])]
-    paths = [Path(path) for path in (entry.yaml_path, *flat) if path is not None]
-    return tuple(path.resolve() for path in paths if path.is_file())
+    yamls = [] if entry.yaml_path is None else _yaml_files(Path(entry.yaml_path).resolve())
+    return tuple(dict.fromkeys(path.resolve() for path in [*yamls, *map(Path, flat)] if path.is_file()))
+
+
+def _yaml_files(path: Path) -> list[Path]:
+    """A YAML of the harness, the modules beside it whose functions it names, and the same of those that it includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    events = yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader)
+    functions = [event.value for event in events if isinstance(event, yaml.ScalarEvent) and event.tag == "!function"]
+    modules = [path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions]
+    named = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+    # A relative path starts where the file is that names it.
+    included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
+    return [path, *modules, *(file for one in included for file in _yaml_files(one))]
 
 
 @contextlib.contextmanager
