@@ -41,9 +41,9 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
 from evojax_merge.evaluation.evaluator import MergeEvaluator
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.search.open_tasks import resolve_reference
 from evojax_merge.selection import open_evaluators, recipe_text
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row

@@ -107,12 +107,18 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
 @click.argument("models", nargs=-1, required=True)
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
-def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None) -> None:
+@click.option(
+    "--samples",
+    "samples_file",
+    type=click.Path(path_type=Path),
+    help="Write what each model answered here: JSON lines, one for each model, task and example.",
+)
+def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None, samples_file: Path | None) -> None:
     """Score stored MODELS on all examples of the tasks (a search's config can serve as the tasks file)."""
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.evaluate(list(models), tasks, json_file)
+    pipeline.evaluate(list(models), tasks, json_file, samples_file)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")

@@ -4,96 +4,25 @@
 """
 
 import re
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Location, Name, Number, Numbers, Real, Section, Whole
+from evojax_merge.tasks.kinds import find_kind, kind_names
+from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.yaml_reader import parse_yaml
 
-# Beyond this an addition in float32 is infinite.
-FLOAT32_MAX = 3.4028234663852886e38
-# Of a file's name, in what file systems allow.
-MAX_NAME_BYTES = 255
-# Seeds go into 64-bit integers with a sign.
-MAX_SEED = 2**63 - 1
 # Steps of a layer path: some forty times as many as the deepest models have layers.
 MAX_PATH_LAYERS = 10_000
 # Candidates of a generation: each has a line's entry in the history, and a genome in memory.
 MAX_POPULATION = 100_000
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _number(value: Any) -> Any:
-    """YAML's true and false are no numbers, though Python's are."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "a truth value is no number")
-    return value
-
-
-def _encodable(text: str) -> str:
-    """Neither NUL nor half a surrogate pair: no file can hold them."""
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
-        raise PydanticCustomError("text", "holds characters that no text has")
-    return text
-
-
-def _one_line(text: str) -> str:
-    """Nothing that would break a line of a table or of a message."""
-    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in _encodable(text)):
-        raise PydanticCustomError("text", "holds control characters")
-    return text
-
-
-def _path(text: str) -> str:
-    """A file system refuses longer names."""
-    if any(len(part.encode()) > MAX_NAME_BYTES for part in _one_line(text).split("/")):
-        raise PydanticCustomError("text", "has a part that no file can be called")
-    return text
-
-
-# A field's description, where it has one, is what messages say was expected.
-Whole = Annotated[int, BeforeValidator(_number)]
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-# What merges are made of, in float32.
-Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
-Numbers = Annotated[Number | list[Number], Field(description="a number that float32 holds, or a list of such")]
-Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
-Text = Annotated[
-    str,
-    AfterValidator(_encodable),
-    Field(max_length=1_000_000, description="a text (of no NUL and no half characters)"),
-]
-Name = Annotated[
-    str,
-    AfterValidator(_one_line),
-    Field(min_length=1, max_length=200, description="a text of 1 to 200 characters, in one line"),
-]
-Location = Annotated[
-    str,
-    AfterValidator(_path),
-    Field(min_length=1, max_length=4096, description="a path or name, in one line, no part over 255 bytes"),
-]
-Heldout = Annotated[Location | Share, Field(description="a share between 0 and 1, or a file")]
 
 
 class Bounds(Section):
@@ -120,8 +49,8 @@ class SpaceConfig(Section):
     )
     components: list[Name] = Field(["attention", "mlp", "norm"], max_length=100)
     smooth: bool = False
-    parameters: dict[str, Bounds] = {}
-    fixed: dict[str, Numbers] = {}
+    parameters: dict[str, Bounds] = Field({})
+    fixed: dict[str, Numbers] = Field({})
     normalize: bool | None = None
     rescale: bool | Literal["none", "l1", "density"] | None = Field(
         None, description="true, false, none, l1 or density"
@@ -158,158 +87,25 @@ class DataFlowConfig(Section):
         return self
 
 
-class TaskConfig(Section):
-    """What every kind of task has. `heldout`: a second source of examples, or the share of the first that the search
-    never sees. `weight` 0: no part of the fitness, only shown in the held-out table. `limit`: how many examples of the
-    search split every generation is scored on; the finalists are scored on all."""
-
-    name: Name
-    heldout: Heldout = 0.2
-    weight: Real = Field(1.0, ge=0.0, le=1e9)
-    limit: Whole | None = Field(None, ge=1)
-
-
-class TextConfig(TaskConfig):
-    """A task of text: a JSONL file, and what its fields are called.
-
-    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
-    neither has white space there.
-    """
-
-    kind: Literal["likelihood", "multiple_choice", "exact_match"]
-    file: Location
-    prompt: Text = "{prompt}"
-    target: Text = "{target}"
-    choices: Name = "choices"
-    answer: Name = "answer"
-    delimiter: Text = " "
-    metric: Literal["log_probability", "accuracy", "margin"] | None = None
-    pattern: Text | None = None
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    stop: list[Text] = Field([], max_length=100)
-
-
-class GsmConfig(TaskConfig):
-    """Worked problems with a number as answer, as in GSM8K and MGSM.
-
-    `source`, and `heldout` where it names a second one: a JSONL or parquet file, `hub:owner/dataset[/config][:split]`,
-    or `gsm-symbolic:language`. `style`: whose prompts and patterns; by the data's fields where there is none. `prompt`,
-    `pattern` (of the strict match) and `stop` take the place of the style's. `language`: an output counts only if it
-    is in it. `num_fewshot` worked examples are the first of `fewshot_source`, or of `source`; none of them is scored.
-    `on_test_set`: whether a search may see the examples that models are compared by.
-    """
-
-    kind: Literal["gsm"]
-    source: Location
-    match: Literal["strict", "flexible"] = "strict"
-    language: Name | None = None
-    style: Name | None = None
-    prompt: Text | None = None
-    pattern: Text | None = None
-    stop: list[Text] | None = Field(None, max_length=100)
-    num_fewshot: Whole = Field(0, ge=0, le=10_000)
-    fewshot_source: Location | None = None
-    apply_chat_template: bool = False
-    system_instruction: Text | None = None
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    on_test_set: bool = False
-
-    @model_validator(mode="after")
-    def _fits(self) -> "GsmConfig":
-        if self.prompt is not None and "{question}" not in self.prompt:
-            raise ValueError("prompt: expected {question} where the problem goes")
-        if self.system_instruction is not None and not self.apply_chat_template:
-            raise ValueError("system_instruction: a turn of a chat; say apply_chat_template: true, or put it in prompt")
-        if self.fewshot_source is not None and not self.num_fewshot:
-            raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
-        return self
-
-
-class HarnessConfig(TaskConfig):
-    """A task of the lm-eval harness, by its name there; `heldout` may name a second one.
-
-    `metric`: in the harness's notation, `exact_match,flexible-extract`; the task's first where there is none. `docs`:
-    only the first so many examples of the task, the harness's `--limit`. `split` train: its training examples instead
-    of those that it is scored on. `include_path`: a folder with task YAMLs of your own. `on_test_set`: whether a search
-    may see the examples that models are compared by. The others are the harness's own.
-    """
-
-    name: Name = ""
-    lm_eval: Name
-    metric: Name | None = None
-    docs: Whole | None = Field(None, ge=2)
-    split: Literal["train"] | None = None
-    num_fewshot: Whole | None = Field(None, ge=0, le=10_000)
-    include_path: Location | None = None
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = True
-    system_instruction: Text | None = None
-    on_test_set: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        own = value.get("lm_eval") if isinstance(value, dict) else None
-        # One that is no name is said by its own key.
-        return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
-
-
-class FunctionConfig(TaskConfig):
-    """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
-
-    `gets`: what the function gets. `texts`: the records and what a candidate writes after each prompt. On the other two
-    it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
-    `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
-    """
-
-    kind: Literal["function"]
-    function: Location
-    gets: Literal["texts", "log_probabilities", "logits"] = "texts"
-    file: Location
-    prompt: Text = "{prompt}"
-    target: Text = "{target}"
-    delimiter: Text = " "
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    stop: list[Text] = Field([], max_length=100)
-
-    @model_validator(mode="after")
-    def _fits(self) -> "FunctionConfig":
-        foreign = ("target", "delimiter") if self.gets == "texts" else ("max_new_tokens", "stop")
-        for name in foreign:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: has no meaning where the function gets {self.gets}")
-        return self
-
-
-# Which of the kinds of task a mapping is: told by its keys, and no part of the key that a message names.
-TASK_KINDS: dict[Any, type[TaskConfig]] = {
-    "text": TextConfig, "gsm": GsmConfig, "lm_eval": HarnessConfig, "function": FunctionConfig,
-}  # fmt: skip
-
-
-# The values of `kind`; a harness task has none.
-KINDS = [
-    kind for part in (TextConfig, GsmConfig, FunctionConfig) for kind in get_args(part.model_fields["kind"].annotation)
-]
-
-
-def _task_tag(value: Any) -> str:
+def _task(value: Any) -> TaskConfig:
+    """A task's section, by the kind that its keys tell."""
     if isinstance(value, TaskConfig):
-        value = value.model_dump()
-    if not isinstance(value, dict):
-        return "text"
-    if "lm_eval" in value:
-        return "lm_eval"
-    return value["kind"] if value.get("kind") in ("gsm", "function") else "text"
+        return value
+    kind = find_kind(value)
+    if isinstance(value, dict) and kind is None:
+        found = value.get("kind")
+        known = kind_names()
+        what = "missing"
+        if isinstance(found, str):
+            what = f"there is no kind of task {describe_value(found)}{did_you_mean(found, known)}"
+        elif "kind" in value:
+            what = f"expected one of {', '.join(known)}, found {describe_value(found)}"
+        error = PydanticCustomError("task_kind", "{what}", {"what": what})
+        raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=("kind",), input=found)])
+    return (TaskConfig if kind is None else kind.config).model_validate(value)
 
 
-AnyTask = Annotated[
-    Annotated[TextConfig, Tag("text")]
-    | Annotated[GsmConfig, Tag("gsm")]
-    | Annotated[HarnessConfig, Tag("lm_eval")]
-    | Annotated[FunctionConfig, Tag("function")],
-    Discriminator(_task_tag),
-]
+AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 
 
 class SearchConfig(Section):
@@ -476,7 +272,7 @@ def _limit(metadata: Sequence[Any], name: str) -> Any:
 
 def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:
     """Where a location of pydantic's is: the key as it is in the YAML, the annotation and metadata there, and the
-    value. Parts of the location that are no keys (the kind of a task, the members of a union) are left out."""
+    value. Parts of the location that are no keys (the members of a union) are left out."""
     key, value = "", document
     annotation: Any = schema
     metadata: list[Any] = []
@@ -486,11 +282,7 @@ def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tu
             break
         annotation, more = _parts(annotation)
         metadata = [*metadata, *more]
-        if get_origin(annotation) in (Union, UnionType):
-            if part not in TASK_KINDS:
-                break
-            annotation, metadata = TASK_KINDS[part], []
-            continue
+        annotation = _section_of(annotation, value)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(str(part))
             key += f".{part}"
@@ -509,7 +301,13 @@ def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tu
         elif isinstance(value, (list, tuple)) and isinstance(part, int) and part < len(value):
             inside = value[part]
         value = inside
-    return key.lstrip("."), annotation, metadata, value
+    return key.lstrip("."), _section_of(annotation, value), metadata, value
+
+
+def _section_of(annotation: Any, value: Any) -> Any:
+    """The annotation; where it is that of any task, the section of the kind that the value is of."""
+    kind = find_kind(value) if _parts(annotation)[0] is TaskConfig else None
+    return annotation if kind is None else kind.config
 
 
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
@@ -529,10 +327,8 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
         return f"{key}: {message}{shown}" if key else message
     if location[-1] == "[key]":
         return f"{key}: the key is no text; put it in quotes"
-    if key.endswith(".kind") and location[0] == "tasks":
-        if isinstance(value, str):
-            return f"{key}: there is no kind of task {describe_value(value)}{did_you_mean(value, KINDS)}"
-        return f"{key}: expected one of {', '.join(KINDS)}, found {describe_value(value)}"
+    if kind == "task_kind":
+        return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
 
 

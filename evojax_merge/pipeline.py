@@ -22,13 +22,15 @@ from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import MAX_NAME_BYTES, Config, EvaluationConfig, StageConfig, TaskFile, parse
+from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, parse
 from evojax_merge.errors import Failed, InputError, PeerLostError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
+from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import merge_to, prepare
@@ -44,14 +46,15 @@ from evojax_merge.problem import (
     stage_config,
     stop_tokens,
 )
+from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.comparison import Result, Row, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.picture import draw
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
+from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import evolve, run_bytes
-from evojax_merge.search.open_tasks import open_whole_task, overlaps, repeated, resolve_reference
 from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
@@ -65,14 +68,18 @@ from evojax_merge.search.run_folder import (
     open_run,
     read_result,
     removed_if_refused,
+    to_line,
 )
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
+from evojax_merge.tasks.opening import open_whole_task, overlaps, repeated
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
 # Of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
+# Bytes of a line that `evaluate --samples` wrote earlier, at most.
+LONGEST_SAMPLE = 2**26
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
@@ -353,24 +360,33 @@ def _parts_of_runs(out: Path) -> list[Path]:
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
-def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> None:
+def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, samples_file: Path | None = None) -> None:
     document = load_yaml(tasks_path)
+    seed = 0
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(tasks_path, [], None)
-        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
+        file, seed = TaskFile(tasks=config.tasks, evaluation=config.evaluation), config.seed
     else:
         file = parse(tasks_path, document, TaskFile)
-    tasks = [open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent) for i, task in enumerate(file.tasks)]
+    tasks = [
+        open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent, seed, resolve_file)
+        for i, task in enumerate(file.tasks)
+    ]
     paths = [resolve_reference("MODELS", model, Path.cwd()) for model in models]
     if json_file is not None:
-        _check_table_file(json_file)
+        _check_own_file(json_file, "--json", "scores", _holds_table)
+    if samples_file is not None:
+        if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
+            raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
+        _check_own_file(samples_file, "--samples", "samples", _holds_samples)
     for path in paths[1:]:
         # Whatever is wrong with a later model is found before the first is scored.
         _open_evaluator(path, tasks, file.evaluation)
     _warn([line for i, task in enumerate(tasks) for line in repeated(f"{tasks_path}: tasks[{i}]", task)])
     rows = []
+    samples: list[dict[str, Any]] = []
     names = _short_names(models)
-    for path, name in zip(paths, names, strict=True):
+    for model, path, name in zip(models, paths, names, strict=True):
         sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
         _say_unread(sources.folders)
         _warn(token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab))
@@ -379,6 +395,8 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> Non
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        if samples_file is not None:
+            samples += sample_rows(model, evaluator.batched_tasks, scores)
     sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks)
     console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
     if json_file is not None:
@@ -386,6 +404,8 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None) -> Non
             {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
         ]
         atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    if samples_file is not None:
+        atomic_write(samples_file, "".join(map(to_line, samples)))
 
 
 def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
@@ -399,17 +419,17 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
 
 
-def _check_table_file(path: Path) -> None:
-    """Raises InputError where scores cannot be written, or would take the place of anything but earlier scores."""
-    if os.path.lexists(path) and not _holds_table(path):
-        raise InputError(path, "--json: exists, and holds no scores of an earlier evaluation; choose another name")
+def _check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
+    """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
+    if os.path.lexists(path) and not holds(path):
+        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
     # Under the name that the file has until it is complete.
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         work.touch()
         work.unlink()
     except OSError as error:
-        raise InputError(path, f"--json: cannot be written ({error.strerror})") from None
+        raise InputError(path, f"{option}: cannot be written ({error.strerror})") from None
 
 
 def _holds_table(path: Path) -> bool:
@@ -419,6 +439,19 @@ def _holds_table(path: Path) -> bool:
             return False
         rows = json.loads(path.read_bytes() or "[]")
         return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _holds_samples(path: Path) -> bool:
+    """Whether a file is empty, or begins as what `evaluate --samples` writes."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as lines:
+            line = lines.readline(LONGEST_SAMPLE)
+        row = json.loads(line or "{}")
+        return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
     except (OSError, ValueError, RecursionError):
         return False
 

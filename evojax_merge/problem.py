@@ -37,7 +37,7 @@ from evojax_merge.models.architecture import COMPONENTS, architecture_of, shared
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.search.open_tasks import open_task, resolve_reference
+from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.protocols import Strategy
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
@@ -45,8 +45,7 @@ from evojax_merge.search.successive_halving import example_lengths, stratified_s
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
-from evojax_merge.tasks.function import FunctionTask
-from evojax_merge.tasks.harness import HarnessTask
+from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
@@ -134,7 +133,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     where, folder = str(path), path.parent
     _check_devices(where, config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
-    tasks = [open_task(f"{where}: tasks[{i}]", task, folder, config.seed) for i, task in enumerate(config.tasks)]
+    tasks = [
+        open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
+        for i, task in enumerate(config.tasks)
+    ]
     base = None if config.base is None else resolve_reference(f"{where}: base", config.base, folder)
     parents = tuple(
         resolve_reference(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents)
@@ -379,9 +381,7 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 def failure_hint(task: Task) -> str:
     """What makes every candidate fail on a task."""
-    if isinstance(task, FunctionTask):
-        return f"Look at what the function of task {task.name} returns"
-    return (
+    return task.failure_hint() or (
         "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
         "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
     )
@@ -398,13 +398,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     if problem.config.tokenizer_source not in (None, "base"):
         document["tokenizer_source"] = str(problem.tokenizer_folder)
     document["export_dtype"] = problem.candidates.export_dtype
-    for row, full, heldout in zip(document["tasks"], problem.full, problem.heldout, strict=True):
-        if "file" in row:
-            row["file"] = str(full.files[0])
-            if isinstance(row["heldout"], str):
-                row["heldout"] = str(heldout.files[0])
-        if isinstance(full, HarnessTask) and full.source.options.include_path is not None:
-            row["include_path"] = str(full.source.options.include_path)
+    document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
         files |= {file for kind in ("*.safetensors", "chat_templates/*.jinja") for file in folder.glob(kind)}

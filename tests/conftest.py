@@ -24,6 +24,7 @@ QUICKLY_COMPILED = {
     for name in (
         "architecture_seam", "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate",
         "harness", "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search",
+        "strategy_seam", "task_seam",
         "torture",
     )
 }  # fmt: skip

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from evojax_merge.config import TASK_KINDS, Config, TaskFile, apply_overrides, parse
+from evojax_merge.config import Config, TaskFile, apply_overrides, parse
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import EvolveConfig
+from evojax_merge.tasks.kinds import find_kind
 
 FILE = Path("config.yaml")
 TASKS: dict[str, dict[str, Any]] = {
@@ -56,8 +57,8 @@ def places(schema: type[BaseModel], document: Any, key: str = "", at: tuple[Any,
             for i, item in enumerate(value):
                 yield f"{here}[{i}]", (*path, i)
                 if isinstance(item, dict):
-                    kind = next((k for k, task in TASKS.items() if task == item), None)
-                    own = TASK_KINDS[kind] if kind is not None else inner
+                    kind = find_kind(item) if item in TASKS.values() else None
+                    own = kind.config if kind is not None else inner
                     assert own is not None
                     yield from places(own, item, f"{here}[{i}]", (*path, i))
         elif isinstance(value, dict) and inner is not None and name in ("parameters",):

@@ -20,12 +20,11 @@ from pydantic import ValidationError
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.config import FunctionConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.search.open_tasks import open_task, open_whole_task
-from evojax_merge.tasks.function import FunctionFailed
+from evojax_merge.tasks.function import FunctionConfig, FunctionFailed
+from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.task import Responses, Task
 
 RECORDS = random_records(6, seed=5)
@@ -96,6 +95,15 @@ def config_of(function: str, gets: str = "texts", **changes: Any) -> FunctionCon
 
 def task_of(folder: Path, function: str, gets: str = "texts", **changes: Any) -> Task:
     return open_whole_task("config", config_of(function, gets, **changes), folder)
+
+
+def test_a_kept_config_names_the_function_from_any_folder(folder: Path) -> None:
+    (folder / "beside.py").write_text(SOURCE)
+    found = {"own.py:total": f"{folder / 'own.py'}:total", "beside:total": "beside:total"}
+    for function, kept in found.items():
+        config = config_of(function, "logits")
+        section = resolved_config(config, *open_task("config", config, folder, 0))
+        assert (section["function"], section["file"]) == (kept, str(folder / "tasks.jsonl"))
 
 
 def score_stored(family: Family, task: Task, tokens_per_batch: int = 64) -> np.ndarray:

@@ -19,13 +19,13 @@ from lm_eval.api.task import ConfigurableTask
 from tokenizers.processors import TemplateProcessing
 
 from evojax_merge.chat_templates import render_chat
-from evojax_merge.config import GsmConfig, TaskFile, parse
+from evojax_merge.config import TaskFile, parse
 from evojax_merge.data_packages import PackageUnavailable
 from evojax_merge.errors import InputError
-from evojax_merge.search.open_tasks import open_task, open_whole_task
 from evojax_merge.tasks import records
-from evojax_merge.tasks.gsm import MGSM, STYLES, GsmTask, WordProblem, find_answer, read_problem
+from evojax_merge.tasks.gsm import MGSM, STYLES, GsmConfig, GsmTask, WordProblem, find_answer, read_problem
 from evojax_merge.tasks.language import language_of
+from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.records import Record, by_split, read_source
 from evojax_merge.tasks.task import Responses
 
@@ -435,6 +435,12 @@ def test_examples_are_shown_and_never_scored_in_neither_split(tmp_path: Path) ->
     assert [problem.number for problem in held_out.problems] == ["1.5", "700"]
     assert search.fewshot_examples == held_out.fewshot_examples and len(search.fewshot_examples) == 2
     assert held_out.files == (heldout, searched) and search.files == (searched,)
+    # From wherever the run's config is read again, it names the same files.
+    kept = resolved_config(config, search, held_out)
+    assert (kept["source"], kept["heldout"], kept["fewshot_source"]) == (str(searched), str(heldout), None)
+    shown = config.model_copy(update={"fewshot_source": "searched.jsonl", "heldout": 0.5})
+    kept = resolved_config(shown, *open_task("tasks[0]", shown, tmp_path, seed=0))
+    assert (kept["source"], kept["heldout"], kept["fewshot_source"]) == (str(searched), 0.5, str(searched))
     first = GSM8K[0]
     assert search.prompt(search.problems[0]).startswith(f"{first['question']} = {first['answer']}\n\n")
     assert search.style.stop == ()

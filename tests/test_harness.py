@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,13 @@ from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.problem import build_problem, read_config, resolved_document, stop_tokens
-from evojax_merge.search.open_tasks import open_whole_task
-from evojax_merge.tasks.harness import HarnessTask, Options, is_benchmark, open_harness
+from evojax_merge.tasks import patterns
+from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, Options, is_benchmark, open_harness
+from evojax_merge.tasks.opening import open_whole_task
 from evojax_merge.tasks.task import Responses
 
 CONTEXT = 48
@@ -349,6 +350,49 @@ def test_what_the_harness_cannot_do_is_told(
         open_own(folder, name, **options).requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
 
 
+def test_whatever_a_task_is_made_of_is_among_its_files(harness_tasks: Path, tmp_path: Path) -> None:
+    own = yaml.safe_load((harness_tasks / "own_choices.yaml").read_text())
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "common.yaml").write_text(yaml.safe_dump({"doc_to_text": own.pop("doc_to_text")}))
+    (tmp_path / "below" / "more.yaml").write_text(yaml.safe_dump({"include": "common.yaml"}))
+    (tmp_path / "own_functions.py").write_text("def gold(doc):\n    return doc['gold']\n")
+    own |= {"task": "own_parts", "include": "below/more.yaml"}
+    del own["doc_to_target"]
+    (tmp_path / "own_parts.yaml").write_text(yaml.safe_dump(own) + "doc_to_target: !function own_functions.gold\n")
+    task = open_own(tmp_path, "own_parts")
+    assert set(task.files) == {
+        *(tmp_path / name for name in ("own_parts.yaml", "below/more.yaml", "below/common.yaml", "own_functions.py")),
+        *(harness_tasks / f"{split}.jsonl" for split in ("train", "test")),
+    }
+
+
+def test_a_filter_that_backtracks_without_end_is_given_up(
+    harness_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    own = yaml.safe_load((harness_tasks / "own_generation.yaml").read_text()) | {"task": "own_slow"}
+    slow = [{"function": "regex", "regex_pattern": r"((?:w+ ?)+)!"}, {"function": "take_first"}]
+    own["filter_list"] = [{"name": "slow", "filter": slow}]
+    (tmp_path / "own_slow.yaml").write_text(yaml.safe_dump(own))
+    task = open_own(tmp_path, "own_slow")
+    task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
+
+    def answers(*texts: str) -> Responses:
+        rows = [[text] * task.size for text in texts]
+        none = np.zeros((len(rows), 0))
+        return Responses(none, np.zeros(0, int), none, rows)
+
+    hostile = ["w" * length for length in (40, 41, 42)]
+    handler = signal.getsignal(signal.SIGVTALRM)
+    task.score(answers("w1 w2 w3!", *hostile[:1]))
+    task.score(answers(*hostile[:2]))
+    assert capsys.readouterr().err.count("such an output counts as one without an answer") == 1
+    with pytest.raises(InputError, match=r"own_slow: pattern: .* takes more than 0.2 s .* on 3 outputs"):
+        task.score(answers(hostile[2]))
+    assert signal.getsignal(signal.SIGVTALRM) is handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
 def test_without_the_harness_the_extra_is_named(harness_tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match=r"pip install 'evojax-merge\[lm-eval\]'"):
@@ -406,8 +450,20 @@ def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path,
     tasks = tmp_path / "tasks.yaml"
     rows = [{"lm_eval": name, "include_path": str(harness_tasks)} for name in names]
     tasks.write_text(yaml.safe_dump({"tasks": rows}))
-    pipeline.evaluate([str(harness_tasks / "model")], tasks, tmp_path / "scores.json")
+    pipeline.evaluate([str(harness_tasks / "model")], tasks, tmp_path / "scores.json", tmp_path / "samples.jsonl")
     (shown,) = json.loads((tmp_path / "scores.json").read_text())
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    choices, texts = ([line for line in samples if line["task"] == name] for name in names)
+    totals = iter(scored["own_choices"].answers.totals[0])
+    for line in choices:
+        assert "outputs" not in line
+        expected = [next(totals) for _ in line["log_probabilities"]]
+        np.testing.assert_allclose(line["log_probabilities"], expected, rtol=1e-4)
+    assert next(totals, None) is None
+    assert [line["outputs"] for line in texts] == [[text] for text in scored["own_generation"].answers.texts[0]]
+    assert not any("log_probabilities" in line for line in texts)
+    assert texts[3]["example"] == f"{tasks}: tasks[1]: own_generation, example 3"
+    assert [line["score"] for line in texts] == list(scored["own_generation"].scores["exact_match,flexible"][0])
     for name in names:
         for key, matrix in scored[name].scores.items():
             assert shown["scores"][f"{name}/{key}"] == pytest.approx(float(matrix.mean()), abs=1e-6)

@@ -14,7 +14,6 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from evojax_merge import pipeline
-from evojax_merge.config import HarnessConfig
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import filter_components
 from evojax_merge.mergekit.execute import merge_to, prepare
@@ -22,6 +21,7 @@ from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.selection import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace
+from evojax_merge.tasks.harness import HarnessConfig
 
 LAYERS = 4
 

@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from evojax_merge.config import TextConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
-from evojax_merge.search.open_tasks import open_task, overlaps
 from evojax_merge.tasks.batches import (
     BUCKETS,
     MIN_SHARED_PREFIX,
@@ -28,12 +26,14 @@ from evojax_merge.tasks.batches import (
     prompt_batches,
     scoring_batches,
 )
+from evojax_merge.tasks.opening import open_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
     Example,
     Fields,
+    TextConfig,
     TextTask,
     encode_pair,
     extract_answer,
@@ -158,6 +158,19 @@ def test_records_that_do_not_fit_are_named_by_their_line(kind: Any, line: str, n
     with pytest.raises(InputError, match=named) as raised:
         read_examples(path, kind, fields())
     assert raised.value.where == f"{path}:2"
+
+
+def test_a_misspelt_field_is_told_with_the_key_that_names_it(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "sums.jsonl", [{"question": {"text": "1 + 1"}, "answer": "2"}])
+    for changes, told in (
+        ({"prompt": "{qestion}"}, "'qestion', which config.yaml: tasks[0].prompt names (did you mean 'question'? it "),
+        ({"prompt": "{question[txt]}"}, "'question[txt]', which config.yaml: tasks[0].prompt names (did you mean 'te"),
+        ({"prompt": "{answer}", "target": "{x}"}, "'x', which config.yaml: tasks[0].target names (it has question, a"),
+    ):
+        config = TextConfig(name="n", kind="likelihood", file="sums.jsonl", **changes)
+        with pytest.raises(InputError) as refused:
+            open_task("config.yaml: tasks[0]", config, tmp_path, seed=0)
+        assert str(refused.value).startswith(f"{path}:1: the record has no field {told}")
 
 
 @pytest.mark.parametrize("heldout", [0.25, 0.01, 0.99])

@@ -203,6 +203,8 @@ class Evaluator:
             scores.matrices[task.name] = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
             if requests.prompts:
                 scores.outputs[task.name] = texts
+            if requests.scored:
+                scores.log_probabilities[task.name] = totals
         return scores
 
     def with_less(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:

@@ -30,10 +30,12 @@ T = TypeVar("T", bound=ScoredTask)
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Per task: metric -> float32[P, N], and for tasks that generate the P lists of outputs."""
+    """Per task: metric -> float32[P, N]; for tasks that generate the P lists of outputs; for tasks that score rows
+    these rows' total log-probabilities float32[P, S]."""
 
     matrices: dict[str, dict[str, np.ndarray]]
     outputs: dict[str, list[list[str]]] = field(default_factory=dict)
+    log_probabilities: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

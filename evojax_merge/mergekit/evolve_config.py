@@ -10,23 +10,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from evojax_merge.config import (
-    MAX_SEED,
-    EvaluationConfig,
-    Heldout,
-    Location,
-    Name,
-    Real,
-    SearchConfig,
-    Section,
-    TaskConfig,
-    Text,
-    Whole,
-    parse,
-)
+from evojax_merge.config import EvaluationConfig, SearchConfig, parse
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import COMPONENTS
 from evojax_merge.models.families.llama_like import LEAVES
+from evojax_merge.schema import MAX_SEED, Heldout, Location, Name, Real, Section, Text, Whole
+from evojax_merge.tasks.task import TaskConfig
 
 # How many layers a filter is tried on, to see that it takes all of them or none.
 PROBED_LAYERS = 100

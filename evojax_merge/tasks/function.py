@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 import signal
 import sys
@@ -26,10 +27,14 @@ from typing import Any, Literal
 import click
 import jax
 import numpy as np
+from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean
-from evojax_merge.tasks.task import Responses, TaskRequests
-from evojax_merge.tasks.text import TextTask
+from evojax_merge.schema import Location, Text, Whole
+from evojax_merge.tasks.records import read_records
+from evojax_merge.tasks.task import Opening, Place, Responses, TaskConfig, TaskDefaults, TaskKind, TaskRequests
+from evojax_merge.tasks.templates import check_stop
+from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_examples
 
 Gets = Literal["texts", "log_probabilities", "logits"]
 # What the function is called with.
@@ -46,13 +51,42 @@ ENDS = ("_exit", "execv", "execve")
 _OWN_ENDS = threading.RLock()
 
 
+class FunctionConfig(TaskConfig):
+    """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
+
+    `gets`: what the function gets. `texts`: the records and what a candidate writes after each prompt. On the other two
+    it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
+    `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
+    """
+
+    kind: Literal["function"]
+    function: Location
+    gets: Gets = "texts"
+    file: Location
+    prompt: Text = "{prompt}"
+    target: Text = "{target}"
+    delimiter: Text = " "
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
+    stop: list[Text] = Field([], max_length=100)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "FunctionConfig":
+        foreign = ("target", "delimiter") if self.gets == "texts" else ("max_new_tokens", "stop")
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: has no meaning where the function gets {self.gets}")
+        return self
+
+
 @dataclass(frozen=True)
 class UserFunction:
-    """A function that the config names. `reference` is that name; `files` are the source files that hold it."""
+    """A function that the config names. `reference` is that name; `files` are the source files that hold it; `place`:
+    the name from any folder, where a file is named."""
 
     reference: str
     call: Callable[..., Any]
     files: tuple[Path, ...]
+    place: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +108,7 @@ class Traced:
 
 
 @dataclass(frozen=True)
-class FunctionTask:
+class FunctionTask(TaskDefaults):
     """A task (tasks.task) whose metric, `score`, a user's function gives. `text` says what is asked of a model, and
     `records` are the examples as they stand in the file."""
 
@@ -127,8 +161,43 @@ class FunctionTask:
         with users_code(self.function.reference):
             return checked(self.function, self.function.call(list(self.records), own), self.size)
 
-    def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        return None
+    def contents(self) -> list[tuple[str, Place]]:
+        contents = (json.dumps(record, sort_keys=True) for record in self.records)
+        return list(zip(contents, ((self.text.file, one.line) for one in self.text.examples), strict=True))
+
+    def paths(self) -> dict[str, str]:
+        return self.text.paths() | {"function": self.function.place}
+
+    def failure_hint(self) -> str:
+        return f"Look at what the function of task {self.name} returns"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the config and its file to the task
+
+
+def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
+    """The task on the records of one file. Raises InputError for what config, function or file cannot mean."""
+    where = opening.where
+    function = load_function(f"{where}.function", config.function, config.gets, opening.folder)
+    file = opening.file(*opening.source("file", config.file))
+    kind: Kind = "exact_match" if config.gets == "texts" else "likelihood"
+    # What a right text is, the function knows: a record of texts needs no target, and this one is never read.
+    target = "-" if config.gets == "texts" else config.target
+    fields = checked_fields(where, config.prompt, target, "", "", config.delimiter)
+    check_stop(where, config.stop)
+    text = TextTask(
+        config.name, kind, METRIC, config.weight, str(file), tuple(read_examples(file, kind, fields)),
+        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
+    )  # fmt: skip
+    return FunctionTask(text, tuple(record for _, record in read_records(file)), function, config.gets)
+
+
+KIND = TaskKind(FunctionConfig, open_function, source="file")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A user's code
 
 
 class Ended(BaseException):
@@ -249,7 +318,8 @@ def load_function(where: str, reference: str, gets: Gets, folder: Path) -> UserF
     if not callable(function):
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
     _check_arguments(where, reference, function, gets)
-    return UserFunction(reference, function, _source_files(module, function))
+    known = f"{Path(str(module.__file__)).resolve()}:{name}" if place.endswith(".py") else reference
+    return UserFunction(reference, function, _source_files(module, function), known)
 
 
 def _check_arguments(where: str, reference: str, function: Callable[..., Any], gets: Gets) -> None:

@@ -14,13 +14,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
-from evojax_merge.errors import InputError
-from evojax_merge.tasks.language import language_of
-from evojax_merge.tasks.patterns import find_all
-from evojax_merge.tasks.records import Record, Source
-from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.tasks.language import check_language, language_of
+from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
+from evojax_merge.tasks.records import Record, Source, is_file_name, read_source
+from evojax_merge.tasks.task import (
+    Opening,
+    Place,
+    Responses,
+    Row,
+    TaskConfig,
+    TaskDefaults,
+    TaskKind,
+    TaskRequests,
+    TestSet,
+    token_ids,
+)
+from evojax_merge.tasks.templates import check_characters, check_stop
 from evojax_merge.tasks.text import encode_prompt
 
 Match = Literal["strict", "flexible"]
@@ -79,6 +93,42 @@ STYLES = {
 }  # fmt: skip
 
 
+class GsmConfig(TaskConfig):
+    """Worked problems with a number as answer, as in GSM8K and MGSM.
+
+    `source`, and `heldout` where it names a second one: a JSONL or parquet file, `hub:owner/dataset[/config][:split]`,
+    or `gsm-symbolic:language`. `style`: whose prompts and patterns; by the data's fields where there is none. `prompt`,
+    `pattern` (of the strict match) and `stop` take the place of the style's. `language`: an output counts only if it
+    is in it. `num_fewshot` worked examples are the first of `fewshot_source`, or of `source`; none of them is scored.
+    `on_test_set`: whether a search may see the examples that models are compared by.
+    """
+
+    kind: Literal["gsm"]
+    source: Location
+    match: Match = "strict"
+    language: Name | None = None
+    style: Name | None = None
+    prompt: Text | None = None
+    pattern: Text | None = None
+    stop: list[Text] | None = Field(None, max_length=100)
+    num_fewshot: Whole = Field(0, ge=0, le=10_000)
+    fewshot_source: Location | None = None
+    apply_chat_template: bool = False
+    system_instruction: Text | None = None
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
+    on_test_set: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> "GsmConfig":
+        if self.prompt is not None and "{question}" not in self.prompt:
+            raise ValueError("prompt: expected {question} where the problem goes")
+        if self.system_instruction is not None and not self.apply_chat_template:
+            raise ValueError("system_instruction: a turn of a chat; say apply_chat_template: true, or put it in prompt")
+        if self.fewshot_source is not None and not self.num_fewshot:
+            raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
+        return self
+
+
 @dataclass(frozen=True)
 class WordProblem:
     """`answer`: the worked answer, None where the data has none; `number`: the wanted number as it is written."""
@@ -90,9 +140,10 @@ class WordProblem:
 
 
 @dataclass(frozen=True)
-class GsmTask:
+class GsmTask(TaskDefaults):
     """A task (tasks.task) of worked problems. `fewshot_examples`: the problems that are shown with their answers before
-    every question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with."""
+    every question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with.
+    `sources`: the config's keys that name sources, with these, files by their absolute paths."""
 
     name: str
     weight: float
@@ -105,6 +156,7 @@ class GsmTask:
     chat: bool = False
     system: str | None = None
     max_new_tokens: int = 256
+    sources: tuple[tuple[str, str], ...] = ()
 
     @property
     def metric(self) -> str:
@@ -180,6 +232,66 @@ class GsmTask:
         if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
             return None
         return "a number" if self.match == "flexible" else f"the pattern {self.style.strict!r}"
+
+    def contents(self) -> list[tuple[tuple[str, str], Place]]:
+        return [((one.question, one.number), (one.where, 0)) for one in self.problems]
+
+    def paths(self) -> dict[str, str]:
+        return dict(self.sources)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the config and its sources to the task
+
+
+def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
+    """The task on the problems of one source. Raises InputError for what config or sources cannot mean."""
+    where = opening.where
+    if config.style is not None and config.style not in STYLES:
+        raise InputError(f"{where}.style", f"unknown style {config.style!r}{did_you_mean(config.style, STYLES)}")
+    if config.language is not None:
+        check_language(f"{where}.language", config.language)
+
+    def read(key: str, reference: str) -> Source:
+        return read_source(opening.file(key, reference) if is_file_name(reference) else reference)
+
+    scored = read(*opening.source("source", config.source))
+    files, sources = scored.files, [("source", scored.name)]
+    fewshot_examples: tuple[WordProblem, ...] = ()
+    if config.num_fewshot:
+        key = "source" if config.fewshot_source is None else "fewshot_source"
+        shown = read(key, config.fewshot_source or config.source)
+        sources += [(key, shown.name)] if config.fewshot_source else []
+        files += tuple(file for file in shown.files if file not in files)
+        fewshot_examples = first_worked(f"{where}.num_fewshot", shown, config.num_fewshot)
+    style = STYLES[config.style or style_of(scored.records, config.language)]
+    style = replace(
+        style,
+        prompt=style.prompt if config.prompt is None else config.prompt,
+        strict=style.strict if config.pattern is None else config.pattern,
+        stop=style.stop if config.stop is None else tuple(config.stop),
+    )
+    check_stop(where, style.stop)
+    for key, text in (("prompt", style.prompt), ("system_instruction", config.system_instruction)):
+        check_characters(f"{where}.{key}", text or "")
+    # A problem whose answer is shown is none, wherever it comes from.
+    seen = {shot.question for shot in fewshot_examples}
+    problems = tuple(p for p in map(read_problem, scored.records) if p.question not in seen)
+    if not problems:
+        raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
+    samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
+    check_pattern(where, style.strict, config.max_new_tokens, samples)
+    return GsmTask(
+        config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
+        config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
+    )  # fmt: skip
+
+
+def test_set(config: GsmConfig) -> TestSet | None:
+    return TestSet(config.source, "the train split", config.on_test_set) if is_test_set(config.source) else None
+
+
+KIND = TaskKind(GsmConfig, open_gsm, source="source", test_set=test_set)
 
 
 # ---------------------------------------------------------------------------------------------------------------

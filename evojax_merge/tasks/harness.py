@@ -13,17 +13,31 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
+from pydantic import Field, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.function import users_code
-from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
+from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.tasks.function import FunctionFailed, users_code
+from evojax_merge.tasks.patterns import LimitedRegex, TooSlow
+from evojax_merge.tasks.task import (
+    Opening,
+    Responses,
+    Row,
+    TaskConfig,
+    TaskDefaults,
+    TaskKind,
+    TaskRequests,
+    TestSet,
+    token_ids,
+)
 
 # What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
@@ -42,6 +56,35 @@ BENCHMARKS = (
 
 # Metrics of a whole set of examples: no example has a score of its own.
 CORPUS_METRICS = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++", "ter", "brier_score")
+
+
+class HarnessConfig(TaskConfig):
+    """A task of the lm-eval harness, by its name there; `heldout` may name a second one.
+
+    `metric`: in the harness's notation, `exact_match,flexible-extract`; the task's first where there is none. `docs`:
+    only the first so many examples of the task, the harness's `--limit`. `split` train: its training examples instead
+    of those that it is scored on. `include_path`: a folder with task YAMLs of your own. `on_test_set`: whether a search
+    may see the examples that models are compared by. The others are the harness's own.
+    """
+
+    name: Name = ""
+    lm_eval: Name
+    metric: Name | None = None
+    docs: Whole | None = Field(None, ge=2)
+    split: Literal["train"] | None = None
+    num_fewshot: Whole | None = Field(None, ge=0, le=10_000)
+    include_path: Location | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: Text | None = None
+    on_test_set: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        own = value.get("lm_eval") if isinstance(value, dict) else None
+        # One that is no name is said by its own key.
+        return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
 
 
 @dataclass(frozen=True)
@@ -114,7 +157,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class HarnessTask:
+class HarnessTask(TaskDefaults):
     """A task (tasks.task) of the harness on some of its examples. `metric` is in the harness's notation,
     `exact_match,flexible-extract`: the metric and the filter that the answers go through first.
     """
@@ -218,6 +261,10 @@ class HarnessTask:
         found = [request.filtered_resps[name] for request in filled]
         return f"the filter {name}" if all(answer in (fallbacks[-1], [fallbacks[-1]]) for answer in found) else None
 
+    def paths(self) -> dict[str, str]:
+        include = self.source.options.include_path
+        return {} if include is None else {"include_path": str(include)}
+
     def _given(self, responses: Responses, p: int) -> list[tuple[Any, ...] | None]:
         """Candidate p's answers by example, as the harness's models give them; None where one is not finite."""
         assert self.source.kept is not None, "asked before it is scored"
@@ -251,9 +298,14 @@ class HarnessTask:
         together = [request for group in filled for request in group]
         if not together:
             return
-        with users_code(self.source.where):
-            for pipeline in self.source.task._filters:
-                pipeline.apply(together)
+        try:
+            with users_code(self.source.where):
+                for pipeline in self.source.task._filters:
+                    pipeline.apply(together)
+        except FunctionFailed as error:
+            if isinstance(error.__cause__, TooSlow):
+                raise error.__cause__ from None
+            raise
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
                 with users_code(self.source.where):
@@ -280,7 +332,30 @@ class HarnessTask:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Opening
+# From the config and the harness's index to the task
+
+
+def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
+    """The task of the harness that the config names. Raises InputError for what config or harness do not have."""
+    where, include = opening.where, None
+    if config.include_path is not None:
+        include = (opening.folder / Path(config.include_path).expanduser()).resolve()
+        if not include.is_dir():
+            raise InputError(f"{where}.include_path", f"{config.include_path}: no such folder")
+    options = Options(
+        include, config.num_fewshot, config.docs, config.split, config.apply_chat_template,
+        config.fewshot_as_multiturn, config.system_instruction,
+    )  # fmt: skip
+    _, name = opening.source("lm_eval", config.lm_eval)
+    return open_harness(where, name, config.metric, config.name, config.weight, options)
+
+
+def test_set(config: HarnessConfig) -> TestSet | None:
+    searched = config.split != "train" and is_benchmark(config.lm_eval)
+    return TestSet(config.lm_eval, "split: train", config.on_test_set) if searched else None
+
+
+KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_set=test_set)
 
 
 def open_harness(
@@ -295,6 +370,9 @@ def open_harness(
             for pipeline in task._filters:
                 for make in pipeline.filters:
                     make()
+                pipeline.filters = [
+                    functools.partial(_limited, f"{where}: {lm_eval}", make) for make in pipeline.filters
+                ]
     except Exception as error:
         raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
     if getattr(task, "MULTIMODAL", False):
@@ -313,6 +391,15 @@ def open_harness(
     chosen = _metric(f"{where}: metric", task, metric)
     source = Source(f"{where}: {lm_eval}", task, options, _files(entry, task), size)
     return HarnessTask(name, chosen, weight, source, tuple(range(size)))
+
+
+def _limited(where: str, make: Callable[[], Any]) -> Any:
+    """A step of a filter. Where it is one of the harness's own that look for an expression, looking has an end, as for
+    the patterns of other tasks."""
+    step = make()
+    if type(step).__module__ == "lm_eval.filters.extraction" and isinstance(getattr(step, "regex", None), re.Pattern):
+        step.regex = LimitedRegex(where, step.regex)
+    return step
 
 
 def is_benchmark(lm_eval: str) -> bool:
@@ -407,12 +494,25 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
 
 
 def _files(entry: Any, task: Any) -> tuple[Path, ...]:
-    """The task's YAML and the local files that its examples come from."""
+    """The task's YAML with what it is made of, and the local files that its examples come from."""
     named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
     texts = [named] if isinstance(named, (str, list)) else list(named.values())
     flat = [text for one in texts for text in (one if isinstance(one, list) else [one])]
-    paths = [Path(path) for path in (entry.yaml_path, *flat) if path is not None]
-    return tuple(path.resolve() for path in paths if path.is_file())
+    yamls = [] if entry.yaml_path is None else _yaml_files(Path(entry.yaml_path).resolve())
+    return tuple(dict.fromkeys(path.resolve() for path in [*yamls, *map(Path, flat)] if path.is_file()))
+
+
+def _yaml_files(path: Path) -> list[Path]:
+    """A YAML of the harness, the modules beside it whose functions it names, and the same of those that it includes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    events = yaml.parse(path.read_bytes(), Loader=yaml.SafeLoader)
+    functions = [event.value for event in events if isinstance(event, yaml.ScalarEvent) and event.tag == "!function"]
+    modules = [path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions]
+    named = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
+    # A relative path starts where the file is that names it.
+    included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
+    return [path, *modules, *(file for one in included for file in _yaml_files(one))]
 
 
 @contextlib.contextmanager

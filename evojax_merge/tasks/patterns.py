@@ -1,11 +1,15 @@
 """Regular expressions that users write, as those of `re`, but with an end: looking for a match that backtracks without
 one is given up."""
 
+import contextlib
 import functools
 import re
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import regex
 
@@ -16,6 +20,8 @@ SECONDS = 2.0
 # Texts that may take as long; after them the pattern is refused, or it would take all of the run's time.
 GIVE_UP_AFTER = 3
 LONGEST = 10_000
+# Examples of a task that a user's pattern is tried on before the search.
+PROBED = 50
 # Parts that counted repetitions are written out to when a pattern is compiled: `((a{99}){99}){99}` has a million.
 LARGEST = 100_000
 
@@ -42,6 +48,69 @@ class Pattern:
 
 
 _compiled = functools.cache(Pattern)
+
+
+class TooSlow(InputError):
+    """A pattern that took too long on output after output."""
+
+
+class OthersPattern:
+    """An expression that others compiled with `re`, whose matches are to be those of `re` in every detail. `slow` as in
+    Pattern."""
+
+    def __init__(self, compiled: re.Pattern[str]) -> None:
+        self.text, self.compiled = compiled.pattern, compiled
+        self.slow: set[str] = set()
+
+    def find_all(self, text: str) -> list[Any] | None:
+        """As `findall`; None where looking for matches took too long."""
+        if text in self.slow:
+            return None
+        try:
+            with _time_limit(SECONDS):
+                return self.compiled.findall(text)
+        except TimeoutError:
+            self.slow.add(text)
+            return None
+
+
+_others = functools.cache(OthersPattern)
+
+
+class LimitedRegex:
+    """Stands for a compiled expression of `re` in others' code: its `findall` gives up as `find_all` does, all else is
+    the expression's own. `where` names the task."""
+
+    def __init__(self, where: str, compiled: re.Pattern[str]) -> None:
+        self._where, self._compiled = where, compiled
+
+    def findall(self, text: str) -> list[Any]:
+        return _found(self._where, _others(self._compiled), text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._compiled, name)
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block once the process has computed for so long. `re` looks out for signals while it
+    matches; they come to the main thread alone, and in others there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        signal.signal(signal.SIGVTALRM, handler)
 
 
 def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str] = ()) -> None:
@@ -71,14 +140,17 @@ def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str]
 
 def find_all(where: str, pattern: str, text: str) -> list[regex.Match[str]]:
     """All matches in a model's output. Where looking for them takes too long there are none, which is said once;
-    raises InputError if that happens again and again. `where` names the task."""
-    known = _compiled(pattern)
+    raises TooSlow if that happens again and again. `where` names the task."""
+    return _found(where, _compiled(pattern), text)
+
+
+def _found(where: str, known: Pattern | OthersPattern, text: str) -> list[Any]:
     before = len(known.slow)
     found = known.find_all(text)
     if found is None and len(known.slow) > before:
-        told = f"pattern: {_shown(pattern)} {_too_slow(text)}"
+        told = f"pattern: {_shown(known.text)} {_too_slow(text)}"
         if len(known.slow) >= GIVE_UP_AFTER:
-            raise InputError(where, f"{told}, and did so on {len(known.slow)} outputs")
+            raise TooSlow(where, f"{told}, and did so on {len(known.slow)} outputs")
         if not before:
             print(f"warning: {where}: {told}; such an output counts as one without an answer", file=sys.stderr)
     return found or []

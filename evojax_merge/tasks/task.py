@@ -1,19 +1,23 @@
 """What a task is to the rest of the program: what it asks of a model, and how it scores the answers.
 
-Every kind of task (text, gsm, harness, function) is a frozen dataclass with these members. A task turns its examples
-into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces the
-answers to scores per example, of which higher is better.
+A task is a frozen dataclass with the members of `Task`; those that `TaskDefaults` has may be left to it. It turns its
+examples into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces
+the answers to scores per example, of which higher is better. A *kind* of task (`TaskKind`) is how a section of a YAML
+becomes a task.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import jax
 import numpy as np
+from pydantic import Field
 
 from evojax_merge.errors import InputError
+from evojax_merge.schema import Heldout, Name, Real, Section, Whole
 
 # (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: what a traced function makes of a row.
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -86,6 +90,127 @@ class Task(Protocol):
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         """What was looked for in the outputs, if it is in none of them; else None."""
         ...
+
+    def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
+        """Each example's content, to tell examples that are the same, and where it stands. Empty where the task does
+        not know its examples."""
+        ...
+
+    def paths(self) -> dict[str, str]:
+        """Keys of the config that name files or folders -> their absolute paths. The file of the examples is under the
+        kind's `source`, also where `heldout` named it."""
+        ...
+
+    def failure_hint(self) -> str | None:
+        """Where to look when the scores of every candidate are not finite; None: not at the task."""
+        ...
+
+
+class TaskDefaults:
+    """Members of `Task` that many kinds have no use for."""
+
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        return None
+
+    def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
+        return ()
+
+    def paths(self) -> dict[str, str]:
+        return {}
+
+    def failure_hint(self) -> str | None:
+        return None
+
+
+# A file, and a line of it; 0 where there are none.
+Place = tuple[str, int]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Kinds of tasks
+
+
+class TaskConfig(Section):
+    """What the section of every kind of task has. `heldout`: a second source of examples, or the share of the first
+    that the search never sees. `weight` 0: no part of the fitness, only shown in the held-out table. `limit`: how many
+    examples of the search split every generation is scored on; the finalists are scored on all."""
+
+    name: Name
+    heldout: Heldout = 0.2
+    weight: Real = Field(1.0, ge=0.0, le=1e9)
+    limit: Whole | None = Field(None, ge=1)
+
+
+# (where, reference, folder) -> the existing file that `reference` names, looked for from `folder` on.
+FindFile = Callable[[str, str, Path], Path]
+
+
+def local_file(where: str, reference: str, folder: Path) -> Path:
+    """A file by its path. Raises InputError, with the key `where`, if there is none."""
+    for path in (Path(reference).expanduser(), folder / reference):
+        # Not the path's own method, which raises for a name that no file can have.
+        if os.path.exists(path):
+            return path.resolve()
+    raise InputError(where, f"{reference}: no such file")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a task is opened with, beside its config. `where` names it in messages (`config.yaml: tasks[0]`); relative
+    paths start in `folder`; `seed` is the search's, for examples that are drawn at random. `heldout`: the second
+    source of examples, which is opened then; None: the first. `find_file` finds files."""
+
+    where: str
+    folder: Path
+    seed: int = 0
+    heldout: str | None = None
+    find_file: FindFile = local_file
+
+    def file(self, key: str, reference: str) -> Path:
+        """The file that a key of the config names."""
+        return self.find_file(f"{self.where}.{key}", reference, self.folder)
+
+    def source(self, key: str, reference: str) -> tuple[str, str]:
+        """The key that names the examples, and their source: `reference` of the config's `key`, or the second one."""
+        return (key, reference) if self.heldout is None else ("heldout", self.heldout)
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Examples that models are compared by. `name`: what they are called; `instead`: what to search on instead;
+    `meant`: whether the config says that a search may see them."""
+
+    __test__ = False  # Not for pytest, which collects classes of such names.
+
+    name: str
+    instead: str
+    meant: bool
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """How a section under `tasks:` becomes a task.
+
+    `config`: the section's schema. The names of the kind are the values of its field `kind`, a Literal; or the kind has
+    no such field, and is told by its `key`, which no other kind has. `open`: (config, opening) -> the task on all
+    examples of one source. `source`: the key whose place `heldout` takes if it names a second source; None: `heldout`
+    can only be a share. `test_set`: config -> the test set that a search with it would see, if any.
+    """
+
+    config: type[TaskConfig]
+    open: Callable[[Any, Opening], Task]
+    source: str | None = None
+    key: str | None = None
+    test_set: Callable[[Any], TestSet | None] = lambda config: None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        field = self.config.model_fields.get("kind")
+        return () if field is None else get_args(field.annotation)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens and texts
 
 
 def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:

@@ -5,11 +5,12 @@ field, `{{` and `}}` for braces. No attribute, conversion, width or format is fo
 not in the record.
 """
 
+import difflib
 import functools
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evojax_merge.errors import InputError
@@ -41,18 +42,31 @@ def _parts(template: str) -> tuple[Part, ...]:
 
 def check_template(where: str, template: str) -> None:
     """Raises InputError for a template that is none; `where` is its key."""
+    check_characters(where, template)
     try:
-        template.encode()
         _parts(template)
-    except UnicodeEncodeError:
-        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
     except ValueError as error:
         raise InputError(where, f"{error}; {EXPECTED}") from None
 
 
+def check_characters(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(where, "holds half of a surrogate pair, which is no character") from None
+
+
+def check_stop(where: str, stop: Sequence[str]) -> None:
+    """An empty text stands at the beginning of every output, and would leave nothing of it."""
+    for number, text in enumerate(stop):
+        if not text:
+            raise InputError(f"{where}.stop[{number}]", "is empty, and would end every output at once; leave it out")
+        check_characters(f"{where}.stop[{number}]", text)
+
+
 def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
     """A template, filled from a record. Raises InputError where the record has not what it names, or no text or number
-    there. `where` is the record's place, `key` what the template is for."""
+    there. `where` is the record's place, `key` the template's own in the config."""
     text = "".join(part if isinstance(part, str) else _value(where, key, part, record) for part in _parts(template))
     if len(text) > LONGEST:
         raise InputError(where, f"{key}: a text of {len(text):,} characters; expected at most {LONGEST:,}")
@@ -67,18 +81,24 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
         elif isinstance(value, list) and depth and name.isdecimal() and len(name) < 10 and int(name) < len(value):
             value = value[int(name)]
         else:
-            has = f" (it has {_listed(value)})" if isinstance(value, Mapping) else ""
-            raise InputError(where, f"{key}: the record has no field {_shown(path[: depth + 1])!r}{has}")
+            has = f" ({_near(name, value)}it has {_listed(value)})" if isinstance(value, Mapping) else ""
+            raise InputError(where, f"the record has no field {_shown(path[: depth + 1])!r}, which {key} names{has}")
     if isinstance(value, str):
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     found = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
-    raise InputError(where, f"{key}: the field {_shown(path)!r} is {found}; expected a text or a number")
+    raise InputError(where, f"the field {_shown(path)!r}, which {key} names, is {found}; expected a text or a number")
 
 
 def _shown(path: tuple[str, ...]) -> str:
     return path[0] + "".join(f"[{name}]" for name in path[1:])
+
+
+def _near(name: str, record: Mapping[str, Any]) -> str:
+    """A word on the field that may have been meant, if one is called nearly so."""
+    near = difflib.get_close_matches(name[:100], [str(known)[:100] for known in record], n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _listed(record: Mapping[str, Any]) -> str:

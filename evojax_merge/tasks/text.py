@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from evojax_merge.errors import InputError
-from evojax_merge.tasks.patterns import find_all
+from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.records import read_records
-from evojax_merge.tasks.task import Responses, Row, TaskRequests, token_ids
-from evojax_merge.tasks.templates import fill
+from evojax_merge.tasks.task import (
+    Opening,
+    Place,
+    Responses,
+    Row,
+    TaskConfig,
+    TaskDefaults,
+    TaskKind,
+    TaskRequests,
+    token_ids,
+)
+from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -29,6 +41,26 @@ METRICS: dict[str, tuple[str, ...]] = {
 
 # The last number, after `####` where there is one.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
+
+
+class TextConfig(TaskConfig):
+    """A task of text: a JSONL file, and what its fields are called.
+
+    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
+    neither has white space there.
+    """
+
+    kind: Kind
+    file: Location
+    prompt: Text = "{prompt}"
+    target: Text = "{target}"
+    choices: Name = "choices"
+    answer: Name = "answer"
+    delimiter: Text = " "
+    metric: Literal["log_probability", "accuracy", "margin"] | None = None
+    pattern: Text | None = None
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
+    stop: list[Text] = Field([], max_length=100)
 
 
 @dataclass(frozen=True)
@@ -42,7 +74,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(TaskDefaults):
     """A task (tasks.task) of text: its kind, and its examples of one split.
 
     `pattern` (exact_match) is a regular expression whose last match in the output is the answer: the first of its
@@ -87,16 +119,62 @@ class TextTask:
             return None
         return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
 
+    def contents(self) -> list[tuple[tuple[Any, ...], Place]]:
+        return [((one.prompt, one.targets, one.answer), (self.file, one.line)) for one in self.examples]
+
+    def paths(self) -> dict[str, str]:
+        return {"file": self.file}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the config and its file to the task
+
+
+def open_text(config: TextConfig, opening: Opening) -> TextTask:
+    """The task on the examples of one file. Raises InputError for what config or file cannot mean."""
+    where, kind = opening.where, config.kind
+    metric = config.metric or METRICS[kind][0]
+    if metric not in METRICS[kind]:
+        raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
+    fields = checked_fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
+    check_stop(where, config.stop)
+    file = opening.file(*opening.source("file", config.file))
+    task = TextTask(
+        config.name, kind, metric, config.weight, str(file), tuple(read_examples(file, kind, fields)),
+        config.pattern, config.max_new_tokens, tuple(config.stop),
+    )  # fmt: skip
+    if config.pattern is not None:
+        samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
+        check_pattern(where, config.pattern, config.max_new_tokens, samples)
+    elif kind == "exact_match":
+        answers = [str(one.answer) for one in task.examples]
+        if not any(extract_answer(answer, None) for answer in answers):
+            why = f"no target of {file} holds a number, which is the answer without a pattern ({answers[0][:100]!r})"
+            raise InputError(f"{where}.pattern", f"missing; {why}")
+    return task
+
+
+KIND = TaskKind(TextConfig, open_text, source="file")
+
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record's parts are: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields."""
+    """Where a record's parts are: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields.
+    `where` is the section of the config that says so."""
 
     prompt: str
     target: str
     choices: str
     answer: str
     delimiter: str
+    where: str = "tasks"
+
+
+def checked_fields(where: str, prompt: str, target: str, choices: str, answer: str, delimiter: str) -> Fields:
+    for key, template in (("prompt", prompt), ("target", target)):
+        check_template(f"{where}.{key}", template)
+    check_characters(f"{where}.delimiter", delimiter)
+    return Fields(prompt, target, choices, answer, delimiter, where)
 
 
 def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
@@ -105,9 +183,9 @@ def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
 
 
 def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, fields: Fields) -> Example:
-    prompt = fill(where, "prompt", fields.prompt, record)
+    prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record)
     if kind != "multiple_choice":
-        target = fill(where, "target", fields.target, record)
+        target = fill(where, f"{fields.where}.target", fields.target, record)
         # A white answer is never found; white text can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")

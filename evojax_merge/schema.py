@@ -1,0 +1,71 @@
+"""What every section of a YAML is made of: the base class of sections, and the types of their fields."""
+
+import unicodedata
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+# Beyond this an addition in float32 is infinite.
+FLOAT32_MAX = 3.4028234663852886e38
+# Of a file's name, in what file systems allow.
+MAX_NAME_BYTES = 255
+# Seeds go into 64-bit integers with a sign.
+MAX_SEED = 2**63 - 1
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _number(value: Any) -> Any:
+    """YAML's true and false are no numbers, though Python's are."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "a truth value is no number")
+    return value
+
+
+def _encodable(text: str) -> str:
+    """Neither NUL nor half a surrogate pair: no file can hold them."""
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise PydanticCustomError("text", "holds characters that no text has")
+    return text
+
+
+def _one_line(text: str) -> str:
+    """Nothing that would break a line of a table or of a message."""
+    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in _encodable(text)):
+        raise PydanticCustomError("text", "holds control characters")
+    return text
+
+
+def _path(text: str) -> str:
+    """A file system refuses longer names."""
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in _one_line(text).split("/")):
+        raise PydanticCustomError("text", "has a part that no file can be called")
+    return text
+
+
+# A field's description, where it has one, is what messages say was expected.
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+# What merges are made of, in float32.
+Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
+Numbers = Annotated[Number | list[Number], Field(description="a number that float32 holds, or a list of such")]
+Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
+Text = Annotated[
+    str,
+    AfterValidator(_encodable),
+    Field(max_length=1_000_000, description="a text (of no NUL and no half characters)"),
+]
+Name = Annotated[
+    str,
+    AfterValidator(_one_line),
+    Field(min_length=1, max_length=200, description="a text of 1 to 200 characters, in one line"),
+]
+Location = Annotated[
+    str,
+    AfterValidator(_path),
+    Field(min_length=1, max_length=4096, description="a path or name, in one line, no part over 255 bytes"),
+]
+Heldout = Annotated[Location | Share, Field(description="a share between 0 and 1, or a file")]

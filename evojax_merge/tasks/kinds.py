@@ -1,0 +1,58 @@
+"""The kinds of tasks: those of this folder, and those that others register."""
+
+from typing import Any
+
+from evojax_merge.tasks import function, gsm, harness, text
+from evojax_merge.tasks.task import TaskConfig, TaskKind
+
+BUILT_IN = (text.KIND, gsm.KIND, function.KIND, harness.KIND)
+_registered: list[TaskKind] = []
+
+
+def register_task(kind: TaskKind) -> TaskKind:
+    """Make a kind of task known to configs, in the place of an earlier one that was registered under its names.
+
+    Raises ValueError for a kind that no config could tell from others, or that has a name of a built-in one.
+    """
+    tags = _tags(kind)
+    if not tags:
+        raise ValueError(
+            f"{kind.config.__name__}: a kind of task needs a name; give the section a field `kind: Literal['mine']`"
+        )
+    taken = sorted(tags & {tag for known in BUILT_IN for tag in _tags(known)})
+    if taken:
+        raise ValueError(f"{kind.config.__name__}: {taken[0]!r} is a built-in kind of task; choose another name")
+    if kind.source is not None and kind.source not in kind.config.model_fields:
+        raise ValueError(f"{kind.config.__name__}: source: the section has no key {kind.source!r}")
+    _registered[:] = [known for known in _registered if not tags & _tags(known)] + [kind]
+    return kind
+
+
+def _tags(kind: TaskKind) -> set[str]:
+    """All that a section can tell the kind by."""
+    return {*kind.names, *([] if kind.key is None else [kind.key])}
+
+
+def kinds() -> tuple[TaskKind, ...]:
+    """All that are known, the built-in ones first."""
+    return (*BUILT_IN, *_registered)
+
+
+def kind_names() -> list[str]:
+    """The values of `kind:` that a config may have."""
+    return [name for kind in kinds() for name in kind.names]
+
+
+def find_kind(section: Any) -> TaskKind | None:
+    """The kind that a task's section, as it stands in the YAML, is of; None where it is of none."""
+    if not isinstance(section, dict):
+        return None
+    told = next((kind for kind in kinds() if kind.key is not None and kind.key in section), None)
+    name = section.get("kind")
+    # Whatever stands there need not be text.
+    return told or next((kind for kind in kinds() if isinstance(name, str) and name in kind.names), None)
+
+
+def kind_of(config: TaskConfig) -> TaskKind:
+    """The kind that a checked section is of."""
+    return next(kind for kind in kinds() if type(config) is kind.config)

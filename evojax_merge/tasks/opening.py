@@ -1,0 +1,117 @@
+"""A task of the config -> its search split and its held-out split, whatever kind it is of."""
+
+import sys
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.kinds import kind_of
+from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, local_file
+
+
+def open_task(
+    where: str, config: TaskConfig, folder: Path, seed: int, find_file: FindFile = local_file
+) -> tuple[Task, Task]:
+    """A task's search split and held-out split. `where` names the task in messages; relative paths start in `folder`;
+    `find_file` finds the files that the config names.
+
+    Raises InputError for what the config or its data cannot mean.
+    """
+    _check_fair(where, config)
+    kind, heldout = kind_of(config), config.heldout
+    if isinstance(heldout, str) and kind.source is None:
+        raise InputError(f"{where}.heldout", f"{heldout}; a task of this kind has one source: expected a share")
+    task: Task = kind.open(config, Opening(where, folder, seed, None, find_file))
+    if isinstance(heldout, str):
+        return task, kind.open(config, Opening(where, folder, seed, heldout, find_file))
+    if task.size < 2:
+        raise InputError(
+            task.files[0] if task.files else where, "holds one example; a held-out share needs at least two"
+        )
+    return split_task(task, heldout, seed)
+
+
+def open_whole_task(
+    where: str, config: TaskConfig, folder: Path, seed: int = 0, find_file: FindFile = local_file
+) -> Task:
+    """A task on all its examples; where the config names a second source of held-out examples, on those."""
+    kind, heldout = kind_of(config), config.heldout
+    second = heldout if isinstance(heldout, str) and kind.source is not None else None
+    return kind.open(config, Opening(where, folder, seed, second, find_file))
+
+
+def split_task(task: Task, share: float, seed: int) -> tuple[Task, Task]:
+    """The search split, and a random `share` of the examples that the search never sees; the same for a seed."""
+    order = np.random.default_rng([seed, task.size]).permutation(task.size)
+    count = min(max(1, round(share * task.size)), task.size - 1)
+    return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
+
+
+def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str, Any]:
+    """A task's section as it is kept in a run folder: defaults filled in, files by their absolute paths. `search`,
+    `heldout`: its splits."""
+    section = config.model_dump(mode="json") | search.paths()
+    source = heldout.paths().get(kind_of(config).source or "")
+    if isinstance(config.heldout, str) and source is not None:
+        section["heldout"] = source
+    return section
+
+
+def _check_fair(where: str, config: TaskConfig) -> None:
+    """No search on the examples that models are compared by, unless the config says that this is meant."""
+    found = kind_of(config).test_set(config)
+    if found is None or config.weight == 0:
+        return
+    why = f"{found.name} is a benchmark, and a search on its test examples makes its score meaningless"
+    if not found.meant:
+        instead = f"take {found.instead} or examples of your own, or say on_test_set: true"
+        raise InputError(where, f"on_test_set: {why}; {instead}")
+    print(f"warning: {where}: {why}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Examples that are the same
+
+
+def overlaps(where: str, tasks: Sequence[TaskConfig], full: Sequence[Task], heldout: Sequence[Task]) -> list[str]:
+    """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
+    once in its data, and for each of which held-out examples are among those that are searched on. `where` is the
+    config; `full` and `heldout` are the splits of its tasks."""
+    searched = {key for task in full if task.weight > 0 for key, _ in task.contents()}
+    lines = []
+    for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
+        task = f"{where}: tasks[{number}]"
+        if isinstance(config.heldout, str):
+            lines += repeated(task, search) + repeated(f"{task}.heldout", held)
+        else:
+            lines += repeated(task, search, held)
+        shared = [place for key, place in held.contents() if key in searched]
+        if shared:
+            lines.append(
+                f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
+                f"on ({_places(shared)}); on them the held-out scores show nothing new"
+            )
+    return lines
+
+
+def repeated(where: str, *splits: Task) -> list[str]:
+    """A line, if examples stand more than once in a task's data."""
+    known: set[Hashable] = set()
+    places = []
+    for key, place in sorted((row for split in splits for row in split.contents()), key=lambda row: row[1]):
+        if key in known:
+            places.append(place)
+        known.add(key)
+    if not places:
+        return []
+    count = sum(split.size for split in splits)
+    return [f"{where}: {len(places)} of {count} examples repeat others of the same data ({_places(places)})"]
+
+
+def _places(places: Sequence[Place]) -> str:
+    """The first of them."""
+    shown = [f"{file}:{line}" if line else file for file, line in places[:3]]
+    return ", ".join(shown) + (", …" if len(places) > 3 else "")
