@@ -63,7 +63,9 @@ class PeerLostError(Exception):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
+    """`" (did you mean 'density'?)"`, or a list of what is known, if anything, where nothing is near."""
     known = sorted(known)
+    if not known:
+        return ""
     near = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else f" (known: {', '.join(known)})"

@@ -15,6 +15,7 @@ from flax import struct
 from merge_kernels import combine, draw_uniform, look_up, tabulate
 from pydantic import ValidationError
 
+from evojax_merge import plugins
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.mergekit.schema import check_parent_count
@@ -101,6 +102,7 @@ def search_pytrees(
     """
     if not parents:
         raise InputError(WHERE, "parents: is empty")
+    plugins.load()
     chosen = find_method(f"{WHERE}: method", method)
     has_base = chosen.uses_base(base is not None)
     if has_base and base is None:

@@ -444,7 +444,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "another tokenizer_source": (
         search_config(tokenizer_source="three/four/five"), ("tokenizer_source", "three/four/five"),
     ),
-    "a model that the zoo has not": (search_config(base="zoo:basis"), ("base", "zoo:basis", "'base'")),
+    "a model that the zoo has not": (search_config(base="zoo:basis"), ("base", "zoo:basis", "'zoo:base'")),
     "a kind of task that is none": (task(kind="exactmatch"), ("tasks[0].kind", "'exactmatch'", "'exact_match'")),
     "a start without a meaning": (
         space(parameters={"density": {"start": 3}}), ("parameters.density: start [3.0]", "[0, 1]"),

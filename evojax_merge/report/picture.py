@@ -37,7 +37,7 @@ def _draw(plt: Any, problem: SearchProblem, result: Result, history: list[dict[s
         constrained_layout=True, width_ratios=[1.6] + [1.0] * len(names),
     )  # fmt: skip
     _draw_history(search_parameters[0, 0], history, result)
-    parents = [parent.name for parent in problem.parents]
+    parents = parent_names(problem)
     for axis, name in zip(search_parameters[0, 1:], names, strict=True):
         _draw_parameter(figure, axis, name, result.values[name], result.groups, parents)
     _save(figure, path)

@@ -123,8 +123,9 @@ def describe_work(scorers: Sequence[MergeScorer | PathScorer]) -> str:
             f"{len(distinct):,} distinct paths"
         )
     merges = [scorer.evaluator for scorer in scorers if isinstance(scorer, MergeScorer)]
-    chunks = {chunk for evaluator in merges for chunk in evaluator.chunk_sizes.values()}
-    return f"candidates per pass and device: {', '.join(map(str, sorted(chunks))) or 'none scored'}"
+    most = max((chunk for evaluator in merges for chunk in evaluator.chunk_sizes.values()), default=0)
+    few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
+    return f"each device scored {few}"
 
 
 def open_scorers(

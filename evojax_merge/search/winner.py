@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.checkpoints.writer import atomic_write
@@ -92,7 +93,10 @@ class Result:
 
 
 def model_name(path: Path) -> str:
-    """What a model is called in tables: its folder, or its run where a search made it."""
+    """What a model is called in tables: its hub id, else its folder, or its run where a search made it."""
+    known = hub_id(path)
+    if known is not None:
+        return known
     return path.parent.parent.name if path.parts[-2:] == ("best", "model") else path.name
 
 
