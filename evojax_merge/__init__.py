@@ -3,19 +3,81 @@
 Importing this package imports neither JAX nor transformers; its rooms do, where they need them.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.torch_note import drop_in_our_imports
 from evojax_merge.version import __version__
 
 if TYPE_CHECKING:
+    from evojax_merge.api import (
+        Evaluator,
+        evaluate,
+        evolve,
+        load_bank,
+        merge,
+        register_architecture,
+        register_method,
+        register_strategy,
+        register_task,
+    )
+    from evojax_merge.evaluation.scores import Scores
     from evojax_merge.pytrees import host_callback, search_pytrees
+    from evojax_merge.run import Run, open_run
+    from evojax_merge.search.strategies.evosax import EvosaxStrategy
+    from evojax_merge.search.strategies.registry import StrategySettings
 
-__all__ = ["__version__", "host_callback", "search_pytrees"]
+__all__ = [
+    "Evaluator",
+    "EvosaxStrategy",
+    "Failed",
+    "InputError",
+    "Run",
+    "Scores",
+    "StrategySettings",
+    "__version__",
+    "evaluate",
+    "evolve",
+    "host_callback",
+    "load_bank",
+    "merge",
+    "open_run",
+    "register_architecture",
+    "register_method",
+    "register_strategy",
+    "register_task",
+    "search_pytrees",
+]
+
+# Where the names that need more than this file come from, when they are first asked for.
+_HOMES = {
+    "Evaluator": "api",
+    "evaluate": "api",
+    "evolve": "api",
+    "load_bank": "api",
+    "merge": "api",
+    "register_architecture": "api",
+    "register_method": "api",
+    "register_strategy": "api",
+    "register_task": "api",
+    "host_callback": "pytrees",
+    "search_pytrees": "pytrees",
+    "Scores": "evaluation.scores",
+    "EvosaxStrategy": "search.strategies.evosax",
+    "StrategySettings": "search.strategies.registry",
+    "Run": "run",
+    "open_run": "run",
+}
+
+drop_in_our_imports()
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from evojax_merge import pytrees
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-        return getattr(pytrees, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -101,8 +101,9 @@ class MergeCandidates:
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
 
     def describe_work(self, evaluators: Sequence[MergeEvaluator]) -> str:
-        chunks = {chunk for one in evaluators for chunk in one.evaluator.chunk_sizes.values()}
-        return f"candidates per pass and device: {', '.join(map(str, sorted(chunks))) or 'none scored'}"
+        most = max((chunk for one in evaluators for chunk in one.evaluator.chunk_sizes.values()), default=0)
+        few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
+        return f"each device scored {few}"
 
     def to_recipe(self, genome: np.ndarray) -> dict[str, Any]:
         recipe = jax.tree.map(np.asarray, take_candidate(self.space.decode(genome[None]), 0))

@@ -104,7 +104,7 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
 
 
 @cli.command(short_help="Score stored models on tasks.")
-@click.argument("models", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
 @click.option(
@@ -114,7 +114,8 @@ def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrit
     help="Write what each model answered here: JSON lines, one for each model, task and example.",
 )
 def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None, samples_file: Path | None) -> None:
-    """Score stored MODELS on all examples of the tasks (a search's config can serve as the tasks file)."""
+    """Score stored models on all examples of the tasks (a search's config can serve as the tasks file). A run folder
+    stands for its winner."""
     with _starting():
         from evojax_merge import pipeline
 

@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -17,7 +18,7 @@ from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Location, Name, Number, Numbers, Real, Section, Whole
 from evojax_merge.tasks.kinds import find_kind, kind_names
 from evojax_merge.tasks.task import TaskConfig
-from evojax_merge.yaml_reader import parse_yaml
+from evojax_merge.yaml_reader import load_yaml, parse_yaml
 
 # Steps of a layer path: some forty times as many as the deepest models have layers.
 MAX_PATH_LAYERS = 10_000
@@ -366,3 +367,49 @@ def _position(part: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", part):
         raise ValueError
     return int(part)
+
+
+@contextmanager
+def blamed_on_overrides(path: Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Where the block finds fault with a key of the config that an override gave, the message names the override and
+    not the file."""
+    try:
+        yield
+    except InputError as error:
+        text, prefix = f"{error.where}: {error.what}", f"{path}: "
+        # Of a key that is set twice the last value counts.
+        for override in reversed(overrides) if text.startswith(prefix) else ():
+            complaint = _complaint(path, override.partition("=")[0], text.removeprefix(prefix))
+            if complaint is not None:
+                shown = override if len(override) <= 80 else f"{override[:60]} […]"
+                raise InputError(f"--set {shown}", complaint) from None
+        raise
+
+
+def _complaint(path: Path, key: str, text: str) -> str | None:
+    """What a message on the config (`space: parameters.weight: …`) says of a key, or None if it is of another one."""
+    found, rest = "", text
+    while match := re.match(r"([^\s:]+): ", rest):
+        found, rest = f"{found}.{match[1]}".lstrip("."), rest[match.end() :]
+        named = re.sub(r"\[(\d+)\]", r".\1", found)
+        if named == key:
+            return rest
+        if named.startswith(f"{key}."):
+            return f"{named.removeprefix(f'{key}.')}: {rest}"
+        # The message is of what the key is a part of: it names that part, or the override has made the whole.
+        above, _, last = key.rpartition(".")
+        part_named = named == above and re.search(rf"\b{re.escape(last)}\b", rest)
+        if part_named or (key.startswith(f"{named}.") and not _holds(path, named)):
+            return f"{found}: {rest}"
+    return None
+
+
+def _holds(path: Path, key: str) -> bool:
+    """Whether a config file has a key."""
+    value = load_yaml(path)
+    for part in key.split("."):
+        try:
+            value = value[_position(part)] if isinstance(value, list) else value[part]
+        except (ValueError, IndexError, TypeError, KeyError):
+            return False
+    return True

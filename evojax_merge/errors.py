@@ -77,7 +77,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'density'?)"`, or a list of what is known where nothing is near."""
+    """`" (did you mean 'density'?)"`, or a list of what is known, if anything, where nothing is near."""
     known = sorted(known)
+    if not known:
+        return ""
     near = nearest(word, known)
     return f" (did you mean '{near}'?)" if near is not None else f" (known: {', '.join(known)})"

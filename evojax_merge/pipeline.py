@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import yaml
 
-from evojax_merge import interrupts
+from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.config_file import unread_keys
 from evojax_merge.checkpoints.folder import Folder
@@ -22,7 +23,7 @@ from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, parse
+from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, blamed_on_overrides, parse
 from evojax_merge.errors import Failed, InputError, PeerLostError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
@@ -31,10 +32,11 @@ from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.samples import sample_rows
-from evojax_merge.evaluation.scores import fitness, means
+from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.interrupts import defer_signals
-from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.execute import MergePlan, merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
+from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.problem import (
     SearchProblem,
@@ -76,6 +78,7 @@ from evojax_merge.tasks.opening import open_whole_task, overlaps, repeated
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
+Log = Callable[[str], None]
 # Of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
 # Bytes of a line that `evaluate --samples` wrote earlier, at most.
@@ -90,7 +93,8 @@ def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: in
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
     continuation = Continuation(_command(path, *asked, *options))
-    with continuation.told():
+    with continuation.told(), blamed_on_overrides(path, overrides):
+        plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         begun = partial(continuation.begun, _command(path, "--out", str(out), *options, "--resume"))
@@ -287,7 +291,7 @@ def _warn(lines: Sequence[str]) -> None:
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _say_unread(folders: Sequence[Folder]) -> None:
+def _say_unread(folders: Sequence[Folder], log: Log = say) -> None:
     """One line that names what configs hold and no forward pass reads, if anything."""
     keys = sorted(
         {key for one in folders if known_architecture(one.config.get("model_type")) for key in unread_keys(one.config)}
@@ -296,10 +300,7 @@ def _say_unread(folders: Sequence[Folder]) -> None:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
         code = "; custom code is never run" if "auto_map" in keys else ""
         named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
-        console.print(
-            f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}",
-            soft_wrap=True,
-        )
+        log(f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}")
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
@@ -339,18 +340,35 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
 def merge(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
 ) -> None:
+    write_merge(recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def write_merge(
+    recipe: Path | dict[str, Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
+    allow_nonfinite: bool, log: Log,
+) -> None:  # fmt: skip
+    """Do the merge of a recipe (a file, or what its YAML says) and write the model."""
+    plugins.load()
     recover(out)
     check_free(out, overwrite)
-    recipe = read_recipe(recipe_path)
-    merge_plan = prepare(recipe, dtype, seed, allow_nonfinite, resolve_reference)
-    _say_unread(merge_plan.sources.folders)
-    card = merge_card(out.name, recipe.method.name, recipe.models, recipe_path.read_text(encoding="utf-8"))
-    check = partial(check_output, out, [*merge_plan.inputs, *_parts_of_runs(out)])
+    opened = read_recipe(recipe) if isinstance(recipe, Path) else parse_recipe(Path("recipe"), recipe)
+    text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_yaml(recipe)
+    merge_plan = prepare(opened, dtype, seed, allow_nonfinite, resolve_reference)
+    _say_unread(merge_plan.sources.folders, log)
+    inputs = [path for path in merge_plan.inputs if isinstance(recipe, Path) or path != opened.path]
+    check = partial(check_output, out, [*inputs, *_parts_of_runs(out)])
     check()
     require_space(out, merge_plan.nbytes)
     with bytes_bar("merging", merge_plan.nbytes) as progress:
+        card = _card_of_merge(out, merge_plan, text)
         merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _card_of_merge(out: Path, merge_plan: MergePlan, text: str) -> str:
+    recipe, folders = merge_plan.recipe, merge_plan.sources.folders
+    models = {model: folder.path for model, folder in zip(recipe.models, folders, strict=True)}
+    return merge_card(out.name, recipe.method.name, models, text)
 
 
 def _parts_of_runs(out: Path) -> list[Path]:
@@ -361,51 +379,106 @@ def _parts_of_runs(out: Path) -> list[Path]:
 
 
 def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, samples_file: Path | None = None) -> None:
-    document = load_yaml(tasks_path)
-    seed = 0
-    if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
-        config = read_config(tasks_path, [], None)
-        file, seed = TaskFile(tasks=config.tasks, evaluation=config.evaluation), config.seed
-    else:
-        file = parse(tasks_path, document, TaskFile)
-    tasks = [
-        open_whole_task(f"{tasks_path}: tasks[{i}]", task, tasks_path.parent, seed, resolve_file)
-        for i, task in enumerate(file.tasks)
-    ]
-    paths = [resolve_reference("MODELS", model, Path.cwd()) for model in models]
+    tasks = read_tasks(tasks_path)
     if json_file is not None:
         _check_own_file(json_file, "--json", "scores", _holds_table)
     if samples_file is not None:
         if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
             raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
         _check_own_file(samples_file, "--samples", "samples", _holds_samples)
+    samples: list[dict[str, Any]] = []
+
+    def keep(model: str, evaluator: Evaluator, scores: TaskScores) -> None:
+        if samples_file is not None:
+            samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
+
+    rows = score_models(models, tasks, say, lambda line: _warn([line]), keep)
+    sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks.tasks)
+    console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
+    if samples_file is not None:
+        atomic_write(samples_file, "".join(map(to_line, samples)))
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The tasks of an evaluation, on all their examples. `where` names them in messages."""
+
+    where: str
+    tasks: list[Task]
+    settings: EvaluationConfig
+
+
+def read_tasks(path: Path) -> TaskSet:
+    """The tasks of a YAML file: a task file's, or a search's."""
+    plugins.load()
+    document = load_yaml(path)
+    if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
+        config = read_config(path, [], None)
+        return open_tasks(
+            str(path), TaskFile(tasks=config.tasks, evaluation=config.evaluation), path.parent, config.seed
+        )
+    return open_tasks(str(path), parse(path, document, TaskFile), path.parent)
+
+
+def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskSet:
+    """The tasks of a task file; relative paths start in `folder`. seed: that of examples which are drawn."""
+    tasks = [
+        open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
+    ]
+    return TaskSet(where, tasks, file.evaluation)
+
+
+def score_models(
+    models: Sequence[str],
+    task_set: TaskSet,
+    log: Log,
+    warn: Log,
+    on_scored: Callable[[str, Evaluator, TaskScores], None] = lambda model, evaluator, scores: None,
+) -> list[Row]:
+    """Score stored models, or runs' winners, on all examples. `on_scored` is given each model's scores."""
+    tasks, settings = task_set.tasks, task_set.settings
+    paths = [_model_folder(model) for model in models]
     for path in paths[1:]:
         # Whatever is wrong with a later model is found before the first is scored.
-        _open_evaluator(path, tasks, file.evaluation)
-    _warn([line for i, task in enumerate(tasks) for line in repeated(f"{tasks_path}: tasks[{i}]", task)])
+        _open_evaluator(path, tasks, settings)
+    for i, task in enumerate(tasks):
+        for line in repeated(f"{task_set.where}: tasks[{i}]", task):
+            warn(line)
     rows = []
-    samples: list[dict[str, Any]] = []
-    names = _short_names(models)
-    for model, path, name in zip(models, paths, names, strict=True):
-        sources, evaluator = _open_evaluator(path, tasks, file.evaluation)
-        _say_unread(sources.folders)
-        _warn(token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab))
+    for model, path, name in zip(models, paths, _short_names(models), strict=True):
+        sources, evaluator = _open_evaluator(path, tasks, settings)
+        _say_unread(sources.folders, log)
+        for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
+            warn(line)
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
-        stored = load_stored(sources, evaluator.config, 0, file.evaluation.compute_dtype)
+        stored = load_stored(sources, evaluator.config, 0, settings.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
-        if samples_file is not None:
-            samples += sample_rows(model, evaluator.batched_tasks, scores)
-    sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks)
-    console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
-    if json_file is not None:
-        table = [
-            {"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)
-        ]
-        atomic_write(json_file, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    if samples_file is not None:
-        atomic_write(samples_file, "".join(map(to_line, samples)))
+        on_scored(model, evaluator, scores)
+    return rows
+
+
+def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain data, with the models as they were asked for."""
+    return [{"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)]
+
+
+def _model_folder(reference: str) -> Path:
+    """The folder of a model, or of a run's winner."""
+    path = resolve_reference("MODELS", reference, Path.cwd())
+    run = RunFolder(path)
+    if (path / "config.json").exists() or not is_run(run):
+        return path
+    if not run.model.is_dir():
+        raise InputError(
+            reference,
+            "is a run without a winner yet (no best/model); finish it with evojax-merge search … --resume, or write "
+            "its best candidate with evojax-merge export … --best-so-far and evaluate that",
+        )
+    return run.model
 
 
 def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
@@ -456,23 +529,25 @@ def _holds_samples(path: Path) -> bool:
         return False
 
 
-def _short_names(models: list[str]) -> list[str]:
+def _short_names(models: Sequence[str]) -> list[str]:
     """The ends of the models' paths, as short as tells them apart."""
     parts = [Path(model).parts for model in models]
     for length in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*one[-length:])) for one in parts]
         if len(set(names)) == len(set(models)):
             return names
-    return models
+    return list(models)
 
 
 def list_known(what: str) -> None:
     """Print what the program knows: methods, strategies or architectures."""
+    plugins.load()
     tables = {"methods": methods_table, "strategies": strategies_table, "architectures": architectures_table}
     console.print(tables[what]())
 
 
 def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
+    plugins.load()
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search")
@@ -498,7 +573,7 @@ def _export(
     check = partial(check_output, out, [*merge_plan.inputs, *_parts_of_runs(out), *folder.parts])
     check()
     if card is None:
-        card = merge_card(out.name, recipe.method.name, recipe.models, text)
+        card = _card_of_merge(out, merge_plan, text)
     require_space(out, merge_plan.nbytes)
     with bytes_bar("exporting", merge_plan.nbytes) as progress:
         merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)

@@ -21,6 +21,7 @@ from flax import struct
 from merge_kernels import combine, draw_uniform, look_up, tabulate
 from pydantic import ValidationError
 
+from evojax_merge import plugins
 from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
@@ -113,6 +114,7 @@ def search_pytrees(
     """
     if not parents:
         raise InputError(WHERE, "parents: is empty")
+    plugins.load()
     chosen = find_method(f"{WHERE}: method", method)
     has_base = chosen.uses_base(base is not None)
     if has_base and base is None:

@@ -444,7 +444,7 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "another tokenizer_source": (
         search_config(tokenizer_source="three/four/five"), ("tokenizer_source", "three/four/five"),
     ),
-    "a model that the zoo has not": (search_config(base="zoo:basis"), ("base", "zoo:basis", "'base'")),
+    "a model that the zoo has not": (search_config(base="zoo:basis"), ("base", "zoo:basis", "'zoo:base'")),
     "a kind of task that is none": (task(kind="exactmatch"), ("tasks[0].kind", "'exactmatch'", "'exact_match'")),
     "a start without a meaning": (
         space(parameters={"density": {"start": 3}}), ("parameters.density: start [3.0]", "[0, 1]"),
@@ -468,8 +468,14 @@ def test_wrong_configs(case: str, models: Path, refused: Refusal) -> None:
     ("override", "named"),
     [
         ("search.sigma", ("--set", "key.path=value")),
-        ("search.sigma=wide", ("search.sigma", "wide")),
-        ("search.sgima=0.2", ("search.sgima", "'sigma'")),
+        ("search.sigma=wide", ("--set search.sigma=wide: expected a number", "found 'wide'")),
+        ("search.sgima=0.2", ("--set search.sgima=0.2: unknown key", "'sigma'")),
+        ("serch.sigma=0.2", ("--set serch.sigma=0.2: serch: unknown key", "'search'")),
+        ("search={sigma: wide}", ("--set search={sigma: wide}: sigma: expected a number",)),
+        ("parents.0=tow", ("--set parents.0=tow: tow: no such folder",)),
+        ("tasks.0.file=tasks.json", ("--set tasks.0.file=tasks.json: tasks.json: no such file",)),
+        ("space.method=tiez", ("--set space.method=tiez: unknown method 'tiez'", "'ties'")),
+        ("space.parameters.weight.low=9", ("--set space.parameters.weight.low=9: ", "low 9 is not below")),
         ("parents.7=one", ("--set", "parents.7")),
         ("tasks.0.weight.more=1", ("--set", "tasks.0.weight.more")),
         ("seed=[1", ("--set", "seed", "YAML")),

@@ -484,7 +484,7 @@ def model_of_ours(family: Family, folder: Path) -> Path:
     rows = [{"model": str(path), "parameters": {"weight": 1}} for path in family.parents]
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
-    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", "linear", [], "recipe"))
+    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", "linear", {}, "recipe"))
     return folder
 
 
@@ -640,7 +640,7 @@ def test_a_repository_gives_the_model_and_nothing_else(
     found = resolve("MODELS", "owner/name@main", tmp_path)
     assert set(revisions[1:]) == {cache.name} and revisions[0] == "main"
     files = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}
-    assert files & set(BESIDE) == {"params.json"}
+    assert files & set(BESIDE) == {"params.json", "README.md"}
     assert {file for file in files if file.endswith(".safetensors")} == weights
     expected = {name: values.shape for name, values in model.state_dict().items()}
     for folder in (found, repository):

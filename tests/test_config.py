@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from evojax_merge.config import Config, TaskFile, apply_overrides, parse
+from evojax_merge.config import Config, TaskFile, apply_overrides, blamed_on_overrides, parse
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import EvolveConfig
 from evojax_merge.tasks.kinds import find_kind
@@ -172,3 +172,33 @@ def test_odd_overrides_are_refused_in_a_line(override: str) -> None:
 def test_of_two_overrides_of_a_key_the_last_counts() -> None:
     changed = apply_overrides(FILE, deepcopy(DOCUMENTS["space"][1]), ["seed=1", "tasks.0.name=über", "seed=2"])
     assert changed["seed"] == 2 and changed["tasks"][0]["name"] == "über"
+
+
+@pytest.mark.parametrize(
+    ("error", "overrides", "line"),
+    [
+        (("search.sigma", "expected less"), ["search.sigma=9"], "--set search.sigma=9: expected less"),
+        # Of a key that is set twice the last value counts, and an item is a number to both.
+        (("tasks[0].file", "none"), ["tasks.0.file=a", "tasks.0.file=b"], "--set tasks.0.file=b: none"),
+        # A part of what was set, and what the set key is a part of.
+        (("search", "sigma: expected less"), ["search={sigma: 9}"], "--set search={sigma: 9}: sigma: expected less"),
+        (("space", "low 3 is not below 2"), ["space.low=3"], "--set space.low=3: space: low 3 is not below 2"),
+        (("serch", "unknown key"), ["serch.sigma=1"], "--set serch.sigma=1: serch: unknown key"),
+        (("seed", "x" * 900), ["seed=" + "9" * 100], f"--set seed={'9' * 55} […]: {'x' * 900}"),
+        # The file's own mistakes stay its own.
+        (("tasks[0]", "metric: 'x'"), ["tasks.0.limit=5"], None),
+        (("tasks[1].file", "none"), ["tasks.0.file=a"], None),
+        (("search.sigma", "expected less"), ["search.sigma2=1", "sigma=1"], None),
+        (("", "expected exactly one of space, data_flow"), ["seed=1"], None),
+    ],
+)
+def test_mistakes_of_an_override_are_not_the_files(
+    error: tuple[str, str], overrides: list[str], line: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("space: {high: 2}\nsearch: {sigma: 1}\ntasks: [{}, {}]\n")
+    key, what = error
+    for raised in (InputError(path, f"{key}: {what}".removeprefix(": ")), InputError(f"{path}: {key}", what)):
+        with pytest.raises(InputError) as caught, blamed_on_overrides(path, overrides):
+            raise raised
+        assert str(caught.value) == (str(raised) if line is None else str(line))

@@ -103,7 +103,7 @@ def test_run_folder_is_complete(finished):
     assert [row["role"] for row in table] == ["base", "parent", "parent", "uniform", "winner"]
     assert all(set(row["heldout_scores"]) >= {"text/log_probability", "words/accuracy"} for row in table)
     card = (finished / "best/model/README.md").read_text()
-    assert "dare_ties" in card and "parent0" in card and "Held-out" in card
+    assert "dare_ties" in card and "model: parent0" in card and "Held-out" in card and str(finished.parent) not in card
     assert {path.name for path in finished.iterdir()} == {
         "config.yaml", "history.jsonl", "history.backup.jsonl", "timing.jsonl", "checkpoints", "best", "result.json",
         "report.png",
@@ -261,8 +261,8 @@ def test_a_run_that_was_killed_can_be_exported_as_it_stands(config_file, finishe
     saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
     best = json.loads((finished / "history.jsonl").read_text().splitlines()[saved - 1])["best_so_far"]
     assert f"best candidate of {saved} generations, fitness {best:.4f}" in done.stdout
-    # The card's recipe makes the same model.
-    recipe = tmp_path / "recipe.yaml"
+    # The card's recipe makes the same model, where the models are: it names them, and not their places.
+    recipe = config_file.parent / "recipe.yaml"
     recipe.write_text((model / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0])
     run("merge", recipe, tmp_path / "again")
     weights = [(folder / "model.safetensors").read_bytes() for folder in (model, tmp_path / "again")]

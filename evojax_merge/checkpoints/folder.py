@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -45,8 +46,8 @@ FLOAT_DTYPES = {
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# Everything about a model but its weights, as transformers reads it.
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Everything about a model but its weights, as transformers reads it, and its card.
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 # Another program's names for the same weights, which some repositories hold beside the ones that transformers reads.
 FOREIGN_FILES = "consolidated*"
 
@@ -125,6 +126,15 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def hub_id(folder: Path) -> str | None:
+    """The hub id `owner/name` of a folder in the hub's cache (`models--owner--name/snapshots/COMMIT`), else None."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    name = repository.removeprefix("models--").replace("--", "/")
+    return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) else None
 
 
 def _download(name: str, revision: str | None) -> Path:

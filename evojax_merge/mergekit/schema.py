@@ -128,7 +128,7 @@ def parse_recipe(path: Path, document: Any) -> RecipeFile:
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(path, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
-    if name in REFUSED_METHODS:
+    if name not in METHODS and name in REFUSED_METHODS:
         raise InputError(path, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise InputError(path, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")

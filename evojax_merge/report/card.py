@@ -1,30 +1,70 @@
 """Model cards: what was merged, how, with which scores."""
 
-from collections.abc import Sequence
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.problem import SearchProblem
-from evojax_merge.report.comparison import Result
+from evojax_merge.report.comparison import Result, model_name
+from evojax_merge.report.front_matter import front_matter
 from evojax_merge.report.tables import markdown_table
+from evojax_merge.zoo import PREFIX
 
 
-def _front_matter(models: Sequence[str]) -> str:
-    # A hub id can be linked; a local folder cannot.
-    linked = [model for model in models if not Path(model).is_absolute()]
-    header: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "evojax-merge"]}
-    if linked:
-        header["base_model"] = linked
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
+def public_names(folders: Sequence[Path]) -> list[str]:
+    """What models are called where others read it: by their hub ids, else by their folders' (or runs') names. Folders
+    of one name are numbered."""
+    names: list[str] = []
+    for folder in folders:
+        name = model_name(folder)
+        others = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(one for one in itertools.chain([name], others) if one not in names))
+    return names
 
 
-def merge_card(name: str, method: str, models: Sequence[str], recipe: str) -> str:
-    """The card of a single merge."""
-    listed = "\n".join(f"- `{Path(model).name if Path(model).is_absolute() else model}`" for model in models)
+def _public_recipe(recipe: str, references: Mapping[str, str]) -> str:
+    """A recipe's YAML in which models that lie on this machine have the names that others know them by. One without
+    such is shown as it was written."""
+    document = yaml.safe_load(recipe)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [replaced(one) for one in value]
+        if not isinstance(value, str):
+            return value
+        # Whatever else names a place of this machine says no more to others than its last part.
+        own = Path(value).name if os.path.isabs(value) and os.path.lexists(value) else value
+        return references.get(value, own)
+
+    public = replaced(document)
+    return recipe if public == document else dump_yaml(public)
+
+
+def merge_card(name: str, method: str, models: Mapping[str, Path], recipe: str) -> str:
+    """The card of a single merge. models: where each model of the recipe lies, by its reference there, the base first;
+    recipe: its YAML."""
+    names = dict(zip(models, public_names(list(models.values())), strict=True))
+    # Others have the hub, with its revisions, and the zoo as well.
+    local = {
+        reference: own
+        for reference, own in names.items()
+        if reference.partition("@")[0] != own and not reference.startswith(PREFIX)
+    }
+    listed = "\n".join(f"- `{own}`" for own in names.values())
+    text = _public_recipe(recipe, local).rstrip()
+    # A longer fence than any in the text, or that would end it.
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
-        f"{_front_matter(models)}\n# {name}\n\nA merge of\n\n{listed}\n\nby `{method}`, made with evojax-merge.\n\n"
-        f"## Recipe\n\n```yaml\n{recipe.rstrip()}\n```\n"
+        f"{front_matter(list(names.values()), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
+        f"by `{method}`, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
     )
 
 
@@ -35,7 +75,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         f"{task.size} search and {heldout.size} held-out examples"
         for task, heldout in zip(problem.full, problem.heldout, strict=True)
     )
-    models = [str(path) for _, path in problem.models]
+    models = {str(path): path for path in problem.merged_from}
     label, baseline = result.baseline
     return (
         merge_card(name, problem.candidates.name, models, recipe)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.report.winner import WinnerReport
 
@@ -73,7 +74,10 @@ class Result:
 
 
 def model_name(path: Path) -> str:
-    """What a model is called in tables: its folder, or its run where a search made it."""
+    """What a model is called in tables: its hub id, else its folder, or its run where a search made it."""
+    known = hub_id(path)
+    if known is not None:
+        return known
     return path.parent.parent.name if path.parts[-2:] == ("best", "model") else path.name
 
 

@@ -70,6 +70,16 @@ def search_parameters_of(
     return search_parameters, tuple(others)
 
 
+def constants_of(where: str, method: Method, parents: int, fixed: Mapping[str, Numbers]) -> Fixed:
+    """The parameters that what is prepared depends on, at the given values or their defaults."""
+    known = [parameter.name for parameter in method.parameters if not parameter.searched]
+    for name in fixed:
+        if name not in known:
+            raise InputError(where, f"fixed.{name}: {method.name} has no such constant{did_you_mean(name, known)}")
+    values = {name: _numbers(fixed[name]) if name in fixed else uniform_start(method, name, parents) for name in known}
+    return tuple((name, _checked(f"{where}: fixed", method, name, own, parents)) for name, own in values.items())
+
+
 def _check_bounds(
     where: str,
     method: Method,
@@ -82,9 +92,8 @@ def _check_bounds(
         if not method.parameter(axis.name).quantised:
             continue
         for value in (axis.low, axis.high):
-            numbers = {
-                name: np.broadcast_to(values, parents) for name, values in (fixed | {axis.name: (value,)}).items()
-            }
+            given = fixed | {one.name: one.start for one in search_parameters} | {axis.name: (value,)}
+            numbers = {name: np.broadcast_to(values, parents) for name, values in given.items()}
             complaint = method.validate(method.options, numbers | {"weight": np.ones(parents)})
             if complaint is not None:
                 raise InputError(where, f"parameters.{axis.name}: {complaint}")

@@ -40,8 +40,9 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
-        last = name.rsplit("/", 1)[-1]
-        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(last, MODELS + FILES)}")
+        numbered = re.match(r"\d{1,9}/", name)
+        known = [f"{PREFIX}{numbered[0] if numbered else ''}{one}" for one in MODELS + FILES]
+        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, known)}")
     seed = int(match[1] or 0)
     family = cache_folder() / VERSION / f"seed-{seed}"
     if not family.is_dir():

@@ -56,7 +56,9 @@ console = Console(stderr=True, markup=False)
 def resolve_reference(name: str) -> Path:
     """The folder or file of that name, made first where it is not there yet. Raises InputError for another name."""
     if name not in NAMES:
-        raise InputError(f"zoo:smollm2/{name}", f"no such model or file{did_you_mean(name, NAMES)}")
+        prefix = "zoo:smollm2/"
+        near = did_you_mean(f"{prefix}{name}", [f"{prefix}{one}" for one in NAMES])
+        raise InputError(f"{prefix}{name}", f"no such model or file{near}")
     path = cache_folder() / VERSION / name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

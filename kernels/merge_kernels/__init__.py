@@ -1,6 +1,7 @@
 """Merge kernels: the array mathematics of model merging.
 
-A kernel knows no model, no file and no search. Every method is one `Method` in `METHODS` and works in two steps:
+A kernel knows no model, no file and no search. Every method is one `Method` in `METHODS`
+(`register` adds your own) and works in two steps:
 
 1. *prepare*, once per tensor, on the host: whatever does not depend on the recipe (`prepare`, `tabulate`);
 2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`).
@@ -22,6 +23,7 @@ from merge_kernels.methods import (
     grid_index,
     look_up,
     prepare,
+    register,
     tabulate,
 )
 from merge_kernels.task_vectors import draw_uniform
@@ -40,5 +42,6 @@ __all__ = [
     "grid_index",
     "look_up",
     "prepare",
+    "register",
     "tabulate",
 ]

@@ -1,4 +1,4 @@
-"""The registry of merge methods, and the four functions through which every method is used.
+"""The registry of merge methods, and the four functions through which every method is used; `register` adds one.
 
     prepared   = prepare(method, options, sources, parameters, draws)     host, once; exact, for one recipe
     prepared   = tabulate(method, options, sources, parameters, draws)    host, once; for every density on a grid
@@ -12,6 +12,7 @@ the static options. Results are float32; the caller casts. Tensors may be merged
 as long as their statistics are those of the whole tensor.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,6 +33,8 @@ Numbers = Mapping[str, Any]
 # The uniform 16-bit numbers of parent k, of the tensor's shape (see task_vectors.draw_uniform).
 UniformNoise = Callable[[int], np.ndarray]
 HostSources = Sequence[np.ndarray]
+# What recipes call the fields of `Options`: mergekit's names.
+YAML_OPTIONS = ("normalize", "normalize_weights", "rescale", "filter_wise", "nuslerp_row_wise", "nuslerp_flatten")
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,11 @@ class Method:
     - `combine(options, sources, keep_keys, statistics, parameters)`.
     - `keep_keys(K)`: how many arrays of keep keys are prepared; `random`: whether they are drawn.
     - `validate(options, parameters)`: why these numbers have no meaning, or None.
-    - `yaml_options`: the names that mergekit's YAML has for `options`; `ignored_settings`: settings that it takes and
-      that change nothing.
+    - `yaml_options`: the names (of `YAML_OPTIONS`) under which a recipe may set `options`; `ignored_settings`:
+      settings that it takes and that change nothing.
+
+    Tensors are merged in pieces, so `combine` is elementwise in the sources: whatever needs a whole tensor (a norm, a
+    quantile) is a statistic that `prepare` measures. A method is a constant of compiled programs, so it is hashable.
     """
 
     name: str
@@ -124,6 +130,52 @@ class Method:
     def uses_base(self, base_given: bool) -> bool:
         """Whether a merge takes deltas from a base, where there is a base model or not."""
         return self.base == "required" or (self.base == "optional" and base_given)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Registering
+
+
+def register(method: Method) -> Method:
+    """Make a method known by its name: recipes, searches and listings take it from then on. Returns it.
+
+    Raises ValueError for a name that is taken (compiled programs know a method by its name), and for a method that
+    could not be used.
+    """
+    if not isinstance(method, Method):
+        raise ValueError(f"{method!r} is no merge method; expected a merge_kernels.Method")
+    problem = _problem(method)
+    if problem is not None:
+        raise ValueError(f"merge method {method.name!r}: {problem}")
+    METHODS[method.name] = method
+    return method
+
+
+def _problem(method: Method) -> str | None:
+    """Why a method cannot be registered, or None."""
+    names = [parameter.name for parameter in method.parameters]
+    settings = [*names, *method.yaml_options]
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", method.name):
+        return "the name is no word of letters, digits and _"
+    if method.name in METHODS:
+        return "the name is registered already; choose another"
+    if len(set(settings)) < len(settings):
+        return f"{max(settings, key=settings.count)} stands more than once among its parameters and YAML options"
+    foreign = [name for name in method.yaml_options if name not in YAML_OPTIONS]
+    if foreign:
+        return f"{foreign[0]!r} is no YAML option; expected some of {', '.join(YAML_OPTIONS)}, or a Parameter"
+    if method.base not in ("required", "optional", "parent"):
+        return f"base is {method.base!r}; expected required, optional or parent"
+    if sum(parameter.quantised for parameter in method.parameters) > 1:
+        return "has two quantised parameters; tables have an axis for one"
+    for parameter in method.parameters:
+        if not parameter.valid_min <= parameter.low < parameter.high <= parameter.valid_max:
+            return f"{parameter.name}: bounds [{parameter.low:g}, {parameter.high:g}]; expected low < high, both valid"
+    try:
+        hash(method)
+    except TypeError as error:
+        return f"cannot be hashed ({error}); give tuples in place of lists"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------

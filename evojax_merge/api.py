@@ -1,0 +1,302 @@
+"""The public API, for notebooks and scripts of one's own: `import evojax_merge as em`.
+
+These functions raise `InputError` or `Failed` where the commands would print a line and end, and print nothing but
+progress bars on a terminal. What the commands warn of is a Python warning.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from merge_kernels import Method
+
+from evojax_merge import pipeline, plugins
+from evojax_merge.checkpoints import bank as checkpoints_bank
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.evaluation.scores import Scores, score_matrix
+from evojax_merge.mergekit.schema import check_parent_count
+from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.models.bank import Bank, MergeSpec
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.problem import build_problem, config_from, read_config
+from evojax_merge.references import resolve_reference
+from evojax_merge.report.progress import bytes_bar, console
+from evojax_merge.run import Run, open_run
+from evojax_merge.search.loop import Generation
+from evojax_merge.selection import open_evaluators, recipe_text
+from evojax_merge.spaces.search_parameters import constants_of, find_method, options_of
+from evojax_merge.yaml_reader import parse_yaml
+
+Location = str | PathLike[str]
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    usual = console.quiet
+    console.quiet = usual or not (console.is_terminal or console.is_jupyter)
+    try:
+        yield
+    finally:
+        console.quiet = usual
+
+
+def _ignore(line: str) -> None:
+    """For what the commands tell beside their result."""
+
+
+def _warn(line: str) -> None:
+    # Of who called the function of this file.
+    warnings.warn(line, stacklevel=4)
+
+
+def _as_yaml(where: str, value: Any) -> Any:
+    """What YAML would give for a document of mappings, lists, numbers, texts and paths."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        if isinstance(value, np.ndarray | np.generic):
+            return value.tolist()
+        return str(value) if isinstance(value, PathLike) else value
+
+    try:
+        return parse_yaml(where, dump_yaml(plain(value)))
+    except yaml.YAMLError as error:
+        raise InputError(where, f"holds what no YAML can say ({error}); expected numbers, texts and lists") from None
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise InputError("dtype", f"unknown dtype {dtype!r}{did_you_mean(str(dtype), FLOAT_DTYPES)}")
+
+
+def _check_seed(seed: int | None) -> None:
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= MAX_SEED):
+        raise InputError("seed", f"{seed!r}; expected a whole number from 0 to {MAX_SEED:,}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Merging and scoring
+
+
+def merge(
+    recipe: Location | Mapping[str, Any],
+    out: Location,
+    *,
+    dtype: str | None = None,
+    seed: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+) -> Path:
+    """Do the one merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
+
+    recipe: a YAML file, or what it would say as a mapping; relative paths then start in the working directory. dtype,
+    seed: in place of the recipe's. overwrite: replace `out`, if it is a model that evojax-merge wrote. allow_nonfinite:
+    merge even where a parent holds NaN or Inf.
+    """
+    _check_dtype(dtype)
+    _check_seed(seed)
+    source = _as_yaml("recipe", recipe) if isinstance(recipe, Mapping) else Path(recipe)
+    with _bars_on_terminals():
+        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore)
+    return Path(out)
+
+
+def evaluate(
+    models: Location | Run | Sequence[Location | Run], tasks: Location | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Score stored models on all examples of the tasks: a row `{"model", "fitness", "scores"}` for each, with its mean
+    score on every task by the task's name.
+
+    models: folders, hub ids, `zoo:` names, or runs (or their folders), which stand for their winners. tasks: a YAML
+    file with `tasks:` (a search's config has them, too), what it would say as a mapping, or the list of tasks alone;
+    relative paths then start in the working directory.
+    """
+    asked = [models] if isinstance(models, str | PathLike | Run) else list(models)
+    if not asked:
+        raise InputError("models", "is empty; expected folders or hub ids")
+    names = [str(model.path if isinstance(model, Run) else Path(model) if isinstance(model, PathLike) else model)
+             for model in asked]  # fmt: skip
+    if isinstance(tasks, str | PathLike):
+        task_set = pipeline.read_tasks(Path(tasks))
+    else:
+        plugins.load()
+        document = _as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
+        task_set = pipeline.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd())
+    with _bars_on_terminals():
+        rows = pipeline.score_models(names, task_set, _ignore, _warn)
+    return pipeline.score_table(names, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Searching
+
+
+def evolve(
+    config: Location | Mapping[str, Any],
+    *,
+    out: Location | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    seed: int | None = None,
+    overrides: Sequence[str] = (),
+    on_generation: Callable[[Generation], None] = lambda generation: None,
+) -> Run:
+    """Search as `evojax-merge search` does, and return the run.
+
+    config: a YAML file, or what it would say as a mapping; relative paths then start in the working directory. out: the
+    run folder; None: the config's own, else runs/ and the file's name. resume, overwrite: continue, or start again,
+    what lies there. overrides: `key.path=value`, as --set takes them. on_generation is told of every generation.
+    """
+    path, parsed = _config(config, seed, overrides)
+    folder = pipeline.default_out(path, parsed) if out is None else Path(out)
+    with _bars_on_terminals():
+        pipeline.run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation)
+    return open_run(folder)
+
+
+def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: Sequence[str]) -> tuple[Path, Config]:
+    plugins.load()
+    _check_seed(seed)
+    if isinstance(config, Mapping):
+        path = Path("config")
+        return path, config_from(path, _as_yaml("config", config), overrides, seed)
+    return Path(config), read_config(Path(config), overrides, seed)
+
+
+class Evaluator:
+    """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
+
+    config, seed, overrides: as `evolve` takes them; the config's strategy and budget are not used. split: the examples
+    that are scored on: `search`, or `heldout`, which no search should see. The models are loaded at once.
+    """
+
+    def __init__(
+        self,
+        config: Location | Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        overrides: Sequence[str] = (),
+        split: str = "search",
+    ) -> None:
+        path, parsed = _config(config, seed, overrides)
+        if split not in ("search", "heldout"):
+            raise InputError("split", f"{split!r}; expected search or heldout")
+        if parsed.stages is not None:
+            raise InputError("config", "has stages, each with a space of its own; give one with space or data_flow")
+        self._problem = build_problem(path, parsed)
+        *_, full, heldout = self._problem.batched_tasks()
+        with _bars_on_terminals():
+            (self._evaluator,) = open_evaluators(self._problem, [full if split == "search" else heldout])
+
+    @property
+    def dims(self) -> int:
+        """D, how many numbers a genome has."""
+        return self._problem.space.dims
+
+    @property
+    def start(self) -> np.ndarray:
+        """float32[D]: where a search begins, in the middle of what is searched or at the uniform merge."""
+        return self._problem.space.start
+
+    def scores(self, genomes: Any) -> Scores:
+        """The score matrix of genomes float32[P, D]; `.fitness` float64[P] is higher for better candidates, NaN for
+        those that failed."""
+        genomes = np.asarray(genomes, np.float32)
+        if genomes.ndim != 2 or genomes.shape[1] != self.dims:
+            raise InputError("genomes", f"have shape {list(genomes.shape)}; expected [P, {self.dims}]")
+        tasks = self._evaluator.tasks
+        return score_matrix(tasks, self._evaluator.score(genomes))
+
+    def recipe(self, genome: Any) -> dict[str, Any]:
+        """A genome float32[D] as a recipe, which `merge` makes into a model."""
+        recipe: dict[str, Any] = parse_yaml("recipe", recipe_text(self._problem, np.asarray(genome, np.float32)))
+        return recipe
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The bank
+
+
+@dataclass(frozen=True)
+class LoadedBank:
+    """Models in memory, as a search holds them: `bank`, all their weights with what `spec.method` measured of them, and
+    the architecture's `config`. `models`: their folders, the base first where task vectors are taken from one."""
+
+    bank: Bank
+    spec: MergeSpec
+    config: DecoderConfig
+    models: tuple[Path, ...]
+
+
+def load_bank(
+    parents: Sequence[Location],
+    base: Location | None = None,
+    *,
+    method: str = "linear",
+    fixed: Mapping[str, Numbers] | None = None,
+    normalize: bool | None = None,
+    rescale: bool | str | None = None,
+    seed: int = 0,
+    export_dtype: str = "float32",
+) -> LoadedBank:
+    """Load models of one architecture into stacked JAX arrays, and measure what a merge method needs of them.
+
+    parents, base: folders, hub ids or `zoo:` names. fixed: values of the method's parameters that are never searched
+    (DELLA's epsilon); normalize, rescale: its switches, None as it has them. seed: of the masks of random methods.
+    export_dtype: what merges are rounded to.
+    """
+    plugins.load()
+    _check_dtype(export_dtype)
+    _check_seed(seed)
+    where = "load_bank"
+    chosen = find_method(f"{where}: method", method)
+    has_base = chosen.uses_base(base is not None)
+    if has_base and base is None:
+        raise InputError(where, f"base: missing; {method} takes task vectors from a base model")
+    if base is not None and not has_base:
+        raise InputError(where, f"base: {method} takes no base; leave it out, or choose another method")
+    check_parent_count(f"{where}: parents", chosen, len(parents))
+    options = options_of(where, chosen, has_base, normalize, rescale)
+    spec = MergeSpec(method, options, seed, export_dtype, constants_of(where, chosen, len(parents), fixed or {}))
+    named = [("base", base)] * has_base + [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
+    paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
+    sources, config = open_sources(paths)
+    with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
+        return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Registering
+
+
+def register_method(method: Method) -> Method:
+    """Make a merge method of your own known by its name; see kernels/README.md."""
+    registered: Method = plugins.register("method", method)
+    return registered
+
+
+def register_strategy(name: str, factory: Callable[..., Any]) -> Any:
+    """Make a search strategy of your own known by a name."""
+    return plugins.register("strategy", name, factory)
+
+
+def register_architecture(architecture: Any) -> Any:
+    """Make an architecture of your own known by the `model_type` of its checkpoints."""
+    return plugins.register("architecture", architecture)
+
+
+def register_task(kind: Any) -> Any:
+    """Make a kind of task of your own known by its name."""
+    return plugins.register("task", kind)

@@ -1,0 +1,88 @@
+"""What packages of others add: merge methods, search strategies, architectures and kinds of task, by entry points.
+
+A package's pyproject.toml names an object to register, or a function without arguments that registers:
+
+    [project.entry-points."evojax_merge.methods"]
+    softmax = "my_package.merging:SOFTMAX"
+
+`load` is called where a command begins, and by the functions of the public API.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from evojax_merge.errors import InputError
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Where the objects of an entry point's group go: a function of a module, which is imported when it is needed.
+    `named`: it takes the name first, which the object does not know."""
+
+    module: str
+    function: str
+    named: bool = False
+
+    @property
+    def register(self) -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(self.module), self.function)
+        return found
+
+
+REGISTRIES = {
+    "method": Registry("merge_kernels", "register"),
+    "strategy": Registry("evojax_merge.search.strategies.registry", "register_strategy", named=True),
+    "architecture": Registry("evojax_merge.models.architecture", "register_architecture"),
+    "task": Registry("evojax_merge.tasks.kinds", "register_task"),
+}
+GROUPS = {
+    "evojax_merge.methods": "method",
+    "evojax_merge.strategies": "strategy",
+    "evojax_merge.architectures": "architecture",
+    "evojax_merge.tasks": "task",
+}
+_loaded: set[EntryPoint] = set()
+
+
+def register(kind: str, *arguments: Any) -> Any:
+    """Register an object of a kind (see `REGISTRIES`). Raises InputError where it cannot be used or its name is
+    taken."""
+    try:
+        return REGISTRIES[kind].register(*arguments)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"register_{kind}", str(error)) from None
+
+
+def load() -> None:
+    """Register what installed packages add, once in a process. Raises InputError for what cannot be imported or
+    registered, with the plugin's name, its package and its own error."""
+    installed = entry_points()
+    for group, kind in GROUPS.items():
+        for plugin in installed.select(group=group):
+            if plugin not in _loaded:
+                _load(plugin, kind)
+                _loaded.add(plugin)
+
+
+def _load(plugin: EntryPoint, kind: str) -> None:
+    try:
+        found = plugin.load()
+        registry = REGISTRIES[kind]
+        if inspect.isfunction(found) and not inspect.signature(found).parameters:
+            found()
+        elif registry.named:
+            registry.register(plugin.name, found)
+        else:
+            registry.register(found)
+    # A package that leaves by itself is as broken as one that raises.
+    except (Exception, SystemExit) as error:
+        package = "an unknown package" if plugin.dist is None else f"{plugin.dist.name} {plugin.dist.version}"
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise InputError(
+            f"plugin {plugin.name!r} of {package}",
+            f"{plugin.group} = {plugin.value} could not be loaded ({what}); repair or uninstall the package",
+        ) from error

@@ -1,0 +1,90 @@
+"""The front matter of model cards: what the cards of the merged models say, and what ours says of them.
+
+A card is a stranger's file: what is not of the expected form is as good as not there.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.writer import CARD
+from evojax_merge.errors import InputError
+from evojax_merge.yaml_reader import parse_yaml
+
+# Of a card this much is looked at; the hub's longest front matters (tables of benchmarks) are a tenth of it.
+MAX_BYTES = 2**20
+MAX_LANGUAGES = 500
+FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+
+def read_front_matter(folder: Path) -> dict[str, Any]:
+    """The front matter of the card in a model folder; empty where there is none that can be read."""
+    file = folder / CARD
+    try:
+        if not file.is_file():
+            return {}
+        with file.open("rb") as handle:
+            text = handle.read(MAX_BYTES).decode("utf-8", errors="replace")
+        match = FRONT_MATTER.match(text)
+        document = None if match is None else parse_yaml(file, match[1])
+    except (OSError, InputError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _license(card: dict[str, Any]) -> dict[str, str] | None:
+    """A license of the hub's list by its name; one that is not on it, `other`, by its own name and link."""
+    name = card.get("license")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,59}", name):
+        return None
+    terms = {"license": name.lower()}
+    if terms["license"] == "other":
+        for key, form in (("license_name", r"[\w.+-]{1,100}"), ("license_link", r"[!-~]{1,300}")):
+            if isinstance(card.get(key), str) and re.fullmatch(form, card[key], re.ASCII):
+                terms[key] = card[key]
+    return terms
+
+
+def _languages(card: dict[str, Any]) -> dict[str, list[str]] | None:
+    found = card.get("language")
+    listed = found if isinstance(found, list) else [found]
+    # YAML reads the code of Norwegian as false.
+    codes: list[Any] = ["no" if code is False else code for code in listed]
+    if not 0 < len(codes) <= MAX_LANGUAGES:
+        return None
+    if not all(isinstance(code, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9-]{1,29}", code) for code in codes):
+        return None
+    return {"language": sorted(set(codes))}
+
+
+def _agreed(cards: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
+    """What `read` finds, if it finds the same in every card."""
+    first, *others = [read(card) for card in cards] or [None]
+    return first if first is not None and all(other == first for other in others) else {}
+
+
+def _writes_text(folder: Path) -> bool:
+    try:
+        architectures = read_json_object(folder / "config.json", missing={}).get("architectures")
+    except InputError:
+        return False
+    listed = architectures if isinstance(architectures, list) else []
+    return any(isinstance(name, str) and name.endswith("ForCausalLM") for name in listed)
+
+
+def front_matter(names: Sequence[str], folders: Sequence[Path]) -> str:
+    """The front matter of a merge of these models, as the hub reads it. License and languages are those that all of
+    their cards agree on."""
+    cards = [read_front_matter(folder) for folder in folders]
+    header: dict[str, Any] = {}
+    if names:
+        header |= {"base_model": list(names), "base_model_relation": "merge"}
+    header |= _agreed(cards, _license) | _agreed(cards, _languages) | {"library_name": "transformers"}
+    if folders and all(map(_writes_text, folders)):
+        header["pipeline_tag"] = "text-generation"
+    header["tags"] = ["mergekit", "merge", "evojax-merge"]
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"

@@ -1,0 +1,79 @@
+"""A run folder, for reading: what a search is doing, or has found."""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.errors import InputError
+from evojax_merge.search.run_folder import RunFolder, is_run, read_lines, read_result
+from evojax_merge.yaml_reader import load_yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """A search's run folder. Every property reads the files as they are now, so that a running search can be watched;
+    what is not there yet is None, or empty."""
+
+    path: Path
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(self.path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config with all defaults and absolute paths; `inputs`: a hash of every file that scores depend on."""
+        document: dict[str, Any] = load_yaml(self._folder.config)
+        return document
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One mapping a generation: the fitness of every candidate, the best so far, and what the strategy says."""
+        return self._folder.read_history()
+
+    @property
+    def timing(self) -> list[dict[str, Any]]:
+        """The seconds of each generation."""
+        return read_lines(self._folder.timing)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search has chosen its winner after the last generation that is saved."""
+        result = self.result or {}
+        return self.model is not None and result.get("generations", -1) >= len(self.history)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`: the held-out table, the winner's parameters by group, its genome."""
+        return read_result(self._folder.result)
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """The held-out scores of winner, base, parents and uniform merge, a mapping each."""
+        return list((self.result or {}).get("table", []))
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The winner as a mergekit recipe, with the full paths of the models."""
+        return load_yaml(self._folder.recipe) if self._folder.recipe.is_file() else None
+
+    @property
+    def model(self) -> Path | None:
+        """The winner's folder."""
+        return self._folder.model if self._folder.model.is_dir() else None
+
+    @property
+    def figures(self) -> list[Path]:
+        """The pictures of the run."""
+        return sorted(self.path.glob("*.png"))
+
+
+def open_run(folder: str | PathLike[str]) -> Run:
+    """The run folder of a search, finished or not. Raises InputError for any other folder."""
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise InputError(folder, "no such folder; expected the run folder of a search")
+    if not is_run(RunFolder(path)):
+        raise InputError(folder, "is not a run folder of a search")
+    return Run(path)

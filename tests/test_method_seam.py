@@ -1,0 +1,176 @@
+"""A merge method from outside: one `Method` and one call, for recipes, searches, pytrees and listings alike."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, state
+from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
+
+import evojax_merge as em
+from evojax_merge import cli
+from evojax_merge.zoo import VERSION
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def measure(options, sources, parameters, densities, uniform_noise):
+    """The root mean square of each delta, which takes a whole tensor to know."""
+    deltas = [np.asarray(x, np.float64) - np.asarray(sources[0], np.float64) for x in sources[1:]]
+    return Prepared((), {"rms": np.array([np.sqrt(np.mean(d * d)) for d in deltas], np.float32)})
+
+
+def clip(options, sources, keep_keys, statistics, parameters):
+    base, *parents = (x.astype(jnp.float32) for x in sources)
+    limits = parameters["cap"] * statistics["rms"]
+    clipped = [w * jnp.clip(x - base, -c, c) for w, x, c in zip(parameters["weight"], parents, limits, strict=True)]
+    return base + sum(clipped)
+
+
+CLIPPED = Method(
+    "clipped",
+    (
+        Parameter("weight", per_parent=True, default=None, low=0.0, high=1.0),
+        Parameter("cap", per_parent=False, default=1.0, low=0.0, high=3.0, valid_min=0.0),
+    ),
+    base="required",
+    combine=clip,
+    prepare=measure,
+    options=Options(has_base=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    em.register_method(CLIPPED)
+    yield
+    del METHODS["clipped"]
+
+
+def expected(base: np.ndarray, parents: list[np.ndarray], weights: list[float], cap: float) -> np.ndarray:
+    merged = base.astype(np.float64)
+    for parent, weight in zip(parents, weights, strict=True):
+        delta = parent.astype(np.float64) - base
+        limit = cap * np.sqrt((delta**2).mean())
+        merged = merged + weight * np.minimum(np.maximum(delta, -limit), limit)
+    return merged
+
+
+def test_in_a_recipe(family: Family, tmp_path: Path) -> None:
+    models = [
+        {"model": parent, "parameters": {"weight": w}} for parent, w in zip(family.parents, (0.7, 0.4), strict=True)
+    ]
+    recipe = {"merge_method": "clipped", "base_model": family.base, "models": models, "parameters": {"cap": 0.8}}
+    merged = state(em.merge(recipe, tmp_path / "out"))
+    base, *parents = map(state, (family.base, *family.parents))
+    for name, values in merged.items():
+        own = expected(base[name], [parent[name] for parent in parents], [0.7, 0.4], 0.8)
+        np.testing.assert_allclose(values, own, rtol=1e-5, atol=1e-6)
+
+
+def test_in_a_search(family: Family, tmp_path: Path) -> None:
+    """Its winner is what the recipe says, computed by NumPy."""
+    config = {
+        "base": str(family.base), "parents": [str(parent) for parent in family.parents],
+        "space": {"method": "clipped", "components": ["attention+mlp+norm+embed+final_norm"], "layers_per_group": "all",
+                  "parameters": {"weight": {"high": 1.5}, "cap": {}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks)}],
+        "search": {"population": 4, "generations": 2},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["search", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "run")]
+    cli.cli.main(arguments, standalone_mode=False)
+    run = em.open_run(tmp_path / "run")
+    assert run.finished and len(run.history) == 2
+    [part] = run.recipe["slices"]
+    weights = [source["parameters"]["weight"] for source in part["sources"][1:]]
+    base, *parents = map(state, (family.base, *family.parents))
+    for name, values in state(run.model).items():
+        own = expected(base[name], [parent[name] for parent in parents], weights, part["parameters"]["cap"])
+        np.testing.assert_allclose(values, own, rtol=1e-5, atol=1e-6)
+
+
+def test_of_pytrees() -> None:
+    rng = np.random.default_rng(0)
+    base, one, other = ({"layer": rng.normal(size=(5, 7)).astype(np.float32)} for _ in range(3))
+    wanted = expected(base["layer"], [one["layer"], other["layer"]], [0.5, 0.5], 1.2).astype(np.float32)
+    found = em.search_pytrees(
+        [one, other], lambda merged: -((merged["layer"] - wanted) ** 2).sum(), base=base, method="clipped",
+        parameters={"cap": {}}, generations=15,
+    )  # fmt: skip
+    assert abs(found.parameters["layer"]["cap"][0] - 1.2) < 0.05
+
+
+def test_it_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.cli.main(["methods"], standalone_mode=False)
+    assert "clipped" in capsys.readouterr().out
+
+
+def with_changes(**changes: object) -> Method:
+    return Method(**({"name": "mine", "parameters": CLIPPED.parameters, "base": "required", "combine": clip} | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        (CLIPPED, "'clipped': the name is registered already"),
+        (with_changes(name="ties"), "'ties': the name is registered already"),
+        (with_changes(name="my method"), "no word"),
+        (with_changes(yaml_options=("loud",)), "'loud' is no YAML option; expected some of normalize,"),
+        (with_changes(yaml_options=("rescale", "rescale")), "rescale stands more than once"),
+        (with_changes(base="maybe"), "base is 'maybe'"),
+        (with_changes(parameters=[*CLIPPED.parameters]), "cannot be hashed"),
+        (with_changes(parameters=(Parameter("a", False, 0.0, low=1.0, high=0.0),)), r"a: bounds \[1, 0\]"),
+        ("clipped", "expected a merge_kernels.Method"),
+    ],
+)
+def test_what_cannot_be_registered(method: Method, named: str) -> None:
+    before = dict(METHODS)
+    with pytest.raises(ValueError, match=named):
+        register(method)
+    with pytest.raises(em.InputError, match=named):
+        em.register_method(method)
+    assert before == METHODS
+
+
+def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
+    config = {
+        "base": "base", "parents": ["parent0"], "space": {"method": "cliped"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    search = ["search", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    for ask in (
+        lambda: em.merge({"merge_method": "cliped"}, tmp_path / "out"),
+        lambda: em.search_pytrees([{}], lambda merged: 0.0, method="cliped"),
+        lambda: em.load_bank([], method="cliped"),
+        lambda: cli.cli.main(search, standalone_mode=False),
+    ):
+        with pytest.raises(em.InputError, match=r"unknown method 'cliped' \(did you mean 'clipped'\?\)"):
+            ask()
+
+
+def test_the_example_in_configs(family: Family, tmp_path: Path) -> None:
+    """configs/own_method.py, as a user runs it; tiny models stand where the demo family would be."""
+    zoo = tmp_path / "cache" / "evojax-merge" / "zoo" / VERSION / "seed-0"
+    zoo.mkdir(parents=True)
+    folders = dict(zip(("base", "maths", "japanese"), (family.base, *family.parents), strict=True))
+    for name, folder in folders.items():
+        (zoo / name).symlink_to(folder)
+    done = subprocess.run(
+        [sys.executable, CONFIGS / "own_method.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "wrote runs/own_method\n", done.stderr
+    base, maths, japanese = (state(folder) for folder in folders.values())
+    for name, values in state(tmp_path / "runs" / "own_method").items():
+        deltas = [one[name].astype(np.float64) - base[name] for one in (maths, japanese)]
+        merged = np.where(np.sign(deltas[0]) == np.sign(deltas[1]), 0.8 * deltas[0] + 0.6 * deltas[1], 0.0)
+        np.testing.assert_allclose(values, base[name] + merged, rtol=1e-5, atol=1e-6)
