@@ -39,7 +39,7 @@ def by_hand(config: str, overrides: list[str], generations: int = 2) -> np.ndarr
 if __name__ == "__main__":
     config, out, *overrides = sys.argv[1:]
     em.register_strategy("snes", snes)
-    run = em.evolve(config, out=out, overrides=["search.strategy=snes", *overrides], overwrite=True)
+    run = em.evolve(config, out=out, overrides=[*overrides, "search.strategy=snes"], overwrite=True)
     for row in run.table or []:
         print(f"{row['name']}: {row['heldout_fitness']:.4f}")
     by_hand(config, overrides)

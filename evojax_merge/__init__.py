@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evojax_merge.evaluation.scores import Scores
     from evojax_merge.pytrees import host_callback, search_pytrees
     from evojax_merge.run import Run, open_run
+    from evojax_merge.search.loop import Generation
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
 
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluator",
     "EvosaxStrategy",
     "Failed",
+    "Generation",
     "InputError",
     "Run",
     "Scores",
@@ -63,6 +65,7 @@ _HOMES = {
     "register_task": "api",
     "host_callback": "pytrees",
     "search_pytrees": "pytrees",
+    "Generation": "search.loop",
     "Scores": "evaluation.scores",
     "EvosaxStrategy": "search.strategies.evosax",
     "StrategySettings": "search.strategies.registry",

@@ -170,7 +170,7 @@ def _opened(
 ) -> Iterator[RunFolder]:
     """The run folder, locked and opened by the one process that writes; the others wait, and say nothing. `begun` is
     called as soon as there is something to resume."""
-    console.quiet = jax.process_index() > 0
+    console.quiet = console.quiet or jax.process_index() > 0
     folder = RunFolder(path)
     with ExitStack() as stack:
         with defer_signals():

@@ -1,6 +1,9 @@
 """A search strategy of one's own: written here alone, found by its name in configs and by `search_pytrees`."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +14,13 @@ import yaml
 from flax import struct
 from helpers import write_lines
 
+import evojax_merge as em
 from evojax_merge import pipeline, search_pytrees
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.run_folder import RunFolder
 from evojax_merge.search.strategies.registry import StrategySettings, register_strategy
+from evojax_merge.yaml_reader import load_yaml
 
 
 @struct.dataclass
@@ -101,6 +106,51 @@ def test_history_carries_what_every_candidate_was_and_scored(config, tmp_path):
         # As many digits as float32 needs to be the same again, and no more.
         assert row["genomes"] == [[float(str(gene)) for gene in genome] for genome in genomes]
         assert row["task_scores"]["text"] == pytest.approx(row["fitness"])
+
+
+def test_evolve_and_the_evaluator_of_the_public_api(config, tmp_path, capsys):
+    seen: list[em.Generation] = []
+    run = em.evolve(config, out=tmp_path / "run", seed=4, on_generation=seen.append)
+    assert capsys.readouterr().out == ""
+    assert [generation.number for generation in seen] == [row["generation"] for row in run.history] == [1, 2, 3]
+    assert run.finished and run.config["seed"] == 4
+    for generation, row in zip(seen, run.history, strict=True):
+        assert generation.fitness.tolist() == row["fitness"] and generation.best_so_far == row["best_so_far"]
+    # A mapping says what the file does; relative paths start in the working directory.
+    document = yaml.safe_load(config.read_text())
+    document["tasks"][0]["file"] = str(tmp_path / "tasks.jsonl")
+    again = em.evolve(document, out=tmp_path / "mapping", seed=4)
+    assert again.history == run.history
+    with pytest.raises(em.InputError, match="holds a run already"):
+        em.evolve(config, out=tmp_path / "run", seed=4)
+    # An own loop scores what the search scored.
+    evaluator = em.Evaluator(config, seed=4)
+    genomes = np.array(run.history[1]["genomes"], np.float32)
+    scores = evaluator.scores(genomes)
+    assert scores.fitness == pytest.approx(run.history[1]["fitness"], abs=1e-5)
+    assert scores.values.shape == (6, 9) and scores.tasks == ("text",)
+    winner = np.array(run.result["genome"], np.float32)
+    heldout = em.Evaluator(config, seed=4, split="heldout").scores(winner[None]).fitness[0]
+    (row,) = (row for row in run.table if row["role"] == "winner")
+    assert heldout == pytest.approx(row["heldout_fitness"], abs=1e-5)
+    merged = em.merge(evaluator.recipe(winner), tmp_path / "merged")
+    assert (merged / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
+    with pytest.raises(em.InputError, match=r"genomes: have shape \[2\]; expected \[P, "):
+        evaluator.scores(np.zeros(2))
+
+
+def test_the_example_of_an_own_strategy_runs(config, tmp_path):
+    """configs/own_strategy.py, as a user runs it, on tiny models."""
+    script = Path(__file__).resolve().parent.parent / "configs" / "own_strategy.py"
+    changes = ["search.generations=2", "search.population=5", "search.strategy=cma_es"]
+    done = subprocess.run(
+        [sys.executable, script, config, tmp_path / "run", *changes], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "evolved task_arithmetic: " in done.stdout and "by hand, generation 2: best " in done.stdout
+    history = RunFolder(tmp_path / "run").read_history()
+    assert [len(row["fitness"]) for row in history] == [5, 5]
+    assert load_yaml(tmp_path / "run/config.yaml")["search"]["strategy"] == "snes"
 
 
 def test_search_pytrees_takes_it():

@@ -45,10 +45,7 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
     if name in _registered:
         return _registered[name]
     if name not in _BUILT_IN:
-        raise InputError(
-            where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}; known: "
-            f"{', '.join(strategy_names())}",
-        )  # fmt: skip
+        raise InputError(where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}")
     module, function = _BUILT_IN[name].split(":")
     factory: StrategyFactory = getattr(import_module(module), function)
     return factory
