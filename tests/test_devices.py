@@ -47,8 +47,8 @@ for population, model in meshes:
     mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto,) * 2) if population * model > 1 else None
     (scorer,) = open_evaluators(problem, batched, Devices(mesh))
     for chunk in chunks if population * model == 1 else chunks[:1]:
-        scorer.evaluator.chunk = chunk
-        scorer.evaluator.chunk_sizes.clear()
+        scorer.evaluator.evaluator.chunk = chunk
+        scorer.evaluator.evaluator.chunk_sizes.clear()
         keep(f"{population}x{model}/{chunk}", scorer.score(genomes))
     if population * model == 1:
         rows = [scorer.score(genome[None]) for genome in genomes]

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
@@ -31,7 +32,13 @@ from evojax_merge.evaluation.devices import (
     tree_nbytes,
 )
 from evojax_merge.evaluation.memory import is_out_of_memory
-from evojax_merge.evaluation.passes import LazyMergeFactory, PerCandidateModel, SharedModel, WeightsFactory
+from evojax_merge.evaluation.passes import (
+    LazyMergeFactory,
+    MaterialisedFactory,
+    PerCandidateModel,
+    SharedModel,
+    WeightsFactory,
+)
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
@@ -136,6 +143,28 @@ class Population:
             rows = np.arange(begin, min(begin + size, self.size))
             yield rows, pad_chunk(self.candidates, rows, size)
 
+    def model_shape(self) -> Any:
+        """One candidate's shapes where it has to be materialised first; None where it is in memory."""
+        return None
+
+    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+        """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
+        return SharedModel(), self.replicated, candidates
+
+
+@dataclass(frozen=True)
+class MergePopulation(Population):
+    """P merges of one bank, each described by its recipe."""
+
+    factory: LazyMergeFactory
+
+    def model_shape(self) -> Any:
+        _, candidate = next(self.chunks(1))
+        return jax.eval_shape(partial(passes.materialise, self.factory, None), self.replicated, candidate)
+
+    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+        return PerCandidateModel(), None, passes.materialise(self.factory, mesh, self.replicated, candidates)
+
 
 class _TooLarge(Exception):
     """The compiler says that not even one candidate's pass fits."""
@@ -178,7 +207,7 @@ class Evaluator:
         """Score P recipes (leading axis P on every leaf)."""
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
-        return self._evaluate(Population(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
+        return self._evaluate(MergePopulation(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
 
     def stored(self, model: StackedWeights, progress: Progress = lambda done: None) -> TaskScores:
         """Score one stored model: a population of one."""
@@ -286,7 +315,11 @@ class Evaluator:
             return rows, batch, found
 
         for rows, candidates in population.chunks(chunk * self.devices.population):
-            source = self._materialise(population, candidates) if materialised else (*population.source, candidates)
+            source = (
+                population.materialise(self.devices.mesh, candidates)
+                if materialised
+                else (*population.source, candidates)
+            )
             prefix = self._prefill_prefix(*source, batched_task.scoring.shared_prefix)
             yield from (partial(job, rows, source, prefix, batch) for batch in batched_task.scoring.batches)
 
@@ -296,43 +329,22 @@ class Evaluator:
         alone = self.devices.mesh is None and not on_accelerator()
         return alone and 2 * model <= MATERIALISE_FRACTION * free_memory()
 
-    def _materialise(self, population: Population, candidates: Any) -> tuple[WeightsFactory, Any, Any]:
-        """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
-        if not isinstance(population.factory, LazyMergeFactory):
-            return *population.source, candidates
-        return (
-            PerCandidateModel(),
-            None,
-            passes.materialise(population.factory, self.devices.mesh, population.replicated, candidates),
-        )
-
     def _decode_weights(
-        self, factory: WeightsFactory, replicated: Any, candidates: Any
-    ) -> tuple[WeightsFactory, Any, Any]:
+        self, factory: MaterialisedFactory, replicated: Any, candidates: Any
+    ) -> tuple[MaterialisedFactory, Any, Any]:
         """Materialised candidates laid out for decoding: a CPU copies each layer that it picks from a stack, every
         time, so the layers are unstacked once, where there is room."""
         if on_accelerator() or tree_nbytes((replicated, candidates)) > MATERIALISE_FRACTION * free_memory():
             return factory, replicated, candidates
-        if isinstance(replicated, StackedWeights):
-            return factory, passes.unstack_layers(replicated), candidates
-        return factory, replicated, passes.unstack_population(self.devices.mesh, candidates)
+        return factory, *factory.unstack(self.devices.mesh, replicated, candidates)
 
     def _fits_materialised(self, population: Population, batched_task: BatchedTask, chunk: int) -> bool:
         """Whether a chunk is materialised before it is scored: each pass would redo its merge, so where there are
         several, and room for the chunk, it is done once."""
-        if (
-            not isinstance(population.factory, LazyMergeFactory)
-            or batched_task.scoring is None
-            or len(batched_task.scoring.batches) < 2
-        ):
+        if batched_task.scoring is None or len(batched_task.scoring.batches) < 2:
             return False
-        return chunk * tree_nbytes(self._model_shape(population)) <= MATERIALISE_FRACTION * free_memory()
-
-    def _model_shape(self, population: Population) -> Any:
-        """One materialised candidate's shapes."""
-        assert isinstance(population.factory, LazyMergeFactory)
-        _, candidate = next(population.chunks(1))
-        return jax.eval_shape(partial(passes.materialise, population.factory, None), population.replicated, candidate)
+        model = population.model_shape()
+        return model is not None and chunk * tree_nbytes(model) <= MATERIALISE_FRACTION * free_memory()
 
     def _prefill_prefix(
         self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
@@ -415,7 +427,7 @@ class Evaluator:
         nonfinite = np.zeros(population.size, bool)
         if batched_task.prompts is None:
             return texts, nonfinite
-        size = tree_nbytes(self._model_shape(population)) if isinstance(population.factory, LazyMergeFactory) else 0
+        size = tree_nbytes(population.model_shape())
         for rows, tokens in _double_buffered(
             self._generation_jobs(population, batched_task, progress), self._threads(size)
         ):
@@ -445,7 +457,7 @@ class Evaluator:
 
         def job(rows: np.ndarray, candidates: Any, lookup_corpus: np.ndarray, cancelled: Event) -> Any:
             found = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
-            source = self._materialise(population, candidates)
+            source = population.materialise(self.devices.mesh, candidates)
             decode_weights = self._decode_weights(*source)
             prefix = self._prefill_prefix(*source, prompts.shared_prefix)
             for batch in prompts.batches:
@@ -540,16 +552,16 @@ class Evaluator:
         key = (batched_task.task.name, "texts", most)
         if key not in self.chunk_sizes:
             room = self.chunk or most
-            if self.chunk is None and isinstance(population.factory, LazyMergeFactory):
-                model, state = self._generation_bytes(population, batched_task)
+            shape = population.model_shape()
+            if self.chunk is None and shape is not None:
+                model, state = self._generation_bytes(shape, batched_task)
                 room = free_memory() // (model + state) if on_accelerator() else CPU_CACHE_BYTES // model
             self.chunk_sizes[key] = int(max(1, min(most, room)))
         return self.chunk_sizes[key]
 
-    def _generation_bytes(self, population: Population, batched_task: BatchedTask) -> tuple[int, int]:
+    def _generation_bytes(self, model: Any, batched_task: BatchedTask) -> tuple[int, int]:
         """Bytes of one materialised candidate, and of what it needs to decode the largest batch of prompts."""
         assert batched_task.prompts is not None
-        model = self._model_shape(population)
         if not on_accelerator():
             return tree_nbytes(model), 0
         batch, shared_prefix = (

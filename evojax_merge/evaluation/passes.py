@@ -48,12 +48,23 @@ class LazyMergeFactory:
         return lazy_merge(replicated, candidate, self.spec, self.compute_dtype)
 
 
+class MaterialisedFactory(WeightsFactory, Protocol):
+    """A factory of models that exist in memory."""
+
+    def unstack(self, mesh: Mesh | None, replicated: Any, candidates: Any) -> tuple[Any, Any]:
+        """What candidates share, and what each has, with every layer in arrays of its own."""
+        ...
+
+
 @dataclass(frozen=True)
 class SharedModel:
     """One model, replicated; the candidate's own argument is a placeholder."""
 
     def __call__(self, replicated: Materialised, candidate: Any) -> Materialised:
         return replicated
+
+    def unstack(self, mesh: Mesh | None, replicated: StackedWeights, candidates: Any) -> tuple[UnstackedWeights, Any]:
+        return unstack_layers(replicated), candidates
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class PerCandidateModel:
 
     def __call__(self, replicated: None, candidate: Materialised) -> Materialised:
         return candidate
+
+    def unstack(self, mesh: Mesh | None, replicated: None, candidates: StackedWeights) -> tuple[None, UnstackedWeights]:
+        return None, unstack_population(mesh, candidates)
 
 
 def logprobs_from_hidden(
