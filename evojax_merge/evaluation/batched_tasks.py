@@ -145,18 +145,11 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
     return found
 
 
-def _shapes(batch: ScoringBatch | PromptBatch) -> list[Any]:
-    """The shapes that are compiled for a batch: prompts are prefilled in groups, and decoded together."""
-    if isinstance(batch, PromptBatch):
-        return [batch.tokens.shape, *((part.end - part.begin, part.width, "read") for part in batch.prefill_groups)]
-    return [tuple(array.shape for array in vars(batch).values())]
-
-
 def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
     """One line: what is computed for each candidate."""
     parts: list[Batches[Any]] = [p for r in batched_tasks for p in (r.scoring, r.prompts) if p is not None]
     rows = sum(len(batched_task.requests.scored) + len(batched_task.requests.prompts) for batched_task in batched_tasks)
-    shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in _shapes(batch)}
+    shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in batch.compiled_shapes}
     tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
     shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
     batches, padding = sum(len(part.batches) for part in parts), sum(part.padding for part in parts)

@@ -71,6 +71,21 @@ class ScoringBatch:
     target_index: np.ndarray
     rows: np.ndarray
 
+    @property
+    def computed(self) -> int:
+        """Token positions that a model computes, padding included."""
+        return self.tokens.size
+
+    @property
+    def padding(self) -> int:
+        """How many of them are padding."""
+        return int((self.segment_ids == PAD).sum())
+
+    @property
+    def compiled_shapes(self) -> list[Any]:
+        """The shapes of the program that is compiled for it."""
+        return [tuple(array.shape for array in vars(self).values())]
+
 
 @dataclass(frozen=True)
 class PrefillGroup:
@@ -97,9 +112,19 @@ class PromptBatch:
         return self.tokens[part.begin : part.end, left:], self.left_pad[part.begin : part.end] - left
 
     @property
-    def prefill_tokens(self) -> int:
-        """Token positions that its prefill computes."""
+    def computed(self) -> int:
+        """Token positions that its prefill computes, padding included."""
         return sum((part.end - part.begin) * part.width for part in self.prefill_groups)
+
+    @property
+    def padding(self) -> int:
+        """How many of them are padding."""
+        return self.computed - int((self.tokens.shape[1] - self.left_pad[self.rows != PAD]).sum())
+
+    @property
+    def compiled_shapes(self) -> list[Any]:
+        """The shapes of the programs that are compiled for it: groups are prefilled, and all decoded together."""
+        return [self.tokens.shape, *((part.end - part.begin, part.width, "read") for part in self.prefill_groups)]
 
 
 Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
@@ -117,21 +142,12 @@ class Batches(Generic[Batch]):
     @property
     def computed(self) -> int:
         """Token positions that a candidate computes, padding included."""
-        return len(self.shared_prefix) + sum(
-            batch.tokens.size if isinstance(batch, ScoringBatch) else batch.prefill_tokens for batch in self.batches
-        )
+        return len(self.shared_prefix) + sum(batch.computed for batch in self.batches)
 
     @property
     def padding(self) -> int:
         """How many of them are padding."""
-        return sum(
-            int((batch.segment_ids == PAD).sum()) if isinstance(batch, ScoringBatch) else _left_padding(batch)
-            for batch in self.batches
-        )
-
-
-def _left_padding(batch: PromptBatch) -> int:
-    return batch.prefill_tokens - int((batch.tokens.shape[1] - batch.left_pad[batch.rows != PAD]).sum())
+        return sum(batch.padding for batch in self.batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------
