@@ -10,7 +10,7 @@ least; inside a bucket all batches have one shape. The same batches serve every 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
