@@ -161,7 +161,7 @@ def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path)
     assert [(full.size, held.size) for full, held in zip(problem.full, problem.heldout, strict=True)] == [(6, 2)] * 2
     assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
     assert problem.search.sigma == pytest.approx(1 / 6)
-    assert problem.spec.export_dtype == "bfloat16"
+    assert problem.candidates.export_dtype == "bfloat16"
     first = problem.config.tasks[0]
     assert isinstance(first, HarnessConfig)
     assert (first.num_fewshot, first.apply_chat_template, first.fewshot_as_multiturn) == (2, False, False)

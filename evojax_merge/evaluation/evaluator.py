@@ -176,7 +176,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 @dataclass
 class Evaluator:
-    """TaskScores populations of merges of one bank, and stored models, on one set of requests.
+    """Scores populations of merges of one bank, and stored models, on one set of requests.
 
     `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen.
     """

@@ -2,7 +2,7 @@
 
 A population of paths is a trie: candidates that begin with the same (layer, fold) steps share those nodes. A batch of
 tokens walks the trie depth first, one compiled call per run of steps between branches, and meets the LM head once per
-distinct path. TaskScores of a path are kept for the whole run, so that a path that comes again costs nothing.
+distinct path. Scores of a path are kept for the whole run, so that a path that comes again costs nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -88,7 +88,7 @@ def _score(
 
 @dataclass
 class PathEvaluator:
-    """TaskScores populations of paths over one bank, on the requests of an evaluator.
+    """Scores populations of paths over one bank, on the requests of an evaluator.
 
     `max_length`: how many steps a path has at most. `steps_run` and `steps_requested`: layer steps that were run, and
     that would have been run one candidate after the other, since the start.
