@@ -275,6 +275,7 @@ def test_what_an_architecture_must_say(root: Path) -> None:
     wrong = {
         "two leaves are named 'q'": (*TOY.leaves, Leaf("q", "q.{layer}.weight", "attention", SQUARE, LAYERS)),
         "has no leaf 'embed'": LAYER,
+        "no leaf has writes_residual": tuple(replace(leaf, writes_residual=False) for leaf in TOY.leaves),
         "leaf 'x': component 'mixer'; expected one of attention, mlp, norm": (
             *TOY.leaves, Leaf("x", "x.{layer}", "mixer", HIDDEN, LAYERS),
         ),

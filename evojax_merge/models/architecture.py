@@ -138,6 +138,8 @@ def _complaint(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | No
             return (
                 f"leaf {leaf.name!r}: expected {{layer}} in the tensor's name where the leaf is of a stack, only there"
             )
+    if not any(leaf.writes_residual for leaf in leaves):
+        return "no leaf has writes_residual, into which a layer path's scale is folded"
     named = {*COMPONENTS, *(leaf.name for leaf in leaves if leaf.stack is None)}
     return (
         f"filters: expected one for each of {', '.join(sorted(named))}" if filters and filters.keys() != named else None
