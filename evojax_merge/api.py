@@ -72,6 +72,8 @@ def _as_yaml(where: str, value: Any) -> Any:
 
     try:
         return parse_yaml(where, dump_yaml(plain(value)))
+    except RecursionError:
+        raise InputError(where, "is nested too deeply, or in itself; expected what YAML can say") from None
     except yaml.YAMLError as error:
         raise InputError(where, f"holds what no YAML can say ({error}); expected numbers, texts and lists") from None
 

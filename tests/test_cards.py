@@ -117,6 +117,13 @@ def test_models_of_one_name_are_numbered() -> None:
     assert public_names([Path("/a/m"), Path("/b/m"), Path("/c/n"), Path("/d/m")]) == ["m", "m-2", "n", "m-3"]
 
 
+def test_revisions_of_one_hub_model_are_told_apart(tmp_path: Path) -> None:
+    snapshots = tmp_path / "models--owner--name" / "snapshots"
+    revisions = [model(snapshots / COMMIT), model(snapshots / COMMIT[::-1])]
+    assert public_names(revisions) == ["owner/name", f"owner/name@{COMMIT[::-1]}"]
+    assert header_of(*revisions)["base_model"] == ["owner/name"]
+
+
 def test_the_recipe_names_models_and_no_places(tmp_path: Path) -> None:
     one, other = model(tmp_path / "a" / "one"), model(tmp_path / "b" / "one")
     hub = model(tmp_path / "models--owner--name" / "snapshots" / COMMIT)

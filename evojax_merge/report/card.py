@@ -7,22 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import front_matter
 from evojax_merge.report.tables import markdown_table
+from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
 
 
 def public_names(folders: Sequence[Path]) -> list[str]:
-    """What models are called where others read it: by their hub ids, else by their folders' (or runs') names. Folders
-    of one name are numbered."""
+    """What models are called where others read it: by their hub ids, else by their folders' (or runs') names. Of one
+    name, folders are numbered, and revisions on the hub told apart by their commits."""
     names: list[str] = []
     for folder in folders:
         name = model_name(folder)
+        if name in names and hub_id(folder) is not None:
+            name = f"{name}@{folder.name}"
         others = (f"{name}-{number}" for number in itertools.count(2))
         names.append(next(one for one in itertools.chain([name], others) if one not in names))
     return names
@@ -31,7 +33,7 @@ def public_names(folders: Sequence[Path]) -> list[str]:
 def _public_recipe(recipe: str, references: Mapping[str, str]) -> str:
     """A recipe's YAML in which models that lie on this machine have the names that others know them by. One without
     such is shown as it was written."""
-    document = yaml.safe_load(recipe)
+    document = parse_yaml("recipe", recipe)
 
     def replaced(value: Any) -> Any:
         if isinstance(value, dict):
@@ -58,12 +60,13 @@ def merge_card(name: str, method: str, models: Mapping[str, Path], recipe: str) 
         for reference, own in names.items()
         if reference.partition("@")[0] != own and not reference.startswith(PREFIX)
     }
+    linked = dict.fromkeys(hub_id(models[reference]) or own for reference, own in names.items())
     listed = "\n".join(f"- `{own}`" for own in names.values())
     text = _public_recipe(recipe, local).rstrip()
     # A longer fence than any in the text, or that would end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
-        f"{front_matter(list(names.values()), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
+        f"{front_matter(list(linked), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
         f"by `{method}`, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
     )
 
