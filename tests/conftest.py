@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 from helpers import Family, build_family
 from jax._src import compiler as xla_compiler
 
+# Each day other kills (test_torture.py). The workers of a run take it over.
+SEED = os.environ.setdefault("EVOJAX_TEST_SEED", str(date.today().toordinal()))
 DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 
 # They compile many programs that run for a moment, and take a third less time without the compiler's slow passes. All
@@ -38,6 +41,11 @@ GIVEN = os.environ.get(SWITCH)
 QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.get_terminal_writer().line(f"EVOJAX_TEST_SEED={SEED} repeats what is drawn at random today")
 
 
 @pytest.fixture(scope="session")
