@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
+.PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
 	bench-paths bench-zoo clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
-	@echo "make test         the tests, in an environment of their own (15 minutes on two cores)"
+	@echo "make test         the tests, in an environment of their own (TIME on two cores)"
+	@echo "make test-all     the tests, compiled as users' programs are, and the torture (an hour)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        what can be measured, and how long each takes"
@@ -38,6 +39,11 @@ smollm2: .venv/installed-smollm2
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+# One after the other even with -j: each expects the cores for itself.
+test-all: .venv/installed-test
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest
+	$(MAKE) torture
 
 torture: .venv/installed-test
 	$(BIN)/python tests/torture.py --kills 100 --seed 0

@@ -2,7 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 # Before anything imports JAX or transformers. A user's own JAX_PLATFORMS is kept.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +18,11 @@ os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".py
 import jax
 import pytest
 from helpers import Family, build_family
+from jax._src import compiler as xla_compiler
+
+# Each day other kills (test_torture.py). The workers of a run take it over.
+SEED = os.environ.setdefault("EVOJAX_TEST_SEED", str(date.today().toordinal()))
+DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 
 # They compile many programs that run for a moment, and take a third less time without the compiler's slow passes. All
 # others, of kernels and of real models, run what users run; JAX_DISABLE_MOST_OPTIMIZATIONS=0 has these do it as well.
@@ -30,10 +37,31 @@ QUICKLY_COMPILED = {
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 GIVEN = os.environ.get(SWITCH)
+# XLA's older code generator for CPUs: programs compile three times as fast, and run slower than anybody would want.
+# JAX takes options of the compiler for one function only, and XLA reads its flags once in a process: so what JAX asks
+# for with every program is replaced.
+QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
+QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.get_terminal_writer().line(f"EVOJAX_TEST_SEED={SEED} repeats what is drawn at random today")
+
+
+@pytest.fixture(scope="session")
+def has_quick_options() -> bool:
+    """Whether this XLA knows the options; where it does not, programs compile as they otherwise would."""
+    try:
+        jax.jit(lambda x: x + 1).lower(0.0).compile(compiler_options=QUICK_OPTIONS)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return hasattr(xla_compiler, "get_compile_options")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+def compiler(request: pytest.FixtureRequest, has_quick_options: bool) -> Iterator[None]:
     """How this module's programs are compiled, here and in the processes that it starts."""
     quickly = GIVEN or str(int(request.module.__name__ in QUICKLY_COMPILED))
     if jax.config.read("jax_disable_most_optimizations") != (quickly == "1"):
@@ -42,7 +70,16 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
         jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, quickly)
+        if quickly == "1" and has_quick_options:
+            patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK_FLAGS}".strip())
+            patch.setattr(xla_compiler, "get_compile_options", compile_options)
         yield
+
+
+def compile_options(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any) -> Any:
+    """`jax._src.compiler.get_compile_options` with `QUICK_OPTIONS`, unless the program says otherwise."""
+    overrides = QUICK_OPTIONS | (env_options_overrides or {})
+    return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
 
 
 @pytest.fixture(scope="session")

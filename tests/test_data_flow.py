@@ -31,6 +31,7 @@ from helpers import (
     words,
     write_lines,
 )
+from hostile import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -459,7 +460,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    done = run_command(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers import Family, load_torch, random_records, word_tokenizer, words, write_lines
+from hostile import run_command
 from pydantic import ValidationError
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -389,8 +390,7 @@ def search(family: Family, folder: Path, *arguments: str) -> subprocess.Complete
         "search": {"generations": 3, "population": 4},
     }  # fmt: skip
     (folder / "search.yaml").write_text(yaml.safe_dump(document))
-    command = [sys.executable, "-m", "evojax_merge.cli", "search", "search.yaml", "--out", "run", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run_command("search", "search.yaml", "--out", "run", *arguments, folder=folder)
 
 
 def test_function_that_raises_ends_the_run_and_keeps_its_folder(family: Family, folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Broken and hostile inputs: each ends with its status, one line that names what is wrong, within ten seconds, and
 leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from hostile import (
     recipes,
     runs,
     safetensors_files,
+    shared_server,
     tasks,
 )
 from hostile import tokenizers as tokenizer_files
@@ -32,10 +32,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
+def server() -> Server:
+    return shared_server()
 
 
 @pytest.mark.parametrize("case", CASES)

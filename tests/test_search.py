@@ -22,6 +22,7 @@ import pytest
 import torch
 import yaml
 from helpers import build_family, hidden_states, load_torch, random_records, search_in, write_lines
+from hostile import run_command
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
@@ -47,7 +48,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    done = run_command(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

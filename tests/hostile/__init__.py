@@ -7,15 +7,18 @@ status is what a shell would see, it may hang, be killed, or call `os._exit`.
 The modules beside this one each hold a list `CASES`, by the kind of input.
 """
 
+import atexit
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -146,9 +149,38 @@ class Server:
         self._process.communicate()
 
 
+def shared_server() -> Server:
+    """The one server of this test process for the way in which programs are compiled now (tests/conftest.py)."""
+    return _server_for(tuple(os.environ.get(name) for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")))
+
+
+@cache
+def _server_for(switches: tuple[str | None, ...]) -> Server:
+    # JAX reads the first of the switches when it is imported, so that a child cannot change it.
+    folder = Path(tempfile.mkdtemp(prefix="server."))
+    server = Server(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.close)
+    return server
+
+
+def run_command(
+    *arguments: object, folder: Path | None = None, seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """`evojax-merge` with these arguments as `subprocess.run` would give it, but forked, in today's environment."""
+    done = shared_server().run(arguments, folder or Path.cwd(), seconds=seconds, environment=tuple(os.environ.items()))
+    if done.status is None:
+        raise subprocess.TimeoutExpired(["evojax-merge", *map(str, arguments)], seconds, done.stdout, done.stderr)
+    return subprocess.CompletedProcess(["evojax-merge", *arguments], done.status, done.stdout, done.stderr)
+
+
 def serve() -> None:
     """Answer requests, one JSON line each, until standard input ends."""
-    # What every child needs, and what transformers imports when it is first asked for it.
+    # What every child needs, what transformers imports when it is first asked for it, and what a search imports late.
+    # Not evosax: it makes JAX start threads, which a forked child would be without.
+    import matplotlib.pyplot  # noqa: F401
+    import optax  # noqa: F401
+    from orbax.checkpoint import v1  # noqa: F401
     from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast  # noqa: F401
 
     import evojax_merge.pipeline  # noqa: F401

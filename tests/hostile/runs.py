@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hostile import SEARCH, Case, World
+from hostile import SEARCH, Case, World, run_command
 
 RESUME = (*SEARCH, "--resume")
 OVERWRITE = (*SEARCH, "--overwrite")
@@ -40,8 +40,7 @@ def _root() -> Path:
 
 @cache
 def _template_in(root: Path) -> Path:
-    command = [sys.executable, "-m", "evojax_merge", *SEARCH]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    run_command(*SEARCH, folder=root).check_returncode()
     return root / "run"
 
 
