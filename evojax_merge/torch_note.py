@@ -15,8 +15,9 @@ def _is_ours() -> bool:
     """Whether a module of this package is among the callers."""
     frame = sys._getframe().f_back
     while frame is not None:
-        name = str(frame.f_globals.get("__name__", ""))
-        if name.startswith("evojax_merge.") and name != __name__:
+        # The package tells of a module that is run as a program, too.
+        package = str(frame.f_globals.get("__package__")).partition(".")[0]
+        if package == __package__ and frame.f_globals.get("__name__") != __name__:
             return True
         frame = frame.f_back
     return False
