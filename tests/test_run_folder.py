@@ -130,7 +130,9 @@ def test_a_folder_that_was_only_begun_is_taken_over(resume, tmp_path):
     assert {path.name for path in run.iterdir()} == {"config.yaml", "best"}
 
 
-@pytest.mark.parametrize("stage", ["result.json", "best", "history.jsonl", "checkpoints", ".checkpoints.old"])
+@pytest.mark.parametrize(
+    "stage", ["result.json", "best", "history.jsonl", "checkpoints", "history.backup.jsonl", ".checkpoints.old"]
+)
 def test_starting_again_can_be_killed_at_any_step(stage, searched, run, monkeypatch):
     """Afterwards the run is still the old one, or has not begun."""
     from evojax_merge.search import run_folder

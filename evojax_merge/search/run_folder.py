@@ -320,13 +320,14 @@ def _remove(path: Path) -> None:
 
 def _clear(folder: RunFolder) -> None:
     """Delete what a search wrote, and nothing that a user put beside it. Until the checkpoints go, all at once, the run
-    could be continued; afterwards it has not begun."""
+    could be continued, its history restored from the backup; afterwards it has not begun."""
     folders = (folder.recipe.parent, folder.winners, folder.stages)
-    files = (folder.result, folder.picture, folder.timing, folder.history_backup, folder.history)
-    for path in (*folders, *files):
+    for path in (folder.result, folder.picture, *folders, folder.timing, folder.history):
         _remove(path)
     if folder.checkpoints.exists():
-        _remove(folder.checkpoints.rename(folder.path / CLEARED))
+        folder.checkpoints.rename(folder.path / CLEARED)
+    _remove(folder.history_backup)
+    _remove(folder.path / CLEARED)
 
 
 @dataclass(frozen=True)
