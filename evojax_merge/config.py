@@ -4,11 +4,11 @@
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -65,8 +65,10 @@ class DataFlowConfig(Section):
     most `window` layers). `form` indicator: a gene for each of `repetitions` times all layers, as in the paper.
     `scales`: what the state is multiplied by, within `scale_low` and `scale_high`: one per move (`block`), a `matrix`
     over pairs of layers or a `network` (indicator), or `none`. `max_layers` None: twice the first parent's, and with
-    `indicator` all. `ends`: number of the parent whose embedding, final norm and head are taken.
+    `indicator` all. `embedding_parent`: number of the parent whose embedding, final norm and head are taken.
     """
+
+    earlier_names: ClassVar[Mapping[str, str]] = {"ends": "embedding_parent"}
 
     form: Literal["moves", "indicator"] = "moves"
     moves: Whole = Field(4, ge=1, le=1000)
@@ -76,7 +78,7 @@ class DataFlowConfig(Section):
     scale_low: Real = Field(0.5, ge=1e-6, le=1.0)
     scale_high: Real = Field(4.0, ge=1.0, le=1e6)
     max_layers: Whole | None = Field(None, ge=1, le=MAX_PATH_LAYERS)
-    ends: Whole = Field(0, ge=0)
+    embedding_parent: Whole = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "DataFlowConfig":

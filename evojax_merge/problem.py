@@ -182,7 +182,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         candidates = PathCandidates(space, path_spec, sources, names)
     strategy = build_strategy(f"{where}: search", config.search, space.dims)
     # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
-    for number in {0, 0 if config.data_flow is None else config.data_flow.ends}:
+    for number in {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}:
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
     tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
@@ -237,9 +237,10 @@ def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> t
 def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:
     """The data-flow space of a config. Raises InputError for an end that no parent has, or a path that cannot be."""
     depths = tuple(one.layers for one in spec.configs)
-    if config.ends >= len(depths):
+    if config.embedding_parent >= len(depths):
         raise InputError(
-            where, f"ends: there is no parent {config.ends} (they are numbered from 0 to {len(depths) - 1})"
+            where,
+            f"embedding_parent: there is no parent {config.embedding_parent} (they are numbered from 0 to {len(depths) - 1})",
         )
     bounds = ScaleBounds(config.scale_low, config.scale_high)
     if config.max_layers is not None and config.max_layers < depths[0]:
@@ -253,7 +254,7 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
             bounds,
             config.scales != "none",
             max_length,
-            config.ends,
+            config.embedding_parent,
         )
     places = sum(depths) * config.repetitions
     if places > MAX_PATH_LAYERS:
@@ -263,7 +264,9 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
             f"{MAX_PATH_LAYERS // sum(depths)} repetitions at most, for paths of {MAX_PATH_LAYERS:,}",
         )
     max_length = config.max_layers or places
-    return IndicatorSpace(depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.ends)
+    return IndicatorSpace(
+        depths, config.repetitions, config.scales or "matrix", bounds, max_length, config.embedding_parent
+    )
 
 
 def build_strategy(where: str, search: SearchConfig, dims: int) -> Strategy:

@@ -1,9 +1,10 @@
 """What every section of a YAML is made of: the base class of sections, and the types of their fields."""
 
 import unicodedata
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 # Beyond this an addition in float32 is infinite.
@@ -15,7 +16,18 @@ MAX_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
+    """A mapping of a YAML file. `earlier_names`: what keys were called before; that is still taken."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+    earlier_names: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_todays_names(cls, document: Any) -> Any:
+        if not isinstance(document, dict):
+            return document
+        renamed = {old: new for old, new in cls.earlier_names.items() if old in document and new not in document}
+        return {renamed.get(key, key): value for key, value in document.items()} if renamed else document
 
 
 def _number(value: Any) -> Any:

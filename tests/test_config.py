@@ -202,3 +202,14 @@ def test_mistakes_of_an_override_are_not_the_files(
         with pytest.raises(InputError) as caught, blamed_on_overrides(path, overrides):
             raise raised
         assert str(caught.value) == (str(raised) if line is None else str(line))
+
+
+def test_keys_are_taken_by_their_earlier_names() -> None:
+    task = {"name": "mine", "kind": "function", "function": "own.py:score"}
+    document = {
+        "parents": ["a", "b"], "data_flow": {"ends": 1}, "tasks": [task | {"file": "a.jsonl", "gets": "logits"}],
+    }  # fmt: skip
+    config = parse(FILE, document, Config)
+    assert config.data_flow.embedding_parent == 1 and config.tasks[0].inputs == "logits"
+    with pytest.raises(InputError, match="ends: unknown key"):
+        parse(FILE, document | {"data_flow": {"ends": 1, "embedding_parent": 1}}, Config)

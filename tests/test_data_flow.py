@@ -549,7 +549,7 @@ def test_winner_of_a_path_search_is_a_plain_model(chain: tuple[File, File]) -> N
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"data_flow": {"ends": 2}}, ("ends", "parent 2")),
+        ({"data_flow": {"embedding_parent": 2}}, ("embedding_parent", "parent 2")),
         ({"data_flow": {"scale_low": -1.0}}, ("scale_low",)),
         ({"data_flow": {"scale_low": 3.0}}, ("scale_low",)),
         ({"data_flow": {"scales": "matrix"}}, ("scales", "block")),

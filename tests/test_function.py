@@ -90,7 +90,7 @@ def folder(tmp_path: Path) -> Path:
 
 def config_of(function: str, gets: str = "texts", **changes: Any) -> FunctionConfig:
     new = {"max_new_tokens": 4} if gets == "texts" else {}
-    document = {"name": "mine", "kind": "function", "function": function, "gets": gets, "file": "tasks.jsonl"}
+    document = {"name": "mine", "kind": "function", "function": function, "inputs": gets, "file": "tasks.jsonl"}
     return FunctionConfig(**(document | new | changes))
 
 
@@ -260,7 +260,7 @@ def test_changed_file_is_another_function(folder: Path) -> None:
         ("no_such_module:score", "", "no module 'no_such_module'"),
         ("own.py:scores", "def score(a, b): ...", "no function 'scores' (did you mean 'score'?)"),
         ("own.py:score", "score = 3", "own.py:score is of type int; expected a function"),
-        ("own.py:score", "def score(texts): ...", "takes (texts); gets: texts calls it with (records, texts)"),
+        ("own.py:score", "def score(texts): ...", "takes (texts); inputs: texts calls it with (records, texts)"),
         ("own.py:score", "\nimport no_such_thing", "line 2: ModuleNotFoundError: No module named 'no_such_thing'"),
         ("own.py:score", "x = 1\ny = 1 / 0", "cannot be imported (line 2: ZeroDivisionError"),
         ("own.py:score", "def score(:", "own.py, line 1"),
@@ -278,7 +278,7 @@ def test_function_that_cannot_be_had_is_refused(function: str, source: str, said
 
 def test_settings_without_a_meaning_are_refused() -> None:
     for gets, key, value in (("texts", "target", "{a}"), ("logits", "stop", ["."]), ("logits", "max_new_tokens", 3)):
-        with pytest.raises(ValidationError, match=f"{key}: has no meaning where the function gets {gets}"):
+        with pytest.raises(ValidationError, match=f"{key}: has no meaning where its inputs are {gets}"):
             config_of("own.py:score", gets, **{key: value})
 
 
@@ -384,7 +384,7 @@ def search(family: Family, folder: Path, *arguments: str) -> subprocess.Complete
         "base": str(family.base), "parents": [str(parent) for parent in family.parents],
         "space": {"method": "task_arithmetic", "layers_per_group": 3, "parameters": {"weight": {}}},
         "tasks": [
-            {"name": "mine", "kind": "function", "function": "fitness_of_run:score", "gets": "log_probabilities",
+            {"name": "mine", "kind": "function", "function": "fitness_of_run:score", "inputs": "log_probabilities",
              "file": "tasks.jsonl", "heldout": 0.5}
         ],
         "search": {"generations": 3, "population": 4},
@@ -432,7 +432,7 @@ def test_example_in_configs_can_be_opened() -> None:
     from evojax_merge.tasks.function import load_function
 
     functions = {
-        task["name"]: load_function("", task["function"], task["gets"], folder).call for task in document["tasks"]
+        task["name"]: load_function("", task["function"], task["inputs"], folder).call for task in document["tasks"]
     }
     texts = ["6 4 0 です 。", "8 0 1 ."]
     np.testing.assert_allclose(functions["digits_and_ending"](records, texts), [1.0, 1 / 3])

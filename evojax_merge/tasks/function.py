@@ -17,12 +17,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import click
 import jax
@@ -36,9 +36,9 @@ from evojax_merge.tasks.task import Opening, Place, Responses, TaskConfig, TaskD
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_examples
 
-Gets = Literal["texts", "log_probabilities", "logits"]
+Inputs = Literal["texts", "log_probabilities", "logits"]
 # What the function is called with.
-ARGUMENTS: dict[Gets, tuple[str, ...]] = {
+ARGUMENTS: dict[Inputs, tuple[str, ...]] = {
     "texts": ("records", "texts"),
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
@@ -54,14 +54,16 @@ _OWN_ENDS = threading.RLock()
 class FunctionConfig(TaskConfig):
     """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
 
-    `gets`: what the function gets. `texts`: the records and what a candidate writes after each prompt. On the other two
-    it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
+    `inputs`: what the function is called with. `texts`: the records and what a candidate writes after each prompt. On
+    the other two it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
     `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
     """
 
+    earlier_names: ClassVar[Mapping[str, str]] = {"gets": "inputs"}
+
     kind: Literal["function"]
     function: Location
-    gets: Gets = "texts"
+    inputs: Inputs = "texts"
     file: Location
     prompt: Text = "{prompt}"
     target: Text = "{target}"
@@ -71,10 +73,10 @@ class FunctionConfig(TaskConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "FunctionConfig":
-        foreign = ("target", "delimiter") if self.gets == "texts" else ("max_new_tokens", "stop")
+        foreign = ("target", "delimiter") if self.inputs == "texts" else ("max_new_tokens", "stop")
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: has no meaning where the function gets {self.gets}")
+                raise ValueError(f"{name}: has no meaning where its inputs are {self.inputs}")
         return self
 
 
@@ -115,7 +117,7 @@ class FunctionTask(TaskDefaults):
     text: TextTask
     records: tuple[dict[str, Any], ...]
     function: UserFunction
-    gets: Gets
+    inputs: Inputs
 
     @property
     def name(self) -> str:
@@ -142,21 +144,21 @@ class FunctionTask(TaskDefaults):
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
         requests = self.text.requests(tokenizer, context)
-        if self.gets != "logits":
+        if self.inputs != "logits":
             return requests
         logits_fn = Traced(self.function)
         _try_tracing(logits_fn, max(len(row.tokens) - row.start for row in requests.scored), len(tokenizer))
         return replace(requests, logits_fn=logits_fn)
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
-        if self.gets == "logits":
+        if self.inputs == "logits":
             return {METRIC: responses.totals.astype(np.float32)}
-        given: Any = responses.texts if self.gets == "texts" else responses.totals
+        given: Any = responses.texts if self.inputs == "texts" else responses.totals
         return {METRIC: np.stack([self._scores_of(own) for own in given])}
 
     def _scores_of(self, own: Any) -> np.ndarray:
         """One candidate's scores, float32[N]. A candidate that failed is not shown to the function."""
-        if self.gets == "log_probabilities" and not np.isfinite(own).all():
+        if self.inputs == "log_probabilities" and not np.isfinite(own).all():
             return np.full(self.size, np.nan, np.float32)
         with users_code(self.function.reference):
             return checked(self.function, self.function.call(list(self.records), own), self.size)
@@ -179,18 +181,18 @@ class FunctionTask(TaskDefaults):
 def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     """The task on the records of one file. Raises InputError for what config, function or file cannot mean."""
     where = opening.where
-    function = load_function(f"{where}.function", config.function, config.gets, opening.folder)
+    function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     file = opening.file(*opening.source("file", config.file))
-    kind: Kind = "exact_match" if config.gets == "texts" else "likelihood"
+    kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
     # What a right text is, the function knows: a record of texts needs no target, and this one is never read.
-    target = "-" if config.gets == "texts" else config.target
+    target = "-" if config.inputs == "texts" else config.target
     fields = checked_fields(where, config.prompt, target, "", "", config.delimiter)
     check_stop(where, config.stop)
     text = TextTask(
         config.name, kind, METRIC, config.weight, str(file), tuple(read_examples(file, kind, fields)),
         max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
     )  # fmt: skip
-    return FunctionTask(text, tuple(record for _, record in read_records(file)), function, config.gets)
+    return FunctionTask(text, tuple(record for _, record in read_records(file)), function, config.inputs)
 
 
 KIND = TaskKind(FunctionConfig, open_function, source="file")
@@ -304,7 +306,7 @@ def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
 # From its name to the function
 
 
-def load_function(where: str, reference: str, gets: Gets, folder: Path) -> UserFunction:
+def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> UserFunction:
     """`module:name` or `path/to/file.py:name`, both looked for from `folder` on. Raises InputError where there is no
     such function, or where it cannot be called with what it is to get."""
     place, separator, name = reference.rpartition(":")
@@ -317,21 +319,21 @@ def load_function(where: str, reference: str, gets: Gets, folder: Path) -> UserF
         raise InputError(where, f"{place} has no function {name!r}{did_you_mean(name, functions)}")
     if not callable(function):
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
-    _check_arguments(where, reference, function, gets)
+    _check_arguments(where, reference, function, inputs)
     known = f"{Path(str(module.__file__)).resolve()}:{name}" if place.endswith(".py") else reference
     return UserFunction(reference, function, _source_files(module, function), known)
 
 
-def _check_arguments(where: str, reference: str, function: Callable[..., Any], gets: Gets) -> None:
+def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: Inputs) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return  # A function that is not written in Python need not say what it takes.
     try:
-        signature.bind(*ARGUMENTS[gets])
+        signature.bind(*ARGUMENTS[inputs])
     except TypeError:
-        called = f"({', '.join(ARGUMENTS[gets])})"
-        raise InputError(where, f"{reference} takes {signature}; gets: {gets} calls it with {called}") from None
+        called = f"({', '.join(ARGUMENTS[inputs])})"
+        raise InputError(where, f"{reference} takes {signature}; inputs: {inputs} calls it with {called}") from None
 
 
 def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Path, ...]:

@@ -58,7 +58,7 @@ REST = "space: {method: linear, parameters: {weight: {}}}\ntasks: [{name: a, kin
 def failing(world: World) -> None:
     """A function of which no candidate gets a number."""
     world.write("own.py", "def score(records, log_probabilities):\n    return [float('nan')] * len(records)\n")
-    task = {"name": "mine", "kind": "function", "function": "own.py:score", "gets": "log_probabilities"}
+    task = {"name": "mine", "kind": "function", "function": "own.py:score", "inputs": "log_probabilities"}
     world.write("config.yaml", config(tasks=[task | {"file": "tasks.jsonl"}]))
 
 

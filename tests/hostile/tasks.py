@@ -14,7 +14,8 @@ LIKELIHOOD = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
 EXACT = {"name": "text", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 8}
 GSM = {"name": "text", "kind": "gsm", "source": "tasks.jsonl", "max_new_tokens": 8}
 FUNCTION = {
-    "name": "text", "kind": "function", "function": "own.py:score", "gets": "log_probabilities", "file": "tasks.jsonl",
+    "name": "text", "kind": "function", "function": "own.py:score", "inputs": "log_probabilities",
+    "file": "tasks.jsonl",
 }  # fmt: skip
 GOOD = [{"prompt": f"w4 w{i}", "target": f"w{i + 1}"} for i in range(5, 11)]
 
@@ -176,7 +177,7 @@ PATTERNS = [
         task(GSM, stop=[""]), lines('{"question": "w4", "answer": "w5 #### 4"}', behind=0),
     ), ("tasks[0].stop[0]", "empty")),
     Case("an empty stop text of a fitness function",
-         function("def score(records, values): ...", gets="texts", stop=[""]), ("tasks[0].stop[0]", "empty")),
+         function("def score(records, values): ...", inputs="texts", stop=[""]), ("tasks[0].stop[0]", "empty")),
     Case("answers without a number and no pattern", both(
         task(EXACT), lines('{"prompt": "w4", "target": "yes"}', '{"prompt": "w5", "target": "no"}', behind=0),
     ), ("tasks[0].pattern", "number")),
@@ -208,7 +209,7 @@ FUNCTIONS = [
     )
 ] + [
     Case(f"a fitness of logits that does {text!r}", function(
-        f"import os, sys\n\n\ndef score(logits, targets, mask):\n    {text}\n", gets="logits",
+        f"import os, sys\n\n\ndef score(logits, targets, mask):\n    {text}\n", inputs="logits",
     ), ("Traceback", "own.py:score", text), status=1, leaves=LEAVES, seconds=30)
     for text in ("sys.exit(0)", "os._exit(0)")
 ] + [
