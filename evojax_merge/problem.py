@@ -240,7 +240,8 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     if config.embedding_parent >= len(depths):
         raise InputError(
             where,
-            f"embedding_parent: there is no parent {config.embedding_parent} (they are numbered from 0 to {len(depths) - 1})",
+            f"embedding_parent: there is no parent {config.embedding_parent} "
+            f"(they are numbered from 0 to {len(depths) - 1})",
         )
     bounds = ScaleBounds(config.scale_low, config.scale_high)
     if config.max_layers is not None and config.max_layers < depths[0]:

@@ -55,8 +55,8 @@ class FunctionConfig(TaskConfig):
     """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
 
     `inputs`: what the function is called with. `texts`: the records and what a candidate writes after each prompt. On
-    the other two it runs on the target given the prompt: `log_probabilities`: the records and each target's total log-probability.
-    `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
+    the other two it runs on the target given the prompt: `log_probabilities`: the records and each target's total
+    log-probability. `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
     """
 
     earlier_names: ClassVar[Mapping[str, str]] = {"gets": "inputs"}
