@@ -30,8 +30,9 @@ _registered: dict[str, StrategyFactory] = {}
 
 
 def register_strategy(name: str, factory: StrategyFactory) -> None:
-    """Make `search.strategy: NAME` mean what `factory` makes. Raises ValueError where the name is taken."""
-    if name in strategy_names():
+    """Make `search.strategy: NAME` mean what `factory` makes; registered again, what the later one makes. Raises
+    ValueError for the name of a strategy that comes with the program."""
+    if name in _BUILT_IN:
         raise ValueError(f"there is a strategy {name!r} already; choose another name")
     _registered[name] = factory
 
