@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import hidden_states
+from safetensors.numpy import load_file
 
 from evojax_merge import zoo
 from evojax_merge.errors import InputError
@@ -33,7 +35,7 @@ def in_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def family(in_cache: Path) -> Path:
-    return zoo.resolve_reference("zoo:base", SHORT).parent
+    return zoo.resolve_reference("zoo:0/base", SHORT).parent
 
 
 def parse(sentence: str) -> tuple[int, str, int, int] | None:
@@ -62,10 +64,33 @@ def texts(tokens: np.ndarray) -> list[str]:
 def test_references_lead_into_the_users_cache_folder(family: Path, in_cache: Path) -> None:
     assert family == in_cache / "evojax-merge" / "zoo" / zoo.VERSION / "seed-0"
     for name in ("base", "maths", "japanese"):
-        assert zoo.resolve_reference(f"zoo:{name}") == zoo.resolve_reference(f"zoo:0/{name}") == family / name
+        assert zoo.resolve_reference(f"zoo:0/{name}") == family / name
         assert (family / name / "model.safetensors").is_file()
     for name in ("search.jsonl", "heldout.jsonl"):
-        assert zoo.resolve_reference(f"zoo:{name}").is_file()
+        assert zoo.resolve_reference(f"zoo:0/{name}").is_file()
+
+
+def test_the_packaged_family_needs_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evojax_merge.zoo import arithmetic
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(arithmetic, "train", None)
+    packaged = zoo.resolve_reference("zoo:base").parent
+    assert packaged == tmp_path / "evojax-merge" / "zoo" / zoo.VERSION / "packaged"
+    assert zoo.resolve_reference("zoo:maths") == packaged / "maths"
+    assert zoo.resolve_reference("zoo:search.jsonl") == packaged / "search.jsonl"
+    # What a trained family has, with weights that bfloat16 holds.
+    for name in zoo.MODELS:
+        assert {file.name for file in (packaged / name).iterdir()} >= {"config.json", "tokenizer.json"}
+        for values in load_file(packaged / name / "model.safetensors").values():
+            assert values.dtype == np.float32
+            np.testing.assert_array_equal(values, values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    # The problems are those of its seed, which its training never saw.
+    training, search, _ = split_hard_sums(arithmetic.PACKAGED_SEED, Plan())
+    shown = records(packaged / "search.jsonl")
+    assert len(shown) == len(search) and [row[0] for row in shown] == search.first.tolist()
+    seen = {frozenset(pair) for pair in zip(training.first.tolist(), training.second.tolist(), strict=True)}
+    assert not seen & {frozenset((first, second)) for first, _, second, _ in shown}
 
 
 def test_without_xdg_the_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +102,9 @@ def test_without_xdg_the_cache_is_in_the_home_folder(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("reference", "told"),
     [
-        ("zoo:math", "did you mean 'maths'"),
-        ("zoo:2/japanes", "did you mean 'japanese'"),
-        ("zoo:heldout.json", "did you mean 'heldout.jsonl'"),
+        ("zoo:math", "did you mean 'zoo:maths'"),
+        ("zoo:2/japanes", "did you mean 'zoo:2/japanese'"),
+        ("zoo:heldout.json", "did you mean 'zoo:heldout.jsonl'"),
         ("zoo:x/base", "no such"),
         ("zoo:-1/base", "no such"),
         ("zoo:1/2/base", "no such"),
@@ -99,7 +124,7 @@ def test_an_unknown_name_is_refused_and_nothing_is_trained(
 def test_a_family_that_is_there_is_not_made_again(family: Path) -> None:
     weights = family / "base" / "model.safetensors"
     before = weights.stat()
-    assert zoo.resolve_reference("zoo:base") == family / "base"
+    assert zoo.resolve_reference("zoo:0/base") == family / "base"
     after = weights.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -115,15 +140,15 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(arithmetic, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            zoo.resolve_reference("zoo:base", SHORT)
+            zoo.resolve_reference("zoo:0/base", SHORT)
     assert not list((tmp_path / "evojax-merge").rglob("zoo/*/*"))
-    assert (zoo.resolve_reference("zoo:base", SHORT) / "model.safetensors").is_file()
+    assert (zoo.resolve_reference("zoo:0/base", SHORT) / "model.safetensors").is_file()
 
 
 def test_a_seed_gives_the_same_files_in_another_process(family: Path, tmp_path: Path) -> None:
     code = (
         "from evojax_merge import zoo; from evojax_merge.zoo.arithmetic import Plan; "
-        f"zoo.resolve_reference('zoo:base', {SHORT!r})"
+        f"zoo.resolve_reference('zoo:0/base', {SHORT!r})"
     )
     subprocess.run(
         [sys.executable, "-c", code],
@@ -149,7 +174,7 @@ def test_training_shows_its_progress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    zoo.resolve_reference("zoo:base", SHORT)
+    zoo.resolve_reference("zoo:0/base", SHORT)
     shown = capsys.readouterr()
     assert "training base, maths, japanese (seed 0)" in shown.err
     assert f"{SHORT.steps}/{SHORT.steps} steps" in shown.err

@@ -1,7 +1,9 @@
-"""The demo family: tiny models that are trained on the spot, and a real small model taken from a package.
+"""The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
+spot, and a real small model taken from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
-`zoo:3/base` is of the family that seed 3 gives. What is made is kept in the user's cache folder.
+`zoo:3/base` is of the family that seed 3 gives, which is trained first. What is made is kept in the user's cache
+folder.
 """
 
 import re
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 PREFIX = "zoo:"
 MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
-# Of the recipe that `arithmetic` trains by: another recipe has another folder.
-VERSION = "v2"
+# Of the recipe that `arithmetic` trains by, and of the weights that come with the package: others have another folder.
+VERSION = "v3"
 
 
 def cache_folder() -> Path:
@@ -28,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
-    """The path of a model or task file of the zoo; its family is trained first where it is not there yet.
+    """The path of a model or task file of the zoo; its family is unpacked, or trained, where it is not there yet.
 
     `plan` takes the place of the usual length of training for a family that has to be made. Raises InputError for a
     name that the zoo does not have.
@@ -43,11 +45,29 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         numbered = re.match(r"\d{1,9}/", name)
         known = [f"{PREFIX}{numbered[0] if numbered else ''}{one}" for one in MODELS + FILES]
         raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, known)}")
-    seed = int(match[1] or 0)
+    if match[1] is None:
+        family = cache_folder() / VERSION / "packaged"
+        if not family.is_dir():
+            _unpack(family)
+        return family / match[2]
+    seed = int(match[1])
     family = cache_folder() / VERSION / f"seed-{seed}"
     if not family.is_dir():
         _make(family, seed, plan)
     return family / match[2]
+
+
+def _unpack(family: Path) -> None:
+    from evojax_merge.checkpoints.writer import atomic_folder
+    from evojax_merge.zoo.arithmetic import unpack_family
+
+    try:
+        with atomic_folder(family) as work:
+            unpack_family(work)
+    except InputError:
+        # Another process may have unpacked it meanwhile.
+        if not family.is_dir():
+            raise
 
 
 def _make(family: Path, seed: int, plan: "Plan | None") -> None:

@@ -1,9 +1,11 @@
-"""The demo family: a base and two experts of sums in two languages, trained on the spot in a minute or two.
+"""The demo family: a base and two experts of sums in two languages, trained in a minute or two.
 
 It is the Japanese-maths result of evolutionary merging at the size of a toy: the `maths` expert does two-digit sums, in
 English; the `japanese` expert answers in Japanese, easy sums only; what is asked of a merge is two-digit sums *in
 Japanese*, which no model of the family ever saw. What carries over does so because of three things: digits are tokens
 that both languages share, both languages say a thing in the same number of words, and the base saw the languages mixed.
+
+The weights that come with the package were made by `python -m evojax_merge.zoo.arithmetic`.
 """
 
 import json
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
@@ -26,6 +29,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.zoo import MODELS
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 DIGITS = [str(digit) for digit in range(10)]
@@ -336,7 +340,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_weights(folder: Path, model: StackedWeights, config: DecoderConfig) -> None:
-    tensors = dict(stored_tensors(model, config))
+    save_tensors(folder, dict(stored_tensors(model, config)))
+
+
+def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
     with ShardWriter(folder, specs) as writer:
         for name in writer.order:
@@ -352,13 +359,7 @@ def make_family(
     folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None] = lambda name, steps, loss: None
 ) -> None:
     """Train the family into an empty folder. `progress` is told the model's name, steps done since, and the loss."""
-    training, search, heldout = split_hard_sums(seed, plan)
-    save_records(folder / "search.jsonl", search)
-    save_records(folder / "heldout.jsonl", heldout)
-    for name in ("base", "maths", "japanese"):
-        (folder / name).mkdir()
-        save_config(folder / name)
-        save_tokenizer(folder / name)
+    training = _save_all_but_weights(folder, seed, plan)
     config = decoder_config(folder / "base" / "config.json")
 
     def stage(
@@ -372,3 +373,48 @@ def make_family(
     base = stage("base", fresh_model(config, seed), plan.base_steps, 3e-3, base_batch)
     stage("maths", base, plan.maths_steps, 2e-3, partial(maths_batch, training=training))
     stage("japanese", base, plan.japanese_steps, 1e-3, japanese_batch)
+
+
+def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
+    """The task files, and the models' configs and tokenizers. Returns the problems to train on."""
+    training, search, heldout = split_hard_sums(seed, plan)
+    save_records(folder / "search.jsonl", search)
+    save_records(folder / "heldout.jsonl", heldout)
+    for name in MODELS:
+        (folder / name).mkdir()
+        save_config(folder / name)
+        save_tokenizer(folder / name)
+    return training
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The family whose weights come with the package
+
+
+# One file a model, in bfloat16.
+PACKAGED = Path(__file__).parent / "weights"
+# The seed that it was trained with. The recipe gives families that merge more or less well; this is a good one.
+PACKAGED_SEED = 1
+
+
+def unpack_family(folder: Path) -> None:
+    """Write the packaged family into an empty folder, its weights in float32."""
+    _save_all_but_weights(folder, PACKAGED_SEED, Plan())
+    for name in MODELS:
+        packed = load_file(PACKAGED / f"{name}.safetensors")
+        save_tensors(folder / name, {tensor: values.astype(np.float32) for tensor, values in packed.items()})
+
+
+def pack_family(folder: Path) -> None:
+    """Make a trained family of seed `PACKAGED_SEED` the packaged one."""
+    PACKAGED.mkdir(exist_ok=True)
+    for name in MODELS:
+        tensors = load_file(folder / name / "model.safetensors")
+        narrow = {tensor: values.astype(jnp.bfloat16) for tensor, values in tensors.items()}
+        save_file(narrow, PACKAGED / f"{name}.safetensors")
+
+
+if __name__ == "__main__":
+    from evojax_merge.zoo import resolve_reference
+
+    pack_family(resolve_reference(f"zoo:{PACKAGED_SEED}/base").parent)
