@@ -30,7 +30,7 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate", "harness",
-        "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search", "torture",
+        "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search", "torture", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
