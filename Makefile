@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
-	@echo "make test         the tests, in an environment of their own (TIME on two cores)"
+	@echo "make test         the tests, in an environment of their own (about 12 minutes on two cores)"
 	@echo "make test-all     the tests, compiled as users' programs are, and the torture (an hour)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"

@@ -29,10 +29,9 @@ DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "architecture_seam", "architectures", "bad_input", "data_flow", "devices", "evaluator", "function", "generate",
-        "harness", "hostile", "host_memory", "mergekit_evolve", "racing", "reproducible", "run_folder", "search",
-        "strategy_seam", "task_seam",
-        "torture",
+        "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator", "function",
+        "generate", "harness", "hostile", "host_memory", "mergekit_evolve", "method_seam", "plugins", "racing",
+        "reproducible", "run_folder", "search", "strategy_seam", "task_seam", "torture", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
