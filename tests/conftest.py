@@ -29,8 +29,8 @@ DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator", "function",
-        "generate", "harness", "hostile", "host_memory", "mergekit_evolve", "method_seam", "plugins", "racing",
+        "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
+        "function", "generate", "harness", "hostile", "host_memory", "mergekit_evolve", "method_seam", "plugins", "racing",
         "reproducible", "run_folder", "search", "strategy_seam", "task_seam", "torture", "zoo",
     )
 }  # fmt: skip
