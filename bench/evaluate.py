@@ -374,7 +374,7 @@ def main() -> None:
     sizes = Sizes(arguments.problems, arguments.new, arguments.candidates, arguments.peers)
     run = {"peak": peak_part, "scores": scores_part, "building": building_part, "writing": writing_part}
     print(f"SmolLM2-135M-Instruct; {describe()}")
-    for part in arguments.prefill_groups:
+    for part in arguments.parts:
         with tempfile.TemporaryDirectory() as work_folder:
             run[part](Path(work_folder), sizes)
 
