@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from merge_kernels import Method
 
-from evojax_merge import pipeline, plugins
+from evojax_merge import pipeline, plugins, stored_models
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
@@ -131,14 +131,14 @@ def evaluate(
     names = [str(model.path if isinstance(model, Run) else Path(model) if isinstance(model, PathLike) else model)
              for model in asked]  # fmt: skip
     if isinstance(tasks, str | PathLike):
-        task_set = pipeline.read_tasks(Path(tasks))
+        task_set = stored_models.read_tasks(Path(tasks))
     else:
         plugins.load()
         document = _as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
-        task_set = pipeline.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd())
+        task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd())
     with _bars_on_terminals():
-        rows = pipeline.score_models(names, task_set, _ignore, _warn)
-    return pipeline.score_table(names, rows)
+        rows = stored_models.score_models(names, task_set, _ignore, _warn)
+    return stored_models.score_table(names, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------

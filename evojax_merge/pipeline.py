@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,42 +15,35 @@ import jax
 import yaml
 
 from evojax_merge import interrupts, plugins
-from evojax_merge.checkpoints.bank import bank_bytes, load_stored
-from evojax_merge.checkpoints.config_file import unread_keys
-from evojax_merge.checkpoints.folder import Folder
-from evojax_merge.checkpoints.json_files import shown
-from evojax_merge.checkpoints.parents import Sources, open_sources
-from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
-from evojax_merge.config import Config, EvaluationConfig, StageConfig, TaskFile, blamed_on_overrides, parse
-from evojax_merge.errors import Failed, InputError, PeerLostError
-from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, describe_batches, token_warnings
+from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
+from evojax_merge.continuation import Continuation
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings
 from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
-from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.samples import sample_rows
-from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.execute import MergePlan, merge_to, prepare
 from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
 from evojax_merge.mergekit.write import dump_yaml
-from evojax_merge.models.architecture import known_architecture
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
-    context_length,
     failure_hint,
     read_config,
     resolved_document,
     stage_config,
-    stop_tokens,
 )
-from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card, search_card
-from evojax_merge.report.comparison import Result, Row, write_result
+from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
+from evojax_merge.report.notices import Log, say_unread
 from evojax_merge.report.picture import draw
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
@@ -74,15 +66,16 @@ from evojax_merge.search.run_folder import (
 )
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
-from evojax_merge.tasks.opening import open_whole_task, overlaps, repeated
-from evojax_merge.tasks.task import Task
+from evojax_merge.stored_models import (
+    check_own_file,
+    holds_samples,
+    holds_table,
+    read_tasks,
+    score_models,
+    score_table,
+)
+from evojax_merge.tasks.opening import overlaps
 from evojax_merge.yaml_reader import load_yaml
-
-Log = Callable[[str], None]
-# Of a row of the table that `evaluate --json` writes.
-TABLE_KEYS = {"model", "fitness", "scores"}
-# Bytes of a line that `evaluate --samples` wrote earlier, at most.
-LONGEST_SAMPLE = 2**26
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
@@ -134,34 +127,6 @@ def run_search(
 
 def _command(path: Path, *options: str) -> str:
     return shlex.join(["evojax-merge", "search", str(path), *options])
-
-
-class Continuation:
-    """The command that continues a search, wherever it is broken off: at first, the one that was given."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-        self._folder: RunFolder | None = None
-
-    def begun(self, command: str, folder: RunFolder) -> None:
-        self._command, self._folder = command, folder
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Print it where a signal or the loss of another process ends the block."""
-        try:
-            yield
-        except BaseException as error:
-            if interrupts.received() or isinstance(error, PeerLostError):
-                with defer_signals():
-                    print(f"stopped; {self._saved()}. Continue with: {self._command}", file=sys.stderr, flush=True)
-            raise
-
-    def _saved(self) -> str:
-        if self._folder is None:
-            return "nothing was searched yet"
-        count = len(self._folder.read_history())
-        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
 
 
 @contextmanager
@@ -252,7 +217,7 @@ def _run_chain(
 
 def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
-    _say_unread(problem.sources.folders)
+    say_unread(problem.sources.folders)
     *_, full, heldout = batched_tasks
     _warn(token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab))
     _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout))
@@ -289,18 +254,6 @@ def _search_into(
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
         print(f"warning: {line}", file=sys.stderr)
-
-
-def _say_unread(folders: Sequence[Folder], log: Log = say) -> None:
-    """One line that names what configs hold and no forward pass reads, if anything."""
-    keys = sorted(
-        {key for one in folders if known_architecture(one.config.get("model_type")) for key in unread_keys(one.config)}
-    )
-    if keys:
-        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-        code = "; custom code is never run" if "auto_map" in keys else ""
-        named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
-        log(f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}")
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
@@ -355,7 +308,7 @@ def write_merge(
     opened = read_recipe(recipe) if isinstance(recipe, Path) else parse_recipe(Path("recipe"), recipe)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_yaml(recipe)
     merge_plan = prepare(opened, dtype, seed, allow_nonfinite, resolve_reference)
-    _say_unread(merge_plan.sources.folders, log)
+    say_unread(merge_plan.sources.folders, log)
     inputs = [path for path in merge_plan.inputs if isinstance(recipe, Path) or path != opened.path]
     check = partial(check_output, out, [*inputs, *_parts_of_runs(out)])
     check()
@@ -381,11 +334,11 @@ def _parts_of_runs(out: Path) -> list[Path]:
 def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, samples_file: Path | None = None) -> None:
     tasks = read_tasks(tasks_path)
     if json_file is not None:
-        _check_own_file(json_file, "--json", "scores", _holds_table)
+        check_own_file(json_file, "--json", "scores", holds_table)
     if samples_file is not None:
         if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
             raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
-        _check_own_file(samples_file, "--samples", "samples", _holds_samples)
+        check_own_file(samples_file, "--samples", "samples", holds_samples)
     samples: list[dict[str, Any]] = []
 
     def keep(model: str, evaluator: Evaluator, scores: TaskScores) -> None:
@@ -399,144 +352,6 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, sample
         atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if samples_file is not None:
         atomic_write(samples_file, "".join(map(to_line, samples)))
-
-
-@dataclass(frozen=True)
-class TaskSet:
-    """The tasks of an evaluation, on all their examples. `where` names them in messages."""
-
-    where: str
-    tasks: list[Task]
-    settings: EvaluationConfig
-
-
-def read_tasks(path: Path) -> TaskSet:
-    """The tasks of a YAML file: a task file's, or a search's."""
-    plugins.load()
-    document = load_yaml(path)
-    if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
-        config = read_config(path, [], None)
-        return open_tasks(
-            str(path), TaskFile(tasks=config.tasks, evaluation=config.evaluation), path.parent, config.seed
-        )
-    return open_tasks(str(path), parse(path, document, TaskFile), path.parent)
-
-
-def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskSet:
-    """The tasks of a task file; relative paths start in `folder`. seed: that of examples which are drawn."""
-    tasks = [
-        open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
-    ]
-    return TaskSet(where, tasks, file.evaluation)
-
-
-def score_models(
-    models: Sequence[str],
-    task_set: TaskSet,
-    log: Log,
-    warn: Log,
-    on_scored: Callable[[str, Evaluator, TaskScores], None] = lambda model, evaluator, scores: None,
-) -> list[Row]:
-    """Score stored models, or runs' winners, on all examples. `on_scored` is given each model's scores."""
-    tasks, settings = task_set.tasks, task_set.settings
-    paths = [_model_folder(model) for model in models]
-    for path in paths[1:]:
-        # Whatever is wrong with a later model is found before the first is scored.
-        _open_evaluator(path, tasks, settings)
-    for i, task in enumerate(tasks):
-        for line in repeated(f"{task_set.where}: tasks[{i}]", task):
-            warn(line)
-    rows = []
-    for model, path, name in zip(models, paths, _short_names(models), strict=True):
-        sources, evaluator = _open_evaluator(path, tasks, settings)
-        _say_unread(sources.folders, log)
-        for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
-            warn(line)
-        require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
-        stored = load_stored(sources, evaluator.config, 0, settings.compute_dtype)
-        with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
-            scores = evaluator.stored(stored, progress)
-        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
-        on_scored(model, evaluator, scores)
-    return rows
-
-
-def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data, with the models as they were asked for."""
-    return [{"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)]
-
-
-def _model_folder(reference: str) -> Path:
-    """The folder of a model, or of a run's winner."""
-    path = resolve_reference("MODELS", reference, Path.cwd())
-    run = RunFolder(path)
-    if (path / "config.json").exists() or not is_run(run):
-        return path
-    if not run.model.is_dir():
-        raise InputError(
-            reference,
-            "is a run without a winner yet (no best/model); finish it with evojax-merge search … --resume, or write "
-            "its best candidate with evojax-merge export … --best-so-far and evaluate that",
-        )
-    return run.model
-
-
-def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
-    """A stored model, by its headers alone, and what scores it."""
-    sources, decoder = open_sources([path])
-    tokenizer = load_tokenizer(path)
-    (batched_tasks,) = batch_tasks(
-        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders), stop_tokens(path, tokenizer),
-        decoder.vocab,
-    )  # fmt: skip
-    return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
-
-
-def _check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
-    """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
-    if os.path.lexists(path) and not holds(path):
-        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
-    # Under the name that the file has until it is complete.
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        work.touch()
-        work.unlink()
-    except OSError as error:
-        raise InputError(path, f"{option}: cannot be written ({error.strerror})") from None
-
-
-def _holds_table(path: Path) -> bool:
-    """Whether a file is empty, or what `evaluate --json` writes."""
-    try:
-        if not path.is_file():
-            return False
-        rows = json.loads(path.read_bytes() or "[]")
-        return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def _holds_samples(path: Path) -> bool:
-    """Whether a file is empty, or begins as what `evaluate --samples` writes."""
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as lines:
-            line = lines.readline(LONGEST_SAMPLE)
-        row = json.loads(line or "{}")
-        return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
-def _short_names(models: Sequence[str]) -> list[str]:
-    """The ends of the models' paths, as short as tells them apart."""
-    parts = [Path(model).parts for model in models]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*one[-length:])) for one in parts]
-        if len(set(names)) == len(set(models)):
-            return names
-    return list(models)
 
 
 def list_known(what: str) -> None:

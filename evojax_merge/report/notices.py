@@ -1,0 +1,23 @@
+"""What a user is told beside the results."""
+
+from collections.abc import Callable, Sequence
+
+from evojax_merge.checkpoints.config_file import unread_keys
+from evojax_merge.checkpoints.folder import Folder
+from evojax_merge.checkpoints.json_files import shown
+from evojax_merge.models.architecture import known_architecture
+from evojax_merge.report.progress import say
+
+Log = Callable[[str], None]
+
+
+def say_unread(folders: Sequence[Folder], log: Log = say) -> None:
+    """One line that names what configs hold and no forward pass reads, if anything."""
+    keys = sorted(
+        {key for one in folders if known_architecture(one.config.get("model_type")) for key in unread_keys(one.config)}
+    )
+    if keys:
+        more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
+        code = "; custom code is never run" if "auto_map" in keys else ""
+        named = ", ".join(key if key.isprintable() and len(key) < 80 else shown(key) for key in keys[:20])
+        log(f"config.json: not read by a {folders[0].config['model_type']}, kept for the export: {named}{more}{code}")

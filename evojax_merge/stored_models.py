@@ -1,0 +1,173 @@
+"""Scoring stored models on tasks: what `evaluate` does, and where it may write."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evojax_merge import plugins
+from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.parents import Sources, open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.config import EvaluationConfig, TaskFile, parse
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
+from evojax_merge.evaluation.devices import unused_memory
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
+from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.problem import context_length, read_config, stop_tokens
+from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.report.comparison import Row
+from evojax_merge.report.notices import Log, say_unread
+from evojax_merge.report.progress import passes_bar
+from evojax_merge.search.run_folder import RunFolder, is_run
+from evojax_merge.tasks.opening import open_whole_task, repeated
+from evojax_merge.tasks.task import Task
+from evojax_merge.yaml_reader import load_yaml
+
+# Of a row of the table that `evaluate --json` writes.
+TABLE_KEYS = {"model", "fitness", "scores"}
+# Bytes of a line that `evaluate --samples` wrote earlier, at most.
+LONGEST_SAMPLE = 2**26
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """The tasks of an evaluation, on all their examples. `where` names them in messages."""
+
+    where: str
+    tasks: list[Task]
+    settings: EvaluationConfig
+
+
+def read_tasks(path: Path) -> TaskSet:
+    """The tasks of a YAML file: a task file's, or a search's."""
+    plugins.load()
+    document = load_yaml(path)
+    if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
+        config = read_config(path, [], None)
+        return open_tasks(
+            str(path), TaskFile(tasks=config.tasks, evaluation=config.evaluation), path.parent, config.seed
+        )
+    return open_tasks(str(path), parse(path, document, TaskFile), path.parent)
+
+
+def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskSet:
+    """The tasks of a task file; relative paths start in `folder`. seed: that of examples which are drawn."""
+    tasks = [
+        open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
+    ]
+    return TaskSet(where, tasks, file.evaluation)
+
+
+def score_models(
+    models: Sequence[str],
+    task_set: TaskSet,
+    log: Log,
+    warn: Log,
+    on_scored: Callable[[str, Evaluator, TaskScores], None] = lambda model, evaluator, scores: None,
+) -> list[Row]:
+    """Score stored models, or runs' winners, on all examples. `on_scored` is given each model's scores."""
+    tasks, settings = task_set.tasks, task_set.settings
+    paths = [_model_folder(model) for model in models]
+    for path in paths[1:]:
+        # Whatever is wrong with a later model is found before the first is scored.
+        _open_evaluator(path, tasks, settings)
+    for i, task in enumerate(tasks):
+        for line in repeated(f"{task_set.where}: tasks[{i}]", task):
+            warn(line)
+    rows = []
+    for model, path, name in zip(models, paths, _short_names(models), strict=True):
+        sources, evaluator = _open_evaluator(path, tasks, settings)
+        say_unread(sources.folders, log)
+        for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
+            warn(line)
+        require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
+        stored = load_stored(sources, evaluator.config, 0, settings.compute_dtype)
+        with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
+            scores = evaluator.stored(stored, progress)
+        rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
+        on_scored(model, evaluator, scores)
+    return rows
+
+
+def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain data, with the models as they were asked for."""
+    return [{"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)]
+
+
+def _model_folder(reference: str) -> Path:
+    """The folder of a model, or of a run's winner."""
+    path = resolve_reference("MODELS", reference, Path.cwd())
+    run = RunFolder(path)
+    if (path / "config.json").exists() or not is_run(run):
+        return path
+    if not run.model.is_dir():
+        raise InputError(
+            reference,
+            "is a run without a winner yet (no best/model); finish it with evojax-merge search … --resume, or write "
+            "its best candidate with evojax-merge export … --best-so-far and evaluate that",
+        )
+    return run.model
+
+
+def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
+    """A stored model, by its headers alone, and what scores it."""
+    sources, decoder = open_sources([path])
+    tokenizer = load_tokenizer(path)
+    (batched_tasks,) = batch_tasks(
+        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders), stop_tokens(path, tokenizer),
+        decoder.vocab,
+    )  # fmt: skip
+    return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
+
+
+def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
+    """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
+    if os.path.lexists(path) and not holds(path):
+        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
+    # Under the name that the file has until it is complete.
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        work.touch()
+        work.unlink()
+    except OSError as error:
+        raise InputError(path, f"{option}: cannot be written ({error.strerror})") from None
+
+
+def holds_table(path: Path) -> bool:
+    """Whether a file is empty, or what `evaluate --json` writes."""
+    try:
+        if not path.is_file():
+            return False
+        rows = json.loads(path.read_bytes() or "[]")
+        return isinstance(rows, list) and all(isinstance(row, dict) and row.keys() == TABLE_KEYS for row in rows)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def holds_samples(path: Path) -> bool:
+    """Whether a file is empty, or begins as what `evaluate --samples` writes."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as lines:
+            line = lines.readline(LONGEST_SAMPLE)
+        row = json.loads(line or "{}")
+        return not line or (isinstance(row, dict) and row.keys() >= set(SAMPLE_KEYS))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _short_names(models: Sequence[str]) -> list[str]:
+    """The ends of the models' paths, as short as tells them apart."""
+    parts = [Path(model).parts for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = [str(Path(*one[-length:])) for one in parts]
+        if len(set(names)) == len(set(models)):
+            return names
+    return list(models)
