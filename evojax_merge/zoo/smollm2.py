@@ -332,7 +332,8 @@ def fine_tune(
         range(1, plan.steps + 1), shuffled_batches(rows, plan.tokens, 0, plan.steps), strict=False
     ):
         began = time.perf_counter()
-        arrays = {key: getattr(batch, key) for key in ("tokens", "positions", "branches", "at", "targets", "mask")}
+        read = ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")
+        arrays = {key: getattr(batch, key) for key in read}
         model, state, loss = step(model, state, arrays)
         shown = f"{name}: step {number}/{plan.steps}  loss {float(loss):.3f}"
         console.print(f"{shown}  {time.perf_counter() - began:.1f} s", highlight=False)
