@@ -237,4 +237,4 @@ def test_a_fine_tune_learns_its_texts(family: Family, capsys: pytest.CaptureFixt
     read = {key: getattr(batch, key) for key in ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")}
     losses = [float(smollm2.target_loss(config, model, read)) for model in (before, after)]
     assert losses[1] < losses[0] - 0.5
-    assert capsys.readouterr().out.count("tiny: step ") == plan.steps
+    assert capsys.readouterr().err.count("tiny: step ") == plan.steps
