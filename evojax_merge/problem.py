@@ -153,6 +153,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         )
         if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
+        if tokenizer_dir not in paths and (method is None or method.name == "slerp"):
+            # The base_model of its recipe is one of the parents.
+            what = "a layer path" if method is None else method.name
+            raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
     unmerged_base = [base] if base is not None and base not in paths else []
     opened = [*paths, *unmerged_base]

@@ -106,4 +106,7 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     document = problem.candidates.to_recipe(genome)
     if problem.sources.vocabulary is not None:
         document["tokenizer_source"] = str(problem.tokenizer_folder)
+        if problem.tokenizer_folder == problem.base:
+            # A method that takes no base leaves it out, but for the tokenizer.
+            document = {"merge_method": document["merge_method"], "base_model": str(problem.base)} | document
     return dump_yaml(document)

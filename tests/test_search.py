@@ -609,3 +609,18 @@ def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
     expected = sum(not row["better"] for row in better.values())
     for text in (card, said):
         assert text.count("On held-out data the evolved model is") == expected
+
+
+def test_a_base_that_gives_the_tokenizer_alone_is_named_in_the_recipe(config_file, tmp_path):
+    document = yaml.safe_load(config_file.read_text())
+    document |= {"tokenizer_source": "base", "space": {"method": "linear", "layers_per_group": "all"}}
+    document["search"] = {"generations": 1, "population": 3}
+    path = config_file.with_name("tokenizer.yaml")
+    path.write_text(yaml.safe_dump(document))
+    run("search", path, "--out", tmp_path / "run")
+    recipe = yaml.safe_load((tmp_path / "run/best/recipe.yaml").read_text())
+    assert recipe["tokenizer_source"] == recipe["base_model"] == str(config_file.parent / "base")
+    for space in ({"space": {"method": "slerp"}}, {"space": None, "data_flow": {"moves": 1}}):
+        path.write_text(yaml.safe_dump(document | space))
+        refused = run("search", path, "--out", tmp_path / "refused", status=2).stderr
+        assert "tokenizer_source: the base takes no part in" in refused and refused.count("\n") == 1
