@@ -187,7 +187,7 @@ def test_a_run_is_read_back(run: Path, family: Family) -> None:
     assert found.config["space"]["method"] == "task_arithmetic" and found.config["parents"] == [
         *map(str, family.parents)
     ]
-    assert [row["generation"] for row in found.history] == [row["generation"] for row in found.timing] == [0, 1]
+    assert [row["generation"] for row in found.history] == [row["generation"] for row in found.timing] == [1, 2]
     assert found.recipe["base_model"] == str(family.base)
     assert [row["role"] for row in found.table] == ["base", "parent", "parent", "uniform", "winner"]
     assert found.result["genome"] and found.model == run / "best" / "model" and found.figures == [run / "report.png"]

@@ -181,7 +181,7 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
     config = write_config(family.root, search={"population": 6, "generations": saved + 2})
     command = [sys.executable, "-m", "evojax_merge.cli", "search", str(config), "--out", str(out), "--resume"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert [row["generation"] for row in history(out)] == list(range(saved + 2))
+    assert [row["generation"] for row in history(out)] == list(range(1, saved + 3))
 
 
 def test_distributed_without_others_is_refused() -> None:

@@ -159,7 +159,7 @@ def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
 
 def test_the_example_in_configs(family: Family, tmp_path: Path) -> None:
     """configs/own_method.py, as a user runs it; tiny models stand where the demo family would be."""
-    zoo = tmp_path / "cache" / "evojax-merge" / "zoo" / VERSION / "seed-0"
+    zoo = tmp_path / "cache" / "evojax-merge" / "zoo" / VERSION / "packaged"
     zoo.mkdir(parents=True)
     folders = dict(zip(("base", "maths", "japanese"), (family.base, *family.parents), strict=True))
     for name, folder in folders.items():

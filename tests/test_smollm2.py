@@ -18,9 +18,10 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.data_packages import PackageUnavailable
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.models import decoder
+from evojax_merge.models import layers
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import logits
+from evojax_merge.models.families import llama_like
 from evojax_merge.models.generate import PAD_ID
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.records import read_symbolic
@@ -104,8 +105,8 @@ def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp
     assert config["rms_norm_eps"] == pytest.approx(model.config.rms_norm_eps, rel=1e-6)
 
 
-def summed_in_parts(x: jax.Array, weights: decoder.Weights, name: str) -> jax.Array:
-    """`decoder.dense` with the inner axis summed in four parts, as torch's products sum in blocks."""
+def summed_in_parts(x: jax.Array, weights: layers.Weights, name: str) -> jax.Array:
+    """`layers.dense` with the inner axis summed in four parts, as torch's products sum in blocks."""
     matrix = weights[name]
     size = matrix.shape[1] // 4
     parts = [slice(i * size, (i + 1) * size) for i in range(4)]
@@ -123,7 +124,8 @@ def test_logits_are_those_of_torch(
         padded[: len(ids)] = ids
     length = jnp.array([len(ids) for ids in rows], jnp.int32)
     if parts == 4:
-        monkeypatch.setattr(decoder, "dense", summed_in_parts)
+        for module in (layers, llama_like):
+            monkeypatch.setattr(module, "dense", summed_in_parts)
 
     @jax.jit
     def run(model: StackedWeights) -> jax.Array:

@@ -116,7 +116,7 @@ CASES: list[Case] = [
     Case("ten million moves", along(moves=10_000_000), ("data_flow.moves", "1,000")),
     Case("a path of a million layers", along(max_layers=1_000_000), ("data_flow.max_layers", "10,000")),
     Case("a window that is absurd", along(window=10**20), ("data_flow.window", "10,000")),
-    Case("an end beyond all parents", along(ends=10**30), ("ends", "no parent")),
+    Case("an end beyond all parents", along(embedding_parent=10**30), ("embedding_parent", "no parent")),
     Case("a chunk that is absurd", changed(evaluation={"chunk": 10**12}), ("evaluation.chunk", "100,000")),
     Case("batches that are absurd", changed(evaluation={"tokens_per_batch": 10**15}),
          ("evaluation.tokens_per_batch", "10,000,000")),
