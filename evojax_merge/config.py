@@ -346,11 +346,11 @@ def parse(path: Path, document: Any, schema: type[Section]) -> Any:
 
 
 def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`key.path=value` pairs, values as YAML; list items by their number, from 0. Of a key that is set twice the last
-    value counts."""
+    """`key.path=value` pairs, values as YAML; list items by their number, from 0: `tasks.1.metric`, or as messages name
+    them, `tasks[1].metric`. Of a key that is set twice the last value counts."""
     for override in overrides:
         key, separator, text = override.partition("=")
-        parts = key.split(".")
+        parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
         if not separator or not all(parts):
             raise InputError("--set", f"{describe_value(override)}; expected key.path=value")
         value = parse_yaml(f"--set {key}", text)

@@ -50,6 +50,7 @@ from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import evolve, run_bytes
 from evojax_merge.search.run_folder import (
+    PARAMS,
     Checkpoints,
     EarlierWinner,
     FolderStorage,
@@ -346,8 +347,7 @@ def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, sample
             samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
 
     rows = score_models(models, tasks, say, lambda line: _warn([line]), keep)
-    sizes = ", ".join(f"{task.size} of {task.name}" for task in tasks.tasks)
-    console.print(terminal_table(rows, f"Scores, all examples: {sizes}"))
+    console.print(terminal_table(rows, f"Scores on {'; '.join(tasks.sizes)}"))
     if json_file is not None:
         atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
     if samples_file is not None:
@@ -373,6 +373,8 @@ def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far
         _export_best_so_far(folder, out, dtype, overwrite)
         return
     if not folder.recipe.exists():
+        if (folder.recipe.parent / PARAMS).exists():
+            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{PARAMS}")
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     recipe, card_file = read_recipe(folder.recipe), folder.model / "README.md"

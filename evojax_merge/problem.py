@@ -115,6 +115,8 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
+    # A run folder's config.yaml can be searched with again; its hashes are of that run.
+    document.pop("inputs", None)
     return parse(path, document, Config)
 
 

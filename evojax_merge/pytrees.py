@@ -31,7 +31,7 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened
+from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import rung_size, stratified_shards
 from evojax_merge.spaces.parameter import GroupSpace
@@ -230,7 +230,7 @@ def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
         for path, leaf in leaves
         if not jax.dtypes.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
     }
-    atomic_write_bytes(folder.recipe.parent / "params.safetensors", save(arrays))
+    atomic_write_bytes(folder.recipe.parent / PARAMS, save(arrays))
     document = {
         "generations": len(found.history),
         "search_fitness": {"winner": found.fitness},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError
-from evojax_merge.search.run_folder import RunFolder, is_run, read_lines, read_result
+from evojax_merge.search.run_folder import PARAMS, RunFolder, is_run, read_lines, read_result
 from evojax_merge.yaml_reader import load_yaml
 
 
@@ -41,7 +41,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the search has chosen its winner after the last generation that is saved."""
         result = self.result or {}
-        return self.model is not None and result.get("generations", -1) >= len(self.history)
+        return (self.model or self.params) is not None and result.get("generations", -1) >= len(self.history)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -62,6 +62,12 @@ class Run:
     def model(self) -> Path | None:
         """The winner's folder."""
         return self._folder.model if self._folder.model.is_dir() else None
+
+    @property
+    def params(self) -> Path | None:
+        """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
+        file = self._folder.recipe.parent / PARAMS
+        return file if file.is_file() else None
 
     @property
     def figures(self) -> list[Path]:

@@ -42,6 +42,8 @@ class TaskSet:
     where: str
     tasks: list[Task]
     settings: EvaluationConfig
+    # In words, how many examples of which task are scored.
+    sizes: tuple[str, ...]
 
 
 def read_tasks(path: Path) -> TaskSet:
@@ -61,7 +63,14 @@ def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskS
     tasks = [
         open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
     ]
-    return TaskSet(where, tasks, file.evaluation)
+    # A second source of held-out examples is what is scored; a share of the only one is scored with the rest.
+    sizes = tuple(
+        f"the {task.size} held-out examples of {task.name}"
+        if isinstance(config.heldout, str)
+        else f"all {task.size} examples of {task.name}, searched or not"
+        for task, config in zip(tasks, file.tasks, strict=True)
+    )
+    return TaskSet(where, tasks, file.evaluation, sizes)
 
 
 def score_models(

@@ -213,3 +213,9 @@ def test_keys_are_taken_by_their_earlier_names() -> None:
     assert config.data_flow.embedding_parent == 1 and config.tasks[0].inputs == "logits"
     with pytest.raises(InputError, match="ends: unknown key"):
         parse(FILE, document | {"data_flow": {"ends": 1, "embedding_parent": 1}}, Config)
+
+
+def test_a_list_item_is_set_by_either_way_of_naming_it() -> None:
+    for key in ("tasks.1.metric", "tasks[1].metric"):
+        document = apply_overrides(FILE, {"tasks": [{}, {}]}, [f"{key}=margin"])
+        assert document["tasks"] == [{}, {"metric": "margin"}]

@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from evojax_merge import host_callback, search_pytrees
+import evojax_merge as em
+from evojax_merge import host_callback, pipeline, search_pytrees
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.pytrees import Generation, PytreeSearch
 from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
@@ -308,6 +309,10 @@ def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> Non
     for name in ("history.jsonl", "result.json", "best/params.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert same(again.best, whole.best) and again.history == whole.history
+    run = em.open_run(tmp_path / "run")
+    assert run.finished and run.params == tmp_path / "run/best/params.safetensors" and len(run.history) == 5
+    with pytest.raises(InputError, match=r"is a run of search_pytrees, whose winner is a pytree: best/params"):
+        pipeline.export(tmp_path / "run", tmp_path / "model", None, overwrite=False, best_so_far=False)
     saved = load_file(tmp_path / "run/best/params.safetensors")
     assert saved.keys() == {"encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/scale"}
     np.testing.assert_array_equal(saved["encoder/kernel"], whole.best["encoder"]["kernel"])

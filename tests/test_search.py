@@ -624,3 +624,14 @@ def test_a_base_that_gives_the_tokenizer_alone_is_named_in_the_recipe(config_fil
         path.write_text(yaml.safe_dump(document | space))
         refused = run("search", path, "--out", tmp_path / "refused", status=2).stderr
         assert "tokenizer_source: the base takes no part in" in refused and refused.count("\n") == 1
+
+
+def test_a_runs_config_is_a_config_again(finished, tmp_path):
+    """With the hashes that it holds: to score its winner, and to search with once more."""
+    done = run("evaluate", finished, "--tasks", finished / "config.yaml")
+    assert "all 12 examples of text, searched or not" in " ".join(done.stdout.split())
+    assert "the 8 held-out examples of choice" in " ".join(done.stdout.split())
+    changes = ["--set", "search.generations=2"]
+    run("search", finished / "config.yaml", "--out", tmp_path / "again", *changes)
+    lines = (finished / "history.jsonl").read_bytes().splitlines()
+    assert (tmp_path / "again/history.jsonl").read_bytes().splitlines() == lines[:2]

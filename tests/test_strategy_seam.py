@@ -176,6 +176,10 @@ def test_what_a_strategy_cannot_be_is_told(config):
     with pytest.raises(InputError, match="population: 8; the strategy five has populations of 5"):
         build_problem(config, read_config(config, ["search.strategy=five", "search.population=8"], None))
 
+    register_strategy("empty", lambda settings: object())
+    with pytest.raises(InputError, match="the strategy empty lacks name, population, init, ask"):
+        build_problem(config, read_config(config, ["search.strategy=empty"], None))
+
     class Narrow(HillClimber):
         def ask(self, key, state):
             genomes, state = super().ask(key, state)

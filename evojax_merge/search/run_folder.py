@@ -48,6 +48,8 @@ from evojax_merge.yaml_reader import load_yaml
 # May differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"),)
 KEPT_CHECKPOINTS = 3
+# In best/: the winner of `search_pytrees`, its leaves by their paths.
+PARAMS = "params.safetensors"
 # The checkpoints of a run that is started again, for the moment until they are deleted.
 CLEARED = ".checkpoints.old"
 OTHER_VERSION = (

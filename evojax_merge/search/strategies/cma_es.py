@@ -43,7 +43,7 @@ def _strategy(kind: str, settings: StrategySettings) -> EvosaxStrategy:
 
 
 def cma_es(settings: StrategySettings) -> EvosaxStrategy:
-    """CMA-ES (Hansen, arXiv 1604.00772); its separable form where D is beyond `MAX_FULL_DIMS`."""
+    """CMA-ES (Hansen, arXiv 1604.00772); its separable form beyond 512 dimensions."""
     return _strategy("CMA_ES" if settings.dims <= MAX_FULL_DIMS else "Sep_CMA_ES", settings)
 
 

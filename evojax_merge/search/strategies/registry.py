@@ -26,6 +26,8 @@ _BUILT_IN = {
     "cma_es": "evojax_merge.search.strategies.cma_es:cma_es",
     "sep_cma_es": "evojax_merge.search.strategies.cma_es:sep_cma_es",
 }
+# Of the protocol.
+_MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
 _registered: dict[str, StrategyFactory] = {}
 
 
@@ -55,6 +57,9 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
 def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
     """Raises InputError for an unknown name, and where a strategy's population is not the one that was asked for."""
     strategy = find_strategy(where, name)(settings)
+    lacking = [member for member in _MEMBERS if not hasattr(strategy, member)]
+    if lacking:
+        raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
     if settings.population is not None and strategy.population != settings.population:
         raise InputError(
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
