@@ -42,7 +42,7 @@ test: .venv/installed-test
 
 # One after the other even with -j: each expects the cores for itself.
 test-all: .venv/installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest
+	EVOJAX_TEST_ALL=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest
 	$(MAKE) torture
 
 torture: .venv/installed-test

@@ -1,6 +1,7 @@
 """The real pretrained model: as transformers reads its GGUF file, and as torch computes with it."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,11 +159,15 @@ def test_greedy_generation_is_that_of_torch(
             assert best - second <= 1e-3, tokenizer.decode(found)
 
 
-def test_fifty_worked_problems_are_written_as_transformers_writes_them(
+def test_worked_problems_are_written_as_transformers_writes_them(
     base: Path, ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
 ) -> None:
     """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
     problems = or_skip(lambda: read_symbolic("eng")).records[:50]
+    if "EVOJAX_TEST_ALL" not in os.environ:
+        # A sample, another one each day.
+        chosen = np.random.default_rng(int(os.environ["EVOJAX_TEST_SEED"])).permutation(50)[:16]
+        problems = [problems[i] for i in sorted(chosen)]
     prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
