@@ -12,6 +12,8 @@ from evojax_merge.search.strategies.registry import StrategySettings
 
 # The best member, two others, and the one that they may replace.
 MIN_POPULATION = 4
+# Each member draws the others from a list of all of them: P x P numbers.
+MAX_POPULATION = 4096
 
 
 @lru_cache(maxsize=8)
@@ -37,8 +39,8 @@ def de(settings: StrategySettings) -> PopulationStrategy:
     """Differential evolution (Storn and Price, 1997): best/1/bin, differences weighed by 0.5 to 1, drawn in each
     generation."""
     population = settings.population or 2 * default_population(settings.dims)
-    if population < MIN_POPULATION:
-        raise InputError(settings.where, f"population: {population}; de takes {MIN_POPULATION} or more")
+    if not MIN_POPULATION <= population <= MAX_POPULATION:
+        raise InputError(settings.where, f"population: {population:,}; de takes {MIN_POPULATION} to {MAX_POPULATION:,}")
     algorithm = _algorithm(settings.dims, population)
     params = algorithm.default_params.replace(differential_weight_min=0.5, differential_weight_max=1.0)
-    return PopulationStrategy("DE", algorithm, params, settings.sigma, settings.range)
+    return PopulationStrategy("DE", algorithm, params, settings.sigma)

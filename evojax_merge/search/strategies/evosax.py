@@ -80,14 +80,12 @@ def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array,
 @dataclass(frozen=True)
 class PopulationStrategy:
     """A population-based algorithm of evosax with its parameters. The first generation is the initial population: the
-    start, and genomes drawn around it with standard deviation `sigma`. `range`: the genes of the bounds; genomes are
-    mirrored there, which does not change what they mean, and keeps differences between them from growing."""
+    start, and genomes drawn around it with standard deviation `sigma`."""
 
     name: str
     algorithm: Any
     params: Any
     sigma: float
-    range: tuple[float, float]
 
     @property
     def population(self) -> int:
@@ -97,10 +95,10 @@ class PopulationStrategy:
         start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
         drawn = (start + self.sigma * noise).at[0].set(start)
         fitness = jnp.full(self.population, jnp.inf)
-        return self.algorithm.init(key, _mirror(drawn, *self.range), fitness, self.params)
+        return self.algorithm.init(key, drawn, fitness, self.params)
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        genomes, state = _ask(self.algorithm, self.range, key, state, self.params)
+        genomes, state = _ask(self.algorithm, key, state, self.params)
         return genomes, state
 
     def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
@@ -117,22 +115,13 @@ class PopulationStrategy:
         return spread | ({"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {})
 
 
-def _mirror(genomes: jax.Array, low: float, high: float) -> jax.Array:
-    """Genomes outside [low, high] as those inside that mean the same."""
-    span = high - low
-    folded = jnp.mod(genomes - low, 2 * span)
-    inside = low + jnp.where(folded > span, 2 * span - folded, folded)
-    # To the bit where nothing is to be done.
-    return jnp.where((genomes < low) | (genomes > high), inside, genomes)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _ask(algorithm: Any, range: tuple[float, float], key: jax.Array, state: Any, params: Any) -> tuple[jax.Array, Any]:
+@partial(jax.jit, static_argnums=0)
+def _ask(algorithm: Any, key: jax.Array, state: Any, params: Any) -> tuple[jax.Array, Any]:
     def initial(state: Any) -> tuple[jax.Array, Any]:
         return state.population, state
 
     def later(state: Any) -> tuple[jax.Array, Any]:
         genomes, asked = algorithm.ask(key, state, params)
-        return _mirror(genomes, *range), asked
+        return genomes, asked
 
     return jax.lax.cond(state.generation_counter == 0, initial, later, state)

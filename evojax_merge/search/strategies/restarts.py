@@ -22,6 +22,8 @@ from evojax_merge.search.strategies.registry import StrategySettings
 
 # The largest population, in units of the first one: five doublings.
 MAX_MULTIPLE = 32
+# How many numbers that may be: 256 MB, which are saved with every generation.
+MAX_ROOM = 2**26
 # When a run has ended: the best losses of its last populations are this near; its longest axis is this small a part of
 # the search's first sigma (float32 genomes have steps of 6e-8), or this many times its own; or its axes are this far
 # apart, which is as far as a float32 covariance keeps them.
@@ -196,6 +198,12 @@ def _restarted(name: str, settings: StrategySettings, small_runs: bool) -> Resta
             f"{settings.dims:,}; choose sep_cma_es or lm_ma_es",
         )  # fmt: skip
     population = settings.population or default_population(settings.dims)
+    most = MAX_ROOM // (MAX_MULTIPLE * settings.dims)
+    if population > most:
+        raise InputError(
+            settings.where, f"population: {population:,}; {name}, which makes it up to {MAX_MULTIPLE} times as large, "
+            f"takes {most:,} at most in {settings.dims:,} dimensions",
+        )  # fmt: skip
     shown = "BIPOP-CMA-ES" if small_runs else "IPOP-CMA-ES"
     return RestartedCMAES(shown, settings.dims, population, settings.sigma, settings.range, small_runs)
 

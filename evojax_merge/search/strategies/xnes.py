@@ -1,7 +1,6 @@
 """Exponential natural evolution strategy. evosax's takes the exponential of each entry, and so has no covariances."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,8 +45,7 @@ class XNES:
         )
 
     def ask(self, key: jax.Array, state: NaturalState) -> tuple[jax.Array, NaturalState]:
-        z = jax.random.normal(key, (self.population, self.dims))
-        return state.mean + state.std * z @ state.shape.T, state.replace(z=z)  # type: ignore[attr-defined]
+        return _draw(key, state)
 
     def tell(self, key: jax.Array, state: NaturalState, genomes: jax.Array, scores: Scores) -> NaturalState:
         return _update(state, losses(scores))
@@ -63,7 +61,13 @@ class XNES:
         return {"sigma": float(state.std)}
 
 
-@partial(jax.jit)
+@jax.jit
+def _draw(key: jax.Array, state: NaturalState) -> tuple[jax.Array, NaturalState]:
+    z = jax.random.normal(key, state.z.shape)
+    return state.mean + state.std * z @ state.shape.T, state.replace(z=z)  # type: ignore[attr-defined]
+
+
+@jax.jit
 def _update(state: NaturalState, loss: jax.Array) -> NaturalState:
     """The natural gradient's step (Glasmachers et al., GECCO 2010, algorithm 2). Ties rank in the order that they were
     drawn in; candidates that failed rank last."""
