@@ -19,6 +19,7 @@ from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.strategies.restarts import MAX_MULTIPLE
 from evojax_merge.spaces.bounds import from_unit, to_unit
+from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, ScaleBounds
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from strategy_functions import FUNCTIONS, evaluations, pycma, scores_of
@@ -345,6 +346,23 @@ def test_seeds_of_task_vectors() -> None:
     # 0 is below the bounds.
     np.testing.assert_allclose(weights, [[0.5, 0.5], [1, 0.1], [0.1, 1], [1, 0.1], [0.1, 1], [1, 1]], atol=1e-5)
     np.testing.assert_allclose(densities, [[0.6] * 2] * 3 + [[0.2] * 2] * 2 + [[0.6] * 2], atol=1e-5)
+
+
+def test_seeds_of_paths_are_the_parents() -> None:
+    bounds, depths = ScaleBounds(0.5, 2.0), (4, 4, 3)
+    series = [list(range(4)), list(range(4, 8)), list(range(8, 11))]
+    for scales in ("matrix", "network", "none"):
+        indicators = IndicatorSpace(depths, 2, scales, bounds, 8, 0)
+        paths = indicators.decode(indicators.seed_genomes("seeds", "parents"))
+        assert [list(path.layers) for path in paths if path is not None] == series
+        assert all(path is not None and set(path.scales) == {1.0} for path in paths)
+    for scaled in (True, False):
+        for window, found in ((2, series[:2]), (1, series[:1])):
+            moves = MoveSpace(depths, 3, window, bounds, scaled, 8, 0)
+            paths = moves.decode(moves.seed_genomes("seeds", "parents"))
+            assert [list(path.layers) for path in paths if path is not None] == found
+    with pytest.raises(InputError, match=r"^seeds: uniform: a path has no weights; expected parents$"):
+        moves.seed_genomes("seeds", "uniform")
 
 
 # ---------------------------------------------------------------------------------------------------------------
