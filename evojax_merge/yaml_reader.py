@@ -17,7 +17,6 @@ MAX_BYTES = 16 * 2**20
 MAX_NODES = 1_000_000
 MAX_DEPTH = 100
 MAX_DIGITS = 1000
-MAX_DIGITS = 1000
 
 
 def load_yaml(path: Path) -> Any:
@@ -102,8 +101,6 @@ def _check_events(where: object, text: str) -> None:
                 _check_key(where, event, open_nodes[-1].keys)
             if len(event.value) > MAX_DIGITS and event.implicit[0] and _tag(event) == "tag:yaml.org,2002:int":
                 raise InputError(_at(where, event.start_mark), f"a number of more than {MAX_DIGITS:,} digits")
-            if len(event.value) > MAX_DIGITS and event.implicit[0] and _tag(event) == "tag:yaml.org,2002:int":
-                raise InputError(_at(where, event.start_mark), f"a number of more than {MAX_DIGITS:,} digits")
             closed(event.anchor, 1)
 
 
@@ -119,10 +116,6 @@ def _check_key(where: object, event: Any, keys: dict[tuple[str, str], int]) -> N
             _at(where, event.start_mark), f"{event.value}: is on line {first} already; expected one of them"
         )
     keys[tag, event.value] = event.start_mark.line + 1
-
-
-def _tag(scalar: Any) -> str:
-    return str(scalar.tag or RESOLVER.resolve(yaml.ScalarNode, scalar.value, scalar.implicit))
 
 
 def _tag(scalar: Any) -> str:
