@@ -10,7 +10,16 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, PlainValidator, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -111,11 +120,16 @@ def _task(value: Any) -> TaskConfig:
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 
 
+# What a search may begin with: see configs/README.md.
+Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
+
+
 class SearchConfig(Section):
     """The strategy and its budget. `population` None: the strategy's own; CMA-ES' is 4 + floor(3 ln D). `sigma` is in
     units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
-    half on twice as many, and so forth; in so many rungs the last few are scored on all."""
+    half on twice as many, and so forth; in so many rungs the last few are scored on all.
+    `seeds`: merges that are the first candidates of the first generation."""
 
     strategy: Name = "cma_es"
     population: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
@@ -123,6 +137,15 @@ class SearchConfig(Section):
     sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)
     finalists: Whole = Field(5, ge=1, le=10_000)
     rungs: Whole = Field(1, ge=1, le=8)
+    seeds: list[Seed] = Field([], max_length=4)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `seeds` where there are none: such a search is the one that it was before there could be any."""
+        document: dict[str, Any] = serialise(self)
+        if not self.seeds:
+            document.pop("seeds")
+        return document
 
 
 class StageConfig(Section):

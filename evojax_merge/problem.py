@@ -38,10 +38,12 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.references import resolve_file, resolve_reference
-from evojax_merge.search.protocols import Strategy
+from evojax_merge.search.protocols import Space, Strategy
+from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.successive_halving import example_lengths, stratified_shards
+from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
@@ -186,7 +188,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         path_spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
         candidates = PathCandidates(space, path_spec, sources, names)
-    strategy = build_strategy(f"{where}: search", config.search, space.dims)
+    strategy = build_strategy(f"{where}: search", config.search, space)
     # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
     for number in {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}:
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
@@ -276,9 +278,11 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     )
 
 
-def build_strategy(where: str, search: SearchConfig, dims: int) -> Strategy:
-    """The strategy of a config. Raises InputError for an unknown one, for a population that it cannot have, and for a
-    search whose genomes do not fit into memory, or that nobody would see the end of."""
+def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
+    """The strategy of a config, with its seeds. Raises InputError for an unknown one, for dimensions, a population or
+    seeds that it cannot have, and for a search whose genomes do not fit into memory, or that nobody would see the end
+    of."""
+    dims = space.dims
     if dims > MAX_DIMS:
         raise InputError(
             where.removesuffix(": search"),
@@ -293,8 +297,9 @@ def build_strategy(where: str, search: SearchConfig, dims: int) -> Strategy:
         GENOME_COPIES * 4 * dims * (population + search.finalists),
         available_memory(),
     )
-    settings = StrategySettings(dims, search.population, search.sigma, search.generations)
-    return make_strategy(where, search.strategy, settings)
+    seeds = seed_genomes(where, search.seeds, space)
+    settings = StrategySettings(dims, search.population, search.sigma, search.generations, from_unit, len(seeds), where)
+    return seeded(make_strategy(where, search.strategy, settings), seeds)
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:

@@ -32,8 +32,10 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress
 from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
+from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import rung_size, stratified_shards
+from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
 
@@ -82,6 +84,7 @@ def search_pytrees(
     population: int | None = None,
     generations: int = 50,
     sigma: float = 1 / 6,
+    seeds: Sequence[str] = (),
     rungs: int = 1,
     seed: int = 0,
     chunk: int | None = None,
@@ -103,8 +106,8 @@ def search_pytrees(
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
     path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of
-    the top level. strategy, population, generations, sigma, rungs: as in a config's search. chunk: how many candidates
-    are computed together; None: one after the other on a CPU, else all.
+    the top level. strategy, population, generations, sigma, seeds, rungs: as in a config's search. chunk: how many
+    candidates are computed together; None: one after the other on a CPU, else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again.
@@ -124,7 +127,7 @@ def search_pytrees(
     check_parent_count(f"{WHERE}: parents", chosen, len(parents))
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
-        finalists=1, rungs=rungs,
+        finalists=1, seeds=list(seeds), rungs=rungs,
     )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
@@ -154,8 +157,11 @@ def search_pytrees(
         numbers = space.groups.parameters(genome)
         return tree.structure.unflatten([leaf.merge(numbers) for leaf in bank])
 
-    settings = StrategySettings(space.dims, search.population, search.sigma, search.generations)
-    chosen_strategy = make_strategy(WHERE, strategy, settings)
+    first_genomes = seed_genomes(WHERE, search.seeds, space)
+    settings = StrategySettings(
+        space.dims, search.population, search.sigma, search.generations, from_unit, len(first_genomes), WHERE
+    )
+    chosen_strategy = seeded(make_strategy(WHERE, strategy, settings), first_genomes)
     size = chosen_strategy.population
     make_score = (
         partial(_score_on_host, fitness.function, merge, bank, space)
@@ -421,6 +427,9 @@ class PytreeSpace:
 
     def decode(self, genomes: np.ndarray) -> np.ndarray:
         return genomes
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        return self.groups.seed_genomes(where, name)
 
 
 @dataclass(frozen=True)

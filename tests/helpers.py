@@ -197,5 +197,5 @@ def search_in(folder: Path, config: SearchConfig, seed: int, space: Any, shards:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run = RunFolder(folder)
     with Checkpoints(run) as checkpoints:
-        strategy = build_strategy("search", config, space.dims)
+        strategy = build_strategy("search", config, space)
         return evolve(config, seed, strategy, space, shards, FolderStorage(run, checkpoints), Reporter())

@@ -1,7 +1,7 @@
 """What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -51,6 +51,16 @@ class Strategy(Protocol):
         ...
 
 
+@runtime_checkable
+class TakesInjected(Protocol):
+    """A strategy whose `tell` takes genomes for what `ask` drew, and that has to know which of them were not."""
+
+    def inject(self, state: State, genomes: jax.Array, count: int) -> tuple[jax.Array, State]:
+        """The genomes and the state to `tell` in the first generation, where the first `count` of the genomes,
+        float32[P, D], are others than were asked for."""
+        ...
+
+
 class Space(Protocol):
     """What a genome means."""
 
@@ -66,6 +76,11 @@ class Space(Protocol):
 
     def decode(self, genomes: np.ndarray) -> Any:
         """The candidates that genomes float32[P, D] mean, as the space's evaluator takes them."""
+        ...
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        """float32[S, D]: the genomes of merges that a search may begin with, by a name of `config.Seed`. Raises
+        InputError where the space has none."""
         ...
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.errors import InputError
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.spaces.bounds import from_unit, to_unit
 
@@ -32,6 +33,13 @@ _to_unit = jax.jit(to_unit)
 def _inside(genomes: np.ndarray) -> np.ndarray:
     """[0, 1] values of free genomes `[P, D]`."""
     return np.asarray(_to_unit(jnp.asarray(genomes, jnp.float32)), np.float64)
+
+
+def _parents_alone(where: str, name: str, genomes: Sequence[np.ndarray]) -> np.ndarray:
+    """float32[S, D]: the seeds of a path space. Raises InputError for all but `parents`."""
+    if name != "parents":
+        raise InputError(where, f"{name}: a path has no weights; expected parents")
+    return np.stack(genomes)
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,14 @@ class IndicatorSpace:
     def baseline(self) -> tuple[str, np.ndarray]:
         """The first parent as it is."""
         return "first parent", self.start
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        """float32[S, D]: each parent's layers once, scales 1, between the first and last leaves of the parent that all
+        paths have these of; the first parent, and those whose layers are not too many."""
+        places = np.arange(self.num_indicators)
+        ends = np.cumsum(self.depths)
+        fits = [(end - depth, end) for depth, end in zip(self.depths, ends, strict=True) if depth <= self.max_steps]
+        return _parents_alone(where, name, [self.genome((places >= first) & (places < end)) for first, end in fits])
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where no layer is on, or more than `max_steps` are."""
@@ -241,6 +257,17 @@ class MoveSpace:
     def baseline(self) -> tuple[str, np.ndarray]:
         """The first parent as it is."""
         return "first parent", self.start
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        """float32[S, D]: the first parent, and each one as deep whose layers the moves can put in the place of its."""
+        depth = self.depths[0]
+        firsts = range(0, depth, self.window)
+        donors = [k for k, own in enumerate(self.depths) if k and own == depth and len(firsts) <= self.count]
+        moves = [
+            [LayerEdit("splice", first, min(self.window, depth - first), 1.0, donor) for first in firsts]
+            for donor in donors
+        ]
+        return _parents_alone(where, name, [self.start, *map(self.genome, moves)])
 
     def decode(self, genomes: np.ndarray) -> list[LayerPath | None]:
         """A path per genome; None where nothing is left, or more than `max_steps` layers are."""

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import DENSITY_STEPS, Method, grid_index
 
+from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Recipe
 from evojax_merge.spaces.bounds import from_unit, to_unit
+
+# The density of trimmed task vectors (TIES-Merging, arXiv 2306.01708).
+TRIMMED_DENSITY = 0.2
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,36 @@ class GroupSpace:
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
         return self.genome({searched.name: np.asarray(searched.start) for searched in self.search_parameters})
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        """float32[S, D]: `uniform`: equal weights 1/K; `parents`: each parent alone, weight 1 for it and 0 for the
+        others; `trimmed_parents`: these at density 0.2; `task_vectors`: all weights 1. The other parameters are where
+        the search starts, and what lies outside the bounds is moved to them. Of an interpolation (`t`), the ends are
+        the parents, and its middle is uniform.
+
+        Raises InputError where the parameter that this is about is not searched.
+        """
+        values = {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
+        # Two models and a line between them: `t` says how much of the second.
+        shares = {"uniform": [0.5], "parents": [0.0, 1.0]}.get(name) if self.method.name == "slerp" else None
+        if shares is not None and "t" in values:
+            return self._clipped([values | {"t": np.array([share])} for share in shares])
+        weights = {
+            "uniform": np.full((1, self.parents), 1 / self.parents),
+            "task_vectors": np.ones((1, self.parents)),
+        }.get(name, np.eye(self.parents))
+        needed = ["weight", "density"] if name == "trimmed_parents" else ["weight"]
+        missing = next((parameter for parameter in needed if parameter not in values), None)
+        if missing is not None:
+            raise InputError(
+                where, f"{name}: {self.method.name} searches no {missing} here; search it, or leave this out"
+            )
+        trimmed = {"density": np.array([TRIMMED_DENSITY])} if name == "trimmed_parents" else {}
+        return self._clipped([values | trimmed | {"weight": row} for row in weights])
+
+    def _clipped(self, rows: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+        bounds = {searched.name: (searched.low, searched.high) for searched in self.search_parameters}
+        return np.stack([self.genome({key: np.clip(row[key], *bounds[key]) for key in bounds}) for row in rows])
 
 
 @dataclass(frozen=True)
@@ -222,6 +256,10 @@ class ParameterSpace:
     def start(self) -> np.ndarray:
         """The genome that the search starts from."""
         return self.group_space.start
+
+    def seed_genomes(self, where: str, name: str) -> np.ndarray:
+        """float32[S, D]: see GroupSpace."""
+        return self.group_space.seed_genomes(where, name)
 
 
 @partial(jax.jit, static_argnums=0)

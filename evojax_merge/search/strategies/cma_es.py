@@ -29,8 +29,8 @@ def ordinal_weights(population: jax.Array, fitness: jax.Array, state: Any, param
     return params.weights[jnp.argsort(order)]
 
 
-@lru_cache(maxsize=8)
-def _algorithm(kind: str, dims: int, population: int) -> Any:
+@lru_cache(maxsize=16)
+def cma_algorithm(kind: str, dims: int, population: int) -> Any:
     """Kept, because every new instance is compiled anew."""
     from evosax import algorithms
 
@@ -38,7 +38,7 @@ def _algorithm(kind: str, dims: int, population: int) -> Any:
 
 
 def _strategy(kind: str, settings: StrategySettings) -> EvosaxStrategy:
-    algorithm = _algorithm(kind, settings.dims, settings.population or default_population(settings.dims))
+    algorithm = cma_algorithm(kind, settings.dims, settings.population or default_population(settings.dims))
     return EvosaxStrategy(kind, algorithm, algorithm.default_params.replace(std_init=jnp.float32(settings.sigma)))
 
 

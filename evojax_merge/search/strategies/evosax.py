@@ -4,6 +4,7 @@ Here, and only here, fitness changes its sign: evosax minimises.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.evaluation.scores import Scores
+
+
+def losses(scores: Scores) -> jax.Array:
+    """float32[P]: minus the fitness, NaN for candidates that failed."""
+    fitness = jnp.asarray(scores.fitness)
+    return jnp.where(jnp.isfinite(fitness), -jnp.asarray(fitness, jnp.float32), jnp.nan)
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,12 @@ class EvosaxStrategy:
         return genomes, state
 
     def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
-        fitness = jnp.asarray(scores.fitness)
-        loss = jnp.where(jnp.isfinite(fitness), -jnp.asarray(fitness, jnp.float32), jnp.nan)
-        state, _ = self.algorithm.tell(key, genomes, loss, state, self.params)
+        state, _ = self.algorithm.tell(key, genomes, losses(scores), state, self.params)
         return state
+
+    def inject(self, state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
+        """Steps of the injected genomes are shortened; see `inject_steps`."""
+        return inject_steps(state, genomes, count)
 
     def finalists(self, state: Any) -> np.ndarray:
         """The mean of the distribution."""
@@ -45,3 +54,74 @@ class EvosaxStrategy:
     def metrics(self, state: Any) -> dict[str, float]:
         """sigma: the standard deviation of a step in units of the bounds' range, where the algorithm has one."""
         return {"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {}
+
+
+def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
+    """What an evolution strategy is told where the first `count` genomes of its first generation were not drawn.
+
+    genomes: float32[P, D]. Their steps from the mean, in units of sigma (the first distribution is isotropic), are
+    shortened to a length that a drawn step hardly exceeds: sqrt(D) + 2 D / (D + 2) (Hansen, Injecting external
+    solutions into CMA-ES, arXiv 1110.4181). The path and covariance would take a far genome for a large step that
+    selection preferred. Where the state holds the normal numbers that the genomes were made of (`z`), it is given
+    those of the injected ones.
+    """
+    if not hasattr(state, "std"):
+        return genomes, state
+    dims = genomes.shape[1]
+    steps = (genomes[:count] - state.mean) / state.std
+    length = jnp.linalg.norm(steps, axis=1, keepdims=True)
+    steps = steps * jnp.minimum(1.0, (dims**0.5 + 2 * dims / (dims + 2)) / jnp.maximum(length, 1e-12))
+    genomes = jnp.asarray(genomes).at[:count].set(state.mean + state.std * steps)
+    if hasattr(state, "z"):
+        state = state.replace(z=state.z.at[:count].set(steps))
+    return genomes, state
+
+
+@dataclass(frozen=True)
+class PopulationStrategy:
+    """A population-based algorithm of evosax with its parameters. The first generation is the initial population: the
+    start, and genomes drawn around it with standard deviation `sigma`."""
+
+    name: str
+    algorithm: Any
+    params: Any
+    sigma: float
+
+    @property
+    def population(self) -> int:
+        return int(self.algorithm.population_size)
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> Any:
+        start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
+        drawn = (start + self.sigma * noise).at[0].set(start)
+        fitness = jnp.full(self.population, jnp.inf)
+        return self.algorithm.init(key, drawn, fitness, self.params)
+
+    def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        genomes, state = _ask(self.algorithm, key, state, self.params)
+        return genomes, state
+
+    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> Any:
+        state, _ = self.algorithm.tell(key, genomes, losses(scores), state, self.params)
+        return state
+
+    def finalists(self, state: Any) -> np.ndarray:
+        """The mean of the population."""
+        return np.asarray(state.population, np.float32).mean(axis=0)[None]
+
+    def metrics(self, state: Any) -> dict[str, float]:
+        """spread: the standard deviation of the population's genes; sigma: that of a mutation, where there is one."""
+        spread = {"spread": float(np.std(state.population, axis=0).mean())}
+        return spread | ({"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {})
+
+
+@partial(jax.jit, static_argnums=0)
+def _ask(algorithm: Any, key: jax.Array, state: Any, params: Any) -> tuple[jax.Array, Any]:
+    def initial(state: Any) -> tuple[jax.Array, Any]:
+        return state.population, state
+
+    def later(state: Any) -> tuple[jax.Array, Any]:
+        genomes, asked = algorithm.ask(key, state, params)
+        return genomes, asked
+
+    return jax.lax.cond(state.generation_counter == 0, initial, later, state)

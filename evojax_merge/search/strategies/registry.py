@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
+import numpy as np
+
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.search.protocols import Strategy
 
@@ -11,12 +13,26 @@ from evojax_merge.search.protocols import Strategy
 @dataclass(frozen=True)
 class StrategySettings:
     """What a strategy is made from. dims: D; population: P, None for the strategy's own default; sigma: the first
-    standard deviation of a step, in units of the bounds' range; generations: how many will be searched."""
+    standard deviation of a step, in units of the bounds' range; generations: how many will be searched.
+
+    from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
+    mirrored there. seeds: how many candidates of the first generation are given instead of drawn. where: the part of
+    the config that messages name; a factory raises InputError for what it cannot take.
+    """
 
     dims: int
     population: int | None
     sigma: float
     generations: int
+    from_unit: Callable[[np.ndarray], np.ndarray] = np.asarray
+    seeds: int = 0
+    where: str = "search"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The genes of the lower and of the upper bound."""
+        low, high = self.from_unit(np.array([0.0, 1.0]))
+        return float(low), float(high)
 
 
 StrategyFactory = Callable[[StrategySettings], Strategy]
@@ -25,6 +41,15 @@ StrategyFactory = Callable[[StrategySettings], Strategy]
 _BUILT_IN = {
     "cma_es": "evojax_merge.search.strategies.cma_es:cma_es",
     "sep_cma_es": "evojax_merge.search.strategies.cma_es:sep_cma_es",
+    "lm_ma_es": "evojax_merge.search.strategies.lm_ma_es:lm_ma_es",
+    "xnes": "evojax_merge.search.strategies.xnes:xnes",
+    "ipop_cma_es": "evojax_merge.search.strategies.restarts:ipop_cma_es",
+    "bipop_cma_es": "evojax_merge.search.strategies.restarts:bipop_cma_es",
+    "de": "evojax_merge.search.strategies.de:de",
+    "pso": "evojax_merge.search.strategies.pso:pso",
+    "ga": "evojax_merge.search.strategies.ga:ga",
+    "random": "evojax_merge.search.strategies.random:random",
+    "grid": "evojax_merge.search.strategies.grid:grid",
 }
 # Of the protocol.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
@@ -55,7 +80,8 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
 
 
 def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
-    """Raises InputError for an unknown name, and where a strategy's population is not the one that was asked for."""
+    """Raises InputError for an unknown name, where a strategy's population is not the one that was asked for, and where
+    it cannot hold the seeds."""
     strategy = find_strategy(where, name)(settings)
     lacking = [member for member in _MEMBERS if not hasattr(strategy, member)]
     if lacking:
@@ -64,5 +90,10 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
         raise InputError(
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
             "here; give that, or leave it out",
+        )  # fmt: skip
+    if settings.seeds > strategy.population:
+        raise InputError(
+            where, f"seeds: {settings.seeds} genomes do not fit into a population of {strategy.population}; raise "
+            "population, or name fewer",
         )  # fmt: skip
     return strategy

@@ -1,0 +1,66 @@
+"""Seeding: a first generation that holds merges which are known to be good, whatever the strategy (as PSO-Merging does,
+arXiv 2508.19839)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.protocols import Space, State, Strategy, TakesInjected
+
+
+def seed_genomes(where: str, names: Sequence[str], space: Space) -> np.ndarray:
+    """float32[S, D]: the genomes that `search.seeds` names, in its order, each once. Raises InputError for what the
+    space has not."""
+    genomes = [np.zeros((0, space.dims), np.float32), *(space.seed_genomes(f"{where}: seeds", name) for name in names)]
+    every = np.concatenate(genomes)
+    _, kept = np.unique(every, axis=0, return_index=True)
+    return every[np.sort(kept)]
+
+
+def seeded(strategy: Strategy, seeds: np.ndarray) -> Strategy:
+    """The strategy, with `seeds` as the first candidates of its first generation. seeds: float32[S, D], S up to P."""
+    return SeededStrategy(strategy, seeds) if len(seeds) else strategy
+
+
+@dataclass(frozen=True)
+class SeededStrategy:
+    """A strategy whose first generation is given in part: the genomes that were asked for are replaced before they are
+    evaluated, and the strategy is told of those that were evaluated instead. Its state is the strategy's, and `told`,
+    int32[]: how many generations were."""
+
+    strategy: Strategy
+    seeds: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return self.strategy.name
+
+    @property
+    def population(self) -> int:
+        return self.strategy.population
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> State:
+        return {"strategy": self.strategy.init(key, np.concatenate([genomes, self.seeds])), "told": np.int32(0)}
+
+    def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, State]:
+        genomes, asked = self.strategy.ask(key, state["strategy"])
+        if int(state["told"]) == 0:
+            genomes = jnp.asarray(genomes).at[: len(self.seeds)].set(self.seeds)
+        return genomes, {"strategy": asked, "told": state["told"]}
+
+    def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> State:
+        own, told = state["strategy"], int(state["told"])
+        if told == 0 and isinstance(self.strategy, TakesInjected):
+            genomes, own = self.strategy.inject(own, genomes, len(self.seeds))
+        return {"strategy": self.strategy.tell(key, own, genomes, scores), "told": np.int32(told + 1)}
+
+    def finalists(self, state: Any) -> np.ndarray:
+        return self.strategy.finalists(state["strategy"])
+
+    def metrics(self, state: Any) -> dict[str, float]:
+        return self.strategy.metrics(state["strategy"])

@@ -1,0 +1,220 @@
+"""CMA-ES with restarts: IPOP and BIPOP.
+
+A restart takes a larger population, and a search evaluates the same number of candidates, P, in every generation, so
+that a population of m P is m generations: their candidates are drawn from one distribution, and collected until they
+are all there. m is 1 first, and `MAX_MULTIPLE` at most: the state has room for as many candidates from the start, and
+so one structure throughout.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, cma_algorithm, default_population
+from evojax_merge.search.strategies.evosax import inject_steps, losses
+from evojax_merge.search.strategies.registry import StrategySettings
+
+# The largest population, in units of the first one: five doublings.
+MAX_MULTIPLE = 32
+# How many numbers that may be: 256 MB, which are saved with every generation.
+MAX_ROOM = 2**26
+# When a run has ended: the best losses of its last populations are this near; its longest axis is this small a part of
+# the search's first sigma (float32 genomes have steps of 6e-8), or this many times its own; or its axes are this far
+# apart, which is as far as a float32 covariance keeps them.
+LOSS_RANGE, STEP_SHRUNK, STEP_GROWN, AXES_RATIO = 1e-12, 1e-5, 1e4, 5e3
+
+
+@struct.dataclass
+class RestartState:
+    """A run of CMA-ES, and what has been before.
+
+    run: evosax's state; multiple: int32[], m, its population in units of P; sigma: float32[], its first step; genomes,
+    float32[32 P, D], and losses, float32[32 P]: the candidates of the population that is being collected; collected:
+    int32[], how many generations of it are there; best_losses: float32[W], the best of each of the run's last
+    populations, newest last, NaN before the first; iterations: int32[], how many populations the run was told of;
+    loss, mean: of the best run before, its best loss and float32[D] its last mean; restarts: int32[]; large: int32[],
+    the population of the last run of the doubling regime, in units of P; spent: int32[2], generations spent in the
+    doubling regime and in that of small populations; limit: int32[], generations that the run may take, 0: no limit.
+    """
+
+    run: Any
+    multiple: jax.Array
+    sigma: jax.Array
+    genomes: jax.Array
+    losses: jax.Array
+    collected: jax.Array
+    best_losses: jax.Array
+    iterations: jax.Array
+    loss: jax.Array
+    mean: jax.Array
+    restarts: jax.Array
+    large: jax.Array
+    spent: jax.Array
+    limit: jax.Array
+
+
+@dataclass(frozen=True)
+class RestartedCMAES:
+    """dims: D; population: P; sigma: the first standard deviation; range: the genes between which restarts begin;
+    small_runs: whether runs of small populations take turns with those of doubled ones (BIPOP)."""
+
+    name: str
+    dims: int
+    population: int
+    sigma: float
+    range: tuple[float, float]
+    small_runs: bool
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> RestartState:
+        start = jnp.asarray(genomes[0])
+        room, zero = MAX_MULTIPLE * self.population, jnp.int32(0)
+        return RestartState(
+            run=self._begin(key, start, self.sigma),
+            multiple=jnp.int32(1),
+            sigma=jnp.float32(self.sigma),
+            genomes=jnp.zeros((room, self.dims)),
+            losses=jnp.full(room, jnp.nan),
+            collected=zero,
+            best_losses=jnp.full(self._window(1), jnp.nan),
+            iterations=zero,
+            loss=jnp.float32(jnp.inf),
+            mean=start,
+            restarts=zero,
+            large=jnp.int32(1),
+            spent=jnp.zeros(2, jnp.int32),
+            limit=zero,
+        )
+
+    def ask(self, key: jax.Array, state: RestartState) -> tuple[jax.Array, RestartState]:
+        algorithm = cma_algorithm("CMA_ES", self.dims, self.population)
+        genomes, asked = algorithm.ask(key, state.run, algorithm.default_params)
+        # The rest of a population is drawn from the distribution as its first part saw it.
+        return genomes, state if int(state.collected) else state.replace(run=asked)  # type: ignore[attr-defined]
+
+    def tell(self, key: jax.Array, state: RestartState, genomes: jax.Array, scores: Scores) -> RestartState:
+        begin = int(state.collected) * self.population
+        regime = int(self.small_runs and int(state.limit) > 0)
+        collected = state.replace(  # type: ignore[attr-defined]
+            genomes=jax.lax.dynamic_update_slice(state.genomes, jnp.asarray(genomes), (begin, 0)),
+            losses=jax.lax.dynamic_update_slice(state.losses, losses(scores), (begin,)),
+            collected=state.collected + 1,
+            spent=state.spent.at[regime].add(1),
+        )
+        if int(collected.collected) < int(state.multiple):
+            return collected
+        told = self._tell_population(key, collected)
+        return self._restart(key, told) if self._ended(told) else told
+
+    def inject(self, state: RestartState, genomes: jax.Array, count: int) -> tuple[jax.Array, RestartState]:
+        genomes, run = inject_steps(state.run, genomes, count)
+        return genomes, state.replace(run=run)  # type: ignore[attr-defined]
+
+    def finalists(self, state: RestartState) -> np.ndarray:
+        """The mean of the run, and that of the best run before."""
+        return np.stack([np.asarray(state.run.mean, np.float32), np.asarray(state.mean, np.float32)])
+
+    def metrics(self, state: RestartState) -> dict[str, float]:
+        """sigma: the standard deviation of a step; restarts: how many; multiple: the population in units of P."""
+        return {
+            "sigma": float(state.run.std),
+            "restarts": int(state.restarts),
+            "multiple": int(state.multiple),
+        }
+
+    def _window(self, multiple: int) -> int:
+        """Of how many populations the best losses must be alike for a run to have ended (pycma's)."""
+        return int(10 + np.ceil(30 * self.dims / (multiple * self.population)))
+
+    def _begin(self, key: jax.Array, mean: jax.Array, sigma: float) -> Any:
+        algorithm = cma_algorithm("CMA_ES", self.dims, self.population)
+        return algorithm.init(key, mean, algorithm.default_params.replace(std_init=jnp.float32(sigma)))
+
+    def _tell_population(self, key: jax.Array, state: RestartState) -> RestartState:
+        size = int(state.multiple) * self.population
+        algorithm, told = cma_algorithm("CMA_ES", self.dims, size), state.losses[:size]
+        run, _ = algorithm.tell(key, state.genomes[:size], told, state.run, algorithm.default_params)
+        best = jnp.min(jnp.where(jnp.isnan(told), jnp.inf, told))
+        return state.replace(  # type: ignore[attr-defined]
+            run=run,
+            collected=jnp.int32(0),
+            best_losses=jnp.append(state.best_losses[1:], best),
+            iterations=state.iterations + 1,
+        )
+
+    def _ended(self, state: RestartState) -> bool:
+        run, window = state.run, self._window(int(state.multiple))
+        if 0 < int(state.limit) <= int(state.iterations) * int(state.multiple):
+            return True
+        axes = np.asarray(run.D, np.float64)
+        step = float(run.std) * axes.max()
+        # NaN compares false: a run whose numbers are gone has ended as well.
+        if not STEP_SHRUNK * self.sigma < step < STEP_GROWN * float(state.sigma):
+            return True
+        if not axes.max() <= AXES_RATIO * axes.min():
+            return True
+        recent = np.asarray(state.best_losses[-window:])
+        return int(state.iterations) >= window and bool(np.ptp(recent) <= LOSS_RANGE)
+
+    def _restart(self, key: jax.Array, state: RestartState) -> RestartState:
+        """A run from a place drawn between the bounds. IPOP (Auger and Hansen, 2005): twice the population. BIPOP
+        (Hansen, 2009): that, or, where less was spent on them, a small run of sigma and population drawn at random, for
+        at most half of what was spent on the large ones."""
+        place, size, step = jax.random.split(jax.random.fold_in(key, 1), 3)
+        large, sigma, limit = int(state.large), self.sigma, 0
+        spent_large, spent_small = (int(spent) for spent in state.spent)
+        if self.small_runs and spent_small < spent_large and int(state.restarts) > 0:
+            exponent = float(jax.random.uniform(size)) ** 2
+            multiple = max(1, int((large / 2) ** exponent))
+            sigma *= 10 ** (-2 * float(jax.random.uniform(step)))
+            limit = max(1, spent_large // 2)
+        else:
+            multiple = large = min(2 * large, MAX_MULTIPLE)
+        best = jnp.asarray(state.run.best_fitness)
+        mean = jax.random.uniform(place, (self.dims,), minval=self.range[0], maxval=self.range[1])
+        return state.replace(  # type: ignore[attr-defined]
+            run=self._begin(key, mean, sigma),
+            multiple=jnp.int32(multiple),
+            sigma=jnp.float32(sigma),
+            best_losses=jnp.full_like(state.best_losses, jnp.nan),
+            iterations=jnp.int32(0),
+            loss=jnp.minimum(state.loss, best),
+            mean=jnp.where(best < state.loss, state.run.mean, state.mean),
+            restarts=state.restarts + 1,
+            large=jnp.int32(large),
+            limit=jnp.int32(limit),
+        )
+
+
+def _restarted(name: str, settings: StrategySettings, small_runs: bool) -> RestartedCMAES:
+    if settings.dims > MAX_FULL_DIMS:
+        raise InputError(
+            settings.where, f"strategy: {name} takes {MAX_FULL_DIMS} dimensions at most, and the search has "
+            f"{settings.dims:,}; choose sep_cma_es or lm_ma_es",
+        )  # fmt: skip
+    population = settings.population or default_population(settings.dims)
+    most = MAX_ROOM // (MAX_MULTIPLE * settings.dims)
+    if population > most:
+        raise InputError(
+            settings.where, f"population: {population:,}; {name}, which makes it up to {MAX_MULTIPLE} times as large, "
+            f"takes {most:,} at most in {settings.dims:,} dimensions",
+        )  # fmt: skip
+    shown = "BIPOP-CMA-ES" if small_runs else "IPOP-CMA-ES"
+    return RestartedCMAES(shown, settings.dims, population, settings.sigma, settings.range, small_runs)
+
+
+def ipop_cma_es(settings: StrategySettings) -> RestartedCMAES:
+    """CMA-ES that starts again with twice the population when it has converged (IPOP; Auger and Hansen, 2005); up to
+    512 dimensions."""
+    return _restarted("ipop_cma_es", settings, small_runs=False)
+
+
+def bipop_cma_es(settings: StrategySettings) -> RestartedCMAES:
+    """CMA-ES whose restarts take turns between doubled populations and small ones of small steps (BIPOP; Hansen, 2009);
+    up to 512 dimensions."""
+    return _restarted("bipop_cma_es", settings, small_runs=True)

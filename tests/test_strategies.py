@@ -1,0 +1,416 @@
+"""All strategies by name: known functions, ties, failures, continued runs, seeds, bad input."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from evojax_merge import search_pytrees
+from evojax_merge.config import SearchConfig
+from evojax_merge.errors import InputError
+from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.protocols import TakesInjected
+from evojax_merge.search.seeding import seeded
+from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
+from evojax_merge.search.strategies.restarts import MAX_MULTIPLE
+from evojax_merge.spaces.bounds import from_unit, to_unit
+from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, ScaleBounds
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from strategy_functions import FUNCTIONS, evaluations, pycma, scores_of
+
+BUILT_IN = [
+    "cma_es",
+    "sep_cma_es",
+    "lm_ma_es",
+    "xnes",
+    "ipop_cma_es",
+    "bipop_cma_es",
+    "de",
+    "pso",
+    "ga",
+    "random",
+    "grid",
+]
+LEARNING = [name for name in BUILT_IN if name not in ("random", "grid")]
+
+
+def make(name: str, dims: int = 10, population: int | None = None, seeds: int = 0) -> Any:
+    settings = StrategySettings(dims, population, 1 / 6, 100, from_unit, seeds)
+    return make_strategy("search", name, settings)
+
+
+def init(strategy: Any, dims: int, start: float = 0.5, seed: int = 0) -> Any:
+    return strategy.init(generation_key(seed, INIT_KEY), np.full((1, dims), start, np.float32))
+
+
+def drive(strategy: Any, state: Any, fitness: Any, generations: int, first: int = 0) -> Any:
+    for number in range(first, first + generations):
+        genomes, state = strategy.ask(generation_key(0, number), state)
+        state = strategy.tell(generation_key(0, number), state, genomes, scores_of(fitness(np.asarray(genomes))))
+    return state
+
+
+def asked(strategy: Any, state: Any, number: int = 10_000) -> np.ndarray:
+    return np.asarray(strategy.ask(generation_key(0, number), state)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Functions whose optimum is known
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_cma_es_needs_at_most_a_fifth_more_than_pycma_to_1e_8(function: str) -> None:
+    value, start = FUNCTIONS[function]
+    ours, theirs = (
+        np.median([run(value, start, 10, seed, 20_000) for seed in range(5)])
+        for run in (lambda *rest: evaluations("cma_es", *rest), pycma)
+    )
+    assert ours <= 1.2 * theirs
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    # Evaluations to 1e-8 on the sphere of 10 dimensions: half as many again as measured.
+    [("sep_cma_es", 2_100), ("lm_ma_es", 3_000), ("xnes", 6_000), ("ipop_cma_es", 2_100), ("bipop_cma_es", 2_100),
+     ("de", 6_000), ("pso", 8_000), ("ga", 12_000)],
+)  # fmt: skip
+def test_strategies_converge(name: str, most: int) -> None:
+    value, start = FUNCTIONS["sphere"]
+    assert evaluations(name, value, start, 10, 0, most) <= most
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ties and failures
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_ties_collapse_nothing(name: str) -> None:
+    """300 generations without any signal: what is asked for is still spread over more than a thousandth of the range
+    (runs of small steps after a restart excepted), and finite."""
+    dims = 2 if name == "grid" else 10
+    strategy = make(name, dims)
+    state = drive(strategy, init(strategy, dims), lambda genomes: np.zeros(len(genomes)), 300)
+    genomes = asked(strategy, state)
+    assert np.isfinite(genomes).all()
+    if name == "bipop_cma_es":
+        assert strategy.metrics(state)["restarts"] > 1 and float(state.run.std) > 0.1 * float(state.sigma)
+    else:
+        assert 1e-3 < np.std(genomes, axis=0).mean() < 1e3
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_failed_candidate_is_the_worst(name: str) -> None:
+    dims = 2 if name == "grid" else 3
+    strategy = make(name, dims)
+
+    def told(failed: float) -> Any:
+        def fitness(genomes: np.ndarray) -> np.ndarray:
+            values = -np.square(genomes - 0.3).sum(axis=1)
+            values[3] = failed
+            return values
+
+        return drive(strategy, init(strategy, dims), fitness, 3)
+
+    states = [told(failed) for failed in (np.nan, -np.inf, np.inf)]
+    for other in states[1:]:
+        for one, another in zip(*map(jax.tree.leaves, (states[0], other)), strict=True):
+            np.testing.assert_array_equal(one, another)
+    # Far worse than all others, and failed: what is asked for next is the same.
+    np.testing.assert_array_equal(asked(strategy, states[0]), asked(strategy, told(-1e6)))
+    assert np.isfinite(asked(strategy, states[0])).all()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_states_keep_their_structure(name: str) -> None:
+    """Shapes and dtypes of the state are the first ones after any number of generations, restarts among them."""
+    dims = 2 if name == "grid" else 3
+    strategy = make(name, dims)
+    first = init(strategy, dims)
+    state = drive(strategy, first, lambda genomes: -np.square(genomes - 0.3).sum(axis=1).round(2), 80)
+    assert jax.tree.structure(first) == jax.tree.structure(state)
+    shapes = [[(np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(one)] for one in (first, state)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["de", "pso", "ga", "random"])
+def test_the_first_generation_is_the_initial_population(name: str) -> None:
+    strategy = make(name, 3)
+    state = init(strategy, 3, start=0.4)
+    genomes = asked(strategy, state, 0)
+    np.testing.assert_array_equal(genomes[0], np.full(3, 0.4, np.float32))
+    assert len(np.unique(genomes, axis=0)) == strategy.population
+    assert 0.3 / 6 < np.std(genomes) < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Restarts
+
+
+def test_ipop_doubles_its_population_over_several_generations() -> None:
+    strategy = make("ipop_cma_es", 3, 6)
+    state, multiples, distributions = init(strategy, 3), [], []
+    for number in range(160):
+        genomes, state = strategy.ask(generation_key(0, number), state)
+        assert genomes.shape == (6, 3)
+        state = strategy.tell(generation_key(0, number), state, genomes, scores_of(np.zeros(6)))
+        multiples.append(int(state.multiple))
+        distributions.append(np.asarray(state.run.mean).tobytes())
+    assert sorted(set(multiples)) == [1, 2, 4, 8] and multiples == sorted(multiples)
+    # Within a population of 2 P the mean stays; from one population to the next it moves.
+    first = multiples.index(2)
+    assert distributions[first] == distributions[first + 1] != distributions[first + 2] == distributions[first + 3]
+    assert strategy.finalists(state).shape == (2, 3)
+
+
+def test_restarts_find_what_one_run_misses() -> None:
+    """Rastrigin's function, whose local optima are on a grid of ten in each dimension."""
+
+    def rastrigin(genomes: np.ndarray) -> np.ndarray:
+        x = 10 * (np.asarray(to_unit(jnp.asarray(genomes)), np.float64) - 0.37)
+        return -(10 * x.shape[1] + (x**2 - 10 * np.cos(2 * np.pi * x)).sum(axis=1))
+
+    found = {}
+    for name in ("cma_es", "ipop_cma_es", "bipop_cma_es"):
+        best = []
+        for seed in range(2):
+            strategy, highest = make(name, 3), -np.inf
+            state = init(strategy, 3, seed=seed)
+            for number in range(400):
+                key = generation_key(seed, number)
+                genomes, state = strategy.ask(key, state)
+                values = rastrigin(np.asarray(genomes))
+                highest = max(highest, values.max())
+                state = strategy.tell(key, state, genomes, scores_of(values))
+            best.append(highest)
+        found[name] = best
+    # The second best optimum is at -0.99.
+    assert max(found["cma_es"]) < -0.9
+    assert min(found["ipop_cma_es"]) > -0.1 and max(found["bipop_cma_es"]) > -0.1
+
+
+def test_bipop_spends_on_small_runs_what_it_spends_on_large_ones() -> None:
+    strategy = make("bipop_cma_es", 3, 6)
+    state = drive(strategy, init(strategy, 3), lambda genomes: np.zeros(len(genomes)), 600)
+    large, small = (int(spent) for spent in state.spent)
+    assert large + small == 600 and 0.25 < small / large < 2
+    assert int(state.large) <= MAX_MULTIPLE
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+@pytest.mark.parametrize(("dims", "population"), [(1, None), (1, 7), (2, None), (2, 25)])
+def test_grid_covers_the_grid(dims: int, population: int | None) -> None:
+    strategy = make("grid", dims, population)
+    state = init(strategy, dims)
+    genomes = asked(strategy, state)
+    values = round(len(genomes) ** (1 / dims))
+    assert len(genomes) == strategy.population == (population or 11**dims)
+    units = np.asarray(to_unit(jnp.asarray(genomes)))
+    expected = np.stack(np.meshgrid(*[np.linspace(0, 1, values)] * dims, indexing="ij"), -1).reshape(-1, dims)
+    np.testing.assert_allclose(units, expected, atol=1e-6)
+    # Next, the square between the neighbours of the best.
+    target = np.full(dims, 0.68)
+    state = drive(strategy, state, lambda genomes: -np.square(to_unit(jnp.asarray(genomes)) - target).sum(axis=1), 1)
+    finer = np.asarray(to_unit(jnp.asarray(asked(strategy, state))))
+    best = expected[np.argmin(np.square(expected - target).sum(axis=1))]
+    step = 1 / (values - 1)
+    np.testing.assert_allclose(finer.min(axis=0), np.maximum(best - step, 0), atol=1e-6)
+    np.testing.assert_allclose(finer.max(axis=0), np.minimum(best + step, 1), atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole searches
+
+PARENTS = [{"a": {"w": np.full(4, k, np.float32)}, "b": {"w": np.arange(4, dtype=np.float32) * k}} for k in (0.0, 1.0)]
+
+
+def closeness(merged: Any) -> jax.Array:
+    return -sum(jnp.square(leaf - 0.3 * (i + 1)).sum() for i, leaf in enumerate(jax.tree.leaves(merged)))
+
+
+def search(name: str, **settings: Any) -> Any:
+    groups = (lambda path: "all") if name == "grid" else None
+    return search_pytrees(PARENTS, closeness, strategy=name, groups=groups, **({"generations": 4} | settings))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_interrupted_search_continues_to_the_byte(name: str, tmp_path: Path) -> None:
+    def stop(generation: Any) -> None:
+        if generation.number == 2:
+            raise Stop
+
+    seeds = [] if name == "grid" else ["uniform", "parents"]
+    whole = search(name, seeds=seeds, out=tmp_path / "whole")
+    with pytest.raises(Stop):
+        search(name, seeds=seeds, out=tmp_path / "parts", on_generation=stop)
+    parts = search(name, seeds=seeds, out=tmp_path / "parts", resume=True)
+    assert whole.fitness == parts.fitness
+    for file in ("history.jsonl", "result.json", "best/params.safetensors"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_restarts_continue_to_the_byte(tmp_path: Path) -> None:
+    """Interrupted while a doubled population is being collected."""
+    settings: dict[str, Any] = {"population": 4, "generations": 30, "groups": lambda path: "all"}
+
+    def flat(merged: Any) -> jax.Array:
+        return 0.0 * jax.tree.leaves(merged)[0].sum()
+
+    def stop(generation: Any) -> None:
+        if generation.metrics["multiple"] == 2 and generation.number % 2 == 0:
+            raise Stop
+
+    def run(**rest: Any) -> Any:
+        return search_pytrees(PARENTS, flat, strategy="ipop_cma_es", **settings, **rest)
+
+    run(out=tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(out=tmp_path / "parts", on_generation=stop)
+    run(out=tmp_path / "parts", resume=True)
+    assert (tmp_path / "whole/history.jsonl").read_bytes() == (tmp_path / "parts/history.jsonl").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Seeds
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "grid"])
+def test_seeds_are_the_first_candidates(name: str) -> None:
+    found = search(name, seeds=["task_vectors", "uniform"], generations=2)
+    genomes = np.array(found.history[0]["genomes"], np.float32)
+    # linear's bounds are 0 and 1; two groups of two weights each.
+    units = np.asarray(to_unit(jnp.asarray(genomes)))
+    np.testing.assert_allclose(units[:2], [[1.0] * 4, [0.5] * 4], atol=1e-6)
+    assert len(np.unique(genomes, axis=0)) == len(genomes)
+    # What was drawn otherwise is what is drawn without seeds.
+    plain = search(name, generations=1)
+    np.testing.assert_array_equal(genomes[2:], np.array(plain.history[0]["genomes"], np.float32)[2:])
+    assert not np.isin(found.history[1]["fitness"], found.history[0]["fitness"]).all()
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str) -> None:
+    """Seeds a corner away from the start, one of them good: the search goes there, and its step stays one."""
+    dims, far = 10, np.stack([np.full(10, 1.0, np.float32), np.full(10, 0.0, np.float32)])
+    strategy = seeded(make(name, dims, seeds=2), far)
+    assert isinstance(strategy.strategy, TakesInjected) == (name not in ("de", "pso", "ga"))
+    state = init(strategy, dims)
+
+    def fitness(genomes: np.ndarray) -> np.ndarray:
+        return -np.square(genomes - 0.95).sum(axis=1)
+
+    genomes = asked(strategy, state, 0)
+    np.testing.assert_array_equal(genomes[:2], far)
+    state = drive(strategy, state, fitness, 1)
+    after = asked(strategy, state, 1)
+    assert np.std(after, axis=0).mean() < 3 / 6
+    if isinstance(strategy.strategy, TakesInjected):
+        (mean, *_) = strategy.finalists(state)
+        plain = make(name, dims)
+        (unseeded, *_) = plain.finalists(drive(plain, init(plain, dims), fitness, 1))
+        assert np.square(mean - 0.95).sum() < np.square(unseeded - 0.95).sum()
+    # It converges as it would without.
+    state = drive(strategy, state, fitness, 150, first=1)
+    assert fitness(asked(strategy, state)).max() > -1e-2
+
+
+def test_no_seeds_are_the_search_as_it_was() -> None:
+    assert "seeds" not in SearchConfig().model_dump(mode="json")
+    assert SearchConfig(seeds=["parents"]).model_dump(mode="json")["seeds"] == ["parents"]
+    strategy = make("cma_es")
+    assert seeded(strategy, np.zeros((0, 10), np.float32)) is strategy
+
+
+def test_seeds_of_task_vectors() -> None:
+    base = {"w": np.zeros(4, np.float32)}
+    parents = [{"w": np.arange(4, dtype=np.float32)}, {"w": -np.ones(4, np.float32)}]
+    found = search_pytrees(
+        parents, lambda merged: -jnp.square(merged["w"]).sum(), base=base, method="ties", population=8, generations=1,
+        parameters={"weight": {"low": 0.1, "high": 1.5}, "density": {"start": 0.6}},
+        seeds=["uniform", "parents", "trimmed_parents", "task_vectors"],
+    )  # fmt: skip
+    units = np.asarray(to_unit(jnp.asarray(found.history[0]["genomes"], jnp.float32)))
+    weights, densities = 0.1 + 1.4 * units[:6, :2], units[:6, 2:]
+    # 0 is below the bounds.
+    np.testing.assert_allclose(weights, [[0.5, 0.5], [1, 0.1], [0.1, 1], [1, 0.1], [0.1, 1], [1, 1]], atol=1e-5)
+    np.testing.assert_allclose(densities, [[0.6] * 2] * 3 + [[0.2] * 2] * 2 + [[0.6] * 2], atol=1e-5)
+
+
+def test_seeds_of_paths_are_the_parents() -> None:
+    bounds, depths = ScaleBounds(0.5, 2.0), (4, 4, 3)
+    series = [list(range(4)), list(range(4, 8)), list(range(8, 11))]
+    for scales in ("matrix", "network", "none"):
+        indicators = IndicatorSpace(depths, 2, scales, bounds, 8, 0)
+        paths = indicators.decode(indicators.seed_genomes("seeds", "parents"))
+        assert [list(path.layers) for path in paths if path is not None] == series
+        assert all(path is not None and set(path.scales) == {1.0} for path in paths)
+    for scaled in (True, False):
+        for window, found in ((2, series[:2]), (1, series[:1])):
+            moves = MoveSpace(depths, 3, window, bounds, scaled, 8, 0)
+            paths = moves.decode(moves.seed_genomes("seeds", "parents"))
+            assert [list(path.layers) for path in paths if path is not None] == found
+    with pytest.raises(InputError, match=r"^seeds: uniform: a path has no weights; expected parents$"):
+        moves.seed_genomes("seeds", "uniform")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "population", "seeds", "said"),
+    [
+        ("grid", 3, None, 0, "search: strategy: grid takes one or two dimensions, and the search has 3; let tensors "
+         "share their parameters, or choose cma_es"),
+        ("grid", 2, 20, 0, "search: population: 20; a grid of two dimensions takes a square number from 9 on, such "
+         "as 16"),
+        ("grid", 1, 2, 0, "search: population: 2; a grid takes 3 or more"),
+        ("grid", 1, None, 1, "search: seeds: grid takes none, it covers the bounds; leave them out, or choose cma_es"),
+        ("de", 3, 3, 0, "search: population: 3; de takes 4 to 4,096"),
+        ("ipop_cma_es", 500, 5000, 0, "search: population: 5,000; ipop_cma_es, which makes it up to 32 times as large, "
+         "takes 4,194 at most in 500 dimensions"),
+        ("cma_es", 3, 4, 5, "search: seeds: 5 genomes do not fit into a population of 4; raise population, or name "
+         "fewer"),
+        *((name, 513, None, 0, f"search: strategy: {name} takes 512 dimensions at most, and the search has 513; choose "
+           "sep_cma_es or lm_ma_es") for name in ("xnes", "ipop_cma_es", "bipop_cma_es")),
+    ],
+)  # fmt: skip
+def test_what_a_strategy_cannot_take_is_told(
+    name: str, dims: int, population: int | None, seeds: int, said: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        make(name, dims, population, seeds)
+    assert str(raised.value) == said
+
+
+def test_seeds_that_a_space_has_not_are_told() -> None:
+    with pytest.raises(InputError, match=r"^search_pytrees: seeds: trimmed_parents: linear searches no density here; "):
+        search("cma_es", seeds=["trimmed_parents"])
+    with pytest.raises(InputError, match=r"^search_pytrees: search: seeds"):
+        search("cma_es", seeds=["best"])
+    with pytest.raises(ValidationError):
+        SearchConfig(seeds=["best"])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_strategy_says_what_it_is(name: str) -> None:
+    assert (find_strategy("search", name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_one_dimension_and_the_smallest_population(name: str) -> None:
+    strategy = make(name, 1, 4 if name == "de" else 2)
+    state = drive(strategy, init(strategy, 1), lambda genomes: -np.square(genomes - 0.3).sum(axis=1), 30)
+    assert np.isfinite(asked(strategy, state)).all()
