@@ -23,7 +23,6 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.scores import Scores, score_matrix
-from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -33,7 +32,7 @@ from evojax_merge.report.progress import bytes_bar, console
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
 from evojax_merge.selection import open_evaluators, recipe_text
-from evojax_merge.spaces.search_parameters import constants_of, find_method, options_of
+from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
 from evojax_merge.yaml_reader import parse_yaml
 
 Location = str | PathLike[str]
@@ -263,13 +262,7 @@ def load_bank(
     _check_dtype(export_dtype)
     _check_seed(seed)
     where = "load_bank"
-    chosen = find_method(f"{where}: method", method)
-    has_base = chosen.uses_base(base is not None)
-    if has_base and base is None:
-        raise InputError(where, f"base: missing; {method} takes task vectors from a base model")
-    if base is not None and not has_base:
-        raise InputError(where, f"base: {method} takes no base; leave it out, or choose another method")
-    check_parent_count(f"{where}: parents", chosen, len(parents))
+    chosen, has_base = method_with_base(where, method, base is not None, len(parents))
     options = options_of(where, chosen, has_base, normalize, rescale)
     spec = MergeSpec(method, options, seed, export_dtype, constants_of(where, chosen, len(parents), fixed or {}))
     named = [("base", base)] * has_base + [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]

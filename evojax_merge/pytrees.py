@@ -26,7 +26,6 @@ from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
@@ -37,7 +36,7 @@ from evojax_merge.search.strategies.registry import StrategySettings, make_strat
 from evojax_merge.search.successive_halving import rung_size, stratified_shards
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.parameter import GroupSpace
-from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
+from evojax_merge.spaces.search_parameters import method_with_base, options_of, search_parameters_of
 
 WHERE = "search_pytrees"
 Path = tuple[Any, ...]
@@ -118,13 +117,7 @@ def search_pytrees(
     if not parents:
         raise InputError(WHERE, "parents: is empty")
     plugins.load()
-    chosen = find_method(f"{WHERE}: method", method)
-    has_base = chosen.uses_base(base is not None)
-    if has_base and base is None:
-        raise InputError(WHERE, f"base: missing; {method} takes task vectors from a base")
-    if base is not None and not has_base:
-        raise InputError(WHERE, f"base: {method} takes no base; leave it out, or choose another method")
-    check_parent_count(f"{WHERE}: parents", chosen, len(parents))
+    chosen, has_base = method_with_base(WHERE, method, base is not None, len(parents))
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
         finalists=1, seeds=list(seeds), rungs=rungs,
@@ -176,20 +169,20 @@ def search_pytrees(
         whole if part is whole.task else PytreeEvaluator(part, make_score(_rows_of(examples, part.indices))[0])
         for (part,) in parts
     ]
-    document = {
-        "search_pytrees": {
-            "method": method, "seed": seed, "groups": list(kinds),
-            "parameters": {one.name: [one.low, one.high, *one.start] for one in search_parameters},
-            "constants": {name: list(values) for name, values in others}, "options": asdict(options),
-        },
-        "search": search.model_dump(mode="json"),
-        "inputs": {name: _digest_of(source) for name, source in zip(names, tree.columns, strict=True)}
-        | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
-    }  # fmt: skip
     with ExitStack() as stack:
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
         if out is not None:
+            document = {
+                "search_pytrees": {
+                    "method": method, "seed": seed, "groups": list(kinds),
+                    "parameters": {one.name: [one.low, one.high, *one.start] for one in search_parameters},
+                    "constants": {name: list(values) for name, values in others}, "options": asdict(options),
+                },
+                "search": search.model_dump(mode="json"),
+                "inputs": {name: _digest_of(source) for name, source in zip(names, tree.columns, strict=True)}
+                | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
+            }  # fmt: skip
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             storage = FolderStorage(folder, stack.enter_context(Checkpoints(folder)))
         archive = evolve(

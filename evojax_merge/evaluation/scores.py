@@ -6,24 +6,11 @@ failed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-
-class ScoredTask(Protocol):
-    """What fitness depends on: `metric`, which of a task's metrics is its score; `weight`, how much it counts; `size`,
-    how many examples it has."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def weight(self) -> float: ...
-    @property
-    def size(self) -> int: ...
-
+from evojax_merge.tasks.task import ScoredTask
 
 T = TypeVar("T", bound=ScoredTask)
 

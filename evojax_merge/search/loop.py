@@ -18,7 +18,9 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, task_weights
+from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.protocols import GenomeEvaluator, Space, State, Strategy
+from evojax_merge.search.run_folder import KEPT_CHECKPOINTS
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -227,7 +229,7 @@ def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: 
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
     history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
-    return 4 * arrays + 2 * history + 2**20
+    return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
 def _init_state(
@@ -259,11 +261,6 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _shortest(gene: np.float32) -> float:
-    """The shortest decimal number that float32 reads as this gene."""
-    return float(str(gene))
-
-
 def _history_row(
     number: int, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any], metrics: dict[str, float]
 ) -> dict[str, Any]:
@@ -287,7 +284,7 @@ def _history_row(
             name: [_number(value) for value in column]
             for name, column in zip(halved.scores.tasks, halved.scores.task_means.T, strict=True)
         },
-        "genomes": [[_shortest(gene) for gene in genome] for genome in genomes],
+        "genomes": [[shortest_decimal(gene) for gene in genome] for genome in genomes],
     }
 
 

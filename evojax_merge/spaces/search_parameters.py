@@ -9,6 +9,7 @@ from merge_kernels import METHODS, Method, Options
 from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.plan import number, options_from
+from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.spaces.parameter import SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]
@@ -18,6 +19,19 @@ def find_method(where: str, name: str) -> Method:
     if name not in METHODS:
         raise InputError(where, f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     return METHODS[name]
+
+
+def method_with_base(where: str, name: str, is_base_given: bool, parents: int) -> tuple[Method, bool]:
+    """The method of a Python call, and whether the base is among its sources. Raises InputError for an unknown method,
+    a base that is missing or not taken, and a number of parents that it cannot merge."""
+    method = find_method(f"{where}: method", name)
+    has_base = method.uses_base(is_base_given)
+    if has_base and not is_base_given:
+        raise InputError(where, f"base: missing; {name} takes task vectors from a base model")
+    if is_base_given and not has_base:
+        raise InputError(where, f"base: {name} takes no base; leave it out, or choose another method")
+    check_parent_count(f"{where}: parents", method, parents)
+    return method, has_base
 
 
 def options_of(where: str, method: Method, has_base: bool, normalize: bool | None, rescale: Any) -> Options:

@@ -59,9 +59,9 @@ class Responses:
     texts: list[list[str]]
 
 
-class Task(Protocol):
-    """A named task of N examples of one split. `metric`: which of its scores is its fitness; `weight`: its share in
-    the fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
+class ScoredTask(Protocol):
+    """What fitness depends on: `metric`, which of a task's metrics is its score; `weight`, how much it counts; `size`,
+    how many examples it has."""
 
     @property
     def name(self) -> str: ...
@@ -70,9 +70,15 @@ class Task(Protocol):
     @property
     def weight(self) -> float: ...
     @property
-    def files(self) -> tuple[Path, ...]: ...
-    @property
     def size(self) -> int: ...
+
+
+class Task(ScoredTask, Protocol):
+    """A named task of N examples of one split. `metric`: which of its scores is its fitness; `weight`: its share in
+    the fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
 
     def subset(self, examples: Sequence[int]) -> "Task":
         """The same task on some of its examples."""
