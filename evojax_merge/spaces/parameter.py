@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import DENSITY_STEPS, Method, grid_index
+from merge_kernels import Method, on_grid
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
@@ -60,7 +60,7 @@ class GroupSpace:
             start += shape[0] * shape[1]
             values = searched.low + (searched.high - searched.low) * to_unit(block)
             if self.method.parameter(searched.name).quantised:
-                values = grid_index(values).astype(jnp.float32) / DENSITY_STEPS
+                values = on_grid(values)
             result[searched.name] = values
         return result
 
@@ -244,9 +244,7 @@ class ParameterSpace:
         above = np.minimum(below + 1, count - 1)
         share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
         values = (1 - share) * table[below] + share * table[above]
-        return (
-            grid_index(values).astype(jnp.float32) / DENSITY_STEPS if self.method.parameter(name).quantised else values
-        )
+        return on_grid(values) if self.method.parameter(name).quantised else values
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
