@@ -124,6 +124,22 @@ AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 
 
+class GradientConfig(Section):
+    """How the strategies `gradient` and `hybrid` follow gradients.
+
+    `optimizer`: one of optax's, by its name there. `learning_rate`: of its first step, in units of the bounds' range;
+    `schedule`: whether it falls to 0 as a cosine over the generations. `minibatches`: into how many parts the examples
+    are divided; a generation is told the gradient on one of them. `generations`, `starts`: of `hybrid`, for how many
+    generations it follows gradients (None: a quarter of all), and from how many points."""
+
+    optimizer: Name = "adam"
+    learning_rate: Real = Field(0.05, ge=1e-9, le=100.0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    minibatches: Whole = Field(1, ge=1, le=10_000)
+    generations: Whole | None = Field(None, ge=1, le=1_000_000)
+    starts: Whole = Field(1, ge=1, le=10_000)
+
+
 class SearchConfig(Section):
     """The strategy and its budget. `population` None: the strategy's own; CMA-ES' is 4 + floor(3 ln D). `sigma` is in
     units of the bounds' range.
@@ -138,13 +154,16 @@ class SearchConfig(Section):
     finalists: Whole = Field(5, ge=1, le=10_000)
     rungs: Whole = Field(1, ge=1, le=8)
     seeds: list[Seed] = Field([], max_length=4)
+    gradient: GradientConfig = GradientConfig()
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `seeds` where there are none: such a search is the one that it was before there could be any."""
+        """Without those keys that have their defaults and that a search can do without: it is the one that it was
+        before there were such keys."""
         document: dict[str, Any] = serialise(self)
-        if not self.seeds:
-            document.pop("seeds")
+        for name in ("seeds", "gradient"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                document.pop(name)
         return document
 
 

@@ -234,14 +234,15 @@ def _search_into(
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
     console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        *shards, full, heldout = open_evaluators(problem, batched_tasks, devices, progress, say)
+        opened = open_evaluators(problem, [*problem.batched_minibatches(), *batched_tasks], devices, progress, say)
+    minibatches, (*shards, full, heldout) = opened[: len(problem.minibatches)], opened[len(problem.minibatches) :]
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, reporter,
-            warnings, failure_hint,
+            warnings, failure_hint, minibatches,
         )  # fmt: skip
-    console.print(problem.candidates.describe_work([shard.evaluator for shard in shards]), highlight=False)
+    console.print(problem.candidates.describe_work([one.evaluator for one in (*minibatches, *shards)]), highlight=False)
     if len(shards) > 1:
         examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)

@@ -184,9 +184,7 @@ class DifferentiableMerge(LazyMerge):
         spec = self.spec
         numbers = () if keep_keys is None else tuple(keep_keys)
         with jax.named_scope("merge"):
-            merged = combine_differentiable(
-                spec.method, spec.options, tuple(sources), numbers, statistics, parameters
-            )
+            merged = combine_differentiable(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def materialise(self) -> StackedWeights:
@@ -206,7 +204,9 @@ def differentiable_merge(
     bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32"
 ) -> DifferentiableMerge:
     """The merge of `bank` by `recipe`, to be differentiated with respect to the recipe."""
-    return DifferentiableMerge(bank, recipe, *_statistics(look_up_differentiable, bank, recipe, spec), spec, compute_dtype)
+    return DifferentiableMerge(
+        bank, recipe, *_statistics(look_up_differentiable, bank, recipe, spec), spec, compute_dtype
+    )
 
 
 def _statistics(

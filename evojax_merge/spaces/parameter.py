@@ -224,6 +224,11 @@ class ParameterSpace:
         """genomes float32[P, D] -> the recipes of P merges."""
         return _recipes(self, jnp.asarray(genomes))
 
+    def pull_back(self, genomes: np.ndarray, cotangents: Recipe) -> np.ndarray:
+        """Derivatives with respect to genomes, float32[P, D], of what has those `cotangents` with respect to their
+        recipes."""
+        return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
+
     def baseline(self) -> tuple[str, np.ndarray]:
         """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
         values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
@@ -263,6 +268,15 @@ class ParameterSpace:
 @partial(jax.jit, static_argnums=0)
 def _recipes(space: ParameterSpace, genomes: jax.Array) -> Recipe:
     return jax.vmap(space.recipe)(genomes)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) -> jax.Array:
+    def one(genome: jax.Array, cotangent: Recipe) -> jax.Array:
+        gradient: jax.Array = jax.vjp(space.recipe, genome)[1](cotangent)[0]
+        return gradient
+
+    return jax.vmap(one)(genomes, cotangents)
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
