@@ -133,7 +133,7 @@ class GradientConfig(Section):
     generations it follows gradients (None: a quarter of all), and from how many points."""
 
     optimizer: Name = "adam"
-    learning_rate: Real = Field(0.05, ge=1e-9, le=100.0)
+    learning_rate: Real = Field(0.1, ge=1e-9, le=100.0)
     schedule: Literal["cosine", "constant"] = "cosine"
     minibatches: Whole = Field(1, ge=1, le=10_000)
     generations: Whole | None = Field(None, ge=1, le=1_000_000)
@@ -148,7 +148,7 @@ class SearchConfig(Section):
     `seeds`: merges that are the first candidates of the first generation."""
 
     strategy: Name = "cma_es"
-    population: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
+    population: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
     generations: Whole = Field(50, ge=1, le=1_000_000)
     sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)
     finalists: Whole = Field(5, ge=1, le=10_000)

@@ -8,7 +8,7 @@ import numpy as np
 
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.search.protocols import Strategy
+from evojax_merge.search.protocols import Strategy, differentiates
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
             "here; give that, or leave it out",
         )  # fmt: skip
+    if strategy.population < 2 and differentiates(strategy) is None:
+        raise InputError(where, f"population: 1; the strategy {name} compares candidates; expected 2 or more")
     if settings.seeds > strategy.population:
         raise InputError(
             where, f"seeds: {settings.seeds} genomes do not fit into a population of {strategy.population}; raise "
