@@ -115,7 +115,7 @@ def test_wrong_values_are_said_by_their_key_and_in_plain_words(name: str) -> Non
         ("generations", True, "search.generations: expected a whole number from 1 to 1,000,000, found true"),
         ("sigma", math.inf, "search.sigma: expected a number from 1e-06 to 10, found inf"),
         ("sigma", "wide", "search.sigma: expected a number from 1e-06 to 10, found 'wide'"),
-        ("population", 10**7, "search.population: expected a whole number from 2 to 100,000, found 10000000"),
+        ("population", 10**7, "search.population: expected a whole number from 1 to 100,000, found 10000000"),
         ("generations", None, "search.generations: expected a whole number from 1 to 1,000,000, found nothing"),
     ],
 )
