@@ -120,8 +120,25 @@ def _task(value: Any) -> TaskConfig:
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 
 
+# Keys of a search that not every version has had; all are empty by default.
+LATER_KEYS = ("seeds", "validation", "validate_every", "stop")
 # What a search may begin with: see configs/README.md.
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
+
+
+class StopConfig(Section):
+    """What ends a search before its last generation. `evaluations`: no generation that would make it more candidate
+    evaluations than these. `seconds`: after so many of evaluating, over all resumes. `target`: once the best fitness on
+    all search examples has reached it. `stagnation`: once it has not risen for so many generations."""
+
+    evaluations: Whole | None = Field(None, ge=1, le=10**15)
+    seconds: Real | None = Field(None, ge=1e-3, le=1e9)
+    target: Number | None = None
+    stagnation: Whole | None = Field(None, ge=1, le=1_000_000)
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
 
 
 class SearchConfig(Section):
@@ -129,7 +146,9 @@ class SearchConfig(Section):
     units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all.
-    `seeds`: merges that are the first candidates of the first generation."""
+    `seeds`: merges that are the first candidates of the first generation.
+    `validation`: the share of the search split that no generation is scored on; the winner is chosen on it.
+    `validate_every`: how many generations lie between two looks at the validation split; None: none is taken."""
 
     strategy: Name = "cma_es"
     population: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
@@ -138,14 +157,22 @@ class SearchConfig(Section):
     finalists: Whole = Field(5, ge=1, le=10_000)
     rungs: Whole = Field(1, ge=1, le=8)
     seeds: list[Seed] = Field([], max_length=4)
+    validation: Real = Field(0.0, ge=0.0, lt=1.0, description="a share from 0 to below 1")
+    validate_every: Whole | None = Field(None, ge=1, le=1_000_000)
+    stop: StopConfig = StopConfig()
+
+    @model_validator(mode="after")
+    def _has_what_to_validate_on(self) -> "SearchConfig":
+        if self.validate_every is not None and not self.validation:
+            raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `seeds` where there are none: such a search is the one that it was before there could be any."""
+        """Without what is at its default and came later than the rest: such a search is the one that it was before
+        there was a choice."""
         document: dict[str, Any] = serialise(self)
-        if not self.seeds:
-            document.pop("seeds")
-        return document
+        return {name: value for name, value in document.items() if name not in LATER_KEYS or value}
 
 
 class StageConfig(Section):
@@ -197,6 +224,13 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, stages")
+        shares = [stage.search.validation for stage in self.stages or []]
+        other = next((i for i, share in enumerate(shares) if share != shares[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"stages[{other}].search.validation: {shares[other]:g}, and {shares[0]:g} in stages[0]; expected the "
+                "same share in all: what one stage has searched on cannot validate another"
+            )
         return self
 
 

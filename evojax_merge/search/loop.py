@@ -21,6 +21,7 @@ from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, task
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.protocols import GenomeEvaluator, Space, State, Strategy
 from evojax_merge.search.run_folder import KEPT_CHECKPOINTS
+from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -30,6 +31,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
+from evojax_merge.search.validation import validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
@@ -39,7 +41,8 @@ INIT_KEY = 2**31 - 1
 class Generation:
     """What one generation showed. number: from 1; fitness: float64[P], each candidate's mean over the examples that it
     was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
-    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took."""
+    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took.
+    validation: the fitness of the best so far on the validation split, where a look was taken at it."""
 
     number: int
     fitness: np.ndarray
@@ -49,6 +52,7 @@ class Generation:
     failed: int
     metrics: dict[str, float]
     seconds: float
+    validation: float | None = None
 
     @property
     def population(self) -> int:
@@ -58,11 +62,13 @@ class Generation:
 @dataclass(frozen=True)
 class Archive:
     """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
-    strategy proposes, float32[F, D]."""
+    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last."""
 
     genomes: np.ndarray
     fitness: np.ndarray
     proposed: np.ndarray
+    generations: int
+    stopped: Stopped | None = None
 
 
 class Reporter:
@@ -72,6 +78,9 @@ class Reporter:
     def advanced(self, passes: int) -> None: ...
     def finished(self, generation: Generation) -> None: ...
     def log(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        self.log(f"warning: {text}")
 
 
 class Storage(Protocol):
@@ -90,6 +99,10 @@ class Storage(Protocol):
         """The rows that were saved."""
         ...
 
+    def read_timing(self) -> list[dict[str, Any]]:
+        """The lines of the clock that were saved."""
+        ...
+
     def describe(self, generations: int) -> str:
         """In words, what of the first `generations` is kept, and where."""
         ...
@@ -100,15 +113,20 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._timing: list[dict[str, Any]] = []
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
         return like, 0
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
         self._rows.append(row)
+        self._timing.append(timing)
 
     def read_history(self) -> list[dict[str, Any]]:
         return list(self._rows)
+
+    def read_timing(self) -> list[dict[str, Any]]:
+        return list(self._timing)
 
     def describe(self, generations: int) -> str:
         return "nothing is saved"
@@ -130,10 +148,12 @@ def evolve(
     reporter: Reporter,
     look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = lambda task: "",
+    validation: GenomeEvaluator | None = None,
 ) -> Archive:
     """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
     one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `look_at` finds
     what is to be said of the first generation's scores; `hint` says what makes all candidates fail on a task.
+    `validation`: of the validation split, at which `config.validate_every` looks.
 
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
     its population.
@@ -147,8 +167,13 @@ def evolve(
     state, first = storage.restore(state, reporter.log)
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
+    course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
     for number in range(first, config.generations):
         interrupts.check()
+        ended = stopped(config.stop, course, number, strategy.population)
+        if ended is not None:
+            reporter.log(_ended_early(ended, number, number == first, config))
+            break
         key = generation_key(seed, number)
         genomes, state_after_ask = strategy.ask(key, state["strategy"])
         _check_genomes(strategy, space, genomes)
@@ -170,9 +195,18 @@ def evolve(
         metrics = strategy.metrics(told)
         row = _history_row(number + 1, np.asarray(genomes), halved, state, metrics)
         each = seconds / strategy.population
-        storage.save(
-            number + 1, state, row, {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
-        )
+        timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
+        if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
+            started = time.perf_counter()
+            best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
+            row["validation"] = validate(validation, best, strategy.finalists(told))
+            timing["validation_seconds"] = time.perf_counter() - started
+        parted, course = course.trend.parted, course.after(row, seconds_of(timing))
+        if course.trend.parted != parted:
+            # Before it is saved: what is saved has been said.
+            reporter.warn(course.trend.describe())
+        storage.save(number + 1, state, row, timing)
+        done = number + 1
         reporter.finished(
             Generation(
                 number=number + 1,
@@ -183,12 +217,24 @@ def evolve(
                 failed=row["failed"],
                 metrics=metrics,
                 seconds=seconds,
+                validation=row.get("validation", {}).get("best_so_far"),
             )
         )
     found = np.isfinite(state["fitness"])
     return Archive(
-        np.asarray(state["genomes"])[found], np.asarray(state["fitness"])[found], strategy.finalists(state["strategy"])
+        genomes=np.asarray(state["genomes"])[found],
+        fitness=np.asarray(state["fitness"])[found],
+        proposed=strategy.finalists(state["strategy"]),
+        generations=done,
+        stopped=ended,
     )
+
+
+def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
+    """One line; is_saved: all of these generations are of an earlier process."""
+    if is_saved:
+        return f"{generations} generations are saved: nothing to search ({ended.describe()})"
+    return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
 
 
 def _check_genomes(strategy: Strategy, space: Space, genomes: Any) -> None:
@@ -290,15 +336,16 @@ def _history_row(
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate that was re-scored on the full search split."""
+    """A candidate and its fitness on the examples that the winner is chosen on."""
 
     genome: np.ndarray
     fitness: float
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, what the strategy proposes, the start) on the full search split, best
-    first. Candidates that are not finite are left out."""
+    """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
+    is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
+    out."""
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
