@@ -120,8 +120,6 @@ def _task(value: Any) -> TaskConfig:
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 
 
-# Keys of a search that not every version has had; all are empty by default.
-LATER_KEYS = ("seeds", "validation", "validate_every", "stop")
 # What a search may begin with: see configs/README.md.
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 
@@ -129,7 +127,8 @@ Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 class StopConfig(Section):
     """What ends a search before its last generation. `evaluations`: no generation that would make it more candidate
     evaluations than these. `seconds`: after so many of evaluating, over all resumes. `target`: once the best fitness on
-    all search examples has reached it. `stagnation`: once it has not risen for so many generations."""
+    all search examples has reached it. `stagnation`: once so many generations with candidates that were evaluated on
+    all of them have brought no better one."""
 
     evaluations: Whole | None = Field(None, ge=1, le=10**15)
     seconds: Real | None = Field(None, ge=1e-3, le=1e9)
@@ -139,6 +138,22 @@ class StopConfig(Section):
     @model_serializer(mode="wrap")
     def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in serialise(self).items() if value is not None}
+
+
+class GradientConfig(Section):
+    """How the strategies `gradient` and `hybrid` follow gradients.
+
+    `optimizer`: one of optax's, by its name there. `learning_rate`: of its first step, in units of the bounds' range;
+    `schedule`: whether it falls to 0 as a cosine over the generations. `minibatches`: into how many parts the examples
+    are divided; a generation is told the gradient on one of them. `generations`, `starts`: of `hybrid`, for how many
+    generations it follows gradients (None: a quarter of all), and from how many points."""
+
+    optimizer: Name = "adam"
+    learning_rate: Real = Field(0.05, ge=1e-9, le=100.0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    minibatches: Whole = Field(1, ge=1, le=10_000)
+    generations: Whole | None = Field(None, ge=1, le=1_000_000)
+    starts: Whole = Field(1, ge=1, le=10_000)
 
 
 class SearchConfig(Section):
@@ -160,6 +175,7 @@ class SearchConfig(Section):
     validation: Real = Field(0.0, ge=0.0, lt=1.0, description="a share from 0 to below 1")
     validate_every: Whole | None = Field(None, ge=1, le=1_000_000)
     stop: StopConfig = StopConfig()
+    gradient: GradientConfig = GradientConfig()
 
     @model_validator(mode="after")
     def _has_what_to_validate_on(self) -> "SearchConfig":
@@ -169,10 +185,13 @@ class SearchConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without what is at its default and came later than the rest: such a search is the one that it was before
-        there was a choice."""
+        """Without those keys that have their defaults and that a search can do without: it is the one that it was
+        before there were such keys."""
         document: dict[str, Any] = serialise(self)
-        return {name: value for name, value in document.items() if name not in LATER_KEYS or value}
+        for name in ("seeds", "validation", "validate_every", "stop", "gradient"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                document.pop(name)
+        return document
 
 
 class StageConfig(Section):

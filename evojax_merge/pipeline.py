@@ -236,14 +236,16 @@ def _search_into(
     searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
     console.print(describe_batches(searched), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        on = problem.by_split(open_evaluators(problem, batched_tasks, devices, progress, say))
+        opened = open_evaluators(problem, [*problem.batched_minibatches(), *batched_tasks], devices, progress, say)
+    minibatches, on = opened[: len(problem.minibatches)], problem.by_split(opened[len(problem.minibatches) :])
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, on.validation,
+            warnings, failure_hint, minibatches, on.validation,
         )  # fmt: skip
-    console.print(problem.candidates.describe_work([shard.evaluator for shard in on.shards]), highlight=False)
+    searched = [one.evaluator for one in (*minibatches, *on.shards)]
+    console.print(problem.candidates.describe_work(searched), highlight=False)
     if len(on.shards) > 1:
         examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)

@@ -4,7 +4,7 @@ What a user can get wrong is found here, cheapest first: the space, the task fil
 tokenizers, then the place to write.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -38,12 +38,12 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.references import resolve_file, resolve_reference
-from evojax_merge.search.protocols import Space, Strategy
+from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
-from evojax_merge.search.successive_halving import example_lengths, stratified_shards
+from evojax_merge.search.successive_halving import example_lengths, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
@@ -79,7 +79,8 @@ class SearchProblem:
     `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
     made of: the base first where the method needs one. `shards` are the tasks on the examples that every generation is
     scored on, in as many parts as successive halving needs; `full` on the whole search split, `validation` on what of
-    it is kept back to choose the winner on (empty: nothing is), `heldout` on what the search never sees.
+    it is kept back to choose the winner on (empty: nothing is), `heldout` on what the search never sees. `minibatches`:
+    of a strategy that is told gradients, what is differentiated, on the shards' examples.
     """
 
     config: Config
@@ -99,6 +100,7 @@ class SearchProblem:
     heldout: list[Task]
     context: int
     stop: tuple[int, ...]
+    minibatches: list[list[Task]]
 
     def batched_tasks(self) -> list[list[BatchedTask]]:
         """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
@@ -114,6 +116,13 @@ class SearchProblem:
         validation = searched.pop() if self.validation else None
         *shards, full = searched
         return Splits(shards, full, validation, heldout)
+
+    def batched_minibatches(self) -> list[list[BatchedTask]]:
+        """The batched tasks of each minibatch."""
+        if not self.minibatches:
+            return []
+        tokens = self.config.evaluation.tokens_per_batch
+        return batch_tasks(self.minibatches, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -221,6 +230,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         f"{where}: search.validation", [task for task, _ in tasks], config.search.validation, config.seed
     )
     searched = [_limited(task, section.limit) for task, section in zip(full, config.tasks, strict=True)]
+
+    def lengths(task: Task) -> np.ndarray:
+        return example_lengths(task, tokenizer, context)
+
     return SearchProblem(
         config=config,
         search=config.search,
@@ -236,7 +249,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         shards=stratified_shards(
             f"{where}: search.rungs",
             searched,
-            lambda task: example_lengths(task, tokenizer, context),
+            lengths,
             config.search.rungs,
             config.seed,
         ),
@@ -245,6 +258,55 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         heldout=[heldout for _, heldout in tasks],
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
+        minibatches=_minibatches(where, config, strategy, searched, lengths),
+    )
+
+
+def _minibatches(
+    where: str, config: Config, strategy: Strategy, searched: Sequence[Task], lengths: Callable[[Task], np.ndarray]
+) -> list[list[Task]]:
+    """The tasks that a strategy differentiates, in minibatches of their examples; none of a strategy that is told no
+    gradients. Raises InputError for a goal that is not differentiable, and where a minibatch has no example."""
+    what = differentiates(strategy)
+    if what is None:
+        return []
+    if config.data_flow is not None:
+        raise InputError(
+            f"{where}: search.strategy", f"{strategy.name}: a layer path has no gradient; take cma_es, or another space"
+        )
+    if what == "fitness" and config.search.rungs > 1:
+        raise InputError(
+            f"{where}: search.rungs",
+            f"{config.search.rungs}; {strategy.name} does not race its candidates; it has gradient.minibatches",
+        )
+    weighted = [(i, task) for i, task in enumerate(searched) if task.weight > 0]
+    smooth = [_smooth(f"{where}: tasks[{i}]", task, what, strategy) for i, task in weighted]
+    parts, least = config.search.gradient.minibatches, min(task.size for task in smooth)
+    if parts > least:
+        raise InputError(
+            f"{where}: search.gradient.minibatches",
+            f"{parts}; expected {least} at most, as many as the smallest task has examples to search on",
+        )
+    return stratified_parts(smooth, lengths, parts, config.seed)
+
+
+def _smooth(where: str, task: Task, what: Differentiates, strategy: Strategy) -> Task:
+    """The task itself where it is differentiable, else its companion. Raises InputError where neither is."""
+    if task.derivative is not None:
+        return task
+    companion = task.companion()
+    if what == "companion" and companion is not None:
+        return companion
+    if companion is None:
+        raise InputError(
+            where,
+            f"{task.name}: the strategy {strategy.name} follows a gradient, and {task.metric} has none, nor anything "
+            "differentiable that stands for it; take another strategy, such as cma_es",
+        )
+    raise InputError(
+        where,
+        f"{task.name}: the strategy {strategy.name} follows the gradient of the fitness, and {task.metric} has none; "
+        f"take hybrid, which begins with {companion.metric}",
     )
 
 
@@ -325,7 +387,9 @@ def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
         available_memory(),
     )
     seeds = seed_genomes(where, search.seeds, space)
-    settings = StrategySettings(dims, search.population, search.sigma, search.generations, from_unit, len(seeds), where)
+    settings = StrategySettings(
+        dims, search.population, search.sigma, search.generations, from_unit, len(seeds), search.gradient, where
+    )
     strategy = make_strategy(where, search.strategy, settings)
     check_stop(where, search.stop, strategy.population)
     return seeded(strategy, seeds)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from merge_kernels import combine, draw_uniform, look_up, tabulate
+from merge_kernels import combine_differentiable, draw_uniform, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
 from evojax_merge import plugins
@@ -30,12 +30,12 @@ from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
-from evojax_merge.search.protocols import Progress
+from evojax_merge.search.protocols import Progress, differentiates
 from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
-from evojax_merge.search.successive_halving import rung_size, stratified_shards
+from evojax_merge.search.successive_halving import rung_size, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.parameter import GroupSpace
@@ -97,6 +97,7 @@ def search_pytrees(
     validation: float = 0.0,
     validate_every: int | None = None,
     stop: Mapping[str, float] | None = None,
+    gradient: Mapping[str, Any] | None = None,
     seed: int = 0,
     chunk: int | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -117,11 +118,12 @@ def search_pytrees(
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
     path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of
-    the top level. strategy, population, generations, sigma, seeds, rungs: as in a config's search. validation: the
-    share of the examples that no generation is scored on, and that the winner is chosen on; validate_every: how many
-    generations lie between two looks at them. stop: what ends the search before its last generation, any of
-    `evaluations`, `seconds`, `target` and `stagnation`, as in a config. chunk: how many candidates are computed
-    together; None: one after the other on a CPU, else all.
+    the top level. strategy, population, generations, sigma, seeds, rungs, gradient: as in a config's search; the
+    strategies `gradient` and `hybrid` differentiate a traced fitness. validation: the share of the examples that no
+    generation is scored on, and that the winner is chosen on; validate_every: how many generations lie between two
+    looks at them. stop: what ends the search before its last generation, any of `evaluations`, `seconds`, `target` and
+    `stagnation`, as in a config. chunk: how many candidates are computed together; None: one after the other on a CPU,
+    else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again.
@@ -137,6 +139,7 @@ def search_pytrees(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
         finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, validation=validation,
         validate_every=validate_every, stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
+        gradient=dict(gradient or {}),
     )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
@@ -172,8 +175,9 @@ def search_pytrees(
 
     first_genomes = seed_genomes(WHERE, search.seeds, space)
     settings = StrategySettings(
-        space.dims, search.population, search.sigma, search.generations, from_unit, len(first_genomes), WHERE
-    )
+        space.dims, search.population, search.sigma, search.generations, from_unit, len(first_genomes),
+        search.gradient, WHERE,
+    )  # fmt: skip
     chosen_strategy = seeded(make_strategy(WHERE, strategy, settings), first_genomes)
     check_stop(WHERE, search.stop, chosen_strategy.population)
     size = chosen_strategy.population
@@ -196,6 +200,18 @@ def search_pytrees(
     shards = [evaluator_of(part) for (part,) in parts]
     # With one shard and no validation split, this is the shard's.
     selection = evaluator_of(kept_back[0] if kept_back else to_search)
+    minibatches: list[PytreeEvaluator] = []
+    if differentiates(chosen_strategy) is not None:
+        if isinstance(fitness, HostFitness):
+            raise InputError(
+                WHERE, f"strategy: {strategy} follows the gradient of the fitness, and host_callback has none; pass a "
+                "function that JAX can trace, or take another strategy, such as cma_es",
+            )  # fmt: skip
+        differentiate = partial(_differentiate, fitness, merge, bank, _chunk(chunk, size))
+        minibatches = [
+            PytreeEvaluator(part, score, differentiate(_rows_of(examples, part.indices)))
+            for (part,) in _minibatches(search.gradient.minibatches, to_search, examples is not None, seed)
+        ]
     with ExitStack() as stack:
         storage: MemoryStorage | FolderStorage = MemoryStorage()
         folder = None
@@ -215,6 +231,7 @@ def search_pytrees(
         archive = evolve(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
+            minibatches=[SpaceEvaluator(space, one) for one in minibatches],
             validation=SpaceEvaluator(space, selection) if kept_back else None,
         )  # fmt: skip
         finalists = rescore(space, SpaceEvaluator(space, selection), archive, lambda done: None)
@@ -392,8 +409,8 @@ class LeafBank:
         """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
         method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
         numbers = () if self.keep_keys is None else tuple(self.keep_keys)
-        statistics = look_up(method, self.table, own)
-        merged = combine(method, self.spec.options, tuple(self.stack), numbers, statistics, own)
+        statistics = look_up_differentiable(method, self.table, own)
+        merged = combine_differentiable(method, self.spec.options, tuple(self.stack), numbers, statistics, own)
         return merged.astype(self.stack.dtype).reshape(self.shape)
 
 
@@ -457,6 +474,9 @@ class PytreeSpace:
     def decode(self, genomes: np.ndarray) -> np.ndarray:
         return genomes
 
+    def pull_back(self, genomes: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
+        return cotangents
+
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         return self.groups.seed_genomes(where, name)
 
@@ -478,12 +498,23 @@ class FitnessTask:
         return FitnessTask(tuple(self.indices[i] for i in examples))
 
 
+def _minibatches(parts: int, task: FitnessTask, has_examples: bool, seed: int) -> list[list[FitnessTask]]:
+    """Raises InputError where there are not as many examples as minibatches."""
+    if parts > 1 and not has_examples:
+        raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
+    if parts > task.size:
+        raise InputError(WHERE, f"gradient.minibatches: {parts}; expected {task.size} at most, as many as examples")
+    return stratified_parts([task], lambda one: np.ones(one.size), parts, seed)
+
+
 @dataclass(frozen=True)
 class PytreeEvaluator:
-    """Scores genomes with the fitness function on some of the examples. Scores of the last population are kept."""
+    """Scores genomes with the fitness function on some of the examples, and differentiates their mean where `gradient`
+    is there. Scores of the last population are kept."""
 
     task: FitnessTask
     function: Score
+    gradient: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     last: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -504,6 +535,15 @@ class PytreeEvaluator:
         self.last.update((genome.tobytes(), row) for genome, row in zip(genomes, rows, strict=True))
         progress(len(genomes))
         return TaskScores({self.task.name: {self.task.metric: rows}})
+
+    def value_and_gradient(
+        self, genomes: np.ndarray, progress: Progress = lambda done: None
+    ) -> tuple[TaskScores, np.ndarray]:
+        """The scores, and float32[P, D], the derivative of each genome's mean score with respect to it."""
+        assert self.gradient is not None
+        rows, gradients = self.gradient(genomes)
+        progress(len(genomes))
+        return TaskScores({self.task.name: {self.task.metric: rows}}), gradients
 
     def known(self, genome: np.ndarray) -> np.ndarray:
         """float32[N], the scores of a genome of the population that was evaluated last."""
@@ -579,6 +619,31 @@ def _score_traced(
         return np.concatenate(rows)
 
     return score, shape.size
+
+
+def _differentiate(
+    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], chunk: int, examples: Any
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Genomes float32[P, D] -> their scores float32[P, N], and the derivatives of the scores' mean, float32[P, D]."""
+    rest = () if examples is None else (examples,)
+
+    @jax.jit
+    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
+        def mean(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
+            row = _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
+            return row.mean(), row
+
+        def one(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (_, row), gradient = jax.value_and_grad(mean, has_aux=True)(genome)
+            return row, gradient
+
+        return jax.lax.map(one, genomes, batch_size=min(chunk, len(genomes)))
+
+    def both(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, gradients = program(bank, jnp.asarray(genomes), rest)
+        return np.asarray(rows), np.asarray(gradients)
+
+    return both
 
 
 def _score_on_host(

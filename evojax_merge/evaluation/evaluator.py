@@ -33,13 +33,14 @@ from evojax_merge.evaluation.devices import (
 )
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import (
+    DifferentiableFactory,
     LazyMergeFactory,
     MaterialisedFactory,
     PerCandidateModel,
     SharedModel,
     WeightsFactory,
 )
-from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import KVCache
@@ -166,6 +167,29 @@ class MergePopulation(Population):
         return PerCandidateModel(), None, passes.materialise(self.factory, mesh, self.replicated, candidates)
 
 
+@dataclass(frozen=True)
+class DifferentiablePopulation(Population):
+    """P merges of one bank, to be differentiated with respect to their recipes."""
+
+    factory: DifferentiableFactory
+
+    def lazy(self) -> MergePopulation:
+        """The same merges, not to be differentiated."""
+        return MergePopulation(
+            LazyMergeFactory(self.factory.spec, self.factory.compute_dtype), self.replicated, self.candidates
+        )
+
+    def model_shape(self) -> Any:
+        """One candidate's shapes, in the dtype that it is computed in, as its gradient is."""
+        dtype = self.factory.compute_dtype
+        return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.lazy().model_shape())
+
+    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+        factory, replicated, own = self.lazy().materialise(mesh, candidates)
+        # Once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
+        return factory, replicated, passes.to_dtype(own, self.factory.compute_dtype)
+
+
 class _TooLarge(Exception):
     """The compiler says that not even one candidate's pass fits."""
 
@@ -208,6 +232,23 @@ class Evaluator:
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         return self._evaluate(MergePopulation(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
+
+    def population_gradient(
+        self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
+    ) -> tuple[TaskScores, Recipe]:
+        """Score P recipes (leading axis P on every leaf), and differentiate the fitness of each with respect to its
+        numbers: a recipe of derivatives, float32. Scores are those of the tasks' fitness alone. NaN where a candidate
+        failed. Every task that counts has a derivative."""
+        recipes = jax.tree.map(np.asarray, recipes)
+        factory = DifferentiableFactory(spec, self.compute_dtype)
+        population = DifferentiablePopulation(factory, bank, recipes)
+        scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, recipes)
+        for task, share in task_weights(self.tasks):
+            i = self.tasks.index(task)
+            found, part = self.with_less(i, partial(self._gradient, population, share), progress)
+            scores.matrices[task.name] = found
+            gradient = jax.tree.map(np.add, gradient, part)
+        return scores, gradient
 
     def stored(self, model: StackedWeights, progress: Progress = lambda done: None) -> TaskScores:
         """Score one stored model: a population of one."""
@@ -323,6 +364,88 @@ class Evaluator:
             prefix = self._prefill_prefix(*source, batched_task.scoring.shared_prefix)
             yield from (partial(job, rows, source, prefix, batch) for batch in batched_task.scoring.batches)
 
+    def _gradient(
+        self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
+    ) -> tuple[dict[str, np.ndarray], Recipe]:
+        """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
+        respect to the recipes."""
+        assert batched_task.scoring is not None
+        task, requests = batched_task.task, batched_task.requests
+        counts = np.array([len(row.tokens) - row.start for row in requests.scored])
+        totals, greedy = (
+            np.zeros((population.size, len(counts)), np.float32),
+            np.zeros((population.size, len(counts)), bool),
+        )
+        if task.derivative == "nonlinear":
+            # What a total counts for depends on the others, which may be in other batches.
+            totals, greedy = self._score(population.lazy(), batched_task, lambda done: None)
+        slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
+        gradient = jax.tree.map(np.zeros_like, population.candidates)
+        chunk = self._gradient_chunk(population, batched_task)
+        for rows, candidates in population.chunks(chunk * self.devices.population):
+            weights = pad_chunk(slopes, rows, chunk * self.devices.population)
+            part = self._chunk_gradient(population, batched_task, rows, candidates, weights, totals, greedy, progress)
+            for leaf, found in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
+                leaf[rows] = np.asarray(found)[: len(rows)]
+        responses = Responses(totals, counts, greedy, [[]] * population.size)
+        nobody = np.zeros(population.size, bool)
+        return {task.metric: score_task(task, responses, nobody)[task.metric]}, gradient
+
+    def _chunk_gradient(
+        self, population: DifferentiablePopulation, batched_task: BatchedTask, rows: np.ndarray, candidates: Any,
+        weights: np.ndarray, totals: np.ndarray, greedy: np.ndarray, progress: Progress,
+    ) -> Any:  # fmt: skip
+        """The derivative of a chunk of recipes, float32, of the sum of its totals times `weights: float32[P, S]`; fills
+        in the candidates `rows` of `totals` and `greedy`."""
+        assert batched_task.scoring is not None
+        mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
+        model = tree_nbytes(population.model_shape())
+        # A layer that is merged on the way is merged twice, and on a CPU slowly.
+        materialised = (len(scoring.batches) > 1 or not on_accelerator()) and (
+            size_of(candidates) * model <= MATERIALISE_FRACTION * free_memory()
+        )
+        source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
+        factory, replicated, own = source
+        prefix = self._prefill_prefix(*source, scoring.shared_prefix)
+
+        def job(batch: ScoringBatch, cancelled: Event) -> Any:
+            real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
+            found = passes.score_gradient(
+                self.config, factory, mesh, logits_fn, replicated, own, prefix, arrays_of(batch), real
+            )
+            return batch, found
+
+        gradient: Any = None
+        jobs = (partial(job, batch) for batch in scoring.batches)
+        for batch, ((found, is_greedy), part) in _double_buffered(jobs, self._threads(model)):
+            real = batch.rows >= 0
+            place = np.ix_(rows, batch.rows[real])
+            totals[place] = np.asarray(found)[: len(rows), real]
+            greedy[place] = np.asarray(is_greedy)[: len(rows), real]
+            gradient = part if gradient is None else passes.add(gradient, part)
+            progress(len(rows))
+        gradient, cotangents = gradient
+        if cotangents is not None:
+            through = passes.prefix_gradient(
+                self.config, factory, mesh, replicated, own, scoring.shared_prefix, cotangents
+            )
+            gradient = passes.add(gradient, through)
+        if materialised:
+            gradient = passes.recipe_gradient(population.factory, mesh, population.replicated, candidates, gradient)
+        return gradient
+
+    def _gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
+        """As `_scoring_chunk`, of passes that are differentiated."""
+        most = max(1, -(-population.size // self.devices.population))
+        key = (batched_task.task.name, "gradients", most)
+        if key not in self.chunk_sizes:
+            if self.chunk is not None:
+                self.chunk_sizes[key] = min(self.chunk, most)
+            else:
+                temporaries = partial(self._gradient_temporaries, population, batched_task)
+                self.chunk_sizes[key] = self._largest_chunk(temporaries, batched_task, most) if on_accelerator() else 1
+        return self.chunk_sizes[key]
+
     def _threads(self, model: int) -> bool:
         """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
         there is room for both. Processes that share their devices' passes must ask for them in the same order."""
@@ -362,7 +485,8 @@ class Evaluator:
             if self.chunk is not None:
                 self.chunk_sizes[key] = min(self.chunk, most)
             else:
-                self.chunk_sizes[key] = self._largest_chunk(population, batched_task, most) if on_accelerator() else 1
+                temporaries = partial(self._temporaries, population, batched_task)
+                self.chunk_sizes[key] = self._largest_chunk(temporaries, batched_task, most) if on_accelerator() else 1
             if self.chunk_sizes[key] > 1:
                 self.log(
                     f"{batched_task.task.name}: {self.chunk_sizes[key]} of {population.size} candidates a pass and "
@@ -370,23 +494,41 @@ class Evaluator:
                 )
         return self.chunk_sizes[key]
 
-    def _largest_chunk(self, population: Population, batched_task: BatchedTask, most: int) -> int:
-        """One and two candidates a pass tell what each takes; the largest chunk that should fit is then compiled to
-        see whether it does. Raises _TooLarge where one does not fit and a batch has more than a row."""
+    def _largest_chunk(self, temporaries: Callable[[int], int | None], batched_task: BatchedTask, most: int) -> int:
+        """One and two candidates a pass tell what each takes (`temporaries`: bytes for a chunk, as the compiler
+        reports); the largest chunk that should fit is then compiled to see whether it does. Raises _TooLarge where one
+        does not fit and a batch has more than a row."""
         budget = free_memory()
-        one = self._temporaries(population, batched_task, 1)
+        one = temporaries(1)
         if one is not None and one > budget and halve_batches(batched_task) is not None:
             raise _TooLarge
         if one is None or most < 2:
             return 1
-        two = self._temporaries(population, batched_task, 2) or 2 * one
+        two = temporaries(2) or 2 * one
         each = max(two - one, 1)
         chunk = 1
         while chunk * 2 <= most and one + (2 * chunk - 1) * each <= budget:
             chunk *= 2
-        while chunk > 2 and (self._temporaries(population, batched_task, chunk) or 0) > budget:
+        while chunk > 2 and (temporaries(chunk) or 0) > budget:
             chunk //= 2
         return chunk if chunk > 1 and two <= budget else 1
+
+    def _gradient_temporaries(
+        self, population: DifferentiablePopulation, batched_task: BatchedTask, chunk: int
+    ) -> int | None:
+        """As `_temporaries`, of a pass that is differentiated with respect to recipes."""
+        assert batched_task.scoring is not None
+        _, candidates = next(population.chunks(chunk * self.devices.population))
+        batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
+        mesh, shared_prefix = self.devices.mesh, batched_task.scoring.shared_prefix
+        read = partial(passes.prefill_prefix, self.config, population.factory, mesh)
+        prefix = jax.eval_shape(read, population.replicated, candidates, shared_prefix) if shared_prefix.size else None
+        lowered = passes.score_gradient.lower(
+            self.config, population.factory, mesh, batched_task.requests.logits_fn, population.replicated, candidates,
+            prefix, arrays_of(batch), np.zeros((size_of(candidates), len(batch.rows)), np.float32),
+        )  # fmt: skip
+        memory = lowered.compile().memory_analysis()
+        return None if memory is None else int(memory.temp_size_in_bytes)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk needs on a device, as the compiler reports;
@@ -600,3 +742,7 @@ class MergeEvaluator:
 
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         return self.evaluator.population(self.bank, self.spec, recipes, progress)
+
+    def value_and_gradient(self, recipes: Recipe, progress: Progress = lambda done: None) -> tuple[TaskScores, Recipe]:
+        """Scores, and the derivative of each candidate's fitness with respect to its recipe."""
+        return self.evaluator.population_gradient(self.bank, self.spec, recipes, progress)

@@ -25,7 +25,14 @@ from evojax_merge.models.decoder import (
 )
 from evojax_merge.models.generate import DecodeState
 from evojax_merge.models.layers import SequenceLayout, prefix_layout
-from evojax_merge.models.sources import LazyMerge, StackedWeights, UnstackedWeights, lazy_merge
+from evojax_merge.models.sources import (
+    DifferentiableMerge,
+    LazyMerge,
+    StackedWeights,
+    UnstackedWeights,
+    differentiable_merge,
+    lazy_merge,
+)
 from evojax_merge.tasks.task import LogitsFn
 
 Materialised = TypeVar("Materialised", StackedWeights, UnstackedWeights)
@@ -46,6 +53,17 @@ class LazyMergeFactory:
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> LazyMerge:
         return lazy_merge(replicated, candidate, self.spec, self.compute_dtype)
+
+
+@dataclass(frozen=True)
+class DifferentiableFactory:
+    """Candidates are recipes, over a shared bank, and are differentiated with respect to them."""
+
+    spec: MergeSpec
+    compute_dtype: str
+
+    def __call__(self, replicated: Bank, candidate: Recipe) -> DifferentiableMerge:
+        return differentiable_merge(replicated, candidate, self.spec, self.compute_dtype)
 
 
 class MaterialisedFactory(WeightsFactory, Protocol):
@@ -154,6 +172,100 @@ def score(
         return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
 
     return vmap_sharded(mesh, one, (replicated, batch), (candidates, prefix))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def score_gradient(
+    config: DecoderConfig,
+    factory: WeightsFactory,
+    mesh: Mesh | None,
+    logits_fn: LogitsFn | None,
+    replicated: Any,
+    candidates: Any,
+    prefix: KVCache | None,
+    batch: Any,
+    weights: Any,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """What `score` finds, and for each of P candidates the derivative of `sum_r weights[r] totals[r]` with respect to
+    the candidate and to its prefix, float32. weights: float32[P, R]."""
+
+    def one(replicated: Any, candidate: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        (own_replicated, batch), (own, prefix, weights) = replicated, candidate
+        layout = SequenceLayout(batch["positions"], batch["segment_ids"])
+
+        def goal(own: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            source = factory(own_replicated, own)
+            hidden, _ = forward(config, source, batch["tokens"], layout, prefix=prefix)
+            totals, is_greedy = logprobs_from_hidden(config, source, hidden, batch, logits_fn)
+            return jnp.sum(weights * totals), (totals, is_greedy)
+
+        (_, found), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(own, prefix)
+        return found, to_float32(gradients)
+
+    return vmap_sharded(mesh, one, (replicated, batch), (candidates, prefix, weights))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def prefix_gradient(
+    config: DecoderConfig,
+    factory: WeightsFactory,
+    mesh: Mesh | None,
+    replicated: Any,
+    candidates: Any,
+    shared_prefix: jax.Array,
+    cotangents: KVCache,
+) -> Any:
+    """The derivative with respect to each of P candidates of what depends on it through its prefix's cache, float32.
+    cotangents: the derivative with respect to the cache."""
+
+    def one(replicated: Any, candidate: Any) -> Any:
+        (own_replicated, shared_prefix), (own, cotangents) = replicated, candidate
+
+        def cache(own: Any) -> KVCache | None:
+            tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
+            return forward(config, factory(own_replicated, own), tokens, layout, return_kv=True)[1]
+
+        found, pull_back = jax.vjp(cache, own)
+        cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, found)
+        return to_float32(pull_back(cotangents)[0])
+
+    return vmap_sharded(mesh, one, (replicated, shared_prefix), (candidates, cotangents))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def recipe_gradient(
+    factory: DifferentiableFactory, mesh: Mesh | None, bank: Bank, recipes: Recipe, cotangents: StackedWeights
+) -> Recipe:
+    """The derivative with respect to each of P recipes of what depends on it through its materialised candidate,
+    float32. cotangents: the derivative with respect to the candidate's weights."""
+
+    def local(bank: Bank, candidates: Any) -> Recipe:
+        def one(candidate: Any) -> Recipe:
+            recipe, cotangent = candidate
+            found, pull_back = jax.vjp(lambda own: factory(bank, own).materialise(), recipe)
+            cotangent = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), cotangent, found)
+            gradient: Recipe = pull_back(cotangent)[0]
+            return gradient
+
+        return jax.lax.map(one, candidates)
+
+    return shard_population(mesh, local, bank, (recipes, cotangents))
+
+
+@partial(jax.jit, donate_argnums=0)
+def add(total: Any, part: Any) -> Any:
+    """The sum of two pytrees, in the place of the first."""
+    return jax.tree.map(jnp.add, total, part)
+
+
+@partial(jax.jit, static_argnums=1)
+def to_dtype(tree: Any, dtype: str) -> Any:
+    """A pytree with floating-point leaves in another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.dtype(dtype)), tree)
+
+
+def to_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -32,7 +32,8 @@ class Scores:
     values: float32[P, N], each candidate's score on each example, NaN where it was not evaluated; evaluated:
     bool[P, N]; task_of: int[N], the task of each example; tasks: the T tasks' names; weights: float64[T], how much
     each counts, together 1; predicted: float64[P], the fitness on all examples where some were left out, NaN for a
-    candidate that failed; None: every candidate was evaluated on everything.
+    candidate that failed; None: fitness is that on what was evaluated. gradients: float32[P, D], the derivatives of the
+    candidates' fitness with respect to their genomes, where the strategy wants them.
     """
 
     values: np.ndarray
@@ -41,6 +42,7 @@ class Scores:
     tasks: tuple[str, ...]
     weights: np.ndarray
     predicted: np.ndarray | None = None
+    gradients: np.ndarray | None = None
 
     @property
     def task_means(self) -> np.ndarray:

@@ -213,7 +213,8 @@ def forward(
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, rest)
     else:
-        x, kv = jax.lax.scan(lambda x, xs: layer(x, *xs), x, (slices, rest))
+        # Differentiated, a layer is computed again from the state before it, which is all that is kept of it.
+        x, kv = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, rest))
     x = architecture.final_norm(config, source, x)
     return x, KVCache(*kv) if return_kv else None
 
@@ -347,6 +348,6 @@ def target_logprobs(
             (log_sum, picked, max_logit), _ = scan_with_prefetch(score_tile, empty, slices, places)
         else:
             (log_sum, picked, max_logit), _ = jax.lax.scan(
-                lambda carry, at: score_tile(carry, slices(at[0]), at), empty, places
+                jax.checkpoint(lambda carry, at: score_tile(carry, slices(at[0]), at), prevent_cse=False), empty, places
             )
     return picked - log_sum, picked >= max_logit

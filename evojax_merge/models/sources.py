@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from merge_kernels import combine, look_up
+from merge_kernels import combine, combine_differentiable, look_up, look_up_differentiable
 
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
@@ -167,22 +167,65 @@ class LazyMerge:
         return StackedWeights(stacks, shared, self.compute_dtype)
 
 
+@struct.dataclass
+class DifferentiableMerge(LazyMerge):
+    """A lazy merge that can be differentiated with respect to its recipe (see merge_kernels.gradients): its statistics
+    are those of the densities' neighbourhood, too. Rounding to the export dtype counts as no rounding (a
+    straight-through estimator, with the cotangents in that dtype). Made by `differentiable_merge`."""
+
+    @property
+    def prefetch(self) -> bool:
+        # Slices in a scan's carry would be kept for every layer.
+        return False
+
+    def _merge(
+        self, sources: jax.Array, keep_keys: jax.Array | None, statistics: Any, parameters: Parameters
+    ) -> jax.Array:
+        spec = self.spec
+        numbers = () if keep_keys is None else tuple(keep_keys)
+        with jax.named_scope("merge"):
+            merged = combine_differentiable(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
+        return spec.round_to_export(merged)
+
+    def materialise(self) -> StackedWeights:
+        """The whole candidate, in the export dtype, one layer after the other: whatever the derivative of one needs is
+        computed again when it is asked for."""
+        stacks = {stack: jax.lax.map(jax.checkpoint(self.merge_layer), slices) for stack, slices in self.stacks.items()}
+        shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
+        return StackedWeights(stacks, shared, self.compute_dtype)
+
+
 def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> LazyMerge:
-    """The merge of `bank` by `recipe`. Its statistics are looked up here, not where a layer is merged: the compiler
-    would fuse the look-up into the merge and do it anew for every entry of the weights."""
+    """The merge of `bank` by `recipe`."""
+    return LazyMerge(bank, recipe, *_statistics(look_up, bank, recipe, spec), spec, compute_dtype)
+
+
+def differentiable_merge(
+    bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32"
+) -> DifferentiableMerge:
+    """The merge of `bank` by `recipe`, to be differentiated with respect to the recipe."""
+    return DifferentiableMerge(
+        bank, recipe, *_statistics(look_up_differentiable, bank, recipe, spec), spec, compute_dtype
+    )
+
+
+def _statistics(
+    look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec: MergeSpec
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What a recipe's densities find in the bank's tables, of each stack and of shared leaves. It is looked up here,
+    not where a layer is merged: the compiler would fuse the look-up into the merge and do it anew for every entry of
+    the weights."""
     component = bank.component_of
 
-    def of_layer(name: str, table: Parameters, parameters: Parameters) -> Parameters:
-        return dict(look_up(spec.method, table, _pick(parameters, component[name])))
+    def of_layer(name: str, table: Parameters, parameters: Parameters) -> Any:
+        return look_up(spec.method, table, _pick(parameters, component[name]))
 
     stacks = {
         stack: {name: jax.vmap(partial(of_layer, name))(table, recipe.stacks[stack]) for name, table in tables.items()}
         for stack, tables in bank.stack_tables.items()
     }
-    shared = {
-        name: dict(look_up(spec.method, table, recipe.shared[name])) for name, table in bank.shared_tables.items()
-    }
-    return LazyMerge(bank, recipe, stacks, shared, spec, compute_dtype)
+    shared = {name: look_up(spec.method, table, recipe.shared[name]) for name, table in bank.shared_tables.items()}
+    return stacks, shared
 
 
 def _pick(parameters: Parameters, component: int) -> Parameters:

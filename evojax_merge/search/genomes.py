@@ -1,7 +1,7 @@
 """Scores for genomes: a space and an evaluator together, over all processes of a run."""
 
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -10,6 +10,23 @@ from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.search.protocols import Evaluator, Progress, Space
 
 E = TypeVar("E", bound=Evaluator)
+
+
+@runtime_checkable
+class DifferentiableEvaluator(Protocol):
+    """An evaluator that differentiates the fitness with respect to what a space decodes genomes to."""
+
+    def value_and_gradient(self, candidates: Any, progress: Progress = ...) -> tuple[TaskScores, Any]: ...
+
+
+@runtime_checkable
+class DifferentiableSpace(Space, Protocol):
+    """A space whose candidates depend differentiably on genomes."""
+
+    def pull_back(self, genomes: np.ndarray, cotangents: Any) -> np.ndarray:
+        """float32[P, D], the derivatives with respect to genomes float32[P, D] of what has those `cotangents` with
+        respect to the candidates."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +44,21 @@ class SpaceEvaluator(Generic[E]):
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
 
+    def value_and_gradient(
+        self, genomes: np.ndarray, progress: Progress = lambda done: None
+    ) -> tuple[TaskScores, np.ndarray]:
+        """genomes: float32[P, D]. The scores, and the derivatives of the fitness, float32[P, D]. Only of a space and an
+        evaluator that are differentiable."""
+        genomes, devices, space, evaluator = np.asarray(genomes), self.devices, self.space, self.evaluator
+        assert isinstance(space, DifferentiableSpace) and isinstance(evaluator, DifferentiableEvaluator)
+        size, share = len(genomes), devices.local_indices(len(genomes))
+        own = genomes if devices.processes == 1 else genomes[share]
+        scores, cotangents = evaluator.value_and_gradient(space.decode(own), progress)
+        gradients = space.pull_back(own, cotangents)
+        if devices.processes == 1:
+            return scores, gradients
+        return self._gathered(scores, size), devices.gather(gradients, size)
+
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         """genomes: float32[P, D]. Outputs stay where they were written: a candidate of another process has none."""
         genomes, devices = np.asarray(genomes), self.devices
@@ -34,13 +66,17 @@ class SpaceEvaluator(Generic[E]):
             return self.evaluator.evaluate(self.space.decode(genomes), progress)
         size, share = len(genomes), devices.local_indices(len(genomes))
         own = self.evaluator.evaluate(self.space.decode(genomes[share]), progress)
-        matrices = {
-            task: {metric: devices.gather(matrix, size) for metric, matrix in metrics.items()}
-            for task, metrics in own.matrices.items()
-        }
+        matrices = self._gathered(own, size).matrices
         outputs: dict[str, list[list[str]]] = {}
         for task, texts in own.outputs.items():
             outputs[task] = [[] for _ in range(size)]
             for row, written in zip(share, texts, strict=True):
                 outputs[task][row] = written
         return TaskScores(matrices, outputs)
+
+    def _gathered(self, own: TaskScores, size: int) -> TaskScores:
+        """The score matrices of all processes' candidates."""
+        return TaskScores({
+            task: {metric: self.devices.gather(matrix, size) for metric, matrix in metrics.items()}
+            for task, metrics in own.matrices.items()
+        })  # fmt: skip

@@ -19,7 +19,16 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, task_weights
 from evojax_merge.mergekit.write import shortest_decimal
-from evojax_merge.search.protocols import GenomeEvaluator, Space, State, Strategy
+from evojax_merge.search.gradients import value_and_gradient
+from evojax_merge.search.protocols import (
+    GenomeEvaluator,
+    GradientEvaluator,
+    Space,
+    State,
+    Strategy,
+    UsesGradients,
+    differentiates,
+)
 from evojax_merge.search.run_folder import KEPT_CHECKPOINTS
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
@@ -148,12 +157,14 @@ def evolve(
     reporter: Reporter,
     look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = lambda task: "",
+    minibatches: Sequence[GradientEvaluator] = (),
     validation: GenomeEvaluator | None = None,
 ) -> Archive:
     """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
-    one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `look_at` finds
-    what is to be said of the first generation's scores; `hint` says what makes all candidates fail on a task.
-    `validation`: of the validation split, at which `config.validate_every` looks.
+    one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`:
+    of a strategy that is told gradients, what differentiates the fitness or its companion on each part of the examples.
+    `validation`: of the validation split, at which `config.validate_every` looks. `look_at` finds what is to be said of
+    the first generation's scores; `hint` says what makes all candidates fail on a task.
 
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
     its population.
@@ -165,36 +176,43 @@ def evolve(
         reporter.log(describe_rungs(shards, strategy.population))
     state = _init_state(config, seed, strategy, space, shards)
     state, first = storage.restore(state, reporter.log)
+    course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
+    is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
-    course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
     for number in range(first, config.generations):
         interrupts.check()
-        ended = stopped(config.stop, course, number, strategy.population)
-        if ended is not None:
-            reporter.log(_ended_early(ended, number, number == first, config))
-            break
         key = generation_key(seed, number)
         genomes, state_after_ask = strategy.ask(key, state["strategy"])
         _check_genomes(strategy, space, genomes)
-        order = shard_order(len(shards), seed, number)
-        reporter.evaluating(number, halving_passes(shards, order, strategy.population))
+        ended = stopped(config.stop, course, len(genomes))
+        if ended is not None:
+            reporter.log(_ended_early(ended, number, number == first, config))
+            break
+        by_gradient = isinstance(strategy, UsesGradients) and strategy.wants_gradients(state["strategy"])
+        parts: Sequence[GenomeEvaluator] = minibatches if by_gradient else shards
+        order = shard_order(len(parts), seed, number)
+        passes = parts[order[0]].passes(len(genomes)) if by_gradient else halving_passes(shards, order, len(genomes))
+        reporter.evaluating(number, passes)
         started = time.perf_counter()
-        halved = successive_halving(
-            shards, order, np.asarray(genomes), SurrogateData(**state["known"]), reporter.advanced
-        )
+        surrogate = SurrogateData(**state["known"])
+        if by_gradient:
+            halved = value_and_gradient(
+                minibatches, order[0], np.asarray(genomes), surrogate, is_fitness, reporter.advanced
+            )
+        else:
+            halved = successive_halving(shards, order, np.asarray(genomes), surrogate, reporter.advanced)
         seconds = time.perf_counter() - started
         if not np.isfinite(halved.fitness).any():
-            tasks = shards[order[0]].tasks
-            raise Failed(_all_failed(number, strategy.population, tasks, halved.first, storage, hint))
+            raise Failed(_all_failed(number, len(genomes), parts[order[0]].tasks, halved.first, storage, hint))
         if number == 0:
-            for line in look_at(shards[order[0]].tasks, halved.first):
+            for line in look_at(parts[order[0]].tasks, halved.first):
                 reporter.log(line)
         told = strategy.tell(key, state_after_ask, genomes, halved.scores)
         state = _next_state(told, np.asarray(genomes), halved, state)
         metrics = strategy.metrics(told)
-        row = _history_row(number + 1, np.asarray(genomes), halved, state, metrics)
-        each = seconds / strategy.population
+        row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, metrics)
+        each = seconds / len(genomes)
         timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
             started = time.perf_counter()
@@ -237,9 +255,14 @@ def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: Searc
     return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
 
 
+def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
+    return [(task.name, task.metric) for task, _ in task_weights(evaluator.tasks)]
+
+
 def _check_genomes(strategy: Strategy, space: Space, genomes: Any) -> None:
-    expected = (strategy.population, space.dims)
-    if np.shape(genomes) != expected:
+    expected, shape = (strategy.population, space.dims), np.shape(genomes)
+    fewer = differentiates(strategy) is not None and len(shape) == 2 and 0 < shape[0] <= expected[0]
+    if shape != expected and not (fewer and shape[1] == expected[1]):
         raise Failed(
             f"the strategy {strategy.name} asked for genomes of shape {list(np.shape(genomes))}; expected "
             f"{list(expected)}, its population and the search's dimensions"
@@ -308,7 +331,12 @@ def _number(value: Any) -> float | None:
 
 
 def _history_row(
-    number: int, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any], metrics: dict[str, float]
+    number: int,
+    evaluations: int,
+    genomes: np.ndarray,
+    halved: HalvingResult,
+    state: dict[str, Any],
+    metrics: dict[str, float],
 ) -> dict[str, Any]:
     """`fitness` is each candidate's mean over as many `examples`, `task_scores` its mean on those of each task; `best`
     and `scores_of_best` are of those that were evaluated on all of them, `mean` and `worst` of all candidates."""
@@ -321,7 +349,7 @@ def _history_row(
         "worst": _number(finite.min()) if finite.size else None,
         "best_so_far": _number(state["fitness"][0]),
         **{name: _number(value) for name, value in metrics.items()},
-        "evaluations": number * len(values),
+        "evaluations": evaluations,
         "failed": int(len(values) - finite.size),
         "scores_of_best": {name: _number(value) for name, value in halved.scores_of_best.items()},
         "fitness": [_number(value) for value in values],

@@ -1,7 +1,7 @@
 """What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -61,6 +61,27 @@ class TakesInjected(Protocol):
         ...
 
 
+# What a strategy differentiates: the fitness itself, or else a smooth companion of it.
+Differentiates = Literal["fitness", "companion"]
+
+
+@runtime_checkable
+class UsesGradients(Protocol):
+    """A strategy that is told gradients. It may ask for fewer genomes than its population."""
+
+    @property
+    def differentiates(self) -> Differentiates | None: ...
+
+    def wants_gradients(self, state: State) -> bool:
+        """Whether the next generation is told `scores.gradients`, of some examples or of the companion."""
+        ...
+
+
+def differentiates(strategy: Strategy) -> Differentiates | None:
+    """What a strategy differentiates; None: nothing."""
+    return strategy.differentiates if isinstance(strategy, UsesGradients) else None
+
+
 class Space(Protocol):
     """What a genome means."""
 
@@ -104,3 +125,11 @@ class GenomeEvaluator(Protocol):
     def tasks(self) -> Sequence[ScoredTask]: ...
     def passes(self, population: int) -> int: ...
     def score(self, genomes: np.ndarray, progress: Progress = ...) -> TaskScores: ...
+
+
+class GradientEvaluator(GenomeEvaluator, Protocol):
+    """Scores genomes, and differentiates their fitness."""
+
+    def value_and_gradient(self, genomes: np.ndarray, progress: Progress = ...) -> tuple[TaskScores, np.ndarray]:
+        """The scores, and float32[P, D], the derivative of each genome's fitness with respect to it."""
+        ...

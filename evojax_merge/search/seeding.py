@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.protocols import Space, State, Strategy, TakesInjected
+from evojax_merge.search.protocols import (
+    Differentiates,
+    Space,
+    State,
+    Strategy,
+    TakesInjected,
+    UsesGradients,
+    differentiates,
+)
 
 
 def seed_genomes(where: str, names: Sequence[str], space: Space) -> np.ndarray:
@@ -43,6 +51,13 @@ class SeededStrategy:
     @property
     def population(self) -> int:
         return self.strategy.population
+
+    @property
+    def differentiates(self) -> Differentiates | None:
+        return differentiates(self.strategy)
+
+    def wants_gradients(self, state: Any) -> bool:
+        return isinstance(self.strategy, UsesGradients) and self.strategy.wants_gradients(state["strategy"])
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> State:
         return {"strategy": self.strategy.init(key, np.concatenate([genomes, self.seeds])), "told": np.int32(0)}

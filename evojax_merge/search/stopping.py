@@ -13,22 +13,25 @@ from evojax_merge.search.validation import Check, Trend
 
 @dataclass(frozen=True)
 class Course:
-    """What of the generations so far a search's end and its warnings depend on. best: the best fitness on all search
-    examples; risen: the generation that found it, 0 where none has; seconds: how long evaluations have taken."""
+    """What of the generations so far a search's end and its warnings depend on. evaluations: how many candidates were
+    evaluated; best: the best fitness on all search examples; stale: how many generations since could have bettered it;
+    seconds: how long evaluations have taken."""
 
+    evaluations: int = 0
     best: float = -math.inf
-    risen: int = 0
+    stale: int = 0
     seconds: float = 0.0
     trend: Trend = field(default_factory=Trend)
 
     def after(self, row: dict[str, Any], seconds: float) -> "Course":
         """After another generation: its row of the history, and its seconds."""
         best, checked = row["best_so_far"], row.get("validation", {}).get("best_so_far")
-        course = replace(self, seconds=self.seconds + seconds)
-        if best is None:
-            return course
-        if best > self.best:
-            course = replace(course, best=best, risen=row["generation"])
+        course = replace(self, evaluations=row["evaluations"], seconds=self.seconds + seconds)
+        if best is not None and best > self.best:
+            course = replace(course, best=best, stale=0)
+        elif row["best"] is not None:
+            # Of no candidate of the others is it known what it scores on all examples.
+            course = replace(course, stale=self.stale + 1)
         if checked is None:
             return course
         return replace(course, trend=self.trend.after(Check(row["generation"], best, checked)))
@@ -58,30 +61,30 @@ class Stopped:
         return f"search.stop.{self.criterion}: {self.reason}"
 
 
-def stopped(stop: StopConfig, course: Course, generations: int, population: int) -> Stopped | None:
-    """What ends a search after so many generations; None: it goes on. All processes of a run do this together."""
+def stopped(stop: StopConfig, course: Course, population: int) -> Stopped | None:
+    """What ends a search before a generation of so many candidates; None: it goes on. All processes of a run do this
+    together."""
     if stop == StopConfig():
         return None
-    met = criteria_met(stop, course, generations, population)
+    met = criteria_met(stop, course, population)
     names = tuple(StopConfig.model_fields)
     number = decided_by_main(names.index(next(iter(met))) if met else -1)
     return None if number < 0 else Stopped(names[number], met.get(names[number], "as the main process has it"))
 
 
-def criteria_met(stop: StopConfig, course: Course, generations: int, population: int) -> dict[str, str]:
-    """Which criteria are met after so many generations, and what is to be said of each. What depends on the clock comes
-    last."""
-    done, found = generations * population, {}
+def criteria_met(stop: StopConfig, course: Course, population: int) -> dict[str, str]:
+    """Which criteria are met before a generation of so many candidates, and what is to be said of each. What depends on
+    the clock comes last."""
+    found = {}
     if stop.target is not None and course.best >= stop.target:
         found["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
-    if stop.evaluations is not None and done + population > stop.evaluations:
+    if stop.evaluations is not None and course.evaluations + population > stop.evaluations:
         found["evaluations"] = (
-            f"{done:,} candidates were evaluated, and {population:,} more would be over {stop.evaluations:,}"
+            f"{course.evaluations:,} candidates were evaluated, and {population:,} more would be over {stop.evaluations:,}"
         )
-    if stop.stagnation is not None and generations - course.risen >= stop.stagnation:
+    if stop.stagnation is not None and course.stale >= stop.stagnation:
         found["stagnation"] = (
-            f"the best fitness has not risen for {generations - course.risen:,} generations, with "
-            f"{stop.stagnation:,} as the most"
+            f"the best fitness has not risen for {course.stale:,} generations, of {stop.stagnation:,} at most"
         )
     if stop.seconds is not None and course.seconds >= stop.seconds:
         found["seconds"] = f"evaluations have taken {course.seconds:.1f} s, of {stop.seconds:g} s"

@@ -41,17 +41,21 @@ T = TypeVar("T", bound=SplittableTask)
 def stratified_shards(
     where: str, tasks: Sequence[T], length: Callable[[T], np.ndarray], rungs: int, seed: int
 ) -> list[list[T]]:
-    """The tasks' examples in 2^(rungs - 1) shards, stratified by task and by length; fewer where a task has fewer
-    examples. The same for a seed. Tasks of weight 0 are not divided. Raises InputError where a task has not enough
-    examples for two shards."""
-    if rungs == 1:
-        return [list(tasks)]
+    """The tasks' examples in 2^(rungs - 1) shards (see `stratified_parts`); fewer where a task has fewer examples.
+    Raises InputError where a task has not enough examples for two shards."""
     least = min((task for task in tasks if task.weight > 0), key=lambda task: task.size)
-    if least.size < 2:
+    if rungs > 1 and least.size < 2:
         raise InputError(
             where, f"{rungs}; successive halving needs two examples or more, and {least.name} has one to search on"
         )
-    shards = 2 ** (min(rungs, least.size.bit_length()) - 1)
+    return stratified_parts(tasks, length, 2 ** (min(rungs, least.size.bit_length()) - 1), seed)
+
+
+def stratified_parts(tasks: Sequence[T], length: Callable[[T], np.ndarray], shards: int, seed: int) -> list[list[T]]:
+    """The tasks' examples in so many parts, stratified by task and by length. The same for a seed. Tasks of weight 0
+    are not divided."""
+    if shards == 1:
+        return [list(tasks)]
     assigned = [
         assign_by_length(length(task), shards, np.random.default_rng([seed, i])) if task.weight > 0 else None
         for i, task in enumerate(tasks)
@@ -138,14 +142,14 @@ def successive_halving(
     """Evaluate genomes `float32[P, D]` by successive halving over shards of examples, which are taken in `order`."""
     population, tasks = len(genomes), shards[0].tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
-    matrix = _empty_matrix(shards, population)
+    matrix = empty_matrix(shards, population)
     evaluated: dict[int, TaskScores] = {}
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
     for rung, end in enumerate(rung_shards(len(shards))):
         for shard in order[begin:end]:
             evaluated[shard] = shards[shard].score(genomes[running], progress)
-            _fill(matrix, shards, shard, running, evaluated[shard])
+            enter_scores(matrix, shards, shard, running, evaluated[shard])
         if rung == 0:
             first = evaluated[order[0]]
         # In the shards' own order, so that a candidate's fitness does not depend on which one was first.
@@ -180,7 +184,7 @@ def successive_halving(
     return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
 
 
-def _empty_matrix(shards: Sequence[GenomeEvaluator], population: int) -> Scores:
+def empty_matrix(shards: Sequence[GenomeEvaluator], population: int) -> Scores:
     """The score matrix before anything was evaluated: the examples shard by shard, in each task by task."""
     weighted = task_weights(shards[0].tasks)
     sizes = [[task.size for task, _ in task_weights(shard.tasks)] for shard in shards]
@@ -190,7 +194,7 @@ def _empty_matrix(shards: Sequence[GenomeEvaluator], population: int) -> Scores:
     return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, shares)
 
 
-def _fill(
+def enter_scores(
     matrix: Scores, shards: Sequence[GenomeEvaluator], shard: int, numbers: np.ndarray, scores: TaskScores
 ) -> None:
     """Enter what the candidates `numbers: int[S]` scored on a shard."""

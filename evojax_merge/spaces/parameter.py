@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import DENSITY_STEPS, Method, grid_index
+from merge_kernels import Method, on_grid
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
@@ -60,7 +60,7 @@ class GroupSpace:
             start += shape[0] * shape[1]
             values = searched.low + (searched.high - searched.low) * to_unit(block)
             if self.method.parameter(searched.name).quantised:
-                values = grid_index(values).astype(jnp.float32) / DENSITY_STEPS
+                values = on_grid(values)
             result[searched.name] = values
         return result
 
@@ -224,6 +224,11 @@ class ParameterSpace:
         """genomes float32[P, D] -> the recipes of P merges."""
         return _recipes(self, jnp.asarray(genomes))
 
+    def pull_back(self, genomes: np.ndarray, cotangents: Recipe) -> np.ndarray:
+        """Derivatives with respect to genomes, float32[P, D], of what has those `cotangents` with respect to their
+        recipes."""
+        return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
+
     def baseline(self) -> tuple[str, np.ndarray]:
         """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
         values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
@@ -244,9 +249,7 @@ class ParameterSpace:
         above = np.minimum(below + 1, count - 1)
         share = jnp.asarray((at - below).reshape(-1, *(1,) * (table.ndim - 1)), jnp.float32)
         values = (1 - share) * table[below] + share * table[above]
-        return (
-            grid_index(values).astype(jnp.float32) / DENSITY_STEPS if self.method.parameter(name).quantised else values
-        )
+        return on_grid(values) if self.method.parameter(name).quantised else values
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
@@ -265,6 +268,15 @@ class ParameterSpace:
 @partial(jax.jit, static_argnums=0)
 def _recipes(space: ParameterSpace, genomes: jax.Array) -> Recipe:
     return jax.vmap(space.recipe)(genomes)
+
+
+@partial(jax.jit, static_argnums=0)
+def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) -> jax.Array:
+    def one(genome: jax.Array, cotangent: Recipe) -> jax.Array:
+        gradient: jax.Array = jax.vjp(space.recipe, genome)[1](cotangent)[0]
+        return gradient
+
+    return jax.vmap(one)(genomes, cotangents)
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:

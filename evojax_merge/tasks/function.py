@@ -32,7 +32,16 @@ from pydantic import Field, model_validator
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean
 from evojax_merge.schema import Location, Text, Whole
 from evojax_merge.tasks.records import read_records
-from evojax_merge.tasks.task import Opening, Place, Responses, TaskConfig, TaskDefaults, TaskKind, TaskRequests
+from evojax_merge.tasks.task import (
+    Derivative,
+    Opening,
+    Place,
+    Responses,
+    TaskConfig,
+    TaskDefaults,
+    TaskKind,
+    TaskRequests,
+)
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_examples
 
@@ -155,6 +164,14 @@ class FunctionTask(TaskDefaults):
             return {METRIC: responses.totals.astype(np.float32)}
         given: Any = responses.texts if self.inputs == "texts" else responses.totals
         return {METRIC: np.stack([self._scores_of(own) for own in given])}
+
+    @property
+    def derivative(self) -> Derivative | None:
+        """What is traced is differentiated with the pass that it is part of."""
+        return "linear" if self.inputs == "logits" else None
+
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        return np.ones(responses.totals.shape, np.float32)
 
     def _scores_of(self, own: Any) -> np.ndarray:
         """One candidate's scores, float32[N]. A candidate that failed is not shown to the function."""

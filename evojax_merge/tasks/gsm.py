@@ -35,7 +35,7 @@ from evojax_merge.tasks.task import (
     token_ids,
 )
 from evojax_merge.tasks.templates import check_characters, check_stop
-from evojax_merge.tasks.text import encode_prompt
+from evojax_merge.tasks.text import Example, TextTask, encode_prompt
 
 Match = Literal["strict", "flexible"]
 MATCHES: tuple[Match, ...] = ("strict", "flexible")
@@ -226,6 +226,19 @@ class GsmTask(TaskDefaults):
             return {**right, "accuracy": right[self.match]}
         language_ok = language_of(text) == self.language
         return {**right, "language": language_ok, "accuracy": right[self.match] and language_ok}
+
+    def companion(self) -> TextTask | None:
+        """The likelihood of the worked answers, where the data have them. Not of a chat, whose turns a template
+        writes."""
+        if self.chat or any(problem.answer is None for problem in self.problems):
+            return None
+        examples = [
+            Example(self.prompt(problem), (_after(self.style, problem),), problem.number, place)
+            for place, problem in enumerate(self.problems, start=1)
+        ]
+        return TextTask(
+            self.name, "likelihood", "log_probability", self.weight, self.problems[0].where, tuple(examples)
+        )
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         where = f"task {self.name}"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -59,6 +59,10 @@ class Responses:
     texts: list[list[str]]
 
 
+# How a score depends on total log-probabilities: linearly, or else.
+Derivative = Literal["linear", "nonlinear"]
+
+
 class ScoredTask(Protocol):
     """What fitness depends on: `metric`, which of a task's metrics is its score; `weight`, how much it counts; `size`,
     how many examples it has."""
@@ -93,6 +97,20 @@ class Task(ScoredTask, Protocol):
         """Metric -> float32[P, N]."""
         ...
 
+    @property
+    def derivative(self) -> Derivative | None:
+        """How the score of an example depends on its rows' total log-probabilities; None: not differentiably."""
+        ...
+
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        """float32[P, S]: the derivative of each scored row's example's score with respect to the row's total. Where it
+        is linear, it depends on `responses.counts` alone. Only of a task with a derivative."""
+        ...
+
+    def companion(self) -> "Task | None":
+        """A task with a derivative on the same examples, whose score grows as this one's does; None: there is none."""
+        ...
+
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         """What was looked for in the outputs, if it is in none of them; else None."""
         ...
@@ -114,6 +132,16 @@ class Task(ScoredTask, Protocol):
 
 class TaskDefaults:
     """Members of `Task` that many kinds have no use for."""
+
+    @property
+    def derivative(self) -> Derivative | None:
+        return None
+
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        raise NotImplementedError
+
+    def companion(self) -> "Task | None":
+        return None
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         return None

@@ -6,7 +6,7 @@ example, and higher is better.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +20,7 @@ from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.records import read_records
 from evojax_merge.tasks.task import (
+    Derivative,
     Opening,
     Place,
     Responses,
@@ -111,6 +112,21 @@ class TextTask(TaskDefaults):
         if self.kind == "exact_match":
             return score_outputs(self, responses.texts)
         return score_likelihood(self, responses.totals, responses.counts)
+
+    @property
+    def derivative(self) -> Derivative | None:
+        return {"log_probability": "linear", "margin": "nonlinear"}.get(self.metric)  # type: ignore[return-value]
+
+    def score_gradient(self, responses: Responses) -> np.ndarray:
+        if self.kind == "likelihood":
+            return np.broadcast_to(1 / responses.counts, responses.totals.shape).astype(np.float32)
+        return margin_gradient(self, responses.totals)
+
+    def companion(self) -> "TextTask":
+        """Of wanted answers their likelihood, of choices the margin."""
+        if self.kind == "multiple_choice":
+            return replace(self, metric="margin")
+        return replace(self, kind="likelihood", metric="log_probability", pattern=None, max_new_tokens=0, stop=())
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         if self.kind != "exact_match" or any(
@@ -274,10 +290,9 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
     """sums: float32[P, rows], the targets' total log-probabilities; counts: int[rows]. Metric -> float32[P, N]."""
     if task.kind == "likelihood":
         return {"log_probability": (sums / counts).astype(np.float32)}
-    accuracy, margin, row = [], [], 0
-    for example in task.examples:
-        choices = sums[:, row : row + len(example.targets)]
-        row += len(example.targets)
+    accuracy, margin = [], []
+    for example, rows in _choices(task):
+        choices = sums[:, rows]
         right = choices[:, int(example.answer)]
         others = np.delete(choices, int(example.answer), axis=1).max(axis=1)
         # The first of equal choices counts as chosen, as argmax has it.
@@ -287,6 +302,26 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
         "accuracy": np.stack(accuracy, axis=1).astype(np.float32),
         "margin": np.stack(margin, axis=1).astype(np.float32),
     }
+
+
+def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
+    """The examples of multiple choice, and the rows of each one's choices."""
+    begin = 0
+    for example in task.examples:
+        yield example, slice(begin, begin + len(example.targets))
+        begin += len(example.targets)
+
+
+def margin_gradient(task: TextTask, sums: np.ndarray) -> np.ndarray:
+    """The derivative of each example's margin with respect to its rows' sums, float32[P, rows]: 1 for the right choice,
+    -1 for the best of the others (of equals the first). sums: float32[P, rows]."""
+    gradient, candidates = np.zeros(sums.shape, np.float32), np.arange(len(sums))
+    for example, rows in _choices(task):
+        others = sums[:, rows].copy()
+        others[:, int(example.answer)] = -np.inf
+        gradient[candidates, rows.start + others.argmax(axis=1)] = -1
+        gradient[:, rows.start + int(example.answer)] = 1
+    return gradient
 
 
 def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str | None:

@@ -4,12 +4,14 @@ A kernel knows no model, no file and no search. Every method is one `Method` in 
 (`register` adds your own) and works in two steps:
 
 1. *prepare*, once per tensor, on the host: whatever does not depend on the recipe (`prepare`, `tabulate`);
-2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`).
+2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`; with
+   derivatives: `look_up_differentiable`, `combine_differentiable`).
 
 `sources` is a tuple of arrays of one shape: the base first where `options.has_base`, then the K parents. It is
 unrolled in Python (K is small and static) because a reduction over a stacked axis is many times slower on a CPU.
 """
 
+from merge_kernels.gradients import combine_differentiable, look_up_differentiable, on_grid
 from merge_kernels.methods import (
     DENSITY_STEPS,
     METHODS,
@@ -37,10 +39,13 @@ __all__ = [
     "Prepared",
     "Rescale",
     "combine",
+    "combine_differentiable",
     "combine_population",
     "draw_uniform",
     "grid_index",
     "look_up",
+    "look_up_differentiable",
+    "on_grid",
     "prepare",
     "register",
     "tabulate",

@@ -1,11 +1,12 @@
 """Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 
 import numpy as np
 
+from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.search.protocols import Strategy
 
@@ -16,8 +17,9 @@ class StrategySettings:
     standard deviation of a step, in units of the bounds' range; generations: how many will be searched.
 
     from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
-    mirrored there. seeds: how many candidates of the first generation are given instead of drawn. where: the part of
-    the config that messages name; a factory raises InputError for what it cannot take.
+    mirrored there. seeds: how many candidates of the first generation are given instead of drawn. gradient: how a
+    strategy that is told gradients follows them. where: the part of the config that messages name; a factory raises
+    InputError for what it cannot take.
     """
 
     dims: int
@@ -26,6 +28,7 @@ class StrategySettings:
     generations: int
     from_unit: Callable[[np.ndarray], np.ndarray] = np.asarray
     seeds: int = 0
+    gradient: GradientConfig = field(default_factory=GradientConfig)
     where: str = "search"
 
     @property
@@ -48,6 +51,8 @@ _BUILT_IN = {
     "de": "evojax_merge.search.strategies.de:de",
     "pso": "evojax_merge.search.strategies.pso:pso",
     "ga": "evojax_merge.search.strategies.ga:ga",
+    "gradient": "evojax_merge.search.strategies.gradient:gradient",
+    "hybrid": "evojax_merge.search.strategies.hybrid:hybrid",
     "random": "evojax_merge.search.strategies.random:random",
     "grid": "evojax_merge.search.strategies.grid:grid",
 }

@@ -1,0 +1,38 @@
+"""A generation that is told gradients: every candidate on one minibatch of the examples."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from evojax_merge.evaluation.scores import fitness, means
+from evojax_merge.search.protocols import GradientEvaluator, Progress
+from evojax_merge.search.successive_halving import HalvingResult, empty_matrix, enter_scores
+from evojax_merge.search.surrogate import SurrogateData
+
+
+def value_and_gradient(
+    minibatches: Sequence[GradientEvaluator],
+    number: int,
+    genomes: np.ndarray,
+    surrogate: SurrogateData,
+    is_fitness: bool,
+    progress: Progress = lambda done: None,
+) -> HalvingResult:
+    """Evaluate and differentiate genomes `float32[P, D]` on minibatch `number`. `is_fitness`: whether its score is the
+    search's fitness, so that candidates that were evaluated on the only minibatch count as complete."""
+    evaluator = minibatches[number]
+    scores, gradients = evaluator.value_and_gradient(genomes, progress)
+    values = fitness(evaluator.tasks, scores)
+    matrix = empty_matrix(minibatches, len(genomes))
+    enter_scores(matrix, minibatches, number, np.arange(len(genomes)), scores)
+    best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+    return HalvingResult(
+        fitness=values,
+        examples=np.full(len(genomes), sum(task.size for task in evaluator.tasks)),
+        complete=np.isfinite(values) & (is_fitness and len(minibatches) == 1),
+        scores=replace(matrix, predicted=values, gradients=gradients),
+        scores_of_best=means(evaluator.tasks, scores)[best],
+        first=scores,
+        surrogate=surrogate,
+    )

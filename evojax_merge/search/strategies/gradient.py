@@ -1,0 +1,133 @@
+"""Gradient ascent on the fitness, by any optimiser of optax, from several starts side by side."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from evojax_merge.config import GradientConfig
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.protocols import Differentiates
+from evojax_merge.search.strategies.registry import StrategySettings
+
+DEFAULT_STARTS = 1
+
+
+@struct.dataclass
+class GradientState:
+    """genomes: float32[P, D], where the starts have come to; optimizer: optax's state, with a leading axis P; norms:
+    float32[P], of the last gradients; steps: int32[]."""
+
+    genomes: jax.Array
+    optimizer: Any
+    norms: jax.Array
+    steps: jax.Array
+
+
+@dataclass(frozen=True)
+class GradientStrategy:
+    """Each of P starts follows its own gradient. `schedule`: the step's number -> the learning rate; `sigma`: how far
+    from the first start the others are drawn."""
+
+    name: str
+    population: int
+    optimizer: Any
+    schedule: Callable[[Any], Any]
+    sigma: float
+
+    differentiates: Differentiates = "fitness"
+
+    def wants_gradients(self, state: GradientState) -> bool:
+        return True
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> GradientState:
+        start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
+        drawn = (start + self.sigma * noise).at[0].set(start)
+        return GradientState(
+            drawn, jax.vmap(self.optimizer.init)(drawn), jnp.zeros(self.population, jnp.float32), jnp.int32(0)
+        )
+
+    def ask(self, key: jax.Array, state: GradientState) -> tuple[jax.Array, GradientState]:
+        return state.genomes, state
+
+    def tell(self, key: jax.Array, state: GradientState, genomes: jax.Array, scores: Scores) -> GradientState:
+        assert scores.gradients is not None
+        return _step(self.optimizer, self.sigma, key, state, genomes, scores.fitness, jnp.asarray(scores.gradients))
+
+    def finalists(self, state: GradientState) -> np.ndarray:
+        """Where the last step has led to, which no generation has evaluated."""
+        return np.asarray(state.genomes, np.float32)
+
+    def metrics(self, state: GradientState) -> dict[str, float]:
+        """gradient_norm: the mean over the starts; learning_rate: of the last step."""
+        return {
+            "gradient_norm": float(jnp.mean(state.norms)),
+            "learning_rate": float(self.schedule(jnp.maximum(state.steps - 1, 0))),
+        }
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(
+    optimizer: Any, sigma: float, key: jax.Array, state: GradientState, genomes: jax.Array, fitness: Any,
+    gradients: jax.Array,
+) -> GradientState:  # fmt: skip
+    """One ascent of every start. A start that failed (its fitness or gradient is not finite) goes on beside the best
+    one."""
+    fine = jnp.isfinite(gradients).all(axis=1) & jnp.isfinite(fitness)
+    ascent = jnp.where(fine[:, None], gradients, 0.0)
+    # optax descends.
+    updates, moved = jax.vmap(optimizer.update)(-ascent, state.optimizer, genomes)
+    best = genomes[jnp.argmax(jnp.where(fine, fitness, -jnp.inf))]
+    beside = best + sigma * jax.random.normal(key, genomes.shape)
+    return GradientState(
+        genomes=jnp.where(fine[:, None], genomes + updates, beside),
+        optimizer=moved,
+        norms=jnp.linalg.norm(ascent, axis=1),
+        steps=state.steps + 1,
+    )
+
+
+def gradient(settings: StrategySettings) -> GradientStrategy:
+    """Gradient ascent through the merge (Adam, or any optimiser of optax), each candidate a start of its own."""
+    optimizer, schedule = make_optimizer(settings.where, settings.gradient, settings.generations)
+    # Seeds are starts.
+    starts = settings.population or max(DEFAULT_STARTS, settings.seeds)
+    return GradientStrategy("gradient", starts, optimizer, schedule, settings.sigma)
+
+
+def make_optimizer(where: str, config: GradientConfig, steps: int) -> tuple[Any, Callable[[Any], Any]]:
+    """optax's optimiser of a config, and its learning rates. Raises InputError where optax has none of that name that
+    needs a learning rate alone."""
+    import optax
+
+    schedule = (
+        optax.cosine_decay_schedule(config.learning_rate, steps)
+        if config.schedule == "cosine"
+        else optax.constant_schedule(config.learning_rate)
+    )
+    # L-BFGS evaluates the function itself.
+    known = [name for name in dir(optax) if name != "lbfgs" and _makes_optimizer(name, getattr(optax, name))]
+    if config.optimizer not in known:
+        raise InputError(
+            f"{where}.gradient.optimizer",
+            f"optax has no optimizer {config.optimizer!r} that needs a learning rate alone"
+            f"{did_you_mean(config.optimizer, known)}",
+        )
+    return getattr(optax, config.optimizer)(schedule), schedule
+
+
+def _makes_optimizer(name: str, member: Any) -> bool:
+    """Whether a member of optax makes an optimiser of a learning rate alone."""
+    if not inspect.isfunction(member) or name.startswith(("_", "scale_by_")):
+        return False
+    names = list(inspect.signature(member).parameters.values())
+    if not names or names[0].name != "learning_rate":
+        return False
+    return all(parameter.default is not inspect.Parameter.empty for parameter in names[1:])

@@ -1,0 +1,111 @@
+"""Merges that can be differentiated with respect to their parameters.
+
+`look_up_differentiable` and `combine_differentiable` are `look_up` and `combine` with a derivative for every searched
+parameter. Weights, scales and fractions are differentiated by JAX, with the masks and the elected signs as they are. A
+density selects entries: the merge is a step function of it. Its derivative here is the difference quotient of the
+merged tensor between the densities `HALF_WIDTH` below and above (fewer where the interval [0, 1] ends), with the
+thresholds and norms that the tables have there: exact for the effect of those entries whose rank lies in between, to
+first order in the loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from merge_kernels.methods import DENSITY_STEPS, Method, Options, combine, grid_index, look_up
+
+# In units of a density.
+HALF_WIDTH = 0.01
+
+
+class Neighbourhood(NamedTuple):
+    """Statistics `at` a candidate's densities, `below` and `above` them, and the densities there, `low` and `high`:
+    float32[K], or [] for a density that all parents share."""
+
+    at: Mapping[str, jax.Array]
+    below: Mapping[str, jax.Array]
+    above: Mapping[str, jax.Array]
+    low: jax.Array
+    high: jax.Array
+
+
+@jax.custom_jvp
+def on_grid(density: jax.Array) -> jax.Array:
+    """The nearest of the densities `0, 1/1000 … 1`, float32. Its derivative is that of the density itself (a
+    straight-through estimator)."""
+    return grid_index(density).astype(jnp.float32) / DENSITY_STEPS
+
+
+@on_grid.defjvp
+def _on_grid_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return on_grid(*primals), tangents[0]
+
+
+def look_up_differentiable(
+    method: Method, table: Mapping[str, jax.Array], parameters: Mapping[str, jax.Array]
+) -> Neighbourhood | Mapping[str, jax.Array]:
+    """What `combine_differentiable` takes of a table: a neighbourhood for a method with a density, else the table."""
+    if method.density is None:
+        return table
+    name = method.density.name
+    density = jax.lax.stop_gradient(parameters[name])
+    low, high = (on_grid(jnp.clip(density + step, 0.0, 1.0)) for step in (-HALF_WIDTH, HALF_WIDTH))
+    at, below, above = (look_up(method, table, {name: value}) for value in (density, low, high))
+    return Neighbourhood(at, below, above, low, high)
+
+
+def combine_differentiable(
+    method: Method,
+    options: Options,
+    sources: Sequence[jax.Array],
+    keep_keys: Sequence[jax.Array],
+    statistics: Neighbourhood | Mapping[str, jax.Array],
+    parameters: Mapping[str, jax.Array],
+) -> jax.Array:
+    """`combine`, float32, with derivatives with respect to `parameters` (and to nothing else). statistics: as
+    `look_up_differentiable` returns them."""
+    if not isinstance(statistics, Neighbourhood):
+        return combine(method, options, sources, keep_keys, statistics, parameters)
+    return _combine(method, options, tuple(sources), tuple(keep_keys), statistics, dict(parameters))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _combine(
+    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
+) -> jax.Array:
+    return combine(method, options, sources, keep_keys, statistics.at, parameters)
+
+
+def _forward(
+    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
+) -> tuple[jax.Array, Any]:
+    merged = combine(method, options, sources, keep_keys, statistics.at, parameters)
+    return merged, (sources, keep_keys, statistics, parameters)
+
+
+def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array) -> tuple[None, None, None, Any]:
+    sources, keep_keys, statistics, parameters = saved
+    _, pull_back = jax.vjp(lambda own: combine(method, options, sources, keep_keys, statistics.at, own), parameters)
+    (gradients,) = pull_back(cotangent)
+    assert method.density is not None
+    name = method.density.name
+    density = parameters[name]
+
+    def effect(index: Any, side: Mapping[str, jax.Array], value: jax.Array) -> jax.Array:
+        """The merge with one density moved, weighed by the cotangent."""
+        own = {key: statistics.at[key].at[index].set(side[key][index]) for key in side}
+        moved = parameters | {name: density.at[index].set(value[index])}
+        return jnp.sum(cotangent * combine(method, options, sources, keep_keys, own, moved))
+
+    slopes = [
+        (effect(index, statistics.above, statistics.high) - effect(index, statistics.below, statistics.low))
+        / (statistics.high[index] - statistics.low[index])
+        for index in (range(density.shape[0]) if method.density.per_parent else [...])
+    ]
+    return None, None, None, gradients | {name: jnp.stack(slopes) if method.density.per_parent else slopes[0]}
+
+
+_combine.defvjp(_forward, _backward)
