@@ -306,6 +306,29 @@ def test_a_validation_split_of_the_examples(wrap: Any, tmp_path: Any) -> None:
     assert [row["genomes"] for row in again.history] == [row["genomes"] for row in found.history]
 
 
+@pytest.mark.parametrize("strategy", ["gradient", "hybrid"])
+def test_gradients_are_of_what_is_searched_on_and_stop_in_time(strategy: str) -> None:
+    examples = linear_examples(24)
+    settings = {"strategy": strategy, "population": 4, "generations": 8, "validation": 0.25, "validate_every": 2}
+    settings |= {"gradient": {"minibatches": 2}}
+    found = quick(fitness=rows_of, examples=examples, **settings)
+    assert found.chosen_on is not None
+    kept = np.isin(np.arange(24), found.chosen_on)
+    other = {name: np.where(kept[:, None], 0, leaf) for name, leaf in examples.items()}
+    again = quick(fitness=rows_of, examples=other, **settings)
+    assert [row["genomes"] for row in again.history] == [row["genomes"] for row in found.history]
+    assert max(n for row in found.history for n in row["examples"]) <= 18
+    # The most generations that fit, though `hybrid` evaluates fewer candidates in some than in others.
+    counts = [row["evaluations"] for row in found.history]
+    most = counts[4]
+    for budget, generations in ((most, 5), (counts[5] - 1, 5), (counts[5], 6)):
+        short = quick(fitness=rows_of, examples=examples, **settings, stop={"evaluations": max(budget, 4)})
+        assert short.history == found.history[:generations]
+    # On minibatches no candidate is evaluated on everything: nothing stagnates that is not known.
+    halted = quick(fitness=rows_of, examples=examples, **settings, stop={"stagnation": 1})
+    assert len(halted.history) == 8 or any(row["best"] is not None for row in halted.history)
+
+
 def test_stopping_early(tmp_path: Any) -> None:
     whole = quick(generations=5)
     assert whole.stopped is None

@@ -80,7 +80,8 @@ def criteria_met(stop: StopConfig, course: Course, population: int) -> dict[str,
         found["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
     if stop.evaluations is not None and course.evaluations + population > stop.evaluations:
         found["evaluations"] = (
-            f"{course.evaluations:,} candidates were evaluated, and {population:,} more would be over {stop.evaluations:,}"
+            f"{course.evaluations:,} candidates were evaluated, and {population:,} more would be over "
+            f"{stop.evaluations:,}"
         )
     if stop.stagnation is not None and course.stale >= stop.stagnation:
         found["stagnation"] = (
