@@ -130,7 +130,7 @@ class StopConfig(Section):
     all search examples has reached it. `stagnation`: once so many generations with candidates that were evaluated on
     all of them have brought no better one."""
 
-    evaluations: Whole | None = Field(None, ge=1, le=10**15)
+    evaluations: Whole | None = Field(None, ge=1, le=10**12)
     seconds: Real | None = Field(None, ge=1e-3, le=1e9)
     target: Number | None = None
     stagnation: Whole | None = Field(None, ge=1, le=1_000_000)
