@@ -91,21 +91,26 @@ def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array
     _, pull_back = jax.vjp(lambda own: combine(method, options, sources, keep_keys, statistics.at, own), parameters)
     (gradients,) = pull_back(cotangent)
     assert method.density is not None
-    name = method.density.name
+    name, per_parent = method.density.name, method.density.per_parent
     density = parameters[name]
 
-    def effect(index: Any, side: Mapping[str, jax.Array], value: jax.Array) -> jax.Array:
-        """The merge with one density moved, weighed by the cotangent."""
-        own = {key: statistics.at[key].at[index].set(side[key][index]) for key in side}
-        moved = parameters | {name: density.at[index].set(value[index])}
-        return jnp.sum(cotangent * combine(method, options, sources, keep_keys, own, moved))
+    def moved(at: jax.Array, side: jax.Array) -> jax.Array:
+        """Each density's turn of being moved, the others where they are: [K, K], or [1, ...] where all share one."""
+        return jnp.where(jnp.eye(at.shape[0], dtype=bool), side, at) if per_parent else side[None]
 
-    slopes = [
-        (effect(index, statistics.above, statistics.high) - effect(index, statistics.below, statistics.low))
-        / (statistics.high[index] - statistics.low[index])
-        for index in (range(density.shape[0]) if method.density.per_parent else [...])
-    ]
-    return None, None, None, gradients | {name: jnp.stack(slopes) if method.density.per_parent else slopes[0]}
+    def effect(variant: tuple[Any, jax.Array]) -> jax.Array:
+        """The merge with one density moved, weighed by the cotangent."""
+        own, value = variant
+        merged = combine(method, options, sources, keep_keys, own, parameters | {name: value})
+        return jnp.sum(cotangent * merged)
+
+    # One after the other: unrolled, they would be most of what there is to compile.
+    below, above = (
+        jax.lax.map(effect, (jax.tree.map(moved, dict(statistics.at), dict(side)), moved(density, value)))
+        for side, value in ((statistics.below, statistics.low), (statistics.above, statistics.high))
+    )
+    slopes = (above - below) / (statistics.high - statistics.low)
+    return None, None, None, gradients | {name: slopes.reshape(density.shape)}
 
 
 _combine.defvjp(_forward, _backward)
