@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import random_records, search_in, write_lines
-from test_racing import Hill, Plain, numbers, text_task
+from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
 from evojax_merge import pipeline
@@ -17,7 +17,15 @@ from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, open_run
-from evojax_merge.search.validation import PARTING_FALLS, Check, Trend, validation_split
+from evojax_merge.search.validation import (
+    CLEAR_ERRORS,
+    PARTING_FALLS,
+    Check,
+    Trend,
+    init_peak,
+    validate,
+    validation_split,
+)
 from evojax_merge.selection import open_evaluators
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -108,20 +116,40 @@ def test_search_and_validation_that_part_are_told_once(tmp_path):
         assert parts == whole and before.warnings + after.warnings == [line]
 
 
-def test_a_trend_counts_rises_of_the_search_alone():
-    def parted(*pairs: tuple[float, float]) -> int | None:
+def test_a_trend_counts_clear_falls_at_rises_of_the_search():
+    def parted(*looks: tuple[float, float], error: float | None = 0.4) -> int | None:
         trend = Trend()
-        for generation, (search, validation) in enumerate(pairs, start=1):
-            trend = trend.after(Check(generation, search, validation))
+        for generation, (search, validation) in enumerate(looks, start=1):
+            trend = trend.after(Check(generation, search, validation, error))
         return trend.parted
 
-    assert PARTING_FALLS == 3
-    assert parted((1, 9), (2, 8), (3, 7), (4, 6)) == 1
+    assert (PARTING_FALLS, CLEAR_ERRORS) == (3, 2)
+    assert parted((1, 8), (2, 9), (3, 8), (4, 7), (5, 8)) == 2
     assert parted((1, 9), (2, 8), (3, 7)) is None
     # The same candidate as before says nothing new.
+    assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7)) is None
     assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7), (4, 6)) == 1
-    assert parted((1, 9), (2, 8), (3, 8.5), (4, 8), (5, 7), (6, 6)) == 3
-    assert parted((1, 9), (2, 8), (3, 8), (4, 7), (5, 6)) is None
+    # A new height begins again, and so does what is within noise; without two examples all is.
+    assert parted((1, 9), (2, 8), (3, 7), (4, 9.1), (5, 8), (6, 7), (7, 6)) == 4
+    assert parted((1, 9), (2, 8), (3, 7), (4, 8.3), (5, 8), (6, 7)) is None
+    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=0.5) is None
+    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=None) is None
+
+
+def test_the_standard_error_is_that_of_paired_differences():
+    task, other = text_task("a", 6, 3.0), text_task("b", 4, 1.0)
+    truth = {task.name: np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)}
+    truth[other.name] = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+    known, nobody = SurrogateData([task, other], truth), np.zeros((0, 1), np.float32)
+    first, peak = validate(known, everyone(3)[:1], everyone(3)[1:], init_peak(known))
+    means = 0.75 * truth["a"].mean(axis=1) + 0.25 * truth["b"].mean(axis=1)
+    assert [first["best_so_far"], *first["finalists"]] == pytest.approx(means) and first["standard_error"] is None
+    second, _ = validate(known, everyone(3)[1:2], nobody, peak)
+    differences = [truth[name][1].astype(float) - truth[name][0] for name in ("a", "b")]
+    variances = [weight**2 * d.var(ddof=1) / len(d) for weight, d in zip((0.75, 0.25), differences, strict=True)]
+    assert second["standard_error"] == pytest.approx(np.sqrt(sum(variances)))
+    unknown, same = validate(known, nobody, np.full((1, 1), np.nan, np.float32), peak)
+    assert unknown == {"best_so_far": None, "standard_error": None, "finalists": [None]} and same is peak
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,9 @@ class SearchBar(Reporter):
     def log(self, text: str) -> None:
         say(text)
 
+    def warn(self, text: str) -> None:
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
+
 
 @contextmanager
 def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:

@@ -40,7 +40,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
-from evojax_merge.search.validation import validate
+from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
@@ -175,6 +175,8 @@ def evolve(
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
     state = _init_state(config, seed, strategy, space, shards)
+    if validation is not None and config.validate_every:
+        state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
     course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
     is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
@@ -217,7 +219,8 @@ def evolve(
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
             started = time.perf_counter()
             best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
-            row["validation"] = validate(validation, best, strategy.finalists(told))
+            proposed = strategy.finalists(told)
+            row["validation"], state["peak"] = validate(validation, best, proposed, state["peak"])
             timing["validation_seconds"] = time.perf_counter() - started
         parted, course = course.trend.parted, course.after(row, seconds_of(timing))
         if course.trend.parted != parted:
@@ -317,7 +320,7 @@ def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: 
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # Stable: of equals, the one that was found first stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
-    return {
+    return state | {
         "strategy": told,
         "genomes": np.concatenate([state["genomes"], genomes])[best],
         "fitness": every[best],

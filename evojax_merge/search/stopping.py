@@ -25,16 +25,17 @@ class Course:
 
     def after(self, row: dict[str, Any], seconds: float) -> "Course":
         """After another generation: its row of the history, and its seconds."""
-        best, checked = row["best_so_far"], row.get("validation", {}).get("best_so_far")
+        best, look = row["best_so_far"], row.get("validation")
         course = replace(self, evaluations=row["evaluations"], seconds=self.seconds + seconds)
         if best is not None and best > self.best:
             course = replace(course, best=best, stale=0)
         elif row["best"] is not None:
             # Of no candidate of the others is it known what it scores on all examples.
             course = replace(course, stale=self.stale + 1)
-        if checked is None:
+        if best is None or look is None or look["best_so_far"] is None:
             return course
-        return replace(course, trend=self.trend.after(Check(row["generation"], best, checked)))
+        check = Check(row["generation"], best, look["best_so_far"], look["standard_error"])
+        return replace(course, trend=self.trend.after(check))
 
 
 def course_of(rows: Sequence[dict[str, Any]], timing: Sequence[dict[str, Any]]) -> Course:

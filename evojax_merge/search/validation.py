@@ -6,20 +6,20 @@ finalists is good beyond them is told by others; how good it is, by the held-out
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.scores import fitness
+from evojax_merge.evaluation.scores import fitness, task_weights
 from evojax_merge.search.protocols import GenomeEvaluator
 from evojax_merge.search.successive_halving import T
 
 # Of the random numbers of a seed, those that this split is drawn with.
 VALIDATION_STREAM = 1
-# So many rises of the search fitness in a row have to come with a lower validation fitness, to be no accident.
-PARTING_FALLS = 3
+# At so many rises of the search fitness in a row, the validation fitness has to be so many standard errors below its
+# highest, to be no accident.
+PARTING_FALLS, CLEAR_ERRORS = 3, 2.0
 
 
 def validation_split(where: str, tasks: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
@@ -50,46 +50,90 @@ def validation_split(where: str, tasks: Sequence[T], share: float, seed: int) ->
     return searched, validation
 
 
-def validate(validation: GenomeEvaluator, best: np.ndarray, proposed: np.ndarray) -> dict[str, Any]:
-    """The validation fitness of the best candidate so far, float32[1, D] or [0, D] where there is none, and of those
-    that the strategy proposes, float32[F, D]; None where it is not finite."""
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at it while a search runs
+
+
+def init_peak(validation: GenomeEvaluator) -> dict[str, np.ndarray]:
+    """What is remembered of the look with the highest validation fitness, before there was one: that fitness,
+    float64[], and the candidate's scores on the examples, float32[N], task by task."""
+    examples = sum(task.size for task, _ in task_weights(validation.tasks))
+    return {"fitness": np.array(-np.inf), "scores": np.zeros(examples, np.float32)}
+
+
+def validate(
+    validation: GenomeEvaluator, best: np.ndarray, proposed: np.ndarray, peak: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Look at the best candidate so far, float32[1, D] or [0, D] where there is none, and at those that the strategy
+    proposes, float32[F, D].
+
+    Their validation fitness, None where it is not finite, with the standard error of the best one's difference from the
+    highest look before, paired by example; and the highest look from now on.
+    """
     genomes = np.concatenate([best, proposed])
     values, finite = np.full(len(genomes), np.nan), np.isfinite(genomes).all(axis=1)
+    error = None
     if finite.any():
-        values[finite] = fitness(validation.tasks, validation.score(genomes[finite]))
+        scores = validation.score(genomes[finite])
+        values[finite] = fitness(validation.tasks, scores)
+        if len(best) and np.isfinite(values[0]):
+            rows = [scores.matrices[task.name][task.metric][0] for task, _ in task_weights(validation.tasks)]
+            error = _standard_error(validation, np.concatenate(rows) - peak["scores"], peak)
+            if values[0] > peak["fitness"]:
+                peak = {"fitness": np.array(values[0]), "scores": np.concatenate(rows)}
     shown = [float(value) if np.isfinite(value) else None for value in values]
-    return {"best_so_far": shown[0] if len(best) else None, "finalists": shown[len(best) :]}
+    look = {"best_so_far": shown[0] if len(best) else None, "standard_error": error, "finalists": shown[len(best) :]}
+    return look, peak
+
+
+def _standard_error(validation: GenomeEvaluator, differences: np.ndarray, peak: dict[str, np.ndarray]) -> float | None:
+    """Of the weighted mean of differences float32[N]; None before the first look, and where a task has one example."""
+    weighted = task_weights(validation.tasks)
+    if not np.isfinite(peak["fitness"]) or any(task.size < 2 for task, _ in weighted):
+        return None
+    ends = np.cumsum([task.size for task, _ in weighted])[:-1]
+    parts = zip(weighted, np.split(differences.astype(np.float64), ends), strict=True)
+    return float(np.sqrt(sum(share**2 * part.var(ddof=1) / task.size for (task, share), part in parts)))
 
 
 @dataclass(frozen=True)
 class Check:
     """What was the best candidate after a generation: its fitness on the searched examples, and on those of the
-    validation split."""
+    validation split; error: the standard error of the latter's difference from the highest check before, if known."""
 
     generation: int
     search: float
     validation: float
+    error: float | None
 
 
 @dataclass(frozen=True)
 class Trend:
-    """Where search and validation go. `rises`: the last checks at which the search fitness had risen since the one
-    before; `parted`: the generation since which each rise made the validation fitness fall; None: they go together."""
+    """Where search and validation go. peak: the check with the highest validation fitness; last: the last at which the
+    search fitness had risen; falls: how many of these in a row, up to that one, were clearly below the peak; parted:
+    the generation since which there have been enough of them; None: search and validation go together."""
 
-    rises: tuple[Check, ...] = ()
+    peak: Check | None = None
+    last: Check | None = None
+    falls: int = 0
     parted: int | None = None
 
     def after(self, check: Check) -> "Trend":
-        if self.rises and check.search <= self.rises[-1].search:
+        if self.peak is None or self.last is None:
+            return replace(self, peak=check, last=check)
+        if check.search <= self.last.search:
+            # The same candidate as before says nothing new.
             return self
-        rises = (*self.rises, check)[-PARTING_FALLS - 1 :]
-        fell = len(rises) > PARTING_FALLS and all(
-            later.validation < earlier.validation for earlier, later in pairwise(rises)
-        )
-        return replace(self, rises=rises, parted=rises[0].generation if fell and self.parted is None else self.parted)
+        if check.validation > self.peak.validation:
+            return replace(self, peak=check, last=check, falls=0)
+        is_clear = check.error is not None and self.peak.validation - check.validation > CLEAR_ERRORS * check.error
+        falls = self.falls + 1 if is_clear else 0
+        parts = falls >= PARTING_FALLS and self.parted is None
+        return replace(self, last=check, falls=falls, parted=self.peak.generation if parts else self.parted)
 
     def describe(self) -> str:
-        first, last = self.rises[0], self.rises[-1]
+        first, last = self.peak, self.last
+        assert first is not None and last is not None
         return (
             f"search and validation part ways since generation {first.generation}: the best candidate's fitness rose "
             f"from {first.search:.4f} to {last.search:.4f} on the examples that are searched on, and fell from "
