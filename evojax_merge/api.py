@@ -180,7 +180,8 @@ class Evaluator:
     """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
 
     config, seed, overrides: as `evolve` takes them; the config's strategy and budget are not used. split: the examples
-    that are scored on: `search`, or `heldout`, which no search should see. The models are loaded at once.
+    that are scored on: `search`, `validation` (where the config keeps some back), or `heldout`, which no search should
+    see. The models are loaded at once.
     """
 
     def __init__(
@@ -192,14 +193,17 @@ class Evaluator:
         split: str = "search",
     ) -> None:
         path, parsed = _config(config, seed, overrides)
-        if split not in ("search", "heldout"):
-            raise InputError("split", f"{split!r}; expected search or heldout")
+        if split not in ("search", "validation", "heldout"):
+            raise InputError("split", f"{split!r}; expected search, validation or heldout")
         if parsed.stages is not None:
             raise InputError("config", "has stages, each with a space of its own; give one with space or data_flow")
         self._problem = build_problem(path, parsed)
-        *_, full, heldout = self._problem.batched_tasks()
+        splits = self._problem.by_split(self._problem.batched_tasks())
+        tasks = {"search": splits.full, "validation": splits.validation, "heldout": splits.heldout}[split]
+        if tasks is None:
+            raise InputError("split", "validation; the config's search has no validation split (search.validation)")
         with _bars_on_terminals():
-            (self._evaluator,) = open_evaluators(self._problem, [full if split == "search" else heldout])
+            (self._evaluator,) = open_evaluators(self._problem, [tasks])
 
     @property
     def dims(self) -> int:

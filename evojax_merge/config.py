@@ -124,6 +124,22 @@ AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 
 
+class StopConfig(Section):
+    """What ends a search before its last generation. `evaluations`: no generation that would make it more candidate
+    evaluations than these. `seconds`: after so many of evaluating, over all resumes. `target`: once the best fitness on
+    all search examples has reached it. `stagnation`: once so many generations with candidates that were evaluated on
+    all of them have brought no better one."""
+
+    evaluations: Whole | None = Field(None, ge=1, le=10**12)
+    seconds: Real | None = Field(None, ge=1e-3, le=1e9)
+    target: Number | None = None
+    stagnation: Whole | None = Field(None, ge=1, le=1_000_000)
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialise(self).items() if value is not None}
+
+
 class GradientConfig(Section):
     """How the strategies `gradient` and `hybrid` follow gradients.
 
@@ -145,7 +161,9 @@ class SearchConfig(Section):
     units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all.
-    `seeds`: merges that are the first candidates of the first generation."""
+    `seeds`: merges that are the first candidates of the first generation.
+    `validation`: the share of the search split that no generation is scored on; the winner is chosen on it.
+    `validate_every`: how many generations lie between two looks at the validation split; None: none is taken."""
 
     strategy: Name = "cma_es"
     population: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
@@ -154,14 +172,23 @@ class SearchConfig(Section):
     finalists: Whole = Field(5, ge=1, le=10_000)
     rungs: Whole = Field(1, ge=1, le=8)
     seeds: list[Seed] = Field([], max_length=4)
+    validation: Real = Field(0.0, ge=0.0, lt=1.0, description="a share from 0 to below 1")
+    validate_every: Whole | None = Field(None, ge=1, le=1_000_000)
+    stop: StopConfig = StopConfig()
     gradient: GradientConfig = GradientConfig()
+
+    @model_validator(mode="after")
+    def _has_what_to_validate_on(self) -> "SearchConfig":
+        if self.validate_every is not None and not self.validation:
+            raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without those keys that have their defaults and that a search can do without: it is the one that it was
         before there were such keys."""
         document: dict[str, Any] = serialise(self)
-        for name in ("seeds", "gradient"):
+        for name in ("seeds", "validation", "validate_every", "stop", "gradient"):
             if getattr(self, name) == type(self).model_fields[name].default:
                 document.pop(name)
         return document
@@ -216,6 +243,13 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, stages")
+        shares = [stage.search.validation for stage in self.stages or []]
+        other = next((i for i, share in enumerate(shares) if share != shares[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"stages[{other}].search.validation: {shares[other]:g}, and {shares[0]:g} in stages[0]; expected the "
+                "same share in all: what one stage has searched on cannot validate another"
+            )
         return self
 
 

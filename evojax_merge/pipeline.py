@@ -219,9 +219,10 @@ def _run_chain(
 def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
-    *_, full, heldout = batched_tasks
-    _warn(token_warnings(full + heldout, problem.tokenizer, problem.decoder.vocab))
-    _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout))
+    splits = problem.by_split(batched_tasks)
+    examples = [*splits.full, *(splits.validation or []), *splits.heldout]
+    _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
+    _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout, problem.validation))
 
 
 def _search_into(
@@ -232,22 +233,24 @@ def _search_into(
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
-    console.print(describe_batches([one for shard in batched_tasks[:-2] for one in shard]), highlight=False)
+    searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
+    console.print(describe_batches(searched), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         opened = open_evaluators(problem, [*problem.batched_minibatches(), *batched_tasks], devices, progress, say)
-    minibatches, (*shards, full, heldout) = opened[: len(problem.minibatches)], opened[len(problem.minibatches) :]
+    minibatches, on = opened[: len(problem.minibatches)], problem.by_split(opened[len(problem.minibatches) :])
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, reporter,
-            warnings, failure_hint, minibatches,
+            problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
+            warnings, failure_hint, minibatches, on.validation,
         )  # fmt: skip
-    console.print(problem.candidates.describe_work([one.evaluator for one in (*minibatches, *shards)]), highlight=False)
-    if len(shards) > 1:
+    searched = [one.evaluator for one in (*minibatches, *on.shards)]
+    console.print(problem.candidates.describe_work(searched), highlight=False)
+    if len(on.shards) > 1:
         examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, full, heldout)) as advance:
-        result = select_best(problem, full, heldout, archive, advance)
+    with passes_bar("scoring", passes_to_select(problem, on.full, on.heldout, on.validation)) as advance:
+        result = select_best(problem, on.full, on.heldout, archive, advance, on.validation)
     if devices.is_main_process:
         _write_winner(folder, problem, result)
     barrier("written")
@@ -275,7 +278,7 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
         console.print(shown, highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
-    for sentence in result.verdicts():
+    for sentence in (result.chosen_on(), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
     for earlier in earlier_winners(folder):
         line = _compared(earlier, len(history), result.winner.fitness)
@@ -415,9 +418,10 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         text = recipe_text(problem, saved.arrays["genomes"][0])
         recipe = parse_recipe(running.recipe, yaml.safe_load(text))
         _export(folder, recipe, text, None, out, dtype, overwrite)
+    chosen_on = "validation split" if problem.validation else "whole search split"
     console.print(
         f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
-        "generation is scored on (a finished run chooses its winner on the whole search split)",
+        f"generation is scored on (a finished run chooses its winner on the {chosen_on})",
         soft_wrap=True,
     )
 

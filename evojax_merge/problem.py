@@ -7,7 +7,7 @@ tokenizers, then the place to write.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from merge_kernels import Method
@@ -40,9 +40,11 @@ from evojax_merge.models.paths import PathSpec
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
+from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.successive_halving import example_lengths, stratified_parts, stratified_shards
+from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
@@ -56,6 +58,19 @@ MAX_DIMS = 1_000_000
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Splits(Generic[T]):
+    """One of something for each split of the examples: the shards that every generation is scored on, the whole search
+    split, the validation split (None: there is none), and the held-out one."""
+
+    shards: list[T]
+    full: T
+    validation: T | None
+    heldout: T
+
 
 @dataclass(frozen=True)
 class SearchProblem:
@@ -63,9 +78,9 @@ class SearchProblem:
 
     `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
     made of: the base first where the method needs one. `shards` are the tasks on the examples that every generation is
-    scored on, in as many parts as successive halving needs; `full` on the whole search split, `heldout` on what the
-    search never sees. `minibatches`: of a strategy that is told gradients, what is differentiated, on the shards'
-    examples.
+    scored on, in as many parts as successive halving needs; `full` on the whole search split, `validation` on what of
+    it is kept back to choose the winner on (empty: nothing is), `heldout` on what the search never sees. `minibatches`:
+    of a strategy that is told gradients, what is differentiated, on the shards' examples.
     """
 
     config: Config
@@ -81,18 +96,26 @@ class SearchProblem:
     tokenizer_folder: Path
     shards: list[list[Task]]
     full: list[Task]
+    validation: list[Task]
     heldout: list[Task]
     context: int
     stop: tuple[int, ...]
     minibatches: list[list[Task]]
 
     def batched_tasks(self) -> list[list[BatchedTask]]:
-        """The batched tasks of each shard of the searched examples, of the whole search split and of the held-out
-        one."""
-        splits = (*self.shards, self.full, self.heldout)
+        """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
+        where there is one, and of the held-out one."""
+        splits = (*self.shards, self.full, *([self.validation] if self.validation else []), self.heldout)
         tokens = self.config.evaluation.tokens_per_batch
         *searched, heldout = batch_tasks(splits, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
         return [*map(_weighted, searched), heldout]
+
+    def by_split(self, values: Sequence[T]) -> Splits[T]:
+        """What there is one of for each split, in the order of `batched_tasks`."""
+        *searched, heldout = values
+        validation = searched.pop() if self.validation else None
+        *shards, full = searched
+        return Splits(shards, full, validation, heldout)
 
     def batched_minibatches(self) -> list[list[BatchedTask]]:
         """The batched tasks of each minibatch."""
@@ -203,7 +226,10 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
     tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
-    searched = [_limited(full, task.limit) for (full, _), task in zip(tasks, config.tasks, strict=True)]
+    full, validation = validation_split(
+        f"{where}: search.validation", [task for task, _ in tasks], config.search.validation, config.seed
+    )
+    searched = [_limited(task, section.limit) for task, section in zip(full, config.tasks, strict=True)]
 
     def lengths(task: Task) -> np.ndarray:
         return example_lengths(task, tokenizer, context)
@@ -227,7 +253,8 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             config.search.rungs,
             config.seed,
         ),
-        full=[full for full, _ in tasks],
+        full=full,
+        validation=validation,
         heldout=[heldout for _, heldout in tasks],
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
@@ -342,8 +369,8 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
 
 def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
     """The strategy of a config, with its seeds. Raises InputError for an unknown one, for dimensions, a population or
-    seeds that it cannot have, and for a search whose genomes do not fit into memory, or that nobody would see the end
-    of."""
+    seeds that it cannot have, for a search whose genomes do not fit into memory, or that nobody would see the end of,
+    and for one that would end before its first generation."""
     dims = space.dims
     if dims > MAX_DIMS:
         raise InputError(
@@ -363,7 +390,9 @@ def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
     settings = StrategySettings(
         dims, search.population, search.sigma, search.generations, from_unit, len(seeds), search.gradient, where
     )
-    return seeded(make_strategy(where, search.strategy, settings), seeds)
+    strategy = make_strategy(where, search.strategy, settings)
+    check_stop(where, search.stop, strategy.population)
+    return seeded(strategy, seeds)
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:

@@ -7,6 +7,7 @@ the evaluator that merges and scores every candidate of a generation inside one 
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -32,13 +33,17 @@ from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve
 from evojax_merge.search.protocols import Progress, differentiates
 from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
 from evojax_merge.search.seeding import seed_genomes, seeded
+from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.search.successive_halving import rung_size, stratified_parts, stratified_shards
+from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base, options_of, search_parameters_of
 
 WHERE = "search_pytrees"
+# Candidates that are compared on the validation split; without one, the best is the best.
+FINALISTS = 5
 Path = tuple[Any, ...]
 
 
@@ -56,15 +61,19 @@ def host_callback(function: Callable[[Any], Any]) -> HostFitness:
 
 @dataclass(frozen=True)
 class PytreeSearch:
-    """What a search found: the best merge, its fitness, its scores per example (float32[N], one number where the
-    fitness is one), by group the searched parameters (one per parent, or one), and how it went: a row a generation, as
-    in a run folder's history.jsonl."""
+    """What a search found: the best merge, its fitness and its scores per example (float32[N], one number where the
+    fitness is one) on what it was chosen on, by group the searched parameters (one per parent, or one), and how it
+    went: a row a generation, as in a run folder's history.jsonl. chosen_on: where there was a validation split, which
+    of the examples it has, and the fitness and the scores are of; stopped: what ended the search before its last
+    generation."""
 
     best: Any = field(repr=False)
     fitness: float
     scores: np.ndarray = field(repr=False)
     parameters: dict[str, dict[str, tuple[float, ...]]]
     history: tuple[dict[str, Any], ...] = field(repr=False)
+    chosen_on: tuple[int, ...] | None = field(repr=False, default=None)
+    stopped: str | None = None
 
 
 def search_pytrees(
@@ -85,6 +94,9 @@ def search_pytrees(
     sigma: float = 1 / 6,
     seeds: Sequence[str] = (),
     rungs: int = 1,
+    validation: float = 0.0,
+    validate_every: int | None = None,
+    stop: Mapping[str, float] | None = None,
     gradient: Mapping[str, Any] | None = None,
     seed: int = 0,
     chunk: int | None = None,
@@ -107,8 +119,11 @@ def search_pytrees(
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
     path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of
     the top level. strategy, population, generations, sigma, seeds, rungs, gradient: as in a config's search; the
-    strategies `gradient` and `hybrid` differentiate a traced fitness. chunk: how many candidates are computed together;
-    None: one after the other on a CPU, else all.
+    strategies `gradient` and `hybrid` differentiate a traced fitness. validation: the share of the examples that no
+    generation is scored on, and that the winner is chosen on; validate_every: how many generations lie between two
+    looks at them. stop: what ends the search before its last generation, any of `evaluations`, `seconds`, `target` and
+    `stagnation`, as in a config. chunk: how many candidates are computed together; None: one after the other on a CPU,
+    else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again.
@@ -122,7 +137,9 @@ def search_pytrees(
     chosen, has_base = method_with_base(WHERE, method, base is not None, len(parents))
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
-        finalists=1, seeds=list(seeds), rungs=rungs, gradient=dict(gradient or {}),
+        finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, validation=validation,
+        validate_every=validate_every, stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
+        gradient=dict(gradient or {}),
     )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
@@ -130,6 +147,10 @@ def search_pytrees(
         raise InputError(WHERE, f"seed: {seed}; expected a whole number from 0 to {MAX_SEED:,}")
     if rungs > 1 and examples is None:
         raise InputError(WHERE, f"rungs: {rungs} compares candidates on few examples first; give it `examples`")
+    if validation and examples is None:
+        raise InputError(
+            WHERE, f"validation: {validation:g} keeps examples back to choose the winner on; give it `examples`"
+        )
 
     names = ["base"] * has_base + [f"parents[{k}]" for k in range(len(parents))]
     tree = _open(names, [base, *parents] if has_base else list(parents))
@@ -158,6 +179,7 @@ def search_pytrees(
         search.gradient, WHERE,
     )  # fmt: skip
     chosen_strategy = seeded(make_strategy(WHERE, strategy, settings), first_genomes)
+    check_stop(WHERE, search.stop, chosen_strategy.population)
     size = chosen_strategy.population
     make_score = (
         partial(_score_on_host, fitness.function, merge, bank, space)
@@ -166,12 +188,18 @@ def search_pytrees(
     )
     _check_examples(examples)
     score, count = make_score(examples)
-    whole = PytreeEvaluator(FitnessTask(tuple(range(count))), score)
-    parts = stratified_shards(f"{WHERE}: rungs", [whole.task], lambda one: np.ones(one.size), rungs, seed)
-    shards = [
-        whole if part is whole.task else PytreeEvaluator(part, make_score(_rows_of(examples, part.indices))[0])
-        for (part,) in parts
-    ]
+    everything = PytreeEvaluator(FitnessTask(tuple(range(count))), score)
+
+    def evaluator_of(task: FitnessTask) -> PytreeEvaluator:
+        if task is everything.task:
+            return everything
+        return PytreeEvaluator(task, make_score(_rows_of(examples, task.indices))[0])
+
+    (to_search,), kept_back = validation_split(f"{WHERE}: validation", [everything.task], validation, seed)
+    parts = stratified_shards(f"{WHERE}: rungs", [to_search], lambda one: np.ones(one.size), rungs, seed)
+    shards = [evaluator_of(part) for (part,) in parts]
+    # With one shard and no validation split, this is the shard's.
+    selection = evaluator_of(kept_back[0] if kept_back else to_search)
     minibatches: list[PytreeEvaluator] = []
     if differentiates(chosen_strategy) is not None:
         if isinstance(fitness, HostFitness):
@@ -182,7 +210,7 @@ def search_pytrees(
         differentiate = partial(_differentiate, fitness, merge, bank, _chunk(chunk, size))
         minibatches = [
             PytreeEvaluator(part, score, differentiate(_rows_of(examples, part.indices)))
-            for (part,) in _minibatches(search.gradient.minibatches, whole.task, examples is not None, seed)
+            for (part,) in _minibatches(search.gradient.minibatches, to_search, examples is not None, seed)
         ]
     with ExitStack() as stack:
         storage: MemoryStorage | FolderStorage = MemoryStorage()
@@ -204,18 +232,22 @@ def search_pytrees(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
             minibatches=[SpaceEvaluator(space, one) for one in minibatches],
+            validation=SpaceEvaluator(space, selection) if kept_back else None,
         )  # fmt: skip
-        finalists = rescore(space, SpaceEvaluator(space, whole), archive, lambda done: None)
+        finalists = rescore(space, SpaceEvaluator(space, selection), archive, lambda done: None)
         if not finalists:
             # Each generation had a candidate with a finite fitness: the function gives another one now.
-            raise Failed(f"{WHERE}: the best of {search.generations} generations has no finite fitness any more")
+            split = " on the validation split" if kept_back else " any more"
+            raise Failed(f"{WHERE}: the best of {archive.generations} generations has no finite fitness{split}")
         winner = finalists[0]
         found = PytreeSearch(
             best=jax.jit(merge)(bank, winner.genome),
             fitness=winner.fitness,
-            scores=whole.known(winner.genome),
+            scores=selection.known(winner.genome),
             parameters=_by_group(space.groups, winner.genome),
             history=tuple(storage.read_history()),
+            chosen_on=kept_back[0].indices if kept_back else None,
+            stopped=None if archive.stopped is None else archive.stopped.describe(),
         )
         if folder is not None:
             _write(folder, found, winner.genome)
@@ -234,6 +266,10 @@ class _Reporter(Reporter):
     def finished(self, generation: Generation) -> None:
         self._on_generation(generation)
 
+    def warn(self, text: str) -> None:
+        # Of who called `search_pytrees`.
+        warnings.warn(text, stacklevel=4)
+
 
 def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
     """best/params.safetensors and result.json of a run folder."""
@@ -248,7 +284,8 @@ def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
     atomic_write_bytes(folder.recipe.parent / PARAMS, save(arrays))
     document = {
         "generations": len(found.history),
-        "search_fitness": {"winner": found.fitness},
+        "chosen_on": "search" if found.chosen_on is None else "validation",
+        f"{'search' if found.chosen_on is None else 'validation'}_fitness": {"winner": found.fitness},
         "parameters": found.parameters,
         "genome": [float(gene) for gene in genome],
     }

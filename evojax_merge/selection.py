@@ -15,10 +15,11 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator
-from evojax_merge.evaluation.scores import fitness, means
+from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import Result, Row, model_name
+from evojax_merge.report.intervals import leads_over
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, rescore
 
@@ -53,52 +54,93 @@ def select_best(
     heldout: CandidateEvaluator,
     archive: Archive,
     progress: Callable[[int], None] = lambda done: None,
+    validation: CandidateEvaluator | None = None,
 ) -> Result:
-    """Re-score the finalists on the whole search split, then score everyone on the held-out split. Raises Failed where
-    no finalist has finite scores."""
+    """Choose the winner among the finalists, on the validation split where there is one, else on the whole search
+    split; then score everyone on the held-out split. Raises Failed where no finalist has finite scores."""
     candidates = problem.candidates
-    finalists = rescore(problem.space, full, archive, progress)
+    finalists = rescore(problem.space, full if validation is None else validation, archive, progress)
     if not finalists:
-        raise Failed(_no_winner(problem))
+        raise Failed(_no_winner(problem, archive))
     best, (label, plain) = finalists[0], problem.space.baseline()
-    baseline = float(fitness(full.tasks, full.score(plain[None], progress))[0])
-    rows = [_stored_row(problem, role, path, heldout.evaluator.evaluator, progress) for role, path in problem.models]
-    scores = heldout.score(np.stack([best.genome, plain]), progress)
-    values, tables = fitness(heldout.tasks, scores), means(heldout.tasks, scores)
-    if candidates.baseline_role is not None:
-        role = candidates.baseline_role
-        rows.append(Row(role, f"{role} {candidates.name}", float(values[1]), tables[1]))
-    rows.append(Row("winner", f"evolved {candidates.name}", float(values[0]), tables[0]))
-    report = candidates.report(best.genome, [model_name(parent) for parent in problem.parents])
-    return Result(best.genome, best.fitness, (label, baseline), rows, report)
 
+    def fitness_on(evaluator: CandidateEvaluator, genome: np.ndarray) -> float:
+        return float(fitness(evaluator.tasks, evaluator.score(genome[None], progress))[0])
 
-def _no_winner(problem: SearchProblem) -> str:
-    """Every generation had a candidate with finite scores, and none of them has on the whole search split."""
-    search, metrics = problem.search, ", ".join(f"{task.name} ({task.metric})" for task in problem.full)
-    return (
-        f"no winner: after {search.generations} generations of {problem.strategy.population} candidates, none of the "
-        f"{search.finalists} best, what the strategy proposed and the start has finite scores on the whole search "
-        f"split of {metrics}. {failure_hint(problem.full[0])}"
+    searched = best.fitness if validation is None else fitness_on(full, best.genome)
+    validated = None if validation is None else (best.fitness, fitness_on(validation, plain))
+    table = _table(problem, heldout, best.genome, plain, progress)
+    return Result(
+        genome=best.genome,
+        search_fitness=searched,
+        baseline=(label, fitness_on(full, plain)),
+        rows=table,
+        report=candidates.report(best.genome, [model_name(parent) for parent in problem.parents]),
+        validation=validated,
+        stopped_by=None if archive.stopped is None else archive.stopped.criterion,
     )
 
 
-def _stored_row(
-    problem: SearchProblem, role: str, path: Path, heldout: Evaluator, progress: Callable[[int], None]
-) -> Row:
+def _table(
+    problem: SearchProblem,
+    heldout: CandidateEvaluator,
+    winner: np.ndarray,
+    plain: np.ndarray,
+    progress: Callable[[int], None],
+) -> list[Row]:
+    """Everyone on the held-out split: the stored models, the baseline where it is none of them, and the winner."""
+    candidates, decoder = problem.candidates, heldout.evaluator.evaluator
+    scored = [
+        (role, model_name(path), 0, _stored_scores(problem, path, decoder, progress)) for role, path in problem.models
+    ]
+    both = heldout.score(np.stack([winner, plain]), progress)
+    if candidates.baseline_role is not None:
+        role = candidates.baseline_role
+        scored.append((role, f"{role} {candidates.name}", 1, both))
+    scored.append(("winner", f"evolved {candidates.name}", 0, both))
+    weighted = task_weights(heldout.tasks)
+    rows = [
+        Row(role, name, float(fitness(heldout.tasks, scores)[p]), means(heldout.tasks, scores)[p])
+        for role, name, p, scores in scored
+    ]
+    examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
+    leads = leads_over(examples[-1], examples[:-1], [share for _, share in weighted], problem.config.seed)
+    return [*(replace(row, lead=lead) for row, lead in zip(rows[:-1], leads, strict=True)), rows[-1]]
+
+
+def _no_winner(problem: SearchProblem, archive: Archive) -> str:
+    """Every generation had a candidate with finite scores, and none of them has on what the winner is chosen on."""
+    metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.full)
+    split = "validation split" if problem.validation else "whole search split"
+    return (
+        f"no winner: after {archive.generations} generations of {problem.strategy.population} candidates, none of the "
+        f"{problem.search.finalists} best, what the strategy proposed and the start has finite scores on the {split} "
+        f"of {metrics}. {failure_hint(problem.full[0])}"
+    )
+
+
+def _stored_scores(
+    problem: SearchProblem, path: Path, heldout: Evaluator, progress: Callable[[int], None]
+) -> TaskScores:
     """A stored model's held-out scores."""
     aligned = problem.sources.vocabulary is not None
     sources, config = (
         open_sources([path, problem.tokenizer_folder], TokenizerChoice(1)) if aligned else open_sources([path])
     )
     evaluator = replace(heldout, config=config)
-    scores = evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
-    return Row(role, model_name(path), float(fitness(heldout.tasks, scores)[0]), means(heldout.tasks, scores)[0])
+    return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
 
-def passes_to_select(problem: SearchProblem, full: CandidateEvaluator, heldout: CandidateEvaluator) -> int:
+def passes_to_select(
+    problem: SearchProblem,
+    full: CandidateEvaluator,
+    heldout: CandidateEvaluator,
+    validation: CandidateEvaluator | None = None,
+) -> int:
     """How many steps of progress `select_best` reports at most."""
-    return full.passes(problem.search.finalists + 3) + heldout.passes(len(problem.models) + 2)
+    candidates = problem.search.finalists + 3
+    choice = full.passes(candidates) if validation is None else validation.passes(candidates) + full.passes(2)
+    return choice + heldout.passes(len(problem.models) + 2)
 
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:

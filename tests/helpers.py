@@ -193,9 +193,17 @@ def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.
     return Family(root, base, folders, tasks)
 
 
-def search_in(folder: Path, config: SearchConfig, seed: int, space: Any, shards: Sequence[Any]) -> Archive:
+def search_in(
+    folder: Path,
+    config: SearchConfig,
+    seed: int,
+    space: Any,
+    shards: Sequence[Any],
+    validation: Any = None,
+    reporter: Reporter | None = None,
+) -> Archive:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
-    run = RunFolder(folder)
+    run, reporter = RunFolder(folder), reporter or Reporter()
     with Checkpoints(run) as checkpoints:
-        strategy = build_strategy("search", config, space)
-        return evolve(config, seed, strategy, space, shards, FolderStorage(run, checkpoints), Reporter())
+        strategy, storage = build_strategy("search", config, space), FolderStorage(run, checkpoints)
+        return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation)

@@ -116,6 +116,16 @@ def test_wrong_values_are_said_by_their_key_and_in_plain_words(name: str) -> Non
         ("sigma", math.inf, "search.sigma: expected a number from 1e-06 to 10, found inf"),
         ("sigma", "wide", "search.sigma: expected a number from 1e-06 to 10, found 'wide'"),
         ("population", 10**7, "search.population: expected a whole number from 1 to 100,000, found 10000000"),
+        ("validation", math.nan, "search.validation: expected a share from 0 to below 1, found nan"),
+        ("validation", -0.1, "search.validation: expected a share from 0 to below 1, found -0.1"),
+        ("validate_every", 0, "search.validate_every: expected a whole number from 1 to 1,000,000, found 0"),
+        ("stop", {"seconds": 0}, "search.stop.seconds: expected a number from 0.001 to 1e+09, found 0"),
+        ("stop", {"target": math.inf}, "search.stop.target: expected a number that float32 holds, found inf"),
+        (
+            "stop",
+            {"evaluations": -5},
+            "search.stop.evaluations: expected a whole number from 1 to 1,000,000,000,000, found -5",
+        ),
         ("generations", None, "search.generations: expected a whole number from 1 to 1,000,000, found nothing"),
     ],
 )

@@ -148,16 +148,23 @@ def history(out: Path) -> list[dict[str, Any]]:
 
 
 def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> None:
+    """A winner that is chosen on a validation split, and an end before the last generation, among the rest."""
     config = write_config(family.root)
-    ended = finish(start(config, tmp_path / "two", 2))
+    stop = "{evaluations: 20, seconds: 1000}"
+    options = [f"search.{key}" for key in ("generations=9", "validation=0.4", "validate_every=2", f"stop={stop}")]
+    options = [part for option in options for part in ("--set", option)]
+    ended = finish(start(config, tmp_path / "two", 2, *options))
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert finish(start(config, tmp_path / "one", 1))[0][0] == 0
+    assert finish(start(config, tmp_path / "one", 1, *options))[0][0] == 0
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(one) == len(two) == 3
     for row, other in zip(one, two, strict=True):
         np.testing.assert_allclose(row["fitness"], other["fitness"], atol=1e-5)
+    checks = [rows[1]["validation"]["best_so_far"] for rows in (one, two)]
+    assert checks[0] == pytest.approx(checks[1], abs=1e-5)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     np.testing.assert_allclose(results[0]["genome"], results[1]["genome"], atol=1e-4)
+    assert [(result["stopped_by"], result["chosen_on"]) for result in results] == [("evaluations", "validation")] * 2
     # One of them writes, and speaks.
     spoken = [line for line in ended[1][1].splitlines() if not line.startswith("[Gloo]")]
     assert "winner:" in ended[0][1] and not spoken

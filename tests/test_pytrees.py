@@ -286,6 +286,61 @@ def test_successive_halving_over_examples(wrap: Any) -> None:
     assert found.fitness == pytest.approx(float(rows_of(found.best, linear_examples(24)).mean()), rel=1e-4)
 
 
+@pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
+def test_a_validation_split_of_the_examples(wrap: Any, tmp_path: Any) -> None:
+    examples = linear_examples(24)
+    settings = {"population": 6, "generations": 4, "validation": 0.25, "validate_every": 2, "rungs": 2}
+    found = quick(fitness=wrap(rows_of), examples=examples, **settings, out=tmp_path / "run")
+    assert found.chosen_on is not None and len(found.chosen_on) == len(found.scores) == 6
+    assert {n for row in found.history for n in row["examples"]} == {9, 18}
+    assert [row["generation"] for row in found.history if "validation" in row] == [2, 4]
+    kept = np.isin(np.arange(24), found.chosen_on)
+    scores = rows_of(found.best, {name: leaf[kept] for name, leaf in examples.items()})
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
+    assert found.fitness == pytest.approx(float(found.scores.mean()))
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["chosen_on"] == "validation" and result["validation_fitness"] == {"winner": found.fitness}
+    # What is kept back changes nothing in the search.
+    other = {name: np.where(kept[:, None], 0, leaf) for name, leaf in examples.items()}
+    again = quick(fitness=wrap(rows_of), examples=other, **settings)
+    assert [row["genomes"] for row in again.history] == [row["genomes"] for row in found.history]
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "hybrid"])
+def test_gradients_are_of_what_is_searched_on_and_stop_in_time(strategy: str) -> None:
+    examples = linear_examples(24)
+    settings = {"strategy": strategy, "population": 4, "generations": 8, "validation": 0.25, "validate_every": 2}
+    settings |= {"gradient": {"minibatches": 2}}
+    found = quick(fitness=rows_of, examples=examples, **settings)
+    assert found.chosen_on is not None
+    kept = np.isin(np.arange(24), found.chosen_on)
+    other = {name: np.where(kept[:, None], 0, leaf) for name, leaf in examples.items()}
+    again = quick(fitness=rows_of, examples=other, **settings)
+    assert [row["genomes"] for row in again.history] == [row["genomes"] for row in found.history]
+    assert max(n for row in found.history for n in row["examples"]) <= 18
+    # The most generations that fit, though `hybrid` evaluates fewer candidates in some than in others.
+    counts = [row["evaluations"] for row in found.history]
+    most = counts[4]
+    for budget, generations in ((most, 5), (counts[5] - 1, 5), (counts[5], 6)):
+        short = quick(fitness=rows_of, examples=examples, **settings, stop={"evaluations": max(budget, 4)})
+        assert short.history == found.history[:generations]
+    # On minibatches no candidate is evaluated on everything: nothing stagnates that is not known.
+    halted = quick(fitness=rows_of, examples=examples, **settings, stop={"stagnation": 1})
+    assert len(halted.history) == 8 or any(row["best"] is not None for row in halted.history)
+
+
+def test_stopping_early(tmp_path: Any) -> None:
+    whole = quick(generations=5)
+    assert whole.stopped is None
+    found = quick(generations=5, stop={"evaluations": 9}, out=tmp_path / "run")
+    assert found.history == whole.history[:2] and found.stopped is not None
+    assert found.stopped.startswith("search.stop.evaluations: 8 candidates were evaluated")
+    again = quick(generations=5, stop={"evaluations": 9}, out=tmp_path / "run", resume=True)
+    assert again.history == found.history and again.fitness == found.fitness
+    assert quick(generations=5, out=tmp_path / "run", resume=True).history == whole.history
+    assert len(quick(generations=5, stop={"target": whole.history[2]["best_so_far"]}).history) <= 3
+
+
 def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> None:
     whole = quick(generations=5, out=tmp_path / "whole")
     assert json.loads((tmp_path / "whole/result.json").read_text())["parameters"].keys() == whole.parameters.keys()
@@ -356,6 +411,13 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"population": 1}, "population: 1; the strategy cma_es compares candidates; expected 2 or more"),
         ({"chunk": 0}, "chunk: 0; expected 1 or more"),
         ({"rungs": 2}, "rungs: 2 .* give it `examples`"),
+        ({"validation": 0.2}, "validation: 0.2 keeps examples back .* give it `examples`"),
+        ({"validation": 0.01, "examples": np.ones((5, 1)), "fitness": lambda merged, rows: rows[:, 0]},
+         "validation: 0.01 of the 5 examples that fitness has to search on leaves none to validate on"),
+        ({"validate_every": 2}, "search: validate_every: there is no validation split"),
+        ({"stop": {"evaluations": 3}}, "stop.evaluations: 3 are fewer than the"),
+        ({"stop": {"target": "high"}}, "search: stop.target: expected a number that float32 holds, found 'high'"),
+        ({"stop": 5}, r"search: stop: expected a mapping \(of evaluations, .*\), found 5"),
         ({"examples": {"x": np.ones(3), "y": np.ones(4)}}, r"examples: leading axes of \[3, 4\]"),
         ({"strategy": "cma-es"}, r"unknown strategy 'cma-es' \(did you mean 'cma_es'\?\)"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -606,9 +607,12 @@ def test_result_terminal_and_card_say_whether_the_winner_is_better(finished):
         assert row["heldout_fitness"] == max(by_role[role]) and row["winner_heldout_fitness"] == winner
         assert row["better"] == (winner > max(by_role[role]))
     said = (finished.parent / "stdout").read_text()
-    expected = sum(not row["better"] for row in better.values())
     for text in (card, said):
-        assert text.count("On held-out data the evolved model is") == expected
+        # By how much, with an interval, where it is better, and both figures where it is not.
+        for is_better in (True, False):
+            sentences = re.findall(r"On held-out data the evolved model is (better than )?", text)
+            expected = sum(row["better"] == is_better for row in better.values())
+            assert sum(bool(sentence) == is_better for sentence in sentences) == expected
 
 
 def test_a_base_that_gives_the_tokenizer_alone_is_named_in_the_recipe(config_file, tmp_path):

@@ -101,6 +101,16 @@ def barrier(name: str) -> None:
             multihost_utils.sync_global_devices(name)
 
 
+def decided_by_main(value: int) -> int:
+    """A number as the main process has it: clocks and files of the others may say something else."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    with collective():
+        return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def init_distributed() -> None:
     """Join the processes of one run. What runs them (SLURM, Open MPI, a TPU pod) is recognised by JAX; by hand they are
     told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError where neither is there."""

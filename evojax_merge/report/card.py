@@ -13,6 +13,7 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import front_matter
 from evojax_merge.report.tables import markdown_table
+from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import parse_yaml
 from evojax_merge.zoo import PREFIX
 
@@ -71,21 +72,25 @@ def merge_card(name: str, method: str, models: Mapping[str, Path], recipe: str) 
     )
 
 
+def _sizes(task: Task, validation: Task | None, heldout: Task) -> str:
+    """In words, how many examples of a task are in each split."""
+    searched = f"{task.size} search" if validation is None else f"{task.size} search, {validation.size} validation"
+    return f"{searched} and {heldout.size} held-out examples"
+
+
 def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
     """The card of a search's winner. generations: how many have been searched."""
     tasks = "\n".join(
         f"- `{task.name}`: metric {task.metric}, weight {task.weight:g}, "
-        f"{task.size} search and {heldout.size} held-out examples"
-        for task, heldout in zip(problem.full, problem.heldout, strict=True)
+        f"{_sizes(task, problem.validation[i] if problem.validation and task.weight else None, problem.heldout[i])}"
+        for i, task in enumerate(problem.full)
     )
     models = {str(path): path for path in problem.merged_from}
-    label, baseline = result.baseline
     return (
         merge_card(name, problem.candidates.name, models, recipe)
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {problem.candidates.describe()}, "
         f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
-        f"On the search split the winner scored {result.search_fitness:.4f}, the {label} "
-        f"{baseline:.4f}.\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
+        f"{result.chosen_on()}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n" + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )

@@ -9,17 +9,20 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.report.intervals import Lead
 from evojax_merge.report.winner import WinnerReport
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: held-out scores of a model."""
+    """One line of the final table: held-out scores of a model. lead: how far the winner is ahead of it; None where
+    there is no winner, or nothing to be said."""
 
     role: str
     name: str
     fitness: float
     scores: dict[str, float]
+    lead: Lead | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Result:
     """The winner and what it was compared with.
 
     `baseline`: the candidate that nobody searched for (the uniform merge, or the first parent as it is) and its fitness
-    on the search split. `rows`: the held-out table. `report`: what is shown of the winner.
+    on the search split. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
+    fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
+    search split. `stopped_by`: the criterion that ended the search before its last generation.
     """
 
     genome: np.ndarray
@@ -35,6 +40,8 @@ class Result:
     baseline: tuple[str, float]
     rows: list[Row]
     report: WinnerReport
+    validation: tuple[float, float] | None = None
+    stopped_by: str | None = None
 
     @property
     def winner(self) -> Row:
@@ -48,29 +55,49 @@ class Result:
         best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
         return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
 
-    def verdicts(self) -> list[str]:
-        """A sentence, with both figures, for each rival that the winner is not better than on held-out data."""
-        ours, sentences = self.winner.fitness, []
-        for row in self.rivals:
-            if ours > row.fitness or (np.isfinite(ours) and not np.isfinite(row.fitness)):
-                continue
-            named = "" if row.name == row.role else f" {row.name}"
-            name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
-            if not np.isfinite(ours):
-                sentences.append(
-                    f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
-                )
-                continue
-            if ours == row.fitness:
-                sentences.append(f"On held-out data the evolved model is only as good as {name}: both have {ours:.4f}.")
-                continue
-            shown = [f"{value:.4f}" for value in (ours, row.fitness)]
-            if shown[0] == shown[1]:
-                shown = [repr(float(value)) for value in (ours, row.fitness)]
-            sentences.append(
-                f"On held-out data the evolved model is worse than {name}: it has {shown[0]}, that has {shown[1]}."
+    def chosen_on(self) -> str:
+        """A sentence: on which split the winner was chosen, and what it scored there."""
+        (label, searched), found = self.baseline, self.search_fitness
+        if self.validation is None:
+            return (
+                f"The winner was chosen on the search split: there it scored {found:.4f}, the {label} {searched:.4f}."
             )
-        return sentences
+        winner, baseline = self.validation
+        return (
+            f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
+            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {found:.4f}, the {label} {searched:.4f}."
+        )
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
+        noise; where it is not better, both figures. None where it is better and no more can be said."""
+        return [sentence for row in self.rivals if (sentence := self._verdict(row)) is not None]
+
+    def _verdict(self, row: Row) -> str | None:
+        ours, lead = self.winner.fitness, row.lead
+        named = "" if row.name == row.role else f" {row.name}"
+        name = {"base": f"the base{named}", "uniform": "the uniform merge"}.get(row.role, f"the best parent{named}")
+        if not np.isfinite(ours):
+            return f"The evolved model has no finite score on held-out data; {name} has {row.fitness:.4f}."
+        start = "On held-out data the evolved model is"
+        if ours > row.fitness or not np.isfinite(row.fitness):
+            if lead is None:
+                return None
+            noise = ", which is within noise" if lead.within_noise else ""
+            return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead)})."
+        if ours == row.fitness:
+            spread = "" if lead is None or lead.low == lead.high else f" (of the difference, {_interval(lead)})"
+            return f"{start} only as good as {name}: both have {ours:.4f}{spread}."
+        shown = [f"{value:.4f}" for value in (ours, row.fitness)]
+        if shown[0] == shown[1]:
+            shown = [repr(float(value)) for value in (ours, row.fitness)]
+        noise = "" if lead is None or not lead.within_noise else ", within noise"
+        spread = "" if lead is None else f" (a difference of {lead.difference:.4f}{noise}; {_interval(lead)})"
+        return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
+
+
+def _interval(lead: Lead) -> str:
+    return f"95% interval {lead.low:.4f} to {lead.high:.4f}"
 
 
 def model_name(path: Path) -> str:
@@ -82,7 +109,7 @@ def model_name(path: Path) -> str:
 
 
 def write_result(result: Result, generations: int, file: Path) -> None:
-    """`result.json`: the table and the winner. Nothing in it depends on the clock."""
+    """`result.json`: the table and the winner. Nothing in it depends on the clock, but where that ended the search."""
 
     def plain(row: Row) -> dict[str, Any]:
         return {
@@ -92,21 +119,29 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             "heldout_scores": row.scores,
         }
 
-    winner = result.winner
+    winner, compared = result.winner, ("winner", result.baseline[0])
+    validated = (
+        {} if result.validation is None else {"validation_fitness": dict(zip(compared, result.validation, strict=True))}
+    )
     document = {
         "generations": generations,
         "table": [plain(row) for row in result.rows],
-        # By role: whether the winner is better on held-out data, and both figures.
+        # By role: whether the winner is better on held-out data, both figures, and the 95% interval of the difference.
         "better_than": {
             row.role: {
                 "name": row.name,
                 "better": winner.fitness > row.fitness,
                 "winner_heldout_fitness": winner.fitness,
                 "heldout_fitness": row.fitness,
+                "interval": None if row.lead is None else [row.lead.low, row.lead.high],
+                "within_noise": None if row.lead is None else row.lead.within_noise,
             }
             for row in result.rivals
         },
-        "search_fitness": {"winner": result.search_fitness, result.baseline[0]: result.baseline[1]},
+        "chosen_on": "search" if result.validation is None else "validation",
+        "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
+        **validated,
+        **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
         **result.report.document(),
         "genome": [float(gene) for gene in result.genome],
     }

@@ -47,6 +47,10 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
     for key, style in (("best_so_far", "-"), ("best", "."), ("mean", "--")):
         values = [np.nan if row[key] is None else row[key] for row in history]
         axis.plot(generations, values, style, label=key.replace("_", " "))
+    checks = [(row["generation"], row["validation"]["best_so_far"]) for row in history if "validation" in row]
+    if checks:
+        values = [np.nan if value is None else value for _, value in checks]
+        axis.plot([generation for generation, _ in checks], values, "o-", markersize=3, label="validation of best")
     label, baseline = result.baseline
     axis.axhline(baseline, color="grey", linewidth=0.8, label=label)
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")

@@ -76,6 +76,7 @@ class SearchBar(Reporter):
         failed = f"  failed {g.failed}" if g.failed else ""
         info = (
             f"best so far {shown(g.best_so_far)}  mean {shown(g.mean)}  "
+            + ("" if g.validation is None else f"validation {shown(g.validation)}  ")
             + "".join(f"{name} {value:.3f}  " for name, value in g.metrics.items())
             + f"{g.seconds / g.population:.3g} s/candidate{failed}"
         )
@@ -86,6 +87,9 @@ class SearchBar(Reporter):
 
     def log(self, text: str) -> None:
         say(text)
+
+    def warn(self, text: str) -> None:
+        console.print(f"warning: {text}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from rich.text import Text
 
 from evojax_merge.report.comparison import Row
 
+LEAD = "winner ahead by (95% interval)"
+
 
 def score_columns(rows: Sequence[Row]) -> list[str]:
     return list(rows[0].scores)
@@ -17,14 +19,25 @@ def terminal_table(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=Text(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
+    leads = [LEAD] if any(row.lead is not None for row in rows) else []
+    for column in leads:
+        table.add_column(column, justify="right")
     for column in score_columns(rows):
         table.add_column(Text(column), justify="right")
     for row in rows:
         style = "bold" if row.role == "winner" else ""
         label = row.name if _says_its_role(row) else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(Text(label), f"{row.fitness:.4f}", *numbers, style=style)
+        table.add_row(Text(label), f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers, style=style)
     return table
+
+
+def lead_cell(row: Row) -> str:
+    """How far the winner is ahead of a row's model; `noise` where the interval holds 0."""
+    if row.lead is None:
+        return ""
+    interval = f"{row.lead.difference:+.4f} ({row.lead.low:.4f} to {row.lead.high:.4f})"
+    return f"{interval}, noise" if row.lead.within_noise else interval
 
 
 def _says_its_role(row: Row) -> bool:
@@ -34,12 +47,14 @@ def _says_its_role(row: Row) -> bool:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    columns = ["fitness", *score_columns(rows)]
+    leads = [LEAD] if any(row.lead is not None for row in rows) else []
+    columns = ["fitness", *leads, *score_columns(rows)]
     lines = [f"| model | {' | '.join(map(_cell, columns))} |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
-        numbers = [row.fitness, *(row.scores[column] for column in columns[1:])]
+        numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
         label = row.name if _says_its_role(row) else f"{row.role} `{row.name}`"
-        lines.append(f"| {_cell(label)} | " + " | ".join(f"{number:.4f}" for number in numbers) + " |")
+        cells = [f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers]
+        lines.append(f"| {_cell(label)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from evojax_merge.search.protocols import (
     differentiates,
 )
 from evojax_merge.search.run_folder import KEPT_CHECKPOINTS
+from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
     describe_rungs,
@@ -39,6 +40,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import HISTORY, SurrogateData
+from evojax_merge.search.validation import init_peak, validate
 
 # The number of the key that a strategy's first state is drawn from; generations have those from 0 on.
 INIT_KEY = 2**31 - 1
@@ -48,7 +50,8 @@ INIT_KEY = 2**31 - 1
 class Generation:
     """What one generation showed. number: from 1; fitness: float64[P], each candidate's mean over the examples that it
     was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
-    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took."""
+    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took.
+    validation: the fitness of the best so far on the validation split, where a look was taken at it."""
 
     number: int
     fitness: np.ndarray
@@ -58,6 +61,7 @@ class Generation:
     failed: int
     metrics: dict[str, float]
     seconds: float
+    validation: float | None = None
 
     @property
     def population(self) -> int:
@@ -67,11 +71,13 @@ class Generation:
 @dataclass(frozen=True)
 class Archive:
     """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
-    strategy proposes, float32[F, D]."""
+    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last."""
 
     genomes: np.ndarray
     fitness: np.ndarray
     proposed: np.ndarray
+    generations: int
+    stopped: Stopped | None = None
 
 
 class Reporter:
@@ -81,6 +87,9 @@ class Reporter:
     def advanced(self, passes: int) -> None: ...
     def finished(self, generation: Generation) -> None: ...
     def log(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        self.log(f"warning: {text}")
 
 
 class Storage(Protocol):
@@ -99,6 +108,10 @@ class Storage(Protocol):
         """The rows that were saved."""
         ...
 
+    def read_timing(self) -> list[dict[str, Any]]:
+        """The lines of the clock that were saved."""
+        ...
+
     def describe(self, generations: int) -> str:
         """In words, what of the first `generations` is kept, and where."""
         ...
@@ -109,15 +122,20 @@ class MemoryStorage:
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
+        self._timing: list[dict[str, Any]] = []
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
         return like, 0
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
         self._rows.append(row)
+        self._timing.append(timing)
 
     def read_history(self) -> list[dict[str, Any]]:
         return list(self._rows)
+
+    def read_timing(self) -> list[dict[str, Any]]:
+        return list(self._timing)
 
     def describe(self, generations: int) -> str:
         return "nothing is saved"
@@ -140,12 +158,13 @@ def evolve(
     look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = lambda task: "",
     minibatches: Sequence[GradientEvaluator] = (),
+    validation: GenomeEvaluator | None = None,
 ) -> Archive:
     """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
     one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`:
     of a strategy that is told gradients, what differentiates the fitness or its companion on each part of the examples.
-    `look_at` finds what is to be said of the first generation's scores; `hint` says what makes all candidates fail on a
-    task.
+    `validation`: of the validation split, at which `config.validate_every` looks. `look_at` finds what is to be said of
+    the first generation's scores; `hint` says what makes all candidates fail on a task.
 
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
     its population.
@@ -156,8 +175,10 @@ def evolve(
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
     state = _init_state(config, seed, strategy, space, shards)
+    if validation is not None and config.validate_every:
+        state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
-    evaluations = storage.read_history()[first - 1]["evaluations"] if first else 0
+    course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
     is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
@@ -166,6 +187,10 @@ def evolve(
         key = generation_key(seed, number)
         genomes, state_after_ask = strategy.ask(key, state["strategy"])
         _check_genomes(strategy, space, genomes)
+        ended = stopped(config.stop, course, len(genomes))
+        if ended is not None:
+            reporter.log(_ended_early(ended, number, number == first, config))
+            break
         by_gradient = isinstance(strategy, UsesGradients) and strategy.wants_gradients(state["strategy"])
         parts: Sequence[GenomeEvaluator] = minibatches if by_gradient else shards
         order = shard_order(len(parts), seed, number)
@@ -188,12 +213,21 @@ def evolve(
         told = strategy.tell(key, state_after_ask, genomes, halved.scores)
         state = _next_state(told, np.asarray(genomes), halved, state)
         metrics = strategy.metrics(told)
-        evaluations += len(genomes)
-        row = _history_row(number + 1, evaluations, np.asarray(genomes), halved, state, metrics)
+        row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, metrics)
         each = seconds / len(genomes)
-        storage.save(
-            number + 1, state, row, {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
-        )
+        timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
+        if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
+            started = time.perf_counter()
+            best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
+            proposed = strategy.finalists(told)
+            row["validation"], state["peak"] = validate(validation, best, proposed, state["peak"])
+            timing["validation_seconds"] = time.perf_counter() - started
+        parted, course = course.trend.parted, course.after(row, seconds_of(timing))
+        if course.trend.parted != parted:
+            # Before it is saved: what is saved has been said.
+            reporter.warn(course.trend.describe())
+        storage.save(number + 1, state, row, timing)
+        done = number + 1
         reporter.finished(
             Generation(
                 number=number + 1,
@@ -204,12 +238,24 @@ def evolve(
                 failed=row["failed"],
                 metrics=metrics,
                 seconds=seconds,
+                validation=row.get("validation", {}).get("best_so_far"),
             )
         )
     found = np.isfinite(state["fitness"])
     return Archive(
-        np.asarray(state["genomes"])[found], np.asarray(state["fitness"])[found], strategy.finalists(state["strategy"])
+        genomes=np.asarray(state["genomes"])[found],
+        fitness=np.asarray(state["fitness"])[found],
+        proposed=strategy.finalists(state["strategy"]),
+        generations=done,
+        stopped=ended,
     )
+
+
+def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
+    """One line; is_saved: all of these generations are of an earlier process."""
+    if is_saved:
+        return f"{generations} generations are saved: nothing to search ({ended.describe()})"
+    return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
 
 
 def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
@@ -274,7 +320,7 @@ def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: 
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # Stable: of equals, the one that was found first stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
-    return {
+    return state | {
         "strategy": told,
         "genomes": np.concatenate([state["genomes"], genomes])[best],
         "fitness": every[best],
@@ -321,15 +367,16 @@ def _history_row(
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate that was re-scored on the full search split."""
+    """A candidate and its fitness on the examples that the winner is chosen on."""
 
     genome: np.ndarray
     fitness: float
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, what the strategy proposes, the start) on the full search split, best
-    first. Candidates that are not finite are left out."""
+    """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
+    is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
+    out."""
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)

@@ -46,7 +46,7 @@ from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
-EXTENDABLE = (("search", "generations"),)
+EXTENDABLE = (("search", "generations"), ("search", "stop"))
 KEPT_CHECKPOINTS = 3
 # In best/: the winner of `search_pytrees`, its leaves by their paths.
 PARAMS = "params.safetensors"
@@ -176,7 +176,7 @@ def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable
 
 def restore_timing(folder: RunFolder, generations: int) -> None:
     """Keep the lines of the first `generations`; where one is damaged, those before it. They depend on the
-    clock, and nothing depends on them."""
+    clock, and nothing depends on them but when `search.stop.seconds` are over."""
     if folder.timing.exists():
         rows = [row for row in read_lines(folder.timing) if row["generation"] <= generations]
         atomic_write(folder.timing, "".join(map(to_line, rows)))
@@ -382,7 +382,7 @@ def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
     for key, old, new in _differences(load_yaml(folder.config), document):
-        if key in EXTENDABLE:
+        if key[:2] in EXTENDABLE:
             continue
         if key[0] == "inputs" and len(key) == 2:
             raise _other_input(folder, key[1], old, new)
@@ -684,6 +684,9 @@ class FolderStorage:
 
     def read_history(self) -> list[dict[str, Any]]:
         return self._folder.read_history()
+
+    def read_timing(self) -> list[dict[str, Any]]:
+        return read_lines(self._folder.timing)
 
     def describe(self, generations: int) -> str:
         if not generations:

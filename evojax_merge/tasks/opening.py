@@ -76,24 +76,40 @@ def _check_fair(where: str, config: TaskConfig) -> None:
 # Examples that are the same
 
 
-def overlaps(where: str, tasks: Sequence[TaskConfig], full: Sequence[Task], heldout: Sequence[Task]) -> list[str]:
+def overlaps(
+    where: str,
+    tasks: Sequence[TaskConfig],
+    full: Sequence[Task],
+    heldout: Sequence[Task],
+    validation: Sequence[Task] = (),
+) -> list[str]:
     """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
-    once in its data, and for each of which held-out examples are among those that are searched on. `where` is the
-    config; `full` and `heldout` are the splits of its tasks."""
+    once in its data, and for each of which held-out (or validation) examples are among those that are searched on.
+    `where` is the config; `full`, `heldout` and `validation`, where there is one, are the splits of its tasks."""
     searched = {key for task in full if task.weight > 0 for key, _ in task.contents()}
+    chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
     lines = []
     for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
         task = f"{where}: tasks[{number}]"
+        # A task of weight 0 is not divided.
+        kept_back = [validation[number]] if validation and config.weight > 0 else []
         if isinstance(config.heldout, str):
-            lines += repeated(task, search) + repeated(f"{task}.heldout", held)
+            lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
         else:
-            lines += repeated(task, search, held)
-        shared = [place for key, place in held.contents() if key in searched]
+            lines += repeated(task, search, *kept_back, held)
+        shared = [place for key, place in held.contents() if key in searched | chosen_on]
         if shared:
             lines.append(
                 f"{task}.heldout: {len(shared)} of the {held.size} held-out examples are among those that are searched "
                 f"on ({_places(shared)}); on them the held-out scores show nothing new"
             )
+        for part in kept_back:
+            shared = [place for key, place in part.contents() if key in searched]
+            if shared:
+                lines.append(
+                    f"{task}: {len(shared)} of the {part.size} validation examples are among those that are searched "
+                    f"on ({_places(shared)}); on them the choice of the winner goes by what was searched on"
+                )
     return lines
 
 

@@ -1,0 +1,78 @@
+"""How sure a difference on the held-out examples is: a paired bootstrap interval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES, CONFIDENCE = 10_000, 0.95
+# Of the random numbers of a seed, those that examples are drawn with here.
+BOOTSTRAP_STREAM = 2
+# Entries of a block of drawn examples: its differences stay in a core's cache.
+BLOCK = 2**16
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How far one model is ahead of another in fitness, and the interval that holds this difference with 95%
+    confidence, as far as the choice of the examples goes."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether other examples of the same kind may well have said the opposite."""
+        return self.low <= 0 <= self.high
+
+
+def leads_over(
+    ours: Sequence[np.ndarray], others: Sequence[Sequence[np.ndarray]], weights: Sequence[float], seed: int
+) -> list[Lead | None]:
+    """How far a model is ahead of each of the others. ours: for each task its scores float32[N]; others: for each model
+    the same; weights: how much each task counts in the fitness. The same for a seed.
+
+    None where a score is not finite, or where a task has one example only, which says nothing of others.
+    """
+    differences = [[a.astype(np.float64) - b for a, b in zip(ours, scores, strict=True)] for scores in others]
+    known = [k for k, row in enumerate(differences) if all(task.size > 1 and np.isfinite(task).all() for task in row)]
+    found: list[Lead | None] = [None] * len(others)
+    if known:
+        stacked = [np.stack([differences[k][t] for k in known]) for t in range(len(ours))]
+        means = sum(weight * task.mean(axis=1) for weight, task in zip(weights, stacked, strict=True))
+        rng = np.random.default_rng([seed, BOOTSTRAP_STREAM])
+        lows, highs = bootstrap(stacked, weights, rng)
+        for k, mean, low, high in zip(known, np.asarray(means), lows, highs, strict=True):
+            found[k] = Lead(float(mean), float(low), float(high))
+    return found
+
+
+def bootstrap(
+    differences: Sequence[np.ndarray],
+    weights: Sequence[float],
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval of a weighted mean over tasks of the mean over examples: its lower and upper ends,
+    float64[K] each. differences: for each task float64[K, N], of K pairs of models on the same N examples.
+
+    Each resample draws as many examples of each task as it has, with replacement and the same for all pairs; so the
+    interval is that of a paired comparison, stratified by task.
+    """
+    drawn = np.zeros((len(differences[0]), resamples))
+    for weight, task in zip(weights, differences, strict=True):
+        pairs, examples = task.shape
+        rows = max(1, BLOCK // examples)
+        taken = np.empty((rows, examples))
+        for begin in range(0, resamples, rows):
+            size = min(rows, resamples - begin)
+            # The numbers that are drawn do not depend on the size of a block.
+            chosen = rng.integers(examples, size=(size, examples))
+            for k in range(pairs):
+                # Nothing is out of range; this mode alone writes to `out` without a copy.
+                np.take(task[k], chosen, out=taken[:size], mode="clip")
+                drawn[k, begin : begin + size] += weight * taken[:size].mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=1)
+    return low, high

@@ -1,0 +1,322 @@
+"""The validation split: drawn, never searched on, what the winner is chosen on, and looked at while a search runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from helpers import random_records, search_in, write_lines
+from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
+
+import evojax_merge as em
+from evojax_merge import pipeline
+from evojax_merge.config import SearchConfig
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import fitness
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.search.loop import Reporter
+from evojax_merge.search.run_folder import Checkpoints, RunFolder, open_run
+from evojax_merge.search.validation import (
+    CLEAR_ERRORS,
+    PARTING_FALLS,
+    Check,
+    Trend,
+    init_peak,
+    validate,
+    validation_split,
+)
+from evojax_merge.selection import open_evaluators
+
+# ---------------------------------------------------------------------------------------------------------------
+# The split
+
+
+def test_each_task_keeps_its_share_back():
+    tasks = [text_task("a", 20), text_task("b", 10, 0.5), text_task("c", 20, 3.0), text_task("shown", 7, 0.0)]
+    searched, validation = validation_split("search.validation", tasks, 0.3, seed=5)
+    assert [task.size for task in validation] == [6, 3, 6, 7] and [task.size for task in searched] == [14, 7, 14, 7]
+    for task, one, other in zip(tasks[:3], searched, validation, strict=False):
+        assert sorted(numbers(one) + numbers(other)) == numbers(task)
+    # Tasks of one file keep the same examples back, or one would be searched on what the other validates on.
+    assert numbers(validation[0]) == numbers(validation[2])
+    assert validation_split("search.validation", tasks, 0.3, seed=5) == (searched, validation)
+    assert validation_split("search.validation", tasks, 0.3, seed=6) != (searched, validation)
+    assert validation_split("search.validation", tasks, 0.0, seed=5) == (tasks, [])
+
+
+@pytest.mark.parametrize(("share", "side"), [(0.02, "validate"), (0.96, "search")])
+def test_a_share_that_leaves_one_side_empty_is_refused(share, side):
+    with pytest.raises(InputError) as caught:
+        validation_split("search.validation", [text_task("a", 30), text_task("b", 10)], share, seed=0)
+    assert f"of the 10 examples that b has to search on leaves none to {side} on" in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Looking at it while a search runs
+
+TOPS = np.random.default_rng(0).normal(0, 0.5, (64, 2))
+START = np.array([2.0, -1.5])
+
+
+class Told(Reporter):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.validation: list[float | None] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def finished(self, generation) -> None:
+        self.validation.append(generation.validation)
+
+
+def search(folder: Path, generations: int, *, top: np.ndarray, resume: bool = False, **settings):
+    """The history's bytes, and what was told; the validation split's hill has its top at `top`."""
+    shard, validation = Hill([text_task("hills", 64)], TOPS), Hill([text_task("hills", 64)], TOPS + top)
+    config = SearchConfig(population=8, generations=generations, sigma=0.5, **settings)
+    document = {"inputs": {}, "search": config.model_dump(mode="json")}
+    run, told = open_run(folder, document, resume=resume, overwrite=False), Told()
+    archive = search_in(run.path, config, 1, Plain(), [shard], validation, told)
+    return archive, run.history.read_bytes(), told
+
+
+def test_every_nth_row_says_what_the_best_is_worth(tmp_path):
+    settings = {"validation": 0.2, "validate_every": 3}
+    archive, history, told = search(tmp_path / "run", 8, top=np.zeros(2), **settings)
+    rows = [json.loads(line) for line in history.splitlines()]
+    assert [row["generation"] for row in rows if "validation" in row] == [3, 6]
+    # Here both splits score alike.
+    assert [row["validation"]["best_so_far"] for row in rows[2::3]] == [row["best_so_far"] for row in rows[2::3]]
+    assert all(len(row["validation"]["finalists"]) == len(archive.proposed) for row in rows[2::3])
+    assert told.validation == [row.get("validation", {}).get("best_so_far") for row in rows] and not told.warnings
+    # It changes nothing else.
+    _, plain, _ = search(tmp_path / "plain", 8, top=np.zeros(2))
+    for row in rows:
+        row.pop("validation", None)
+    assert rows == [json.loads(line) for line in plain.splitlines()]
+    timing = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    assert [row["generation"] for row in timing if "validation_seconds" in row] == [3, 6]
+
+
+def test_search_and_validation_that_part_are_told_once(tmp_path):
+    """On the validation split the start is best: every step of the search away from it is a loss."""
+    settings = {"validation": 0.2, "validate_every": 1}
+    _, whole, told = search(tmp_path / "whole", 20, top=START, **settings)
+    (line,) = told.warnings
+    rows = [json.loads(line) for line in whole.splitlines()]
+    since = int(line.partition("since generation ")[2].partition(":")[0])
+    row = rows[since - 1]
+    assert f"rose from {row['best_so_far']:.4f} to " in line
+    assert f"fell from {row['validation']['best_so_far']:.4f} to " in line
+    # Killed and continued, before and after the warning: the same bytes, and the warning once.
+    for cut in (since, since + 8):
+        _, _, before = search(tmp_path / f"parts{cut}", cut, top=START, **settings)
+        _, parts, after = search(tmp_path / f"parts{cut}", 20, top=START, resume=True, **settings)
+        assert parts == whole and before.warnings + after.warnings == [line]
+
+
+def test_a_trend_counts_clear_falls_at_rises_of_the_search():
+    def parted(*looks: tuple[float, float], error: float | None = 0.4) -> int | None:
+        trend = Trend()
+        for generation, (search, validation) in enumerate(looks, start=1):
+            trend = trend.after(Check(generation, search, validation, error))
+        return trend.parted
+
+    assert (PARTING_FALLS, CLEAR_ERRORS) == (3, 2)
+    assert parted((1, 8), (2, 9), (3, 8), (4, 7), (5, 8)) == 2
+    assert parted((1, 9), (2, 8), (3, 7)) is None
+    # The same candidate as before says nothing new.
+    assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7)) is None
+    assert parted((1, 9), (2, 8), (2, 8), (3, 7), (3, 7), (4, 6)) == 1
+    # A new height begins again, and so does what is within noise; without two examples all is.
+    assert parted((1, 9), (2, 8), (3, 7), (4, 9.1), (5, 8), (6, 7), (7, 6)) == 4
+    assert parted((1, 9), (2, 8), (3, 7), (4, 8.3), (5, 8), (6, 7)) is None
+    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=0.5) is None
+    assert parted((1, 9), (2, 8), (3, 7), (4, 6), error=None) is None
+
+
+def test_the_standard_error_is_that_of_paired_differences():
+    task, other = text_task("a", 6, 3.0), text_task("b", 4, 1.0)
+    truth = {task.name: np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)}
+    truth[other.name] = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+    known, nobody = SurrogateData([task, other], truth), np.zeros((0, 1), np.float32)
+    first, peak = validate(known, everyone(3)[:1], everyone(3)[1:], init_peak(known))
+    means = 0.75 * truth["a"].mean(axis=1) + 0.25 * truth["b"].mean(axis=1)
+    assert [first["best_so_far"], *first["finalists"]] == pytest.approx(means) and first["standard_error"] is None
+    second, _ = validate(known, everyone(3)[1:2], nobody, peak)
+    differences = [truth[name][1].astype(float) - truth[name][0] for name in ("a", "b")]
+    variances = [weight**2 * d.var(ddof=1) / len(d) for weight, d in zip((0.75, 0.25), differences, strict=True)]
+    assert second["standard_error"] == pytest.approx(np.sqrt(sum(variances)))
+    unknown, same = validate(known, nobody, np.full((1, 1), np.nan, np.float32), peak)
+    assert unknown == {"best_so_far": None, "standard_error": None, "finalists": [None]} and same is peak
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With models
+
+
+@pytest.fixture(scope="module")
+def config(family, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("validation")
+    write_lines(folder / "tasks.jsonl", random_records(20))
+    document = {
+        "base": str(family.base),
+        "parents": [str(parent) for parent in family.parents],
+        "space": {"method": "task_arithmetic", "layers_per_group": "all", "parameters": {"weight": {"high": 1.5}}},
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25},
+            {"name": "shown", "kind": "multiple_choice", "file": "tasks.jsonl", "heldout": 0.25, "weight": 0},
+        ],
+        "search": {"generations": 4, "population": 6, "validation": 0.4, "validate_every": 2},
+        "seed": 3,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(document))
+    return folder / "config.yaml"
+
+
+def run_search(config: Path, out: Path, *overrides: str, resume: bool = False) -> None:
+    pipeline.search(config, out, resume=resume, overwrite=False, seed=None, overrides=list(overrides))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    run_search(config, out)
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    names = ["history.jsonl", "result.json", "best/recipe.yaml", "best/model/model.safetensors", "best/model/README.md"]
+    return {name: (out / name).read_bytes() for name in names}
+
+
+def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finished):
+    problem = build_problem(config, read_config(config, [], None))
+    assert [[task.size for task in split] for split in (problem.full, problem.validation, problem.heldout)] == [
+        [9, 15], [6, 15], [5, 5],
+    ]  # fmt: skip
+    on = problem.by_split(open_evaluators(problem, problem.batched_tasks()))
+    assert [task.name for task in on.validation.tasks] == ["text"]
+    with Checkpoints(RunFolder(finished)) as checkpoints:
+        arrays = checkpoints.restore(print).arrays
+    document = json.loads((finished / "result.json").read_text())
+    winner = np.array(document["genome"], np.float32)
+    uniform = problem.space.baseline()[1]
+    finalists = np.concatenate([arrays["genomes"], problem.space.start[None]])
+    values = fitness(on.validation.tasks, on.validation.score(finalists))
+    mine, theirs = fitness(on.validation.tasks, on.validation.score(np.stack([winner, uniform])))
+    assert mine >= values.max() - 1e-6
+    assert document["chosen_on"] == "validation"
+    assert list(document["validation_fitness"].values()) == pytest.approx([mine, theirs], abs=1e-6)
+    searched = fitness(on.full.tasks, on.full.score(np.stack([winner, uniform])))
+    assert list(document["search_fitness"].values()) == pytest.approx(searched, abs=1e-6)
+    rows = RunFolder(finished).read_history()
+    assert {n for row in rows for n in row["examples"]} == {9}
+    assert [row["generation"] for row in rows if "validation" in row] == [2, 4]
+    # The same, in words.
+    card = (finished / "best/model/README.md").read_text()
+    assert "The winner was chosen on the validation split, on which no generation was scored: there it" in card
+    assert f" scored {mine:.4f}, the uniform merge {theirs:.4f}; on the search split {searched[0]:.4f}" in card
+    assert "weight 1, 9 search, 6 validation and 5 held-out examples" in card
+    assert "weight 0, 15 search and 5 held-out examples" in card
+
+
+def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
+    run_search(config, tmp_path / "run", "search.generations=1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The winner was chosen on the validation split" in said and "validation" in said
+    document = json.loads((tmp_path / "run/result.json").read_text())
+    assert said.count("On held-out data the evolved model is") == len(document["better_than"]) == 3
+    for row in document["better_than"].values():
+        low, high = row["interval"]
+        assert low <= row["winner_heldout_fitness"] - row["heldout_fitness"] <= high
+        assert row["within_noise"] == (low <= 0 <= high) and f"95% interval {low:.4f} to {high:.4f}" in said
+    run_search(config, tmp_path / "plain", "search={generations: 1, population: 6}")
+    assert "The winner was chosen on the search split" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_search_never_sees_the_validation_split(config, finished, tmp_path):
+    """Other targets there (of the same lengths, for the same batches) change its own column of the history alone."""
+    problem = build_problem(config, read_config(config, [], None))
+    kept = {example.line for example in problem.validation[0].examples}
+    records = random_records(20)
+    for line in kept:
+        records[line - 1] = records[line - 1] | {"target": " ".join(["w7"] * len(records[line - 1]["target"].split()))}
+    write_lines(tmp_path / "other.jsonl", records)
+    run_search(config, tmp_path / "run", f"tasks.0.file={tmp_path / 'other.jsonl'}")
+    mine, theirs = (RunFolder(out).read_history() for out in (tmp_path / "run", finished))
+    assert [row.pop("validation", None) for row in mine] != [row.pop("validation", None) for row in theirs]
+    assert mine == theirs
+
+
+def test_a_run_that_was_stopped_is_finished_without_searching(config, finished, tmp_path, capsys):
+    stop = "search.stop={evaluations: 14}"
+    run_search(config, tmp_path / "run", stop)
+    document = json.loads((tmp_path / "run/result.json").read_text())
+    assert document["stopped_by"] == "evaluations" and document["generations"] == 2
+    whole = (finished / "history.jsonl").read_bytes().splitlines()
+    assert (tmp_path / "run/history.jsonl").read_bytes().splitlines() == whole[:2]
+    before = files(tmp_path / "run")
+    capsys.readouterr()
+    run_search(config, tmp_path / "run", stop, resume=True)
+    assert "2 generations are saved: nothing to search (search.stop.evaluations" in capsys.readouterr().out
+    assert files(tmp_path / "run") == before
+    run_search(config, tmp_path / "run", resume=True)
+    assert files(tmp_path / "run") == {
+        name: content.replace(finished.name.encode(), b"run") for name, content in files(finished).items()
+    }
+
+
+def test_splits_of_an_own_loop(config):
+    evaluator = em.Evaluator(config, split="validation")
+    assert evaluator.scores(evaluator.start[None]).values.shape == (1, 6)
+    with pytest.raises(em.InputError, match=r"split: validation; .* has no validation split"):
+        em.Evaluator(config, overrides=["search={}"], split="validation")
+
+
+def test_stages_validate_on_the_same_examples(config, tmp_path):
+    document = yaml.safe_load(config.read_text())
+    search = document.pop("search")
+    space = document.pop("space")
+    document["stages"] = [{"space": space, "search": search}, {"data_flow": {"moves": 1}, "search": dict(search)}]
+    path = config.with_name("stages.yaml")
+    path.write_text(yaml.safe_dump(document))
+    short = [f"stages.{i}.search.generations=1" for i in range(2)]
+    run_search(path, tmp_path / "run", *short)
+    for result in ("stages/stage-1/result.json", "result.json"):
+        assert json.loads((tmp_path / "run" / result).read_text())["chosen_on"] == "validation"
+    with pytest.raises(InputError, match=r"stages\[1\]\.search\.validation: 0\.5, and 0\.4 in stages\[0\]"):
+        read_config(path, ["stages.1.search.validation=0.5"], None)
+
+
+def test_examples_on_both_sides_are_told(config, tmp_path, capsys):
+    records = random_records(10)
+    write_lines(tmp_path / "twice.jsonl", records + records)
+    run_search(config, tmp_path / "run", f"tasks.0.file={tmp_path / 'twice.jsonl'}", "search.generations=1")
+    assert "of the 6 validation examples are among those that are searched on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("search.validation=0.01", "search.validation: 0.01 of the 15 examples that text has to search on leaves none"),
+        ("search.validation=1", "search.validation: expected a share from 0 to below 1, found 1"),
+        ("search.validation=0", "search: validate_every: there is no validation split; give `validation` a share"),
+        ("search.stop.evaluations=5", "search: stop.evaluations: 5 are fewer than the 6 candidates"),
+        ("search.stop.evaluation=50", "search.stop.evaluation: unknown key (did you mean 'evaluations'?)"),
+        ("search.stop.stagnation=-1", "search.stop.stagnation: expected a whole number from 1 to 1,000,000, found -1"),
+        ("search.stop=10", "search.stop: expected a mapping (of evaluations, seconds, target, stagnation), found 10"),
+    ],
+)
+def test_what_cannot_be_is_refused(override, says, config):
+    with pytest.raises(InputError) as caught:
+        build_problem(config, read_config(config, [override], None))
+    assert f"config.yaml: {says}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_defaults_are_left_out_of_what_is_kept(config):
+    search = read_config(config, ["search={}"], None).search
+    assert not {"validation", "validate_every", "stop"} & search.model_dump().keys()
+    stopped = read_config(config, ["search={stop: {target: 1}}"], None).search
+    assert stopped.model_dump()["stop"] == {"target": 1.0}
