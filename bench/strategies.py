@@ -2,8 +2,8 @@
 
     python bench/strategies.py --json strategies.jsonl --plot bench/strategies.png
     python bench/strategies.py --json strategies.jsonl --peers --strategies cma_es pso+parents
-    python bench/strategies.py --family smollm2 --dimensions one thirds layers components --seeds 1 --passes 480 \\
-        --strategies cma_es --json strategies.jsonl
+    python bench/strategies.py --family smollm2 --dimensions one thirds layers components --seeds 1 --passes 240 \\
+        --strategies cma_es gradient --json strategies.jsonl
     python bench/strategies.py --overhead
 
 Work is counted in *passes*: scoring one candidate on all examples that a generation is scored on is one; on a part of
@@ -31,7 +31,8 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -45,12 +46,12 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.evaluator import MergeEvaluator
 from evojax_merge.evaluation.scores import fitness, means
-from evojax_merge.problem import SearchProblem, build_problem, build_strategy, read_config, resolved_document
+from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve
+from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, Storage, evolve
+from evojax_merge.search.protocols import State, Strategy, UsesGradients
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
-from evojax_merge.search.successive_halving import example_lengths, stratified_shards
 from evojax_merge.selection import open_evaluators
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.zoo import cache_folder
@@ -58,7 +59,8 @@ from evojax_merge.zoo.smollm2 import VERSION
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SEEDS = ["uniform", "parents", "task_vectors"]
-# What `search:` says in each, beside population and generations.
+# What `search:` says in each. Where it names no population, that of the others; generations are as many as the budget
+# allows, or those that it names where the budget allows more.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cma_es": {"strategy": "cma_es"},
     "sep_cma_es": {"strategy": "sep_cma_es"},
@@ -70,6 +72,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pso": {"strategy": "pso"},
     "ga": {"strategy": "ga"},
     "random": {"strategy": "random"},
+    "gradient": {"strategy": "gradient", "population": 1, "generations": 80},
+    "gradient+long": {"strategy": "gradient", "population": 1},
+    "hybrid": {"strategy": "hybrid", "gradient": {"generations": 20}},
     "cma_es+rungs": {"strategy": "cma_es", "rungs": 4},
     "cma_es+seeds": {"strategy": "cma_es", "seeds": SEEDS},
     "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS},
@@ -102,11 +107,11 @@ FAMILIES = {
 DEFAULT_SPACES = {"zoo": "config", "smollm2": "thirds"}
 
 # The figures of one search, as JSON has them: what it was (KEYS; `settings` is what the variant says), `dims`, the
-# `machine`, and for each generation `passes` without gradients, `gradient_passes`, `seconds` and `best`, the best
-# fitness so far (None: no candidate yet). genomes: the best candidate, by the generation in which it was found;
-# heldout: its held-out fitness and what else is shown, by the same.
+# `machine`, and for each generation its `passes`, `seconds` and `best`, the best fitness so far (None: no candidate
+# yet). genomes: the best candidate, by the generation in which it was found; heldout: its held-out fitness and what
+# else is shown, by the same.
 Row = dict[str, Any]
-KEYS = ("family", "space", "variant", "settings", "seed", "population", "budget")
+KEYS = ("family", "space", "variant", "settings", "seed", "population", "budget", "gradient_cost")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -115,8 +120,9 @@ KEYS = ("family", "space", "variant", "settings", "seed", "population", "budget"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A problem, and what scores genomes on the examples of every generation and on the held-out ones."""
+    """A config's problem, and what scores genomes on the examples of every generation and on the held-out ones."""
 
+    config: Path
     problem: SearchProblem
     searched: SpaceEvaluator[MergeEvaluator]
     heldout: SpaceEvaluator[MergeEvaluator]
@@ -127,49 +133,46 @@ class BudgetSpent(Exception):
 
 
 class Trace:
-    """What is kept of a search, generation by generation. Raises BudgetSpent in the one after which `budget` passes are
-    spent; `cost`: those of a gradient."""
+    """What is kept of a search, generation by generation. Raises BudgetSpent in the one after which no pass is left."""
 
-    def __init__(self, budget: float, cost: float) -> None:
-        self._left, self._cost = budget, cost
-        self.figures: Row = {
-            "passes": [], "gradient_passes": [], "seconds": [], "best": [], "genomes": {}, "heldout": {},
-        }  # fmt: skip
+    def __init__(self, budget: float) -> None:
+        self._left = budget
+        self.figures: Row = {"passes": [], "seconds": [], "best": [], "genomes": {}, "heldout": {}}
 
-    def add(
-        self, passes: float, gradient_passes: float, seconds: float, best: float | None, genome: np.ndarray
-    ) -> None:
+    def add(self, passes: float, seconds: float, best: float | None, genome: np.ndarray) -> None:
         """best: the best fitness so far; genome: float32[D], whose it is."""
         kept = self.figures
         if best is not None and best != (kept["best"] or [None])[-1]:
             kept["genomes"][str(len(kept["best"]) + 1)] = [float(gene) for gene in genome]
         kept["passes"].append(round(passes, 6))
-        kept["gradient_passes"].append(round(gradient_passes, 6))
         kept["seconds"].append(round(seconds, 6))
         kept["best"].append(best)
-        self._left -= passes + self._cost * gradient_passes
+        self._left -= passes
         if self._left < 1e-6:
             raise BudgetSpent
 
 
 class TracedStorage(MemoryStorage):
-    """Keeps a search's trace. examples: how many every candidate would be scored on, without a race."""
+    """Keeps a search's trace. examples: how many every candidate would be scored on, without a race; cost: passes of a
+    candidate with its gradient."""
 
-    def __init__(self, trace: Trace, examples: int) -> None:
+    def __init__(self, trace: Trace, strategy: Strategy, examples: int, cost: float) -> None:
         super().__init__()
-        self._trace, self._examples = trace, examples
+        self._trace, self._strategy, self._examples, self._cost = trace, strategy, examples, cost
+        self._by_gradient = False
+
+    def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
+        self._by_gradient = self._wants_gradients(like)
+        return super().restore(like, log)
 
     def save(self, generation: int, state: Any, row: dict[str, Any], timing: dict[str, Any]) -> None:
         super().save(generation, state, row, timing)
-        passes, gradients = passes_of(row, self._examples)
-        self._trace.add(passes, gradients, timing["seconds"], row["best_so_far"], state["genomes"][0])
+        passes = sum(row["examples"]) / self._examples * (self._cost if self._by_gradient else 1.0)
+        self._by_gradient = self._wants_gradients(state)
+        self._trace.add(passes, timing["seconds"], row["best_so_far"], state["genomes"][0])
 
-
-def passes_of(row: dict[str, Any], examples: int) -> tuple[float, float]:
-    """Of a line of the history: passes without gradients, and with them."""
-    shares = np.array(row["examples"]) / examples
-    with_gradient = np.array(row.get("gradients", np.zeros(len(shares))), bool)
-    return float(shares[~with_gradient].sum()), float(shares[with_gradient].sum())
+    def _wants_gradients(self, state: Any) -> bool:
+        return isinstance(self._strategy, UsesGradients) and self._strategy.wants_gradients(state["strategy"])
 
 
 def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Experiment]:
@@ -183,39 +186,37 @@ def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[
             searched, heldout = (replace(one, space=problem.space) for one in (other.searched, other.heldout))
         else:
             searched, heldout = open_evaluators(problem, [problem.batched_tasks()[i] for i in (0, -1)])
-        experiments[name] = Experiment(problem, searched, heldout)
+        experiments[name] = Experiment(family.config, problem, searched, heldout)
     return experiments
 
 
-def on_tasks(evaluator: SpaceEvaluator[MergeEvaluator], tasks: list[BatchedTask]) -> SpaceEvaluator[MergeEvaluator]:
-    """The same bank on other tasks."""
-    decoder = replace(evaluator.evaluator.evaluator, batched_tasks=tasks, chunk_sizes={}, lookup_corpus={})
-    return replace(evaluator, evaluator=replace(evaluator.evaluator, evaluator=decoder))
+def search_problem(experiment: Experiment, search: SearchConfig, seed: int) -> SearchProblem:
+    """The experiment with another search and seed."""
+    changed = experiment.problem.config.model_copy(update={"search": search, "seed": seed})
+    return build_problem(experiment.config, changed)
 
 
-def shards_of(experiment: Experiment, rungs: int, seed: int) -> list[SpaceEvaluator[MergeEvaluator]]:
-    """What a search with so many rungs scores its generations on, as a config with that seed has it."""
-    if rungs == 1:
-        return [experiment.searched]
-    problem = experiment.problem
-    (whole,) = problem.shards
-    shards = stratified_shards(
-        "rungs", whole, lambda task: example_lengths(task, problem.tokenizer, problem.context), rungs, seed
-    )
-    *parts, _, _ = replace(problem, shards=shards).batched_tasks()
-    return [on_tasks(experiment.searched, part) for part in parts]
+def run(experiment: Experiment, problem: SearchProblem, storage: Storage, reporter: Reporter) -> None:
+    """Search, as the program does, with the bank that is in memory."""
+
+    def on(tasks: list[BatchedTask]) -> SpaceEvaluator[MergeEvaluator]:
+        merges = experiment.searched.evaluator
+        decoder = replace(merges.evaluator, batched_tasks=tasks, chunk_sizes={}, lookup_corpus={})
+        return SpaceEvaluator(problem.space, replace(merges, evaluator=decoder))
+
+    *shards, _, _ = problem.batched_tasks()
+    evolve(
+        problem.search, problem.config.seed, problem.strategy, problem.space, list(map(on, shards)), storage, reporter,
+        minibatches=list(map(on, problem.batched_minibatches())),
+    )  # fmt: skip
 
 
-def run_search(experiment: Experiment, search: SearchConfig, seed: int, trace: Trace) -> None:
+def run_search(experiment: Experiment, search: SearchConfig, seed: int, cost: float, trace: Trace) -> None:
     """Search until the config's generations are over, or the trace's budget is spent."""
-    problem = experiment.problem
-    shards = shards_of(experiment, search.rungs, seed)
-    strategy = build_strategy("bench: search", search, problem.space)
-    storage = TracedStorage(trace, sum(task.size for task in experiment.searched.tasks))
-    try:
-        evolve(search, seed, strategy, problem.space, shards, storage, Reporter())
-    except BudgetSpent:
-        return
+    problem = search_problem(experiment, search, seed)
+    examples = sum(task.size for task in experiment.searched.tasks)
+    with suppress(BudgetSpent):
+        run(experiment, problem, TracedStorage(trace, problem.strategy, examples, cost), Reporter())
 
 
 def run_peer_search(experiment: Experiment, name: str, population: int, budget: int, seed: int, trace: Trace) -> None:
@@ -231,47 +232,71 @@ def run_peer_search(experiment: Experiment, name: str, population: int, budget: 
         leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
         if values[leader] > best:
             best, found = float(values[leader]), genomes[leader]
-        trace.add(len(genomes), 0.0, seconds, best if np.isfinite(best) else None, found)
+        trace.add(len(genomes), seconds, best if np.isfinite(best) else None, found)
         return values
 
-    try:
+    with suppress(BudgetSpent):
         run_peer(name, evaluate, experiment.problem.space.dims, population, budget, seed)
-    except BudgetSpent:
-        return
 
 
 def start_row(arguments: argparse.Namespace, experiment: Experiment, space: str, variant: str, seed: int) -> Row:
     """What a search is, without figures."""
-    settings = VARIANTS.get(variant, {})
+    settings, search = VARIANTS.get(variant, {}), experiment.problem.search
     population = arguments.population or experiment.problem.strategy.population
-    generations = arguments.generations or experiment.problem.search.generations
     return {
         "family": arguments.family, "space": space, "variant": variant, "settings": settings, "seed": seed,
-        "population": settings.get("population", population), "budget": arguments.passes or population * generations,
+        "population": settings.get("population", population),
+        "budget": arguments.passes or population * (arguments.generations or search.generations),
+        "gradient_cost": arguments.gradient_cost if settings.get("strategy") in ("gradient", "hybrid") else None,
         "dims": experiment.problem.space.dims, "machine": describe(),
     }  # fmt: skip
 
 
-def measure(experiment: Experiment, row: Row, cost: float, budget: int | None = None) -> Row:
-    """The row with the figures of its search; `budget` in place of its own."""
-    budget = row["budget"] if budget is None else budget
-    trace = Trace(budget, cost)
-    if row["variant"] in PEERS:
-        run_peer_search(experiment, row["variant"], row["population"], budget, row["seed"], trace)
+def search_config(row: Row) -> SearchConfig:
+    """A row's search, with as many generations as its budget pays for, or more than it does where the strategy does not
+    look at their number; the steps of `gradient` become smaller to the last one."""
+    settings, budget, population = row["settings"], row["budget"], row["population"]
+    if settings["strategy"] == "gradient":
+        most = int(budget / (row["gradient_cost"] * population))
     else:
-        generations = max(1, budget // row["population"])
-        settings = {"population": row["population"], "generations": generations, **row["settings"]}
-        run_search(experiment, SearchConfig.model_validate(settings), row["seed"], trace)
+        most = budget // population + settings.get("gradient", {}).get("generations", 0)
+    generations = max(1, min(most, settings.get("generations", most)))
+    return SearchConfig.model_validate({**settings, "population": population, "generations": generations})
+
+
+def measure(experiment: Experiment, row: Row) -> Row:
+    """The row with the figures of its search."""
+    trace = Trace(row["budget"])
+    if row["variant"] in PEERS:
+        run_peer_search(experiment, row["variant"], row["population"], row["budget"], row["seed"], trace)
+    else:
+        run_search(experiment, search_config(row), row["seed"], row["gradient_cost"] or 1.0, trace)
     return row | trace.figures
+
+
+def programs_of(row: Row) -> tuple[int, str | None]:
+    """What tells the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients.
+    Spaces, and strategies without gradients, share theirs."""
+    settings = row["settings"]
+    return settings.get("rungs", 1), settings["strategy"] if row["gradient_cost"] else None
+
+
+def warm_up(experiment: Experiment, row: Row) -> None:
+    """Compile what a row's search needs: a generation of it, or one of gradients and one without."""
+    settings = row["settings"] or {"strategy": "random"}
+    short = {"generations": 2 if settings["strategy"] == "hybrid" else 1}
+    gradient = {**settings.get("gradient", {}), "generations": 1}
+    search = SearchConfig.model_validate({**settings, "population": row["population"], **short, "gradient": gradient})
+    run_search(experiment, search, row["seed"], 1.0, Trace(np.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Figures of a search
 
 
-def spent(row: Row, cost: float) -> np.ndarray:
+def spent(row: Row) -> np.ndarray:
     """Passes until the end of each generation, float64[G]."""
-    return np.cumsum(np.array(row["passes"]) + cost * np.array(row["gradient_passes"]))
+    return np.cumsum(np.array(row["passes"], np.float64))
 
 
 def best_of(row: Row) -> np.ndarray:
@@ -279,9 +304,9 @@ def best_of(row: Row) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in row["best"]], np.float64)
 
 
-def generation_after(row: Row, passes: float, cost: float) -> int:
+def generation_after(row: Row, passes: float) -> int:
     """How many generations are over after so many passes."""
-    return int(np.searchsorted(spent(row, cost), passes + 1e-6, side="right"))
+    return int(np.searchsorted(spent(row), passes + 1e-6, side="right"))
 
 
 def found_in(row: Row, generation: int) -> str | None:
@@ -290,15 +315,15 @@ def found_in(row: Row, generation: int) -> str | None:
     return str(max(before)) if before else None
 
 
-def passes_to(row: Row, target: float, cost: float) -> float:
+def passes_to(row: Row, target: float) -> float:
     """Passes until the best fitness is `target`; infinite where it never is."""
     reached = np.flatnonzero(best_of(row) >= target)
-    return float(spent(row, cost)[reached[0]]) if reached.size else np.inf
+    return float(spent(row)[reached[0]]) if reached.size else np.inf
 
 
-def measure_heldout(experiment: Experiment, row: Row, checkpoints: Sequence[int], cost: float) -> bool:
+def measure_heldout(experiment: Experiment, row: Row, checkpoints: Sequence[int]) -> bool:
     """Enter the held-out scores of what is best at the checkpoints and at the end; whether any was missing."""
-    ends = [generation_after(row, passes, cost) for passes in checkpoints] + [len(row["best"])]
+    ends = [generation_after(row, passes) for passes in checkpoints] + [len(row["best"])]
     named = {found_in(row, generation) for generation in ends} - {None, *row["heldout"]}
     missing = sorted(name for name in named if name is not None)
     if not missing:
@@ -344,31 +369,30 @@ def collect(arguments: argparse.Namespace, names: Sequence[str]) -> list[Row]:
     """The rows of all searches that were asked for: those that the file holds, and the others, run one by one."""
     held = read_rows(arguments.json)
     experiments = open_experiments(FAMILIES[arguments.family], arguments.dimensions)
-    rows, warm = [], set()
+    rows: list[Row] = []
+    warm: set[tuple[int, str | None]] = set()
     for space, name, seed in product(arguments.dimensions, names, range(arguments.seeds)):
         experiment = experiments[space]
         row = start_row(arguments, experiment, space, name, seed)
-        if key_of(row) in held:
-            row, is_new = held[key_of(row)], False
-        else:
-            if (space, name) not in warm:
-                measure(experiment, row, arguments.gradient_cost, budget=row["population"])
-                warm.add((space, name))
-            row, is_new = measure(experiment, row, arguments.gradient_cost), True
-        if measure_heldout(experiment, row, arguments.checkpoints, arguments.gradient_cost) or is_new:
+        is_new = key_of(row) not in held
+        if is_new and programs_of(row) not in warm:
+            warm_up(experiment, row)
+            warm.add(programs_of(row))
+        row = measure(experiment, row) if is_new else held[key_of(row)]
+        if measure_heldout(experiment, row, arguments.checkpoints) or is_new:
             append_row(arguments.json, row)
-            print(describe_row(row, arguments.gradient_cost), flush=True)
+            print(describe_row(row), flush=True)
         rows.append(row)
     return rows
 
 
-def describe_row(row: Row, cost: float) -> str:
+def describe_row(row: Row) -> str:
     """One line on a search that has ended."""
     heldout = row["heldout"].get(found_in(row, len(row["best"])), {})
     shown = ", ".join(f"{name} {value:.4f}" for name, value in heldout.items())
     return (
         f"{row['family']}, {row['space']}, {row['variant']}, seed {row['seed']}: search {best_of(row)[-1]:.4f}, "
-        f"held out {shown}; {spent(row, cost)[-1]:,.0f} passes, {sum(row['seconds']):.1f} s"
+        f"held out {shown}; {spent(row)[-1]:,.0f} passes, {sum(row['seconds']):.1f} s"
     )
 
 
@@ -412,16 +436,16 @@ def quartiles(values: Sequence[float], measure: str) -> str:
     return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
-def lower_median(values: Sequence[float]) -> float:
-    """The median, of an even number of values the lower one: never a mean with something infinite."""
-    return float(np.percentile(values, 50, method="lower"))
+def upper_median(values: Sequence[float]) -> float:
+    """The median, of an even number of values the upper one: never a mean with something infinite."""
+    return float(np.percentile(values, 50, method="higher"))
 
 
 def title(measure: str) -> str:
     return {"search": "search split", "fitness": "held out"}.get(measure, measure.replace("_", " "))
 
 
-def final_table(rows: Sequence[Row], cost: float) -> str:
+def final_table(rows: Sequence[Row]) -> str:
     """How each variant ends, and what it spends until it is where the reference ends."""
     groups, measures = groups_of(rows), measures_of(rows)
     several = len({space for space, _ in groups}) > 1
@@ -429,15 +453,15 @@ def final_table(rows: Sequence[Row], cost: float) -> str:
     heads += [f"passes to {REFERENCE}'s end", f"of {REFERENCE}'s", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for (space, _), own in groups.items():
-        cells = [label_of(own, several), f"{np.median([spent(row, cost)[-1] for row in own]):,.0f}"]
+        cells = [label_of(own, several), f"{np.median([spent(row)[-1] for row in own]):,.0f}"]
         cells.append(quartiles([best_of(row)[-1] for row in own], "search"))
         for measure in measures:
             cells.append(quartiles([heldout_at(row, len(row["best"]), measure) for row in own], measure))
         reference = groups.get((space, REFERENCE), [])
         if reference:
             target = float(np.percentile([best_of(row)[-1] for row in reference], 50, method="lower"))
-            theirs, ours = (lower_median([passes_to(row, target, cost) for row in part]) for part in (reference, own))
-            least = lower_median([spent(row, cost)[-1] for row in own])
+            theirs, ours = (upper_median([passes_to(row, target) for row in part]) for part in (reference, own))
+            least = upper_median([spent(row)[-1] for row in own])
             cells += [f"{ours:,.0f}", f"{ours / theirs:.2f}"] if np.isfinite(ours) else [f"> {least:,.0f}", ""]
         else:
             cells += ["", ""]
@@ -446,7 +470,7 @@ def final_table(rows: Sequence[Row], cost: float) -> str:
     return "\n".join(lines)
 
 
-def progress_table(rows: Sequence[Row], checkpoints: Sequence[int], cost: float, measure: str) -> str:
+def progress_table(rows: Sequence[Row], checkpoints: Sequence[int], measure: str) -> str:
     """The median of a measure after so many passes, by variant."""
     groups = groups_of(rows)
     several = len({space for space, _ in groups}) > 1
@@ -457,7 +481,7 @@ def progress_table(rows: Sequence[Row], checkpoints: Sequence[int], cost: float,
     for own in groups.values():
         cells = []
         for passes in checkpoints:
-            ends = [generation_after(row, passes, cost) for row in own]
+            ends = [generation_after(row, passes) for row in own]
             if measure == "search":
                 found = [best_of(row)[end - 1] if end else np.nan for row, end in zip(own, ends, strict=True)]
             else:
@@ -467,7 +491,7 @@ def progress_table(rows: Sequence[Row], checkpoints: Sequence[int], cost: float,
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[Row], cost: float, path: Path) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """The loss on the search split against passes and against seconds: medians, and bands between the quartiles (PNG);
     a row of panels for each space."""
     import matplotlib
@@ -478,12 +502,12 @@ def plot(rows: Sequence[Row], cost: float, path: Path) -> None:
     groups = groups_of(rows)
     spaces = list(dict.fromkeys(space for space, _ in groups))
     variants = list(dict.fromkeys(variant for _, variant in groups))
-    colors = dict(zip(variants, plt.get_cmap("tab20").colors * len(variants), strict=False))
+    styles = {variant: (f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]) for i, variant in enumerate(variants)}
     size = (13, 4.5 * len(spaces))
     figure, axes = plt.subplots(len(spaces), 2, figsize=size, sharey="row", squeeze=False, constrained_layout=True)
     for (space, variant), own in groups.items():
-        panels = axes[spaces.index(space)]
-        both = [[spent(row, cost) for row in own], [np.cumsum(row["seconds"]) for row in own]]
+        panels, (color, style) = axes[spaces.index(space)], styles[variant]
+        both = [[spent(row) for row in own], [np.cumsum(row["seconds"]) for row in own]]
         for panel, times in zip(panels, both, strict=True):
             grid = np.linspace(max(one[0] for one in times), np.median([one[-1] for one in times]), 200)
             losses = [
@@ -491,8 +515,8 @@ def plot(rows: Sequence[Row], cost: float, path: Path) -> None:
                 for row, one in zip(own, times, strict=True)
             ]
             low, middle, high = np.percentile(losses, [25, 50, 75], axis=0)
-            panel.plot(grid, middle, color=colors[variant], label=variant)
-            panel.fill_between(grid, low, high, color=colors[variant], alpha=0.15, linewidth=0)
+            panel.plot(grid, middle, style, color=color, label=variant)
+            panel.fill_between(grid, low, high, color=color, alpha=0.15, linewidth=0)
         panels[0].set(yscale="log", ylabel=f"{space}: minus the best fitness so far" if len(spaces) > 1 else
                       "minus the best fitness so far, search split")  # fmt: skip
     for panel, label in zip(axes[-1], ("passes", "seconds of evaluating"), strict=True):
@@ -570,20 +594,14 @@ def overhead(arguments: argparse.Namespace, names: Sequence[str]) -> None:
         for number, (space, name) in enumerate(product(arguments.dimensions, names)):
             experiment = experiments[space]
             row = start_row(arguments, experiment, space, name, 0)
-            # The first generation compiles, and is not counted.
-            generations = 1 + max(1, row["budget"] // row["population"])
-            settings = {"population": row["population"], "generations": generations, **row["settings"]}
-            search = SearchConfig.model_validate(settings)
-            strategy = build_strategy("bench: search", search, experiment.problem.space)
-            folder = open_run(
-                Path(work) / f"run-{number}", resolved_document(experiment.problem), resume=False, overwrite=False
-            )
+            problem = search_problem(experiment, search_config(row), 0)
+            folder = open_run(Path(work) / f"run-{number}", resolved_document(problem), resume=False, overwrite=False)
             clock = Clock()
             with Checkpoints(folder) as checkpoints:
                 storage = TimedStorage(folder, checkpoints)
-                shards = shards_of(experiment, search.rungs, 0)
-                evolve(search, 0, strategy, experiment.problem.space, shards, storage, clock)
-            whole = (clock.ended[-1] - clock.ended[0]) / (generations - 1)
+                run(experiment, problem, storage, clock)
+            # The first generation compiles, and is not counted.
+            whole = float(np.mean(np.diff(clock.ended)))
             evaluating, saving = (float(np.mean(part[1:])) for part in (clock.evaluating_seconds, storage.seconds))
             rest = whole - evaluating - saving
             print(
@@ -641,18 +659,18 @@ def main() -> None:
     rows = collect(arguments, names)
     if not rows:
         return
-    cost, budget = arguments.gradient_cost, max(row["budget"] for row in rows)
-    print(f"\n{final_table(rows, cost)}")
+    budget = max(row["budget"] for row in rows)
+    print(f"\n{final_table(rows)}")
     checkpoints = [passes for passes in arguments.checkpoints if passes <= budget]
     for measure in ["search", *measures_of(rows)] if checkpoints else []:
-        print(f"\n{progress_table(rows, checkpoints, cost, measure)}")
-    population = rows[0]["population"]
+        print(f"\n{progress_table(rows, checkpoints, measure)}")
+    population = max(row["population"] for row in rows)
     print(
         f"\n{arguments.family}, {arguments.seeds} seeds, populations of {population}, {budget:,} passes at most; "
         "medians (and quartiles); " + "; ".join(dict.fromkeys(row["machine"] for row in rows))
     )
     if arguments.plot:
-        plot(rows, cost, arguments.plot)
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import strategies
-from strategies import BudgetSpent, Trace, append_row, final_table, generation_after, key_of, passes_of, read_rows
+from strategies import BudgetSpent, Trace, append_row, final_table, generation_after, key_of, read_rows
 from strategy_peers import PEERS, is_installed, run_peer
 
 
@@ -18,30 +18,26 @@ def row_of(best: list[float | None], variant: str = "cma_es", seed: int = 0, pas
     found = {str(i + 1): [0.0] for i, value in enumerate(best) if value is not None and value not in best[:i]}
     return {
         "family": "zoo", "space": "config", "variant": variant, "settings": {}, "seed": seed, "population": 4,
-        "budget": 12, "dims": 1, "machine": "here", "passes": [passes] * len(best),
-        "gradient_passes": [0.0] * len(best), "seconds": [0.5] * len(best), "best": best, "genomes": found,
+        "budget": 12, "dims": 1, "machine": "here", "gradient_cost": None,
+        "passes": [passes] * len(best), "seconds": [0.5] * len(best), "best": best, "genomes": found,
         "heldout": {number: {"fitness": -1.0, "task/accuracy": 0.5} for number in found},
     }  # fmt: skip
 
 
-def test_a_candidate_on_a_part_of_the_examples_is_that_part_of_a_pass() -> None:
-    assert passes_of({"examples": [256, 128, 32, 32]}, 256) == (1.75, 0.0)
-
-
 def test_a_search_ends_when_its_passes_are_spent() -> None:
-    trace = Trace(20, cost=4)
-    trace.add(4, 0, 0.1, -1.0, np.zeros(2))
-    trace.add(2, 2, 0.1, -1.0, np.ones(2))
+    trace = Trace(20)
+    trace.add(4, 0.1, -1.0, np.zeros(2))
+    trace.add(10, 0.1, -1.0, np.ones(2))
     with pytest.raises(BudgetSpent):
-        trace.add(2, 1, 0.1, -0.5, np.full(2, 2.0))
+        trace.add(6, 0.1, -0.5, np.full(2, 2.0))
     assert trace.figures["best"] == [-1.0, -1.0, -0.5]
     assert trace.figures["genomes"] == {"1": [0.0, 0.0], "3": [2.0, 2.0]}
-    assert strategies.spent(trace.figures, 4).tolist() == [4, 14, 20]
+    assert strategies.spent(trace.figures).tolist() == [4, 14, 20]
 
 
 def test_the_best_of_a_checkpoint_is_that_of_the_last_whole_generation() -> None:
     row = row_of([None, -2.0, -2.0, -1.0])
-    assert [generation_after(row, passes, 4) for passes in (3, 4, 15, 16, 99)] == [0, 1, 3, 4, 4]
+    assert [generation_after(row, passes) for passes in (3, 4, 15, 16, 99)] == [0, 1, 3, 4, 4]
     assert [strategies.found_in(row, generation) for generation in (0, 1, 3, 4)] == [None, None, "2", "4"]
 
 
@@ -49,7 +45,7 @@ def test_passes_are_compared_with_those_of_the_reference() -> None:
     rows = [row_of([-3.0, -2.0, -1.0], seed=seed) for seed in range(3)]
     rows += [row_of([-1.0, -1.0, -1.0], "de", seed) for seed in range(3)]
     rows += [row_of([-3.0, -3.0, -3.0], "ga", seed) for seed in range(3)]
-    _, _, *lines = final_table(rows, 4).splitlines()
+    _, _, *lines = final_table(rows).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [(one[0], one[5], one[6]) for one in cells] == [
         ("cma_es", "12", "1.00"),
@@ -80,16 +76,21 @@ def test_a_search_that_the_file_holds_is_not_run_again(
         strategies.main()
         return capsys.readouterr().out
 
-    run("cma_es", "cma_es+rungs")
-    whole, raced = read_rows(path).values()
+    names = ["cma_es", "cma_es+rungs", "gradient+long"]
+    run(*names)
+    whole, raced, climbed = read_rows(path).values()
     assert whole["passes"] == [4, 4] and whole["dims"] == len(whole["genomes"]["1"])
     # Four on an eighth of the examples, two on a quarter, one on a half and on all.
     assert raced["passes"] == [4 / 8 + 2 / 8 + 1 / 4 + 1 / 2] * 2
-    assert all("whole_answers/accuracy" in scores for row in (whole, raced) for scores in row["heldout"].values())
+    # Eight passes are two gradients at four each.
+    assert climbed["passes"] == [4, 4] and climbed["best"][1] > climbed["best"][0]
+    assert all(
+        "whole_answers/accuracy" in scores for row in (whole, raced, climbed) for scores in row["heldout"].values()
+    )
     monkeypatch.setattr(strategies, "measure", lambda *arguments: pytest.fail("was run again"))
-    out = run("cma_es", "cma_es+rungs", "--plot", str(tmp_path / "plot.png"))
+    out = run(*names, "--plot", str(tmp_path / "plot.png"))
     assert "| cma_es+rungs | 3 |" in out and (tmp_path / "plot.png").stat().st_size > 10_000
-    assert len(path.read_text().splitlines()) == 2
+    assert len(path.read_text().splitlines()) == 3
 
 
 @pytest.mark.skipif(not is_installed(), reason="pymoo is not installed")
