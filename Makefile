@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-paths bench-zoo clean
+	bench-paths bench-zoo bench-strategies clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
@@ -63,6 +63,8 @@ bench:
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
+	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
+	@echo "                    runs/strategies.jsonl, and not run again)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
 bench-search: .venv/installed-test
@@ -85,6 +87,10 @@ bench-paths: .venv/installed-test
 
 bench-zoo: .venv/installed-test
 	$(BIN)/python bench/zoo_table.py
+
+bench-strategies: .venv/installed-test
+	mkdir -p runs
+	$(BIN)/python bench/strategies.py --peers --json runs/strategies.jsonl --plot bench/strategies.png
 
 clean:
 	rm -rf .venv
