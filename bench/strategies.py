@@ -74,12 +74,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random"},
     "gradient": {"strategy": "gradient", "population": 1, "generations": 80},
     "gradient+long": {"strategy": "gradient", "population": 1},
+    "gradient+minibatches": {
+        "strategy": "gradient",
+        "population": 1,
+        "generations": 160,
+        "gradient": {"minibatches": 4},
+    },
     "hybrid": {"strategy": "hybrid", "gradient": {"generations": 20}},
     "cma_es+rungs": {"strategy": "cma_es", "rungs": 4},
     "cma_es+seeds": {"strategy": "cma_es", "seeds": SEEDS},
     "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS},
     "pso+parents": {"strategy": "pso", "seeds": ["parents"]},
 }
+# Generations on minibatches between two looks at all examples.
+LOOK_EVERY = 8
 # What others are compared with: how many passes they need to be where it ends.
 REFERENCE = "cma_es"
 
@@ -153,13 +161,15 @@ class Trace:
 
 
 class TracedStorage(MemoryStorage):
-    """Keeps a search's trace. examples: how many every candidate would be scored on, without a race; cost: passes of a
+    """Keeps a search's trace. searched: what scores candidates on all examples of a generation; cost: passes of a
     candidate with its gradient."""
 
-    def __init__(self, trace: Trace, strategy: Strategy, examples: int, cost: float) -> None:
+    def __init__(self, trace: Trace, strategy: Strategy, searched: SpaceEvaluator[MergeEvaluator], cost: float) -> None:
         super().__init__()
-        self._trace, self._strategy, self._examples, self._cost = trace, strategy, examples, cost
+        self._trace, self._strategy, self._searched, self._cost = trace, strategy, searched, cost
+        self._examples = sum(task.size for task in searched.tasks)
         self._by_gradient = False
+        self._best, self._genome = -np.inf, np.zeros(0, np.float32)
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
         self._by_gradient = self._wants_gradients(like)
@@ -168,8 +178,19 @@ class TracedStorage(MemoryStorage):
     def save(self, generation: int, state: Any, row: dict[str, Any], timing: dict[str, Any]) -> None:
         super().save(generation, state, row, timing)
         passes = sum(row["examples"]) / self._examples * (self._cost if self._by_gradient else 1.0)
+        in_part = self._by_gradient and row["best"] is None
         self._by_gradient = self._wants_gradients(state)
-        self._trace.add(passes, timing["seconds"], row["best_so_far"], state["genomes"][0])
+        if in_part and generation % LOOK_EVERY == 0:
+            # Of minibatches no candidate is known on all examples: where they have led to is scored, and counted.
+            ends = self._strategy.finalists(state["strategy"])
+            values = fitness(self._searched.tasks, self._searched.score(ends))
+            passes += len(ends)
+            if np.nanmax(values, initial=-np.inf) > self._best:
+                self._best, self._genome = float(np.nanmax(values)), ends[int(np.nanargmax(values))]
+        best, genome = row["best_so_far"], state["genomes"][0]
+        if np.isfinite(self._best) and (best is None or self._best > best):
+            best, genome = self._best, self._genome
+        self._trace.add(passes, timing["seconds"], best, genome)
 
     def _wants_gradients(self, state: Any) -> bool:
         return isinstance(self._strategy, UsesGradients) and self._strategy.wants_gradients(state["strategy"])
@@ -214,9 +235,8 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
 def run_search(experiment: Experiment, search: SearchConfig, seed: int, cost: float, trace: Trace) -> None:
     """Search until the config's generations are over, or the trace's budget is spent."""
     problem = search_problem(experiment, search, seed)
-    examples = sum(task.size for task in experiment.searched.tasks)
     with suppress(BudgetSpent):
-        run(experiment, problem, TracedStorage(trace, problem.strategy, examples, cost), Reporter())
+        run(experiment, problem, TracedStorage(trace, problem.strategy, experiment.searched, cost), Reporter())
 
 
 def run_peer_search(experiment: Experiment, name: str, population: int, budget: int, seed: int, trace: Trace) -> None:
@@ -436,9 +456,14 @@ def quartiles(values: Sequence[float], measure: str) -> str:
     return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
+def lower_median(values: Sequence[float]) -> float:
+    """The median, of an even number of values the lower one: at least half of them are as high."""
+    return float(sorted(values)[(len(values) - 1) // 2])
+
+
 def upper_median(values: Sequence[float]) -> float:
     """The median, of an even number of values the upper one: never a mean with something infinite."""
-    return float(np.percentile(values, 50, method="higher"))
+    return float(sorted(values)[len(values) // 2])
 
 
 def title(measure: str) -> str:
@@ -459,7 +484,7 @@ def final_table(rows: Sequence[Row]) -> str:
             cells.append(quartiles([heldout_at(row, len(row["best"]), measure) for row in own], measure))
         reference = groups.get((space, REFERENCE), [])
         if reference:
-            target = float(np.percentile([best_of(row)[-1] for row in reference], 50, method="lower"))
+            target = lower_median([best_of(row)[-1] for row in reference])
             theirs, ours = (upper_median([passes_to(row, target) for row in part]) for part in (reference, own))
             least = upper_median([spent(row)[-1] for row in own])
             cells += [f"{ours:,.0f}", f"{ours / theirs:.2f}"] if np.isfinite(ours) else [f"> {least:,.0f}", ""]
