@@ -80,10 +80,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "generations": 160,
         "gradient": {"minibatches": 4},
     },
-    "hybrid": {"strategy": "hybrid", "gradient": {"generations": 20}},
-    "cma_es+rungs": {"strategy": "cma_es", "rungs": 4},
+    "hybrid": {"strategy": "hybrid", "gradient": {"generations": 80, "minibatches": 4}},
+    "cma_es+rungs": {"strategy": "cma_es", "rungs": 4, "generations": 107},
     "cma_es+seeds": {"strategy": "cma_es", "seeds": SEEDS},
-    "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS},
+    "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS, "generations": 107},
     "pso+parents": {"strategy": "pso", "seeds": ["parents"]},
 }
 # Generations on minibatches between two looks at all examples.
@@ -278,6 +278,8 @@ def search_config(row: Row) -> SearchConfig:
     settings, budget, population = row["settings"], row["budget"], row["population"]
     if settings["strategy"] == "gradient":
         most = int(budget / (row["gradient_cost"] * population))
+    elif "rungs" in settings:
+        most = budget
     else:
         most = budget // population + settings.get("gradient", {}).get("generations", 0)
     generations = max(1, min(most, settings.get("generations", most)))

@@ -38,8 +38,9 @@ def seeded(strategy: Strategy, seeds: np.ndarray) -> Strategy:
 @dataclass(frozen=True)
 class SeededStrategy:
     """A strategy whose first generation is given in part: the genomes that were asked for are replaced before they are
-    evaluated, and the strategy is told of those that were evaluated instead. Its state is the strategy's, and `told`,
-    int32[]: how many generations were."""
+    evaluated, and the strategy is told of those that were evaluated instead. An evolution strategy begins anew at a
+    seed that is the best of its first generation. The state is the strategy's, and `told`, int32[]: how many
+    generations were."""
 
     strategy: Strategy
     seeds: np.ndarray
@@ -71,6 +72,12 @@ class SeededStrategy:
     def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> State:
         own, told = state["strategy"], int(state["told"])
         if told == 0 and isinstance(self.strategy, TakesInjected):
+            values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
+            best = int(np.argmax(values))
+            if best < len(self.seeds) and np.isfinite(values[best]):
+                # What was drawn around the start tells nothing of the surroundings of a seed that is better.
+                begun = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
+                return {"strategy": begun, "told": np.int32(1)}
             genomes, own = self.strategy.inject(own, genomes, len(self.seeds))
         return {"strategy": self.strategy.tell(key, own, genomes, scores), "told": np.int32(told + 1)}
 
