@@ -19,6 +19,7 @@ from evojax_merge import pipeline, search_pytrees
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.run_folder import RunFolder
+from evojax_merge.search.strategies.evosax import EvosaxStrategy
 from evojax_merge.search.strategies.registry import StrategySettings, register_strategy
 from evojax_merge.yaml_reader import load_yaml
 
@@ -179,6 +180,13 @@ def test_what_a_strategy_cannot_be_is_told(config):
     register_strategy("empty", lambda settings: object())
     with pytest.raises(InputError, match="the strategy empty lacks name, population, init, ask"):
         build_problem(config, read_config(config, ["search.strategy=empty"], None))
+
+    from evosax.algorithms import PSO
+
+    swarm = PSO(8, np.zeros(2))
+    register_strategy("swarm", lambda settings: EvosaxStrategy("swarm", swarm, swarm.default_params))
+    with pytest.raises(InputError, match="strategy swarm: evosax's PSO keeps a population; wrap it in Population"):
+        build_problem(config, read_config(config, ["search.strategy=swarm"], None))
 
     class Narrow(HillClimber):
         def ask(self, key, state):

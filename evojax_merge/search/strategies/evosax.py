@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 
 
@@ -22,11 +23,21 @@ def losses(scores: Scores) -> jax.Array:
 
 @dataclass(frozen=True)
 class EvosaxStrategy:
-    """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters."""
+    """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters. Raises InputError for
+    one that is population-based."""
 
     name: str
     algorithm: Any
     params: Any
+
+    def __post_init__(self) -> None:
+        from evosax.algorithms.population_based.base import PopulationBasedAlgorithm
+
+        if isinstance(self.algorithm, PopulationBasedAlgorithm):
+            kind = type(self.algorithm).__name__
+            raise InputError(
+                f"strategy {self.name}", f"evosax's {kind} keeps a population; wrap it in PopulationStrategy"
+            )
 
     @property
     def population(self) -> int:
