@@ -34,6 +34,8 @@ def rosenbrock(genomes: np.ndarray) -> np.ndarray:
 
 
 FUNCTIONS = {"sphere": (sphere, 1.0), "rosenbrock": (rosenbrock, 0.0)}
+# Those that search any function: no grid, and no gradient.
+FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in ("grid", "gradient", "hybrid")]
 
 
 def scores_of(fitness: np.ndarray) -> Scores:
@@ -75,7 +77,7 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[10])
     parser.add_argument("--seeds", type=int, default=11)
     parser.add_argument("--functions", nargs="+", choices=FUNCTIONS, default=list(FUNCTIONS))
-    parser.add_argument("--strategies", nargs="+", default=[name for name in strategy_names() if name != "grid"])
+    parser.add_argument("--strategies", nargs="+", default=FUNCTION_STRATEGIES)
     parser.add_argument("--limit", type=int, default=2000, help="evaluations for each dimension, at most")
     arguments = parser.parse_args()
     print(describe())
