@@ -177,20 +177,23 @@ class TracedStorage(MemoryStorage):
 
     def save(self, generation: int, state: Any, row: dict[str, Any], timing: dict[str, Any]) -> None:
         super().save(generation, state, row, timing)
+        seconds = timing["seconds"]
         passes = sum(row["examples"]) / self._examples * (self._cost if self._by_gradient else 1.0)
         in_part = self._by_gradient and row["best"] is None
         self._by_gradient = self._wants_gradients(state)
         if in_part and generation % LOOK_EVERY == 0:
             # Of minibatches no candidate is known on all examples: where they have led to is scored, and counted.
             ends = self._strategy.finalists(state["strategy"])
+            started = time.perf_counter()
             values = fitness(self._searched.tasks, self._searched.score(ends))
+            seconds += time.perf_counter() - started
             passes += len(ends)
             if np.nanmax(values, initial=-np.inf) > self._best:
                 self._best, self._genome = float(np.nanmax(values)), ends[int(np.nanargmax(values))]
         best, genome = row["best_so_far"], state["genomes"][0]
         if np.isfinite(self._best) and (best is None or self._best > best):
             best, genome = self._best, self._genome
-        self._trace.add(passes, timing["seconds"], best, genome)
+        self._trace.add(passes, seconds, best, genome)
 
     def _wants_gradients(self, state: Any) -> bool:
         return isinstance(self._strategy, UsesGradients) and self._strategy.wants_gradients(state["strategy"])
@@ -277,7 +280,9 @@ def search_config(row: Row) -> SearchConfig:
     look at their number; the steps of `gradient` become smaller to the last one."""
     settings, budget, population = row["settings"], row["budget"], row["population"]
     if settings["strategy"] == "gradient":
-        most = int(budget / (row["gradient_cost"] * population))
+        minibatches = settings.get("gradient", {}).get("minibatches", 1)
+        looks = 1 / LOOK_EVERY if minibatches > 1 else 0.0
+        most = int(budget / (population * (row["gradient_cost"] / minibatches + looks)))
     elif "rungs" in settings:
         most = budget
     else:
@@ -296,11 +301,12 @@ def measure(experiment: Experiment, row: Row) -> Row:
     return row | trace.figures
 
 
-def programs_of(row: Row) -> tuple[int, str | None]:
-    """What tells the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients.
-    Spaces, and strategies without gradients, share theirs."""
+def programs_of(row: Row) -> tuple[int, str | None, int]:
+    """What tells the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients,
+    with its minibatches. Spaces, and strategies without gradients, share theirs."""
     settings = row["settings"]
-    return settings.get("rungs", 1), settings["strategy"] if row["gradient_cost"] else None
+    minibatches = settings.get("gradient", {}).get("minibatches", 1)
+    return settings.get("rungs", 1), settings["strategy"] if row["gradient_cost"] else None, minibatches
 
 
 def warm_up(experiment: Experiment, row: Row) -> None:
@@ -392,7 +398,7 @@ def collect(arguments: argparse.Namespace, names: Sequence[str]) -> list[Row]:
     held = read_rows(arguments.json)
     experiments = open_experiments(FAMILIES[arguments.family], arguments.dimensions)
     rows: list[Row] = []
-    warm: set[tuple[int, str | None]] = set()
+    warm: set[tuple[int, str | None, int]] = set()
     for space, name, seed in product(arguments.dimensions, names, range(arguments.seeds)):
         experiment = experiments[space]
         row = start_row(arguments, experiment, space, name, seed)

@@ -38,6 +38,24 @@ def test_a_search_ends_when_its_passes_are_spent() -> None:
     assert strategies.spent(trace.figures).tolist() == [4, 14, 20]
 
 
+@pytest.mark.parametrize(
+    ("settings", "generations"),
+    [
+        ({"strategy": "cma_es"}, 20),
+        ({"strategy": "cma_es", "generations": 5}, 5),
+        ({"strategy": "gradient"}, 80 // 4),
+        ({"strategy": "gradient", "generations": 8}, 8),
+        # A quarter of the examples in each, and every eighth time a look at all of them.
+        ({"strategy": "gradient", "gradient": {"minibatches": 4}}, int(80 / 1.125)),
+        ({"strategy": "hybrid", "gradient": {"generations": 3}}, 23),
+    ],
+)
+def test_generations_are_those_that_the_budget_pays_for(settings: dict[str, Any], generations: int) -> None:
+    population = 1 if settings["strategy"] == "gradient" else 4
+    row = {"settings": settings, "budget": 80, "population": population, "gradient_cost": 4.0}
+    assert strategies.search_config(row).generations == generations
+
+
 def test_the_best_of_a_checkpoint_is_that_of_the_last_whole_generation() -> None:
     row = row_of([None, -2.0, -2.0, -1.0])
     assert [generation_after(row, passes) for passes in (3, 4, 15, 16, 99)] == [0, 1, 3, 4, 4]
@@ -97,13 +115,13 @@ def test_a_search_that_the_file_holds_is_not_run_again(
     run(*names)
     raced, climbed = read_rows(path).values()
     # Four on an eighth of the examples, two on a quarter, one on a half and on all.
-    assert raced["passes"] == [4 / 8 + 2 / 8 + 1 / 4 + 1 / 2] * 2
+    assert raced["passes"] == [4 / 8 + 2 / 8 + 1 / 4 + 1 / 2] * 6
     # Eight passes are two gradients at four each.
     assert climbed["passes"] == [4, 4] and climbed["best"][1] > climbed["best"][0]
     assert all("whole_answers/accuracy" in scores for row in (raced, climbed) for scores in row["heldout"].values())
     monkeypatch.setattr(strategies, "measure", lambda *arguments: pytest.fail("was run again"))
     out = run(*names, "--plot", str(tmp_path / "plot.png"))
-    assert "| cma_es+rungs | 3 |" in out and (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "| cma_es+rungs | 9 |" in out and (tmp_path / "plot.png").stat().st_size > 10_000
     assert len(path.read_text().splitlines()) == 2
 
 
