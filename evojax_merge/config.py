@@ -140,6 +140,10 @@ class StopConfig(Section):
         return {name: value for name, value in serialise(self).items() if value is not None}
 
 
+# The strategies whose options `search.gradient` holds.
+FOLLOW_GRADIENTS = ("gradient", "hybrid")
+
+
 class GradientConfig(Section):
     """How the strategies `gradient` and `hybrid` follow gradients.
 
@@ -189,7 +193,8 @@ class SearchConfig(Section):
         before there were such keys."""
         document: dict[str, Any] = serialise(self)
         for name in ("seeds", "validation", "validate_every", "stop", "gradient"):
-            if getattr(self, name) == type(self).model_fields[name].default:
+            follows = name == "gradient" and self.strategy in FOLLOW_GRADIENTS
+            if getattr(self, name) == type(self).model_fields[name].default and not follows:
                 document.pop(name)
         return document
 
@@ -243,6 +248,8 @@ class Config(Section):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
         if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
             raise ValueError("expected exactly one of the keys space, data_flow, stages")
+        if self.stages is not None and self.search != SearchConfig():
+            raise ValueError("search: every stage has its own; move it into each of stages")
         shares = [stage.search.validation for stage in self.stages or []]
         other = next((i for i, share in enumerate(shares) if share != shares[0]), None)
         if other is not None:

@@ -414,7 +414,10 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
             raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
         fitness = float(saved.arrays["fitness"][0])
         if not math.isfinite(fitness):
-            raise Failed(f"{folder.path}: no candidate of {saved.generations} generations has a finite score")
+            raise Failed(
+                f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
+                "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
+            )
         text = recipe_text(problem, saved.arrays["genomes"][0])
         recipe = parse_recipe(running.recipe, yaml.safe_load(text))
         _export(folder, recipe, text, None, out, dtype, overwrite)

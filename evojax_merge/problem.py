@@ -38,6 +38,7 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -274,11 +275,6 @@ def _minibatches(
         raise InputError(
             f"{where}: search.strategy", f"{strategy.name}: a layer path has no gradient; take cma_es, or another space"
         )
-    if what == "fitness" and config.search.rungs > 1:
-        raise InputError(
-            f"{where}: search.rungs",
-            f"{config.search.rungs}; {strategy.name} does not race its candidates; it has gradient.minibatches",
-        )
     weighted = [(i, task) for i, task in enumerate(searched) if task.weight > 0]
     smooth = [_smooth(f"{where}: tasks[{i}]", task, what, strategy) for i, task in weighted]
     parts, least = config.search.gradient.minibatches, min(task.size for task in smooth)
@@ -392,6 +388,7 @@ def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
     )
     strategy = make_strategy(where, search.strategy, settings)
     check_stop(where, search.stop, strategy.population)
+    check_gradient_options(where, search, strategy)
     return seeded(strategy, seeds)
 
 

@@ -29,6 +29,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress, differentiates
 from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
@@ -139,7 +140,7 @@ def search_pytrees(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
         finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, validation=validation,
         validate_every=validate_every, stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
-        gradient=dict(gradient or {}),
+        gradient={} if gradient is None else gradient,
     )  # fmt: skip
     if chunk is not None and chunk < 1:
         raise InputError(WHERE, f"chunk: {chunk}; expected 1 or more")
@@ -180,6 +181,7 @@ def search_pytrees(
     )  # fmt: skip
     chosen_strategy = seeded(make_strategy(WHERE, strategy, settings), first_genomes)
     check_stop(WHERE, search.stop, chosen_strategy.population)
+    check_gradient_options(WHERE, search, chosen_strategy)
     size = chosen_strategy.population
     make_score = (
         partial(_score_on_host, fitness.function, merge, bank, space)

@@ -37,6 +37,9 @@ QUICKLY_COMPILED = {
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 GIVEN = os.environ.get(SWITCH)
+# Every compiled program holds some memory maps, of which Linux allows a process 65,530 by default. A test module adds
+# up to 30,000.
+MANY_MAPS = 20_000
 # XLA's older code generator for CPUs: programs compile three times as fast, and run slower than anybody would want.
 # JAX takes options of the compiler for one function only, and XLA reads its flags once in a process: so what JAX asks
 # for with every program is replaced.
@@ -74,6 +77,14 @@ def compiler(request: pytest.FixtureRequest, has_quick_options: bool) -> Iterato
             patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK_FLAGS}".strip())
             patch.setattr(xla_compiler, "get_compile_options", compile_options)
         yield
+    if memory_maps() > MANY_MAPS:
+        jax.clear_caches()
+
+
+def memory_maps() -> int:
+    """How many memory maps this process has; 0 where that is not told."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 def compile_options(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any) -> Any:

@@ -1,6 +1,7 @@
 """Gradients through the merge: of every method against differences of float64 formulas, of models against differences
 of their scores, and the strategies that follow them."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from test_evaluator import Setting, behind_header
 from test_kernels import draws_of, make_models, on_device, reference, sources_of
 
 import evojax_merge as em
+from evojax_merge.cli import cli, run
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation import evaluator as evaluation
@@ -23,7 +25,10 @@ from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
 from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.strategies.gradient import OPTIMIZERS
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
+from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
+from evojax_merge.yaml_reader import load_yaml
 
 SHAPE = (16, 32)
 DRAWS = draws_of(SHAPE)
@@ -253,6 +258,33 @@ def climb(strategy: Any, generations: int) -> Any:
     return state
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_takes_steps(optimizer: str, schedule: str) -> None:
+    strategy = make("gradient", population=2, optimizer=optimizer, schedule=schedule, learning_rate=0.02)
+    state = climb(strategy, 4)
+    moved = strategy.finalists(state)
+    # Some only begin: adadelta's steps grow from nothing.
+    assert np.isfinite(moved).all() and (moved[0] != np.float32(0.9)).any()
+    assert all(np.issubdtype(np.asarray(leaf).dtype, np.number) for leaf in jax.tree.leaves(state))
+
+
+def test_a_start_at_a_bound_is_led_away_from_it() -> None:
+    """There the map into the bounds has no slope of its own."""
+    low, high = from_unit(np.array([0.0, 1.0]))
+    slopes = jax.vmap(jax.grad(to_unit_with_slope))(jnp.array([low, 0.0, 0.5, 1.0, high], jnp.float32))
+    np.testing.assert_allclose(slopes, [0.25, 0.5, 1.0, 0.5, 0.25], atol=1e-5)
+    outside = jax.vmap(jax.grad(to_unit_with_slope))(jnp.array([low - 0.03, high + 0.03], jnp.float32))
+    assert (np.sign(outside) == -1).all()
+    parents = [{"w": np.ones(3, np.float32)}, {"w": np.full(3, 2, np.float32)}]
+    for start in (0.0, 1.0):
+        found = em.search_pytrees(
+            parents, lambda merged: -jnp.square(merged["w"] - 1.4).sum(), method="slerp", strategy="gradient",
+            parameters={"t": {"start": start}}, generations=60,
+        )  # fmt: skip
+        assert found.fitness > -1e-3
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
 def test_every_start_climbs(optimizer: str) -> None:
     rate = {"sgd": 0.3}.get(optimizer, 0.05)
@@ -391,7 +423,11 @@ def test_pytrees_are_searched_by_gradients() -> None:
             "minibatches: 10; expected 9 at most",
         ),
         ("likelihood", {"strategy": "gradient", "rungs": 2}, "rungs: 2; gradient does not race"),
-        ("likelihood", {"strategy": "hybrid", "gradient": {"generations": 6}}, "expected fewer than the search's 6"),
+        (
+            "likelihood",
+            {"strategy": "hybrid", "gradient": {"generations": 6}},
+            "6 generations, of which 6 follow gradients",
+        ),
     ],
 )
 def test_what_has_no_gradient_is_refused(
@@ -400,6 +436,26 @@ def test_what_has_no_gradient_is_refused(
     with pytest.raises(InputError, match=said):
         em.evolve(document(family, kind, **search), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_hybrid_says_what_its_figures_mean(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    search = {"strategy": "hybrid", "population": 4, "generations": 3, "gradient": {"generations": 1}}
+    config.write_text(json.dumps(document(family, "exact_match", **search)))
+    assert run(lambda: cli.main(["search", str(config), "--out", str(tmp_path / "run")], standalone_mode=False)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "from generation 1 on candidates are scored on task log_probability, which has a gradient, in place" in said
+    assert "from generation 2 on candidates are scored on the fitness itself: task accuracy" in said
+    rows = [json.loads(line) for line in history(tmp_path / "run").splitlines()]
+    assert [row.get("companion", False) for row in rows] == [True, False, False]
+    assert [row["best"] is None for row in rows] == [True, False, False]
+    assert load_yaml(tmp_path / "run/config.yaml")["search"]["gradient"]["optimizer"] == "adam"
+
+
+def test_a_flat_fitness_is_told(family: Family) -> None:
+    parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
+    with pytest.warns(UserWarning, match="the gradient is 0 everywhere"):
+        em.search_pytrees(parents, lambda merged: jnp.round(merged["w"].sum()), strategy="gradient", generations=2)
 
 
 def test_a_layer_path_has_no_gradient(family: Family, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:
+    # What a companion of the fitness scores is on another scale.
+    history = [row for row in history if "companion" not in row]
     generations = [row["generation"] for row in history]
     for key, style in (("best_so_far", "-"), ("best", "."), ("mean", "--")):
         values = [np.nan if row[key] is None else row[key] for row in history]

@@ -5,10 +5,37 @@ from dataclasses import replace
 
 import numpy as np
 
+from evojax_merge.config import GradientConfig, SearchConfig
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness, means
-from evojax_merge.search.protocols import GradientEvaluator, Progress
+from evojax_merge.search.protocols import GradientEvaluator, Progress, Strategy, differentiates
 from evojax_merge.search.successive_halving import HalvingResult, empty_matrix, enter_scores
 from evojax_merge.search.surrogate import SurrogateData
+
+
+def check_gradient_options(where: str, search: SearchConfig, strategy: Strategy) -> None:
+    """Raises InputError for options of a search that its strategy could not follow."""
+    what, options = differentiates(strategy), search.gradient
+    if what is None and options != GradientConfig():
+        raise InputError(
+            where, f"gradient: {strategy.name} follows no gradient; leave the key out, or take gradient or hybrid"
+        )
+    if what != "fitness":
+        return
+    if search.rungs > 1:
+        raise InputError(
+            where, f"rungs: {search.rungs}; {strategy.name} does not race its candidates; it has gradient.minibatches"
+        )
+    if options.generations is not None or options.starts != GradientConfig().starts:
+        raise InputError(
+            where,
+            f"gradient.generations, gradient.starts: are hybrid's; {strategy.name} has generations and population",
+        )
+    if options.minibatches > 1 and (search.stop.target is not None or search.stop.stagnation is not None):
+        raise InputError(
+            where, "stop.target, stop.stagnation: on minibatches no candidate's fitness on all examples is known; take "
+            "stop.evaluations or stop.seconds, or gradient.minibatches: 1",
+        )  # fmt: skip
 
 
 def value_and_gradient(

@@ -179,6 +179,7 @@ def evolve(
         state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
     course, ended, done = course_of(storage.read_history(), storage.read_timing()), None, first
+    followed: bool | None = None
     is_fitness = bool(minibatches) and _goal(minibatches[0]) == _goal(shards[0])
     if config.generations <= first:
         reporter.log(f"{first} generations are saved, and {config.generations} wanted: nothing to search")
@@ -193,6 +194,9 @@ def evolve(
             break
         by_gradient = isinstance(strategy, UsesGradients) and strategy.wants_gradients(state["strategy"])
         parts: Sequence[GenomeEvaluator] = minibatches if by_gradient else shards
+        if minibatches and not is_fitness and by_gradient != followed:
+            reporter.log(_now_scored_on(number + 1, parts[0], shards[0]))
+        followed = by_gradient
         order = shard_order(len(parts), seed, number)
         passes = parts[order[0]].passes(len(genomes)) if by_gradient else halving_passes(shards, order, len(genomes))
         reporter.evaluating(number, passes)
@@ -213,7 +217,11 @@ def evolve(
         told = strategy.tell(key, state_after_ask, genomes, halved.scores)
         state = _next_state(told, np.asarray(genomes), halved, state)
         metrics = strategy.metrics(told)
+        if by_gradient and number == first and not np.any(halved.scores.gradients):
+            reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
         row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, metrics)
+        if by_gradient and not is_fitness:
+            row["companion"] = True
         each = seconds / len(genomes)
         timing = {"generation": number + 1, "seconds": seconds, "seconds_per_candidate": each}
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
@@ -256,6 +264,18 @@ def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: Searc
     if is_saved:
         return f"{generations} generations are saved: nothing to search ({ended.describe()})"
     return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
+
+
+def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
+    """What a generation's figures mean, where they are the companion's first and then the fitness's."""
+    shown, wanted = (
+        ", ".join(f"{task} {metric}" for task, metric in _goal(one)) for one in (evaluator, fitness_evaluator)
+    )
+    if shown == wanted:
+        return f"from generation {generation} on candidates are scored on the fitness itself: {shown}"
+    return (
+        f"from generation {generation} on candidates are scored on {shown}, which has a gradient, in place of {wanted}"
+    )
 
 
 def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:

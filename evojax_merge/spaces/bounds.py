@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 EDGE = 0.05
+LEAST_SLOPE = 0.25
 
 
 def to_unit(free: jax.Array) -> jax.Array:
@@ -20,6 +21,26 @@ def to_unit(free: jax.Array) -> jax.Array:
     low = jnp.square(x + EDGE) / (4 * EDGE)
     high = 1 - jnp.square(1 + EDGE - x) / (4 * EDGE)
     return jnp.clip(jnp.where(x < EDGE, low, jnp.where(x > 1 - EDGE, high, x)), 0.0, 1.0)
+
+
+@jax.custom_jvp
+def to_unit_with_slope(free: jax.Array) -> jax.Array:
+    """`to_unit`, with a derivative that leads away from the bounds: at them, where it vanishes, that of the edges is
+    `LEAST_SLOPE` all the same. A step along the gradient then still is one uphill."""
+    return to_unit(free)
+
+
+@to_unit_with_slope.defjvp
+def _with_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (free,), (tangent,) = primals, tangents
+    span = 1 + 2 * EDGE
+    folded = jnp.mod(free + EDGE, 2 * span)
+    # A gene at the upper bound is not taken for one beyond it, however it was rounded.
+    mirrored = folded > span + 1e-4
+    # From the nearer bound, in units of the range.
+    inside = jnp.minimum(jnp.where(mirrored, 2 * span - folded, folded), jnp.abs(span - folded))
+    slope = jnp.clip(inside / (2 * EDGE), LEAST_SLOPE, 1.0)
+    return to_unit(free), jnp.where(mirrored, -slope, slope) * tangent
 
 
 def from_unit(unit: np.ndarray) -> np.ndarray:

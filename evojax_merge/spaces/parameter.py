@@ -17,7 +17,7 @@ from merge_kernels import Method, on_grid
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import Recipe
-from evojax_merge.spaces.bounds import from_unit, to_unit
+from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
 
 # The density of trimmed task vectors (TIES-Merging, arXiv 2306.01708).
 TRIMMED_DENSITY = 0.2
@@ -58,7 +58,7 @@ class GroupSpace:
             shape = (len(self.groups), self.columns(searched.name))
             block = genome[start : start + shape[0] * shape[1]].reshape(shape)
             start += shape[0] * shape[1]
-            values = searched.low + (searched.high - searched.low) * to_unit(block)
+            values = searched.low + (searched.high - searched.low) * to_unit_with_slope(block)
             if self.method.parameter(searched.name).quantised:
                 values = on_grid(values)
             result[searched.name] = values

@@ -111,12 +111,13 @@ def hybrid(settings: StrategySettings) -> HybridStrategy:
     steps = max(1, settings.generations // 4) if config.generations is None else config.generations
     if steps >= settings.generations:
         raise InputError(
-            f"{settings.where}.gradient.generations",
-            f"{steps}; expected fewer than the search's {settings.generations} generations: the rest are CMA-ES'",
+            settings.where,
+            f"{settings.generations} generations, of which {steps} follow gradients (gradient.generations), leave none "
+            "to CMA-ES; raise generations",
         )
     optimizer, schedule = make_optimizer(settings.where, config, steps)
     starts = max(config.starts, settings.seeds)
-    ascent = GradientStrategy("hybrid", starts, optimizer, schedule, settings.sigma)
+    ascent = GradientStrategy("hybrid", starts, optimizer, schedule, settings.sigma, settings.range)
     evolution = cma_es(settings)
     if starts > evolution.population:
         raise InputError(
