@@ -312,9 +312,10 @@ def programs_of(row: Row) -> tuple[int, str | None, int]:
 def warm_up(experiment: Experiment, row: Row) -> None:
     """Compile what a row's search needs: a generation of it, or one of gradients and one without."""
     settings = row["settings"] or {"strategy": "random"}
-    short = {"generations": 2 if settings["strategy"] == "hybrid" else 1}
-    gradient = {**settings.get("gradient", {}), "generations": 1}
-    search = SearchConfig.model_validate({**settings, "population": row["population"], **short, "gradient": gradient})
+    short: dict[str, Any] = {"generations": 1}
+    if settings["strategy"] == "hybrid":
+        short = {"generations": 2, "gradient": {**settings.get("gradient", {}), "generations": 1}}
+    search = SearchConfig.model_validate({**settings, "population": row["population"], **short})
     run_search(experiment, search, row["seed"], 1.0, Trace(np.inf))
 
 

@@ -18,7 +18,7 @@ def check_gradient_options(where: str, search: SearchConfig, strategy: Strategy)
     what, options = differentiates(strategy), search.gradient
     if what is None and options != GradientConfig():
         raise InputError(
-            where, f"gradient: {strategy.name} follows no gradient; leave the key out, or take gradient or hybrid"
+            where, f"gradient: {search.strategy} follows no gradient; leave the key out, or take gradient or hybrid"
         )
     if what != "fitness":
         return
