@@ -116,6 +116,12 @@ def _finished(job: Callable[[Event], Result], cancelled: Event) -> Result:
     return result
 
 
+def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, found: Any) -> None:
+    """Enter what a pass found for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
+    real = batch.rows >= 0
+    matrix[np.ix_(rows, batch.rows[real])] = np.asarray(found)[: len(rows), real]
+
+
 def _step_tokens(batch: PromptBatch) -> int:
     """How many tokens each sequence of a batch is given in a pass."""
     windows = ACCELERATOR_STEP_TOKENS if on_accelerator() else CPU_STEP_TOKENS
@@ -332,10 +338,8 @@ class Evaluator:
         for rows, batch, (found, is_greedy) in _double_buffered(
             self._passes(population, batched_task), self._threads(0)
         ):
-            real = batch.rows >= 0
-            place = np.ix_(rows, batch.rows[real])
-            totals[place] = np.asarray(found)[: len(rows), real]
-            greedy[place] = np.asarray(is_greedy)[: len(rows), real]
+            _enter_rows(totals, rows, batch, found)
+            _enter_rows(greedy, rows, batch, is_greedy)
             progress(len(rows))
         return totals, greedy
 
@@ -418,10 +422,8 @@ class Evaluator:
         gradient: Any = None
         jobs = (partial(job, batch) for batch in scoring.batches)
         for batch, ((found, is_greedy), part) in _double_buffered(jobs, self._threads(model)):
-            real = batch.rows >= 0
-            place = np.ix_(rows, batch.rows[real])
-            totals[place] = np.asarray(found)[: len(rows), real]
-            greedy[place] = np.asarray(is_greedy)[: len(rows), real]
+            _enter_rows(totals, rows, batch, found)
+            _enter_rows(greedy, rows, batch, is_greedy)
             gradient = part if gradient is None else passes.add(gradient, part)
             progress(len(rows))
         gradient, cotangents = gradient
@@ -517,43 +519,28 @@ class Evaluator:
         self, population: DifferentiablePopulation, batched_task: BatchedTask, chunk: int
     ) -> int | None:
         """As `_temporaries`, of a pass that is differentiated with respect to recipes."""
-        assert batched_task.scoring is not None
-        _, candidates = next(population.chunks(chunk * self.devices.population))
-        batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
-        mesh, shared_prefix = self.devices.mesh, batched_task.scoring.shared_prefix
-        read = partial(passes.prefill_prefix, self.config, population.factory, mesh)
-        prefix = jax.eval_shape(read, population.replicated, candidates, shared_prefix) if shared_prefix.size else None
-        lowered = passes.score_gradient.lower(
-            self.config, population.factory, mesh, batched_task.requests.logits_fn, population.replicated, candidates,
-            prefix, arrays_of(batch), np.zeros((size_of(candidates), len(batch.rows)), np.float32),
-        )  # fmt: skip
-        memory = lowered.compile().memory_analysis()
-        return None if memory is None else int(memory.temp_size_in_bytes)
+        arguments, prefix = self._largest_pass(population, batched_task, chunk)
+        weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
+        return self._pass_bytes(passes.score_gradient.lower(*arguments, weights), prefix)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk needs on a device, as the compiler reports;
         None where it does not."""
+        arguments, prefix = self._largest_pass(population, batched_task, chunk)
+        return self._pass_bytes(passes.score.lower(*arguments), prefix)
+
+    def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any]:
+        """What `passes.score` takes of the largest batch and a chunk, and the shape of the prefix among it."""
         assert batched_task.scoring is not None
         _, candidates = next(population.chunks(chunk * self.devices.population))
         batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
-        factory, replicated, mesh, shared_prefix = (
-            population.factory,
-            population.replicated,
-            self.devices.mesh,
-            batched_task.scoring.shared_prefix,
-        )
+        factory, replicated, mesh = population.factory, population.replicated, self.devices.mesh
+        shared_prefix, logits_fn = batched_task.scoring.shared_prefix, batched_task.requests.logits_fn
         read = partial(passes.prefill_prefix, self.config, factory, mesh)
         prefix = jax.eval_shape(read, replicated, candidates, shared_prefix) if shared_prefix.size else None
-        lowered = passes.score.lower(
-            self.config,
-            factory,
-            mesh,
-            batched_task.requests.logits_fn,
-            replicated,
-            candidates,
-            prefix,
-            arrays_of(batch),
-        )
+        return (self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)), prefix
+
+    def _pass_bytes(self, lowered: Any, prefix: Any) -> int | None:
         memory = lowered.compile().memory_analysis()
         own = 0 if prefix is None else tree_nbytes(prefix) // self.devices.population
         return None if memory is None else memory.temp_size_in_bytes + own
