@@ -38,14 +38,17 @@ class GradientState:
 @dataclass(frozen=True)
 class GradientStrategy:
     """Each of P starts follows its own gradient. `schedule`: the step's number -> the learning rate; `sigma`: how far
-    from the first start the others are drawn; `range`: the genes of the bounds, which no step leaves."""
+    from the first start the others are drawn.
+
+    Genes are not kept within those of the bounds: beyond them they are mirrored, and a step that overshoots comes back.
+    Stopped at a bound they would stay there until the optimiser's momentum has turned.
+    """
 
     name: str
     population: int
     optimizer: Any
     schedule: Callable[[Any], Any]
     sigma: float
-    range: tuple[float, float]
 
     differentiates: Differentiates = "fitness"
 
@@ -54,7 +57,7 @@ class GradientStrategy:
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> GradientState:
         start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
-        drawn = jnp.clip((start + self.sigma * noise).at[0].set(start), *self.range)
+        drawn = (start + self.sigma * noise).at[0].set(start)
         return GradientState(
             drawn, jax.vmap(self.optimizer.init)(drawn), jnp.zeros(self.population, jnp.float32), jnp.int32(0)
         )
@@ -65,7 +68,7 @@ class GradientStrategy:
     def tell(self, key: jax.Array, state: GradientState, genomes: jax.Array, scores: Scores) -> GradientState:
         assert scores.gradients is not None
         gradients = jnp.asarray(scores.gradients)
-        return _step(self.optimizer, self.sigma, self.range, key, state, genomes, scores.fitness, gradients)
+        return _step(self.optimizer, self.sigma, key, state, genomes, scores.fitness, gradients)
 
     def finalists(self, state: GradientState) -> np.ndarray:
         """Where the last step has led to, which no generation has evaluated."""
@@ -81,7 +84,7 @@ class GradientStrategy:
 
 @partial(jax.jit, static_argnums=0)
 def _step(
-    optimizer: Any, sigma: float, range: tuple[float, float], key: jax.Array, state: GradientState, genomes: jax.Array,
+    optimizer: Any, sigma: float, key: jax.Array, state: GradientState, genomes: jax.Array,
     fitness: Any, gradients: jax.Array,
 ) -> GradientState:  # fmt: skip
     """One ascent of every start. A start that failed (its fitness or gradient is not finite) goes on beside the best
@@ -93,7 +96,7 @@ def _step(
     best = genomes[jnp.argmax(jnp.where(fine, fitness, -jnp.inf))]
     beside = best + sigma * jax.random.normal(key, genomes.shape)
     return GradientState(
-        genomes=jnp.clip(jnp.where(fine[:, None], genomes + updates, beside), *range),
+        genomes=jnp.where(fine[:, None], genomes + updates, beside),
         optimizer=moved,
         norms=jnp.linalg.norm(ascent, axis=1),
         steps=state.steps + 1,
@@ -105,7 +108,7 @@ def gradient(settings: StrategySettings) -> GradientStrategy:
     optimizer, schedule = make_optimizer(settings.where, settings.gradient, settings.generations)
     # Seeds are starts.
     starts = settings.population or max(DEFAULT_STARTS, settings.seeds)
-    return GradientStrategy("gradient", starts, optimizer, schedule, settings.sigma, settings.range)
+    return GradientStrategy("gradient", starts, optimizer, schedule, settings.sigma)
 
 
 def make_optimizer(where: str, config: GradientConfig, steps: int) -> tuple[Any, Callable[[Any], Any]]:

@@ -117,7 +117,7 @@ def hybrid(settings: StrategySettings) -> HybridStrategy:
         )
     optimizer, schedule = make_optimizer(settings.where, config, steps)
     starts = max(config.starts, settings.seeds)
-    ascent = GradientStrategy("hybrid", starts, optimizer, schedule, settings.sigma, settings.range)
+    ascent = GradientStrategy("hybrid", starts, optimizer, schedule, settings.sigma)
     evolution = cma_es(settings)
     if starts > evolution.population:
         raise InputError(
