@@ -376,10 +376,8 @@ class Evaluator:
         assert batched_task.scoring is not None
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
-        totals, greedy = (
-            np.zeros((population.size, len(counts)), np.float32),
-            np.zeros((population.size, len(counts)), bool),
-        )
+        shape = (population.size, len(counts))
+        totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if task.derivative == "nonlinear":
             # What a total counts for depends on the others, which may be in other batches.
             totals, greedy = self._score(population.lazy(), batched_task, lambda done: None)

@@ -56,11 +56,8 @@ class LazyMergeFactory:
 
 
 @dataclass(frozen=True)
-class DifferentiableFactory:
-    """Candidates are recipes, over a shared bank, and are differentiated with respect to them."""
-
-    spec: MergeSpec
-    compute_dtype: str
+class DifferentiableFactory(LazyMergeFactory):
+    """As its parent, of merges that are differentiated with respect to their recipes."""
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> DifferentiableMerge:
         return differentiable_merge(replicated, candidate, self.spec, self.compute_dtype)

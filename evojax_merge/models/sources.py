@@ -7,7 +7,7 @@ weights for decoding, where every token would redo the merge.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,8 @@ class LazyMerge:
     statistic -> `[L, …]` and `[…]`.
     """
 
+    combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine)
+
     bank: Bank
     recipe: Recipe
     stack_statistics: dict[str, Tables]
@@ -131,7 +133,7 @@ class LazyMerge:
         spec = self.spec
         numbers = () if keep_keys is None else tuple(keep_keys)
         with jax.named_scope("merge"):
-            merged = combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
+            merged = self.combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
@@ -173,19 +175,12 @@ class DifferentiableMerge(LazyMerge):
     are those of the densities' neighbourhood, too. Rounding to the export dtype counts as no rounding (a
     straight-through estimator, with the cotangents in that dtype). Made by `differentiable_merge`."""
 
+    combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine_differentiable)
+
     @property
     def prefetch(self) -> bool:
         # Slices in a scan's carry would be kept for every layer.
         return False
-
-    def _merge(
-        self, sources: jax.Array, keep_keys: jax.Array | None, statistics: Any, parameters: Parameters
-    ) -> jax.Array:
-        spec = self.spec
-        numbers = () if keep_keys is None else tuple(keep_keys)
-        with jax.named_scope("merge"):
-            merged = combine_differentiable(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
-        return spec.round_to_export(merged)
 
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype, one layer after the other: whatever the derivative of one needs is

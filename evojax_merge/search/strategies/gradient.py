@@ -16,7 +16,6 @@ from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Differentiates
 from evojax_merge.search.strategies.registry import StrategySettings
 
-DEFAULT_STARTS = 1
 # Those of optax that need a learning rate alone, and whose state is arrays of numbers.
 OPTIMIZERS = (
     "adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "fromage",
@@ -107,7 +106,7 @@ def gradient(settings: StrategySettings) -> GradientStrategy:
     """Gradient ascent through the merge (Adam, or any optimiser of optax), each candidate a start of its own."""
     optimizer, schedule = make_optimizer(settings.where, settings.gradient, settings.generations)
     # Seeds are starts.
-    starts = settings.population or max(DEFAULT_STARTS, settings.seeds)
+    starts = settings.population or max(1, settings.seeds)
     return GradientStrategy("gradient", starts, optimizer, schedule, settings.sigma)
 
 

@@ -40,13 +40,13 @@ class HybridState:
 @dataclass(frozen=True)
 class HybridStrategy:
     """`steps` generations of gradients, then CMA-ES with the mean where the best start has come to, and a first sigma
-    as wide as the last points are spread, at most `evolution`'s own."""
+    as wide as the last points are spread, at most that of `ascent`. The starts fit into the population of `evolution`.
+    """
 
     name: str
     ascent: GradientStrategy
     evolution: EvosaxStrategy
     steps: int
-    sigma: float
 
     differentiates: Differentiates = "companion"
 
@@ -70,7 +70,7 @@ class HybridStrategy:
         if int(state.told) > self.steps:
             return genomes, state.replace(run=run)  # type: ignore[attr-defined]
         # The points that the gradients have led to are candidates themselves.
-        ends = state.gradient.genomes[: self.population]
+        ends = state.gradient.genomes
         genomes = jnp.asarray(genomes).at[: len(ends)].set(ends)
         return genomes, state.replace(run=run)  # type: ignore[attr-defined]
 
@@ -79,7 +79,7 @@ class HybridStrategy:
         if not self.wants_gradients(state):
             run = state.run
             if int(state.told) == self.steps:
-                genomes, run = inject_steps(run, genomes, min(len(state.gradient.genomes), self.population))
+                genomes, run = inject_steps(run, genomes, self.ascent.population)
             run = self.evolution.tell(key, run, genomes, scores)
             return state.replace(run=run, told=told)  # type: ignore[attr-defined]
         ascent = self.ascent.tell(key, state.gradient, genomes, scores)
@@ -90,7 +90,7 @@ class HybridStrategy:
             best = int(np.nanargmax(scores.fitness))
             spread = jnp.sqrt(jnp.mean(jnp.square(points[:, best] - points[:, best].mean(axis=0))))
             run = self.evolution.init(key, np.asarray(ascent.genomes)[best][None])
-            run = run.replace(std=jnp.clip(spread, LEAST_SIGMA * self.sigma, self.sigma))
+            run = run.replace(std=jnp.clip(spread, LEAST_SIGMA * self.ascent.sigma, self.ascent.sigma))
         return HybridState(ascent, run, told, points)
 
     def finalists(self, state: HybridState) -> np.ndarray:
@@ -123,4 +123,4 @@ def hybrid(settings: StrategySettings) -> HybridStrategy:
         raise InputError(
             f"{settings.where}.gradient.starts", f"{starts} do not fit into a population of {evolution.population}"
         )
-    return HybridStrategy("hybrid", ascent, evolution, steps, settings.sigma)
+    return HybridStrategy("hybrid", ascent, evolution, steps)
