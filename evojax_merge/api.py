@@ -23,6 +23,7 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.scores import Scores, score_matrix
+from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
@@ -33,7 +34,7 @@ from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
 from evojax_merge.selection import open_evaluators, recipe_text
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
-from evojax_merge.yaml_reader import parse_yaml
+from evojax_merge.yaml_reader import parse_documents, parse_yaml
 
 Location = str | PathLike[str]
 
@@ -92,7 +93,7 @@ def _check_seed(seed: int | None) -> None:
 
 
 def merge(
-    recipe: Location | Mapping[str, Any],
+    recipe: Location | Mapping[str, Any] | Sequence[Mapping[str, Any]],
     out: Location,
     *,
     dtype: str | None = None,
@@ -100,17 +101,21 @@ def merge(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Do the one merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
+    """Do the merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
 
-    recipe: a YAML file, or what it would say as a mapping; relative paths then start in the working directory. dtype,
-    seed: in place of the recipe's. overwrite: replace `out`, if it is a model that evojax-merge wrote. allow_nonfinite:
-    merge even where a parent holds NaN or Inf.
+    recipe: a YAML file, or what it would say as a mapping, or as a list of mappings where it has several documents;
+    relative paths then start in the working directory. dtype, seed: in place of the recipe's; of several documents, the
+    dtype of the result and the seed of all. overwrite: replace `out`, if it is a model that evojax-merge wrote.
+    allow_nonfinite: merge even where a parent holds NaN or Inf.
     """
     _check_dtype(dtype)
     _check_seed(seed)
-    source = _as_yaml("recipe", recipe) if isinstance(recipe, Mapping) else Path(recipe)
+    if isinstance(recipe, str | PathLike):
+        source: Path | list[Any] = Path(recipe)
+    else:
+        source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with _bars_on_terminals():
-        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore)
+        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn)
     return Path(out)
 
 
@@ -224,10 +229,11 @@ class Evaluator:
         tasks = self._evaluator.tasks
         return score_matrix(tasks, self._evaluator.score(genomes))
 
-    def recipe(self, genome: Any) -> dict[str, Any]:
-        """A genome float32[D] as a recipe, which `merge` makes into a model."""
-        recipe: dict[str, Any] = parse_yaml("recipe", recipe_text(self._problem, np.asarray(genome, np.float32)))
-        return recipe
+    def recipe(self, genome: Any) -> Any:
+        """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
+        several documents."""
+        text = recipe_text(self._problem, np.asarray(genome, np.float32))
+        return plain_recipe(parse_documents("recipe", text))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ class Candidates(Protocol):
         """One line on how the candidates of a search were evaluated."""
         ...
 
-    def to_recipe(self, genome: np.ndarray) -> dict[str, Any]:
-        """A genome as a recipe in mergekit's format."""
+    def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
+        """A genome as the documents of a recipe in mergekit's format, the result's last."""
         ...
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
@@ -105,9 +105,9 @@ class MergeCandidates:
         few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
         return f"each device scored {few}"
 
-    def to_recipe(self, genome: np.ndarray) -> dict[str, Any]:
+    def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         recipe = jax.tree.map(np.asarray, take_candidate(self.space.decode(genome[None]), 0))
-        return recipe_document(recipe, self.spec, self.decoder, self.base, self.parents)
+        return [recipe_document(recipe, self.spec, self.decoder, self.base, self.parents)]
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
         values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
@@ -154,8 +154,8 @@ class PathCandidates:
             f"{len(distinct):,} distinct paths"
         )
 
-    def to_recipe(self, genome: np.ndarray) -> dict[str, Any]:
-        return path_document(self._path(genome), self.spec, self.parents)
+    def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
+        return [path_document(self._path(genome), self.spec, self.parents)]
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PathReport:
         return PathReport(self._path(genome), self.spec, tuple(parents))

@@ -96,7 +96,11 @@ def search(
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
 def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
-    """Do the one merge that RECIPE (a mergekit YAML) describes and write the model to OUT."""
+    """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT.
+
+    RECIPE may have several documents, as mergekit-multi takes them: those with a `name` are merged first, and others
+    name them as models. --dtype is for the result, --seed for all documents.
+    """
     with _starting():
         from evojax_merge import pipeline
 

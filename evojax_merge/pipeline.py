@@ -6,13 +6,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -28,9 +27,10 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.interrupts import defer_signals
-from evojax_merge.mergekit.execute import MergePlan, merge_to, prepare
-from evojax_merge.mergekit.schema import RecipeFile, parse_recipe, read_recipe
-from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.mergekit.execute import Progress
+from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
+from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
+from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
@@ -76,7 +76,7 @@ from evojax_merge.stored_models import (
     score_table,
 )
 from evojax_merge.tasks.opening import overlaps
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.yaml_reader import load_yaml, parse_documents
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
@@ -267,10 +267,9 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
-    merge_plan = prepare(read_recipe(folder.recipe))
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    with bytes_bar("exporting", merge_plan.nbytes) as progress_bytes:
-        merge_to(merge_plan, folder.model, card=card, overwrite=True, progress=progress_bytes)
+    with prepare_stream(read_stream(folder.recipe), folder.model) as stream_plan:
+        merge_stream(stream_plan, folder.model, card=card, overwrite=True, bar=partial(_merge_bar, "exporting"))
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
@@ -298,35 +297,48 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
 def merge(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
 ) -> None:
-    write_merge(recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say)
+    write_merge(recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]))
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
 def write_merge(
-    recipe: Path | dict[str, Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
-    allow_nonfinite: bool, log: Log,
+    recipe: Path | list[Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
+    allow_nonfinite: bool, log: Log, warn: Log,
 ) -> None:  # fmt: skip
-    """Do the merge of a recipe (a file, or what its YAML says) and write the model."""
+    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model."""
     plugins.load()
     recover(out)
     check_free(out, overwrite)
-    opened = read_recipe(recipe) if isinstance(recipe, Path) else parse_recipe(Path("recipe"), recipe)
-    text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_yaml(recipe)
-    merge_plan = prepare(opened, dtype, seed, allow_nonfinite, resolve_reference)
-    say_unread(merge_plan.sources.folders, log)
-    inputs = [path for path in merge_plan.inputs if isinstance(recipe, Path) or path != opened.path]
-    check = partial(check_output, out, [*inputs, *_parts_of_runs(out)])
+    stream = read_stream(recipe) if isinstance(recipe, Path) else parse_stream(Path("recipe"), recipe)
+    text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
+    for line in stream_warnings(stream):
+        warn(line)
+    with prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference) as stream_plan:
+        say_unread(list(stream_plan.models.values()), log)
+        inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
+        _write_model(stream_plan, out, _card_of_merge(out, stream_plan, text), "merging", overwrite, inputs)
+
+
+def _write_model(
+    stream_plan: StreamPlan, out: Path, card: str, label: str, overwrite: bool, keep: Sequence[Path]
+) -> None:
+    """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
+    too full."""
+    check = partial(check_output, out, [*keep, *_parts_of_runs(out)])
     check()
-    require_space(out, merge_plan.nbytes)
-    with bytes_bar("merging", merge_plan.nbytes) as progress:
-        card = _card_of_merge(out, merge_plan, text)
-        merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    require_space(out, stream_plan.peak_bytes)
+    merge_stream(stream_plan, out, card=card, overwrite=overwrite, check=check, bar=partial(_merge_bar, label))
 
 
-def _card_of_merge(out: Path, merge_plan: MergePlan, text: str) -> str:
-    recipe, folders = merge_plan.recipe, merge_plan.sources.folders
-    models = {model: folder.path for model, folder in zip(recipe.models, folders, strict=True)}
-    return merge_card(out.name, recipe.method.name, models, text)
+def _merge_bar(what: str, which: str, nbytes: int) -> AbstractContextManager[Progress]:
+    """The progress bar of a merge; `which`: of several, which one it is."""
+    return bytes_bar(f"{what} {which}".rstrip(), nbytes)
+
+
+def _card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
+    methods = list(dict.fromkeys(one.recipe.method.name for one in stream_plan.merges))
+    models = {model: folder.path for model, folder in stream_plan.models.items()}
+    return merge_card(out.name, methods, models, text)
 
 
 def _parts_of_runs(out: Path) -> list[Path]:
@@ -381,23 +393,19 @@ def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far
             raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{PARAMS}")
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
-    recipe, card_file = read_recipe(folder.recipe), folder.model / "README.md"
+    stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
     card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
-    _export(folder, recipe, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite)
+    _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite)
 
 
 def _export(
-    folder: RunFolder, recipe: RecipeFile, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
+    folder: RunFolder, stream: RecipeStream, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
 ) -> None:
     """Write the model of a run's recipe. `text`: the recipe as YAML; `card` None: one that shows just that."""
-    merge_plan = prepare(recipe, dtype)
-    check = partial(check_output, out, [*merge_plan.inputs, *_parts_of_runs(out), *folder.parts])
-    check()
-    if card is None:
-        card = _card_of_merge(out, merge_plan, text)
-    require_space(out, merge_plan.nbytes)
-    with bytes_bar("exporting", merge_plan.nbytes) as progress:
-        merge_to(merge_plan, out, card=card, overwrite=overwrite, check=check, progress=progress)
+    with prepare_stream(stream, out, dtype) as stream_plan:
+        if card is None:
+            card = _card_of_merge(out, stream_plan, text)
+        _write_model(stream_plan, out, card, "exporting", overwrite, [*stream_plan.inputs, *folder.parts])
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
@@ -419,8 +427,8 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
         text = recipe_text(problem, saved.arrays["genomes"][0])
-        recipe = parse_recipe(running.recipe, yaml.safe_load(text))
-        _export(folder, recipe, text, None, out, dtype, overwrite)
+        stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
+        _export(folder, stream, text, None, out, dtype, overwrite)
     chosen_on = "validation split" if problem.validation else "whole search split"
     console.print(
         f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.search.run_folder import PARAMS, RunFolder, is_run, read_lines, read_result
-from evojax_merge.yaml_reader import load_yaml
+from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Run:
         return list((self.result or {}).get("table", []))
 
     @property
-    def recipe(self) -> dict[str, Any] | None:
-        """The winner as a mergekit recipe, with the full paths of the models."""
-        return load_yaml(self._folder.recipe) if self._folder.recipe.is_file() else None
+    def recipe(self) -> Any:
+        """The winner as a mergekit recipe, with the full paths of the models: a mapping, or a list of them where the
+        recipe has several documents."""
+        return plain_recipe(load_documents(self._folder.recipe)) if self._folder.recipe.is_file() else None
 
     @property
     def model(self) -> Path | None:

@@ -16,7 +16,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
-from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import Result, Row, model_name
 from evojax_merge.report.intervals import leads_over
@@ -145,10 +145,16 @@ def passes_to_select(
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     """A genome's recipe as YAML, as `evojax-merge merge` and mergekit take it."""
-    document = problem.candidates.to_recipe(genome)
+    documents = problem.candidates.to_recipe(genome)
     if problem.sources.vocabulary is not None:
-        document["tokenizer_source"] = str(problem.tokenizer_folder)
-        if problem.tokenizer_folder == problem.base:
-            # A method that takes no base leaves it out, but for the tokenizer.
-            document = {"merge_method": document["merge_method"], "base_model": str(problem.base)} | document
-    return dump_yaml(document)
+        documents = [_with_tokenizer(problem, document) for document in documents]
+    return dump_documents(documents)
+
+
+def _with_tokenizer(problem: SearchProblem, document: dict[str, Any]) -> dict[str, Any]:
+    """A document of a recipe that says whose tokens its merge has."""
+    document = document | {"tokenizer_source": str(problem.tokenizer_folder)}
+    if problem.tokenizer_folder == problem.base:
+        # A method that takes no base leaves it out, but for the tokenizer.
+        document = {"merge_method": document["merge_method"], "base_model": str(problem.base)} | document
+    return document

@@ -1,6 +1,8 @@
 """YAML from strangers: what would be lost in silence, or would never end, is refused."""
 
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,17 @@ MAX_DIGITS = 1000
 
 
 def load_yaml(path: Path) -> Any:
-    """Parse a YAML file. Raises InputError, with the line, for what `parse_yaml` refuses, and for what is not a file of
-    UTF-8 text."""
+    """Parse a YAML file of one document. Raises InputError, with the line, for what `parse_yaml` refuses, and for what
+    is not a file of UTF-8 text."""
+    return parse_yaml(path, _read_text(path))
+
+
+def load_documents(path: Path) -> list[Any]:
+    """Parse all documents of a YAML file, and raise InputError as `load_yaml` does."""
+    return parse_documents(path, _read_text(path))
+
+
+def _read_text(path: Path) -> str:
     try:
         found = path.stat()
         if stat.S_ISDIR(found.st_mode):
@@ -30,7 +41,7 @@ def load_yaml(path: Path) -> Any:
             raise InputError(path, "is not a regular file; expected a YAML file")
         if found.st_size > MAX_BYTES:
             raise InputError(path, f"has {found.st_size:,} bytes; expected a YAML file of at most {MAX_BYTES:,}")
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
     except OSError as error:
@@ -39,7 +50,6 @@ def load_yaml(path: Path) -> Any:
         raise InputError(path, f"is not UTF-8 text (byte {error.start + 1}: {error.reason})") from None
     except ValueError as error:  # a name that no file can have
         raise InputError(path, f"cannot be read ({error})") from None
-    return parse_yaml(path, text)
 
 
 def parse_yaml(where: object, text: str) -> Any:
@@ -48,9 +58,24 @@ def parse_yaml(where: object, text: str) -> Any:
     Raises InputError for text that is not YAML, for a key that a mapping has twice, for an alias inside of what it
     stands for, and for more than `MAX_NODES` values, aliases written out, or `MAX_DEPTH` levels.
     """
-    try:
+    with _refusing(where):
         _check_events(where, text)
         return yaml.load(text, Loader=LOADER)
+
+
+def parse_documents(where: object, text: str) -> list[Any]:
+    """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
+    `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document."""
+    with _refusing(where):
+        _check_events(where, text)
+        return list(yaml.load_all(text, Loader=LOADER))
+
+
+@contextmanager
+def _refusing(where: object) -> Iterator[None]:
+    """Raises InputError for what PyYAML raises."""
+    try:
+        yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
@@ -73,14 +98,19 @@ class _Open:
 def _check_events(where: object, text: str) -> None:
     open_nodes: list[_Open] = []
     sizes: dict[str, int] = {}
+    of_documents = 0
 
     def closed(anchor: str | None, nodes: int) -> None:
+        nonlocal of_documents
         if anchor is not None:
             sizes[anchor] = nodes
         if open_nodes:
             open_nodes[-1].nodes += nodes
             open_nodes[-1].children += 1
             nodes = open_nodes[-1].nodes
+        else:
+            of_documents += nodes
+            nodes = of_documents
         if nodes > MAX_NODES:
             raise InputError(where, f"stands for more than {MAX_NODES:,} values; expected fewer")
 

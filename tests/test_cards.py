@@ -21,7 +21,7 @@ def model(folder: Path, card: str | bytes = "", architecture: str = "LlamaForCau
 
 
 def header_of(*folders: Path) -> dict[str, object]:
-    card = merge_card("mine", "linear", {str(folder): folder for folder in folders}, "merge_method: linear\n")
+    card = merge_card("mine", ["linear"], {str(folder): folder for folder in folders}, "merge_method: linear\n")
     found = yaml.safe_load(card.split("---\n")[1])
     assert isinstance(found, dict)
     return found
@@ -133,11 +133,11 @@ def test_the_recipe_names_models_and_no_places(tmp_path: Path) -> None:
         f"tokenizer_source: {one}\nchat_template: '{{{{ ```messages``` }}}}'\n"
     )
     models = {str(one): one, "../b/one": other, "owner/name@main": hub}
-    text = merge_card("mine", "linear", models, recipe)
+    text = merge_card("mine", ["linear"], models, recipe)
     assert str(tmp_path) not in text and "../b" not in text
     shown = yaml.safe_load(text.partition("````yaml\n")[2].partition("````")[0])
     assert [row["model"] for row in shown["models"]] == ["one", "one-2", "owner/name@main"]
     assert shown["tokenizer_source"] == "one"
     # One that names no place is shown as it was written.
     plain = "merge_method: linear  # mine\nmodels: [{model: owner/name}, {model: zoo:3/base}]\n"
-    assert plain in merge_card("mine", "linear", {"owner/name": hub, "zoo:3/base": one}, plain)
+    assert plain in merge_card("mine", ["linear"], {"owner/name": hub, "zoo:3/base": one}, plain)

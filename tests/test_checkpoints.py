@@ -484,7 +484,7 @@ def model_of_ours(family: Family, folder: Path) -> Path:
     rows = [{"model": str(path), "parameters": {"weight": 1}} for path in family.parents]
     recipe = folder.parent / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
-    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", "linear", {}, "recipe"))
+    merge_to(prepare_merge(read_recipe(recipe)), folder, card=merge_card("name", ["linear"], {}, "recipe"))
     return folder
 
 

@@ -111,10 +111,9 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
     A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
     names it.
     """
-    # These two take any text, also what no file can be called.
-    for local in (os.path.expanduser(reference), relative_to / reference):
-        if os.path.exists(local):
-            return Path(local).resolve()
+    local = local_path(reference, relative_to)
+    if local is not None:
+        return local
     looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
     if looks_local:
         raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
@@ -126,6 +125,15 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def local_path(reference: str, relative_to: Path) -> Path | None:
+    """What of this machine a reference names: from the working directory, else from `relative_to`; None: nothing."""
+    # These two take any text, also what no file can be called.
+    for local in (os.path.expanduser(reference), relative_to / reference):
+        if os.path.exists(local):
+            return Path(local).resolve()
+    return None
 
 
 def hub_id(folder: Path) -> str | None:
@@ -274,6 +282,10 @@ class Folder:
         start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED"):
             self._maps[entry.file].madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+
+    def close(self) -> None:
+        """Let go of the files; the next reading maps them again. An array that was read keeps its own."""
+        self.__dict__.pop("_maps", None)
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name: what names this parent in random methods."""

@@ -55,6 +55,23 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
     recover(target)
     check_free(target, overwrite)
     check()
+    with hidden_folder(target) as work:
+        yield work
+        if place.exists():
+            # Else a power failure could take both.
+            _flush(work)
+        with _locked(place.parent):
+            check_free(target, overwrite)
+            check()
+            _swap(work, place)
+    recover(target)
+
+
+@contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was renamed.
+    What a killed process leaves of it `recover` removes."""
+    place = Path(os.path.realpath(target))
     made: list[Path] = []
     try:
         made = _make_folders(place.parent)
@@ -65,26 +82,15 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
     except OSError as error:
         _remove_empty(made)
         raise InputError(target, f"cannot be written ({error.strerror})") from None
-    stands = False
     try:
         yield work
-        if place.exists():
-            # Else a power failure could take both.
-            _flush(work)
-        with _locked(place.parent):
-            check_free(target, overwrite)
-            check()
-            _swap(work, place)
-            stands = True
     except OSError as error:
         raise cannot_write(target, error, "; nothing was left behind") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if not stands:
-            _remove_empty(made)
+        _remove_empty(made)
         if owner is not None:
             os.close(owner)
-    recover(target)
 
 
 def check_free(target: Path, overwrite: bool) -> None:
@@ -384,7 +390,19 @@ class ShardWriter:
         if self._next == len(self._order) or self._order[self._next][0] != file:
             self._handle.close()
             self._handle = None
-        if self._next == len(self._order) and self._index is not None:
+        if self._next == len(self._order):
+            self._write_index()
+
+    def reserve(self) -> None:
+        """Write the files as they will be, with zeros for the tensors: holes, which take no room on most disks."""
+        for file, names in self._files.items():
+            with (self.folder / file).open("wb") as handle:
+                handle.write(self._header(names))
+                handle.truncate(handle.tell() + sum(self.specs[name].nbytes for name in names))
+        self._write_index()
+
+    def _write_index(self) -> None:
+        if self._index is not None:
             total = sum(spec.nbytes for spec in self.specs.values())
             index = {"metadata": {"total_size": total}, "weight_map": self._index}
             (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

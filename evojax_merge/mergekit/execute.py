@@ -101,7 +101,7 @@ def prepare(
     a model lies."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
-    paths = [find(recipe.path, reference, recipe.path.parent) for reference in recipe.models]
+    paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
     sources, layouts, tied = _open(recipe, paths, choice)
     _check_same_tensors(sources, layouts)
@@ -175,11 +175,11 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> Tokenize
 
     def number(where: str, model: str) -> int:
         if model not in models:
-            raise InputError(recipe.path, f"{where}: {model!r} is not a model of the recipe")
+            raise InputError(recipe.where, f"{where}: {model!r} is not a model of the recipe")
         return models.index(model)
 
     if setting.source == "base" and base is None:
-        raise InputError(recipe.path, "tokenizer_source: base, but there is no base_model")
+        raise InputError(recipe.where, "tokenizer_source: base, but there is no base_model")
     source: Any = base if setting.source == "base" else setting.source
     if source not in ("union", base):
         source = number("tokenizer_source", source)
@@ -201,12 +201,12 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
         try:
             check_chat_template(wanted)
         except ChatTemplateError as error:
-            raise InputError(recipe.path, f"chat_template: not a Jinja template ({error})") from None
+            raise InputError(recipe.where, f"chat_template: not a Jinja template ({error})") from None
         return wanted
     if wanted == "chatml":
         return CHATML
     if wanted != "auto":
-        raise InputError(recipe.path, f"chat_template: {wanted!r}; expected auto, chatml or a Jinja template")
+        raise InputError(recipe.where, f"chat_template: {wanted!r}; expected auto, chatml or a Jinja template")
     templates = [getattr(load_tokenizer(path), "chat_template", None) for path in paths]
     found = [template.strip() for template in templates if isinstance(template, str)]
     return max(found, key=found.count) if found else None
@@ -250,7 +250,7 @@ def _open(
         return sources, layouts, tied
     if decoder is None:
         kind = first.config.get("model_type")
-        raise InputError(recipe.path, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
+        raise InputError(recipe.where, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
     vocabulary = align(paths, [folder.entries[sources.token_tensors.embedding].shape[0] for folder in folders], choice)
     return Sources(folders, vocabulary), layouts, tied
 
@@ -401,7 +401,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         )
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
-                merge_plan.recipe.path,
+                merge_plan.recipe.where,
                 f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
@@ -439,17 +439,34 @@ def merge_to(
 ) -> None:
     """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        with ShardWriter(folder, merge_plan.specs) as writer:
-            for name, tensor in zip(writer.order, merged_tensors(merge_plan, writer.order), strict=True):
-                writer.write(name, tensor)
-                progress(merge_plan.specs[name].nbytes)
-        dtypes = {str(spec.dtype) for spec in merge_plan.specs.values() if is_float(spec.dtype)}
-        _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
-        _write_tokenizer(merge_plan, folder)
-        if (merge_plan.leader.path / "generation_config.json").exists():
-            shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
+        write_weights(merge_plan, folder, progress)
+        _write_small_files(merge_plan, folder)
         (folder / CARD).write_text(card, encoding="utf-8")
         write_marker(folder)
+
+
+def write_outline(merge_plan: MergePlan, folder: Path) -> None:
+    """Write the merged model without its weights: their files have headers alone, and a later merge can be planned with
+    them."""
+    ShardWriter(folder, merge_plan.specs).reserve()
+    _write_small_files(merge_plan, folder)
+
+
+def write_weights(merge_plan: MergePlan, folder: Path, progress: Progress) -> None:
+    """Merge all tensors, and write them as the safetensors files of a model folder."""
+    with ShardWriter(folder, merge_plan.specs) as writer:
+        for name, tensor in zip(writer.order, merged_tensors(merge_plan, writer.order), strict=True):
+            writer.write(name, tensor)
+            progress(merge_plan.specs[name].nbytes)
+
+
+def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
+    """Config, tokenizer and the settings of generation."""
+    dtypes = {str(spec.dtype) for spec in merge_plan.specs.values() if is_float(spec.dtype)}
+    _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
+    _write_tokenizer(merge_plan, folder)
+    if (merge_plan.leader.path / "generation_config.json").exists():
+        shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:

@@ -109,7 +109,7 @@ def _resolve(
     recipe: RecipeFile, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
 ) -> tuple[Options, dict[str, np.ndarray]]:
     """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
-    where, method = str(recipe.path), recipe.method
+    where, method = recipe.where, recipe.method
     shared = (part.settings, recipe.settings)
 
     def value(name: str, scopes: Sequence[Settings], tensor: str) -> Any:
@@ -224,7 +224,7 @@ def _check_depth(recipe: RecipeFile, model: str, found: Layout, first: str, expe
     if one != other:
         depths = [", ".join(map(str, counts.values())) or "no" for counts in (one, other)]
         raise InputError(
-            recipe.path, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which with slices:"
+            recipe.where, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which with slices:"
         )
 
 
@@ -235,13 +235,13 @@ def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index
         if len(stacks) != 1:
             known = ", ".join(stacks) or "none"
             raise InputError(
-                recipe.path, f"slices: {source.model} has not one stack of numbered layers ({known}); use models:"
+                recipe.where, f"slices: {source.model} has not one stack of numbered layers ({known}); use models:"
             )
         (head, layers), *_ = stacks.items()
         for layer in range(source.first, source.first + (part.count or 0)):
             if layer not in layers:
                 raise InputError(
-                    recipe.path, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)})"
+                    recipe.where, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)})"
                 )
     return head
 

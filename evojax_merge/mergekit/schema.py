@@ -78,9 +78,11 @@ class TokenizerSetting:
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe as it stands in the file, checked but not yet matched with tensors."""
+    """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
+    of `path`; `where` is what messages call the recipe."""
 
     path: Path
+    where: str
     method: Method
     base: str | None
     slices: tuple[Slice, ...]
@@ -122,51 +124,53 @@ def read_recipe(path: Path) -> RecipeFile:
     return parse_recipe(path, load_yaml(path))
 
 
-def parse_recipe(path: Path, document: Any) -> RecipeFile:
-    """A mergekit recipe as plain data. `path` names it in messages, and is where relative paths start."""
-    top = checked_mapping(str(path), document, TOP_KEYS, REFUSED_KEYS)
+def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeFile:
+    """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where` is what messages call the
+    recipe, None: the path."""
+    where = str(path) if where is None else where
+    top = checked_mapping(where, document, TOP_KEYS, REFUSED_KEYS)
     name = top.get("merge_method")
     if not isinstance(name, str):
-        raise InputError(path, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
+        raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
     if name not in METHODS and name in REFUSED_METHODS:
-        raise InputError(path, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
+        raise InputError(where, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
-        raise InputError(path, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
+        raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]
     for key in ("dtype", "out_dtype"):
         if top.get(key) is not None and top[key] not in [*FLOAT_DTYPES]:
-            raise InputError(path, f"{key}: {top[key]!r}; expected one of {', '.join(FLOAT_DTYPES)}")
+            raise InputError(where, f"{key}: {top[key]!r}; expected one of {', '.join(FLOAT_DTYPES)}")
     if ("models" in top) == ("slices" in top):
-        raise InputError(path, "expected exactly one of the keys models, slices")
+        raise InputError(where, "expected exactly one of the keys models, slices")
     base = top.get("base_model")
-    base = None if base is None else _reference(f"{path}: base_model", base)
+    base = None if base is None else _reference(f"{where}: base_model", base)
     if "models" in top:
-        sources = [_source(f"{path}: models[{i}]", row, method, {"model"}) for i, row in _rows(path, top, "models")]
+        sources = [_source(f"{where}: models[{i}]", row, method, {"model"}) for i, row in _rows(where, top, "models")]
         slices = [Slice(None, _with_base(sources, base), {}, base)]
     else:
-        slices = [_slice(f"{path}: slices[{i}]", row, method, base) for i, row in _rows(path, top, "slices")]
+        slices = [_slice(f"{where}: slices[{i}]", row, method, base) for i, row in _rows(where, top, "slices")]
     seed = top.get("random_seed", 0)
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise InputError(path, f"random_seed: {seed!r}; expected a whole number from 0 to {MAX_SEED}")
+        raise InputError(where, f"random_seed: {seed!r}; expected a whole number from 0 to {MAX_SEED}")
     chat = top.get("chat_template")
     if chat is not None and not isinstance(chat, str):
-        raise InputError(path, "chat_template: expected auto, chatml or a Jinja template")
+        raise InputError(where, "chat_template: expected auto, chatml or a Jinja template")
     recipe = RecipeFile(
-        path, method, base, tuple(slices), _settings(f"{path}: parameters", top.get("parameters"), method),
-        top.get("dtype"), top.get("out_dtype"), _tokenizer(path, top), chat or None, seed, _ends(path, top, method),
+        path, where, method, base, tuple(slices), _settings(f"{where}: parameters", top.get("parameters"), method),
+        top.get("dtype"), top.get("out_dtype"), _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
     )  # fmt: skip
     for part in recipe.slices:
-        _check_models(str(path), method, part)
+        _check_models(where, method, part)
     return recipe
 
 
-def _ends(path: Path, top: dict[str, Any], method: Method) -> str | None:
+def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
     """The model of a passthrough merge whose tensors outside of the layers are taken."""
     if top.get("ends") is None:
         return None
     if method.name != "passthrough" or "slices" not in top:
-        raise InputError(path, "ends: only a passthrough merge of slices takes them from one model")
-    return _reference(f"{path}: ends", top["ends"])
+        raise InputError(where, "ends: only a passthrough merge of slices takes them from one model")
+    return _reference(f"{where}: ends", top["ends"])
 
 
 def _check_models(where: str, method: Method, part: Slice) -> None:
@@ -190,9 +194,9 @@ def check_parent_count(where: str, method: Method, parents: int) -> None:
         raise InputError(where, f"{method.name} takes {many} models{besides}, found {parents}")
 
 
-def _rows(path: Path, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
+def _rows(where: str, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
     if not isinstance(top[key], list) or not top[key]:
-        raise InputError(path, f"{key}: expected a list that is not empty")
+        raise InputError(where, f"{key}: expected a list that is not empty")
     return list(enumerate(top[key]))
 
 
@@ -275,15 +279,15 @@ def _check_setting(where: str, name: str, setting: Any) -> None:
         raise InputError(where, f"{name}: {setting!r}; expected a number, a gradient or filters")
 
 
-def _tokenizer(path: Path, top: dict[str, Any]) -> TokenizerSetting | None:
+def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     source, section = top.get("tokenizer_source"), top.get("tokenizer")
     if source is not None and section is not None:
-        raise InputError(path, "expected at most one of the keys tokenizer_source, tokenizer")
+        raise InputError(where, "expected at most one of the keys tokenizer_source, tokenizer")
     if source is not None:
-        return TokenizerSetting(_reference(f"{path}: tokenizer_source", source), {}, 1)
+        return TokenizerSetting(_reference(f"{where}: tokenizer_source", source), {}, 1)
     if section is None:
         return None
-    where = f"{path}: tokenizer"
+    where = f"{where}: tokenizer"
     section = checked_mapping(where, section, {"source", "tokens", "pad_to_multiple_of"})
     tokens = section.get("tokens") or {}
     if not isinstance(tokens, dict):

@@ -198,5 +198,11 @@ _Dumper.add_representer(list, _flow_list)
 _Dumper.add_representer(dict, _flow_map)
 
 
+def dump_documents(documents: Sequence[Any]) -> str:
+    """A YAML stream of these documents."""
+    return "---\n".join(map(dump_yaml, documents))
+
+
 def dump_yaml(document: Any) -> str:
+    """A YAML text of one document."""
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)

@@ -3,38 +3,36 @@
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import front_matter
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.tasks.task import Task
-from evojax_merge.yaml_reader import parse_yaml
+from evojax_merge.yaml_reader import parse_documents
 from evojax_merge.zoo import PREFIX
 
 
-def public_names(folders: Sequence[Path]) -> list[str]:
+def public_names(folders: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
     """What models are called where others read it: by their hub ids, else by their folders' (or runs') names. Of one
-    name, folders are numbered, and revisions on the hub told apart by their commits."""
+    name, or of one that is taken, folders are numbered, and revisions on the hub told apart by their commits."""
     names: list[str] = []
     for folder in folders:
         name = model_name(folder)
         if name in names and hub_id(folder) is not None:
             name = f"{name}@{folder.name}"
         others = (f"{name}-{number}" for number in itertools.count(2))
-        names.append(next(one for one in itertools.chain([name], others) if one not in names))
+        names.append(next(one for one in itertools.chain([name], others) if one not in names and one not in taken))
     return names
 
 
-def _public_recipe(recipe: str, references: Mapping[str, str]) -> str:
-    """A recipe's YAML in which models that lie on this machine have the names that others know them by. One without
-    such is shown as it was written."""
-    document = parse_yaml("recipe", recipe)
+def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -> list[Any]:
+    """A recipe's documents in which models that lie on this machine have the names that others know them by."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, dict):
@@ -47,14 +45,16 @@ def _public_recipe(recipe: str, references: Mapping[str, str]) -> str:
         own = Path(value).name if os.path.isabs(value) and os.path.lexists(value) else value
         return references.get(value, own)
 
-    public = replaced(document)
-    return recipe if public == document else dump_yaml(public)
+    return [replaced(document) for document in documents]
 
 
-def merge_card(name: str, method: str, models: Mapping[str, Path], recipe: str) -> str:
-    """The card of a single merge. models: where each model of the recipe lies, by its reference there, the base first;
-    recipe: its YAML."""
-    names = dict(zip(models, public_names(list(models.values())), strict=True))
+def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], recipe: str) -> str:
+    """The card of a merge. methods: those of its stages, the last one's last; models: where each model of the recipe
+    lies, by its reference there, the base first; recipe: its YAML, which is shown as it was written unless it names
+    places of this machine."""
+    documents = parse_documents("recipe", recipe)
+    stages = {document["name"] for document in documents if isinstance(document, dict) and "name" in document}
+    names = dict(zip(models, public_names(list(models.values()), stages), strict=True))
     # Others have the hub, with its revisions, and the zoo as well.
     local = {
         reference: own
@@ -63,12 +63,14 @@ def merge_card(name: str, method: str, models: Mapping[str, Path], recipe: str) 
     }
     linked = dict.fromkeys(hub_id(models[reference]) or own for reference, own in names.items())
     listed = "\n".join(f"- `{own}`" for own in names.values())
-    text = _public_recipe(recipe, local).rstrip()
+    public = _public_documents(documents, local)
+    text = (recipe if public == documents else dump_documents(public)).rstrip()
+    made_by = " and ".join(f"`{method}`" for method in methods)
     # A longer fence than any in the text, or that would end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
         f"{front_matter(list(linked), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
-        f"by `{method}`, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
+        f"by {made_by}, made with evojax-merge.\n\n## Recipe\n\n{fence}yaml\n{text}\n{fence}\n"
     )
 
 
@@ -87,7 +89,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
     )
     models = {str(path): path for path in problem.merged_from}
     return (
-        merge_card(name, problem.candidates.name, models, recipe)
+        merge_card(name, [problem.candidates.name], models, recipe)
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {problem.candidates.describe()}, "
         f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"

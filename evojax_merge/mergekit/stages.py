@@ -1,0 +1,143 @@
+"""Merges of several stages: all are planned before the first is done, and only the last one's model stays.
+
+The results of the stages lie in a hidden folder beside the output. Planning fills it with models without weights, in
+whose place a later merge finds the config, the tokenizer and the shapes and dtypes of the tensors; merging writes the
+weights, and removes a model after the last merge that needs it.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from evojax_merge.checkpoints.folder import Folder, resolve
+from evojax_merge.checkpoints.writer import hidden_folder, recover
+from evojax_merge.errors import InputError, printable
+from evojax_merge.mergekit.execute import MergePlan, Progress, merge_to, prepare, write_outline, write_weights
+from evojax_merge.mergekit.streams import RecipeStream
+
+# Opens a progress bar of a label and a number of bytes.
+Bar = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that is planned, and the folder of its result."""
+
+    name: str
+    merge_plan: MergePlan
+    folder: Path
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """The merges of a recipe, checked and planned: `stages` in the order in which they are done, and `result`."""
+
+    stages: tuple[StagePlan, ...]
+    result: MergePlan
+
+    @property
+    def merges(self) -> list[MergePlan]:
+        """All merges in their order, the result's last."""
+        return [*(stage.merge_plan for stage in self.stages), self.result]
+
+    @property
+    def models(self) -> dict[str, Folder]:
+        """The models that are there before any merge, by how the recipe names them; of each merge the base first."""
+        made = {stage.folder for stage in self.stages}
+        named = [pair for one in self.merges for pair in zip(one.recipe.models, one.sources.folders, strict=True)]
+        return {model: folder for model, folder in named if folder.path not in made}
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The files and folders that are read."""
+        return list(dict.fromkeys(path for one in self.merges for path in one.inputs))
+
+    @property
+    def last_uses(self) -> list[int]:
+        """For each stage, the number of the last merge that needs its result."""
+        read = [{folder.path for folder in one.sources.folders} for one in self.merges]
+        return [max(i for i, paths in enumerate(read) if stage.folder in paths) for stage in self.stages]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the weights on the disk take together: those being written, and those that are still needed."""
+        sizes, last_uses = [one.nbytes for one in self.merges], self.last_uses
+        return max(
+            size + sum(sizes[k] for k, last in enumerate(last_uses[:i]) if last >= i) for i, size in enumerate(sizes)
+        )
+
+
+@contextmanager
+def prepare_stream(
+    stream: RecipeStream,
+    target: Path,
+    dtype: str | None = None,
+    seed: int | None = None,
+    allow_nonfinite: bool = False,
+    find: Callable[[object, str, Path], Path] = resolve,
+) -> Iterator[StreamPlan]:
+    """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
+
+    `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies that no stage is
+    called like. Raises InputError for what the headers tell; nothing is left on the disk then.
+    """
+    with ExitStack() as stack:
+        folders: dict[str, Path] = {}
+        stack.enter_context(_stages_named(folders))
+        if stream.stages:
+            recover(target)
+            work = stack.enter_context(hidden_folder(target))
+
+        def find_model(where: object, reference: str, relative_to: Path) -> Path:
+            return folders[reference] if reference in folders else find(where, reference, relative_to)
+
+        stages = []
+        for number, stage in enumerate(stream.stages, start=1):
+            merge_plan = prepare(stage.recipe, None, seed, allow_nonfinite, find_model)
+            folder = work / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', stage.name)[:60]}"
+            folder.mkdir()
+            write_outline(merge_plan, folder)
+            folders[stage.name] = folder
+            stages.append(StagePlan(stage.name, merge_plan, folder))
+        yield StreamPlan(tuple(stages), prepare(stream.result, dtype, seed, allow_nonfinite, find_model))
+
+
+@contextmanager
+def _stages_named(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Messages have the names of stages, not their hidden folders."""
+    try:
+        yield
+    except InputError as error:
+        where, what = error.where, error.what
+        for name, folder in folders.items():
+            where, what = where.replace(str(folder), name), what.replace(str(folder), name)
+        raise InputError(where, what) from None
+
+
+def merge_stream(
+    stream_plan: StreamPlan,
+    target: Path,
+    *,
+    card: str,
+    overwrite: bool = False,
+    check: Callable[[], None] = lambda: None,
+    bar: Bar = lambda label, nbytes: nullcontext(lambda done: None),
+) -> None:
+    """Do all merges, and write the result as `merge_to` does. `bar` shows the progress of each merge, with its number
+    and name where there are several."""
+    last_uses, count = stream_plan.last_uses, len(stream_plan.stages) + 1
+    for i, stage in enumerate(stream_plan.stages):
+        label = f"{i + 1} of {count} ({printable(stage.name, 40)})"
+        with bar(label, stage.merge_plan.nbytes) as progress:
+            write_weights(stage.merge_plan, stage.folder, progress)
+        for folder in stage.merge_plan.sources.folders:
+            # A file that is mapped keeps its place on the disk.
+            folder.close()
+        for other, last in zip(stream_plan.stages, last_uses, strict=True):
+            if last == i:
+                shutil.rmtree(other.folder)
+    with bar(f"{count} of {count}" if count > 1 else "", stream_plan.result.nbytes) as progress:
+        merge_to(stream_plan.result, target, card=card, overwrite=overwrite, check=check, progress=progress)

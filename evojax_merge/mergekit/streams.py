@@ -1,0 +1,126 @@
+"""Recipes of several documents, in the format of mergekit-multi.
+
+A document with a `name` is a *stage*: any other document may name its result as a model. The document without a name
+is the result; where all have names, it is the one that no other document needs.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.checkpoints.folder import local_path
+from evojax_merge.errors import InputError, shown
+from evojax_merge.mergekit.schema import REFUSED_KEYS, TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
+from evojax_merge.yaml_reader import load_documents
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A document: its recipe, and the name by which the other documents call its result ("": it has none)."""
+
+    name: str
+    recipe: RecipeFile
+
+
+@dataclass(frozen=True)
+class RecipeStream:
+    """The merges of a recipe: the stages that the result needs, each after those that it needs itself, and the result.
+    `unused`: the other stages."""
+
+    path: Path
+    stages: tuple[Stage, ...]
+    result: RecipeFile
+    unused: tuple[Stage, ...]
+
+
+def read_stream(path: Path) -> RecipeStream:
+    """Read a recipe of one document or several. Raises InputError as `parse_stream` does."""
+    return parse_stream(path, load_documents(path))
+
+
+def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
+    """A recipe of one document or several as plain data. Relative paths start in the folder of `path`, which names the
+    recipe in messages; documents that say nothing (None) are passed over.
+
+    Raises InputError, naming the document, for what no merge can be, a name that stands twice, stages that need each
+    other's results, and where it cannot be told which document is the result.
+    """
+    numbered = [(number, one) for number, one in enumerate(documents, start=1) if one is not None] or [(1, None)]
+    labels = [f"document {number}" for number, _ in numbered]
+    wheres = [str(path)] if len(labels) == 1 else [f"{path}: {label}" for label in labels]
+    merges = [_stage(path, where, document) for where, (_, document) in zip(wheres, numbered, strict=True)]
+    index: dict[str, int] = {}
+    for i, merge in enumerate(merges):
+        if merge.name in index:
+            raise InputError(wheres[i], f"name: {merge.name}: {labels[index[merge.name]]} has it already")
+        if merge.name:
+            index[merge.name] = i
+    needs = [[index[model] for model in merge.recipe.models if model in index] for merge in merges]
+    # Of all documents: stages that need each other are wrong even where the result does not need them.
+    _in_order(merges, needs, range(len(merges)))
+    order = _in_order(merges, needs, [_result(path, labels, merges, needs)])
+    unused = set(range(len(merges))).difference(order)
+    *stages, result = (merges[i] for i in order)
+    return RecipeStream(path, tuple(stages), result.recipe, tuple(merges[i] for i in sorted(unused)))
+
+
+def _stage(path: Path, where: str, document: Any) -> Stage:
+    top = checked_mapping(where, document, TOP_KEYS | {"name"}, REFUSED_KEYS)
+    name = top.get("name")
+    if name is None:
+        name = ""
+    elif not isinstance(name, str) or not name:
+        raise InputError(where, f"name: {shown(name)}; expected a text, by which other documents call the result")
+    elif where != str(path):
+        where = f"{where} ({name})"
+    return Stage(name, parse_recipe(path, {key: value for key, value in top.items() if key != "name"}, where))
+
+
+def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: Iterable[int]) -> list[int]:
+    """The wanted documents and all that they need, each after what it needs. Raises InputError for a cycle."""
+    done: dict[int, None] = {}
+    for first in wanted:
+        # From the wanted document down to the one that is looked at, each with what is left of its needs.
+        path = {} if first in done else {first: iter(needs[first])}
+        while path:
+            document, left = next(reversed(path.items()))
+            needed = next((i for i in left if i not in done), None)
+            if needed is None:
+                done[document] = None
+                del path[document]
+            elif needed in path:
+                down = list(path)
+                names = " -> ".join(merges[i].name for i in [*down[down.index(needed) :], needed])
+                raise InputError(merges[needed].recipe.where, f"needs its own result ({names})")
+            else:
+                path[needed] = iter(needs[needed])
+    return list(done)
+
+
+def _result(path: Path, labels: Sequence[str], merges: Sequence[Stage], needs: Sequence[Sequence[int]]) -> int:
+    """Which document is the result. No document needs itself, directly or not, so that there is one."""
+    unnamed = [i for i, merge in enumerate(merges) if not merge.name]
+    needed = {i for row in needs for i in row}
+    possible = unnamed or [i for i in range(len(merges)) if i not in needed]
+    if len(possible) > 1:
+        both = " and ".join(labels[i] for i in possible[:2])
+        why = f"{both} have no name" if unnamed else f"all documents have names, and none needs {both}"
+        raise InputError(path, f"{why}; expected one document without a name, which is the result")
+    return possible[0]
+
+
+def stream_warnings(stream: RecipeStream) -> list[str]:
+    """What is not as it looks: stages that nobody needs, and names that a folder has as well."""
+    unused = [f"{stage.recipe.where}: the result does not need it, and it is not merged" for stage in stream.unused]
+    shadowed = [
+        f"{stage.recipe.where}: {folder} has this name as well; the result of the document is taken"
+        for stage in stream.stages
+        if (folder := local_path(stage.name, stream.path.parent)) is not None
+    ]
+    return unused + shadowed
+
+
+def plain_recipe(documents: Sequence[Any]) -> Any:
+    """A recipe as users handle it: the mapping that its one document is, or the list of its documents."""
+    return documents[0] if len(documents) == 1 else list(documents)
