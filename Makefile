@@ -62,6 +62,7 @@ bench:
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
+	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once: 3 minutes, then 10 more)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
@@ -84,6 +85,9 @@ bench-kernels: .venv/installed-test
 
 bench-paths: .venv/installed-test
 	$(BIN)/python bench/paths.py
+
+bench-pool: .venv/installed-test
+	$(BIN)/python bench/pool.py
 
 bench-zoo: .venv/installed-test
 	$(BIN)/python bench/zoo_table.py

@@ -35,7 +35,7 @@ def rosenbrock(genomes: np.ndarray) -> np.ndarray:
 
 FUNCTIONS = {"sphere": (sphere, 1.0), "rosenbrock": (rosenbrock, 0.0)}
 # Those that search any function: no grid, and no gradient.
-FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in ("grid", "gradient", "hybrid")]
+FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in ("grid", "gradient", "hybrid", "pool")]
 
 
 def scores_of(fitness: np.ndarray) -> Scores:

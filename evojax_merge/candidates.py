@@ -1,30 +1,36 @@
-"""The two kinds of candidates that a config can ask for, merges and layer paths: what each is made of, how it is
-evaluated, written and shown. Whatever depends on the kind is here; the search knows spaces and evaluators alone."""
+"""The kinds of candidates that a config can ask for, merges, layer paths and members of a pool: what each is made of,
+how it is evaluated, written and shown. Whatever depends on the kind is here; the search knows spaces and evaluators
+alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from merge_kernels import METHODS
 
 from evojax_merge.checkpoints.bank import held_bytes, load_bank, load_path_bank
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Progress
 from evojax_merge.evaluation.paths import PathEvaluator
-from evojax_merge.mergekit.write import path_document, recipe_document
+from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
+from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
 from evojax_merge.models.bank import MergeSpec, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.paths import PathReport
+from evojax_merge.report.pool import PoolReport
 from evojax_merge.report.winner import WinnerReport
+from evojax_merge.spaces.breeding import BreedingSpace
 from evojax_merge.spaces.layer_path import PathSpace
 from evojax_merge.spaces.parameter import ParameterSpace
 
-CandidateEvaluator = MergeEvaluator | PathEvaluator
+CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 
 
 class Candidates(Protocol):
@@ -59,6 +65,10 @@ class Candidates(Protocol):
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         """A genome as the documents of a recipe in mergekit's format, the result's last."""
+        ...
+
+    def merged_from(self, genome: np.ndarray) -> list[Path]:
+        """The folders of the models that a genome is made of, the base first."""
         ...
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
@@ -109,6 +119,9 @@ class MergeCandidates:
         recipe = jax.tree.map(np.asarray, take_candidate(self.space.decode(genome[None]), 0))
         return [recipe_document(recipe, self.spec, self.decoder, self.base, self.parents)]
 
+    def merged_from(self, genome: np.ndarray) -> list[Path]:
+        return [folder.path for folder in self.sources.folders]
+
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
         values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
         return MergeReport(tuple(self.space.groups), values, tuple(parents))
@@ -157,6 +170,9 @@ class PathCandidates:
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         return [path_document(self._path(genome), self.spec, self.parents)]
 
+    def merged_from(self, genome: np.ndarray) -> list[Path]:
+        return [folder.path for folder in self.sources.folders]
+
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PathReport:
         return PathReport(self._path(genome), self.spec, tuple(parents))
 
@@ -164,3 +180,61 @@ class PathCandidates:
         path = self.space.decode(genome[None])[0]
         assert path is not None, "a genome without a path has no finite fitness, and is never written"
         return path
+
+
+@dataclass(frozen=True)
+class PoolCandidates:
+    """Members of a pool. has_base: whether the sources begin with a base; base: written in recipes; founders:
+    references, by number; seed: of random methods; slots: how many bred members are kept in memory."""
+
+    space: BreedingSpace
+    sources: Sources
+    decoder: DecoderConfig
+    has_base: bool
+    base: str | None
+    founders: tuple[str, ...]
+    export_dtype: str
+    seed: int
+    slots: int
+
+    name = "pool"
+    baseline_role = None
+
+    @property
+    def bank(self) -> PoolBank:
+        """A bank without bred members."""
+        return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots)
+
+    def held_bytes(self) -> int:
+        """Nothing is loaded: founders stay in their files, and bred members on the host."""
+        return 0
+
+    def open_evaluators(
+        self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
+    ) -> list[PoolEvaluator]:
+        bank = self.bank
+        bank.check_founders(progress)
+        return [PoolEvaluator(decoder, bank) for decoder in decoders]
+
+    def describe(self) -> str:
+        methods = " or ".join(method.name for method in self.space.methods)
+        return f"children of two members ({methods}; {len(self.founders)} founders)"
+
+    def describe_work(self, evaluators: Sequence[PoolEvaluator]) -> str:
+        return f"{max((one.bank.bred for one in evaluators), default=0):,} children were bred, those again included"
+
+    def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
+        member = self.space.member(np.asarray(genome, np.float32))
+        return lineage_documents(member, self.decoder.layers, self.base, self.founders, self.export_dtype, self.seed)
+
+    def merged_from(self, genome: np.ndarray) -> list[Path]:
+        """The founders that a member descends from, and the base where one of its ancestors was bred with it."""
+        member = self.space.member(np.asarray(genome, np.float32))
+        lineage, first = member.lineage(), int(self.has_base)
+        founders = {parent.number for one in (*lineage, member) for parent in (one, *one.parents) if parent.is_founder}
+        with_base = any(METHODS[one.method].uses_base(self.has_base) for one in lineage)
+        numbers = [0] * with_base + [first + number for number in sorted(founders)]
+        return [self.sources.folders[number].path for number in numbers]
+
+    def report(self, genome: np.ndarray, parents: Sequence[str]) -> PoolReport:
+        return PoolReport(self.space.member(np.asarray(genome, np.float32)), self.decoder.layers, tuple(parents))

@@ -99,6 +99,25 @@ class DataFlowConfig(Section):
         return self
 
 
+class PoolConfig(Section):
+    """A pool of models that breed: candidates are founders (the parents) and merges of two members each.
+
+    `methods`: which a child is bred by, one at random. `size`: members that are kept; None: twice the founders, 8 or
+    more. `selection`: who breeds. `complementary`: the better of two at random, and the member that is better than it
+    on the examples that few do well on; `tournament`: twice the better of two; `random`: any of the better half.
+    `replace`: who goes. `worst`: those of the lowest fitness; `competition`: those that get least where members share
+    what each example is worth. `split`: whether the parents change places at some layer. `slots`: bred members whose
+    weights are kept in memory between generations; None: `size`.
+    """
+
+    methods: list[Name] = Field(["slerp"], min_length=1, max_length=100)
+    size: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
+    selection: Literal["complementary", "tournament", "random"] = "complementary"
+    replace: Literal["worst", "competition"] = "worst"
+    split: bool = False
+    slots: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
+
+
 def _task(value: Any) -> TaskConfig:
     """A task's section, by the kind that its keys tell."""
     if isinstance(value, TaskConfig):
@@ -206,6 +225,13 @@ class StageConfig(Section):
     data_flow: DataFlowConfig | None = None
     search: SearchConfig = SearchConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_pool(cls, document: Any) -> Any:
+        if isinstance(document, dict) and "pool" in document:
+            raise ValueError("pool: a stage has a space or a data_flow; breed models in a search of its own")
+        return document
+
     @model_validator(mode="after")
     def _one_space(self) -> "StageConfig":
         if (self.space is None) == (self.data_flow is None):
@@ -233,6 +259,7 @@ class Config(Section):
     tokenizer_source: Location | None = None
     space: SpaceConfig | None = None
     data_flow: DataFlowConfig | None = None
+    pool: PoolConfig | None = None
     stages: list[StageConfig] | None = Field(None, min_length=1, max_length=100)
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     search: SearchConfig = SearchConfig()
@@ -241,13 +268,38 @@ class Config(Section):
     seed: Whole = Field(0, ge=0, le=MAX_SEED)
     out: Location | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pools_strategy(cls, document: Any) -> Any:
+        """A pool has one strategy, which need not be said."""
+        if not isinstance(document, dict) or document.get("pool") is None:
+            return document
+        search = {} if document.get("search") is None else document["search"]
+        return document | {"search": {"strategy": "pool"} | search} if isinstance(search, dict) else document
+
+    @model_serializer(mode="wrap")
+    def _without_pool(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A search without a pool is the one that it was before there were pools."""
+        document: dict[str, Any] = serialise(self)
+        if self.pool is None:
+            document.pop("pool")
+        return document
+
     @model_validator(mode="after")
     def _fits(self) -> "Config":
         _check_names(self.tasks)
         if not any(task.weight > 0 for task in self.tasks):
             raise ValueError("tasks: all weights are 0; at least one task must be part of the fitness")
-        if sum(part is not None for part in (self.space, self.data_flow, self.stages)) != 1:
-            raise ValueError("expected exactly one of the keys space, data_flow, stages")
+        if sum(part is not None for part in (self.space, self.data_flow, self.pool, self.stages)) != 1:
+            raise ValueError("expected exactly one of the keys space, data_flow, pool, stages")
+        if self.pool is not None and self.search.strategy != "pool":
+            raise ValueError(
+                f"search.strategy: {self.search.strategy}; a pool is searched by the strategy pool alone, leave it out"
+            )
+        if self.pool is not None and self.search.rungs > 1:
+            raise ValueError(
+                f"search.rungs: {self.search.rungs}; a pool compares members on all examples, leave it out"
+            )
         if self.stages is not None and self.search != SearchConfig():
             raise ValueError("search: every stage has its own; move it into each of stages")
         shares = [stage.search.validation for stage in self.stages or []]

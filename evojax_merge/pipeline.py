@@ -48,7 +48,7 @@ from evojax_merge.report.picture import draw
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
-from evojax_merge.search.loop import evolve, run_bytes
+from evojax_merge.search.loop import evolve, run_bytes, saved_strategy_state
 from evojax_merge.search.run_folder import (
     PARAMS,
     Checkpoints,
@@ -426,6 +426,8 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
+        # What a genome means may depend on those before it, which the strategy's state has.
+        problem.strategy.finalists(saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space))
         text = recipe_text(problem, saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
         _export(folder, stream, text, None, out, dtype, overwrite)

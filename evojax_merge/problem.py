@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from merge_kernels import Method
 
-from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates
+from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
@@ -21,6 +21,7 @@ from evojax_merge.config import (
     MAX_PATH_LAYERS,
     Config,
     DataFlowConfig,
+    PoolConfig,
     SearchConfig,
     SpaceConfig,
     StageConfig,
@@ -37,16 +38,18 @@ from evojax_merge.models.architecture import COMPONENTS, architecture_of, shared
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
+from evojax_merge.pedigree import Pedigree
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
+from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.successive_halving import example_lengths, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
+from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
 from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
@@ -56,6 +59,8 @@ from evojax_merge.yaml_reader import load_yaml
 
 # Dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000
+# Members of a pool, at least, where its config does not say.
+SMALLEST_POOL = 8
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
 
@@ -90,7 +95,7 @@ class SearchProblem:
     parents: tuple[Path, ...]
     sources: Sources
     decoder: DecoderConfig
-    space: ParameterSpace | PathSpace
+    space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates
     strategy: Strategy
     tokenizer: Any
@@ -170,6 +175,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     where, folder = str(path), path.parent
     _check_devices(where, config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
+    bred_by = () if config.pool is None else _breeding_methods(where, config, config.pool)
     tasks = [
         open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
         for i, task in enumerate(config.tasks)
@@ -179,7 +185,8 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         resolve_reference(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents)
     )
     _check_distinct(where, base, parents[1:] if chained else parents)
-    has_base = method is not None and method.uses_base(base is not None)
+    merges_by = bred_by if method is None else (method,)
+    has_base = any(one.uses_base(base is not None) for one in merges_by)
     paths = [base, *parents] if base is not None and has_base else list(parents)
     tokenizer_dir = None
     if config.tokenizer_source is not None:
@@ -199,12 +206,13 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     opened = [*paths, *unmerged_base]
     choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
     # Layers of a path may come from models of any depth.
-    sources, configs = open_decoders(opened, choice) if method is None else _of_one_depth(opened, choice)
+    sources, configs = open_decoders(opened, choice) if config.data_flow else _of_one_depth(opened, choice)
     _check_tokens(opened, sources)
     sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
     export_dtype = config.export_dtype or _dtype_name(sources)
-    space: ParameterSpace | PathSpace
+    space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates
+    pool_settings = None
     names = tuple(str(parent) for parent in parents)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
@@ -216,14 +224,32 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
         candidates = MergeCandidates(space, spec, sources, decoder, None if base is None else str(base), names)
+    elif config.pool is not None:
+        _check_heads(where, sources)
+        genes = genome_genes(bred_by, config.pool.split)
+        space = BreedingSpace(bred_by, decoder.layers, config.pool.split, Pedigree(len(parents), genes))
+        size = config.pool.size or max(SMALLEST_POOL, 2 * len(parents))
+        pool_settings = PoolSettings(space.pedigree, len(bred_by), size, config.pool.selection, config.pool.replace)
+        candidates = pooled = PoolCandidates(
+            space, sources, decoder, has_base, str(base) if has_base else None, names, export_dtype, config.seed,
+            config.pool.slots or size,
+        )  # fmt: skip
+        # While a member is bred again, as many of its ancestors are there as the pool had members.
+        held = pooled.slots + size
+        require_memory(
+            f"{where}: pool", f"holding {held:,} bred members", held * pooled.bank.member_bytes(),
+            available_memory(),
+        )  # fmt: skip
     else:
         assert config.data_flow is not None
         path_spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
         candidates = PathCandidates(space, path_spec, sources, names)
-    strategy = build_strategy(f"{where}: search", config.search, space)
-    # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps.
-    for number in {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}:
+    strategy = build_strategy(f"{where}: search", config.search, space, pool_settings)
+    # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps; a pool's
+    # member may have that of any.
+    leaders = {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}
+    for number in leaders if config.pool is None else range(len(sources.folders)):
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
     tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
     tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
@@ -363,10 +389,10 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     )
 
 
-def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
-    """The strategy of a config, with its seeds. Raises InputError for an unknown one, for dimensions, a population or
-    seeds that it cannot have, for a search whose genomes do not fit into memory, or that nobody would see the end of,
-    and for one that would end before its first generation."""
+def build_strategy(where: str, search: SearchConfig, space: Space, pool: PoolSettings | None = None) -> Strategy:
+    """The strategy of a config, with its seeds; `pool`: of a search over a pool's members. Raises InputError for an
+    unknown one, for dimensions, a population or seeds that it cannot have, for a search whose genomes do not fit into
+    memory, or that nobody would see the end of, and for one that would end before its first generation."""
     dims = space.dims
     if dims > MAX_DIMS:
         raise InputError(
@@ -384,7 +410,15 @@ def build_strategy(where: str, search: SearchConfig, space: Space) -> Strategy:
     )
     seeds = seed_genomes(where, search.seeds, space)
     settings = StrategySettings(
-        dims, search.population, search.sigma, search.generations, from_unit, len(seeds), search.gradient, where
+        dims,
+        search.population,
+        search.sigma,
+        search.generations,
+        from_unit,
+        len(seeds),
+        search.gradient,
+        where,
+        pool,
     )
     strategy = make_strategy(where, search.strategy, settings)
     check_stop(where, search.stop, strategy.population)
@@ -410,6 +444,39 @@ def _method(where: str, config: Config, space: SpaceConfig) -> Method:
         raise InputError(where, f"base: missing; {method.name} takes task vectors from a base model")
     check_parent_count(f"{where}: parents", method, len(config.parents))
     return method
+
+
+def _breeding_methods(where: str, config: Config, pool: PoolConfig) -> tuple[Method, ...]:
+    """What a pool's children are bred by. Raises InputError for methods that cannot, and for a pool of one model."""
+    if len(config.parents) < PARENTS:
+        raise InputError(where, f"parents: 1 model; a pool breeds from {PARENTS} or more")
+    if config.tokenizer_source is not None:
+        raise InputError(
+            where, "tokenizer_source: a pool's models share their tokens; merge each with the tokenizer first, or "
+            "leave it out",
+        )  # fmt: skip
+    methods = []
+    for i, name in enumerate(pool.methods):
+        key = f"{where}: pool.methods[{i}]"
+        method = find_method(key, name)
+        check_parent_count(key, method, PARENTS)
+        if method.base == "required" and config.base is None:
+            raise InputError(where, f"base: missing; {name} (pool.methods[{i}]) takes task vectors from a base model")
+        if method in methods:
+            raise InputError(key, f"{name} stands there already; expected methods that differ")
+        methods.append(method)
+    return tuple(methods)
+
+
+def _check_heads(where: str, sources: Sources) -> None:
+    """Raises InputError where some of a pool's models share their head with the embedding and others do not."""
+    tied = [bool(folder.config.get("tie_word_embeddings", False)) for folder in sources.folders]
+    if any(tied) and not all(tied):
+        paths = [sources.folders[tied.index(is_tied)].path for is_tied in (True, False)]
+        raise InputError(
+            where, f"parents: the head of {paths[0]} is its embedding (tie_word_embeddings), that of {paths[1]} is "
+            "not; a pool breeds models that are alike in this",
+        )  # fmt: skip
 
 
 def _dtype_name(sources: Sources) -> str:

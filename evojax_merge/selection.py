@@ -15,6 +15,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
 from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.evaluation.pool import PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem, failure_hint
@@ -23,7 +24,7 @@ from evojax_merge.report.intervals import leads_over
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, rescore
 
-CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator]
+CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator] | SpaceEvaluator[PoolEvaluator]
 
 
 def open_evaluators(

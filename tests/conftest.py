@@ -31,7 +31,7 @@ QUICKLY_COMPILED = {
     for name in (
         "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
         "function", "generate", "gradients", "harness", "host_memory", "hostile", "mergekit_evolve", "method_seam",
-        "plugins", "racing", "reproducible", "run_folder", "search", "stopping", "strategy_seam", "task_seam",
+        "plugins", "pool", "racing", "reproducible", "run_folder", "search", "stopping", "strategy_seam", "task_seam",
         "torture", "validation", "zoo",
     )
 }  # fmt: skip

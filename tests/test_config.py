@@ -27,6 +27,7 @@ SPACE = {"method": "ties", "parameters": {"weight": {"start": [0.5, 0.5]}}, "fix
 DOCUMENTS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "space": (Config, {"parents": ["one", "two"], "space": SPACE, "tasks": list(TASKS.values())}),
     "data_flow": (Config, {"parents": ["one"], "data_flow": {}, "tasks": [TASKS["text"]]}),
+    "pool": (Config, {"parents": ["one", "two"], "pool": {}, "tasks": [TASKS["text"]]}),
     "stages": (Config, {"parents": ["one"], "stages": [{"space": SPACE}, {"data_flow": {}}], "tasks": [TASKS["text"]]}),
     "tasks": (TaskFile, {"tasks": list(TASKS.values()), "evaluation": {}}),
     "mergekit-evolve": (EvolveConfig, {

@@ -289,9 +289,14 @@ class Folder:
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name: what names this parent in random methods."""
-        content = hashlib.sha256(self.raw(name).data)
-        content.update(b"\0" + name.encode())
-        return content.digest()
+        return tensor_digest(self.raw(name), name)
+
+
+def tensor_digest(content: np.ndarray, name: str) -> bytes:
+    """sha256 of a tensor's content, its bytes in a file, and of its name there. content: contiguous, any dtype."""
+    found = hashlib.sha256(content.reshape(-1).view(np.uint8).data)
+    found.update(b"\0" + name.encode())
+    return found.digest()
 
 
 def open_folder(path: Path) -> Folder:

@@ -132,7 +132,7 @@ def _step_tokens(batch: PromptBatch) -> int:
 class Population:
     """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
 
-    factory: WeightsFactory
+    factory: Any
     replicated: Any
     candidates: Any
 
@@ -156,7 +156,7 @@ class Population:
 
     def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
-        return SharedModel(), self.replicated, candidates
+        return self.factory, self.replicated, candidates
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,10 @@ class Evaluator:
         # Every group of devices would compute the same.
         alone = replace(self, chunk=1, devices=ONE_DEVICE, chunk_sizes={})
         return alone._evaluate(Population(SharedModel(), model, np.zeros(1)), progress)
+
+    def models(self, models: StackedWeights, progress: Progress = lambda done: None) -> TaskScores:
+        """Score P models that are in memory, on the host (leading axis P on every leaf)."""
+        return self._evaluate(Population(PerCandidateModel(), None, models), progress)
 
     def generate_stacked(
         self, model: StackedWeights, batched_task: BatchedTask, progress: Progress
@@ -679,8 +683,8 @@ class Evaluator:
         key = (batched_task.task.name, "texts", most)
         if key not in self.chunk_sizes:
             room = self.chunk or most
-            shape = population.model_shape()
-            if self.chunk is None and shape is not None:
+            if self.chunk is None and most > 1:
+                shape = population.model_shape() or next(population.chunks(1))[1]
                 model, state = self._generation_bytes(shape, batched_task)
                 room = free_memory() // (model + state) if on_accelerator() else CPU_CACHE_BYTES // model
             self.chunk_sizes[key] = int(max(1, min(most, room)))

@@ -9,18 +9,17 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import merge_kernels
 import numpy as np
-from merge_kernels import Method, Options, combine, draw_uniform
-from merge_kernels import prepare as prepare_tensor
+from merge_kernels import draw_uniform
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable
@@ -51,8 +50,6 @@ from evojax_merge.models.architecture import LAYERS, Architecture, known_archite
 Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
-# Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
-PIECE = 2**18
 # What architectures call their number of layers.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 CHATML = (
@@ -321,59 +318,6 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None
             )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6))
-def _combine(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any, dtype: Any
-) -> jax.Array:
-    return combine(method, options, sources, keep_keys, statistics, parameters).astype(dtype)
-
-
-def _combine_in_pieces(
-    method: Method,
-    options: Options,
-    sources: list[np.ndarray],
-    keep_keys: tuple[np.ndarray, ...],
-    statistics: Mapping[str, np.ndarray],
-    parameters: Mapping[str, np.ndarray],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
-
-    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured. The last piece is
-    filled up, so that all pieces of all tensors (all of one width) have one shape.
-    """
-    shape = sources[0].shape
-    by_row = options.axis is not None and len(shape) > 1
-    width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
-    flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
-    tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape(flat) for x in keep_keys]
-    total = tensors[0].shape[0]
-    step = max(1, PIECE // max(width, 1))
-    if total <= step // 16:
-        step = max(1, step // 16)
-    merged = np.empty(tensors[0].shape, dtype)
-    # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
-    vectors = (-1, 1) if options.axis == -1 else (1, -1)
-    own = {name: x.reshape(vectors) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
-    numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
-    for start in range(0, total, step):
-        stop = min(start + step, total)
-
-        def cut(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
-            part = x[start:stop]
-            if stop - start == step:
-                return part
-            return np.concatenate([part, np.zeros((step - (stop - start), *x.shape[1:]), x.dtype)])
-
-        rows = {name: cut(x) if by_row and x.shape[:1] == (total,) else x for name, x in own.items()}
-        piece = _combine(
-            method, options, tuple(cut(x) for x in tensors), tuple(cut(x) for x in numbers), rows, numeric, dtype
-        )
-        merged[start:stop] = np.asarray(piece)[: stop - start]
-    return merged.reshape(shape)
-
-
 def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
     """One output tensor, measured, merged in float32 and cast to the dtype it is written in."""
     method, sources = merge_plan.recipe.method, merge_plan.sources
@@ -395,10 +339,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             source, name = row.inputs[first + k]
             return draw_uniform(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
-        prepared = prepare_tensor(method, row.options, tensors, row.parameters, uniform_noise)
-        merged = _combine_in_pieces(
-            method, row.options, tensors, prepared.keep_keys, prepared.statistics, row.parameters, dtype
-        )
+        merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, uniform_noise, dtype)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,

@@ -4,18 +4,19 @@ What is written reads back (mergekit.schema) as the same numbers, so that mergin
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 import yaml
-from merge_kernels import Method, Options
+from merge_kernels import METHODS, Method, Options
 
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, Architecture, architecture_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
+from evojax_merge.pedigree import Member, member_name
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,69 @@ def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> di
     if {steps[0][0], steps[-1][0]} != {path.embedding_parent}:
         document["ends"] = parents[path.embedding_parent]
     return document | {"dtype": "float32", "out_dtype": spec.export_dtype}
+
+
+def lineage_documents(
+    member: Member,
+    layers: int,
+    base: str | None,
+    founders: Sequence[str],
+    export_dtype: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """How a member of a pool comes to be, as a stream of mergekit documents, in order of birth: the result of one that
+    has a `name` is a model to those behind it; the last, the member itself, has none.
+
+    layers: L; base: written where the method takes deltas from one; founders: references, by number. A founder is a
+    single passthrough merge.
+    """
+    if member.is_founder:
+        alone = {"merge_method": "passthrough", "models": [{"model": founders[member.number]}]}
+        return [alone | {"dtype": "float32", "out_dtype": export_dtype}]
+    documents = []
+    for one in member.lineage():
+        named = {} if one is member else {"name": member_name(one, founders)}
+        documents.append(named | _birth_document(one, layers, base, founders, export_dtype, seed))
+    return documents
+
+
+def _birth_document(
+    member: Member, layers: int, base: str | None, founders: Sequence[str], export_dtype: str, seed: int
+) -> dict[str, Any]:
+    method = METHODS[member.method]
+    own_base = base if method.uses_base(base is not None) else None
+
+    def sources(parents: Sequence[Member], extent: Mapping[str, Any]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = [] if own_base is None else [{"model": own_base, **extent}]
+        for k, parent in enumerate(parents):
+            # Numbers stay in their places where the parents change theirs.
+            row: dict[str, Any] = {"model": member_name(parent, founders), **extent}
+            per_parent = {p.name: float(member.parameters[p.name][k]) for p in method.parameters if p.per_parent}
+            rows.append(row | ({"parameters": per_parent} if per_parent else {}))
+        return rows
+
+    def first(parents: Sequence[Member]) -> dict[str, Any]:
+        """SLERP's base is where t = 0."""
+        given = own_base if method.name != "slerp" else member_name(parents[0], founders)
+        return {} if given is None else {"base_model": given}
+
+    document: dict[str, Any] = {"merge_method": method.name}
+    common = {p.name: float(member.parameters[p.name]) for p in method.parameters if not p.per_parent}
+    switches = _switches(method, replace(method.options, has_base=own_base is not None))
+    extents = [(begin, end) for begin, end in ((0, member.split), (member.split, layers)) if begin < end]
+    if len(extents) == 1:
+        parents = member.ordered(0)
+        document |= first(parents) | {"models": sources(parents, {})}
+    else:
+        document |= first(member.ordered(0))
+        document["slices"] = [
+            {"sources": sources(member.ordered(begin), {"layer_range": [begin, end]}), **first(member.ordered(begin))}
+            for begin, end in extents
+        ]
+    if common or switches:
+        document["parameters"] = common | switches
+    document |= {"dtype": "float32", "out_dtype": export_dtype}
+    return document | ({"random_seed": seed} if method.random else {})
 
 
 def _switches(method: Method, options: Options) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         f"{_sizes(task, problem.validation[i] if problem.validation and task.weight else None, problem.heldout[i])}"
         for i, task in enumerate(problem.full)
     )
-    models = {str(path): path for path in problem.merged_from}
+    models = {str(path): path for path in problem.candidates.merged_from(result.genome)}
     return (
         merge_card(name, [problem.candidates.name], models, recipe)
         + result.report.card_section()

@@ -29,7 +29,7 @@ class MergeReport:
         count = len(self.values)
         return [1.0] * count, 5.5 + 3.4 * count, max(4.0, 0.24 * len(self.groups))
 
-    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
+    def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
         for axis, (name, values) in zip(axes, self.values.items(), strict=True):
             self._draw_parameter(figure, axis, name, values)
 

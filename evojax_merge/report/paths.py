@@ -43,7 +43,7 @@ class PathReport:
     def panels(self) -> tuple[Sequence[float], float, float]:
         return [1.6], 13, 5
 
-    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
+    def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
         """Layer index against step, coloured by parent; above each step what it adds, where that is not all of it."""
         (axis,) = axes
         origins = [self.spec.origins[layer] for layer in self.path.layers]

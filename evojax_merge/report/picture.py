@@ -24,7 +24,7 @@ def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
             width_ratios=[1.6, *widths],
         )  # fmt: skip
         _draw_history(axes[0, 0], history, result)
-        result.report.draw(figure, axes[0, 1:])
+        result.report.draw(figure, axes[0, 1:], history)
         _save(figure, path)
 
 

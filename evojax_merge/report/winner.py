@@ -23,6 +23,6 @@ class WinnerReport(Protocol):
         """Of its panels in the picture: their relative widths, and the width and height of the whole in inches."""
         ...
 
-    def draw(self, figure: Any, axes: Sequence[Any]) -> None:
-        """Draw the panels."""
+    def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
+        """Draw the panels. history: the run's."""
         ...

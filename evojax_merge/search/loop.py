@@ -29,7 +29,7 @@ from evojax_merge.search.protocols import (
     UsesGradients,
     differentiates,
 )
-from evojax_merge.search.run_folder import KEPT_CHECKPOINTS
+from evojax_merge.search.run_folder import KEPT_CHECKPOINTS, Saved
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
@@ -333,6 +333,12 @@ def _init_state(
         "fitness": np.full(config.finalists, -np.inf),
         "known": vars(init_surrogate(shards, space.dims)),
     }
+
+
+def saved_strategy_state(saved: Saved, seed: int, strategy: Strategy, space: Space) -> State:
+    """The strategy's state of a checkpoint. Raises InputError where it is that of another strategy."""
+    like = {"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])}
+    return saved.part("strategy").state(like)["strategy"]
 
 
 def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:

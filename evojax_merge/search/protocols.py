@@ -10,7 +10,8 @@ from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores
 
 # Told how many candidate passes are done.
 Progress = Callable[[int], None]
-# A strategy's state: any pytree of arrays, of the same structure in every generation. It is saved after each.
+# A strategy's state: any pytree of arrays, of the same structure in every generation. It is saved after each. An axis
+# that has no length before the first generation may grow.
 State = Any
 
 

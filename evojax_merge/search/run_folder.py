@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -528,13 +528,18 @@ class Saved:
     history_length: int
     history_digest: bytes
 
+    def part(self, name: str) -> "Saved":
+        """What was saved of one part of the state, a mapping."""
+        return replace(self, arrays={path: own for path, own in self.arrays.items() if path.startswith(f"{name}.")})
+
     def state(self, like: Any) -> Any:
-        """The state, in the structure of `like`. Raises InputError where it is another."""
+        """The state, in the structure of `like`, of which an axis of length 0 is one that grows. Raises InputError
+        where it is another."""
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
         expected = {_name(path): leaf for path, leaf in paths}
-        if {name: (a.shape, a.dtype) for name, a in self.arrays.items()} != {
-            name: (np.shape(leaf), np.asarray(leaf).dtype) for name, leaf in expected.items()
-        }:
+        if self.arrays.keys() != expected.keys() or not all(
+            _fits(self.arrays[name], expected[name]) for name in expected
+        ):
             raise InputError("checkpoints", OTHER_VERSION)
         pairs = [(self.arrays[name], leaf) for name, leaf in expected.items()]
         return jax.tree.unflatten(
@@ -697,6 +702,13 @@ class FolderStorage:
 def _name(path: tuple[Any, ...]) -> str:
     """The place of a leaf in a pytree of dicts, dataclasses and sequences."""
     return ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+
+
+def _fits(array: np.ndarray, like: Any) -> bool:
+    """Whether a saved array is of the dtype and shape of `like`, but for axes that had no length there."""
+    expected = np.shape(like)
+    same = len(expected) == array.ndim and all(n in (0, own) for n, own in zip(expected, array.shape, strict=True))
+    return same and array.dtype == np.asarray(like).dtype
 
 
 def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -2,8 +2,8 @@
 spot, and a real small model taken from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
-`zoo:3/base` is of the family that seed 3 gives, which is trained first. What is made is kept in the user's cache
-folder.
+`zoo:3/base` is of the family that seed 3 gives, which is trained first, and `zoo:experts/sums` is one of six more
+experts of `zoo:base`, which are trained first as well. What is made is kept in the user's cache folder.
 """
 
 import re
@@ -15,11 +15,15 @@ from evojax_merge.data_packages import cache_folder as packages_cache_folder
 from evojax_merge.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from evojax_merge.zoo.arithmetic import Plan
+    from collections.abc import Callable
+
+    from evojax_merge.zoo.arithmetic import Plan, Progress
 
 PREFIX = "zoo:"
 MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
+# More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
+EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
 # Of the recipe that `arithmetic` trains by, and of the weights that come with the package: others have another folder.
 VERSION = "v3"
 
@@ -40,6 +44,8 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         from evojax_merge.zoo import smollm2
 
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
+    if name.partition("/")[0] == "experts":
+        return _expert(name.partition("/")[2])
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
@@ -70,31 +76,56 @@ def _unpack(family: Path) -> None:
             raise
 
 
-def _make(family: Path, seed: int, plan: "Plan | None") -> None:
-    """Train a family with a visible progress line; the folder takes its name when all of it is there."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+def _expert(name: str) -> Path:
+    """One of the six further experts, which are trained together."""
+    if name not in EXPERTS:
+        known = [f"{PREFIX}experts/{one}" for one in EXPERTS]
+        raise InputError(
+            f"{PREFIX}experts/{name}", f"the zoo has no such expert{did_you_mean(f'{PREFIX}experts/{name}', known)}"
+        )
+    folder = cache_folder() / VERSION / "experts"
+    if not folder.is_dir():
+        from evojax_merge.zoo.arithmetic import EXPERT_STEPS, make_experts
 
-    from evojax_merge.checkpoints.writer import atomic_folder
+        _train(folder, f"{', '.join(EXPERTS)} of {PREFIX}base", sum(EXPERT_STEPS.values()), make_experts)
+    return folder / name
+
+
+def _make(family: Path, seed: int, plan: "Plan | None") -> None:
+    """Train a family."""
     from evojax_merge.zoo.arithmetic import Plan, make_family
 
     plan = plan or Plan()
+
+    def make(folder: Path, progress: "Progress") -> None:
+        make_family(folder, seed, plan, progress)
+
+    _train(family, f"{', '.join(MODELS)} (seed {seed})", plan.steps, make)
+
+
+def _train(family: Path, what: str, steps: int, make: "Callable[[Path, Progress], None]") -> None:
+    """Train models with a visible progress line; the folder takes its name when all of it is there. make: is given an
+    empty folder, and whom to tell of each model's name, steps done since, and loss."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from evojax_merge.checkpoints.writer import atomic_folder
+
     console = Console(file=sys.stderr)
-    console.print(
-        f"zoo: training {', '.join(MODELS)} (seed {seed}), once, into {family}", soft_wrap=True, highlight=False
-    )
+    console.print(f"zoo: training {what}, once, into {family}", soft_wrap=True, highlight=False)
     columns = (
         TextColumn("zoo"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
         TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        with atomic_folder(family) as work, Progress(*columns, console=console) as bar:
-            task = bar.add_task("compiling …", total=plan.steps)
+        with atomic_folder(family) as work, Bar(*columns, console=console) as bar:
+            task = bar.add_task("compiling …", total=steps)
 
-            def advance(model: str, steps: int, loss: float) -> None:
-                bar.update(task, advance=steps, description=f"{model}  loss {loss:.4f}")
+            def advance(model: str, done: int, loss: float) -> None:
+                bar.update(task, advance=done, description=f"{model}  loss {loss:.4f}")
 
-            make_family(work, seed, plan, advance)
+            make(work, advance)
     except InputError:
         # Another process may have made the same family meanwhile.
         if not family.is_dir():

@@ -21,15 +21,16 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from evojax_merge.checkpoints.bank import stored_tensors
+from evojax_merge.checkpoints.bank import load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.models.architecture import Leaf, depths, dimensions, shared_leaves, stack_leaves
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.zoo import MODELS
+from evojax_merge.zoo import MODELS, PREFIX, resolve_reference
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 DIGITS = [str(digit) for digit in range(10)]
@@ -355,10 +356,12 @@ def save_records(path: Path, sums: Sums) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def make_family(
-    folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None] = lambda name, steps, loss: None
-) -> None:
-    """Train the family into an empty folder. `progress` is told the model's name, steps done since, and the loss."""
+# Told the model's name, steps done since, and the loss.
+Progress = Callable[[str, int, float], None]
+
+
+def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
+    """Train the family into an empty folder."""
     training = _save_all_but_weights(folder, seed, plan)
     config = decoder_config(folder / "base" / "config.json")
 
@@ -381,10 +384,14 @@ def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
     save_records(folder / "search.jsonl", search)
     save_records(folder / "heldout.jsonl", heldout)
     for name in MODELS:
-        (folder / name).mkdir()
-        save_config(folder / name)
-        save_tokenizer(folder / name)
+        _save_small_files(folder / name)
     return training
+
+
+def _save_small_files(folder: Path) -> None:
+    folder.mkdir()
+    save_config(folder)
+    save_tokenizer(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -414,7 +421,42 @@ def pack_family(folder: Path) -> None:
         save_file(narrow, PACKAGED / f"{name}.safetensors")
 
 
-if __name__ == "__main__":
-    from evojax_merge.zoo import resolve_reference
+# ---------------------------------------------------------------------------------------------------------------
+# Six more experts of its base
 
+# How long each of zoo.EXPERTS trains.
+EXPERT_STEPS = {"sums": 500, "differences": 500, "both": 500, "easy_sums": 250, "copying": 250, "mixed": 250}
+EXPERT_PEAK = 1.5e-3
+
+
+def expert_batches(training: Sums) -> dict[str, Callable[[np.random.Generator, int], np.ndarray]]:
+    """What each of zoo.EXPERTS is trained on: a part of what the family's two experts are."""
+
+    def japanese(rng: np.random.Generator, count: int, manner: int, shares: tuple[float, ...]) -> np.ndarray:
+        return _end(_mixed_bodies(rng, _languages(rng, np.full(count, manner)), shares), JAPANESE)
+
+    return {
+        "sums": partial(maths_batch, training=training[~training.minus]),
+        "differences": partial(maths_batch, training=training[training.minus]),
+        "both": partial(maths_batch, training=training),
+        "easy_sums": partial(japanese, manner=JAPANESE, shares=(1.0, 0.0, 0.0)),
+        "copying": partial(japanese, manner=JAPANESE, shares=(0.0, 0.5, 0.5)),
+        "mixed": partial(japanese, manner=MIXED, shares=(0.6, 0.2, 0.2)),
+    }
+
+
+def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: None) -> None:
+    """Train zoo.EXPERTS from the packaged base into an empty folder."""
+    base = resolve_reference(f"{PREFIX}base")
+    sources, config = open_sources([base])
+    start = load_stored(sources, config)
+    training, _, _ = split_hard_sums(PACKAGED_SEED, Plan())
+    for name, batch in expert_batches(training).items():
+        _save_small_files(folder / name)
+        rng = np.random.default_rng([PACKAGED_SEED, 3, *name.encode()])
+        model = train(config, start, partial(batch, rng), EXPERT_STEPS[name], EXPERT_PEAK, partial(progress, name))
+        save_weights(folder / name, model, config)
+
+
+if __name__ == "__main__":
     pack_family(resolve_reference(f"zoo:{PACKAGED_SEED}/base").parent)

@@ -29,6 +29,7 @@ from merge_kernels.methods import (
     tabulate,
 )
 from merge_kernels.task_vectors import draw_uniform
+from merge_kernels.tensors import merge_tensor
 
 __all__ = [
     "DENSITY_STEPS",
@@ -45,6 +46,7 @@ __all__ = [
     "grid_index",
     "look_up",
     "look_up_differentiable",
+    "merge_tensor",
     "on_grid",
     "prepare",
     "register",

@@ -3,12 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Literal
 
 import numpy as np
 
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.pedigree import Pedigree
 from evojax_merge.search.protocols import Strategy, differentiates
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """What the strategy `pool` has to know of the members that it breeds. pedigree: the founders, and where the space
+    looks up parents; methods: how many there are to breed by; size: members that are kept; selection, replace: see
+    `config.PoolConfig`."""
+
+    pedigree: Pedigree
+    methods: int
+    size: int
+    selection: Literal["complementary", "tournament", "random"]
+    replace: Literal["worst", "competition"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +34,7 @@ class StrategySettings:
     from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
     mirrored there. seeds: how many candidates of the first generation are given instead of drawn. gradient: how a
     strategy that is told gradients follows them. where: the part of the config that messages name; a factory raises
-    InputError for what it cannot take.
+    InputError for what it cannot take. pool: of a search over a pool's members, what breeds them.
     """
 
     dims: int
@@ -30,6 +45,7 @@ class StrategySettings:
     seeds: int = 0
     gradient: GradientConfig = field(default_factory=GradientConfig)
     where: str = "search"
+    pool: PoolSettings | None = None
 
     @property
     def range(self) -> tuple[float, float]:
@@ -55,6 +71,7 @@ _BUILT_IN = {
     "hybrid": "evojax_merge.search.strategies.hybrid:hybrid",
     "random": "evojax_merge.search.strategies.random:random",
     "grid": "evojax_merge.search.strategies.grid:grid",
+    "pool": "evojax_merge.search.strategies.pool:pool",
 }
 # Of the protocol.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")

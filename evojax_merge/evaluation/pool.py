@@ -1,0 +1,205 @@
+"""Scoring members of a pool: founders, and children that are bred when they are asked for.
+
+A member is its tensors, in host memory, made as `evojax-merge merge` makes them of its recipe: each measured exactly,
+merged in float32 and cast to the export dtype, with random masks drawn by the parents' content. What is scored is
+therefore what its lineage of recipes gives, to the bit. Founders are read from their files whenever they are needed.
+Of the bred members some are kept; any other is bred again from those that it descends from.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from merge_kernels import METHODS, draw_uniform, merge_tensor
+
+from evojax_merge.checkpoints.bank import aligned_empty
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, tensor_digest
+from evojax_merge.checkpoints.parents import Sources, tensor_shapes
+from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, Evaluator, Progress
+from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.models.architecture import depths, leaves_of, tensors_of
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.pedigree import Member
+from evojax_merge.tasks.task import Task
+
+# A bred member: its tensors by their names in a file, in the export dtype.
+Weights = dict[str, np.ndarray]
+# Tensors that are merged at a time.
+WORKERS = 4
+
+
+@dataclass
+class PoolBank:
+    """The founders' files and the weights of bred members.
+
+    sources: the base first where `has_base`, then the founders by number; seed: of random methods; export_dtype: what
+    members are rounded to; slots: how many bred members are kept, those that were parents last.
+    """
+
+    sources: Sources
+    config: DecoderConfig
+    has_base: bool
+    seed: int
+    export_dtype: str
+    slots: int
+    _kept: OrderedDict[Member, Weights] = field(default_factory=OrderedDict)
+    # How many children were bred, those again included.
+    bred: int = 0
+
+    @property
+    def dtype(self) -> np.dtype:
+        return FLOAT_DTYPES[self.export_dtype]
+
+    def member_bytes(self) -> int:
+        """Bytes of a bred member."""
+        shapes = tensor_shapes(self.config).values()
+        return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) * self.dtype.itemsize
+
+    def check_founders(self, progress: Progress) -> None:
+        """Raises InputError where a founder or the base holds NaN or infinity. `progress` is told the bytes."""
+        for s in range(len(self.sources.folders)):
+            for name, _, _ in tensors_of(self.config):
+                progress(self.sources.read_finite(s, name).nbytes)
+                if not self.sources.has_rows(name):
+                    self.sources.release(s, name)
+
+    def weights(self, members: Sequence[Member]) -> Iterator[Weights]:
+        """The tensors of each of the members, in their order, one after the other.
+
+        Whatever they descend from and is not there is bred first, in order of birth, and let go after its last child:
+        at any time no more is held than the pool had members.
+        """
+        missing: dict[Member, Weights | None] = {}
+        waiting = [*members]
+        while waiting:
+            member = waiting.pop()
+            if not (member.is_founder or member in self._kept or member in missing):
+                missing[member] = None
+                waiting += member.parents
+        wanted = Counter(parent for member in missing for parent in member.parents) + Counter(members)
+        held = {member: self._kept[member] for member in wanted if member in self._kept}
+        # A child is bred when its turn comes, its ancestors before.
+        order = iter(sorted(missing, key=lambda member: member.number))
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for member in members:
+                while not member.is_founder and member not in held:
+                    self._breed_next(next(order), held, wanted, pool)
+                yield self._founder(member) if member.is_founder else held[member]
+                self._let_go(member, held, wanted)
+
+    def _breed_next(
+        self, child: Member, held: dict[Member, Weights], wanted: Counter[Member], pool: ThreadPoolExecutor
+    ) -> None:
+        held[child] = self._bred(child, held, pool)
+        self.bred += 1
+        for parent in child.parents:
+            if not parent.is_founder:
+                self._keep(parent, held[parent])
+            self._let_go(parent, held, wanted)
+
+    @staticmethod
+    def _let_go(member: Member, held: dict[Member, Weights], wanted: Counter[Member]) -> None:
+        wanted[member] -= 1
+        if wanted[member] <= 0:
+            held.pop(member, None)
+
+    def _keep(self, member: Member, weights: Weights) -> None:
+        self._kept[member] = weights
+        self._kept.move_to_end(member)
+        while len(self._kept) > self.slots:
+            self._kept.popitem(last=False)
+
+    def _founder(self, member: Member) -> Weights:
+        source = member.number + int(self.has_base)
+        return {name: self.sources.read(source, name).astype(self.dtype) for name, _, _ in tensors_of(self.config)}
+
+    def _bred(self, child: Member, held: dict[Member, Weights], pool: ThreadPoolExecutor) -> Weights:
+        """The child's tensors; its parents are held, or founders."""
+        method = METHODS[child.method]
+        has_base = method.uses_base(self.has_base)
+        options = replace(method.options, has_base=has_base)
+
+        def one(name: str, layer: int) -> np.ndarray:
+            parents = child.ordered(layer)
+            tensors = [self._read(parent, name, held) for parent in parents]
+            sources = [self.sources.read(0, name), *tensors] if has_base else tensors
+
+            def uniform_noise(k: int) -> np.ndarray:
+                return draw_uniform(self.seed, self._digest(parents[k], name, held), tensors[k].shape)
+
+            return merge_tensor(method, options, sources, child.parameters, uniform_noise, self.dtype)
+
+        # Outside of the layers, what comes before them goes with the first, all else with the last.
+        placed = {
+            name: layer if leaf.stack is not None else 0 if leaf.component == "embedding" else self.config.layers - 1
+            for name, leaf, layer in tensors_of(self.config)
+        }
+        return dict(zip(placed, pool.map(one, placed, placed.values()), strict=True))
+
+    def _read(self, member: Member, name: str, held: dict[Member, Weights]) -> np.ndarray:
+        if member.is_founder:
+            return self.sources.read(member.number + int(self.has_base), name)
+        return held[member][name]
+
+    def _digest(self, member: Member, name: str, held: dict[Member, Weights]) -> bytes:
+        if member.is_founder:
+            return self.sources.digest(member.number + int(self.has_base), name)
+        return tensor_digest(held[member][name], name)
+
+
+@dataclass(frozen=True)
+class PoolEvaluator:
+    """Scores members of a pool, on the requests of an evaluator."""
+
+    evaluator: Evaluator
+    bank: PoolBank
+
+    @property
+    def tasks(self) -> list[Task]:
+        return self.evaluator.tasks
+
+    def passes(self, population: int) -> int:
+        return self.evaluator.passes(population)
+
+    def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
+        """As many members are bred and scored together as fit into memory."""
+        size = max(1, int(MATERIALISE_FRACTION * available_memory()) // self.bank.member_bytes())
+        groups = [members[begin : begin + size] for begin in range(0, len(members), size)]
+        weights = self.bank.weights(members)
+        return joined_scores([self.evaluator.models(self._stacked(group, weights), progress) for group in groups])
+
+    def _stacked(self, members: Sequence[Member], weights: Iterator[Weights]) -> StackedWeights:
+        """The next of the weights as one population: a leading axis P on every leaf."""
+        config, bank = self.evaluator.config, self.bank
+        shapes, layers, count = tensor_shapes(config), depths(config), len(members)
+        stacks: dict[str, Weights] = {stack: {} for stack in layers}
+        shared: Weights = {}
+        for leaf in leaves_of(config):
+            shape = shapes[leaf.tensors(layers)[0]]
+            if leaf.stack is None:
+                shared[leaf.name] = aligned_empty((count, *shape), bank.dtype)
+            else:
+                stacks[leaf.stack][leaf.name] = aligned_empty((count, layers[leaf.stack], *shape), bank.dtype)
+        for p in range(count):
+            own = next(weights)
+            for name, leaf, layer in tensors_of(config):
+                into = shared[leaf.name][p] if leaf.stack is None else stacks[leaf.stack][leaf.name][p, layer]
+                into[...] = own[name]
+        return StackedWeights(stacks, shared, self.evaluator.compute_dtype)  # type: ignore[arg-type]
+
+
+def joined_scores(parts: Sequence[TaskScores]) -> TaskScores:
+    """The scores of populations that follow each other, as of one."""
+    first = parts[0]
+    return TaskScores(
+        {
+            task: {metric: np.concatenate([part.matrices[task][metric] for part in parts]) for metric in metrics}
+            for task, metrics in first.matrices.items()
+        },
+        {task: [texts for part in parts for texts in part.outputs[task]] for task in first.outputs},
+        {task: np.concatenate([part.log_probabilities[task] for part in parts]) for task in first.log_probabilities},
+    )

@@ -1,0 +1,86 @@
+"""The members of a pool: founders, and children that were bred of two members each. Knows no model and no search.
+
+A member has a number: founders those from 0 to K - 1; child p of generation g (from 0) of P children is K + g P + p.
+Its genome, float32[4 + G], says how it came to be: its number, the numbers of its two parents, the number of the method
+that bred it, and G genes in [0, 1] of which the method takes the first few. A founder has no parents and no method
+(-1).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evojax_merge.errors import InputError
+
+# The columns of a genome; the genes are all from the last on.
+NUMBER, FIRST, SECOND, METHOD, GENES = range(5)
+# In the place of a parent's and a method's number: there is none.
+NONE = -1
+# A genome's numbers are float32.
+MAX_MEMBERS = 2**24
+
+
+def founder_genomes(founders: int, genes: int) -> np.ndarray:
+    """float32[K, 4 + G]: the genomes of K founders."""
+    genomes = np.zeros((founders, GENES + genes), np.float32)
+    genomes[:, NUMBER] = np.arange(founders)
+    genomes[:, FIRST:GENES] = NONE
+    return genomes
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A member, and how it was bred: `parents` are two members, or none of a founder. The method took `parameters`
+    (float64: `[2]` per parent, or `[]`) for all tensors. Of the layers from `split` on, the parents' order is the
+    second's and then the first's."""
+
+    number: int
+    parents: tuple["Member", ...] = ()
+    method: str = ""
+    parameters: Mapping[str, np.ndarray] = field(default_factory=dict)
+    split: int = 0
+
+    @property
+    def is_founder(self) -> bool:
+        return not self.parents
+
+    def ordered(self, layer: int) -> tuple["Member", ...]:
+        """The parents in the order in which a layer is merged."""
+        return self.parents if layer < self.split else self.parents[::-1]
+
+    def lineage(self) -> list["Member"]:
+        """The members that had to be bred for this one, itself the last, in order of birth; none of a founder."""
+        found: dict[int, Member] = {}
+        waiting = [self]
+        while waiting:
+            member = waiting.pop()
+            if not member.is_founder and member.number not in found:
+                found[member.number] = member
+                waiting += member.parents
+        return [found[number] for number in sorted(found)]
+
+
+def member_name(member: Member, founders: Sequence[str]) -> str:
+    """What a member is called in trees and recipes. founders: their names, by number."""
+    return founders[member.number] if member.is_founder else f"member-{member.number}"
+
+
+class Pedigree:
+    """The genomes of all members that a search has bred so far, as its strategy's state has them: what a genome's
+    parents are is looked up here. `births`: float32[M, 4 + G], in order of their numbers, from K on."""
+
+    def __init__(self, founders: int, genes: int) -> None:
+        self.founders = founder_genomes(founders, genes)
+        self.births = self.founders[:0]
+
+    def genome(self, number: int) -> np.ndarray:
+        """float32[4 + G]: the genome of a member that was born. Raises InputError for any other number."""
+        own = number - len(self.founders)
+        if not -len(self.founders) <= own < len(self.births):
+            raise InputError(
+                "genomes", f"a parent is member {number}; expected founders (0 to {len(self.founders) - 1}) or members "
+                "that the search has bred",
+            )  # fmt: skip
+        genome: np.ndarray = self.founders[number] if own < 0 else self.births[own]
+        return genome

@@ -1,0 +1,202 @@
+"""A pool of models that breed: each generation's children are merges of two members, and take the place of others.
+
+The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member is known by its number and its genome (see
+evojax_merge.pedigree) and by its scores on every example. Two things are M2N2's. *Attraction* pairs members that are
+good at different examples: the second parent b of a is the one with the largest
+
+    g(a, b) = sum_j c_j / (z_j + eps) max(f_j(b) - f_j(a), 0)
+
+*Competition* has members share what an example is worth, so that one which alone solves some of them stays:
+
+    F(i) = sum_j c_j / (z_j + eps) f_j(i)
+
+f_j(i) is the score of member i on example j, less the pool's lowest on that example (scores may be log-probabilities,
+and M2N2's are at least 0); z_j the sum of these over the pool; c_j how much the example counts in the fitness.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.pedigree import FIRST, GENES, MAX_MEMBERS, METHOD, NONE, NUMBER, SECOND
+from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
+
+POPULATION = 16
+# Of the sums that shares are divided by: where nobody is better than the worst there is nothing to share.
+EPS = 1e-9
+# How often a child is bred by parameters near those of its better parent, where that was bred by the same method.
+NEAR_PARENT = 0.5
+
+
+@struct.dataclass
+class PoolState:
+    """births: float32[M, D], the genomes of all children so far, by number (in the places of founders these);
+    members: int32[S], the numbers of the pool's members, best first, -1 where there is none; scores: float32[S, N],
+    theirs on every example; shares: float64[N], how much each example counts in the fitness, together 1; generation:
+    int32[], how many were told. N and M are 0 before the first."""
+
+    births: np.ndarray
+    members: np.ndarray
+    scores: np.ndarray
+    shares: np.ndarray
+    generation: np.int32 | np.ndarray
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`settings.sigma` is the standard deviation of the genes around a parent's."""
+
+    settings: StrategySettings
+    pool: PoolSettings
+    population: int
+
+    name = "pool"
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> PoolState:
+        size = self.pool.size
+        return PoolState(
+            births=np.zeros((0, self.settings.dims), np.float32),
+            members=np.full(size, NONE, np.int32),
+            scores=np.zeros((size, 0), np.float32),
+            shares=np.zeros(0),
+            generation=np.int32(0),
+        )
+
+    def ask(self, key: jax.Array, state: PoolState) -> tuple[jax.Array, PoolState]:
+        """The founders that were not scored yet, and children of the pool's members; of founders, as long as fewer than
+        two members have finite scores."""
+        pedigree, rng = self.pool.pedigree, np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        pedigree.births = np.asarray(state.births)
+        founders, begun = pedigree.founders, int(state.generation) * self.population
+        genomes = np.zeros((self.population, self.settings.dims), np.float32)
+        known = founders[begun : begun + self.population]
+        genomes[: len(known)] = known
+        alive = np.asarray(state.members) != NONE
+        members, scores = np.asarray(state.members)[alive], np.asarray(state.scores, np.float64)[alive]
+        if len(members) < 2:
+            members, scores = np.arange(len(founders)), np.zeros((len(founders), len(state.shares)))
+        fitness = scores @ np.asarray(state.shares)
+        for p in range(len(known), self.population):
+            pair = self._pair(rng, scores, np.asarray(state.shares), fitness)
+            genomes[p, NUMBER] = len(founders) + begun + p
+            genomes[p, [FIRST, SECOND]] = members[pair]
+            better = pedigree.genome(int(members[pair[np.argmax(fitness[pair])]]))
+            genomes[p, METHOD:] = self._birth(rng, better)
+        return jnp.asarray(genomes), state
+
+    def _pair(
+        self, rng: np.random.Generator, scores: np.ndarray, shares: np.ndarray, fitness: np.ndarray
+    ) -> np.ndarray:
+        """int[2]: the rows of two members that breed."""
+        count = len(scores)
+        if self.pool.selection == "random":
+            better = np.argsort(-fitness, kind="stable")[: max(2, -(-count // 2))]
+            return rng.choice(better, 2, replace=False)
+        first = _tournament(rng, np.arange(count), fitness)
+        others = np.delete(np.arange(count), first)
+        if self.pool.selection == "tournament":
+            return np.array([first, _tournament(rng, others, fitness)])
+        gains = attraction(scores, shares, first)[others]
+        # Where nobody is better at anything, anybody will do.
+        return np.array([first, others[np.argmax(gains)] if gains.any() else rng.choice(others)])
+
+    def _birth(self, rng: np.random.Generator, better: np.ndarray) -> np.ndarray:
+        """float32[1 + G]: a method's number and genes, near those of the better parent's birth or anew."""
+        genes = rng.random(self.settings.dims - GENES)
+        method = rng.integers(self.pool.methods)
+        if better[METHOD] == method and rng.random() < NEAR_PARENT:
+            # Mirrored at the bounds.
+            genes = (better[GENES:] + self.settings.sigma * rng.standard_normal(len(genes))) % 2
+            genes = np.minimum(genes, 2 - genes)
+        return np.concatenate([[method], genes])
+
+    def tell(self, key: jax.Array, state: PoolState, genomes: jax.Array, scores: Scores) -> PoolState:
+        told, pool = np.asarray(genomes), self.pool
+        shares = scores.weights[scores.task_of] / np.bincount(scores.task_of)[scores.task_of]
+        alive, finite = np.asarray(state.members) != NONE, np.isfinite(scores.values).all(axis=1)
+        # The older first: of equals they stay.
+        numbers = np.concatenate([np.asarray(state.members)[alive], told[finite, NUMBER].astype(np.int32)])
+        values = np.asarray(scores.values)[finite]
+        if alive.any():
+            values = np.concatenate([np.asarray(state.scores)[alive], values])
+        survivors = keep_competing if pool.replace == "competition" else keep_best
+        kept = survivors(values.astype(np.float64), shares, pool.size)
+        members, rows = np.full(pool.size, NONE, np.int32), np.zeros((pool.size, values.shape[1]), np.float32)
+        members[: len(kept)], rows[: len(kept)] = numbers[kept], values[kept]
+        births = np.concatenate([np.asarray(state.births), told])
+        pool.pedigree.births = births
+        return PoolState(births, members, rows, shares, np.int32(int(state.generation) + 1))
+
+    def finalists(self, state: PoolState) -> np.ndarray:
+        """None beside the best candidates, among which the pool's best are."""
+        self.pool.pedigree.births = np.asarray(state.births)
+        return np.zeros((0, self.settings.dims), np.float32)
+
+    def metrics(self, state: PoolState) -> dict[str, float]:
+        """members: how many the pool has; founders: how many of them were not bred; pool_mean: their mean fitness."""
+        members = np.asarray(state.members)
+        alive = members != NONE
+        fitness = np.asarray(state.scores, np.float64)[alive] @ np.asarray(state.shares)
+        founders = int((members[alive] < len(self.pool.pedigree.founders)).sum())
+        return {
+            "members": int(alive.sum()),
+            "founders": founders,
+            "pool_mean": float(fitness.mean()) if alive.any() else np.nan,
+        }
+
+
+def _tournament(rng: np.random.Generator, rows: np.ndarray, fitness: np.ndarray) -> int:
+    """The better of two of the rows (of one where there is one)."""
+    drawn = rng.choice(rows, min(2, len(rows)), replace=False)
+    return int(drawn[np.argmax(fitness[drawn])])
+
+
+def example_worth(scores: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """f, float64[S, N], the scores above the lowest on each example, and c / (z + eps), float64[N]."""
+    above = scores - scores.min(axis=0, initial=np.inf)
+    return above, shares / (above.sum(axis=0) + EPS)
+
+
+def attraction(scores: np.ndarray, shares: np.ndarray, first: int) -> np.ndarray:
+    """float64[S]: how much better each member is than `first` where it is better, g(first, ·)."""
+    above, worth = example_worth(scores, shares)
+    gains: np.ndarray = np.maximum(above - above[first], 0) @ worth
+    return gains
+
+
+def keep_best(scores: np.ndarray, shares: np.ndarray, size: int) -> np.ndarray:
+    """int[≤ size]: the rows of scores float64[S, N] with the highest fitness, best first."""
+    return np.argsort(-(scores @ shares), kind="stable")[:size]
+
+
+def keep_competing(scores: np.ndarray, shares: np.ndarray, size: int) -> np.ndarray:
+    """int[≤ size]: the rows that are left when the one that gets least of the examples' worth goes, one after the
+    other; those with the highest fitness first."""
+    left = np.arange(len(scores))
+    while len(left) > size:
+        above, worth = example_worth(scores[left], shares)
+        gained = above @ worth
+        # Of equals the youngest goes.
+        left = np.delete(left, len(left) - 1 - int(np.argmin(gained[::-1])))
+    return left[np.argsort(-(scores[left] @ shares), kind="stable")]
+
+
+def pool(settings: StrategySettings) -> Pool:
+    """A pool of models that breed (AutoMerge; M2N2): children of two members each take the place of others. Only with
+    the section pool."""
+    where, given = settings.where, settings.pool
+    if given is None:
+        raise InputError(where, "strategy: pool breeds models, and there is no section pool; add one, or choose cma_es")
+    population = settings.population or POPULATION
+    members = len(given.pedigree.founders) + population * settings.generations
+    if members > MAX_MEMBERS:
+        raise InputError(
+            where, f"generations: {settings.generations:,} of {population:,} children are {members:,} members; "
+            f"expected {MAX_MEMBERS:,} at most",
+        )  # fmt: skip
+    return Pool(settings, given, population)

@@ -1,0 +1,106 @@
+"""The space of children: a genome names two members of a pool, the method that merges them, and its parameters.
+
+The parameters are the same for all tensors, as in model breeding by hand. With a split point (M2N2, arXiv 2508.16204)
+the layers before it are merged of the two parents in one order, those from it on in the other: what the first parent
+gave to the early layers the second gives to the late ones.
+"""
+
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import numpy as np
+from merge_kernels import Method
+
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.write import shortest_decimal
+from evojax_merge.pedigree import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Member, Pedigree
+from evojax_merge.spaces.parameter import uniform_start
+
+# A child's parents.
+PARENTS = 2
+
+
+def genes_of(method: Method) -> int:
+    """How many genes a method's parameters take."""
+    return sum(PARENTS if parameter.per_parent else 1 for parameter in method.parameters if parameter.searched)
+
+
+def genome_genes(methods: tuple[Method, ...], split: bool) -> int:
+    """G, how many genes a genome has: as many as the method with the most parameters takes, and that of the split."""
+    return max(map(genes_of, methods)) + int(split)
+
+
+@dataclass(frozen=True)
+class BreedingSpace:
+    """methods: which a child may be bred by, by number; layers: L; split: whether there is a split point. Parents are
+    looked up in the pedigree."""
+
+    methods: tuple[Method, ...]
+    layers: int
+    split: bool
+    pedigree: Pedigree
+    # By their genomes: a member is the same object wherever it is met.
+    _members: dict[bytes, Member] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def dims(self) -> int:
+        """D, the length of a genome."""
+        return self.pedigree.founders.shape[1]
+
+    @property
+    def start(self) -> np.ndarray:
+        """The first founder."""
+        first: np.ndarray = self.pedigree.founders[0]
+        return first
+
+    def baseline(self) -> tuple[str, np.ndarray]:
+        """The first founder as it is."""
+        return "first parent", self.start
+
+    def seed_genomes(self, where: str, name: str) -> NoReturn:
+        """A pool's first candidates are its founders."""
+        raise InputError(where, f"{name}: the first candidates of a pool are its founders; leave seeds out")
+
+    def decode(self, genomes: np.ndarray) -> list[Member]:
+        """The members of genomes float32[P, D], whose parents are in the pedigree."""
+        return [self.member(genome) for genome in np.asarray(genomes, np.float32)]
+
+    def member(self, genome: np.ndarray) -> Member:
+        """The member of a genome float32[D]."""
+        waiting = [genome]
+        while waiting:
+            # Parents first: a lineage may be longer than calls can be nested.
+            own = waiting[-1]
+            parents = [] if own[METHOD] == NONE else [self.pedigree.genome(int(own[i])) for i in (FIRST, SECOND)]
+            unknown = [parent for parent in parents if parent.tobytes() not in self._members]
+            waiting += unknown
+            if not unknown:
+                waiting.pop()
+                known = tuple(self._members[parent.tobytes()] for parent in parents)
+                self._members.setdefault(own.tobytes(), self._bred(own, known))
+        return self._members[genome.tobytes()]
+
+    def _bred(self, genome: np.ndarray, parents: tuple[Member, ...]) -> Member:
+        number = int(genome[NUMBER])
+        if not parents:
+            return Member(number)
+        method, genes = self.methods[int(genome[METHOD])], genome[GENES:]
+        place = min(int(genes[-1] * (self.layers + 1)), self.layers) if self.split else self.layers
+        return Member(number, parents, method.name, _parameters(method, genes), place)
+
+
+def _parameters(method: Method, genes: np.ndarray) -> dict[str, np.ndarray]:
+    """The parameters that genes float32[G] in [0, 1] mean, from bound to bound; what is never searched has its default.
+    They are decimal fractions that a recipe can say, densities with three digits."""
+    values, taken = {}, 0
+    for parameter in method.parameters:
+        count = PARENTS if parameter.per_parent else 1
+        if parameter.searched:
+            shares = genes[taken : taken + count].astype(np.float64)
+            taken += count
+            numbers = parameter.low + (parameter.high - parameter.low) * shares
+            said = [round(float(x), 3) if parameter.quantised else shortest_decimal(x) for x in numbers]
+        else:
+            said = list(uniform_start(method, parameter.name, PARENTS))
+        values[parameter.name] = np.asarray(said if parameter.per_parent else said[0], np.float64)
+    return values

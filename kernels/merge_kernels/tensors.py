@@ -1,0 +1,83 @@
+"""One merge of one tensor, from the sources to the dtype that it is written in, in pieces that stay in the cache."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from merge_kernels.methods import Method, Numbers, Options, UniformNoise, combine, prepare
+
+# Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
+PIECE = 2**18
+
+
+def merge_tensor(
+    method: Method,
+    options: Options,
+    sources: Sequence[np.ndarray],
+    parameters: Numbers,
+    uniform_noise: UniformNoise,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """One merged tensor, `[...]` in `dtype`: measured exactly for these parameters (float64), merged in float32, cast.
+
+    sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`;
+    uniform_noise: see `prepare`. The same arguments give the same bits, whoever asks.
+    """
+    prepared = prepare(method, options, sources, parameters, uniform_noise)
+    return _combine_in_pieces(method, options, sources, prepared.keep_keys, prepared.statistics, parameters, dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6))
+def _combine(
+    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any, dtype: Any
+) -> jax.Array:
+    return combine(method, options, sources, keep_keys, statistics, parameters).astype(dtype)
+
+
+def _combine_in_pieces(
+    method: Method,
+    options: Options,
+    sources: Sequence[np.ndarray],
+    keep_keys: tuple[np.ndarray, ...],
+    statistics: Mapping[str, np.ndarray],
+    parameters: Mapping[str, np.ndarray],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
+
+    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured. The last piece is
+    filled up, so that all pieces of all tensors (all of one width) have one shape.
+    """
+    shape = sources[0].shape
+    by_row = options.axis is not None and len(shape) > 1
+    width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
+    flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
+    tensors = [x.reshape(flat) for x in sources]
+    numbers = [x.reshape(flat) for x in keep_keys]
+    total = tensors[0].shape[0]
+    step = max(1, PIECE // max(width, 1))
+    if total <= step // 16:
+        step = max(1, step // 16)
+    merged = np.empty(tensors[0].shape, dtype)
+    # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
+    vectors = (-1, 1) if options.axis == -1 else (1, -1)
+    own = {name: x.reshape(vectors) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
+    numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+
+        def cut(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
+            part = x[start:stop]
+            if stop - start == step:
+                return part
+            return np.concatenate([part, np.zeros((step - (stop - start), *x.shape[1:]), x.dtype)])
+
+        rows = {name: cut(x) if by_row and x.shape[:1] == (total,) else x for name, x in own.items()}
+        piece = _combine(
+            method, options, tuple(cut(x) for x in tensors), tuple(cut(x) for x in numbers), rows, numeric, dtype
+        )
+        merged[start:stop] = np.asarray(piece)[: stop - start]
+    return merged.reshape(shape)

@@ -1,0 +1,461 @@
+"""A pool of models that breed: genomes and members, who breeds and who stays, what is scored, and whole searches as
+real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import build_family, random_records, state, tiny_config, write_lines
+from hostile import run_command
+from merge_kernels import METHODS
+
+from evojax_merge import cli
+from evojax_merge.config import Config
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import Scores, fitness
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.models.architecture import tensors_of
+from evojax_merge.pedigree import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Pedigree, founder_genomes
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.report.pool import PoolReport
+from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.run_folder import Saved
+from evojax_merge.search.strategies.pool import Pool, attraction, keep_best, keep_competing, pool
+from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
+from evojax_merge.selection import open_evaluators
+from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
+
+FOUNDERS, GENERATIONS, POPULATION = 3, 5, 6
+RANDOM_METHODS = ["slerp", "dare_ties", "linear"]
+
+# ---------------------------------------------------------------------------------------------------------------
+# Genomes and members
+
+
+def space_of(methods: list[str], founders: int = 3, layers: int = 4, split: bool = False) -> BreedingSpace:
+    known = tuple(METHODS[name] for name in methods)
+    return BreedingSpace(known, layers, split, Pedigree(founders, genome_genes(known, split)))
+
+
+def child(space: BreedingSpace, number: int, parents: tuple[int, int], method: int, genes: list[float]) -> np.ndarray:
+    genome = np.zeros(space.dims, np.float32)
+    genome[:GENES] = number, *parents, method
+    genome[GENES : GENES + len(genes)] = genes
+    return genome
+
+
+def test_genes_are_parameters_from_bound_to_bound():
+    space = space_of(["slerp", "dare_ties"])
+    # Two weights, two densities, lambda: SLERP's only gene is the first.
+    assert space.dims == GENES + 5
+    genomes = [child(space, 3, (0, 1), 0, [0.25]), child(space, 4, (2, 0), 1, [0.5, 1.0, 0.1234567, 0.0, 0.75])]
+    slerp, dare = space.decode(np.array(genomes))
+    assert (slerp.method, slerp.number, [one.number for one in slerp.parents]) == ("slerp", 3, [0, 1])
+    assert slerp.parameters == {"t": np.float64(0.25)} and not slerp.is_founder
+    assert [one.number for one in dare.parents] == [2, 0] and dare.method == "dare_ties"
+    np.testing.assert_array_equal(dare.parameters["weight"], [0.5, 1.0])
+    # Densities are what a recipe says with three digits.
+    np.testing.assert_array_equal(dare.parameters["density"], [0.123, 0.0])
+    assert dare.parameters["lambda"] == 1.5
+    assert space.decode(founder_genomes(3, 5))[2].is_founder
+
+
+@pytest.mark.parametrize(("gene", "place"), [(0.0, 0), (0.3, 1), (0.6, 3), (0.999, 4), (1.0, 4)])
+def test_from_the_split_on_parents_change_places(gene, place):
+    space = space_of(["slerp"], split=True)
+    (member,) = space.decode(child(space, 3, (0, 1), 0, [0.4, gene])[None])
+    assert member.split == place
+    orders = [[parent.number for parent in member.ordered(layer)] for layer in range(4)]
+    assert orders == [[0, 1]] * place + [[1, 0]] * (4 - place)
+
+
+def test_a_lineage_may_be_long_and_is_in_order_of_birth():
+    space = space_of(["slerp"])
+    births = [child(space, 3, (0, 1), 0, [0.5])]
+    births += [child(space, number, (number - 1, number % 3), 0, [0.5]) for number in range(4, 3004)]
+    space.pedigree.births = np.array(births[:-1])
+    (last,) = space.decode(births[-1][None])
+    assert [one.number for one in last.lineage()] == list(range(3, 3004))
+    # A member is one object, however it is met.
+    assert space.member(births[0]) is last.lineage()[0]
+    # In the tree each of them stands once, and what is met again is not unfolded.
+    lines = PoolReport(last, 4, ("a", "b", "c")).terminal().splitlines()
+    assert len(lines) == 2 * 3001 + 1 and lines[0] == "member-3003: slerp of t 0.5"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Who breeds, and who stays
+
+
+def strategy_of(founders: int = 3, population: int = 4, size: int = 4, **settings: Any) -> Pool:
+    given = {"selection": "complementary", "replace": "worst"} | settings
+    pedigree = Pedigree(founders, 2)
+    made = PoolSettings(pedigree=pedigree, methods=2, size=size, **given)
+    return pool(StrategySettings(GENES + 2, population, 1 / 6, 10, pool=made))
+
+
+def scores_of(values: Any, tasks: tuple[int, ...] = (), weights: tuple[float, ...] = (1.0,)) -> Scores:
+    matrix = np.asarray(values, np.float32)
+    task_of = np.array(tasks or [0] * matrix.shape[1])
+    names = tuple(f"task{t}" for t in range(len(weights)))
+    return Scores(matrix, np.ones(matrix.shape, bool), task_of, names, np.array(weights))
+
+
+def advance(strategy: Pool, state: Any, generation: int, score: Any) -> tuple[np.ndarray, Any]:
+    genomes, asked = strategy.ask(generation_key(0, generation), state)
+    genomes = np.asarray(genomes)
+    return genomes, strategy.tell(generation_key(0, generation), asked, genomes, scores_of(score(genomes)))
+
+
+def by_genes(genomes: np.ndarray) -> np.ndarray:
+    """Two examples; founders are worth 0, children what their genes are."""
+    return np.where(genomes[:, [METHOD]] == NONE, 0, genomes[:, GENES:])
+
+
+def test_attraction_is_the_papers():
+    rng = np.random.default_rng(0)
+    scores, shares = rng.normal(-2, 1, (5, 7)), rng.random(7)
+    for first in range(5):
+        found = attraction(scores, shares, first)
+        for b in range(5):
+            expected = 0.0
+            for j in range(7):
+                above = [scores[i, j] - min(scores[:, j]) for i in range(5)]
+                expected += shares[j] / (sum(above) + 1e-9) * max(above[b] - above[first], 0)
+            assert found[b] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_complement_is_who_solves_what_the_first_does_not():
+    # 0 and 1 solve the first half, 3 the second; 2 is a little better than 0 everywhere.
+    scores = np.array([[1, 1, 0, 0], [1, 1, 0, 0.1], [1.1, 1.1, 0.2, 0.2], [0, 0, 1, 1]], float)
+    assert np.argmax(attraction(scores, np.full(4, 0.25), 0)) == 3
+
+
+def test_competition_keeps_who_alone_solves_an_example():
+    generalists = [[0.9, 0.9, 0.9, 0.0], [0.91, 0.9, 0.9, 0.0], [0.9, 0.91, 0.9, 0.0], [0.9, 0.9, 0.91, 0.0]]
+    scores, shares = np.array([*generalists, [0.0, 0.0, 0.0, 1.0]]), np.full(4, 0.25)
+    assert 4 not in keep_best(scores, shares, 4)
+    assert 4 in keep_competing(scores, shares, 4)
+    # Log-probabilities are all below 0: only how far above the lowest they are counts.
+    assert keep_competing(scores - 5, shares, 4).tolist() == keep_competing(scores, shares, 4).tolist()
+    # Of equals the older stays.
+    assert keep_competing(np.ones((3, 2)), np.ones(2) / 2, 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("selection", ["complementary", "tournament", "random"])
+@pytest.mark.parametrize("replacement", ["worst", "competition"])
+def test_a_pool_improves_and_is_as_large_as_it_may_be(selection, replacement):
+    strategy = strategy_of(selection=selection, replace=replacement)
+    state = strategy.init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1])
+    means, born = [], []
+    for generation in range(12):
+        genomes, state = advance(strategy, state, generation, by_genes)
+        born += genomes[genomes[:, METHOD] != NONE, NUMBER].astype(int).tolist()
+        means.append(strategy.metrics(state)["pool_mean"])
+        members = [n for n in state.members.tolist() if n != NONE]
+        assert len(members) == min(4, 3 + len(born)) == strategy.metrics(state)["members"]
+        # Parents are members that were there, and two of them.
+        children = genomes[genomes[:, METHOD] != NONE]
+        assert (children[:, FIRST] != children[:, SECOND]).all()
+        assert (children[:, [FIRST, SECOND]] < children[:, [NUMBER]]).all()
+        assert ((children[:, GENES:] >= 0) & (children[:, GENES:] <= 1)).all()
+    assert len(set(born)) == len(born) == 12 * 4 - 3
+    assert means[-1] > 0.7 > means[0]
+
+
+def test_founders_come_first_however_many_they_are():
+    strategy = strategy_of(founders=6, population=4)
+    state = strategy.init(generation_key(0, INIT_KEY), founder_genomes(6, 2)[:1])
+    first, state = advance(strategy, state, 0, by_genes)
+    second, state = advance(strategy, state, 1, by_genes)
+    assert first[:, NUMBER].tolist() == [0, 1, 2, 3] and second[:, NUMBER].tolist() == [4, 5, 12, 13]
+    assert (first[:, METHOD] == NONE).all() and second[2:, METHOD].min() >= 0
+    # Every number is found again under itself.
+    for number in (0, 5, 12, 13):
+        assert strategy.pool.pedigree.genome(number)[NUMBER] == number
+
+
+def test_who_fails_never_enters():
+    strategy = strategy_of()
+    state = strategy.init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1])
+
+    def only_founder_2(genomes: np.ndarray) -> np.ndarray:
+        values = np.where(genomes[:, [NUMBER]] == 2, 0.5, np.nan) * np.ones((1, 2))
+        values[0] = [0.5, np.nan]
+        return values
+
+    genomes, state = advance(strategy, state, 0, only_founder_2)
+    assert state.members.tolist() == [2, NONE, NONE, NONE]
+    # One member cannot breed: founders do.
+    genomes, _ = strategy.ask(generation_key(0, 1), state)
+    assert (np.asarray(genomes)[:, [FIRST, SECOND]] < 3).all()
+
+
+def test_examples_count_as_their_tasks_do():
+    """Three examples of a task of weight 1/4, one of a task of weight 3/4."""
+    strategy = strategy_of(size=2)
+    state = strategy.init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1])
+    genomes, state = strategy.ask(generation_key(0, 0), state)
+    values = [[1, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0.5]]
+    scores = scores_of(values, (0, 0, 0, 1), (0.25, 0.75))
+    state = strategy.tell(generation_key(0, 0), state, genomes, scores)
+    np.testing.assert_allclose(state.shares, [1 / 12, 1 / 12, 1 / 12, 3 / 4])
+    assert state.members.tolist() == [1, 6] and strategy.metrics(state)["founders"] == 1
+    assert strategy.metrics(state)["pool_mean"] == pytest.approx(scores.fitness[[1, 3]].mean())
+
+
+def test_a_saved_state_goes_on_as_if_it_had_never_stopped():
+    strategy = strategy_of(replace="competition")
+    state = strategy.init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1])
+    for generation in range(4):
+        _, state = advance(strategy, state, generation, by_genes)
+    saved = Saved(4, {name: np.asarray(value) for name, value in vars(state).items()}, 0, b"")
+    again = strategy_of(replace="competition")
+    restored = saved.state(again.init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1]))
+    for generation in range(4, 7):
+        one, state = advance(strategy, state, generation, by_genes)
+        other, restored = advance(again, restored, generation, by_genes)
+        np.testing.assert_array_equal(one, other)
+    # What does not grow must fit.
+    with pytest.raises(InputError, match="another version"):
+        saved.state(strategy_of(size=5).init(generation_key(0, INIT_KEY), founder_genomes(3, 2)[:1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Models
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pool")
+    build_family(root, tiny_config("qwen3", tie_word_embeddings=False), FOUNDERS, torch.bfloat16)
+    write_lines(root / "heldout.jsonl", random_records(8, seed=2))
+    document = {
+        "base": "base",
+        "parents": [f"parent{k}" for k in range(FOUNDERS)],
+        "pool": {"methods": RANDOM_METHODS, "split": True, "size": 4, "slots": 1},
+        "tasks": [
+            {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": "heldout.jsonl"},
+            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 2, "weight": 0},
+        ],
+        "search": {"generations": GENERATIONS, "population": POPULATION},
+        "seed": 5,
+    }
+    (root / "config.yaml").write_text(yaml.safe_dump(document))
+    return root / "config.yaml"
+
+
+def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
+    done = run_command(*arguments)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def execute(documents: list[dict[str, Any]], folder: Path) -> Path:
+    """The merges of a lineage, each as a model folder that the later ones name; the last one's."""
+    for i, document in enumerate(documents):
+        name = document.get("name", "result")
+        assert (i == len(documents) - 1) == (name == "result")
+        text = dump_yaml({key: value for key, value in document.items() if key != "name"})
+        # Relative references are looked up beside the recipe.
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+        merge_to(prepare(read_recipe(folder / f"{name}.yaml")), folder / name, card="")
+    return folder / "result"
+
+
+def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
+    """Members of the third generation of random breeding, by every method: their weights are those that their recipes
+    give, to the bit, and so are their scores."""
+    problem = build_problem(config_file, read_config(config_file, [], None))
+    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    space, bank = problem.space, evaluator.evaluator.bank
+    rng, births = np.random.default_rng(1), []
+    for p in range(9):
+        number = FOUNDERS + p
+        parents = rng.choice(np.arange(max(0, number - 4), number), 2, replace=False)
+        genes = rng.random(space.dims - GENES)
+        births.append(child(space, number, tuple(parents), p % 3, genes.tolist()))
+    space.pedigree.births = np.array(births)
+    members = space.decode(np.array(births[-3:]))
+    assert {one.method for one in members} == set(RANDOM_METHODS) and min(len(one.lineage()) for one in members) > 2
+    assert any(0 < one.split < problem.decoder.layers for member in members for one in member.lineage())
+    scores = evaluator.score(np.array(births[-3:]))
+    for p, (genome, weights) in enumerate(zip(births[-3:], bank.weights(members), strict=True)):
+        folder = execute(problem.candidates.to_recipe(genome), tmp_path / str(p))
+        written = state(folder)
+        assert set(weights) == set(written) == {name for name, _, _ in tensors_of(problem.decoder)}
+        for name, values in weights.items():
+            np.testing.assert_array_equal(np.asarray(values, np.float32), written[name], err_msg=name)
+        row = run("evaluate", folder, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
+        assert row.returncode == 0
+        (told,) = json.loads((tmp_path / "scores.json").read_text())
+        assert told["fitness"] == pytest.approx(fitness(evaluator.tasks, scores)[p], abs=1e-6)
+
+
+def _tasks(config_file: Path, folder: Path) -> Path:
+    task = yaml.safe_load(config_file.read_text())["tasks"][0]
+    task = {name: value for name, value in task.items() if name != "heldout"} | {
+        "file": str(config_file.parent / "tasks.jsonl")
+    }
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
+    return folder / "tasks.yaml"
+
+
+def test_a_child_between_its_parents(config_file):
+    """SLERP of two founders, against float64; the first layers of one order, the last of the other."""
+    problem = build_problem(config_file, read_config(config_file, ["pool.methods=[slerp]"], None))
+    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    space = problem.space
+    layers = problem.decoder.layers
+    genome = child(space, FOUNDERS, (2, 0), 0, [0.25, 1.5 / (layers + 1)])
+    (weights,) = evaluator.evaluator.bank.weights(space.decode(genome[None]))
+    first, second = state(config_file.parent / "parent2"), state(config_file.parent / "parent0")
+    for name, leaf, layer in tensors_of(problem.decoder):
+        early = layer < 1 if leaf.stack is not None else leaf.component == "embedding"
+        a, b = (np.asarray(own[name], np.float64) for own in ((first, second) if early else (second, first)))
+        angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
+        expected = (np.sin(0.75 * angle) * a + np.sin(0.25 * angle) * b) / np.sin(angle)
+        np.testing.assert_allclose(np.asarray(weights[name], np.float64), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_members_are_bred_again_where_they_were_not_kept(config_file):
+    """With one slot the pool's members go and come back; nothing of what is found depends on it."""
+    found = []
+    for slots in (1, 8):
+        problem = build_problem(config_file, read_config(config_file, [f"pool.slots={slots}"], None))
+        (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+        strategy, values = problem.strategy, []
+        saved = strategy.init(generation_key(5, INIT_KEY), problem.space.start[None])
+        for generation in range(3):
+            genomes, asked = strategy.ask(generation_key(5, generation), saved)
+            scores = evaluator.score(np.asarray(genomes)).matrices["text"]["log_probability"]
+            saved = strategy.tell(generation_key(5, generation), asked, genomes, scores_of(scores))
+            values.append(scores)
+        found.append((np.array(values), evaluator.evaluator.bank.bred))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    assert found[0][1] >= found[1][1] >= 3 * POPULATION - FOUNDERS
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Whole searches
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    (out.parent / "stdout").write_text(run("search", config_file, "--out", out).stdout)
+    return out
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    files = ["history.jsonl", "result.json", "config.yaml", "best/recipe.yaml", "best/model/model.safetensors"]
+    return {name: (out / name).read_bytes() for name in files}
+
+
+def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, tmp_path):
+    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert [row["members"] for row in history] == [4] * GENERATIONS
+    result = json.loads((finished / "result.json").read_text())
+    documents = list(yaml.safe_load_all((finished / "best/recipe.yaml").read_text()))
+    lineage = result["lineage"]
+    # The seed is one whose winner is not a founder's child.
+    assert len(documents) == len(lineage) > 1
+    assert [one.get("name", lineage[-1]["name"]) for one in documents] == [one["name"] for one in lineage]
+    assert lineage[-1]["name"] == f"member-{int(result['genome'][NUMBER])}"
+    winner = execute(documents, tmp_path)
+    assert (winner / "model.safetensors").read_bytes() == (finished / "best/model/model.safetensors").read_bytes()
+    card, told = (finished / "best/model/README.md").read_text(), (finished.parent / "stdout").read_text()
+    for text in (card, told):
+        assert f"{lineage[-1]['name']}: {lineage[-1]['method']}" in text and "  parent" in text
+    assert str(config_file.parent) not in card
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["role"] for row in result["table"]] == ["base", *["parent"] * FOUNDERS, "winner"]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["search"]["strategy"] == "pool"
+
+
+def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
+    out, model = tmp_path / "killed", tmp_path / "model"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evojax_merge.cli", "search", str(config_file), "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    history = out / "history.jsonl"
+    while not (history.exists() and history.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # What was found so far can be had, ancestors and all.
+    run("export", out, model, "--best-so-far")
+    assert (model / "model.safetensors").exists()
+    run("search", config_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"parents": ["parent0"]}, ("parents: 1 model", "2 or more")),
+        ({"pool": {"methods": ["slurp"]}}, ("pool.methods[0]", "slurp", "'slerp'")),
+        ({"pool": {"methods": ["slerp", "passthrough"]}}, ("pool.methods[1]", "passthrough takes 1 models, found 2")),
+        ({"pool": {"methods": ["slerp", "slerp"]}}, ("pool.methods[1]", "slerp stands there already")),
+        ({"pool": {"methods": ["ties"]}, "base": None}, ("base: missing", "ties")),
+        ({"pool": {"size": 1}}, ("pool.size", "2")),
+        ({"pool": {"selection": "best"}}, ("pool.selection", "complementary, tournament or random")),
+        ({"pool": {"method": "slerp"}}, ("pool.method", "unknown key", "methods")),
+        ({"space": {"method": "slerp"}}, ("exactly one of the keys space, data_flow, pool, stages",)),
+        ({"search": {"strategy": "cma_es"}}, ("search.strategy: cma_es", "leave it out")),
+        ({"search": {"rungs": 2}}, ("search.rungs: 2", "on all examples")),
+        ({"search": {"seeds": ["uniform"]}}, ("seeds: uniform", "founders")),
+        ({"pool": None, "space": {"method": "slerp"}, "parents": ["parent0", "parent1"],
+          "search": {"strategy": "pool"}}, ("strategy: pool", "no section pool")),
+        ({"pool": None, "stages": [{"pool": {}}]}, ("stages", "pool: a stage has a space or a data_flow")),
+        ({"tokenizer_source": "parent0"}, ("tokenizer_source",)),
+        ({"parents": ["parent0", "wider"]}, ("others/parent0", "[64, 56]", "[64, 48]")),
+        ({"parents": ["parent0", "tied"]}, ("shared/parent0", "tie_word_embeddings")),
+        ({"search": {"generations": 1_000_000, "population": 100}}, ("generations: 1,000,000", "16,777,216")),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(config_file, tmp_path, capfd, changes, says):
+    root = config_file.parent
+    if not (root / "wider").exists():
+        build_family(root / "others", tiny_config("qwen3", hidden_size=56, tie_word_embeddings=False), 1)
+        build_family(root / "shared", tiny_config("qwen3", tie_word_embeddings=True), 1)
+        (root / "wider").symlink_to(root / "others/parent0")
+        (root / "tied").symlink_to(root / "shared/parent0")
+    path = root / f"{tmp_path.name}.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(config_file.read_text()) | changes))
+    capfd.readouterr()
+    status = cli.run(lambda: cli.cli.main(["search", str(path), "--out", str(tmp_path / "out")], standalone_mode=False))
+    line = capfd.readouterr().err
+    assert status == cli.WRONG_INPUT and len(line.splitlines()) == 1 and line.startswith("error: "), line
+    for text in says:
+        assert text in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_without_a_pool_is_what_it_was(config_file):
+    document = yaml.safe_load(config_file.read_text())
+    plain = {key: value for key, value in document.items() if key not in ("pool", "search")}
+    config = Config.model_validate(plain | {"space": {"method": "ties"}})
+    assert "pool" not in config.model_dump(mode="json") and config.search.strategy == "cma_es"
+    pooled = Config.model_validate(plain | {"pool": {}})
+    assert pooled.model_dump(mode="json")["pool"]["methods"] == ["slerp"] and pooled.search.strategy == "pool"
+    assert Config.model_validate(pooled.model_dump(mode="json")) == pooled
