@@ -14,7 +14,18 @@ from safetensors.numpy import load_file
 
 from evojax_merge import zoo
 from evojax_merge.errors import InputError
-from evojax_merge.zoo.arithmetic import IDS, VOCABULARY, Plan, base_batch, japanese_batch, maths_batch, split_hard_sums
+from evojax_merge.zoo.arithmetic import (
+    EXPERT_STEPS,
+    IDS,
+    PACKAGED_SEED,
+    VOCABULARY,
+    Plan,
+    base_batch,
+    expert_batches,
+    japanese_batch,
+    maths_batch,
+    split_hard_sums,
+)
 
 # A few steps: enough for weights that differ from the start and from each other.
 SHORT = Plan(base_steps=3, maths_steps=2, japanese_steps=2, search_problems=12, heldout_problems=20)
@@ -300,3 +311,24 @@ def test_smollm2_references_go_to_their_own_module(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(smollm2, "resolve_reference", locate)
     assert zoo.resolve_reference("zoo:smollm2/base") == tmp_path
     assert requests == ["base"]
+
+
+def test_six_more_experts_see_a_part_of_what_the_two_do(in_cache, monkeypatch):
+    training, _, _ = split_hard_sums(PACKAGED_SEED, Plan())
+    batches = expert_batches(training)
+    assert {*batches} == {*zoo.EXPERTS} == {*EXPERT_STEPS}
+    rng = np.random.default_rng(0)
+    for name, signs in (("sums", {"+"}), ("differences", {"-"}), ("both", {"+", "-"})):
+        rows = [parse(text) for text in texts(batches[name](rng, 50))]
+        assert {row[1] for row in rows if row is not None} == signs
+    assert all(
+        "です 。" in text for name in ("easy_sums", "copying", "mixed") for text in texts(batches[name](rng, 20))
+    )
+    assert all(parse(text) is None for text in texts(batches["copying"](rng, 20)))
+    monkeypatch.setattr("evojax_merge.zoo.arithmetic.EXPERT_STEPS", dict.fromkeys(zoo.EXPERTS, 1))
+    models = [load_file(zoo.resolve_reference(f"zoo:experts/{name}") / "model.safetensors") for name in zoo.EXPERTS]
+    base = load_file(zoo.resolve_reference("zoo:base") / "model.safetensors")
+    head = [model["lm_head.weight"].tobytes() for model in (base, *models)]
+    assert len(set(head)) == 7
+    with pytest.raises(InputError, match="did you mean 'zoo:experts/sums'"):
+        zoo.resolve_reference("zoo:experts/sum")
