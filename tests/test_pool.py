@@ -291,17 +291,16 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     members = space.decode(np.array(births[-3:]))
     assert {one.method for one in members} == set(RANDOM_METHODS) and min(len(one.lineage()) for one in members) > 2
     assert any(0 < one.split < problem.decoder.layers for member in members for one in member.lineage())
-    scores = evaluator.score(np.array(births[-3:]))
-    for p, (genome, weights) in enumerate(zip(births[-3:], bank.weights(members), strict=True)):
-        folder = execute(problem.candidates.to_recipe(genome), tmp_path / str(p))
-        written = state(folder)
+    scores, folders = evaluator.score(np.array(births[-3:])), []
+    for genome, weights in zip(births[-3:], bank.weights(members), strict=True):
+        folders.append(execute(problem.candidates.to_recipe(genome), tmp_path / str(len(folders))))
+        written = state(folders[-1])
         assert set(weights) == set(written) == {name for name, _, _ in tensors_of(problem.decoder)}
         for name, values in weights.items():
             np.testing.assert_array_equal(np.asarray(values, np.float32), written[name], err_msg=name)
-        row = run("evaluate", folder, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
-        assert row.returncode == 0
-        (told,) = json.loads((tmp_path / "scores.json").read_text())
-        assert told["fitness"] == pytest.approx(fitness(evaluator.tasks, scores)[p], abs=1e-6)
+    run("evaluate", *folders, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
+    told = [row["fitness"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    np.testing.assert_allclose(told, fitness(evaluator.tasks, scores), atol=1e-6)
 
 
 def _tasks(config_file: Path, folder: Path) -> Path:
@@ -328,6 +327,16 @@ def test_a_child_between_its_parents(config_file):
         angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
         expected = (np.sin(0.75 * angle) * a + np.sin(0.25 * angle) * b) / np.sin(angle)
         np.testing.assert_allclose(np.asarray(weights[name], np.float64), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_a_child_that_no_recipe_could_give_has_failed(config_file):
+    """Linear weights that sum to zero, beside a child that is right."""
+    problem = build_problem(config_file, read_config(config_file, [], None))
+    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    number = RANDOM_METHODS.index("linear")
+    children = [child(problem.space, FOUNDERS + p, (0, 1), number, [weight, 0]) for p, weight in enumerate((0, 0.5))]
+    found = fitness(evaluator.tasks, evaluator.score(np.array(children)))
+    assert np.isnan(found).tolist() == [True, False]
 
 
 def test_members_are_bred_again_where_they_were_not_kept(config_file):

@@ -10,12 +10,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 from merge_kernels import METHODS, draw_uniform, merge_tensor
 
 from evojax_merge.checkpoints.bank import aligned_empty
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, tensor_digest
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, is_finite, tensor_digest
 from evojax_merge.checkpoints.parents import Sources, tensor_shapes
 from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
@@ -122,10 +123,14 @@ class PoolBank:
         method = METHODS[child.method]
         has_base = method.uses_base(self.has_base)
         options = replace(method.options, has_base=has_base)
+        # A recipe with such numbers would be refused.
+        is_meaningless = method.validate(options, child.parameters) is not None
 
         def one(name: str, layer: int) -> np.ndarray:
             parents = child.ordered(layer)
             tensors = [self._read(parent, name, held) for parent in parents]
+            if is_meaningless:
+                return np.full(tensors[0].shape, np.nan, self.dtype)
             sources = [self.sources.read(0, name), *tensors] if has_base else tensors
 
             def uniform_noise(k: int) -> np.ndarray:
@@ -166,16 +171,20 @@ class PoolEvaluator:
         return self.evaluator.passes(population)
 
     def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
-        """As many members are bred and scored together as fit into memory."""
+        """As many members are bred and scored together as fit into memory. One with a weight that is not finite has
+        failed, whether or not the examples meet it: its recipe would be refused."""
         size = max(1, int(MATERIALISE_FRACTION * available_memory()) // self.bank.member_bytes())
-        groups = [members[begin : begin + size] for begin in range(0, len(members), size)]
-        weights = self.bank.weights(members)
-        return joined_scores([self.evaluator.models(self._stacked(group, weights), progress) for group in groups])
+        weights, parts = self.bank.weights(members), []
+        for begin in range(0, len(members), size):
+            models, finite = self._stacked(len(members[begin : begin + size]), weights)
+            parts.append(_where(finite, self.evaluator.models(models, progress)))
+        return _joined(parts)
 
-    def _stacked(self, members: Sequence[Member], weights: Iterator[Weights]) -> StackedWeights:
-        """The next of the weights as one population: a leading axis P on every leaf."""
+    def _stacked(self, count: int, weights: Iterator[Weights]) -> tuple[StackedWeights, np.ndarray]:
+        """The next `count` of the weights as one population, a leading axis P on every leaf; and which are finite,
+        bool[P]."""
         config, bank = self.evaluator.config, self.bank
-        shapes, layers, count = tensor_shapes(config), depths(config), len(members)
+        shapes, layers = tensor_shapes(config), depths(config)
         stacks: dict[str, Weights] = {stack: {} for stack in layers}
         shared: Weights = {}
         for leaf in leaves_of(config):
@@ -184,15 +193,27 @@ class PoolEvaluator:
                 shared[leaf.name] = aligned_empty((count, *shape), bank.dtype)
             else:
                 stacks[leaf.stack][leaf.name] = aligned_empty((count, layers[leaf.stack], *shape), bank.dtype)
-        for p in range(count):
-            own = next(weights)
+        finite = np.zeros(count, bool)
+        for p, own in enumerate(islice(weights, count)):
+            finite[p] = all(map(is_finite, own.values()))
             for name, leaf, layer in tensors_of(config):
                 into = shared[leaf.name][p] if leaf.stack is None else stacks[leaf.stack][leaf.name][p, layer]
                 into[...] = own[name]
-        return StackedWeights(stacks, shared, self.evaluator.compute_dtype)  # type: ignore[arg-type]
+        return StackedWeights(stacks, shared, self.evaluator.compute_dtype), finite  # type: ignore[arg-type]
 
 
-def joined_scores(parts: Sequence[TaskScores]) -> TaskScores:
+def _where(finite: np.ndarray, scores: TaskScores) -> TaskScores:
+    """The scores, NaN for members of which `finite: bool[P]` is not said."""
+    return replace(
+        scores,
+        matrices={
+            task: {metric: np.where(finite[:, None], values, np.nan) for metric, values in metrics.items()}
+            for task, metrics in scores.matrices.items()
+        },
+    )
+
+
+def _joined(parts: Sequence[TaskScores]) -> TaskScores:
     """The scores of populations that follow each other, as of one."""
     first = parts[0]
     return TaskScores(

@@ -134,6 +134,7 @@ class Pool:
 
     def finalists(self, state: PoolState) -> np.ndarray:
         """None beside the best candidates, among which the pool's best are."""
+        # Their parents are looked up there.
         self.pool.pedigree.births = np.asarray(state.births)
         return np.zeros((0, self.settings.dims), np.float32)
 
