@@ -19,11 +19,10 @@ With `--json` each search's figures are appended to a file as soon as it has end
 is not run again: the whole takes hours, and can be stopped and continued, or extended by seeds and strategies. The file
 knows a search by its options, not by its code: a strategy that was changed needs another file.
 
-Peers drive our evaluator, in the same space: pymoo's algorithms, which mergenetic (arXiv 2505.11427) searches with, in
-populations as large as ours and otherwise as pymoo has them. PSO-Merging (arXiv 2508.19839) is a swarm that begins at
-the base, the experts and sparsified experts; `pso+parents` is ours, begun at the experts. It differs: there a particle
-is a model, and moves in the space of all weights, here a genome; sparsified experts are beyond a space without a
-density, and the other particles are drawn around the start.
+Peers drive our evaluator. pymoo's algorithms, which mergenetic (arXiv 2505.11427) searches with, do so in the same
+space, in populations as large as ours and otherwise as pymoo has them. PSO-Merging (arXiv 2508.19839) is written from
+its paper: a swarm of whole models, the base, the experts and sparsified experts, that move in the space of their
+weights.
 """
 
 import argparse
@@ -38,14 +37,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from machine import describe
-from strategy_peers import PEERS, is_installed, run_peer
+from strategy_peers import PEERS, PSO_MERGING, is_installed, run_peer, run_pso_merging
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.evaluator import MergeEvaluator
-from evojax_merge.evaluation.scores import fitness, means
+from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
+from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.models.sources import StackedWeights
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -262,6 +264,40 @@ def run_peer_search(experiment: Experiment, name: str, population: int, budget: 
         run_peer(name, evaluate, experiment.problem.space.dims, population, budget, seed)
 
 
+def run_pso_merging_search(experiment: Experiment, population: int, seed: int, trace: Trace) -> None:
+    """Search with PSO-Merging. Its models have no genomes: whatever is best so far is scored held out at once, which is
+    not counted."""
+    merges = experiment.searched.evaluator
+    bank, dtype = merges.bank, merges.spec.export_dtype
+    best = -np.inf
+
+    def source(s: int) -> Any:
+        stacks = {name: {leaf: values[:, s] for leaf, values in own.items()} for name, own in bank.stacks.items()}
+        whole = StackedWeights(stacks, {leaf: values[s] for leaf, values in bank.shared.items()})
+        return jax.tree.map(lambda values: np.asarray(values, np.float32), whole)
+
+    def scored(decoder: Evaluator, model: Any) -> TaskScores:
+        return decoder.stored(jax.tree.map(lambda values: jnp.asarray(values, dtype), model))
+
+    def evaluate(models: Sequence[Any]) -> np.ndarray:
+        nonlocal best
+        started = time.perf_counter()
+        tasks = experiment.searched.tasks
+        values = np.concatenate([fitness(tasks, scored(merges.evaluator, model)) for model in models])
+        seconds = time.perf_counter() - started
+        leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+        if values[leader] > best:
+            best, generation = float(values[leader]), str(len(trace.figures["best"]) + 1)
+            scores = scored(experiment.heldout.evaluator.evaluator, models[leader])
+            trace.figures["heldout"][generation] = heldout_figures(experiment, scores)[0]
+        trace.add(len(models), seconds, best if np.isfinite(best) else None, np.zeros(0))
+        return values
+
+    sources = [source(s) for s in range(1 + len(experiment.problem.parents))]
+    with suppress(BudgetSpent):
+        run_pso_merging(evaluate, sources[0], sources[1:], population, seed)
+
+
 def start_row(arguments: argparse.Namespace, experiment: Experiment, space: str, variant: str, seed: int) -> Row:
     """What a search is, without figures."""
     settings, search = VARIANTS.get(variant, {}), experiment.problem.search
@@ -294,7 +330,9 @@ def search_config(row: Row) -> SearchConfig:
 def measure(experiment: Experiment, row: Row) -> Row:
     """The row with the figures of its search."""
     trace = Trace(row["budget"])
-    if row["variant"] in PEERS:
+    if row["variant"] == PSO_MERGING:
+        run_pso_merging_search(experiment, row["population"], row["seed"], trace)
+    elif row["variant"] in PEERS:
         run_peer_search(experiment, row["variant"], row["population"], row["budget"], row["seed"], trace)
     else:
         run_search(experiment, search_config(row), row["seed"], row["gradient_cost"] or 1.0, trace)
@@ -357,12 +395,19 @@ def measure_heldout(experiment: Experiment, row: Row, checkpoints: Sequence[int]
     missing = sorted(name for name in named if name is not None)
     if not missing:
         return False
-    tasks = experiment.heldout.tasks
     scores = experiment.heldout.score(np.array([row["genomes"][name] for name in missing], np.float32))
-    shown = [f"{task.name}/{task.metric}" for task in tasks if task.weight == 0]
-    for name, value, table in zip(missing, fitness(tasks, scores), means(tasks, scores), strict=True):
-        row["heldout"][name] = {"fitness": float(value), **{metric: table[metric] for metric in shown}}
+    row["heldout"] |= dict(zip(missing, heldout_figures(experiment, scores), strict=True))
     return True
+
+
+def heldout_figures(experiment: Experiment, scores: TaskScores) -> list[dict[str, float]]:
+    """Of each candidate its held-out fitness, and what else is shown."""
+    tasks = experiment.heldout.tasks
+    shown = [f"{task.name}/{task.metric}" for task in tasks if task.weight == 0]
+    return [
+        {"fitness": float(value), **{metric: table[metric] for metric in shown}}
+        for value, table in zip(fitness(tasks, scores), means(tasks, scores), strict=True)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -656,8 +701,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--family", choices=FAMILIES, help="default: zoo; with --overhead smollm2")
     parser.add_argument("--dimensions", nargs="+", metavar="SPACE", help="spaces of the family; of smollm2: "
                         + ", ".join(FAMILIES["smollm2"].spaces))  # fmt: skip
-    parser.add_argument("--strategies", nargs="+", choices=[*VARIANTS, *PEERS], metavar="NAME",
-                        help="default: all; with --overhead cma_es. Of " + ", ".join([*VARIANTS, *PEERS]))  # fmt: skip
+    known = [*VARIANTS, *PEERS, PSO_MERGING]
+    parser.add_argument("--strategies", nargs="+", choices=known, metavar="NAME",
+                        help="default: all; with --overhead cma_es. Of " + ", ".join(known))  # fmt: skip
     parser.add_argument("--peers", action="store_true", help="all peers, after the strategies")
     parser.add_argument("--seeds", type=int, default=11)
     parser.add_argument("--population", type=int, help="default: the config's")
@@ -684,9 +730,9 @@ def main() -> None:
     logging.disable(logging.WARNING)
     names = arguments.strategies or ([REFERENCE] if arguments.overhead else list(VARIANTS))
     if arguments.overhead:
-        overhead(arguments, [name for name in names if name not in PEERS])
+        overhead(arguments, [name for name in names if name in VARIANTS])
         return
-    names += [name for name in PEERS if arguments.peers and name not in names]
+    names += [name for name in [*PEERS, PSO_MERGING] if arguments.peers and name not in names]
     if not is_installed() and any(name in PEERS for name in names):
         print("pymoo is not installed (`pip install 'evojax-merge[bench]'`): its algorithms are left out", flush=True)
         names = [name for name in names if name not in PEERS]

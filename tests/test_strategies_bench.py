@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from evojax_merge.references import resolve_reference
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import strategies
 from strategies import BudgetSpent, Family, Trace, append_row, final_table, generation_after, key_of, read_rows
-from strategy_peers import PEERS, is_installed, run_peer
+from strategy_peers import PEERS, is_installed, run_peer, run_pso_merging
 
 
 def row_of(best: list[float | None], variant: str = "cma_es", seed: int = 0, passes: float = 4.0) -> dict[str, Any]:
@@ -111,18 +112,22 @@ def test_a_search_that_the_file_holds_is_not_run_again(
         strategies.main()
         return capsys.readouterr().out
 
-    names = ["cma_es+rungs", "gradient+long"]
+    names = ["cma_es+rungs", "gradient+long", "pso_merging"]
     run(*names)
-    raced, climbed = read_rows(path).values()
+    raced, climbed, swarm = read_rows(path).values()
+    # The base, two experts and a sparsified one; of models no genomes are known, and held-out scores are.
+    assert swarm["passes"] == [4, 4] and swarm["best"][0] < 0 and list(swarm["genomes"]) == list(swarm["heldout"])
     # Four on an eighth of the examples, two on a quarter, one on a half and on all.
     assert raced["passes"] == [4 / 8 + 2 / 8 + 1 / 4 + 1 / 2] * 6
     # Eight passes are two gradients at four each.
     assert climbed["passes"] == [4, 4] and climbed["best"][1] > climbed["best"][0]
-    assert all("whole_answers/accuracy" in scores for row in (raced, climbed) for scores in row["heldout"].values())
+    assert all(
+        "whole_answers/accuracy" in scores for row in (raced, climbed, swarm) for scores in row["heldout"].values()
+    )
     monkeypatch.setattr(strategies, "measure", lambda *arguments: pytest.fail("was run again"))
     out = run(*names, "--plot", str(tmp_path / "plot.png"))
     assert "| cma_es+rungs | 9 |" in out and (tmp_path / "plot.png").stat().st_size > 10_000
-    assert len(path.read_text().splitlines()) == 2
+    assert len(path.read_text().splitlines()) == 3
 
 
 @pytest.mark.skipif(not is_installed(), reason="pymoo is not installed")
@@ -138,3 +143,23 @@ def test_peers_maximise_in_the_unit_cube(name: str) -> None:
     every = np.concatenate(asked)
     assert every.min() >= 0 and every.max() <= 1 and len(every) >= 240
     assert np.nanmax(-np.square(every - 0.3).sum(axis=1)) > -0.03
+
+
+def test_pso_merging_begins_at_the_experts_and_moves_whole_models() -> None:
+    base, first, second = np.zeros(400), np.r_[np.ones(200), np.zeros(200)], np.r_[np.zeros(200), np.ones(200)]
+    rounds: list[np.ndarray] = []
+
+    def evaluate(models: Sequence[dict[str, np.ndarray]]) -> np.ndarray:
+        if len(rounds) == 12:
+            raise BudgetSpent
+        rounds.append(np.stack([model["w"] for model in models]))
+        return -np.square(rounds[-1] - 0.9).mean(axis=1)
+
+    with pytest.raises(BudgetSpent):
+        run_pso_merging(evaluate, {"w": base}, [{"w": first}, {"w": second}], 8, 0)
+    began = rounds[0]
+    assert (began[:3] == [base, first, second]).all() and began.shape == (8, 400)
+    # DARE's: some entries dropped, the others enlarged by as much, only where the task vector is.
+    assert set(np.unique(began[3])) == {0.0, 1 / 0.8} and 140 < np.count_nonzero(began[3][:200]) < 180
+    losses = [np.square(places - 0.9).mean(axis=1).min() for places in rounds]
+    assert min(losses) < 0.3 * losses[0]
