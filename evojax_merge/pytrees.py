@@ -410,9 +410,9 @@ class LeafBank:
     def merge(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
         """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
         method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
-        numbers = () if self.keep_keys is None else tuple(self.keep_keys)
+        numbers = () if self.keep_keys is None else self.keep_keys
         statistics = look_up_differentiable(method, self.table, own)
-        merged = combine_differentiable(method, self.spec.options, tuple(self.stack), numbers, statistics, own)
+        merged = combine_differentiable(method, self.spec.options, self.stack, numbers, statistics, own)
         return merged.astype(self.stack.dtype).reshape(self.shape)
 
 

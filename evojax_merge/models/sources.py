@@ -131,9 +131,9 @@ class LazyMerge:
         self, sources: jax.Array, keep_keys: jax.Array | None, statistics: Parameters, parameters: Parameters
     ) -> jax.Array:
         spec = self.spec
-        numbers = () if keep_keys is None else tuple(keep_keys)
+        numbers = () if keep_keys is None else keep_keys
         with jax.named_scope("merge"):
-            merged = self.combine(spec.method, spec.options, tuple(sources), numbers, statistics, parameters)
+            merged = self.combine(spec.method, spec.options, sources, numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:

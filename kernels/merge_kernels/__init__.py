@@ -7,8 +7,9 @@ A kernel knows no model, no file and no search. Every method is one `Method` in 
 2. *combine*, once per candidate, on the device: elementwise, no sort and no reduction (`look_up`, `combine`; with
    derivatives: `look_up_differentiable`, `combine_differentiable`).
 
-`sources` is a tuple of arrays of one shape: the base first where `options.has_base`, then the K parents. It is
-unrolled in Python (K is small and static) because a reduction over a stacked axis is many times slower on a CPU.
+`sources` are arrays of one shape, separate or stacked: the base first where `options.has_base`, then the K parents.
+Sums over few parents are written out, because a reduction over a stacked axis is many times slower on a CPU; over many
+they are a loop (`sum_over`), so that programs do not grow with the parents.
 """
 
 from merge_kernels.gradients import combine_differentiable, look_up_differentiable, on_grid
@@ -28,6 +29,7 @@ from merge_kernels.methods import (
     register,
     tabulate,
 )
+from merge_kernels.sums import is_looped, sum_over
 from merge_kernels.task_vectors import draw_uniform
 from merge_kernels.tensors import merge_tensor
 
@@ -44,11 +46,13 @@ __all__ = [
     "combine_population",
     "draw_uniform",
     "grid_index",
+    "is_looped",
     "look_up",
     "look_up_differentiable",
     "merge_tensor",
     "on_grid",
     "prepare",
     "register",
+    "sum_over",
     "tabulate",
 ]

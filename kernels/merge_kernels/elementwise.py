@@ -1,10 +1,13 @@
 """Methods of their own kind: SCE, NearSwap, passthrough."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from merge_kernels.sums import Arrays, is_looped, sum_over
 
 Statistics = dict[str, np.ndarray]
 
@@ -15,6 +18,23 @@ SCE_MIN_SQUARES = 1e-6
 SCE_MIN_WEIGHT = 1e-6
 # NearSwap: smaller differences count as this.
 NEARSWAP_MIN_DIFFERENCE = 1e-6
+
+
+def _spread(stack: np.ndarray) -> np.ndarray:
+    """The sum of squared differences of all pairs of rows, which is `K^2` times their variance: float64[n] of
+    float32[K, n]. It vanishes exactly where all rows are equal."""
+    count, size = stack.shape
+    spread = np.zeros(size)
+    if is_looped(count):
+        # As many passes as rows, not as pairs of them. The mean of equal float32 numbers is exact in float64.
+        mean = stack.mean(axis=0, dtype=np.float64)
+        for row in stack:
+            spread += np.square(row - mean)
+        return count * spread
+    for i in range(count):
+        for j in range(i + 1, count):
+            spread += np.square(stack[i].astype(np.float64) - stack[j])
+    return spread
 
 
 def sce_select(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.ndarray, Statistics]:
@@ -31,11 +51,7 @@ def sce_select(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.
     """
     stack = np.stack([delta.reshape(-1) for delta in deltas])
     count, size = stack.shape
-    variance = np.zeros(size)
-    # From pairwise differences, which vanish exactly where all deltas are equal.
-    for i in range(count):
-        for j in range(i + 1, count):
-            variance += np.square(stack[i].astype(np.float64) - stack[j])
+    variance = _spread(stack)
     nonzero = int(np.count_nonzero(variance))
     # In float32, as mergekit counts here (and nowhere else): a gradient's 0.44999999999999996 is its 0.45.
     counts = (np.float32(nonzero) * densities.astype(np.float32)).astype(np.int64)
@@ -63,23 +79,24 @@ def sce_select(deltas: Sequence[np.ndarray], densities: np.ndarray) -> tuple[np.
     return number.reshape(deltas[0].shape), {"threshold": threshold, "share": share.astype(np.float32)}
 
 
-def sce_sum(
-    base: jax.Array, parents: Sequence[jax.Array], number: jax.Array, threshold: jax.Array, share: jax.Array
-) -> jax.Array:
+def sce_sum(sources: Arrays, number: jax.Array, threshold: jax.Array, share: jax.Array) -> jax.Array:
     """SCE's merged delta: what is kept and agrees with the majority's sign, averaged by `share`. float32.
+
+    sources: the base first; number: uint16 `[...]`; threshold: int32 `[]`; share: float32[K].
 
     The sign is elected by the unweighted deltas, + on a tie, as in `task_vectors.elected_sum`.
     """
-    wide = base.astype(jnp.float32)
+    wide = sources[0].astype(jnp.float32)
     kept = number.astype(jnp.int32) < threshold
-    up = down = up_sum = down_sum = up_share = down_share = jnp.zeros_like(wide)
-    for k, parent in enumerate(parents):
-        delta = jnp.where(kept, parent.astype(jnp.float32) - wide, 0.0)
+
+    def masses(k: Any) -> tuple[jax.Array, ...]:
+        """Parent k's delta, delta times share, and share, each where the delta is above 0 and where it is below."""
+        delta = jnp.where(kept, sources[k + 1].astype(jnp.float32) - wide, 0.0)
         above, below = jnp.maximum(delta, 0.0), jnp.minimum(delta, 0.0)
-        up, down = up + above, down + below
-        up_sum, down_sum = up_sum + share[k] * above, down_sum + share[k] * below
-        up_share = up_share + jnp.where(delta > 0, share[k], 0.0)
-        down_share = down_share + jnp.where(delta < 0, share[k], 0.0)
+        shares = jnp.where(delta > 0, share[k], 0.0), jnp.where(delta < 0, share[k], 0.0)
+        return above, below, share[k] * above, share[k] * below, *shares
+
+    up, down, up_sum, down_sum, up_share, down_share = sum_over(masses, len(sources) - 1)
     positive = up >= -down
     divisor = jnp.maximum(jnp.where(positive, up_share, down_share), SCE_MIN_WEIGHT)
     return jnp.where(positive, up_sum, down_sum) / divisor

@@ -8,7 +8,7 @@ thresholds and norms that the tables have there: exact for the effect of those e
 first order in the loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from merge_kernels.methods import DENSITY_STEPS, Method, Options, combine, grid_index, look_up
+from merge_kernels.sums import Arrays
 
 # In units of a density.
 HALF_WIDTH = 0.01
@@ -60,8 +61,8 @@ def look_up_differentiable(
 def combine_differentiable(
     method: Method,
     options: Options,
-    sources: Sequence[jax.Array],
-    keep_keys: Sequence[jax.Array],
+    sources: Arrays,
+    keep_keys: Arrays,
     statistics: Neighbourhood | Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
@@ -69,7 +70,7 @@ def combine_differentiable(
     `look_up_differentiable` returns them."""
     if not isinstance(statistics, Neighbourhood):
         return combine(method, options, sources, keep_keys, statistics, parameters)
-    return _combine(method, options, tuple(sources), tuple(keep_keys), statistics, dict(parameters))
+    return _combine(method, options, sources, keep_keys, statistics, dict(parameters))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -8,12 +8,15 @@ and one of columns `[1, C]`, so that coefficients broadcast against the tensor.
 Angles are kept as `gap = 1 - cos`, which float32 holds to full relative precision where vectors are almost parallel.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from merge_kernels.sums import Arrays, sum_over
 
 Statistics = dict[str, np.ndarray]
 
@@ -27,7 +30,7 @@ NUSLERP_COLINEAR = 1e-7
 NUSLERP_MIN_SUM = 1e-6
 # Model stock: the smallest product of lengths, and the smallest denominator that is not singular.
 STOCK_MIN_NORMS = 1e-6
-# Entries that are widened to float64 at a time.
+# Entries of up to 15 vectors that are widened to float64 at a time; of twice as many vectors half of them.
 BLOCK = 2**20
 
 
@@ -52,12 +55,16 @@ def gram(vectors: Sequence[np.ndarray], base: np.ndarray | None, axis: int | Non
         vectors = [x.reshape(-1) for x in vectors]
         base = None if base is None else base.reshape(-1)
         total = np.zeros((count, count))
-        for start in range(0, vectors[0].size, BLOCK):
-            block = np.stack([wide(x, slice(start, start + BLOCK)) for x in vectors])
+        step = BLOCK // max(1, count // 8)
+        for start in range(0, vectors[0].size, step):
+            block = np.stack([wide(x, slice(start, start + step)) for x in vectors])
             total += block @ block.T
         return total.reshape(count, count, *[1] * (vectors[0].ndim if axis is not None else 0))
     whole = [wide(x, ...) for x in vectors]
-    return np.array([[(a * b).sum(axis=axis, keepdims=True) for b in whole] for a in whole])
+    products = np.empty((count, count, *whole[0].sum(axis=axis, keepdims=True).shape))
+    for i, j in itertools.combinations_with_replacement(range(count), 2):
+        products[i, j] = products[j, i] = (whole[i] * whole[j]).sum(axis=axis, keepdims=True)
+    return products
 
 
 def _directions(products: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,18 +163,16 @@ def stock_ratio(vectors: Sequence[np.ndarray], base: np.ndarray, axis: int | Non
 # Per candidate
 
 
-def weighted_sum(sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
+def weighted_sum(sources: Arrays, coefficients: Arrays) -> jax.Array:
     """`sum_k c_k x_k` in float32. sources: K arrays `[...]`; coefficients: K scalars, or what broadcasts."""
-    total = coefficients[0] * sources[0].astype(jnp.float32)
-    for coefficient, source in zip(coefficients[1:], sources[1:], strict=True):
-        total = total + coefficient * source.astype(jnp.float32)
-    return total
+    return sum_over(lambda k: coefficients[k] * sources[k].astype(jnp.float32), len(sources))
 
 
-def from_base(sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
+def from_base(sources: Arrays, coefficients: Arrays) -> jax.Array:
     """`b + sum_k c_k (x_k - b)` in float32; sources: the base first."""
     base = sources[0].astype(jnp.float32)
-    return base + weighted_sum([x.astype(jnp.float32) - base for x in sources[1:]], coefficients)
+    total = sum_over(lambda k: coefficients[k] * (sources[k + 1].astype(jnp.float32) - base), len(sources) - 1)
+    return base + total
 
 
 def linear_coefficients(weight: jax.Array, normalize: bool) -> jax.Array:

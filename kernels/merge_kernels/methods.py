@@ -6,7 +6,8 @@
     merged     = combine(method, options, sources, prepared.scores, statistics, parameters)
                                                                           device, per candidate
 
-`sources` are K arrays `[...]` of one shape, after the base where `options.has_base`. `parameters` are numbers by name,
+`sources` are K arrays `[...]` of one shape, after the base where `options.has_base`: a sequence of arrays, or one array
+`[S, ...]` in which they are stacked. `parameters` are numbers by name,
 per parent `[K]` or shared `[]`: float64 on the host (a density counts entries), float32 on the device. `options` are
 the static options. Results are float32; the caller casts. Tensors may be merged in pieces along their first axis,
 as long as their statistics are those of the whole tensor.
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_kernels import elementwise, interpolation, task_vectors
+from merge_kernels.sums import Arrays, is_looped
 from merge_kernels.task_vectors import BAND, BERNOULLI, KEY_LEVELS, MAGNITUDE, MAGPRUNE, Sparsifier
 
 # A searched density is rounded to this grid, and the recipe carries the rounded value.
@@ -82,9 +84,7 @@ class Prepared:
 
 
 Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], UniformNoise], Prepared]
-Combine = Callable[
-    [Options, Sequence[jax.Array], Sequence[jax.Array], Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array
-]
+Combine = Callable[[Options, Arrays, Arrays, Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ class Method:
       settings that it takes and that change nothing.
 
     Tensors are merged in pieces, so `combine` is elementwise in the sources: whatever needs a whole tensor (a norm, a
-    quantile) is a statistic that `prepare` measures. A method is a constant of compiled programs, so it is hashable.
+    quantile) is a statistic that `prepare` measures. The sources and keep keys of many parents are stacked, and it sums
+    over them with `sum_over`, lest the program grow with them. A method is a constant of compiled programs, so it is
+    hashable.
     """
 
     name: str
@@ -225,20 +227,31 @@ def look_up(
 def combine(
     method: Method,
     options: Options,
-    sources: Sequence[jax.Array],
-    keep_keys: Sequence[jax.Array],
+    sources: Arrays,
+    keep_keys: Arrays,
     statistics: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
     """One merged tensor, float32, of the sources' shape. Elementwise but for the broadcast of coefficients."""
+    sources, keep_keys = _for_sums(options, sources, keep_keys)
+    if is_looped(len(sources) - int(options.has_base)):
+        statistics, parameters = jax.tree.map(jnp.asarray, (dict(statistics), dict(parameters)))
     return method.combine(options, sources, keep_keys, statistics, parameters)
+
+
+def _for_sums(options: Options, sources: Arrays, keep_keys: Arrays) -> tuple[Arrays, Arrays]:
+    """Sources and keep keys as `sum_over` needs them: arrays each, or stacked where it is a loop, for that picks a
+    parent by a number which is known only while it runs."""
+    if not is_looped(len(sources) - int(options.has_base)):
+        return tuple(sources), tuple(keep_keys)
+    return jnp.stack(sources), jnp.stack(keep_keys) if len(keep_keys) else ()
 
 
 def combine_population(
     method: Method,
     options: Options,
-    sources: Sequence[jax.Array],
-    keep_keys: Sequence[jax.Array],
+    sources: Arrays,
+    keep_keys: Arrays,
     table: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
@@ -256,7 +269,9 @@ def combine_population(
 
         return jax.vmap(one)(statistics, dict(parameters))
 
-    return jax.vmap(row)(tuple(sources), tuple(keep_keys))
+    sources, keep_keys = _for_sums(options, sources, keep_keys)
+    # Of stacked sources the rows are the second axis.
+    return jax.vmap(row, in_axes=int(is_looped(len(sources) - int(options.has_base))))(sources, keep_keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,13 +286,13 @@ def _split(options: Options, sources: Sequence[Any]) -> tuple[Any, Sequence[Any]
     return (sources[0], sources[1:]) if options.has_base else (None, sources)
 
 
-def _add_up(options: Options, sources: Sequence[jax.Array], coefficients: Sequence[jax.Array]) -> jax.Array:
+def _add_up(options: Options, sources: Arrays, coefficients: Arrays) -> jax.Array:
     return (interpolation.from_base if options.has_base else interpolation.weighted_sum)(sources, coefficients)
 
 
 def _combine_linear(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return interpolation.weighted_sum(
-        sources, list(interpolation.linear_coefficients(parameters["weight"], options.normalize))
+        sources, interpolation.linear_coefficients(parameters["weight"], options.normalize)
     )
 
 
@@ -310,7 +325,7 @@ def _combine_multislerp(options: Options, sources: Any, keep_keys: Any, statisti
     coefficients = interpolation.multislerp_coefficients(
         statistics["length"], statistics["gap"], parameters["weight"], options.normalize, parameters["eps"]
     )
-    return _add_up(options, sources, list(coefficients))
+    return _add_up(options, sources, coefficients)
 
 
 def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
@@ -320,7 +335,7 @@ def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities:
 
 
 def _combine_karcher(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return interpolation.weighted_sum(sources, list(statistics["coefficient"]))
+    return interpolation.weighted_sum(sources, statistics["coefficient"])
 
 
 def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
@@ -328,7 +343,8 @@ def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: A
 
 
 def _combine_stock(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return interpolation.from_base(sources, [statistics["ratio"] / (len(sources) - 1)] * (len(sources) - 1))
+    parents, ratio = len(sources) - 1, statistics["ratio"]
+    return interpolation.from_base(sources, jnp.broadcast_to(ratio / parents, (parents, *ratio.shape)))
 
 
 def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
@@ -338,9 +354,8 @@ def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any
 
 
 def _combine_sce(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-    base, parents = sources[0], sources[1:]
-    delta = elementwise.sce_sum(base, parents, keep_keys[0], statistics["threshold"], statistics["share"])
-    return base.astype(jnp.float32) + delta
+    delta = elementwise.sce_sum(sources, keep_keys[0], statistics["threshold"], statistics["share"])
+    return sources[0].astype(jnp.float32) + delta
 
 
 def _combine_nearswap(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
@@ -384,13 +399,15 @@ def _task_vectors(
     name: str,
     options: Options,
     sparsifier: Sparsifier | None,
-    add: Callable[[Sequence[jax.Array], jax.Array, bool], jax.Array],
+    add: Callable[[task_vectors.Weighted, jax.Array, bool], jax.Array],
     constants: tuple[Parameter, ...] = (),
     density: Parameter = DENSITY,
     validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None,
 ) -> Method:
     """`b + lambda * S_k(w_k s_k (x_k - b))`, S the plain or the sign-elected sum over what the sparsifier keeps, s_k
     the rescaling."""
+
+    random = sparsifier is not None and sparsifier.random
 
     def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
         if sparsifier is None:
@@ -408,16 +425,20 @@ def _task_vectors(
         return Prepared(tuple(keep_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
     def combine_(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-        base, *parents = sources
+        base = sources[0]
         weight = factors = parameters["weight"]
         if sparsifier is not None and options.rescale == "l1":
             factors = factors * statistics["l1_scale"]
         elif sparsifier is not None and options.rescale == "density":
             factors = factors / jnp.maximum(parameters["density"], 1.0 / KEY_LEVELS)
-        weighted = task_vectors.kept_deltas(sparsifier, base, parents, keep_keys or None, statistics, factors)
+
+        def weighted(k: Any) -> jax.Array:
+            keep_key = keep_keys[k] if random else None
+            own = {name: values[k] for name, values in statistics.items()}
+            return task_vectors.kept_delta(sparsifier, base, sources[k + 1], keep_key, own, factors[k])
+
         return base.astype(jnp.float32) + parameters["lambda"] * add(weighted, weight, options.normalize)
 
-    random = sparsifier is not None and sparsifier.random
     return Method(
         name,
         (WEIGHT, LAMBDA) if sparsifier is None else (WEIGHT, density, LAMBDA, *constants),

@@ -12,7 +12,7 @@ With thresholds all entries that tie at the threshold are kept: where bfloat16 c
 than `int(density * n)` entries survive, and which ones does not depend on the order of anything.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from merge_kernels.sums import sum_over
+
 Statistics = dict[str, np.ndarray]
+# Parent k's task vector, thinned out and weighted: k -> float32 `[...]`.
+Weighted = Callable[[Any], jax.Array]
 
 KEY_LEVELS = 2**16
 # Norms below this are not rescaled.
@@ -210,57 +214,50 @@ MAGPRUNE = Sparsifier(measure_bernoulli, _below, magprune_key)
 # Per candidate
 
 
-def kept_deltas(
+def kept_delta(
     sparsifier: Sparsifier | None,
     base: jax.Array,
-    parents: Sequence[jax.Array],
-    keep_keys: Sequence[jax.Array] | None,
+    parent: jax.Array,
+    keep_key: jax.Array | None,
     statistics: Mapping[str, jax.Array],
-    factors: jax.Array,
-) -> list[jax.Array]:
-    """`factor_k * (x_k - b)` where kept, else 0: K float32 arrays. factors: float32[K]; statistics: `[K]` each."""
-    wide = base.astype(jnp.float32)
-    weighted = []
-    for k, parent in enumerate(parents):
-        delta = parent.astype(jnp.float32) - wide
-        scaled = factors[k] * delta
-        if sparsifier is not None:
-            keep_key = None if keep_keys is None else keep_keys[k]
-            own = {name: values[k] for name, values in statistics.items()}
-            scaled = jnp.where(sparsifier.keep(delta, keep_key, own), scaled, 0.0)
-        weighted.append(scaled)
-    return weighted
+    factor: jax.Array,
+) -> jax.Array:
+    """`factor * (x - b)` where kept, else 0: float32 `[...]`. factor: float32 `[]`; statistics: `[]` each."""
+    delta = parent.astype(jnp.float32) - base.astype(jnp.float32)
+    scaled = factor * delta
+    return scaled if sparsifier is None else jnp.where(sparsifier.keep(delta, keep_key, statistics), scaled, 0.0)
 
 
-def plain_sum(weighted: Sequence[jax.Array], weight: jax.Array, normalize: bool) -> jax.Array:
+def plain_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Array:
     """Task arithmetic (arXiv 2212.04089): `sum_k D_k`, divided by `sum w` (1 where it vanishes)."""
-    total = weighted[0]
-    for addend in weighted[1:]:
-        total = total + addend
+    total: jax.Array = sum_over(weighted, len(weight))
     if not normalize:
         return total
     divisor = jnp.sum(weight)
     return total / jnp.where(jnp.abs(divisor) < 1e-8, 1.0, divisor)
 
 
-def elected_sum(weighted: Sequence[jax.Array], weight: jax.Array, normalize: bool) -> jax.Array:
+def elected_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Array:
     """TIES' sign election: the sum of the entries whose sign is the majority's by mass (+ on a tie).
 
     The positive and the negative mass are summed apart and compared, so that entries which cancel exactly
     (they do in bfloat16 fine-tunes) cannot be decided by how a compiler fuses multiplications and additions.
     With `normalize` the result is divided by the weights of the entries that were kept (1 where there are none).
     """
-    up = down = jnp.zeros_like(weighted[0])
-    up_weight = down_weight = jnp.zeros_like(weighted[0])
-    for k, entry in enumerate(weighted):
-        up = up + jnp.maximum(entry, 0.0)
-        down = down + jnp.minimum(entry, 0.0)
-        if normalize:
-            up_weight = up_weight + jnp.where(entry > 0, weight[k], 0.0)
-            down_weight = down_weight + jnp.where(entry < 0, weight[k], 0.0)
+
+    def masses(k: Any) -> tuple[jax.Array, ...]:
+        """The positive and the negative mass, and with `normalize` the weights, of parent k."""
+        entry = weighted(k)
+        by_sign = jnp.maximum(entry, 0.0), jnp.minimum(entry, 0.0)
+        if not normalize:
+            return by_sign
+        return *by_sign, jnp.where(entry > 0, weight[k], 0.0), jnp.where(entry < 0, weight[k], 0.0)
+
+    up, down, *weights = sum_over(masses, len(weight))
     positive = up >= -down
     total = jnp.where(positive, up, down)
     if not normalize:
         return total
+    up_weight, down_weight = weights
     divisor = jnp.where(positive, up_weight, down_weight)
     return total / jnp.where(divisor == 0, 1.0, divisor)
