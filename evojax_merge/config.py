@@ -50,6 +50,8 @@ class SpaceConfig(Section):
     `components`: the parts of a layer that have parameters of their own; join with `+` to let them share. The shared
     embed, final_norm and head may be joined too, else embed and head have parameters of their own.
     `layers_per_group`: a number or `all`. `smooth`: layers get what is interpolated between these groups.
+    `parent_groups`: a name -> parents that share their searched parameters, as `parents` calls them or by a pattern.
+    `active`: how many of the weights of a group of tensors count, the largest; None: all.
     """
 
     kind: Literal["parameter"] = "parameter"
@@ -59,12 +61,23 @@ class SpaceConfig(Section):
     )
     components: list[Name] = Field(["attention", "mlp", "norm"], max_length=100)
     smooth: bool = False
+    parent_groups: dict[Name, Annotated[list[Location], Field(min_length=1, max_length=1000)]] = Field({})
+    active: Whole | None = Field(None, ge=1, le=1000)
     parameters: dict[str, Bounds] = Field({})
     fixed: dict[str, Numbers] = Field({})
     normalize: bool | None = None
     rescale: bool | Literal["none", "l1", "density"] | None = Field(
         None, description="true, false, none, l1 or density"
     )
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without those keys that have their defaults and that a space can do without: as in SearchConfig."""
+        document: dict[str, Any] = serialise(self)
+        for name in ("parent_groups", "active"):
+            if getattr(self, name) == type(self).model_fields[name].default:
+                document.pop(name)
+        return document
 
 
 class DataFlowConfig(Section):

@@ -37,6 +37,7 @@ from evojax_merge.problem import (
     failure_hint,
     read_config,
     resolved_document,
+    resolved_space,
     stage_config,
 )
 from evojax_merge.references import resolve_reference
@@ -191,7 +192,10 @@ def _run_chain(
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
-    document["stages"] = [stage.model_dump(mode="json") for stage in stages]
+    document["stages"] = [
+        stage.model_dump(mode="json") | {"space": resolved_space(problem)}
+        for stage, problem in zip(stages, problems, strict=True)
+    ]
     with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
         # All stages ask the same.
         _say_first(path, problems[0], batched_tasks[0])

@@ -52,7 +52,13 @@ from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.breeding import PARENTS, BreedingSpace, genome_genes
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, PathSpace, ScaleBounds
 from evojax_merge.spaces.parameter import ParameterSpace, component_groups
-from evojax_merge.spaces.search_parameters import find_method, options_of, search_parameters_of
+from evojax_merge.spaces.search_parameters import (
+    check_active,
+    find_method,
+    options_of,
+    parent_groups_of,
+    search_parameters_of,
+)
 from evojax_merge.tasks.opening import open_task, resolved_config
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
@@ -215,7 +221,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     pool_settings = None
     names = tuple(str(parent) for parent in parents)
     if method is not None and config.space is not None:
-        space = build_space(f"{where}: space", config.space, method, len(parents), decoder)
+        space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
         spec = MergeSpec(
             method.name,
             options_of(f"{where}: space", method, has_base, config.space.normalize, config.space.rescale),
@@ -485,9 +491,10 @@ def _dtype_name(sources: Sources) -> str:
 
 
 def build_space(
-    where: str, config: SpaceConfig, method: Method, parents: int, decoder: DecoderConfig
+    where: str, config: SpaceConfig, method: Method, parents: Sequence[str], decoder: DecoderConfig
 ) -> ParameterSpace:
-    """The parameter space of a config. Raises InputError for unknown parameters and bounds without a meaning."""
+    """The parameter space of a config. parents: as the config calls them. Raises InputError for unknown parameters and
+    parents, and for bounds without a meaning."""
     shared = [leaf.name for leaf in architecture_of(decoder).shared]
     groups = component_groups(config.components, COMPONENTS, shared)
     if groups is None:
@@ -499,11 +506,14 @@ def build_space(
         ]
         found = unknown[0] if unknown else str(config.components)
         raise InputError(where, f"components: {found}; expected each of {', '.join(COMPONENTS)} once (join with +)")
-    search_parameters, constants = search_parameters_of(where, method, parents, config.parameters, config.fixed)
+    parent_groups = parent_groups_of(where, config.parent_groups, parents)
+    search_parameters, constants = search_parameters_of(
+        where, method, len(parents), config.parameters, config.fixed, parent_groups
+    )
     together = config.layers_per_group
-    return ParameterSpace(
+    space = ParameterSpace(
         method=method,
-        parents=parents,
+        parents=len(parents),
         layers=decoder.layers,
         layers_per_group=decoder.layers if together == "all" else min(together, decoder.layers),
         names=COMPONENTS,
@@ -512,7 +522,11 @@ def build_space(
         search_parameters=search_parameters,
         constants=constants,
         smooth=config.smooth,
+        parent_groups=parent_groups,
+        active=config.active,
     )
+    check_active(where, config.active, space)
+    return space
 
 
 def _weighted(batched_tasks: list[BatchedTask]) -> list[BatchedTask]:
@@ -559,6 +573,19 @@ def failure_hint(task: Task) -> str:
     )
 
 
+def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
+    """The config's space as it is kept in the run folder: its groups of parents with absolute paths."""
+    space = problem.config.space
+    if space is None:
+        return None
+    members = {}
+    for name, patterns in space.parent_groups.items():
+        alone = parent_groups_of("space", {name: patterns}, problem.config.parents)
+        # In a chain the first parent may stand for itself and for the winner of the stage before.
+        members[name] = list(dict.fromkeys(str(p) for p, g in zip(problem.parents, alone, strict=True) if g == 0))
+    return space.model_copy(update={"parent_groups": members}).model_dump(mode="json")
+
+
 def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     """The config as it is kept in the run folder: absolute paths, defaults filled in, and the hash of every file that
     scores depend on: weights, the models' configs, whatever makes their tokenizers and chat templates, data, functions.
@@ -567,6 +594,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     document.pop("out")
     document["base"] = None if problem.base is None else str(problem.base)
     document["parents"] = [str(parent) for parent in problem.parents]
+    document["space"] = resolved_space(problem)
     if problem.config.tokenizer_source not in (None, "base"):
         document["tokenizer_source"] = str(problem.tokenizer_folder)
     document["export_dtype"] = problem.candidates.export_dtype

@@ -31,8 +31,8 @@ QUICKLY_COMPILED = {
     for name in (
         "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
         "function", "generate", "gradients", "harness", "host_memory", "hostile", "mergekit_evolve", "method_seam",
-        "plugins", "pool", "racing", "reproducible", "run_folder", "search", "stopping", "strategy_seam", "task_seam",
-        "torture", "validation", "zoo",
+        "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder", "search", "stopping",
+        "strategy_seam", "task_seam", "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

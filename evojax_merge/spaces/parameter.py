@@ -23,9 +23,23 @@ from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
 TRIMMED_DENSITY = 0.2
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def keep_largest(weights: jax.Array, count: int) -> jax.Array:
+    """The `count` weights of each row that are furthest from 0, float32[rows, columns], and 0 in place of the others.
+    What ties with the least of them is kept. The derivative is that of the weights themselves (a straight-through
+    estimator)."""
+    size = jnp.abs(weights)
+    return jnp.where(size >= jax.lax.top_k(size, count)[0][:, -1:], weights, 0.0)
+
+
+@keep_largest.defjvp
+def _keep_largest_jvp(count: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return keep_largest(*primals, count), tangents[0]
+
+
 @dataclass(frozen=True)
 class SearchParameter:
-    """A searched parameter: its bounds and where the search starts (a value per parent, or one in a tuple)."""
+    """A searched parameter: its bounds and where the search starts (a value per gene of a group, or one in a tuple)."""
 
     name: str
     low: float
@@ -35,16 +49,25 @@ class SearchParameter:
 
 @dataclass(frozen=True)
 class GroupSpace:
-    """The parameters of a merge for groups of tensors, whatever the groups are: what a genome holds, in their order."""
+    """The parameters of a merge for groups of tensors, whatever the groups are: what a genome holds, in their order.
+
+    `parent_groups`: the number of each parent's group, of parents that share their searched parameters; (): each parent
+    has its own. `active`: how many of a group of tensors' weights count, the largest; None: all.
+    """
 
     method: Method
     parents: int
     groups: tuple[str, ...]
     search_parameters: tuple[SearchParameter, ...]
     constants: tuple[tuple[str, tuple[float, ...]], ...]
+    parent_groups: tuple[int, ...] = ()
+    active: int | None = None
 
     def columns(self, name: str) -> int:
-        return self.parents if self.method.parameter(name).per_parent else 1
+        """How many genes a group of tensors has for a searched parameter."""
+        if not self.method.parameter(name).per_parent:
+            return 1
+        return max(self.parent_groups) + 1 if self.parent_groups else self.parents
 
     @property
     def dims(self) -> int:
@@ -52,7 +75,8 @@ class GroupSpace:
         return sum(len(self.groups) * self.columns(searched.name) for searched in self.search_parameters)
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
-        """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
+        """The searched parameters in their units: name -> float32[groups, K] per parent, or [groups, 1]. Densities are
+        on the grid, and of the weights those that are not active are 0."""
         result, start = {}, 0
         for searched in self.search_parameters:
             shape = (len(self.groups), self.columns(searched.name))
@@ -61,6 +85,10 @@ class GroupSpace:
             values = searched.low + (searched.high - searched.low) * to_unit_with_slope(block)
             if self.method.parameter(searched.name).quantised:
                 values = on_grid(values)
+            if searched.name == "weight" and self.active is not None:
+                values = keep_largest(values, self.active)
+            if self.parent_groups and self.method.parameter(searched.name).per_parent:
+                values = values[:, np.array(self.parent_groups)]
             result[searched.name] = values
         return result
 
@@ -68,8 +96,8 @@ class GroupSpace:
         """All parameters, searched and fixed, as the kernels take them: name -> float32[groups, K] or [groups]."""
         values = self.values(genome)
         for name, constants in self.constants:
-            rows = jnp.asarray(constants, jnp.float32)
-            values[name] = jnp.broadcast_to(rows, (len(self.groups), self.columns(name)))
+            columns = self.parents if self.method.parameter(name).per_parent else 1
+            values[name] = jnp.broadcast_to(jnp.asarray(constants, jnp.float32), (len(self.groups), columns))
         return {
             name: block if self.method.parameter(name).per_parent else block[:, 0] for name, block in values.items()
         }
@@ -96,23 +124,25 @@ class GroupSpace:
         the search starts, and what lies outside the bounds is moved to them. Of an interpolation (`t`), the ends are
         the parents, and its middle is uniform.
 
-        Raises InputError where the parameter that this is about is not searched.
+        Raises InputError where the parameter that this is about is not searched, and where parents that share a weight
+        would have different ones.
         """
         values = {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
         # Two models and a line between them: `t` says how much of the second.
         shares = {"uniform": [0.5], "parents": [0.0, 1.0]}.get(name) if self.method.name == "slerp" else None
         if shares is not None and "t" in values:
             return self._clipped([values | {"t": np.array([share])} for share in shares])
-        weights = {
-            "uniform": np.full((1, self.parents), 1 / self.parents),
-            "task_vectors": np.ones((1, self.parents)),
-        }.get(name, np.eye(self.parents))
+        weights = {"uniform": np.full((1, 1), 1 / self.parents), "task_vectors": np.ones((1, 1))}.get(
+            name, np.eye(self.parents)
+        )
         needed = ["weight", "density"] if name == "trimmed_parents" else ["weight"]
         missing = next((parameter for parameter in needed if parameter not in values), None)
         if missing is not None:
             raise InputError(
                 where, f"{name}: {self.method.name} searches no {missing} here; search it, or leave this out"
             )
+        if self.parent_groups and len(weights) > 1:
+            raise InputError(where, f"{name}: the parents of a group share their weight; leave this out")
         trimmed = {"density": np.array([TRIMMED_DENSITY])} if name == "trimmed_parents" else {}
         return self._clipped([values | trimmed | {"weight": row} for row in weights])
 
@@ -128,7 +158,7 @@ class ParameterSpace:
     It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
     head of the last; what is named without a component has one group of its own. `smooth`: what a layer gets is
     interpolated between the groups of layers, the first and last of which stand for the first and last layer; shared
-    leaves go with the first.
+    leaves go with the first. `parent_groups`, `active`: see GroupSpace.
     """
 
     method: Method
@@ -141,6 +171,8 @@ class ParameterSpace:
     search_parameters: tuple[SearchParameter, ...]
     constants: tuple[tuple[str, tuple[float, ...]], ...]
     smooth: bool = False
+    parent_groups: tuple[int, ...] = ()
+    active: int | None = None
 
     @cached_property
     def layer_components(self) -> tuple[tuple[str, ...], ...]:
@@ -196,7 +228,15 @@ class ParameterSpace:
 
     @cached_property
     def group_space(self) -> GroupSpace:
-        return GroupSpace(self.method, self.parents, tuple(self.groups), self.search_parameters, self.constants)
+        return GroupSpace(
+            self.method,
+            self.parents,
+            tuple(self.groups),
+            self.search_parameters,
+            self.constants,
+            self.parent_groups,
+            self.active,
+        )
 
     @property
     def dims(self) -> int:
@@ -207,7 +247,7 @@ class ParameterSpace:
         return self.group_space.columns(name)
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
-        """The searched parameters in their units: name -> float32[groups, columns]. Densities are on the grid."""
+        """The searched parameters in their units: see GroupSpace."""
         return self.group_space.values(genome)
 
     def recipe(self, genome: jax.Array) -> Recipe:
@@ -234,7 +274,7 @@ class ParameterSpace:
         values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
         for searched in self.search_parameters:
             if searched.name == "weight":
-                uniform = uniform_start(self.method, "weight", self.parents)
+                uniform = uniform_start(self.method, "weight", self.parents)[:1]
                 values["weight"] = np.clip(uniform, searched.low, searched.high)
         return "uniform merge", self.genome(values)
 

@@ -1,6 +1,7 @@
 """What is searched: a method's parameters with bounds, and its switches, checked."""
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.plan import number, options_from
 from evojax_merge.mergekit.schema import check_parent_count
-from evojax_merge.spaces.parameter import SearchParameter, uniform_start
+from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]
 
@@ -45,11 +46,60 @@ def options_of(where: str, method: Method, has_base: bool, normalize: bool | Non
     return options_from(where, method, switches, has_base)
 
 
+def parent_groups_of(where: str, groups: Mapping[str, Sequence[str]], parents: Sequence[str]) -> tuple[int, ...]:
+    """The number of each parent's group: the named ones in their order, then one for each parent that is in none; ()
+    where none is named.
+
+    groups: name -> parents, as they are called in `parents`, or patterns of such with `*`, `?` and `[…]`. Raises
+    InputError for what is no parent, and for a parent in two groups.
+    """
+    group_of: dict[int, str] = {}
+    for group, patterns in groups.items():
+        for pattern in patterns:
+            matching = [k for k, name in enumerate(parents) if name == pattern or fnmatchcase(name, pattern)]
+            if not matching:
+                raise InputError(
+                    where, f"parent_groups.{group}: {pattern!r} is none of the parents{did_you_mean(pattern, parents)}"
+                )
+            for k in matching:
+                if group_of.setdefault(k, group) != group:
+                    raise InputError(
+                        where,
+                        f"parent_groups.{group}: {parents[k]!r} is in the group {group_of[k]} as well; expected each "
+                        "parent in one group",
+                    )
+    if not groups:
+        return ()
+    names = [*groups, *(k for k in range(len(parents)) if k not in group_of)]
+    return tuple(names.index(group_of.get(k, k)) for k in range(len(parents)))
+
+
+def check_active(where: str, active: int | None, space: ParameterSpace) -> None:
+    """Raises InputError where a space has no `active` weights, or where layers would have others than their group."""
+    if active is None:
+        return
+    if all(searched.name != "weight" for searched in space.search_parameters):
+        raise InputError(where, f"active: {space.method.name} searches no weight here; search it, or leave this out")
+    count = space.columns("weight")
+    if active > count:
+        what = "groups of parents" if space.parent_groups else "parents"
+        raise InputError(where, f"active: {active}; expected {count} at most, as many as there are {what}")
+    if space.smooth:
+        raise InputError(
+            where, "active: with smooth, layers between two groups have the weights of both; leave one of the two out"
+        )
+
+
 def search_parameters_of(
-    where: str, method: Method, parents: int, searched: Mapping[str, Bounds], fixed: Mapping[str, Numbers]
+    where: str,
+    method: Method,
+    parents: int,
+    searched: Mapping[str, Bounds],
+    fixed: Mapping[str, Numbers],
+    parent_groups: tuple[int, ...] = (),
 ) -> tuple[tuple[SearchParameter, ...], Fixed]:
-    """The searched parameters, and the value of every other. Raises InputError for unknown parameters and for bounds
-    without a meaning."""
+    """The searched parameters, and the value of every other. parent_groups: of parents that share the searched ones, as
+    in GroupSpace. Raises InputError for unknown parameters and for bounds without a meaning."""
     known = [parameter.name for parameter in method.parameters]
     for key, names in (("parameters", searched), ("fixed", fixed)):
         for name in names:
@@ -70,7 +120,10 @@ def search_parameters_of(
         if first is None:
             raise InputError(where, f"fixed: holds all that {method.name} has to search ({', '.join(open_)})")
         searched = {first: Bounds()}
-    search_parameters = tuple(_axis(where, method, name, bounds, parents) for name, bounds in searched.items())
+    if parent_groups and not any(method.parameter(name).per_parent for name in searched):
+        raise InputError(where, f"parent_groups: {', '.join(searched)} is no parent's own; leave this out")
+    shares = parent_groups or tuple(range(parents))
+    search_parameters = tuple(_axis(where, method, name, bounds, shares) for name, bounds in searched.items())
     others = []
     for parameter in method.parameters:
         if parameter.name in searched:
@@ -80,7 +133,7 @@ def search_parameters_of(
             raise InputError(where, f"{parameter.name}: missing; give it under parameters or under fixed")
         given = uniform_start(method, parameter.name, parents) if values is None else _numbers(values)
         others.append((parameter.name, _checked(f"{where}: fixed", method, parameter.name, given, parents)))
-    _check_bounds(where, method, search_parameters, dict(others), parents)
+    _check_bounds(where, method, search_parameters, dict(others), shares)
     return search_parameters, tuple(others)
 
 
@@ -99,14 +152,17 @@ def _check_bounds(
     method: Method,
     search_parameters: Sequence[SearchParameter],
     fixed: dict[str, tuple[float, ...]],
-    parents: int,
+    shares: Sequence[int],
 ) -> None:
-    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say)."""
+    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say). shares:
+    the gene of each parent."""
+    parents = len(shares)
+    starts = {one.name: np.resize(one.start, max(shares) + 1)[np.array(shares)] for one in search_parameters}
     for axis in search_parameters:
         if not method.parameter(axis.name).quantised:
             continue
         for value in (axis.low, axis.high):
-            given = fixed | {one.name: one.start for one in search_parameters} | {axis.name: (value,)}
+            given: dict[str, Any] = fixed | starts | {axis.name: (value,)}
             numbers = {name: np.broadcast_to(values, parents) for name, values in given.items()}
             complaint = method.validate(method.options, numbers | {"weight": np.ones(parents)})
             if complaint is not None:
@@ -125,8 +181,9 @@ def _checked(where: str, method: Method, name: str, values: tuple[float, ...], p
     return tuple(number(where, parameter, value) for value in values)
 
 
-def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -> SearchParameter:
-    parameter = method.parameter(name)
+def _axis(where: str, method: Method, name: str, bounds: Bounds, shares: Sequence[int]) -> SearchParameter:
+    """shares: the gene of each parent."""
+    parameter, genes = method.parameter(name), max(shares) + 1
     low = parameter.low if bounds.low is None else bounds.low
     high = parameter.high if bounds.high is None else bounds.high
     for key, value in (("low", low), ("high", high)):
@@ -141,8 +198,8 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, parents: int) -
     elif parameter.default is None and not parameter.per_parent:
         start = ((low + high) / 2,)
     else:
-        start = uniform_start(method, name, parents)
+        start = uniform_start(method, name, len(shares))[:genes]
     if bounds.start is not None and not all(low <= value <= high for value in start):
         raise InputError(where, f"parameters.{name}: start {list(start)} is outside [{low:g}, {high:g}]")
-    start = _checked(f"{where}: parameters.{name}: start", method, name, start, parents)
+    start = _checked(f"{where}: parameters.{name}: start", method, name, start, genes)
     return SearchParameter(name, low, high, tuple(float(np.clip(value, low, high)) for value in start))
