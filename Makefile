@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-paths bench-zoo bench-strategies clean
+	bench-many-parents bench-paths bench-zoo bench-strategies clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
@@ -61,6 +61,7 @@ bench:
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
+	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (15 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once: 3 minutes, then 10 more)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
@@ -82,6 +83,9 @@ bench-merge: .venv/installed-test
 
 bench-kernels: .venv/installed-test
 	$(BIN)/python bench/merge_speed.py --sweep --plot bench/kernels.png
+
+bench-many-parents: .venv/installed-test
+	$(BIN)/python bench/many_parents.py
 
 bench-paths: .venv/installed-test
 	$(BIN)/python bench/paths.py
