@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-many-parents bench-paths bench-zoo bench-strategies clean
+	bench-many-parents bench-paths bench-zoo bench-strategies bench-pareto clean
 
 help:
 	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
@@ -67,6 +67,7 @@ bench:
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
+	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
 bench-search: .venv/installed-test
@@ -99,6 +100,9 @@ bench-zoo: .venv/installed-test
 bench-strategies: .venv/installed-test
 	mkdir -p runs
 	$(BIN)/python bench/strategies.py --peers --json runs/strategies.jsonl --plot bench/strategies.png
+
+bench-pareto: .venv/installed-test
+	$(BIN)/python bench/pareto.py
 
 clean:
 	rm -rf .venv

@@ -34,8 +34,9 @@ def rosenbrock(genomes: np.ndarray) -> np.ndarray:
 
 
 FUNCTIONS = {"sphere": (sphere, 1.0), "rosenbrock": (rosenbrock, 0.0)}
-# Those that search any function: no grid, and no gradient.
-FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in ("grid", "gradient", "hybrid", "pool")]
+# Those that search any function: no grid, no gradient, no second goal, and no pool of models.
+OTHERS = ("grid", "gradient", "hybrid", "pareto", "niches", "pool")
+FUNCTION_STRATEGIES = [name for name in strategy_names() if name not in OTHERS]
 
 
 def scores_of(fitness: np.ndarray) -> Scores:

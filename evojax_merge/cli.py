@@ -132,12 +132,15 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None, sampl
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--best-so-far", is_flag=True, help="Of a run that was broken off: the best candidate that it has saved.")
-def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
-    """Write the winner of the run folder RUN to OUT, as a Hugging Face folder."""
+@click.option("--member", type=int, help="Of a search for a front: the member of this number, in place of the winner.")
+def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None) -> None:
+    """Write the winner of the run folder RUN, or a member of its front, to OUT, as a Hugging Face folder."""
+    if best_so_far and member is not None:
+        raise InputError("--member", "cannot go with --best-so-far")
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.export(run, out, dtype, overwrite, best_so_far)
+    pipeline.export(run, out, dtype, overwrite, best_so_far, member)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")

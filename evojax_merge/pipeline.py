@@ -58,6 +58,7 @@ from evojax_merge.search.run_folder import (
     RunFolder,
     check_inputs,
     earlier_winners,
+    find_member,
     is_run,
     keep_winner,
     locked,
@@ -65,6 +66,7 @@ from evojax_merge.search.run_folder import (
     read_result,
     removed_if_refused,
     to_line,
+    write_front,
 )
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
@@ -271,6 +273,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
+    if result.members:
+        write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     with prepare_stream(read_stream(folder.recipe), folder.model) as stream_plan:
         merge_stream(stream_plan, folder.model, card=card, overwrite=True, bar=partial(_merge_bar, "exporting"))
@@ -280,6 +284,9 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     if shown is not None:
         console.print(shown, highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
+    if result.members:
+        console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
+        console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
     console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
     for sentence in (result.chosen_on(), *result.verdicts()):
         console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
@@ -381,13 +388,19 @@ def list_known(what: str) -> None:
     console.print(tables[what]())
 
 
-def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool) -> None:
+def export(
+    run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None = None
+) -> None:
     plugins.load()
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search")
     recover(out)
     check_free(out, overwrite)
+    if member is not None:
+        file = find_member(folder, member)
+        _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite)
+        return
     finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
     if best_so_far and not (finished and folder.recipe.exists()):
         _export_best_so_far(folder, out, dtype, overwrite)

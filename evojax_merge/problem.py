@@ -40,6 +40,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.pedigree import Pedigree
 from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
@@ -251,7 +252,8 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         path_spec = PathSpec(tuple(configs[: len(paths)]), export_dtype)
         space = build_path_space(f"{where}: data_flow", config.data_flow, path_spec)
         candidates = PathCandidates(space, path_spec, sources, names)
-    strategy = build_strategy(f"{where}: search", config.search, space, pool_settings)
+    objectives = sum(task.weight > 0 for task in config.tasks)
+    strategy = build_strategy(f"{where}: search", config.search, space, objectives, pool_settings)
     # The winner's generation_config.json is the first model's, or that of the model whose ends a path keeps; a pool's
     # member may have that of any.
     leaders = {0, 0 if config.data_flow is None else config.data_flow.embedding_parent}
@@ -395,10 +397,13 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
     )
 
 
-def build_strategy(where: str, search: SearchConfig, space: Space, pool: PoolSettings | None = None) -> Strategy:
-    """The strategy of a config, with its seeds; `pool`: of a search over a pool's members. Raises InputError for an
-    unknown one, for dimensions, a population or seeds that it cannot have, for a search whose genomes do not fit into
-    memory, or that nobody would see the end of, and for one that would end before its first generation."""
+def build_strategy(
+    where: str, search: SearchConfig, space: Space, objectives: int = 1, pool: PoolSettings | None = None
+) -> Strategy:
+    """The strategy of a config, with its seeds. objectives: how many tasks the fitness is made of; pool: of a search
+    over a pool's members. Raises InputError for an unknown one, for dimensions, objectives, a population or seeds that
+    it cannot have, for a search whose genomes do not fit into memory, or that nobody would see the end of, and for one
+    that would end before its first generation."""
     dims = space.dims
     if dims > MAX_DIMS:
         raise InputError(
@@ -424,11 +429,13 @@ def build_strategy(where: str, search: SearchConfig, space: Space, pool: PoolSet
         len(seeds),
         search.gradient,
         where,
+        objectives,
         pool,
     )
     strategy = make_strategy(where, search.strategy, settings)
     check_stop(where, search.stop, strategy.population)
     check_gradient_options(where, search, strategy)
+    check_front_options(where, search, strategy)
     return seeded(strategy, seeds)
 
 

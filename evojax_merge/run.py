@@ -55,6 +55,12 @@ class Run:
         return list((self.result or {}).get("table", []))
 
     @property
+    def front(self) -> list[dict[str, Any]]:
+        """The members of the front, of a strategy that keeps one, a mapping each: its number (`member`), its scores on
+        the examples that the winner was chosen on, and held out, and its genome."""
+        return list((self.result or {}).get("members", []))
+
+    @property
     def recipe(self) -> Any:
         """The winner as a mergekit recipe, with the full paths of the models: a mapping, or a list of them where the
         recipe has several documents."""

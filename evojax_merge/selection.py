@@ -19,10 +19,12 @@ from evojax_merge.evaluation.pool import PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import Result, Row, model_name
+from evojax_merge.report.comparison import Member, Result, Row, model_name
 from evojax_merge.report.intervals import leads_over
+from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import Archive, rescore
+from evojax_merge.search.loop import Archive, Finalist, rescore
+from evojax_merge.search.protocols import keeps_front
 
 CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator] | SpaceEvaluator[PoolEvaluator]
 
@@ -79,6 +81,31 @@ def select_best(
         report=candidates.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
+        members=_front(heldout, finalists, progress) if keeps_front(problem.strategy) else (),
+    )
+
+
+def _front(
+    heldout: CandidateEvaluator, finalists: Sequence[Finalist], progress: Callable[[int], None]
+) -> tuple[Member, ...]:
+    """The finalists that are the front on the examples that the winner is chosen on, from the best in the first task
+    on; scored on the held-out split."""
+    objectives = np.stack([one.task_means for one in finalists])
+    front = front_of(objectives)
+    chosen = [finalists[i] for i in front[np.argsort(-objectives[front, 0], kind="stable")]]
+    names = [f"{task.name}/{task.metric}" for task, _ in task_weights(heldout.tasks)]
+    scores = heldout.score(np.stack([one.genome for one in chosen]), progress)
+    rows = zip(chosen, fitness(heldout.tasks, scores), means(heldout.tasks, scores), strict=True)
+    return tuple(
+        Member(
+            number=number,
+            genome=one.genome,
+            fitness=one.fitness,
+            scores=dict(zip(names, map(float, one.task_means), strict=True)),
+            heldout_fitness=float(heldout_fitness),
+            heldout_scores={name: table[name] for name in names},
+        )
+        for number, (one, heldout_fitness, table) in enumerate(rows, start=1)
     )
 
 
@@ -139,9 +166,10 @@ def passes_to_select(
     validation: CandidateEvaluator | None = None,
 ) -> int:
     """How many steps of progress `select_best` reports at most."""
-    candidates = problem.search.finalists + 3
+    front = problem.strategy.population if keeps_front(problem.strategy) else 0
+    candidates = problem.search.finalists + 3 + front
     choice = full.passes(candidates) if validation is None else validation.passes(candidates) + full.passes(2)
-    return choice + heldout.passes(len(problem.models) + 2)
+    return choice + heldout.passes(len(problem.models) + 2 + front)
 
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:

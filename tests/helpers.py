@@ -205,5 +205,6 @@ def search_in(
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run, reporter = RunFolder(folder), reporter or Reporter()
     with Checkpoints(run) as checkpoints:
-        strategy, storage = build_strategy("search", config, space), FolderStorage(run, checkpoints)
+        objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, checkpoints)
+        strategy = build_strategy("search", config, space, objectives)
         return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation)

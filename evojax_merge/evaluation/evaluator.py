@@ -8,7 +8,7 @@ the memory that the compiler reports; where that was too much, less is tried.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,10 +275,18 @@ class Evaluator:
 
     def _evaluate(self, population: Population, progress: Progress) -> TaskScores:
         scores = TaskScores({})
+        written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
         for i in range(len(self.batched_tasks)):
             totals, greedy = self.with_less(i, partial(self._score, population), progress)
-            texts, nonfinite = self.with_less(i, partial(self._generate, population), progress)
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
+            # What several tasks ask alike, such as the accuracy and the brevity of one answer, is written once.
+            asked = (requests.prompts, requests.max_new_tokens, requests.stop)
+            prompts = self.batched_tasks[i].prompts
+            if asked not in written:
+                written[asked] = self.with_less(i, partial(self._generate, population), progress)
+            elif prompts is not None:
+                progress(len(prompts.batches) * population.size)
+            texts, nonfinite = written[asked]
             counts = np.array([len(row.tokens) - row.start for row in requests.scored])
             scores.matrices[task.name] = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
             if requests.prompts:

@@ -80,6 +80,15 @@ def _sizes(task: Task, validation: Task | None, heldout: Task) -> str:
     return f"{searched} and {heldout.size} held-out examples"
 
 
+def _front_section(result: Result) -> str:
+    if not result.members:
+        return ""
+    return (
+        "\n### The front\n\nThe winner has the best weighted mean. Of what the search ended with, nothing is better "
+        f"than these in every task:\n\n{markdown_table(result.front())}\n"
+    )
+
+
 def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
     """The card of a search's winner. generations: how many have been searched."""
     tasks = "\n".join(
@@ -94,5 +103,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         + f"\n## How it was found\n\n{problem.strategy.name} over {problem.candidates.describe()}, "
         f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
-        f"{markdown_table(result.rows)}\n" + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
+        f"{markdown_table(result.rows)}\n"
+        + _front_section(result)
+        + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )

@@ -26,13 +26,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Member:
+    """A member of the front, by its `number` from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` ->
+    mean for the tasks that count: on the examples that the winner was chosen on; the others on the held-out ones."""
+
+    number: int
+    genome: np.ndarray
+    fitness: float
+    scores: dict[str, float]
+    heldout_fitness: float
+    heldout_scores: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Result:
     """The winner and what it was compared with.
 
     `baseline`: the candidate that nobody searched for (the uniform merge, or the first parent as it is) and its fitness
     on the search split. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
     fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
-    search split. `stopped_by`: the criterion that ended the search before its last generation.
+    search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of
+    a strategy that keeps one.
     """
 
     genome: np.ndarray
@@ -42,6 +56,7 @@ class Result:
     report: WinnerReport
     validation: tuple[float, float] | None = None
     stopped_by: str | None = None
+    members: tuple[Member, ...] = ()
 
     @property
     def winner(self) -> Row:
@@ -67,6 +82,19 @@ class Result:
             f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
             f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {found:.4f}, the {label} {searched:.4f}."
         )
+
+    def front(self) -> list[Row]:
+        """The members as rows of a table: each task on the examples that the winner was chosen on, and held out."""
+        split = "search" if self.validation is None else "validation"
+
+        def row(member: Member) -> Row:
+            is_winner = np.array_equal(member.genome, self.genome)
+            label = f"member {member.number}" + (" (the winner)" if is_winner else "")
+            columns = {f"{_task_of(name)}, {split}": value for name, value in member.scores.items()}
+            columns |= {f"{_task_of(name)}, held out": value for name, value in member.heldout_scores.items()}
+            return Row("winner" if is_winner else label, label, member.fitness, columns)
+
+        return [row(member) for member in self.members]
 
     def verdicts(self) -> list[str]:
         """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
@@ -96,6 +124,11 @@ class Result:
         return f"{start} worse than {name}: it has {shown[0]}, that has {shown[1]}{spread}."
 
 
+def _task_of(score: str) -> str:
+    """The task in the name of a score, `task/metric`."""
+    return score.rpartition("/")[0]
+
+
 def _interval(lead: Lead) -> str:
     return f"95% interval {lead.low:.4f} to {lead.high:.4f}"
 
@@ -117,6 +150,16 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             "name": row.name,
             "heldout_fitness": row.fitness,
             "heldout_scores": row.scores,
+        }
+
+    def of_front(member: Member) -> dict[str, Any]:
+        return {
+            "member": member.number,
+            "fitness": member.fitness,
+            "scores": member.scores,
+            "heldout_fitness": member.heldout_fitness,
+            "heldout_scores": member.heldout_scores,
+            "genome": [float(gene) for gene in member.genome],
         }
 
     winner, compared = result.winner, ("winner", result.baseline[0])
@@ -142,6 +185,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
+        # What no other is better than in all tasks; scores and fitness are on the examples of `chosen_on`.
+        **({"members": list(map(of_front, result.members))} if result.members else {}),
         **result.report.document(),
         "genome": [float(gene) for gene in result.genome],
     }

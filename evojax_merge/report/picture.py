@@ -1,4 +1,4 @@
-"""`report.png`: fitness over generations, and the winner. Imports matplotlib."""
+"""`report.png`: fitness over generations, the front where there is one, and the winner. Imports matplotlib."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,9 @@ import numpy as np
 
 from evojax_merge.errors import cannot_write
 from evojax_merge.report.comparison import Result
+
+# Inches.
+FRONT_WIDTH = 4.5
 
 
 def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
@@ -19,12 +22,15 @@ def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
     # Names are not formulas, whatever dollars they hold.
     with plt.rc_context({"text.parse_math": False}):
         widths, width, height = result.report.panels()
+        front = [1.6] if result.members else []
         figure, axes = plt.subplots(
-            1, 1 + len(widths), figsize=(width, height), squeeze=False, constrained_layout=True,
-            width_ratios=[1.6, *widths],
+            1, 1 + len(front) + len(widths), figsize=(width + FRONT_WIDTH * len(front), height), squeeze=False,
+            constrained_layout=True, width_ratios=[1.6, *front, *widths],
         )  # fmt: skip
         _draw_history(axes[0, 0], history, result)
-        result.report.draw(figure, axes[0, 1:], history)
+        if front:
+            _draw_front(axes[0, 1], result)
+        result.report.draw(figure, axes[0, 1 + len(front) :], history)
         _save(figure, path)
 
 
@@ -57,3 +63,20 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
     axis.axhline(baseline, color="grey", linewidth=0.8, label=label)
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")
     axis.legend(loc="lower right", fontsize="small")
+
+
+def _draw_front(axis: Any, result: Result) -> None:
+    """The members by the first two tasks: where the winner was chosen, and held out."""
+    first, second, *others = result.members[0].scores
+    split = "search" if result.validation is None else "validation"
+    for label, marker, scores in (
+        (split, "o", [member.scores for member in result.members]),
+        ("held out", "x", [member.heldout_scores for member in result.members]),
+    ):
+        axis.plot([one[first] for one in scores], [one[second] for one in scores], marker, label=label)
+    for member in result.members:
+        place = member.scores[first], member.scores[second]
+        axis.annotate(str(member.number), place, textcoords="offset points", xytext=(4, 4), fontsize="small")
+    tasks = f", by 2 of {2 + len(others)} tasks" if others else ""
+    axis.set(xlabel=first, ylabel=second, title=f"The front{tasks}")
+    axis.legend(loc="lower left", fontsize="small")

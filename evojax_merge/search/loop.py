@@ -17,7 +17,7 @@ from evojax_merge import interrupts
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
-from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, task_weights
+from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
 from evojax_merge.mergekit.write import shortest_decimal
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
@@ -393,10 +393,12 @@ def _history_row(
 
 @dataclass(frozen=True)
 class Finalist:
-    """A candidate and its fitness on the examples that the winner is chosen on."""
+    """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
+    tasks that count, float64[T]."""
 
     genome: np.ndarray
     fitness: float
+    task_means: np.ndarray
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
@@ -407,6 +409,7 @@ def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
-    values = fitness(evaluator.tasks, evaluator.score(genomes, progress))
+    scores = evaluator.score(genomes, progress)
+    values, task_means = fitness(evaluator.tasks, scores), score_matrix(evaluator.tasks, scores).task_means
     order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
-    return [Finalist(genomes[i], float(values[i])) for i in order if np.isfinite(values[i])]
+    return [Finalist(genomes[i], float(values[i]), task_means[i]) for i in order if np.isfinite(values[i])]

@@ -83,6 +83,20 @@ def differentiates(strategy: Strategy) -> Differentiates | None:
     return strategy.differentiates if isinstance(strategy, UsesGradients) else None
 
 
+@runtime_checkable
+class KeepsFront(Protocol):
+    """A strategy for several objectives at once: the candidates' means on the tasks that count (`Scores.task_means`).
+    Its finalists are a Pareto front; what of them is one on all examples is kept, shown, and can be exported."""
+
+    @property
+    def keeps_front(self) -> bool: ...
+
+
+def keeps_front(strategy: Strategy) -> bool:
+    """Whether a strategy's finalists are a Pareto front."""
+    return isinstance(strategy, KeepsFront) and strategy.keeps_front
+
+
 class Space(Protocol):
     """What a genome means."""
 

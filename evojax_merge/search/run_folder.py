@@ -5,7 +5,7 @@ history.jsonl    one line a generation; nothing in it depends on the clock
 history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
 checkpoints/     the state after each generation (orbax), the last three kept
-best/            recipe.yaml and model/
+best/            recipe.yaml and model/; of a strategy that keeps a front, front/ with the recipe of each member
 winners/         what best/ was when the run had finished with fewer generations, with its result.json and report.png
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
@@ -27,7 +27,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.checkpoints.writer import atomic_write, recover
+from evojax_merge.checkpoints.writer import atomic_folder, atomic_write, recover
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import barrier, collective
 from evojax_merge.interrupts import defer_signals
@@ -86,6 +86,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "best" / "model"
+
+    @property
+    def front(self) -> Path:
+        return self.path / "best" / "front"
 
     @property
     def winners(self) -> Path:
@@ -287,6 +291,7 @@ def _sweep(folder: RunFolder) -> None:
     for who holds the lock."""
     best = folder.recipe.parent
     recover(folder.model)
+    recover(folder.front)
     written = (
         folder.config, folder.history, folder.history_backup, folder.timing, folder.result, folder.picture,
         folder.recipe,
@@ -368,6 +373,26 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
     folder.winners.mkdir(exist_ok=True)
     os.rename(best, next(path for path in itertools.chain([folder.winners / name], others) if not path.exists()))
     best.mkdir()
+
+
+def write_front(folder: RunFolder, recipes: Sequence[str]) -> None:
+    """Write the recipe of each member of a front, in place of those that are there, all at once."""
+    with atomic_folder(folder.front, overwrite=True) as work:
+        for number, recipe in enumerate(recipes, start=1):
+            (work / f"member-{number}.yaml").write_text(recipe, encoding="utf-8")
+
+
+def find_member(folder: RunFolder, number: int) -> Path:
+    """The recipe of a member of the front. Raises InputError where there is no such member."""
+    file, count = folder.front / f"member-{number}.yaml", len(_entries(folder.front))
+    if not count:
+        raise InputError(
+            folder.path,
+            "has no front to take a member from; expected a finished search with strategy pareto or niches",
+        )
+    if not file.is_file():
+        raise InputError("--member", f"{number}; expected a member of {folder.path}, whose front has 1 to {count}")
+    return file
 
 
 def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:

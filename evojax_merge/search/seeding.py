@@ -18,6 +18,7 @@ from evojax_merge.search.protocols import (
     TakesInjected,
     UsesGradients,
     differentiates,
+    keeps_front,
 )
 
 
@@ -56,6 +57,10 @@ class SeededStrategy:
     @property
     def differentiates(self) -> Differentiates | None:
         return differentiates(self.strategy)
+
+    @property
+    def keeps_front(self) -> bool:
+        return keeps_front(self.strategy)
 
     def wants_gradients(self, state: Any) -> bool:
         return isinstance(self.strategy, UsesGradients) and self.strategy.wants_gradients(state["strategy"])

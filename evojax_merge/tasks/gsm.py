@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, did_you_mean
@@ -32,6 +32,7 @@ from evojax_merge.tasks.task import (
     TaskKind,
     TaskRequests,
     TestSet,
+    brevity,
     token_ids,
 )
 from evojax_merge.tasks.templates import check_characters, check_stop
@@ -39,6 +40,7 @@ from evojax_merge.tasks.text import Example, TextTask, encode_prompt
 
 Match = Literal["strict", "flexible"]
 MATCHES: tuple[Match, ...] = ("strict", "flexible")
+Metric = Literal["accuracy", "brevity"]
 
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 ENDS = ("</s>", "<|im_end|>")
@@ -99,13 +101,15 @@ class GsmConfig(TaskConfig):
     `source`, and `heldout` where it names a second one: a JSONL or parquet file, `hub:owner/dataset[/config][:split]`,
     or `gsm-symbolic:language`. `style`: whose prompts and patterns; by the data's fields where there is none. `prompt`,
     `pattern` (of the strict match) and `stop` take the place of the style's. `language`: an output counts only if it
-    is in it. `num_fewshot` worked examples are the first of `fewshot_source`, or of `source`; none of them is scored.
-    `on_test_set`: whether a search may see the examples that models are compared by.
+    is in it. `metric`: which of the scores is the fitness. `num_fewshot` worked examples are the first of
+    `fewshot_source`, or of `source`; none of them is scored. `on_test_set`: whether a search may see the examples that
+    models are compared by.
     """
 
     kind: Literal["gsm"]
     source: Location
     match: Match = "strict"
+    metric: Metric = "accuracy"
     language: Name | None = None
     style: Name | None = None
     prompt: Text | None = None
@@ -127,6 +131,11 @@ class GsmConfig(TaskConfig):
         if self.fewshot_source is not None and not self.num_fewshot:
             raise ValueError("fewshot_source: say num_fewshot, how many examples to take from it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_default_metric(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a metric that nobody asked for: the task is the one that it was before there were several."""
+        return {key: value for key, value in serialise(self).items() if (key, value) != ("metric", "accuracy")}
 
 
 @dataclass(frozen=True)
@@ -157,10 +166,7 @@ class GsmTask(TaskDefaults):
     system: str | None = None
     max_new_tokens: int = 256
     sources: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def metric(self) -> str:
-        return "accuracy"
+    metric: Metric = "accuracy"
 
     @property
     def size(self) -> int:
@@ -204,13 +210,14 @@ class GsmTask(TaskDefaults):
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         """`strict` and `flexible`: is the number right; `language`, where one is wanted: is the output in it;
-        `accuracy`: all that is asked of an output. float32[P, N] each."""
+        `accuracy`: all that is asked of an output; `brevity`, where that is the metric. float32[P, N] each."""
         wanted = [comparable(self.style, problem.number) for problem in self.problems]
         # Candidates often agree: each distinct output is judged once.
         outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
         judged = {(n, text): self._judge(text, wanted[n]) for n, text in outputs}
         shape = (len(responses.texts), self.size)
-        return {
+        asked = {"brevity": brevity(responses.texts)} if self.metric == "brevity" else {}
+        return asked | {
             metric: np.array(
                 [[judged[n, text][metric] for n, text in enumerate(row)] for row in responses.texts], np.float32
             ).reshape(shape)
@@ -229,8 +236,8 @@ class GsmTask(TaskDefaults):
 
     def companion(self) -> TextTask | None:
         """The likelihood of the worked answers, where the data have them. Not of a chat, whose turns a template
-        writes."""
-        if self.chat or any(problem.answer is None for problem in self.problems):
+        writes, nor for an output's length."""
+        if self.metric != "accuracy" or self.chat or any(problem.answer is None for problem in self.problems):
             return None
         examples = [
             Example(self.prompt(problem), (_after(self.style, problem),), problem.number, place)
@@ -241,6 +248,8 @@ class GsmTask(TaskDefaults):
         )
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        if self.metric != "accuracy":
+            return None
         where = f"task {self.name}"
         if any(find_answer(self.style, self.match, text, where) is not None for text in texts):
             return None
@@ -297,6 +306,7 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
+        config.metric,
     )  # fmt: skip
 
 

@@ -257,6 +257,11 @@ def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
         raise InputError(tokenizer.name_or_path, f"its tokenizer fails on {text[:80]!r} ({said})") from None
 
 
+def brevity(texts: Sequence[Sequence[str]]) -> np.ndarray:
+    """float32[P, N]: minus the number of characters of P lists of N outputs, so that the shorter one is better."""
+    return np.array([[-len(text) for text in row] for row in texts], np.float32).reshape(len(texts), -1)
+
+
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text up to the first of the stop texts."""
     ends = [position for word in stop if (position := text.find(word)) >= 0]

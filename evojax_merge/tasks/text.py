@@ -29,6 +29,7 @@ from evojax_merge.tasks.task import (
     TaskDefaults,
     TaskKind,
     TaskRequests,
+    brevity,
     token_ids,
 )
 from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill
@@ -37,7 +38,7 @@ Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
     "likelihood": ("log_probability",),
     "multiple_choice": ("accuracy", "margin"),
-    "exact_match": ("accuracy",),
+    "exact_match": ("accuracy", "brevity"),
 }
 
 # The last number, after `####` where there is one.
@@ -58,7 +59,7 @@ class TextConfig(TaskConfig):
     choices: Name = "choices"
     answer: Name = "answer"
     delimiter: Text = " "
-    metric: Literal["log_probability", "accuracy", "margin"] | None = None
+    metric: Literal["log_probability", "accuracy", "margin", "brevity"] | None = None
     pattern: Text | None = None
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
     stop: list[Text] = Field([], max_length=100)
@@ -110,7 +111,8 @@ class TextTask(TaskDefaults):
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.kind == "exact_match":
-            return score_outputs(self, responses.texts)
+            asked = {"brevity": brevity(responses.texts)} if self.metric == "brevity" else {}
+            return score_outputs(self, responses.texts) | asked
         return score_likelihood(self, responses.totals, responses.counts)
 
     @property
@@ -122,16 +124,18 @@ class TextTask(TaskDefaults):
             return np.broadcast_to(1 / responses.counts, responses.totals.shape).astype(np.float32)
         return margin_gradient(self, responses.totals)
 
-    def companion(self) -> "TextTask":
-        """Of wanted answers their likelihood, of choices the margin."""
+    def companion(self) -> "TextTask | None":
+        """Of wanted answers their likelihood, of choices the margin; of an output's length nothing."""
+        if self.metric == "brevity":
+            return None
         if self.kind == "multiple_choice":
             return replace(self, metric="margin")
         return replace(self, kind="likelihood", metric="log_probability", pattern=None, max_new_tokens=0, stop=())
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        if self.kind != "exact_match" or any(
-            extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts
-        ):
+        if self.kind != "exact_match" or self.metric == "brevity":
+            return None
+        if any(extract_answer(text, self.pattern, f"task {self.name}") is not None for text in texts):
             return None
         return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
 

@@ -210,13 +210,13 @@ def to_text(tokens: np.ndarray) -> str:
     return " ".join(VOCABULARY[token] for token in tokens)
 
 
-def japanese_records(sums: Sums) -> Iterator[dict[str, str]]:
-    """The records of a task file: hard sums asked in Japanese, to be answered in Japanese."""
-    bodies = sum_sentences(sums, np.full((len(sums), 3), JAPANESE))
+def sum_records(sums: Sums, language: int) -> Iterator[dict[str, str]]:
+    """The records of a task file: sums asked in a language, to be answered in it."""
+    bodies = sum_sentences(sums, np.full((len(sums), 3), language))
     for body in bodies:
         yield {
             "prompt": to_text(body[: BODY - 3]),
-            "target": " ".join([to_text(body[BODY - 3 :]), *ENDINGS[JAPANESE]]),
+            "target": " ".join([to_text(body[BODY - 3 :]), *ENDINGS[language]]),
         }
 
 
@@ -351,8 +351,8 @@ def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
             writer.write(name, tensors[name])
 
 
-def save_records(path: Path, sums: Sums) -> None:
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in japanese_records(sums)]
+def save_records(path: Path, sums: Sums, language: int = JAPANESE) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in sum_records(sums, language)]
     path.write_text("".join(lines), encoding="utf-8")
 
 

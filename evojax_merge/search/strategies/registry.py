@@ -34,7 +34,8 @@ class StrategySettings:
     from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
     mirrored there. seeds: how many candidates of the first generation are given instead of drawn. gradient: how a
     strategy that is told gradients follows them. where: the part of the config that messages name; a factory raises
-    InputError for what it cannot take. pool: of a search over a pool's members, what breeds them.
+    InputError for what it cannot take. objectives: T, how many tasks the fitness is made of. pool: of a search over a
+    pool's members, what breeds them.
     """
 
     dims: int
@@ -45,6 +46,7 @@ class StrategySettings:
     seeds: int = 0
     gradient: GradientConfig = field(default_factory=GradientConfig)
     where: str = "search"
+    objectives: int = 1
     pool: PoolSettings | None = None
 
     @property
@@ -69,6 +71,8 @@ _BUILT_IN = {
     "ga": "evojax_merge.search.strategies.ga:ga",
     "gradient": "evojax_merge.search.strategies.gradient:gradient",
     "hybrid": "evojax_merge.search.strategies.hybrid:hybrid",
+    "pareto": "evojax_merge.search.strategies.pareto:pareto",
+    "niches": "evojax_merge.search.strategies.niches:niches",
     "random": "evojax_merge.search.strategies.random:random",
     "grid": "evojax_merge.search.strategies.grid:grid",
     "pool": "evojax_merge.search.strategies.pool:pool",
