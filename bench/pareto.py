@@ -1,15 +1,15 @@
 """How much of the front a search finds for the same work: two goals on the demo family, over several seeds.
 
     python bench/pareto.py
-    python bench/pareto.py --seeds 5 --generations 100
+    python bench/pareto.py --seeds 5 --generations 100 --examples 256
 
 The goals are sums asked in Japanese (the quickstart's) and the same kind of sums asked in English, both to be answered
 in the language of the question; the family's one expert knows sums in English, the other Japanese. Compared are the
 strategies that search for a front, pymoo's NSGA-II, and CMA-ES on the weighted mean, which has to be run once for each
 weighting: these runs share the budget equally.
 
-Shown is the hypervolume of all candidates so far: the share of the area between the worst that an expert scores in each
-task and the highest log-probability there is, 0, of which every point is beaten in both tasks by a candidate.
+Shown is the hypervolume of all candidates so far: of the box around the front of all searches together, a tenth wider
+towards the worse, the share of which every point is beaten in both tasks by a candidate.
 """
 
 import argparse
@@ -37,13 +37,13 @@ Search = Callable[[Experiment, int, int, int], np.ndarray]
 WEIGHTINGS = (0.2, 0.4, 0.6, 0.8)
 
 
-def write_config(folder: Path) -> Path:
-    """The quickstart with a second task: as many sums as its own, in English."""
+def write_config(folder: Path, examples: int) -> Path:
+    """The quickstart with a second task, sums in English, and so many examples of each to search on."""
     _, search, heldout = split_hard_sums(PACKAGED_SEED, Plan())
     for name, sums in (("search", search), ("heldout", heldout)):
         save_records(folder / f"english-{name}.jsonl", sums, ENGLISH)
     document = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text(encoding="utf-8"))
-    japanese = document["tasks"][0]
+    japanese = document["tasks"][0] | {"limit": examples}
     english = {"name": "english_sums", "file": "english-search.jsonl", "heldout": "english-heldout.jsonl"}
     document["tasks"] = [japanese, japanese | english]
     (folder / "config.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
@@ -111,18 +111,27 @@ def task_means(experiment: Experiment, genomes: np.ndarray) -> np.ndarray:
     return score_matrix(tasks, experiment.searched.score(genomes)).task_means
 
 
-def volumes(means: np.ndarray, reference: np.ndarray, checkpoints: Sequence[int]) -> list[float]:
-    """The hypervolume of the first so many candidates of float64[E, T], as a share of that from `reference` to 0."""
-    found = [means[:count] for count in checkpoints]
-    return [hypervolume(part[front_of(part)], reference) / float(np.prod(-reference)) for part in found]
+def box_of(results: dict[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the front of all searches' candidates: float64[T], the worst in each task, and a tenth worse, and the best."""
+    every = np.concatenate([means for runs in results.values() for means in runs])
+    front = every[front_of(every)]
+    worst, best = front.min(axis=0), front.max(axis=0)
+    return worst - 0.1 * (best - worst), best
 
 
-def table(results: dict[str, list[np.ndarray]], reference: np.ndarray, checkpoints: Sequence[int]) -> str:
+def volumes(means: np.ndarray, box: tuple[np.ndarray, np.ndarray], checkpoints: Sequence[int]) -> list[float]:
+    """The hypervolume of the first so many candidates of float64[E, T], as a share of the box."""
+    (worst, best), found = box, [means[:count] for count in checkpoints]
+    return [hypervolume(part[front_of(part)], worst) / float(np.prod(best - worst)) for part in found]
+
+
+def table(results: dict[str, list[np.ndarray]], checkpoints: Sequence[int]) -> str:
     """Mean ± standard deviation over the seeds of the hypervolume, and how many candidates the front has at the end."""
+    box = box_of(results)
     heads = ["search", *(f"{count:,} evaluations" for count in checkpoints), "front"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name, runs in results.items():
-        shares = np.array([volumes(means, reference, checkpoints) for means in runs])
+        shares = np.array([volumes(means, box, checkpoints) for means in runs])
         cells = [f"{one.mean():.3f} ± {one.std(ddof=1) if len(one) > 1 else 0:.3f}" for one in shares.T]
         members = np.mean([len(front_of(means)) for means in runs])
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {members:.0f} |")
@@ -132,14 +141,15 @@ def table(results: dict[str, list[np.ndarray]], reference: np.ndarray, checkpoin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--generations", type=int, default=48, help=f"a multiple of {len(WEIGHTINGS)}")
+    parser.add_argument("--generations", type=int, default=20, help=f"a multiple of {len(WEIGHTINGS)}")
     parser.add_argument("--population", type=int, default=16)
+    parser.add_argument("--examples", type=int, default=64, help="of each task, at most 256")
     arguments = parser.parse_args()
     if arguments.generations < len(WEIGHTINGS) or arguments.generations % len(WEIGHTINGS):
         parser.error(f"--generations: {arguments.generations}; expected a multiple of {len(WEIGHTINGS)}")
     budget = arguments.population * arguments.generations
     with tempfile.TemporaryDirectory() as folder:
-        family = Family(write_config(Path(folder)), {"config": {}})
+        family = Family(write_config(Path(folder), arguments.examples), {"config": {}})
         experiment = open_experiments(family, ["config"])["config"]
         space = experiment.problem.space
         experts = task_means(experiment, space.seed_genomes("bench", "parents"))
@@ -148,9 +158,11 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 means = search(experiment, arguments.population, arguments.generations, seed)
                 results.setdefault(name, []).append(means)
-                print(f"{name}, seed {seed}: {volumes(means, experts.min(axis=0), [budget])[0]:.4f}", flush=True)
+                front = means[front_of(means)]
+                shown = ", ".join(f"({one:.3f}, {other:.3f})" for one, other in (front.min(axis=0), front.max(axis=0)))
+                print(f"{name}, seed {seed}: a front of {len(front)}, between {shown}", flush=True)
     print(f"\n{describe()}; {arguments.seeds} seeds; experts in Japanese and English:", *np.round(experts, 3).tolist())
-    print(table(results, experts.min(axis=0), [budget // 4, budget // 2, budget]))
+    print(table(results, [budget // 4, budget // 2, budget]))
 
 
 if __name__ == "__main__":

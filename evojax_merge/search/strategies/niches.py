@@ -40,7 +40,7 @@ class NichesState:
     genomes: np.ndarray
     objectives: np.ndarray
     reference: np.ndarray
-    told: np.ndarray
+    told: np.int32
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class ParetoState:
     genomes: np.ndarray
     objectives: np.ndarray
     reference: np.ndarray
-    told: np.ndarray
+    told: np.int32
 
 
 @dataclass(frozen=True)
