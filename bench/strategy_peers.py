@@ -76,8 +76,8 @@ def run_pso_merging(
     own_best, own_fitness = list(places), np.full(len(places), -np.inf)
     while True:
         values = np.nan_to_num(evaluate(places), nan=-np.inf)
-        for i in np.flatnonzero(values > own_fitness):
-            own_best[i], own_fitness[i] = places[i], values[i]
+        for number in np.flatnonzero(values > own_fitness):
+            own_best[number], own_fitness[number] = places[number], values[number]
         leader = own_best[int(np.argmax(own_fitness))]
         for i, place in enumerate(places):
             to_own, to_leader = (ATTRACTION * rng.random() for _ in range(2))

