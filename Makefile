@@ -6,7 +6,7 @@ BIN := .venv/bin
 	bench-many-parents bench-paths bench-zoo bench-strategies bench-pareto clean
 
 help:
-	@echo "make quickstart   train the demo family, evolve a merge of it, export the winner (a few minutes)"
+	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
 	@echo "make test         the tests, in an environment of their own (about 12 minutes on two cores)"
 	@echo "make test-all     the tests, compiled as users' programs are, and the torture (an hour)"

@@ -1,6 +1,6 @@
 """A merge method of one's own: define it, register it, use it in a recipe.
 
-    python configs/own_method.py            # merges the demo family, which is trained on the first run
+    python configs/own_method.py            # merges the demo family, which comes with the package
 
 A search takes it as well, as `space: {method: agreement}`, in a program that has registered it; kernels/README.md says
 more, and evojax_merge/README.md how a package registers it for the commands.

@@ -394,7 +394,7 @@ def export(
     plugins.load()
     folder = RunFolder(run)
     if not is_run(folder):
-        raise InputError(run, "is not a run folder of a search")
+        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
     recover(out)
     check_free(out, overwrite)
     if member is not None:

@@ -157,6 +157,8 @@ def read_config(path: Path, overrides: Sequence[str], seed: int | None) -> Confi
 
 def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], seed: int | None) -> Config:
     """A config from a parsed document: ours, or one of mergekit-evolve. `path` names it in messages."""
+    if "merge_method" in document:
+        raise InputError(path, "is a mergekit recipe, not the config of a search; do it with evojax-merge merge")
     if "genome" in document:
         document = from_mergekit_evolve(path, document)
     document = apply_overrides(path, document, list(overrides))

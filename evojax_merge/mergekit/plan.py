@@ -124,7 +124,7 @@ def _resolve(
         found = value(spec.name, scopes, tensor)
         if found is None and spec.default is None:
             raise InputError(where, f"{spec.name}: missing for {of} and {tensor}")
-        return number(where, spec, spec.default if found is None else found)
+        return number(f"{where}: {of}", spec, spec.default if found is None else found)
 
     parameters = {}
     for spec in method.parameters:

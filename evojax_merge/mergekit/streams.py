@@ -66,6 +66,8 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
 
 
 def _stage(path: Path, where: str, document: Any) -> Stage:
+    if isinstance(document, dict) and {"parents", "tasks"} <= set(document):
+        raise InputError(where, "is the config of a search, not a recipe; run it with evojax-merge search")
     top = checked_mapping(where, document, TOP_KEYS | {"name"}, REFUSED_KEYS)
     name = top.get("name")
     if name is None:

@@ -170,7 +170,8 @@ def evolve(
     its population.
     """
     reporter.log(
-        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} generations"
+        f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
+        + ("generation" if config.generations == 1 else "generations")
     )
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
