@@ -322,9 +322,9 @@ def write_merge(
     check_free(out, overwrite)
     stream = read_stream(recipe) if isinstance(recipe, Path) else parse_stream(Path("recipe"), recipe)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
-    for line in stream_warnings(stream):
-        warn(line)
     with prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference) as stream_plan:
+        for line in stream_warnings(stream):
+            warn(line)
         say_unread(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
         _write_model(stream_plan, out, _card_of_merge(out, stream_plan, text), "merging", overwrite, inputs)
