@@ -174,6 +174,8 @@ class StopConfig(Section):
 
 # The strategies whose options `search.gradient` holds.
 FOLLOW_GRADIENTS = ("gradient", "hybrid")
+# What a strategy begins with where `search.seeds` is not given; others begin with nothing.
+DEFAULT_SEEDS: Mapping[str, Sequence[Seed]] = {"path_ga": ("parents",)}
 
 
 class GradientConfig(Section):
@@ -197,7 +199,7 @@ class SearchConfig(Section):
     units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all.
-    `seeds`: merges that are the first candidates of the first generation.
+    `seeds`: merges that are the first candidates of the first generation; by default those of `DEFAULT_SEEDS`.
     `validation`: the share of the search split that no generation is scored on; the winner is chosen on it.
     `validate_every`: how many generations lie between two looks at the validation split; None: none is taken."""
 
@@ -213,6 +215,13 @@ class SearchConfig(Section):
     stop: StopConfig = StopConfig()
     gradient: GradientConfig = GradientConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_the_strategys_seeds(cls, document: Any) -> Any:
+        strategy = document.get("strategy") if isinstance(document, dict) else None
+        seeds = DEFAULT_SEEDS.get(strategy) if isinstance(strategy, str) else None
+        return document if seeds is None else {"seeds": list(seeds), **document}
+
     @model_validator(mode="after")
     def _has_what_to_validate_on(self) -> "SearchConfig":
         if self.validate_every is not None and not self.validation:
@@ -224,9 +233,10 @@ class SearchConfig(Section):
         """Without those keys that have their defaults and that a search can do without: it is the one that it was
         before there were such keys."""
         document: dict[str, Any] = serialise(self)
+        defaults = type(self)(strategy=self.strategy)
         for name in ("seeds", "validation", "validate_every", "stop", "gradient"):
             follows = name == "gradient" and self.strategy in FOLLOW_GRADIENTS
-            if getattr(self, name) == type(self).model_fields[name].default and not follows:
+            if getattr(self, name) == getattr(defaults, name) and not follows:
                 document.pop(name)
         return document
 

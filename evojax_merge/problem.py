@@ -42,7 +42,7 @@ from evojax_merge.pedigree import Pedigree
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, Space, Strategy, differentiates
+from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
@@ -432,6 +432,7 @@ def build_strategy(
         search.gradient,
         where,
         objectives,
+        space.move_genes if isinstance(space, HasMoves) else (),
         pool,
     )
     strategy = make_strategy(where, search.strategy, settings)

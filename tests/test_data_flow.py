@@ -487,7 +487,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[File, File]:
     build_family(root)
     stages = [
         {"space": {"method": "linear", "parameters": {"weight": {}}}, "search": {"generations": 2, "population": 4}},
-        {"data_flow": {"moves": 2, "window": 1}, "search": {"generations": 4, "population": 6}},
+        {
+            "data_flow": {"moves": 2, "window": 1},
+            "search": {"strategy": "path_ga", "generations": 4, "population": 6},
+        },
     ]
     document = {"parents": ["parent0", "parent1"], "base": "base", "stages": stages, "tasks": TASKS, "seed": 1}
     (root / "config.yaml").write_text(yaml.safe_dump(document))

@@ -120,6 +120,19 @@ class Space(Protocol):
         ...
 
 
+@runtime_checkable
+class HasMoves(Protocol):
+    """A space whose genomes are lists of moves, which edit one thing one after the other: rows of as many genes each,
+    of which the first says whether the move is on. A genome whose moves are all off means what the space's start means.
+    """
+
+    @property
+    def move_genes(self) -> tuple[int, ...]:
+        """How many values each gene of a move has, from bound to bound in equal parts: 2 of the first, off and on; 0 of
+        a gene that is continuous. Of the start, a continuous gene is where it changes nothing."""
+        ...
+
+
 class Evaluator(Protocol):
     """Scores candidates on one split of the examples."""
 

@@ -201,6 +201,11 @@ class MoveSpace:
         return GENES if self.scaled else GENES[:-1]
 
     @property
+    def move_genes(self) -> tuple[int, ...]:
+        """How many values each gene has, in the order of `genes`; the scale is continuous."""
+        return (2, len(self.kinds), self.depths[0], self.window, 0)[: len(self.genes)]
+
+    @property
     def dims(self) -> int:
         return self.count * len(self.genes)
 

@@ -34,8 +34,9 @@ class StrategySettings:
     from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
     mirrored there. seeds: how many candidates of the first generation are given instead of drawn. gradient: how a
     strategy that is told gradients follows them. where: the part of the config that messages name; a factory raises
-    InputError for what it cannot take. objectives: T, how many tasks the fitness is made of. pool: of a search over a
-    pool's members, what breeds them.
+    InputError for what it cannot take. objectives: T, how many tasks the fitness is made of. move_genes: of a space of
+    moves, how many values each gene of a move has (see `HasMoves`); of others nothing. pool: of a search over a pool's
+    members, what breeds them.
     """
 
     dims: int
@@ -47,6 +48,7 @@ class StrategySettings:
     gradient: GradientConfig = field(default_factory=GradientConfig)
     where: str = "search"
     objectives: int = 1
+    move_genes: tuple[int, ...] = ()
     pool: PoolSettings | None = None
 
     @property
@@ -69,6 +71,7 @@ _BUILT_IN = {
     "de": "evojax_merge.search.strategies.de:de",
     "pso": "evojax_merge.search.strategies.pso:pso",
     "ga": "evojax_merge.search.strategies.ga:ga",
+    "path_ga": "evojax_merge.search.strategies.path_ga:path_ga",
     "gradient": "evojax_merge.search.strategies.gradient:gradient",
     "hybrid": "evojax_merge.search.strategies.hybrid:hybrid",
     "pareto": "evojax_merge.search.strategies.pareto:pareto",

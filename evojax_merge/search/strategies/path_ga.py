@@ -1,0 +1,219 @@
+"""A genetic algorithm over lists of moves, for layer paths.
+
+As patches evolve in genetic improvement (Le Goues et al., GenProg, 2012; Langdon and Harman, 2015): an individual is a
+list of edits of one thing; a mutation adds, removes or changes one of them, a crossover takes whole edits from two
+parents. Strategies that move all genes of a genome at once turn every edit into another one at each step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.registry import StrategySettings
+
+# How many of the children have two parents.
+CROSSOVER_RATE = 0.5
+# How many of the added moves are copies of one that is there (gene duplication; Koza, 1995).
+DUPLICATION_RATE = 0.25
+# How often a continuous gene that is drawn or changed goes to where it changes nothing.
+NEUTRAL_RATE = 0.5
+# How often a child that is known already is drawn again.
+MAX_DRAWS = 20
+
+# The genes of a move that is on.
+Move = tuple[float, ...]
+
+
+@struct.dataclass
+class PathGAState:
+    """start: float32[D]; members: float32[P, D], the population, best first; fitness: float64[P], theirs, -inf of those
+    that have none; told: int32[], generations."""
+
+    start: np.ndarray
+    members: np.ndarray
+    fitness: np.ndarray
+    told: np.ndarray
+
+
+@dataclass(frozen=True)
+class PathGA:
+    """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Of two genomes that
+    score the same, the one with fewer moves is better."""
+
+    settings: StrategySettings
+    population: int
+
+    name = "path_ga"
+
+    @cached_property
+    def _values(self) -> list[np.ndarray]:
+        """The genes that mean each value of a move's genes, float32[V] each; of a continuous gene, both bounds."""
+        found = []
+        for count in self.settings.move_genes:
+            unit = (np.arange(count) + 0.5) / count if count else np.array([0.0, 1.0])
+            found.append(np.asarray(self.settings.from_unit(unit), np.float32))
+        return found
+
+    @property
+    def _capacity(self) -> int:
+        """How many moves a genome holds."""
+        return self.settings.dims // len(self.settings.move_genes)
+
+    def init(self, key: jax.Array, genomes: np.ndarray) -> PathGAState:
+        """The first members are the start and mutants of the genomes that are known to be good."""
+        rng, start = _generator(key), np.asarray(genomes[0], np.float32)
+        lists = [self._moves(genome, start) for genome in np.asarray(genomes, np.float32)]
+
+        def mutant() -> np.ndarray:
+            return self._genome(self._mutated(rng, lists[rng.integers(len(lists))], start), start)
+
+        members = np.concatenate([start[None], self._unknown(mutant, start[None], self.population - 1)])
+        return PathGAState(start, members, np.full(self.population, -np.inf), np.zeros((), np.int32))
+
+    def ask(self, key: jax.Array, state: PathGAState) -> tuple[jax.Array, PathGAState]:
+        if int(state.told) == 0:
+            return jnp.asarray(state.members), state
+        rng, members, start = _generator(key), np.asarray(state.members), np.asarray(state.start)
+        scored = max(1, int(np.isfinite(state.fitness).sum()))
+
+        def picked() -> list[Move]:
+            return self._moves(members[rng.integers(scored, size=2).min()], start)
+
+        def child() -> np.ndarray:
+            moves, mutations = picked(), int(rng.geometric(0.5))
+            if rng.random() < CROSSOVER_RATE:
+                moves, mutations = self._recombined(rng, moves, picked()), mutations - 1
+            for _ in range(mutations):
+                moves = self._mutated(rng, moves, start)
+            return self._genome(moves, start)
+
+        return jnp.asarray(self._unknown(child, members, self.population)), state
+
+    def tell(self, key: jax.Array, state: PathGAState, genomes: jax.Array, scores: Scores) -> PathGAState:
+        told, start = int(state.told), np.asarray(state.start)
+        # The first generation is the population, whatever has taken the place of its members.
+        known = slice(0, self.population if told else 0)
+        every = np.concatenate([np.asarray(state.members)[known], np.asarray(genomes, np.float32)])
+        values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
+        fitness = np.concatenate([np.asarray(state.fitness)[known], values])
+        _, firsts = np.unique(every, axis=0, return_index=True)
+        firsts = np.sort(firsts)
+        lengths = np.array([len(self._moves(genome, start)) for genome in every[firsts]])
+        # Where there are not enough, the best come again.
+        order = np.resize(firsts[np.lexsort((lengths, -fitness[firsts]))], self.population)
+        return PathGAState(start, every[order], fitness[order], np.array(told + 1, np.int32))
+
+    def finalists(self, state: PathGAState) -> np.ndarray:
+        """Nothing: the best members are the search's best candidates."""
+        return np.zeros((0, self.settings.dims), np.float32)
+
+    def metrics(self, state: PathGAState) -> dict[str, float]:
+        """moves: how many the best member has."""
+        return {"moves": float(len(self._moves(np.asarray(state.members)[0], np.asarray(state.start))))}
+
+    def _moves(self, genome: np.ndarray, start: np.ndarray) -> list[Move]:
+        """The moves of a genome that are on; of the start none, which means the same."""
+        if np.array_equal(genome, start):
+            return []
+        return [tuple(row) for row in self._rows(genome).tolist() if row[0] > self._values[0].mean()]
+
+    def _genome(self, moves: list[Move], start: np.ndarray) -> np.ndarray:
+        """float32[D]: these moves first, and the others off; the start where there is none."""
+        if not moves:
+            return start
+        rows = self._rows(start).copy()
+        rows[:, 0] = self._values[0][0]
+        rows[len(moves) :] = rows[0]
+        rows[: len(moves)] = moves
+        return rows.ravel()
+
+    def _rows(self, genome: np.ndarray) -> np.ndarray:
+        return genome.reshape(self._capacity, -1)
+
+    def _unknown(self, draw: Callable[[], np.ndarray], known: np.ndarray, count: int) -> np.ndarray:
+        """float32[count, D]: genomes that differ from each other and from those known, where draws find such."""
+        met, found = {genome.tobytes() for genome in known}, []
+        for _ in range(count):
+            genome = draw()
+            for _ in range(MAX_DRAWS):
+                if genome.tobytes() not in met:
+                    break
+                genome = draw()
+            met.add(genome.tobytes())
+            found.append(genome)
+        return np.stack(found)
+
+    def _recombined(self, rng: np.random.Generator, first: list[Move], second: list[Move]) -> list[Move]:
+        """What both parents have, and each move of one of them with probability 1/2."""
+        moves = [move for move in first if move in second or rng.random() < 0.5]
+        moves += [move for move in second if move not in first and rng.random() < 0.5]
+        while len(moves) > self._capacity:
+            del moves[rng.integers(len(moves))]
+        return moves
+
+    def _mutated(self, rng: np.random.Generator, moves: list[Move], start: np.ndarray) -> list[Move]:
+        """One move added (in the place of another where there is no room), removed or changed."""
+        moves = list(moves)
+        kind = rng.choice(["add", "remove", "change"]) if moves else "add"
+        if kind == "add":
+            copied = bool(moves) and rng.random() < DUPLICATION_RATE
+            added = moves[rng.integers(len(moves))] if copied else self._drawn(rng, start)
+            if len(moves) == self._capacity:
+                del moves[rng.integers(len(moves))]
+            moves.insert(int(rng.integers(len(moves) + 1)), added)
+            return moves
+        chosen = int(rng.integers(len(moves)))
+        moves[chosen : chosen + 1] = [] if kind == "remove" else [self._changed(rng, moves[chosen], start)]
+        return moves
+
+    def _drawn(self, rng: np.random.Generator, start: np.ndarray) -> Move:
+        """A move that is on, its genes uniform."""
+        genes = [float(rng.choice(values)) for values in self._values]
+        genes[0] = float(self._values[0][1])
+        for gene in self._continuous:
+            neutral = rng.random() < NEUTRAL_RATE
+            genes[gene] = float(start[gene] if neutral else np.float32(rng.uniform(*self._values[gene])))
+        return tuple(genes)
+
+    def _changed(self, rng: np.random.Generator, move: Move, start: np.ndarray) -> Move:
+        """The move with another value of one gene: a neighbour of its value, or any, with equal probability; of a
+        continuous gene, a normal step, or where it changes nothing."""
+        gene, genes = int(rng.integers(1, len(move))), list(move)
+        values, near = self._values[gene], rng.random() < 0.5
+        if gene in self._continuous:
+            stepped = np.clip(move[gene] + self.settings.sigma * rng.normal(), values[0], values[1])
+            genes[gene] = float(start[gene] if rng.random() < NEUTRAL_RATE else np.float32(stepped))
+        elif near:
+            place = int(np.argmin(np.abs(values - move[gene]))) + int(rng.choice([-1, 1]))
+            genes[gene] = float(values[np.clip(place, 0, len(values) - 1)])
+        else:
+            genes[gene] = float(rng.choice(values))
+        return tuple(genes)
+
+    @property
+    def _continuous(self) -> list[int]:
+        return [gene for gene, count in enumerate(self.settings.move_genes) if count == 0]
+
+
+def _generator(key: jax.Array) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def path_ga(settings: StrategySettings) -> PathGA:
+    """A genetic algorithm of layer paths (data_flow, form: moves): whole moves are added, removed, changed and
+    recombined, and the best of parents and children survive."""
+    if not settings.move_genes:
+        raise InputError(
+            settings.where,
+            "strategy: path_ga searches moves of a layer path, and this space has none; expected data_flow with form: "
+            "moves, or another strategy, such as cma_es",
+        )
+    return PathGA(settings, settings.population or 2 * default_population(settings.dims))
