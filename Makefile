@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-many-parents bench-paths bench-zoo bench-strategies bench-pareto clean
+	bench-many-parents bench-paths bench-zoo bench-loops bench-strategies bench-pareto clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -65,6 +65,7 @@ bench:
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once: 3 minutes, then 10 more)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
+	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
 	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
@@ -96,6 +97,9 @@ bench-pool: .venv/installed-test
 
 bench-zoo: .venv/installed-test
 	$(BIN)/python bench/zoo_table.py
+
+bench-loops: .venv/installed-test
+	$(BIN)/python bench/loops.py
 
 bench-strategies: .venv/installed-test
 	mkdir -p runs

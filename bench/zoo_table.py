@@ -41,15 +41,22 @@ DATA_FLOW = ["space=null", "data_flow={form: moves, moves: 3, window: 2}"]
 RANDOM_STACKS = ["space=null", "data_flow={form: indicator, repetitions: 1, scales: none}"]
 
 
+def problem_on(
+    config: Path, family: str, experts: Sequence[str], seed: int, overrides: Sequence[str] = ()
+) -> SearchProblem:
+    """A config of two tasks, on the models and files of a family of the zoo (`zoo:3`), whose search has that seed."""
+    zoo = [
+        f"base={family}/base",
+        f"parents=[{', '.join(f'{family}/{name}' for name in experts)}]",
+        *(f"tasks.{i}.file={family}/search.jsonl" for i in range(2)),
+        *(f"tasks.{i}.heldout={family}/heldout.jsonl" for i in range(2)),
+    ]
+    return build_problem(config, read_config(config, [*zoo, *overrides], seed))
+
+
 def problem_for(seed: int, overrides: Sequence[str] = ()) -> SearchProblem:
     """The quickstart on the family of `seed`."""
-    zoo = [
-        f"base=zoo:{seed}/base",
-        f"parents=[zoo:{seed}/maths, zoo:{seed}/japanese]",
-        *(f"tasks.{i}.file=zoo:{seed}/search.jsonl" for i in range(2)),
-        *(f"tasks.{i}.heldout=zoo:{seed}/heldout.jsonl" for i in range(2)),
-    ]
-    return build_problem(CONFIG, read_config(CONFIG, [*zoo, *overrides], seed))
+    return problem_on(CONFIG, f"zoo:{seed}", ("maths", "japanese"), seed, overrides)
 
 
 def accuracies(evaluator: GenomeEvaluator, genomes: np.ndarray) -> np.ndarray:
@@ -111,10 +118,11 @@ def run_seed(seed: int) -> dict[str, float]:
     return scores
 
 
-def table(results: dict[int, dict[str, float]]) -> str:
+def table(title: str, results: dict[int, dict[str, float]]) -> str:
+    """Markdown: a row for each model, its share of right answers for each seed, and their mean."""
     names = list(next(iter(results.values())))
     lines = [
-        "| held-out sums right, in Japanese | " + " | ".join(f"seed {seed}" for seed in results) + " | mean |",
+        f"| {title} | " + " | ".join(f"seed {seed}" for seed in results) + " | mean |",
         "| --- |" + " ---: |" * (len(results) + 1),
     ]
     for name in names:
@@ -132,7 +140,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
         print(f"seed {seed}: {results[seed]}", flush=True)
-    print(f"\n{table(results)}\n\n{describe()}")
+    print(f"\n{table('held-out sums right, in Japanese', results)}\n\n{describe()}")
 
 
 if __name__ == "__main__":

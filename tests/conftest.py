@@ -30,7 +30,7 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
-        "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "mergekit_evolve",
+        "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "loops", "mergekit_evolve",
         "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder", "search", "stopping",
         "strategy_seam", "task_seam", "torture", "validation", "zoo",
     )

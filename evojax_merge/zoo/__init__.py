@@ -1,13 +1,16 @@
 """The demo family: tiny models whose weights come with the package, others of the same kind that are trained on the
-spot, and a real small model taken from a package.
+spot, a family of looped models, and a real small model taken from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
 `zoo:3/base` is of the family that seed 3 gives, which is trained first, and `zoo:experts/sums` is one of six more
-experts of `zoo:base`, which are trained first as well. What is made is kept in the user's cache folder.
+experts of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` are of the looped families
+(loops), `zoo:smollm2/base` is of the real model (smollm2). What is made is kept in the user's cache folder.
 """
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +18,7 @@ from evojax_merge.data_packages import cache_folder as packages_cache_folder
 from evojax_merge.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from evojax_merge.zoo.arithmetic import Plan, Progress
+    from evojax_merge.zoo.arithmetic import Plan
 
 PREFIX = "zoo:"
 MODELS = ("base", "maths", "japanese")
@@ -46,6 +47,10 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
         return smollm2.resolve_reference(name.removeprefix("smollm2/"))
     if name.partition("/")[0] == "experts":
         return _expert(name.partition("/")[2])
+    if name.startswith("loops/"):
+        from evojax_merge.zoo import loops
+
+        return loops.resolve_reference(name.removeprefix("loops/"))
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
@@ -59,7 +64,11 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     seed = int(match[1])
     family = cache_folder() / VERSION / f"seed-{seed}"
     if not family.is_dir():
-        _make(family, seed, plan)
+        from evojax_merge.zoo.arithmetic import Plan, make_family
+
+        plan = plan or Plan()
+        make = partial(make_family, seed=seed, plan=plan)
+        train_family(family, f"{', '.join(MODELS)} (seed {seed})", plan.steps, make)
     return family / match[2]
 
 
@@ -87,28 +96,18 @@ def _expert(name: str) -> Path:
     if not folder.is_dir():
         from evojax_merge.zoo.arithmetic import EXPERT_STEPS, make_experts
 
-        _train(folder, f"{', '.join(EXPERTS)} of {PREFIX}base", sum(EXPERT_STEPS.values()), make_experts)
+        train_family(folder, f"{', '.join(EXPERTS)} of {PREFIX}base", sum(EXPERT_STEPS.values()), make_experts)
     return folder / name
 
 
-def _make(family: Path, seed: int, plan: "Plan | None") -> None:
-    """Train a family."""
-    from evojax_merge.zoo.arithmetic import Plan, make_family
+def train_family(family: Path, what: str, steps: int, make: Callable[..., None]) -> None:
+    """Train models with a visible progress line; the folder takes its name when all of it is there.
 
-    plan = plan or Plan()
-
-    def make(folder: Path, progress: "Progress") -> None:
-        make_family(folder, seed, plan, progress)
-
-    _train(family, f"{', '.join(MODELS)} (seed {seed})", plan.steps, make)
-
-
-def _train(family: Path, what: str, steps: int, make: "Callable[[Path, Progress], None]") -> None:
-    """Train models with a visible progress line; the folder takes its name when all of it is there. make: is given an
-    empty folder, and whom to tell of each model's name, steps done since, and loss."""
+    what: the models, in words; steps: how many their training takes in all. make: (an empty folder, progress=a function
+    that is told the model's name, steps done since, and the loss) trains them into the folder.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from evojax_merge.checkpoints.writer import atomic_folder
 
@@ -119,13 +118,13 @@ def _train(family: Path, what: str, steps: int, make: "Callable[[Path, Progress]
         TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     try:
-        with atomic_folder(family) as work, Bar(*columns, console=console) as bar:
+        with atomic_folder(family) as work, Progress(*columns, console=console) as bar:
             task = bar.add_task("compiling …", total=steps)
 
             def advance(model: str, done: int, loss: float) -> None:
                 bar.update(task, advance=done, description=f"{model}  loss {loss:.4f}")
 
-            make(work, advance)
+            make(work, progress=advance)
     except InputError:
         # Another process may have made the same family meanwhile.
         if not family.is_dir():

@@ -21,19 +21,29 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file, save_file
 
-from evojax_merge.checkpoints.bank import load_stored, stored_tensors
+from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
-from evojax_merge.models.architecture import Leaf, depths, dimensions, shared_leaves, stack_leaves
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.zoo import MODELS, PREFIX, resolve_reference
+from evojax_merge.zoo.tiny_llama import (
+    DIGITS,
+    EOS,
+    PAD,
+    UNKNOWN,
+    Progress,
+    Sizes,
+    fresh_model,
+    save_config,
+    save_tensors,
+    save_tokenizer,
+    save_weights,
+    train,
+)
 
-PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
-DIGITS = [str(digit) for digit in range(10)]
 # A word in English and in Japanese.
 WORDS = {
     "ask": ("what", "いくつ"),
@@ -53,10 +63,7 @@ ENGLISH, JAPANESE, MIXED = 0, 1, 2
 # Every sentence has ten tokens; the ending and the end of the text take up to three more.
 BODY, WIDTH = 10, 13
 
-HIDDEN, LAYERS, HEADS, MLP = 96, 3, 4, 256
-BATCH, CHUNK = 128, 50
-EMBEDDING_STD = 0.02
-CONTEXT = 64
+SIZES = Sizes(hidden=96, layers=3, heads=4, mlp=256, context=64)
 
 
 @dataclass(frozen=True)
@@ -224,25 +231,6 @@ def sum_records(sums: Sums, language: int) -> Iterator[dict[str, str]]:
 # Training
 
 
-def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
-    """Random weights: norms are one, the embedding is small, everything else is normal with variance 1 / fan-in."""
-    sizes = dimensions(config)
-    rng = np.random.default_rng([seed, 1])
-
-    def draw(leaf: Leaf, *leading: int) -> jax.Array:
-        shape = (*leading, *(sizes[name] for name in leaf.shape))
-        if leaf.component == "norm":
-            return jnp.ones(shape, jnp.float32)
-        std = EMBEDDING_STD if leaf.name == "embed" else shape[-1] ** -0.5
-        return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
-
-    stacks = {
-        stack: {leaf.name: draw(leaf, depth) for leaf in stack_leaves(config, stack)}
-        for stack, depth in depths(config).items()
-    }
-    return StackedWeights(stacks, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
-
-
 def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array) -> jax.Array:
     """Mean negative log-likelihood of what follows the word `is` (in either language), ending included."""
     seen, targets = tokens[:, :-1], tokens[:, 1:]
@@ -254,110 +242,13 @@ def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array)
     return jnp.sum(losses * scored) / jnp.sum(scored)
 
 
-ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
-
-
-@partial(jax.jit, static_argnums=0)
-def _train_chunk(
-    config: DecoderConfig, model: StackedWeights, state: Any, batches: jax.Array, rates: jax.Array
-) -> tuple[StackedWeights, Any, jax.Array]:
-    """Steps over batches `int32[steps, B, T]` with learning rates `float32[steps]`; also the mean loss."""
-
-    def step(
-        carry: tuple[StackedWeights, Any], xs: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[StackedWeights, Any], jax.Array]:
-        model, state = carry
-        tokens, rate = xs
-        loss, gradient = jax.value_and_grad(partial(answer_loss, config))(model, tokens)
-        updates, state = ADAM.update(gradient, state)
-        return (jax.tree.map(lambda leaf, update: leaf - rate * update, model, updates), state), loss
-
-    (model, state), losses = jax.lax.scan(step, (model, state), (batches, rates))
-    return model, state, losses.mean()
-
-
-def learning_rates(steps: int, peak: float) -> np.ndarray:
-    """float32[steps]: a linear warm-up over a twentieth, then half a cosine down to nothing."""
-    warm = max(1, steps // 20)
-    at = np.arange(steps)
-    falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
-    return (peak * np.where(at < warm, (at + 1) / warm, falling)).astype(np.float32)
-
-
-def train(
-    config: DecoderConfig,
-    model: StackedWeights,
-    batch: Callable[[int], np.ndarray],
-    steps: int,
-    peak: float,
-    progress: Callable[[int, float], None] = lambda steps, loss: None,
-) -> StackedWeights:
-    """Train on `steps` batches (`batch(count)` gives `int32[count, T]`). `progress` is told steps and loss."""
-    state, rates = ADAM.init(model), learning_rates(steps, peak)
-    for start in range(0, steps, CHUNK):
-        count = min(CHUNK, steps - start)
-        batches = batch(count * BATCH).reshape(count, BATCH, WIDTH)
-        model, state, loss = _train_chunk(config, model, state, batches, rates[start : start + count])
-        progress(count, float(loss))
-    return model
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def save_config(folder: Path) -> None:
-    from transformers import GenerationConfig, LlamaConfig
-
-    ends = {"bos_token_id": None, "eos_token_id": IDS[EOS], "pad_token_id": IDS[PAD]}
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=len(VOCABULARY),
-        hidden_size=HIDDEN,
-        intermediate_size=MLP,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        dtype="float32",
-        **ends,
-    )
-    config.save_pretrained(folder)
-    GenerationConfig(**ends).save_pretrained(folder)
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A token is what stands between spaces."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False, model_max_length=CONTEXT,
-    ).save_pretrained(folder)  # fmt: skip
-
-
-def save_weights(folder: Path, model: StackedWeights, config: DecoderConfig) -> None:
-    save_tensors(folder, dict(stored_tensors(model, config)))
-
-
-def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
-    specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
-    with ShardWriter(folder, specs) as writer:
-        for name in writer.order:
-            writer.write(name, tensors[name])
 
 
 def save_records(path: Path, sums: Sums, language: int = JAPANESE) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in sum_records(sums, language)]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-# Told the model's name, steps done since, and the loss.
-Progress = Callable[[str, int, float], None]
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda name, steps, loss: None) -> None:
@@ -369,7 +260,7 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Progress = lambda
         name: str, start: StackedWeights, steps: int, peak: float, batch: Callable[..., np.ndarray]
     ) -> StackedWeights:
         rng = np.random.default_rng([seed, 2, *name.encode()])
-        model = train(config, start, lambda n: batch(rng, n), steps, peak, partial(progress, name))
+        model = train(config, answer_loss, start, lambda n: batch(rng, n), steps, peak, partial(progress, name))
         save_weights(folder / name, model, config)
         return model
 
@@ -390,8 +281,8 @@ def _save_all_but_weights(folder: Path, seed: int, plan: Plan) -> Sums:
 
 def _save_small_files(folder: Path) -> None:
     folder.mkdir()
-    save_config(folder)
-    save_tokenizer(folder)
+    save_config(folder, SIZES, VOCABULARY)
+    save_tokenizer(folder, SIZES, VOCABULARY)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -454,7 +345,8 @@ def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: No
     for name, batch in expert_batches(training).items():
         _save_small_files(folder / name)
         rng = np.random.default_rng([PACKAGED_SEED, 3, *name.encode()])
-        model = train(config, start, partial(batch, rng), EXPERT_STEPS[name], EXPERT_PEAK, partial(progress, name))
+        steps, told = EXPERT_STEPS[name], partial(progress, name)
+        model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, told)
         save_weights(folder / name, model, config)
 
 

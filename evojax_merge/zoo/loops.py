@@ -1,0 +1,208 @@
+"""A family in which the path through the layers matters: a model that adds two numbers, and adds five where its middle
+layers run four times.
+
+It is a looped transformer (Universal Transformers, arXiv 1807.03819) at the size of a toy. A prompt is an operation and
+two to five digits, `plus 3 5 2 7`, and what follows is the last digit of what they come to. The models are trained with
+their two middle layers running once to four times, and each time asked for what the numbers have come to so far: `2
+plus 7` after the first run, `5 plus 2 plus 7` after the second. So every run carries on where the one before ended, and
+does nothing more once all numbers are in. What is written is a plain model of four layers, which runs them once.
+
+The `base` knows `max` and `min`; the experts `plus` and `times` are fine-tunes of it. What is asked of a merge is sums
+of three to five numbers. No model of the family was trained to do that in four layers: it takes a path that runs the
+middle layers again.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.models.architecture import LAYERS
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import forward, logits
+from evojax_merge.models.layers import padded_layout
+from evojax_merge.models.sources import StackedWeights
+from evojax_merge.zoo import FILES, cache_folder, train_family
+from evojax_merge.zoo.tiny_llama import (
+    DIGITS,
+    EOS,
+    PAD,
+    UNKNOWN,
+    Sizes,
+    fresh_model,
+    save_config,
+    save_tokenizer,
+    save_weights,
+    train,
+)
+
+# Of the recipe below: whoever changes what is trained counts it up.
+VERSION = "loops-v1"
+MODELS = ("base", "plus", "times")
+
+# All of them associative: a run of the middle layers puts one more number in front.
+OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "max": np.maximum,
+    "min": np.minimum,
+    "plus": lambda left, right: (left + right) % 10,
+    "times": lambda left, right: left * right % 10,
+}
+VOCABULARY = [PAD, EOS, UNKNOWN, *DIGITS, *OPERATIONS]
+IDS = {token: i for i, token in enumerate(VOCABULARY)}
+
+MAX_NUMBERS = 5
+MAX_LOOPS = MAX_NUMBERS - 1
+# How many numbers are asked for: more than one run of the middle layers adds.
+ASKED_FOR = range(3, MAX_NUMBERS + 1)
+SIZES = Sizes(hidden=64, layers=4, heads=4, mlp=192, context=16)
+# The layers that run again; the first one reads the prompt, and the last one writes the answer.
+LOOPED = (1, 2)
+
+Chain = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long each model trains, and how many sums the two files hold."""
+
+    base_steps: int = 300
+    plus_steps: int = 1000
+    times_steps: int = 200
+    search_sums: int = 128
+    heldout_sums: int = 256
+
+    @property
+    def steps(self) -> int:
+        return self.base_steps + self.plus_steps + self.times_steps
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chains of numbers
+
+
+def results(operation: str, numbers: np.ndarray) -> np.ndarray:
+    """What the numbers int[N, T] up to each place come to after 1, 2, … runs, int[N, MAX_LOOPS, T]: after r runs, the
+    last r + 1 of them."""
+    found = [numbers]
+    for _ in range(MAX_LOOPS):
+        further = OPERATIONS[operation](found[-1][:, :-1], numbers[:, 1:])
+        found.append(np.concatenate([numbers[:, :1], further], axis=1))
+    return np.stack(found[1:], axis=1)
+
+
+def codes(numbers: np.ndarray) -> np.ndarray:
+    """int[N], another one for each chain int[N, n], whatever its length."""
+    length = numbers.shape[1]
+    return length * 10**MAX_NUMBERS + numbers @ 10 ** np.arange(length)
+
+
+def training_batch(
+    rng: np.random.Generator, count: int, operations: Sequence[str], unseen: np.ndarray | None = None
+) -> np.ndarray:
+    """Examples int32[count, 1 + MAX_LOOPS, 1 + MAX_NUMBERS], each of one of the operations: the tokens, and the answers
+    at each of them after one run of the middle layers to four; those at the operation are 0. unseen: the codes of
+    chains that no example begins with."""
+    numbers = rng.integers(0, 10, (count, MAX_NUMBERS))
+    while unseen is not None:
+        met = np.any([np.isin(codes(numbers[:, :length]), unseen) for length in ASKED_FOR], axis=0)
+        if not met.any():
+            break
+        numbers[met] = rng.integers(0, 10, (int(met.sum()), MAX_NUMBERS))
+    chosen = rng.integers(len(operations), size=count)
+    answers = np.stack([results(name, numbers) for name in operations])[chosen, np.arange(count)]
+    examples = np.zeros((count, 1 + MAX_LOOPS, 1 + MAX_NUMBERS), np.int32)
+    examples[:, 0, 0] = np.array([IDS[name] for name in operations])[chosen]
+    examples[:, :, 1:] = IDS["0"] + np.concatenate([numbers[:, None], answers], axis=1)
+    return examples
+
+
+def split_sums(seed: int, plan: Plan) -> tuple[list[Chain], list[Chain]]:
+    """(for the search, held out): sums of three to five numbers, each once; none of them is trained on."""
+    rng = np.random.default_rng([seed, 0])
+    chains: dict[Chain, None] = {}
+    while len(chains) < plan.search_sums + plan.heldout_sums:
+        length = int(rng.integers(ASKED_FOR.start, ASKED_FOR.stop))
+        chains[tuple(rng.integers(0, 10, length).tolist())] = None
+    every = list(chains)
+    return every[: plan.search_sums], every[plan.search_sums :]
+
+
+def sum_record(chain: Chain) -> dict[str, str]:
+    """A record of a task file: a sum, and its last digit."""
+    return {"prompt": " ".join(["plus", *map(str, chain)]), "target": str(sum(chain) % 10)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def with_loops(config: DecoderConfig, model: StackedWeights, loops: int) -> tuple[DecoderConfig, StackedWeights]:
+    """The model whose middle layers run `loops` times."""
+    layers = [*range(LOOPED[0]), *LOOPED * loops, *range(LOOPED[-1] + 1, config.layers)]
+    stack = {name: leaf[np.array(layers)] for name, leaf in model.stacks[LAYERS].items()}
+    deep_config = replace(config, layers=len(layers), windows=tuple(config.windows[layer] for layer in layers))
+    return deep_config, StackedWeights({LAYERS: stack}, model.shared, model.compute_dtype)
+
+
+def loop_loss(config: DecoderConfig, model: StackedWeights, examples: jax.Array) -> jax.Array:
+    """Mean negative log-likelihood of the answers of examples int32[B, 1 + MAX_LOOPS, T]: of a quarter of them after
+    one run of the middle layers, of a quarter after two, and so forth."""
+    losses = []
+    for loops in range(1, MAX_LOOPS + 1):
+        rows = examples[loops - 1 :: MAX_LOOPS]
+        count, _, width = rows.shape
+        deep_config, deep_model = with_loops(config, model, loops)
+        layout = padded_layout(width, jnp.zeros(count, jnp.int32), jnp.full(count, width))
+        hidden, _ = forward(deep_config, deep_model, rows[:, 0], layout)
+        found = logits(config, model, hidden[:, 1:])
+        losses.append(optax.softmax_cross_entropy_with_integer_labels(found, rows[:, loops, 1:]))
+    return jnp.mean(jnp.concatenate(losses))
+
+
+def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None]) -> None:
+    """Train the family into an empty folder. `progress` is told the model's name, steps done since, and the loss."""
+    splits = split_sums(seed, plan)
+    for file, chains in zip(FILES, splits, strict=True):
+        (folder / file).write_text("".join(json.dumps(sum_record(chain)) + "\n" for chain in chains), encoding="utf-8")
+    for name in MODELS:
+        (folder / name).mkdir()
+        save_config(folder / name, SIZES, VOCABULARY)
+        save_tokenizer(folder / name, SIZES, VOCABULARY)
+    config = decoder_config(folder / "base" / "config.json")
+    unseen = np.concatenate([codes(np.array([chain])) for chains in splits for chain in chains])
+
+    def stage(name: str, start: StackedWeights, steps: int, operations: Sequence[str]) -> StackedWeights:
+        rng = np.random.default_rng([seed, 2, *name.encode()])
+        batch = partial(training_batch, rng, operations=operations, unseen=unseen)
+        model = train(config, loop_loss, start, batch, steps, 3e-3, partial(progress, name))
+        save_weights(folder / name, model, config)
+        return model
+
+    base = stage("base", fresh_model(config, seed), plan.base_steps, ("max", "min"))
+    stage("plus", base, plan.plus_steps, ("plus",))
+    stage("times", base, plan.times_steps, ("times",))
+
+
+def resolve_reference(name: str, plan: Plan | None = None) -> Path:
+    """The path of a model or file, `3/plus` of the family that seed 3 gives and `plus` of that of seed 0; the family is
+    trained where it is not there yet, as long as `plan` says. Raises InputError for another name."""
+    match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
+    if match is None or match[2] not in MODELS + FILES:
+        known = [f"zoo:loops/{one}" for one in MODELS + FILES]
+        near = did_you_mean(f"zoo:loops/{name}", known)
+        raise InputError(f"zoo:loops/{name}", f"the zoo has no such model or file{near}")
+    seed, plan = int(match[1] or 0), plan or Plan()
+    family = cache_folder() / VERSION / f"seed-{seed}"
+    if not family.is_dir():
+        what = f"{', '.join(MODELS)} (loops, seed {seed})"
+        train_family(family, what, plan.steps, partial(make_family, seed=seed, plan=plan))
+    return family / match[2]

@@ -1,0 +1,154 @@
+"""Tiny Llamas of a few words: their fresh weights, how they are trained, and their files."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from evojax_merge.checkpoints.bank import stored_tensors
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
+from evojax_merge.models.architecture import Leaf, depths, dimensions, shared_leaves, stack_leaves
+from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.sources import StackedWeights
+
+PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
+DIGITS = [str(digit) for digit in range(10)]
+BATCH, CHUNK = 128, 50
+EMBEDDING_STD = 0.02
+
+# Told a model's name, steps done since, and the loss.
+Progress = Callable[[str, int, float], None]
+# (config, model, a batch int32[B, …]) -> the mean loss.
+Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a tiny Llama, and how many tokens it takes."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+    context: int
+
+
+def fresh_model(config: DecoderConfig, seed: int) -> StackedWeights:
+    """Random weights: norms are one, the embedding is small, everything else is normal with variance 1 / fan-in."""
+    sizes = dimensions(config)
+    rng = np.random.default_rng([seed, 1])
+
+    def draw(leaf: Leaf, *leading: int) -> jax.Array:
+        shape = (*leading, *(sizes[name] for name in leaf.shape))
+        if leaf.component == "norm":
+            return jnp.ones(shape, jnp.float32)
+        std = EMBEDDING_STD if leaf.name == "embed" else shape[-1] ** -0.5
+        return jnp.asarray(rng.normal(0.0, std, shape), jnp.float32)
+
+    stacks = {
+        stack: {leaf.name: draw(leaf, depth) for leaf in stack_leaves(config, stack)}
+        for stack, depth in depths(config).items()
+    }
+    return StackedWeights(stacks, {leaf.name: draw(leaf) for leaf in shared_leaves(config)})
+
+
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _train_chunk(
+    config: DecoderConfig, loss: Loss, model: StackedWeights, state: Any, batches: jax.Array, rates: jax.Array
+) -> tuple[StackedWeights, Any, jax.Array]:
+    """Steps over batches `int32[steps, B, …]` with learning rates `float32[steps]`; also the mean loss."""
+
+    def step(
+        carry: tuple[StackedWeights, Any], xs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[StackedWeights, Any], jax.Array]:
+        model, state = carry
+        tokens, rate = xs
+        value, gradient = jax.value_and_grad(partial(loss, config))(model, tokens)
+        updates, state = ADAM.update(gradient, state)
+        return (jax.tree.map(lambda leaf, update: leaf - rate * update, model, updates), state), value
+
+    (model, state), losses = jax.lax.scan(step, (model, state), (batches, rates))
+    return model, state, losses.mean()
+
+
+def learning_rates(steps: int, peak: float) -> np.ndarray:
+    """float32[steps]: a linear warm-up over a twentieth, then half a cosine down to nothing."""
+    warm = max(1, steps // 20)
+    at = np.arange(steps)
+    falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
+    return (peak * np.where(at < warm, (at + 1) / warm, falling)).astype(np.float32)
+
+
+def train(
+    config: DecoderConfig,
+    loss: Loss,
+    model: StackedWeights,
+    batch: Callable[[int], np.ndarray],
+    steps: int,
+    peak: float,
+    progress: Callable[[int, float], None] = lambda steps, loss: None,
+) -> StackedWeights:
+    """Train on `steps` batches (`batch(count)` gives `int32[count, …]`). `progress` is told steps and loss."""
+    state, rates = ADAM.init(model), learning_rates(steps, peak)
+    for start in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - start)
+        examples = batch(count * BATCH)
+        batches = examples.reshape(count, BATCH, *examples.shape[1:])
+        model, state, mean_loss = _train_chunk(config, loss, model, state, batches, rates[start : start + count])
+        progress(count, float(mean_loss))
+    return model
+
+
+def save_config(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    ends = {"bos_token_id": None, "eos_token_id": vocabulary.index(EOS), "pad_token_id": vocabulary.index(PAD)}
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(vocabulary),
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.mlp,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        num_key_value_heads=sizes.heads,
+        max_position_embeddings=sizes.context,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **ends,
+    )
+    config.save_pretrained(folder)
+    GenerationConfig(**ends).save_pretrained(folder)
+
+
+def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
+    """A token is what stands between spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False, model_max_length=sizes.context,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def save_weights(folder: Path, model: StackedWeights, config: DecoderConfig) -> None:
+    save_tensors(folder, dict(stored_tensors(model, config)))
+
+
+def save_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    specs = {name: TensorSpec(values.shape, values.dtype) for name, values in tensors.items()}
+    with ShardWriter(folder, specs) as writer:
+        for name in writer.order:
+            writer.write(name, tensors[name])
