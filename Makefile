@@ -63,7 +63,7 @@ bench:
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
 	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (15 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
-	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once: 3 minutes, then 10 more)"
+	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once; 11 minutes more)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"

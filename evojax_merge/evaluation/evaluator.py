@@ -132,7 +132,7 @@ def _step_tokens(batch: PromptBatch) -> int:
 class Population:
     """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
 
-    factory: Any
+    factory: WeightsFactory
     replicated: Any
     candidates: Any
 
@@ -156,7 +156,7 @@ class Population:
 
     def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
-        return self.factory, self.replicated, candidates
+        return SharedModel(), self.replicated, candidates
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,21 @@ class DifferentiablePopulation(Population):
         factory, replicated, own = self.lazy().materialise(mesh, candidates)
         # Once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
         return factory, replicated, passes.to_dtype(own, self.factory.compute_dtype)
+
+
+@dataclass(frozen=True)
+class ModelPopulation(Population):
+    """P models that are in memory, on the host."""
+
+    factory: PerCandidateModel
+
+    def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """A chunk goes to the device once, not with every batch."""
+        for rows, models in super().chunks(size):
+            yield rows, jax.device_put(models)
+
+    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+        return self.factory, self.replicated, candidates
 
 
 class _TooLarge(Exception):
@@ -264,7 +279,7 @@ class Evaluator:
 
     def models(self, models: StackedWeights, progress: Progress = lambda done: None) -> TaskScores:
         """Score P models that are in memory, on the host (leading axis P on every leaf)."""
-        return self._evaluate(Population(PerCandidateModel(), None, models), progress)
+        return self._evaluate(ModelPopulation(PerCandidateModel(), None, models), progress)
 
     def generate_stacked(
         self, model: StackedWeights, batched_task: BatchedTask, progress: Progress

@@ -72,14 +72,14 @@ class PoolBank:
         """The tensors of each of the members, in their order, one after the other.
 
         Whatever they descend from and is not there is bred first, in order of birth, and let go after its last child:
-        at any time no more is held than the pool had members.
+        besides those asked for no more is held at any time than the pool had members.
         """
-        missing: dict[Member, Weights | None] = {}
+        missing: set[Member] = set()
         waiting = [*members]
         while waiting:
             member = waiting.pop()
             if not (member.is_founder or member in self._kept or member in missing):
-                missing[member] = None
+                missing.add(member)
                 waiting += member.parents
         wanted = Counter(parent for member in missing for parent in member.parents) + Counter(members)
         held = {member: self._kept[member] for member in wanted if member in self._kept}
