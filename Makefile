@@ -61,7 +61,7 @@ bench:
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
-	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (15 minutes)"
+	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (5 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once; 11 minutes more)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"

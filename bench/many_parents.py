@@ -6,7 +6,7 @@ Both forms are of the same kernels (`merge_kernels.sums`): *written out*, the pr
 for few parents it always has; *loop* is what more than `UNROLLED` of them get. Seconds are medians, and what is
 compiled is compiled once, which is shown apart; memory is what the compiler reports beyond arguments and results.
 
-- A tensor: one merge of a matrix of 1024 x 1024 in float32, beside mergekit in process (the faster of all of torch's
+- A tensor: one merge of a matrix of 256 x 1024 in float32, beside mergekit in process (the faster of all of torch's
   threads and one).
 - A search: a Llama of four layers of width 256 scores 8 x 64 tokens, merged inside the pass (models.sources.LazyMerge),
   with a density and a weight for every parent and layer.
@@ -36,8 +36,8 @@ from evojax_merge.models.decoder import forward, target_logprobs
 from evojax_merge.models.layers import padded_layout
 from evojax_merge.models.sources import lazy_merge
 
-METHODS = ("linear", "ties", "dare_ties")
-SIZE = 2**20
+METHODS = ("linear", "ties")
+SIZE = 2**18
 ROWS, WIDTH, VOCAB = 8, 64, 2048
 
 
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--parents", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--written-out", type=int, default=64, metavar="K", help="up to so many parents (default: 64)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     rows = []
 

@@ -16,6 +16,7 @@ from merge_kernels import sums
 from test_spaces import make_space
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.config import SpaceConfig
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.parameter import SearchParameter
 
@@ -134,6 +135,13 @@ def test_a_search_over_groups_of_which_some_count(
     }  # fmt: skip
     assert {parent for members in groups_kept.values() for parent in members} <= set(kept["parents"])
     assert invoke("search", out / "config.yaml", "--out", out, "--resume") == 0
+
+
+def test_spaces_without_groups_are_kept_as_before_there_were_any() -> None:
+    """Runs of earlier versions can be resumed."""
+    assert not {"parent_groups", "active"} & set(SpaceConfig(method="ties").model_dump(mode="json"))
+    given = SpaceConfig(method="ties", parent_groups={"a": ["x"]}, active=2).model_dump(mode="json")
+    assert (given["parent_groups"], given["active"]) == ({"a": ["x"]}, 2)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

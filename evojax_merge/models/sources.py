@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from merge_kernels import combine, combine_differentiable, look_up, look_up_differentiable
+from merge_kernels import combine, combine_differentiable, is_looped, look_up, look_up_differentiable
 
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
@@ -112,8 +112,15 @@ class LazyMerge:
     @property
     def prefetch(self) -> bool:
         # An accelerator's compiler makes as fast code of a merge that picks its layer itself. Random numbers would take
-        # the memory of another layer.
-        return jax.default_backend() == "cpu" and not any(self.bank.stack_keep_keys.values())
+        # the memory of another layer. A loop over many parents is given the layer's slices as a copy anyway.
+        few = not is_looped(self.parents) and not any(self.bank.stack_keep_keys.values())
+        return jax.default_backend() == "cpu" and few
+
+    @property
+    def parents(self) -> int:
+        """K."""
+        sources = next(iter(self.bank.shared.values())).shape[0]
+        return sources - int(self.spec.options.has_base)
 
     def layer(self, slice_: Any) -> Weights:
         return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.merge_layer(slice_).items()}
