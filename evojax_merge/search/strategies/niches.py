@@ -16,7 +16,8 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.fronts import check_objectives, front_metrics, front_of, objectives_of, worst_of
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around, generator
+from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around
+from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings
 
 # Cells along one task's mean, and of a whole archive, at most.

@@ -18,6 +18,7 @@ from evojax_merge.search.fronts import (
     worst_of,
 )
 from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings
 
 # Candidates are compared in pairs: P x P numbers.
@@ -88,11 +89,6 @@ class NSGA2:
 
     def metrics(self, state: ParetoState) -> dict[str, float]:
         return front_metrics(state.objectives, state.reference)
-
-
-def generator(key: jax.Array) -> np.random.Generator:
-    """NumPy's random numbers, from a key of JAX."""
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def draw_around(rng: np.random.Generator, start: np.ndarray, count: int, settings: StrategySettings) -> np.ndarray:

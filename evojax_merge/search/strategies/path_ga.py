@@ -17,6 +17,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.cma_es import default_population
+from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings
 
 # How many of the children have two parents.
@@ -69,7 +70,7 @@ class PathGA:
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> PathGAState:
         """The first members are the start and mutants of the genomes that are known to be good."""
-        rng, start = _generator(key), np.asarray(genomes[0], np.float32)
+        rng, start = generator(key), np.asarray(genomes[0], np.float32)
         lists = [self._moves(genome, start) for genome in np.asarray(genomes, np.float32)]
 
         def mutant() -> np.ndarray:
@@ -81,7 +82,7 @@ class PathGA:
     def ask(self, key: jax.Array, state: PathGAState) -> tuple[jax.Array, PathGAState]:
         if int(state.told) == 0:
             return jnp.asarray(state.members), state
-        rng, members, start = _generator(key), np.asarray(state.members), np.asarray(state.start)
+        rng, members, start = generator(key), np.asarray(state.members), np.asarray(state.start)
         scored = max(1, int(np.isfinite(state.fitness).sum()))
 
         def picked() -> list[Move]:
@@ -201,10 +202,6 @@ class PathGA:
     @property
     def _continuous(self) -> list[int]:
         return [gene for gene, count in enumerate(self.settings.move_genes) if count == 0]
-
-
-def _generator(key: jax.Array) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
 def path_ga(settings: StrategySettings) -> PathGA:

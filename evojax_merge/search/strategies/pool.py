@@ -24,6 +24,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.pedigree import FIRST, GENES, MAX_MEMBERS, METHOD, NONE, NUMBER, SECOND
+from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
 
 POPULATION = 16
@@ -70,7 +71,7 @@ class Pool:
     def ask(self, key: jax.Array, state: PoolState) -> tuple[jax.Array, PoolState]:
         """The founders that were not scored yet, and children of the pool's members; of founders, as long as fewer than
         two members have finite scores."""
-        pedigree, rng = self.pool.pedigree, np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        pedigree, rng = self.pool.pedigree, generator(key)
         pedigree.births = np.asarray(state.births)
         founders, begun = pedigree.founders, int(state.generation) * self.population
         genomes = np.zeros((self.population, self.settings.dims), np.float32)
