@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-many-parents bench-paths bench-zoo bench-loops bench-strategies bench-pareto clean
+	bench-many-parents bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -64,6 +64,7 @@ bench:
 	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (5 minutes)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once; 11 minutes more)"
+	@echo "make bench-m2n2     M2N2's own experiment: the pool, M2N2 and CMA-ES on MNIST, five seeds (10 minutes)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
@@ -100,6 +101,9 @@ bench-zoo: .venv/installed-test
 
 bench-loops: .venv/installed-test
 	$(BIN)/python bench/loops.py
+
+bench-m2n2: .venv/installed-test
+	$(BIN)/python bench/m2n2.py
 
 bench-strategies: .venv/installed-test
 	mkdir -p runs

@@ -49,6 +49,8 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     # What a companion of the fitness scores is on another scale.
     history = [row for row in history if "companion" not in row]
     generations = [row["generation"] for row in history]
@@ -61,6 +63,7 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
         axis.plot([generation for generation, _ in checks], values, "o-", markersize=3, label="validation of best")
     label, baseline = result.baseline
     axis.axhline(baseline, color="grey", linewidth=0.8, label=label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")
     axis.legend(loc="lower right", fontsize="small")
 

@@ -64,7 +64,10 @@ class PoolReport:
 
     def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
         """Every member's fitness at the generation of its birth, coloured by it, with lines to its parents; those of
-        the members that the winner descends from stand out."""
+        the members that the winner descends from stand out. Children that are worse than any founder lie below the
+        picture."""
+        from matplotlib.ticker import MaxNLocator
+
         (axis,) = axes
         places: dict[int, tuple[int, float]] = {}
         births: dict[int, tuple[int, int]] = {}
@@ -84,6 +87,13 @@ class PoolReport:
                     }  # fmt: skip
                     axis.plot([x for x, _ in ends], [y for _, y in ends], **style)
         values = [fitness for _, fitness in places.values()]
-        points = axis.scatter([x for x, _ in places.values()], values, c=values, s=22, cmap="viridis", zorder=3)
+        low = min((fitness for number, (_, fitness) in places.items() if number not in births), default=min(values))
+        high = max(values)
+        points = axis.scatter(
+            [x for x, _ in places.values()], values, c=values, s=22, cmap="viridis", vmin=low, vmax=high, zorder=3
+        )
         figure.colorbar(points, ax=axis, shrink=0.8, label="fitness")
+        margin = 0.05 * (high - low) or 0.5
+        axis.set_ylim(low - margin, high + margin)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="generation of birth", ylabel="fitness (search split)", title="Family tree of the winner")
