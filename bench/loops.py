@@ -8,12 +8,10 @@ searches begin at the same parents and score as many candidates, `configs/loops.
 expert in every layer's attention, MLP and norms.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
-from machine import describe
-from zoo_table import SHOWN, evolve, problem_on, table
+from zoo_table import SHOWN, evolve, print_table, problem_on
 
 from evojax_merge.problem import SearchProblem
 
@@ -44,16 +42,5 @@ def run_seed(seed: int) -> dict[str, float]:
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Layer paths where they matter.")
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    results = {}
-    for seed in range(arguments.seeds):
-        results[seed] = run_seed(seed)
-        print(f"seed {seed}: {results[seed]}", flush=True)
-    print(f"\n{table('held-out sums of three to five numbers right', results)}\n\n{describe()}")
-
-
 if __name__ == "__main__":
-    main()
+    print_table("Layer paths where they matter.", "held-out sums of three to five numbers right", run_seed)

@@ -10,7 +10,7 @@ density 0.5, and the sum of both experts' task vectors; and the mean of 16 stack
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,16 +132,17 @@ def table(title: str, results: dict[int, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The quickstart over several seeds.")
+def print_table(description: str, title: str, run_seed: Callable[[int], dict[str, float]]) -> None:
+    """The program: run as many seeds as the command line says, and print their table."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     results = {}
     for seed in range(arguments.seeds):
         results[seed] = run_seed(seed)
         print(f"seed {seed}: {results[seed]}", flush=True)
-    print(f"\n{table('held-out sums right, in Japanese', results)}\n\n{describe()}")
+    print(f"\n{table(title, results)}\n\n{describe()}")
 
 
 if __name__ == "__main__":
-    main()
+    print_table("The quickstart over several seeds.", "held-out sums right, in Japanese", run_seed)

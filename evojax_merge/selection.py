@@ -19,7 +19,7 @@ from evojax_merge.evaluation.pool import PoolEvaluator
 from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem, failure_hint
-from evojax_merge.report.comparison import Member, Result, Row, model_name
+from evojax_merge.report.comparison import FrontMember, Result, Row, model_name
 from evojax_merge.report.intervals import leads_over
 from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -87,7 +87,7 @@ def select_best(
 
 def _front(
     heldout: CandidateEvaluator, finalists: Sequence[Finalist], progress: Callable[[int], None]
-) -> tuple[Member, ...]:
+) -> tuple[FrontMember, ...]:
     """The finalists that are the front on the examples that the winner is chosen on, from the best in the first task
     on; scored on the held-out split."""
     objectives = np.stack([one.task_means for one in finalists])
@@ -97,7 +97,7 @@ def _front(
     scores = heldout.score(np.stack([one.genome for one in chosen]), progress)
     rows = zip(chosen, fitness(heldout.tasks, scores), means(heldout.tasks, scores), strict=True)
     return tuple(
-        Member(
+        FrontMember(
             number=number,
             genome=one.genome,
             fitness=one.fitness,

@@ -26,7 +26,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Member:
+class FrontMember:
     """A member of the front, by its `number` from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` ->
     mean for the tasks that count: on the examples that the winner was chosen on; the others on the held-out ones."""
 
@@ -56,7 +56,7 @@ class Result:
     report: WinnerReport
     validation: tuple[float, float] | None = None
     stopped_by: str | None = None
-    members: tuple[Member, ...] = ()
+    members: tuple[FrontMember, ...] = ()
 
     @property
     def winner(self) -> Row:
@@ -87,7 +87,7 @@ class Result:
         """The members as rows of a table: each task on the examples that the winner was chosen on, and held out."""
         split = "search" if self.validation is None else "validation"
 
-        def row(member: Member) -> Row:
+        def row(member: FrontMember) -> Row:
             is_winner = np.array_equal(member.genome, self.genome)
             label = f"member {member.number}" + (" (the winner)" if is_winner else "")
             columns = {f"{_task_of(name)}, {split}": value for name, value in member.scores.items()}
@@ -152,7 +152,7 @@ def write_result(result: Result, generations: int, file: Path) -> None:
             "heldout_scores": row.scores,
         }
 
-    def of_front(member: Member) -> dict[str, Any]:
+    def of_front(member: FrontMember) -> dict[str, Any]:
         return {
             "member": member.number,
             "fitness": member.fitness,
