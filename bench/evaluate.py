@@ -37,7 +37,7 @@ from torch_peer import score_rows
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
-from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
+from evojax_merge.evaluation.batched_tasks import BatchedTask, shared_and_padding
 from evojax_merge.evaluation.evaluator import MergeEvaluator
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, read_config
@@ -257,10 +257,11 @@ def scores_part(folder: Path, sizes: Sizes) -> None:
         totals = score_rows(model, rows)
         theirs = time.perf_counter() - start
         agree(scorer, batched_task, genomes[:1], totals)
-        shares = describe_batches([batched_task]).split("shapes, ")[1]
+        shared, padding = shared_and_padding([batched_task])
         tokens = sum(len(row.tokens) for row in rows)
         print(
-            f"| {name} | {len(rows)} | {tokens:,} | {shares} | {ours:.3f} | {theirs:.3f} | {theirs / ours:.1f} |",
+            f"| {name} | {len(rows)} | {tokens:,} | {shared:.0%} shared, {padding:.0%} padding | {ours:.3f} "
+            f"| {theirs:.3f} | {theirs / ours:.1f} |",
             flush=True,
         )
 

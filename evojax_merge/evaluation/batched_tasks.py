@@ -145,19 +145,30 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
     return found
 
 
+def shared_and_padding(batched_tasks: Sequence[BatchedTask]) -> tuple[float, float]:
+    """The share of the tokens that are computed once for several rows, and of what is computed the share that is
+    padding."""
+    parts = _batches(batched_tasks)
+    computed, padding = sum(part.computed for part in parts), sum(part.padding for part in parts)
+    return 1 - (computed - padding) / sum(part.tokens for part in parts), padding / computed
+
+
 def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
     """One line: what is computed for each candidate."""
-    parts: list[Batches[Any]] = [p for r in batched_tasks for p in (r.scoring, r.prompts) if p is not None]
+    parts = _batches(batched_tasks)
     rows = sum(len(batched_task.requests.scored) + len(batched_task.requests.prompts) for batched_task in batched_tasks)
     shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in batch.compiled_shapes}
-    tokens, computed = sum(part.tokens for part in parts), sum(part.computed for part in parts)
-    shared = 1 - (computed - sum(part.padding for part in parts)) / tokens
-    batches, padding = sum(len(part.batches) for part in parts), sum(part.padding for part in parts)
+    shared, padding = shared_and_padding(batched_tasks)
+    batches = sum(len(part.batches) for part in parts)
     return (
-        f"per candidate: {tokens:,} tokens in {_counted(batches, 'batch', 'batches')} "
-        f"({_counted(rows, 'row', 'rows')}, {shared:.0%} of the tokens shared, {padding / computed:.0%} padding, "
+        f"per candidate: {sum(part.tokens for part in parts):,} tokens in {_counted(batches, 'batch', 'batches')} "
+        f"({_counted(rows, 'row', 'rows')}, {shared:.0%} of the tokens shared, {padding:.0%} padding, "
         f"{_counted(len(shapes), 'compiled shape', 'compiled shapes')})"
     )
+
+
+def _batches(batched_tasks: Sequence[BatchedTask]) -> list[Batches[Any]]:
+    return [part for one in batched_tasks for part in (one.scoring, one.prompts) if part is not None]
 
 
 def _counted(number: int, one: str, many: str) -> str:
