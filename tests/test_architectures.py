@@ -465,7 +465,7 @@ def test_real_configs_are_read_as_transformers_reads_them(case: str, tmp_path: P
     assert config.norm_eps == layer.input_layernorm.variance_epsilon
 
     rotary = type(model.model.rotary_emb)(theirs)
-    found = rope_frequencies(config, jnp.asarray([16], jnp.int32))[0]
+    found = rope_frequencies(config.rope, config.head_dim, jnp.asarray([16], jnp.int32))[0]
     np.testing.assert_allclose(np.asarray(found), rotary.inv_freq.numpy(), rtol=1e-5)
     assert config.rope.attention_factor == pytest.approx(rotary.attention_scaling)
 

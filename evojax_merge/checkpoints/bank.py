@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from merge_kernels import draw_uniform, tabulate
 
@@ -18,7 +19,6 @@ from evojax_merge.models.architecture import (
     COMPONENTS,
     LAYERS,
     Leaf,
-    architecture_of,
     depths,
     leaves_of,
     shared_leaves,
@@ -27,6 +27,7 @@ from evojax_merge.models.architecture import (
 )
 from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.layers import layer_kinds
 from evojax_merge.models.paths import PathBank, PathSpec
 from evojax_merge.models.sources import StackedWeights
 
@@ -46,8 +47,6 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def common_dtype(sources: Sources, tensor: str) -> np.dtype:
     """The narrowest dtype that holds every source's values."""
-    import jax.numpy as jnp
-
     dtypes = [sources.entry(s, tensor).dtype for s in range(len(sources.folders))]
     widest = dtypes[0]
     for dtype in dtypes[1:]:
@@ -142,9 +141,9 @@ def load_path_bank(
     for leaf in shared_leaves(config):
         shared[leaf.name] = tuple(jax.device_put(sources.read_finite(s, leaf.tensor)) for s in range(len(spec.configs)))
         progress(sum(values.nbytes for values in shared[leaf.name]))
-    windows = np.array([window for config in spec.configs for window in config.windows], np.int32)
-    outputs = frozenset(leaf.name for leaf in architecture_of(config).leaves if leaf.writes_residual)
-    return PathBank(layers, shared, jax.device_put(windows), origins, outputs, spec.export_dtype, compute_dtype)
+    kinds = jax.tree.map(lambda *each: jnp.concatenate(each), *map(layer_kinds, spec.configs))
+    outputs = tuple((leaf.name, leaf.gain_offset) for leaf in stack_leaves(config, LAYERS) if leaf.writes_residual)
+    return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype, compute_dtype)
 
 
 def _entries(sources: Sources, leaf: Leaf, layers: Mapping[str, int]) -> int:

@@ -14,16 +14,16 @@ from typing import Any
 
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
-from evojax_merge.models.architecture import Architecture, find_architecture
+from evojax_merge.models.architecture import Architecture, find_architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.config_keys import Expected
 
 # Attributes that classes declare, or that every trainer leaves, and that say nothing about the forward pass.
 IGNORED_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
+    "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -58,10 +58,26 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of a decoder's config that its architecture does not read, and that are not everybody's."""
     keys = find_architecture(config["model_type"]).keys
     unread = [key for key in config if key not in keys and key not in IGNORED_KEYS]
+    return sorted([*unread, *_unread_inside("", config, keys)])
+
+
+def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Expected]) -> list[str]:
+    """Those of the mappings among the values, with the path to each."""
+    unread = []
     for name, expected in keys.items():
-        if expected.keys:
-            unread += [f"{name}.{key}" for key in config.get(name) or {} if key not in expected.keys]
-    return sorted(unread)
+        inner = (values.get(name) or {}) if expected.keys else {}
+        unread += [f"{before}{name}.{key}" for key in inner if key not in expected.keys]
+        unread += _unread_inside(f"{before}{name}.", inner, expected.keys)
+    return unread
+
+
+def layer_types(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """The kind of each layer, in the words of transformers, of a known architecture that reads them; else none. Where
+    the config does not say them its class does. `path`: that of the config."""
+    architecture = known_architecture(config.get("model_type"))
+    if architecture is None or "layer_types" not in architecture.keys:
+        return []
+    return _class_values(path, config, architecture).get("layer_types") or []
 
 
 def check_unquantised(path: Path, config: Mapping[str, Any]) -> None:
@@ -87,14 +103,20 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
     for key, expected in read.items():
         _check_value(path, key, config[key], expected)
     for key, expected in read.items():
-        for inner, value in (config[key] or {}).items() if expected.keys else ():
-            if inner in expected.keys:
-                _check_value(path, f"{key}.{inner}", value, expected.keys[inner])
+        _check_inside(path, key, config[key], expected)
 
 
 def _check_value(path: Path, key: str, value: Any, expected: Expected) -> None:
     if not expected.accepts(value):
         raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
+
+
+def _check_inside(path: Path, key: str, value: Any, expected: Expected) -> None:
+    """The values of a mapping, and of mappings in it."""
+    for inner, own in (value or {}).items() if expected.keys else ():
+        if inner in expected.keys:
+            _check_value(path, f"{key}.{inner}", own, expected.keys[inner])
+            _check_inside(path, f"{key}.{inner}", own, expected.keys[inner])
 
 
 def decoder_config(path: Path) -> DecoderConfig:
@@ -107,7 +129,9 @@ def decoder_config(path: Path) -> DecoderConfig:
         raise InputError(path, str(error)) from None
     check_unquantised(path, raw)
     check_values(path, raw)
-    values = _declared_values(path, raw, architecture)
+    if architecture.config_class is not None:
+        _check_declared(path, raw, architecture)
+    values = _class_values(path, raw, architecture)
     try:
         config = architecture.read_config(values)
     except ValueError as error:
@@ -122,7 +146,7 @@ def decoder_config(path: Path) -> DecoderConfig:
     return config
 
 
-def _declared_values(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _class_values(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """What the keys that an architecture reads are worth, defaults filled in: by its class in transformers where there
     is one, which also spells RoPE's settings in one way."""
     keys = architecture.keys
@@ -135,7 +159,6 @@ def _declared_values(path: Path, raw: Mapping[str, Any], architecture: Architect
     import transformers
 
     config_class = getattr(transformers, architecture.config_class)
-    _check_declared(path, raw, architecture, config_class)
     try:
         # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
         read = keys.keys() | {field.name for field in dataclasses.fields(config_class)}
@@ -149,9 +172,12 @@ def _declared_values(path: Path, raw: Mapping[str, Any], architecture: Architect
     return {key: getattr(hf, key) for key in keys if hasattr(hf, key)}
 
 
-def _check_declared(path: Path, raw: Mapping[str, Any], architecture: Architecture, config_class: Any) -> None:
+def _check_declared(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> None:
     """Raises InputError for what the class declares, or reads, and we know nothing of, unless it is at its default."""
-    declared = {field.name: field.default for field in dataclasses.fields(config_class)}
+    import transformers
+
+    fields = dataclasses.fields(getattr(transformers, architecture.config_class or ""))
+    declared = {field.name: field.default for field in fields}
     for key, value in raw.items():
         known = key in architecture.keys or key in IGNORED_KEYS
         # transformers reads per_layer_config whatever the family, and declares it nowhere.

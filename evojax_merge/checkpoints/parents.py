@@ -173,7 +173,7 @@ def check_alike(folders: Sequence[Folder]) -> None:
 def _check_layers_alike(folder: Folder, config: DecoderConfig, first: DecoderConfig) -> None:
     sizes = {name: getattr(first, name) for name in ("layers", "vocab", "head_is_embedding")}
     if config.layers != first.layers:
-        sizes["windows"] = first.windows
+        sizes |= {"windows": first.windows, "position_kinds": first.position_kinds}
     _check_config(folder.path / "config.json", replace(config, **sizes), first)
 
 

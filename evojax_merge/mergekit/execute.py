@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -22,7 +22,7 @@ import numpy as np
 from merge_kernels import draw_uniform
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
-from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable
+from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable, layer_types
 from evojax_merge.checkpoints.folder import (
     FLOAT_DTYPES,
     Folder,
@@ -46,6 +46,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.mergekit.plan import Layout, TensorPlan, layout, output_layers, plan
 from evojax_merge.mergekit.schema import RecipeFile, TokenizerSetting
 from evojax_merge.models.architecture import LAYERS, Architecture, known_architecture
+from evojax_merge.models.paths import scale_gain
 
 Progress = Callable[[int], None]
 
@@ -151,16 +152,22 @@ def _merged_config(
             leader.path / "config.json",
             f"does not say that there are {layers} layers (by {', '.join(DEPTHS)}); slices: cannot change their number",
         )
+    configs = [folder.config for folder in sources.folders]
+    kinds = [layer_types(folder.path / "config.json", folder.config) for folder in sources.folders]
+    if any(len(set(own)) > 1 for own in kinds):
+        # Configs may leave a layer's kind to its number, which changes here.
+        configs = [own | {"layer_types": types} for own, types in zip(configs, kinds, strict=True)]
+        config["layer_types"] = configs[0]["layer_types"]
     config[depth] = len(origins)
     for key, value in config.items():
         # What is said once per layer, such as layer_types.
         if "layer" in key and isinstance(value, list) and len(value) == layers:
-            config[key] = [_of_layer(sources.folders[model], key, i) for model, i in origins]
+            config[key] = [_of_layer(sources.folders[model], configs[model], key, i) for model, i in origins]
     return config
 
 
-def _of_layer(folder: Folder, key: str, layer: int) -> Any:
-    values = folder.config.get(key)
+def _of_layer(folder: Folder, config: Mapping[str, Any], key: str, layer: int) -> Any:
+    values = config.get(key)
     if not isinstance(values, list) or layer >= len(values):
         raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
     return values[layer]
@@ -339,7 +346,11 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             source, name = row.inputs[first + k]
             return draw_uniform(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
-        merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, uniform_noise, dtype)
+        if row.gain_offset:
+            scale = np.float32(row.parameters["scale"][0])
+            merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(dtype))
+        else:
+            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, uniform_noise, dtype)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,

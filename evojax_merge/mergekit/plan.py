@@ -22,12 +22,14 @@ BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one."""
+    """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one;
+    gain_offset: what is added to a tensor before a passthrough merge scales it, and taken off again."""
 
     name: str
     inputs: tuple[tuple[int, str], ...]
     options: Options
     parameters: dict[str, np.ndarray]
+    gain_offset: float = 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,7 +183,9 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorPlan]:
         ordered = sorted(inputs, key=lambda pair: pair[0].model != part.base) if first else inputs
         has_base = method.uses_base(part.base is not None)
         options, parameters = _resolve(recipe, part, ordered[int(has_base) :], name, t)
-        rows.append(TensorPlan(name, tuple((index[source.model], own) for source, own in ordered), options, parameters))
+        offset = next((offset for text, offset in recipe.gain_offsets.items() if text in ordered[0][1]), 0.0)
+        inputs_by_index = tuple((index[source.model], own) for source, own in ordered)
+        rows.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
 
     if recipe.slices[0].count is None:
         part = recipe.slices[0]

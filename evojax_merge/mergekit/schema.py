@@ -1,13 +1,14 @@
 """Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
-Three settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
-`rescale: density` (the DARE paper's 1/density), which it refuses; and `ends`, the model whose embedding and head a
-passthrough merge of slices has.
+Four settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+`rescale: density` (the DARE paper's 1/density), which it refuses; and two of a passthrough merge of slices: `ends`, the
+model whose embedding and head it has, and `gain_offsets`, what is added to tensors before `scale` multiplies them, and
+then taken off again.
 """
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from evojax_merge.yaml_reader import load_yaml
 
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "random_seed", "ends",
+    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets",
 }  # fmt: skip
 REFUSED_KEYS = {"modules"}
 # Methods that mergekit has and that are not described well enough to be implemented from their papers.
@@ -79,7 +80,7 @@ class TokenizerSetting:
 @dataclass(frozen=True)
 class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
-    of `path`; `where` is what messages call the recipe."""
+    of `path`; `where` is what messages call the recipe; gain_offsets: a filter -> what is added to its tensors."""
 
     path: Path
     where: str
@@ -93,6 +94,7 @@ class RecipeFile:
     chat_template: str | None
     seed: int
     ends: str | None = None
+    gain_offsets: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -158,6 +160,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     recipe = RecipeFile(
         path, where, method, base, tuple(slices), _settings(f"{where}: parameters", top.get("parameters"), method),
         top.get("dtype"), top.get("out_dtype"), _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
+        _gain_offsets(where, top, method),
     )  # fmt: skip
     for part in recipe.slices:
         _check_models(where, method, part)
@@ -171,6 +174,21 @@ def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
     if method.name != "passthrough" or "slices" not in top:
         raise InputError(where, "ends: only a passthrough merge of slices takes them from one model")
     return _reference(f"{where}: ends", top["ends"])
+
+
+def _gain_offsets(where: str, top: dict[str, Any], method: Method) -> dict[str, float]:
+    """Filters of tensors that hold a gain less the number given."""
+    offsets = top.get("gain_offsets") or {}
+    if offsets and (method.name != "passthrough" or "slices" not in top):
+        raise InputError(where, "gain_offsets: only a passthrough merge of slices has them")
+    if not isinstance(offsets, dict):
+        raise InputError(where, f"gain_offsets: {offsets!r}; expected a mapping of filters and numbers")
+    for text, offset in offsets.items():
+        # A comparison that NaN and infinity fail.
+        number = isinstance(offset, int | float) and not isinstance(offset, bool) and abs(offset) <= MAX_NUMBER
+        if not isinstance(text, str) or not text or not number:
+            raise InputError(where, f"gain_offsets: {text!r}: {offset!r}; expected a filter and a finite number")
+    return {text: float(offset) for text, offset in offsets.items()}
 
 
 def _check_models(where: str, method: Method, part: Slice) -> None:

@@ -23,18 +23,18 @@ from evojax_merge.pedigree import Member, member_name
 class Filters:
     """mergekit's filters are substrings of a tensor's name; the first that matches counts. components: filters, and
     which component each takes; shared: the filter of each leaf outside of the layers; residual: those of what a layer
-    writes to the residual stream."""
+    writes to the residual stream, each with its `gain_offset`."""
 
     components: tuple[tuple[str, int], ...]
     shared: Mapping[str, str]
-    residual: tuple[str, ...]
+    residual: Mapping[str, float]
 
 
 def filters_of(architecture: Architecture) -> Filters:
     """The filters that an architecture declares, else the names of its tensors."""
     layer = [leaf for leaf in architecture.leaves if leaf.stack == LAYERS]
     tails = {leaf.name: leaf.tensor.partition("{layer}")[2] for leaf in layer}
-    writers = [leaf.name for leaf in layer if leaf.writes_residual]
+    writers = {leaf.name: leaf.gain_offset for leaf in layer if leaf.writes_residual}
 
     def residual(name: str) -> str:
         """The module's name, or all of it where that is in other tensors' names too."""
@@ -50,7 +50,7 @@ def filters_of(architecture: Architecture) -> Filters:
     return Filters(
         tuple(components),
         {leaf.name: declared.get(leaf.name, leaf.tensor) for leaf in architecture.shared},
-        tuple(dict.fromkeys(map(residual, writers))),
+        {residual(name): offset for name, offset in writers.items()},
     )
 
 
@@ -99,8 +99,8 @@ def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> di
     """A layer path as a passthrough merge: a slice per run of consecutive layers of one parent that add equally much.
 
     Where a scale is not 1, `scale` multiplies what the layers write (a Llama's `o_proj` and `down_proj`); all of it is
-    mergekit's own. Only where the embedding and head are not those of the first and last slice does it take a key of
-    ours, `ends`.
+    mergekit's own. It takes a key of ours only where the embedding and head are not those of the first and last slice,
+    `ends`, and where what is scaled is not what is stored, as in norms that store their gains less one, `gain_offsets`.
     """
     steps = [(*spec.origins[m], shortest_decimal(f)) for m, f in zip(path.layers, path.residual_scales(), strict=True)]
     slices: list[dict[str, Any]] = []
@@ -123,6 +123,9 @@ def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> di
     }
     if {steps[0][0], steps[-1][0]} != {path.embedding_parent}:
         document["ends"] = parents[path.embedding_parent]
+    offsets = {name: offset for name, offset in residual.items() if offset}
+    if offsets and any(fold != 1 for *_, fold in steps):
+        document["gain_offsets"] = offsets
     return document | {"dtype": "float32", "out_dtype": spec.export_dtype}
 
 

@@ -37,7 +37,9 @@ class Leaf:
     devices share a model (what a layer reads from the hidden state by its outputs, what it writes back by its inputs,
     the vocabulary by its rows; None: each device has all of it). writes_residual: whether what a layer adds to the
     residual stream is proportional to it (together with the others of whom that is said), so that a layer path's
-    scale can be folded into it. present_if: whether a model of a config has it.
+    scale can be folded into it: to an output projection, or to the gain of the norm behind it. gain_offset: what is
+    added to it before it multiplies; 1 for a norm that stores its gain less one, and it is that gain which is scaled.
+    present_if: whether a model of a config has it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Leaf:
     stack: str | None = None
     sharded_axis: int | None = None
     writes_residual: bool = False
+    gain_offset: float = 0.0
     present_if: Callable[[Any], bool] = lambda config: True
 
     def tensor_of(self, layer: int) -> str:
@@ -83,13 +86,16 @@ class Architecture:
     dimensions: the sizes that the leaves' shapes are written in. depths: how many layers each stack has.
 
     embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. position_tables:
-    (config, layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`).
-    block: (config, a layer's weights, hidden states, position tables, attend) -> the hidden states after it, and what
-    `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm: (config,
-    weights, hidden states) -> what the head's rows are multiplied with.
+    (config, layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`); a
+    tuple of such, of one structure, where layers differ in it: `config.position_kinds` says which layer takes which.
+    block: (config, a layer's weights, hidden states, its position tables, attend) -> the hidden states after it, and
+    what `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm:
+    (config, weights, hidden states) -> what the head's rows are multiplied with. map_logits: (config, those products,
+    float32) -> logits: an increasing function of each, such as a soft cap.
 
     filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
-    the layers; by default their whole names.
+    the layers; by default their whole names. The first of `COMPONENTS` whose filter is in the name of a layer's tensor
+    has to be the tensor's own.
     """
 
     model_type: str
@@ -101,6 +107,7 @@ class Architecture:
     position_tables: Callable[[Any, SequenceLayout], Any]
     block: Callable[[Any, Weights, jax.Array, Any, Attend], tuple[jax.Array, KeyValue]]
     final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
+    map_logits: Callable[[Any, jax.Array], jax.Array] = lambda config, products: products
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
@@ -140,10 +147,21 @@ def _complaint(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | No
             )
     if not any(leaf.writes_residual for leaf in leaves):
         return "no leaf has writes_residual, into which a layer path's scale is folded"
-    named = {*COMPONENTS, *(leaf.name for leaf in leaves if leaf.stack is None)}
-    return (
-        f"filters: expected one for each of {', '.join(sorted(named))}" if filters and filters.keys() != named else None
-    )
+    return _complaint_of_filters(leaves, filters) if filters else None
+
+
+def _complaint_of_filters(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | None:
+    """What is wrong with the filters that an architecture declares, if anything."""
+    shared = [leaf.name for leaf in leaves if leaf.stack is None]
+    if filters.keys() != {*COMPONENTS, *shared}:
+        return f"filters: expected one for each of {', '.join(sorted({*COMPONENTS, *shared}))}"
+    for leaf in leaves:
+        # A recipe lists the filters of leaves outside of the layers first.
+        order, own = ([*shared, *COMPONENTS], leaf.component) if leaf.stack is not None else (shared, leaf.name)
+        found = next((name for name in order if filters[name] in leaf.tensor), None)
+        if found != own:
+            return f"filters: that of {found or 'nothing'} takes {leaf.tensor}, which is of {own}"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------

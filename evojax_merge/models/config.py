@@ -38,7 +38,8 @@ class DecoderConfig:
 
     `architecture` is its model_type, by which it is looked up (models.architecture). `windows[i]` is how many positions
     layer i looks back on, itself included (`NO_WINDOW`: all). `head_is_embedding` says that the output head is the
-    transposed input embedding.
+    transposed input embedding. `position_kinds[i]` is the number of the position tables that layer i takes; empty where
+    there are only one.
     """
 
     architecture: str
@@ -50,6 +51,7 @@ class DecoderConfig:
     vocab: int
     windows: tuple[int, ...]
     head_is_embedding: bool = False
+    position_kinds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,8 @@ class LlamaLikeConfig(DecoderConfig):
     qk_norm: bool = False
 
 
-def _default_frequencies(theta: float, head_dim: int) -> np.ndarray:
-    return 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def _default_frequencies(theta: float, dim: int) -> np.ndarray:
+    return 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
 
 
 def _yarn_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -99,12 +101,12 @@ def _llama3_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return np.where(wavelength > low, keep / rope.factor, np.where(wavelength < high, keep, blended))
 
 
-def rope_frequencies(config: LlamaLikeConfig, lengths: jax.Array) -> jax.Array:
-    """Inverse frequencies `float32[B, head_dim/2]` for sequences of `lengths: int32[B]`.
+def rope_frequencies(rope: RopeConfig, dim: int, lengths: jax.Array) -> jax.Array:
+    """Inverse frequencies `float32[B, dim/2]` of the `dim` entries of a head that are rotated, for sequences of
+    `lengths: int32[B]`.
 
     Only dynamic NTK scaling depends on the length; the others give the same row for every sequence.
     """
-    rope, dim = config.rope, config.head_dim
     if rope.kind == "dynamic":
         grown = jnp.maximum(lengths, rope.max_position).astype(jnp.float32)
         stretch = rope.factor * grown / rope.max_position - (rope.factor - 1)

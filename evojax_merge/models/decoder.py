@@ -24,12 +24,15 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import (
     Attend,
     KeyValue,
+    LayerKind,
     SequenceLayout,
     Weights,
+    layer_kinds,
     matmul,
     matmul_transposed,
     padded_layout,
     prefix_layout,
+    tables_of,
 )
 
 # Rows of the LM head that are in memory at once while scoring.
@@ -97,15 +100,20 @@ def attention_mask(window: jax.Array, queries: SequenceLayout, keys: SequenceLay
     return (distance >= 0) & (distance < window) & allowed
 
 
-def gqa_attention(query: jax.Array, segments: Sequence[KVSegment]) -> jax.Array:
-    """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all segments."""
+def gqa_attention(
+    query: jax.Array, segments: Sequence[KVSegment], scale: float | None = None, softcap: float | None = None
+) -> jax.Array:
+    """Grouped-query attention `[B, T, H * d]` of queries `[B, T, H, d]` over all columns of all segments; scale and
+    softcap as in `Attend`."""
     batch, steps, heads, dim = query.shape
-    groups = segments[0].key.shape[0]
+    groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
     # Key-value heads first, as keys and values have them.
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     logits = []
     for segment in segments:
-        raw = _grouped_matmul(query, segment.key, "nd,ds->ns").astype(jnp.float32) * dim**-0.5
+        raw = _grouped_matmul(query, segment.key, "nd,ds->ns").astype(jnp.float32) * scale
+        if softcap is not None:
+            raw = softcap * jnp.tanh(raw / softcap)
         # Finite, so that a padding row in which everything is masked stays finite as well.
         logits.append(jnp.where(segment.mask[None, :, None], raw, jnp.finfo(jnp.float32).min))
     probs = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1).astype(segments[0].value.dtype)
@@ -127,7 +135,13 @@ def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str) -> jax.A
     return out.reshape(groups, batch, repeats, steps, -1)
 
 
-def causal_attention(query: jax.Array, own: KVSegment, prefix: Sequence[KVSegment]) -> jax.Array:
+def causal_attention(
+    query: jax.Array,
+    own: KVSegment,
+    prefix: Sequence[KVSegment],
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix. No query attends to a later column, so that a block
     of queries need only be multiplied with the columns up to its own."""
     steps = query.shape[1]
@@ -137,7 +151,7 @@ def causal_attention(query: jax.Array, own: KVSegment, prefix: Sequence[KVSegmen
     def block(begin: int, end: int) -> jax.Array:
         upto = KVSegment(own.key[..., :end], own.value[:, :, :end], own.mask[:, begin:end, :end])
         earlier = [KVSegment(segment.key, segment.value, segment.mask[:, begin:end]) for segment in prefix]
-        return gqa_attention(query[:, begin:end], [*earlier, upto])
+        return gqa_attention(query[:, begin:end], [*earlier, upto], scale, softcap)
 
     return jnp.concatenate([block(begin, end) for begin, end in pairwise(edges)], axis=1)
 
@@ -158,9 +172,16 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
     if prefix is not None:
         before = [KVSegment(*prefix, attention_mask(window, layout, prefix_layout(prefix[1].shape[1])))]
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def attend(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
-        return causal_attention(query, KVSegment(key, value, mask), before), (key, value)
+        return causal_attention(query, KVSegment(key, value, mask), before, scale, softcap), (key, value)
 
     return attend
 
@@ -198,18 +219,18 @@ def forward(
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
     tables = architecture.position_tables(config, layout)
 
-    def layer(x: jax.Array, slice_: Any, rest: tuple[jax.Array, KVCache | None]) -> tuple[jax.Array, Any]:
-        window, before = rest
+    def layer(x: jax.Array, slice_: Any, rest: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:
+        kind, before = rest
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
-        attend = prefill_attention(window, layout, shared)
-        x, kv = architecture.block(config, source.layer(slice_), x, tables, attend)
+        attend = prefill_attention(kind.window, layout, shared)
+        x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
         return x, kv if return_kv else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), slices)
 
     x = architecture.embed(config, source, tokens, layout)
-    rest = (jnp.asarray(config.windows, jnp.int32), prefix)
+    rest = (layer_kinds(config), prefix)
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, rest)
     else:
@@ -249,17 +270,20 @@ def decode_step(
     x, caches = architecture.embed(config, source, tokens, query_layout), []
     # Not a scan: to pick a layer of a stack, be it weights or cache, a CPU copies it, which takes as long as to use it.
     for index, (weights, layer_cache) in enumerate(zip(source.each_layer(LAYERS), cache, strict=True)):
-        window = jnp.int32(config.windows[index])
-        mask = attention_mask(window, query_layout, cached)
+        kind = layer_kinds(config, index)
+        mask = attention_mask(kind.window, query_layout, cached)
         behind = []
         if prefix is not None:
-            prefix_mask = attention_mask(window, query_layout, prefix_layout(before))
+            prefix_mask = attention_mask(kind.window, query_layout, prefix_layout(before))
             behind = [KVSegment(prefix.keys[index, :, 0], prefix.values[index, :, 0], prefix_mask)]
 
         def attend(
             query: jax.Array,
             key: jax.Array,
             value: jax.Array,
+            *,
+            scale: float | None = None,
+            softcap: float | None = None,
             old: KVCache = layer_cache,
             mask: jax.Array = mask,
             behind: Sequence[KVSegment] = tuple(behind),
@@ -267,9 +291,10 @@ def decode_step(
             key, value = by_head(key, value)
             keys = update_kv_cache(old.keys, key, column, 3)
             values = update_kv_cache(old.values, value, column, 2)
-            return gqa_attention(query, [*behind, KVSegment(keys, values, mask)]), (keys, values)
+            attn_out = gqa_attention(query, [*behind, KVSegment(keys, values, mask)], scale, softcap)
+            return attn_out, (keys, values)
 
-        x, kv = architecture.block(config, weights, x, tables, attend)
+        x, kv = architecture.block(config, weights, x, tables_of(kind, tables), attend)
         caches.append(KVCache(*kv))
     return architecture.final_norm(config, source, x), tuple(caches)
 
@@ -294,7 +319,8 @@ def update_kv_cache(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis:
 
 def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
-    return matmul(hidden, source.head(source.lm_head_rows(0, config.vocab)), jnp.float32)
+    products = matmul(hidden, source.head(source.lm_head_rows(0, config.vocab)), jnp.float32)
+    return architecture_of(config).map_logits(config, products)
 
 
 def greedy_token(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -302,6 +328,7 @@ def greedy_token(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -
     logits, NaN where any token's logit is."""
     # Transposed, a CPU compares the logits of many rows at a time.
     columns = matmul_transposed(hidden, source.head(source.lm_head_rows(0, config.vocab)), jnp.float32)
+    columns = architecture_of(config).map_logits(config, columns)
     # To argmax NaN is the largest; a maximum need not keep it.
     best = jnp.argmax(columns, axis=0).astype(jnp.int32)
     max_logit = jnp.take_along_axis(columns, best[None], axis=0)[0]
@@ -317,7 +344,7 @@ def target_logprobs(
     Walks over the vocabulary in tiles of `VOCAB_TILE` rows and keeps a running log-sum-exp and maximum, so that
     neither the whole head of a merged candidate nor the full logits ever exist.
     """
-    rows = min(VOCAB_TILE, config.vocab)
+    architecture, rows = architecture_of(config), min(VOCAB_TILE, config.vocab)
     tiles = -(-config.vocab // rows)
     Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -329,7 +356,7 @@ def target_logprobs(
     def score_tile(carry: Carry, slices: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Carry, None]:
         log_sum, picked, max_logit = carry
         index, start = at
-        tile = matmul(hidden, source.head(slices), jnp.float32)
+        tile = architecture.map_logits(config, matmul(hidden, source.head(slices), jnp.float32))
         ids = start + jnp.arange(rows)
         fresh = jnp.where(ids >= index * rows, tile, -jnp.inf)
         peak = fresh.max(axis=-1)

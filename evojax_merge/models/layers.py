@@ -3,22 +3,18 @@
 Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`. Weights keep Hugging Face's orientation `[out, in]`.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from evojax_merge.models.config import LlamaLikeConfig, rope_frequencies
+from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequencies
 
 Weights = dict[str, jax.Array]
 # Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer, as a KV cache keeps them.
 KeyValue = tuple[jax.Array, jax.Array]
 CosSin = tuple[jax.Array, jax.Array]
-# (queries `[B, T, H, d]`, keys `[B, T, G, d]`, values `[B, T, G, d]`) -> attention output `[B, T, H * d]`, and the
-# layer's keys and values to keep. A block is given one: that of prefill, or that of decoding with a cache.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, KeyValue]]
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -31,6 +27,24 @@ ACTIVATIONS = {
 GEMV_MAX_ROWS = 128
 
 
+class Attend(Protocol):
+    """Attention, as a block is given it: that of prefill, or that of decoding with a cache."""
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> tuple[jax.Array, KeyValue]:
+        """(queries `[B, T, H, d]`, keys `[B, T, G, d]`, values `[B, T, G, d]`) -> attention output `[B, T, H * d]`, and
+        the layer's keys and values to keep. scale: what the products of queries and keys are multiplied by, by default
+        `d^-1/2`; softcap: they are then kept between it and its negative, as `softcap * tanh(x / softcap)`."""
+        ...
+
+
 @struct.dataclass
 class SequenceLayout:
     """positions: int32[B, T], each token's position in its sequence; segment_ids: int32[B, T], 0 for tokens that all
@@ -38,6 +52,29 @@ class SequenceLayout:
 
     positions: jax.Array
     segment_ids: jax.Array
+
+
+@struct.dataclass
+class LayerKind:
+    """What layers of a stack differ in, beside their weights. window: int32[], how many positions the layer looks back
+    on, itself included; positions: int32[], the number of its position tables, or None where there are only one. Of
+    several layers both have a leading axis."""
+
+    window: jax.Array
+    positions: jax.Array | None
+
+
+def layer_kinds(config: DecoderConfig, layers: int | slice = slice(None)) -> LayerKind:
+    """The kind of one layer, or of several."""
+    positions = jnp.asarray(config.position_kinds[layers], jnp.int32) if config.position_kinds else None
+    return LayerKind(jnp.asarray(config.windows[layers], jnp.int32), positions)
+
+
+def tables_of(kind: LayerKind, tables: Any) -> Any:
+    """The position tables of a layer: of the tuple of them that there are, or the only ones."""
+    if kind.positions is None:
+        return tables
+    return jax.tree.map(lambda *each: jax.lax.select_n(kind.positions, *each), *tables)
 
 
 def padded_layout(width: int, left_pad: jax.Array, length: jax.Array) -> SequenceLayout:
@@ -51,11 +88,31 @@ def prefix_layout(length: int) -> SequenceLayout:
     return SequenceLayout(jnp.arange(length)[None], jnp.zeros((1, length), jnp.int32))
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis, in float32."""
+def _normalised(x: jax.Array, eps: float) -> jax.Array:
+    """Divided by its root mean square over the last axis: float32."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight * (wide * scale).astype(x.dtype)
+    return wide * scale
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm over the last axis (arXiv 1910.07467), in float32 but for the gain."""
+    return weight * _normalised(x, eps).astype(x.dtype)
+
+
+def rms_norm_float32(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
+    """RMSNorm over the last axis, all of it in float32, with the gain `offset + weight`."""
+    gain = weight.astype(jnp.float32)
+    return (_normalised(x, eps) * (gain + offset if offset else gain)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: float) -> jax.Array:
+    """LayerNorm over the last axis (arXiv 1607.06450), in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    scaled = normed * weight.astype(jnp.float32)
+    return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
@@ -84,21 +141,28 @@ def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax
     return dense(x, weights, name).reshape(*x.shape[:2], -1, head_dim)
 
 
-def rope_cos_sin(config: LlamaLikeConfig, positions: jax.Array, lengths: jax.Array) -> CosSin:
-    """cos and sin `[B, T, head_dim/2]` at `positions: [B, T]` of sequences of `lengths: [B]`."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config, lengths)[:, None, :]
-    factor = config.rope.attention_factor
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rope_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> CosSin:
-    """cos and sin `[B, T, head_dim/2]` for a batch's layout."""
+def rope_tables(rope: RopeConfig, dim: int, layout: SequenceLayout) -> CosSin:
+    """cos and sin `[B, T, dim/2]` for a batch's layout, of the `dim` entries of a head that are rotated."""
     lengths = jnp.max(jnp.where(layout.segment_ids >= 0, layout.positions, 0), axis=1) + 1
-    return rope_cos_sin(config, layout.positions, lengths)
+    angles = layout.positions[..., None].astype(jnp.float32) * rope_frequencies(rope, dim, lengths)[:, None, :]
+    return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding of `x: [B, T, heads, head_dim]`, halves paired as Hugging Face pairs them."""
+    """Rotary position embedding (arXiv 2104.09864) of `x: [B, T, heads, head_dim]`, halves paired as Hugging Face pairs
+    them. Entries of a head beyond those that cos and sin `[B, T, dim/2]` are of keep what they are."""
+    rotated = 2 * cos.shape[-1]
+    if rotated < x.shape[-1]:
+        return jnp.concatenate([apply_rope(x[..., :rotated], cos, sin), x[..., rotated:]], axis=-1)
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def apply_rope_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """As `apply_rope`, neighbours paired: entries 0 and 1, 2 and 3, …"""
+    rotated = 2 * cos.shape[-1]
+    first, second = x[..., 0:rotated:2], x[..., 1:rotated:2]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    pairs = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([pairs.reshape(*x.shape[:-1], rotated), x[..., rotated:]], axis=-1)

@@ -3,8 +3,9 @@
 Letters: M layers of all parents in series, T steps of a path, K parents. A path visits layers in any order, any number
 of times, and scales the hidden state by a positive number before each. Behind an RMSNorm a scale only shows in how much
 a layer adds to the residual stream, so the scales are folded into the weights: each layer's leaves that write to it (a
-Llama's `o` and `down`) are multiplied by one over the product of the scales up to it. That is the same model (up to the
-norms' epsilon), and an ordinary one.
+Llama's `o` and `down`, or the gains of the norms behind them) are multiplied by one over the product of the scales up
+to it. That is the same model (up to the norms' epsilon), and an ordinary one. Where a layer has no norm before its
+projections (OLMo 2), what it adds is multiplied all the same: that is then what a scale means.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from flax import struct
 from evojax_merge.models.architecture import LAYERS, architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import prefill_attention
-from evojax_merge.models.layers import SequenceLayout, Weights, prefix_layout
+from evojax_merge.models.layers import LayerKind, SequenceLayout, Weights, prefix_layout, tables_of
 from evojax_merge.models.sources import StackedWeights
 
 
@@ -59,14 +60,14 @@ class PathSpec:
 @struct.dataclass
 class PathBank:
     """All layers of all parents in one series: layers: leaf -> `[M, …]`, of the stack that a path walks through;
-    shared: leaf -> K arrays `[…]`; windows: int32[M]. `origins[m]`: which parent's which layer m is.
-    `residual_outputs`: the leaves that a layer's scale is folded into."""
+    shared: leaf -> K arrays `[…]`; kinds: those of the M layers. `origins[m]`: which parent's which layer m is.
+    `residual_outputs`: the leaves that a layer's scale is folded into, each with its `gain_offset`."""
 
     layers: Weights
     shared: dict[str, tuple[jax.Array, ...]]
-    windows: jax.Array
+    kinds: LayerKind
     origins: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
-    residual_outputs: frozenset[str] = struct.field(pytree_node=False)
+    residual_outputs: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
     export_dtype: str = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
@@ -84,7 +85,16 @@ class PathBank:
         return {name: self._scaled(name, leaf[index], scale).astype(dtype) for name, leaf in self.layers.items()}
 
     def _scaled(self, name: str, leaf: jax.Array, scale: jax.Array) -> jax.Array:
-        return scale * leaf.astype(jnp.float32) if name in self.residual_outputs else leaf
+        offset = dict(self.residual_outputs).get(name)
+        return leaf if offset is None else scale_gain(leaf, scale, offset)
+
+
+# Compiled, even alone: then a path that is scored and one that is written have the same bits.
+@partial(jax.jit, static_argnames="offset", inline=True)
+def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
+    """What is stored once the gain `offset + stored` is multiplied by `scale: float32[]`: float32."""
+    wide = stored.astype(jnp.float32)
+    return scale * (wide + offset) - offset if offset else scale * wide
 
 
 def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
@@ -139,15 +149,17 @@ def run_layers(
     tables = architecture.position_tables(config, layout)
 
     def step(i: jax.Array, state: Activations) -> Activations:
-        weights, window = bank.scaled_layer(layers[i], residual_scales[i]), bank.windows[layers[i]]
+        weights = bank.scaled_layer(layers[i], residual_scales[i])
+        kind = jax.tree.map(lambda each: each[layers[i]], bank.kinds)
         shared_prefix, prefix = state.shared_prefix, None
         if shared_prefix is not None:
             before = prefix_layout(shared_prefix.shape[1])
-            attend = prefill_attention(window, before)
-            prefix_tables = architecture.position_tables(config, before)
+            attend = prefill_attention(kind.window, before)
+            prefix_tables = tables_of(kind, architecture.position_tables(config, before))
             shared_prefix, kv = architecture.block(config, weights, shared_prefix, prefix_tables, attend)
             prefix = (kv[0][:, 0], kv[1][:, 0])
-        rows, _ = architecture.block(config, weights, state.rows, tables, prefill_attention(window, layout, prefix))
+        attend = prefill_attention(kind.window, layout, prefix)
+        rows, _ = architecture.block(config, weights, state.rows, tables_of(kind, tables), attend)
         return Activations(rows, shared_prefix)
 
     return jax.lax.fori_loop(0, count, step, state)
@@ -164,11 +176,12 @@ def materialise_path(
     )
     layers += [layers[0]] * (len(residual_scales) - len(layers))
     stacked = _scale_layers(bank, jnp.asarray(layers, jnp.int32), jnp.asarray(residual_scales))
-    windows = np.asarray(bank.windows)
     model = StackedWeights(
         {LAYERS: stacked}, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype
     )
-    return model, replace(config, layers=len(layers), windows=tuple(int(windows[m]) for m in layers))
+    kinds = jax.tree.map(lambda each: np.asarray(each)[layers].tolist(), bank.kinds)
+    positions = tuple(kinds.positions or ())
+    return model, replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions)
 
 
 @jax.jit

@@ -48,13 +48,17 @@ from evojax_merge.models.layers import (
 # Tensors
 
 
-def _layer_leaves() -> tuple[Leaf, ...]:
-    layer = "model.layers.{layer}."
-    attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
-    rows = [
-        Leaf("attention_norm", f"{layer}input_layernorm.weight", "norm", ("hidden",)),
-        Leaf("mlp_norm", f"{layer}post_attention_layernorm.weight", "norm", ("hidden",)),
-    ]
+_LAYER = "model.layers.{layer}."
+
+
+def norm_leaf(name: str, module: str, **more: Any) -> Leaf:
+    """The gain of a norm of the hidden states in each layer, by its module's name."""
+    return Leaf(name, f"{_LAYER}{module}.weight", "norm", ("hidden",), LAYERS, **more)
+
+
+def _projections() -> tuple[Leaf, ...]:
+    """What a layer has beside its norms of the hidden states."""
+    attention, mlp, rows = f"{_LAYER}self_attn.", f"{_LAYER}mlp.", list[Leaf]()
     for name, out in (("q", "queries"), ("k", "keys"), ("v", "keys")):
         rows += [
             Leaf(name, f"{attention}{name}_proj.weight", "attention", (out, "hidden"), sharded_axis=-2),
@@ -86,8 +90,9 @@ def _layer_leaves() -> tuple[Leaf, ...]:
     return tuple(replace(row, stack=LAYERS) for row in rows)
 
 
-LEAVES = (
-    *_layer_leaves(),
+PROJECTIONS = _projections()
+# Outside of the layers.
+SHARED = (
     Leaf("embed", "model.embed_tokens.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
     Leaf("final_norm", "model.norm.weight", "norm", ("hidden",)),
     Leaf(
@@ -95,6 +100,12 @@ LEAVES = (
         present_if=lambda c: not c.head_is_embedding,
     ),
 )  # fmt: skip
+LEAVES = (
+    norm_leaf("attention_norm", "input_layernorm"), norm_leaf("mlp_norm", "post_attention_layernorm"), *PROJECTIONS,
+    *SHARED,
+)  # fmt: skip
+# Those of layers whose contributions are normalised: their scale is that of the norm behind them.
+INNER_PROJECTIONS = tuple(replace(leaf, writes_residual=False) for leaf in PROJECTIONS)
 # As mergekit's users write them.
 FILTERS = {
     "attention": "self_attn", "mlp": ".mlp.", "norm": "layernorm",
@@ -119,6 +130,10 @@ def dimensions(config: LlamaLikeConfig) -> dict[str, int]:
 
 def embed(config: LlamaLikeConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
     return source.rows("embed", tokens)
+
+
+def position_tables(config: LlamaLikeConfig, layout: SequenceLayout) -> CosSin:
+    return rope_tables(config.rope, config.head_dim, layout)
 
 
 def project_qkv(
@@ -159,26 +174,26 @@ def final_norm(config: LlamaLikeConfig, source: SharedWeights, x: jax.Array) -> 
 
 _ONE = Expected(lambda value: is_number(value) and value == 1, "1")
 _MSCALE = Expected(lambda value: is_number(value) and 0 <= value <= 1e6, "a number from 0 to 1,000,000")
-_ROPE = or_null(
-    mapping(
-        {
-            "attention_factor": or_null(above(0)),
-            "beta_fast": or_null(above(0)),
-            "beta_slow": or_null(above(0)),
-            "factor": or_null(above(0)),
-            "high_freq_factor": or_null(above(0)),
-            "low_freq_factor": or_null(above(0)),
-            "mscale": or_null(_MSCALE),
-            "mscale_all_dim": or_null(_MSCALE),
-            "original_max_position_embeddings": or_null(CONTEXT),
-            "partial_rotary_factor": or_null(_ONE),
-            "rope_theta": above(1),
-            "rope_type": TEXT,
-            "truncate": SWITCH,
-            "type": TEXT,
-        }
-    )
-)
+_ROPE: dict[str, Expected] = {
+    "attention_factor": or_null(above(0)),
+    "beta_fast": or_null(above(0)),
+    "beta_slow": or_null(above(0)),
+    "factor": or_null(above(0)),
+    "high_freq_factor": or_null(above(0)),
+    "low_freq_factor": or_null(above(0)),
+    "mscale": or_null(_MSCALE),
+    "mscale_all_dim": or_null(_MSCALE),
+    "original_max_position_embeddings": or_null(CONTEXT),
+    "partial_rotary_factor": or_null(_ONE),
+    "rope_theta": above(1),
+    "rope_type": TEXT,
+    "truncate": SWITCH,
+    "type": TEXT,
+}
+ROPE = or_null(mapping(_ROPE))
+# Where only some of a head's entries are rotated.
+PARTIAL_ROTARY = or_null(Expected(lambda value: is_number(value) and 0 < value <= 1, "a number above 0, up to 1"))
+PARTIAL_ROPE = or_null(mapping(_ROPE | {"partial_rotary_factor": PARTIAL_ROTARY}))
 # What the class of every family reads; `head_dim` and the spellings of RoPE count for all, declared or not.
 KEYS: dict[str, Expected] = {
     "head_dim": or_null(SIZE),
@@ -192,8 +207,8 @@ KEYS: dict[str, Expected] = {
     "original_max_position_embeddings": or_null(CONTEXT),
     "partial_rotary_factor": or_null(_ONE),
     "rms_norm_eps": EPSILON,
-    "rope_parameters": _ROPE,
-    "rope_scaling": _ROPE,
+    "rope_parameters": ROPE,
+    "rope_scaling": ROPE,
     "rope_theta": above(1),
     "tie_word_embeddings": SWITCH,
     "vocab_size": SIZE,
@@ -252,12 +267,12 @@ def read_config(
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=hf["vocab_size"],
-        windows=_windows(hf),
+        windows=windows_of(hf),
         head_is_embedding=hf["tie_word_embeddings"],
         mlp=hf["intermediate_size"],
         norm_eps=hf["rms_norm_eps"],
         activation=hf["hidden_act"],
-        rope=_rope(hf, head_dim),
+        rope=rope_config(hf["rope_parameters"], hf["max_position_embeddings"], head_dim),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -265,7 +280,8 @@ def read_config(
     )
 
 
-def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """How many positions each layer looks back on."""
     layers, window, kinds = hf["num_hidden_layers"], hf.get("sliding_window"), hf.get("layer_types")
     if kinds is None:  # Llama, and Mistral: one window for all layers
         return (min(window or NO_WINDOW, NO_WINDOW),) * layers
@@ -277,8 +293,18 @@ def _windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(known[kind] for kind in kinds)
 
 
-def _rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig:
-    rope = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
+def sliding_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
+    """1 for a layer with a sliding window, 0 for one that looks back on everything. Raises ValueError where there is no
+    window."""
+    sliding = tuple(int(kind == "sliding_attention") for kind in hf["layer_types"])
+    if any(sliding) and hf["sliding_window"] is None:
+        raise ValueError(f"sliding_window: null; expected {SIZE.words}, for layers with sliding_attention")
+    return sliding
+
+
+def rope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> RopeConfig:
+    """`settings` as transformers spells them; dim: how many entries of a head are rotated."""
+    rope = {key: value for key, value in settings.items() if value is not None}
     kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     if kind not in ROPE_KEYS:
         raise ValueError(f"rope_type: {shown(kind)} is not supported (expected {', '.join(ROPE_KEYS)})")
@@ -289,21 +315,21 @@ def _rope(hf: Mapping[str, Any], head_dim: int) -> RopeConfig:
     }  # fmt: skip
     if others:
         raise ValueError(f"rope settings: {sorted(others)} not supported for rope_type {kind!r}")
-    original = rope.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or max_position
     missing = ROPE_NEEDED[kind] - rope.keys()
     if missing:
         raise ValueError(f"rope settings: {sorted(missing)} missing for rope_type {kind!r}")
     if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise ValueError("rope settings: low_freq_factor is not below high_freq_factor")
-    if kind == "dynamic" and head_dim <= 2:
-        raise ValueError(f"head_dim: {head_dim}; expected more than 2 for rope_type {kind!r}")
-    factor = float(rope.get("factor") or (hf["max_position_embeddings"] / original if kind == "yarn" else 1.0))
+    if kind == "dynamic" and dim <= 2:
+        raise ValueError(f"head_dim: {dim}; expected more than 2 for rope_type {kind!r}")
+    factor = float(rope.get("factor") or (max_position / original if kind == "yarn" else 1.0))
     return RopeConfig(
         kind=kind,
         theta=float(theta),
         factor=factor,
         # Only dynamic scaling looks at the longest position: elsewhere it must not make parents differ.
-        max_position=hf["max_position_embeddings"] if kind == "dynamic" else 0,
+        max_position=max_position if kind == "dynamic" else 0,
         original_max_position=original if kind in ("llama3", "yarn") else 0,
         low_freq_factor=float(rope.get("low_freq_factor") or 1.0),
         high_freq_factor=float(rope.get("high_freq_factor") or 1.0),
@@ -337,7 +363,7 @@ def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], re
         read_config=read,
         dimensions=dimensions,
         embed=embed,
-        position_tables=rope_tables,
+        position_tables=position_tables,
         block=block,
         final_norm=final_norm,
         config_class=config_class,
