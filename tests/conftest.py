@@ -30,9 +30,9 @@ QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
         "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
-        "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "loops", "mergekit_evolve",
-        "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder", "search", "stopping",
-        "strategy_seam", "task_seam", "torture", "validation", "zoo",
+        "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "loops",
+        "mergekit_evolve", "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder",
+        "search", "stopping", "strategy_seam", "task_seam", "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

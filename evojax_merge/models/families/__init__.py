@@ -1,8 +1,14 @@
 """The architectures that come with the program, a file each."""
 
+from evojax_merge.models.families.cohere2 import COHERE2
+from evojax_merge.models.families.gemma2 import GEMMA2
+from evojax_merge.models.families.gemma3 import GEMMA3
+from evojax_merge.models.families.glm4 import GLM4
+from evojax_merge.models.families.granite import GRANITE
 from evojax_merge.models.families.llama import LLAMA
 from evojax_merge.models.families.mistral import MISTRAL
+from evojax_merge.models.families.olmo2 import OLMO2
 from evojax_merge.models.families.qwen2 import QWEN2
 from evojax_merge.models.families.qwen3 import QWEN3
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, COHERE2, GLM4)

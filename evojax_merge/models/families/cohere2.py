@@ -1,0 +1,95 @@
+"""Command R7B and Command A: attention and MLP side by side behind one LayerNorm without bias; layers with a sliding
+window have RoPE, with neighbours paired, those that look back on everything have no positions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evojax_merge.models.architecture import SharedWeights
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import EPSILON, OFF, SIZE, SWITCH, TEXTS, Expected, above, or_null
+from evojax_merge.models.families.llama_like import (
+    KEYS,
+    PROJECTIONS,
+    SHARED,
+    WINDOW,
+    gated_mlp,
+    llama_like,
+    norm_leaf,
+    read_config,
+    sliding_layers,
+)
+from evojax_merge.models.layers import (
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope_interleaved,
+    dense,
+    dense_heads,
+    layer_norm,
+    rope_tables,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohere2Config(LlamaLikeConfig):
+    """logit_scale: what logits are multiplied by."""
+
+    logit_scale: float
+
+
+LEAVES = (norm_leaf("norm", "input_layernorm"), *PROJECTIONS, *SHARED)
+COHERE_KEYS: dict[str, Expected] = {
+    **{key: expected for key, expected in KEYS.items() if key != "rms_norm_eps"},
+    "attention_bias": SWITCH,
+    "layer_norm_eps": EPSILON,
+    "layer_types": or_null(TEXTS),
+    "logit_scale": above(0),
+    "sliding_window": WINDOW,
+    "sliding_window_pattern": or_null(SIZE),
+    "use_qk_norm": OFF,
+}
+
+
+def position_tables(config: Cohere2Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
+    """Of layers that look back on everything, which rotate by nothing, and of those with a sliding window."""
+    cos, sin = rope_tables(config.rope, config.head_dim, layout)
+    return (jnp.ones_like(cos), jnp.zeros_like(sin)), (cos, sin)
+
+
+def block(
+    config: Cohere2Config, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    normed = layer_norm(x, weights["norm"], None, config.norm_eps)
+    with jax.named_scope("attention"):
+        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        cos, sin = (table.astype(x.dtype) for table in rope)
+        attn_out, kept = attend(apply_rope_interleaved(query, cos, sin), apply_rope_interleaved(key, cos, sin), value)
+        attention = dense(attn_out, weights, "o")
+    return x + attention + gated_mlp(config, weights, normed), kept
+
+
+def final_norm(config: Cohere2Config, source: SharedWeights, x: jax.Array) -> jax.Array:
+    return layer_norm(x, source.leaf("final_norm"), None, config.norm_eps)
+
+
+def read(hf: Mapping[str, Any]) -> Cohere2Config:
+    bias = hf["attention_bias"]
+    common = read_config("cohere2", {**hf, "rms_norm_eps": hf["layer_norm_eps"]}, qkv_bias=bias, o_bias=bias)
+    return Cohere2Config(**vars(common) | {"position_kinds": sliding_layers(hf)}, logit_scale=hf["logit_scale"])
+
+
+COHERE2 = replace(
+    llama_like("cohere2", "Cohere2Config", {}, read),
+    leaves=LEAVES,
+    keys=COHERE_KEYS,
+    position_tables=position_tables,
+    block=block,
+    final_norm=final_norm,
+    map_logits=lambda config, products: products * config.logit_scale,
+)

@@ -1,0 +1,51 @@
+"""Gemma 3's language model (arXiv 2503.19786): queries and keys are normalised by head; most layers have a sliding
+window, and RoPE with a base frequency of their own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from evojax_merge.models.config import RopeConfig
+from evojax_merge.models.config_keys import SIZE, above, mapping, or_null
+from evojax_merge.models.families import gemma_like
+from evojax_merge.models.families.gemma_like import GEMMA_KEYS, GemmaConfig, read_gemma
+from evojax_merge.models.families.llama_like import ROPE, llama_like, rope_config, sliding_layers
+from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemma3Config(GemmaConfig):
+    """local_rope: that of layers with a sliding window."""
+
+    local_rope: RopeConfig
+
+
+def position_tables(config: Gemma3Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
+    """Of layers that look back on everything, and of those with a sliding window."""
+    return rope_tables(config.rope, config.head_dim, layout), rope_tables(config.local_rope, config.head_dim, layout)
+
+
+def read(hf: Mapping[str, Any]) -> Gemma3Config:
+    ropes, positions = hf["rope_parameters"], hf["max_position_embeddings"]
+    common = read_gemma(
+        "gemma3_text", {**hf, "rope_parameters": ropes["full_attention"]}, qk_norm=True, attention_softcap=None
+    )
+    own = vars(common) | {"position_kinds": sliding_layers(hf)}
+    return Gemma3Config(**own, local_rope=rope_config(ropes["sliding_attention"], positions, common.head_dim))
+
+
+GEMMA3 = replace(
+    llama_like("gemma3_text", "Gemma3TextConfig", {}, read),
+    leaves=gemma_like.LEAVES,
+    keys=GEMMA_KEYS
+    | {
+        "rope_local_base_freq": above(1),
+        "rope_parameters": or_null(mapping({"full_attention": ROPE, "sliding_attention": ROPE})),
+        "sliding_window_pattern": or_null(SIZE),
+    },
+    embed=gemma_like.embed,
+    position_tables=position_tables,
+    block=gemma_like.block,
+    final_norm=gemma_like.final_norm,
+    map_logits=gemma_like.map_logits,
+)

@@ -1,0 +1,113 @@
+"""What Gemma 2 and Gemma 3 share (arXiv 2408.00118, 2503.19786): RMSNorm before and behind attention and MLP, with
+gains that are stored less one; embeddings times the square root of the hidden size; a scale of attention of its own."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evojax_merge.models.architecture import SharedWeights
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import OFF, SWITCH, TEXTS, Expected, above, one_of, or_null
+from evojax_merge.models.families.llama_like import (
+    INNER_PROJECTIONS,
+    KEYS,
+    SHARED,
+    WINDOW,
+    gated_mlp,
+    norm_leaf,
+    read_config,
+)
+from evojax_merge.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope,
+    dense,
+    dense_heads,
+    rms_norm_float32,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaConfig(LlamaLikeConfig):
+    """query_scale: what products of queries and keys are multiplied by; attention_softcap and logit_softcap: between
+    which bounds they, and the logits, are kept (None: none)."""
+
+    query_scale: float
+    attention_softcap: float | None
+    logit_softcap: float | None
+
+
+LEAVES = (
+    norm_leaf("attention_norm", "input_layernorm"),
+    norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True, gain_offset=1.0),
+    norm_leaf("mlp_norm", "pre_feedforward_layernorm"),
+    norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True, gain_offset=1.0),
+    *INNER_PROJECTIONS,
+    *SHARED,
+)
+GEMMA_KEYS: dict[str, Expected] = {
+    **{key: expected for key, expected in KEYS.items() if key != "hidden_act"},
+    "attention_bias": SWITCH,
+    "final_logit_softcapping": or_null(above(0)),
+    "hidden_activation": one_of(*ACTIVATIONS),
+    "layer_types": or_null(TEXTS),
+    "query_pre_attn_scalar": above(0),
+    "sliding_window": WINDOW,
+    "use_bidirectional_attention": OFF,
+}
+
+
+def embed(config: GemmaConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+    rows = source.rows("embed", tokens)
+    return rows * jnp.asarray(config.hidden**0.5, rows.dtype)
+
+
+def block(
+    config: GemmaConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    norm = partial(rms_norm_float32, eps=config.norm_eps, offset=1.0)
+    with jax.named_scope("attention"):
+        normed = norm(x, weights["attention_norm"])
+        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        if config.qk_norm:
+            query, key = norm(query, weights["q_norm"]), norm(key, weights["k_norm"])
+        cos, sin = (table.astype(x.dtype) for table in rope)
+        attn_out, kept = attend(
+            apply_rope(query, cos, sin), apply_rope(key, cos, sin), value, scale=config.query_scale,
+            softcap=config.attention_softcap,
+        )  # fmt: skip
+        x = x + norm(dense(attn_out, weights, "o"), weights["post_attention_norm"])
+    return x + norm(gated_mlp(config, weights, norm(x, weights["mlp_norm"])), weights["post_mlp_norm"]), kept
+
+
+def final_norm(config: GemmaConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
+    return rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps, offset=1.0)
+
+
+def map_logits(config: GemmaConfig, products: jax.Array) -> jax.Array:
+    cap = config.logit_softcap
+    return products if cap is None else cap * jnp.tanh(products / cap)
+
+
+def read_gemma(
+    model_type: str, hf: Mapping[str, Any], *, qk_norm: bool, attention_softcap: float | None
+) -> GemmaConfig:
+    """The config of what the keys in `hf` are worth."""
+    bias = hf["attention_bias"]
+    common = read_config(
+        model_type, {**hf, "hidden_act": hf["hidden_activation"]}, qkv_bias=bias, o_bias=bias, qk_norm=qk_norm
+    )
+    return GemmaConfig(
+        **vars(common),
+        query_scale=hf["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=attention_softcap,
+        logit_softcap=hf["final_logit_softcapping"],
+    )

@@ -1,0 +1,109 @@
+"""GLM-4-0414 (arXiv 2406.12793): RMSNorm before and behind attention and MLP; only a part of each head is rotated, with
+neighbours paired; the MLP's gate and its input are one projection."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evojax_merge.models.architecture import LAYERS, Leaf
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import SWITCH
+from evojax_merge.models.families.llama_like import (
+    FILTERS,
+    INNER_PROJECTIONS,
+    PARTIAL_ROPE,
+    PARTIAL_ROTARY,
+    SHARED,
+    dimensions,
+    llama_like,
+    norm_leaf,
+    read_config,
+    rope_config,
+)
+from evojax_merge.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope_interleaved,
+    dense,
+    dense_heads,
+    rms_norm,
+    rope_tables,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glm4Config(LlamaLikeConfig):
+    """rotary_dim: how many entries of a head are rotated."""
+
+    rotary_dim: int
+
+
+LEAVES = (
+    norm_leaf("attention_norm", "input_layernorm"),
+    norm_leaf("post_attention_norm", "post_self_attn_layernorm", writes_residual=True),
+    norm_leaf("mlp_norm", "post_attention_layernorm"),
+    norm_leaf("post_mlp_norm", "post_mlp_layernorm", writes_residual=True),
+    *(leaf for leaf in INNER_PROJECTIONS if leaf.name not in ("gate", "gate_bias", "up", "up_bias")),
+    Leaf(
+        "gate_up", "model.layers.{layer}.mlp.gate_up_proj.weight", "mlp", ("gate_up", "hidden"), LAYERS,
+        sharded_axis=-2,
+    ),
+    *SHARED,
+)  # fmt: skip
+
+
+def block(
+    config: Glm4Config, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        query, key, value = (dense_heads(normed, weights, name, config.head_dim) for name in ("q", "k", "v"))
+        cos, sin = (table.astype(x.dtype) for table in rope)
+        attn_out, kept = attend(apply_rope_interleaved(query, cos, sin), apply_rope_interleaved(key, cos, sin), value)
+        x = x + rms_norm(dense(attn_out, weights, "o"), weights["post_attention_norm"], config.norm_eps)
+    with jax.named_scope("mlp"):
+        normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
+        gate, up = jnp.split(dense(normed, weights, "gate_up"), 2, axis=-1)
+        down = dense(ACTIVATIONS[config.activation](gate) * up, weights, "down")
+    return x + rms_norm(down, weights["post_mlp_norm"], config.norm_eps), kept
+
+
+def position_tables(config: Glm4Config, layout: SequenceLayout) -> CosSin:
+    return rope_tables(config.rope, config.rotary_dim, layout)
+
+
+def read(hf: Mapping[str, Any]) -> Glm4Config:
+    common, settings = read_config("glm4", hf, qkv_bias=hf["attention_bias"]), hf["rope_parameters"]
+    rotary_dim = int(common.head_dim * settings.get("partial_rotary_factor", 1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"partial_rotary_factor: rotates {rotary_dim} of head_dim {common.head_dim}; expected pairs")
+    rope = rope_config(settings, hf["max_position_embeddings"], rotary_dim)
+    return Glm4Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
+
+
+GLM4 = replace(
+    llama_like(
+        "glm4",
+        "Glm4Config",
+        {
+            "attention_bias": SWITCH,
+            "partial_rotary_factor": PARTIAL_ROTARY,
+            "rope_parameters": PARTIAL_ROPE,
+            "rope_scaling": PARTIAL_ROPE,
+        },
+        read,
+    ),
+    leaves=LEAVES,
+    dimensions=lambda config: dimensions(config) | {"gate_up": 2 * config.mlp},
+    position_tables=position_tables,
+    block=block,
+    # `self_attn` is in the name of a norm, too.
+    filters=FILTERS | {"attention": "self_attn."},
+)

@@ -1,0 +1,60 @@
+"""Granite: a Llama with four multipliers, of embeddings, attention, what layers add, and logits (maximal update
+parametrisation, arXiv 2203.03466)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from evojax_merge.models.architecture import SharedWeights
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import SWITCH, above
+from evojax_merge.models.families.llama_like import gated_mlp, llama_like, project_qkv, read_config
+from evojax_merge.models.layers import Attend, CosSin, KeyValue, SequenceLayout, Weights, dense, rms_norm
+
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling", "residual_multiplier")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraniteConfig(LlamaLikeConfig):
+    """attention_multiplier: of products of queries and keys; logits_scaling: what logits are divided by."""
+
+    attention_multiplier: float
+    embedding_multiplier: float
+    logits_scaling: float
+    residual_multiplier: float
+
+
+def embed(config: GraniteConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+    return source.rows("embed", tokens) * config.embedding_multiplier
+
+
+def block(
+    config: GraniteConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        attn_out, kept = attend(*project_qkv(config, weights, normed, rope), scale=config.attention_multiplier)
+        x = x + config.residual_multiplier * dense(attn_out, weights, "o")
+    normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
+    return x + config.residual_multiplier * gated_mlp(config, weights, normed), kept
+
+
+def read(hf: Mapping[str, Any]) -> GraniteConfig:
+    bias = hf["attention_bias"]
+    common = read_config("granite", hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
+    return GraniteConfig(**vars(common), **{name: float(hf[name]) for name in MULTIPLIERS})
+
+
+GRANITE = replace(
+    llama_like(
+        "granite",
+        "GraniteConfig",
+        {"attention_bias": SWITCH, "mlp_bias": SWITCH, **dict.fromkeys(MULTIPLIERS, above(0))},
+        read,
+    ),
+    embed=embed,
+    block=block,
+    map_logits=lambda config, products: products / config.logits_scaling,
+)

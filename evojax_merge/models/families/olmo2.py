@@ -1,0 +1,64 @@
+"""OLMo 2 (arXiv 2501.00656): RMSNorm behind attention and MLP in place of before them; queries and keys are normalised
+as a whole, not by head."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from evojax_merge.models.config import LlamaLikeConfig
+from evojax_merge.models.config_keys import SWITCH
+from evojax_merge.models.families.llama_like import (
+    INNER_PROJECTIONS,
+    SHARED,
+    gated_mlp,
+    llama_like,
+    norm_leaf,
+    read_config,
+)
+from evojax_merge.models.layers import (
+    Attend,
+    CosSin,
+    KeyValue,
+    Weights,
+    apply_rope,
+    dense,
+    dense_heads,
+    rms_norm_float32,
+)
+
+WHOLE_NORMS = {"q_norm": ("queries",), "k_norm": ("keys",)}
+LEAVES = (
+    norm_leaf("post_attention_norm", "post_attention_layernorm", writes_residual=True),
+    norm_leaf("post_mlp_norm", "post_feedforward_layernorm", writes_residual=True),
+    *(replace(leaf, shape=WHOLE_NORMS.get(leaf.name, leaf.shape)) for leaf in INNER_PROJECTIONS),
+    *SHARED,
+)
+
+
+def block(
+    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        query = rms_norm_float32(dense(x, weights, "q"), weights["q_norm"], config.norm_eps)
+        key = rms_norm_float32(dense(x, weights, "k"), weights["k_norm"], config.norm_eps)
+        query, key = (part.reshape(*x.shape[:2], -1, config.head_dim) for part in (query, key))
+        cos, sin = (table.astype(x.dtype) for table in rope)
+        value = dense_heads(x, weights, "v", config.head_dim)
+        attn_out, kept = attend(apply_rope(query, cos, sin), apply_rope(key, cos, sin), value)
+        x = x + rms_norm_float32(dense(attn_out, weights, "o"), weights["post_attention_norm"], config.norm_eps)
+    return x + rms_norm_float32(gated_mlp(config, weights, x), weights["post_mlp_norm"], config.norm_eps), kept
+
+
+def read(hf: Mapping[str, Any]) -> LlamaLikeConfig:
+    bias = hf["attention_bias"]
+    return read_config("olmo2", hf, qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+OLMO2 = replace(
+    llama_like("olmo2", "Olmo2Config", {"attention_bias": SWITCH}, read),
+    leaves=LEAVES,
+    block=block,
+    final_norm=lambda config, source, x: rms_norm_float32(x, source.leaf("final_norm"), config.norm_eps),
+)

@@ -1,0 +1,454 @@
+"""Every native family, checked alike: against transformers, packed, as a layer path, merged in a search, on a mesh.
+
+A family is a row of `FAMILIES`. The four that the rest of the suite searches, walks and generates with are run here
+with EVOJAX_TEST_ALL alone."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from helpers import (
+    finetune,
+    greedy_tokens,
+    hidden_states,
+    load_torch,
+    random_model,
+    random_records,
+    save,
+    state,
+    word_tokenizer,
+    words,
+    write_lines,
+)
+
+from evojax_merge.checkpoints.bank import load_path_bank, load_stored
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.parents import open_decoders, open_sources, tensor_shapes
+from evojax_merge.cli import cli
+from evojax_merge.cli import run as run_command
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import batch_tasks
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.paths import PathEvaluator
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.write import dump_yaml, path_document
+from evojax_merge.models import decoder
+from evojax_merge.models.architecture import model_types
+from evojax_merge.models.config import NO_WINDOW
+from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
+from evojax_merge.tasks.text import Fields, TextTask, read_examples
+
+ALL = "EVOJAX_TEST_ALL" in os.environ
+VOCAB = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """config: the class in transformers; changes: what differs from `SIZES`, so that every feature bites; hub: a
+    config.json as repositories have it, but for the number of layers; covered_elsewhere: whether other tests do what
+    these do."""
+
+    config: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    hub: dict[str, Any] = field(default_factory=dict)
+    covered_elsewhere: bool = False
+
+
+# Sizes are all different, so that no two axes can be mistaken.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+SLIDING = {
+    "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "head_dim": 16,
+}  # fmt: skip
+FAMILIES = {
+    "llama": Row("LlamaConfig", covered_elsewhere=True),
+    "mistral": Row("MistralConfig", {"sliding_window": 5}, covered_elsewhere=True),
+    "qwen2": Row("Qwen2Config", covered_elsewhere=True),
+    "qwen3": Row("Qwen3Config", {"head_dim": 16}, covered_elsewhere=True),
+    "gemma2": Row(
+        "Gemma2Config",
+        {**SLIDING, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 6.0},
+        {
+            "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+            "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "initializer_range": 0.02,
+            "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2",
+            "num_attention_heads": 8, "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32",
+            "transformers_version": "4.42.4", "use_cache": True, "vocab_size": 256000,
+        },
+    ),
+    "gemma3_text": Row(
+        "Gemma3TextConfig",
+        {
+            **SLIDING, "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+        {
+            "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid",
+            "eos_token_id": [1, 106], "final_logit_softcapping": None, "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "initializer_range": 0.02,
+            "intermediate_size": 6912, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+            "num_attention_heads": 4, "num_key_value_heads": 1, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+            "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
+            "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+        },
+    ),
+    "olmo2": Row(
+        "Olmo2Config",
+        {},
+        {
+            "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "eos_token_id": 100257, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+            "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "olmo2",
+            "num_attention_heads": 32, "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+            "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
+            "transformers_version": "4.47.0", "use_cache": False, "vocab_size": 100352,
+        },
+    ),
+    "granite": Row(
+        "GraniteConfig",
+        {
+            "attention_multiplier": 0.3, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+            "residual_multiplier": 0.6, "tie_word_embeddings": True,
+        },
+        {
+            "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+            "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0, "eos_token_id": 0,
+            "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+            "logits_scaling": 8.0, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "granite",
+            "num_attention_heads": 32, "num_key_value_heads": 8, "pad_token_id": 0, "residual_multiplier": 0.22,
+            "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 5000000.0, "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16", "transformers_version": "4.47.0.dev0", "use_cache": True, "vocab_size": 49155,
+        },
+    ),
+    "cohere2": Row(
+        "Cohere2Config",
+        {
+            "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "logit_scale": 0.6,
+        },
+        {
+            "architectures": ["Cohere2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 5, "cache_implementation": "hybrid", "eos_token_id": 255001, "head_dim": 128,
+            "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "layer_norm_eps": 1e-05, "layer_switch": 4, "logit_scale": 0.25, "max_position_embeddings": 8192,
+            "model_type": "cohere2", "num_attention_heads": 32, "num_key_value_heads": 8,
+            "order_of_interleaved_layers": "local_attn_first", "pad_token_id": 0,
+            "position_embedding_type": "rope_gptj", "rope_scaling": None, "rope_theta": 50000, "rotary_pct": 1.0,
+            "sliding_window": 4096, "sliding_window_pattern": 4, "torch_dtype": "bfloat16",
+            "transformers_version": "4.48.0.dev0", "use_cache": True, "use_embedding_sharing": True,
+            "use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": True,
+            "use_qk_norm": False, "vocab_size": 256000,
+        },
+    ),
+    "glm4": Row(
+        "Glm4Config",
+        {"head_dim": 16, "attention_bias": True},
+        {
+            "architectures": ["Glm4ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "eos_token_id": [151329, 151336, 151338, 151348], "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 13696,
+            "max_position_embeddings": 32768, "model_type": "glm4", "num_attention_heads": 32,
+            "num_key_value_heads": 2, "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+            "transformers_version": "4.52.0.dev0", "use_cache": True, "vocab_size": 151552,
+        },
+    ),
+}  # fmt: skip
+RUN = [name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere]
+
+
+class Models:
+    """Two models of a family that were made from one base, all in one folder, with a file of examples."""
+
+    def __init__(self, kind: str, root: Path) -> None:
+        row = FAMILIES[kind]
+        config = getattr(transformers, row.config)(**(SIZES | row.changes))
+        config._attn_implementation = "eager"
+        # Weights this large make attention attend to few places, so that positions matter.
+        base = random_model(config, std=0.22)
+        self.root, self.base = root, save(base, root / "base")
+        self.parents = [save(finetune(base, k + 1), root / f"parent{k}") for k in range(2)]
+        records = random_records(5, VOCAB)
+        header = "w5 w6 w7 w8 w9 w10 w11 w12 " * 4
+        for record in records:
+            record["prompt"] = header + record["prompt"]
+        self.file = write_lines(root / "tasks.jsonl", records)
+
+    def tasks(self) -> list[TextTask]:
+        """Choices behind one question, and texts to write, all of them behind one header."""
+        fields = Fields("{prompt}", "{target}", "choices", "answer", " ")
+        kinds: list[tuple[Any, str]] = [("multiple_choice", "margin"), ("exact_match", "accuracy")]
+        return [
+            TextTask(
+                kind, kind, metric, 1.0, str(self.file), tuple(read_examples(self.file, kind, fields)),
+                max_new_tokens=3, stop=(),
+            )
+            for kind, metric in kinds
+        ]  # fmt: skip
+
+    def evaluator(self, config: Any) -> Evaluator:
+        tokenizer = word_tokenizer(words(VOCAB))
+        return Evaluator(config, tokenizer, batch_tasks([self.tasks()], tokenizer, 256, 256, (2,))[0])
+
+
+@pytest.fixture(scope="module", params=RUN)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def random_tokens(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, VOCAB, shape).astype(np.int32)
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens).long()).logits.numpy()
+
+
+def torch_tokens(model: Any, prompt: np.ndarray, new: int) -> list[int]:
+    ids = torch.tensor(prompt).long()[None]
+    with torch.no_grad():
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )  # fmt: skip
+    return whole[0, len(prompt) :].tolist()
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    sources, config = open_sources([folder])
+    return config, load_stored(sources, config)
+
+
+def stored_logits(config: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(decoder.logits(config, model, hidden_states(config, model, tokens)))
+
+
+def load_reported(folder: Path) -> Any:
+    """The folder as transformers reads it, with all of its tensors, and all that the model has."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()
+
+
+def target_scores(model: Any, models: Models) -> tuple[np.ndarray, list[list[int]]]:
+    """What transformers makes of the tasks, text by text: the margins, and the tokens that are written."""
+    choice, written = models.tasks()
+    ids = {word: i for i, word in enumerate(words(VOCAB))}
+    margins, outputs = [], []
+    for example in choice.examples:
+        totals = []
+        for target in example.targets:
+            prompt, own = ([ids[word] for word in text.split()] for text in (example.prompt, target))
+            rows = torch.log_softmax(torch.tensor(torch_logits(model, np.array([[*prompt, *own]]))[0]).double(), -1)
+            totals.append(float(sum(rows[len(prompt) - 1 + i, token] for i, token in enumerate(own))))
+        margins.append(totals[example.answer] - np.delete(totals, example.answer).max())
+    for example in written.examples:
+        outputs.append(torch_tokens(model, np.array([ids[word] for word in example.prompt.split()]), 3))
+    return np.array(margins), outputs
+
+
+def assert_scores(scores: Any, row: int, model: Any, models: Models) -> None:
+    """Scores of shared headers, packed choices and cached decoding are those of whole texts, one by one."""
+    margins, outputs = target_scores(model, models)
+    np.testing.assert_allclose(scores.matrices["multiple_choice"]["margin"][row], margins, atol=2e-4)
+    ids = {word: i for i, word in enumerate(words(VOCAB))}
+    special = {"<pad>", "<s>", "</s>", "<unk>"}
+    for found, expected in zip(scores.outputs["exact_match"][row], outputs, strict=True):
+        spoken = [words(VOCAB)[token] for token in expected]
+        end = spoken.index("</s>") if "</s>" in spoken else len(spoken)
+        assert [ids[word] for word in found.split() if word not in special] == [
+            ids[word] for word in spoken[:end] if word not in special
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_is_in_the_table() -> None:
+    assert set(FAMILIES) == set(model_types())
+
+
+def test_logits_and_generation_are_those_of_transformers(models: Models) -> None:
+    config, model = load(models.base)
+    theirs, tokens = load_torch(models.base), random_tokens(0, 2, 21)
+    np.testing.assert_allclose(stored_logits(config, model, tokens), torch_logits(theirs, tokens), atol=1e-4)
+    # Prompts of two lengths, padded at the left; torch continues each of them alone.
+    prompts, new = [random_tokens(1, 9), random_tokens(2, 6)], 10
+    padded = np.stack([np.concatenate([np.full(9 - len(prompt), 5), prompt]) for prompt in prompts])
+    expected = [torch_tokens(theirs, prompt, new) for prompt in prompts]
+    # Drafts, right ones and wrong ones, change nothing.
+    seen = np.concatenate([random_tokens(3, 2, 3), np.array(expected)[:, :5], random_tokens(4, 2, 1)], axis=1)
+    assert greedy_tokens(config, model, padded, [0, 3], new, (), window=3, seen=seen).tolist() == expected
+
+
+def test_what_is_shared_is_computed_as_if_it_were_not(models: Models) -> None:
+    config, model = load(models.base)
+    evaluator = models.evaluator(config)
+    for batched_task in evaluator.batched_tasks:
+        part = batched_task.scoring or batched_task.prompts
+        assert part is not None and len(part.shared_prefix) >= 32
+    assert_scores(evaluator.stored(model), 0, load_torch(models.base), models)
+
+
+def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Path) -> None:
+    sources, configs = open_decoders(models.parents)
+    spec = PathSpec(tuple(configs), "float32")
+    bank = load_path_bank(sources, spec, "float32")
+    # Out of order and repeated, with scales: layers of all kinds at any place.
+    path = LayerPath((3, 1, 2, 1, 5), (1.0, 1.25, 0.8, 1.3, 0.7), 1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_yaml(path_document(path, spec, [str(folder) for folder in models.parents])))
+    merge_to(prepare(read_recipe(recipe)), tmp_path / "out", card="")
+    theirs = load_reported(tmp_path / "out")
+    scores = PathEvaluator(models.evaluator(configs[0]), bank, 5).evaluate([path])
+    assert_scores(scores, 0, theirs, models)
+    # To the bit what was evaluated, whatever it is that the scales are folded into.
+    model, config = materialise_path(bank, path, configs[0])
+    own, again = load(tmp_path / "out")
+    assert (own.windows, own.position_kinds) == (config.windows, config.position_kinds)
+    tokens = random_tokens(5, 1, 12)
+    np.testing.assert_array_equal(stored_logits(own, again, tokens), stored_logits(config, model, tokens))
+
+
+def command(*arguments: object) -> None:
+    assert run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False)) == 0
+
+
+def write_search(models: Models) -> Path:
+    task = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
+    document = {
+        "base": "base", "parents": ["parent0", "parent1"],
+        "space": {
+            "method": "ties", "layers_per_group": 2, "components": ["attention", "mlp", "norm"],
+            "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.2}},
+        },
+        "tasks": [task], "search": {"generations": 2, "population": 4},
+    }  # fmt: skip
+    (models.root / "search.yaml").write_text(yaml.safe_dump(document))
+    return models.root / "search.yaml"
+
+
+def test_a_search_exports_what_it_scored(models: Models) -> None:
+    out = models.root / "run"
+    command("search", write_search(models), "--out", out)
+    theirs = load_reported(out / "best/model")
+    result = json.loads((out / "result.json").read_text())
+    (winner,) = (row for row in result["table"] if row["role"] == "winner")
+    records = [json.loads(line) for line in models.file.read_text().splitlines()]
+    ids = {word: i for i, word in enumerate(words(VOCAB))}
+    means = []
+    for record in records:
+        prompt, own = ([ids[word] for word in record[key].split()] for key in ("prompt", "target"))
+        rows = torch.log_softmax(torch.tensor(torch_logits(theirs, np.array([[*prompt, *own]]))[0]).double(), -1)
+        means.append(float(np.mean([rows[len(prompt) - 1 + i, token] for i, token in enumerate(own)])))
+    (scored,) = winner["search_scores"].values()
+    assert scored == pytest.approx(float(np.mean(means)), abs=1e-4)
+    # A merge, not one of the parents.
+    merged = state(out / "best/model")
+    assert all(not np.array_equal(merged[name], values) for name, values in state(models.base).items())
+
+
+@pytest.mark.skipif(not ALL, reason="EVOJAX_TEST_ALL")
+def test_a_model_that_two_devices_share_scores_the_same(models: Models, tmp_path: Path) -> None:
+    program = tmp_path / "mesh.py"
+    program.write_text(MESH_PROGRAM)
+    done = subprocess.run([sys.executable, program, write_search(models)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(done.stdout.splitlines()[-1])
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+# Scores of two candidates on one device, and on two that share a model.
+MESH_PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from pathlib import Path
+from evojax_merge.evaluation.devices import Devices
+from evojax_merge.problem import build_problem, read_config
+from evojax_merge.selection import open_evaluators
+
+path = Path(sys.argv[1])
+problem = build_problem(path, read_config(path, [], None))
+genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.float32)
+shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
+found = []
+for mesh in (None, shared):
+    (scorer,) = open_evaluators(problem, problem.batched_tasks()[:1], Devices(mesh))
+    (metrics,) = scorer.score(genomes).matrices.values()
+    found.append([matrix.tolist() for matrix in metrics.values()])
+print(json.dumps(found))
+"""
+
+# ---------------------------------------------------------------------------------------------------------------
+# config.json
+
+HUB = [name for name, row in FAMILIES.items() if row.hub]
+
+
+@pytest.mark.parametrize("kind", HUB)
+def test_the_hubs_configs_are_read_as_transformers_reads_them(kind: str, tmp_path: Path) -> None:
+    document = FAMILIES[kind].hub | {"num_hidden_layers": 7}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    config = decoder_config(tmp_path / "config.json")
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(theirs)
+    expected = {name: tuple(values.shape) for name, values in model.state_dict().items()}
+    if theirs.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    assert config.head_is_embedding == theirs.tie_word_embeddings
+    assert tensor_shapes(config) == expected
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 7
+    assert config.windows == tuple(
+        theirs.sliding_window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
+    )
+
+
+REFUSED = {
+    "attention to later tokens": ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "a cap of nothing": ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping"),
+    "RoPE of a kind of layer": (
+        "gemma3_text", {"rope_parameters": {"full_attention": {"rope_theta": "much"}}},
+        "rope_parameters.full_attention.rope_theta",
+    ),
+    "no window": ("cohere2", {"sliding_window": None}, "sliding_window"),
+    "normalised queries": ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
+    "another family's multiplier": ("olmo2", {"residual_multiplier": 0.5}, "residual_multiplier"),
+    "half a pair": ("glm4", {"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_handled_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    kind, changes, named = REFUSED[case]
+    document = FAMILIES[kind].hub | {"num_hidden_layers": 7} | changes
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match=named) as raised:
+        decoder_config(tmp_path / "config.json")
+    assert "\n" not in str(raised.value)
