@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,6 @@ from helpers import (
     hidden_states,
     load_torch,
     random_model,
-    random_records,
     save,
     state,
     word_tokenizer,
@@ -30,7 +31,7 @@ from helpers import (
     write_lines,
 )
 
-from evojax_merge.checkpoints.bank import load_path_bank, load_stored
+from evojax_merge.checkpoints.bank import load_path_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_decoders, open_sources, tensor_shapes
 from evojax_merge.cli import cli
@@ -188,27 +189,29 @@ class Models:
         base = random_model(config, std=0.22)
         self.root, self.base = root, save(base, root / "base")
         self.parents = [save(finetune(base, k + 1), root / f"parent{k}") for k in range(2)]
-        records = random_records(5, VOCAB)
-        header = "w5 w6 w7 w8 w9 w10 w11 w12 " * 4
-        for record in records:
-            record["prompt"] = header + record["prompt"]
-        self.file = write_lines(root / "tasks.jsonl", records)
+        # All of one length: each length is a program to compile.
+        for seed, name in enumerate(("search", "heldout")):
+            write_lines(root / f"{name}.jsonl", [record(seed, i) for i in range(3)])
+        self.file = write_lines(root / "choices.jsonl", [record(2, i, "w5 w6 w7 w8 " * 8) for i in range(2)])
 
-    def tasks(self) -> list[TextTask]:
-        """Choices behind one question, and texts to write, all of them behind one header."""
-        fields = Fields("{prompt}", "{target}", "choices", "answer", " ")
-        kinds: list[tuple[Any, str]] = [("multiple_choice", "margin"), ("exact_match", "accuracy")]
-        return [
-            TextTask(
-                kind, kind, metric, 1.0, str(self.file), tuple(read_examples(self.file, kind, fields)),
-                max_new_tokens=3, stop=(),
-            )
-            for kind, metric in kinds
-        ]  # fmt: skip
+    def task(self) -> TextTask:
+        """Choices behind one question, all of them behind one header."""
+        examples = read_examples(self.file, "multiple_choice", Fields("{prompt}", "{target}", "choices", "answer", " "))
+        return TextTask("choice", "multiple_choice", "margin", 1.0, str(self.file), tuple(examples))
 
     def evaluator(self, config: Any) -> Evaluator:
         tokenizer = word_tokenizer(words(VOCAB))
-        return Evaluator(config, tokenizer, batch_tasks([self.tasks()], tokenizer, 256, 256, (2,))[0])
+        return Evaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
+
+
+def record(seed: int, number: int, header: str = "") -> dict[str, Any]:
+    """An example of random words: 6 in its prompt, 2 in its target and in each choice."""
+    rng = np.random.default_rng([seed, number])
+
+    def text(size: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(4, VOCAB, size))
+
+    return {"prompt": header + text(6), "target": text(2), "choices": [text(2) for _ in range(3)], "answer": 1}
 
 
 @pytest.fixture(scope="module", params=RUN)
@@ -240,8 +243,16 @@ def load(folder: Path) -> tuple[Any, Any]:
     return config, load_stored(sources, config)
 
 
-def stored_logits(config: Any, model: Any, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(decoder.logits(config, model, hidden_states(config, model, tokens)))
+@partial(jax.jit, static_argnums=0)
+def stored_logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
+    return decoder.logits(config, model, hidden_states(config, model, tokens))
+
+
+def token_logprobs(model: Any, prompt: str, target: str) -> np.ndarray:
+    """log p of each of the target's tokens, by transformers, of one whole text."""
+    before, own = ([int(word[1:]) for word in text.split()] for text in (prompt, target))
+    rows = torch.log_softmax(torch.tensor(torch_logits(model, np.array([[*before, *own]]))[0]).double(), -1)
+    return np.array([float(rows[len(before) - 1 + i, token]) for i, token in enumerate(own)])
 
 
 def load_reported(folder: Path) -> Any:
@@ -253,35 +264,13 @@ def load_reported(folder: Path) -> Any:
     return model.eval()
 
 
-def target_scores(model: Any, models: Models) -> tuple[np.ndarray, list[list[int]]]:
-    """What transformers makes of the tasks, text by text: the margins, and the tokens that are written."""
-    choice, written = models.tasks()
-    ids = {word: i for i, word in enumerate(words(VOCAB))}
-    margins, outputs = [], []
-    for example in choice.examples:
-        totals = []
-        for target in example.targets:
-            prompt, own = ([ids[word] for word in text.split()] for text in (example.prompt, target))
-            rows = torch.log_softmax(torch.tensor(torch_logits(model, np.array([[*prompt, *own]]))[0]).double(), -1)
-            totals.append(float(sum(rows[len(prompt) - 1 + i, token] for i, token in enumerate(own))))
-        margins.append(totals[example.answer] - np.delete(totals, example.answer).max())
-    for example in written.examples:
-        outputs.append(torch_tokens(model, np.array([ids[word] for word in example.prompt.split()]), 3))
-    return np.array(margins), outputs
-
-
-def assert_scores(scores: Any, row: int, model: Any, models: Models) -> None:
-    """Scores of shared headers, packed choices and cached decoding are those of whole texts, one by one."""
-    margins, outputs = target_scores(model, models)
-    np.testing.assert_allclose(scores.matrices["multiple_choice"]["margin"][row], margins, atol=2e-4)
-    ids = {word: i for i, word in enumerate(words(VOCAB))}
-    special = {"<pad>", "<s>", "</s>", "<unk>"}
-    for found, expected in zip(scores.outputs["exact_match"][row], outputs, strict=True):
-        spoken = [words(VOCAB)[token] for token in expected]
-        end = spoken.index("</s>") if "</s>" in spoken else len(spoken)
-        assert [ids[word] for word in found.split() if word not in special] == [
-            ids[word] for word in spoken[:end] if word not in special
-        ]
+def assert_margins(scores: Any, model: Any, models: Models) -> None:
+    """Scores behind a shared header, of packed choices, are those of whole texts, one by one."""
+    expected = []
+    for example in models.task().examples:
+        totals = [token_logprobs(model, example.prompt, target).sum() for target in example.targets]
+        expected.append(totals[example.answer] - np.delete(totals, example.answer).max())
+    np.testing.assert_allclose(scores.matrices["choice"]["margin"][0], expected, atol=2e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -307,10 +296,10 @@ def test_logits_and_generation_are_those_of_transformers(models: Models) -> None
 def test_what_is_shared_is_computed_as_if_it_were_not(models: Models) -> None:
     config, model = load(models.base)
     evaluator = models.evaluator(config)
-    for batched_task in evaluator.batched_tasks:
-        part = batched_task.scoring or batched_task.prompts
-        assert part is not None and len(part.shared_prefix) >= 32
-    assert_scores(evaluator.stored(model), 0, load_torch(models.base), models)
+    (batched_task,) = evaluator.batched_tasks
+    assert batched_task.scoring is not None and len(batched_task.scoring.shared_prefix) >= 32
+    assert batched_task.scoring.computed < 0.4 * batched_task.scoring.tokens
+    assert_margins(evaluator.stored(model), load_torch(models.base), models)
 
 
 def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Path) -> None:
@@ -323,14 +312,13 @@ def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Pat
     recipe.write_text(dump_yaml(path_document(path, spec, [str(folder) for folder in models.parents])))
     merge_to(prepare(read_recipe(recipe)), tmp_path / "out", card="")
     theirs = load_reported(tmp_path / "out")
-    scores = PathEvaluator(models.evaluator(configs[0]), bank, 5).evaluate([path])
-    assert_scores(scores, 0, theirs, models)
-    # To the bit what was evaluated, whatever it is that the scales are folded into.
+    assert_margins(PathEvaluator(models.evaluator(configs[0]), bank, 5).evaluate([path]), theirs, models)
+    # To the bit what is evaluated, whatever it is that the scales are folded into.
     model, config = materialise_path(bank, path, configs[0])
-    own, again = load(tmp_path / "out")
-    assert (own.windows, own.position_kinds) == (config.windows, config.position_kinds)
-    tokens = random_tokens(5, 1, 12)
-    np.testing.assert_array_equal(stored_logits(own, again, tokens), stored_logits(config, model, tokens))
+    assert load(tmp_path / "out")[0] == replace(config, head_is_embedding=configs[0].head_is_embedding)
+    written = state(tmp_path / "out")
+    for name, values in stored_tensors(model, config):
+        np.testing.assert_array_equal(written[name], values)
 
 
 def command(*arguments: object) -> None:
@@ -338,7 +326,7 @@ def command(*arguments: object) -> None:
 
 
 def write_search(models: Models) -> Path:
-    task = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
+    task = {"name": "text", "kind": "likelihood", "file": "search.jsonl", "heldout": "heldout.jsonl"}
     document = {
         "base": "base", "parents": ["parent0", "parent1"],
         "space": {
@@ -357,15 +345,9 @@ def test_a_search_exports_what_it_scored(models: Models) -> None:
     theirs = load_reported(out / "best/model")
     result = json.loads((out / "result.json").read_text())
     (winner,) = (row for row in result["table"] if row["role"] == "winner")
-    records = [json.loads(line) for line in models.file.read_text().splitlines()]
-    ids = {word: i for i, word in enumerate(words(VOCAB))}
-    means = []
-    for record in records:
-        prompt, own = ([ids[word] for word in record[key].split()] for key in ("prompt", "target"))
-        rows = torch.log_softmax(torch.tensor(torch_logits(theirs, np.array([[*prompt, *own]]))[0]).double(), -1)
-        means.append(float(np.mean([rows[len(prompt) - 1 + i, token] for i, token in enumerate(own)])))
-    (scored,) = winner["search_scores"].values()
-    assert scored == pytest.approx(float(np.mean(means)), abs=1e-4)
+    records = [json.loads(line) for line in (models.root / "heldout.jsonl").read_text().splitlines()]
+    means = [token_logprobs(theirs, one["prompt"], one["target"]).mean() for one in records]
+    assert winner["heldout_scores"] == {"text/log_probability": pytest.approx(np.mean(means), abs=1e-4)}
     # A merge, not one of the parents.
     merged = state(out / "best/model")
     assert all(not np.array_equal(merged[name], values) for name, values in state(models.base).items())

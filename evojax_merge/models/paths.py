@@ -89,12 +89,16 @@ class PathBank:
         return leaf if offset is None else scale_gain(leaf, scale, offset)
 
 
-# Compiled, even alone: then a path that is scored and one that is written have the same bits.
-@partial(jax.jit, static_argnames="offset", inline=True)
 def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
-    """What is stored once the gain `offset + stored` is multiplied by `scale: float32[]`: float32."""
-    wide = stored.astype(jnp.float32)
-    return scale * (wide + offset) - offset if offset else scale * wide
+    """What is stored once the gain `offset + stored` is multiplied by `scale: float32[]`: float32, the same bits in
+    whichever program it is computed."""
+    scaled = scale * stored.astype(jnp.float32)
+    if not offset:
+        return scaled
+    # Clipped, a product is rounded: else some programs would fuse it with the sum that it goes into, and round once.
+    largest = jnp.finfo(jnp.float32).max
+    shift = jnp.clip(scale * offset, -largest, largest) - offset
+    return jnp.clip(scaled, -largest, largest) + shift
 
 
 def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
