@@ -347,7 +347,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             return draw_uniform(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
         if row.gain_offset:
-            scale = np.float32(row.parameters["scale"][0])
+            scale = jnp.float32(row.parameters["scale"][0])
             merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(dtype))
         else:
             merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, uniform_noise, dtype)

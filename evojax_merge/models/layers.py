@@ -72,9 +72,8 @@ def layer_kinds(config: DecoderConfig, layers: int | slice = slice(None)) -> Lay
 
 def tables_of(kind: LayerKind, tables: Any) -> Any:
     """The position tables of a layer: of the tuple of them that there are, or the only ones."""
-    if kind.positions is None:
-        return tables
-    return jax.tree.map(lambda *each: jax.lax.select_n(kind.positions, *each), *tables)
+    number = kind.positions
+    return tables if number is None else jax.tree.map(lambda *each: jax.lax.select_n(number, *each), *tables)
 
 
 def padded_layout(width: int, left_pad: jax.Array, length: jax.Array) -> SequenceLayout:

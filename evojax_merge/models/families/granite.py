@@ -44,7 +44,7 @@ def block(
 def read(hf: Mapping[str, Any]) -> GraniteConfig:
     bias = hf["attention_bias"]
     common = read_config("granite", hf, qkv_bias=bias, o_bias=bias, mlp_bias=hf["mlp_bias"])
-    return GraniteConfig(**vars(common), **{name: float(hf[name]) for name in MULTIPLIERS})
+    return GraniteConfig(**vars(common) | {name: float(hf[name]) for name in MULTIPLIERS})
 
 
 GRANITE = replace(
