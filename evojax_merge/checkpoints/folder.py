@@ -1,5 +1,7 @@
 """A Hugging Face model folder, opened for reading: tensors by name out of memory-mapped safetensors files.
 
+A tensor need not lie in a file as it is read: what can tell its dtype and shape, and make its values, is a `Tensor`.
+
 Everything is checked while opening, from the headers alone: a missing or truncated shard, an index that points outside
 its folder, a folder that only holds pickles.
 """
@@ -10,11 +12,12 @@ import json
 import mmap
 import os
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -53,14 +56,91 @@ FOREIGN_FILES = "consolidated*"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: file, dtype, shape and byte range."""
+class MappedFile:
+    """A file whose bytes are mapped into memory when they are first asked for."""
 
-    file: Path
+    path: Path
+
+    @cached_property
+    def _map(self) -> mmap.mmap:
+        with self.path.open("rb") as handle:
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes from `start` to `stop`, mapped, not copied: `uint8[stop - start]`."""
+        return np.frombuffer(self._map, np.uint8, stop - start, start)
+
+    def release(self, start: int, stop: int) -> None:
+        """Let go of the pages that reading these bytes has mapped; the next reading maps them again."""
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+    def close(self) -> None:
+        """Let go of the file; the next reading maps it again. An array that was read keeps it."""
+        self.__dict__.pop("_map", None)
+
+
+class Tensor(Protocol):
+    """One tensor of a model: what is known of it before it is read, and its values."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path:
+        """The file that messages about it name."""
+        ...
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        """All files that it is made of."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """Its values, `[*shape]` of its dtype, not to be written to."""
+        ...
+
+    def content(self) -> Iterator[np.ndarray]:
+        """The bytes that it is made of, `uint8[n]` each: what tells it from other tensors, on whatever machine."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the memory that reading it has mapped."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor that lies in a file: dtype, shape and byte range."""
+
+    mapped: MappedFile
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
     stop: int
+
+    @property
+    def file(self) -> Path:
+        return self.mapped.path
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return (self.mapped,)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.mapped.read(self.start, self.stop)
+
+    def read(self) -> np.ndarray:
+        """The tensor in its own dtype, mapped, not copied (unless the file leaves it unaligned)."""
+        raw = self.mapped.read(self.start, self.stop)
+        if self.start % self.dtype.itemsize:
+            raw = raw.copy()
+        return raw.view(self.dtype).reshape(self.shape)
+
+    def release(self) -> None:
+        self.mapped.release(self.start, self.stop)
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -212,14 +292,14 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise InputError(file, f"truncated: expected {end:,} bytes, found {size:,}")
     if end < size:
         raise InputError(file, f"damaged: holds {size - end:,} bytes after its last tensor")
-    entries = {}
+    entries, mapped = {}, MappedFile(file)
     for name, row in header.items():
         if row["dtype"].startswith(QUANTISED_DTYPES):
             raise InputError(file, f"{name} is quantised (dtype {row['dtype']}); expected weights of full precision")
         if row["dtype"] not in DTYPES:
             raise InputError(file, f"{name} has dtype {row['dtype']}; expected one of {', '.join(DTYPES)}")
         start, stop = (8 + length + offset for offset in row["data_offsets"])
-        entries[name] = Entry(file, DTYPES[row["dtype"]], tuple(row["shape"]), start, stop)
+        entries[name] = Entry(mapped, DTYPES[row["dtype"]], tuple(row["shape"]), start, stop)
     return entries
 
 
@@ -243,58 +323,47 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Folder:
-    """An opened model folder. `entries` maps tensor names to where they lie; nothing is read until asked for."""
+    """An opened model folder. `entries` are its tensors by name; nothing is read until asked for."""
 
     path: Path
-    entries: dict[str, Entry]
+    entries: Mapping[str, Tensor]
 
     @cached_property
     def config(self) -> dict:
         return read_json_object(self.path / "config.json", missing={})
 
-    @cached_property
-    def _maps(self) -> dict[Path, mmap.mmap]:
-        maps = {}
-        for file in self.files:
-            with file.open("rb") as handle:
-                maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return maps
+    @property
+    def _mapped(self) -> dict[Path, MappedFile]:
+        return {mapped.path: mapped for entry in self.entries.values() for mapped in entry.mapped_files}
 
     @property
     def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self.entries.values()})
-
-    def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes, mapped: `uint8[n]`."""
-        entry = self.entries[name]
-        return np.frombuffer(self._maps[entry.file], np.uint8, entry.stop - entry.start, entry.start)
+        """The files that the weights lie in."""
+        return sorted(self._mapped)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in its own dtype, mapped, not copied (unless the file leaves it unaligned)."""
-        entry, raw = self.entries[name], self.raw(name)
-        if entry.start % entry.dtype.itemsize:
-            raw = raw.copy()
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return self.entries[name].read()
 
     def release(self, name: str) -> None:
         """Let go of the pages that reading a tensor has mapped; the next reading maps them again."""
-        entry = self.entries[name]
-        start = entry.start // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, start, entry.stop - start)
+        self.entries[name].release()
 
     def close(self) -> None:
         """Let go of the files; the next reading maps them again. An array that was read keeps its own."""
-        self.__dict__.pop("_maps", None)
+        for mapped in self._mapped.values():
+            mapped.close()
 
     def digest(self, name: str) -> bytes:
         """sha256 of the tensor's content and name: what names this parent in random methods."""
-        return tensor_digest(self.raw(name), name)
+        return tensor_digest(name, *self.entries[name].content())
 
 
-def tensor_digest(content: np.ndarray, name: str) -> bytes:
-    """sha256 of a tensor's content, its bytes in a file, and of its name there. content: contiguous, any dtype."""
-    found = hashlib.sha256(content.reshape(-1).view(np.uint8).data)
+def tensor_digest(name: str, *content: np.ndarray) -> bytes:
+    """sha256 of a tensor's content, the bytes that it is made of, and of its name in a file. content: contiguous, any
+    dtype."""
+    found = hashlib.sha256()
+    for part in content:
+        found.update(part.reshape(-1).view(np.uint8).data)
     found.update(b"\0" + name.encode())
     return found.digest()
 
@@ -324,7 +393,7 @@ def open_folder(path: Path) -> Folder:
         )
     raise InputError(
         path,
-        f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights (no GGUF or pickles)",
+        f"holds no {SINGLE_FILE} and no {INDEX_FILE}; expected safetensors weights, or a GGUF file by its own name",
     )
 
 

@@ -153,7 +153,7 @@ class PoolBank:
     def _digest(self, member: Member, name: str, held: dict[Member, Weights]) -> bytes:
         if member.is_founder:
             return self.sources.digest(member.number + int(self.has_base), name)
-        return tensor_digest(held[member][name], name)
+        return tensor_digest(name, held[member][name])
 
 
 @dataclass(frozen=True)
