@@ -133,14 +133,36 @@ def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None, sampl
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--best-so-far", is_flag=True, help="Of a run that was broken off: the best candidate that it has saved.")
 @click.option("--member", type=int, help="Of a search for a front: the member of this number, in place of the winner.")
-def export(run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None) -> None:
-    """Write the winner of the run folder RUN, or a member of its front, to OUT, as a Hugging Face folder."""
+@click.option(
+    "--as",
+    "form",
+    type=click.Choice(["model", "adapter"]),
+    default="model",
+    help="What is written: the whole model (default), or its difference to the base as a LoRA adapter.",
+)
+@click.option("--rank", type=click.IntRange(min=1), help="Of an adapter: the rank that the difference is cut to.")
+def export(
+    run: Path,
+    out: Path,
+    dtype: str | None,
+    overwrite: bool,
+    best_so_far: bool,
+    member: int | None,
+    form: str,
+    rank: int | None,
+) -> None:
+    """Write the winner of the run folder RUN, or a member of its front, to OUT, as a Hugging Face folder or as an
+    adapter of its base."""
+    if (form == "adapter") != (rank is not None):
+        raise InputError(
+            "--rank", "missing; expected the adapter's rank" if rank is None else "only --as adapter has one"
+        )
     if best_so_far and member is not None:
         raise InputError("--member", "cannot go with --best-so-far")
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.export(run, out, dtype, overwrite, best_so_far, member)
+    pipeline.export(run, out, dtype, overwrite, best_so_far, member, rank)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
@@ -27,7 +28,8 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.interrupts import defer_signals
-from evojax_merge.mergekit.execute import Progress
+from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.execute import Progress, merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
 from evojax_merge.mergekit.write import dump_documents
@@ -80,6 +82,8 @@ from evojax_merge.stored_models import (
 )
 from evojax_merge.tasks.opening import overlaps
 from evojax_merge.yaml_reader import load_yaml, parse_documents
+
+T = TypeVar("T")
 
 
 def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
@@ -238,7 +242,7 @@ def _search_into(
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
-        console.print(f"{role}: {model}", highlight=False, soft_wrap=True)
+        console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
     searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
     console.print(describe_batches(searched), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
@@ -277,7 +281,9 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
         write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     with prepare_stream(read_stream(folder.recipe), folder.model) as stream_plan:
-        merge_stream(stream_plan, folder.model, card=card, overwrite=True, bar=partial(_merge_bar, "exporting"))
+        merge_stream(
+            stream_plan, folder.model, merge_to, card=card, overwrite=True, bar=partial(_merge_bar, "exporting")
+        )
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
@@ -327,18 +333,20 @@ def write_merge(
             warn(line)
         say_unread(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
-        _write_model(stream_plan, out, _card_of_merge(out, stream_plan, text), "merging", overwrite, inputs)
+        _write_model(stream_plan, out, _card_of_merge(out, stream_plan, text), "merging", overwrite, inputs, merge_to)
 
 
 def _write_model(
-    stream_plan: StreamPlan, out: Path, card: str, label: str, overwrite: bool, keep: Sequence[Path]
-) -> None:
+    stream_plan: StreamPlan, out: Path, card: str, label: str, overwrite: bool, keep: Sequence[Path],
+    write: Callable[..., T],
+) -> T:  # fmt: skip
     """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
-    too full."""
+    too full. `write`: see `merge_stream`."""
     check = partial(check_output, out, [*keep, *_parts_of_runs(out)])
     check()
     require_space(out, stream_plan.peak_bytes)
-    merge_stream(stream_plan, out, card=card, overwrite=overwrite, check=check, bar=partial(_merge_bar, label))
+    bar = partial(_merge_bar, label)
+    return merge_stream(stream_plan, out, write, card=card, overwrite=overwrite, check=check, bar=bar)
 
 
 def _merge_bar(what: str, which: str, nbytes: int) -> AbstractContextManager[Progress]:
@@ -389,8 +397,11 @@ def list_known(what: str) -> None:
 
 
 def export(
-    run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None = None
-) -> None:
+    run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None = None,
+    rank: int | None = None,
+) -> None:  # fmt: skip
+    """Write a run's winner, its best candidate so far, or a member of its front: as a model, or, where a rank is given,
+    as an adapter of its base of that rank."""
     plugins.load()
     folder = RunFolder(run)
     if not is_run(folder):
@@ -399,11 +410,11 @@ def export(
     check_free(out, overwrite)
     if member is not None:
         file = find_member(folder, member)
-        _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite)
+        _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite, rank)
         return
     finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
     if best_so_far and not (finished and folder.recipe.exists()):
-        _export_best_so_far(folder, out, dtype, overwrite)
+        _export_best_so_far(folder, out, dtype, overwrite, rank)
         return
     if not folder.recipe.exists():
         if (folder.recipe.parent / PARAMS).exists():
@@ -412,21 +423,30 @@ def export(
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
     card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
-    _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite)
+    _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
 
 
 def _export(
-    folder: RunFolder, stream: RecipeStream, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool
-) -> None:
-    """Write the model of a run's recipe. `text`: the recipe as YAML; `card` None: one that shows just that."""
+    folder: RunFolder, stream: RecipeStream, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool,
+    rank: int | None,
+) -> None:  # fmt: skip
+    """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card` None: one that
+    shows just that."""
     with prepare_stream(stream, out, dtype) as stream_plan:
         if card is None:
             card = _card_of_merge(out, stream_plan, text)
-        _write_model(stream_plan, out, card, "exporting", overwrite, [*stream_plan.inputs, *folder.parts])
+        write: Callable[..., RankError | None] = merge_to
+        if rank is not None:
+            prepare_adapter(stream_plan, rank)
+            write = partial(write_as_adapter, rank=rank)
+        keep = [*stream_plan.inputs, *folder.parts]
+        error = _write_model(stream_plan, out, card, "exporting", overwrite, keep, write)
+    if error is not None:
+        console.print(str(error), highlight=False, soft_wrap=True)
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
-def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool) -> None:
+def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None) -> None:
     """Write the best candidate that an unfinished run has saved, as every generation scored it."""
     # Nobody else may go on with the run meanwhile.
     with locked(folder.path, resume=True):
@@ -447,7 +467,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         problem.strategy.finalists(saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space))
         text = recipe_text(problem, saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
-        _export(folder, stream, text, None, out, dtype, overwrite)
+        _export(folder, stream, text, None, out, dtype, overwrite, rank)
     chosen_on = "validation split" if problem.validation else "whole search split"
     console.print(
         f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "

@@ -13,10 +13,11 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
-from evojax_merge.checkpoints.tokens import TOKENIZER_FILES, TokenizerChoice, load_tokenizer
+from evojax_merge.checkpoints.tokens import TokenizerChoice, load_tokenizer
 from evojax_merge.config import (
     MAX_PATH_LAYERS,
     Config,
@@ -222,7 +223,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates
     pool_settings = None
-    names = tuple(str(parent) for parent in parents)
+    names, base_name = tuple(map(reference_to, parents)), None if base is None else reference_to(base)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
         spec = MergeSpec(
@@ -232,7 +233,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
-        candidates = MergeCandidates(space, spec, sources, decoder, None if base is None else str(base), names)
+        candidates = MergeCandidates(space, spec, sources, decoder, base_name, names)
     elif config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
@@ -240,7 +241,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         size = config.pool.size or max(SMALLEST_POOL, 2 * len(parents))
         pool_settings = PoolSettings(space.pedigree, len(bred_by), size, config.pool.selection, config.pool.replace)
         candidates = pooled = PoolCandidates(
-            space, sources, decoder, has_base, str(base) if has_base else None, names, export_dtype, config.seed,
+            space, sources, decoder, has_base, base_name if has_base else None, names, export_dtype, config.seed,
             config.pool.slots or size,
         )  # fmt: skip
         # While a member is bred again, as many of its ancestors are there as the pool had members.
@@ -592,7 +593,9 @@ def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
     for name, patterns in space.parent_groups.items():
         alone = parent_groups_of("space", {name: patterns}, problem.config.parents)
         # In a chain the first parent may stand for itself and for the winner of the stage before.
-        members[name] = list(dict.fromkeys(str(p) for p, g in zip(problem.parents, alone, strict=True) if g == 0))
+        members[name] = list(
+            dict.fromkeys(reference_to(p) for p, g in zip(problem.parents, alone, strict=True) if g == 0)
+        )
     return space.model_copy(update={"parent_groups": members}).model_dump(mode="json")
 
 
@@ -602,17 +605,15 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     """
     document = problem.config.model_dump(mode="json")
     document.pop("out")
-    document["base"] = None if problem.base is None else str(problem.base)
-    document["parents"] = [str(parent) for parent in problem.parents]
+    document["base"] = None if problem.base is None else reference_to(problem.base)
+    document["parents"] = list(map(reference_to, problem.parents))
     document["space"] = resolved_space(problem)
     if problem.config.tokenizer_source not in (None, "base"):
-        document["tokenizer_source"] = str(problem.tokenizer_folder)
+        document["tokenizer_source"] = reference_to(problem.tokenizer_folder)
     document["export_dtype"] = problem.candidates.export_dtype
     document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
-        files |= {file for kind in ("*.safetensors", "chat_templates/*.jinja") for file in folder.glob(kind)}
-        names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-        files |= {folder / name for name in names if (folder / name).is_file()}
+        files |= input_files(folder)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from evojax_merge.checkpoints.derived import resolve_model
 from evojax_merge.checkpoints.folder import resolve
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.task import local_file
@@ -10,7 +11,12 @@ from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
 
 def resolve_reference(where: object, reference: str, relative_to: Path) -> Path:
-    """A model folder: a path, a hub id, or `zoo:name`. `where` says in messages who names it."""
+    """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where` says in
+    messages who names it."""
+    return resolve_model(where, reference, relative_to, _named)
+
+
+def _named(where: object, reference: str, relative_to: Path) -> Path:
     return _of_the_zoo(where, reference) if reference.startswith(PREFIX) else resolve(where, reference, relative_to)
 
 

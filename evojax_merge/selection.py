@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.errors import Failed
@@ -182,8 +183,8 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
 
 def _with_tokenizer(problem: SearchProblem, document: dict[str, Any]) -> dict[str, Any]:
     """A document of a recipe that says whose tokens its merge has."""
-    document = document | {"tokenizer_source": str(problem.tokenizer_folder)}
+    document = document | {"tokenizer_source": reference_to(problem.tokenizer_folder)}
     if problem.tokenizer_folder == problem.base:
         # A method that takes no base leaves it out, but for the tokenizer.
-        document = {"merge_method": document["merge_method"], "base_model": str(problem.base)} | document
+        document = {"merge_method": document["merge_method"], "base_model": document["tokenizer_source"]} | document
     return document

@@ -124,7 +124,7 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a switch that is none": (recipe(parameters={"normalize": "maybe"}), ("normalize", "maybe", "true or false")),
     "a feature that is not there": (recipe(modules={}), ("modules", "not supported")),
     "a chat template that is not one": (recipe(chat_template="alpaca"), ("chat_template", "alpaca", "chatml")),
-    "an adapter": (recipe(base_model="base+adapter"), ("base_model", "adapters")),
+    "an adapter that is not there": (recipe(base_model="base+adapter"), ("base+adapter", "adapter: no such folder")),
     "two tokenizers": (recipe(tokenizer_source="union", tokenizer={}), ("tokenizer_source", "tokenizer")),
     "a token of nowhere": (
         recipe(tokenizer={"tokens": {"w9": {"source": "three"}}}), ("tokenizer.tokens.w9", "three"),

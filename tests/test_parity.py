@@ -560,8 +560,8 @@ ACCEPTED_BY_MERGEKIT: dict[str, tuple[dict[str, Any], str]] = {
     "ram": (on_base("ram", "one", "two"), "ram is not supported"),
     "ramplus_tl": (on_base("ramplus_tl", "one", "two"), "ramplus_tl is not supported"),
     "arcee_fusion": (on_base("arcee_fusion", "one"), "arcee_fusion is not supported"),
-    "adapter": (linear("one+adapter", "two"), r"one\+adapter: adapters"),
-    "adapter as base": (on_base("ties", "one") | {"base_model": "base+adapter"}, r"base\+adapter: adapters"),
+    "adapter": (linear("one+adapter", "two"), r"one\+adapter: adapter: no such folder"),
+    "adapter as base": (on_base("ties", "one") | {"base_model": "base+adapter"}, r"base\+adapter: adapter: no such"),
     "residual_weight": (
         {
             "merge_method": "linear",

@@ -22,6 +22,7 @@ from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import parse_stream, read_stream
 from evojax_merge.mergekit.write import dump_documents
@@ -243,7 +244,7 @@ def test_a_stage_is_removed_after_its_last_use(folder: Path) -> None:
         # Until then only the files' names and sizes are there.
         (work,) = folder.glob(".out.*")
         assert on_disk(work) < plan.result.nbytes / 2
-        merge_stream(plan, out, card="", bar=bar)
+        merge_stream(plan, out, merge_to, card="", bar=bar)
     assert steps == ["a", "ab", "abc", "acd", "d"]
     assert plan.peak_bytes == 3 * plan.result.nbytes
     assert plan.result.nbytes < most < 1.2 * plan.peak_bytes

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
-    Entry,
     Folder,
+    Tensor,
     copy_finite,
     is_finite,
     is_float,
-    open_folder,
 )
 from evojax_merge.checkpoints.json_files import shown
 from evojax_merge.checkpoints.tokens import (
@@ -81,7 +81,7 @@ class Sources:
         """Whether the tensor's rows belong to tokens."""
         return tensor in self.token_tensors.names
 
-    def entry(self, source: int, tensor: str) -> Entry:
+    def entry(self, source: int, tensor: str) -> Tensor:
         return self.folders[source].entries[self.name_in(source, tensor)]
 
     def shape(self, source: int, tensor: str) -> tuple[int, ...]:
@@ -136,7 +136,7 @@ def open_decoders(
     paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
 ) -> tuple[Sources, list[DecoderConfig]]:
     """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
-    folders = tuple(open_folder(path) for path in paths)
+    folders = tuple(open_model(path) for path in paths)
     kinds = [folder.config.get("model_type") for folder in folders]
     for folder, kind in zip(folders, kinds, strict=True):
         if kind != kinds[0]:

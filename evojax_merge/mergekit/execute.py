@@ -23,14 +23,8 @@ from merge_kernels import draw_uniform
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable, layer_types
-from evojax_merge.checkpoints.folder import (
-    FLOAT_DTYPES,
-    Folder,
-    is_finite,
-    is_float,
-    open_folder,
-    resolve,
-)
+from evojax_merge.checkpoints.derived import open_model, parts_of, resolve_model
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ
 from evojax_merge.checkpoints.tokens import (
@@ -81,7 +75,8 @@ class MergePlan:
         """The files and folders that are read."""
         folders = self.sources.folders
         files = [file.resolve() for folder in folders for file in folder.files]
-        return [*(folder.path for folder in folders), *files, self.tokenizer, self.recipe.path]
+        parts = [part for folder in folders for part in parts_of(folder.path)]
+        return [*parts, *files, self.tokenizer, self.recipe.path]
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +88,7 @@ def prepare(
     dtype: str | None = None,
     seed: int | None = None,
     allow_nonfinite: bool = False,
-    find: Callable[[object, str, Path], Path] = resolve,
+    find: Callable[[object, str, Path], Path] = resolve_model,
 ) -> MergePlan:
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
     a model lies."""
@@ -224,7 +219,7 @@ def _open(
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
-    folders = tuple(open_folder(path) for path in paths)
+    folders = tuple(open_model(path) for path in paths)
     first = folders[0]
     for folder in folders[1:]:
         kind, expected = (one.config.get("model_type") for one in (folder, first))

@@ -6,7 +6,6 @@ model whose embedding and head it has, and `gain_offsets`, what is added to tens
 then taken off again.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,9 +219,7 @@ def _rows(where: str, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
 
 def _reference(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise InputError(where, f"{value!r}; expected a folder or a hub id")
-    if "+" in value and not os.path.exists(os.path.expanduser(value)):
-        raise InputError(where, f"{value}: adapters (model+adapter) are not supported; merge the adapter in first")
+        raise InputError(where, f"{value!r}; expected a folder, a hub id, or base+adapter")
     return value
 
 

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from evojax_merge.checkpoints.folder import Folder, resolve
+from evojax_merge.checkpoints.derived import resolve_model
+from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.writer import hidden_folder, recover
 from evojax_merge.errors import InputError, printable
-from evojax_merge.mergekit.execute import MergePlan, Progress, merge_to, prepare, write_outline, write_weights
+from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_outline, write_weights
 from evojax_merge.mergekit.streams import RecipeStream
 
+T = TypeVar("T")
 # Opens a progress bar of a label and a number of bytes.
 Bar = Callable[[str, int], AbstractContextManager[Progress]]
 
@@ -77,7 +80,7 @@ def prepare_stream(
     dtype: str | None = None,
     seed: int | None = None,
     allow_nonfinite: bool = False,
-    find: Callable[[object, str, Path], Path] = resolve,
+    find: Callable[[object, str, Path], Path] = resolve_model,
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
@@ -120,14 +123,15 @@ def _stages_named(folders: Mapping[str, Path]) -> Iterator[None]:
 def merge_stream(
     stream_plan: StreamPlan,
     target: Path,
+    write: Callable[..., T],
     *,
     card: str,
     overwrite: bool = False,
     check: Callable[[], None] = lambda: None,
     bar: Bar = lambda label, nbytes: nullcontext(lambda done: None),
-) -> None:
-    """Do all merges, and write the result as `merge_to` does. `bar` shows the progress of each merge, with its number
-    and name where there are several."""
+) -> T:
+    """Do all merges, that of the result by `write`, which is called as `merge_to` is and whose value is returned. `bar`
+    shows the progress of each merge, with its number and name where there are several."""
     last_uses, count = stream_plan.last_uses, len(stream_plan.stages) + 1
     for i, stage in enumerate(stream_plan.stages):
         label = f"{i + 1} of {count} ({printable(stage.name, 40)})"
@@ -140,4 +144,4 @@ def merge_stream(
             if last == i:
                 shutil.rmtree(other.folder)
     with bar(f"{count} of {count}" if count > 1 else "", stream_plan.result.nbytes) as progress:
-        merge_to(stream_plan.result, target, card=card, overwrite=overwrite, check=check, progress=progress)
+        return write(stream_plan.result, target, card=card, overwrite=overwrite, check=check, progress=progress)

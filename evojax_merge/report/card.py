@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evojax_merge.checkpoints.derived import parts_of, reference_to
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem
@@ -48,6 +49,12 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
     return [replaced(document) for document in documents]
 
 
+def _hub_ids(model: Path) -> list[str]:
+    """The hub ids of what a model is made of; none where some of it has none."""
+    ids = [hub_id(part) for part in parts_of(model)]
+    return [one for one in ids if one is not None] if None not in ids else []
+
+
 def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], recipe: str) -> str:
     """The card of a merge. methods: those of its stages, the last one's last; models: where each model of the recipe
     lies, by its reference there, the base first; recipe: its YAML, which is shown as it was written unless it names
@@ -61,7 +68,7 @@ def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], re
         for reference, own in names.items()
         if reference.partition("@")[0] != own and not reference.startswith(PREFIX)
     }
-    linked = dict.fromkeys(hub_id(models[reference]) or own for reference, own in names.items())
+    linked = dict.fromkeys(one for reference, own in names.items() for one in _hub_ids(models[reference]) or [own])
     listed = "\n".join(f"- `{own}`" for own in names.values())
     public = _public_documents(documents, local)
     text = (recipe if public == documents else dump_documents(public)).rstrip()
@@ -96,7 +103,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         f"{_sizes(task, problem.validation[i] if problem.validation and task.weight else None, problem.heldout[i])}"
         for i, task in enumerate(problem.full)
     )
-    models = {str(path): path for path in problem.candidates.merged_from(result.genome)}
+    models = {reference_to(path): path for path in problem.candidates.merged_from(result.genome)}
     return (
         merge_card(name, [problem.candidates.name], models, recipe)
         + result.report.card_section()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.report.intervals import Lead
@@ -134,7 +135,12 @@ def _interval(lead: Lead) -> str:
 
 
 def model_name(path: Path) -> str:
-    """What a model is called in tables: its hub id, else its folder, or its run where a search made it."""
+    """What a model is called in tables: its hub id, else its folder, or its run where a search made it; of what is made
+    of several, the names of all."""
+    return "+".join(map(_part_name, parts_of(path)))
+
+
+def _part_name(path: Path) -> str:
     known = hub_id(path)
     if known is not None:
         return known

@@ -23,6 +23,7 @@ import optax
 from rich.console import Console
 
 from evojax_merge.checkpoints.bank import load_stored, stored_tensors
+from evojax_merge.checkpoints.gguf_file import named_tensors, read_gguf, write_config, write_tokenizer
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
@@ -84,110 +85,19 @@ def make_base(target: Path) -> None:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """A GGUF file of a tied Llama model with a byte-level BPE tokenizer -> a Hugging Face folder, in float32.
+    """A GGUF file -> a Hugging Face folder, in float32.
 
     float32, because a quantised value is a product and a sum of halves that bfloat16 cannot hold, and because the
     task vectors of short fine-tunes are about as large as bfloat16's steps.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("zoo:smollm2", "needs the package gguf; pip install 'evojax-merge[smollm2]'") from None
-    reader = gguf.GGUFReader(file)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    heads = {
-        "attn_q": metadata["llama.attention.head_count"],
-        "attn_k": metadata["llama.attention.head_count_kv"],
-    }
-    save_config(folder, metadata)
-    save_tokenizer(folder, metadata)
-    tensors = {huggingface_name(tensor.name): tensor for tensor in reader.tensors}
-    # GGUF writes shapes the other way round.
-    specs = {
-        name: TensorSpec(tuple(int(n) for n in reversed(tensor.shape)), np.dtype(np.float32))
-        for name, tensor in tensors.items()
-    }
+    model = read_gguf(file)
+    write_config(model, folder)
+    write_tokenizer(model, folder)
+    tensors = named_tensors(model, folder / "config.json")
+    specs = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     with ShardWriter(folder, specs) as writer:
         for name in writer.order:
-            tensor = tensors[name]
-            values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-            part = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
-            writer.write(name, halves_apart(values, heads[part]) if part in heads else values)
-
-
-def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo the order in which GGUF keeps the rows of a Llama's query and key projections.
-
-    GGUF rotates neighbouring rows of a head as a pair, Hugging Face row i with row i + head_dim / 2.
-    """
-    return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def huggingface_name(name: str) -> str:
-    shared = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
-    parts = {
-        "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-    }  # fmt: skip
-    if name in shared:
-        return shared[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{parts[part]}.{kind}"
-
-
-def save_config(folder: Path, metadata: dict[str, Any]) -> None:
-    from transformers import GenerationConfig, LlamaConfig
-
-    ends = {
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
-    }
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=metadata["llama.vocab_size"],
-        hidden_size=metadata["llama.embedding_length"],
-        intermediate_size=metadata["llama.feed_forward_length"],
-        num_hidden_layers=metadata["llama.block_count"],
-        num_attention_heads=metadata["llama.attention.head_count"],
-        num_key_value_heads=metadata["llama.attention.head_count_kv"],
-        max_position_embeddings=metadata["llama.context_length"],
-        # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
-        rms_norm_eps=float(str(np.float32(metadata["llama.attention.layer_norm_rms_epsilon"]))),
-        rope_parameters={"rope_type": "default", "rope_theta": float(metadata["llama.rope.freq_base"])},
-        tie_word_embeddings=True,
-        dtype="float32",
-        **ends,
-    )
-    config.save_pretrained(folder)
-    GenerationConfig(**ends).save_pretrained(folder)
-
-
-def save_tokenizer(folder: Path, metadata: dict[str, Any]) -> None:
-    """Byte-level BPE in which every digit is a token of its own."""
-    import gguf
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(pair.split(" ")) for pair in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **{f"{name}_token": tokens[metadata[f"tokenizer.ggml.{key}_token_id"]] for name, key in special.items()},
-        chat_template=metadata["tokenizer.chat_template"],
-        model_max_length=metadata["llama.context_length"],
-        clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+            writer.write(name, tensors[name].read())
 
 
 # ---------------------------------------------------------------------------------------------------------------

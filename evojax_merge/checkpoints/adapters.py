@@ -1,0 +1,381 @@
+"""LoRA adapters in PEFT's format: a base's tensors with an adapter's, expanded one by one while they are read.
+
+An adapter folder holds adapter_config.json and adapter_model.safetensors. Of each adapted weight `W [out, in]` it has
+two factors, `A [r, in]` and `B [out, r]`; the merged weight is `W + scale · B A` with `scale = alpha / r`, or
+`alpha / sqrt(r)` where the adapter says use_rslora (Hu et al. 2022, arXiv:2106.09685; Kalajdzievski 2023,
+arXiv:2312.03732). DoRA has a magnitude `m [out]` besides, and `m · (W + scale · B A) / ‖W + scale · B A‖` per row (Liu
+et al. 2024, arXiv:2402.09353). Values are rounded as PEFT's merge_and_unload rounds them: computed in float32, and cast
+to the base's dtype once.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, is_float, read_header
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.errors import InputError, shown
+from evojax_merge.models.architecture import HEAD, known_architecture
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+# What PEFT puts before the names of the base's modules.
+PREFIX = "base_model.model."
+# A module's name, and which part of its adapter the tensor is.
+PART = re.compile(
+    r"(?P<module>.+)\.(?:(?P<linear>lora_[AB])\.weight|(?P<embedding>lora_embedding_[AB])|"
+    r"(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
+)
+# Keys of adapter_config.json that change what an adapter means, and that a low-rank sum does not say.
+REFUSED_KEYS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+)  # fmt: skip
+# Others of these change the base as well when the adapter is made.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Ranks of adapters in use go up to some hundreds.
+MAX_RANK = 2**16
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter_config.json says of a LoRA adapter.
+
+    base: the model that it was trained on, as whoever trained it called it. ranks, alphas: by pattern of module names,
+    for those that have others than `rank` and `alpha`. targets: modules that are adapted: names or ends of names, or
+    one regular expression. base_head_tied: the adapter's embedding is the head as well where the base's is.
+    """
+
+    path: Path
+    base: str | None
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    targets: tuple[str, ...] | str
+    saved_modules: tuple[str, ...]
+    rank_stabilised: bool
+    fan_in_fan_out: bool
+    ties_weights: bool
+
+    def rank_of(self, module: str) -> int:
+        return self.ranks.get(_pattern_of(self.ranks, module), self.rank)
+
+    def scale(self, module: str) -> float:
+        """What B A of this module is multiplied with."""
+        rank = self.rank_of(module)
+        alpha = self.alphas.get(_pattern_of(self.alphas, module), self.alpha)
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT would give this module of a base an adapter."""
+        if isinstance(self.targets, str):
+            return self.targets == "all-linear" or _matches(re.fullmatch, self.targets, module)
+        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+
+
+def _matches(match: Any, pattern: str, module: str) -> bool:
+    try:
+        return match(pattern, module) is not None
+    except re.error:
+        return False
+
+
+def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
+    """The first pattern that is the module's name or an end of it, as PEFT looks them up."""
+    return next((one for one in patterns if _matches(re.match, rf"(.*\.)?({one})$", module)), module)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read adapter_config.json. Raises InputError for another kind of adapter than LoRA, for settings that no merge
+    into a base's weights can say, and for values that cannot be."""
+    path = folder / ADAPTER_CONFIG
+    raw = read_json_object(path, missing="expected an adapter folder as PEFT saves it")
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        raise InputError(path, f"peft_type: {shown(kind)} is not supported; expected LORA (DoRA is one)")
+    for key in REFUSED_KEYS:
+        if raw.get(key):
+            raise InputError(
+                path, f"{key}: {shown(raw[key])} is not supported; merge the adapter in with peft's merge_and_unload"
+            )
+    start = raw.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise InputError(
+            path,
+            f"init_lora_weights: {shown(start)} changes the base as well; save the adapter converted to a plain LoRA "
+            "(peft's save_pretrained with path_initial_model_for_weight_conversion)",
+        )
+    base, targets = raw.get("base_model_name_or_path"), raw.get("target_modules") or ()
+    if base is not None and not isinstance(base, str):
+        raise InputError(path, f"base_model_name_or_path: {shown(base)}; expected a folder or a hub id")
+    if not isinstance(targets, str):
+        targets = _names(path, "target_modules", targets)
+    return AdapterConfig(
+        path=path,
+        base=base or None,
+        rank=_rank(path, "r", raw.get("r", 8)),
+        alpha=_alpha(path, "lora_alpha", raw.get("lora_alpha", 8)),
+        ranks={name: _rank(path, f"rank_pattern.{name}", one) for name, one in _patterns(path, raw, "rank_pattern")},
+        alphas={
+            name: _alpha(path, f"alpha_pattern.{name}", one) for name, one in _patterns(path, raw, "alpha_pattern")
+        },
+        targets=targets,
+        saved_modules=_names(path, "modules_to_save", raw.get("modules_to_save") or ()),
+        rank_stabilised=raw.get("use_rslora") is True,
+        fan_in_fan_out=raw.get("fan_in_fan_out") is True,
+        ties_weights=raw.get("ensure_weight_tying") is True,
+    )
+
+
+def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise InputError(path, f"{key}: {shown(value)}; expected a list of modules' names")
+    return tuple(value)
+
+
+def _patterns(path: Path, raw: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise InputError(path, f"{key}: {shown(patterns)}; expected a mapping from modules' names")
+    return list(patterns.items())
+
+
+def _rank(path: Path, key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise InputError(path, f"{key}: {shown(value)}; expected a whole number from 1 to {MAX_RANK:,}")
+    return value
+
+
+def _alpha(path: Path, key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(path, f"{key}: {shown(value)}; expected a finite number")
+    return float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+@dataclass(frozen=True)
+class AdaptedTensor:
+    """A weight of the base with an adapter: `base + scale · B A`, in the base's dtype.
+
+    base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is kept as `[in, out]` (embeddings,
+    and modules with fan_in_fan_out), to which the transposed product is added. magnitude: DoRA's `[out]`.
+    """
+
+    base: Tensor
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool = False
+    magnitude: Tensor | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def file(self) -> Path:
+        return self.a.file
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, ...]:
+        factors = (self.base, self.a, self.b)
+        return factors if self.magnitude is None else (*factors, self.magnitude)
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return tuple(mapped for part in self._parts for mapped in part.mapped_files)
+
+    def read(self) -> np.ndarray:
+        wide = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+        delta = _float32(self.b) @ _float32(self.a)
+        delta *= np.float32(self.scale)
+        merged = self.base.read().astype(wide)
+        merged += delta.T if self.transposed else delta
+        if self.magnitude is not None:
+            factors = _float32(self.magnitude).reshape(-1) / np.linalg.norm(merged, axis=0 if self.transposed else 1)
+            merged *= factors if self.transposed else factors[:, None]
+        return merged.astype(self.dtype, copy=False)
+
+    def content(self) -> Iterator[np.ndarray]:
+        # The parts, not the product: its last bits depend on the machine, and random masks must not.
+        for part in self._parts:
+            yield from part.content()
+        yield np.frombuffer(np.float64(self.scale).tobytes(), np.uint8)
+
+    def release(self) -> None:
+        for part in self._parts:
+            part.release()
+
+
+def _float32(tensor: Tensor) -> np.ndarray:
+    return tensor.read().astype(np.float32, copy=False)
+
+
+def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
+    """The base with the adapter of the folder `adapter`, as a folder at `path`; only headers are read.
+
+    Raises InputError where the adapter is none that can be merged, or is not of this base: for a module that the base
+    lacks, or the first shape that differs.
+    """
+    config = read_adapter_config(adapter)
+    tensors = _read_tensors(adapter)
+    replaced: dict[str, Tensor] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not is_float(tensor.dtype):
+            raise InputError(tensor.file, f"{key} holds {tensor.dtype}; expected float weights (a quantised adapter?)")
+        inner = key.removeprefix(PREFIX)
+        part = PART.fullmatch(inner)
+        if part is not None:
+            modules.setdefault(part["module"], {})[part["linear"] or part["embedding"] or part["magnitude"]] = tensor
+        elif "lora_" in inner:
+            raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
+        else:
+            name = _find(base, tensor, key, inner.replace(".base_layer.", "."))
+            _check_saved(base, config, name, tensor, key)
+            replaced[name] = tensor
+    own = {**base.entries, **replaced}
+    for module, parts in modules.items():
+        name = _find(base, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
+        own[name] = _adapted(config, module, name, own[name], parts)
+    return Folder(path, own)
+
+
+def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
+    file = adapter / ADAPTER_FILE
+    if not file.exists() and any(adapter.glob("adapter_model.bin")):
+        raise InputError(
+            adapter, "holds its adapter as a pickle, which can run code when it is read; convert it once with peft "
+            "(save_pretrained writes safetensors)",
+        )  # fmt: skip
+    tensors = read_header(file)
+    if not tensors:
+        raise InputError(file, "holds no tensor; expected those of an adapter")
+    return tensors
+
+
+def _find(base: Folder, tensor: Tensor, key: str, name: str) -> str:
+    """The base's name of a tensor that PEFT calls `name`: checkpoints of some families leave out the first part."""
+    found = next((one for one in (name, name.partition(".")[2]) if one in base.entries), None)
+    if found is None:
+        raise InputError(
+            tensor.file, f"{key}: the base {base.path} has no tensor {name}; expected an adapter of this base"
+        )
+    architecture = known_architecture(base.config.get("model_type"))
+    head = None if architecture is None else architecture.leaf(HEAD)
+    if head is not None and found == head.tensor and base.config.get("tie_word_embeddings", False):
+        raise InputError(
+            tensor.file, f"{key}: changes the head, which is the embedding in {base.path} (tie_word_embeddings); "
+            "expected a base with a head of its own",
+        )  # fmt: skip
+    return found
+
+
+def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor, key: str) -> None:
+    """Raises InputError where a tensor that takes the place of the base's cannot."""
+    expected = base.entries[name].shape
+    if tensor.shape != expected:
+        raise InputError(
+            tensor.file, f"{key} has shape {list(tensor.shape)}; the base {base.path} has {list(expected)} for {name}"
+        )
+    saved = any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in config.saved_modules)
+    if saved and not config.ties_weights and "embed" in name and base.config.get("tie_word_embeddings", False):
+        raise InputError(
+            tensor.file, f"{key}: trained apart from the head, which is the embedding in {base.path} "
+            "(tie_word_embeddings); expected an adapter with ensure_weight_tying",
+        )  # fmt: skip
+
+
+def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor]) -> AdaptedTensor:
+    """One weight with its adapter. Raises InputError where the parts do not fit each other or the weight."""
+    embedding = any(part.startswith("lora_embedding") for part in parts)
+    a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    file = next(iter(parts.values())).file
+    missing = [part for part in (a_name, b_name) if part not in parts]
+    if missing:
+        raise InputError(file, f"{PREFIX}{module}: has no {missing[0]}; expected {a_name} and {b_name}")
+    if config.targets and not config.adapts(module):
+        raise InputError(
+            config.path, f"target_modules: do not name {module}, of which {file.name} holds an adapter; peft would "
+            "leave it out",
+        )  # fmt: skip
+    transposed = embedding or config.fan_in_fan_out
+    rank, shape = config.rank_of(module), base.shape
+    if len(shape) != 2:
+        raise InputError(file, f"{PREFIX}{module}: adapts {name} of shape {list(shape)}; expected a matrix")
+    outputs, inputs = reversed(shape) if transposed else shape
+    expected = {a_name: (rank, inputs), b_name: (outputs, rank), "lora_magnitude_vector": (outputs,)}
+    for part, tensor in parts.items():
+        found = tensor.shape if part != "lora_magnitude_vector" else (int(np.prod(tensor.shape)),)
+        if found != expected[part]:
+            raise InputError(
+                file, f"{PREFIX}{module}.{part} has shape {list(tensor.shape)}; expected {list(expected[part])}: the "
+                f"base's {name} is {list(shape)}, and the rank {rank}",
+            )  # fmt: skip
+    magnitude = parts.get("lora_magnitude_vector")
+    return AdaptedTensor(base, parts[a_name], parts[b_name], config.scale(module), transposed, magnitude)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_adapter(
+    folder: Path,
+    base: str,
+    rank: int,
+    factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    replaced: Mapping[str, np.ndarray],
+    embedding: str,
+) -> None:
+    """Write an adapter as PEFT does, with a scale of 1.
+
+    base: what names the model that it is of. factors: of each adapted weight, by the base's name of it, `A [rank, in]`
+    and `B [out, rank]` of the difference; replaced: tensors that take the place of the base's. embedding: the name of
+    the weight that tokens look their rows up in.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    targets, saved = set(), set()
+    for name, (a, b) in factors.items():
+        module = name.removesuffix(".weight")
+        targets.add(module)
+        # An embedding's weight is [rows, hidden], of which PEFT keeps the transposed factors.
+        embedded = {"lora_embedding_A": b.T, "lora_embedding_B": a.T}
+        parts = embedded if name == embedding else {"lora_A.weight": a, "lora_B.weight": b}
+        tensors |= {f"{PREFIX}{module}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}
+    biased = False
+    for name, values in replaced.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "bias" and module in targets:
+            biased, name = True, f"{module}.base_layer.bias"
+        else:
+            saved.add(module)
+        tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(values)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "all" if biased else "none",
+        "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None, "fan_in_fan_out": False,
+    }  # fmt: skip
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})

@@ -1,0 +1,194 @@
+"""Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
+
+`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, and a GGUF file are such models. In
+the user's cache folder each of them has a folder with everything but weights (config and tokenizer: links to the
+base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody else handles
+that folder like any other model's.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
+from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, local_path, open_folder, resolve
+from evojax_merge.checkpoints.gguf_file import (
+    SUFFIX,
+    TENSORS,
+    named_tensors,
+    open_gguf,
+    read_gguf,
+    write_config,
+    write_tensor_table,
+    write_tokenizer,
+)
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
+from evojax_merge.checkpoints.writer import MARKER, atomic_folder
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.errors import InputError
+
+SOURCES = "evojax_merge_sources.json"
+# Of what is written into these folders: whoever changes it counts it up.
+VERSION = 1
+# (where, reference, the folder that relative paths start in) -> the file or folder of a model.
+Find = Callable[[object, str, Path], Path]
+
+
+@dataclass(frozen=True)
+class SourcesFile:
+    """What `SOURCES` says. kind: a key of `KINDS`; paths: what the weights are made of, absolute."""
+
+    kind: str
+    paths: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """What names the model in recipes and configs, on this machine."""
+        return "+".join(reference_to(Path(path)) for path in self.paths)
+
+
+def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
+    base, adapter = paths
+    return open_adapted(path, open_model(base), adapter)
+
+
+def _open_gguf(path: Path, paths: Sequence[Path]) -> Folder:
+    return open_gguf(path, *paths)
+
+
+# (the folder that stands for the model, what its weights are made of) -> the opened model.
+KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {"adapter": _open_adapted, "gguf": _open_gguf}
+
+
+def _sources(path: Path) -> SourcesFile | None:
+    """What the weights of a model are made of; None where they lie in its folder. A stranger's folder is not asked."""
+    found = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
+    return SourcesFile(found["kind"], tuple(found["paths"])) if found else None
+
+
+def open_model(path: Path) -> Folder:
+    """Open a model by its headers. Raises InputError as `open_folder` does, and where sources do not fit each other."""
+    sources = _sources(path)
+    return open_folder(path) if sources is None else KINDS[sources.kind](path, list(map(Path, sources.paths)))
+
+
+def reference_to(path: Path) -> str:
+    """What names the model of this folder in recipes and configs: the folder, or what its weights are made of."""
+    sources = _sources(path)
+    return str(path) if sources is None else sources.reference
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files and folders that a model is made of: its own folder, where its weights lie there."""
+    sources = _sources(path)
+    return [path] if sources is None else [part for one in sources.paths for part in parts_of(Path(one))]
+
+
+def input_files(path: Path) -> set[Path]:
+    """The files that scores of a model depend on: weights, config, whatever makes its tokenizer and chat template."""
+    names = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
+    files = {part / name for part in parts_of(path) for name in names if (part / name).is_file()}
+    patterns = ("*.safetensors", "chat_templates/*.jinja")
+    files |= {file for part in parts_of(path) for pattern in patterns for file in part.glob(pattern)}
+    return files | {part for part in parts_of(path) if part.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# References
+
+
+def resolve_model(where: object, reference: str, relative_to: Path, find: Find = resolve) -> Path:
+    """The folder of a model: what `find` finds, `base+adapter`, or that of an adapter, whose config names its base.
+    What is found may be a GGUF file.
+
+    The names around a + are found by `find`, too; a local folder whose own name has a + is found first. `where` says in
+    messages who names it. Raises InputError for what cannot be found; whether a base and an adapter fit each other
+    is seen when they are opened.
+    """
+    base, adapter = _split(reference, relative_to)
+    if adapter is not None:
+        where = f"{where}: {reference}"
+    found = find(where, base, relative_to)
+    if adapter is not None:
+        if is_adapter(found):
+            raise InputError(where, f"{base} is an adapter; expected a model before the +")
+        return _with_adapter(_as_folder(found), _adapter_folder(where, adapter, relative_to, find))
+    if not is_adapter(found):
+        return _as_folder(found)
+    named = read_adapter_config(found).base
+    if named is None:
+        raise InputError(
+            found / ADAPTER_CONFIG, "base_model_name_or_path: missing; name the base yourself, as base+adapter"
+        )
+    named_base = find(found / ADAPTER_CONFIG, named, found)
+    if is_adapter(named_base):
+        raise InputError(found / ADAPTER_CONFIG, f"base_model_name_or_path: {named} is an adapter; expected a model")
+    return _with_adapter(_as_folder(named_base), found)
+
+
+def _split(reference: str, relative_to: Path) -> tuple[str, str | None]:
+    """A base and its adapter; of several + the one with most names of this machine around it."""
+    places = [i for i, character in enumerate(reference) if character == "+" and 0 < i < len(reference) - 1]
+    if not places or local_path(reference, relative_to) is not None:
+        return reference, None
+    pairs = [(reference[:i], reference[i + 1 :]) for i in places]
+    return max(pairs, key=lambda pair: sum(local_path(one, relative_to) is not None for one in pair))
+
+
+def _adapter_folder(where: object, adapter: str, relative_to: Path, find: Find) -> Path:
+    found = find(where, adapter, relative_to)
+    if not (found / ADAPTER_CONFIG).is_file():
+        raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
+    return found
+
+
+def _with_adapter(base: Path, adapter: Path) -> Path:
+    """The folder that stands for a base with an adapter: with links to the base's files that are no weights."""
+    linked = {file.name: str(file) for pattern in SMALL_FILES for file in base.glob(pattern)}
+    linked |= {file.name: str(file) for pattern in ("chat_templates", "*.tiktoken") for file in base.glob(pattern)}
+    for other in (INDEX_FILE, MARKER, SOURCES, TENSORS, ADAPTER_CONFIG):
+        linked.pop(other, None)
+
+    def write(folder: Path) -> None:
+        for name, target in linked.items():
+            os.symlink(target, folder / name)
+
+    sources = SourcesFile("adapter", (str(base), str(adapter)))
+    return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(linked.items()), write)
+
+
+def _as_folder(found: Path) -> Path:
+    """The folder that stands for a GGUF file; of a folder the folder itself."""
+    if found.suffix != SUFFIX or not found.is_file():
+        return found
+
+    def write(folder: Path) -> None:
+        file = read_gguf(found)
+        write_config(file, folder)
+        write_tokenizer(file, folder)
+        write_tensor_table(named_tensors(file, folder / "config.json"), folder)
+
+    state = found.stat()
+    return _stand_in(SourcesFile("gguf", (str(found),)), found.stem, [state.st_size, state.st_mtime_ns], write)
+
+
+def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path], None]) -> Path:
+    """The folder in the cache that stands for a model of these sources in this state: written where it is not there
+    yet."""
+    key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()
+    folder = cache_folder() / "models" / f"{name[:80]}-{key[:16]}"
+    if not folder.is_dir():
+        try:
+            with atomic_folder(folder) as work:
+                write(work)
+                (work / SOURCES).write_text(json.dumps(asdict(sources), indent=2) + "\n", encoding="utf-8")
+        except InputError:
+            # Another process may have made it meanwhile.
+            if not folder.is_dir():
+                raise
+    return folder

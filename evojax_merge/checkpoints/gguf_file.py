@@ -1,0 +1,423 @@
+"""GGUF files (llama.cpp's format) as models: config, tokenizer, and tensors that are dequantised while they are read.
+
+A tensor's name in a GGUF file is that of its part in any family (`blk.0.attn_q.weight`); the package gguf knows what
+Hugging Face calls it. What llama.cpp changes in a family's weights when it writes them is undone here (`FAMILIES`).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, MappedFile
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.errors import InputError, shown
+from evojax_merge.models.architecture import find_architecture, tensors_of
+
+SUFFIX = ".gguf"
+# In the folder that stands for a GGUF file: where its tensors lie. A large vocabulary takes many seconds to walk past.
+TENSORS = "evojax_merge_tensors.json"
+# The RoPE scalings of Llama 3.1 and 3.2, which GGUF keeps as a tensor of factors: all else than `factor` is the same.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_FACTORS = (8.0, 32.0)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a GGUF architecture is in Hugging Face's words. interleaved: rows of the query and key projections are kept
+    in pairs (see `halves_apart`)."""
+
+    model_type: str
+    interleaved: bool = False
+
+
+FAMILIES = {"llama": Family("llama", interleaved=True), "qwen2": Family("qwen2"), "qwen3": Family("qwen3")}
+
+
+def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the order in which GGUF keeps the rows of a Llama's query and key projections. rows: `[heads * D, …]`.
+
+    GGUF rotates neighbouring rows of a head as a pair, Hugging Face row i with row i + D / 2.
+    """
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; start, stop: its
+    bytes; heads: of interleaved rows how many heads they are of, else 0."""
+
+    mapped: MappedFile
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    stop: int
+    heads: int = 0
+
+    @property
+    def file(self) -> Path:
+        return self.mapped.path
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return (self.mapped,)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield self.mapped.read(self.start, self.stop)
+
+    def read(self) -> np.ndarray:
+        gguf = import_gguf(self.file)
+        raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
+        values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind)).astype(self.dtype, copy=False)
+        return halves_apart(values, self.heads) if self.heads else values
+
+    def release(self) -> None:
+        self.mapped.release(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file that was walked through: what it says of its model, its tokenizer included, and its tensors by their
+    names there, with shapes in Hugging Face's order."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+    @property
+    def family(self) -> str:
+        return str(self.metadata["general.architecture"])
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """The metadata of a key, behind the family's name where it begins with a dot. Raises InputError where it is
+        missing and has no default, or is of another kind."""
+        name = f"{self.family}{key}" if key.startswith(".") else key
+        found = self.metadata.get(name, default)
+        if found is None:
+            raise InputError(self.path, f"{name}: missing; expected {kind.__name__} for this architecture")
+        if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
+            raise InputError(self.path, f"{name}: {shown(found)}; expected {kind.__name__}")
+        return found
+
+
+def import_gguf(where: object) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise InputError(where, "a GGUF file needs the package gguf; pip install 'evojax-merge[gguf]'") from None
+    return gguf
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Walk through a GGUF file; no tensor is read. Raises InputError where it is damaged or truncated, or of a family
+    that is not known."""
+    gguf = import_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # whatever a file that ends too soon, or is none, makes of the reader
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(path, f"not a GGUF file, or damaged or truncated ({reason or type(error).__name__})") from None
+    family = metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise InputError(path, f"general.architecture: {shown(family)}; expected one of {', '.join(FAMILIES)}")
+    kinds = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
+    kind_of = gguf.GGMLQuantizationType
+    # One dtype for all matrices: what is quantised is a product and a sum of halves that no shorter float holds.
+    halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
+    dtype = halves.get(next(iter(kinds)), np.dtype(np.float32)) if len(kinds) == 1 else np.dtype(np.float32)
+    mapped, tensors = MappedFile(path), {}
+    for tensor in reader.tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        start = int(tensor.data_offset)
+        own = dtype if len(shape) > 1 else np.dtype(np.float32)
+        tensors[tensor.name] = GgufTensor(
+            mapped, own, shape, int(tensor.tensor_type), start, start + int(tensor.n_bytes)
+        )
+    return GgufFile(path, metadata, tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model's config
+
+
+def write_config(file: GgufFile, folder: Path) -> None:
+    """Write config.json and generation_config.json. Raises InputError for what the family's config cannot say."""
+    import transformers
+
+    architecture = find_architecture(FAMILIES[file.family].model_type)
+    assert architecture.config_class is not None
+    if file.metadata.get(f"{file.family}.expert_count"):
+        raise InputError(file.path, f"{file.family}.expert_count: a mixture of experts is not supported")
+    hidden, heads = file.value(".embedding_length", int), file.value(".attention.head_count", int)
+    head_dim = file.value(
+        ".attention.key_length", int, file.value(".rope.dimension_count", int, hidden // max(heads, 1))
+    )
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ends = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
+    ends = {key: value for key, value in ends.items() if value is not None}
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise InputError(file.path, "has no tensor token_embd.weight; expected a whole model")
+    values: dict[str, Any] = {
+        "architectures": [architecture.config_class.replace("Config", "ForCausalLM")],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": file.value(".feed_forward_length", int),
+        "num_hidden_layers": file.value(".block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.value(".attention.head_count_kv", int, heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": file.value(".context_length", int),
+        # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
+        "rms_norm_eps": float(str(np.float32(file.value(".attention.layer_norm_rms_epsilon", float)))),
+        "rope_parameters": _rope_parameters(file, head_dim),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "dtype": str(embedding.dtype),
+    }
+    biased = "blk.0.attn_q.bias" in file.tensors
+    if "attention_bias" in architecture.keys and biased:
+        values["attention_bias"] = True
+    if "head_dim" not in architecture.keys:
+        del values["head_dim"]
+    try:
+        getattr(transformers, architecture.config_class)(**values, **ends).save_pretrained(folder)
+        transformers.GenerationConfig(**ends).save_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise InputError(file.path, f"its settings make no config ({' '.join(str(error).split())[:200]})") from None
+
+
+def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    theta = file.value(".rope.freq_base", float, 10000.0)
+    scaling = file.value(".rope.scaling.type", str, "none")
+    if "rope_freqs.weight" in file.tensors:
+        found = file.tensors["rope_freqs.weight"].read()
+        for factor in LLAMA3_FACTORS:
+            expected = _llama3_factors(theta, head_dim, factor)
+            if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4):
+                return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+        raise InputError(
+            file.path, "rope_freqs.weight: not the factors of Llama 3.1 or 3.2; expected a RoPE scaling that is known"
+        )
+    if scaling == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if scaling not in ("linear", "yarn"):
+        raise InputError(file.path, f"{file.family}.rope.scaling.type: {shown(scaling)}; expected none, linear or yarn")
+    rope = {"rope_type": scaling, "rope_theta": theta, "factor": file.value(".rope.scaling.factor", float)}
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = file.value(".rope.scaling.original_context_length", int)
+    return rope
+
+
+def _llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """float64[head_dim / 2]: what Llama 3.1 divides the frequency of each pair by."""
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / (
+        2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    )
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / factor + share)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def write_tokenizer(file: GgufFile, folder: Path) -> None:
+    """Write the tokenizer as Hugging Face's files. Raises InputError for one of a kind that is not known."""
+    import transformers
+
+    model = file.value("tokenizer.ggml.model", str)
+    kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if model not in kinds:
+        raise InputError(file.path, f"tokenizer.ggml.model: {shown(model)}; expected one of {', '.join(kinds)}")
+    tokens = file.value("tokenizer.ggml.tokens", list)
+    backend = kinds[model](file, tokens)
+    _add_marked(file, backend, tokens)
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {}
+    for name, key in keys.items():
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
+            raise InputError(file.path, f"tokenizer.ggml.{key}_token_id: {shown(number)}; expected a token's number")
+        if number is not None:
+            special[f"{name}_token"] = tokens[number]
+    # Older files of SentencePiece models do not say that they begin with a token; those models do.
+    if file.value("tokenizer.ggml.add_bos_token", bool, model == "llama") and "bos_token" in special:
+        _begin_with(backend, special["bos_token"])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **special,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        model_max_length=file.value(".context_length", int),
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def _merges(file: GgufFile) -> list[tuple[str, str]]:
+    merges = [pair.partition(" ") for pair in file.value("tokenizer.ggml.merges", list)]
+    odd = next((first + space + second for first, space, second in merges if not second or " " in second), None)
+    if odd is not None:
+        raise InputError(file.path, f"tokenizer.ggml.merges: {shown(odd)}; expected pairs of tokens")
+    return [(first, second) for first, _, second in merges]
+
+
+def _byte_level(file: GgufFile, tokens: list[str]) -> Any:
+    """Byte-level BPE, over words that are split as `tokenizer.ggml.pre` says."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    splits = _word_splits()
+    pre = file.value("tokenizer.ggml.pre", str, "default")
+    if pre not in splits:
+        raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, _merges(file)))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _word_splits() -> dict[str, list[Any]]:
+    """How text is split into words, and these into bytes, by what `tokenizer.ggml.pre` calls it."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+    def by_pattern(pattern: str) -> list[Any]:
+        return [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+
+    return {
+        "default": [plain],
+        "gpt-2": [plain],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), plain],
+        "qwen2": by_pattern(PRETOKENIZE_REGEX),
+        "llama-bpe": by_pattern(TikTokenConverter().pattern),
+    }
+
+
+def _sentencepiece(file: GgufFile, tokens: list[str]) -> Any:
+    """SentencePiece's BPE with byte fallback. Its merges are those that the scores of its tokens imply."""
+    import transformers
+    from transformers.tokenization_utils_base import generate_merges
+
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    scores = dict(zip(tokens, file.value("tokenizer.ggml.scores", list), strict=False))
+    spaced = file.value("tokenizer.ggml.add_space_prefix", bool, True)
+    tokenizer = transformers.LlamaTokenizer(
+        vocab=vocabulary, merges=generate_merges(vocabulary, scores), add_prefix_space=spaced
+    )
+    return tokenizer.backend_tokenizer
+
+
+def _add_marked(file: GgufFile, backend: Any, tokens: list[str]) -> None:
+    """Tokens that are never split: control tokens, as special ones, and those that a user added."""
+    import gguf
+    from tokenizers import AddedToken
+
+    kinds = file.value("tokenizer.ggml.token_type", list)
+    marked = list(zip(tokens, kinds, strict=False))
+    control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
+    added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
+
+
+def _begin_with(backend: Any, token: str) -> None:
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1",
+        special_tokens=[(token, backend.token_to_id(token))],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model's tensors
+
+
+def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
+    """The tensors by Hugging Face's names, in the file's order. config: the config.json that was made of the file.
+
+    Raises InputError where the model lacks one, or has one that its family does not have.
+    """
+    gguf = import_gguf(file.path)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    try:
+        decoder = decoder_config(config)
+    except InputError as error:
+        raise InputError(file.path, error.what) from None
+    names = gguf.get_tensor_name_map(numbers[file.family], decoder.layers)
+    own = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name, _, _ in tensors_of(decoder)}
+    missing = [name for name in own if name not in file.tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise InputError(file.path, f"has no tensor {missing[0]} ({own[missing[0]]}){more}")
+    extra = [name for name in file.tensors if name not in own and name != "rope_freqs.weight"]
+    if extra:
+        raise InputError(file.path, f"holds a tensor that its architecture does not have: {extra[0]}")
+    for name in own:
+        _check_kind(file, name)
+    heads = file.value(".attention.head_count", int)
+    interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", int, heads)}
+    if not FAMILIES[file.family].interleaved:
+        interleaved = {}
+    return {
+        own[name]: replace(tensor, heads=interleaved.get(name.split(".")[-2], 0))
+        for name, tensor in file.tensors.items()
+        if name in own
+    }
+
+
+def _check_kind(file: GgufFile, name: str) -> None:
+    """Raises InputError where the package gguf does not dequantise a tensor of this kind."""
+    gguf = import_gguf(file.path)
+    kind = gguf.GGMLQuantizationType(file.tensors[name].kind)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+    except NotImplementedError:
+        raise InputError(
+            file.path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
+        ) from None
+
+
+def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
+    """Write where a GGUF file's tensors lie into the folder that stands for it."""
+    table = {
+        name: {
+            "dtype": str(one.dtype), "shape": one.shape, "kind": one.kind, "start": one.start, "stop": one.stop,
+            "heads": one.heads,
+        }
+        for name, one in tensors.items()
+    }  # fmt: skip
+    (folder / TENSORS).write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def open_gguf(path: Path, file: Path) -> Folder:
+    """The GGUF file that the folder `path` stands for. Raises InputError where the file has gone."""
+    if not file.is_file():
+        raise InputError(file, "is missing; expected a GGUF file")
+    table, mapped = read_json_object(path / TENSORS, missing={}), MappedFile(file)
+    return Folder(
+        path,
+        {
+            name: GgufTensor(
+                mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), row["kind"], row["start"], row["stop"],
+                row["heads"],
+            )
+            for name, row in table.items()
+        },
+    )  # fmt: skip

@@ -1,0 +1,373 @@
+"""Adapters as parents: as peft merges them, wherever a model may stand, and refused where they cannot be merged."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+import yaml
+from helpers import Family, edit_json, random_model, random_records, save, state, tiny_config, write_lines
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE
+from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
+from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.as_adapter import low_rank_factors
+
+ATTENTION = ["q_proj", "v_proj"]
+LORA: dict[str, dict[str, Any]] = {
+    "a list of modules": {"target_modules": [*ATTENTION, "down_proj"]},
+    "a pattern": {"target_modules": r".*\.layers\.[12]\.mlp\.(up|down)_proj"},
+    "all linear modules": {"target_modules": "all-linear"},
+    "rank-stabilised": {"target_modules": ATTENTION, "use_rslora": True},
+    "ranks and alphas of their own": {
+        "target_modules": ATTENTION,
+        "rank_pattern": {"q_proj": 2, r"layers\.1\.self_attn\.v_proj": 6},
+        "alpha_pattern": {"v_proj": 3},
+    },
+    "DoRA": {"target_modules": [*ATTENTION, "up_proj"], "use_dora": True},
+    "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "a DoRA embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "saved modules": {"target_modules": ATTENTION, "modules_to_save": ["norm", "lm_head"]},
+}
+
+
+def adapter(base: Path, folder: Path, seed: int = 0, **settings: Any) -> tuple[Path, Path]:
+    """An adapter of random values, saved by peft, and what its merge_and_unload makes of it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, **settings}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    for name, values in tuned.named_parameters():
+        if values.requires_grad:
+            values.data += (0.02 if "magnitude" in name else 0.1) * torch.randn_like(values)
+    tuned.save_pretrained(folder)
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), folder)
+    merged.merge_and_unload().save_pretrained(folder.with_name(f"{folder.name}-merged"))
+    return folder, folder.with_name(f"{folder.name}-merged")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a head of its own and with biases."""
+    return save(random_model(tiny_config("qwen2", tie_word_embeddings=False)), tmp_path_factory.mktemp("untied") / "b")
+
+
+@pytest.fixture
+def lora(family: Family, tmp_path: Path) -> tuple[Path, Path]:
+    return adapter(family.base, tmp_path / "lora")
+
+
+def read(reference: str, relative_to: Path = Path()) -> dict[str, np.ndarray]:
+    folder = open_model(resolve_model("test", reference, relative_to))
+    return {name: np.array(folder.read(name)) for name in folder.entries}
+
+
+@pytest.mark.parametrize("case", LORA)
+def test_an_adapter_is_merged_as_peft_merges_it(case: str, untied: Path, tmp_path: Path) -> None:
+    folder, merged = adapter(untied, tmp_path / "lora", **LORA[case])
+    found, expected, base = read(f"{untied}+{folder}"), state(merged), state(untied)
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+    assert any(not np.array_equal(found[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_were_trained_take_the_place_of_the_bases(bias: str, untied: Path, tmp_path: Path) -> None:
+    folder, merged = adapter(untied, tmp_path / "lora", bias=bias)
+    found, name = read(f"{untied}+{folder}"), "model.layers.0.self_attn.q_proj.bias"
+    np.testing.assert_array_equal(found[name], state(merged)[name])
+    assert not np.array_equal(found[name], state(untied)[name])
+
+
+def test_values_are_rounded_to_a_narrow_bases_dtype_once(family: Family, tmp_path: Path) -> None:
+    model = random_model(tiny_config(tie_word_embeddings=True)).to(torch.bfloat16)
+    base = save(model, tmp_path / "base")
+    folder, merged = adapter(base, tmp_path / "lora", target_modules="all-linear")
+    found, expected = read(f"{base}+{folder}"), state(merged)
+    for name, values in expected.items():
+        assert found[name].dtype == ml_dtypes.bfloat16
+        own = found[name].astype(np.float32)
+        # Another order of summation moves a value across a boundary once in some thousands.
+        assert np.mean(own != values) < 2e-3, name
+        np.testing.assert_allclose(own, values, rtol=2**-7, err_msg=name)
+
+
+def test_a_transposed_base_is_adapted_in_its_own_orientation(tmp_path: Path) -> None:
+    """GPT-2 keeps its weights as [in, out], and its checkpoints leave out the first part of their modules' names."""
+    from transformers import GPT2Config
+
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=16))
+    model.save_pretrained(tmp_path / "base")
+    folder, merged = adapter(tmp_path / "base", tmp_path / "lora", target_modules=["c_attn"], fan_in_fan_out=True)
+    found, expected = read(f"{tmp_path / 'base'}+{folder}"), state(merged)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# References
+
+
+def test_an_adapter_alone_stands_for_its_base_with_it(lora: tuple[Path, Path], family: Family) -> None:
+    alone, named = (
+        resolve_model("test", str(lora[0]), Path()),
+        resolve_model("test", f"{family.base}+{lora[0]}", Path()),
+    )
+    assert alone == named
+    assert reference_to(alone) == f"{family.base}+{lora[0]}"
+    assert (alone / "config.json").read_bytes() == (family.base / "config.json").read_bytes()
+
+
+def test_folders_with_a_plus_in_their_names_are_found(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
+    shutil.copytree(family.base, tmp_path / "a+b")
+    assert resolve_model("test", "a+b", tmp_path) == (tmp_path / "a+b").resolve()
+    shutil.copytree(lora[0], tmp_path / "c+d")
+    assert reference_to(resolve_model("test", "a+b+c+d", tmp_path)) == f"{tmp_path / 'a+b'}+{tmp_path / 'c+d'}"
+
+
+def test_random_masks_are_named_by_content(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
+    """The same adapter elsewhere has the same digests, another one has not; what it leaves alone is the base's."""
+    name, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    moved = Path(shutil.copytree(lora[0], tmp_path / "moved"))
+    other, _ = adapter(family.base, tmp_path / "other", seed=1)
+    first, again, another, base = (
+        open_model(resolve_model("test", reference, Path()))
+        for reference in (*(f"{family.base}+{one}" for one in (lora[0], moved, other)), str(family.base))
+    )
+    assert first.digest(name) == again.digest(name)
+    assert len({one.digest(name) for one in (first, another, base)}) == 3
+    assert first.digest(norm) == base.digest(norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def command(*arguments: object) -> int:
+    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+
+
+def write(path: Path, document: Any) -> Path:
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+def test_a_recipe_of_adapters_is_merged_as_by_mergekit(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    reference = f"{family.base}+{lora[0]}"
+    recipe = {
+        "merge_method": "ties",
+        "base_model": str(family.base),
+        "models": [
+            {"model": model, "parameters": {"weight": 0.6, "density": 0.5}}
+            for model in (reference, str(family.parents[0]))
+        ],
+        "dtype": "float32",
+    }
+    assert command("merge", write(tmp_path / "recipe.yaml", recipe), tmp_path / "ours") == 0
+    options = MergeOptions(quiet=True, write_model_card=False, lora_merge_cache=str(tmp_path / "cache"))
+    run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "theirs"), options)
+    found, expected = state(tmp_path / "ours"), state(tmp_path / "theirs")
+    for name, values in expected.items():
+        # An entry whose rank the two expansions' last bits change may be trimmed by one and not by the other.
+        close = np.isclose(found[name], values, rtol=1e-5, atol=1e-6)
+        assert close.mean() > 0.999, name
+    assert reference in (tmp_path / "recipe.yaml").read_text()
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "base+lora" in card
+    assert str(tmp_path) not in card
+
+
+def test_a_search_over_adapters_exports_what_it_scored(
+    lora: tuple[Path, Path], family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other, _ = adapter(family.base, tmp_path / "other", seed=1, target_modules=["up_proj", "q_proj"])
+    heldout = write_lines(tmp_path / "heldout.jsonl", random_records(6, seed=9))
+    config = {
+        "base": str(family.base),
+        "parents": [f"{family.base}+lora", str(other)],
+        "space": {"method": "task_arithmetic", "parameters": {"weight": {"low": 0.0, "high": 1.0}}},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": str(heldout)}],
+        "search": {"generations": 2, "population": 4},
+    }
+    path = write(tmp_path / "config.yaml", config)
+    assert command("search", path, "--out", tmp_path / "run") == 0
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["parents"] == [f"{family.base}+{lora[0]}", f"{family.base}+{other}"]
+    files = [family.base / "model.safetensors", family.base / "config.json", other / ADAPTER_FILE]
+    assert {str(file) for file in files} <= set(saved["inputs"])
+    # All models have the scores that the search's table gives them, and the winner's recipe makes the same bytes again.
+    table = json.loads((tmp_path / "run" / "result.json").read_text())["table"]
+    found = {row["role"] + row["name"]: row["heldout_fitness"] for row in table}
+    models = (tmp_path / "run", lora[0], other)
+    assert command("evaluate", *models, "--tasks", path, "--json", tmp_path / "scores.json") == 0
+    scores = [row["fitness"] for row in json.loads((tmp_path / "scores.json").read_text())]
+    names = ("winnerevolved task_arithmetic", "parentbase+lora", "parentbase+other")
+    assert scores == pytest.approx([found[name] for name in names], abs=1e-6)
+    assert command("merge", tmp_path / "run/best/recipe.yaml", tmp_path / "again") == 0
+    model = "model.safetensors"
+    assert (tmp_path / "again" / model).read_bytes() == (tmp_path / "run/best/model" / model).read_bytes()
+    # A sum of two adapters of rank 4 is one of rank 8, in which nothing is left out.
+    winner = state(tmp_path / "run/best/model")
+    for rank, closest in ((8, 0.0), (1, 0.1)):
+        capfd.readouterr()
+        out = tmp_path / f"rank-{rank}"
+        assert command("export", tmp_path / "run", out, "--as", "adapter", "--rank", rank) == 0
+        said = capfd.readouterr().out
+        total = float(said.partition("(Frobenius norm): ")[2].partition("%")[0]) / 100
+        assert "worst" in said and closest <= total < closest + 0.9
+        assert (total < 1e-4) == (rank == 8)
+        base = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.float32)
+        merged = peft.PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
+        own, start = read(str(out)), state(family.base)
+        left_out, whole = 0.0, 0.0
+        for name, values in winner.items():
+            np.testing.assert_allclose(own[name], merged[name].numpy(), rtol=1e-5, atol=1e-6, err_msg=name)
+            left_out += float(((own[name] - values) ** 2).sum())
+            whole += float(((values - start[name]) ** 2).sum())
+        assert (left_out / whole) ** 0.5 == pytest.approx(total, abs=1e-4)
+    more = ("--resume", "--set", "search.generations=3")
+    assert command("search", path, "--out", tmp_path / "run", *more) == 0
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 3
+
+
+def test_factors_are_those_of_the_singular_value_decomposition() -> None:
+    rng = np.random.default_rng(0)
+    for shape in ((9, 14), (14, 9)):
+        matrix = rng.normal(size=shape).astype(np.float32)
+        u, sizes, v = np.linalg.svd(matrix.astype(np.float64))
+        for rank in (1, 4, 9):
+            a, b = low_rank_factors(matrix, rank)
+            assert (a.shape, b.shape) == ((rank, shape[1]), (shape[0], rank))
+            np.testing.assert_allclose(b @ a, (u[:, :rank] * sizes[:rank]) @ v[:rank], rtol=1e-4, atol=1e-5)
+    a, b = low_rank_factors(np.zeros((3, 4), np.float32), 2)
+    assert not (b @ a).any()
+
+
+def test_an_export_that_can_be_no_adapter_is_refused(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "config.yaml").write_text("inputs: {}")
+    (run / "history.jsonl").write_text("")
+    models = [{"model": str(parent), "parameters": {"weight": 0.5}} for parent in family.parents]
+    linear, based = {"merge_method": "linear", "models": models}, {"base_model": str(family.base)}
+    for recipe, options, says in (
+        (linear, ("--as", "adapter", "--rank", 4), "base_model"),
+        (linear | based | {"merge_method": "ties"}, ("--as", "adapter", "--rank", 25), "at most 24"),
+        (linear, ("--as", "adapter"), "--rank: missing"),
+        (linear, ("--rank", 4), "--rank: only --as adapter"),
+    ):
+        write(run / "best" / "recipe.yaml", recipe)
+        capfd.readouterr()
+        assert command("export", run, tmp_path / "out", *options) == WRONG_INPUT
+        line = capfd.readouterr().err
+        assert line.count("\n") == 1 and says in line, line
+        assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Adapters that cannot be merged
+
+
+def settings(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "adapter_config.json", lambda config: config.update(changes))
+
+
+def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        own = load_file(folder / ADAPTER_FILE)
+        change(own)
+        save_file(own, folder / ADAPTER_FILE)
+
+    return edit
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "another kind of adapter": (settings(peft_type="LOHA"), ("adapter_config.json", "peft_type", "LOHA", "LORA")),
+    "parameters": (settings(target_parameters=["experts.w1"]), ("target_parameters", "merge_and_unload")),
+    "a start that changes the base": (settings(init_lora_weights="pissa"), ("init_lora_weights", "pissa")),
+    "a rank of nothing": (settings(r=0), ("r: 0", "whole number")),
+    "an alpha that is no number": (settings(lora_alpha="much"), ("lora_alpha", "much", "number")),
+    "another rank than its tensors have": (settings(r=3), ("lora_A has shape [4, 48]", "expected [3, 48]")),
+    "modules that are not targets": (settings(target_modules=["o_proj"]), ("target_modules", "q_proj")),
+    "another base": (
+        tensors(lambda own: own.update({f"{Q}.lora_A.weight": np.zeros((4, 50), np.float32)})),
+        (ADAPTER_FILE, f"{Q}.lora_A has shape [4, 50]", "expected [4, 48]"),
+    ),
+    "a module that the base lacks": (
+        tensors(lambda own: own.update({Q.replace("q_proj", "qkv") + ".lora_A.weight": np.zeros((4, 48), "f4")})),
+        (ADAPTER_FILE, "self_attn.qkv", "has no tensor"),
+    ),
+    "half of an adapter": (tensors(lambda own: own.pop(f"{Q}.lora_B.weight")), (Q, "lora_B")),
+    "a part that is not known": (
+        tensors(lambda own: own.update({f"{Q}.lora_C.weight": np.zeros((4, 4), np.float32)})), ("lora_C",),
+    ),
+    "whole numbers": (
+        tensors(lambda own: own.update({f"{Q}.lora_A.weight": np.zeros((4, 48), np.int8)})), (Q, "int8", "float"),
+    ),
+    "a head that is the embedding": (
+        tensors(lambda own: own.update({"base_model.model.lm_head.weight": np.zeros((64, 48), np.float32)})),
+        ("lm_head",),
+    ),
+    "not a number": (
+        tensors(lambda own: own[f"{Q}.lora_A.weight"].fill(np.nan)), (ADAPTER_FILE, "q_proj", "NaN or Inf"),
+    ),
+    "no file": (lambda folder: (folder / ADAPTER_FILE).unlink(), (ADAPTER_FILE, "is missing")),
+    "a pickle": (
+        lambda folder: (folder / ADAPTER_FILE).rename(folder / "adapter_model.bin"), ("pickle", "safetensors"),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_lora(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapter(family.base, tmp_path_factory.mktemp("adapter") / "lora")[0]
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_merged_is_refused_by_name(
+    case: str, one_lora: Path, family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    change, says = WRONG[case]
+    folder = Path(shutil.copytree(one_lora, tmp_path / "lora"))
+    change(folder)
+    recipe = {"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1.0}}]}
+    path = write(tmp_path / "recipe.yaml", recipe)
+    capfd.readouterr()
+    assert command("merge", path, tmp_path / "out") == WRONG_INPUT
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    for text in says:
+        assert text in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_references_that_name_no_adapter_are_refused(lora: tuple[Path, Path], family: Family, tmp_path: Path) -> None:
+    for reference, says in (
+        (f"{family.base}+{tmp_path / 'nothing'}", "no such folder"),
+        (f"{family.base}+{family.base}", "holds no adapter_config.json"),
+        (f"{lora[0]}+{lora[0]}", "is an adapter"),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            resolve_model("recipe.yaml", reference, Path())
+        assert str(caught.value).startswith(f"recipe.yaml: {reference}")
+    for named, says in ((None, "missing"), (str(lora[0]), "is an adapter")):
+        settings(base_model_name_or_path=named)(lora[0])
+        with pytest.raises(InputError, match=f"base_model_name_or_path: .*{says}"):
+            resolve_model("recipe.yaml", str(lora[0]), Path())

@@ -1,0 +1,260 @@
+"""GGUF files as models: what transformers reads from them, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import load_torch, random_model, tiny_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evojax_merge.checkpoints.derived import open_model, resolve_model
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.cli import WRONG_INPUT, cli, run
+
+VOCAB = 320
+TEXT = "The quick brown fox jumps over 1234 lazy dogs, and the other foxes watch it. " * 8
+KIND = gguf.GGMLQuantizationType
+
+
+def byte_level_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|s|>", "<|e|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    assert tokenizer.get_vocab_size() <= VOCAB
+    return tokenizer
+
+
+def pairwise_rows(rows: np.ndarray, heads: int) -> np.ndarray:
+    """The order in which llama.cpp keeps the rows of a Llama's query and key projections: row i of a head, and row
+    i + D / 2, which Hugging Face rotates with it, side by side."""
+    out = []
+    for head in np.split(rows, heads):
+        first, second = np.split(head, 2)
+        for pair in zip(first, second, strict=True):
+            out += pair
+    return np.stack(out)
+
+
+def write_gguf(
+    path: Path, family: str, kind: Any = KIND.F32, change: Callable[[dict[str, Any]], None] = lambda metadata: None
+) -> Any:
+    """A GGUF file of a random model, by the package's writer; the torch model."""
+    config = tiny_config(
+        family, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=family == "llama",
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        **({"head_dim": 32} if family == "qwen3" else {}),
+    )  # fmt: skip
+    model, tokenizer = random_model(config), byte_level_tokenizer()
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    vocabulary += [f"<unused{i}>" for i in range(len(vocabulary), VOCAB)]
+    metadata: dict[str, Any] = {
+        "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "rope.freq_base": 5000.0,
+        "attention.key_length": getattr(config, "head_dim", None) or 16,
+    }  # fmt: skip
+    metadata = {f"{family}.{key}": value for key, value in metadata.items()} | {
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(tokenizer)],
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (VOCAB - 2), "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.add_bos_token": True,
+    }  # fmt: skip
+    change(metadata)
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", family))
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[family], 2)
+    for name, values in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        own = values.numpy()
+        if family == "llama" and ("q_proj" in name or "k_proj" in name):
+            own = pairwise_rows(own, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        used = kind if own.ndim == 2 else KIND.F32
+        own = gguf.quantize(np.ascontiguousarray(own), used)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), own, raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def _merges(tokenizer: Tokenizer) -> list[list[str]]:
+    import json
+
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", [KIND.F32, KIND.BF16, KIND.Q8_0])
+def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_path: Path) -> None:
+    written = write_gguf(tmp_path / "tiny.gguf", family, kind)
+    path = resolve_model("test", str(tmp_path / "tiny.gguf"), Path())
+    sources, config = open_sources([path])
+    expected = {name: values.numpy() for name, values in written.state_dict().items()}
+    if config.head_is_embedding:
+        del expected["lm_head.weight"]
+    folder = sources.folders[0]
+    assert set(folder.entries) == set(expected)
+    for name, values in expected.items():
+        own, used = folder.read(name), kind if values.ndim == 2 else KIND.F32
+        assert own.dtype == (ml_dtypes.bfloat16 if used == KIND.BF16 else np.float32)
+        # Rows are quantised one by one, so that their order does not matter.
+        rounded = gguf.dequantize(gguf.quantize(values, used), used)
+        np.testing.assert_array_equal(own.astype(np.float32), rounded, err_msg=name)
+    # The config that was made of the file means the model that was written into it.
+    assert folder.config["rope_parameters"]["rope_theta"] == 5000.0
+    for key in ("hidden_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
+        if hasattr(written.config, key):
+            assert folder.config.get(key, getattr(written.config, key)) == getattr(written.config, key), key
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_reads_the_same_weights(family: str, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", family, KIND.Q8_0)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
+    folder = open_model(resolve_model("test", str(tmp_path / "tiny.gguf"), Path()))
+    for name in folder.entries:
+        np.testing.assert_array_equal(folder.read(name), theirs[name].numpy(), err_msg=name)
+
+
+def test_its_tokenizer_is_the_one_that_the_file_was_written_with(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", "llama")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("test", str(tmp_path / "tiny.gguf"), Path()))
+    for text in (TEXT, "1234 lazy dogs<|e|>", " 日本語"):
+        ids = tokenizer(text)["input_ids"]
+        # The file says that texts begin with a token.
+        assert ids[0] == tokenizer.bos_token_id == 0
+        assert ids[1:] == byte_level_tokenizer().encode(text).ids
+        assert tokenizer.decode(ids[1:]) == text
+
+
+def test_llama_3s_rope_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
+    """The factors are what transformers divides the frequencies by."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from evojax_merge.checkpoints.gguf_file import LLAMA3_ROPE, _llama3_factors
+
+    for factor in (8.0, 32.0):
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, **LLAMA3_ROPE}
+        config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        plain = 5e5 ** (-np.arange(0, 128, 2) / 128)
+        np.testing.assert_allclose(plain / _llama3_factors(5e5, 128, factor), scaled.numpy(), rtol=1e-5)
+
+
+def test_a_gguf_file_is_merged_and_adapted_like_a_folder(tmp_path: Path) -> None:
+    from test_adapters import adapter
+
+    written = write_gguf(tmp_path / "one.gguf", "llama", KIND.Q8_0)
+    written.save_pretrained(tmp_path / "two")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("one.gguf", "two")],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    merged, name = load_torch(tmp_path / "out").state_dict(), "model.layers.1.mlp.up_proj.weight"
+    one = open_model(resolve_model("test", str(tmp_path / "one.gguf"), Path()))
+    expected = (one.read(name) + written.state_dict()[name].numpy()) / 2
+    np.testing.assert_allclose(merged[name].numpy(), expected, rtol=1e-6, atol=1e-7)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token == "<|s|>"
+    lora, _ = adapter(tmp_path / "two", tmp_path / "lora", target_modules=["up_proj"])
+    adapted = open_model(resolve_model("test", f"{tmp_path / 'one.gguf'}+{lora}", Path()))
+    assert not np.array_equal(adapted.read(name), one.read(name))
+    np.testing.assert_array_equal(adapted.read("model.norm.weight"), one.read("model.norm.weight"))
+
+
+def command(*arguments: object) -> int:
+    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+
+
+def change(**keys: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda metadata: metadata.update({name.replace("__", "."): value for name, value in keys.items()})
+
+
+def cut(path: Path, nbytes: int) -> None:
+    with path.open("r+b") as handle:
+        handle.truncate(path.stat().st_size - nbytes)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "an unknown architecture": (
+        lambda path: write_gguf(path, "llama", change=change(general__architecture="starcoder2")),
+        ("general.architecture", "starcoder2", "llama"),
+    ),
+    "a truncated tensor": (
+        lambda path: (write_gguf(path, "llama"), cut(path, 100)), ("damaged or truncated",),
+    ),
+    "a truncated header": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + b"\1" * 40), ("damaged or truncated",)),
+    "no gguf": (lambda path: path.write_bytes(b"text" * 100), ("not a GGUF file",)),
+    "an empty file": (lambda path: path.write_bytes(b""), ("not a GGUF file",)),
+    "a mixture of experts": (
+        lambda path: write_gguf(path, "llama", change=change(llama__expert_count=8)), ("expert_count",),
+    ),
+    "more layers than it has": (
+        lambda path: write_gguf(path, "llama", change=change(llama__block_count=3)), ("has no tensor blk.2.",),
+    ),
+    "fewer layers than it has": (
+        lambda path: write_gguf(path, "llama", change=change(llama__block_count=1)), ("blk.1.", "does not have"),
+    ),
+    "another kind of number": (
+        lambda path: write_gguf(path, "llama", change=change(llama__block_count="two")), ("llama.block_count", "'two'"),
+    ),
+    "an unknown tokenizer": (
+        lambda path: write_gguf(path, "llama", change=change(tokenizer__ggml__model="rwkv")), ("ggml.model", "rwkv"),
+    ),
+    "an unknown way to split words": (
+        lambda path: write_gguf(path, "llama", change=change(tokenizer__ggml__pre="tekken2")), ("ggml.pre", "tekken2"),
+    ),
+    "a rope scaling that is not known": (
+        lambda path: write_gguf(path, "llama", change=change(llama__rope__scaling__type="longrope")), ("longrope",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_such_file_is_refused_by_name(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make, says = REFUSED[case]
+    make(tmp_path / "tiny.gguf")
+    recipe = {"merge_method": "linear", "models": [{"model": "tiny.gguf", "parameters": {"weight": 1.0}}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    capfd.readouterr()
+    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == WRONG_INPUT
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    for text in ("tiny.gguf", *says):
+        assert text in line, line
+    assert not (tmp_path / "out").exists()
