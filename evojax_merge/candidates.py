@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.bank import held_bytes, load_bank, load_path_bank
+from evojax_merge.checkpoints.bank import bytes_saved, held_bytes, load_bank, load_path_bank
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Progress
@@ -98,7 +98,8 @@ class MergeCandidates:
         return self.spec.export_dtype
 
     def held_bytes(self) -> int:
-        return held_bytes(self.sources, self.decoder, self.spec)
+        expanded = held_bytes(self.sources, self.decoder, self.spec)
+        return expanded - bytes_saved(self.sources, self.decoder, self.spec.options.has_base)
 
     def open_evaluators(
         self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress

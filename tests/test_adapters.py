@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import peft
@@ -16,11 +18,13 @@ from helpers import Family, edit_json, random_model, random_records, save, state
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import evojax_merge as em
 from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
 from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.as_adapter import low_rank_factors
+from evojax_merge.models.sources import lazy_merge
 
 ATTENTION = ["q_proj", "v_proj"]
 LORA: dict[str, dict[str, Any]] = {
@@ -147,6 +151,61 @@ def test_random_masks_are_named_by_content(lora: tuple[Path, Path], family: Fami
     assert first.digest(name) == again.digest(name)
     assert len({one.digest(name) for one in (first, another, base)}) == 3
     assert first.digest(norm) == base.digest(norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The bank
+
+
+def expanded(reference: str, folder: Path) -> Path:
+    """The model of a reference as a folder of its own."""
+    model = resolve_model("test", reference, Path())
+    folder.mkdir()
+    for file in model.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    save_file(read(reference), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("linear", torch.float32), ("task_arithmetic", torch.bfloat16), ("ties", torch.float32)],
+)
+def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Scores and merges are those of the models that they stand for, to the bit, from the base held once."""
+    base = save(random_model(tiny_config(tie_word_embeddings=True)).to(dtype), tmp_path / "base")
+    tasks = write_lines(tmp_path / "tasks.jsonl", random_records(6))
+    for seed, (name, modules) in enumerate({"one": ATTENTION, "two": ["embed_tokens", "up_proj"]}.items()):
+        adapter(base, tmp_path / name, seed, target_modules=modules, r=3 + seed)
+    references = [f"{base}+{tmp_path / name}" for name in ("one", "two")]
+    folders = [str(expanded(one, tmp_path / f"whole-{k}")) for k, one in enumerate(references)]
+
+    def opened(parents: list[str]) -> em.Evaluator:
+        config = {
+            "base": str(base),
+            "parents": parents,
+            "space": {"method": method},
+            "tasks": [{"name": "text", "kind": "likelihood", "file": str(tasks)}],
+            "search": {"generations": 1},
+        }
+        return em.Evaluator(config)
+
+    def whole(evaluator: em.Evaluator) -> Any:
+        problem, bank = evaluator._problem, evaluator._evaluator.evaluator.bank
+        recipe = problem.space.recipe(jnp.asarray(genomes[0]))
+        return jax.jit(lambda bank, one: lazy_merge(bank, one, problem.candidates.spec).materialise())(bank, recipe)
+
+    small, large = opened(references), opened(folders)
+    genomes = np.random.default_rng(0).random((3, small.dims)).astype(np.float32)
+    banks = [one._evaluator.evaluator.bank for one in (small, large)]
+    assert set(banks[0].stack_factors["layers"]) == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert banks[0].shared["embed"].shape[0] == 1 and not banks[1].shared_factors
+    held = [sum(leaf.nbytes for leaf in jax.tree.leaves(one)) for one in banks]
+    assert held[0] < 0.75 * held[1]
+    assert small._problem.candidates.held_bytes() - large._problem.candidates.held_bytes() == held[0] - held[1]
+    np.testing.assert_array_equal(small.scores(genomes).values, large.scores(genomes).values)
+    for first, second in zip(jax.tree.leaves(whole(small)), jax.tree.leaves(whole(large)), strict=True):
+        np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------

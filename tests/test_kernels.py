@@ -1172,3 +1172,18 @@ def test_slerp_of_near_parallel_tensors_is_linear() -> None:
     second = 1.5 * first + 1e-4
     found = merged("slerp", METHODS["slerp"].options, [first, first, second], {"t": 0.3})
     np.testing.assert_allclose(found, 0.7 * first + 0.3 * second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rank", [0, 1, 7])
+def test_low_rank_changes_are_added_in_float32_and_rounded_once(rank: int, dtype: Any) -> None:
+    rng = np.random.default_rng(rank)
+    base = jnp.asarray(rng.normal(size=(2, 9, 14)), dtype)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, 14), (2, 9, rank)))
+    found = merge_kernels.add_low_rank(base, a, b)
+    assert found.dtype == dtype
+    exact = np.asarray(base, np.float64) + b.astype(np.float64) @ a.astype(np.float64)
+    # Half a unit in the last place of the dtype, and what float32 loses in the sum.
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), exact, rtol=float(jnp.finfo(dtype).eps) / 2 + 1e-6, atol=2e-6
+    )

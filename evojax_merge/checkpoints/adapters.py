@@ -13,14 +13,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
-from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, is_float, read_header
+from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import HEAD, known_architecture
@@ -175,7 +176,7 @@ class AdaptedTensor:
     """A weight of the base with an adapter: `base + scale · B A`, in the base's dtype.
 
     base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is kept as `[in, out]` (embeddings,
-    and modules with fan_in_fan_out), to which the transposed product is added. magnitude: DoRA's `[out]`.
+    and modules with fan_in_fan_out), to which the transposed product is added.
     """
 
     base: Tensor
@@ -183,7 +184,6 @@ class AdaptedTensor:
     b: Tensor
     scale: float
     transposed: bool = False
-    magnitude: Tensor | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -197,25 +197,29 @@ class AdaptedTensor:
     def file(self) -> Path:
         return self.a.file
 
-    @cached_property
+    @property
     def _parts(self) -> tuple[Tensor, ...]:
-        factors = (self.base, self.a, self.b)
-        return factors if self.magnitude is None else (*factors, self.magnitude)
+        return self.base, self.a, self.b
 
     @property
     def mapped_files(self) -> tuple[MappedFile, ...]:
         return tuple(mapped for part in self._parts for mapped in part.mapped_files)
 
+    @property
+    def core(self) -> Tensor:
+        return self.base
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        a, b = _float32(self.a), _float32(self.b) * np.float32(self.scale)
+        return (b.T, a.T) if self.transposed else (a, b)
+
     def read(self) -> np.ndarray:
-        wide = np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-        delta = _float32(self.b) @ _float32(self.a)
-        delta *= np.float32(self.scale)
-        merged = self.base.read().astype(wide)
-        merged += delta.T if self.transposed else delta
-        if self.magnitude is not None:
-            factors = _float32(self.magnitude).reshape(-1) / np.linalg.norm(merged, axis=0 if self.transposed else 1)
-            merged *= factors if self.transposed else factors[:, None]
-        return merged.astype(self.dtype, copy=False)
+        # By the function that a search's programs expand factors with, so that they see the same values.
+        return np.asarray(_expand(self.base.read(), *self.factors())).astype(self.dtype, copy=False)
 
     def content(self) -> Iterator[np.ndarray]:
         # The parts, not the product: its last bits depend on the machine, and random masks must not.
@@ -228,12 +232,54 @@ class AdaptedTensor:
             part.release()
 
 
+@dataclass(frozen=True)
+class DoraTensor(Whole):
+    """A weight of which DoRA gives each output's norm: the rows of `base + scale · B A`, before it is rounded, with the
+    norms `magnitude [out]`."""
+
+    sum: AdaptedTensor
+    magnitude: Tensor
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.sum.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.sum.shape
+
+    @property
+    def file(self) -> Path:
+        return self.sum.file
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return (*self.sum.mapped_files, *self.magnitude.mapped_files)
+
+    def read(self) -> np.ndarray:
+        unrounded = np.asarray(_expand(self.sum.base.read().astype(np.float32), *self.sum.factors()))
+        axis = 0 if self.sum.transposed else 1
+        norms = np.linalg.norm(unrounded, axis=axis, keepdims=True)
+        return (np.expand_dims(_float32(self.magnitude).reshape(-1), axis) / norms * unrounded).astype(self.dtype)
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield from self.sum.content()
+        yield from self.magnitude.content()
+
+    def release(self) -> None:
+        self.sum.release()
+        self.magnitude.release()
+
+
+_expand = jax.jit(add_low_rank)
+
+
 def _float32(tensor: Tensor) -> np.ndarray:
     return tensor.read().astype(np.float32, copy=False)
 
 
 def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
-    """The base with the adapter of the folder `adapter`, as a folder at `path`; only headers are read.
+    """The base with the adapter of the folder `adapter`, as a folder at `path`; of weights only headers are read.
 
     Raises InputError where the adapter is none that can be merged, or is not of this base: for a module that the base
     lacks, or the first shape that differs.
@@ -254,12 +300,19 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         else:
             name = _find(base, tensor, key, inner.replace(".base_layer.", "."))
             _check_saved(base, config, name, tensor, key)
-            replaced[name] = tensor
+            # peft also saves what it only wraps, such as an embedding with an adapter.
+            if ".base_layer." not in inner or not _equal(tensor, base.entries[name]):
+                replaced[name] = tensor
     own = {**base.entries, **replaced}
     for module, parts in modules.items():
         name = _find(base, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
         own[name] = _adapted(config, module, name, own[name], parts)
     return Folder(path, own)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same values; both are read."""
+    return one.dtype == other.dtype and np.array_equal(one.read(), other.read())
 
 
 def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
@@ -307,7 +360,7 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
         )  # fmt: skip
 
 
-def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor]) -> AdaptedTensor:
+def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
     """One weight with its adapter. Raises InputError where the parts do not fit each other or the weight."""
     embedding = any(part.startswith("lora_embedding") for part in parts)
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -333,8 +386,9 @@ def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts:
                 file, f"{PREFIX}{module}.{part} has shape {list(tensor.shape)}; expected {list(expected[part])}: the "
                 f"base's {name} is {list(shape)}, and the rank {rank}",
             )  # fmt: skip
+    adapted = AdaptedTensor(base, parts[a_name], parts[b_name], config.scale(module), transposed)
     magnitude = parts.get("lora_magnitude_vector")
-    return AdaptedTensor(base, parts[a_name], parts[b_name], config.scale(module), transposed, magnitude)
+    return adapted if magnitude is None else DoraTensor(adapted, magnitude)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Loading goes tensor by tensor out of memory-mapped files into arrays that were a
 needs more than the bank and one tensor. What a method has to measure is measured on the way.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from evojax_merge.models.architecture import (
     stack_leaves,
     tensors_of,
 )
-from evojax_merge.models.bank import Bank, MergeSpec
+from evojax_merge.models.bank import Bank, Factors, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import layer_kinds
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -34,8 +34,8 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# Leaves, keep keys and tables by the leaf's name.
-_Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+# Leaves, factors, keep keys and tables by the leaf's name.
+_Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -69,26 +69,33 @@ def load_bank(
     """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor;
     `put` brings an array to where it belongs, and is told the axis that is cut where devices share a model.
 
-    `sources` must hold the base first where deltas are taken from one.
+    `sources` must hold the base first where deltas are taken from one. Where all of them are adapters of one base, or
+    that base, the bank has each weight of the base once, and the adapters' factors.
     """
     layers = depths(config)
-    shared: _Parts = ({}, {}, {})
-    stacks: dict[str, _Parts] = {stack: ({}, {}, {}) for stack in layers}
+    shared: _Parts = ({}, {}, {}, {})
+    stacks: dict[str, _Parts] = {stack: ({}, {}, {}, {}) for stack in layers}
     with ThreadPoolExecutor(max_workers=4) as pool:
         for leaf in leaves_of(config):
             loaded = _load_leaf(leaf.tensors(layers), sources, spec, pool, progress)
             if leaf.stack is None:
                 # It was loaded as a stack of one.
                 loaded = jax.tree.map(lambda x: x[0], loaded)
+            parts, axis = shared if leaf.stack is None else stacks[leaf.stack], leaf.sharded_axis
             # What was measured of a leaf has no axes of its own.
-            axes = (leaf.sharded_axis, leaf.sharded_axis, None)
-            for part, value, axis in zip(
-                shared if leaf.stack is None else stacks[leaf.stack], loaded, axes, strict=True
-            ):
-                if value is not None:
-                    part[leaf.name] = jax.tree.map(partial(put, sharded_axis=axis), value)
-    weights, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(3))
-    return Bank(weights, shared[0], keep_keys, shared[1], tables, shared[2], _components(config))
+            for i, cut in ((0, axis), (2, axis), (3, None)):
+                if loaded[i] is not None:
+                    parts[i][leaf.name] = jax.tree.map(partial(put, sharded_axis=cut), loaded[i])
+            factors = loaded[1]
+            if factors is not None:
+                # `a` has the weight's inputs, `b` its outputs.
+                cuts = (axis if axis == end else None for end in (-1, -2))
+                a, b = (put(one, sharded_axis=cut) for one, cut in zip(factors, cuts, strict=True))
+                parts[1][leaf.name] = Factors(a, b)
+    weights, all_factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
+    return Bank(
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), all_factors, shared[1]
+    )
 
 
 def _components(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
@@ -98,31 +105,55 @@ def _components(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
 
 def _load_leaf(
     names: list[str], sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
-) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray] | None]:
-    """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables."""
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None, np.ndarray | None, dict[str, np.ndarray] | None]:
+    """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables. Of low-rank
+    sources the weights are the base's, `[len(names), 1, …]`, and there are factors (see `Factors`)."""
+    rank = _common_rank(sources, names)
     count, shape = len(sources.folders), sources.shape(0, names[0])
-    stack = aligned_empty((len(names), count, *shape), common_dtype(sources, names[0]))
+    stored = count if rank is None else 1
+    stack = aligned_empty((len(names), stored, *shape), common_dtype(sources, names[0]))
     first_parent = int(spec.options.has_base)
+    factors = None
+    if rank is not None:
+        each, (outputs, inputs) = (len(names), count - first_parent), shape
+        factors = np.zeros((*each, rank, inputs), np.float32), np.zeros((*each, outputs, rank), np.float32)
     constants = spec.prepared_for(count - first_parent)
     numbers = spec.method.keep_keys(count - first_parent)
     keep_keys = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
 
     def one(i: int) -> dict[str, np.ndarray]:
-        for s in range(count):
-            sources.read_into(s, names[i], stack[i, s])
+        own = list(stack[i])
+        if factors is None:
+            for s in range(count):
+                sources.read_into(s, names[i], stack[i, s])
+        else:
+            sources.read_core_into(names[i], stack[i, 0])
+            for k in range(count - first_parent):
+                a, b = sources.finite_factors(first_parent + k, names[i])
+                factors[0][i, k, : len(a)], factors[1][i, k, :, : len(a)] = a, b
+            # Only to be measured are they all there, one tensor at a time.
+            own = [sources.read(s, names[i]) for s in range(count)] if spec.method.measures else []
 
         def uniform_noise(k: int) -> np.ndarray:
             return draw_uniform(spec.seed, sources.digest(first_parent + k, names[i]), shape)
 
-        prepared = tabulate(spec.method, spec.options, list(stack[i]), constants, uniform_noise)
+        prepared = tabulate(spec.method, spec.options, own, constants, uniform_noise)
         for number, values in enumerate(prepared.keep_keys):
             keep_keys[i, number] = values  # type: ignore[index]
-        progress(stack[i].nbytes)
+        progress(stack[i].nbytes * count // stored)
         return prepared.statistics
 
     rows = list(pool.map(one, range(len(names))))
     tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return stack, keep_keys, tables or None
+    return stack, factors, keep_keys, tables or None
+
+
+def _common_rank(sources: Sources, names: Sequence[str]) -> int | None:
+    """The highest rank of the factors of a leaf, of which the bank then has the base once; None where its sources have
+    no base in common."""
+    if any(sources.common_core(name) is None for name in names):
+        return None
+    return max(sources.entry(s, name).rank for name in names for s in range(len(sources.folders)))
 
 
 def load_path_bank(
@@ -153,7 +184,7 @@ def _entries(sources: Sources, leaf: Leaf, layers: Mapping[str, int]) -> int:
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
-    """Bytes that `load_bank` will report as progress."""
+    """Bytes that `load_bank` will report as progress: of all sources, whether or not the bank has them as a whole."""
     layers = depths(config)
     return len(sources.folders) * sum(
         _entries(sources, leaf, layers) * common_dtype(sources, leaf.tensors(layers)[0]).itemsize
@@ -166,6 +197,19 @@ def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSp
     layers, numbers = depths(config), spec.prepared_arrays(len(sources.folders))
     entries = sum(_entries(sources, leaf, layers) for leaf in leaves_of(config))
     return bank_bytes(sources, config) + numbers * entries * np.dtype(np.uint16).itemsize
+
+
+def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:
+    """Bytes by which a bank of low-rank sources is smaller than one of all their weights."""
+    layers, count, saved = depths(config), len(sources.folders), 0
+    for leaf in leaves_of(config):
+        names = leaf.tensors(layers)
+        rank = _common_rank(sources, names)
+        if rank is not None:
+            weights = _entries(sources, leaf, layers) * common_dtype(sources, names[0]).itemsize
+            factors = (count - int(has_base)) * len(names) * rank * sum(sources.shape(0, names[0]))
+            saved += (count - 1) * weights - factors * np.dtype(np.float32).itemsize
+    return saved
 
 
 def load_stored(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import ml_dtypes
 import numpy as np
@@ -98,6 +98,20 @@ class Tensor(Protocol):
         """All files that it is made of."""
         ...
 
+    @property
+    def core(self) -> "Tensor":
+        """The tensor that its factors are added to; itself, where it has none."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """That of its factors; 0 where it has none."""
+        ...
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a matrix `core + b a`: `a float32[rank, in]` and `b float32[out, rank]`."""
+        ...
+
     def read(self) -> np.ndarray:
         """Its values, `[*shape]` of its dtype, not to be written to."""
         ...
@@ -111,8 +125,23 @@ class Tensor(Protocol):
         ...
 
 
+class Whole:
+    """What a tensor without factors says of them."""
+
+    shape: tuple[int, ...]
+    rank = 0
+
+    @property
+    def core(self) -> Self:
+        return self
+
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
+        outputs, inputs = self.shape
+        return np.zeros((0, inputs), np.float32), np.zeros((outputs, 0), np.float32)
+
+
 @dataclass(frozen=True)
-class Entry:
+class Entry(Whole):
     """A tensor that lies in a file: dtype, shape and byte range."""
 
     mapped: MappedFile

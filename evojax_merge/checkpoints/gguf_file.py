@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, MappedFile
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, MappedFile, Whole
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import find_architecture, tensors_of
@@ -49,7 +49,7 @@ def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(Whole):
     """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; start, stop: its
     bytes; heads: of interleaved rows how many heads they are of, else 0."""
 

@@ -88,6 +88,19 @@ class Sources:
         shape = self.entry(source, tensor).shape
         return (self.vocabulary.size, *shape[1:]) if self.vocabulary is not None and self.has_rows(tensor) else shape
 
+    @cached_property
+    def _adapted(self) -> bool:
+        return any(entry.rank for folder in self.folders for entry in folder.entries.values())
+
+    def common_core(self, tensor: str) -> Tensor | None:
+        """The matrix that every source's is a low-rank change of, or equal to; None where there is none, as always
+        where no source is an adapter."""
+        if not self._adapted or (self.vocabulary is not None and self.has_rows(tensor)):
+            return None
+        entries = [self.entry(source, tensor) for source in range(len(self.folders))]
+        core = entries[0].core
+        return core if len(core.shape) == 2 and all(entry.core == core for entry in entries) else None
+
     def read(self, source: int, tensor: str) -> np.ndarray:
         """One source's tensor, with its rows in the common order: in its own dtype, or float32 where rows are filled
         in from others."""
@@ -108,6 +121,20 @@ class Sources:
         """As `read_finite`, into an array of the tensor's shape."""
         if not copy_finite(self.read(source, tensor), into):
             raise self._not_finite(source, tensor)
+
+    def read_core_into(self, tensor: str, into: np.ndarray) -> None:
+        """The matrix of `common_core`, into an array of its shape. Raises InputError as `read_finite` does."""
+        core = self.common_core(tensor)
+        assert core is not None
+        if not copy_finite(core.read(), into):
+            raise InputError(core.file, f"{tensor} holds NaN or Inf; expected finite weights")
+
+    def finite_factors(self, source: int, tensor: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `Tensor.factors`. Raises InputError where one holds NaN or infinity."""
+        a, b = self.entry(source, tensor).factors()
+        if not np.isfinite(a).all() or not np.isfinite(b).all():
+            raise self._not_finite(source, tensor)
+        return a, b
 
     def _not_finite(self, source: int, tensor: str) -> InputError:
         name = self.name_in(source, tensor)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from merge_kernels import METHODS, Method, Options
+from merge_kernels import METHODS, Method, Options, add_low_rank
 
 Leaves = dict[str, jax.Array]
 Tables = dict[str, dict[str, jax.Array]]
@@ -53,6 +53,24 @@ class MergeSpec:
 
 
 @struct.dataclass
+class Factors:
+    """What tells parents apart whose weights are low-rank changes of one base: parent k's is `base + b[k] a[k]` (see
+    `merge_kernels.add_low_rank`).
+
+    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; of a leaf outside of the layers without L. A parent of lower
+    rank has zeros besides.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+    def expand(self, base: jax.Array) -> list[jax.Array]:
+        """The parents' weights `[…, in]`, in the dtype of `base: [1, …, in]`; a layer's, or some rows of it where `b`
+        has the same rows alone."""
+        return [add_low_rank(base[0], self.a[k], self.b[k]) for k in range(self.a.shape[0])]
+
+
+@struct.dataclass
 class Bank:
     """All sources' weights, in their own dtype, and what the method has to know of them.
 
@@ -60,6 +78,9 @@ class Bank:
     layers; what the kernels prepared: keep keys, `uint16[L, N, …]` and `[N, …]` for the N arrays that the method has,
     and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the density grid as last axis where the method has a
     density); without a leaf where the method prepares nothing. components: each leaf's row of the component axis.
+
+    factors: leaf -> factors, of leaves in which all parents are low-rank changes of one base: of these the bank has the
+    base alone, `[L, 1, …]` and `[1, …]`.
     """
 
     stacks: dict[str, Leaves]
@@ -69,6 +90,8 @@ class Bank:
     stack_tables: dict[str, Tables]
     shared_tables: Tables
     components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
+    stack_factors: dict[str, dict[str, Factors]] = struct.field(default_factory=dict)
+    shared_factors: dict[str, Factors] = struct.field(default_factory=dict)
 
     @property
     def component_of(self) -> dict[str, int]:

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import struct
 from merge_kernels import combine, combine_differentiable, is_looped, look_up, look_up_differentiable
 
-from evojax_merge.models.architecture import EMBEDDING, HEAD
-from evojax_merge.models.bank import Bank, MergeSpec, Parameters, Recipe, Tables
+from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD
+from evojax_merge.models.bank import Bank, Factors, MergeSpec, Parameters, Recipe, Tables
 from evojax_merge.models.layers import Weights
 
-# Sources and scores of a leaf, or of some rows of it.
-Slices = tuple[jax.Array, jax.Array | None]
+# Sources, factors and scores of a leaf, or of some rows of it.
+Slices = tuple[jax.Array, Factors | None, jax.Array | None]
 
 
 class _MaterialisedWeights:
@@ -105,9 +105,12 @@ class LazyMerge:
     def stacks(self) -> dict[str, Any]:
         bank = self.bank
         return {
-            stack: (leaves, bank.stack_keep_keys[stack], self.stack_statistics[stack], self.recipe.stacks[stack])
+            stack: (
+                leaves, bank.stack_factors.get(stack, {}), bank.stack_keep_keys[stack], self.stack_statistics[stack],
+                self.recipe.stacks[stack],
+            )
             for stack, leaves in bank.stacks.items()
-        }
+        }  # fmt: skip
 
     @property
     def prefetch(self) -> bool:
@@ -119,7 +122,8 @@ class LazyMerge:
     @property
     def parents(self) -> int:
         """K."""
-        sources = next(iter(self.bank.shared.values())).shape[0]
+        # A gain is no matrix, so that the bank has it of every source.
+        sources = self.bank.shared[FINAL_NORM].shape[0]
         return sources - int(self.spec.options.has_base)
 
     def layer(self, slice_: Any) -> Weights:
@@ -127,29 +131,34 @@ class LazyMerge:
 
     def merge_layer(self, slice_: Any) -> Weights:
         """One layer's weights, rounded to the export dtype."""
-        leaves, keep_keys, statistics, parameters = slice_
+        leaves, factors, keep_keys, statistics, parameters = slice_
         component = self.bank.component_of
         return {
-            name: self._merge(leaf, keep_keys.get(name), statistics.get(name, {}), _pick(parameters, component[name]))
+            name: self._merge(
+                (leaf, factors.get(name), keep_keys.get(name)),
+                statistics.get(name, {}),
+                _pick(parameters, component[name]),
+            )
             for name, leaf in leaves.items()
         }
 
-    def _merge(
-        self, sources: jax.Array, keep_keys: jax.Array | None, statistics: Parameters, parameters: Parameters
-    ) -> jax.Array:
-        spec = self.spec
+    def _merge(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
+        spec, (leaf, factors, keep_keys) = self.spec, slices
         numbers = () if keep_keys is None else keep_keys
         with jax.named_scope("merge"):
+            sources = leaf if factors is None else [*leaf[: int(spec.options.has_base)], *factors.expand(leaf)]
             merged = self.combine(spec.method, spec.options, sources, numbers, statistics, parameters)
         return spec.round_to_export(merged)
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
-        """A shared leaf's sources and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
-        keep_keys = self.bank.shared_keep_keys.get(name)
-        return rows(self.bank.shared[name]), None if keep_keys is None else rows(keep_keys)
+        """A shared leaf's sources, factors and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
+        keep_keys, factors = self.bank.shared_keep_keys.get(name), self.bank.shared_factors.get(name)
+        if factors is not None:
+            factors = Factors(factors.a, rows(factors.b))
+        return rows(self.bank.shared[name]), factors, None if keep_keys is None else rows(keep_keys)
 
     def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
-        return self._merge(*slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
+        return self._merge(slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
         picked = self._merge_shared(name, self._shared(name, lambda leaf: leaf[:, ids]))
@@ -171,7 +180,9 @@ class LazyMerge:
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype."""
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
-        stacks = {stack: jax.vmap(self.merge_layer)(slices) for stack, slices in self.stacks.items()}
+        # Of low-rank parents one after the other, lest all of them exist as a whole.
+        each = jax.lax.map if any(self.bank.stack_factors.values()) else _side_by_side
+        stacks = {stack: each(self.merge_layer, slices) for stack, slices in self.stacks.items()}
         shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
         return StackedWeights(stacks, shared, self.compute_dtype)
 
@@ -195,6 +206,10 @@ class DifferentiableMerge(LazyMerge):
         stacks = {stack: jax.lax.map(jax.checkpoint(self.merge_layer), slices) for stack, slices in self.stacks.items()}
         shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
         return StackedWeights(stacks, shared, self.compute_dtype)
+
+
+def _side_by_side(function: Callable[[Any], Any], slices: Any) -> Any:
+    return jax.vmap(function)(slices)
 
 
 def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> LazyMerge:

@@ -13,6 +13,7 @@ they are a loop (`sum_over`), so that programs do not grow with the parents.
 """
 
 from merge_kernels.gradients import combine_differentiable, look_up_differentiable, on_grid
+from merge_kernels.low_rank import add_low_rank
 from merge_kernels.methods import (
     DENSITY_STEPS,
     METHODS,
@@ -41,6 +42,7 @@ __all__ = [
     "Parameter",
     "Prepared",
     "Rescale",
+    "add_low_rank",
     "combine",
     "combine_differentiable",
     "combine_population",

@@ -87,6 +87,13 @@ Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], Uniform
 Combine = Callable[[Options, Arrays, Arrays, Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]
 
 
+def _prepare_nothing(
+    options: Options, sources: HostSources, parameters: Numbers, densities: Sequence[np.ndarray],
+    uniform_noise: UniformNoise,
+) -> Prepared:  # fmt: skip
+    return Prepared((), {})
+
+
 @dataclass(frozen=True)
 class Method:
     """One merge method.
@@ -111,7 +118,7 @@ class Method:
     parameters: tuple[Parameter, ...]
     base: Literal["required", "optional", "parent"]
     combine: Combine
-    prepare: Prepare = lambda options, sources, parameters, densities, uniform_noise: Prepared((), {})
+    prepare: Prepare = _prepare_nothing
     options: Options = Options()
     min_parents: int = 1
     max_parents: int | None = None
@@ -123,6 +130,11 @@ class Method:
 
     def parameter(self, name: str) -> Parameter:
         return next(p for p in self.parameters if p.name == name)
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is prepared of a tensor."""
+        return self.prepare is not _prepare_nothing
 
     @property
     def density(self) -> Parameter | None:
