@@ -280,6 +280,7 @@ class Config(Section):
     base: Location | None = None
     parents: list[Location] = Field(min_length=1, max_length=1000)
     tokenizer_source: Location | None = None
+    other_modules: Location | None = None
     space: SpaceConfig | None = None
     data_flow: DataFlowConfig | None = None
     pool: PoolConfig | None = None
@@ -301,11 +302,12 @@ class Config(Section):
         return document | {"search": {"strategy": "pool"} | search} if isinstance(search, dict) else document
 
     @model_serializer(mode="wrap")
-    def _without_pool(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A search without a pool is the one that it was before there were pools."""
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without those keys that have their defaults and that a search can do without: as in SearchConfig."""
         document: dict[str, Any] = serialise(self)
-        if self.pool is None:
-            document.pop("pool")
+        for name in ("pool", "other_modules"):
+            if getattr(self, name) is None:
+                document.pop(name)
         return document
 
     @model_validator(mode="after")

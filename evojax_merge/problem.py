@@ -13,6 +13,8 @@ import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
+from evojax_merge.checkpoints.config_file import decoder_settings
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
@@ -91,7 +93,8 @@ class SearchProblem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
     `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
-    made of: the base first where the method needs one. `shards` are the tasks on the examples that every generation is
+    made of: the base first where the method needs one. `other_modules`: the model whose other modules the winner has,
+    where text decoders of larger models are merged. `shards` are the tasks on the examples that every generation is
     scored on, in as many parts as successive halving needs; `full` on the whole search split, `validation` on what of
     it is kept back to choose the winner on (empty: nothing is), `heldout` on what the search never sees. `minibatches`:
     of a strategy that is told gradients, what is differentiated, on the shards' examples.
@@ -108,6 +111,7 @@ class SearchProblem:
     strategy: Strategy
     tokenizer: Any
     tokenizer_folder: Path
+    other_modules: Path | None
     shards: list[list[Task]]
     full: list[Task]
     validation: list[Task]
@@ -120,8 +124,7 @@ class SearchProblem:
         """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
         where there is one, and of the held-out one."""
         splits = (*self.shards, self.full, *([self.validation] if self.validation else []), self.heldout)
-        tokens = self.config.evaluation.tokens_per_batch
-        *searched, heldout = batch_tasks(splits, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
+        *searched, heldout = self._batch(splits)
         return [*map(_weighted, searched), heldout]
 
     def by_split(self, values: Sequence[T]) -> Splits[T]:
@@ -135,8 +138,13 @@ class SearchProblem:
         """The batched tasks of each minibatch."""
         if not self.minibatches:
             return []
-        tokens = self.config.evaluation.tokens_per_batch
-        return batch_tasks(self.minibatches, self.tokenizer, tokens, self.context, self.stop, self.decoder.vocab)
+        return self._batch(self.minibatches)
+
+    def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
+        tokens, decoder = self.config.evaluation.tokens_per_batch, self.decoder
+        return batch_tasks(
+            splits, self.tokenizer, tokens, self.context, self.stop, decoder.vocab, decoder.position_switch
+        )
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -218,6 +226,12 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     # Layers of a path may come from models of any depth.
     sources, configs = open_decoders(opened, choice) if config.data_flow else _of_one_depth(opened, choice)
     _check_tokens(opened, sources)
+    other_modules = _other_modules(where, config, folder, sources.folders, base, parents)
+    if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
+        raise InputError(
+            where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images have "
+            "tokens of its own",
+        )  # fmt: skip
     sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
     export_dtype = config.export_dtype or _dtype_name(sources)
     space: ParameterSpace | PathSpace | BreedingSpace
@@ -263,7 +277,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     for number in leaders if config.pool is None else range(len(sources.folders)):
         read_json_object(sources.folders[number].path / "generation_config.json", missing={})
     tokenizer_folder = tokenizer_dir or (base if base is not None else parents[0])
-    tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders)
+    tokenizer, context = load_tokenizer(tokenizer_folder), context_length(sources.folders, decoder.positions)
     full, validation = validation_split(
         f"{where}: search.validation", [task for task, _ in tasks], config.search.validation, config.seed
     )
@@ -284,6 +298,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         strategy=strategy,
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
+        other_modules=other_modules,
         shards=stratified_shards(
             f"{where}: search.rungs",
             searched,
@@ -350,6 +365,31 @@ def _check_distinct(where: str, base: Path | None, parents: Sequence[Path]) -> N
         if parent in named:
             raise InputError(where, f"parents[{i}]: {parent} is {named[parent]} already; expected models that differ")
         named[parent] = f"parents[{i}]"
+
+
+def _other_modules(
+    where: str,
+    config: Config,
+    folder: Path,
+    opened: Sequence[DecoderFolder],
+    base: Path | None,
+    parents: Sequence[Path],
+) -> Path | None:
+    """The model whose other modules the winner has: the one that the config names, else the base or the first parent
+    that has any. None where all are decoders alone. Raises InputError for one that is not a model of the search, or
+    that has none."""
+    models = [*parents] if base is None else [base, *parents]
+    larger = [one.path for one in opened if one.other_modules]
+    if config.other_modules is None:
+        return next((model for model in models if model in larger), None)
+    named = base if config.other_modules == "base" else None
+    if config.other_modules != "base":
+        named = resolve_reference(f"{where}: other_modules", config.other_modules, folder)
+    if named is None or named not in models:
+        raise InputError(where, "other_modules: expected base or one of the parents")
+    if named not in larger:
+        raise InputError(where, f"other_modules: {named} is a text decoder alone; expected a larger model")
+    return named
 
 
 def _check_devices(where: str, model: int) -> None:
@@ -549,9 +589,11 @@ def _limited(task: Task, limit: int | None) -> Task:
     return task if limit is None else task.subset(range(min(limit, task.size)))
 
 
-def context_length(folders: Sequence[Folder]) -> int:
-    """The most tokens that all of these models take: what one of them was never trained on is asked of none."""
-    return min(int(folder.config.get("max_position_embeddings") or 2**30) for folder in folders)
+def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:
+    """The most tokens that all of these models take: what one of them was never trained on is asked of none.
+    positions: how many they have embeddings of, None: of none."""
+    trained = min(int(folder.config.get("max_position_embeddings") or 2**30) for folder in folders)
+    return trained if positions is None else min(trained, positions)
 
 
 def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -561,11 +603,13 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
-        ids = read_json_object(folder / name, missing={}).get("eos_token_id")
+        document = read_json_object(folder / name, missing={})
+        ids = document.get("eos_token_id", decoder_settings(document).get("eos_token_id"))
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]
-        rows = read_json_object(folder / "config.json", missing={}).get("vocab_size", len(tokenizer))
+        settings = decoder_settings(read_json_object(folder / "config.json", missing={}))
+        rows = settings.get("vocab_size", len(tokenizer))
         for one in ids:
             if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < rows:
                 raise InputError(
@@ -610,6 +654,8 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     document["space"] = resolved_space(problem)
     if problem.config.tokenizer_source not in (None, "base"):
         document["tokenizer_source"] = reference_to(problem.tokenizer_folder)
+    if problem.config.other_modules not in (None, "base"):
+        document["other_modules"] = reference_to(problem.other_modules)
     document["export_dtype"] = problem.candidates.export_dtype
     document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))
     files = {file for task in problem.full + problem.heldout for file in task.files}

@@ -178,6 +178,8 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     documents = problem.candidates.to_recipe(genome)
     if problem.sources.vocabulary is not None:
         documents = [_with_tokenizer(problem, document) for document in documents]
+    if problem.other_modules is not None:
+        documents = [document | {"other_modules": str(problem.other_modules)} for document in documents]
     return dump_documents(documents)
 
 

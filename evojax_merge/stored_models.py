@@ -129,8 +129,8 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     sources, decoder = open_sources([path])
     tokenizer = load_tokenizer(path)
     (batched_tasks,) = batch_tasks(
-        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders), stop_tokens(path, tokenizer),
-        decoder.vocab,
+        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders, decoder.positions),
+        stop_tokens(path, tokenizer), decoder.vocab, decoder.position_switch,
     )  # fmt: skip
     return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
 

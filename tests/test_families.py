@@ -57,12 +57,13 @@ VOCAB = 64
 class Row:
     """config: the class in transformers; changes: what differs from `SIZES`, so that every feature bites; hub: a
     config.json as repositories have it, but for the number of layers; covered_elsewhere: whether other tests do what
-    these do."""
+    these do; head: what its files call the head."""
 
     config: str
     changes: dict[str, Any] = field(default_factory=dict)
     hub: dict[str, Any] = field(default_factory=dict)
     covered_elsewhere: bool = False
+    head: str = "lm_head.weight"
 
 
 # Sizes are all different, so that no two axes can be mistaken.
@@ -174,7 +175,60 @@ FAMILIES = {
             "transformers_version": "4.52.0.dev0", "use_cache": True, "vocab_size": 151552,
         },
     ),
+    "gpt2": Row(
+        "GPT2Config",
+        {"n_inner": 40},
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+            "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+            "n_layer": 7, "n_positions": 1024, "resid_pdrop": 0.0, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "vocab_size": 50257,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+    ),
+    "gpt_neox": Row(
+        "GPTNeoXConfig",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+            "bos_token_id": 0, "classifier_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu",
+            "hidden_dropout": 0.0, "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072,
+            "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "model_type": "gpt_neox",
+            "num_attention_heads": 12, "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
+            "torch_dtype": "float16", "transformers_version": "4.24.0", "use_cache": True,
+            "use_parallel_residual": True, "vocab_size": 50304,
+        },
+        head="embed_out.weight",
+    ),
+    "phi3": Row(
+        "Phi3Config",
+        {
+            "sliding_window": 5, "partial_rotary_factor": 0.75, "max_position_embeddings": 192,
+            "original_max_position_embeddings": 96,
+            "rope_scaling": {
+                "type": "longrope", "short_factor": [1.0, 1.5, 2.5], "long_factor": [2.0, 3.0, 5.0],
+            },
+        },
+        {
+            "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "bos_token_id": 199999, "embd_pdrop": 0.0,
+            "eos_token_id": 199999, "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072,
+            "initializer_range": 0.02, "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+            "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "phi3", "num_attention_heads": 24,
+            "num_key_value_heads": 8, "original_max_position_embeddings": 4096, "pad_token_id": 199999,
+            "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "long_factor": [1.0 + 0.7 * i for i in range(48)], "short_factor": [1.0] * 48, "type": "longrope",
+            },
+            "rope_theta": 10000.0, "sliding_window": 262144, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+            "transformers_version": "4.45.0", "use_cache": True, "vocab_size": 200064,
+        },
+    ),
 }  # fmt: skip
+# The text decoders of larger models, which are no models by themselves: tests/test_text_decoders.py.
+PARTS = {"qwen2_vl_text", "qwen2_5_vl_text"}
 RUN = [name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere]
 
 
@@ -277,7 +331,7 @@ def assert_margins(scores: Any, model: Any, models: Models) -> None:
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert set(FAMILIES) == set(model_types())
+    assert {*FAMILIES, *PARTS} == set(model_types())
 
 
 def test_logits_and_generation_are_those_of_transformers(models: Models) -> None:
@@ -402,11 +456,13 @@ def test_the_hubs_configs_are_read_as_transformers_reads_them(kind: str, tmp_pat
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(theirs)
     expected = {name: tuple(values.shape) for name, values in model.state_dict().items()}
-    if theirs.tie_word_embeddings:
-        expected.pop("lm_head.weight")
+    head = expected.pop("lm_head.weight")
+    if not theirs.tie_word_embeddings:
+        expected[FAMILIES[kind].head] = head
     assert config.head_is_embedding == theirs.tie_word_embeddings
     assert tensor_shapes(config) == expected
-    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 7
+    everywhere = "sliding_attention" if getattr(theirs, "sliding_window", None) else "full_attention"
+    kinds = getattr(theirs, "layer_types", None) or [everywhere] * 7
     assert config.windows == tuple(
         theirs.sliding_window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
     )
@@ -422,6 +478,20 @@ REFUSED = {
     "no window": ("cohere2", {"sliding_window": None}, "sliding_window"),
     "normalised queries": ("cohere2", {"use_qk_norm": True}, "use_qk_norm"),
     "another family's multiplier": ("olmo2", {"residual_multiplier": 0.5}, "residual_multiplier"),
+    "attention scaled by the layer": (
+        "gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx",
+    ),
+    "attention in another order": ("gpt2", {"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
+    "a hidden size that does not fit": ("gpt2", {"n_head": 7}, "n_embd: 768 is not a multiple of n_head: 7"),
+    "no entry is rotated": ("gpt_neox", {"rotary_pct": 0.01}, "rotary_pct"),
+    "factors of another head": (
+        "phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 48}},
+        "short_factor",
+    ),
+    "factors that are no numbers": (
+        "phi3", {"rope_scaling": {"type": "longrope", "short_factor": ["1"] * 48, "long_factor": [1.0] * 48}},
+        "rope_scaling.short_factor",
+    ),
     "half a pair": ("glm4", {"partial_rotary_factor": 0.01}, "partial_rotary_factor"),
 }  # fmt: skip
 

@@ -18,12 +18,15 @@ from evojax_merge.models.architecture import Architecture, find_architecture, kn
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.config_keys import Expected
 
+NO_CONFIG = "expected a Hugging Face model folder with a config.json"
 # Attributes that classes declare, or that every trainer leaves, and that say nothing about the forward pass.
 IGNORED_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "initializer_range", "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states",
-    "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "attn_pdrop", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype",
+    "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "problem_type", "resid_pdrop", "return_dict", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -44,6 +47,36 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
         "no_rope_layer_interval": off, "no_rope_layers": one, "query_pre_attn_scalar": (float(head_dim),),
         "rope_interleaved": off, "rotary_pct": one, "use_mrope": off,
     }  # fmt: skip
+
+
+# Larger models that read a text as their text decoder alone does: its settings are their `text_config`, or, in earlier
+# files, stand beside those of the other modules.
+LARGER_MODELS = {
+    "aya_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "smolvlm", "video_llava", "vipllava",
+}  # fmt: skip
+
+
+def is_larger_model(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a model with a text decoder and other modules."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in LARGER_MODELS
+
+
+def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json's decoder: all of it, or what a larger model says of its text decoder."""
+    if not is_larger_model(config):
+        return config
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config | {"model_type": f"{config['model_type']}_text"}
+
+
+def with_decoder_settings(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A larger model's config.json with other settings of its text decoder."""
+    if not isinstance(config.get("text_config"), dict):
+        return {**settings, "model_type": config["model_type"]}
+    tied = {key: settings[key] for key in ("tie_word_embeddings",) if key in settings}
+    return {**config, "text_config": dict(settings), **tied}
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +104,7 @@ def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Ex
     return unread
 
 
-def layer_types(path: Path, config: Mapping[str, Any]) -> list[str]:
+def layer_types(path: object, config: Mapping[str, Any]) -> list[str]:
     """The kind of each layer, in the words of transformers, of a known architecture that reads them; else none. Where
     the config does not say them its class does. `path`: that of the config."""
     architecture = known_architecture(config.get("model_type"))
@@ -80,7 +113,7 @@ def layer_types(path: Path, config: Mapping[str, Any]) -> list[str]:
     return _class_values(path, config, architecture).get("layer_types") or []
 
 
-def check_unquantised(path: Path, config: Mapping[str, Any]) -> None:
+def check_unquantised(path: object, config: Mapping[str, Any]) -> None:
     """Raises InputError where a config says that the weights are quantised. `path`: that of the config."""
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
@@ -93,7 +126,7 @@ def check_unquantised(path: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def check_values(path: Path, config: Mapping[str, Any]) -> None:
+def check_values(path: object, config: Mapping[str, Any]) -> None:
     """Raises InputError for a value of a decoder's config that cannot be, naming its key. `path`: that of the config.
 
     Nothing is allocated that would grow with what a value says.
@@ -106,12 +139,12 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
         _check_inside(path, key, config[key], expected)
 
 
-def _check_value(path: Path, key: str, value: Any, expected: Expected) -> None:
+def _check_value(path: object, key: str, value: Any, expected: Expected) -> None:
     if not expected.accepts(value):
         raise InputError(path, f"{key}: {shown(value)}; expected {expected.words}")
 
 
-def _check_inside(path: Path, key: str, value: Any, expected: Expected) -> None:
+def _check_inside(path: object, key: str, value: Any, expected: Expected) -> None:
     """The values of a mapping, and of mappings in it."""
     for inner, own in (value or {}).items() if expected.keys else ():
         if inner in expected.keys:
@@ -120,9 +153,14 @@ def _check_inside(path: Path, key: str, value: Any, expected: Expected) -> None:
 
 
 def decoder_config(path: Path) -> DecoderConfig:
-    """Read `config.json`. Raises InputError for an unknown architecture, a value that cannot be, or an attribute that
-    matters and is not handled."""
-    raw = read_json_object(path, missing="expected a Hugging Face model folder with a config.json")
+    """Read the decoder's settings in a `config.json`. Raises InputError as `read_decoder_config` does."""
+    config = read_json_object(path, missing=NO_CONFIG)
+    return read_decoder_config(path, decoder_settings(config))
+
+
+def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
+    """What a decoder's settings mean. Raises InputError for an unknown architecture, a value that cannot be, or an
+    attribute that matters and is not handled. `path`: where they stand, for messages."""
     try:
         architecture = find_architecture(raw.get("model_type"))
     except ValueError as error:
@@ -146,7 +184,7 @@ def decoder_config(path: Path) -> DecoderConfig:
     return config
 
 
-def _class_values(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+def _class_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     """What the keys that an architecture reads are worth, defaults filled in: by its class in transformers where there
     is one, which also spells RoPE's settings in one way."""
     keys = architecture.keys
@@ -172,7 +210,7 @@ def _class_values(path: Path, raw: Mapping[str, Any], architecture: Architecture
     return {key: getattr(hf, key) for key in keys if hasattr(hf, key)}
 
 
-def _check_declared(path: Path, raw: Mapping[str, Any], architecture: Architecture) -> None:
+def _check_declared(path: object, raw: Mapping[str, Any], architecture: Architecture) -> None:
     """Raises InputError for what the class declares, or reads, and we know nothing of, unless it is at its default."""
     import transformers
 

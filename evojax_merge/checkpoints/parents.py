@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
-    Folder,
     Tensor,
     copy_finite,
     is_finite,
@@ -64,7 +63,7 @@ def token_tensors(model_type: object) -> TokenTensors:
 class Sources:
     """Opened folders of one architecture. `vocabulary`: how their rows are aligned (None: as they are)."""
 
-    folders: tuple[Folder, ...]
+    folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
 
     @cached_property
@@ -155,7 +154,7 @@ def open_sources(paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
     """
     sources, configs = open_decoders(paths, tokenizer)
     for folder, config in zip(sources.folders[1:], configs[1:], strict=True):
-        _check_config(folder.path / "config.json", config, configs[0])
+        _check_config(folder.where, config, configs[0])
     return sources, configs[0]
 
 
@@ -163,15 +162,15 @@ def open_decoders(
     paths: Sequence[Path], tokenizer: TokenizerChoice | None = None
 ) -> tuple[Sources, list[DecoderConfig]]:
     """Open the folders of decoders whose layers fit each other, whatever their depth. Raises InputError."""
-    folders = tuple(open_model(path) for path in paths)
+    folders = tuple(decoder_of(open_model(path)) for path in paths)
     kinds = [folder.config.get("model_type") for folder in folders]
     for folder, kind in zip(folders, kinds, strict=True):
         if kind != kinds[0]:
             raise InputError(
-                folder.path / "config.json",
+                folder.where,
                 f"model_type is {shown(kind)}, but {folders[0].path} is {shown(kinds[0])}; expected one architecture",
             )
-    configs = [decoder_config(folder.path / "config.json") for folder in folders]
+    configs = [folder.decoder_config() for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         _check_rows(folder, config)
     counts = [config.vocab for config in configs]
@@ -190,18 +189,18 @@ def open_decoders(
     return sources, configs
 
 
-def check_alike(folders: Sequence[Folder]) -> None:
+def check_alike(folders: Sequence[DecoderFolder]) -> None:
     """Raises InputError unless the configs of these decoders mean the same layers, whatever their number."""
-    configs = [decoder_config(folder.path / "config.json") for folder in folders]
+    configs = [folder.decoder_config() for folder in folders]
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_layers_alike(folder, config, configs[0])
 
 
-def _check_layers_alike(folder: Folder, config: DecoderConfig, first: DecoderConfig) -> None:
+def _check_layers_alike(folder: DecoderFolder, config: DecoderConfig, first: DecoderConfig) -> None:
     sizes = {name: getattr(first, name) for name in ("layers", "vocab", "head_is_embedding")}
     if config.layers != first.layers:
         sizes |= {"windows": first.windows, "position_kinds": first.position_kinds}
-    _check_config(folder.path / "config.json", replace(config, **sizes), first)
+    _check_config(folder.where, replace(config, **sizes), first)
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -221,9 +220,10 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
             which = f"which {reference} has" if missing[0] in first and s else "which its config asks for"
             raise InputError(folder.path, f"has no tensor {missing[0]}{more}, {which}")
         extra = sorted(set(folder.entries) - set(shapes) - {sources.token_tensors.head})
-        extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
         if extra:
-            raise InputError(folder.path, f"holds a tensor that its architecture does not have: {extra[0]}")
+            raise InputError(
+                folder.path, f"holds a tensor that its architecture does not have: {folder.names.in_file(extra[0])}"
+            )
         for name, expected in shapes.items():
             entry, found = sources.entry(s, name), sources.shape(s, name)
             if not is_float(entry.dtype):
@@ -248,7 +248,7 @@ def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected:
     return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
 
 
-def _check_rows(folder: Folder, config: DecoderConfig) -> None:
+def _check_rows(folder: DecoderFolder, config: DecoderConfig) -> None:
     """A folder's embedding and head have as many rows as its config says, before anything aligns them."""
     for name in token_tensors(config.architecture).names:
         entry = folder.entries.get(name)
@@ -256,7 +256,7 @@ def _check_rows(folder: Folder, config: DecoderConfig) -> None:
             raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")
 
 
-def _check_config(file: Path, found: DecoderConfig, expected: DecoderConfig) -> None:
+def _check_config(where: object, found: DecoderConfig, expected: DecoderConfig) -> None:
     # Of a part, such as RoPE, what differs, not all of it.
     values = {field.name: (getattr(found, field.name), getattr(expected, field.name)) for field in fields(found)}
     parts = {name: pair for name, pair in values.items() if is_dataclass(pair[0])}
@@ -267,4 +267,4 @@ def _check_config(file: Path, found: DecoderConfig, expected: DecoderConfig) -> 
     }
     for name, (own, first) in (inner | values).items():
         if own != first:
-            raise InputError(file, f"{name} is {own}, but {first} in the first model; expected the same")
+            raise InputError(where, f"{name} is {own}, but {first} in the first model; expected the same")

@@ -33,8 +33,14 @@ MARKER = "evojax_merge.json"
 CARD = "README.md"
 # The tag of our cards, in their front matter.
 TAG = "evojax-merge"
+# How a larger model's images, sounds and films are prepared.
+PROCESSOR_FILES = (
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+)  # fmt: skip
 # What a model folder of ours can hold that has no marker but a card of ours.
-USUAL_FILES = {"config.json", "generation_config.json", CARD, SINGLE_FILE, INDEX_FILE, *TOKENIZER_FILES}
+USUAL_FILES = {
+    "config.json", "generation_config.json", CARD, SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES, *TOKENIZER_FILES,
+}  # fmt: skip
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Of a large file this many evenly spaced blocks tell whether it is the one that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096

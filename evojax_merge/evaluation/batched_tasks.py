@@ -24,7 +24,8 @@ UNKNOWN_SHARE = 0.05
 @dataclass(frozen=True)
 class BatchedTask:
     """A task, what it asks, and the batches of its scored rows and of its prompts. `stop`: token ids that end a
-    generation; `tokens_per_batch`: what the batches were made for."""
+    generation; `tokens_per_batch`: what the batches were made for; `share_prefixes`: whether rows share what they begin
+    with."""
 
     task: Task
     requests: TaskRequests
@@ -32,6 +33,7 @@ class BatchedTask:
     prompts: Batches[PromptBatch] | None
     stop: tuple[int, ...]
     tokens_per_batch: int
+    share_prefixes: bool = True
 
     @property
     def batches(self) -> int:
@@ -45,12 +47,14 @@ def batch_tasks(
     context: int,
     stop: tuple[int, ...],
     vocab: int = 2**31,
+    position_switch: int | None = None,
 ) -> list[list[BatchedTask]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
     `tokens_per_batch` None: as many tokens as suit the devices.
 
-    Raises InputError for an example that is longer than `context`, the model's, or that holds a token beyond the
-    `vocab` rows of its embedding.
+    Raises InputError for an example that is longer than `context`, the model's, that holds a token beyond the `vocab`
+    rows of its embedding, or whose generation could grow beyond `position_switch` tokens, where the model's position
+    tables change (None: they do not).
     """
     if tokens_per_batch is None:
         tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
@@ -58,10 +62,22 @@ def batch_tasks(
     for part in (part for split in requests for part in split):
         _check_lengths(part, context)
         _check_tokens(part, tokenizer, vocab)
-    columns = [_batched_tasks([split[i] for split in requests], tokens_per_batch) for i in range(len(splits[0]))]
+        if position_switch is not None:
+            _check_switch(part, position_switch)
+    by_task = [[split[i] for split in requests] for i in range(len(splits[0]))]
+    # What a short row shares with a long one would have the positions of one of them.
+    shares = [position_switch is None or max(map(_longest, parts)) <= position_switch for parts in by_task]
+    columns = [_batched_tasks(parts, tokens_per_batch, share) for parts, share in zip(by_task, shares, strict=True)]
     return [
         [
-            BatchedTask(task, requests[s][i], *columns[i][s], stop=stop, tokens_per_batch=tokens_per_batch)
+            BatchedTask(
+                task,
+                requests[s][i],
+                *columns[i][s],
+                stop=stop,
+                tokens_per_batch=tokens_per_batch,
+                share_prefixes=shares[i],
+            )
             for i, task in enumerate(split)
         ]
         for s, split in enumerate(splits)
@@ -69,18 +85,19 @@ def batch_tasks(
 
 
 def _batched_tasks(
-    splits: Sequence[TaskRequests], tokens_per_batch: int
+    splits: Sequence[TaskRequests], tokens_per_batch: int, share: bool
 ) -> list[tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]]:
     """One task's batches in each split."""
     scored: Sequence[Batches[ScoringBatch] | None] = [None] * len(splits)
     prompts: Sequence[Batches[PromptBatch] | None] = [None] * len(splits)
     if splits[0].scored:
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
-        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, splits[0].logits_fn is None)
+        pack = share and splits[0].logits_fn is None
+        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, pack, share)
     if splits[0].prompts:
         together = DECODE_BATCH_FACTOR * tokens_per_batch
         new = splits[0].max_new_tokens
-        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, together, new)
+        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, together, new, share)
     return list(zip(scored, prompts, strict=True))
 
 
@@ -90,8 +107,9 @@ def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
         return None
     tokens = batched_task.tokens_per_batch // 2
-    ((scored, prompts),) = _batched_tasks([batched_task.requests], tokens)
-    return BatchedTask(batched_task.task, batched_task.requests, scored, prompts, batched_task.stop, tokens)
+    share = batched_task.share_prefixes
+    ((scored, prompts),) = _batched_tasks([batched_task.requests], tokens, share)
+    return BatchedTask(batched_task.task, batched_task.requests, scored, prompts, batched_task.stop, tokens, share)
 
 
 def _check_lengths(requests: TaskRequests, context: int) -> None:
@@ -101,6 +119,21 @@ def _check_lengths(requests: TaskRequests, context: int) -> None:
             if len(row.tokens) + new > longest:
                 wanted = f"{len(row.tokens)} tokens" + (f" and {new} new ones" if new else "")
                 raise InputError(row.where, f"{wanted} do not fit the models' context of {context}")
+
+
+def _longest(requests: TaskRequests) -> int:
+    """The most tokens that are read of a row. The last one of a scored row is predicted alone."""
+    return max([0, *(len(row.tokens) - 1 for row in requests.scored), *(len(row.tokens) for row in requests.prompts)])
+
+
+def _check_switch(requests: TaskRequests, switch: int) -> None:
+    for row in requests.prompts:
+        if len(row.tokens) <= switch < len(row.tokens) + requests.max_new_tokens:
+            raise InputError(
+                row.where,
+                f"{len(row.tokens)} tokens and {requests.max_new_tokens} new ones: the model's positions change at "
+                f"{switch} (original_max_position_embeddings); expected a prompt that stays below or is longer",
+            )
 
 
 def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:

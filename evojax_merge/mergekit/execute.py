@@ -22,7 +22,14 @@ import numpy as np
 from merge_kernels import draw_uniform
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
-from evojax_merge.checkpoints.config_file import check_unquantised, check_values, comparable, layer_types
+from evojax_merge.checkpoints.config_file import (
+    check_unquantised,
+    check_values,
+    comparable,
+    is_larger_model,
+    layer_types,
+)
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of
 from evojax_merge.checkpoints.derived import open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
@@ -35,7 +42,7 @@ from evojax_merge.checkpoints.tokens import (
     check_same_vocabulary,
     load_tokenizer,
 )
-from evojax_merge.checkpoints.writer import CARD, ShardWriter, TensorSpec, atomic_folder, write_marker
+from evojax_merge.checkpoints.writer import CARD, PROCESSOR_FILES, ShardWriter, TensorSpec, atomic_folder, write_marker
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.plan import Layout, TensorPlan, layout, output_layers, plan
 from evojax_merge.mergekit.schema import RecipeFile, TokenizerSetting
@@ -57,14 +64,16 @@ CHATML = (
 class MergePlan:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `tokenizer`: the folder whose tokenizer is copied. `config`: the merged model's, but for the dtype.
+    `leader`: the folder whose names of tensors, settings of generation and, where only text decoders are merged, other
+    modules the result has. `tokenizer`: the folder whose tokenizer is copied. `config`: the merged decoder's, but for
+    the dtype.
     """
 
     recipe: RecipeFile
     sources: Sources
     rows: tuple[TensorPlan, ...]
     specs: dict[str, TensorSpec]
-    leader: Folder
+    leader: DecoderFolder
     tokenizer: Path
     chat_template: str | None
     config: dict[str, Any]
@@ -98,7 +107,8 @@ def prepare(
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
     sources, layouts, tied = _open(recipe, paths, choice)
     _check_same_tensors(sources, layouts)
-    rows = plan(recipe, layouts)
+    leader = _leader(recipe, sources)
+    rows = [replace(row, name=leader.names.in_file(row.name)) for row in plan(recipe, layouts)]
     wanted = FLOAT_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for row in rows:
@@ -110,26 +120,41 @@ def prepare(
         specs[row.name] = TensorSpec(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
+    specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
     _check_configs(sources)
-    leader = sources.folders[0]
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
+    if leader.other_modules and vocabulary is not None and (copied is None or paths[copied] != leader.path):
+        raise InputError(
+            recipe.where, "tokenizer_source: expected the model of other_modules, whose images have tokens of its own"
+        )
     tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
     if template is not None:
         load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
         recipe, sources, tuple(rows), specs, leader, tokenizer, template,
-        _merged_config(recipe, sources, layouts, tied), allow_nonfinite,
+        _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite,
     )  # fmt: skip
 
 
+def _leader(recipe: RecipeFile, sources: Sources) -> DecoderFolder:
+    """The first model, or the one whose other modules the result has. Raises InputError where it has none."""
+    if recipe.other_modules is None:
+        return sources.folders[0]
+    leader = sources.folders[recipe.models.index(recipe.other_modules)]
+    if not leader.other_modules:
+        raise InputError(
+            recipe.where, f"other_modules: {recipe.other_modules} is a text decoder alone; expected a larger model"
+        )
+    return leader
+
+
 def _merged_config(
-    recipe: RecipeFile, sources: Sources, layouts: Sequence[Layout], tied: bool | None
+    recipe: RecipeFile, sources: Sources, leader: DecoderFolder, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
-    """The first model's config, changed only in what the recipe changes. `tied`: whether the head is the embedding;
-    None where the model is no decoder that can have one, and its config is believed."""
-    leader = sources.folders[0]
+    """The leader's config, changed only in what the recipe changes. `tied`: whether the head is the embedding; None
+    where the model is no decoder that can have one, and its config is believed."""
     config = dict(leader.config)
     if not config:
         return {}
@@ -137,28 +162,35 @@ def _merged_config(
         config["tie_word_embeddings"] = tied
     if sources.vocabulary is not None:
         config["vocab_size"] = sources.vocabulary.size
-    layers = sum(len(rows) for rows in layouts[0].stacks.values())
+    number = sources.folders.index(leader)
+    layers = sum(len(rows) for rows in layouts[number].stacks.values())
     origins = output_layers(recipe, layouts)
-    if recipe.slices[0].count is None or origins == [(0, i) for i in range(layers)]:
+    if recipe.slices[0].count is None or origins == [(number, i) for i in range(layers)]:
         return config
-    depth = next((key for key in DEPTHS if config.get(key) == layers), None)
+    depth = next((key for key in _depth_keys(config) if config.get(key, layers) == layers), None)
     if depth is None:
         raise InputError(
             leader.path / "config.json",
             f"does not say that there are {layers} layers (by {', '.join(DEPTHS)}); slices: cannot change their number",
         )
     configs = [folder.config for folder in sources.folders]
-    kinds = [layer_types(folder.path / "config.json", folder.config) for folder in sources.folders]
+    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
     if any(len(set(own)) > 1 for own in kinds):
         # Configs may leave a layer's kind to its number, which changes here.
         configs = [own | {"layer_types": types} for own, types in zip(configs, kinds, strict=True)]
-        config["layer_types"] = configs[0]["layer_types"]
+        config["layer_types"] = configs[number]["layer_types"]
     config[depth] = len(origins)
     for key, value in config.items():
         # What is said once per layer, such as layer_types.
         if "layer" in key and isinstance(value, list) and len(value) == layers:
             config[key] = [_of_layer(sources.folders[model], configs[model], key, i) for model, i in origins]
     return config
+
+
+def _depth_keys(config: Mapping[str, Any]) -> Sequence[str]:
+    """What a config can call its number of layers, also where it leaves that to its class's default."""
+    architecture = known_architecture(config.get("model_type"))
+    return [key for key in DEPTHS if key in (config if architecture is None else architecture.keys)]
 
 
 def _of_layer(folder: Folder, config: Mapping[str, Any], key: str, layer: int) -> Any:
@@ -219,24 +251,25 @@ def _open(
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
-    folders = tuple(open_model(path) for path in paths)
+    whole = recipe.other_modules is None
+    opened = [open_model(path) for path in paths]
+    folders = tuple(as_it_is(one) if whole and is_larger_model(one.config) else decoder_of(one) for one in opened)
     first = folders[0]
     for folder in folders[1:]:
         kind, expected = (one.config.get("model_type") for one in (folder, first))
         if kind != expected:
             raise InputError(
-                folder.path / "config.json",
+                folder.where,
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture",
             )
     decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
     for folder in folders:
-        check_unquantised(folder.path / "config.json", folder.config)
+        check_unquantised(folder.path / "config.json", folder.whole.config)
         if decoder is not None:
-            check_values(folder.path / "config.json", folder.config)
+            check_values(folder.where, folder.config)
     tied: bool | None = None
     names = [list(folder.entries) for folder in folders]
     if decoder is not None:
-        names = [[name for name in own if not name.endswith("rotary_emb.inv_freq")] for own in names]
         head = sources.token_tensors.head
         if head is not None:
             # An untied head anywhere makes the merge untied.
@@ -254,14 +287,14 @@ def _open(
     return Sources(folders, vocabulary), layouts, tied
 
 
-def _check_depths(architecture: Architecture, folders: Sequence[Folder], layouts: Sequence[Layout]) -> None:
+def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:
     """The decoders' configs and tensors agree on the number of layers."""
     stack = next(leaf.tensor.partition("{layer}")[0] for leaf in architecture.leaves if leaf.stack == LAYERS)
     for folder, one in zip(folders, layouts, strict=True):
         found = len(one.stacks.get(stack, {}))
         said = folder.config.get("num_hidden_layers", found)
         if said != found:
-            raise InputError(folder.path / "config.json", f"num_hidden_layers: {said}, but its tensors are of {found}")
+            raise InputError(folder.where, f"num_hidden_layers: {said}, but its tensors are of {found}")
 
 
 def _check_configs(sources: Sources) -> None:
@@ -362,13 +395,18 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
 def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
     """The merged tensors of these names, in their order, worked on ahead of time."""
     by_name = {row.name: row for row in merge_plan.rows}
+    others = merge_plan.leader.whole
+
+    def make(name: str) -> np.ndarray:
+        return merge_tensor(merge_plan, by_name[name]) if name in by_name else np.array(others.read(name))
+
     waiting = deque(names)
     running: deque[Future[np.ndarray]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while waiting or running:
                 while waiting and len(running) < WORKERS + 2:
-                    running.append(pool.submit(merge_tensor, merge_plan, by_name[waiting.popleft()]))
+                    running.append(pool.submit(make, waiting.popleft()))
                 yield running.popleft().result()
         finally:
             for future in running:
@@ -409,11 +447,15 @@ def write_weights(merge_plan: MergePlan, folder: Path, progress: Progress) -> No
 
 def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
-    dtypes = {str(spec.dtype) for spec in merge_plan.specs.values() if is_float(spec.dtype)}
+    merged = [merge_plan.specs[row.name].dtype for row in merge_plan.rows]
+    dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)
     if (merge_plan.leader.path / "generation_config.json").exists():
         shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
+    for name in PROCESSOR_FILES:
+        if (merge_plan.leader.path / name).exists():
+            shutil.copyfile(merge_plan.leader.path / name, folder / name)
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
@@ -433,8 +475,16 @@ def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
 def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:
     if not merge_plan.config:
         return
-    config = dict(merge_plan.config)
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = dtype
+    config = merge_plan.leader.whole_config(_with_dtype(merge_plan.config, dtype))
+    # Of a larger model both its own and its decoder's.
+    config = _with_dtype(config, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """A config that says this dtype; None: as it is."""
+    own = dict(config)
+    if dtype is not None:
+        own.pop("torch_dtype", None)
+        own["dtype"] = dtype
+    return own

@@ -1,9 +1,10 @@
 """Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
-Four settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
-`rescale: density` (the DARE paper's 1/density), which it refuses; and two of a passthrough merge of slices: `ends`, the
-model whose embedding and head it has, and `gain_offsets`, what is added to tensors before `scale` multiplies them, and
-then taken off again.
+Five settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+`rescale: density` (the DARE paper's 1/density), which it refuses; `other_modules`, the model whose other modules the
+result has where text decoders alone are merged; and two of a passthrough merge of slices: `ends`, the model whose
+embedding and head it has, and `gain_offsets`, what is added to tensors before `scale` multiplies them, and then taken
+off again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from evojax_merge.yaml_reader import load_yaml
 
 TOP_KEYS = {
     "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets",
+    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets", "other_modules",
 }  # fmt: skip
 REFUSED_KEYS = {"modules"}
 # Methods that mergekit has and that are not described well enough to be implemented from their papers.
@@ -79,7 +80,9 @@ class TokenizerSetting:
 @dataclass(frozen=True)
 class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
-    of `path`; `where` is what messages call the recipe; gain_offsets: a filter -> what is added to its tensors."""
+    of `path`; `where` is what messages call the recipe; gain_offsets: a filter -> what is added to its tensors;
+    other_modules: only the models' text decoders are merged, and the other modules are those of this model (None: whole
+    models are merged)."""
 
     path: Path
     where: str
@@ -94,6 +97,7 @@ class RecipeFile:
     seed: int
     ends: str | None = None
     gain_offsets: Mapping[str, float] = field(default_factory=dict)
+    other_modules: str | None = None
 
     @property
     def models(self) -> list[str]:
@@ -101,6 +105,7 @@ class RecipeFile:
         named = [model for model in (self.base, self.ends) if model is not None]
         for part in self.slices:
             named += [source.model for source in part.sources]
+        named += [] if self.other_modules is None else [self.other_modules]
         return list(dict.fromkeys(named))
 
 
@@ -160,6 +165,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
         path, where, method, base, tuple(slices), _settings(f"{where}: parameters", top.get("parameters"), method),
         top.get("dtype"), top.get("out_dtype"), _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
         _gain_offsets(where, top, method),
+        None if top.get("other_modules") is None else _reference(f"{where}: other_modules", top["other_modules"]),
     )  # fmt: skip
     for part in recipe.slices:
         _check_models(where, method, part)

@@ -80,8 +80,9 @@ class Architecture:
 
     keys: the keys of config.json that its forward pass reads, and what each must be. config_class: the name of its
     class in transformers, which then fills in defaults, and tells what else could matter; without one, defaults: the
-    values of keys that may be missing. read_config: those keys with their values -> the static config; raises
-    ValueError, whose text is shown behind the file's name.
+    values of keys that may be missing (beside a class that of tie_word_embeddings alone, where it is true: a merge
+    loads no class). read_config: those keys with their values -> the static config; raises ValueError, whose text is
+    shown behind the file's name.
 
     dimensions: the sizes that the leaves' shapes are written in. depths: how many layers each stack has.
 
@@ -92,6 +93,8 @@ class Architecture:
     what `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm:
     (config, weights, hidden states) -> what the head's rows are multiplied with. map_logits: (config, those products,
     float32) -> logits: an increasing function of each, such as a soft cap.
+
+    buffers: ends of the names of what earlier files hold beside the tensors, and no forward pass reads.
 
     filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
     the layers; by default their whole names. The first of `COMPONENTS` whose filter is in the name of a layer's tensor
@@ -112,6 +115,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
     filters: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def __post_init__(self) -> None:
         problem = _complaint(self.leaves, self.filters)

@@ -17,7 +17,9 @@ NO_WINDOW = 2**30
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind` is one of default, linear, dynamic, llama3, yarn."""
+    """Rotary position embedding. `kind` is one of default, linear, dynamic, llama3, yarn, longrope. Of LongRoPE each
+    frequency is divided by one of `short_factors`, or of `long_factors` in sequences longer than
+    `original_max_position`."""
 
     kind: str
     theta: float
@@ -30,6 +32,8 @@ class RopeConfig:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +43,7 @@ class DecoderConfig:
     `architecture` is its model_type, by which it is looked up (models.architecture). `windows[i]` is how many positions
     layer i looks back on, itself included (`NO_WINDOW`: all). `head_is_embedding` says that the output head is the
     transposed input embedding. `position_kinds[i]` is the number of the position tables that layer i takes; empty where
-    there are only one.
+    there are only one. `positions`: how many positions there are, where each has an embedding; None: any number.
     """
 
     architecture: str
@@ -52,6 +56,12 @@ class DecoderConfig:
     windows: tuple[int, ...]
     head_is_embedding: bool = False
     position_kinds: tuple[int, ...] = ()
+    positions: int | None = None
+
+    @property
+    def position_switch(self) -> int | None:
+        """A longer sequence has other position tables than one of so many tokens; None: all have the same."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +115,7 @@ def rope_frequencies(rope: RopeConfig, dim: int, lengths: jax.Array) -> jax.Arra
     """Inverse frequencies `float32[B, dim/2]` of the `dim` entries of a head that are rotated, for sequences of
     `lengths: int32[B]`.
 
-    Only dynamic NTK scaling depends on the length; the others give the same row for every sequence.
+    Only dynamic NTK scaling and LongRoPE depend on the length; the others give the same row for every sequence.
     """
     if rope.kind == "dynamic":
         grown = jnp.maximum(lengths, rope.max_position).astype(jnp.float32)
@@ -113,6 +123,10 @@ def rope_frequencies(rope: RopeConfig, dim: int, lengths: jax.Array) -> jax.Arra
         theta = rope.theta * stretch ** (dim / (dim - 2))
         exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
         return 1.0 / theta[:, None] ** exponents
+    if rope.kind == "longrope":
+        is_long = lengths[:, None] > rope.original_max_position
+        factors = jnp.where(is_long, jnp.asarray(rope.long_factors), jnp.asarray(rope.short_factors))
+        return jnp.asarray(_default_frequencies(rope.theta, dim), jnp.float32) / factors
     rows = {
         "default": lambda: _default_frequencies(rope.theta, dim),
         "linear": lambda: _default_frequencies(rope.theta, dim) / rope.factor,

@@ -290,11 +290,11 @@ def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Sha
 
 
 def scoring_batches(
-    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True
 ) -> list[Batches[ScoringBatch]]:
     """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed
-    row."""
-    shared_prefix = shared_prefix_length([row for rows in splits for row in rows])
+    row; `share` False: nor a prefix."""
+    shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     packed_rows = [pack_rows(rows, shared_prefix, pack) for rows in splits]
     lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
     shapes = batch_shapes(lengths, tokens_per_batch, PADDING)
@@ -352,11 +352,12 @@ def _scoring_batch(group: Sequence[PackedRow], shape: Shape, spans: int, scored:
 
 
 def prompt_batches(
-    splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int
+    splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int, share: bool = True
 ) -> list[Batches[PromptBatch]]:
     """Prompts of several splits of a task that are continued by `new` tokens, in batches of one shape: prefilled in
-    groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted."""
-    shared_prefix = shared_prefix_length([row for rows in splits for row in rows])
+    groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted.
+    `share` False: no row shares a prefix."""
+    shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     lengths = [np.array([len(row.tokens) - shared_prefix for row in rows]) for rows in splits]
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
     shapes = batch_shapes(lengths, tokens_per_part, PROMPT_PADDING, most)

@@ -1,0 +1,155 @@
+"""GPT-2 (Radford et al., Language Models are Unsupervised Multitask Learners, 2019): LayerNorm, learned positions, one
+projection for queries, keys and values, an MLP without gate.
+
+Its linear layers are transformers' Conv1D: their weights are `[in, out]`, in the file as in the leaves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
+from evojax_merge.models.config import NO_WINDOW, DecoderConfig
+from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, one_of, or_null
+from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, SequenceLayout, Weights, layer_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPT2Config(DecoderConfig):
+    mlp: int
+    norm_eps: float
+    activation: str
+
+
+def _layer_leaves() -> tuple[Leaf, ...]:
+    layer = "transformer.h.{layer}."
+    rows = [
+        Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
+        for name, module in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    ]
+    for component, module, name, shape, writes in (
+        ("attention", "attn.c_attn", "qkv", ("hidden", "queries_keys_values"), False),
+        ("attention", "attn.c_proj", "o", ("hidden", "hidden"), True),
+        ("mlp", "mlp.c_fc", "up", ("hidden", "mlp"), False),
+        ("mlp", "mlp.c_proj", "down", ("mlp", "hidden"), True),
+    ):
+        rows += [
+            Leaf(
+                name, f"{layer}{module}.weight", component, shape, sharded_axis=-2 if writes else -1,
+                writes_residual=writes,
+            ),
+            Leaf(f"{name}_bias", f"{layer}{module}.bias", component, shape[1:], writes_residual=writes),
+        ]  # fmt: skip
+    return tuple(replace(row, stack=LAYERS) for row in rows)
+
+
+LEAVES = (
+    *_layer_leaves(),
+    Leaf("embed", "transformer.wte.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
+    Leaf("positions", "transformer.wpe.weight", "embedding", ("positions", "hidden")),
+    Leaf("final_norm", "transformer.ln_f.weight", "norm", ("hidden",)),
+    Leaf("final_norm_bias", "transformer.ln_f.bias", "norm", ("hidden",)),
+    Leaf(
+        "head", "lm_head.weight", "head", ("vocab", "hidden"), sharded_axis=-2,
+        present_if=lambda c: not c.head_is_embedding,
+    ),
+)  # fmt: skip
+FILTERS = {
+    "attention": ".attn.", "mlp": ".mlp.", "norm": ".ln_", "embed": "wte", "positions": "wpe",
+    "final_norm": "ln_f.weight", "final_norm_bias": "ln_f.bias", "head": "lm_head",
+}  # fmt: skip
+
+
+def dimensions(config: GPT2Config) -> dict[str, int]:
+    assert config.positions is not None
+    return {
+        "hidden": config.hidden,
+        "queries_keys_values": 3 * config.hidden,
+        "mlp": config.mlp,
+        "vocab": config.vocab,
+        "positions": config.positions,
+    }
+
+
+def conv1d(x: jax.Array, weights: Weights, name: str) -> jax.Array:
+    """`x @ W + b` with `W: [in, out]`."""
+    return jnp.einsum("...i,io->...o", x, weights[name]) + weights[f"{name}_bias"]
+
+
+def embed(config: GPT2Config, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+    assert config.positions is not None
+    # A row of the model's whole context can be followed by draft tokens, which are never accepted.
+    positions = jnp.minimum(layout.positions, config.positions - 1)
+    return source.rows("embed", tokens) + source.rows("positions", positions)
+
+
+def block(
+    config: GPT2Config, weights: Weights, x: jax.Array, tables: None, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        normed = layer_norm(x, weights["attention_norm"], weights["attention_norm_bias"], config.norm_eps)
+        with jax.named_scope("qkv"):
+            qkv = conv1d(normed, weights, "qkv").reshape(*x.shape[:2], 3, config.heads, config.head_dim)
+        attn_out, kept = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        x = x + conv1d(attn_out, weights, "o")
+    normed = layer_norm(x, weights["mlp_norm"], weights["mlp_norm_bias"], config.norm_eps)
+    with jax.named_scope("mlp"):
+        up = ACTIVATIONS[config.activation](conv1d(normed, weights, "up"))
+        return x + conv1d(up, weights, "down"), kept
+
+
+def final_norm(config: GPT2Config, source: SharedWeights, x: jax.Array) -> jax.Array:
+    return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
+
+
+def read_config(hf: Mapping[str, Any]) -> GPT2Config:
+    hidden, heads, layers = hf["n_embd"], hf["n_head"], hf["n_layer"]
+    if hidden % heads:
+        raise ValueError(f"n_embd: {hidden} is not a multiple of n_head: {heads}")
+    return GPT2Config(
+        architecture="gpt2",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        vocab=hf["vocab_size"],
+        windows=(NO_WINDOW,) * layers,
+        head_is_embedding=hf["tie_word_embeddings"],
+        positions=hf["n_positions"],
+        mlp=hf["n_inner"] or 4 * hidden,
+        norm_eps=hf["layer_norm_epsilon"],
+        activation=hf["activation_function"],
+    )
+
+
+# What the class reads besides, such as scale_attn_by_inverse_layer_idx, is refused unless it is at its default.
+GPT2 = Architecture(
+    model_type="gpt2",
+    leaves=LEAVES,
+    keys={
+        "activation_function": one_of(*ACTIVATIONS),
+        "layer_norm_epsilon": EPSILON,
+        "n_embd": SIZE,
+        "n_head": SIZE,
+        "n_inner": or_null(SIZE),
+        "n_layer": DEPTH,
+        "n_positions": CONTEXT,
+        "tie_word_embeddings": SWITCH,
+        "vocab_size": SIZE,
+    },
+    read_config=read_config,
+    dimensions=dimensions,
+    embed=embed,
+    position_tables=lambda config, layout: None,
+    block=block,
+    final_norm=final_norm,
+    config_class="GPT2Config",
+    defaults={"tie_word_embeddings": True},
+    filters=FILTERS,
+    buffers=(".attn.bias", ".attn.masked_bias"),
+)

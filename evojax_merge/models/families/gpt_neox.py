@@ -1,0 +1,184 @@
+"""GPT-NeoX (arXiv 2204.06745) and Pythia: LayerNorm, RoPE on a part of each head, one projection for queries, keys and
+values, attention and MLP side by side, an MLP without gate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+
+from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
+from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
+from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
+from evojax_merge.models.families.llama_like import PARTIAL_ROPE, PARTIAL_ROTARY, rope_config
+from evojax_merge.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope,
+    dense,
+    layer_norm,
+    rope_tables,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTNeoXConfig(DecoderConfig):
+    """`rotary_dim`: how many entries of a head are rotated. `parallel_residual`: the MLP is given what attention is,
+    not what attention has added to it."""
+
+    mlp: int
+    norm_eps: float
+    activation: str
+    rope: RopeConfig
+    rotary_dim: int
+    parallel_residual: bool
+    attention_bias: bool
+
+
+def _layer_leaves() -> tuple[Leaf, ...]:
+    layer = "gpt_neox.layers.{layer}."
+    rows = [
+        Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
+        for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
+        for suffix, kind in (("", "weight"), ("_bias", "bias"))
+    ]
+    for name, module, shape, writes in (
+        ("qkv", "attention.query_key_value", ("queries_keys_values", "hidden"), False),
+        ("o", "attention.dense", ("hidden", "hidden"), True),
+        ("up", "mlp.dense_h_to_4h", ("mlp", "hidden"), False),
+        ("down", "mlp.dense_4h_to_h", ("hidden", "mlp"), True),
+    ):
+        component = module.partition(".")[0]
+        rows += [
+            Leaf(
+                name, f"{layer}{module}.weight", component, shape, sharded_axis=-1 if writes else -2,
+                writes_residual=writes,
+            ),
+            Leaf(
+                f"{name}_bias", f"{layer}{module}.bias", component, shape[:1], writes_residual=writes,
+                present_if=(lambda c: c.attention_bias) if component == "attention" else (lambda c: True),
+            ),
+        ]  # fmt: skip
+    return tuple(replace(row, stack=LAYERS) for row in rows)
+
+
+LEAVES = (
+    *_layer_leaves(),
+    Leaf("embed", "gpt_neox.embed_in.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
+    Leaf("final_norm", "gpt_neox.final_layer_norm.weight", "norm", ("hidden",)),
+    Leaf("final_norm_bias", "gpt_neox.final_layer_norm.bias", "norm", ("hidden",)),
+    Leaf(
+        "head", "embed_out.weight", "head", ("vocab", "hidden"), sharded_axis=-2,
+        present_if=lambda c: not c.head_is_embedding,
+    ),
+)  # fmt: skip
+FILTERS = {
+    "attention": ".attention.", "mlp": ".mlp.", "norm": "layernorm", "embed": "embed_in", "head": "embed_out",
+    "final_norm": "final_layer_norm.weight", "final_norm_bias": "final_layer_norm.bias",
+}  # fmt: skip
+
+
+def dimensions(config: GPTNeoXConfig) -> dict[str, int]:
+    return {
+        "hidden": config.hidden,
+        "queries_keys_values": 3 * config.hidden,
+        "mlp": config.mlp,
+        "vocab": config.vocab,
+    }
+
+
+def embed(config: GPTNeoXConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
+    return source.rows("embed", tokens)
+
+
+def position_tables(config: GPTNeoXConfig, layout: SequenceLayout) -> CosSin:
+    return rope_tables(config.rope, config.rotary_dim, layout)
+
+
+def block(
+    config: GPTNeoXConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    def norm(x: jax.Array, name: str) -> jax.Array:
+        return layer_norm(x, weights[name], weights[f"{name}_bias"], config.norm_eps)
+
+    with jax.named_scope("attention"):
+        with jax.named_scope("qkv"):
+            # The file has queries, keys and values of one head together, head after head.
+            qkv = dense(norm(x, "attention_norm"), weights, "qkv")
+            qkv = qkv.reshape(*x.shape[:2], config.heads, 3, config.head_dim)
+            cos, sin = (table.astype(x.dtype) for table in rope)
+        query, key = (apply_rope(qkv[:, :, :, i], cos, sin) for i in range(2))
+        attn_out, kept = attend(query, key, qkv[:, :, :, 2])
+        after_attention = x + dense(attn_out, weights, "o")
+    normed = norm(x if config.parallel_residual else after_attention, "mlp_norm")
+    with jax.named_scope("mlp"):
+        up = ACTIVATIONS[config.activation](dense(normed, weights, "up"))
+        return after_attention + dense(up, weights, "down"), kept
+
+
+def final_norm(config: GPTNeoXConfig, source: SharedWeights, x: jax.Array) -> jax.Array:
+    return layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), config.norm_eps)
+
+
+def read_config(hf: Mapping[str, Any]) -> GPTNeoXConfig:
+    hidden, heads, layers = hf["hidden_size"], hf["num_attention_heads"], hf["num_hidden_layers"]
+    if hidden % heads:
+        raise ValueError(f"hidden_size: {hidden} is not a multiple of num_attention_heads: {heads}")
+    head_dim = hidden // heads
+    rotary_dim = int(head_dim * hf["rope_parameters"]["partial_rotary_factor"])
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"rotary_pct: {rotary_dim} of a head's {head_dim} entries; expected an even number")
+    return GPTNeoXConfig(
+        architecture="gpt_neox",
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        vocab=hf["vocab_size"],
+        windows=(NO_WINDOW,) * layers,
+        head_is_embedding=hf["tie_word_embeddings"],
+        mlp=hf["intermediate_size"],
+        norm_eps=hf["layer_norm_eps"],
+        activation=hf["hidden_act"],
+        rope=rope_config(hf["rope_parameters"], hf["max_position_embeddings"], rotary_dim),
+        rotary_dim=rotary_dim,
+        parallel_residual=hf["use_parallel_residual"],
+        attention_bias=hf["attention_bias"],
+    )
+
+
+GPT_NEOX = Architecture(
+    model_type="gpt_neox",
+    leaves=LEAVES,
+    keys={
+        "attention_bias": SWITCH,
+        "hidden_act": one_of(*ACTIVATIONS),
+        "hidden_size": SIZE,
+        "intermediate_size": SIZE,
+        "layer_norm_eps": EPSILON,
+        "max_position_embeddings": CONTEXT,
+        "num_attention_heads": SIZE,
+        "num_hidden_layers": DEPTH,
+        "rope_parameters": PARTIAL_ROPE,
+        "rope_scaling": PARTIAL_ROPE,
+        "rotary_emb_base": above(1),
+        "rotary_pct": PARTIAL_ROTARY,
+        "tie_word_embeddings": SWITCH,
+        "use_parallel_residual": SWITCH,
+        "vocab_size": SIZE,
+    },
+    read_config=read_config,
+    dimensions=dimensions,
+    embed=embed,
+    position_tables=position_tables,
+    block=block,
+    final_norm=final_norm,
+    config_class="GPTNeoXConfig",
+    filters=FILTERS,
+    buffers=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
+)

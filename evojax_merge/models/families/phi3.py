@@ -1,0 +1,161 @@
+"""Phi-3, Phi-3.5 and Phi-4: a Llama whose queries, keys and values are one projection, as are gate and up; only a part
+of each head is rotated in some, and those of long contexts have the positions of LongRoPE (arXiv 2402.13753)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from evojax_merge.models.architecture import LAYERS, Leaf
+from evojax_merge.models.config import LlamaLikeConfig, RopeConfig
+from evojax_merge.models.config_keys import CONTEXT, TEXT, Expected, above, is_number, mapping, or_null
+from evojax_merge.models.families.llama_like import (
+    PARTIAL_ROTARY,
+    PROJECTIONS,
+    SHARED,
+    WINDOW,
+    dimensions,
+    llama_like,
+    norm_leaf,
+    read_config,
+)
+from evojax_merge.models.layers import (
+    ACTIVATIONS,
+    Attend,
+    CosSin,
+    KeyValue,
+    SequenceLayout,
+    Weights,
+    apply_rope,
+    dense,
+    rms_norm,
+    rope_tables,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phi3Config(LlamaLikeConfig):
+    """rotary_dim: how many entries of a head are rotated."""
+
+    rotary_dim: int
+
+    @property
+    def position_switch(self) -> int | None:
+        return self.rope.original_max_position if self.rope.kind == "longrope" else None
+
+
+_ATTENTION, _MLP = "model.layers.{layer}.self_attn.", "model.layers.{layer}.mlp."
+LEAVES = (
+    norm_leaf("attention_norm", "input_layernorm"),
+    norm_leaf("mlp_norm", "post_attention_layernorm"),
+    Leaf("qkv", f"{_ATTENTION}qkv_proj.weight", "attention", ("queries_keys_values", "hidden"), LAYERS, -2),
+    Leaf("gate_up", f"{_MLP}gate_up_proj.weight", "mlp", ("gate_up", "hidden"), LAYERS, -2),
+    *(leaf for leaf in PROJECTIONS if leaf.name in ("o", "down")),
+    *SHARED,
+)
+
+
+def own_dimensions(config: Phi3Config) -> dict[str, int]:
+    heads = config.heads + 2 * config.kv_heads
+    return dimensions(config) | {"queries_keys_values": heads * config.head_dim, "gate_up": 2 * config.mlp}
+
+
+def position_tables(config: Phi3Config, layout: SequenceLayout) -> CosSin:
+    return rope_tables(config.rope, config.rotary_dim, layout)
+
+
+def block(
+    config: Phi3Config, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
+        with jax.named_scope("qkv"):
+            heads = dense(normed, weights, "qkv").reshape(*x.shape[:2], -1, config.head_dim)
+            query, key, value = jnp.split(heads, [config.heads, config.heads + config.kv_heads], axis=2)
+            cos, sin = (table.astype(x.dtype) for table in rope)
+        attn_out, kept = attend(apply_rope(query, cos, sin), apply_rope(key, cos, sin), value)
+        x = x + dense(attn_out, weights, "o")
+    with jax.named_scope("mlp"):
+        normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
+        gate, up = jnp.split(dense(normed, weights, "gate_up"), 2, axis=-1)
+        return x + dense(ACTIVATIONS[config.activation](gate) * up, weights, "down"), kept
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# config.json
+
+_FACTORS = Expected(
+    lambda value: isinstance(value, list) and all(is_number(one) and 0 < one <= 1e30 for one in value),
+    "a list of finite numbers above 0",
+)
+ROPE = or_null(
+    mapping(
+        {
+            "attention_factor": or_null(above(0)),
+            "factor": or_null(above(0)),
+            "long_factor": or_null(_FACTORS),
+            "original_max_position_embeddings": or_null(CONTEXT),
+            "partial_rotary_factor": PARTIAL_ROTARY,
+            "rope_theta": above(1),
+            "rope_type": TEXT,
+            "short_factor": or_null(_FACTORS),
+            "type": TEXT,
+        }
+    )
+)
+
+
+def read(hf: Mapping[str, Any]) -> Phi3Config:
+    settings = {key: value for key, value in hf["rope_parameters"].items() if value is not None}
+    plain = {"rope_type": "default", "rope_theta": settings["rope_theta"]}
+    common = read_config("phi3", {**hf, "rope_parameters": plain}, qkv_bias=False)
+    rotary_dim = int(common.head_dim * settings.get("partial_rotary_factor", 1.0))
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"partial_rotary_factor: rotates {rotary_dim} of head_dim {common.head_dim}; expected pairs")
+    rope = common.rope
+    if settings.get("rope_type", "default") != "default":
+        rope = longrope_config(settings, hf["max_position_embeddings"], rotary_dim)
+    return Phi3Config(**vars(common) | {"rope": rope}, rotary_dim=rotary_dim)
+
+
+def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> RopeConfig:
+    """LongRoPE, whose earlier names are su and yarn. dim: how many entries of a head are rotated."""
+    missing = {"long_factor", "short_factor"} - settings.keys()
+    if missing:
+        raise ValueError(f"rope settings: {sorted(missing)} missing for rope_type 'longrope'")
+    for key in ("long_factor", "short_factor"):
+        if len(settings[key]) != dim // 2:
+            raise ValueError(f"rope settings: {key} has {len(settings[key])} numbers; expected {dim // 2}")
+    original = settings.get("original_max_position_embeddings") or max_position
+    factor = settings.get("factor") or max_position / original
+    stretched = 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeConfig(
+        kind="longrope",
+        theta=float(settings["rope_theta"]),
+        original_max_position=original,
+        attention_factor=float(settings.get("attention_factor") or stretched),
+        short_factors=tuple(map(float, settings["short_factor"])),
+        long_factors=tuple(map(float, settings["long_factor"])),
+    )
+
+
+PHI3 = replace(
+    llama_like(
+        "phi3",
+        "Phi3Config",
+        {
+            "partial_rotary_factor": PARTIAL_ROTARY,
+            "rope_parameters": ROPE,
+            "rope_scaling": ROPE,
+            "sliding_window": WINDOW,
+        },
+        read,
+    ),
+    leaves=LEAVES,
+    dimensions=own_dimensions,
+    position_tables=position_tables,
+    block=block,
+)

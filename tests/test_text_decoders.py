@@ -1,0 +1,242 @@
+"""Text decoders inside of larger models: searched and merged as their text architecture, exported as larger models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from helpers import edit_json, hidden_states, random_records, word_tokenizer, words, write_lines
+from safetensors.numpy import load_file, save_file
+
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.decoder_folder import decoder_of
+from evojax_merge.checkpoints.folder import open_folder
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.cli import cli
+from evojax_merge.cli import run as run_command
+from evojax_merge.models import decoder
+
+TEXT = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
+    "patch_size": 4,
+}  # fmt: skip
+QWEN_VISION = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4,
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+# The larger model's model_type -> its settings.
+LARGER: dict[str, dict[str, Any]] = {
+    "llava": {
+        "text_config": {"model_type": "llama", **TEXT}, "vision_config": {"model_type": "clip_vision_model", **VISION},
+        "image_token_index": 60,
+    },
+    "mistral3": {
+        "text_config": {"model_type": "mistral", "sliding_window": None, "head_dim": 8, **TEXT},
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},
+        "image_token_index": 60, "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "text_config": {
+            "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"], **TEXT,
+        },
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+        "image_token_index": 60, "mm_tokens_per_image": 4,
+    },
+    "qwen2_5_vl": {
+        "text_config": {"model_type": "qwen2_5_vl_text", "rope_parameters": MROPE, **TEXT},
+        "vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN_VISION},
+    },
+}  # fmt: skip
+
+
+def larger_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **LARGER[kind])
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    for name, values in model.named_parameters():
+        torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model
+
+
+def save_with_noise(model: Any, folder: Path, seed: int, noise: float = 0.05) -> Path:
+    """A copy with noise in every tensor, its other modules' as well."""
+    torch.manual_seed(seed)
+    state = {name: values + noise * torch.randn_like(values) for name, values in model.state_dict().items()}
+    copy = type(model)(model.config)
+    copy.load_state_dict(state)
+    copy.save_pretrained(folder)
+    word_tokenizer(words(64)).save_pretrained(folder)
+    return folder
+
+
+def write_family(root: Path, kind: str) -> None:
+    model = larger_model(kind)
+    for seed, name in enumerate(("base", "one", "two")):
+        save_with_noise(model, root / name, seed)
+    write_lines(root / "tasks.jsonl", random_records(6))
+    write_lines(root / "heldout.jsonl", random_records(4, seed=1))
+
+
+def rename(folder: Path, new_names: dict[str, str]) -> None:
+    """Give tensors of a folder's file other prefixes."""
+    tensors = load_file(folder / "model.safetensors")
+    for old, new in new_names.items():
+        tensors = {new + name.removeprefix(old) if name.startswith(old) else name: v for name, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    sources, config = open_sources([folder])
+    return config, load_stored(sources, config)
+
+
+def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    config, model = load(folder)
+    return np.asarray(decoder.logits(config, model, hidden_states(config, model, tokens)))
+
+
+def load_whole(folder: Path) -> Any:
+    """The folder as transformers reads it as the larger model, with all of its tensors, and all that the model has."""
+    model, report = transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return model.eval()
+
+
+def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(tokens).long()).logits.numpy()
+
+
+def assert_kept(folder: Path, of: Path) -> None:
+    """Every tensor outside of the decoder is what it is in another folder, to the byte."""
+    found, expected = (decoder_of(open_folder(one)) for one in (folder, of))
+    assert found.other_modules.keys() == expected.other_modules.keys() and found.other_modules
+    for name in found.other_modules:
+        np.testing.assert_array_equal(found.whole.read(name), expected.whole.read(name))
+
+
+def command(*arguments: object) -> int:
+    return run_command(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+
+
+def tokens_of(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(4, 60, (2, 13)).astype(np.int32)
+
+
+@pytest.mark.parametrize("kind", LARGER)
+def test_a_merge_of_text_decoders_is_the_larger_model(kind: str, tmp_path: Path) -> None:
+    write_family(tmp_path, kind)
+    tokens = tokens_of(0)
+    expected = torch_logits(load_whole(tmp_path / "one"), tokens)
+    np.testing.assert_allclose(stored_logits(tmp_path / "one", tokens), expected, atol=1e-4)
+    recipe = {
+        "merge_method": "ties", "base_model": str(tmp_path / "base"), "other_modules": str(tmp_path / "two"),
+        "models": [
+            {"model": str(tmp_path / name), "parameters": {"weight": 0.7, "density": 0.5}} for name in ("one", "two")
+        ],
+        "dtype": "float32",
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "two/preprocessor_config.json").write_text("{}")
+    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    found = torch_logits(load_whole(tmp_path / "out"), tokens)
+    np.testing.assert_allclose(stored_logits(tmp_path / "out", tokens), found, atol=1e-4)
+    assert np.abs(found - expected).max() > 1e-2
+    assert_kept(tmp_path / "out", tmp_path / "two")
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
+
+
+SPACES = {
+    "merges": {"space": {"method": "dare_ties", "layers_per_group": 2}},
+    "paths": {"data_flow": {"moves": 2, "window": 1}},
+    "pool": {"pool": {"methods": ["dare_ties", "slerp"], "size": 4}},
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_search_exports_the_larger_model_that_it_scored(space: str, tmp_path: Path) -> None:
+    """With tensors named as in files of earlier versions of transformers."""
+    write_family(tmp_path, "llava")
+    earlier = {
+        "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.", "model.multi_modal_projector.": "multi_modal_projector.",
+    }  # fmt: skip
+    for name in ("base", "one"):
+        rename(tmp_path / name, earlier)
+    rename(tmp_path / "two", {new: old for old, new in earlier.items()})
+    document = {
+        "base": "base", "parents": ["one", "two"], **SPACES[space],
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": "heldout.jsonl"}],
+        "search": {"generations": 2, "population": 4},
+    }  # fmt: skip
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
+    assert command("search", tmp_path / "search.yaml", "--out", tmp_path / "run") == 0
+    out = tmp_path / "run/best/model"
+    assert_kept(out, tmp_path / "base")
+    assert any(name.startswith("language_model.model.layers.0.") for name in open_folder(out).entries)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    (winner,) = (row for row in result["table"] if row["role"] == "winner")
+    (scored,) = winner["heldout_scores"].values()
+    theirs, ids, means = load_whole(out), {word: i for i, word in enumerate(words(64))}, []
+    for line in (tmp_path / "heldout.jsonl").read_text().splitlines():
+        prompt, own = ([ids[word] for word in json.loads(line)[key].split()] for key in ("prompt", "target"))
+        rows = torch.log_softmax(torch.tensor(torch_logits(theirs, np.array([[*prompt, *own]]))[0]).double(), -1)
+        means.append(float(np.mean([rows[len(prompt) - 1 + i, token] for i, token in enumerate(own)])))
+    assert scored == pytest.approx(float(np.mean(means)), abs=1e-4)
+
+
+def test_settings_beside_those_of_the_other_modules(tmp_path: Path) -> None:
+    """Qwen2.5-VL's config.json on the hub has no text_config, its files no prefix of the decoder's own."""
+    save_with_noise(larger_model("qwen2_5_vl"), tmp_path / "one", 0)
+    expected = stored_logits(tmp_path / "one", tokens_of(0))
+
+    def flat(config: dict[str, Any]) -> None:
+        text = config.pop("text_config")
+        del text["rope_parameters"], text["model_type"]
+        config |= text | {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+
+    edit_json(tmp_path / "one/config.json", flat)
+    rename(tmp_path / "one", {"model.language_model.": "model.", "model.visual.": "visual."})
+    np.testing.assert_array_equal(stored_logits(tmp_path / "one", tokens_of(0)), expected)
+    np.testing.assert_allclose(torch_logits(load_whole(tmp_path / "one"), tokens_of(0)), expected, atol=1e-4)
+
+
+def test_what_is_said_of_other_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_family(tmp_path, "llava")
+    text = transformers.AutoModelForCausalLM.from_config(larger_model("llava").config.text_config).float()
+    text.save_pretrained(tmp_path / "text")
+    word_tokenizer(words(64)).save_pretrained(tmp_path / "text")
+    document = {
+        "parents": ["text", "one"], "space": {"method": "linear"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
+        "search": {"generations": 1, "population": 4},
+    }  # fmt: skip
+
+    def search(**changes: Any) -> str:
+        (tmp_path / "search.yaml").write_text(yaml.safe_dump(document | changes))
+        code = command("search", tmp_path / "search.yaml", "--out", tmp_path / "run", "--overwrite")
+        said = " ".join(capsys.readouterr().err.split())
+        return said if code == 2 else f"exit {code}"
+
+    assert "other_modules: expected base or one of the parents" in search(other_modules="two")
+    assert "is a text decoder alone; expected a larger model" in search(other_modules="text")
+    # A text model's own layers in the decoder of a larger one.
+    assert search() == "exit 0"
+    assert_kept(tmp_path / "run/best/model", tmp_path / "one")
+    # A tensor that the decoder should not have is none of the other modules.
+    tensors = load_file(tmp_path / "two/model.safetensors")
+    (name,) = (name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight") and "vision" not in name)
+    tensors[name.replace("weight", "bias")] = np.zeros(32, np.float32)
+    save_file(tensors, tmp_path / "two/model.safetensors", {"format": "pt"})
+    assert f"does not have: {name.replace('weight', 'bias')}" in search(parents=["one", "two"])
