@@ -654,7 +654,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     document["space"] = resolved_space(problem)
     if problem.config.tokenizer_source not in (None, "base"):
         document["tokenizer_source"] = reference_to(problem.tokenizer_folder)
-    if problem.config.other_modules not in (None, "base"):
+    if problem.other_modules is not None and problem.config.other_modules not in (None, "base"):
         document["other_modules"] = reference_to(problem.other_modules)
     document["export_dtype"] = problem.candidates.export_dtype
     document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))

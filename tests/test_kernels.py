@@ -21,6 +21,7 @@ from merge_kernels import (
     METHODS,
     Method,
     Options,
+    add_low_rank,
     combine,
     combine_population,
     draw_uniform,
@@ -1180,7 +1181,7 @@ def test_low_rank_changes_are_added_in_float32_and_rounded_once(rank: int, dtype
     rng = np.random.default_rng(rank)
     base = jnp.asarray(rng.normal(size=(2, 9, 14)), dtype)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, 14), (2, 9, rank)))
-    found = merge_kernels.add_low_rank(base, a, b)
+    found = add_low_rank(base, a, b)
     assert found.dtype == dtype
     exact = np.asarray(base, np.float64) + b.astype(np.float64) @ a.astype(np.float64)
     # Half a unit in the last place of the dtype, and what float32 loses in the sum.
