@@ -41,7 +41,7 @@ SHAPE = (5, 9)
 # What takes more than two parents.
 LOOPING = [name for name, method in METHODS.items() if method.max_parents is None]
 SEARCHED = {"weight": 0.4, "density": 0.6, "lambda": 1.1, "select_topk": 0.6, "epsilon": 0.1, "gamma": 0.01,
-            "eps": 1e-8, "max_iter": 10, "tol": 1e-5}  # fmt: skip
+            "eps": 1e-8, "max_iter": 10, "tol": 1e-5, "r": 0.3, "alpha": 2.0}  # fmt: skip
 
 
 def numbers_of(method: Method, parents: int) -> Numbers:

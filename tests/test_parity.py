@@ -188,14 +188,14 @@ def config_of(folder: Path) -> dict[str, Any]:
 # float32: every tensor
 
 EXACT = (
-    "breadcrumbs", "breadcrumbs_thousandth", "breadcrumbs_ties", "dare_linear_full", "dare_ties_empty",
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_thousandth", "breadcrumbs_ties", "dare_linear_full", "dare_ties_empty",
     "della_extremes", "gradient_scientific", "karcher_base", "karcher_one_step", "karcher_three", "linear_base_weighed",
     "linear_five", "linear_negative", "mixed_dtypes", "model_stock", "model_stock_filter_wise", "multislerp_base",
     "multislerp_four", "multislerp_opposite", "multislerp_zero_delta", "nearswap", "nearswap_identical", "nuslerp",
     "nuslerp_base", "nuslerp_base_row_wise", "nuslerp_row_wise", "nuslerp_rows", "nuslerp_zero_delta",
-    "nuslerp_zero_sum", "passthrough_repeated", "passthrough_scale", "passthrough_two_models", "sce", "sce_all",
-    "sce_none", "slerp_base_unlisted", "slerp_distant", "slerp_gradient", "slerp_identical", "slices_gpt2",
-    "slices_own_base", "slices_shifted", "slices_slerp", "task_arithmetic", "task_arithmetic_zero_sum",
+    "nuslerp_zero_sum", "passthrough_repeated", "passthrough_scale", "passthrough_two_models", "ram", "ramplus_tl",
+    "sce", "sce_all", "sce_none", "slerp_base_unlisted", "slerp_distant", "slerp_gradient", "slerp_identical",
+    "slices_gpt2", "slices_own_base", "slices_shifted", "slices_slerp", "task_arithmetic", "task_arithmetic_zero_sum",
     "ties_base_listed", "ties_density_0", "ties_density_1", "ties_density_half", "ties_density_thousandth",
     "ties_every_level", "ties_filters", "ties_five", "ties_gradient", "ties_identical", "ties_negative", "ties_rescale",
     "ties_switches", "ties_zero_delta", "ties_zero_sum",
@@ -557,9 +557,6 @@ ACCEPTED_BY_MERGEKIT: dict[str, tuple[dict[str, Any], str]] = {
     "modules": (
         {"merge_method": "linear", "modules": {"default": {"models": linear("one", "two")["models"]}}}, "modules:",
     ),
-    "ram": (on_base("ram", "one", "two"), "ram is not supported"),
-    "ramplus_tl": (on_base("ramplus_tl", "one", "two"), "ramplus_tl is not supported"),
-    "arcee_fusion": (on_base("arcee_fusion", "one"), "arcee_fusion is not supported"),
     "adapter": (linear("one+adapter", "two"), r"one\+adapter: adapter: no such folder"),
     "adapter as base": (on_base("ties", "one") | {"base_model": "base+adapter"}, r"base\+adapter: adapter: no such"),
     "residual_weight": (

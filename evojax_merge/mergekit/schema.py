@@ -24,8 +24,6 @@ TOP_KEYS = {
     "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets", "other_modules",
 }  # fmt: skip
 REFUSED_KEYS = {"modules"}
-# Methods that mergekit has and that are not described well enough to be implemented from their papers.
-REFUSED_METHODS = {"ram", "ramplus_tl", "arcee_fusion"}
 # The seed is a word of the random numbers' key; the same bound holds for a search.
 MAX_SEED = 2**63 - 1
 # Merging is done in float32.
@@ -138,8 +136,6 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
-    if name not in METHODS and name in REFUSED_METHODS:
-        raise InputError(where, f"merge_method: {name} is not supported; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]

@@ -1,4 +1,4 @@
-"""Methods of their own kind: SCE, NearSwap, passthrough."""
+"""Methods of their own kind: SCE, NearSwap, Arcee Fusion, Reinforced Agent Merging, passthrough."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +18,11 @@ SCE_MIN_SQUARES = 1e-6
 SCE_MIN_WEIGHT = 1e-6
 # NearSwap: smaller differences count as this.
 NEARSWAP_MIN_DIFFERENCE = 1e-6
+# Arcee Fusion: what every probability is raised by, and how many interquartile ranges lie between median and threshold.
+FUSION_MIN_PROBABILITY = 1e-8
+FUSION_RANGES = 1.5
+# Entries whose probabilities are held in float64 at a time.
+FUSION_BLOCK = 2**20
 
 
 def _spread(stack: np.ndarray) -> np.ndarray:
@@ -108,3 +113,83 @@ def nearswap(base: jax.Array, other: jax.Array, t: jax.Array) -> jax.Array:
     distance = jnp.maximum(jnp.abs(first - second), NEARSWAP_MIN_DIFFERENCE)
     weight = jnp.clip(t / distance, 0.0, 1.0)
     return weight * second + (1 - weight) * first
+
+
+def _row_divergence(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The Kullback-Leibler divergence of each row's softmax from the base's: float32[R] of two `[R, C]`, by float64."""
+    rows, width = base.shape
+    divergence = np.empty(rows, np.float32)
+    step = max(1, FUSION_BLOCK // width)
+
+    def probabilities(x: np.ndarray) -> np.ndarray:
+        wide = x.astype(np.float64)
+        powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True) + FUSION_MIN_PROBABILITY
+
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        own, first = probabilities(other[part]), probabilities(base[part])
+        divergence[part] = (own * np.log(own / first)).sum(axis=1)
+    return divergence
+
+
+def fusion_select(base: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Arcee Fusion's selection, once per tensor: `uint16[...]`, 1 where the other model's entry is taken, else 0.
+
+    An entry's importance is `|x - b| KL(softmax(x) || softmax(b))`, the softmax over the last axis (a vector is one
+    row, a single number a row of its own). Taken is what is at least `median + 1.5 (q3 - q1)`; a quantile q is the
+    entry of ascending rank `int(q (n - 1))`, of all n entries, however many. base, other: float32 of one shape.
+    """
+    if not base.size:
+        return np.zeros(base.shape, np.uint16)
+    width = base.shape[-1] if base.ndim else 1
+    first, second = base.reshape(-1, width), other.reshape(-1, width)
+    importance = np.abs(second - first) * _row_divergence(first, second)[:, None]
+    ranks = [int(share * (importance.size - 1)) for share in (0.25, 0.5, 0.75)]
+    low, median, high = np.partition(importance, ranks, axis=None)[ranks]
+    threshold = median + np.float32(FUSION_RANGES) * (high - low)
+    return (importance >= threshold).astype(np.uint16).reshape(base.shape)
+
+
+def fusion(base: jax.Array, other: jax.Array, kept: jax.Array) -> jax.Array:
+    """The base, with the other model's entries where `kept: uint16[...]` is not 0. float32."""
+    first = base.astype(jnp.float32)
+    return first + jnp.where(kept > 0, other.astype(jnp.float32) - first, 0.0)
+
+
+def ram_overlap(deltas: Sequence[np.ndarray], epsilon: float) -> Statistics:
+    """How far each task vector overlaps with the others (RAM+, arXiv 2601.13572): `overlap`, float32[K].
+
+    Of the entries that parent k changes by more than epsilon: how many another parent changes too, divided by how many
+    it alone changes (by epsilon where there are none). deltas: K of float32[...], a tensor of its own each.
+    """
+    limit = np.float32(epsilon)
+    count = np.zeros(deltas[0].shape, np.int32)
+    for delta in deltas:
+        count += np.abs(delta) > limit
+    overlap = np.zeros(len(deltas), np.float32)
+    for k, delta in enumerate(deltas):
+        own = count[np.abs(delta) > limit]
+        alone = int(np.count_nonzero(own == 1))
+        if alone < own.size:
+            overlap[k] = (own.size - alone) / max(alone, epsilon) if max(alone, epsilon) > 0 else np.inf
+    return {"overlap": overlap}
+
+
+def ram_sum(sources: Arrays, epsilon: jax.Array, factors: Arrays) -> jax.Array:
+    """Reinforced Agent Merging's delta (RAM, arXiv 2601.13572): of the parents that change an entry by more than
+    epsilon the mean change, or where it is one alone its change times its factor. float32.
+
+    sources: the base first; epsilon: float32 `[]`; factors: float32[K].
+    """
+    base = sources[0].astype(jnp.float32)
+
+    def changes(k: Any) -> tuple[jax.Array, ...]:
+        """Parent k's change, the same times its factor, and 1 where there is one."""
+        delta = sources[k + 1].astype(jnp.float32) - base
+        changed = jnp.abs(delta) > epsilon
+        kept = jnp.where(changed, delta, 0.0)
+        return kept, factors[k] * kept, changed.astype(jnp.float32)
+
+    total, alone, count = sum_over(changes, len(sources) - 1)
+    return jnp.where(count > 1, total / jnp.maximum(count, 1.0), alone)

@@ -374,6 +374,30 @@ def _combine_nearswap(options: Options, sources: Any, keep_keys: Any, statistics
     return elementwise.nearswap(sources[0], sources[1], parameters["t"])
 
 
+def _prepare_fusion(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    return Prepared((elementwise.fusion_select(*(np.asarray(x, np.float32) for x in sources)),), {})
+
+
+def _combine_fusion(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return elementwise.fusion(sources[0], sources[1], keep_keys[0])
+
+
+def _combine_ram(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    factors = jnp.ones(len(sources) - 1, jnp.float32)
+    return sources[0].astype(jnp.float32) + elementwise.ram_sum(sources, parameters["epsilon"], factors)
+
+
+def _prepare_ram_plus(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    base = np.asarray(sources[0], np.float32)
+    deltas = [np.asarray(x, np.float32) - base for x in sources[1:]]
+    return Prepared((), elementwise.ram_overlap(deltas, float(parameters["epsilon"])))
+
+
+def _combine_ram_plus(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    factors = 1 + parameters["r"] * jnp.clip(statistics["overlap"], 0.0, parameters["alpha"])
+    return sources[0].astype(jnp.float32) + elementwise.ram_sum(sources, parameters["epsilon"], factors)
+
+
 def _combine_passthrough(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return parameters["scale"][0] * sources[0].astype(jnp.float32)
 
@@ -403,6 +427,9 @@ EPSILON = Parameter(
 GAMMA = Parameter(
     "gamma", per_parent=True, default=0.01, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
 )
+RAM_EPSILON = Parameter(
+    "epsilon", per_parent=False, default=1e-5, low=0.0, high=0.01, valid_min=0.0, searched=False
+)  # fmt: skip
 
 TASK_VECTOR_YAML_OPTIONS = ("normalize", "rescale")
 
@@ -534,6 +561,20 @@ METHODS: dict[str, Method] = {
         Method(
             "nearswap", (Parameter("t", False, default=None, low=0.0, high=0.01, valid_min=0.0),), base="required",
             combine=_combine_nearswap, options=Options(has_base=True), max_parents=1,
+        ),
+        Method(
+            "arcee_fusion", (), base="required", combine=_combine_fusion, prepare=_prepare_fusion,
+            options=Options(has_base=True), max_parents=1, keep_keys=lambda parents: 1,
+        ),
+        Method("ram", (RAM_EPSILON,), base="required", combine=_combine_ram, options=Options(has_base=True)),
+        Method(
+            "ramplus_tl",
+            (
+                Parameter("r", False, default=0.1, low=0.0, high=1.0),
+                Parameter("alpha", False, default=0.2, low=0.0, high=1.0),
+                RAM_EPSILON,
+            ),
+            base="required", combine=_combine_ram_plus, prepare=_prepare_ram_plus, options=Options(has_base=True),
         ),
         Method(
             "passthrough", (Parameter("scale", True, default=1.0, low=0.0, high=2.0),), base="parent",
