@@ -278,6 +278,8 @@ def load_bank(
     named = [("base", base)] * has_base + [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
     paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
     sources, config = open_sources(paths)
+    for line in sources.warnings:
+        warnings.warn(line, stacklevel=2)
     with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 

@@ -229,6 +229,7 @@ def _run_chain(
 def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
+    _warn(problem.sources.warnings)
     splits = problem.by_split(batched_tasks)
     examples = [*splits.full, *(splits.validation or []), *splits.heldout]
     _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
@@ -329,7 +330,7 @@ def write_merge(
     stream = read_stream(recipe) if isinstance(recipe, Path) else parse_stream(Path("recipe"), recipe)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
     with prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference) as stream_plan:
-        for line in stream_warnings(stream):
+        for line in (*stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         say_unread(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]

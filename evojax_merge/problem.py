@@ -5,7 +5,7 @@ tokenizers, then the place to write.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -232,7 +232,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             where, f"tokenizer_source: expected {other_modules}, whose other modules the winner has: its images have "
             "tokens of its own",
         )  # fmt: skip
-    sources, decoder = Sources(sources.folders[: len(paths)], sources.vocabulary), configs[0]
+    sources, decoder = replace(sources, folders=sources.folders[: len(paths)]), configs[0]
     export_dtype = config.export_dtype or _dtype_name(sources)
     space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates

@@ -351,19 +351,6 @@ def test_parents_of_different_architectures(models: Path, refused: Refusal) -> N
         assert "'llama'" in line
 
 
-def test_tokenizers_that_differ_without_tokenizer_source(models: Path, refused: Refusal) -> None:
-    turned = [*words()[:4], *words()[:3:-1]]
-    shutil.rmtree(models / "two")
-    save(finetune(load_torch(models / "base"), 2), models / "two", turned)
-    for arguments in (
-        ["merge", models / "recipe.yaml", models / "out"],
-        ["search", models / "config.yaml", "--out", models / "run"],
-    ):
-        line = refused(*arguments)
-        assert str(models / "two") in line
-        assert "tokenizer_source" in line
-
-
 def test_tokens_that_a_parent_lacks(models: Path, refused: Refusal) -> None:
     """A single merge fills them in, as mergekit does; a search does not search over made-up rows."""
     other = [*words()[:-1], "only-here"]

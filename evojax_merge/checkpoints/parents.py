@@ -3,16 +3,18 @@
 `Sources` is what the bank and the streamed merge both read from, so that both see the same rows and the same names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
+    Folder,
     Tensor,
     copy_finite,
     is_finite,
@@ -24,51 +26,104 @@ from evojax_merge.checkpoints.tokens import (
     Vocabulary,
     align,
     aligned_rows,
-    check_same_vocabulary,
+    vocabulary_warnings,
 )
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import (
     EMBEDDING,
     HEAD,
+    Architecture,
+    architecture_of,
     dimensions,
     known_architecture,
     tensors_of,
 )
 from evojax_merge.models.config import DecoderConfig
 
+# What architectures call the module with a row for each token: at the input, and at the output (also of its bias).
+EMBEDDINGS = (
+    "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings", "token_embedding",
+    "embeddings", "shared",
+)  # fmt: skip
+HEADS = (
+    "lm_head", "lm_head.linear", "lm_head.decoder", "embed_out", "output", "output_layer", "proj_out",
+    "vocab_projector", "predictions", "predictions.decoder", "linear",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TokenTensors:
-    """The names in the file of the tensors whose rows belong to tokens; head: None where no model has one."""
+    """The names in the file of the tensors whose rows belong to tokens; head: what is the embedding where the config
+    ties them, None where no model has it; others: a head's bias, or an encoder's embedding beside a decoder's."""
 
     embedding: str
     head: str | None
+    others: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.embedding,) if self.head is None else (self.embedding, self.head)
+        return (self.embedding, *(() if self.head is None else (self.head,)), *self.others)
 
 
-def token_tensors(model_type: object) -> TokenTensors:
-    """Those of an architecture; of one that is not known what most are named."""
-    architecture = known_architecture(model_type)
-    if architecture is None:
-        return TokenTensors("model.embed_tokens.weight", "lm_head.weight")
+def token_tensors(architecture: Architecture) -> TokenTensors:
+    """Those of an architecture that is known."""
     embedding, head = architecture.leaf(EMBEDDING), architecture.leaf(HEAD)
     assert embedding is not None
     return TokenTensors(embedding.tensor, None if head is None else head.tensor)
 
 
+def find_token_tensors(folder: Folder) -> TokenTensors:
+    """Those of a model of an architecture that is not known: by their names, which have as many rows as the embedding,
+    or else by their rows, of which each matrix outside of layers has the config's `vocab_size`."""
+    rows = {name: entry.shape[0] for name, entry in folder.entries.items() if entry.shape}
+    modules = {name: name.rpartition(".")[0] for name in rows}
+    embeddings = [name for name in rows if name.endswith(".weight") and _is_called(modules[name], EMBEDDINGS)]
+    if not embeddings:
+        size = vocabulary_size(folder.config)
+        matrices = (name for name in rows if len(folder.entries[name].shape) == 2)
+        embeddings = [name for name in matrices if rows[name] == size]
+    if not embeddings:
+        return TokenTensors("model.embed_tokens.weight", "lm_head.weight")
+    embedding = embeddings[0]
+    heads = [name for name in rows if _is_called(modules[name], HEADS)]
+    head = "lm_head.weight" if "lm_head.weight" in heads else None
+    others = (name for name in (*embeddings, *heads) if name not in (embedding, head))
+    return TokenTensors(embedding, head, tuple(name for name in others if rows[name] == rows[embedding]))
+
+
+def _is_called(module: str, names: Sequence[str]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """How many rows for tokens a config says: its own `vocab_size`, or that of its `text_config`; None: it does not."""
+    text = config.get("text_config")
+    return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+
+
+def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The config with this number of rows for tokens, wherever it says one."""
+    text, result = config.get("text_config"), dict(config)
+    if isinstance(text, dict) and ("vocab_size" in text or "vocab_size" not in config):
+        result["text_config"] = text | {"vocab_size": size}
+    if "vocab_size" in config or not isinstance(text, dict):
+        result["vocab_size"] = size
+    return result
+
+
 @dataclass(frozen=True)
 class Sources:
-    """Opened folders of one architecture. `vocabulary`: how their rows are aligned (None: as they are)."""
+    """Opened folders of one architecture. `vocabulary`: how their rows are aligned (None: as they are); `warnings`:
+    what a user should know of their tokens, a line each."""
 
     folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def token_tensors(self) -> TokenTensors:
-        return token_tensors(self.folders[0].config.get("model_type"))
+        architecture = known_architecture(self.folders[0].config.get("model_type"))
+        return find_token_tensors(self.folders[0]) if architecture is None else token_tensors(architecture)
 
     def name_in(self, source: int, tensor: str) -> str:
         """The tensor's name in that folder: a tied head is the embedding, whether or not a copy of it is stored."""
@@ -175,7 +230,7 @@ def open_decoders(
         _check_rows(folder, config)
     counts = [config.vocab for config in configs]
     vocabulary = None if tokenizer is None else align(paths, counts, tokenizer)
-    sources = Sources(folders, vocabulary)
+    sources = Sources(folders, vocabulary, () if vocabulary is None else vocabulary.warnings)
     # An untied head anywhere makes the merge untied.
     tied = all(config.head_is_embedding for config in configs)
     if vocabulary is not None:
@@ -185,7 +240,7 @@ def open_decoders(
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         _check_layers_alike(folder, config, configs[0])
     if vocabulary is None:
-        check_same_vocabulary(paths)
+        sources = replace(sources, warnings=vocabulary_warnings(paths))
     return sources, configs
 
 
@@ -250,7 +305,7 @@ def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected:
 
 def _check_rows(folder: DecoderFolder, config: DecoderConfig) -> None:
     """A folder's embedding and head have as many rows as its config says, before anything aligns them."""
-    for name in token_tensors(config.architecture).names:
+    for name in token_tensors(architecture_of(config)).names:
         entry = folder.entries.get(name)
         if entry is not None and entry.shape[:1] != (config.vocab,):
             raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")

@@ -3,6 +3,7 @@
 A folder's tokenizer is data: code that it brings along is never run, and nobody is asked whether to run it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Vocabulary:
     padding: int
     tokenizer: Any
     copied: int | None
+    warnings: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -123,29 +125,41 @@ def _wanted_code(folder: Path) -> Any:
     return wanted or None
 
 
-def check_same_vocabulary(folders: Sequence[Path]) -> None:
-    """Raises InputError unless all folders that hold a tokenizer map the same tokens to the same rows."""
+def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
+    """A line for each folder whose tokenizer has other tokens in some rows than the first that has one: merged row by
+    row, such a row is made of two tokens. Raises InputError where a tokenizer cannot be read."""
     distinct: dict[tuple[str, ...], Path] = {}
     for folder in filter(has_tokenizer, folders):
         _check_files(folder)
         # Equal files need no tokenizer loaded, and most families share theirs to the byte.
         distinct.setdefault(_fingerprint(folder), folder)
     if not distinct:
-        return
+        return ()
     first, *others = distinct.values()
     if not others and _wanted_code(first) is not None:
         # What it means is not known here, but that it is one.
-        return
-    expected = load_tokenizer(first).get_vocab()
+        return ()
+    expected = _tokens_of_rows(load_tokenizer(first))
+    warnings = []
     for folder in others:
-        vocabulary = load_tokenizer(folder).get_vocab()
-        if vocabulary != expected:
-            differing = sorted(set(vocabulary.items()) ^ set(expected.items()))
-            raise InputError(
-                folder,
-                f"its tokenizer differs from that of {first} (first difference: token {differing[0][0]!r}); "
-                "say tokenizer_source: whose to take, so that rows are aligned by token",
+        own = _tokens_of_rows(load_tokenizer(folder))
+        differing = [row for row in sorted(own.keys() | expected.keys()) if own.get(row) != expected.get(row)]
+        if differing:
+            pairs = [f"row {row} is {_named(own.get(row))}, not {_named(expected.get(row))}" for row in differing[:3]]
+            more = f" and {len(differing) - 3:,} more" if len(differing) > 3 else ""
+            warnings.append(
+                f"{folder}: its tokenizer differs from that of {first} ({', '.join(pairs)}{more}); rows are merged by "
+                "their number; say tokenizer_source: whose to take, so that they are aligned by token"
             )
+    return tuple(warnings)
+
+
+def _tokens_of_rows(tokenizer: Any) -> dict[int, str]:
+    return {row: token for token, row in tokenizer.get_vocab().items()}
+
+
+def _named(token: str | None) -> str:
+    return "no token" if token is None else repr(token)
 
 
 def _fingerprint(folder: Path) -> tuple[str, ...]:
@@ -160,25 +174,53 @@ def _fingerprint(folder: Path) -> tuple[str, ...]:
 def unite(tokenizers: Sequence[Any], first: int, counts: Sequence[int]) -> Any:
     """A tokenizer with the tokens of all: that of number `first`, with what the others have besides added to it.
 
-    counts: the rows of each model; a token beyond them has nothing to bring along.
+    The plain tokens of each model come in the order of its rows, then the added tokens of all: what one model has added
+    is added here too, though it be plain in another. counts: the rows of each model; a token beyond them has nothing to
+    bring along.
     """
     import copy
 
+    plain, added = dict[str, None](), dict[str, Any]()
+    for i in (first, *(i for i in range(len(tokenizers)) if i != first)):
+        own = dict(sorted(tokenizers[i].added_tokens_decoder.items()))
+        contents = {token.content for token in own.values()}
+        for row, token in sorted(_tokens_of_rows(tokenizers[i]).items()):
+            if row < counts[i] and token not in contents:
+                plain.setdefault(token)
+        for row, token in own.items():
+            if row < counts[i]:
+                added.setdefault(token.content, token)
     united = copy.deepcopy(tokenizers[first])
     known = set(united.get_vocab())
-    others = [pair for i, pair in enumerate(zip(tokenizers, counts, strict=True)) if i != first]
-    for tokenizer, count in others:
-        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-        plain = sorted((row, token) for token, row in tokenizer.get_vocab().items() if token not in added)
-        fresh = [token for row, token in plain if token not in known and row < count]
-        united.add_tokens(fresh)
-        known.update(fresh)
-    for tokenizer, count in others:
-        for row, token in sorted(tokenizer.added_tokens_decoder.items()):
-            if token.content not in known and row < count:
-                united.add_tokens(token)
-                known.add(token.content)
+    united.add_tokens([token for token in plain if token not in known and token not in added])
+    united.add_tokens(list(added.values()))
     return united
+
+
+def without_unused(tokenizer: Any, count: int) -> Any:
+    """The tokenizer without its tokens that have none of `count` rows; the same object where there are none, or where
+    no tokenizer.json says what it is made of."""
+    import copy
+
+    from tokenizers import Tokenizer
+
+    if not tokenizer.is_fast or all(row < count for row in tokenizer.get_vocab().values()):
+        return tokenizer
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["id"] < count]
+    model = document["model"]
+    tokens = model["vocab"]
+    if isinstance(tokens, dict):
+        model["vocab"] = {token: row for token, row in tokens.items() if row < count}
+    else:
+        model["vocab"] = tokens[:count]
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        kept = [all(part in model["vocab"] for part in (*pair, "".join(pair))) for pair in pairs]
+        model["merges"] = [merge for merge, keep in zip(model["merges"], kept, strict=True) if keep]
+    stripped = copy.deepcopy(tokenizer)
+    stripped._tokenizer = Tokenizer.from_str(json.dumps(document))
+    return stripped
 
 
 def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice) -> Vocabulary:
@@ -188,14 +230,21 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     Raises InputError where the numbering has gaps, or where a rule cannot be followed.
     """
     first = choice.base if choice.base is not None else 0
-    tokenizers = [load_tokenizer(folder) for folder in folders]
+    bare = [folder for i, folder in enumerate(folders) if i != first and not has_tokenizer(folder)]
+    tokenizers = [load_tokenizer(folders[first] if folder in bare else folder) for folder in folders]
     owned = [
         {token: row for token, row in tokenizer.get_vocab().items() if row < count}
         for tokenizer, count in zip(tokenizers, counts, strict=True)
     ]
     source = first if choice.source == "union" else choice.source
-    tokenizer = unite(tokenizers, first, counts) if choice.source == "union" else tokenizers[source]
+    tokenizer = tokenizers[source]
+    if choice.source in ("union", choice.base):
+        # What has no row even in the base is not the merged model's either.
+        tokenizer = without_unused(tokenizer, counts[source])
+    if choice.source == "union":
+        tokenizer = unite([tokenizer if i == first else other for i, other in enumerate(tokenizers)], first, counts)
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
+    copied = source if tokenizer is tokenizers[source] and not unknown else None
     if unknown:
         tokenizer.add_tokens(unknown)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -215,8 +264,9 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
                 if rule is None
                 else _by_rule(folders, owned, counts, token, rule, rows[:, number])
             )
-    copied = source if choice.source != "union" and not unknown else None
-    return Vocabulary(tuple(rows), fills, -len(tokens) % choice.pad_to_multiple_of, tokenizer, copied)
+    warnings = tuple(f"{folder}: has no tokenizer; its rows are taken for those of {folders[first]}" for folder in bare)
+    padding = -len(tokens) % choice.pad_to_multiple_of
+    return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, warnings)
 
 
 def _by_default(own: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from evojax_merge.checkpoints.adapters import write_adapter
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import reference_to
-from evojax_merge.checkpoints.folder import Folder, is_float
-from evojax_merge.checkpoints.parents import token_tensors
+from evojax_merge.checkpoints.folder import is_float
 from evojax_merge.checkpoints.writer import CARD, atomic_folder, write_marker
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
@@ -80,8 +80,9 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             base.path,
             f"model_type is {kind}, of which no adapter can be written; expected one of {', '.join(model_types())}",
         )
+    named = merge_plan.leader.names
     for name, spec in merge_plan.specs.items():
-        entry = base.entries.get(name)
+        entry = base.whole.entries.get(base.names.in_file(named.of_architecture(name)))
         if entry is None or entry.shape != spec.shape:
             found = "no such tensor" if entry is None else f"{list(entry.shape)}"
             raise InputError(
@@ -96,7 +97,7 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             )
 
 
-def _base(merge_plan: MergePlan) -> Folder:
+def _base(merge_plan: MergePlan) -> DecoderFolder:
     """The base of a merge that has one."""
     recipe = merge_plan.recipe
     assert recipe.base is not None
@@ -115,15 +116,15 @@ def write_as_adapter(
 ) -> RankError:
     """Merge, and write the difference to the base as an adapter folder that appears complete or not at all. The merge
     is one of `prepare_adapter`."""
-    base = _base(merge_plan)
-    embedding = token_tensors(base.config.get("model_type")).embedding
+    base, named = _base(merge_plan), merge_plan.leader.names
+    embedding = named.in_file(merge_plan.sources.token_tensors.embedding)
     factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     replaced: dict[str, np.ndarray] = {}
     errors: dict[str, tuple[float, float]] = {}
     names = list(merge_plan.specs)
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            own = base.read(name)
+            own = base.whole.read(base.names.in_file(named.of_architecture(name)))
             if is_float(own.dtype) and not np.array_equal(merged.astype(np.float32), own.astype(np.float32)):
                 if own.ndim == 2:
                     difference = merged.astype(np.float32) - own.astype(np.float32)

@@ -33,14 +33,14 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, dec
 from evojax_merge.checkpoints.derived import open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
-from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ
+from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ, with_vocabulary_size
 from evojax_merge.checkpoints.tokens import (
     TOKENIZER_FILES,
     TokenizerChoice,
     TokenRule,
     align,
-    check_same_vocabulary,
     load_tokenizer,
+    vocabulary_warnings,
 )
 from evojax_merge.checkpoints.writer import CARD, PROCESSOR_FILES, ShardWriter, TensorSpec, atomic_folder, write_marker
 from evojax_merge.errors import InputError
@@ -122,6 +122,8 @@ def prepare(
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
     _check_configs(sources)
+    if sources.vocabulary is None:
+        sources = replace(sources, warnings=vocabulary_warnings(paths))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
@@ -161,7 +163,7 @@ def _merged_config(
     if tied is not None:
         config["tie_word_embeddings"] = tied
     if sources.vocabulary is not None:
-        config["vocab_size"] = sources.vocabulary.size
+        config = with_vocabulary_size(config, sources.vocabulary.size)
     number = sources.folders.index(leader)
     layers = sum(len(rows) for rows in layouts[number].stacks.values())
     origins = output_layers(recipe, layouts)
@@ -280,11 +282,16 @@ def _open(
         _check_depths(decoder, folders, layouts)
     if choice is None:
         return sources, layouts, tied
-    if decoder is None:
-        kind = first.config.get("model_type")
-        raise InputError(recipe.where, f"tokenizer: model_type {shown(kind)} is not known to align rows by token")
-    vocabulary = align(paths, [folder.entries[sources.token_tensors.embedding].shape[0] for folder in folders], choice)
-    return Sources(folders, vocabulary), layouts, tied
+    embedding = sources.token_tensors.embedding
+    for folder in folders:
+        if embedding not in folder.entries:
+            raise InputError(
+                folder.path,
+                f"has no tensor {embedding}; tokenizer: aligns the rows of an embedding, which was not found here "
+                "(by its name, or by config.json's vocab_size)",
+            )
+    vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
+    return Sources(folders, vocabulary, vocabulary.warnings), layouts, tied
 
 
 def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:
@@ -298,14 +305,12 @@ def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], 
 
 
 def _check_configs(sources: Sources) -> None:
-    """The configs mean the same layers, and the tokenizers the same rows where nothing aligns them."""
+    """The configs mean the same layers."""
     if known_architecture(sources.folders[0].config.get("model_type")) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
         # They say it in other words, or they mean another thing: that takes a reading of what each value means.
         if any(other != first for other in others):
             check_alike(sources.folders)
-    if sources.vocabulary is None:
-        check_same_vocabulary([folder.path for folder in sources.folders])
 
 
 def _check_same_tensors(sources: Sources, layouts: list[Layout]) -> None:

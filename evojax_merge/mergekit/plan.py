@@ -12,9 +12,10 @@ from merge_kernels import Method, Options, Parameter, Rescale
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.schema import MAX_NUMBER, RecipeFile, Setting, Settings, Slice, Source, checked_mapping
 
-# A layer's number inside a tensor's name, in the architectures that number their layers.
+# A layer's number inside a tensor's name, in the architectures that number their layers: the outermost, where a layer's
+# parts are numbered too (T5: `encoder.block.3.layer.0`).
 LAYER_NAME = re.compile(
-    r"^(?P<head>(?:.*\.)?(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
+    r"^(?P<head>(?:.*?\.)??(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
 )
 # What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")

@@ -59,6 +59,14 @@ class StreamPlan:
         return list(dict.fromkeys(path for one in self.merges for path in one.inputs))
 
     @property
+    def warnings(self) -> list[str]:
+        """What a user should know of the models' tokens; a stage has its name, not its hidden folder."""
+        lines = dict.fromkeys(line for one in self.merges for line in one.sources.warnings)
+        for stage in self.stages:
+            lines = {line.replace(str(stage.folder), stage.name): None for line in lines}
+        return list(lines)
+
+    @property
     def last_uses(self) -> list[int]:
         """For each stage, the number of the last merge that needs its result."""
         read = [{folder.path for folder in one.sources.folders} for one in self.merges]

@@ -1,0 +1,336 @@
+"""Tokens of merged models, against mergekit: whose row is whose, in which order, in models of any architecture."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import edit_json, finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+import evojax_merge as em
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import parse_recipe
+
+TOLERANCE = 1e-5
+
+
+def ours(root: Path, document: dict[str, Any], out: str = "ours") -> tuple[Path, tuple[str, ...]]:
+    """The merged folder, and what it was warned of."""
+    merge_plan = prepare(parse_recipe(root / "recipe.yaml", document))
+    shutil.rmtree(root / out, ignore_errors=True)
+    merge_to(merge_plan, root / out, card="")
+    return root / out, merge_plan.sources.warnings
+
+
+def theirs(root: Path, document: dict[str, Any], patch: pytest.MonkeyPatch) -> Path:
+    """mergekit's merge, of models in the order in which the recipe names them: its own order is that of a set."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    # It keeps opened models by their names, whatever folder these start in.
+    rows = [row | {"model": str(root / row["model"])} for row in document["models"]]
+    absolute = document | {"models": rows}
+    if "base_model" in document:
+        absolute["base_model"] = str(root / document["base_model"])
+    config = MergeConfiguration.model_validate(absolute)
+    named = [config.base_model, *(row.model for row in config.models)]
+    patch.setattr(MergeConfiguration, "referenced_models", lambda self: list(dict.fromkeys(filter(None, named))))
+    out = root / f"theirs{len(list(root.glob('theirs*')))}"
+    run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False, clone_tensors=True))
+    return out
+
+
+def merge(*names: str, **more: Any) -> dict[str, Any]:
+    """A recipe: of deltas where there is a base that is not one of the models, else linear."""
+    rows = [{"model": name, "parameters": {"weight": 0.3 + 0.2 * i}} for i, name in enumerate(names)]
+    method = "task_arithmetic" if more.get("base_model", names[0]) not in names else "linear"
+    return {"merge_method": method, "models": rows, **more}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    one, other = state(found), state(expected)
+    assert set(one) == set(other)
+    for name, values in other.items():
+        assert one[name].shape == values.shape, name
+        np.testing.assert_allclose(one[name], values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+
+
+def assert_same_tokens(found: Path, expected: Path) -> None:
+    """The same tokens by the same numbers, of which the same are added ones, and special."""
+    mine, other = load_tokenizer(found), load_tokenizer(expected)
+    assert mine.get_vocab() == other.get_vocab()
+    assert mine.added_tokens_decoder == other.added_tokens_decoder
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without a tokenizer setting
+
+
+def renamed(folder: Path, names: dict[str, str]) -> None:
+    """Other names for some tokens of a saved tokenizer."""
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    word_tokenizer([names.get(word, word) for word in words()]).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two of its fine-tunes, and one of them with two tokens renamed, as trainers rename reserved ones."""
+    root = tmp_path_factory.mktemp("llamas")
+    base = random_model(tiny_config(num_hidden_layers=1))
+    save(base, root / "base")
+    for seed, name in enumerate(("one", "two"), start=1):
+        save(finetune(base, seed), root / name)
+    shutil.copytree(root / "one", root / "chat")
+    renamed(root / "chat", {"w62": "<|im_start|>", "w63": "<|im_end|>"})
+    return root
+
+
+def test_tokens_of_other_names_are_merged_row_by_row_with_a_warning(
+    llamas: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = merge("two", "chat", base_model="base")
+    found, (warning,) = ours(llamas, document)
+    assert_same(found, theirs(llamas, document, monkeypatch))
+    assert load_tokenizer(found).get_vocab() == load_tokenizer(llamas / "base").get_vocab()
+    for part in ("chat", "base", "row 62 is '<|im_start|>', not 'w62'", "row 63", "tokenizer_source"):
+        assert part in warning
+    assert "\n" not in warning
+    with pytest.warns(UserWarning, match="row 62 is '<.im_start.>', not 'w62'"):
+        em.merge(merge(str(llamas / "two"), str(llamas / "chat")), llamas / "by_api")
+    assert open_sources([llamas / "base", llamas / "chat"])[0].warnings == (warning,)
+    assert open_sources([llamas / "base", llamas / "two"])[0].warnings == ()
+
+
+def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base_s(
+    llamas: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (llamas / "tasks.jsonl").write_text('{"prompt": "w5 w6", "target": "w7"}\n' * 4)
+    config = {
+        "base": str(llamas / "base"), "parents": [str(llamas / name) for name in ("two", "chat")],
+        "space": {"method": "task_arithmetic", "layers_per_group": "all"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": str(llamas / "tasks.jsonl")}],
+        "search": {"population": 2, "generations": 1},
+    }  # fmt: skip
+    run = em.evolve(config, out=llamas / "run")
+    assert "row 62 is '<|im_start|>', not 'w62'" in capfd.readouterr().err
+    assert load_tokenizer(run.model).get_vocab() == load_tokenizer(llamas / "base").get_vocab()
+
+
+def test_other_numbers_of_rows_are_refused_as_by_mergekit(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(random_model(tiny_config(num_hidden_layers=1, vocab_size=66)), llamas / "longer")
+    document = merge("base", "longer")
+    with pytest.raises(ValueError, match="tokenizer"):
+        theirs(llamas, document, monkeypatch)
+    with pytest.raises(InputError, match=r"longer.*embed_tokens.*tokenizer_source"):
+        ours(llamas, document)
+
+
+def test_a_model_without_a_tokenizer_has_the_base_s(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(llamas / "two", llamas / "bare", ignore=shutil.ignore_patterns("*token*"))
+    document = merge("chat", "bare", base_model="base", tokenizer_source="union")
+    found, warnings = ours(llamas, document)
+    expected = theirs(llamas, document, monkeypatch)
+    assert_same(found, expected)
+    assert_same_tokens(found, expected)
+    assert [warning for warning in warnings if "bare: has no tokenizer" in warning]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The order of a union
+
+
+def added(content: str, **flags: bool) -> AddedToken:
+    return AddedToken(content, normalized=False, **flags)
+
+
+def byte_pairs(tokens: Sequence[str], extra: Sequence[AddedToken]) -> PreTrainedTokenizerFast:
+    """A byte-pair tokenizer without merges, and what is added to it."""
+    model = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>", eos_token="</s>")
+    tokenizer.add_tokens(list(extra))
+    return tokenizer
+
+
+SPECIAL = ("<unk>", "</s>")
+CHATML = (added("<|im_start|>", special=True), added("<|im_end|>", special=True, rstrip=True), added("plain"))
+TOKENIZERS: dict[str, tuple[Sequence[str], Sequence[AddedToken], int]] = {
+    # tokens, added tokens, rows
+    "base": ((*SPECIAL, "a", "b", "c"), (), 5),
+    "special": ((*SPECIAL, "a", "b", "c"), (added("<|pad|>", special=True),), 6),
+    "chat": ((*SPECIAL, "a", "b", "c"), CHATML, 8),
+    "padded": ((*SPECIAL, "b", "a", "d"), (added("<|tool|>", special=True), CHATML[1]), 16),
+    "beyond": ((*SPECIAL, "c", "a", "b"), (added("<unused>"), added("<unused 2>")), 5),
+    "made plain": ((*SPECIAL, "a", "<|im_end|>", "b", "e"), (), 6),
+}
+
+
+@pytest.fixture(scope="module")
+def dialects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of one architecture and many tokenizers."""
+    root = tmp_path_factory.mktemp("dialects")
+    for seed, (name, (tokens, extra, rows)) in enumerate(TOKENIZERS.items()):
+        model = random_model(tiny_config(num_hidden_layers=1, vocab_size=rows), seed)
+        model.save_pretrained(root / name)
+        byte_pairs(tokens, extra).save_pretrained(root / name)
+    return root
+
+
+UNIONS = [
+    ("base", "chat"), ("base", "padded"), ("padded", "chat"), ("chat", "padded"), ("beyond", "chat"),
+    ("chat", "beyond"), ("special", "chat"), ("made plain", "chat"), ("chat", "made plain"), ("base", "chat", "padded"),
+    ("special", "padded", "chat"), ("padded", "chat", "special"), ("chat", "special", "beyond"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", UNIONS, ids=" + ".join)
+def test_a_union_has_mergekit_s_tokens_in_its_order(
+    names: tuple[str, ...], dialects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = merge(*names[1:], base_model=names[0], tokenizer_source="union")
+    found, expected = ours(dialects, document)[0], theirs(dialects, document, monkeypatch)
+    assert_same_tokens(found, expected)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("names", [("beyond", "chat"), ("padded", "chat"), ("chat", "beyond")], ids=" + ".join)
+@pytest.mark.parametrize("pad", [None, 8])
+def test_the_base_s_tokens_are_mergekit_s(
+    names: tuple[str, ...], pad: int | None, dialects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = merge(*names, base_model=names[0], tokenizer={"source": "base", "pad_to_multiple_of": pad})
+    found, expected = ours(dialects, document)[0], theirs(dialects, document, monkeypatch)
+    assert_same_tokens(found, expected)
+    assert_same(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Any architecture
+
+
+def text(**sizes: int) -> dict[str, Any]:
+    return {"vocab_size": 24, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sizes}
+
+
+HEADS: dict[str, int] = {"num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+T5: dict[str, int] = {"d_model": 16, "d_kv": 8, "d_ff": 20, "num_layers": 1, "num_heads": 2}
+GPT: dict[str, int] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
+
+
+def llava() -> Any:
+    vision = transformers.CLIPVisionConfig(image_size=8, patch_size=4, hidden_size=24, num_attention_heads=2,
+                                           num_hidden_layers=1, intermediate_size=28)  # fmt: skip
+    config = transformers.LlavaConfig(vision_config=vision, text_config=transformers.LlamaConfig(**text(**HEADS)))
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def of(name: str, **sizes: int) -> Callable[[], Any]:
+    """A model by its class: `GPT2LMHeadModel` of a `GPT2Config`."""
+    head = next(end for end in ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration")
+                if name.endswith(end))  # fmt: skip
+    config = getattr(transformers, f"{name.removesuffix(head)}Config")
+    return lambda: getattr(transformers, name)(config(**text(**sizes)))
+
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "GPT-2, whose head is its embedding": of("GPT2LMHeadModel", **GPT),
+    "Phi, whose head has a bias": of("PhiForCausalLM", **HEADS),
+    "Mamba": of("MambaForCausalLM", hidden_size=16, num_hidden_layers=1, state_size=4),
+    "BLOOM": of("BloomForCausalLM", hidden_size=16, n_layer=1, n_head=2),
+    "T5": of("T5ForConditionalGeneration", feed_forward_proj="gated-gelu", **T5),
+    "Mixtral": of("MixtralForCausalLM", num_key_value_heads=2, num_local_experts=2, **HEADS),
+}
+# mergekit asks for tensors that transformers does not write, or leaves out some that it writes.
+BEYOND_MERGEKIT: dict[str, Callable[[], Any]] = {
+    "GPT-NeoX": of("GPTNeoXForCausalLM", **HEADS),
+    "BERT": of("BertForMaskedLM", max_position_embeddings=24, **HEADS),
+    "LLaVA": llava,
+}
+
+
+def write_pair(root: Path, build: Callable[[], Any]) -> list[Any]:
+    """Two models of an architecture, `base` and `one`, which has the same tokens in another order, and two more."""
+    order, pair = np.random.default_rng(0).permutation(20) + 4, []
+    for seed, name in enumerate(("base", "one")):
+        torch.manual_seed(seed)
+        model = build()
+        tokenizer = word_tokenizer(words(24))
+        if name == "one":
+            model.resize_token_embeddings(26, mean_resizing=False)
+            tokenizer = word_tokenizer([*words(4), *(words(24)[i] for i in order)])
+            tokenizer.add_tokens([added("new"), added("newer", special=True)])
+        with torch.no_grad():
+            for values in model.parameters():
+                values.copy_(torch.randn_like(values))
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        pair.append(model)
+    return pair
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_rows_are_aligned_in_any_architecture(
+    kind: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mergekit, which knows the architecture, or asks transformers for the model's embeddings."""
+    model, _ = write_pair(tmp_path, ARCHITECTURES[kind])
+    document = merge("base", "one", base_model="base", tokenizer_source=source)
+    found, expected = ours(tmp_path, document)[0], theirs(tmp_path, document, monkeypatch)
+    assert_same_tokens(found, expected)
+    loaded, wanted = (load_any(folder, type(model)) for folder in (found, expected))
+    for name, values in wanted.items():
+        np.testing.assert_allclose(loaded[name], values, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", BEYOND_MERGEKIT)
+def test_rows_are_aligned_by_the_names_of_their_modules(kind: str, tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, BEYOND_MERGEKIT[kind])
+    found = ours(tmp_path, merge("base", "one", base_model="base", tokenizer_source="base"))[0]
+    merged = type(pair[0]).from_pretrained(found)
+    vocabularies = [load_tokenizer(tmp_path / name).get_vocab() for name in ("base", "one")]
+    for module in ("get_input_embeddings", "get_output_embeddings"):
+        for name, values in getattr(merged, module)().named_parameters():
+            base, one = (getattr(model, module)().get_parameter(name).detach() for model in pair)
+            rows = [vocabularies[1][token] for token in sorted(vocabularies[0], key=vocabularies[0].__getitem__)]
+            torch.testing.assert_close(values.detach(), (0.3 * base + 0.5 * one[rows]) / 0.8)
+
+
+def load_any(folder: Path, kind: Any) -> dict[str, np.ndarray]:
+    """A model's tensors as transformers reads them: whatever names a file has, by those of the model."""
+    model, told = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not told["missing_keys"] and not told["mismatched_keys"]
+    return {name: values.numpy() for name, values in model.state_dict().items()}
+
+
+def test_an_embedding_is_found_by_its_rows(tmp_path: Path) -> None:
+    """Of a name that nobody knows; a vector as long as the vocabulary is none."""
+    from safetensors.torch import save_file
+
+    for seed, name in enumerate(("base", "one")):
+        torch.manual_seed(seed)
+        tensors = {"lexicon.table": torch.randn(6, 3), "norm.weight": torch.randn(6), "layers.0.w": torch.randn(4, 3)}
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "unheard", "vocab_size": 6}))
+        own = words(6) if name == "base" else [*words(4), "w5", "w4"]
+        word_tokenizer(own).save_pretrained(tmp_path / name)
+    document = merge("base", "one", base_model="base", tokenizer_source="base", parameters={"normalize": False})
+    found, (base, one) = state(ours(tmp_path, document)[0]), (state(tmp_path / name) for name in ("base", "one"))
+    table = 0.3 * base["lexicon.table"] + 0.5 * one["lexicon.table"][[0, 1, 2, 3, 5, 4]]
+    np.testing.assert_allclose(found["lexicon.table"], table, rtol=1e-6)
+    np.testing.assert_allclose(found["norm.weight"], 0.3 * base["norm.weight"] + 0.5 * one["norm.weight"], rtol=1e-6)
+    edit_json(tmp_path / "base" / "config.json", lambda config: config.update(vocab_size=7))
+    with pytest.raises(InputError, match=r"base: has no tensor model\.embed_tokens\.weight; tokenizer: aligns"):
+        ours(tmp_path, document)
