@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,15 @@ GIVEN = os.environ.get(SWITCH)
 # Every compiled program holds some memory maps, of which Linux allows a process 65,530 by default. A test module adds
 # up to 30,000.
 MANY_MAPS = 20_000
+# A program in one piece instead of up to 32 that are compiled side by side: the same machine code for two thirds of the
+# processor time, which counts where a worker of the suite runs on each core.
+PLAIN_OPTIONS = {"xla_cpu_parallel_codegen_split_count": 1}
+PLAIN_FLAGS = "--xla_cpu_parallel_codegen_split_count=1"
 # XLA's older code generator for CPUs: programs compile three times as fast, and run slower than anybody would want.
 # JAX takes options of the compiler for one function only, and XLA reads its flags once in a process: so what JAX asks
 # for with every program is replaced.
-QUICK_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
-QUICK_FLAGS = "--xla_cpu_use_fusion_emitters=false"
+QUICK_OPTIONS = PLAIN_OPTIONS | {"xla_cpu_use_fusion_emitters": False}
+QUICK_FLAGS = f"{PLAIN_FLAGS} --xla_cpu_use_fusion_emitters=false"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 
 
@@ -73,9 +78,12 @@ def compiler(request: pytest.FixtureRequest, has_quick_options: bool) -> Iterato
         jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SWITCH, quickly)
-        if quickly == "1" and has_quick_options:
-            patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK_FLAGS}".strip())
-            patch.setattr(xla_compiler, "get_compile_options", compile_options)
+        if has_quick_options:
+            quick = quickly == "1"
+            patch.setenv("XLA_FLAGS", f"{FLAGS} {QUICK_FLAGS if quick else PLAIN_FLAGS}".strip())
+            patch.setattr(
+                xla_compiler, "get_compile_options", partial(compile_options, QUICK_OPTIONS if quick else PLAIN_OPTIONS)
+            )
         yield
     if memory_maps() > MANY_MAPS:
         jax.clear_caches()
@@ -87,9 +95,11 @@ def memory_maps() -> int:
     return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
-def compile_options(*arguments: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any) -> Any:
-    """`jax._src.compiler.get_compile_options` with `QUICK_OPTIONS`, unless the program says otherwise."""
-    overrides = QUICK_OPTIONS | (env_options_overrides or {})
+def compile_options(
+    options: dict[str, Any], *arguments: Any, env_options_overrides: dict[str, Any] | None = None, **named: Any
+) -> Any:
+    """`jax._src.compiler.get_compile_options` with `options`, unless the program says otherwise."""
+    overrides = options | (env_options_overrides or {})
     return DEFAULT_COMPILE_OPTIONS(*arguments, env_options_overrides=overrides, **named)
 
 
