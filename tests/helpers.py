@@ -4,10 +4,12 @@ Checkpoints are made with transformers and torch, so that what is read back was 
 """
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,19 @@ from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 # Models this small lose more by waking a second thread than they gain.
 torch.set_num_threads(1)
+
+T = TypeVar("T")
+
+
+def daily(cases: Iterable[T], count: int) -> list[T]:
+    """Of many cases of one kind `count`, on each day (EVOJAX_TEST_SEED) others, so that all have their turn; with
+    EVOJAX_TEST_ALL all of them."""
+    every = list(cases)
+    if "EVOJAX_TEST_ALL" in os.environ:
+        return every
+    first = int(os.environ["EVOJAX_TEST_SEED"]) * count
+    return [every[(first + i) % len(every)] for i in range(min(count, len(every)))]
+
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 VOCAB = 64
@@ -157,21 +172,24 @@ def greedy_tokens(
     config: Any, model: Any, tokens: Any, first: Any, new: int, stop: tuple[int, ...], window: int = 1, seen: Any = None
 ) -> np.ndarray:
     """Greedy continuations int32[B, new] of prompts that are padded at the left, by one stored model."""
-    from evojax_merge.models.generate import decode, init_decode_state, prefill
-
-    @jax.jit
-    def run(model: Any, tokens: jax.Array, first: jax.Array, seen: jax.Array) -> jax.Array:
-        def alone(_: Any) -> Any:
-            return model
-
-        members, (rows, width) = jnp.zeros(1), tokens.shape
-        decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
-        decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
-        return decode(config, alone, members, decode_state, new, window, stop, tokens, seen).tokens
-
     tokens = jnp.asarray(tokens, jnp.int32)
     seen = jnp.zeros((len(tokens), 0), jnp.int32) if seen is None else jnp.asarray(seen, jnp.int32)
-    return np.asarray(run(model, tokens, jnp.asarray(first, jnp.int32), seen))[0]
+    return np.asarray(_greedy(config, new, stop, window, model, tokens, jnp.asarray(first, jnp.int32), seen))[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _greedy(
+    config: Any, new: int, stop: tuple[int, ...], window: int, model: Any, tokens: Any, first: Any, seen: Any
+) -> jax.Array:
+    from evojax_merge.models.generate import decode, init_decode_state, prefill
+
+    def alone(_: Any) -> Any:
+        return model
+
+    members, (rows, width) = jnp.zeros(1), tokens.shape
+    decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
+    decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
+    return decode(config, alone, members, decode_state, new, window, stop, tokens, seen).tokens
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -113,6 +114,38 @@ class Done:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Running:
+    """A command that a server has started, to be watched and killed; as with subprocess.Popen."""
+
+    server: "Server"
+    pid: int
+    streams: Path
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None: it runs."""
+        status: int | None = self.server.ask({"poll": self.pid})["status"]
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit status once it has ended; raises subprocess.TimeoutExpired where it has not in time."""
+        end = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("evojax-merge", timeout)
+            time.sleep(0.005)
+        return status
+
+    def read(self, name: str) -> str:
+        """What it has written to `stdout` or `stderr`."""
+        return (self.streams / name).read_text(errors="replace")
+
+
 class Server:
     """A process that has imported the program, and forks a child for each command."""
 
@@ -133,17 +166,35 @@ class Server:
         environment: Sequence[tuple[str, str]] = (),
     ) -> Done:
         """Run `evojax-merge` with these arguments in `folder`; kill it after `seconds`."""
-        (self._folder / "stdin").write_text(stdin)
-        request = {
-            "arguments": [str(argument) for argument in arguments],
-            "folder": str(folder), "streams": str(self._folder), "seconds": seconds, "environment": list(environment),
-        }  # fmt: skip
+        request = self._request(self._folder, arguments, folder, stdin, environment)
+        answer = self.ask(request | {"seconds": seconds})
+        streams = [(self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
+        return Done(answer["status"], *streams, answer["seconds"])
+
+    def start(
+        self, arguments: Sequence[object], folder: Path, *, environment: Sequence[tuple[str, str]] = ()
+    ) -> Running:
+        """Start `evojax-merge` with these arguments in `folder`, and do not wait for its end."""
+        streams = Path(tempfile.mkdtemp(dir=self._folder))
+        return Running(self, self.ask(self._request(streams, arguments, folder, "", environment))["pid"], streams)
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The server process's answer to a request."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        streams = [(self._folder / name).read_text(errors="replace") for name in ("stdout", "stderr")]
-        return Done(answer["status"], *streams, answer["seconds"])
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    @staticmethod
+    def _request(
+        streams: Path, arguments: Sequence[object], folder: Path, stdin: str, environment: Sequence[tuple[str, str]]
+    ) -> dict[str, Any]:
+        (streams / "stdin").write_text(stdin)
+        return {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": str(folder), "streams": str(streams), "environment": list(environment),
+        }  # fmt: skip
 
     def close(self) -> None:
         self._process.communicate()
@@ -174,8 +225,27 @@ def run_command(
     return subprocess.CompletedProcess(["evojax-merge", *arguments], done.status, done.stdout, done.stderr)
 
 
+def start_command(*arguments: object, folder: Path | None = None) -> Running:
+    """As `run_command`, for a command that is to be watched, and killed. Not while it imports: it has."""
+    return shared_server().start(arguments, folder or Path.cwd(), environment=tuple(os.environ.items()))
+
+
+def run_python(
+    code: str, *arguments: object, folder: Path | None = None, seconds: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """A program as `python -c` would run it, but forked from a process that has imported evojax_merge."""
+    return run_command("-c", code, *arguments, folder=folder, seconds=seconds)
+
+
+def run_script(script: Path, *arguments: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A script as `python script` would run it, but forked as in `run_python`."""
+    code = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return run_python(code, script, *arguments, folder=folder)
+
+
 def serve() -> None:
-    """Answer requests, one JSON line each, until standard input ends."""
+    """Answer requests, one JSON line each, until standard input ends. One with a number of seconds is a command that is
+    waited for, one without is started, and `poll` asks for the status of one that was."""
     # What every child needs, what transformers imports when it is first asked for it, and what a search imports late.
     # Not evosax: it makes JAX start threads, which a forked child would be without.
     import matplotlib.pyplot  # noqa: F401
@@ -185,21 +255,37 @@ def serve() -> None:
 
     import evojax_merge.pipeline  # noqa: F401
 
+    ended: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
+        if "poll" in request:
+            child = request["poll"]
+            status = ended[child] if child in ended else _poll(child)
+            if status is not None:
+                ended[child] = status
+            print(json.dumps({"status": status}), flush=True)
+            continue
         started = time.monotonic()
         child = os.fork()
         if child == 0:
             _become(request)
+        if "seconds" not in request:
+            print(json.dumps({"pid": child}), flush=True)
+            continue
         status = _wait(child, started + request["seconds"])
         print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
 
 
+def _poll(child: int) -> int | None:
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
 def _wait(child: int, deadline: float) -> int | None:
     while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        status = _poll(child)
+        if status is not None:
+            return status
         time.sleep(0.005)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -219,13 +305,21 @@ def _become(request: dict[str, Any]) -> None:
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
-    sys.argv = ["evojax-merge", *request["arguments"]]
-    from evojax_merge.cli import main
-
+    first, *rest = request["arguments"] or [""]
     try:
-        main()
+        if first == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = ["evojax-merge", *request["arguments"]]
+            from evojax_merge.cli import main
+
+            main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
     else:
         status = 0
     try:
