@@ -1,17 +1,16 @@
 """The zoo of demo models: references, what is written, and what the models must never have seen."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import hidden_states
+from hostile import run_python
 from safetensors.numpy import load_file
 
+import evojax_merge as em
 from evojax_merge import zoo
 from evojax_merge.errors import InputError
 from evojax_merge.zoo.arithmetic import (
@@ -156,17 +155,16 @@ def test_an_interrupted_training_leaves_nothing_behind(tmp_path: Path, monkeypat
     assert (zoo.resolve_reference("zoo:0/base", SHORT) / "model.safetensors").is_file()
 
 
-def test_a_seed_gives_the_same_files_in_another_process(family: Path, tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_files_in_another_process(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = (
         "from evojax_merge import zoo; from evojax_merge.zoo.arithmetic import Plan; "
         f"zoo.resolve_reference('zoo:0/base', {SHORT!r})"
     )
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
-    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
     other = tmp_path / "evojax-merge" / "zoo" / zoo.VERSION / "seed-0"
     files = sorted(path.relative_to(family) for path in family.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
@@ -332,3 +330,20 @@ def test_six_more_experts_see_a_part_of_what_the_two_do(in_cache, monkeypatch):
     assert len(set(head)) == 7
     with pytest.raises(InputError, match="did you mean 'zoo:experts/sums'"):
         zoo.resolve_reference("zoo:experts/sum")
+
+
+def test_a_search_of_the_zoo_names_it_in_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the config does, and others can read it; the model that it makes from elsewhere is the winner."""
+    config = {
+        "base": "zoo:base", "parents": ["zoo:maths", "zoo:japanese"], "space": {"method": "task_arithmetic"},
+        "tasks": [{"name": "sums", "kind": "likelihood", "file": "zoo:search.jsonl", "heldout": 0.98, "limit": 2}],
+        "search": {"population": 2, "generations": 1, "finalists": 1},
+    }  # fmt: skip
+    run = em.evolve(config, out=tmp_path / "run")
+    named = {source["model"] for part in run.recipe["slices"] for source in part["sources"]}
+    assert named == {"zoo:base", "zoo:maths", "zoo:japanese"} and run.recipe["base_model"] == "zoo:base"
+    (tmp_path / "zoo:base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    again = em.merge(tmp_path / "run/best/recipe.yaml", tmp_path / "again")
+    assert (again / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
+    assert "model: zoo:maths" in (run.model / "README.md").read_text()
