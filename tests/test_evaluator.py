@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, load_torch, tiny_config, word_tokenizer, words, write_lines
+from helpers import Family, build_family, daily, load_torch, tiny_config, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
@@ -181,7 +181,7 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Task
 
 @pytest.mark.parametrize(
     "method",
-    [name for name, method in METHODS.items() if name != "ties" and any(p.searched for p in method.parameters)],
+    daily([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 6),
 )
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)
@@ -209,7 +209,7 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     assert np.abs(unrounded.matrices["text"]["log_probability"][0] - found).min() > 1e-4
 
 
-@pytest.mark.parametrize("chunk", [2, POPULATION, 9])
+@pytest.mark.parametrize("chunk", [2, POPULATION + 6])
 def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_scores: TaskScores) -> None:
     scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, ties.recipes)
     assert scores.outputs == ties_scores.outputs
@@ -415,7 +415,7 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", daily(FAMILIES, 1))
 def test_what_is_shared_is_computed_as_if_it_were_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
