@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What the program caches (compiled programs, the demo family) stays out of the user's own cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xdg")
+# Commands that are run again and again compile nothing twice, not even what takes a moment.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
@@ -33,7 +35,7 @@ QUICKLY_COMPILED = {
         "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
         "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "loops",
         "mergekit_evolve", "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder",
-        "search", "stopping", "strategy_seam", "task_seam", "torture", "validation", "zoo",
+        "search", "stopping", "strategies", "strategy_seam", "task_seam", "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import daily
 from pydantic import ValidationError
 
 from evojax_merge import search_pytrees
@@ -64,7 +65,7 @@ def asked(strategy: Any, state: Any, number: int = 10_000) -> np.ndarray:
 # Functions whose optimum is known
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", daily(FUNCTIONS, 1))
 def test_cma_es_needs_at_most_a_fifth_more_than_pycma_to_1e_8(function: str) -> None:
     value, start = FUNCTIONS[function]
     ours, theirs = (
@@ -89,7 +90,7 @@ def test_strategies_converge(name: str, most: int) -> None:
 # Ties and failures
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", daily(BUILT_IN, 4))
 def test_ties_collapse_nothing(name: str) -> None:
     """300 generations without any signal: what is asked for is still spread over more than a thousandth of the range
     (runs of small steps after a restart excepted), and finite."""
@@ -126,7 +127,7 @@ def test_a_failed_candidate_is_the_worst(name: str) -> None:
     assert np.isfinite(asked(strategy, states[0])).all()
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", daily(BUILT_IN, 4))
 def test_states_keep_their_structure(name: str) -> None:
     """Shapes and dtypes of the state are the first ones after any number of generations, restarts among them."""
     dims = 2 if name == "grid" else 3
@@ -245,7 +246,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", daily(BUILT_IN, 4))
 def test_an_interrupted_search_continues_to_the_byte(name: str, tmp_path: Path) -> None:
     def stop(generation: Any) -> None:
         if generation.number == 2:
@@ -286,7 +287,7 @@ def test_restarts_continue_to_the_byte(tmp_path: Path) -> None:
 # Seeds
 
 
-@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "grid"])
+@pytest.mark.parametrize("name", daily([name for name in BUILT_IN if name != "grid"], 4))
 def test_seeds_are_the_first_candidates(name: str) -> None:
     found = search(name, seeds=["task_vectors", "uniform"], generations=2)
     genomes = np.array(found.history[0]["genomes"], np.float32)
@@ -300,8 +301,9 @@ def test_seeds_are_the_first_candidates(name: str) -> None:
     assert not np.isin(found.history[1]["fitness"], found.history[0]["fitness"]).all()
 
 
-@pytest.mark.parametrize("optimum", [0.95, 0.55])
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize(
+    ("name", "optimum"), daily([(name, optimum) for name in LEARNING for optimum in (0.95, 0.55)], 5)
+)
 def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str, optimum: float) -> None:
     """Seeds a corner away from the start, one of them the best there is, or both worse than what is drawn around the
     start: the search goes to the optimum, and its step stays one."""
@@ -414,9 +416,11 @@ def test_seeds_that_a_space_has_not_are_told() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_strategy_says_what_it_is(name: str) -> None:
     assert (find_strategy("search", name).__doc__ or "").strip()
+    # As a config names it, so does the log.
+    assert make(name, 2).name == name
 
 
-@pytest.mark.parametrize("name", LEARNING)
+@pytest.mark.parametrize("name", daily(LEARNING, 4))
 def test_one_dimension_and_the_smallest_population(name: str) -> None:
     strategy = make(name, 1, 4 if name == "de" else 2)
     state = drive(strategy, init(strategy, 1), lambda genomes: -np.square(genomes - 0.3).sum(axis=1), 30)
