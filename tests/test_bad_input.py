@@ -3,6 +3,7 @@
 Most cases call the command line in this process; a few run it as a user does.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from helpers import (
     write_lines,
 )
 from hostile import config as search_config
-from hostile import recipe
+from hostile import recipe, run_command
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
@@ -639,12 +640,17 @@ def process(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_processes_say_one_line_and_exit_with_2(models: Path, tmp_path: Path) -> None:
     damage("NaN")(models / "two")
     before = contents(tmp_path)
-    for arguments, named in (
-        (["merge", models / "recipe.yaml", models / "out"], "--allow-nonfinite"),
-        (["search", models / "config.yaml", "--set", "space.method=tise", "--out", models / "run"], "'ties'"),
-        (["evaluate", models / "nothing", "--tasks", models / "config.yaml"], "no such folder"),
+    in_a_fresh_one = functools.partial(process, "-m", "evojax_merge.cli")
+    for command, arguments, named in (
+        (in_a_fresh_one, ["merge", models / "recipe.yaml", models / "out"], "--allow-nonfinite"),
+        (
+            run_command,
+            ["search", models / "config.yaml", "--set", "space.method=tise", "--out", models / "run"],
+            "'ties'",
+        ),
+        (run_command, ["evaluate", models / "nothing", "--tasks", models / "config.yaml"], "no such folder"),
     ):
-        done = process("-m", "evojax_merge.cli", *arguments)
+        done = command(*arguments)
         assert done.returncode == 2
         assert named in one_line(done.stderr)
         assert contents(tmp_path) == before

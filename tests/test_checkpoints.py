@@ -28,6 +28,7 @@ from helpers import (
     word_tokenizer,
     words,
 )
+from hostile import run_python
 from merge_kernels import METHODS, draw_uniform, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
@@ -444,7 +445,7 @@ with writer.atomic_folder(target, overwrite=True) as work:
 
 
 def killed(target: Path, moment: str) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, target, moment], check=False)
+    done = run_python(KILLED, target, moment)
     assert done.returncode == -signal.SIGKILL
 
 

@@ -1,10 +1,8 @@
 """Layer paths: what a path computes, what its trie shares, which paths a genome means, and what is written of them."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +16,7 @@ import torch
 import yaml
 from helpers import (
     build_family,
+    daily,
     finetune,
     greedy_tokens,
     hidden_states,
@@ -31,7 +30,7 @@ from helpers import (
     words,
     write_lines,
 )
-from hostile import run_command
+from hostile import run_command, start_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,7 +85,7 @@ def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0
     return LayerPath(tuple(map(int, rng.integers(0, layers, steps))), tuple(map(float, scales)), ends)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=daily(FAMILIES, 2))
 def parents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[File]:
     return make_parents(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -274,7 +273,7 @@ class Setting:
         return PathEvaluator(self.evaluator(), self.bank, 12)
 
 
-@pytest.fixture(scope="module", params=[0, 40])
+@pytest.fixture(scope="module", params=daily([0, 40], 1))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("setting"), request.param)
 
@@ -308,7 +307,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     rng = np.random.default_rng(0)
-    paths = [random_path(rng, 7, steps, steps % 2) for steps in (1, 3, 5, 8)]
+    paths = [random_path(rng, 7, steps, steps % 2) for steps in daily((1, 3, 5, 8), 2)]
     found = setting.paths().evaluate(paths)
     for p, path in enumerate(paths):
         model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
@@ -455,10 +454,6 @@ def test_network_scales_are_within_bounds_and_one_in_the_middle() -> None:
 # As a user runs it
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "evojax_merge.cli", *map(str, arguments)]
-
-
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
     done = run_command(*arguments)
     assert done.returncode == status, done.stdout + done.stderr
@@ -521,14 +516,12 @@ def test_a_chain_that_is_killed_and_resumed_ends_in_the_same_bytes(chain: tuple[
     out = tmp_path / "run"
     for wanted in (out / "stages/stage-1/history.jsonl", out / "history.jsonl"):
         arguments = ["--resume"] if out.exists() else []
-        process = subprocess.Popen(
-            command("search", config, "--out", out, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        process = start_command("search", config, "--out", out, *arguments)
         deadline = time.monotonic() + 240
         while process.poll() is None and not (wanted.exists() and wanted.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
     run("search", config, "--out", out, "--resume")
     # The run is in another folder, which is all that may differ.
@@ -600,4 +593,4 @@ def test_the_papers_dimensions_take_a_separable_strategy_and_say_so(tmp_path: Fi
     flow = {"form": "indicator", "repetitions": 2, "max_layers": 16}
     config = write_config(tmp_path, data_flow=flow, search={"generations": 1, "population": 4})
     done = run("search", config, "--out", tmp_path / "run")
-    assert "Sep_CMA_ES: 624 dimensions" in done.stdout
+    assert "sep_cma_es: 624 dimensions" in done.stdout

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, random_records, write_lines
+from helpers import Family, build_family, daily, random_records, write_lines
+from hostile import run_command
 
-MESHES = ((1, 1), (8, 1), (4, 2), (2, 4), (1, 8))
+MESHES = ((1, 1), *daily(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
 # Candidates a pass; on more than one device the first of them.
-CHUNKS = (2, 1, 6)
+CHUNKS = (2, *daily((1, 6), 1))
 
 # Scores of a population of merges, however they are spread, in a process with eight devices.
 MESH_PROGRAM = """
@@ -155,7 +156,7 @@ def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> No
     options = [part for option in options for part in ("--set", option)]
     ended = finish(start(config, tmp_path / "two", 2, *options))
     assert [code for code, _, _ in ended] == [0, 0], ended
-    assert finish(start(config, tmp_path / "one", 1, *options))[0][0] == 0
+    assert run_command("search", config, "--out", tmp_path / "one", *options).returncode == 0
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     assert len(one) == len(two) == 3
     for row, other in zip(one, two, strict=True):
@@ -186,15 +187,12 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
     saved = len(history(out))
     assert saved >= 2
     config = write_config(family.root, search={"population": 6, "generations": saved + 2})
-    command = [sys.executable, "-m", "evojax_merge.cli", "search", str(config), "--out", str(out), "--resume"]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert run_command("search", config, "--out", out, "--resume").returncode == 0
     assert [row["generation"] for row in history(out)] == list(range(1, saved + 3))
 
 
-def test_distributed_without_others_is_refused() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_NUM", "JAX_PROCESS"))}
-    environment["JAX_COORDINATOR_ADDRESS"] = "127.0.0.1:1"
-    command = [sys.executable, "-m", "evojax_merge.cli", "search", "none.yaml", "--distributed"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+def test_distributed_without_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    done = run_command("search", "none.yaml", "--distributed")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "JAX_NUM_PROCESSES" in done.stderr

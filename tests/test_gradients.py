@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Family, build_family, tiny_config, write_lines
+from helpers import Family, build_family, daily, tiny_config, write_lines
 from merge_kernels import METHODS, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
@@ -53,7 +53,7 @@ def numbers_of(name: str, parents: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("name", "parameter"), SEARCHED)
+@pytest.mark.parametrize(("name", "parameter"), daily(SEARCHED, 12))
 def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: str) -> None:
     """The derivative of a weighted sum of a merge's entries, along every entry of a searched parameter. Of a density
     the difference is taken as far apart as its derivative says."""
@@ -169,7 +169,7 @@ def test_gradients_of_recipes_equal_differences_of_scores(linear: Setting) -> No
     assert_gradients_close(take_candidate(gradients, 1), expected)
 
 
-@pytest.mark.parametrize("method", ["ties", "slerp"])
+@pytest.mark.parametrize("method", daily(["ties", "slerp"], 1))
 def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     method: str, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,7 +183,7 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     assert_gradients_close(streamed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+@pytest.mark.parametrize("kind", daily(["mistral", "qwen3"], 1))
 def test_other_architectures_have_gradients(kind: str, tmp_path: Path) -> None:
     setting = Setting(build_family(tmp_path, tiny_config(kind)), "task_arithmetic")
     evaluator = setting.evaluator([setting.short])
@@ -259,8 +259,9 @@ def climb(strategy: Any, generations: int) -> Any:
     return state
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"), daily([(one, schedule) for one in OPTIMIZERS for schedule in ("cosine", "constant")], 6)
+)
 def test_every_optimizer_takes_steps(optimizer: str, schedule: str) -> None:
     strategy = make("gradient", population=2, optimizer=optimizer, schedule=schedule, learning_rate=0.02)
     state = climb(strategy, 4)
@@ -344,11 +345,14 @@ def history(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(
     ("kind", "search"),
-    [
-        ("likelihood", {"strategy": "gradient", "population": 2, "gradient": {"minibatches": 3}}),
-        ("multiple_choice", {"strategy": "gradient", "seeds": ["parents"]}),
-        ("exact_match", {"strategy": "hybrid", "population": 4, "gradient": {"generations": 3}}),
-    ],
+    daily(
+        [
+            ("likelihood", {"strategy": "gradient", "population": 2, "gradient": {"minibatches": 3}}),
+            ("multiple_choice", {"strategy": "gradient", "seeds": ["parents"]}),
+            ("exact_match", {"strategy": "hybrid", "population": 4, "gradient": {"generations": 3}}),
+        ],
+        1,
+    ),
 )
 def test_a_search_by_gradients_that_was_stopped_is_the_same_search(
     kind: str, search: dict[str, Any], family: Family, tmp_path: Path

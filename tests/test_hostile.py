@@ -1,12 +1,11 @@
 """Broken and hostile inputs: each ends with its status, one line that names what is wrong, within ten seconds, and
-leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input: every other one
-on a day, the rest on the next, and all of them with EVOJAX_TEST_ALL."""
+leaves the user's files as they were. The cases are in tests/hostile/, a module for each kind of input: a third of them
+on a day, others on the next, and all of them with EVOJAX_TEST_ALL."""
 
-import os
 from pathlib import Path
 
 import pytest
-from helpers import Family
+from helpers import Family, daily
 from hostile import (
     MERGE,
     SEARCH,
@@ -26,11 +25,10 @@ from hostile import (
 from hostile import tokenizers as tokenizer_files
 
 MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs)
-FIRST, STEP = (0, 1) if "EVOJAX_TEST_ALL" in os.environ else (int(os.environ["EVOJAX_TEST_SEED"]) % 2, 2)
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES
-    for case in module.CASES[FIRST::STEP]
+    for case in daily(module.CASES, -(-len(module.CASES) // 3))
 ]
 
 

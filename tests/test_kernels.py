@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from helpers import daily
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -472,7 +473,7 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
     return rows
 
 
-@pytest.mark.parametrize(("shape", "parents"), SIZES, ids=str)
+@pytest.mark.parametrize(("shape", "parents"), daily(SIZES, 3), ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int, ...], parents: int) -> None:
     models = make_models(shape, count_of(name, parents))
@@ -529,7 +530,7 @@ def test_averages_of_identical_parents_are_that_parent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BASED[:-1], "slerp", "karcher"])
-@pytest.mark.parametrize("scale", [1e-9, 1e-8, 1e-5])
+@pytest.mark.parametrize("scale", daily([1e-9, 1e-8, 1e-5], 1))
 def test_tiny_vectors(name: str, scale: float) -> None:
     """On both sides of the norms below which nothing is rescaled, divided or given a direction."""
     rng = np.random.default_rng(6)
@@ -791,7 +792,7 @@ def steps_for(name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", TABULATED)
-@pytest.mark.parametrize("shape", [(1, 1), SMALL, LARGE], ids=str)
+@pytest.mark.parametrize("shape", daily([(1, 1), SMALL, LARGE], 1), ids=str)
 def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
     method, parents = METHODS[name], 2
     models = make_models(shape, parents)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import daily
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes
@@ -122,8 +123,10 @@ def bound(config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS) ->
     return 1.1 * chunk * ((PARENTS + 1) * layer + layer + activations + head)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_ties", "linear", "slerp"])
-@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "chunk"),
+    daily([(method, chunk) for method in ("ties", "dare_ties", "linear", "slerp") for chunk in (1, 2)], 3),
+)
 def test_temporaries_are_a_few_layers(method: str, chunk: int) -> None:
     assert temporaries(LLAMA, method, chunk) <= bound(LLAMA, method, chunk)
 

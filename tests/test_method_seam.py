@@ -1,9 +1,6 @@
 """A merge method from outside: one `Method` and one call, for recipes, searches, pytrees and listings alike."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import Family, state
+from hostile import run_script
 from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
 
 import evojax_merge as em
@@ -157,17 +155,15 @@ def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
             ask()
 
 
-def test_the_example_in_configs(family: Family, tmp_path: Path) -> None:
+def test_the_example_in_configs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """configs/own_method.py, as a user runs it; tiny models stand where the demo family would be."""
     zoo = tmp_path / "cache" / "evojax-merge" / "zoo" / VERSION / "packaged"
     zoo.mkdir(parents=True)
     folders = dict(zip(("base", "maths", "japanese"), (family.base, *family.parents), strict=True))
     for name, folder in folders.items():
         (zoo / name).symlink_to(folder)
-    done = subprocess.run(
-        [sys.executable, CONFIGS / "own_method.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
-    )  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    done = run_script(CONFIGS / "own_method.py", folder=tmp_path)
     assert done.returncode == 0 and done.stdout == "wrote runs/own_method\n", done.stderr
     base, maths, japanese = (state(folder) for folder in folders.values())
     for name, values in state(tmp_path / "runs" / "own_method").items():

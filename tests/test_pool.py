@@ -2,10 +2,8 @@
 real processes."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers import build_family, random_records, state, tiny_config, write_lines
-from hostile import run_command
+from hostile import run_command, start_command
 from merge_kernels import METHODS
 
 from evojax_merge import cli
@@ -396,16 +394,12 @@ def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, t
 
 def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
     out, model = tmp_path / "killed", tmp_path / "model"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "evojax_merge.cli", "search", str(config_file), "--out", str(out)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_command("search", config_file, "--out", out)
     history = out / "history.jsonl"
     while not (history.exists() and history.read_bytes().count(b"\n") >= 3):
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     # What was found so far can be had, ancestors and all.
     run("export", out, model, "--best-so-far")

@@ -3,8 +3,6 @@ model stays."""
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import finetune, random_model, save, state, tiny_config
+from hostile import run_python
 
 import evojax_merge as em
 from evojax_merge.checkpoints import writer
@@ -298,7 +297,7 @@ main()
 def test_what_a_kill_leaves_the_next_run_removes(folder: Path) -> None:
     recipe, out = written(folder, CHAIN), folder / "out"
     before = set(os.listdir(folder))
-    done = subprocess.run([sys.executable, "-c", KILLED, "merge", recipe, out], check=False, capture_output=True)
+    done = run_python(KILLED, "merge", recipe, out)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = set(os.listdir(folder)) - before
     assert left.startswith(".out.") and (folder / left / "1-a/model.safetensors").exists()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import Family
+from helpers import Family, daily
 
 from evojax_merge.cli import cli, run
 
@@ -45,7 +45,9 @@ def test_the_same_again_is_the_same_to_the_byte(family: Family, plain: Path, tmp
         assert (again / name).read_bytes() == (plain / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("pieces", ["chunk=4", f"chunk={POPULATION}", "tokens_per_batch=24", "tokens_per_batch=100"])
+@pytest.mark.parametrize(
+    "pieces", daily(["chunk=4", "tokens_per_batch=24", f"chunk={POPULATION}", "tokens_per_batch=100"], 2)
+)
 def test_other_pieces_change_scores_by_rounding_and_nothing_else(
     family: Family, plain: Path, tmp_path: Path, pieces: str
 ) -> None:

@@ -1,7 +1,5 @@
 """A search strategy of one's own: written here alone, found by its name in configs and by `search_pytrees`."""
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from flax import struct
 from helpers import write_lines
+from hostile import run_script
 
 import evojax_merge as em
 from evojax_merge import pipeline, search_pytrees
@@ -144,9 +143,7 @@ def test_the_example_of_an_own_strategy_runs(config, tmp_path):
     """configs/own_strategy.py, as a user runs it, on tiny models."""
     script = Path(__file__).resolve().parent.parent / "configs" / "own_strategy.py"
     changes = ["search.generations=2", "search.population=5", "search.strategy=cma_es"]
-    done = subprocess.run(
-        [sys.executable, script, config, tmp_path / "run", *changes], capture_output=True, text=True, timeout=300
-    )
+    done = run_script(script, config, tmp_path / "run", *changes)
     assert done.returncode == 0, done.stderr
     assert "evolved task_arithmetic: " in done.stdout and "by hand, generation 2: best " in done.stdout
     history = RunFolder(tmp_path / "run").read_history()
