@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-many-parents bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
+	bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -62,6 +62,7 @@ bench:
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
 	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (5 minutes)"
+	@echo "make bench-adapters ten LoRA adapters of SmolLM2-135M, as factors and expanded (5 minutes, 8 GB of memory)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
 	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once; 11 minutes more)"
 	@echo "make bench-m2n2     M2N2's own experiment: the pool, M2N2 and CMA-ES on MNIST, five seeds (10 minutes)"
@@ -89,6 +90,9 @@ bench-kernels: .venv/installed-test
 
 bench-many-parents: .venv/installed-test
 	$(BIN)/python bench/many_parents.py
+
+bench-adapters: .venv/installed-test
+	$(BIN)/python bench/adapters.py
 
 bench-paths: .venv/installed-test
 	$(BIN)/python bench/paths.py

@@ -32,10 +32,10 @@ DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices", "evaluator",
-        "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile", "loops",
-        "mergekit_evolve", "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible", "run_folder",
-        "search", "stopping", "strategies", "strategy_seam", "task_seam", "torture", "validation", "zoo",
+        "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices",
+        "evaluator", "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile",
+        "loops", "mergekit_evolve", "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible",
+        "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam", "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

@@ -1,21 +1,23 @@
 """Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
 
-`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, and a GGUF file are such models. In
-the user's cache folder each of them has a folder with everything but weights (config and tokenizer: links to the
-base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody else handles
-that folder like any other model's.
+`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and an FP8 checkpoint
+are such models. In the user's cache folder each of them has a folder with everything but weights (config and tokenizer:
+links to the base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody
+else handles that folder like any other model's.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
 from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, local_path, open_folder, resolve
+from evojax_merge.checkpoints.fp8 import dequantised_config, is_fp8, open_fp8
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
     TENSORS,
@@ -57,12 +59,20 @@ def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
     return open_adapted(path, open_model(base), adapter)
 
 
+def _open_fp8(path: Path, paths: Sequence[Path]) -> Folder:
+    return open_fp8(path, *paths)
+
+
 def _open_gguf(path: Path, paths: Sequence[Path]) -> Folder:
     return open_gguf(path, *paths)
 
 
 # (the folder that stands for the model, what its weights are made of) -> the opened model.
-KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {"adapter": _open_adapted, "gguf": _open_gguf}
+KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
+    "adapter": _open_adapted,
+    "fp8": _open_fp8,
+    "gguf": _open_gguf,
+}
 
 
 def _sources(path: Path) -> SourcesFile | None:
@@ -149,23 +159,43 @@ def _adapter_folder(where: object, adapter: str, relative_to: Path, find: Find) 
 
 def _with_adapter(base: Path, adapter: Path) -> Path:
     """The folder that stands for a base with an adapter: with links to the base's files that are no weights."""
-    linked = {file.name: str(file) for pattern in SMALL_FILES for file in base.glob(pattern)}
-    linked |= {file.name: str(file) for pattern in ("chat_templates", "*.tiktoken") for file in base.glob(pattern)}
-    for other in (INDEX_FILE, MARKER, SOURCES, TENSORS, ADAPTER_CONFIG):
-        linked.pop(other, None)
-
-    def write(folder: Path) -> None:
-        for name, target in linked.items():
-            os.symlink(target, folder / name)
-
+    files = _small_files(base)
     sources = SourcesFile("adapter", (str(base), str(adapter)))
-    return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(linked.items()), write)
+    return _stand_in(sources, f"{base.name}+{adapter.name}", sorted(files), partial(_link, files))
+
+
+def _small_files(model: Path) -> dict[str, str]:
+    """The files of a model's folder that are no weights, by name."""
+    patterns = (*SMALL_FILES, "chat_templates", "*.tiktoken")
+    found = {file.name: str(file) for pattern in patterns for file in model.glob(pattern)}
+    own = {INDEX_FILE, MARKER, SOURCES, TENSORS, ADAPTER_CONFIG}
+    return {name: file for name, file in found.items() if name not in own}
+
+
+def _link(files: Mapping[str, str], folder: Path) -> None:
+    for name, file in files.items():
+        os.symlink(file, folder / name)
 
 
 def _as_folder(found: Path) -> Path:
-    """The folder that stands for a GGUF file; of a folder the folder itself."""
-    if found.suffix != SUFFIX or not found.is_file():
-        return found
+    """The folder that stands for a GGUF file or an FP8 checkpoint; of another folder the folder itself."""
+    if found.is_file() and found.suffix == SUFFIX:
+        return _of_gguf(found)
+    return _of_fp8(found) if is_fp8(found) else found
+
+
+def _of_fp8(found: Path) -> Path:
+    files, config = _small_files(found), dequantised_config(found)
+    del files["config.json"]
+
+    def write(folder: Path) -> None:
+        _link(files, folder)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    return _stand_in(SourcesFile("fp8", (str(found),)), found.name, [sorted(files), config], write)
+
+
+def _of_gguf(found: Path) -> Path:
 
     def write(folder: Path) -> None:
         file = read_gguf(found)

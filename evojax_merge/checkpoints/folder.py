@@ -290,8 +290,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file. Raises InputError where the file is missing, damaged or truncated.
+def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Entry]:
+    """The tensors of one safetensors file, of these dtypes. Raises InputError where the file is missing, damaged or
+    truncated, or holds a tensor of another dtype.
 
     The safetensors library checks the header against the file: that it is JSON of the right form, of at most 100 MB,
     and that the tensors, of the sizes that their shapes and dtypes give, cover the rest of the file one after the
@@ -323,12 +324,12 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise InputError(file, f"damaged: holds {size - end:,} bytes after its last tensor")
     entries, mapped = {}, MappedFile(file)
     for name, row in header.items():
-        if row["dtype"].startswith(QUANTISED_DTYPES):
+        if row["dtype"].startswith(QUANTISED_DTYPES) and row["dtype"] not in dtypes:
             raise InputError(file, f"{name} is quantised (dtype {row['dtype']}); expected weights of full precision")
-        if row["dtype"] not in DTYPES:
-            raise InputError(file, f"{name} has dtype {row['dtype']}; expected one of {', '.join(DTYPES)}")
+        if row["dtype"] not in dtypes:
+            raise InputError(file, f"{name} has dtype {row['dtype']}; expected one of {', '.join(dtypes)}")
         start, stop = (8 + length + offset for offset in row["data_offsets"])
-        entries[name] = Entry(mapped, DTYPES[row["dtype"]], tuple(row["shape"]), start, stop)
+        entries[name] = Entry(mapped, dtypes[row["dtype"]], tuple(row["shape"]), start, stop)
     return entries
 
 
@@ -397,8 +398,9 @@ def tensor_digest(name: str, *content: np.ndarray) -> bytes:
     return found.digest()
 
 
-def open_folder(path: Path) -> Folder:
+def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     """Open a model folder: one safetensors file, or shards with an index, in the order in which transformers looks.
+    dtypes: those that its tensors may have, by their names in safetensors.
 
     Files beside them (another program's weights, an index that a single file has replaced) are not looked at.
     """
@@ -406,12 +408,12 @@ def open_folder(path: Path) -> Folder:
         raise InputError(path, "not a folder; expected a Hugging Face model folder")
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     if single.exists():
-        return Folder(path, read_header(single))
+        return Folder(path, read_header(single, dtypes))
     if index.exists():
-        return Folder(path, _open_shards(index))
+        return Folder(path, _open_shards(index, dtypes))
     others = sorted(set(path.glob("*.safetensors")) - set(path.glob(FOREIGN_FILES)))
     if len(others) == 1:
-        return Folder(path, read_header(others[0]))
+        return Folder(path, read_header(others[0], dtypes))
     if others:
         raise InputError(path, f"holds {len(others)} safetensors files but no {INDEX_FILE}")
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -426,7 +428,7 @@ def open_folder(path: Path) -> Folder:
     )
 
 
-def _open_shards(index: Path) -> dict[str, Entry]:
+def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
     """The tensors of all shards that the index names, listed or not, as transformers reads them."""
     weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
@@ -437,7 +439,7 @@ def _open_shards(index: Path) -> dict[str, Entry]:
             raise InputError(index, f"weight_map points outside its folder: {shown(file)}")
         if not os.path.lexists(shard):
             raise InputError(index, f"shard {shown(file)} is missing")
-        tensors = read_header(shard)
+        tensors = read_header(shard, dtypes)
         twice = entries.keys() & tensors.keys()
         if twice:
             name = min(twice)
