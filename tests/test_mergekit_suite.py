@@ -37,12 +37,23 @@ def gpt2_config() -> Any:
     )
 
 
+def t5_config() -> Any:
+    return transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=20, num_layers=3, num_decoder_layers=2, num_heads=2, vocab_size=24,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+
+
 FAMILIES: Mapping[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaForCausalLM, lambda: transformers.LlamaConfig(**TEXT)),
     "granite": (transformers.GraniteForCausalLM, lambda: transformers.GraniteConfig(**TEXT)),
     "gpt2": (transformers.GPT2LMHeadModel, gpt2_config),
     "llava": (transformers.LlavaForConditionalGeneration, llava_config),
-}
+    "t5": (transformers.T5ForConditionalGeneration, t5_config),
+    "mixtral": (transformers.MixtralForCausalLM, lambda: transformers.MixtralConfig(
+        **TEXT, num_key_value_heads=1, num_local_experts=2
+    )),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,45 +110,44 @@ def nuslerps() -> dict[str, dict[str, Any]]:
 
 
 COPY: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": "a"}]}
-# In every family.
-EVERYWHERE: dict[str, dict[str, Any]] = {
-    "copy": COPY,
-    "linear": of_two("linear"),
-    "slerp": of_two("slerp", "a", weights=False, t=[0.2, 0.9]),
-    "task_arithmetic": of_two("task_arithmetic", "c"),
-    "ties": of_two("ties", "c", density=0.3),
-    "model_stock by rows": of_two("model_stock", "c", weights=False, filter_wise=True),
-}
+GRADIENT = of_two("task_arithmetic", "c") | {"parameters": {"lambda": [0.0, 1.0, 0.3]}}
 LLAMA: dict[str, dict[str, Any]] = {
     **nuslerps(),
     "passthrough of a scale": COPY | {"parameters": {"scale": [{"filter": "o_proj", "value": 0}, {"value": 1}]}},
+    "linear": of_two("linear"),
+    "slerp": of_two("slerp", "a", weights=False, t=[0.2, 0.9]),
+    "task_arithmetic": of_two("task_arithmetic", "c"),
     "breadcrumbs": of_two("breadcrumbs", "c"),
+    "ties": of_two("ties", "c", density=0.3),
     "sce": of_two("sce", "c", weights=False, select_topk=0.5),
     "ram": of_two("ram", "c", weights=False),
     "ramplus_tl": of_two("ramplus_tl", "c", weights=False, r=0.05, alpha=1.0, epsilon=0.01),
     "multislerp": of_two("multislerp", "c"),
     "model_stock": of_two("model_stock", "c", weights=False),
+    "model_stock by rows": of_two("model_stock", "c", weights=False, filter_wise=True),
     "nearswap": of_two("nearswap", "a", weights=False, t=0.0001),
     "karcher": of_two("karcher", weights=False, max_iter=5, tol=1e-5),
-    "gradient": of_two("task_arithmetic", "c") | {"parameters": {"lambda": [0.0, 1.0, 0.3]}},
 }
-LLAVA: dict[str, dict[str, Any]] = {
-    **nuslerps(),
-    "breadcrumbs": of_two("breadcrumbs", "c"),
-    "model_stock": of_two("model_stock", "c", weights=False),
-    # Of two stacks of unlike depth: each has the whole gradient.
-    "gradient": of_two("task_arithmetic", "c") | {"parameters": {"lambda": [0.0, 1.0, 0.3]}},
-}
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "granite": {name: LLAMA[name] for name in ("linear", "slerp")} | {"copy": COPY},
+    "gpt2": {
+        "twice": {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 3]}]}] * 2},
+    },
+    # Convolutions, and two stacks of unlike depth, of which each has the whole gradient.
+    "llava": {
+        name: LLAMA[name]
+        for name in ("linear", "slerp", "breadcrumbs", "ties", "model_stock", "model_stock by rows", *nuslerps())
+        if "columns" not in name
+    } | {"gradient": GRADIENT},
+    # Layers whose parts are numbered, and experts.
+    "t5": {"gradient": GRADIENT},
+    "mixtral": {"gradient": GRADIENT},
+}  # fmt: skip
 RECIPES = {
     f"{family}: {name}": (family, document)
-    for family in FAMILIES
-    for name, document in (EVERYWHERE | {"llama": LLAMA, "llava": LLAVA}.get(family, {})).items()
-} | {
-    "gpt2: twice": (
-        "gpt2",
-        {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [0, 3]}]}] * 2},
-    ),
-}  # fmt: skip
+    for family, documents in ({"llama": LLAMA} | OTHERS).items()
+    for name, document in documents.items()
+}
 
 
 def named(value: Any, root: Path, family: str) -> Any:
@@ -170,7 +180,17 @@ def test_the_models_are_mergekit_s(case: str, models: Path, tmp_path: Path) -> N
         assert config["n_layer"] == (6 if "slices" in document else 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_trimmed_as_they_are_stored(models: Path, tmp_path: Path) -> None:
+    """All of a layer's in one tensor, as mergekit has them."""
+    document = named(of_two("ties", "c", density=0.3), models / "mergekit", "mixtral")
+    one = state(merged(document, tmp_path / "ours"))
+    other = state(merged_by_mergekit(document, tmp_path / "theirs"))
+    assert set(one) == set(other)
+    for name, values in other.items():
+        np.testing.assert_allclose(one[name], values, rtol=1e-4, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
 @pytest.mark.parametrize(
     "document",
     [
@@ -182,7 +202,7 @@ def test_the_models_are_mergekit_s(case: str, models: Path, tmp_path: Path) -> N
 def test_what_is_drawn_at_random_or_measured_closely_is_a_model(
     family: str, document: dict[str, Any], models: Path, tmp_path: Path
 ) -> None:
-    """In bfloat16, every entry one of a parent's, of the base's, or between."""
+    """In bfloat16, with every tensor of the base, and some entries of it."""
     found = merged(named(document | {"dtype": "bfloat16"}, models, family), tmp_path / "ours")
     values = load_file(found / "model.safetensors")
     base = load_file(models / f"{family}_{document['base_model']}" / "model.safetensors")
