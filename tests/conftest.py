@@ -34,8 +34,9 @@ QUICKLY_COMPILED = {
     for name in (
         "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices",
         "evaluator", "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile",
-        "loops", "mergekit_evolve", "method_seam", "parent_groups", "plugins", "pool", "racing", "reproducible",
-        "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam", "torture", "validation", "zoo",
+        "loops", "mergekit_evolve", "mergekit_suite", "method_seam", "parent_groups", "plugins", "pool", "racing",
+        "reproducible", "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam", "tokens",
+        "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

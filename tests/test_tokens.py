@@ -20,6 +20,7 @@ from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe
+from evojax_merge.problem import build_problem, config_from
 
 TOLERANCE = 1e-5
 
@@ -113,19 +114,17 @@ def test_tokens_of_other_names_are_merged_row_by_row_with_a_warning(
     assert open_sources([llamas / "base", llamas / "two"])[0].warnings == ()
 
 
-def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base_s(
-    llamas: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base_s(llamas: Path) -> None:
     (llamas / "tasks.jsonl").write_text('{"prompt": "w5 w6", "target": "w7"}\n' * 4)
     config = {
-        "base": str(llamas / "base"), "parents": [str(llamas / name) for name in ("two", "chat")],
+        "base": "base", "parents": ["two", "chat"],
         "space": {"method": "task_arithmetic", "layers_per_group": "all"},
-        "tasks": [{"name": "text", "kind": "likelihood", "file": str(llamas / "tasks.jsonl")}],
-        "search": {"population": 2, "generations": 1},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
     }  # fmt: skip
-    run = em.evolve(config, out=llamas / "run")
-    assert "row 62 is '<|im_start|>', not 'w62'" in capfd.readouterr().err
-    assert load_tokenizer(run.model).get_vocab() == load_tokenizer(llamas / "base").get_vocab()
+    problem = build_problem(llamas / "config.yaml", config_from(llamas / "config.yaml", config, [], None))
+    (warning,) = problem.sources.warnings
+    assert "row 62 is '<|im_start|>', not 'w62'" in warning
+    assert problem.tokenizer.get_vocab() == load_tokenizer(llamas / "base").get_vocab()
 
 
 def test_other_numbers_of_rows_are_refused_as_by_mergekit(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +138,7 @@ def test_other_numbers_of_rows_are_refused_as_by_mergekit(llamas: Path, monkeypa
 
 def test_a_model_without_a_tokenizer_has_the_base_s(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(llamas / "two", llamas / "bare", ignore=shutil.ignore_patterns("*token*"))
-    document = merge("chat", "bare", base_model="base", tokenizer_source="union")
+    document = merge("two", "bare", base_model="base", tokenizer_source="union")
     found, warnings = ours(llamas, document)
     expected = theirs(llamas, document, monkeypatch)
     assert_same(found, expected)

@@ -69,7 +69,8 @@ def token_tensors(architecture: Architecture) -> TokenTensors:
     """Those of an architecture that is known."""
     embedding, head = architecture.leaf(EMBEDDING), architecture.leaf(HEAD)
     assert embedding is not None
-    return TokenTensors(embedding.tensor, None if head is None else head.tensor)
+    others = (leaf for leaf in architecture.leaves if leaf.shape[:1] == ("vocab",) and leaf not in (embedding, head))
+    return TokenTensors(embedding.tensor, None if head is None else head.tensor, tuple(leaf.tensor for leaf in others))
 
 
 def find_token_tensors(folder: Folder) -> TokenTensors:
