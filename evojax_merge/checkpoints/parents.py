@@ -73,7 +73,7 @@ def token_tensors(architecture: Architecture) -> TokenTensors:
     return TokenTensors(embedding.tensor, None if head is None else head.tensor, tuple(leaf.tensor for leaf in others))
 
 
-def find_token_tensors(folder: Folder) -> TokenTensors:
+def find_token_tensors(folder: DecoderFolder) -> TokenTensors:
     """Those of a model of an architecture that is not known: by their names, which have as many rows as the embedding,
     or else by their rows, of which each matrix outside of layers has the config's `vocab_size`."""
     rows = {name: entry.shape[0] for name, entry in folder.entries.items() if entry.shape}

@@ -123,7 +123,7 @@ def prepare(
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
     _check_configs(sources)
     if sources.vocabulary is None:
-        sources = replace(sources, warnings=vocabulary_warnings(paths))
+        sources = replace(sources, warnings=vocabulary_warnings([folder.path for folder in sources.folders]))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
