@@ -14,7 +14,6 @@ import numpy as np
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
-    Folder,
     Tensor,
     copy_finite,
     is_finite,
