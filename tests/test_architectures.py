@@ -268,7 +268,7 @@ REFUSED = {
     "longrope": ("llama", _rope(rope_type="longrope", short_factor=[1.0] * 6, long_factor=[2.0] * 6), "rope"),
     "partial rotary": ("llama", _rope(partial_rotary_factor=0.5), "partial_rotary_factor"),
     "a rope key that is not of its kind": ("llama", _rope(beta_fast=16.0), "beta_fast"),
-    "another architecture": ("llama", _set("model_type", "gpt2"), "gpt2"),
+    "another architecture": ("llama", _set("model_type", "bloom"), "bloom"),
     "an unknown kind of layer": ("qwen2", _set("layer_types", ["full_attention", "linear_attention"] * 2), "layer"),
 }  # fmt: skip
 

@@ -1,14 +1,16 @@
 """GPT-2 and GPT-NeoX as their files are: with and without a prefix, with buffers, with another name of the head."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from helpers import finetune, hidden_states, load_torch, random_model, random_records, save, write_lines
+from helpers import edit_json, finetune, hidden_states, load_torch, random_model, save, write_lines
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -33,10 +35,14 @@ def neox(**changes: Any) -> Any:
     return transformers.GPTNeoXConfig(**NEOX | SPECIAL | changes)
 
 
+@partial(jax.jit, static_argnums=0)
+def logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
+    return decoder.logits(config, model, hidden_states(config, model, tokens))
+
+
 def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     sources, config = open_sources([folder])
-    model = load_stored(sources, config)
-    return np.asarray(decoder.logits(config, model, hidden_states(config, model, tokens)))
+    return np.asarray(logits(config, load_stored(sources, config), tokens))
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
@@ -112,30 +118,27 @@ def test_the_names_are_those_of_the_first_models_file(first: str, tmp_path: Path
     )
 
 
-def test_a_search_of_gpt2s_of_both_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = random_model(gpt2(), std=0.3)
+def test_no_row_is_longer_than_there_are_positions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever else its config says."""
+    save(random_model(gpt2()), tmp_path / "model")
+    edit_json(tmp_path / "model/config.json", lambda config: config.update(max_position_embeddings=100))
+    task = {"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
+    # The last token is predicted, not read.
+    write_lines(tmp_path / "tasks.jsonl", [{"prompt": "w5 " * 20, "target": "w6 w7"}])
+    assert command("evaluate", tmp_path / "model", "--tasks", tmp_path / "tasks.yaml") == 2
+    assert "22 tokens do not fit the models' context of 20" in capsys.readouterr().err
+
+
+def test_models_of_both_names_have_one_bank(tmp_path: Path) -> None:
+    model = random_model(gpt2())
     for seed, name in enumerate(("plain", "prefixed")):
         save(finetune(model, seed), tmp_path / name)
     change_tensors(tmp_path / "plain", as_openais)
-    records = random_records(4)
-    write_lines(tmp_path / "short.jsonl", records)
-    write_lines(tmp_path / "long.jsonl", [*records, {"prompt": "w5 " * 19, "target": "w6 w7"}])
-
-    def search(file: str) -> int:
-        document = {
-            "parents": ["plain", "prefixed"], "data_flow": {"moves": 2, "window": 1},
-            "tasks": [{"name": "text", "kind": "likelihood", "file": file}],
-            "search": {"generations": 1, "population": 4},
-        }  # fmt: skip
-        (tmp_path / "search.yaml").write_text(yaml.safe_dump(document))
-        return command("search", tmp_path / "search.yaml", "--out", tmp_path / "run", "--overwrite")
-
-    assert search("short.jsonl") == 0
-    out = tmp_path / "run/best/model"
-    np.testing.assert_allclose(stored_logits(out, tokens_of(2)), torch_logits(out, tokens_of(2)), atol=1e-4)
-    capsys.readouterr()
-    # There are embeddings of 20 positions; the last token is predicted alone.
-    assert search("long.jsonl") == 0
-    write_lines(tmp_path / "long.jsonl", [*records, {"prompt": "w5 " * 20, "target": "w6 w7"}])
-    assert search("long.jsonl") == 2
-    assert "22 tokens do not fit the models' context of 20" in capsys.readouterr().err
+    sources, config = open_sources([tmp_path / "plain", tmp_path / "prefixed"])
+    for source, prefix in enumerate(("", "transformer.")):
+        tensors = load_file(sources.folders[source].path / "model.safetensors")
+        stored = load_stored(sources, config, source)
+        found = stored.stacks["layers"]["qkv"][1]
+        np.testing.assert_array_equal(found, tensors[f"{prefix}h.1.attn.c_attn.weight"])
+        np.testing.assert_array_equal(stored.shared["positions"], tensors[f"{prefix}wpe.weight"])

@@ -1,9 +1,12 @@
 """Text decoders inside of larger models: searched and merged as their text architecture, exported as larger models."""
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,11 +16,13 @@ from helpers import edit_json, hidden_states, random_records, word_tokenizer, wo
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
+from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 
 TEXT = {
@@ -56,11 +61,60 @@ LARGER: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "qwen2_5_vl_vision", **QWEN_VISION},
     },
 }  # fmt: skip
+CLIP, SIGLIP = ({"model_type": f"{kind}_vision_model", **VISION} for kind in ("clip", "siglip"))
+LLAMA, QWEN2 = ({"model_type": kind, **TEXT} for kind in ("llama", "qwen2"))
+IMAGES = {"image_token_index": 60, "image_grid_pinpoints": [[8, 8]]}
+MORE: dict[str, dict[str, Any]] = {
+    "got_ocr2": {
+        "text_config": QWEN2, "image_token_index": 60,
+        "vision_config": {
+            "model_type": "got_ocr2_vision", "hidden_size": 16, "mlp_dim": 24, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "output_channels": 8,
+            "global_attn_indexes": [0], "window_size": 2,
+        },
+    },
+    "idefics3": {
+        "text_config": LLAMA, "vision_config": {"model_type": "idefics3_vision", **VISION}, "image_token_id": 60,
+    },
+    "internvl": {
+        "text_config": QWEN2, "image_token_id": 60,
+        "vision_config": {"model_type": "internvl_vision", **VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+    },
+    "llava_next": {"text_config": LLAMA, "vision_config": CLIP, **IMAGES},
+    "llava_next_video": {"text_config": LLAMA, "vision_config": CLIP, "video_token_index": 61, **IMAGES},
+    "llava_onevision": {"text_config": QWEN2, "vision_config": SIGLIP, **IMAGES},
+    "qwen2_vl": {
+        "text_config": {"model_type": "qwen2_vl_text", "rope_parameters": MROPE, **TEXT},
+        "vision_config": {
+            "model_type": "qwen2_vl_vision", "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2,
+            "mlp_ratio": 2, "patch_size": 4,
+        },
+    },
+    "qwen3_vl": {
+        "text_config": {
+            "model_type": "qwen3_vl_text", "head_dim": 8, **TEXT,
+            "rope_parameters": MROPE | {"mrope_interleaved": True},
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl_vision", "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            **QWEN_VISION,
+        },
+    },
+    "smolvlm": {
+        "text_config": LLAMA, "vision_config": {"model_type": "smolvlm_vision", **VISION}, "image_token_id": 60,
+    },
+    "video_llava": {
+        "text_config": LLAMA, "vision_config": CLIP, "image_token_index": 60, "video_token_index": 61,
+    },
+    "vipllava": {
+        "text_config": LLAMA, "vision_config": CLIP, "image_token_index": 60, "vision_feature_layers": [-1],
+    },
+}  # fmt: skip
 
 
 def larger_model(kind: str) -> Any:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **LARGER[kind])
+    config = transformers.AutoConfig.for_model(kind, **(LARGER | MORE)[kind])
     model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
     for name, values in model.named_parameters():
         torch.nn.init.normal_(values, mean=1.0 if "norm" in name else 0.0, std=0.2)
@@ -94,14 +148,14 @@ def rename(folder: Path, new_names: dict[str, str]) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    sources, config = open_sources([folder])
-    return config, load_stored(sources, config)
+@partial(jax.jit, static_argnums=0)
+def logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
+    return decoder.logits(config, model, hidden_states(config, model, tokens))
 
 
 def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    config, model = load(folder)
-    return np.asarray(decoder.logits(config, model, hidden_states(config, model, tokens)))
+    sources, config = open_sources([folder])
+    return np.asarray(logits(config, load_stored(sources, config), tokens))
 
 
 def load_whole(folder: Path) -> Any:
@@ -157,6 +211,19 @@ def test_a_merge_of_text_decoders_is_the_larger_model(kind: str, tmp_path: Path)
     assert (tmp_path / "out/preprocessor_config.json").read_text() == "{}"
 
 
+def test_every_larger_model_is_in_a_table() -> None:
+    assert {*LARGER, *MORE} == LARGER_MODELS
+
+
+@pytest.mark.skipif("EVOJAX_TEST_ALL" not in os.environ, reason="EVOJAX_TEST_ALL")
+@pytest.mark.parametrize("kind", MORE)
+def test_a_text_has_the_logits_that_it_has_in_the_larger_model(kind: str, tmp_path: Path) -> None:
+    save_with_noise(larger_model(kind), tmp_path / "one", 0)
+    expected = torch_logits(load_whole(tmp_path / "one"), tokens_of(0))
+    np.testing.assert_allclose(stored_logits(tmp_path / "one", tokens_of(0)), expected, atol=1e-4)
+    assert decoder_of(open_folder(tmp_path / "one")).other_modules
+
+
 SPACES = {
     "merges": {"space": {"method": "dare_ties", "layers_per_group": 2}},
     "paths": {"data_flow": {"moves": 2, "window": 1}},
@@ -164,7 +231,7 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", SPACES if "EVOJAX_TEST_ALL" in os.environ else ["pool"])
 def test_a_search_exports_the_larger_model_that_it_scored(space: str, tmp_path: Path) -> None:
     """With tensors named as in files of earlier versions of transformers."""
     write_family(tmp_path, "llava")
@@ -210,6 +277,13 @@ def test_settings_beside_those_of_the_other_modules(tmp_path: Path) -> None:
     rename(tmp_path / "one", {"model.language_model.": "model.", "model.visual.": "visual."})
     np.testing.assert_array_equal(stored_logits(tmp_path / "one", tokens_of(0)), expected)
     np.testing.assert_allclose(torch_logits(load_whole(tmp_path / "one"), tokens_of(0)), expected, atol=1e-4)
+
+
+def test_logits_that_the_larger_model_leaves_unscaled_are_refused(tmp_path: Path) -> None:
+    save_with_noise(larger_model("llava"), tmp_path, 0)
+    edit_json(tmp_path / "config.json", lambda config: config["text_config"].update(model_type="granite"))
+    with pytest.raises(InputError, match="text_config: model_type is 'granite', whose logits transformers leaves"):
+        open_sources([tmp_path])
 
 
 def test_what_is_said_of_other_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,9 +52,11 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
 # Larger models that read a text as their text decoder alone does: its settings are their `text_config`, or, in earlier
 # files, stand beside those of the other modules.
 LARGER_MODELS = {
-    "aya_vision", "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video",
-    "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "smolvlm", "video_llava", "vipllava",
+    "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
+    "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
 }  # fmt: skip
+# Decoders that scale or cap their logits, which transformers' larger models leave out.
+MAPPED_LOGITS = {"cohere2", "gemma2", "granite"}
 
 
 def is_larger_model(config: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.config_file import (
+    MAPPED_LOGITS,
     NO_CONFIG,
     check_unquantised,
     decoder_settings,
@@ -22,7 +23,7 @@ from evojax_merge.checkpoints.config_file import (
 )
 from evojax_merge.checkpoints.folder import Folder, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig
 
@@ -97,6 +98,13 @@ class DecoderFolder(Folder):
         if not self.whole.config:
             read_json_object(self.path / "config.json", missing=NO_CONFIG)
         check_unquantised(self.path / "config.json", self.whole.config)
+        kind = self.config.get("model_type")
+        if self.is_part and kind in MAPPED_LOGITS:
+            raise InputError(
+                self.where,
+                f"model_type is {shown(kind)}, whose logits transformers leaves unscaled in a larger model; expected "
+                "another text decoder",
+            )
         return read_decoder_config(self.where, self.config)
 
     def whole_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:

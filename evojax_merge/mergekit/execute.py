@@ -274,9 +274,10 @@ def _open(
     if decoder is not None:
         head = sources.token_tensors.head
         if head is not None:
-            # An untied head anywhere makes the merge untied.
+            # An untied head anywhere makes the merge untied; a model without its head has none.
             tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
-            names = [[name for name in own if name != head] + ([] if tied else [head]) for own in names]
+            heads = [head] if not tied and any(head in own for own in names) else []
+            names = [[name for name in own if name != head] + heads for own in names]
     layouts = [layout(own) for own in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)

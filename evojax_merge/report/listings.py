@@ -6,6 +6,7 @@ from merge_kernels import METHODS, Method, Parameter
 from rich.table import Table
 from rich.text import Text
 
+from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.models.architecture import model_types
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
@@ -35,6 +36,7 @@ def architectures_table() -> Table:
     table = _table("model_type", "search, evaluate", "merge")
     for name in model_types():
         _row(table, name, "yes", "yes")
+    _row(table, sorted(LARGER_MODELS), "their text decoder, of an architecture above", "yes")
     _row(table, "any other", "no", "yes, where tensors and shapes match (safetensors)")
     return table
 

@@ -12,10 +12,10 @@ from evojax_merge.models.families.mistral import MISTRAL
 from evojax_merge.models.families.olmo2 import OLMO2
 from evojax_merge.models.families.phi3 import PHI3
 from evojax_merge.models.families.qwen2 import QWEN2
-from evojax_merge.models.families.qwen2_vl import QWEN2_5_VL_TEXT, QWEN2_VL_TEXT
 from evojax_merge.models.families.qwen3 import QWEN3
+from evojax_merge.models.families.qwen_vl import QWEN2_5_VL_TEXT, QWEN2_VL_TEXT, QWEN3_VL_TEXT
 
 FAMILIES = (
     LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, OLMO2, GRANITE, COHERE2, GLM4, GPT2, GPT_NEOX, PHI3, QWEN2_VL_TEXT,
-    QWEN2_5_VL_TEXT,
+    QWEN2_5_VL_TEXT, QWEN3_VL_TEXT,
 )  # fmt: skip
