@@ -244,6 +244,9 @@ def _search_into(
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
+    if problem.other_modules is not None:
+        where = reference_to(problem.other_modules)
+        console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
     searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
     console.print(describe_batches(searched), highlight=False)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:

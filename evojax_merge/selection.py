@@ -179,7 +179,7 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     if problem.sources.vocabulary is not None:
         documents = [_with_tokenizer(problem, document) for document in documents]
     if problem.other_modules is not None:
-        documents = [document | {"other_modules": str(problem.other_modules)} for document in documents]
+        documents = [document | {"other_modules": reference_to(problem.other_modules)} for document in documents]
     return dump_documents(documents)
 
 
