@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from helpers import (
+    edit_json,
     finetune,
     greedy_tokens,
     hidden_states,
@@ -41,10 +42,10 @@ from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.mergekit.execute import merge_to, prepare
-from evojax_merge.mergekit.schema import read_recipe
+from evojax_merge.mergekit.schema import parse_recipe, read_recipe
 from evojax_merge.mergekit.write import dump_yaml, path_document
 from evojax_merge.models import decoder
-from evojax_merge.models.architecture import model_types
+from evojax_merge.models.architecture import find_architecture, model_types
 from evojax_merge.models.config import NO_WINDOW
 from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
 from evojax_merge.tasks.text import Fields, TextTask, read_examples
@@ -57,13 +58,14 @@ VOCAB = 64
 class Row:
     """config: the class in transformers; changes: what differs from `SIZES`, so that every feature bites; hub: a
     config.json as repositories have it, but for the number of layers; covered_elsewhere: whether other tests do what
-    these do; head: what its files call the head."""
+    these do; head: what its files call the head; older: what config.json says in older words (None: not at all)."""
 
     config: str
     changes: dict[str, Any] = field(default_factory=dict)
     hub: dict[str, Any] = field(default_factory=dict)
     covered_elsewhere: bool = False
     head: str = "lm_head.weight"
+    older: dict[str, Any] = field(default_factory=dict)
 
 
 # Sizes are all different, so that no two axes can be mistaken.
@@ -92,6 +94,7 @@ FAMILIES = {
             "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "float32",
             "transformers_version": "4.42.4", "use_cache": True, "vocab_size": 256000,
         },
+        older={"layer_types": None},
     ),
     "gemma3_text": Row(
         "Gemma3TextConfig",
@@ -112,6 +115,10 @@ FAMILIES = {
             "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
             "sliding_window": 512, "sliding_window_pattern": 6, "torch_dtype": "bfloat16",
             "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+        },
+        older={
+            "layer_types": None, "rope_local_base_freq": 50.0, "rope_parameters": None,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rope_theta": 1e5, "sliding_window_pattern": 2,
         },
     ),
     "olmo2": Row(
@@ -161,6 +168,7 @@ FAMILIES = {
             "use_gated_activation": True, "use_parallel_block": True, "use_parallel_embedding": True,
             "use_qk_norm": False, "vocab_size": 256000,
         },
+        older={"layer_types": None, "sliding_window_pattern": 2},
     ),
     "glm4": Row(
         "Glm4Config",
@@ -243,6 +251,8 @@ class Models:
         base = random_model(config, std=0.22)
         self.root, self.base = root, save(base, root / "base")
         self.parents = [save(finetune(base, k + 1), root / f"parent{k}") for k in range(2)]
+        for folder in (self.base, *self.parents):
+            edit_json(folder / "config.json", lambda config: say_in_older_words(config, row.older))
         # All of one length: each length is a program to compile.
         for seed, name in enumerate(("search", "heldout")):
             write_lines(root / f"{name}.jsonl", [record(seed, i) for i in range(3)])
@@ -256,6 +266,13 @@ class Models:
     def evaluator(self, config: Any) -> Evaluator:
         tokenizer = word_tokenizer(words(VOCAB))
         return Evaluator(config, tokenizer, batch_tasks([[self.task()]], tokenizer, 256, 256, (2,))[0])
+
+
+def say_in_older_words(config: dict[str, Any], older: dict[str, Any]) -> None:
+    for key, value in older.items():
+        config.pop(key, None)
+        if value is not None:
+            config[key] = value
 
 
 def record(seed: int, number: int, header: str = "") -> dict[str, Any]:
@@ -466,6 +483,27 @@ def test_the_hubs_configs_are_read_as_transformers_reads_them(kind: str, tmp_pat
     assert config.windows == tuple(
         theirs.sliding_window if kind == "sliding_attention" else NO_WINDOW for kind in kinds
     )
+
+
+def test_a_filter_that_takes_anothers_tensors_is_refused() -> None:
+    glm4 = find_architecture("glm4")
+    with pytest.raises(ValueError, match=r"that of attention takes .*post_self_attn_layernorm.*, which is of norm"):
+        replace(glm4, filters=glm4.filters | {"attention": "self_attn"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gain_offsets": {"norm": float("nan")}}, "gain_offsets: 'norm': nan; expected a filter and a finite number"),
+        ({"gain_offsets": ["norm"]}, "gain_offsets: .*; expected a mapping of filters and numbers"),
+        ({"gain_offsets": {"norm": 1}, "merge_method": "linear"}, "gain_offsets: only a passthrough merge of slices"),
+    ],
+)
+def test_recipes_with_wrong_gain_offsets_are_refused(changes: dict[str, Any], said: str) -> None:
+    part = {"sources": [{"model": "one", "layer_range": [0, 1]}]}
+    document = {"merge_method": "passthrough", "slices": [part], "dtype": "float32"} | changes
+    with pytest.raises(InputError, match=said):
+        parse_recipe(Path("recipe.yaml"), document)
 
 
 REFUSED = {
