@@ -1,7 +1,7 @@
 """Every native family, checked alike: against transformers, packed, as a layer path, merged in a search, on a mesh.
 
-A family is a row of `FAMILIES`. The four that the rest of the suite searches, walks and generates with are run here
-with EVOJAX_TEST_ALL alone."""
+A family is a row of `FAMILIES`. Four of them have their turn on a day, and all with EVOJAX_TEST_ALL, as have those that
+the rest of the suite searches, walks and generates with."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from helpers import (
+    daily,
     edit_json,
     finetune,
     greedy_tokens,
@@ -237,7 +238,7 @@ FAMILIES = {
 }  # fmt: skip
 # The text decoders of larger models, which are no models by themselves: tests/test_text_decoders.py.
 PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
-RUN = [name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere]
+RUN = daily([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 4)
 
 
 class Models:
