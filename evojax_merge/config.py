@@ -47,8 +47,9 @@ class SpaceConfig(Section):
     """The search space: the method, which of its parameters are searched, and how finely.
 
     `parameters`: searched ones with their bounds. `fixed`: the others that should not have their default.
-    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share. The shared
-    embed, final_norm and head may be joined too, else embed and head have parameters of their own.
+    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share. The router of
+    a mixture of experts and the shared embed, final_norm and head may be joined too, else router, embed and head have
+    parameters of their own.
     `layers_per_group`: a number or `all`. `smooth`: layers get what is interpolated between these groups.
     `parent_groups`: a name -> parents that share their searched parameters, as `parents` calls them or by a pattern.
     `active`: how many of the weights of a group of tensors count, the largest; None: all.

@@ -37,7 +37,7 @@ from evojax_merge.evaluation.devices import local_devices
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.mergekit.schema import check_parent_count
-from evojax_merge.models.architecture import COMPONENTS, architecture_of, shared_leaves
+from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
@@ -547,16 +547,19 @@ def build_space(
     """The parameter space of a config. parents: as the config calls them. Raises InputError for unknown parameters and
     parents, and for bounds without a meaning."""
     shared = [leaf.name for leaf in architecture_of(decoder).shared]
-    groups = component_groups(config.components, COMPONENTS, shared)
+    components = architecture_of(decoder).components
+    named = [name.strip() for part in config.components for name in part.split("+")]
+    # As shared leaves do, a router that is not named has parameters of its own.
+    alone = [ROUTER] if ROUTER in components and ROUTER not in named else []
+    groups = component_groups([*config.components, *alone], components, shared)
     if groups is None:
-        named = [name for part in config.components for name in part.split("+")]
         unknown = [
-            f"{name!r}{did_you_mean(name, [*COMPONENTS, *shared])}"
+            f"{name!r}{did_you_mean(name, [*components, *shared])}"
             for name in named
-            if name not in {*COMPONENTS, *shared}
+            if name not in {*components, *shared}
         ]
         found = unknown[0] if unknown else str(config.components)
-        raise InputError(where, f"components: {found}; expected each of {', '.join(COMPONENTS)} once (join with +)")
+        raise InputError(where, f"components: {found}; expected each of {', '.join(components)} once (join with +)")
     parent_groups = parent_groups_of(where, config.parent_groups, parents)
     search_parameters, constants = search_parameters_of(
         where, method, len(parents), config.parameters, config.fixed, parent_groups
@@ -567,7 +570,7 @@ def build_space(
         parents=len(parents),
         layers=decoder.layers,
         layers_per_group=decoder.layers if together == "all" else min(together, decoder.layers),
-        names=COMPONENTS,
+        names=components,
         components=groups,
         shared=tuple(leaf.name for leaf in shared_leaves(decoder)),
         search_parameters=search_parameters,

@@ -20,9 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from evojax_merge.config import SearchConfig
@@ -30,7 +33,18 @@ from evojax_merge.problem import build_strategy
 from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2": Qwen2Config,
+    "qwen2_moe": Qwen2MoeConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig,
+}  # fmt: skip
+# What mixtures of experts have besides.
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 44,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28, "norm_topk_prob": True},
+}  # fmt: skip
 # Models this small lose more by waking a second thread than they gain.
 torch.set_num_threads(1)
 
@@ -65,7 +79,7 @@ def tiny_config(kind: str = "llama", **changes: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    config = CONFIGS[kind](**(sizes | changes))
+    config = CONFIGS[kind](**(sizes | EXPERTS.get(kind, {}) | changes))
     config._attn_implementation = "eager"
     return config
 

@@ -319,8 +319,8 @@ def test_a_child_between_its_parents(config_file):
     genome = child(space, FOUNDERS, (2, 0), 0, [0.25, 1.5 / (layers + 1)])
     (weights,) = evaluator.evaluator.bank.weights(space.decode(genome[None]))
     first, second = state(config_file.parent / "parent2"), state(config_file.parent / "parent0")
-    for name, leaf, layer in tensors_of(problem.decoder):
-        early = layer < 1 if leaf.stack is not None else leaf.component == "embedding"
+    for name, leaf, place in tensors_of(problem.decoder):
+        early = place[0] < 1 if leaf.stack is not None else leaf.component == "embedding"
         a, b = (np.asarray(own[name], np.float64) for own in ((first, second) if early else (second, first)))
         angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
         expected = (np.sin(0.75 * angle) * a + np.sin(0.25 * angle) * b) / np.sin(angle)

@@ -426,12 +426,12 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
     rows = {row.name: row for row in plan(read, [layout(tensors)] * len(read.models))}
     assert set(rows) == set(tensors)
     wanted = {}
-    for tensor, leaf, i in tensors_of(decoder):
+    for tensor, leaf, place in tensors_of(decoder):
         if leaf.stack is None:
             wanted[tensor] = recipe.shared[leaf.name]
         else:
             c = COMPONENTS.index(leaf.component)
-            wanted[tensor] = {key: values[i, c] for key, values in recipe.stacks[LAYERS].items()}
+            wanted[tensor] = {key: values[(*place, c)] for key, values in recipe.stacks[LAYERS].items()}
     for tensor, row in rows.items():
         for parameter, values in wanted[tensor].items():
             if METHODS[name].parameter(parameter).quantised:

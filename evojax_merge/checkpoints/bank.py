@@ -4,7 +4,7 @@ Loading goes tensor by tensor out of memory-mapped files into arrays that were a
 needs more than the bank and one tensor. What a method has to measure is measured on the way.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -16,13 +16,15 @@ from merge_kernels import draw_uniform, tabulate
 
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
-    COMPONENTS,
     LAYERS,
     Leaf,
+    architecture_of,
     depths,
+    leaf_tensors,
     leaves_of,
     shared_leaves,
     stack_leaves,
+    tensor_grid,
     tensors_of,
 )
 from evojax_merge.models.bank import Bank, Factors, MergeSpec
@@ -77,10 +79,7 @@ def load_bank(
     stacks: dict[str, _Parts] = {stack: ({}, {}, {}, {}) for stack in layers}
     with ThreadPoolExecutor(max_workers=4) as pool:
         for leaf in leaves_of(config):
-            loaded = _load_leaf(leaf.tensors(layers), sources, spec, pool, progress)
-            if leaf.stack is None:
-                # It was loaded as a stack of one.
-                loaded = jax.tree.map(lambda x: x[0], loaded)
+            loaded = _load_leaf(leaf, config, sources, spec, pool, progress)
             parts, axis = shared if leaf.stack is None else stacks[leaf.stack], leaf.sharded_axis
             # What was measured of a leaf has no axes of its own.
             for i, cut in ((0, axis), (2, axis), (3, None)):
@@ -93,58 +92,65 @@ def load_bank(
                 a, b = (put(one, sharded_axis=cut) for one, cut in zip(factors, cuts, strict=True))
                 parts[1][leaf.name] = Factors(a, b)
     weights, all_factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
+    experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), all_factors, shared[1]
-    )
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), all_factors, shared[1],
+        experts,
+    )  # fmt: skip
 
 
 def _components(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
     """The row of the component axis of each leaf of a stack."""
-    return tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
+    row = architecture_of(config).components.index
+    return tuple((leaf.name, row(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
 
 
 def _load_leaf(
-    names: list[str], sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
+    leaf: Leaf, config: DecoderConfig, sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None, np.ndarray | None, dict[str, np.ndarray] | None]:
-    """One leaf of the tensors `names` (one per layer): weights `[len(names), S, …]`, scores, tables. Of low-rank
-    sources the weights are the base's, `[len(names), 1, …]`, and there are factors (see `Factors`)."""
+    """One leaf: weights `[S, …]`, `[L, S, …]` or `[L, S, E, …]`, keep keys alike, and tables `[…]`, `[L, …]` or
+    `[L, E, …]`. Of low-rank sources the weights are the base's, 1 in the place of S, and there are factors (see
+    `Factors`)."""
+    grid, names = tensor_grid(config, leaf), leaf_tensors(config, leaf)
     rank = _common_rank(sources, names)
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stored = count if rank is None else 1
-    stack = aligned_empty((len(names), stored, *shape), common_dtype(sources, names[0]))
+    stack = aligned_empty((*grid[:1], stored, *grid[1:], *shape), common_dtype(sources, names[0]))
     first_parent = int(spec.options.has_base)
     factors = None
     if rank is not None:
-        each, (outputs, inputs) = (len(names), count - first_parent), shape
+        each, (outputs, inputs) = (*grid[:1], count - first_parent, *grid[1:]), shape
         factors = np.zeros((*each, rank, inputs), np.float32), np.zeros((*each, outputs, rank), np.float32)
     constants = spec.prepared_for(count - first_parent)
     numbers = spec.method.keep_keys(count - first_parent)
-    keep_keys = aligned_empty((len(names), numbers, *shape), np.dtype(np.uint16)) if numbers else None
+    keep_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *shape), np.dtype(np.uint16)) if numbers else None
 
-    def one(i: int) -> dict[str, np.ndarray]:
-        own = list(stack[i])
+    def one(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
+        layer, expert = place[:1], place[1:]
+        own = [stack[(*layer, s, *expert)] for s in range(stored)]
         if factors is None:
-            for s in range(count):
-                sources.read_into(s, names[i], stack[i, s])
+            for s, tensor in enumerate(own):
+                sources.read_into(s, name, tensor)
         else:
-            sources.read_core_into(names[i], stack[i, 0])
+            sources.read_core_into(name, own[0])
             for k in range(count - first_parent):
-                a, b = sources.finite_factors(first_parent + k, names[i])
-                factors[0][i, k, : len(a)], factors[1][i, k, :, : len(a)] = a, b
+                a, b = sources.finite_factors(first_parent + k, name)
+                of_parent = (*layer, k, *expert)
+                factors[0][of_parent][: len(a)], factors[1][of_parent][:, : len(a)] = a, b
             # Only to be measured are they all there, one tensor at a time.
-            own = [sources.read(s, names[i]) for s in range(count)] if spec.method.measures else []
+            own = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
 
         def uniform_noise(k: int) -> np.ndarray:
-            return draw_uniform(spec.seed, sources.digest(first_parent + k, names[i]), shape)
+            return draw_uniform(spec.seed, sources.digest(first_parent + k, name), shape)
 
         prepared = tabulate(spec.method, spec.options, own, constants, uniform_noise)
         for number, values in enumerate(prepared.keep_keys):
-            keep_keys[i, number] = values  # type: ignore[index]
-        progress(stack[i].nbytes * count // stored)
+            keep_keys[(*layer, number, *expert)] = values  # type: ignore[index]
+        progress(stack.nbytes // len(names) * count // stored)
         return prepared.statistics
 
-    rows = list(pool.map(one, range(len(names))))
-    tables = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    rows = list(pool.map(one, np.ndindex(grid), names))
+    tables = {key: np.stack([row[key] for row in rows]).reshape((*grid, *rows[0][key].shape)) for key in rows[0]}
     return stack, factors, keep_keys, tables or None
 
 
@@ -162,10 +168,11 @@ def load_path_bank(
     """Load all layers of all sources in one series, in their own dtypes. `progress` is told the bytes."""
     origins, layers, config = spec.origins, {}, spec.configs[0]
     for leaf in stack_leaves(config, LAYERS):
-        first = leaf.tensor_of(0)
-        stack = aligned_empty((len(origins), *sources.shape(0, first)), common_dtype(sources, first))
+        first, grid = leaf.tensor_of(), tensor_grid(config, leaf)[1:]
+        stack = aligned_empty((len(origins), *grid, *sources.shape(0, first)), common_dtype(sources, first))
         for row, (source, i) in zip(stack, origins, strict=True):
-            sources.read_into(source, leaf.tensor_of(i), row)
+            for place in np.ndindex(grid):
+                sources.read_into(source, leaf.tensor_of(i, *place), row[place])
             progress(row.nbytes)
         layers[leaf.name] = put(stack)
     shared = {}
@@ -177,36 +184,33 @@ def load_path_bank(
     return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype, compute_dtype)
 
 
-def _entries(sources: Sources, leaf: Leaf, layers: Mapping[str, int]) -> int:
+def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:
     """How many numbers of a leaf a source has."""
-    names = leaf.tensors(layers)
-    return len(names) * int(np.prod(sources.shape(0, names[0]), dtype=np.int64))
+    return int(np.prod((*tensor_grid(config, leaf), *sources.shape(0, leaf.tensor_of())), dtype=np.int64))
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     """Bytes that `load_bank` will report as progress: of all sources, whether or not the bank has them as a whole."""
-    layers = depths(config)
     return len(sources.folders) * sum(
-        _entries(sources, leaf, layers) * common_dtype(sources, leaf.tensors(layers)[0]).itemsize
-        for leaf in leaves_of(config)
+        _entries(sources, leaf, config) * common_dtype(sources, leaf.tensor_of()).itemsize for leaf in leaves_of(config)
     )
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
     """Bytes that a loaded bank takes: all sources, and the 16-bit numbers of each entry that a method prepares."""
-    layers, numbers = depths(config), spec.prepared_arrays(len(sources.folders))
-    entries = sum(_entries(sources, leaf, layers) for leaf in leaves_of(config))
+    numbers = spec.prepared_arrays(len(sources.folders))
+    entries = sum(_entries(sources, leaf, config) for leaf in leaves_of(config))
     return bank_bytes(sources, config) + numbers * entries * np.dtype(np.uint16).itemsize
 
 
 def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:
     """Bytes by which a bank of low-rank sources is smaller than one of all their weights."""
-    layers, count, saved = depths(config), len(sources.folders), 0
+    count, saved = len(sources.folders), 0
     for leaf in leaves_of(config):
-        names = leaf.tensors(layers)
+        names = leaf_tensors(config, leaf)
         rank = _common_rank(sources, names)
         if rank is not None:
-            weights = _entries(sources, leaf, layers) * common_dtype(sources, names[0]).itemsize
+            weights = _entries(sources, leaf, config) * common_dtype(sources, names[0]).itemsize
             factors = (count - int(has_base)) * len(names) * rank * sum(sources.shape(0, names[0]))
             saved += (count - 1) * weights - factors * np.dtype(np.float32).itemsize
     return saved
@@ -216,23 +220,22 @@ def load_stored(
     sources: Sources, config: DecoderConfig, source: int = 0, compute_dtype: str = "float32"
 ) -> StackedWeights:
     """One source alone, as a stored model in its own dtype."""
-    layers = depths(config)
-    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in layers}
+    stacks: dict[str, dict[str, jax.Array]] = {stack: {} for stack in depths(config)}
     shared = {}
     for leaf in leaves_of(config):
         if leaf.stack is None:
             shared[leaf.name] = jax.device_put(sources.read_finite(source, leaf.tensor))
             continue
-        names = leaf.tensors(layers)
-        stack = aligned_empty((len(names), *sources.shape(source, names[0])), sources.entry(source, names[0]).dtype)
-        for row, name in zip(stack, names, strict=True):
-            sources.read_into(source, name, row)
+        grid, first = tensor_grid(config, leaf), leaf.tensor_of()
+        stack = aligned_empty((*grid, *sources.shape(source, first)), sources.entry(source, first).dtype)
+        for place in np.ndindex(grid):
+            sources.read_into(source, leaf.tensor_of(*place), stack[place])
         stacks[leaf.stack][leaf.name] = put(stack)
     return StackedWeights(stacks, shared, compute_dtype)
 
 
 def stored_tensors(model: StackedWeights, config: DecoderConfig) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a stored model under the names that they have in a file."""
-    for name, leaf, layer in tensors_of(config):
-        values = model.shared[leaf.name] if leaf.stack is None else model.stacks[leaf.stack][leaf.name][layer]
+    for name, leaf, place in tensors_of(config):
+        values = model.shared[leaf.name] if leaf.stack is None else model.stacks[leaf.stack][leaf.name][place]
         yield name, np.asarray(values)

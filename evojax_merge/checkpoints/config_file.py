@@ -24,9 +24,10 @@ IGNORED_KEYS = {
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "attn_pdrop", "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "dtype",
     "embd_pdrop", "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
-    "problem_type", "resid_pdrop", "return_dict", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype", "transformers_version", "use_cache",
+    "label2id", "model_type", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id",
+    "pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 

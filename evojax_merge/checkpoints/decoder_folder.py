@@ -6,11 +6,14 @@ that reads images, the text decoder has a prefix of its own (`language_model.mod
 `model.language_model.layers.0…`). What reads a `DecoderFolder` knows the architecture's names alone.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evojax_merge.checkpoints.config_file import (
     MAPPED_LOGITS,
@@ -21,7 +24,7 @@ from evojax_merge.checkpoints.config_file import (
     read_decoder_config,
     with_decoder_settings,
 )
-from evojax_merge.checkpoints.folder import Folder, Tensor
+from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD, Architecture, known_architecture
@@ -29,6 +32,40 @@ from evojax_merge.models.config import DecoderConfig
 
 # What transformers calls the head of every model.
 LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Part(Whole):
+    """A part of another tensor: `of.read()[place]`."""
+
+    of: Tensor
+    place: tuple[int | slice, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        # Of a view that takes no memory.
+        return np.broadcast_to(np.int8(0), self.of.shape)[self.place].shape
+
+    @property
+    def file(self) -> Path:
+        return self.of.file
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return self.of.mapped_files
+
+    def read(self) -> np.ndarray:
+        return self.of.read()[self.place]
+
+    def content(self) -> Iterator[np.ndarray]:
+        yield np.ascontiguousarray(self.read()).reshape(-1).view(np.uint8)
+
+    def release(self) -> None:
+        self.of.release()
 
 
 @dataclass(frozen=True)
@@ -132,9 +169,38 @@ def decoder_of(folder: Folder) -> DecoderFolder:
         return name.startswith(found) and name.removeprefix(found).split(".")[0] in roots
 
     own = {names.of_architecture(name): entry for name, entry in folder.entries.items() if is_own(name)}
+    own = _unpacked(folder, architecture, own)
     own = {name: entry for name, entry in own.items() if not name.endswith(architecture.buffers)}
     others = {name: entry for name, entry in folder.entries.items() if not is_own(name)}
     return DecoderFolder(folder.path, own, folder, names, is_part, others)
+
+
+def _unpacked(folder: Folder, architecture: Architecture, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names, the parts of packed ones in their place. Raises InputError where one is there twice."""
+    found: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        for part, tensor in _parts(architecture, name, entry).items():
+            if part in found or (part != name and part in entries):
+                raise InputError(folder.path, f"holds {part}, and {name}, which it is a part of; expected one of them")
+            found[part] = tensor
+    return found
+
+
+def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Tensor]:
+    """What a tensor is, or holds."""
+    for pattern, held in architecture.packed.items():
+        match = re.fullmatch(re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)"), name)
+        leaves = [leaf for leaf in architecture.leaves if leaf.name in held]
+        if match is None or any(len(entry.shape) != len(leaf.shape) for leaf in leaves):
+            continue
+        layer, rows = int(match[1]), entry.shape[-2] // len(leaves)
+        places = [(expert,) for expert in range(entry.shape[0])] if leaves[0].has_experts else [()]
+        return {
+            leaf.tensor_of(layer, *place): Part(entry, (*place, slice(i * rows, (i + 1) * rows)))
+            for place in places
+            for i, leaf in enumerate(leaves)
+        }
+    return {name: entry}
 
 
 def as_it_is(folder: Folder) -> DecoderFolder:

@@ -33,8 +33,9 @@ from evojax_merge.models.architecture import (
     HEAD,
     Architecture,
     architecture_of,
-    dimensions,
     known_architecture,
+    leaves_of,
+    tensor_shape,
     tensors_of,
 )
 from evojax_merge.models.config import DecoderConfig
@@ -260,8 +261,8 @@ def _check_layers_alike(folder: DecoderFolder, config: DecoderConfig, first: Dec
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a model of this config, by its Hugging Face name."""
-    sizes = dimensions(config)
-    return {name: tuple(sizes[axis] for axis in leaf.shape) for name, leaf, _ in tensors_of(config)}
+    shapes = {leaf.name: tensor_shape(config, leaf) for leaf in leaves_of(config)}
+    return {name: shapes[leaf.name] for name, leaf, _ in tensors_of(config)}
 
 
 def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:

@@ -21,7 +21,7 @@ from evojax_merge.checkpoints.parents import Sources, tensor_shapes
 from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.models.architecture import depths, leaves_of, tensors_of
+from evojax_merge.models.architecture import depths, leaves_of, tensor_grid, tensor_shape, tensors_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.pedigree import Member
@@ -140,8 +140,8 @@ class PoolBank:
 
         # Outside of the layers, what comes before them goes with the first, all else with the last.
         placed = {
-            name: layer if leaf.stack is not None else 0 if leaf.component == "embedding" else self.config.layers - 1
-            for name, leaf, layer in tensors_of(self.config)
+            name: place[0] if place else 0 if leaf.component == "embedding" else self.config.layers - 1
+            for name, leaf, place in tensors_of(self.config)
         }
         return dict(zip(placed, pool.map(one, placed, placed.values()), strict=True))
 
@@ -184,21 +184,16 @@ class PoolEvaluator:
         """The next `count` of the weights as one population, a leading axis P on every leaf; and which are finite,
         bool[P]."""
         config, bank = self.evaluator.config, self.bank
-        shapes, layers = tensor_shapes(config), depths(config)
-        stacks: dict[str, Weights] = {stack: {} for stack in layers}
+        stacks: dict[str, Weights] = {stack: {} for stack in depths(config)}
         shared: Weights = {}
         for leaf in leaves_of(config):
-            shape = shapes[leaf.tensors(layers)[0]]
-            if leaf.stack is None:
-                shared[leaf.name] = aligned_empty((count, *shape), bank.dtype)
-            else:
-                stacks[leaf.stack][leaf.name] = aligned_empty((count, layers[leaf.stack], *shape), bank.dtype)
+            shape = (count, *tensor_grid(config, leaf), *tensor_shape(config, leaf))
+            (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name] = aligned_empty(shape, bank.dtype)
         finite = np.zeros(count, bool)
         for p, own in enumerate(islice(weights, count)):
             finite[p] = all(map(is_finite, own.values()))
-            for name, leaf, layer in tensors_of(config):
-                into = shared[leaf.name][p] if leaf.stack is None else stacks[leaf.stack][leaf.name][p, layer]
-                into[...] = own[name]
+            for name, leaf, place in tensors_of(config):
+                (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name][(p, *place)] = own[name]
         return StackedWeights(stacks, shared, self.evaluator.compute_dtype), finite  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options
 
-from evojax_merge.models.architecture import COMPONENTS, LAYERS, Architecture, architecture_of
+from evojax_merge.models.architecture import LAYERS, Architecture, architecture_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
@@ -33,7 +33,8 @@ class Filters:
 def filters_of(architecture: Architecture) -> Filters:
     """The filters that an architecture declares, else the names of its tensors."""
     layer = [leaf for leaf in architecture.leaves if leaf.stack == LAYERS]
-    tails = {leaf.name: leaf.tensor.partition("{layer}")[2] for leaf in layer}
+    # Behind the numbers of the layer and the expert.
+    tails = {leaf.name: leaf.tensor.rpartition("}")[2] for leaf in layer}
     writers = {leaf.name: leaf.gain_offset for leaf in layer if leaf.writes_residual}
 
     def residual(name: str) -> str:
@@ -42,13 +43,12 @@ def filters_of(architecture: Architecture) -> Filters:
         return tails[name] if any(module in tail for other, tail in tails.items() if other not in writers) else module
 
     declared = architecture.filters
+    row = architecture.components.index
     # The longest first: one may be a part of another.
-    named = [(tails[leaf.name], COMPONENTS.index(leaf.component)) for leaf in layer]
-    components = [(declared[part], c) for c, part in enumerate(COMPONENTS)] if declared else sorted(
-        named, key=lambda pair: -len(pair[0])
-    )  # fmt: skip
+    named = sorted(((tails[leaf.name], row(leaf.component)) for leaf in layer), key=lambda pair: -len(pair[0]))
+    parts = [(text, row(part)) for part, text in declared.items() if part in architecture.components]
     return Filters(
-        tuple(components),
+        tuple(parts if declared else named),
         {leaf.name: declared.get(leaf.name, leaf.tensor) for leaf in architecture.shared},
         {residual(name): offset for name, offset in writers.items()},
     )

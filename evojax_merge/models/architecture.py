@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from evojax_merge.errors import nearest, shown
 from evojax_merge.models.config import DecoderConfig
@@ -21,19 +22,21 @@ from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
 
 # The stack of layers that the forward pass of a decoder runs through.
 LAYERS = "layers"
-# The components of a layer, in the order of the recipe's component axis.
+# The components of a layer that every architecture has, and one that mixtures of experts have besides.
 COMPONENTS = ("attention", "mlp", "norm")
+ROUTER = "router"
 # Leaves that every architecture has, and one that it may have: the LM head, where it is not the embedding.
 EMBEDDING, FINAL_NORM, HEAD = "embed", "final_norm", "head"
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor, or one of each layer of a stack.
+    """One tensor, or one of each layer of a stack, or one of each expert of each layer.
 
-    name: in the pytree; tensor: in the file, with `{layer}` where it is of a stack; component: of a stack one of
-    `COMPONENTS`, else embedding, norm or head; shape: in the names of `Architecture.dimensions`; stack: which, None
-    for a leaf outside of the layers. sharded_axis: the axis of `[…, out, in]`, counted from its end, that is cut where
+    name: in the pytree; tensor: in the file, with `{layer}` where it is of a stack, and `{expert}` where each expert
+    has one; component: of a stack one of `COMPONENTS` or `ROUTER`, else embedding, norm or head; shape: in the names of
+    `Architecture.dimensions`, the experts first where each has a tensor; stack: which, None for a leaf outside of the
+    layers. sharded_axis: the axis of `[…, out, in]`, counted from its end, that is cut where
     devices share a model (what a layer reads from the hidden state by its outputs, what it writes back by its inputs,
     the vocabulary by its rows; None: each device has all of it). writes_residual: whether what a layer adds to the
     residual stream is proportional to it (together with the others of whom that is said), so that a layer path's
@@ -52,13 +55,14 @@ class Leaf:
     gain_offset: float = 0.0
     present_if: Callable[[Any], bool] = lambda config: True
 
-    def tensor_of(self, layer: int) -> str:
-        """The tensor's name in the file, of a layer."""
-        return self.tensor.replace("{layer}", str(layer))
+    @property
+    def has_experts(self) -> bool:
+        """Whether each expert has a tensor of its own in the file, of the leaf's shape without its first axis."""
+        return "{expert}" in self.tensor
 
-    def tensors(self, depths: Mapping[str, int]) -> list[str]:
-        """The names of all its tensors in the file; depths: how many layers a stack has."""
-        return [self.tensor] if self.stack is None else [self.tensor_of(i) for i in range(depths[self.stack])]
+    def tensor_of(self, layer: int = 0, expert: int = 0) -> str:
+        """The tensor's name in the file, of a layer and of an expert, as far as it has them."""
+        return self.tensor.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
 class SharedWeights(Protocol):
@@ -96,8 +100,11 @@ class Architecture:
 
     buffers: ends of the names of what earlier files hold beside the tensors, and no forward pass reads.
 
+    packed: tensors of other files, by their names there, and the leaves that each of them holds, one above the other:
+    `[E, …]` for all experts where these have tensors of their own.
+
     filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
-    the layers; by default their whole names. The first of `COMPONENTS` whose filter is in the name of a layer's tensor
+    the layers; by default their whole names. Of components whose filters are in the name of a layer's tensor, the first
     has to be the tensor's own.
     """
 
@@ -116,9 +123,10 @@ class Architecture:
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
     filters: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problem = _complaint(self.leaves, self.filters)
+        problem = _complaint(self.leaves, self.components, self.filters)
         if problem is not None:
             raise ValueError(f"architecture {self.model_type}: {problem}")
 
@@ -127,12 +135,18 @@ class Architecture:
         return next((leaf for leaf in self.leaves if leaf.name == name), None)
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """The components of a layer, in the order of the recipe's component axis."""
+        has_router = any(leaf.component == ROUTER for leaf in self.leaves)
+        return (*COMPONENTS, ROUTER) if has_router else COMPONENTS
+
+    @property
     def shared(self) -> tuple[Leaf, ...]:
         """The leaves outside of the layers, whether or not a model has them."""
         return tuple(leaf for leaf in self.leaves if leaf.stack is None)
 
 
-def _complaint(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | None:
+def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: Mapping[str, str]) -> str | None:
     """What is wrong with the leaves of an architecture, if anything."""
     names = [leaf.name for leaf in leaves]
     double = next((name for name in names if names.count(name) > 1), None)
@@ -142,26 +156,31 @@ def _complaint(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | No
     if missing is not None:
         return f"has no leaf {missing!r}"
     for leaf in leaves:
-        known = COMPONENTS if leaf.stack is not None else ("embedding", "norm", "head")
+        known = components if leaf.stack is not None else ("embedding", "norm", "head")
         if leaf.component not in known:
             return f"leaf {leaf.name!r}: component {leaf.component!r}; expected one of {', '.join(known)}"
         if (leaf.stack is None) == ("{layer}" in leaf.tensor):
             return (
                 f"leaf {leaf.name!r}: expected {{layer}} in the tensor's name where the leaf is of a stack, only there"
             )
+        if leaf.has_experts and leaf.stack is None:
+            return f"leaf {leaf.name!r}: {{expert}} in the tensor's name; expected it in a stack alone"
     if not any(leaf.writes_residual for leaf in leaves):
         return "no leaf has writes_residual, into which a layer path's scale is folded"
-    return _complaint_of_filters(leaves, filters) if filters else None
+    return _complaint_of_filters(leaves, components, filters) if filters else None
 
 
-def _complaint_of_filters(leaves: tuple[Leaf, ...], filters: Mapping[str, str]) -> str | None:
+def _complaint_of_filters(
+    leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: Mapping[str, str]
+) -> str | None:
     """What is wrong with the filters that an architecture declares, if anything."""
     shared = [leaf.name for leaf in leaves if leaf.stack is None]
-    if filters.keys() != {*COMPONENTS, *shared}:
-        return f"filters: expected one for each of {', '.join(sorted({*COMPONENTS, *shared}))}"
+    if filters.keys() != {*components, *shared}:
+        return f"filters: expected one for each of {', '.join(sorted({*components, *shared}))}"
+    # A recipe lists the filters of leaves outside of the layers first.
+    listed = [*shared, *(name for name in filters if name in components)]
     for leaf in leaves:
-        # A recipe lists the filters of leaves outside of the layers first.
-        order, own = ([*shared, *COMPONENTS], leaf.component) if leaf.stack is not None else (shared, leaf.name)
+        order, own = (listed, leaf.component) if leaf.stack is not None else (shared, leaf.name)
         found = next((name for name in order if filters[name] in leaf.tensor), None)
         if found != own:
             return f"filters: that of {found or 'nothing'} takes {leaf.tensor}, which is of {own}"
@@ -241,10 +260,32 @@ def shared_leaves(config: DecoderConfig) -> list[Leaf]:
     return [leaf for leaf in leaves_of(config) if leaf.stack is None]
 
 
-def tensors_of(config: DecoderConfig) -> Iterator[tuple[str, Leaf, int]]:
-    """Every tensor of a model of this config: its name in the file, its leaf, and of which layer it is (0 for those
-    outside of the layers, which come first)."""
-    yield from ((leaf.tensor, leaf, 0) for leaf in shared_leaves(config))
+def tensor_grid(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
+    """How a leaf's tensors are stacked: `(L,)` in a stack, `(L, E)` where each of E experts has a tensor, `()` outside
+    of the layers, where a leaf is one tensor."""
+    if leaf.stack is None:
+        return ()
+    layers = depths(config)[leaf.stack]
+    return (layers, dimensions(config)[leaf.shape[0]]) if leaf.has_experts else (layers,)
+
+
+def tensor_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
+    """The shape of each of a leaf's tensors in the file."""
+    sizes = dimensions(config)
+    return tuple(sizes[axis] for axis in (leaf.shape[1:] if leaf.has_experts else leaf.shape))
+
+
+def leaf_tensors(config: DecoderConfig, leaf: Leaf) -> list[str]:
+    """The names of all of a leaf's tensors in the file, in the order of its grid."""
+    return [leaf.tensor_of(*place) for place in np.ndindex(tensor_grid(config, leaf))]
+
+
+def tensors_of(config: DecoderConfig) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
+    """Every tensor of a model of this config: its name in the file, its leaf, and its place in the leaf's grid: the
+    layer, then the expert, as far as it has them. Those outside of the layers come first."""
+    yield from ((leaf.tensor, leaf, ()) for leaf in shared_leaves(config))
     for stack, depth in depths(config).items():
-        leaves = stack_leaves(config, stack)
-        yield from ((leaf.tensor_of(i), leaf, i) for i in range(depth) for leaf in leaves)
+        grids = [(leaf, tensor_grid(config, leaf)[1:]) for leaf in stack_leaves(config, stack)]
+        for i in range(depth):
+            for leaf, grid in grids:
+                yield from ((leaf.tensor_of(i, *rest), leaf, (i, *rest)) for rest in np.ndindex(grid))

@@ -1,7 +1,8 @@
 """What merges are made of: the bank of weights, what was measured of it, and recipes.
 
 Letters: L layers of a stack, S sources (the base first where the method needs one, then the K parents), P candidates,
-C components of a layer (attention, mlp, norm), G densities of the search grid.
+C components of a layer (attention, mlp, norm; router), E experts of a leaf of which each has a tensor, G densities of
+the search grid.
 """
 
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ class Factors:
     """What tells parents apart whose weights are low-rank changes of one base: parent k's is `base + b[k] a[k]` (see
     `merge_kernels.add_low_rank`).
 
-    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; of a leaf outside of the layers without L. A parent of lower
-    rank has zeros besides.
+    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; of a leaf outside of the layers without L, of one of which
+    each expert has a tensor with E behind K. A parent of lower rank has zeros besides.
     """
 
     a: jax.Array
@@ -78,6 +79,8 @@ class Bank:
     layers; what the kernels prepared: keep keys, `uint16[L, N, …]` and `[N, …]` for the N arrays that the method has,
     and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the density grid as last axis where the method has a
     density); without a leaf where the method prepares nothing. components: each leaf's row of the component axis.
+    expert_leaves: those of which each expert has a tensor, `[L, S, E, …]`: they are measured and merged tensor by
+    tensor, so that their tables are `[L, E, …]`.
 
     factors: leaf -> factors, of leaves in which all parents are low-rank changes of one base: of these the bank has the
     base alone, `[L, 1, …]` and `[1, …]`.
@@ -92,6 +95,7 @@ class Bank:
     components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
     stack_factors: dict[str, dict[str, Factors]] = struct.field(default_factory=dict)
     shared_factors: dict[str, Factors] = struct.field(default_factory=dict)
+    expert_leaves: frozenset[str] = struct.field(pytree_node=False, default=frozenset())
 
     @property
     def component_of(self) -> dict[str, int]:

@@ -133,14 +133,14 @@ class LazyMerge:
         """One layer's weights, rounded to the export dtype."""
         leaves, factors, keep_keys, statistics, parameters = slice_
         component = self.bank.component_of
-        return {
-            name: self._merge(
-                (leaf, factors.get(name), keep_keys.get(name)),
-                statistics.get(name, {}),
-                _pick(parameters, component[name]),
-            )
-            for name, leaf in leaves.items()
-        }
+
+        def merge(name: str, leaf: jax.Array) -> jax.Array:
+            merge_tensor = partial(self._merge, parameters=_pick(parameters, component[name]))
+            # Sources, factors and keep keys have the experts behind their own axis, statistics have them first.
+            each = jax.vmap(merge_tensor, in_axes=(1, 0)) if name in self.bank.expert_leaves else merge_tensor
+            return each((leaf, factors.get(name), keep_keys.get(name)), statistics.get(name, {}))
+
+        return {name: merge(name, leaf) for name, leaf in leaves.items()}
 
     def _merge(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
         spec, (leaf, factors, keep_keys) = self.spec, slices
@@ -235,7 +235,8 @@ def _statistics(
     component = bank.component_of
 
     def of_layer(name: str, table: Parameters, parameters: Parameters) -> Any:
-        return look_up(spec.method, table, _pick(parameters, component[name]))
+        one = partial(look_up, spec.method, parameters=_pick(parameters, component[name]))
+        return jax.vmap(one)(table) if name in bank.expert_leaves else one(table)
 
     stacks = {
         stack: {name: jax.vmap(partial(of_layer, name))(table, recipe.stacks[stack]) for name, table in tables.items()}

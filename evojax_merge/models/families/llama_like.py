@@ -155,13 +155,20 @@ def gated_mlp(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> jax.Ar
         return dense(gate * dense(x, weights, "up"), weights, "down")
 
 
-def block(
+def attention(
     config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
+    """The hidden states with what attention adds to them, and what `attend` kept."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         attn_out, kept = attend(*project_qkv(config, weights, normed, rope))
-        x = x + dense(attn_out, weights, "o")
+        return x + dense(attn_out, weights, "o"), kept
+
+
+def block(
+    config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
+) -> tuple[jax.Array, KeyValue]:
+    x, kept = attention(config, weights, x, rope, attend)
     return x + gated_mlp(config, weights, rms_norm(x, weights["mlp_norm"], config.norm_eps)), kept
 
 

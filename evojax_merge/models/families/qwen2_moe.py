@@ -1,0 +1,50 @@
+"""Qwen1.5-MoE and Qwen2-MoE: a Qwen2 with a mixture of experts, and beside it an expert that takes every token, as much
+of it as a gate of its own lets through."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from evojax_merge.models.architecture import LAYERS, Leaf
+from evojax_merge.models.config_keys import SIZE, SWITCH
+from evojax_merge.models.families.llama_like import QWEN_WINDOWS, read_config
+from evojax_merge.models.families.mixture import (
+    QWEN_EXPERTS,
+    MixtureConfig,
+    expert_leaves,
+    mixture_config,
+    mixture_of_experts,
+)
+
+SHARED = "model.layers.{layer}.mlp.shared_expert"
+WIDE = ("shared_mlp", "hidden")
+
+
+def read(hf: Mapping[str, Any]) -> MixtureConfig:
+    return mixture_config(
+        read_config("qwen2_moe", hf, qkv_bias=hf["qkv_bias"]),
+        mlp=hf["moe_intermediate_size"],
+        experts=hf["num_experts"],
+        per_token=hf["num_experts_per_tok"],
+        weights_sum_to_one=hf["norm_topk_prob"],
+        shared_mlp=hf["shared_expert_intermediate_size"],
+    )
+
+
+QWEN2_MOE = mixture_of_experts(
+    "qwen2_moe",
+    "Qwen2MoeConfig",
+    (
+        *expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        Leaf("shared_gate", f"{SHARED}.gate_proj.weight", "mlp", WIDE, LAYERS, sharded_axis=-2),
+        Leaf("shared_up", f"{SHARED}.up_proj.weight", "mlp", WIDE, LAYERS, sharded_axis=-2),
+        Leaf(
+            "shared_down", f"{SHARED}.down_proj.weight", "mlp", ("hidden", "shared_mlp"), LAYERS, sharded_axis=-1,
+            writes_residual=True,
+        ),
+        Leaf("shared_expert_gate", f"{SHARED}_gate.weight", "mlp", ("one", "hidden"), LAYERS),
+    ),
+    {"router": "mlp.gate.", "mlp": ".mlp."},
+    {},
+    QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
+    read,
+)  # fmt: skip

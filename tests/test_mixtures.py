@@ -1,0 +1,228 @@
+"""Mixtures of experts: what experts compute, merges of every expert's tensors by themselves, and what files hold."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from helpers import Family, build_family, random_model, save, state, tiny_config
+from merge_kernels import METHODS
+from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
+
+from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.config import SpaceConfig
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.write import dump_yaml, recipe_document
+from evojax_merge.models.bank import MergeSpec, take_candidate
+from evojax_merge.models.families.mixture import MixtureConfig, blocked_experts, ragged_experts
+from evojax_merge.models.sources import lazy_merge
+from evojax_merge.problem import build_space
+
+KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
+MODULES = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp", "qwen3_moe": "mlp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What experts compute
+
+
+def mixture_of(experts: int, per_token: int) -> MixtureConfig:
+    sizes: dict[str, Any] = {"hidden": 8, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 8, "vocab": 8}
+    return MixtureConfig(
+        architecture="mixtral", **sizes, windows=(8,), mlp=12, norm_eps=1e-6, activation="silu", rope=None,
+        experts=experts, experts_per_token=per_token, weights_sum_to_one=True,
+    )  # fmt: skip
+
+
+def weights_of(config: MixtureConfig, seed: int) -> dict[str, np.ndarray]:
+    rng, (e, m, h) = np.random.default_rng(seed), (config.experts, config.mlp, config.hidden)
+    shapes = {"gate": (e, m, h), "up": (e, m, h), "down": (e, h, m)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """Float64, each token and expert by itself."""
+    wide = {name: values.astype(np.float64) for name, values in weights.items()}
+    found = np.zeros((*experts.shape, x.shape[1]))
+    for n, a in np.ndindex(experts.shape):
+        gate, up, down = (wide[name][experts[n, a]] for name in ("gate", "up", "down"))
+        opened = gate @ x[n]
+        found[n, a] = down @ (opened / (1 + np.exp(-opened)) * (up @ x[n]))
+    return found
+
+
+@pytest.mark.parametrize("compute", [blocked_experts, ragged_experts])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "per_token", "crowded"),
+    [(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)],
+)
+def test_each_token_meets_its_experts(compute: Any, tokens: int, experts: int, per_token: int, crowded: bool) -> None:
+    """Alone, and for two candidates side by side. crowded: the first expert takes every token."""
+    config, rng = mixture_of(experts, per_token), np.random.default_rng(tokens)
+    chosen = np.stack([rng.permutation(experts)[:per_token] for _ in range(tokens)]).astype(np.int32)
+    if crowded:
+        chosen = np.stack([np.r_[0, 1 + rng.permutation(experts - 1)[: per_token - 1]] for _ in range(tokens)])
+    x = rng.normal(size=(tokens, config.hidden)).astype(np.float32)
+    both = [weights_of(config, seed) for seed in (0, 1)]
+    expected = [reference(weights, x, chosen) for weights in both]
+    run = jax.jit(lambda weights, x, chosen: compute(config, weights, x, chosen))
+    np.testing.assert_allclose(run(both[0], x, chosen), expected[0], rtol=1e-4, atol=1e-4)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)
+    found = jax.jit(jax.vmap(run))(stacked, np.stack([x, x]), np.stack([chosen, chosen]))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_differentiated_as_in_one_sum() -> None:
+    config, rng = mixture_of(4, 2), np.random.default_rng(3)
+    x = rng.normal(size=(90, config.hidden)).astype(np.float32)
+    chosen = jnp.stack([rng.permutation(4)[:2] for _ in range(90)]).astype(jnp.int32)
+    cotangent = rng.normal(size=(90, 2, config.hidden)).astype(np.float32)
+
+    def everywhere(weights: Any, x: jax.Array) -> jax.Array:
+        """Every expert of every token, of which those that it has are picked."""
+        gate, up = (jnp.einsum("nh,emh->nem", x, weights[name]) for name in ("gate", "up"))
+        return jnp.take_along_axis(
+            jnp.einsum("nem,ehm->neh", jax.nn.silu(gate) * up, weights["down"]), chosen[:, :, None], axis=1
+        )
+
+    def slopes(compute: Any) -> Any:
+        return jax.jit(jax.grad(lambda weights, x: (compute(weights, x) * cotangent).sum(), (0, 1)))(
+            weights_of(config, 0), x
+        )
+
+    expected = slopes(everywhere)
+    found = slopes(lambda weights, x: blocked_experts(config, weights, x, chosen))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3), found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Merges
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def mixtures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return build_family(tmp_path_factory.mktemp(request.param), tiny_config(request.param, num_hidden_layers=2))
+
+
+def found_recipe(family: Family, name: str) -> tuple[Any, dict[str, Any]]:
+    """A random candidate of a space with a group for each component of each layer: its tensors as they are scored, and
+    the recipe that is written for it."""
+    method = METHODS[name]
+    base = [family.base] if method.options.has_base else []
+    sources, decoder = open_sources([*base, *family.parents])
+    searched = {p.name: {"low": WIDE[p.name][0], "high": WIDE[p.name][1]} for p in method.parameters if p.searched}
+    document = {"method": name, "components": ["attention", "mlp", "norm"], "parameters": searched}
+    parents = [str(parent) for parent in family.parents]
+    space = build_space("space", SpaceConfig.model_validate(document), method, parents, decoder)
+    spec = MergeSpec(name, method.options, 9, "float32", space.constants)
+    genome = np.random.default_rng(2).random((1, space.dims)).astype(np.float32)
+    recipe = jax.tree.map(np.asarray, take_candidate(space.decode(genome), 0))
+    bank = load_bank(sources, decoder, spec)
+    model = jax.jit(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipe)
+    written = recipe_document(recipe, spec, decoder, str(family.base) if base else None, parents)
+    return dict(stored_tensors(model, decoder)), yaml.safe_load(dump_yaml(written))
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """A folder's tensors under the names that our files have, however its experts are stored."""
+    sources, config = open_sources([folder])
+    return dict(stored_tensors(load_stored(sources, config), config))
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "slerp"])
+def test_each_experts_tensors_are_merged_by_themselves(name: str, mixtures: Family, tmp_path: Path) -> None:
+    """The candidate out of the bank is what its recipe gives, tensor by tensor of the files."""
+    evaluated, document = found_recipe(mixtures, name)
+    written = state(merge(tmp_path, document))
+    assert set(evaluated) == set(written)
+    for tensor, values in written.items():
+        np.testing.assert_allclose(evaluated[tensor], values, rtol=2e-6, atol=1e-6, err_msg=tensor)
+
+
+def test_recipes_mean_the_same_to_mergekit(mixtures: Family, tmp_path: Path) -> None:
+    """It merges what transformers has in memory, a layer's experts packed: the same where no tensor is measured."""
+    if decoder_config(mixtures.base / "config.json").architecture == "qwen2_moe":
+        pytest.skip("mergekit does not know it, and takes its head for a tensor before the layers")
+    evaluated, document = found_recipe(mixtures, "task_arithmetic")
+    theirs = tensors_of(mergekit_merge(tmp_path, document))
+    assert set(evaluated) == set(theirs)
+    for tensor, values in theirs.items():
+        np.testing.assert_allclose(evaluated[tensor], values, rtol=1e-5, atol=1e-5, err_msg=tensor)
+
+
+def test_a_router_has_parameters_of_its_own(mixtures: Family) -> None:
+    _, document = found_recipe(mixtures, "slerp")
+    kind = decoder_config(mixtures.base / "config.json").architecture
+    rows = document["slices"][0]["parameters"]["t"]
+    assert len({row["value"] for row in rows}) == len(rows)
+    # The first filter that a name has counts.
+    names = [row["filter"] for row in rows]
+    layer = f"model.layers.0.{MODULES[kind]}"
+    router, *experts = (
+        next(i for i, wanted in enumerate(names) if wanted in tensor)
+        for tensor in (
+            f"{layer}.gate.weight",
+            f"{layer}.experts.0.w1.weight",
+            "model.layers.0.mlp.experts.gate_up_proj",
+        )
+    )
+    assert router not in experts and len(set(experts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("components", "groups"),
+    [
+        (["attention+mlp+norm"], ["attention+mlp+norm", "router"]),
+        (["attention", "router+mlp+norm"], ["attention", "router+mlp+norm"]),
+    ],
+)
+def test_a_router_may_go_with_another_component(components: list[str], groups: list[str], family: Family) -> None:
+    dense = open_sources([family.base])[1]
+    mixture = replace(dense, architecture="mixtral")
+    config = SpaceConfig.model_validate({"method": "linear", "components": components, "layers_per_group": "all"})
+    space = build_space("space", config, METHODS["linear"], ["one", "two"], mixture)
+    assert space.groups[: len(groups)] == [f"layers 0-{dense.layers - 1} {group}" for group in groups]
+    if "router" in components[-1]:
+        with pytest.raises(InputError, match=r"components: 'router'.*; expected each of attention, mlp, norm once"):
+            build_space("space", config, METHODS["linear"], ["one", "two"], dense)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) -> None:
+    """transformers has the experts of a layer packed in memory, and writes them so if it is told to."""
+    model = random_model(tiny_config(kind, num_hidden_layers=2))
+    plain = save(model, tmp_path / "plain")
+    packed = save(model, tmp_path / "packed", save_original_format=False)
+    assert any(name.endswith("experts.gate_up_proj") for name in state(packed))
+    models = [tensors_of(folder) for folder in (plain, packed)]
+    expected = state(plain)
+    assert set(models[0]) == set(models[1]) == set(expected)
+    for name, values in expected.items():
+        for found in models:
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+    rows = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in (plain, packed)]
+    assert_same_weights(merge(tmp_path, {"merge_method": "linear", "models": rows}), plain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step: 2; expected 1; layers without experts"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]; expected null or an empty list"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9; expected at most the number of experts, 4"),
+    ],
+)
+def test_what_a_mixture_cannot_be(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    tiny_config("qwen3_moe", **changes).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=said):
+        decoder_config(tmp_path / "config.json")
