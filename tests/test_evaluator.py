@@ -22,7 +22,7 @@ from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator, arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.models import decoder
-from evojax_merge.models.architecture import COMPONENTS, LAYERS, shared_leaves
+from evojax_merge.models.architecture import LAYERS, architecture_of, shared_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
@@ -93,8 +93,9 @@ class Setting:
             "weight": (0.0, 1.2), "density": (0.2, 0.8), "lambda": (0.6, 1.4), "t": (0.0, 1.0),
             "select_topk": (0.2, 1.0), "scale": (0.5, 1.5),
         }  # fmt: skip
+        components = architecture_of(self.config).components
         space = ParameterSpace(
-            method, self.parents, self.config.layers, 1, COMPONENTS, tuple((name,) for name in COMPONENTS),
+            method, self.parents, self.config.layers, 1, components, tuple((name,) for name in components),
             tuple(leaf.name for leaf in shared_leaves(self.config)),
             tuple(SearchParameter(p.name, *wide[p.name], (0.5,)) for p in method.parameters if p.searched), self.fixed,
         )  # fmt: skip

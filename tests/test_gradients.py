@@ -183,7 +183,7 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     assert_gradients_close(streamed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("kind", daily(["mistral", "qwen3"], 1))
+@pytest.mark.parametrize("kind", daily(["mistral", "qwen3", "mixtral"], 1))
 def test_other_architectures_have_gradients(kind: str, tmp_path: Path) -> None:
     setting = Setting(build_family(tmp_path, tiny_config(kind)), "task_arithmetic")
     evaluator = setting.evaluator([setting.short])

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, random_model, save, state, tiny_config
+from helpers import Family, build_family, daily, random_model, save, state, tiny_config
 from merge_kernels import METHODS
+from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
@@ -20,6 +21,7 @@ from evojax_merge.config import SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.bank import MergeSpec, take_candidate
+from evojax_merge.models.families import mixture
 from evojax_merge.models.families.mixture import MixtureConfig, blocked_experts, ragged_experts
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.problem import build_space
@@ -60,7 +62,7 @@ def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray
 @pytest.mark.parametrize("compute", [blocked_experts, ragged_experts])
 @pytest.mark.parametrize(
     ("tokens", "experts", "per_token", "crowded"),
-    [(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)],
+    daily([(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)], 2),
 )
 def test_each_token_meets_its_experts(compute: Any, tokens: int, experts: int, per_token: int, crowded: bool) -> None:
     """Alone, and for two candidates side by side. crowded: the first expert takes every token."""
@@ -105,7 +107,7 @@ def test_experts_are_differentiated_as_in_one_sum() -> None:
 # Merges
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=daily(KINDS, 1))
 def mixtures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return build_family(tmp_path_factory.mktemp(request.param), tiny_config(request.param, num_hidden_layers=2))
 
@@ -135,7 +137,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return dict(stored_tensors(load_stored(sources, config), config))
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_linear", "slerp"])
+@pytest.mark.parametrize("name", daily(["ties", "dare_linear", "slerp"], 2))
 def test_each_experts_tensors_are_merged_by_themselves(name: str, mixtures: Family, tmp_path: Path) -> None:
     """The candidate out of the bank is what its recipe gives, tensor by tensor of the files."""
     evaluated, document = found_recipe(mixtures, name)
@@ -193,11 +195,27 @@ def test_a_router_may_go_with_another_component(components: list[str], groups: l
             build_space("space", config, METHODS["linear"], ["one", "two"], dense)
 
 
+@pytest.mark.parametrize(("compute", "mlp"), [(blocked_experts, 24), (ragged_experts, 28)])
+def test_candidates_side_by_side_score_as_they_do_alone(
+    compute: Any, mlp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a CPU computes experts, and as accelerators do. mlp: a width for each, so that programs are not shared."""
+    monkeypatch.setattr(mixture, "blocked_experts", compute)
+    config = tiny_config("mixtral", num_hidden_layers=2, intermediate_size=mlp)
+    setting = Setting(build_family(tmp_path, config), "ties")
+    alone, together = (
+        setting.evaluator([setting.short], chunk=chunk).population(setting.bank, setting.spec, setting.recipes)
+        for chunk in (1, 3)
+    )
+    for metric, expected in alone.matrices["text"].items():
+        np.testing.assert_allclose(together.matrices["text"][metric], expected, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", daily(KINDS, 1))
 def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) -> None:
     """transformers has the experts of a layer packed in memory, and writes them so if it is told to."""
     model = random_model(tiny_config(kind, num_hidden_layers=2))
