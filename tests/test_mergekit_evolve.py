@@ -148,17 +148,19 @@ def test_the_base_among_the_models_counts_in_the_starting_weight_only(family4: F
 
 def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path) -> None:
     own = {"name": "own_task", "include_path": "."}
-    tasks = [own | {"weight": 2.0}, own | {"metric": "acc"}]
+    tasks = [own | {"weight": 2.0}, own | {"metric": "acc", "limit": 3}]
     path = write_config(
         tmp_path, family4, {"merge_method": "linear", "base_model": None}, tasks=tasks, limit=6, num_fewshot=2,
-        fewshot_as_multiturn=False, random_seed=7, search={"generations": 3},
+        fewshot_as_multiturn=False, random_seed=7, search={"generations": 3}, model_name="mine-1.0",
     )  # fmt: skip
     problem = open_problem(path, "search.population=4")
     assert [(task.name, task.metric, task.weight) for task in problem.full] == [
         ("own_task/acc,none", "acc,none", 2.0), ("own_task/acc", "acc,none", 1.0),
     ]  # fmt: skip
-    # Six examples to search with, and a fifth of all held out.
-    assert [(full.size, held.size) for full, held in zip(problem.full, problem.heldout, strict=True)] == [(6, 2)] * 2
+    # Six examples to search with, or three, and a fifth of all held out.
+    sizes = [(full.size, held.size) for full, held in zip(problem.full, problem.heldout, strict=True)]
+    assert sizes == [(6, 2), (3, 1)]
+    assert problem.config.out == "runs/mine-1.0"
     assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
     assert problem.search.sigma == pytest.approx(1 / 6)
     assert problem.candidates.export_dtype == "bfloat16"

@@ -37,18 +37,19 @@ class Genome(Section):
 
 
 class EvolveTask(Section):
-    """One lm-eval task; the keys from `heldout` on are ours."""
+    """One lm-eval task; the keys from `limit` on are ours."""
 
     name: Name
     weight: Real = Field(1.0, ge=-1e9, le=1e9)
     metric: Name = "acc,none"
+    limit: Whole | None = Field(None, ge=1, le=10**9)
     heldout: Heldout = HELDOUT
     include_path: Location | None = None
     on_test_set: bool = False
 
 
 class EvolveConfig(Section):
-    """The file; the keys from `search` on are ours."""
+    """The file; the keys from `search` on are ours. `model_name`: what the run folder is called."""
 
     genome: Genome
     tasks: list[EvolveTask] = Field(min_length=1, max_length=1000)
@@ -59,6 +60,9 @@ class EvolveConfig(Section):
     apply_chat_template: bool = True
     fewshot_as_multiturn: bool = True
     random_seed: Whole = Field(0, ge=0, le=MAX_SEED)
+    model_name: Name | None = Field(
+        None, pattern=r"^[\w.-]+$", description="a name of letters, digits, '.', '_' and '-'"
+    )
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export_dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
@@ -89,7 +93,7 @@ def from_mergekit_evolve(path: Path, document: dict[str, Any]) -> dict[str, Any]
         "evaluation": theirs.evaluation.model_dump(),
         "export_dtype": theirs.export_dtype,
         "seed": theirs.random_seed,
-        "out": theirs.out,
+        "out": theirs.out or (None if theirs.model_name is None else f"runs/{theirs.model_name}"),
     }
     return {key: value for key, value in ours.items() if value is not None}
 
@@ -189,8 +193,9 @@ def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
     }
     if sum(other.name == task.name for other in theirs.tasks) > 1:
         ours["name"] = f"{task.name}/{task.metric}"
-    if theirs.limit is not None:
+    limit = theirs.limit if task.limit is None else task.limit
+    if limit is not None:
         # So many that those that a candidate is scored on are `limit`, beside what is held out.
         share = 0.0 if isinstance(task.heldout, str) else task.heldout
-        ours |= {"limit": theirs.limit, "docs": max(2, math.ceil(theirs.limit / (1 - share)))}
+        ours |= {"limit": limit, "docs": max(2, math.ceil(limit / (1 - share)))}
     return {key: value for key, value in ours.items() if value is not None}

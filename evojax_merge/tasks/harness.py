@@ -130,7 +130,8 @@ class Source:
         options, chat = self.options, None
         if tokenizer is not None:
             if not tokenizer.chat_template:
-                raise InputError(self.where, "apply_chat_template: the models' tokenizer has no chat template")
+                said = "the models' tokenizer has no chat template; say apply_chat_template: false"
+                raise InputError(self.where, f"apply_chat_template: {said}")
             chat = functools.partial(_chat, tokenizer)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
