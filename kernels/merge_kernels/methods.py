@@ -525,7 +525,7 @@ METHODS: dict[str, Method] = {
             "karcher",
             (
                 Parameter(
-                    "max_iter", False, default=10, low=0, high=100, valid_min=0, valid_max=10_000, searched=False
+                    "max_iter", False, default=10, low=0, high=100, valid_min=0, valid_max=1_000_000, searched=False
                 ),
                 Parameter("tol", False, default=1e-5, low=0.0, high=1.0, valid_min=0.0, searched=False),
             ),
