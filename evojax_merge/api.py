@@ -100,13 +100,15 @@ def merge(
     seed: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    strict: bool = False,
 ) -> Path:
     """Do the merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
 
     recipe: a YAML file, or what it would say as a mapping, or as a list of mappings where it has several documents;
     relative paths then start in the working directory. dtype, seed: in place of the recipe's; of several documents, the
     dtype of the result and the seed of all. overwrite: replace `out`, if it is a model that evojax-merge wrote.
-    allow_nonfinite: merge even where a parent holds NaN or Inf.
+    allow_nonfinite: merge even where a parent holds NaN or Inf. strict: refuse keys and parameters of the recipe that
+    have no meaning, in place of a warning.
     """
     _check_dtype(dtype)
     _check_seed(seed)
@@ -115,7 +117,7 @@ def merge(
     else:
         source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with _bars_on_terminals():
-        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn)
+        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn, strict)
     return Path(out)
 
 

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import click
 
 from evojax_merge.errors import Failed, InputError, PeerLostError, printable
 from evojax_merge.interrupts import INTERRUPTED
+from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 # As config.MAX_SEED says; that file's imports are too heavy for --help.
@@ -92,19 +94,52 @@ def search(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Override the output dtype.")
-@click.option("--seed", type=SEED, help="Override the seed of random methods.")
+@click.option("--seed", "--random-seed", "seed", type=SEED, help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
-def merge(recipe: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool) -> None:
+@click.option("--strict", is_flag=True, help="Refuse keys and parameters that have no meaning, in place of a warning.")
+@click.option("--out-shard-size", type=ShardSize(), help="Split the weights into files of this size. Default: 5B.")
+@click.option(
+    "--copy-tokenizer/--no-copy-tokenizer", default=True, help="Whether OUT gets the first model's tokenizer."
+)
+@click.option("--write-model-card/--no-write-model-card", default=True, help="Whether OUT gets a card and the recipe.")
+@click.option("--transformers-cache", type=click.Path(path_type=Path), help="Where models of the hub are kept.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@without_meaning
+@click.pass_context
+def merge(
+    context: click.Context,
+    recipe: Path,
+    out: Path,
+    dtype: str | None,
+    seed: int | None,
+    overwrite: bool,
+    allow_nonfinite: bool,
+    strict: bool,
+    out_shard_size: int | None,
+    copy_tokenizer: bool,
+    write_model_card: bool,
+    transformers_cache: Path | None,
+    quiet: bool,
+) -> None:
     """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT.
 
     RECIPE may have several documents, as mergekit-multi takes them: those with a `name` are merged first, and others
     name them as models. --dtype is for the result, --seed for all documents.
+
+    The other options of mergekit-yaml (--cuda, --lazy-unpickle, …) are taken as well, and change nothing.
     """
+    if transformers_cache is not None:
+        # Before anything imports huggingface_hub.
+        os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser().resolve())
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite)
+    written = pipeline.Written(copy_tokenizer, write_model_card)
+    if out_shard_size is not None:
+        written = replace(written, max_shard_bytes=out_shard_size)
+    flags = given_without_meaning(context)
+    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite, strict, written, quiet, flags)
 
 
 @cli.command(short_help="Score stored models on tasks.")

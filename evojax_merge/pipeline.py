@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,14 @@ import jax
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.derived import reference_to
-from evojax_merge.checkpoints.writer import atomic_write, check_free, check_output, recover, require_space
+from evojax_merge.checkpoints.writer import (
+    MAX_SHARD_BYTES,
+    atomic_write,
+    check_free,
+    check_output,
+    recover,
+    require_space,
+)
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
 from evojax_merge.errors import Failed, InputError
@@ -32,6 +40,7 @@ from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_a
 from evojax_merge.mergekit.execute import Progress, merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
+from evojax_merge.mergekit.unused_keys import without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import (
     SearchProblem,
@@ -81,7 +90,7 @@ from evojax_merge.stored_models import (
     score_table,
 )
 from evojax_merge.tasks.opening import overlaps
-from evojax_merge.yaml_reader import load_yaml, parse_documents
+from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents
 
 T = TypeVar("T")
 
@@ -285,9 +294,9 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
         write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
     with prepare_stream(read_stream(folder.recipe), folder.model) as stream_plan:
-        merge_stream(
-            stream_plan, folder.model, merge_to, card=card, overwrite=True, bar=partial(_merge_bar, "exporting")
-        )
+        bar = partial(_merge_bar, "exporting")
+        write = partial(merge_to, recipe=recipe)
+        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, bar=bar)
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
@@ -315,33 +324,62 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Written:
+    """What of a merged model is written: whether with the first model's tokenizer, and with a card and the recipe; the
+    most bytes in a file of weights."""
+
+    tokenizer: bool = True
+    card: bool = True
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
 def merge(
-    recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool
-) -> None:
-    write_merge(recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]))
-    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool,
+    strict: bool = False, written: Written = Written(), quiet: bool = False, without_meaning: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """`without_meaning`: options that the command line has and that change nothing."""
+    usual, console.quiet = console.quiet, console.quiet or quiet
+    try:
+        if without_meaning:
+            _warn([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
+        write_merge(
+            recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]), strict, written
+        )
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    finally:
+        console.quiet = usual
 
 
 def write_merge(
     recipe: Path | list[Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
-    allow_nonfinite: bool, log: Log, warn: Log,
+    allow_nonfinite: bool, log: Log, warn: Log, strict: bool = False, written: Written = Written(),
 ) -> None:  # fmt: skip
-    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model."""
+    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model. What mergekit passes
+    over in a recipe is told, or refused where this is `strict`."""
     plugins.load()
     recover(out)
     check_free(out, overwrite)
-    stream = read_stream(recipe) if isinstance(recipe, Path) else parse_stream(Path("recipe"), recipe)
+    path, documents = (recipe, load_documents(recipe)) if isinstance(recipe, Path) else (Path("recipe"), recipe)
+    if not strict:
+        documents, ignored = without_unused_keys(path, documents)
+        for line in ignored:
+            warn(line)
+    stream = parse_stream(path, documents)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
-    with prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference) as stream_plan:
+    planned = prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer)
+    with planned as stream_plan:
         for line in (*stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         say_unread(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
-        _write_model(stream_plan, out, _card_of_merge(out, stream_plan, text), "merging", overwrite, inputs, merge_to)
+        card = _card_of_merge(out, stream_plan, text) if written.card else None
+        write = partial(merge_to, recipe=text if written.card else None, max_shard_bytes=written.max_shard_bytes)
+        _write_model(stream_plan, out, card, "merging", overwrite, inputs, write)
 
 
 def _write_model(
-    stream_plan: StreamPlan, out: Path, card: str, label: str, overwrite: bool, keep: Sequence[Path],
+    stream_plan: StreamPlan, out: Path, card: str | None, label: str, overwrite: bool, keep: Sequence[Path],
     write: Callable[..., T],
 ) -> T:  # fmt: skip
     """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
@@ -439,7 +477,7 @@ def _export(
     with prepare_stream(stream, out, dtype) as stream_plan:
         if card is None:
             card = _card_of_merge(out, stream_plan, text)
-        write: Callable[..., RankError | None] = merge_to
+        write: Callable[..., RankError | None] = partial(merge_to, recipe=text)
         if rank is not None:
             prepare_adapter(stream_plan, rank)
             write = partial(write_as_adapter, rank=rank)

@@ -99,14 +99,9 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Refusal:
 # Recipes. The change, and what the line has to say.
 
 RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "an unknown key": (recipe(merge_metod="ties"), ("merge_metod", "merge_method")),
     "an unknown method": (recipe(merge_method="dare_tie"), ("merge_method", "dare_tie", "'dare_ties'")),
     "a method far from any": (recipe(merge_method="xyz"), ("xyz", "linear", "slerp", "task_arithmetic")),
     "no method": ({"base_model": "base", "models": recipe()["models"]}, ("merge_method",)),
-    "an unknown parameter": (recipe(parameters={"densitty": 0.5}), ("parameters", "densitty", "'density'")),
-    "an unknown parameter of a model": (
-        one_model(weigth=1), ("models[0].parameters", "weigth", "'weight'"),
-    ),
     "a density above 1": (one_model(weight=1, density=1.5), ("density", "1.5", "[0, 1]")),
     "a density below 0": (one_model(weight=1, density=-0.1), ("density", "-0.1", "[0, 1]")),
     "a weight that is no number": (one_model(weight="much"), ("weight", "much", "number")),
@@ -117,14 +112,18 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
         recipe(merge_method="slerp", models=[{"model": m} for m in ("one", "two")], parameters={"t": 0.5}),
         ("slerp", "2", "3"),
     ),
-    "models and slices": (recipe(slices=[]), ("models", "slices")),
+    "models and slices": (recipe(slices=[{}]), ("models", "slices")),
     "no models": (recipe(models=[]), ("models", "empty")),
     "a model without a name": (recipe(models=[{"parameters": {"weight": 1}}]), ("models[0]", "model", "missing")),
     "a model that is not there": (recipe(base_model="./three"), ("./three", "no such folder")),
     "an unknown dtype": (recipe(dtype="float8"), ("dtype", "float8", "bfloat16")),
     "a switch that is none": (recipe(parameters={"normalize": "maybe"}), ("normalize", "maybe", "true or false")),
-    "a feature that is not there": (recipe(modules={}), ("modules", "not supported")),
-    "a chat template that is not one": (recipe(chat_template="alpaca"), ("chat_template", "alpaca", "chatml")),
+    "a chat template that is not one": (recipe(chat_template="vicuna"), ("chat_template", "vicuna", "chatml")),
+    "a mismatch that is none": (recipe(on_mismatch="drop"), ("on_mismatch", "'drop'", "refuse, first, skip")),
+    "a config of mergekit-moe": (
+        {"base_model": "base", "gate_mode": "hidden", "experts": []}, ("mergekit-moe", "not supported"),
+    ),
+    "a config of mergekit-evolve": ({"genome": {}, "tasks": []}, ("mergekit-evolve", "evojax-merge search")),
     "an adapter that is not there": (recipe(base_model="base+adapter"), ("base+adapter", "adapter: no such folder")),
     "two tokenizers": (recipe(tokenizer_source="union", tokenizer={}), ("tokenizer_source", "tokenizer")),
     "a token of nowhere": (
@@ -155,11 +154,21 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RECIPES)
+# What mergekit passes over, and is refused with --strict.
+UNUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "an unknown key": (recipe(merge_metod="ties"), ("merge_metod", "'merge_method'")),
+    "an unknown parameter": (recipe(parameters={"densitty": 0.5}), ("parameters", "densitty", "'density'")),
+    "an unknown parameter of a model": (
+        one_model(weight=1, weigth=1), ("models[0].parameters", "weigth", "'weight'"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*RECIPES, *UNUSED])
 def test_wrong_recipes(case: str, models: Path, refused: Refusal) -> None:
-    document, named = RECIPES[case]
+    document, named = (RECIPES | UNUSED)[case]
     path = write(models / "recipe.yaml", document)
-    line = refused("merge", path, models / "out")
+    line = refused("merge", path, models / "out", *(["--strict"] if case in UNUSED else []))
     for text in named:
         assert text in line
     assert str(path) in line

@@ -553,9 +553,6 @@ def on_base(method: str, *names: str, **more: Any) -> dict[str, Any]:
 
 
 ACCEPTED_BY_MERGEKIT: dict[str, tuple[dict[str, Any], str]] = {
-    "modules": (
-        {"merge_method": "linear", "modules": {"default": {"models": linear("one", "two")["models"]}}}, "modules:",
-    ),
     "adapter": (linear("one+adapter", "two"), r"one\+adapter: adapter: no such folder"),
     "adapter as base": (on_base("ties", "one") | {"base_model": "base+adapter"}, r"base\+adapter: adapter: no such"),
     "residual_weight": (
@@ -572,10 +569,6 @@ ACCEPTED_BY_MERGEKIT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rescale where there is none": (linear("one", "two", parameters={"rescale": True}), "rescale: unknown"),
     "density where there is none": (on_base("sce", "one", "two"), "weight: unknown"),
-    **{
-        f"{name} template": (linear("one", "two", chat_template=name), f"chat_template: '{name}'")
-        for name in ("alpaca", "exaone", "llama3", "mistral")
-    },
 }  # fmt: skip
 FAILING: dict[str, tuple[dict[str, Any], str]] = {
     "other tensors": (linear("odd_one", "odd_extra"), r"odd_extra\b.*h\..\.extra"),

@@ -358,7 +358,7 @@ def test_wrong_documents_are_refused_before_anything_is_merged(
     recipe = written(folder, documents if isinstance(documents, str) else dump_documents(documents))
     before = sorted(os.listdir(folder))
     monkeypatch.setattr("evojax_merge.mergekit.stages.write_weights", lambda *_: pytest.fail("a stage was merged"))
-    assert command("merge", recipe, folder / "out") == 2
+    assert command("merge", recipe, folder / "out", "--strict") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ") and ".evojax-merge" not in line
     assert all(part in line for part in says), line

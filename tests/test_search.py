@@ -129,6 +129,9 @@ def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
     winner = (finished / "best/model/model.safetensors").read_bytes()
     assert (tmp_path / "again/model.safetensors").read_bytes() == winner
     assert (tmp_path / "exported/model.safetensors").read_bytes() == winner
+    recipe = (finished / "best/recipe.yaml").read_text()
+    for folder in (finished / "best/model", tmp_path / "again", tmp_path / "exported"):
+        assert (folder / "mergekit_config.yml").read_text() == recipe
     run("export", finished, tmp_path / "wide", "--dtype", "float32")
     assert read_header(tmp_path / "wide/model.safetensors")["model.norm.weight"].dtype == np.float32
 

@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -220,13 +220,15 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
     A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
     names it.
     """
-    local = local_path(reference, relative_to)
+    before, _, after = reference.rpartition("@")
+    name, revision = (before, after) if before else (reference, "")
+    # What lies here has no revisions, but its name may have an @.
+    local = local_path(reference, relative_to) or local_path(name, relative_to)
     if local is not None:
         return local
-    looks_local = reference.startswith((".", "/", "~")) or reference.count("/") != 1
+    looks_local = reference.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
-    name, _, revision = reference.partition("@")
     try:
         return _download(name, revision or None)
     except InputError:
@@ -399,13 +401,16 @@ def tensor_digest(name: str, *content: np.ndarray) -> bytes:
 
 
 def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
-    """Open a model folder: one safetensors file, or shards with an index, in the order in which transformers looks.
-    dtypes: those that its tensors may have, by their names in safetensors.
+    """Open a model folder: one safetensors file, or shards with an index, in the order in which transformers looks; or
+    a safetensors file by itself, which is a model without a config or a tokenizer. dtypes: those that its tensors may
+    have, by their names in safetensors.
 
     Files beside them (another program's weights, an index that a single file has replaced) are not looked at.
     """
+    if path.is_file() and path.suffix == ".safetensors":
+        return Folder(path, read_header(path, dtypes))
     if not path.is_dir():
-        raise InputError(path, "not a folder; expected a Hugging Face model folder")
+        raise InputError(path, "not a folder; expected a Hugging Face model folder, or a safetensors file")
     index, single = path / INDEX_FILE, path / SINGLE_FILE
     if single.exists():
         return Folder(path, read_header(single, dtypes))
@@ -414,6 +419,8 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     others = sorted(set(path.glob("*.safetensors")) - set(path.glob(FOREIGN_FILES)))
     if len(others) == 1:
         return Folder(path, read_header(others[0], dtypes))
+    if others and not (path / "config.json").exists():
+        return Folder(path, _open_files(others, dtypes))
     if others:
         raise InputError(path, f"holds {len(others)} safetensors files but no {INDEX_FILE}")
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -428,10 +435,22 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     )
 
 
+def _open_files(files: Sequence[Path], dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
+    """The tensors of several files together, of which no two hold the same."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        tensors = read_header(file, dtypes)
+        twice = entries.keys() & tensors.keys()
+        if twice:
+            name = min(twice)
+            raise InputError(file, f"holds {name}, which {entries[name].file.name} holds as well")
+        entries |= tensors
+    return entries
+
+
 def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
     """The tensors of all shards that the index names, listed or not, as transformers reads them."""
     weight_map = _weight_map(index)
-    entries: dict[str, Entry] = {}
     shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
     for file, shard in shards.items():
         # The name itself must stay inside; the file may be a link (the hub's cache is made of links).
@@ -439,12 +458,7 @@ def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry
             raise InputError(index, f"weight_map points outside its folder: {shown(file)}")
         if not os.path.lexists(shard):
             raise InputError(index, f"shard {shown(file)} is missing")
-        tensors = read_header(shard, dtypes)
-        twice = entries.keys() & tensors.keys()
-        if twice:
-            name = min(twice)
-            raise InputError(shard, f"holds {name}, which {entries[name].file.name} holds as well")
-        entries |= tensors
+    entries = _open_files(list(shards.values()), dtypes)
     for name, file in weight_map.items():
         if name not in entries or entries[name].file != shards[file]:
             raise InputError(index, f"says that {name} is in {file!r}, which does not hold it")

@@ -30,7 +30,7 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[st
         if found.st_size > LIMIT_BYTES:
             raise InputError(path, f"has {found.st_size:,} bytes; expected a JSON file of at most {LIMIT_BYTES:,}")
         raw = path.read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # or `path` lies "in" a single file of weights
         if isinstance(missing, str):
             raise InputError(path, f"not found; {missing}") from None
         return dict(missing)

@@ -31,6 +31,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 # Beside the weights: what the folder holds, so that it can be told from what is somebody else's.
 MARKER = "evojax_merge.json"
 CARD = "README.md"
+# The recipe of the merge, under the name that mergekit gives it.
+RECIPE = "mergekit_config.yml"
 # The tag of our cards, in their front matter.
 TAG = "evojax-merge"
 # How a larger model's images, sounds and films are prepared.
@@ -39,7 +41,7 @@ PROCESSOR_FILES = (
 )  # fmt: skip
 # What a model folder of ours can hold that has no marker but a card of ours.
 USUAL_FILES = {
-    "config.json", "generation_config.json", CARD, SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES, *TOKENIZER_FILES,
+    "config.json", "generation_config.json", CARD, RECIPE, SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES, *TOKENIZER_FILES,
 }  # fmt: skip
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Of a large file this many evenly spaced blocks tell whether it is the one that was written.

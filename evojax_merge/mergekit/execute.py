@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from evojax_merge.checkpoints.config_file import (
 )
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of
 from evojax_merge.checkpoints.derived import open_model, parts_of, resolve_model
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, is_finite, is_float
+from evojax_merge.checkpoints.folder import is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ, with_vocabulary_size
 from evojax_merge.checkpoints.tokens import (
@@ -42,22 +42,27 @@ from evojax_merge.checkpoints.tokens import (
     load_tokenizer,
     vocabulary_warnings,
 )
-from evojax_merge.checkpoints.writer import CARD, PROCESSOR_FILES, ShardWriter, TensorSpec, atomic_folder, write_marker
+from evojax_merge.checkpoints.writer import (
+    CARD,
+    MAX_SHARD_BYTES,
+    PROCESSOR_FILES,
+    RECIPE,
+    ShardWriter,
+    TensorSpec,
+    atomic_folder,
+    write_marker,
+)
 from evojax_merge.errors import InputError
-from evojax_merge.mergekit.plan import Layout, TensorPlan, layout, output_layers, plan
-from evojax_merge.mergekit.schema import RecipeFile, TokenizerSetting
+from evojax_merge.mergekit.modules import module_kind
+from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
+from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
+from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
 
 Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
-# What architectures call their number of layers.
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class MergePlan:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
     `leader`: the folder whose names of tensors, settings of generation and, where only text decoders are merged, other
-    modules the result has. `tokenizer`: the folder whose tokenizer is copied. `config`: the merged decoder's, but for
-    the dtype.
+    modules the result has. `tokenizer`: the folder whose tokenizer is copied; None: none is written. `config`: the
+    merged decoder's, but for the dtype.
     """
 
     recipe: RecipeFile
@@ -74,7 +79,7 @@ class MergePlan:
     rows: tuple[TensorPlan, ...]
     specs: dict[str, TensorSpec]
     leader: DecoderFolder
-    tokenizer: Path
+    tokenizer: Path | None
     chat_template: str | None
     config: dict[str, Any]
     allow_nonfinite: bool
@@ -85,7 +90,8 @@ class MergePlan:
         folders = self.sources.folders
         files = [file.resolve() for folder in folders for file in folder.files]
         parts = [part for folder in folders for part in parts_of(folder.path)]
-        return [*parts, *files, self.tokenizer, self.recipe.path]
+        others = [self.recipe.path] if self.tokenizer is None else [self.tokenizer, self.recipe.path]
+        return [*parts, *files, *others]
 
     @property
     def nbytes(self) -> int:
@@ -98,18 +104,20 @@ def prepare(
     seed: int | None = None,
     allow_nonfinite: bool = False,
     find: Callable[[object, str, Path], Path] = resolve_model,
+    copy_tokenizer: bool = True,
 ) -> MergePlan:
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
-    a model lies."""
+    a model lies; without `copy_tokenizer` none is written but one that the recipe asks for."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
     sources, layouts, tied = _open(recipe, paths, choice)
-    _check_same_tensors(sources, layouts)
+    _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
-    rows = [replace(row, name=leader.names.in_file(row.name)) for row in plan(recipe, layouts)]
-    wanted = FLOAT_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
+    planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
+    rows = [replace(row, name=leader.names.in_file(row.name)) for row in planned]
+    wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
     for row in rows:
         _check_inputs(recipe, sources, row)
@@ -121,7 +129,8 @@ def prepare(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
-    _check_configs(sources)
+    if recipe.on_mismatch == "refuse":
+        _check_configs(sources)
     if sources.vocabulary is None:
         sources = replace(sources, warnings=vocabulary_warnings([folder.path for folder in sources.folders]))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
@@ -131,9 +140,11 @@ def prepare(
         raise InputError(
             recipe.where, "tokenizer_source: expected the model of other_modules, whose images have tokens of its own"
         )
-    tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
-    if template is not None:
-        load_tokenizer(tokenizer)  # it is written anew, with the template
+    tokenizer, template = None, None
+    if copy_tokenizer or vocabulary is not None:
+        tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
+        if template is not None:
+            load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
         recipe, sources, tuple(rows), specs, leader, tokenizer, template,
         _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite,
@@ -165,38 +176,65 @@ def _merged_config(
     if sources.vocabulary is not None:
         config = with_vocabulary_size(config, sources.vocabulary.size)
     number = sources.folders.index(leader)
-    layers = sum(len(rows) for rows in layouts[number].stacks.values())
-    origins = output_layers(recipe, layouts)
-    if recipe.slices[0].count is None or origins == [(number, i) for i in range(layers)]:
-        return config
-    depth = next((key for key in _depth_keys(config) if config.get(key, layers) == layers), None)
-    if depth is None:
-        raise InputError(
-            leader.path / "config.json",
-            f"does not say that there are {layers} layers (by {', '.join(DEPTHS)}); slices: cannot change their number",
-        )
-    configs = [folder.config for folder in sources.folders]
-    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
-    if any(len(set(own)) > 1 for own in kinds):
-        # Configs may leave a layer's kind to its number, which changes here.
-        configs = [own | {"layer_types": types} for own, types in zip(configs, kinds, strict=True)]
-        config["layer_types"] = configs[number]["layer_types"]
-    config[depth] = len(origins)
-    for key, value in config.items():
-        # What is said once per layer, such as layer_types.
-        if "layer" in key and isinstance(value, list) and len(value) == layers:
-            config[key] = [_of_layer(sources.folders[model], configs[model], key, i) for model, i in origins]
+    for module, own in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
+        layers = sum(len(rows) for rows in own[number].stacks.values())
+        origins = output_layers(recipe, module, own)
+        if module.slices[0].count is not None and origins != [(number, i) for i in range(layers)]:
+            _set_depth(config, sources, number, module_kind(module.name).depths, layers, origins)
     return config
 
 
-def _depth_keys(config: Mapping[str, Any]) -> Sequence[str]:
-    """What a config can call its number of layers, also where it leaves that to its class's default."""
-    architecture = known_architecture(config.get("model_type"))
-    return [key for key in DEPTHS if key in (config if architecture is None else architecture.keys)]
+def _with_layer_types(sources: Sources) -> list[dict[str, Any]]:
+    """The sources' configs, in which each layer's kind is said where decoders leave it to its number: slices change
+    that."""
+    configs = [folder.config for folder in sources.folders]
+    kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
+    if any(len(set(own)) > 1 for own in kinds):
+        return [own | {"layer_types": types} for own, types in zip(configs, kinds, strict=True)]
+    return configs
 
 
-def _of_layer(folder: Folder, config: Mapping[str, Any], key: str, layer: int) -> Any:
-    values = config.get(key)
+def _set_depth(
+    config: dict[str, Any],
+    sources: Sources,
+    leader: int,
+    depths: Sequence[str],
+    layers: int,
+    origins: Sequence[tuple[int, int]],
+) -> None:
+    """Write the number of layers into the config of source number `leader`, under the one of the keys (`section.key` or
+    `key`) that tells of its `layers`, and what is said once per layer, such as layer_types, as the sources say it of
+    `origins`."""
+    configs, architecture = _with_layer_types(sources), known_architecture(config.get("model_type"))
+    config.update({key: configs[leader][key] for key in ("layer_types",) if key in configs[leader]})
+
+    def section_of(config: Mapping[str, Any], name: str) -> Any:
+        return config if not name else config.get(name)
+
+    for name, _, depth in (key.rpartition(".") for key in depths):
+        section = section_of(config, name)
+        if not isinstance(section, dict):
+            continue
+        # A decoder's config may leave its depth to its class's default.
+        known = section if name or architecture is None else architecture.keys
+        if depth not in known or section.get(depth, layers) != layers:
+            continue
+        changed = {**section, depth: len(origins)}
+        for key, value in section.items():
+            if "layer" in key and isinstance(value, list) and len(value) == layers:
+                changed[key] = [
+                    _of_layer(sources.folders[model], section_of(configs[model], name), key, i) for model, i in origins
+                ]
+        config.update({name: changed} if name else changed)
+        return
+    raise InputError(
+        sources.folders[leader].path / "config.json",
+        f"does not say that there are {layers} layers (by {', '.join(depths)}); slices: cannot change their number",
+    )
+
+
+def _of_layer(folder: DecoderFolder, section: Any, key: str, layer: int) -> Any:
+    values = section.get(key) if isinstance(section, dict) else None
     if not isinstance(values, list) or layer >= len(values):
         raise InputError(folder.path / "config.json", f"{key}: {values!r}; expected a list with an entry per layer")
     return values[layer]
@@ -226,7 +264,7 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> Tokenize
 
 
 def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
-    """The Jinja template that the recipe asks for: its own, ChatML, or the one that most of the models have."""
+    """The Jinja template that the recipe asks for: its own, one by name, or the one that most of the models have."""
     wanted = recipe.chat_template
     if wanted is None:
         return None
@@ -236,10 +274,11 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
         except ChatTemplateError as error:
             raise InputError(recipe.where, f"chat_template: not a Jinja template ({error})") from None
         return wanted
-    if wanted == "chatml":
-        return CHATML
+    if wanted in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[wanted]
     if wanted != "auto":
-        raise InputError(recipe.where, f"chat_template: {wanted!r}; expected auto, chatml or a Jinja template")
+        known = ", ".join(CHAT_TEMPLATES)
+        raise InputError(recipe.where, f"chat_template: {wanted!r}; expected auto, {known} or a Jinja template")
     templates = [getattr(load_tokenizer(path), "chat_template", None) for path in paths]
     found = [template.strip() for template in templates if isinstance(template, str)]
     return max(found, key=found.count) if found else None
@@ -314,8 +353,30 @@ def _check_configs(sources: Sources) -> None:
             check_alike(sources.folders)
 
 
-def _check_same_tensors(sources: Sources, layouts: list[Layout]) -> None:
-    """All models have the same tensors, but for the number of their layers."""
+def _mismatch(recipe: RecipeFile, tensor: str) -> str:
+    """What becomes of a tensor that not all models have alike: one of `ON_MISMATCH`."""
+    return str(evaluate_setting(recipe.where, tensor, recipe.on_mismatch, 0.0) or "refuse")
+
+
+def _fitting(
+    recipe: RecipeFile, sources: Sources, name: str, inputs: Sequence[tuple[int, str]]
+) -> Sequence[tuple[int, str]]:
+    """Of the inputs of a tensor those that are merged: all, unless one is missing or has not the shape of the first and
+    the recipe allows for that."""
+
+    def shape(source: int, own: str) -> tuple[int, ...] | None:
+        there = sources.name_in(source, own) in sources.folders[source].entries
+        return sources.shape(source, own) if there else None
+
+    expected = shape(*inputs[0])
+    alike = [pair for pair in inputs if shape(*pair) == expected]
+    if len(alike) == len(inputs):
+        return inputs
+    return {"refuse": inputs, "first": inputs[:1], "skip": alike}[_mismatch(recipe, name)]
+
+
+def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layout]) -> None:
+    """All models have the same tensors, but for the number of their layers and what the recipe lets differ."""
     first = sources.folders[0].path
 
     def kinds(one: Layout) -> dict[tuple[str, ...], str]:
@@ -330,6 +391,7 @@ def _check_same_tensors(sources: Sources, layouts: list[Layout]) -> None:
     for folder, other in zip(sources.folders[1:], layouts[1:], strict=True):
         own = kinds(other)
         differing = sorted((expected | own)[kind] for kind in set(own) ^ set(expected))
+        differing = [name for name in differing if _mismatch(recipe, name) == "refuse"]
         if differing:
             listed = ", ".join(differing[:10])
             more = f" and {len(differing) - 10} more" if len(differing) > 10 else ""
@@ -372,7 +434,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
                 if not is_finite(values):
                     where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
-        if method.name == "passthrough" and row.parameters["scale"][0] == 1:
+        if row.copied or (method.name == "passthrough" and row.parameters["scale"][0] == 1):
             return np.array(tensors[0], dtype)
         first = int(row.options.has_base)
 
@@ -423,16 +485,21 @@ def merge_to(
     merge_plan: MergePlan,
     target: Path,
     *,
-    card: str,
+    card: str | None,
+    recipe: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     check: Callable[[], None] = lambda: None,
     progress: Progress = lambda done: None,
 ) -> None:
-    """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`."""
+    """Write the merged model as a Hugging Face folder that appears complete or not at all; see `atomic_folder`. `card`
+    and `recipe` are the texts of the model's card and of its recipe, None: no such file."""
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
-        write_weights(merge_plan, folder, progress)
+        write_weights(merge_plan, folder, progress, max_shard_bytes)
         _write_small_files(merge_plan, folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        for name, text in ((CARD, card), (RECIPE, recipe)):
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
         write_marker(folder)
 
 
@@ -443,9 +510,11 @@ def write_outline(merge_plan: MergePlan, folder: Path) -> None:
     _write_small_files(merge_plan, folder)
 
 
-def write_weights(merge_plan: MergePlan, folder: Path, progress: Progress) -> None:
+def write_weights(
+    merge_plan: MergePlan, folder: Path, progress: Progress, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Merge all tensors, and write them as the safetensors files of a model folder."""
-    with ShardWriter(folder, merge_plan.specs) as writer:
+    with ShardWriter(folder, merge_plan.specs, max_shard_bytes) as writer:
         for name, tensor in zip(writer.order, merged_tensors(merge_plan, writer.order), strict=True):
             writer.write(name, tensor)
             progress(merge_plan.specs[name].nbytes)
@@ -465,6 +534,8 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
+    if merge_plan.tokenizer is None:
+        return
     vocabulary = merge_plan.sources.vocabulary
     made = vocabulary is not None and vocabulary.copied is None
     if made or merge_plan.chat_template is not None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,18 @@ import numpy as np
 from merge_kernels import Method, Options, Parameter, Rescale
 
 from evojax_merge.errors import InputError
-from evojax_merge.mergekit.schema import MAX_NUMBER, RecipeFile, Setting, Settings, Slice, Source, checked_mapping
+from evojax_merge.mergekit.modules import MODULES, module_of
+from evojax_merge.mergekit.schema import (
+    FILTER_KEYS,
+    MAX_NUMBER,
+    Module,
+    RecipeFile,
+    Setting,
+    Settings,
+    Slice,
+    Source,
+    checked_mapping,
+)
 
 # A layer's number inside a tensor's name, in the architectures that number their layers: the outermost, where a layer's
 # parts are numbered too (T5: `encoder.block.3.layer.0`).
@@ -24,29 +35,48 @@ BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)
 @dataclass(frozen=True)
 class TensorPlan:
     """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one;
-    gain_offset: what is added to a tensor before a passthrough merge scales it, and taken off again."""
+    gain_offset: what is added to a tensor before a passthrough merge scales it, and taken off again; copied: the only
+    input is taken as it is, whatever the method does."""
 
     name: str
     inputs: tuple[tuple[int, str], ...]
     options: Options
     parameters: dict[str, np.ndarray]
     gain_offset: float = 0.0
+    copied: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings -> numbers
 
 
-def _endpoint(value: Any) -> Any:
-    """A gradient's entry: YAML reads 1e-3 as text (1.0e-3 would be a number)."""
+def read_number(value: Any) -> Any:
+    """A text that is a number as that number (to YAML 1e-3 is a text, and 1.0e-3 a number); all else as it is."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any:
-    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches."""
+# As pydantic, and so mergekit, reads them.
+SWITCHES = {
+    **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
+    **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
+}
+
+
+def read_switch(value: Any) -> Any:
+    """True and false as a number or a text may say them; all else as it is."""
+    if isinstance(value, str):
+        return SWITCHES.get(value.lower(), value)
+    return bool(value) if value in (0, 1) else value
+
+
+def evaluate_setting(
+    where: str, tensor: str, setting: Setting, t: float, read: Callable[[Any], Any] = read_number
+) -> Any:
+    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches. `read` is
+    called with the entries of a gradient; if all are numbers then, they are interpolated."""
     if isinstance(setting, dict):
         setting = [setting]
     if not isinstance(setting, list):
@@ -54,7 +84,7 @@ def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any
     if not setting:
         return None
     if all(isinstance(entry, (int, float, str)) for entry in setting):
-        setting = [_endpoint(entry) for entry in setting]
+        setting = [read(entry) for entry in setting]
         if any(isinstance(entry, (bool, str)) for entry in setting):
             return setting[int(t * (len(setting) - 1))]
         position = t * (len(setting) - 1)
@@ -63,10 +93,10 @@ def evaluate_setting(where: str, tensor: str, setting: Setting, t: float) -> Any
         share = position - low
         return (1 - share) * setting[low] + share * setting[high]
     for row in setting:
-        row = checked_mapping(where, row, {"filter", "value"})
+        row = checked_mapping(where, row, FILTER_KEYS)
         wanted = row.get("filter")
         if wanted in (None, "*") or wanted in tensor:
-            return evaluate_setting(where, tensor, row.get("value"), t)
+            return evaluate_setting(where, tensor, row.get("value"), t, read)
     return None
 
 
@@ -109,16 +139,16 @@ def options_from(where: str, method: Method, switches: Mapping[str, Any], has_ba
 
 
 def _resolve(
-    recipe: RecipeFile, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
+    recipe: RecipeFile, module: Module, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
 ) -> tuple[Options, dict[str, np.ndarray]]:
     """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
     where, method = recipe.where, recipe.method
-    shared = (part.settings, recipe.settings)
+    shared = (part.settings, module.settings, recipe.settings)
 
-    def value(name: str, scopes: Sequence[Settings], tensor: str) -> Any:
+    def value(name: str, scopes: Sequence[Settings], tensor: str, read: Callable[[Any], Any] = read_number) -> Any:
         for scope in scopes:
             if name in scope:
-                found = evaluate_setting(where, tensor, scope[name], t)
+                found = evaluate_setting(where, tensor, scope[name], t, read)
                 if found is not None:
                     return found
         return None
@@ -139,7 +169,7 @@ def _resolve(
             values = parameter(spec, shared, tensor, "the merge")
         # float64: a density such as 0.537 must count the entries that 537/1000 counts.
         parameters[spec.name] = np.asarray(values, np.float64)
-    switches = {name: value(name, shared, tensor) for name in method.yaml_options}
+    switches = {name: read_switch(value(name, shared, tensor, read_switch)) for name in method.yaml_options}
     options = options_from(where, method, switches, method.uses_base(part.base is not None))
     complaint = method.validate(options, parameters)
     if complaint is not None:
@@ -159,6 +189,11 @@ class Layout:
     outside: tuple[str, ...]
     stacks: Mapping[str, Mapping[int, tuple[str, ...]]]
 
+    def names(self) -> list[str]:
+        """All names, in full."""
+        layers = [(head, i, tails) for head, rows in self.stacks.items() for i, tails in rows.items()]
+        return [*self.outside, *(f"{head}{i}{tail}" for head, i, tails in layers for tail in tails)]
+
 
 def layout(tensors: Sequence[str]) -> Layout:
     outside, stacks = [], dict[str, dict[int, list[str]]]()
@@ -172,27 +207,73 @@ def layout(tensors: Sequence[str]) -> Layout:
     return Layout(tuple(outside), fixed)
 
 
-def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorPlan]:
-    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor."""
+def module_layouts(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[list[Layout]]:
+    """For each module of the recipe what each model has of it. Raises InputError for a tensor that is in none of the
+    modules, and for a module without tensors."""
+    modules = [module.name for module in recipe.modules]
+    if modules == ["default"]:
+        return [list(layouts)]
+    parts: list[list[list[str]]] = [[[] for _ in layouts] for _ in modules]
+    for model, own in enumerate(layouts):
+        for tensor in own.names():
+            number = module_of(tensor, modules)
+            if number is None:
+                known = f"by {', '.join(MODULES)}, or by how the names of their tensors begin"
+                raise InputError(recipe.where, f"modules: none has {tensor}; expected all parts of the model ({known})")
+            parts[number][model].append(tensor)
+    for name, models in zip(modules, parts, strict=True):
+        if not any(models):
+            raise InputError(recipe.where, f"modules.{name}: the models have no tensor of it")
+    return [[layout(names) for names in models] for models in parts]
+
+
+# Of the inputs of an output tensor, which are (model index, tensor name), those that are merged.
+Fitting = Callable[[str, Sequence[tuple[int, str]]], Sequence[tuple[int, str]]]
+
+
+def plan(
+    recipe: RecipeFile, layouts: Sequence[Layout], fitting: Fitting = lambda name, inputs: inputs
+) -> list[TensorPlan]:
+    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor.
+
+    The merged model has the tensors of its first model, which is the base where there is one. `fitting` is given the
+    name of each and its inputs, the first model's first, and says which of them are merged: the first, and any others.
+    Where that is the first alone, or too few for the method, the first is taken as it is.
+    """
+    rows: list[TensorPlan] = []
+    for module, own in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
+        rows += _plan_module(recipe, module, own, fitting)
+    return rows
+
+
+def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], fitting: Fitting) -> list[TensorPlan]:
     index = {model: i for i, model in enumerate(recipe.models)}
     method = recipe.method
     rows = []
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
-        # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
-        first = method.base != "parent" or method.name == "slerp"
-        ordered = sorted(inputs, key=lambda pair: pair[0].model != part.base) if first else inputs
+        base_first = sorted(inputs, key=lambda pair: pair[0].model != part.base)
+        pairs = [(index[source.model], own) for source, own in base_first]
+        chosen = set(fitting(name, pairs))
         has_base = method.uses_base(part.base is not None)
-        options, parameters = _resolve(recipe, part, ordered[int(has_base) :], name, t)
-        offset = next((offset for text, offset in recipe.gain_offsets.items() if text in ordered[0][1]), 0.0)
-        inputs_by_index = tuple((index[source.model], own) for source, own in ordered)
+        too_few = len(chosen) == 1 or len(chosen) - int(has_base) < method.min_parents
+        if len(chosen) < len(pairs) and too_few:
+            rows.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
+            return
+        # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
+        ordered = base_first if method.base != "parent" or method.name == "slerp" else inputs
+        merged = [(source, own) for source, own in ordered if (index[source.model], own) in chosen]
+        options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t)
+        offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)
+        inputs_by_index = tuple((index[source.model], own) for source, own in merged)
         rows.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
 
-    if recipe.slices[0].count is None:
-        part = recipe.slices[0]
-        own = layouts[index[part.sources[0].model]]
+    if module.slices[0].count is None:
+        part = module.slices[0]
+        first = _first(part).model
+        own = layouts[index[first]]
         for source in part.sources:
-            _check_depth(recipe, source.model, layouts[index[source.model]], part.sources[0].model, own)
+            _check_depth(recipe, source.model, layouts[index[source.model]], first, own)
         for name in own.outside:
             add(name, [(source, name) for source in part.sources], part, 0.0)
         for head, layers in own.stacks.items():
@@ -203,24 +284,29 @@ def plan(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[TensorPlan]:
                     add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
         return rows
 
-    for name in layouts[index[recipe.ends or recipe.slices[0].sources[0].model]].outside:
-        part = recipe.slices[0] if BEFORE_LAYERS.search(name) else recipe.slices[-1]
+    for name in layouts[index[recipe.ends or _first(module.slices[0]).model]].outside:
+        part = module.slices[0] if BEFORE_LAYERS.search(name) else module.slices[-1]
         if recipe.ends is not None:
             part = Slice(0, (Source(recipe.ends, 0, {}),), {}, part.base)
         add(name, [(source, name) for source in part.sources], part, 0.0)
     done = 0
-    for part in recipe.slices:
+    for part in module.slices:
         assert part.count is not None
         head = _one_stack(recipe, part, layouts, index)
+        first_source = _first(part)
         for offset in range(part.count):
             # A gradient over a single layer takes its last value, as mergekit does.
             t = offset / (part.count - 1) if part.count > 1 else 1.0
-            tails = layouts[index[part.sources[0].model]].stacks[head][part.sources[0].first + offset]
-            for tail in tails:
+            for tail in layouts[index[first_source.model]].stacks[head][first_source.first + offset]:
                 inputs = [(source, f"{head}{source.first + offset}{tail}") for source in part.sources]
                 add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
     return rows
+
+
+def _first(part: Slice) -> Source:
+    """The source whose tensors a slice has: its base where that is one, else the first."""
+    return min(part.sources, key=lambda source: source.model != part.base)
 
 
 def _check_depth(recipe: RecipeFile, model: str, found: Layout, first: str, expected: Layout) -> None:
@@ -251,11 +337,11 @@ def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index
     return head
 
 
-def output_layers(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
-    """For each layer of the merged model the model and the layer that it stands for: its slice's first source's."""
+def output_layers(recipe: RecipeFile, module: Module, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
+    """For each layer of a merged module the model and the layer that it stands for: its slice's first source's."""
     index = {model: i for i, model in enumerate(recipe.models)}
     origins = []
-    for part in recipe.slices:
+    for part in module.slices:
         model = index[part.sources[0].model]
         stacks = layouts[model].stacks
         count = part.count if part.count is not None else max((len(layers) for layers in stacks.values()), default=0)

@@ -2,11 +2,12 @@
 
 Five settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
 `rescale: density` (the DARE paper's 1/density), which it refuses; `other_modules`, the model whose other modules the
-result has where text decoders alone are merged; and two of a passthrough merge of slices: `ends`, the model whose
-embedding and head it has, and `gain_offsets`, what is added to tensors before `scale` multiplies them, and then taken
-off again.
+result has where text decoders alone are merged; `on_mismatch`, what becomes of tensors that not all models have alike;
+and two of a passthrough merge of slices: `ends`, the model whose embedding and head it has, and `gain_offsets`, what is
+added to tensors before `scale` multiplies them, and then taken off again.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,27 @@ from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.yaml_reader import load_yaml
 
+# The keys of each section.
 TOP_KEYS = {
-    "merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets", "other_modules",
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "chat_template", "random_seed", "ends", "gain_offsets",
+    "other_modules", "on_mismatch",
 }  # fmt: skip
-REFUSED_KEYS = {"modules"}
+MODULE_KEYS = {"models", "slices", "parameters"}
+SLICE_KEYS = {"sources", "parameters", "base_model"}
+MODEL_KEYS = {"model", "parameters"}
+SOURCE_KEYS = MODEL_KEYS | {"layer_range"}
+FILTER_KEYS = {"filter", "value"}
+REFERENCE_KEYS = {"model", "lora"}
+PATH_KEYS = {"path", "revision"}
+TOKENIZER_KEYS = {"source", "tokens", "pad_to_multiple_of"}
+TOKEN_KEYS = {"source", "force"}
+TOKEN_SOURCE_KEYS = {"kind", "model", "token", "token_id"}
+# Of which of these a recipe has one.
+FORMS = ("models", "slices", "modules")
+# Merging is done in float32; float64 is what the result may be written in.
+RECIPE_DTYPES = FLOAT_DTYPES | {"float64": np.dtype(np.float64)}
+ON_MISMATCH = ("refuse", "first", "skip")
 # The seed is a word of the random numbers' key; the same bound holds for a search.
 MAX_SEED = 2**63 - 1
 # Merging is done in float32.
@@ -57,6 +74,16 @@ class Slice:
 
 
 @dataclass(frozen=True)
+class Module:
+    """What some of a model's tensors are made of: of all (`default`), or of those that `mergekit.modules` gives to a
+    module of this name. A whole model is a single slice without a count."""
+
+    name: str
+    slices: tuple[Slice, ...]
+    settings: Settings
+
+
+@dataclass(frozen=True)
 class TokenSetting:
     """What the `tokenizer` section says of one token: zeros (`model` None), or a model's row for it or for another
     token."""
@@ -80,13 +107,13 @@ class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
     of `path`; `where` is what messages call the recipe; gain_offsets: a filter -> what is added to its tensors;
     other_modules: only the models' text decoders are merged, and the other modules are those of this model (None: whole
-    models are merged)."""
+    models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words."""
 
     path: Path
     where: str
     method: Method
     base: str | None
-    slices: tuple[Slice, ...]
+    modules: tuple[Module, ...]
     settings: Settings
     dtype: str | None
     out_dtype: str | None
@@ -96,24 +123,24 @@ class RecipeFile:
     ends: str | None = None
     gain_offsets: Mapping[str, float] = field(default_factory=dict)
     other_modules: str | None = None
+    on_mismatch: Setting = "refuse"
 
     @property
     def models(self) -> list[str]:
         """Every model referred to, the base first, each once."""
         named = [model for model in (self.base, self.ends) if model is not None]
-        for part in self.slices:
-            named += [source.model for source in part.sources]
+        for module in self.modules:
+            for part in module.slices:
+                named += [source.model for source in part.sources]
         named += [] if self.other_modules is None else [self.other_modules]
         return list(dict.fromkeys(named))
 
 
-def checked_mapping(where: str, value: Any, known: set[str], refused: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
     """The value as a mapping of known keys. Raises InputError for anything else, naming the first key that is not."""
     if not isinstance(value, dict):
         raise InputError(where, f"expected a mapping, found {type(value).__name__}")
     for key in value:
-        if key in refused:
-            raise InputError(where, f"{key}: is not supported")
         if key not in known:
             raise InputError(where, f"{key}: unknown key{did_you_mean(str(key), known)}")
     return value
@@ -132,40 +159,86 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where` is what messages call the
     recipe, None: the path."""
     where = str(path) if where is None else where
-    top = checked_mapping(where, document, TOP_KEYS, REFUSED_KEYS)
+    top = checked_mapping(where, document, TOP_KEYS)
     name = top.get("merge_method")
     if not isinstance(name, str):
         raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
         raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name]
-    for key in ("dtype", "out_dtype"):
-        if top.get(key) is not None and top[key] not in [*FLOAT_DTYPES]:
-            raise InputError(where, f"{key}: {top[key]!r}; expected one of {', '.join(FLOAT_DTYPES)}")
-    if ("models" in top) == ("slices" in top):
-        raise InputError(where, "expected exactly one of the keys models, slices")
     base = top.get("base_model")
     base = None if base is None else _reference(f"{where}: base_model", base)
-    if "models" in top:
-        sources = [_source(f"{where}: models[{i}]", row, method, {"model"}) for i, row in _rows(where, top, "models")]
-        slices = [Slice(None, _with_base(sources, base), {}, base)]
+    form = _form(where, top, FORMS)
+    if form == "modules":
+        rows = top["modules"]
+        if not isinstance(rows, dict):
+            raise InputError(where, "modules: expected a mapping from modules' names to their models or slices")
+        modules = [_module(f"{where}: modules.{key}", str(key), row, method, base) for key, row in rows.items()]
     else:
-        slices = [_slice(f"{where}: slices[{i}]", row, method, base) for i, row in _rows(where, top, "slices")]
+        modules = [Module("default", _slices(f"{where}: ", top, form, method, base), {})]
     seed = top.get("random_seed", 0)
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise InputError(where, f"random_seed: {seed!r}; expected a whole number from 0 to {MAX_SEED}")
     chat = top.get("chat_template")
     if chat is not None and not isinstance(chat, str):
-        raise InputError(where, "chat_template: expected auto, chatml or a Jinja template")
+        raise InputError(where, "chat_template: expected auto, a template's name or a Jinja template")
+    dtype, out_dtype = (_dtype(where, key, top.get(key)) for key in ("dtype", "out_dtype"))
     recipe = RecipeFile(
-        path, where, method, base, tuple(slices), _settings(f"{where}: parameters", top.get("parameters"), method),
-        top.get("dtype"), top.get("out_dtype"), _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
+        path, where, method, base, tuple(modules), _settings(f"{where}: parameters", top.get("parameters"), method),
+        dtype, out_dtype, _tokenizer(where, top), chat or None, seed, _ends(where, top, method),
         _gain_offsets(where, top, method),
         None if top.get("other_modules") is None else _reference(f"{where}: other_modules", top["other_modules"]),
+        _on_mismatch(where, top.get("on_mismatch")),
     )  # fmt: skip
-    for part in recipe.slices:
-        _check_models(where, method, part)
+    for module in recipe.modules:
+        for part in module.slices:
+            _check_models(where, method, part)
     return recipe
+
+
+def _form(where: str, section: dict[str, Any], forms: Sequence[str]) -> str:
+    """Which of the forms a section has. One that says nothing does not count, unless there is no other."""
+    given = [form for form in forms if section.get(form)] or [form for form in forms if form in section]
+    if len(given) != 1:
+        raise InputError(where, f"expected exactly one of the keys {', '.join(forms)}")
+    return given[0]
+
+
+def _module(where: str, name: str, row: Any, method: Method, base: str | None) -> Module:
+    row = checked_mapping(where, row, MODULE_KEYS)
+    form = _form(where, row, FORMS[:2])
+    settings = _settings(f"{where}.parameters", row.get("parameters"), method)
+    return Module(name, _slices(f"{where}.", row, form, method, base), settings)
+
+
+def _slices(prefix: str, section: dict[str, Any], form: str, method: Method, base: str | None) -> tuple[Slice, ...]:
+    """The slices of a section that has models or slices. prefix: what messages call the section, up to its keys."""
+    rows = section[form]
+    if not isinstance(rows, list) or not rows:
+        raise InputError(prefix.rstrip(".: "), f"{form}: expected a list that is not empty")
+    if form == "slices":
+        return tuple(_slice(f"{prefix}slices[{i}]", row, method, base) for i, row in enumerate(rows))
+    sources = [_source(f"{prefix}models[{i}]", row, method, MODEL_KEYS) for i, row in enumerate(rows)]
+    return (Slice(None, _with_base(sources, base), {}, base),)
+
+
+def _dtype(where: str, key: str, value: Any) -> str | None:
+    """The name of a dtype, which may be written as torch's (torch.bfloat16)."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    if name is not None and name not in [*RECIPE_DTYPES]:
+        raise InputError(where, f"{key}: {value!r}; expected one of {', '.join(RECIPE_DTYPES)}")
+    return name
+
+
+def _on_mismatch(where: str, value: Any) -> Setting:
+    setting = "refuse" if value is None else value
+    rows = setting if isinstance(setting, list) else [setting]
+    for row in rows:
+        word = checked_mapping(f"{where}: on_mismatch", row, FILTER_KEYS).get("value") if row is not setting else row
+        if word not in ON_MISMATCH:
+            expected = f"one of {', '.join(ON_MISMATCH)}, or a list of {{filter: …, value: …}}"
+            raise InputError(where, f"on_mismatch: {word!r}; expected {expected}")
+    return setting
 
 
 def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
@@ -213,32 +286,46 @@ def check_parent_count(where: str, method: Method, parents: int) -> None:
         raise InputError(where, f"{method.name} takes {many} models{besides}, found {parents}")
 
 
-def _rows(where: str, top: dict[str, Any], key: str) -> list[tuple[int, Any]]:
-    if not isinstance(top[key], list) or not top[key]:
-        raise InputError(where, f"{key}: expected a list that is not empty")
-    return list(enumerate(top[key]))
-
-
 def _reference(where: str, value: Any) -> str:
+    """A model as one text: a folder or a hub id, `@` its revision, `+` an adapter. mergekit also writes it as
+    `{model: …, lora: …}`, in which each part may be `{path: …, revision: …}`."""
+    if isinstance(value, dict):
+        value = checked_mapping(where, value, REFERENCE_KEYS)
+        if "model" not in value:
+            raise InputError(where, "model: missing")
+        value = "+".join(_path(where, value[key]) for key in ("model", "lora") if value.get(key) is not None)
     if not isinstance(value, str) or not value:
         raise InputError(where, f"{value!r}; expected a folder, a hub id, or base+adapter")
     return value
 
 
-def _source(where: str, row: Any, method: Method, required: set[str]) -> Source:
-    row = checked_mapping(where, row, required | {"parameters"})
-    for key in sorted(required):
+def _path(where: str, value: Any) -> str:
+    value = checked_mapping(where, value, PATH_KEYS) if isinstance(value, dict) else {"path": value}
+    path, revision = value.get("path"), value.get("revision")
+    if not isinstance(path, str) or not isinstance(revision, (str, type(None))):
+        raise InputError(where, f"{value!r}; expected a path or hub id, and the name of its revision")
+    return path if revision is None else f"{path}@{revision}"
+
+
+def _source(where: str, row: Any, method: Method, keys: set[str]) -> Source:
+    row = checked_mapping(where, row, keys)
+    for key in sorted(keys - {"parameters"}):
         if key not in row:
             raise InputError(where, f"{key}: missing")
-    first = 0
-    if "layer_range" in row:
-        layers = row["layer_range"]
-        whole = isinstance(layers, list) and len(layers) == 2 and all(type(layer) is int for layer in layers)
-        if not whole or not 0 <= layers[0] < layers[1]:
-            raise InputError(where, f"layer_range: {layers!r}; expected [first, end] with first < end")
-        first = layers[0]
+    first = _layer_range(where, row["layer_range"])[0] if "layer_range" in row else 0
     settings = _settings(f"{where}.parameters", row.get("parameters"), method)
     return Source(_reference(f"{where}.model", row["model"]), first, settings)
+
+
+def _layer_range(where: str, value: Any) -> tuple[int, int]:
+    """The first layer and the one behind the last; whole numbers, however they are written."""
+    try:
+        first, end = (float(layer) for layer in value if isinstance(value, list))
+        if 0 <= first < end < math.inf and first == int(first) and end == int(end):
+            return int(first), int(end)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(where, f"layer_range: {value!r}; expected [first, end] with first < end")
 
 
 def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...]:
@@ -248,14 +335,12 @@ def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...
 
 
 def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
-    row = checked_mapping(where, row, {"sources", "parameters", "base_model"}, {"residual_weight"})
+    row = checked_mapping(where, row, SLICE_KEYS)
     if not isinstance(row.get("sources"), list) or not row["sources"]:
         raise InputError(where, "sources: expected a list that is not empty")
-    sources = [
-        _source(f"{where}.sources[{i}]", source, method, {"model", "layer_range"})
-        for i, source in enumerate(row["sources"])
-    ]
-    counts = {s["layer_range"][1] - s["layer_range"][0] for s in row["sources"]}
+    sources = [_source(f"{where}.sources[{i}]", source, method, SOURCE_KEYS) for i, source in enumerate(row["sources"])]
+    ranges = [_layer_range(where, source["layer_range"]) for source in row["sources"]]
+    counts = {end - first for first, end in ranges}
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
     own = base if row.get("base_model") is None else _reference(f"{where}.base_model", row["base_model"])
@@ -265,11 +350,15 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
     return Slice(counts.pop(), tuple(sources), _settings(f"{where}.parameters", row.get("parameters"), method), own)
 
 
+def parameter_names(method: Method) -> set[str]:
+    """What `parameters` of a recipe of this method may set."""
+    return {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings}
+
+
 def _settings(where: str, value: Any, method: Method) -> Settings:
     if value is None:
         return {}
-    known = {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings}
-    settings = checked_mapping(where, value, known)
+    settings = checked_mapping(where, value, parameter_names(method))
     for name, setting in settings.items():
         _check_setting(where, name, setting)
     return settings
@@ -286,7 +375,7 @@ def _check_setting(where: str, name: str, setting: Any) -> None:
             if not filtered:
                 _check_setting(where, name, row)
                 continue
-            row = checked_mapping(f"{where}: {name}", row, {"filter", "value"})
+            row = checked_mapping(f"{where}: {name}", row, FILTER_KEYS)
             if not isinstance(row.get("filter"), (str, type(None))):
                 raise InputError(where, f"{name}: filter: {row['filter']!r}; expected a part of tensors' names")
             _check_setting(where, name, row.get("value"))
@@ -305,7 +394,7 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
     if section is None:
         return None
     where = f"{where}: tokenizer"
-    section = checked_mapping(where, section, {"source", "tokens", "pad_to_multiple_of"})
+    section = checked_mapping(where, section, TOKENIZER_KEYS)
     tokens = section.get("tokens") or {}
     if not isinstance(tokens, dict):
         raise InputError(where, "tokens: expected a mapping from token to its source")
@@ -320,15 +409,15 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
 
 
 def _token(where: str, row: Any) -> TokenSetting:
-    row = checked_mapping(where, row, {"source", "force"})
+    row = checked_mapping(where, row, TOKEN_KEYS)
     source, force = row.get("source"), row.get("force", False)
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
-    if isinstance(source, str):
+    if isinstance(source, str) or (isinstance(source, dict) and "kind" not in source and "model" in source):
         return TokenSetting(_reference(f"{where}.source", source), None, force)
     if not isinstance(source, dict):
         raise InputError(where, "source: expected a model, {kind: zero} or {kind: model_token, model: …, token: …}")
-    source = checked_mapping(f"{where}.source", source, {"kind", "model", "token", "token_id"})
+    source = checked_mapping(f"{where}.source", source, TOKEN_SOURCE_KEYS)
     if source.get("kind") == "zero":
         return TokenSetting(None, None, force)
     given = [key for key in ("token", "token_id") if source.get(key) is not None]

@@ -89,11 +89,13 @@ def prepare_stream(
     seed: int | None = None,
     allow_nonfinite: bool = False,
     find: Callable[[object, str, Path], Path] = resolve_model,
+    copy_tokenizer: bool = True,
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
     `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies that no stage is
-    called like. Raises InputError for what the headers tell; nothing is left on the disk then.
+    called like; `copy_tokenizer`: whether the result gets its first model's. Raises InputError for what the headers
+    tell; nothing is left on the disk then.
     """
     with ExitStack() as stack:
         folders: dict[str, Path] = {}
@@ -113,7 +115,8 @@ def prepare_stream(
             write_outline(merge_plan, folder)
             folders[stage.name] = folder
             stages.append(StagePlan(stage.name, merge_plan, folder))
-        yield StreamPlan(tuple(stages), prepare(stream.result, dtype, seed, allow_nonfinite, find_model))
+        result = prepare(stream.result, dtype, seed, allow_nonfinite, find_model, copy_tokenizer)
+        yield StreamPlan(tuple(stages), result)
 
 
 @contextmanager
@@ -133,7 +136,7 @@ def merge_stream(
     target: Path,
     write: Callable[..., T],
     *,
-    card: str,
+    card: str | None,
     overwrite: bool = False,
     check: Callable[[], None] = lambda: None,
     bar: Bar = lambda label, nbytes: nullcontext(lambda done: None),

@@ -126,6 +126,8 @@ CASES: list[Case] = [
     case("a name that turns writing round", document(base_model="\u202egpj.base"), "\\u202egpj.base"),
     case("a name that is half a character", text(GOOD.replace(": base", ': "\\ud800"')), "recipe.yaml"),
     case("a home that nobody has", document(base_model="~nobody-has-this-name/base"), "no such folder"),
-    case("a key with an escape sequence", document(**{"\x1b]0;gone\x07": 1}), "\\x1b]0;gone\\x07: unknown key"),
-    case("a key of 100,000 characters", document(**{"k" * 100_000: 1}), "unknown key"),
+    Case("a key with an escape sequence", document(**{"\x1b]0;gone\x07": 1}),
+         ("recipe.yaml", "\\x1b]0;gone\\x07: unknown key"), (*MERGE, "--strict")),
+    Case("a key of 100,000 characters", document(**{"k" * 100_000: 1}), ("recipe.yaml", "unknown key"),
+         (*MERGE, "--strict")),
 ]  # fmt: skip

@@ -1,0 +1,448 @@
+"""Recipes as strangers publish them, by the command line: what mergekit merges is merged, to the same weights, and
+what it passes over is told."""
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from helpers import finetune, random_model, save, state, tiny_config
+from safetensors.torch import load_file, save_file
+
+from evojax_merge.checkpoints.folder import open_folder, resolve
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.cli import cli, run
+from evojax_merge.errors import InputError
+from evojax_merge.mergekit.unused_keys import without_unused_keys
+from evojax_merge.yaml_reader import parse_documents
+
+MODELS = "models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.3}}]\n"
+LINEAR = f"merge_method: linear\n{MODELS}"
+# The text, and what is told of it: a key each, in the order of the recipe.
+PUBLIC: dict[str, tuple[str, tuple[str, ...]]] = {
+    "slerp of a generator": (
+        """
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, 2]
+        parameters: {weight: 0.3}
+      - model: b
+        layer_range: [0, 2]
+    merge_method: slerp
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3]
+    - value: 0.5 # fallback for rest of tensors
+  int8_mask: true
+dtype: float32
+int_space: 1
+""",
+        ("int_space", "merge_method", "weight", "int8_mask"),
+    ),
+    "ties as mergekit writes it": (
+        """
+base_model: {model: {path: base}}
+dtype: torch.float32
+merge_method: ties
+modules:
+  default:
+    slices:
+    - sources:
+      - layer_range: [0, '2']
+        model: {model: {path: a, revision: main}, lora: null}
+        parameters: {density: '0.5', weight: [9e-1, 0.2]}
+      - {layer_range: [0.0, 2], model: b@main, parameters: {density: 1}}
+      - {layer_range: [0, 2], model: base}
+    parameters: {weight: 0.7}
+parameters: {lambda: 1e0, normalize: 1.0, int8_mask: 1.0, weight: 0.1}
+tokenizer: {}
+""",
+        (),
+    ),
+    "switches as lists": (
+        f"merge_method: ties\nbase_model: base\n{MODELS}parameters: {{normalize: [1, 'no'], density: 0.5}}\n", (),
+    ),
+    "karcher with weights": (
+        f"merge_method: karcher\n{MODELS}parameters: {{max_iter: 20, tol: 1e-9}}\ndtype: float32\n", ("weight",),
+    ),
+    "whole models with layers": (
+        "merge_method: linear\nmodels:\n- {model: a, layer_range: [0, 32], weight: 2, parameters: {weight: 1}}\n"
+        "- {model: b, revision: v1, parameters: {weight: 1, density: 0.5}}\nslices: []\npad_to_multiple_of: 8\n",
+        ("pad_to_multiple_of", "layer_range", "weight", "revision", "density"),
+    ),
+    "filters with notes": (
+        "merge_method: linear\nmodels:\n- model: a\n  parameters:\n    weight: [{filter: mlp, value: 0.5, note: hi}]\n"
+        "- {model: b, parameters: {weight: 1}}\nparameters: {weight: 0.25}\n",
+        ("note",),
+    ),
+    "repeated layers": (
+        "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n  residual_weight: 0.5\n"
+        "- sources: [{model: a, layer_range: [1, 2]}]\n",
+        ("residual_weight",),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, and `a` and `b` that were made of it, of two layers. Read only, but for recipes."""
+    root = tmp_path_factory.mktemp("models")
+    base = random_model(tiny_config(num_hidden_layers=2))
+    for model, name in ((base, "base"), (finetune(base, 1), "a"), (finetune(base, 2), "b")):
+        save(model, root / name)
+    return root
+
+
+def command(*arguments: object) -> int:
+    """`evojax-merge` in this process: its exit status."""
+    return run(lambda: cli.main([str(argument) for argument in arguments], standalone_mode=False))
+
+
+def merged(root: Path, text: str, out: Path, *options: str) -> Path:
+    """`evojax-merge merge` of a recipe that lies in `root`."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(text)
+    with contextlib.chdir(root):
+        assert command("merge", recipe, out, *options) == 0
+    return out
+
+
+def mergekits(root: Path, text: str, out: Path) -> Path:
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    # Its card would ask the hub for names, and it keeps what it opened by the names that other tests have as well.
+    options = MergeOptions(quiet=True, clone_tensors=True, write_model_card=False)
+    with contextlib.chdir(root), contextlib.redirect_stderr(io.StringIO()):
+        LoaderCache.loaders.clear()
+        run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out), options)
+        LoaderCache.loaders.clear()
+    return out
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    one, other = state(found), state(expected)
+    assert set(one) == set(other)
+    for name, values in other.items():
+        np.testing.assert_allclose(one[name], values, rtol=1e-5, atol=1e-5 * np.abs(values).max(), err_msg=name)
+
+
+def warnings_in(stderr: str) -> list[str]:
+    lines = stderr.splitlines()
+    assert all(line.startswith("warning: ") for line in lines), stderr
+    return [line.removeprefix("warning: ") for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keys
+
+
+@pytest.mark.parametrize("case", PUBLIC)
+def test_public_recipes_are_merged_as_in_mergekit(
+    case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text, keys = PUBLIC[case]
+    found = merged(models, text, tmp_path / "found")
+    told = warnings_in(capfd.readouterr().err)
+    assert [line.partition(": ignored; ")[0].rpartition(".")[2].split(": ")[-1] for line in told] == list(keys)
+    assert all(line.startswith(f"{tmp_path / 'found.yaml'}: ") for line in told)
+    assert_same_weights(found, mergekits(models, text, tmp_path / "expected"))
+    assert (found / "mergekit_config.yml").read_text() == text
+    # With --strict the first of them is an error, and nothing is written.
+    with contextlib.chdir(models):
+        assert command("merge", tmp_path / "found.yaml", tmp_path / "strict", "--strict") == (2 if keys else 0)
+    assert (tmp_path / "strict").exists() == (not keys)
+
+
+def test_a_key_that_is_near_another_is_told_with_it() -> None:
+    """And one that means something to another method is not taken for a typo; each is told once."""
+    rows = "[{model: a, parameters: {weight: 1, T: 2}}, {model: b, parameters: {weight: 1}}]"
+    text = f"merge_method: slerp\nmodels: {rows}\n"
+    (document,), lines = without_unused_keys(Path("r.yaml"), parse_documents("r", f"{text}dtyp: float16\n"))
+    assert document == {
+        "merge_method": "slerp",
+        "models": [{"model": "a", "parameters": {}}, {"model": "b", "parameters": {}}],
+    }
+    assert lines[0] == "r.yaml: dtyp: ignored; a recipe has no such key (did you mean 'dtype'?)"
+    assert lines[1] == "r.yaml: models[0].parameters.weight: ignored; slerp does not use it"
+    assert [line.split(":")[1].split(".")[-1].strip() for line in lines] == ["dtyp", "weight", "T"]
+
+
+def test_what_a_stranger_writes_is_told_in_few_lines_that_a_terminal_shows_as_they_are() -> None:
+    keys = {f"note {i}": 0 for i in range(30)}
+    _, lines = without_unused_keys(Path("r"), [{"merge_method": "linear", "\x1b[31mred\n": 1, **keys}])
+    assert lines[0].startswith(r"r: \x1b[31mred\n: ignored")
+    assert len(lines) == 21 and lines[-1].startswith("r: 11 more keys are ignored")
+
+
+def test_a_parameter_of_all_models_is_told_where_one_model_has_it() -> None:
+    text = "merge_method: slerp\nmodels: [{model: a, parameters: {t: 0.3}}]\nparameters: {t: 0.4}\n"
+    (document,), lines = without_unused_keys(Path("r.yaml"), parse_documents("r", text))
+    assert lines == ["r.yaml: models[0].parameters.t: ignored; slerp has one for all models"]
+    assert document["parameters"] == {"t": 0.4}
+
+
+def test_local_models_may_have_an_at_sign_and_need_no_revision(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "a@b").symlink_to(models / "a")
+    for reference in ("a@b", "a@b@main", "./a@b@refs/pr/1"):
+        assert resolve("r", reference, tmp_path) == (models / "a").resolve()
+    with pytest.raises(InputError, match="no such folder"):
+        resolve("r", "@b", tmp_path)
+
+
+def test_the_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "evojax_merge.checkpoints.folder._download", lambda name, revision: asked.append((name, revision)) or tmp_path
+    )
+    for reference in ("owner/name", "owner/name@v2", "owner/name@refs/pr/1"):
+        assert resolve("r", reference, tmp_path) == tmp_path
+    assert asked == [("owner/name", None), ("owner/name", "v2"), ("owner/name", "refs/pr/1")]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Options
+
+
+def test_mergekits_options_are_taken(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All of the installed one; those without a meaning are named in one line."""
+    from mergekit.scripts.run_yaml import main as theirs
+
+    values = {"out-shard-size": "20K", "random-seed": "3", "num-threads": "2", "write-threads": "1", "device": "cpu"}
+    options = []
+    for parameter in theirs.params:
+        name = max(parameter.opts, key=len)
+        if name.startswith("-") and name not in ("--quiet", "--no-copy-tokenizer"):
+            takes = not (parameter.is_flag or parameter.count)
+            options += [name, values.get(name[2:], str(tmp_path / "cache"))] if takes else [name]
+    found = merged(models, LINEAR, tmp_path / "found", *options)
+    (line,) = warnings_in(capfd.readouterr().err)
+    assert line.endswith(": mergekit's, without a meaning here; ignored")
+    named = line.partition(": ")[0].split(", ")
+    assert {"--cuda", "--lazy-unpickle", "--allow-crimes", "--num-threads"} < set(named)
+    assert not {"--out-shard-size", "--random-seed", "--copy-tokenizer"} & set(named)
+    shards = sorted(found.glob("*.safetensors"))
+    assert len(shards) > 3
+    assert all(
+        sum(t.nbytes for t in load_file(file).values()) <= 20_000 or len(load_file(file)) == 1 for file in shards
+    )
+    assert (found / "tokenizer.json").exists() and (found / "README.md").exists()
+
+
+def test_tokenizer_card_and_progress_can_be_left_out(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = merged(models, LINEAR, tmp_path / "out", "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    assert {file.name for file in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "evojax_merge.json",
+    }  # fmt: skip
+    # It is ours all the same.
+    assert command("merge", tmp_path / "out.yaml", out, "--overwrite") == 2  # the models lie elsewhere
+    merged(models, LINEAR, tmp_path / "out", "--overwrite")
+    assert (out / "mergekit_config.yml").read_text() == LINEAR
+
+
+@pytest.mark.parametrize("size", ["0", "5X", "-3", "B", ""])
+def test_sizes_that_are_none_are_refused(size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command("merge", "recipe.yaml", tmp_path / "out", "--out-shard-size", size) == 2
+    assert "500M" in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chat templates
+
+TURNS = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two and\n two?"},
+    {"role": "assistant", "content": "Four."}, {"role": "user", "content": "Thanks."},
+]  # fmt: skip
+# What the makers' own descriptions give for the two turns in the middle.
+EXPECTED = {
+    "alpaca": "### Instruction:\nTwo and\n two?\n\n### Response:\nFour.\n\n",
+    "chatml": "<|im_start|>user\nTwo and\n two?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n",
+    "exaone": "[|system|][|endofturn|]\n[|user|]Two and\n two?\n[|assistant|]Four.[|endofturn|]\n",
+    "llama3": "<s><|start_header_id|>user<|end_header_id|>\n\nTwo and\n two?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nFour.<|eot_id|>",
+    "mistral": "<s>[INST] Two and\n two? [/INST] Four.</s>",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_named_chat_templates(name: str, models: Path, tmp_path: Path) -> None:
+    """The makers' formats, and mergekit's but for white space that the makers' formats do not have."""
+    text = f"{LINEAR}chat_template: {name}\n"
+    mine = load_tokenizer(merged(models, text, tmp_path / "found"))
+    theirs = load_tokenizer(mergekits(models, text, tmp_path / "expected"))
+    assert mine.apply_chat_template(TURNS[1:3], tokenize=False) == EXPECTED[name]
+    for turns in (TURNS, TURNS[1:], TURNS[1:3]):
+        for prompt in (False, True):
+            texts = [
+                "".join(one.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt).split())
+                for one in (mine, theirs)
+            ]
+            assert texts[0] == texts[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Modules
+
+SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def vision_language_models(root: Path) -> None:
+    """Two tiny Mistral 3 models, which have a vision tower, `vlm-a` and `vlm-b`."""
+    config = transformers.Mistral3Config(
+        text_config={**SMALL, "model_type": "mistral", "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64},
+        vision_config={**SMALL, "model_type": "pixtral", "head_dim": 8, "image_size": 28, "patch_size": 14},
+    )
+    for seed, name in enumerate(("vlm-a", "vlm-b")):
+        torch.manual_seed(seed)
+        transformers.Mistral3ForConditionalGeneration(config).save_pretrained(root / name)
+
+
+MODULES = """
+merge_method: linear
+modules:
+  text_decoder:
+    slices:
+    - sources:
+      - {model: vlm-a, layer_range: [0, 2], parameters: {weight: [0.2, 0.9]}}
+      - {model: vlm-b, layer_range: [0, 2]}
+    - sources: [{model: vlm-b, layer_range: [1, 2]}]
+  vision_tower:
+    models: [{model: vlm-a}, {model: vlm-b, parameters: {weight: 3}}]
+    parameters: {weight: 1}
+  multi_modal_projector:
+    models: [{model: vlm-b}]
+parameters: {weight: 0.5}
+dtype: float32
+"""
+
+
+def test_modules_are_merged_each_by_its_own(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    vision_language_models(tmp_path)
+    found = merged(tmp_path, MODULES, tmp_path / "found")
+    expected = mergekits(tmp_path, MODULES, tmp_path / "expected")
+    assert_same_weights(found, expected)
+    config = json.loads((found / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 3
+    assert config["vision_config"]["num_hidden_layers"] == 2
+    # A part of the model that no module has would be missing.
+    partial = yaml.safe_load(MODULES)
+    del partial["modules"]["multi_modal_projector"]
+    (tmp_path / "partial.yaml").write_text(yaml.safe_dump(partial))
+    capfd.readouterr()
+    assert command("merge", tmp_path / "partial.yaml", tmp_path / "partial") == 2
+    assert "modules: none has " in capfd.readouterr().err
+    # A name that is none of mergekit's is how tensors' names begin.
+    layers = "model.layers"
+    modules = f"{{{layers}: {{models: [{{model: a}}]}}, default: {{models: [{{model: b}}]}}}}"
+    own = f"merge_method: linear\nmodules: {modules}\n"
+    made, a, b = (
+        state(one)
+        for one in (merged(models, f"{own}parameters: {{weight: 1}}\n", tmp_path / "own"), models / "a", models / "b")
+    )
+    for name, values in made.items():
+        np.testing.assert_array_equal(values, (a if name.startswith(f"{layers}.") else b)[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors of anything
+
+
+def raw(root: Path, name: str, seed: int, **changes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """A safetensors file of tensors that have no model; `changes`: other shapes, None: not there."""
+    shapes = {"one": (3, 4), "two": (5,), "three": (2, 2, 2)} | changes
+    torch.manual_seed(seed)
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items() if shape is not None}
+    save_file(tensors, root / name)
+    return tensors
+
+
+def test_files_of_any_tensors_are_merged_as_by_mergekit_pytorch(tmp_path: Path) -> None:
+    from mergekit.graph import Executor
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
+
+    for seed, name in enumerate(("base.safetensors", "a.safetensors", "b.safetensors")):
+        raw(tmp_path, name, seed)
+    text = (
+        "merge_method: ties\nbase_model: base.safetensors\nparameters: {density: 0.6}\nmodels:\n"
+        "- {model: a.safetensors, parameters: {weight: 0.5}}\n- {model: b.safetensors, parameters: {weight: 0.8}}\n"
+    )
+    found = merged(tmp_path, text, tmp_path / "found")
+    with contextlib.chdir(tmp_path), contextlib.redirect_stderr(io.StringIO()):
+        config = RawPyTorchMergeConfig.model_validate(yaml.safe_load(text))
+        tasks = plan_flat_merge(config, "expected", False, False, MergeOptions(quiet=True))
+        Executor(tasks, math_device="cpu", storage_device="cpu").execute()
+    assert_same_weights(found, tmp_path / "expected")
+    assert {file.name for file in found.iterdir()} == {
+        "model.safetensors", "README.md", "mergekit_config.yml", "evojax_merge.json",
+    }  # fmt: skip
+
+
+def test_a_folder_of_files_without_a_config_is_one_model(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    first = raw(tmp_path / "parts", "first.safetensors", 0)
+    second = {f"{name}.more": values for name, values in raw(tmp_path / "parts", "second.safetensors", 1).items()}
+    save_file(second, tmp_path / "parts" / "second.safetensors")
+    assert set(open_folder(tmp_path / "parts").entries) == {*first, *second}
+    shutil.copy(tmp_path / "parts" / "first.safetensors", tmp_path / "parts" / "third.safetensors")
+    with pytest.raises(InputError, match=r"third.safetensors: holds \w+, which first.safetensors holds as well"):
+        open_folder(tmp_path / "parts")
+
+
+MISMATCHED = """
+merge_method: {}
+base_model: base.safetensors
+models: [{{model: a.safetensors}}, {{model: b.safetensors}}]
+parameters: {{weight: 0.5}}
+"""
+
+
+def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = raw(tmp_path, "base.safetensors", 0)
+    a = raw(tmp_path, "a.safetensors", 1, two=(6,), four=(2,))
+    b = raw(tmp_path, "b.safetensors", 2, three=None)
+
+    def made(on_mismatch: Any, method: str = "task_arithmetic") -> dict[str, np.ndarray]:
+        text = MISMATCHED.format(method) + yaml.safe_dump({"on_mismatch": on_mismatch})
+        return state(merged(tmp_path, text, tmp_path / f"out{len(list(tmp_path.glob('out*')))}"))
+
+    def arithmetic(name: str, *tuned: dict[str, torch.Tensor]) -> torch.Tensor:
+        return base[name] + sum((0.5 * (one[name] - base[name]) for one in tuned), torch.zeros(()))
+
+    expected = {"one": arithmetic("one", a, b), "two": base["two"], "three": base["three"]}
+    for name, values in made("first").items():
+        np.testing.assert_allclose(values, expected.pop(name), atol=1e-6, err_msg=name)
+    assert not expected
+    skipped = {"one": arithmetic("one", a, b), "two": arithmetic("two", b), "three": arithmetic("three", a)}
+    for name, values in made("skip").items():
+        np.testing.assert_allclose(values, skipped[name], atol=1e-6, err_msg=name)
+    filtered = made([{"filter": "two", "value": "first"}, {"value": "skip"}])
+    np.testing.assert_array_equal(filtered["two"], base["two"])
+    np.testing.assert_allclose(filtered["three"], skipped["three"], atol=1e-6)
+    # Model Stock needs two models besides the base: with one of them a tensor is the base's.
+    np.testing.assert_array_equal(made("skip", "model_stock")["three"], base["three"])
+    # By default, and where no filter fits, the first tensor ends the merge.
+    for rows in (None, [{"filter": "three", "value": "first"}, {"filter": "four", "value": "skip"}]):
+        (tmp_path / "recipe.yaml").write_text(MISMATCHED.format("ties") + yaml.safe_dump({"on_mismatch": rows}))
+        capfd.readouterr()
+        assert command("merge", tmp_path / "recipe.yaml", tmp_path / "refused") == 2
+        said = capfd.readouterr().err
+        assert ("four" in said) if rows is None else ("two has shape [6], but [5]" in said), said
+    assert not (tmp_path / "refused").exists()
