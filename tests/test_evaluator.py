@@ -91,7 +91,7 @@ class Setting:
         method = self.spec.method
         wide = {
             "weight": (0.0, 1.2), "density": (0.2, 0.8), "lambda": (0.6, 1.4), "t": (0.0, 1.0),
-            "select_topk": (0.2, 1.0), "scale": (0.5, 1.5),
+            "select_topk": (0.2, 1.0), "scale": (0.5, 1.5), "r": (0.0, 1.0), "alpha": (0.0, 1.0),
         }  # fmt: skip
         components = architecture_of(self.config).components
         space = ParameterSpace(

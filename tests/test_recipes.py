@@ -38,6 +38,7 @@ RANDOM = ("dare_linear", "dare_ties")
 WIDE = {
     "weight": (0.05, 1.0), "density": (0.2, 0.8), "lambda": (0.1, 1.0), "t": (0.1, 1.0), "epsilon": (0.01, 0.15),
     "gamma": (0.0, 0.2), "select_topk": (0.0, 1.0), "scale": (0.5, 1.5), "eps": (1e-9, 1e-8), "tol": (1e-6, 1e-5),
+    "r": (0.0, 1.0), "alpha": (0.0, 2.0),
 }  # fmt: skip
 
 
