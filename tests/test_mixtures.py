@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, random_model, save, state, tiny_config
+from helpers import Family, build_family, daily, edit_json, random_model, save, state, tiny_config
 from merge_kernels import METHODS
 from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
@@ -237,10 +237,12 @@ def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) ->
     [
         ({"decoder_sparse_step": 2}, "decoder_sparse_step: 2; expected 1; layers without experts"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]; expected null or an empty list"),
+        ({"num_local_experts": 2**30}, "1073741824 experts in 3 layers each; expected at most 200,000 in all"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok: 9; expected at most the number of experts, 4"),
     ],
 )
 def test_what_a_mixture_cannot_be(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    tiny_config("qwen3_moe", **changes).save_pretrained(tmp_path)
+    tiny_config("qwen3_moe").save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda config: config.update(changes))
     with pytest.raises(InputError, match=said):
         decoder_config(tmp_path / "config.json")

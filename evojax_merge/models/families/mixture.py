@@ -172,6 +172,8 @@ def block(
 
 # As transformers has the experts of all mixtures in memory, and writes them with `save_original_format=False`.
 PACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
+# Experts of all layers beyond this number are a slip or a trap: each has names of its own before a tensor is read.
+MOST_EXPERTS = 200_000
 DENSE_LAYERS = "layers without experts among those with are not supported"
 # How Qwen's configs may say that some layers are plain MLPs.
 ALL_SPARSE: dict[str, Expected] = {
@@ -190,9 +192,11 @@ QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
 
 def mixture_config(dense: LlamaLikeConfig, *, mlp: int, experts: int, per_token: int, **rest: Any) -> MixtureConfig:
     """The config of a model whose attention and norms are `dense`'s. Raises ValueError where there are fewer experts
-    than a token is to have."""
+    than a token is to have, or more in all layers than any model has."""
     if per_token > experts:
         raise ValueError(f"num_experts_per_tok: {per_token}; expected at most the number of experts, {experts}")
+    if experts * dense.layers > MOST_EXPERTS:
+        raise ValueError(f"{experts} experts in {dense.layers} layers each; expected at most {MOST_EXPERTS:,} in all")
     return MixtureConfig(**(vars(dense) | {"mlp": mlp}), experts=experts, experts_per_token=per_token, **rest)
 
 
