@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from machine import describe
 from torch_peer import score_rows
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
@@ -88,7 +89,9 @@ def compared(kind: str, rounds: int, folder: Path) -> tuple[int, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A likelihood pass of every family, against transformers.")
-    parser.add_argument("--families", nargs="+", choices=model_types(), default=list(model_types()))
+    # The text decoders of larger models are no models by themselves.
+    families = [kind for kind in model_types() if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    parser.add_argument("--families", nargs="+", choices=families, default=families)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     print(f"{ROWS} x {WIDTH} tokens; {describe()}\n")
