@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import yaml
@@ -122,26 +122,33 @@ def merge(
 
 
 def evaluate(
-    models: Location | Run | Sequence[Location | Run], tasks: Location | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    models: Location | Run | Sequence[Location | Run],
+    tasks: Location | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    split: stored_models.Split = "all",
 ) -> list[dict[str, Any]]:
-    """Score stored models on all examples of the tasks: a row `{"model", "fitness", "scores"}` for each, with its mean
+    """Score stored models on the examples of the tasks: a row `{"model", "fitness", "scores"}` for each, with its mean
     score on every task by the task's name.
 
     models: folders, hub ids, `zoo:` names, or runs (or their folders), which stand for their winners. tasks: a YAML
     file with `tasks:` (a search's config has them, too), what it would say as a mapping, or the list of tasks alone;
-    relative paths then start in the working directory.
+    relative paths then start in the working directory. split: `search`, `validation` or `heldout`, only what a search
+    of these tasks, with its seed, has in this split; `all`: all examples, and of a task with a second source of
+    held-out ones, those.
     """
+    if split not in get_args(stored_models.Split):
+        raise InputError("split", f"{split!r}; expected {', '.join(get_args(stored_models.Split))}")
     asked = [models] if isinstance(models, str | PathLike | Run) else list(models)
     if not asked:
         raise InputError("models", "is empty; expected folders or hub ids")
     names = [str(model.path if isinstance(model, Run) else Path(model) if isinstance(model, PathLike) else model)
              for model in asked]  # fmt: skip
     if isinstance(tasks, str | PathLike):
-        task_set = stored_models.read_tasks(Path(tasks))
+        task_set = stored_models.read_tasks(Path(tasks), split)
     else:
         plugins.load()
         document = _as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
-        task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd())
+        task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd(), split)
     with _bars_on_terminals():
         rows = stored_models.score_models(names, task_set, _ignore, _warn)
     return stored_models.score_table(names, rows)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evojax_merge import __version__, interrupts
 
@@ -38,14 +38,16 @@ def _starting() -> Iterator[None]:
 
 
 def _start_jax() -> None:
-    """Keep compiled programs across runs, in the user's own cache folder."""
+    """Keep compiled programs across runs, in the user's own cache folder; what the environment says of JAX's cache
+    counts first."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import jax
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge" / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    for option, value in (("compilation_cache_dir", str(cache)), ("persistent_cache_min_compile_time_secs", 0.2)):
+        if f"JAX_{option.upper()}" not in os.environ:
+            jax.config.update(f"jax_{option}", value)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -152,13 +154,26 @@ def merge(
     type=click.Path(path_type=Path),
     help="Write what each model answered here: JSON lines, one for each model, task and example.",
 )
-def evaluate(models: tuple[str, ...], tasks: Path, json_file: Path | None, samples_file: Path | None) -> None:
-    """Score stored models on all examples of the tasks (a search's config can serve as the tasks file). A run folder
+@click.option(
+    "--split",
+    type=click.Choice(["search", "validation", "heldout", "all"]),
+    default="all",
+    show_default=True,
+    help="Only the examples that a search of TASKS, with its seed, has in this split.",
+)
+def evaluate(
+    models: tuple[str, ...],
+    tasks: Path,
+    json_file: Path | None,
+    samples_file: Path | None,
+    split: Literal["search", "validation", "heldout", "all"],
+) -> None:
+    """Score stored models on the examples of the tasks (a search's config can serve as the tasks file). A run folder
     stands for its winner."""
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.evaluate(list(models), tasks, json_file, samples_file)
+    pipeline.evaluate(list(models), tasks, json_file, samples_file, split)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")

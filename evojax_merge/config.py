@@ -481,8 +481,8 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
         _, parent, _, _ = _find(schema, location[:-1], document)
-        known = _parts(parent)[0].model_fields
-        return f"{key}: unknown key{did_you_mean(str(location[-1]), known)}"
+        fields = _parts(parent)[0].model_fields
+        return f"{key}: unknown key{_in_a_section(key, fields) or did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
         return f"{key}: missing"
     if kind == "value_error":
@@ -494,6 +494,18 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
+
+
+def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
+    """`" (did you mean 'search.generations'?)"` for a key that one of the sections beside it has; else nothing."""
+    above, dot, last = key.rpartition(".")
+    sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
+    found = [
+        f"{above}{dot}{name}.{last}"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
+    ]
+    return f" (did you mean '{found[0]}'?)" if len(found) == 1 else ""
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:

@@ -68,20 +68,24 @@ from evojax_merge.search.run_folder import (
     FolderStorage,
     RunFolder,
     check_inputs,
+    check_not_in_use,
     earlier_winners,
     find_member,
     is_run,
     keep_winner,
     locked,
     open_run,
+    read_lines,
     read_result,
     removed_if_refused,
     to_line,
     write_front,
 )
+from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
 from evojax_merge.stored_models import (
+    Split,
     check_own_file,
     holds_samples,
     holds_table,
@@ -130,6 +134,9 @@ def run_search(
     start in its folder; `begun` is called as soon as there is something to resume."""
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    if jax.process_index() == 0:
+        # Before the models and examples are opened, which can take minutes.
+        check_not_in_use(out)
     if config.stages is not None:
         _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation)
         return
@@ -248,7 +255,12 @@ def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[Batc
 def _search_into(
     folder: RunFolder, problem: SearchProblem, batched_tasks: list[list[BatchedTask]], on_generation: OnGeneration
 ) -> None:
-    """Search, choose, export and report."""
+    """Search, choose, export and report; of a run that has done all this nothing is done again."""
+    why_complete = _why_complete(folder, problem)
+    if why_complete is not None:
+        say(why_complete)
+        console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
+        return
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
@@ -279,6 +291,28 @@ def _search_into(
     barrier("written")
 
 
+def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
+    """One line, if a run folder holds all that a search of its saved generations ends with, and no more are wanted;
+    else None. All processes of a run ask this together."""
+    result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
+    if result is None or result.get("generations") != len(rows):
+        return None
+    written = [folder.recipe, folder.model, folder.picture, *([folder.front] if "members" in result else [])]
+    if not all(path.exists() for path in written):
+        return None
+    course = course_of(rows, read_lines(folder.timing))
+    ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
+    if ended is None and wanted > len(rows):
+        return None
+    with Checkpoints(folder) as checkpoints:
+        saved = checkpoints.restore(say)
+    if saved is None or not saved.describes(len(rows), folder.history):
+        return None
+    if ended is None:
+        return f"{len(rows)} generations are saved, and {wanted} wanted: nothing to search"
+    return f"{len(rows)} generations are saved: nothing to search ({ended.describe()})"
+
+
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
         print(f"warning: {line}", file=sys.stderr)
@@ -293,7 +327,7 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     if result.members:
         write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    with prepare_stream(read_stream(folder.recipe), folder.model) as stream_plan:
+    with prepare_stream(read_stream(folder.recipe), folder.model, find=resolve_reference) as stream_plan:
         bar = partial(_merge_bar, "exporting")
         write = partial(merge_to, recipe=recipe)
         merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, bar=bar)
@@ -409,8 +443,14 @@ def _parts_of_runs(out: Path) -> list[Path]:
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
-def evaluate(models: list[str], tasks_path: Path, json_file: Path | None, samples_file: Path | None = None) -> None:
-    tasks = read_tasks(tasks_path)
+def evaluate(
+    models: list[str],
+    tasks_path: Path,
+    json_file: Path | None,
+    samples_file: Path | None = None,
+    split: Split = "all",
+) -> None:
+    tasks = read_tasks(tasks_path, split)
     if json_file is not None:
         check_own_file(json_file, "--json", "scores", holds_table)
     if samples_file is not None:
@@ -474,7 +514,7 @@ def _export(
 ) -> None:  # fmt: skip
     """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card` None: one that
     shows just that."""
-    with prepare_stream(stream, out, dtype) as stream_plan:
+    with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
         if card is None:
             card = _card_of_merge(out, stream_plan, text)
         write: Callable[..., RankError | None] = partial(merge_to, recipe=text)

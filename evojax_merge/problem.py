@@ -4,7 +4,7 @@ What a user can get wrong is found here, cheapest first: the space, the task fil
 tokenizers, then the place to write.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -42,7 +42,7 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.pedigree import Pedigree
-from evojax_merge.references import resolve_file, resolve_reference
+from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
@@ -92,18 +92,20 @@ class Splits(Generic[T]):
 class SearchProblem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
-    `models`: (role, name, folder) of base and parents, in the order of the table. `sources` are what the bank is
-    made of: the base first where the method needs one. `other_modules`: the model whose other modules the winner has,
-    where text decoders of larger models are merged. `shards` are the tasks on the examples that every generation is
-    scored on, in as many parts as successive halving needs; `full` on the whole search split, `validation` on what of
-    it is kept back to choose the winner on (empty: nothing is), `heldout` on what the search never sees. `minibatches`:
-    of a strategy that is told gradients, what is differentiated, on the shards' examples.
+    `models`: (role, folder) of base and parents, in the order of the table; `references`: how recipes name each folder.
+    `sources` are what the bank is made of: the base first where the method needs one. `other_modules`: the model whose
+    other modules the winner has, where text decoders of larger models are merged. `shards` are the tasks on the
+    examples that every generation is scored on, in as many parts as successive halving needs; `full` on the whole
+    search split, `validation` on what of it is kept back to choose the winner on (empty: nothing is), `heldout` on what
+    the search never sees. `minibatches`: of a strategy that is told gradients, what is differentiated, on the shards'
+    examples.
     """
 
     config: Config
     search: SearchConfig
     base: Path | None
     parents: tuple[Path, ...]
+    references: Mapping[Path, str]
     sources: Sources
     decoder: DecoderConfig
     space: ParameterSpace | PathSpace | BreedingSpace
@@ -203,6 +205,12 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         resolve_reference(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents)
     )
     _check_distinct(where, base, parents[1:] if chained else parents)
+    references = {
+        folder: recipe_reference(reference, folder)
+        for reference, folder in zip([config.base, *config.parents], [base, *parents], strict=True)
+        if reference is not None and folder is not None
+    }
+    base_reference = None if base is None else references[base]
     merges_by = bred_by if method is None else (method,)
     has_base = any(one.uses_base(base is not None) for one in merges_by)
     paths = [base, *parents] if base is not None and has_base else list(parents)
@@ -237,7 +245,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
     space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates
     pool_settings = None
-    names, base_name = tuple(map(reference_to, parents)), None if base is None else reference_to(base)
+    names = tuple(references[parent] for parent in parents)
     if method is not None and config.space is not None:
         space = build_space(f"{where}: space", config.space, method, config.parents, decoder)
         spec = MergeSpec(
@@ -247,7 +255,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
             export_dtype,
             tuple((name, values) for name, values in space.constants if not method.parameter(name).searched),
         )
-        candidates = MergeCandidates(space, spec, sources, decoder, base_name, names)
+        candidates = MergeCandidates(space, spec, sources, decoder, base_reference, names)
     elif config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
@@ -255,7 +263,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         size = config.pool.size or max(SMALLEST_POOL, 2 * len(parents))
         pool_settings = PoolSettings(space.pedigree, len(bred_by), size, config.pool.selection, config.pool.replace)
         candidates = pooled = PoolCandidates(
-            space, sources, decoder, has_base, base_name if has_base else None, names, export_dtype, config.seed,
+            space, sources, decoder, has_base, base_reference if has_base else None, names, export_dtype, config.seed,
             config.pool.slots or size,
         )  # fmt: skip
         # While a member is bred again, as many of its ancestors are there as the pool had members.
@@ -291,6 +299,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         search=config.search,
         base=base,
         parents=parents,
+        references=references,
         sources=sources,
         decoder=decoder,
         space=space,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from evojax_merge.checkpoints.derived import resolve_model
-from evojax_merge.checkpoints.folder import resolve
+from evojax_merge.checkpoints.derived import reference_to, resolve_model
+from evojax_merge.checkpoints.folder import hub_id, resolve
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.task import local_file
 from evojax_merge.zoo import PREFIX
@@ -18,6 +18,19 @@ def resolve_reference(where: object, reference: str, relative_to: Path) -> Path:
 
 def _named(where: object, reference: str, relative_to: Path) -> Path:
     return _of_the_zoo(where, reference) if reference.startswith(PREFIX) else resolve(where, reference, relative_to)
+
+
+def recipe_reference(reference: str, folder: Path) -> str:
+    """How a recipe names the model that a config calls `reference` and that lies in `folder`, so that it is found from
+    any place: `zoo:name` as it is, a hub id with the commit that was taken, anything else by full paths."""
+    by_paths = reference_to(folder)
+    if by_paths != str(folder):
+        # Made of several, such as a base and an adapter.
+        return by_paths
+    if reference.startswith(PREFIX):
+        return reference
+    name = reference.partition("@")[0]
+    return f"{name}@{folder.name}" if hub_id(folder) == name else by_paths
 
 
 def resolve_file(where: str, reference: str, relative_to: Path) -> Path:

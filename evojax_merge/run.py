@@ -62,8 +62,8 @@ class Run:
 
     @property
     def recipe(self) -> Any:
-        """The winner as a mergekit recipe, with the full paths of the models: a mapping, or a list of them where the
-        recipe has several documents."""
+        """The winner as a mergekit recipe that names the models so that they are found from any place: a mapping, or a
+        list of them where the recipe has several documents."""
         return plain_recipe(load_documents(self._folder.recipe)) if self._folder.recipe.is_file() else None
 
     @property

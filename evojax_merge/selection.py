@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.bank import load_stored
-from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.errors import Failed
@@ -179,14 +178,16 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
     if problem.sources.vocabulary is not None:
         documents = [_with_tokenizer(problem, document) for document in documents]
     if problem.other_modules is not None:
-        documents = [document | {"other_modules": reference_to(problem.other_modules)} for document in documents]
+        named = problem.references[problem.other_modules]
+        documents = [document | {"other_modules": named} for document in documents]
     return dump_documents(documents)
 
 
 def _with_tokenizer(problem: SearchProblem, document: dict[str, Any]) -> dict[str, Any]:
     """A document of a recipe that says whose tokens its merge has."""
-    document = document | {"tokenizer_source": reference_to(problem.tokenizer_folder)}
+    document = document | {"tokenizer_source": problem.references[problem.tokenizer_folder]}
     if problem.tokenizer_folder == problem.base:
         # A method that takes no base leaves it out, but for the tokenizer.
-        document = {"merge_method": document["merge_method"], "base_model": document["tokenizer_source"]} | document
+        base = problem.references[problem.tokenizer_folder]
+        document = {"merge_method": document["merge_method"], "base_model": base} | document
     return document

@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evojax_merge import plugins
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.config import EvaluationConfig, TaskFile, parse
+from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
@@ -25,9 +25,12 @@ from evojax_merge.report.comparison import Row
 from evojax_merge.report.notices import Log, say_unread
 from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, is_run
-from evojax_merge.tasks.opening import open_whole_task, repeated
+from evojax_merge.search.validation import validation_split
+from evojax_merge.tasks.opening import open_splits, open_whole_task, repeated
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
+
+Split = Literal["search", "validation", "heldout", "all"]
 
 # Of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
@@ -37,7 +40,7 @@ LONGEST_SAMPLE = 2**26
 
 @dataclass(frozen=True)
 class TaskSet:
-    """The tasks of an evaluation, on all their examples. `where` names them in messages."""
+    """The tasks of an evaluation, on the examples that are scored. `where` names them in messages."""
 
     where: str
     tasks: list[Task]
@@ -46,20 +49,38 @@ class TaskSet:
     sizes: tuple[str, ...]
 
 
-def read_tasks(path: Path) -> TaskSet:
-    """The tasks of a YAML file: a task file's, or a search's."""
+def read_tasks(path: Path, split: Split = "all") -> TaskSet:
+    """The tasks of a YAML file, a task file's or a search's, on the examples of a split (see `open_tasks`)."""
     plugins.load()
     document = load_yaml(path)
     if isinstance(document, dict) and document.keys() & {"parents", "genome"}:
         config = read_config(path, [], None)
-        return open_tasks(
-            str(path), TaskFile(tasks=config.tasks, evaluation=config.evaluation), path.parent, config.seed
+        file = TaskFile(tasks=config.tasks, evaluation=config.evaluation)
+        return open_tasks(str(path), file, path.parent, split, config.seed, _validation_share(config))
+    return open_tasks(str(path), parse(path, document, TaskFile), path.parent, split)
+
+
+def _validation_share(config: Config) -> float:
+    """The share of the search split that a search keeps back; of a chain, its last stage, which chooses the winner."""
+    return (config.search if config.stages is None else config.stages[-1].search).validation
+
+
+def open_tasks(
+    where: str, file: TaskFile, folder: Path, split: Split = "all", seed: int = 0, validation: float = 0.0
+) -> TaskSet:
+    """The tasks of a task file on the examples of a split; relative paths start in `folder`. seed: that of a search,
+    which its splits, and examples that are drawn, depend on; validation: the share of its search split that it keeps
+    back.
+
+    Of `all`, a task with a second source of held-out examples is on those, and any other on all that it has. Raises
+    InputError for a split that there is not.
+    """
+    if split != "all":
+        tasks = _on_split(where, file, folder, split, seed, validation)
+        words = "held-out" if split == "heldout" else split
+        return TaskSet(
+            where, tasks, file.evaluation, tuple(f"the {one.size} {words} examples of {one.name}" for one in tasks)
         )
-    return open_tasks(str(path), parse(path, document, TaskFile), path.parent)
-
-
-def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskSet:
-    """The tasks of a task file; relative paths start in `folder`. seed: that of examples which are drawn."""
     tasks = [
         open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
     ]
@@ -71,6 +92,20 @@ def open_tasks(where: str, file: TaskFile, folder: Path, seed: int = 0) -> TaskS
         for task, config in zip(tasks, file.tasks, strict=True)
     )
     return TaskSet(where, tasks, file.evaluation, sizes)
+
+
+def _on_split(where: str, file: TaskFile, folder: Path, split: Split, seed: int, validation: float) -> list[Task]:
+    both = [open_splits(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)]
+    if split == "heldout":
+        return [heldout for _, heldout in both]
+    searched, validated = validation_split(
+        f"{where}: search.validation", [search for search, _ in both], validation, seed
+    )
+    if split == "search":
+        return searched
+    if not validated:
+        raise InputError(where, "has no validation split (search.validation); expected --split search, heldout or all")
+    return validated
 
 
 def score_models(

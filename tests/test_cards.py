@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from evojax_merge.checkpoints.folder import hub_id
+from evojax_merge.references import recipe_reference
 from evojax_merge.report.card import merge_card, public_names
 from evojax_merge.report.front_matter import MAX_BYTES, read_front_matter
 
@@ -111,6 +112,15 @@ def test_hub_ids_of_folders() -> None:
     assert hub_id(hub / "models--gpt2" / "snapshots" / COMMIT) == "gpt2"
     for other in ("models--a--b--c/snapshots/x", "models--a b--c/snapshots/x", "models--a--b/x", "a--b/snapshots/x"):
         assert hub_id(hub / other) is None
+
+
+def test_recipes_name_models_so_that_they_are_found_from_any_place() -> None:
+    snapshot = Path(f"/cache/hub/models--owner--name/snapshots/{COMMIT}")
+    for reference in ("owner/name", "owner/name@main", f"owner/name@{COMMIT}"):
+        assert recipe_reference(reference, snapshot) == f"owner/name@{COMMIT}"
+    assert recipe_reference(str(snapshot), snapshot) == str(snapshot)
+    assert recipe_reference("../models/one", Path("/home/models/one")) == "/home/models/one"
+    assert recipe_reference("zoo:maths", Path("/cache/zoo/maths")) == "zoo:maths"
 
 
 def test_models_of_one_name_are_numbered() -> None:

@@ -180,6 +180,16 @@ def test_odd_overrides_are_refused_in_a_line(override: str) -> None:
     assert line.startswith(("--set: ", "--set seed:")) and line.isprintable() and len(line) < 500
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"), [("generations", "search.generations"), ("chunk", "evaluation.chunk"), ("sead", "seed")]
+)
+def test_a_key_of_a_section_is_told_with_the_section(key: str, meant: str) -> None:
+    for document in (DOCUMENTS["space"][1] | {key: 5}, apply_overrides(FILE, DOCUMENTS["space"][1] | {}, [f"{key}=5"])):
+        with pytest.raises(InputError) as caught:
+            parse(FILE, document, Config)
+        assert str(caught.value) == f"{FILE}: {key}: unknown key (did you mean '{meant}'?)"
+
+
 def test_of_two_overrides_of_a_key_the_last_counts() -> None:
     changed = apply_overrides(FILE, deepcopy(DOCUMENTS["space"][1]), ["seed=1", "tasks.0.name=über", "seed=2"])
     assert changed["seed"] == 2 and changed["tasks"][0]["name"] == "über"

@@ -454,6 +454,8 @@ def test_an_answer_that_is_never_found_is_named() -> None:
     task = GsmTask("gsm", 1.0, (), (problem,), STYLES["gsm8k"], "strict")
     assert task.extraction_failure(["5", "#### "]) == r"the pattern '#### (\\-?[0-9\\.\\,]+)'"
     assert task.extraction_failure(["five", "#### 5"]) is None
+    assert task.target(0) == task.problems[0].number
+    assert task.extracted(0, ["4 or #### 5"]) == "5" and task.extracted(0, ["5"]) is None
     flexible = GsmTask("gsm", 1.0, (), (problem,), STYLES["gsm8k"], "flexible")
     assert flexible.extraction_failure(["five"]) == "a number"
     assert flexible.extraction_failure(["5"]) is None

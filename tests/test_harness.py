@@ -464,6 +464,12 @@ def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path,
     assert not any("log_probabilities" in line for line in texts)
     assert texts[3]["example"] == f"{tasks}: tasks[1]: own_generation, example 3"
     assert [line["score"] for line in texts] == list(scored["own_generation"].scores["exact_match,flexible"][0])
+    theirs = [sample for sample in scored["own_generation"].samples if sample["filter"] == "flexible"]
+    answers = [sample["filtered_resps"][0] for sample in theirs]
+    assert [line["extracted"] for line in texts] == [None if one == "[invalid]" else one for one in answers]
+    assert [line["target"] for line in texts] == [sample["target"] for sample in theirs]
+    docs = [sample["doc"] for sample in scored["own_choices"].samples]
+    assert [line["target"] for line in choices] == [doc["choices"][doc["gold"]] for doc in docs]
     for name in names:
         for key, matrix in scored[name].scores.items():
             assert shown["scores"][f"{name}/{key}"] == pytest.approx(float(matrix.mean()), abs=1e-6)

@@ -2,10 +2,12 @@
 
 import pytest
 from merge_kernels import METHODS
+from rich.progress import Progress
 
 from evojax_merge.cli import cli, run
 from evojax_merge.models.architecture import model_types
 from evojax_merge.report.comparison import Row
+from evojax_merge.report.progress import GenerationsColumn
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.search.strategies.registry import strategy_names
 
@@ -50,3 +52,10 @@ def test_a_name_that_says_its_role_stands_alone() -> None:
     assert [line.split("|")[1].strip() for line in markdown_table(rows).splitlines()[2:]] == [
         "base", "parent `maths`", "base `b`",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("completed", "shown"), [(0, "0/12"), (0.25, "0.2/12"), (5.0, "5/12"), (12, "12/12")])
+def test_whole_generations_are_counted_as_such(completed: float, shown: str) -> None:
+    progress = Progress()
+    progress.add_task("search", total=12, completed=completed)
+    assert GenerationsColumn().render(progress.tasks[0]).plain == shown

@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 from test_racing import climb
 
+from evojax_merge.config import Config
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.pipeline import run_search
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, locked, open_run
 
 GENERATIONS = 5
 DOCUMENT: dict[str, Any] = {"inputs": {}}
+TASK = {"name": "text", "kind": "likelihood", "file": "no-file.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +173,11 @@ def test_a_lock_goes_with_its_process(tmp_path):
     who = f"in use by process {holder.pid} on {os.uname().nodename}"
     with pytest.raises(InputError, match=who), locked(run, resume=False):
         pass
+    # Before anything else that a search would have to look at: here its models, which there are not.
+    config = Config.model_validate({"parents": ["no-model"], "data_flow": {}, "tasks": [TASK]})
+    for out, named in ((run, who), (tmp_path / "other", "no such file")):
+        with pytest.raises(InputError, match=named):
+            run_search(tmp_path / "config.yaml", config, out, resume=False, overwrite=False)
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     with locked(run, resume=False):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_kernels import METHODS, grid_index
 
+from evojax_merge.config import Bounds
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.spaces.bounds import EDGE, from_unit, to_unit
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, component_groups, uniform_start
@@ -245,6 +246,15 @@ def test_uniform_start_is_the_uniform_merge(name: str) -> None:
     for parameter in method.parameters:
         expected = (uniform[parameter.name],) * (3 if parameter.per_parent else 1)
         assert uniform_start(method, parameter.name, 3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_a_search_of_dellas_densities_starts_inside_of_its_bounds(name: str) -> None:
+    (density, _), _ = search_parameters_of("space", METHODS[name], 3, {"density": Bounds(), "weight": Bounds()}, {})
+    assert len(density.start) == 3 and all(density.low < value < density.high for value in density.start)
+    # A density that is not searched has the method's default.
+    _, others = search_parameters_of("space", METHODS[name], 3, {"weight": Bounds()}, {})
+    assert dict(others)["density"] == (1.0,) * 3
 
 
 @pytest.mark.parametrize("name", ["della", "sce"])

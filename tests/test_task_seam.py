@@ -77,8 +77,13 @@ def test_an_evaluation_on_a_kind_from_outside(config_file: Path, family: Family,
         own = [line for line in lines if line["model"] == row["model"] and line["task"] == "again"]
         assert [line["example"] for line in own] == [f"copy {n}" for n in range(10)]
         assert np.mean([line["score"] for line in own]) == pytest.approx(row["scores"]["again/copied"])
+        assert {line["target"] for line in own} == {None}
         for line in own:
             assert line["score"] == line["scores"]["copied"] == pytest.approx(np.exp(line["log_probabilities"][0]))
+    records = [json.loads(line) for line in family.tasks.read_text().splitlines()]
+    texts = [line for line in lines if line["task"] == "text"]
+    assert [line["target"] for line in texts] == 2 * [record["target"] for record in records]
+    assert {line["extracted"] for line in lines} == {None}
     # Samples take the place of earlier ones.
     pipeline.evaluate(models[:1], config_file, None, samples)
     assert len(samples.read_text().splitlines()) == 22

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from evojax_merge.config import TaskFile
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
+from evojax_merge.stored_models import open_tasks
 from evojax_merge.tasks.batches import (
     BUCKETS,
     MIN_SHARED_PREFIX,
@@ -185,6 +187,25 @@ def test_a_held_out_share_is_a_fixed_partition(heldout: float, tmp_path: Path) -
     again = open_task("config", config, tmp_path, 0)
     assert again == (searched, held)
     assert open_task("config", config, tmp_path, 1)[1] != held or heldout == 0.01
+
+
+def test_an_evaluation_takes_the_split_that_a_search_has(tmp_path: Path) -> None:
+    write_lines(tmp_path / "task.jsonl", [{"prompt": f"p{i}", "target": "t"} for i in range(20)])
+    config = TextConfig(name="n", kind="likelihood", file="task.jsonl", heldout=0.25)
+    file = TaskFile(tasks=[config])
+
+    def lines(split: Any, validation: float = 0.2) -> set[int]:
+        (task,) = open_tasks("tasks", file, tmp_path, split, 3, validation).tasks
+        assert isinstance(task, TextTask)
+        return {example.line for example in task.examples}
+
+    whole = [open_task("tasks", config, tmp_path, 3)[i] for i in range(2)]
+    search, heldout = ({example.line for example in split.examples} for split in whole)
+    assert (lines("all"), lines("heldout")) == (search | heldout, heldout)
+    assert lines("search") | lines("validation") == search and len(lines("validation")) == 3
+    assert not lines("search") & lines("validation") and lines("search", 0.0) == search
+    with pytest.raises(InputError, match=r"tasks: has no validation split \(search.validation\)"):
+        lines("validation", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -527,6 +548,30 @@ def test_multiple_choice_counts_right_choices_and_their_margin() -> None:
 )
 def test_last_number_is_extracted(text: str, answer: str | None) -> None:
     assert extract_answer(text, None) == answer
+
+
+@pytest.mark.parametrize(
+    ("targets", "warned"), [(("#### 5", "7", "seven", "eight"), False), (("7", "seven", "eight"), True)]
+)
+def test_targets_that_mostly_hold_no_number_are_warned_of(
+    targets: tuple[str, ...], warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "p", "target": target} for target in targets])
+    config = TextConfig(name="n", kind="exact_match", file=path.name)
+    open_task("tasks[0]", config, tmp_path, 0)
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: tasks[0].pattern: missing; 2 of 3 targets of {path}") == warned
+    assert error.count("\n") == warned
+    open_task("tasks[0]", config.model_copy(update={"pattern": r"\w+"}), tmp_path, 0)
+    assert not capsys.readouterr().err
+
+
+def test_samples_hold_the_wanted_answer_and_the_one_that_was_found() -> None:
+    task = task_of("exact_match", [Example("p", ("t",), "#### 5", 1), Example("q", ("u",), "7", 2)])
+    assert [task.target(n) for n in range(2)] == ["#### 5", "7"]
+    assert [task.extracted(n, [text]) for n, text in enumerate(["it is 1,005.", "none"])] == ["1005", None]
+    choices = task_of("multiple_choice", [Example("p", (" red", " green"), 1, 1)])
+    assert choices.target(0) == "green" and choices.extracted(0, []) is None
 
 
 def test_pattern_s_last_match_is_extracted() -> None:

@@ -18,7 +18,8 @@ def sample_rows(
 
     `example` is the example's place in the data, `scores` its score by each metric, and `score` that by the metric that
     the task's fitness is made of. `outputs` are the texts that were generated for it; `log_probabilities` the totals of
-    its targets (or choices), in their order. A number that is not finite is None.
+    its targets (or choices), in their order. `target` is the right answer as the data have it, and `extracted` the
+    answer that was found in the outputs; None where there is none. A number that is not finite is None.
     """
     rows = []
     for batched_task in batched_tasks:
@@ -38,6 +39,7 @@ def sample_rows(
             for row, answer in zip(asked, given, strict=True):
                 found[row.example].setdefault(key, []).append(answer)
         for n, line in enumerate(found):
+            line["target"], line["extracted"] = task.target(n), task.extracted(n, line.get("outputs", []))
             line["score"] = _finite(matrices[task.metric][p, n])
             line["scores"] = {metric: _finite(matrix[p, n]) for metric, matrix in matrices.items()}
         rows += found

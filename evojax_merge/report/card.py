@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.derived import parts_of, reference_to
+from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.problem import SearchProblem
@@ -103,7 +103,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         f"{_sizes(task, problem.validation[i] if problem.validation and task.weight else None, problem.heldout[i])}"
         for i, task in enumerate(problem.full)
     )
-    models = {reference_to(path): path for path in problem.candidates.merged_from(result.genome)}
+    models = {problem.references[path]: path for path in problem.candidates.merged_from(result.genome)}
     return (
         merge_card(name, [problem.candidates.name], models, recipe)
         + result.report.card_section()

@@ -9,10 +9,13 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from evojax_merge.search.loop import Generation, Reporter
 
@@ -49,6 +52,13 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+class GenerationsColumn(ProgressColumn):
+    """Generations done of those wanted, `5/50`; within a generation with its fraction, `5.3/50`."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:.1f}".removesuffix(".0") + f"/{task.total:.0f}")
 
 
 class SearchBar(Reporter):
@@ -96,7 +106,7 @@ class SearchBar(Reporter):
 def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
     """A progress bar over the generations of a search."""
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"),
+        TextColumn("{task.description}", markup=False), BarColumn(), GenerationsColumn(),
         TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:

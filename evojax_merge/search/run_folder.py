@@ -483,6 +483,24 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
                     path.rmdir()
 
 
+def check_not_in_use(path: Path) -> None:
+    """Raises InputError where another process works in a run folder. One may come afterwards: `locked` keeps it out."""
+    folder = RunFolder(path)
+    try:
+        handle = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        # Nobody works here, or it is said by `locked` what is wrong with the folder.
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(folder) from None
+    except OSError:
+        return
+    finally:
+        os.close(handle)
+
+
 def _lock(folder: RunFolder) -> int:
     """The open lock file."""
     while True:
@@ -552,6 +570,12 @@ class Saved:
     arrays: dict[str, np.ndarray]
     history_length: int
     history_digest: bytes
+
+    def describes(self, generations: int, history: Path) -> bool:
+        """Whether so many generations are behind it, and a history is, to the byte, what it was when this was saved."""
+        content = history.read_bytes()
+        same = len(content) == self.history_length and hashlib.sha256(content).digest() == self.history_digest
+        return same and self.generations == generations
 
     def part(self, name: str) -> "Saved":
         """What was saved of one part of the state, a mapping."""

@@ -197,6 +197,8 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, shares: Sequenc
         start = _numbers(bounds.start)
     elif parameter.default is None and not parameter.per_parent:
         start = ((low + high) / 2,)
+    elif parameter.start is not None:
+        start = (parameter.start,) * (genes if parameter.per_parent else 1)
     else:
         start = uniform_start(method, name, len(shares))[:genes]
     if bounds.start is not None and not all(low <= value <= high for value in start):

@@ -180,6 +180,9 @@ class FunctionTask(TaskDefaults):
         with users_code(self.function.reference):
             return checked(self.function, self.function.call(list(self.records), own), self.size)
 
+    def target(self, example: int) -> str | None:
+        return None if self.inputs == "texts" else self.text.target(example)
+
     def contents(self) -> list[tuple[str, Place]]:
         contents = (json.dumps(record, sort_keys=True) for record in self.records)
         return list(zip(contents, ((self.text.file, one.line) for one in self.text.examples), strict=True))

@@ -255,6 +255,12 @@ class GsmTask(TaskDefaults):
             return None
         return "a number" if self.match == "flexible" else f"the pattern {self.style.strict!r}"
 
+    def target(self, example: int) -> str:
+        return self.problems[example].number
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        return find_answer(self.style, self.match, outputs[0], f"task {self.name}")
+
     def contents(self) -> list[tuple[tuple[str, str], Place]]:
         return [((one.question, one.number), (one.where, 0)) for one in self.problems]
 

@@ -245,22 +245,49 @@ class HarnessTask(TaskDefaults):
         return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        name = self.metric.partition(",")[2]
-        pipeline = next(pipeline for pipeline in self.source.task._filters if pipeline.name == name)
-        fallbacks = [step.fallback for make in pipeline.filters if hasattr(step := make(), "fallback")]
-        if not fallbacks or self.source.kept is None:
+        if self._fallback is None or self.source.kept is None or not texts:
             return None
+        found = self._filtered(self.examples, texts)
+        return f"the filter {self._filter.name}" if all(answer == self._fallback for answer in found) else None
+
+    def target(self, example: int) -> str | None:
+        assert self.source.kept is not None, "asked before it is scored"
+        task, doc = self.source.task, copy.copy(self.source.kept[1][self.examples[example]][0].doc)
+        with users_code(self.source.where):
+            target = task.doc_to_target(doc)
+            if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
+                target = task.doc_to_choice(doc)[target]
+        return None if target is None else str(target)
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        found = self._filtered([self.examples[example]], outputs)
+        return None if not found or found[0] == self._fallback else str(found[0])
+
+    @property
+    def _filter(self) -> Any:
+        """The harness's filter that outputs go through before the metric."""
+        name = self.metric.partition(",")[2]
+        return next(pipeline for pipeline in self.source.task._filters if pipeline.name == name)
+
+    @property
+    def _fallback(self) -> Any:
+        """What the filter gives where it finds nothing; None: it always finds something."""
+        steps = [make() for make in self._filter.filters]
+        return next((step.fallback for step in reversed(steps) if hasattr(step, "fallback")), None)
+
+    def _filtered(self, examples: Sequence[int], texts: Sequence[str]) -> list[Any]:
+        """What the filter makes of outputs for these examples of the source, those of one candidate before the next's.
+        One that is alone in a list is taken out of it."""
+        assert self.source.kept is not None, "asked before it is scored"
         instances = self.source.kept[1]
-        requests = [
-            request for e in self.examples for request in instances[e] if request.request_type == "generate_until"
-        ]
-        # Of several candidates one has all its texts before the next.
+        requests = [one for e in examples for one in instances[e] if one.request_type == "generate_until"]
         filled = [replace(requests[i % len(requests)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
         if not filled:
-            return None
-        pipeline.apply(filled)
-        found = [request.filtered_resps[name] for request in filled]
-        return f"the filter {name}" if all(answer in (fallbacks[-1], [fallbacks[-1]]) for answer in found) else None
+            return []
+        with users_code(self.source.where):
+            self._filter.apply(filled)
+        found = [request.filtered_resps[self._filter.name] for request in filled]
+        return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in found]
 
     def paths(self) -> dict[str, str]:
         include = self.source.options.include_path

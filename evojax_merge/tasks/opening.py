@@ -21,6 +21,13 @@ def open_task(
     Raises InputError for what the config or its data cannot mean.
     """
     _check_fair(where, config)
+    return open_splits(where, config, folder, seed, find_file)
+
+
+def open_splits(
+    where: str, config: TaskConfig, folder: Path, seed: int, find_file: FindFile = local_file
+) -> tuple[Task, Task]:
+    """As `open_task`, for scoring alone: also of what no search should see."""
     kind, heldout = kind_of(config), config.heldout
     if isinstance(heldout, str) and kind.source is None:
         raise InputError(f"{where}.heldout", f"{heldout}; a task of this kind has one source: expected a share")

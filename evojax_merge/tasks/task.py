@@ -115,6 +115,14 @@ class Task(ScoredTask, Protocol):
         """What was looked for in the outputs, if it is in none of them; else None."""
         ...
 
+    def target(self, example: int) -> str | None:
+        """What the data have as the right answer to an example, as it is written there; None: nothing."""
+        ...
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        """The answer that scoring finds in the outputs for an example; None: none, or it looks for none."""
+        ...
+
     def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
         """Each example's content, to tell examples that are the same, and where it stands. Empty where the task does
         not know its examples."""
@@ -144,6 +152,12 @@ class TaskDefaults:
         return None
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        return None
+
+    def target(self, example: int) -> str | None:
+        return None
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
         return None
 
     def contents(self) -> Sequence[tuple[Hashable, "Place"]]:

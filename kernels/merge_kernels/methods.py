@@ -43,9 +43,9 @@ YAML_OPTIONS = ("normalize", "normalize_weights", "rescale", "filter_wise", "nus
 class Parameter:
     """A number of a recipe: its default, the default bounds of a search, and the values that have a meaning.
 
-    `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else required. `searched`
-    False: what is prepared depends on it, so it is fixed for a whole run. `quantised`: a density, which a search rounds
-    to the grid.
+    `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else required. `start`: where
+    a search begins, for a default outside of the default bounds; None: at the default. `searched` False: what is
+    prepared depends on it, so it is fixed for a whole run. `quantised`: a density, which a search rounds to the grid.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Parameter:
     valid_max: float = np.inf
     searched: bool = True
     quantised: bool = False
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -497,7 +498,7 @@ def _task_vectors(
 _PLAIN, _NORMALIZED = Options(has_base=True), Options(normalize=True, has_base=True)
 _RESCALED = Options(rescale="l1", has_base=True)
 _DELLA_DENSITY = Parameter(
-    "density", per_parent=True, default=1.0, low=0.2, high=0.8, valid_min=0.0, valid_max=1.0, quantised=True
+    "density", per_parent=True, default=1.0, low=0.2, high=0.8, valid_min=0.0, valid_max=1.0, quantised=True, start=0.5
 )
 
 METHODS: dict[str, Method] = {

@@ -37,16 +37,16 @@ def cma_algorithm(kind: str, dims: int, population: int) -> Any:
     return getattr(algorithms, kind)(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
 
 
-def _strategy(kind: str, settings: StrategySettings) -> EvosaxStrategy:
+def _strategy(name: str, kind: str, settings: StrategySettings) -> EvosaxStrategy:
     algorithm = cma_algorithm(kind, settings.dims, settings.population or default_population(settings.dims))
-    return EvosaxStrategy(kind, algorithm, algorithm.default_params.replace(std_init=jnp.float32(settings.sigma)))
+    return EvosaxStrategy(name, algorithm, algorithm.default_params.replace(std_init=jnp.float32(settings.sigma)))
 
 
 def cma_es(settings: StrategySettings) -> EvosaxStrategy:
     """CMA-ES (Hansen, arXiv 1604.00772); its separable form beyond 512 dimensions."""
-    return _strategy("CMA_ES" if settings.dims <= MAX_FULL_DIMS else "Sep_CMA_ES", settings)
+    return _strategy("cma_es", "CMA_ES", settings) if settings.dims <= MAX_FULL_DIMS else sep_cma_es(settings)
 
 
 def sep_cma_es(settings: StrategySettings) -> EvosaxStrategy:
     """Separable CMA-ES (Ros and Hansen, 2008): a variance for each gene, and no covariances."""
-    return _strategy("Sep_CMA_ES", settings)
+    return _strategy("sep_cma_es", "Sep_CMA_ES", settings)

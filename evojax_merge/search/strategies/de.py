@@ -43,4 +43,4 @@ def de(settings: StrategySettings) -> PopulationStrategy:
         raise InputError(settings.where, f"population: {population:,}; de takes {MIN_POPULATION} to {MAX_POPULATION:,}")
     algorithm = _algorithm(settings.dims, population)
     params = algorithm.default_params.replace(differential_weight_min=0.5, differential_weight_max=1.0)
-    return PopulationStrategy("DE", algorithm, params, settings.sigma)
+    return PopulationStrategy("de", algorithm, params, settings.sigma)

@@ -42,4 +42,4 @@ def ga(settings: StrategySettings) -> PopulationStrategy:
     population = settings.population or 2 * default_population(settings.dims)
     algorithm = _algorithm(settings.dims, population, settings.sigma)
     params = algorithm.default_params.replace(crossover_rate=0.5)
-    return PopulationStrategy("GA", algorithm, params, settings.sigma)
+    return PopulationStrategy("ga", algorithm, params, settings.sigma)

@@ -30,4 +30,4 @@ def lm_ma_es(settings: StrategySettings) -> EvosaxStrategy:
     params = algorithm.default_params
     # Learning rates, P / (4^i D), that are made for D beyond P.
     params = params.replace(std_init=jnp.float32(settings.sigma), c_c=jnp.minimum(params.c_c, 1.0))
-    return EvosaxStrategy("LM_MA_ES", algorithm, params)
+    return EvosaxStrategy("lm_ma_es", algorithm, params)

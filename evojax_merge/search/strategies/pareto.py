@@ -50,7 +50,7 @@ class NSGA2:
     settings: StrategySettings
     population: int
 
-    name = "NSGA-II"
+    name = "pareto"
     keeps_front = True
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> ParetoState:

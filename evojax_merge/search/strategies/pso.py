@@ -49,4 +49,4 @@ def pso(settings: StrategySettings) -> PopulationStrategy:
     algorithm = _algorithm(settings.dims, settings.population or 2 * default_population(settings.dims))
     # With evosax's 0.75, 1.5 and 2 the variance of a particle's place grows without bound.
     params = algorithm.default_params.replace(inertia_coeff=0.7298, cognitive_coeff=1.49618, social_coeff=1.49618)
-    return PopulationStrategy("PSO", algorithm, params, settings.sigma)
+    return PopulationStrategy("pso", algorithm, params, settings.sigma)

@@ -34,7 +34,7 @@ class XNES:
     population: int
     sigma: float
 
-    name = "xNES"
+    name = "xnes"
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> NaturalState:
         return NaturalState(
