@@ -204,8 +204,7 @@ def _restarted(name: str, settings: StrategySettings, small_runs: bool) -> Resta
             settings.where, f"population: {population:,}; {name}, which makes it up to {MAX_MULTIPLE} times as large, "
             f"takes {most:,} at most in {settings.dims:,} dimensions",
         )  # fmt: skip
-    shown = "BIPOP-CMA-ES" if small_runs else "IPOP-CMA-ES"
-    return RestartedCMAES(shown, settings.dims, population, settings.sigma, settings.range, small_runs)
+    return RestartedCMAES(name, settings.dims, population, settings.sigma, settings.range, small_runs)
 
 
 def ipop_cma_es(settings: StrategySettings) -> RestartedCMAES:
