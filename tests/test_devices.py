@@ -62,6 +62,9 @@ np.savez(out, **found)
 """
 
 
+CHOICE = {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin"}
+
+
 def write_config(root: Path, **changes: Any) -> Path:
     """A search over a tiny family: choices that share their question, and a few words that are written."""
     records = random_records(10)
@@ -74,7 +77,7 @@ def write_config(root: Path, **changes: Any) -> Path:
         "parents": ["parent0", "parent1"],
         "space": {"method": "ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}},
         "tasks": [
-            {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin"},
+            CHOICE,
             {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "pattern": r"w\d+", "max_new_tokens": 5},
         ],
         "search": {"population": 6, "generations": 3},
@@ -150,7 +153,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 
 def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> None:
     """A winner that is chosen on a validation split, and an end before the last generation, among the rest."""
-    config = write_config(family.root)
+    config = write_config(family.root, tasks=[CHOICE])
     stop = "{evaluations: 20, seconds: 1000}"
     options = [f"search.{key}" for key in ("generations=9", "validation=0.4", "validate_every=2", f"stop={stop}")]
     options = [part for option in options for part in ("--set", option)]
@@ -172,7 +175,10 @@ def test_two_processes_find_what_one_finds(family: Family, tmp_path: Path) -> No
 
 
 def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Family, tmp_path: Path) -> None:
-    config, out = write_config(family.root, search={"population": 6, "generations": 400}), tmp_path / "run"
+    config, out = (
+        write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": 400}),
+        tmp_path / "run",
+    )
     processes = start(config, out, 2)
     deadline = time.monotonic() + 240
     while not (out / "history.jsonl").exists() or len(history(out)) < 2:
@@ -186,7 +192,7 @@ def test_a_process_that_dies_ends_the_run_and_one_alone_resumes_it(family: Famil
     assert told or (code == -signal.SIGABRT and "another task died" in errors), (code, errors)
     saved = len(history(out))
     assert saved >= 2
-    config = write_config(family.root, search={"population": 6, "generations": saved + 2})
+    config = write_config(family.root, tasks=[CHOICE], search={"population": 6, "generations": saved + 2})
     assert run_command("search", config, "--out", out, "--resume").returncode == 0
     assert [row["generation"] for row in history(out)] == list(range(1, saved + 3))
 
