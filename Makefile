@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
+	bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -61,6 +61,7 @@ bench:
 	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
 	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against what"
 	@echo "                    the machine can write, over sizes, candidates and parents (8 minutes)"
+	@echo "make bench-families a likelihood pass of every family, against transformers (10 minutes)"
 	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (5 minutes)"
 	@echo "make bench-adapters ten LoRA adapters of SmolLM2-135M, as factors and expanded (5 minutes, 8 GB of memory)"
 	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
@@ -87,6 +88,9 @@ bench-merge: .venv/installed-test
 
 bench-kernels: .venv/installed-test
 	$(BIN)/python bench/merge_speed.py --sweep --plot bench/kernels.png
+
+bench-families: .venv/installed-test
+	$(BIN)/python bench/families.py
 
 bench-many-parents: .venv/installed-test
 	$(BIN)/python bench/many_parents.py
