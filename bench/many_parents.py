@@ -153,7 +153,7 @@ def of_a_search(folder: Path, parents: int, written_out: int, repeats: int) -> R
     layout = padded_layout(WIDTH, jnp.zeros(ROWS, jnp.int32), jnp.full(ROWS, WIDTH, jnp.int32))
 
     def score(bank: Any, recipe: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
-        source = lazy_merge(bank, recipe, spec)
+        source = lazy_merge(bank, recipe, spec, prefetch_layers=True)
         hidden, _ = forward(config, source, tokens, layout)
         return target_logprobs(config, source, hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))[0].sum()
 

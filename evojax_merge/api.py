@@ -167,17 +167,21 @@ def evolve(
     seed: int | None = None,
     overrides: Sequence[str] = (),
     on_generation: Callable[[Generation], None] = lambda generation: None,
+    force: bool = False,
 ) -> Run:
     """Search as `evojax-merge search` does, and return the run.
 
     config: a YAML file, or what it would say as a mapping; relative paths then start in the working directory. out: the
     run folder; None: the config's own, else runs/ and the file's name. resume, overwrite: continue, or start again,
-    what lies there. overrides: `key.path=value`, as --set takes them. on_generation is told of every generation.
+    what lies there. overrides: `key.path=value`, as --set takes them. on_generation is told of every generation. force:
+    go on where the models or the passes do not fit into memory.
     """
     path, parsed = _config(config, seed, overrides)
     folder = pipeline.default_out(path, parsed) if out is None else Path(out)
     with _bars_on_terminals():
-        pipeline.run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation)
+        pipeline.run_search(
+            path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force
+        )
     return open_run(folder)
 
 

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from merge_kernels import METHODS
 
+from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstract_stored
 from evojax_merge.checkpoints.bank import bytes_saved, held_bytes, load_bank, load_path_bank
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Population, Progress
+from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
@@ -53,6 +55,11 @@ class Candidates(Protocol):
     ) -> Sequence[CandidateEvaluator]:
         """Load the bank, and evaluate candidates as each of `decoders` evaluates models. `progress` is told the bytes
         that were loaded."""
+        ...
+
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        """Candidates such as `evaluator` scores together, up to `size` of them, over abstract arrays that `place`
+        makes: a search is planned with them before anything is loaded."""
         ...
 
     def describe(self) -> str:
@@ -107,6 +114,12 @@ class MergeCandidates:
         bank = load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
         return [MergeEvaluator(decoder, bank, self.spec) for decoder in decoders]
 
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
+        # What recipes say makes no difference.
+        recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+        return evaluator.merges(abstract_bank(self.sources, self.decoder, self.spec, place), self.spec, recipes)
+
     def describe(self) -> str:
         names = ", ".join(parameter.name for parameter in self.space.search_parameters)
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
@@ -155,6 +168,10 @@ class PathCandidates:
     ) -> list[PathEvaluator]:
         bank = load_path_bank(self.sources, self.spec, decoders[0].compute_dtype, progress)
         return [PathEvaluator(decoder, bank, self.space.max_length) for decoder in decoders]
+
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        """One path, as deep as the first parent."""
+        return _one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
 
     def describe(self) -> str:
         return f"{self.space.dims} numbers that say which layers follow each other"
@@ -217,6 +234,9 @@ class PoolCandidates:
         bank.check_founders(progress)
         return [PoolEvaluator(decoder, bank) for decoder in decoders]
 
+    def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
+        return _one_model(self.sources, self.decoder, evaluator.compute_dtype, place)
+
     def describe(self) -> str:
         methods = " or ".join(method.name for method in self.space.methods)
         return f"children of two members ({methods}; {len(self.founders)} founders)"
@@ -239,3 +259,8 @@ class PoolCandidates:
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> PoolReport:
         return PoolReport(self.space.member(np.asarray(genome, np.float32)), self.decoder.layers, tuple(parents))
+
+
+def _one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:
+    """A stored model, as planned: candidates that are scored one after the other."""
+    return Population(SharedModel(), abstract_stored(sources, config, compute_dtype, place), np.zeros(1))

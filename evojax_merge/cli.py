@@ -70,6 +70,7 @@ def cli() -> None:
     help="Override one key of CONFIG (search.generations=50, tasks.0.limit=20); repeatable.",
 )
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
+@click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
 def search(
     config: Path,
     out: Path | None,
@@ -78,6 +79,7 @@ def search(
     seed: int | None,
     overrides: tuple[str, ...],
     distributed: bool,
+    force: bool,
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
@@ -89,7 +91,21 @@ def search(
             init_distributed()
         from evojax_merge import pipeline
 
-    pipeline.search(config, out, resume, overwrite, seed, list(overrides))
+    pipeline.search(config, out, resume, overwrite, seed, list(overrides), force)
+
+
+@cli.command(short_help="Say what a search would take: memory, work, time.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--target", metavar="NAME", help="h100, 8xh100, v5p-8, v6e-8, cpu, … Default: the devices that are here.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan here as well.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
+def plan(config: Path, target: str | None, json_file: Path | None, overrides: tuple[str, ...]) -> None:
+    """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
+    and moves, and how long that takes at least."""
+    with _starting():
+        from evojax_merge import pipeline
+
+    pipeline.plan(config, target, json_file, list(overrides))
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import jax
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.derived import reference_to
+from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
     atomic_write,
@@ -29,12 +31,14 @@ from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings
-from evojax_merge.evaluation.devices import barrier, local_devices, on_accelerator, unused_memory
+from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
+from evojax_merge.evaluation.devices import barrier, local_devices, unused_memory
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.targets import Target, find_target, live_target
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import Progress, merge_to
@@ -42,6 +46,7 @@ from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_strea
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.planning import advice, disk_bytes, make_plan
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
@@ -51,16 +56,17 @@ from evojax_merge.problem import (
     resolved_space,
     stage_config,
 )
-from evojax_merge.references import resolve_reference
+from evojax_merge.references import resolve_headers, resolve_reference
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.notices import Log, say_unread
 from evojax_merge.report.picture import draw
+from evojax_merge.report.plan import Plan, holds_plans
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
-from evojax_merge.search.loop import evolve, run_bytes, saved_strategy_state
+from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.run_folder import (
     PARAMS,
     Checkpoints,
@@ -99,11 +105,15 @@ from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents
 T = TypeVar("T")
 
 
-def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str]) -> None:
+def search(
+    path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
+    force: bool = False,
+) -> None:  # fmt: skip
     """The search of a config file, told with the command that continues it wherever it is broken off."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += ["--distributed"] if jax.process_count() > 1 else []
+    options += ["--force"] if force else []
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
     continuation = Continuation(_command(path, *asked, *options))
@@ -112,7 +122,7 @@ def search(path: Path, out: Path | None, resume: bool, overwrite: bool, seed: in
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
         begun = partial(continuation.begun, _command(path, "--out", str(out), *options, "--resume"))
-        run_search(path, config, out, resume=resume, overwrite=overwrite, begun=begun)
+        run_search(path, config, out, resume=resume, overwrite=overwrite, begun=begun, force=force)
 
 
 def default_out(path: Path, config: Config) -> Path:
@@ -129,24 +139,26 @@ def run_search(
     overwrite: bool,
     begun: Callable[[RunFolder], None] = lambda folder: None,
     on_generation: OnGeneration = lambda generation: None,
+    force: bool = False,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
-    start in its folder; `begun` is called as soon as there is something to resume."""
+    start in its folder; `begun` is called as soon as there is something to resume. Raises InputError where it cannot
+    fit into memory, unless `force`."""
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     if jax.process_index() == 0:
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
     if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation)
+        _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
         return
     problem = build_problem(path, config)
     batched_tasks = problem.batched_tasks()
-    require_space(out, _run_bytes(problem))
-    _require_bank(path, problem)
+    require_space(out, disk_bytes(problem))
+    _require_bank(path, problem, force)
     with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
         _say_first(path, problem, batched_tasks)
-        _search_into(folder, problem, batched_tasks, on_generation)
+        _search_into(folder, problem, batched_tasks, on_generation, force)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -180,37 +192,41 @@ def _check_checkpoints(folder: RunFolder) -> None:
         checkpoints.restore(say)
 
 
-def _run_bytes(problem: SearchProblem) -> int:
-    """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
-    model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
-    examples, tasks = sum(task.size for shard in problem.shards for task in shard), len(problem.full)
-    return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
-
-
-def _require_bank(path: Path, problem: SearchProblem) -> None:
-    """Raises InputError where the models cannot be in memory together. A device holds its share of them; on a CPU all
-    devices hold theirs in the memory of the host."""
-    devices = 1 if on_accelerator() else len(jax.local_devices())
+def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
+    """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
+    them; on a CPU all devices hold theirs in the memory of the host."""
+    devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
     nbytes = problem.candidates.held_bytes() * devices // problem.config.evaluation.model
     what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
-    require_memory(f"{path}: parents", what, nbytes, unused_memory())
+    try:
+        require_memory(f"{path}: parents", what, nbytes, unused_memory())
+    except InputError as error:
+        if not force:
+            raise InputError(error.where, f"{error.what}; {_what_would_fit(advice(problem, 0))}") from None
+
+
+def _require_passes(folder: RunFolder, planned: Plan) -> None:
+    """Raises InputError where an accelerator cannot hold the models and what the smallest passes need."""
+    if planned.target.is_accelerator and not planned.fits:
+        raise InputError(folder.path, f"{planned.verdict()}; {_what_would_fit(planned.advice)}")
+
+
+def _what_would_fit(advice: Sequence[str]) -> str:
+    return f"what would make it fit: {', or '.join(advice)} (--force goes on all the same)"
 
 
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    begun: Callable[[RunFolder], None], on_generation: OnGeneration,
+    begun: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
 ) -> None:  # fmt: skip
     """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
     before have run folders of their own below `stages/`."""
-    # Every stage is checked before the first one runs; until there is a winner, the first parent stands for it.
-    problems = [
-        build_problem(path, stage_config(config, stage, config.parents[0] if i else None), chained=i > 0)
-        for i, stage in enumerate(stages)
-    ]
+    # Every stage is checked before the first one runs.
+    problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(_stage_configs(config))]
     batched_tasks = [problem.batched_tasks() for problem in problems]
-    require_space(out, sum(map(_run_bytes, problems)))
+    require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
-        _require_bank(path, problem)
+        _require_bank(path, problem, force)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
@@ -228,7 +244,7 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                _search_into(run, problem, batched_tasks[-1], on_generation)
+                _search_into(run, problem, batched_tasks[-1], on_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -237,7 +253,7 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                _search_into(folder, problem, batched_tasks[number - 1], on_generation)
+                _search_into(folder, problem, batched_tasks[number - 1], on_generation, force)
             winner = str(folder.model)
             begun(run)
 
@@ -253,7 +269,11 @@ def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[Batc
 
 
 def _search_into(
-    folder: RunFolder, problem: SearchProblem, batched_tasks: list[list[BatchedTask]], on_generation: OnGeneration
+    folder: RunFolder,
+    problem: SearchProblem,
+    batched_tasks: list[list[BatchedTask]],
+    on_generation: OnGeneration,
+    force: bool,
 ) -> None:
     """Search, choose, export and report; of a run that has done all this nothing is done again."""
     why_complete = _why_complete(folder, problem)
@@ -270,6 +290,11 @@ def _search_into(
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
     searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
     console.print(describe_batches(searched), highlight=False)
+    planned = make_plan(problem, batched_tasks)
+    if not force:
+        _require_passes(folder, planned)
+    for line in planned.summary():
+        console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         opened = open_evaluators(problem, [*problem.batched_minibatches(), *batched_tasks], devices, progress, say)
     minibatches, on = opened[: len(problem.minibatches)], problem.by_split(opened[len(problem.minibatches) :])
@@ -356,6 +381,48 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
         f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
         f"({before}), which is kept in {earlier.path}"
     )
+
+
+def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
+    """Say what the search of a config file would take on a target; None: on the devices that are here. json_file: a
+    list of plans, one for each stage."""
+    if json_file is not None:
+        check_own_file(json_file, "--json", "plan", holds_plans)
+    with blamed_on_overrides(path, overrides):
+        plugins.load()
+        config = read_config(path, overrides, None)
+        target = live_target() if target_name is None else find_target("--target", target_name)
+        with tempfile.TemporaryDirectory() as root:
+            folders, plans = HeaderFolders(Path(root)), []
+            resolve = partial(resolve_headers, folders)
+            for stage, config_of_stage in enumerate(_stage_configs(config)):
+                problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
+                compiler = _compiler(target, config.evaluation.model)
+                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
+    for number, one in enumerate(plans, start=1):
+        if len(plans) > 1:
+            console.print(f"stage {number} of {len(plans)}")
+        for line in one.lines():
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(one.table())
+    if json_file is not None:
+        atomic_write(json_file, json.dumps([one.as_json() for one in plans], indent=1) + "\n")
+
+
+def _compiler(target: Target, model: int) -> TargetCompiler | None:
+    """The target's compiler; where it is not installed a line says so."""
+    try:
+        return target_compiler(target, model)
+    except CompilerMissing as error:
+        say(str(error))
+        return None
+
+
+def _stage_configs(config: Config) -> list[Config]:
+    """The configs of a search's stages; until there is a winner, the first parent stands for it."""
+    if config.stages is None:
+        return [config]
+    return [stage_config(config, stage, config.parents[0] if i else None) for i, stage in enumerate(config.stages)]
 
 
 @dataclass(frozen=True)

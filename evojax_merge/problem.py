@@ -32,9 +32,9 @@ from evojax_merge.config import (
     parse,
 )
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks
-from evojax_merge.evaluation.devices import local_devices
+from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, suitable_tokens
 from evojax_merge.evaluation.memory import available_memory, require_memory
+from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
@@ -98,7 +98,7 @@ class SearchProblem:
     examples that every generation is scored on, in as many parts as successive halving needs; `full` on the whole
     search split, `validation` on what of it is kept back to choose the winner on (empty: nothing is), `heldout` on what
     the search never sees. `minibatches`: of a strategy that is told gradients, what is differentiated, on the shards'
-    examples.
+    examples. `target`: the devices that it is made for.
     """
 
     config: Config
@@ -121,6 +121,11 @@ class SearchProblem:
     context: int
     stop: tuple[int, ...]
     minibatches: list[list[Task]]
+    target: Target
+
+    @property
+    def tokens_per_batch(self) -> int:
+        return self.config.evaluation.tokens_per_batch or suitable_tokens(self.target)
 
     def batched_tasks(self) -> list[list[BatchedTask]]:
         """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
@@ -143,10 +148,11 @@ class SearchProblem:
         return self._batch(self.minibatches)
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
-        tokens, decoder = self.config.evaluation.tokens_per_batch, self.decoder
+        decoder = self.decoder
         return batch_tasks(
-            splits, self.tokenizer, tokens, self.context, self.stop, decoder.vocab, decoder.position_switch
-        )
+            splits, self.tokenizer, self.tokens_per_batch, self.context, self.stop, decoder.vocab,
+            decoder.position_switch,
+        )  # fmt: skip
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -187,23 +193,26 @@ def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Conf
     return config.model_copy(update=changes | {"parents": parents})
 
 
-def build_problem(path: Path, config: Config, *, chained: bool = False) -> SearchProblem:
+def build_problem(
+    path: Path, config: Config, *, chained: bool = False, target: Target | None = None,
+    resolve: Callable[[object, str, Path], Path] = resolve_reference,
+) -> SearchProblem:  # fmt: skip
     """Check everything and open the sources. `path` is the config's file: relative paths start there.
 
-    `chained`: the first parent is the winner of the stage before, or stands for it.
+    `chained`: the first parent is the winner of the stage before, or stands for it. `target`: None: the devices that
+    are here. `resolve`: from what the config calls a model to its folder.
     """
     where, folder = str(path), path.parent
-    _check_devices(where, config.evaluation.model)
+    target = target or live_target()
+    target.check_shards(f"{where}: evaluation.model", config.evaluation.model)
     method = None if config.space is None else _method(where, config, config.space)
     bred_by = () if config.pool is None else _breeding_methods(where, config, config.pool)
     tasks = [
         open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
         for i, task in enumerate(config.tasks)
     ]
-    base = None if config.base is None else resolve_reference(f"{where}: base", config.base, folder)
-    parents = tuple(
-        resolve_reference(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents)
-    )
+    base = None if config.base is None else resolve(f"{where}: base", config.base, folder)
+    parents = tuple(resolve(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
     _check_distinct(where, base, parents[1:] if chained else parents)
     references = {
         folder: recipe_reference(reference, folder)
@@ -219,7 +228,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         tokenizer_dir = (
             base
             if config.tokenizer_source == "base"
-            else resolve_reference(f"{where}: tokenizer_source", config.tokenizer_source, folder)
+            else resolve(f"{where}: tokenizer_source", config.tokenizer_source, folder)
         )
         if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
@@ -321,6 +330,7 @@ def build_problem(path: Path, config: Config, *, chained: bool = False) -> Searc
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
         minibatches=_minibatches(where, config, strategy, searched, lengths),
+        target=target,
     )
 
 
@@ -399,13 +409,6 @@ def _other_modules(
     if named not in larger:
         raise InputError(where, f"other_modules: {named} is a text decoder alone; expected a larger model")
     return named
-
-
-def _check_devices(where: str, model: int) -> None:
-    try:
-        local_devices(model)
-    except InputError as error:
-        raise InputError(where, str(error)) from None
 
 
 def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> tuple[Sources, list[DecoderConfig]]:

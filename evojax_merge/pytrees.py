@@ -27,6 +27,7 @@ from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
@@ -450,7 +451,7 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
 def _chunk(chunk: int | None, population: int) -> int:
     """Sharing a pass is slower than one candidate after the other on a CPU, and faster on what has more to share."""
     if chunk is None:
-        return 1 if jax.default_backend() == "cpu" else population
+        return population if live_target().is_accelerator else 1
     return min(chunk, population)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from evojax_merge.checkpoints.derived import reference_to, resolve_model
 from evojax_merge.checkpoints.folder import hub_id, resolve
+from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.task import local_file
 from evojax_merge.zoo import PREFIX
@@ -31,6 +32,13 @@ def recipe_reference(reference: str, folder: Path) -> str:
         return reference
     name = reference.partition("@")[0]
     return f"{name}@{folder.name}" if hub_id(folder) == name else by_paths
+
+
+def resolve_headers(folders: HeaderFolders, where: object, reference: str, relative_to: Path) -> Path:
+    """As `resolve_reference`, with no more than the headers of what is not here."""
+    if reference.startswith(PREFIX):
+        return _of_the_zoo(where, reference)
+    return folders.resolve(where, reference, relative_to)
 
 
 def resolve_file(where: str, reference: str, relative_to: Path) -> Path:

@@ -1,7 +1,7 @@
 """From a search's archive to the winner: re-scoring, and the comparison on held-out examples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,15 @@ def open_evaluators(
     chunk_sizes: dict[Any, int] = {}
     decoders = [
         Evaluator(
-            problem.decoder, problem.tokenizer, tasks, settings.compute_dtype, settings.chunk, devices, log, chunk_sizes
+            problem.decoder,
+            problem.tokenizer,
+            tasks,
+            settings.compute_dtype,
+            settings.chunk,
+            devices,
+            log,
+            chunk_sizes,
+            target=problem.target,
         )
         for tasks in splits
     ]
@@ -166,10 +174,25 @@ def passes_to_select(
     validation: CandidateEvaluator | None = None,
 ) -> int:
     """How many steps of progress `select_best` reports at most."""
+    counts = candidates_to_select(problem)
+    on_validation = 0 if validation is None else validation.passes(counts.validation)
+    return full.passes(counts.full) + on_validation + heldout.passes(counts.heldout)
+
+
+@dataclass(frozen=True)
+class SelectionCounts:
+    """How many models are scored on each split to choose the winner, at most."""
+
+    full: int
+    validation: int
+    heldout: int
+
+
+def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
+    """How many models `select_best` scores on each split, at most."""
     front = problem.strategy.population if keeps_front(problem.strategy) else 0
-    candidates = problem.search.finalists + 3 + front
-    choice = full.passes(candidates) if validation is None else validation.passes(candidates) + full.passes(2)
-    return choice + heldout.passes(len(problem.models) + 2 + front)
+    candidates, heldout = problem.search.finalists + 3 + front, len(problem.models) + 2 + front
+    return SelectionCounts(2, candidates, heldout) if problem.validation else SelectionCounts(candidates, 0, heldout)
 
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:

@@ -13,12 +13,13 @@ from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.batched_tasks import batch_tasks, token_warnings
+from evojax_merge.evaluation.batched_tasks import batch_tasks, suitable_tokens, token_warnings
 from evojax_merge.evaluation.devices import unused_memory
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.evaluation.targets import live_target
 from evojax_merge.problem import context_length, read_config, stop_tokens
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
@@ -163,8 +164,9 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
     """A stored model, by its headers alone, and what scores it."""
     sources, decoder = open_sources([path])
     tokenizer = load_tokenizer(path)
+    tokens = settings.tokens_per_batch or suitable_tokens(live_target())
     (batched_tasks,) = batch_tasks(
-        [tasks], tokenizer, settings.tokens_per_batch, context_length(sources.folders, decoder.positions),
+        [tasks], tokenizer, tokens, context_length(sources.folders, decoder.positions),
         stop_tokens(path, tokenizer), decoder.vocab, decoder.position_switch,
     )  # fmt: skip
     return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)

@@ -21,6 +21,7 @@ from evojax_merge.evaluation import evaluator as evaluation
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator, arrays_of
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
+from evojax_merge.evaluation.targets import find_target
 from evojax_merge.models import decoder
 from evojax_merge.models.architecture import LAYERS, architecture_of, shared_leaves
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
@@ -365,16 +366,14 @@ def test_progress_is_reported_once_per_candidate_and_batch(ties: Setting) -> Non
     assert sum(told) == evaluator.passes(1)
 
 
-def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(
-    ties: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunk_is_chosen_from_the_memory_that_the_compiler_reports(ties: Setting) -> None:
     """On an accelerator: the largest power of two of candidates that fits; on a CPU one."""
     tasks = [ties.short]
 
     def chosen(budget: int | None) -> set[int]:
-        monkeypatch.setattr(evaluation, "free_memory", lambda: 10**9 if budget is None else budget)
-        monkeypatch.setattr(evaluation, "on_accelerator", lambda: budget is not None)
         evaluator = ties.evaluator(tasks)
+        if budget is not None:
+            evaluator = replace(evaluator, target=find_target("test", "h100"), free_memory=lambda: budget)
         scores = evaluator.population(ties.bank, ties.spec, ties.random_recipes(5))
         assert np.isfinite(fitness(tasks, scores)).all()
         (request,) = evaluator.batched_tasks

@@ -172,7 +172,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
     config, model = ours
-    batched_tasks = batch_tasks([[task]], tokenizer, None, 8192, (tokenizer.eos_token_id,))[0]
+    batched_tasks = batch_tasks([[task]], tokenizer, 2048, 8192, (tokenizer.eos_token_id,))[0]
     found = Evaluator(config, tokenizer, batched_tasks).stored(model).outputs["problems"][0]
     expected, logits_ = torch_greedy(theirs, tokenizer, prompts)
     for prompt, text, wanted, rows in zip(prompts, found, expected, logits_, strict=True):

@@ -220,22 +220,37 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
     A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
     names it.
     """
-    before, _, after = reference.rpartition("@")
-    name, revision = (before, after) if before else (reference, "")
-    # What lies here has no revisions, but its name may have an @.
-    local = local_path(reference, relative_to) or local_path(name, relative_to)
+    local = local_model(reference, relative_to)
     if local is not None:
         return local
-    looks_local = reference.startswith((".", "/", "~")) or name.count("/") != 1
-    if looks_local:
-        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
+    name, revision = hub_reference(where, reference)
     try:
-        return _download(name, revision or None)
+        return _download(name, revision)
     except InputError:
         raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(where, f"{reference}: no such folder, and the hub did not give it ({reason})") from None
+
+
+def local_model(reference: str, relative_to: Path) -> Path | None:
+    """What of this machine a model's reference names; None: nothing."""
+    # What lies here has no revisions, but its name may have an @.
+    return local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
+
+
+def hub_reference(where: object, reference: str) -> tuple[str, str | None]:
+    """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for what is neither that
+    nor here."""
+    name, revision = _split_revision(reference)
+    if reference.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
+    return name, revision
+
+
+def _split_revision(reference: str) -> tuple[str, str | None]:
+    before, _, after = reference.rpartition("@")
+    return (before, after or None) if before else (reference, None)
 
 
 def local_path(reference: str, relative_to: Path) -> Path | None:
@@ -273,23 +288,23 @@ def _download(name: str, revision: str | None) -> Path:
     if not (folder / SINGLE_FILE).exists():
         index = folder / INDEX_FILE
         shards = (
-            [glob.escape(file) for file in set(_weight_map(index).values())] if index.exists() else ["*.safetensors"]
+            [glob.escape(file) for file in set(weight_map(index).values())] if index.exists() else ["*.safetensors"]
         )
         folder = fetch(folder.name, sorted(shards))
     return folder
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name, as a safetensors index has them. Raises InputError where it is anything else."""
-    weight_map = read_json_object(index, missing={}).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    found = read_json_object(index, missing={}).get("weight_map")
+    if not isinstance(found, dict) or not found:
         raise InputError(
-            index, f"weight_map: {shown(weight_map)}; expected a safetensors index (tensor names -> file names)"
+            index, f"weight_map: {shown(found)}; expected a safetensors index (tensor names -> file names)"
         )
-    for name, file in weight_map.items():
+    for name, file in found.items():
         if not isinstance(file, str) or not file:
             raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
-    return weight_map
+    return found
 
 
 def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Entry]:
@@ -450,8 +465,8 @@ def _open_files(files: Sequence[Path], dtypes: Mapping[str, np.dtype]) -> dict[s
 
 def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
     """The tensors of all shards that the index names, listed or not, as transformers reads them."""
-    weight_map = _weight_map(index)
-    shards = {file: index.parent / file for file in sorted(set(weight_map.values()))}
+    places = weight_map(index)
+    shards = {file: index.parent / file for file in sorted(set(places.values()))}
     for file, shard in shards.items():
         # The name itself must stay inside; the file may be a link (the hub's cache is made of links).
         if Path(file).is_absolute() or ".." in Path(file).parts:
@@ -459,7 +474,7 @@ def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry
         if not os.path.lexists(shard):
             raise InputError(index, f"shard {shown(file)} is missing")
     entries = _open_files(list(shards.values()), dtypes)
-    for name, file in weight_map.items():
+    for name, file in places.items():
         if name not in entries or entries[name].file != shards[file]:
             raise InputError(index, f"says that {name} is in {file!r}, which does not hold it")
     return entries

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.devices import on_accelerator
+from evojax_merge.evaluation.targets import Target
 from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
 from evojax_merge.tasks.task import Task, TaskRequests
 
@@ -40,24 +40,26 @@ class BatchedTask:
         return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
 
 
+def suitable_tokens(target: Target) -> int:
+    """How many tokens of a candidate go through a pass where nobody says."""
+    return ACCELERATOR_TOKENS if target.is_accelerator else CPU_TOKENS
+
+
 def batch_tasks(
     splits: Sequence[Sequence[Task]],
     tokenizer: Any,
-    tokens_per_batch: int | None,
+    tokens_per_batch: int,
     context: int,
     stop: tuple[int, ...],
     vocab: int = 2**31,
     position_switch: int | None = None,
 ) -> list[list[BatchedTask]]:
-    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split;
-    `tokens_per_batch` None: as many tokens as suit the devices.
+    """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
 
     Raises InputError for an example that is longer than `context`, the model's, that holds a token beyond the `vocab`
     rows of its embedding, or whose generation could grow beyond `position_switch` tokens, where the model's position
     tables change (None: they do not).
     """
-    if tokens_per_batch is None:
-        tokens_per_batch = ACCELERATOR_TOKENS if on_accelerator() else CPU_TOKENS
     requests = [[task.requests(tokenizer, context) for task in split] for split in splits]
     for part in (part for split in requests for part in split):
         _check_lengths(part, context)

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evojax_merge.errors import InputError, PeerLostError
 from evojax_merge.evaluation.memory import available_memory
+from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
 
 # Share of a device's free memory that a pass may take beyond the bank.
@@ -51,16 +52,23 @@ class Devices:
         others = f", process {self.process + 1} of {self.processes}" if self.processes > 1 else ""
         return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
 
-    def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
-        """An array of the bank on the devices: cut along `model`, at an axis counted from its end, where it can be,
-        else on each of them. Waits, so that the host's copy can be forgotten before the next leaf is read."""
+    def sharding(self, shape: tuple[int, ...], sharded_axis: int | None = None) -> NamedSharding | None:
+        """How an array of the bank lies on the mesh: cut along `model`, at an axis counted from its end, where it can
+        be, else on each device. None without a mesh."""
         if self.mesh is None:
+            return None
+        axes: list[str | None] = [None] * len(shape)
+        if sharded_axis is not None and is_cut(shape, sharded_axis, self.mesh.shape["model"]):
+            axes[sharded_axis] = "model"
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
+        """An array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be forgotten before
+        the next leaf is read."""
+        sharding = self.sharding(array.shape, sharded_axis)
+        if sharding is None:
             return jax.block_until_ready(jax.device_put(array, may_alias=True))
-        axis, num_model_shards = sharded_axis, self.mesh.shape["model"]
-        axes: list[str | None] = [None] * array.ndim
-        if axis is not None and array.ndim >= -axis and array.shape[axis] % num_model_shards == 0:
-            axes[axis] = "model"
-        return jax.block_until_ready(jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(*axes))))
+        return jax.block_until_ready(jax.device_put(array, sharding))
 
     def local_indices(self, size: int) -> np.ndarray:
         """Which of `size` candidates this process scores; the last one again where there are too few."""
@@ -79,6 +87,11 @@ class Devices:
 
 
 ONE_DEVICE = Devices()
+
+
+def is_cut(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
+    """Whether an array of the bank is cut into so many shards, at an axis counted from its end."""
+    return sharded_axis is not None and len(shape) >= -sharded_axis and shape[sharded_axis] % shards == 0
 
 
 @contextmanager
@@ -134,14 +147,16 @@ def init_distributed() -> None:
 def local_devices(model: int = 1) -> Devices:
     """All devices of this process, in groups of `model` that share a candidate. Raises InputError where they cannot be
     divided so."""
-    devices = jax.local_devices()
-    if len(devices) % model:
-        raise InputError("evaluation.model", f"{model} does not divide the {len(devices)} devices of a process")
-    mesh = None
-    if len(devices) > 1:
-        grid = np.array(devices).reshape(-1, model)
-        mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
-    return Devices(mesh, jax.process_index(), jax.process_count())
+    live_target().check_shards("evaluation.model", model)
+    return Devices(mesh_of(jax.local_devices(), model), jax.process_index(), jax.process_count())
+
+
+def mesh_of(devices: Sequence[Any], model: int) -> Mesh | None:
+    """The mesh of one process's devices, in groups of `model`; None: there is one device."""
+    if len(devices) == 1:
+        return None
+    grid = np.array(devices).reshape(-1, model)
+    return Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def size_of(candidates: Any) -> int:
@@ -185,10 +200,6 @@ def unused_memory() -> int:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     return available_memory()
-
-
-def on_accelerator() -> bool:
-    return jax.local_devices()[0].platform != "cpu"
 
 
 def pad_chunk(candidates: Any, rows: Sequence[int] | np.ndarray, size: int) -> Any:

@@ -26,7 +26,6 @@ from evojax_merge.evaluation.devices import (
     ONE_DEVICE,
     Devices,
     free_memory,
-    on_accelerator,
     pad_chunk,
     size_of,
     tree_nbytes,
@@ -41,6 +40,7 @@ from evojax_merge.evaluation.passes import (
     WeightsFactory,
 )
 from evojax_merge.evaluation.scores import TaskScores, task_weights
+from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import KVCache
@@ -64,6 +64,13 @@ LOOKUP_CANDIDATES = 2
 MATERIALISE_FRACTION = 1 / 8
 # Materialised candidates that decode together on a CPU: as many as its cache may hold.
 CPU_CACHE_BYTES = 32 * 2**20
+
+
+def compiled_temporary_bytes(traced: jax.stages.Traced) -> int | None:
+    """Bytes beyond its arguments and results that a pass needs on a device, as the compiler reports; None where it does
+    not."""
+    memory = traced.lower().compile().memory_analysis()
+    return None if memory is None else memory.temp_size_in_bytes
 
 
 def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[str, np.ndarray]:
@@ -122,9 +129,9 @@ def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, found
     matrix[np.ix_(rows, batch.rows[real])] = np.asarray(found)[: len(rows), real]
 
 
-def _step_tokens(batch: PromptBatch) -> int:
+def step_tokens(target: Target, batch: PromptBatch) -> int:
     """How many tokens each sequence of a batch is given in a pass."""
-    windows = ACCELERATOR_STEP_TOKENS if on_accelerator() else CPU_STEP_TOKENS
+    windows = ACCELERATOR_STEP_TOKENS if target.is_accelerator else CPU_STEP_TOKENS
     return max(1, min(MAX_STEP_TOKENS, windows // len(batch.rows)))
 
 
@@ -158,6 +165,10 @@ class Population:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
         return SharedModel(), self.replicated, candidates
 
+    def traced_materialise(self, mesh: Mesh | None, candidates: Any) -> jax.stages.Traced | None:
+        """The pass that `materialise` runs; None where there is none."""
+        return None
+
 
 @dataclass(frozen=True)
 class MergePopulation(Population):
@@ -172,6 +183,9 @@ class MergePopulation(Population):
     def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         return PerCandidateModel(), None, passes.materialise(self.factory, mesh, self.replicated, candidates)
 
+    def traced_materialise(self, mesh: Mesh | None, candidates: Any) -> jax.stages.Traced:
+        return passes.materialise.trace(self.factory, mesh, self.replicated, candidates)
+
 
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
@@ -181,9 +195,8 @@ class DifferentiablePopulation(Population):
 
     def lazy(self) -> MergePopulation:
         """The same merges, not to be differentiated."""
-        return MergePopulation(
-            LazyMergeFactory(self.factory.spec, self.factory.compute_dtype), self.replicated, self.candidates
-        )
+        factory = LazyMergeFactory(self.factory.spec, self.factory.compute_dtype, self.factory.prefetch_layers)
+        return MergePopulation(factory, self.replicated, self.candidates)
 
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype that it is computed in, as its gradient is."""
@@ -223,7 +236,9 @@ def _out_of_memory(error: Exception) -> bool:
 class Evaluator:
     """Scores populations of merges of one bank, and stored models, on one set of requests.
 
-    `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen.
+    `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen. What depends on
+    the kind of device is chosen for `target`; `free_memory`: bytes that a pass may use on a device beyond what is
+    loaded; `temporary_bytes`: what a traced pass needs beyond its arguments.
     """
 
     config: DecoderConfig
@@ -237,10 +252,17 @@ class Evaluator:
     chunk_sizes: dict[Any, int] = field(default_factory=dict)
     # By task: int32[N, …], what the last candidates wrote after each prompt.
     lookup_corpus: dict[str, np.ndarray] = field(default_factory=dict)
+    target: Target = field(default_factory=live_target)
+    free_memory: Callable[[], int] = free_memory
+    temporary_bytes: Callable[[jax.stages.Traced], int | None] = compiled_temporary_bytes
 
     @property
     def tasks(self) -> list[Task]:
         return [batched_task.task for batched_task in self.batched_tasks]
+
+    @property
+    def _prefetch_layers(self) -> bool:
+        return not self.target.is_accelerator
 
     def passes(self, population: int) -> int:
         """How many steps of progress an evaluation reports."""
@@ -252,7 +274,11 @@ class Evaluator:
         """Score P recipes (leading axis P on every leaf)."""
         # On the host they are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
-        return self._evaluate(MergePopulation(LazyMergeFactory(spec, self.compute_dtype), bank, recipes), progress)
+        return self._evaluate(self.merges(bank, spec, recipes), progress)
+
+    def merges(self, bank: Bank, spec: MergeSpec, recipes: Recipe) -> MergePopulation:
+        """P merges as this evaluator scores them: recipes on the host, leading axis P on every leaf."""
+        return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, self._prefetch_layers), bank, recipes)
 
     def population_gradient(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
@@ -261,7 +287,7 @@ class Evaluator:
         numbers: a recipe of derivatives, float32. Scores are those of the tasks' fitness alone. NaN where a candidate
         failed. Every task that counts has a derivative."""
         recipes = jax.tree.map(np.asarray, recipes)
-        factory = DifferentiableFactory(spec, self.compute_dtype)
+        factory = DifferentiableFactory(spec, self.compute_dtype, self._prefetch_layers)
         population = DifferentiablePopulation(factory, bank, recipes)
         scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, recipes)
         for task, share in task_weights(self.tasks):
@@ -329,7 +355,7 @@ class Evaluator:
                 if not self._halve(i):
                     raise Failed(
                         f"{self.batched_tasks[i].task.name}: out of memory with one candidate and one row a pass "
-                        f"({free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
+                        f"({self.free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
                     ) from error
                 # What is done again is not counted twice.
                 progress(-done)
@@ -363,7 +389,7 @@ class Evaluator:
         if batched_task.scoring is None:
             return totals, greedy
         for rows, batch, (found, is_greedy) in _double_buffered(
-            self._passes(population, batched_task), self._threads(0)
+            self._passes(population, batched_task), self.runs_two_jobs(0)
         ):
             _enter_rows(totals, rows, batch, found)
             _enter_rows(greedy, rows, batch, is_greedy)
@@ -376,8 +402,8 @@ class Evaluator:
         """For each chunk and batch a job: which candidates and rows, and what score_states finds of them."""
         assert batched_task.scoring is not None
         mesh, logits_fn = self.devices.mesh, batched_task.requests.logits_fn
-        chunk = self._scoring_chunk(population, batched_task)
-        materialised = self._fits_materialised(population, batched_task, chunk)
+        chunk = self.scoring_chunk(population, batched_task)
+        materialised = self.fits_materialised(population, batched_task, chunk)
 
         def job(rows: np.ndarray, source: Any, prefix: KVCache | None, batch: ScoringBatch, cancelled: Event) -> Any:
             factory, replicated, candidates = source
@@ -430,8 +456,8 @@ class Evaluator:
         mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
         model = tree_nbytes(population.model_shape())
         # A layer that is merged on the way is merged twice, and on a CPU slowly.
-        materialised = (len(scoring.batches) > 1 or not on_accelerator()) and (
-            size_of(candidates) * model <= MATERIALISE_FRACTION * free_memory()
+        materialised = (len(scoring.batches) > 1 or not self.target.is_accelerator) and (
+            size_of(candidates) * model <= MATERIALISE_FRACTION * self.free_memory()
         )
         source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
         factory, replicated, own = source
@@ -446,7 +472,7 @@ class Evaluator:
 
         gradient: Any = None
         jobs = (partial(job, batch) for batch in scoring.batches)
-        for batch, ((found, is_greedy), part) in _double_buffered(jobs, self._threads(model)):
+        for batch, ((found, is_greedy), part) in _double_buffered(jobs, self.runs_two_jobs(model)):
             _enter_rows(totals, rows, batch, found)
             _enter_rows(greedy, rows, batch, is_greedy)
             gradient = part if gradient is None else passes.add(gradient, part)
@@ -462,7 +488,7 @@ class Evaluator:
         return gradient
 
     def _gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
-        """As `_scoring_chunk`, of passes that are differentiated."""
+        """As `scoring_chunk`, of passes that are differentiated."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "gradients", most)
         if key not in self.chunk_sizes:
@@ -470,31 +496,37 @@ class Evaluator:
                 self.chunk_sizes[key] = min(self.chunk, most)
             else:
                 temporaries = partial(self._gradient_temporaries, population, batched_task)
-                self.chunk_sizes[key] = self._largest_chunk(temporaries, batched_task, most) if on_accelerator() else 1
+                self.chunk_sizes[key] = (
+                    self._largest_chunk(temporaries, batched_task, most) if self.target.is_accelerator else 1
+                )
         return self.chunk_sizes[key]
 
-    def _threads(self, model: int) -> bool:
+    def runs_two_jobs(self, model: int) -> bool:
         """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
         there is room for both. Processes that share their devices' passes must ask for them in the same order."""
-        alone = self.devices.mesh is None and not on_accelerator()
-        return alone and 2 * model <= MATERIALISE_FRACTION * free_memory()
+        alone = self.devices.mesh is None and not self.target.is_accelerator
+        return alone and 2 * model <= MATERIALISE_FRACTION * self.free_memory()
 
     def _decode_weights(
         self, factory: MaterialisedFactory, replicated: Any, candidates: Any
     ) -> tuple[MaterialisedFactory, Any, Any]:
         """Materialised candidates laid out for decoding: a CPU copies each layer that it picks from a stack, every
         time, so the layers are unstacked once, where there is room."""
-        if on_accelerator() or tree_nbytes((replicated, candidates)) > MATERIALISE_FRACTION * free_memory():
+        if not self.unstacks_layers((replicated, candidates)):
             return factory, replicated, candidates
         return factory, *factory.unstack(self.devices.mesh, replicated, candidates)
 
-    def _fits_materialised(self, population: Population, batched_task: BatchedTask, chunk: int) -> bool:
+    def unstacks_layers(self, models: Any) -> bool:
+        """Whether materialised models (arrays or their shapes) are unstacked to decode."""
+        return not self.target.is_accelerator and tree_nbytes(models) <= MATERIALISE_FRACTION * self.free_memory()
+
+    def fits_materialised(self, population: Population, batched_task: BatchedTask, chunk: int) -> bool:
         """Whether a chunk is materialised before it is scored: each pass would redo its merge, so where there are
         several, and room for the chunk, it is done once."""
         if batched_task.scoring is None or len(batched_task.scoring.batches) < 2:
             return False
         model = population.model_shape()
-        return model is not None and chunk * tree_nbytes(model) <= MATERIALISE_FRACTION * free_memory()
+        return model is not None and chunk * tree_nbytes(model) <= MATERIALISE_FRACTION * self.free_memory()
 
     def _prefill_prefix(
         self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
@@ -503,7 +535,7 @@ class Evaluator:
             return None
         return passes.prefill_prefix(self.config, factory, self.devices.mesh, replicated, candidates, shared_prefix)
 
-    def _scoring_chunk(self, population: Population, batched_task: BatchedTask) -> int:
+    def scoring_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a
         CPU, where sharing a pass is slower than one candidate after the other."""
         most = max(1, -(-population.size // self.devices.population))
@@ -513,7 +545,9 @@ class Evaluator:
                 self.chunk_sizes[key] = min(self.chunk, most)
             else:
                 temporaries = partial(self._temporaries, population, batched_task)
-                self.chunk_sizes[key] = self._largest_chunk(temporaries, batched_task, most) if on_accelerator() else 1
+                self.chunk_sizes[key] = (
+                    self._largest_chunk(temporaries, batched_task, most) if self.target.is_accelerator else 1
+                )
             if self.chunk_sizes[key] > 1:
                 self.log(
                     f"{batched_task.task.name}: {self.chunk_sizes[key]} of {population.size} candidates a pass and "
@@ -525,7 +559,7 @@ class Evaluator:
         """One and two candidates a pass tell what each takes (`temporaries`: bytes for a chunk, as the compiler
         reports); the largest chunk that should fit is then compiled to see whether it does. Raises _TooLarge where one
         does not fit and a batch has more than a row."""
-        budget = free_memory()
+        budget = self.free_memory()
         one = temporaries(1)
         if one is not None and one > budget and halve_batches(batched_task) is not None:
             raise _TooLarge
@@ -546,13 +580,12 @@ class Evaluator:
         """As `_temporaries`, of a pass that is differentiated with respect to recipes."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
         weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
-        return self._pass_bytes(passes.score_gradient.lower(*arguments, weights), prefix)
+        return self._pass_bytes(passes.score_gradient.trace(*arguments, weights), prefix)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
-        """Bytes beyond its arguments that the largest pass over a chunk needs on a device, as the compiler reports;
-        None where it does not."""
+        """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where nobody says."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
-        return self._pass_bytes(passes.score.lower(*arguments), prefix)
+        return self._pass_bytes(passes.score.trace(*arguments), prefix)
 
     def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any]:
         """What `passes.score` takes of the largest batch and a chunk, and the shape of the prefix among it."""
@@ -565,10 +598,10 @@ class Evaluator:
         prefix = jax.eval_shape(read, replicated, candidates, shared_prefix) if shared_prefix.size else None
         return (self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)), prefix
 
-    def _pass_bytes(self, lowered: Any, prefix: Any) -> int | None:
-        memory = lowered.compile().memory_analysis()
+    def _pass_bytes(self, traced: jax.stages.Traced, prefix: Any) -> int | None:
+        temporaries = self.temporary_bytes(traced)
         own = 0 if prefix is None else tree_nbytes(prefix) // self.devices.population
-        return None if memory is None else memory.temp_size_in_bytes + own
+        return None if temporaries is None else temporaries + own
 
     # -----------------------------------------------------------------------------------------------------------
     # Prompts
@@ -583,17 +616,17 @@ class Evaluator:
             return texts, nonfinite
         size = tree_nbytes(population.model_shape())
         for rows, tokens in _double_buffered(
-            self._generation_jobs(population, batched_task, progress), self._threads(size)
+            self._generation_jobs(population, batched_task, progress), self.runs_two_jobs(size)
         ):
             self.lookup_corpus[batched_task.task.name] = np.concatenate(
-                [self._lookup_corpus(batched_task)[:, tokens.shape[2] :], tokens[-1]], 1
+                [self.lookup_corpus_of(batched_task)[:, tokens.shape[2] :], tokens[-1]], 1
             )
             nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
             for row, lookup_corpus in zip(rows, self._decoded(tokens), strict=True):
                 texts[row] = [cut_at_stop(text, batched_task.requests.stop) for text in lookup_corpus]
         return texts, nonfinite
 
-    def _lookup_corpus(self, batched_task: BatchedTask) -> np.ndarray:
+    def lookup_corpus_of(self, batched_task: BatchedTask) -> np.ndarray:
         """int32[N, M]: what the last candidates generated after each prompt, the latest last."""
         nothing = np.full(
             (len(batched_task.requests.prompts), LOOKUP_CANDIDATES * batched_task.requests.max_new_tokens),
@@ -626,9 +659,9 @@ class Evaluator:
                 progress(len(rows))
             return rows, found
 
-        chunk = self._generation_chunk(population, batched_task) * self.devices.population
+        chunk = self.generation_chunk(population, batched_task) * self.devices.population
         for rows, candidates in population.chunks(chunk):
-            yield partial(job, rows, candidates, self._lookup_corpus(batched_task))
+            yield partial(job, rows, candidates, self.lookup_corpus_of(batched_task))
 
     def _prefill_batch(
         self,
@@ -643,7 +676,7 @@ class Evaluator:
         mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
         new, everyone = batched_task.requests.max_new_tokens, np.zeros(size_of(candidates))
         state = passes.init_decode(
-            self.config, self.compute_dtype, mesh, everyone, rows, width, new, _step_tokens(batch)
+            self.config, self.compute_dtype, mesh, everyone, rows, width, new, step_tokens(self.target, batch)
         )
         for group in batch.prefill_groups:
             state = passes.prefill(
@@ -674,8 +707,8 @@ class Evaluator:
         while not (done.all() or cancelled.is_set()):
             state = replace(state, done=jax.device_put(done, state.done.sharding))
             state = passes.decode(
-                self.config, factory, mesh, count, _step_tokens(batch), batched_task.stop, replicated, candidates,
-                state, prefix, batch.tokens, lookup_corpus,
+                self.config, factory, mesh, count, step_tokens(self.target, batch), batched_task.stop, replicated,
+                candidates, state, prefix, batch.tokens, lookup_corpus,
             )  # fmt: skip
             tokens, done = np.array(state.tokens), np.asarray(state.done)
             if requests.stop and not done.all():
@@ -700,7 +733,7 @@ class Evaluator:
 
         return [[text(ids) for ids in row] for row in tokens]
 
-    def _generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
+    def generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "texts", most)
@@ -709,14 +742,14 @@ class Evaluator:
             if self.chunk is None and most > 1:
                 shape = population.model_shape() or next(population.chunks(1))[1]
                 model, state = self._generation_bytes(shape, batched_task)
-                room = free_memory() // (model + state) if on_accelerator() else CPU_CACHE_BYTES // model
+                room = self.free_memory() // (model + state) if self.target.is_accelerator else CPU_CACHE_BYTES // model
             self.chunk_sizes[key] = int(max(1, min(most, room)))
         return self.chunk_sizes[key]
 
     def _generation_bytes(self, model: Any, batched_task: BatchedTask) -> tuple[int, int]:
         """Bytes of one materialised candidate, and of what it needs to decode the largest batch of prompts."""
         assert batched_task.prompts is not None
-        if not on_accelerator():
+        if not self.target.is_accelerator:
             return tree_nbytes(model), 0
         batch, shared_prefix = (
             max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
@@ -727,14 +760,12 @@ class Evaluator:
         group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
         (rows, width), new = batch.tokens.shape, batched_task.requests.max_new_tokens
         init_decode = partial(passes.init_decode, self.config, self.compute_dtype, None)
-        state = jax.eval_shape(lambda: init_decode(np.zeros(1), rows, width, new, _step_tokens(batch)))
-        lowered = passes.prefill.lower(
+        state = jax.eval_shape(lambda: init_decode(np.zeros(1), rows, width, new, step_tokens(self.target, batch)))
+        traced = passes.prefill.trace(
             self.config, PerCandidateModel(), None, width, batched_task.stop, None, model, prefix, state, np.int32(0),
             *batch.prefill_group(group),
         )  # fmt: skip
-        memory = lowered.compile().memory_analysis()
-        held = tree_nbytes(state)
-        return tree_nbytes(model), 2 * held + (0 if memory is None else memory.temp_size_in_bytes)
+        return tree_nbytes(model), 2 * tree_nbytes(state) + (self.temporary_bytes(traced) or 0)
 
 
 @dataclass(frozen=True)

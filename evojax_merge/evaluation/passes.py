@@ -46,13 +46,14 @@ class WeightsFactory(Protocol):
 
 @dataclass(frozen=True)
 class LazyMergeFactory:
-    """Candidates are recipes, over a shared bank."""
+    """Candidates are recipes, over a shared bank. prefetch_layers: as in `LazyMerge`."""
 
     spec: MergeSpec
     compute_dtype: str
+    prefetch_layers: bool = False
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> LazyMerge:
-        return lazy_merge(replicated, candidate, self.spec, self.compute_dtype)
+        return lazy_merge(replicated, candidate, self.spec, self.compute_dtype, self.prefetch_layers)
 
 
 @dataclass(frozen=True)

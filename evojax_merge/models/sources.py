@@ -89,7 +89,8 @@ class LazyMerge:
     """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
 
     statistics: what the recipe's densities find in the bank's tables, of each stack and of shared leaves: leaf ->
-    statistic -> `[L, …]` and `[…]`.
+    statistic -> `[L, …]` and `[…]`. prefetch_layers: whether a pass loads the next layer's sources ahead, where that
+    takes little memory; an accelerator's compiler makes as fast code of a merge that picks its layer itself.
     """
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine)
@@ -100,6 +101,7 @@ class LazyMerge:
     shared_statistics: Tables
     spec: MergeSpec = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
+    prefetch_layers: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def stacks(self) -> dict[str, Any]:
@@ -114,10 +116,10 @@ class LazyMerge:
 
     @property
     def prefetch(self) -> bool:
-        # An accelerator's compiler makes as fast code of a merge that picks its layer itself. Random numbers would take
-        # the memory of another layer. A loop over many parents is given the layer's slices as a copy anyway.
+        # Random numbers would take the memory of another layer. A loop over many parents is given the layer's slices as
+        # a copy anyway.
         few = not is_looped(self.parents) and not any(self.bank.stack_keep_keys.values())
-        return jax.default_backend() == "cpu" and few
+        return self.prefetch_layers and few
 
     @property
     def parents(self) -> int:
@@ -212,9 +214,11 @@ def _side_by_side(function: Callable[[Any], Any], slices: Any) -> Any:
     return jax.vmap(function)(slices)
 
 
-def lazy_merge(bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32") -> LazyMerge:
+def lazy_merge(
+    bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32", prefetch_layers: bool = False
+) -> LazyMerge:
     """The merge of `bank` by `recipe`."""
-    return LazyMerge(bank, recipe, *_statistics(look_up, bank, recipe, spec), spec, compute_dtype)
+    return LazyMerge(bank, recipe, *_statistics(look_up, bank, recipe, spec), spec, compute_dtype, prefetch_layers)
 
 
 def differentiable_merge(

@@ -1,0 +1,145 @@
+"""What searches over 7B models take on accelerators that are not here.
+
+    python bench/targets.py            # estimates: every method, mode and target (half a minute)
+    python bench/targets.py --compile  # and what the targets' own compilers report (pip install '.[plan-tpu]')
+    python bench/targets.py --paper    # the experiment of arXiv 2403.13187, priced
+
+Models of Mistral-7B's shapes in bfloat16, a base and three parents: headers alone, no weights. Examples are of 350
+tokens, of which a likelihood task scores the last 100 and a generation writes them.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.headers import TensorHeader, write_header_only
+from evojax_merge.checkpoints.parents import tensor_shapes
+from evojax_merge.evaluation.targets import Target, find_target
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.report.plan import Plan, shown_bytes, shown_number, shown_seconds
+
+MISTRAL_7B = {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+    "max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+WORDS = 1000
+PROMPT, ANSWER = 250, 100
+TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")
+METHODS = ("linear", "ties", "dare_ties", "path")
+MODES = ("likelihood", "generation")
+
+
+def write_models(folder: Path, config: dict[str, Any], parents: int) -> None:
+    """A base and parents of a config: headers, and a tokenizer of words."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{i}": i for i in range(1, WORDS)}}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="w2")
+    for name in ("base", *(f"parent{k}" for k in range(parents))):
+        model = folder / name
+        words.save_pretrained(model)
+        (model / "config.json").write_text(json.dumps(config))
+        shapes = tensor_shapes(decoder_config(model / "config.json"))
+        write_header_only(
+            model / "model.safetensors",
+            {tensor: TensorHeader("BF16", shape, 2 * int(np.prod(shape))) for tensor, shape in shapes.items()},
+        )
+
+
+def write_examples(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(3, WORDS, length))
+
+    rows = [{"prompt": text(PROMPT), "target": text(ANSWER)} for _ in range(count)]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def problem_for(
+    folder: Path, parents: int, method: str, mode: str, target: Target, model: int, **changes: Any
+) -> SearchProblem:
+    """A search over the models of a folder. changes: keys of `search`."""
+    task: dict[str, Any] = {"name": mode, "file": "examples.jsonl", "heldout": 0.1}
+    task |= {"kind": "likelihood"} if mode == "likelihood" else {"kind": "exact_match", "max_new_tokens": ANSWER}
+    space: dict[str, Any] = {"space": {"method": method}}
+    if method == "path":
+        space = {"data_flow": {"form": "moves"}}
+    document = space | {
+        "base": "base", "parents": [f"parent{k}" for k in range(parents)], "tasks": [task],
+        "search": {"population": 8, "generations": 1} | changes,
+        "evaluation": {"compute_dtype": "bfloat16", "model": model}, "export_dtype": "bfloat16",
+    }  # fmt: skip
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return build_problem(path, config_from(path, document, [], None), target=target)
+
+
+def fewest_shards(folder: Path, parents: int, method: str, mode: str, target: Target) -> Iterator[SearchProblem]:
+    """The problem with more and more of a host's devices sharing a candidate."""
+    for model in range(1, target.devices_per_host + 1):
+        if target.devices_per_host % model == 0:
+            yield problem_for(folder, parents, method, mode, target, model)
+
+
+def fitting_plan(folder: Path, parents: int, method: str, mode: str, target: Target) -> Plan:
+    """The plan with the fewest devices to a candidate that fits; else the last that does not."""
+    for problem in fewest_shards(folder, parents, method, mode, target):
+        plan = make_plan(problem, problem.batched_tasks())
+        if plan.fits:
+            break
+    return plan
+
+
+def estimates(folder: Path, parents: int, targets: Sequence[str]) -> Iterator[str]:
+    yield (
+        "| target | method | mode | fits | devices to a candidate | models | largest pass | candidates a pass | "
+        "FLOP | moved | s/candidate | merging | bound by |"
+    )
+    yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    for name in targets:
+        for method in METHODS:
+            for mode in MODES:
+                plan = fitting_plan(folder, parents, method, mode, find_target("--targets", name))
+                work = plan.candidate
+                yield (
+                    f"| {name} | {method} | {mode} | {'yes' if plan.fits else 'NO'} | {plan.model} | "
+                    f"{shown_bytes(plan.bank_bytes)} | {shown_bytes(plan.pass_bytes)} | "
+                    f"{max(row.chunk for row in plan.passes)} | {shown_number(work.flops).strip()} | "
+                    f"{shown_bytes(work.moved_bytes)} | {shown_seconds(work.seconds)} | "
+                    f"{work.merge_seconds / work.seconds:.0%} | {work.bound} |"
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--parents", type=int, default=3)
+    parser.add_argument("--examples", type=int, default=64)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_models(folder, MISTRAL_7B, options.parents)
+        write_examples(folder, options.examples)
+        for line in estimates(folder, options.parents, options.targets):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Compilers of targets that are not here: libtpu compiles for TPUs, and JAX's CUDA plugin for GPUs of NVIDIA, on
+machines that have neither. What they report of memory and collectives is what the chip would do."""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from evojax_merge.evaluation.devices import Devices, mesh_of
+from evojax_merge.evaluation.targets import Target
+
+# The extra that brings a platform's compiler.
+EXTRAS = {"tpu": "plan-tpu", "gpu": "plan-cuda"}
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+class CompilerMissing(Exception):
+    """The compiler of a target is not installed: the text says which extra has it."""
+
+
+def compile_devices(target: Target) -> list[Any]:
+    """The devices of one host of a target, which programs can be compiled for and cannot be run on. Raises
+    CompilerMissing."""
+    from jax.experimental import topologies
+
+    if target.platform == "cpu":
+        return [jax.local_devices(backend="cpu")[0]]
+    # Else libtpu asks a cloud's metadata server for the machine's TPUs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    platform, name = PLATFORMS[target.platform], f"{target.name.partition('-')[0]}:{target.topology}"
+    try:
+        found = topologies.get_topology_desc(platform=platform, topology_name=name).devices
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
+        raise CompilerMissing(
+            f"the compiler of {target.name} is not installed (pip install 'evojax-merge[{EXTRAS[target.platform]}]'): "
+            "what passes need is estimated"
+        ) from None
+    return list(found)[: target.devices_per_host]
+
+
+@dataclass
+class TargetCompiler:
+    """The compiler of a target, as a reader of passes. devices: the target's, on a mesh where there are several."""
+
+    target: Target
+    devices: Devices
+    device: Any
+    # By the identity of a traced pass: it, and what it was compiled to.
+    _compiled: dict[int, tuple[jax.stages.Traced, jax.stages.Compiled]] = field(default_factory=dict)
+
+    def compiled(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
+        """A pass, compiled once. Raises JaxRuntimeError where it takes more memory than a device has."""
+        if id(traced) not in self._compiled:
+            lowered = traced.lower(lowering_platforms=(PLATFORMS.get(self.target.platform, "cpu"),))
+            self._compiled[id(traced)] = traced, lowered.compile()
+        return self._compiled[id(traced)][1]
+
+    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+        memory = self.compiled(traced).memory_analysis()
+        assert memory is not None
+        return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+
+    def outputs(self, traced: jax.stages.Traced) -> Any:
+        shardings = self.compiled(traced).output_shardings
+        return jax.tree.map(
+            lambda out, sharding: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding),
+            traced.out_info,
+            shardings,
+        )
+
+    def place(self, candidates: Any) -> Any:
+        sharding = self._sharding(PartitionSpec("population"))
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding),
+            candidates,
+        )
+
+    def place_leaf(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
+        """An abstract array of the bank, as `Devices.put` would lay it."""
+        sharding = self.devices.sharding(shape, sharded_axis) or SingleDeviceSharding(self.device)
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype), sharding=sharding)
+
+    def _sharding(self, spec: PartitionSpec) -> Sharding:
+        mesh = self.devices.mesh
+        return SingleDeviceSharding(self.device) if mesh is None else NamedSharding(mesh, spec)
+
+
+def target_compiler(target: Target, model: int) -> TargetCompiler:
+    """The compiler for one host of a target, whose devices share candidates in groups of `model`. Raises
+    CompilerMissing where it is not installed."""
+    devices = compile_devices(target)
+    return TargetCompiler(target, Devices(mesh_of(devices, model)), devices[0])
+
+
+def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
+    """By kind: how many collectives a compiled program has, and the bytes of their results. One in a loop's body counts
+    once."""
+    counts: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for line in (compiled.as_text() or "").splitlines():
+        found = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
+        if found:
+            counts[found[2]] += 1
+            nbytes[found[2]] += _result_bytes(found[1])
+    return {kind: (counts[kind], nbytes[kind]) for kind in counts}
+
+
+def _result_bytes(text: str) -> int:
+    """Bytes of the largest array of a result's type, as HLO writes it: of an asynchronous one the operand is beside
+    it."""
+    sizes = [0]
+    for dtype, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", text):
+        size = _BYTES.get(dtype, 0)
+        for length in filter(None, shape.split(",")):
+            size *= int(length)
+        sizes.append(size)
+    return max(sizes)

@@ -1,0 +1,310 @@
+"""What a program computes, moves and needs, read off its jaxpr: no compiler, no device, and whatever it computes.
+
+A jaxpr says more plainly than a compiled program how often a loop's body runs, and is there in a fraction of the time.
+What it cannot say is what a compiler fuses. So this is an estimate: matrix products, reductions, gathers and loops are
+taken to read their operands from memory and to leave their results there, and everything elementwise to be fused into
+what uses it, unless that is a matrix product or a loop.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr
+
+from evojax_merge.evaluation.targets import Target
+
+# How often the body of a `scan` or `while` runs.
+Trips = Callable[[Any], int]
+
+# Computed within what uses them, from operands that are as large: they move and rearrange values, and count as no
+# operation.
+_MOVES = {
+    "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "pad",
+    "iota", "copy", "copy_p", "stop_gradient", "optimization_barrier", "split", "bitcast_convert_type",
+}  # fmt: skip
+# One operation for each value of the result. The compiler counts none for the second kind.
+_TRANSCENDENTAL = {
+    "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "rsqrt", "sqrt", "cbrt", "sin", "cos", "tan", "erf",
+    "erfc", "erf_inv", "pow", "atan2", "asin", "acos", "atan", "sinh", "cosh",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "max", "min", "floor", "ceil", "round", "clamp",
+    "and", "or", "not", "xor", "eq", "ne", "lt", "le", "gt", "ge", "select_n", "convert_element_type", "integer_pow",
+    "square", "is_finite", "nextafter", "shift_left", "shift_right_logical", "shift_right_arithmetic",
+}  # fmt: skip
+_FUSED = _MOVES | _TRANSCENDENTAL | _ELEMENTWISE
+# Rather stored than computed once for each of several uses.
+_COMPUTED_ONCE = _TRANSCENDENTAL | {"div"}
+# They take fused operands as they are; all other kernels want theirs in memory.
+_REDUCTIONS = {
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
+    "concatenate",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product: its FLOPs, the bytes of its operands and its result, and the dtype of its operands."""
+
+    flops: int
+    nbytes: int
+    dtype: str
+
+    def seconds(self, target: Target) -> float:
+        """By the roofline: the longer of its arithmetic and its traffic."""
+        return max(self.flops / target.peak(self.dtype), self.nbytes / target.bandwidth)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is computed and moved: matrix products and how often each is done, elementwise operations, and bytes that
+    are moved beside the products' own (merging: its sources and its results)."""
+
+    products: Mapping[Product, float] = field(default_factory=dict)
+    elementwise: float = 0.0
+    merge_bytes: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        products = Counter(self.products)
+        products.update(Counter(other.products))
+        return Cost(products, self.elementwise + other.elementwise, self.merge_bytes + other.merge_bytes)
+
+    def __mul__(self, times: float) -> "Cost":
+        products = {product: count * times for product, count in self.products.items()}
+        return Cost(products, self.elementwise * times, self.merge_bytes * times)
+
+    @property
+    def flops(self) -> float:
+        return self.elementwise + sum(product.flops * count for product, count in self.products.items())
+
+    @property
+    def nbytes(self) -> float:
+        return self.merge_bytes + sum(product.nbytes * count for product, count in self.products.items())
+
+    def seconds(self, target: Target) -> float:
+        """Device seconds by the roofline, one operation after the other: each matrix product takes the longer of its
+        arithmetic and its traffic, and merging its traffic. What is elementwise is taken to cost nothing beside."""
+        products = sum(product.seconds(target) * count for product, count in self.products.items())
+        return products + self.merge_seconds(target)
+
+    def merge_seconds(self, target: Target) -> float:
+        return self.merge_bytes / target.bandwidth
+
+    def compute_seconds(self, target: Target) -> float:
+        """Of the matrix products, those seconds in which arithmetic is what takes the time."""
+        return sum(
+            product.seconds(target) * count
+            for product, count in self.products.items()
+            if product.flops / target.peak(product.dtype) >= product.nbytes / target.bandwidth
+        )
+
+
+def scan_length(eqn: Any) -> int:
+    """The trips of loops whose number of trips the program says; 1 for others."""
+    return int(eqn.params["length"]) if eqn.primitive.name == "scan" else 1
+
+
+def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
+    """What a closed jaxpr computes. Of branches the one with the most FLOPs counts."""
+    products: Counter[Product] = Counter()
+    elementwise = 0.0
+    rest = Cost()
+    for eqn in jaxpr.jaxpr.eqns:
+        name = eqn.primitive.name
+        inner = [cost_of(part, trips) for part in _parts(eqn)]
+        if name == "dot_general":
+            products[_product(eqn)] += 1
+        elif name == "cond":
+            rest += max(inner, key=lambda cost: cost.flops)
+        elif inner:
+            times = trips(eqn) if name in ("scan", "while") else 1
+            rest += sum(inner, Cost()) * times
+        elif name in _ELEMENTWISE:
+            elementwise += sum(_size(out.aval) for out in eqn.outvars)
+        elif name.startswith(("reduce_", "arg", "cum")):
+            elementwise += sum(_size(operand.aval) for operand in eqn.invars)
+    return Cost(products, elementwise) + rest
+
+
+def temporary_bytes(jaxpr: Any, donated: Sequence[Any] = ()) -> int:
+    """The most bytes that a program has in memory at a time beside its arguments, its results included: buffers live
+    from where they are computed to their last use, in the order of the program. donated: the shapes and dtypes of
+    arguments whose places results of the same take."""
+    program = _flattened(jaxpr)
+    free = Counter((tuple(one.shape), str(one.dtype)) for one in donated)
+    in_place = []
+    for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
+        kind = tuple(aval.shape), str(aval.dtype)
+        if free[kind] > 0:
+            free[kind] -= 1
+            in_place.append(number)
+    return _peak(program, in_place)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _size(aval: Any) -> int:
+    return prod(aval.shape) if hasattr(aval, "shape") else 1
+
+
+def _nbytes(aval: Any) -> int:
+    try:
+        return _size(aval) * jnp.dtype(aval.dtype).itemsize
+    except (AttributeError, TypeError):  # A key, or a token.
+        return 8 * _size(aval)
+
+
+def _product(eqn: Any) -> Product:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left, right = (operand.aval for operand in eqn.invars)
+    inner, out = prod(left.shape[axis] for axis in contracted), eqn.outvars[0].aval
+    return Product(2 * inner * _size(out), _nbytes(left) + _nbytes(right) + _nbytes(out), str(left.dtype))
+
+
+def _parts(eqn: Any) -> Iterator[Any]:
+    """The closed jaxprs that an equation runs."""
+    for name, value in eqn.params.items():
+        # Of a custom derivative only the function itself is run.
+        for part in () if name.startswith(("jvp", "fwd", "bwd")) else value if isinstance(value, tuple) else (value,):
+            if hasattr(part, "eqns"):
+                yield ClosedJaxpr(part, ())
+            elif hasattr(part, "jaxpr") and hasattr(part.jaxpr, "eqns"):
+                yield part
+
+
+@dataclass(frozen=True)
+class _Step:
+    """An operation of a program without calls. Values are known by numbers. body: the most that its loop's body or its
+    branches need beside what is here."""
+
+    name: str
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    sizes: tuple[int, ...]
+    body: int = 0
+
+
+@dataclass
+class _Program:
+    """A program's steps in their order, with calls written out. arguments: the numbers of what it is given, results: of
+    what it gives."""
+
+    steps: list[_Step]
+    arguments: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
+    """A closed jaxpr with its calls written out. Its last `sliced` arguments are slices of something larger."""
+    steps: list[_Step] = []
+    counter = iter(range(10**9))
+
+    def run(jaxpr: Any, given: Sequence[int]) -> tuple[int, ...]:
+        numbers = dict(zip(jaxpr.jaxpr.invars, given, strict=True))
+        numbers |= {constant: next(counter) for constant in jaxpr.jaxpr.constvars}
+
+        def number(value: Any) -> int:
+            # A literal is no variable, and needs no memory.
+            return -1 if hasattr(value, "val") else numbers[value]
+
+        for eqn in jaxpr.jaxpr.eqns:
+            operands, name = tuple(number(value) for value in eqn.invars), eqn.primitive.name
+            parts = list(_parts(eqn))
+            if parts and name not in ("scan", "while", "cond", "shard_map"):
+                numbers |= dict(zip(eqn.outvars, run(parts[0], operands), strict=True))
+                continue
+            results = tuple(next(counter) for _ in eqn.outvars)
+            numbers |= dict(zip(eqn.outvars, results, strict=True))
+            sizes = tuple(_nbytes(out.aval) for out in eqn.outvars)
+            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, parts)))
+        return tuple(number(value) for value in jaxpr.jaxpr.outvars)
+
+    given = tuple(next(counter) for _ in jaxpr.jaxpr.invars)
+    inside = given
+    if sliced:
+        picked = jaxpr.jaxpr.invars[-sliced:]
+        slices = tuple(next(counter) for _ in picked)
+        for source, slice_, value in zip(given[-sliced:], slices, picked, strict=True):
+            steps.append(_Step("dynamic_slice", (source,), (slice_,), (_nbytes(value.aval),)))
+        inside = (*given[:-sliced], *slices)
+    return _Program(steps, given, run(jaxpr, inside))
+
+
+def _body_bytes(eqn: Any, parts: Sequence[Any]) -> int:
+    """What a loop's body, or the largest branch, needs at a time. What a loop carries from one trip to the next is in
+    one place, which is counted with the loop's results."""
+    if not parts:
+        return 0
+    if eqn.primitive.name == "scan":
+        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+        program = _flattened(parts[0], len(eqn.invars) - constants - carries)
+        return _peak(program, program.results[:carries])
+    if eqn.primitive.name == "while":
+        programs = [_flattened(part) for part in parts]
+        return max(_peak(program, program.results) for program in programs)
+    return max(_peak(program, program.results) for program in map(_flattened, parts))
+
+
+def _peak(program: _Program, in_place: Iterable[int]) -> int:
+    """The most bytes at a time beside the arguments. in_place: results that take the place of something that is counted
+    elsewhere."""
+    stored = _stored(program)
+    size = {number: nbytes for step in program.steps for number, nbytes in zip(step.results, step.sizes, strict=True)}
+    # Of each value the stored ones that it is computed from, itself if it is one.
+    roots: dict[int, frozenset[int]] = {}
+    last_use: dict[int, int] = {}
+    for i, step in enumerate(program.steps):
+        needed = frozenset().union(*(roots.get(operand, frozenset()) for operand in step.operands))
+        for number in step.results:
+            roots[number] = frozenset({number}) if number in stored else needed
+        if any(number in stored for number in step.results) or step.name not in _FUSED:
+            last_use |= dict.fromkeys(needed, i)
+    for number in program.results:
+        last_use |= dict.fromkeys(roots.get(number, frozenset()), len(program.steps))
+    elsewhere = set(in_place)
+    ends: dict[int, list[int]] = {}
+    for number, i in last_use.items():
+        ends.setdefault(i, []).append(number)
+    live: dict[int, int] = {}
+    peak = 0
+    for i, step in enumerate(program.steps):
+        done = ends.get(i, [])
+        if step.name in ("scan", "while", "dynamic_update_slice", "scatter"):
+            # They go on in the place of what they were given.
+            for number in done:
+                live.pop(number, None)
+        live |= {n: size[n] for n in step.results if n in stored and n not in elsewhere}
+        peak = max(peak, sum(live.values()) + step.body)
+        for number in (*done, *(n for n in step.results if n not in last_use)):
+            live.pop(number, None)
+    return peak
+
+
+def _stored(program: _Program) -> set[int]:
+    """The values that are left in memory: of kernels, what kernels want there, what several would compute again, and
+    the results."""
+    uses = Counter(operand for step in program.steps for operand in set(step.operands))
+    wanted = {
+        operand
+        for step in program.steps
+        if step.name not in _FUSED and step.name not in _REDUCTIONS
+        for operand in step.operands
+    } | set(program.results)
+    found, moved = set(), set()
+    for step in program.steps:
+        kernel = step.name not in _FUSED
+        # What is but rearranged lies where it lay; a slice that a kernel wants is copied.
+        rearranged = step.name in _MOVES - {"dynamic_slice", "pad"} and all(
+            operand in found or operand in moved for operand in step.operands
+        )
+        for number in step.results:
+            if kernel or (number in wanted and not rearranged) or (step.name in _COMPUTED_ONCE and uses[number] > 1):
+                found.add(number)
+            elif rearranged:
+                moved.add(number)
+    return found

@@ -1,0 +1,225 @@
+"""The compiled passes that an evaluation would run, traced with abstract arrays: what they compute, move and need.
+
+The evaluator itself says how many candidates share a pass and whether they are materialised first; what is here follows
+it through a chunk of candidates. Nothing is run, and nothing but headers need be there.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evojax_merge.evaluation import passes
+from evojax_merge.evaluation.batched_tasks import BatchedTask
+from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
+from evojax_merge.evaluation.devices import size_of, tree_nbytes
+from evojax_merge.evaluation.evaluator import STOP_CHECK_INTERVAL, Evaluator, Population, arrays_of, step_tokens
+from evojax_merge.evaluation.passes import PerCandidateModel
+from evojax_merge.models.architecture import EMBEDDING, HEAD
+from evojax_merge.models.bank import Bank
+from evojax_merge.models.decoder import KVCache
+
+MATERIALISE, PREFIX, SCORE, PREFILL, DECODE = "materialise", "prefix", "score", "prefill", "decode"
+
+
+class PassReader(Protocol):
+    """What tells of a traced pass: its jaxpr, or the compiler of its target."""
+
+    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+        """Bytes that it needs on a device beside its arguments, its results included."""
+        ...
+
+    def outputs(self, traced: jax.stages.Traced) -> Any:
+        """What it gives, as abstract arrays, where they then are."""
+        ...
+
+    def place(self, candidates: Any) -> Any:
+        """What each candidate has (leading axis P), where it is when a pass takes it."""
+        ...
+
+
+class JaxprReader:
+    """An estimate, read off the jaxpr."""
+
+    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+        return temporary_bytes(traced.jaxpr, [one for one in jax.tree.leaves(traced.args_info) if one.donated])
+
+    def outputs(self, traced: jax.stages.Traced) -> Any:
+        return jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), traced.out_info)
+
+    def place(self, candidates: Any) -> Any:
+        return candidates
+
+
+@dataclass(frozen=True)
+class PlannedPass:
+    """A pass over a chunk of candidates.
+
+    task: whose; candidates: how many of them; runs: how often for such a chunk; steps: how often the body of its
+    `while` loop runs, at most; merge_bytes: what merging moves for a candidate in a run: the sources' and the merge's
+    bytes; held_bytes: what must be in memory for it beside the bank and its temporaries, of all its candidates.
+    """
+
+    task: str
+    name: str
+    traced: jax.stages.Traced
+    candidates: int
+    runs: int = 1
+    steps: int = 1
+    merge_bytes: int = 0
+    held_bytes: int = 0
+
+    def cost(self) -> Cost:
+        """Of all its runs, for one candidate."""
+
+        def trips(eqn: Any) -> int:
+            return self.steps if eqn.primitive.name == "while" else scan_length(eqn)
+
+        computed = cost_of(self.traced.jaxpr, trips) * (self.runs / self.candidates)
+        return computed + Cost(merge_bytes=float(self.merge_bytes * self.runs))
+
+
+def planned_passes(
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+) -> list[PlannedPass]:
+    """What evaluating one chunk of a population on a task's batches runs, on one group of devices."""
+    return [
+        *_scoring(evaluator, population, batched_task, reader),
+        *_generating(evaluator, population, batched_task, reader),
+    ]
+
+
+def merge_bytes(bank: Bank, dtype: str) -> int:
+    """Bytes that merging all layers and the head into `dtype` moves for a candidate: sources and what was prepared of
+    them are read, the merge is written. (That products read it again is theirs.)"""
+    layers = [leaf for stack in bank.stacks.values() for leaf in stack.values()]
+    prepared = [leaf for stack in bank.stack_keep_keys.values() for leaf in stack.values()]
+    name = HEAD if HEAD in bank.shared else EMBEDDING
+    shared = [leaves[name] for leaves in (bank.shared, bank.shared_keep_keys) if name in leaves]
+    entries = sum(leaf.size // leaf.shape[1] for leaf in layers) + shared[0].size // shared[0].shape[0]
+    return tree_nbytes((layers, prepared, shared)) + entries * jnp.dtype(dtype).itemsize
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A chunk of candidates as a pass takes it: how models are made, what they share, what each has; what merging moves
+    for each of them in every pass; and the bytes of what was materialised of them."""
+
+    factory: Any
+    replicated: Any
+    candidates: Any
+    merge_bytes: int = 0
+    held_bytes: int = 0
+
+    @property
+    def arguments(self) -> tuple[Any, Any]:
+        return self.replicated, self.candidates
+
+
+def _materialised(
+    evaluator: Evaluator, population: Population, candidates: Any, task: str, reader: PassReader
+) -> tuple[list[PlannedPass], _Source]:
+    """The pass that materialises a chunk, if there has to be one, and the chunk after it."""
+    traced = population.traced_materialise(evaluator.devices.mesh, candidates)
+    if traced is None:
+        return [], _Source(*population.materialise(evaluator.devices.mesh, candidates))
+    models, size = reader.outputs(traced), size_of(candidates)
+    moved = tree_nbytes(population.replicated) + tree_nbytes(models) // size
+    once = PlannedPass(task, MATERIALISE, traced, size, merge_bytes=moved)
+    return [once], _Source(PerCandidateModel(), None, models, held_bytes=tree_nbytes(models))
+
+
+def _prefix(
+    evaluator: Evaluator, source: _Source, shared_prefix: np.ndarray, task: str, reader: PassReader
+) -> tuple[list[PlannedPass], KVCache | None]:
+    if not shared_prefix.size:
+        return [], None
+    traced = passes.prefill_prefix.trace(
+        evaluator.config, source.factory, evaluator.devices.mesh, *source.arguments, shared_prefix
+    )
+    size = size_of(source.candidates)
+    read = PlannedPass(task, PREFIX, traced, size, 1, 1, source.merge_bytes, source.held_bytes)
+    return [read], reader.outputs(traced)
+
+
+def _scoring(
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+) -> Iterator[PlannedPass]:
+    scoring, task = batched_task.scoring, batched_task.task.name
+    if scoring is None:
+        return
+    mesh, chunk = evaluator.devices.mesh, evaluator.scoring_chunk(population, batched_task)
+    _, own = next(population.chunks(chunk * evaluator.devices.population))
+    candidates = reader.place(own)
+    if evaluator.fits_materialised(population, batched_task, chunk):
+        once, source = _materialised(evaluator, population, candidates, task, reader)
+        yield from once
+    else:
+        # What is not in memory as a whole is merged inside the pass.
+        merged = population.model_shape() is not None
+        moved = merge_bytes(population.replicated, evaluator.compute_dtype) if merged else 0
+        source = _Source(*population.source, candidates, moved)
+    read, prefix = _prefix(evaluator, source, scoring.shared_prefix, task, reader)
+    yield from read
+    held = source.held_bytes + tree_nbytes(prefix)
+    for batch, runs in _distinct(scoring.batches, lambda batch: str(batch.compiled_shapes)):
+        traced = passes.score.trace(
+            evaluator.config, source.factory, mesh, batched_task.requests.logits_fn, *source.arguments, prefix,
+            arrays_of(batch),
+        )  # fmt: skip
+        yield PlannedPass(task, SCORE, traced, size_of(candidates), runs, 1, source.merge_bytes, held)
+
+
+def _generating(
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+) -> Iterator[PlannedPass]:
+    prompts, requests, task = batched_task.prompts, batched_task.requests, batched_task.task.name
+    if prompts is None:
+        return
+    config, mesh, stop, new = evaluator.config, evaluator.devices.mesh, batched_task.stop, requests.max_new_tokens
+    chunk = evaluator.generation_chunk(population, batched_task) * evaluator.devices.population
+    _, own = next(population.chunks(chunk))
+    candidates = reader.place(own)
+    once, source = _materialised(evaluator, population, candidates, task, reader)
+    yield from once
+    read, prefix = _prefix(evaluator, source, prompts.shared_prefix, task, reader)
+    yield from read
+    decoding, held, size = source, source.held_bytes + tree_nbytes(prefix), size_of(candidates)
+    if evaluator.unstacks_layers(source.arguments):
+        unstacked = jax.eval_shape(partial(source.factory.unstack, mesh), *source.arguments)
+        decoding, held = _Source(source.factory, *unstacked), held + tree_nbytes(unstacked)
+    check = STOP_CHECK_INTERVAL if requests.stop else new
+    for batch, runs in _distinct(prompts.batches, lambda batch: str(batch.compiled_shapes)):
+        (rows, width), tokens = batch.tokens.shape, step_tokens(evaluator.target, batch)
+        traced = passes.init_decode.trace(
+            config, evaluator.compute_dtype, mesh, reader.place(np.zeros(size)), rows, width, new, tokens
+        )
+        state = reader.outputs(traced)
+        with_state = held + tree_nbytes(state)
+        for group, times in _distinct(batch.prefill_groups, lambda group: str((group.end - group.begin, group.width))):
+            traced = passes.prefill.trace(
+                config, source.factory, mesh, width, stop, *source.arguments, prefix, state, np.int32(group.begin),
+                *batch.prefill_group(group),
+            )  # fmt: skip
+            yield PlannedPass(task, PREFILL, traced, size, runs * times, held_bytes=with_state)
+        lookup_corpus = evaluator.lookup_corpus_of(batched_task)[batch.rows]
+        traced = passes.decode.trace(
+            config, decoding.factory, mesh, check, tokens, stop, *decoding.arguments, state, prefix, batch.tokens,
+            lookup_corpus,
+        )  # fmt: skip
+        # The first token comes of the prefill; each further one takes a step, unless draft tokens are accepted.
+        yield PlannedPass(task, DECODE, traced, size, runs, max(1, new - 1), held_bytes=with_state)
+
+
+def _distinct(items: Any, shape: Callable[[Any], str]) -> list[tuple[Any, int]]:
+    """The first item of each shape, and how many have it."""
+    counts = Counter(map(shape, items))
+    first: dict[str, Any] = {}
+    for item in items:
+        first.setdefault(shape(item), item)
+    return [(first[key], count) for key, count in counts.items()]

@@ -1,0 +1,147 @@
+"""What a search runs on: the devices that are here, or ones that are named, so that a search can be planned for them.
+
+Whatever depends on the kind of device (how many tokens go through a pass, how many candidates share one, whether the
+next layer is prefetched) is chosen by a `Target`. None of it asks JAX which devices are here while a program is traced:
+a program may be compiled for others.
+"""
+
+import math
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.evaluation.memory import available_memory
+
+# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+GPU_MEMORY_FRACTION = 0.75
+# A CPU core, nominally: cycles a second, and bytes a second from memory.
+CPU_CLOCK, CPU_CORE_BANDWIDTH = 3e9, 10e9
+# Its float32 operations in a cycle, by the widest vector instructions: two fused multiply-adds.
+CPU_FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "asimd": 16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Devices of one kind. `kind`: as JAX names it (`Device.device_kind`).
+
+    Of each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
+    and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
+    (float32 on NVIDIA: TF32; on a TPU: one pass of bfloat16). NaN where they are not known.
+
+    `devices`: how many, in `hosts` machines together; `topology`: of a TPU slice, as its compiler calls it.
+    """
+
+    name: str
+    platform: Literal["cpu", "gpu", "tpu"]
+    kind: str
+    memory: int
+    bandwidth: float
+    bfloat16: float
+    float32: float
+    devices: int = 1
+    hosts: int = 1
+    topology: str = ""
+
+    @property
+    def is_accelerator(self) -> bool:
+        return self.platform != "cpu"
+
+    @property
+    def devices_per_host(self) -> int:
+        return self.devices // self.hosts
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of matrix products of operands of this dtype."""
+        return self.float32 if dtype == "float32" else self.bfloat16
+
+    def check_shards(self, where: str, model: int) -> None:
+        """Raises InputError where a host's devices cannot be divided into groups of `model` that share a candidate."""
+        if self.devices_per_host % model:
+            raise InputError(where, f"{model} does not divide the {self.devices_per_host} devices of a process")
+
+
+GB, GIB, TERA = 10**9, 2**30, 1e12
+# By what `--target` calls them. Memory, bandwidth and peaks without sparsity are those of the vendors' data sheets; of
+# memory what is left beside the driver, and on TPUs what their compiler lets programs have.
+_GPUS = {
+    "a100": Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", 85 * GB, 2.039 * TERA, 312 * TERA, 156 * TERA),
+    "h100": Target("h100", "gpu", "NVIDIA H100 80GB HBM3", 85 * GB, 3.352 * TERA, 989 * TERA, 494 * TERA),
+    "h200": Target("h200", "gpu", "NVIDIA H200", 150 * GB, 4.8 * TERA, 989 * TERA, 494 * TERA),
+    "l4": Target("l4", "gpu", "NVIDIA L4", 23 * GB, 0.3 * TERA, 121 * TERA, 60 * TERA),
+}
+_TPUS = {
+    "v5e": Target("v5e", "tpu", "TPU v5 lite", int(15.75 * GIB), 0.819 * TERA, 197 * TERA, 197 * TERA),
+    "v5p": Target("v5p", "tpu", "TPU v5", int(95.74 * GIB), 2.765 * TERA, 459 * TERA, 459 * TERA),
+    "v6e": Target("v6e", "tpu", "TPU v6 lite", int(31.25 * GIB), 1.64 * TERA, 918 * TERA, 918 * TERA),
+}
+# The size in a slice's name -> its topology, and how many hosts it has. v5p counts two cores to a chip.
+_SLICES = {
+    "v5e": {1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16)},
+    "v5p": {8: ("2x2x1", 1), 16: ("2x2x2", 2), 32: ("2x2x4", 4), 64: ("2x4x4", 8)},
+    "v6e": {1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16)},
+}
+_GPU_COUNTS = (1, 2, 4, 8)
+
+
+def target_names() -> list[str]:
+    """What `find_target` knows."""
+    gpus = [chip if count == 1 else f"{count}x{chip}" for chip in _GPUS for count in _GPU_COUNTS]
+    return ["cpu", *gpus, *(f"{chip}-{size}" for chip, sizes in _SLICES.items() for size in sizes)]
+
+
+def find_target(where: str, name: str) -> Target:
+    """The target of a name: `cpu` (this machine's), a GPU (`h100`, `8xh100`), or a TPU slice (`v5p-8`). Raises
+    InputError with the nearest known name."""
+    if name == "cpu":
+        return cpu_target()
+    if name not in target_names():
+        raise InputError(where, f"there is no target {name!r}{did_you_mean(name, target_names())}")
+    if found := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
+        count, chip = int(found[1] or 1), _GPUS[found[2]]
+        return replace(chip, name=name, devices=count, memory=int(gpu_memory_fraction() * chip.memory))
+    chip_name, _, size = name.partition("-")
+    topology, hosts = _SLICES[chip_name][int(size)]
+    devices = math.prod(map(int, topology.split("x")))
+    return replace(_TPUS[chip_name], name=name, devices=devices, hosts=hosts, topology=topology)
+
+
+def gpu_memory_fraction() -> float:
+    """The share of a GPU's memory that JAX takes."""
+    try:
+        return float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION))
+    except ValueError:
+        return GPU_MEMORY_FRACTION
+
+
+@cache
+def live_target() -> Target:
+    """The devices that JAX has found, of all processes together."""
+    devices, hosts = jax.local_devices(), jax.process_count()
+    kind, count = devices[0].device_kind, len(devices) * hosts
+    if devices[0].platform == "cpu":
+        return replace(cpu_target(), devices=count, hosts=hosts)
+    known = next((chip for chip in (*_GPUS.values(), *_TPUS.values()) if chip.kind == kind), None)
+    if known is None:
+        platform: Literal["gpu", "tpu"] = "tpu" if devices[0].platform == "tpu" else "gpu"
+        known = Target(kind, platform, kind, 0, math.nan, math.nan, math.nan)
+    stats = devices[0].memory_stats() or {}
+    return replace(known, name=kind, memory=int(stats.get("bytes_limit", known.memory)), devices=count, hosts=hosts)
+
+
+def cpu_target() -> Target:
+    """This machine's CPU as one device: what of its memory this process may take, and nominal rates of the cores that
+    it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")))
+    except OSError:
+        flags = set()
+    wide = next((flops for flag, flops in CPU_FLOPS_PER_CYCLE.items() if flag in flags), 8)
+    peak = float(cores * wide * CPU_CLOCK)
+    return Target("cpu", "cpu", "cpu", available_memory(), cores * CPU_CORE_BANDWIDTH, peak, peak)

@@ -1,0 +1,271 @@
+"""What a search would take on a target, from headers alone: memory, arithmetic, traffic, time by the roofline, disk.
+
+The passes are those that the search would run: the evaluator chooses them as it does then, over abstract arrays.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+
+from evojax_merge.checkpoints.abstract_bank import anywhere
+from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation.batched_tasks import BatchedTask
+from evojax_merge.evaluation.compilers import TargetCompiler
+from evojax_merge.evaluation.costs import Cost
+from evojax_merge.evaluation.devices import MEMORY_SHARE, is_cut
+from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
+from evojax_merge.evaluation.memory import is_out_of_memory
+from evojax_merge.evaluation.planned_passes import JaxprReader, PassReader, PlannedPass, planned_passes
+from evojax_merge.evaluation.targets import Target, gpu_memory_fraction
+from evojax_merge.problem import SearchProblem
+from evojax_merge.report.plan import PassPlan, Plan, Work
+from evojax_merge.search.loop import run_bytes
+from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.successive_halving import rung_shards, rung_size
+from evojax_merge.selection import candidates_to_select
+
+# What the program itself takes of the host: the interpreter, JAX, the compiler at work.
+PROCESS_BYTES = 700 * 10**6
+# Devices that a plan asks for at most, where one is not enough.
+MOST_SHARDS = 64
+
+
+def make_plan(
+    problem: SearchProblem,
+    batched_tasks: Sequence[Sequence[BatchedTask]],
+    download_bytes: int = 0,
+    compiler: TargetCompiler | None = None,
+) -> Plan:
+    """The plan of a search for its problem's target. batched_tasks: as `problem.batched_tasks` gives them;
+    download_bytes: of the models that are not here; compiler: asked for the memory of every pass."""
+    target, model, splits = problem.target, problem.config.evaluation.model, problem.by_split(batched_tasks)
+    groups, sizes = target.devices // model, device_sizes(problem, model)
+    reader, reported = JaxprReader(), dict[tuple[Any, ...], int]()
+    planner = planning_evaluator(problem, sizes.bank, reader)
+    population = problem.candidates.planned_population(
+        planner, math.ceil(problem.strategy.population / groups), anywhere
+    )
+
+    def passes_on(tasks: Sequence[BatchedTask]) -> list[PlannedPass]:
+        evaluator = replace(planner, batched_tasks=list(tasks))
+        found = [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, reader)]
+        if compiler is not None and tasks is splits.shards[0]:
+            reported.update(zip(map(_key, found), reported_bytes(evaluator, problem, compiler), strict=False))
+        return found
+
+    def cost_on(tasks: Sequence[BatchedTask] | None) -> Cost:
+        return sum((one.cost() for one in passes_on(tasks or ())), Cost())
+
+    searched = [passes_on(shard) for shard in splits.shards]
+    candidate = sum((one.cost() for shard in searched for one in shard), Cost())
+    generation = candidate * (_shard_passes(problem, len(searched), groups) / len(searched))
+    counts = candidates_to_select(problem)
+    selection = (
+        cost_on(splits.full) * counts.full
+        + cost_on(splits.validation) * counts.validation
+        + cost_on(splits.heldout) * counts.heldout
+    )
+    run = generation * problem.search.generations + selection * (1 / groups)
+    rows = _rows([one for shard in searched for one in shard], reader, reported, target, model)
+    jobs = 2 if planner.runs_two_jobs(0) else 1
+    pass_bytes = max((jobs * (row.held_bytes + row.temporary_bytes) for row in rows), default=0)
+    fits = sizes.bank + pass_bytes <= target.memory
+    on_host = (
+        sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
+    )
+    return Plan(
+        target=target,
+        model=model,
+        groups=groups,
+        bank_bytes=sizes.bank,
+        pass_bytes=pass_bytes,
+        passes=rows,
+        population=problem.strategy.population,
+        generations=problem.search.generations,
+        candidate=_work(candidate, target, model),
+        generation=_work(generation, target, model),
+        run=_work(run, target, model),
+        host_bytes=PROCESS_BYTES + on_host,
+        disk_bytes=disk_bytes(problem) + download_bytes,
+        download_bytes=download_bytes,
+        advice=() if fits else advice(problem, pass_bytes),
+        notes=("gradients, each of about four passes, are not counted",) if differentiates(problem.strategy) else (),
+    )
+
+
+def disk_bytes(problem: SearchProblem) -> int:
+    """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
+    examples, tasks = sum(task.size for shard in problem.shards for task in shard), len(problem.full)
+    return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Passes
+
+
+def planning_evaluator(problem: SearchProblem, bank: int, reader: PassReader) -> Evaluator:
+    """An evaluator without tasks that chooses as one on the problem's target would, with `bank` bytes loaded on a
+    device."""
+    settings, target = problem.config.evaluation, problem.target
+    free = int(MEMORY_SHARE * max(0, target.memory - bank))
+    # Of what does not fit it is shown what one candidate takes.
+    chunk = settings.chunk if bank < target.memory else 1
+    return Evaluator(
+        problem.decoder, problem.tokenizer, [], settings.compute_dtype, chunk, target=target,
+        free_memory=lambda: free, temporary_bytes=reader.temporary_bytes,
+    )  # fmt: skip
+
+
+def passes_of_task(evaluator: Evaluator, population: Population, i: int, reader: PassReader) -> list[PlannedPass]:
+    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits; where not even one row fits,
+    with one candidate."""
+
+    def fitting(task: BatchedTask, progress: Progress) -> list[PlannedPass]:
+        planned = planned_passes(evaluator, population, task, reader)
+        if evaluator.target.is_accelerator and _most_bytes(planned, reader) > evaluator.free_memory() / MEMORY_SHARE:
+            raise MemoryError
+        return planned
+
+    try:
+        found: list[PlannedPass] = evaluator.with_less(i, fitting, lambda done: None)
+    except Failed:
+        alone = replace(evaluator, chunk=1, chunk_sizes={})
+        found = planned_passes(alone, population, evaluator.batched_tasks[i], reader)
+    return found
+
+
+def _most_bytes(passes: Sequence[PlannedPass], reader: PassReader) -> int:
+    """Of the pass that needs the most, beside the bank."""
+    return max((one.held_bytes + reader.temporary_bytes(one.traced) for one in passes), default=0)
+
+
+def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
+    """How many passes of a candidate over a shard of the examples a generation has for each group of devices."""
+    ends = rung_shards(shards)
+    return sum(
+        math.ceil(rung_size(problem.strategy.population, rung) / groups) * (end - begin)
+        for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
+    )
+
+
+def _key(one: PlannedPass) -> tuple[Any, ...]:
+    """Passes of one key are one row of a plan, whatever shards of the examples they are of."""
+    return one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info)
+
+
+def _rows(
+    passes: Sequence[PlannedPass], reader: PassReader, reported: Mapping[tuple[Any, ...], int], target: Target,
+    model: int,
+) -> tuple[PassPlan, ...]:  # fmt: skip
+    rows: dict[tuple[Any, ...], PassPlan] = {}
+    for one in passes:
+        cost, key = one.cost(), _key(one)
+        fresh = PassPlan(
+            one.task, one.name, one.candidates, one.runs, one.steps, one.held_bytes // model,
+            reader.temporary_bytes(one.traced), reported.get(key), cost.flops, cost.nbytes,
+            cost.seconds(target) / model,
+        )  # fmt: skip
+        known = rows.get(key)
+        rows[key] = fresh if known is None else replace(
+            known, runs=known.runs + fresh.runs, flops=known.flops + fresh.flops,
+            moved_bytes=known.moved_bytes + fresh.moved_bytes, seconds=known.seconds + fresh.seconds,
+        )  # fmt: skip
+    return tuple(rows.values())
+
+
+def reported_bytes(planned: Evaluator, problem: SearchProblem, compiler: TargetCompiler) -> list[int]:
+    """What the compiler says of the passes of an evaluator whose chunks and batches are chosen, in their order, up to
+    the first that the compiler refuses because it does not fit."""
+    found: list[int] = []
+    try:
+        for one in compiled_passes(planned, problem, compiler):
+            found.append(compiler.temporary_bytes(one.traced))
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return found
+
+
+def compiled_passes(planned: Evaluator, problem: SearchProblem, compiler: TargetCompiler) -> Iterator[PlannedPass]:
+    """The passes of an evaluator whose chunks and batches are chosen, traced for the compiler's devices."""
+    evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
+    # As many candidates for each group of devices as were planned with.
+    groups, size = compiler.devices.population, problem.strategy.population
+    each = math.ceil(size / (problem.target.devices // problem.config.evaluation.model))
+    population = problem.candidates.planned_population(evaluator, groups * each, compiler.place_leaf)
+    for task in evaluator.batched_tasks:
+        yield from planned_passes(evaluator, population, task, compiler)
+
+
+def _work(cost: Cost, target: Target, model: int) -> Work:
+    return Work(
+        cost.flops, cost.nbytes, cost.seconds(target) / model, cost.merge_seconds(target) / model,
+        cost.compute_seconds(target) / model,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@dataclass
+class DeviceSizes:
+    """Bytes of the loaded models on a device, and of the largest leaf, which is on the host as a whole while it is
+    loaded. A `place` of abstract arrays: it is told every leaf."""
+
+    model: int
+    bank: int = 0
+    largest_leaf: int = 0
+    by_dtype: Counter[str] = field(default_factory=Counter)
+
+    def place(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
+        leaf = anywhere(shape, dtype)
+        nbytes = leaf.size * leaf.dtype.itemsize
+        own = nbytes // self.model if is_cut(shape, sharded_axis, self.model) else nbytes
+        self.bank, self.largest_leaf = self.bank + own, max(self.largest_leaf, nbytes)
+        self.by_dtype[str(leaf.dtype)] += own
+        return leaf
+
+
+def device_sizes(problem: SearchProblem, model: int) -> DeviceSizes:
+    """What is loaded where groups of `model` devices share a candidate."""
+    sizes = DeviceSizes(model)
+    problem.candidates.planned_population(planning_evaluator(problem, 0, JaxprReader()), 1, sizes.place)
+    # Layer paths are planned as one model, and all of the parents' layers are loaded.
+    sizes.bank = max(sizes.bank, problem.candidates.held_bytes() // model)
+    return sizes
+
+
+def advice(problem: SearchProblem, pass_bytes: int) -> tuple[str, ...]:
+    """What would make a search fit that does not."""
+    target, model = problem.target, problem.config.evaluation.model
+    here = device_sizes(problem, model)
+
+    def fits(bank: float, memory: float = target.memory) -> bool:
+        return bank + pass_bytes <= memory
+
+    found = []
+    shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
+    enough = next((m for m in shards if fits(device_sizes(problem, m).bank)), None)
+    if enough is not None and target.is_accelerator:
+        more = "" if target.devices_per_host % enough == 0 else f", on a host with {enough} such devices"
+        found.append(f"evaluation.model: {enough} (devices that share the models){more}")
+    whole = target.memory / gpu_memory_fraction() if target.platform == "gpu" else 0
+    if whole and fits(here.bank, 0.95 * whole):
+        found.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory")
+    masks = here.by_dtype["uint16"]
+    if masks and fits(here.bank - masks):
+        found.append("a method without random masks, such as ties")
+    count = len(problem.merged_from)
+    fewer = next((n for n in range(count - 1, 1, -1) if fits(here.bank * n / count)), None)
+    if fewer is not None:
+        found.append(f"{count - fewer} fewer of the {count} models")
+    if here.bank < target.memory:
+        found.append(f"evaluation.tokens_per_batch below {problem.tokens_per_batch:,}, or shorter examples")
+    return tuple(found) or ("a device with more memory, or smaller models",)

@@ -1,0 +1,196 @@
+"""What a search would take, and how that is shown.
+
+Seconds are a lower bound, by the roofline: every matrix product at the device's peak or at its memory's bandwidth,
+whichever takes longer, and merging at the bandwidth, one after the other.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from evojax_merge.evaluation.targets import Target
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """A compiled pass of a search. chunk: how many candidates share it on a device; runs: how often it is run for them
+    in a generation that is scored on all search examples; steps: of one run, at most (decode steps). Bytes on a device:
+    held, of materialised candidates and caches; temporaries, estimated, and reported by the target's compiler (None: it
+    was not asked). flops, moved_bytes and seconds: for one candidate, of all runs."""
+
+    task: str
+    name: str
+    chunk: int
+    runs: int
+    steps: int
+    held_bytes: int
+    temporary_bytes: int
+    reported_bytes: int | None
+    flops: float
+    moved_bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one group of devices that share a candidate has to do: FLOPs and bytes of them all, and seconds by the
+    roofline: of everything, of merging, and of the matrix products that arithmetic bounds."""
+
+    flops: float
+    moved_bytes: float
+    seconds: float
+    merge_seconds: float
+    compute_seconds: float
+
+    @property
+    def bound(self) -> str:
+        """What takes the most time, in words."""
+        reading = self.seconds - self.merge_seconds - self.compute_seconds
+        parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds, "reading weights": reading}
+        return max(parts, key=lambda part: parts[part])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search would take.
+
+    Bytes of the bank and of passes are those of a device; `pass_bytes` of the largest pass: its temporaries and what is
+    held for it. `groups`: groups of `model` devices each that score candidates side by side. candidate: one on all
+    search examples; generation, run: what each group of devices does for them. advice: what would make it fit, where it
+    does not; notes: what is not counted.
+    """
+
+    target: Target
+    model: int
+    groups: int
+    bank_bytes: int
+    pass_bytes: int
+    passes: tuple[PassPlan, ...]
+    population: int
+    generations: int
+    candidate: Work
+    generation: Work
+    run: Work
+    host_bytes: int
+    disk_bytes: int
+    download_bytes: int
+    advice: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.bank_bytes + self.pass_bytes <= self.target.memory
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain data; rates that are not known are null."""
+        target = {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in asdict(self.target).items()
+        }
+        return asdict(self) | {"target": target, "fits": self.fits}
+
+    def summary(self) -> list[str]:
+        """Two lines: what is in memory, and what is to be done."""
+        candidate = self.candidate
+        return [
+            f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
+            f"{shown_bytes(self.target.memory)} on each device",
+            f"plan: {shown_number(candidate.flops)}FLOP a candidate on all search examples; by the roofline the search "
+            f"takes {shown_seconds(self.run.seconds)} or more",
+        ]
+
+    def verdict(self) -> str:
+        """Whether it fits, with the figures."""
+        total, memory = self.bank_bytes + self.pass_bytes, self.target.memory
+        return (
+            f"{'fits' if self.fits else 'does not fit'}: {shown_bytes(total)} of {shown_bytes(memory)} on each device "
+            f"(models {shown_bytes(self.bank_bytes)}, the largest pass {shown_bytes(self.pass_bytes)})"
+        )
+
+    def lines(self) -> list[str]:
+        """All of it but the passes' table."""
+        target = self.target
+        rates = (
+            f"{shown_bytes(target.memory)}, {shown_number(target.bandwidth)}B/s, {shown_number(target.bfloat16)}FLOP/s "
+            f"bfloat16, {shown_number(target.float32)}FLOP/s float32"
+        )
+        nominal = "" if target.is_accelerator else ", nominal"
+        found = [
+            f"target {target.name}: {target.devices} x {target.kind} ({rates} each{nominal}), in {self.groups} "
+            f"group{'s' if self.groups > 1 else ''} of {self.model}",
+            self.verdict(),
+            *(f"what would make it fit: {one}" for one in self.advice),
+        ]
+        for name, work in (
+            ("a candidate on all search examples", self.candidate),
+            (f"a generation of {self.population}", self.generation),
+            (f"the run of {self.generations} generations, and choosing the winner", self.run),
+        ):
+            found.append(
+                f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved, "
+                f"{shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
+                f"({_share(work.merge_seconds, work.seconds)} merging)"
+            )
+        download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
+        found.append(
+            f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
+        )
+        return [*found, *(f"note: {note}" for note in self.notes)]
+
+    def table(self) -> Table:
+        """The passes, and what each takes."""
+        table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
+        for heading in ("task", "pass"):
+            table.add_column(heading)
+        headings = ("candidates", "runs", "steps", "held", "temporaries", "compiler says", "FLOP", "moved", "seconds")
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for row in self.passes:
+            table.add_row(
+                row.task, row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}", shown_bytes(row.held_bytes),
+                shown_bytes(row.temporary_bytes),
+                "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
+                shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
+            )  # fmt: skip
+        return table
+
+
+def holds_plans(path: Path) -> bool:
+    """Whether a file is empty, or what `plan --json` writes."""
+    try:
+        if not path.is_file():
+            return False
+        plans, keys = json.loads(path.read_bytes() or "[]"), {"target", "fits", "passes"}
+        return isinstance(plans, list) and all(isinstance(plan, dict) and plan.keys() >= keys for plan in plans)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "unknown share"
+
+
+def shown_number(value: float) -> str:
+    """A number with three digits and an SI prefix, ready for its unit: `1.23 T`."""
+    if math.isnan(value):
+        return "unknown "
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def shown_bytes(value: float) -> str:
+    return f"{shown_number(value)}B"
+
+
+def shown_seconds(value: float) -> str:
+    if math.isnan(value):
+        return "unknown"
+    if value < 60:
+        return f"{value:.3g} s"
+    return f"{value / 60:.1f} minutes" if value < 3600 else f"{value / 3600:,.1f} hours"

@@ -1,0 +1,224 @@
+"""Plans: what a search would take, on targets that are here and that are not."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from helpers import Family
+from merge_kernels import METHODS
+
+from evojax_merge.checkpoints.abstract_bank import abstract_bank
+from evojax_merge.checkpoints.bank import load_bank
+from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_header_only
+from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.cli import cli, run
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.costs import Cost, Product, cost_of, temporary_bytes
+from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
+from evojax_merge.evaluation.targets import find_target, live_target
+from evojax_merge.models.bank import MergeSpec
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import SearchProblem, build_problem, config_from
+
+
+def document(family: Family, **changes: Any) -> dict[str, Any]:
+    task = {"name": "text", "kind": "likelihood", "file": str(family.tasks), "heldout": 0.25}
+    return {
+        "base": str(family.base), "parents": [str(parent) for parent in family.parents], "tasks": [task],
+        "space": {"method": "ties"}, "search": {"generations": 3, "population": 4},
+    } | changes  # fmt: skip
+
+
+def problem_of(document: dict[str, Any], target: str = "cpu") -> SearchProblem:
+    path = Path("config.yaml")
+    return build_problem(path, config_from(path, document, [], None), target=find_target("target", target))
+
+
+def command(*arguments: object) -> int:
+    return run(lambda: cli.main([*map(str, arguments)], standalone_mode=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Targets
+
+
+def test_targets_by_name() -> None:
+    assert find_target("t", "8xh100").devices == 8 and find_target("t", "h100").devices == 1
+    # Two cores to a chip.
+    assert find_target("t", "v5p-8").devices == 4
+    v5e = find_target("t", "v5e-16")
+    assert (v5e.devices, v5e.hosts, v5e.devices_per_host) == (16, 4, 4)
+    with pytest.raises(InputError, match=r"no target 'h10O' .did you mean 'h100'"):
+        find_target("--target", "h10O")
+    with pytest.raises(InputError, match=r"evaluation.model: 3 does not divide the 4 devices"):
+        v5e.check_shards("evaluation.model", 3)
+
+
+def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    usual = find_target("t", "h100").memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    assert find_target("t", "h100").memory == pytest.approx(usual / 0.75 * 0.9, rel=1e-9)
+
+
+def test_the_target_here_is_the_one_that_jax_found() -> None:
+    target = live_target()
+    assert target.platform == jax.local_devices()[0].platform and target.devices == len(jax.devices())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Costs
+
+
+def test_flops_of_loops_and_products() -> None:
+    def program(x: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((4, 8)), jnp.ones((5, 8, 8)))
+    cost = cost_of(jaxpr)
+    assert cost.products == {Product(2 * 4 * 8 * 8, 4 * (4 * 8 + 8 * 8 + 4 * 8), "float32"): 5}
+    assert cost_of(jaxpr, lambda eqn: 1).flops == cost.flops / 5
+    target = replace(find_target("t", "h100"), float32=1e3, bandwidth=1e6)
+    assert cost.seconds(target) == pytest.approx(5 * 512 / 1e3)
+    assert Cost(merge_bytes=2e6).seconds(target) == pytest.approx(2.0)
+
+
+def test_temporaries_live_from_where_they_are_computed_to_their_last_use() -> None:
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        # Two products at a time at most; what is elementwise is part of what uses it.
+        for _ in range(4):
+            x = (x + 1) @ w
+        return x.sum()
+
+    n = 64
+    found = temporary_bytes(jax.make_jaxpr(program)(jnp.ones((n, n)), jnp.ones((n, n))))
+    assert found == pytest.approx(2 * 4 * n * n, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Banks and passes
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "della", "slerp", "nuslerp", "model_stock", "sce"])
+def test_an_abstract_bank_has_the_shapes_of_the_loaded_one(family: Family, method: str) -> None:
+    known = METHODS[method]
+    base = [family.base] if known.options.has_base else []
+    sources, config = open_sources([*base, *family.parents[: known.max_parents]])
+    fixed = tuple((p.name, (float(p.default or 0),)) for p in known.parameters if not p.searched)
+    spec = MergeSpec(method, known.options, 3, "float32", fixed)
+
+    def shapes(bank: Any) -> Any:
+        return jax.tree.map(lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), bank)
+
+    assert shapes(abstract_bank(sources, config, spec)) == shapes(load_bank(sources, config, spec))
+
+
+def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None:
+    """The compiler counts a loop's body once, so here the count is compared with every loop's body once."""
+    problem = problem_of(document(family))
+    plan = make_plan(problem, batched := problem.batched_tasks())
+    assert plan.fits and plan.candidate.flops > 0 and plan.run.flops > 3 * plan.generation.flops
+    assert plan.generation.flops == pytest.approx(4 * plan.candidate.flops)
+    from evojax_merge.evaluation.evaluator import Evaluator
+
+    evaluator = Evaluator(problem.decoder, problem.tokenizer, batched[0], target=problem.target)
+    population = problem.candidates.planned_population(evaluator, 1, lambda shape, dtype, axis: jax.ShapeDtypeStruct(
+        shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
+    scores = [one for one in planned_passes(evaluator, population, batched[0][0], JaxprReader()) if one.name == "score"]
+    for one in scores:
+        compiled = one.traced.lower().compile()
+        counted = cost_of(one.traced.jaxpr, lambda eqn: 1).flops
+        analysis = compiled.cost_analysis()
+        assert analysis is not None and counted == pytest.approx(analysis["flops"], rel=0.05)
+
+
+def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
+    problem = problem_of(document(family))
+    bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]
+    entries = sum(leaf.size // leaf.shape[1] for leaf in bank.stacks["layers"].values())
+    head = bank.shared["embed"].size // 3
+    # Three float32 sources are read, and a bfloat16 merge is written.
+    assert merge_bytes(bank, "bfloat16") == (entries + head) * (3 * 4 + 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+SEVEN_B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "head_dim": None, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def headers_of_7b(family: Family, folder: Path) -> list[Path]:
+    """Four models of Mistral-7B's shapes in bfloat16, of headers alone."""
+    from evojax_merge.checkpoints.config_file import decoder_config
+
+    found = []
+    for name in ("base", "a", "b", "c"):
+        model = folder / name
+        model.mkdir()
+        for file in family.base.iterdir():
+            if not file.name.startswith(("model", "config")):
+                (model / file.name).symlink_to(file)
+        config = json.loads((family.base / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | SEVEN_B))
+        shapes = tensor_shapes(decoder_config(model / "config.json"))
+        headers = {tensor: TensorHeader("BF16", shape, 2 * int(np.prod(shape))) for tensor, shape in shapes.items()}
+        write_header_only(model / "model.safetensors", headers)
+        found.append(model)
+    return found
+
+
+def test_a_plan_for_7b_models_on_targets_that_are_not_here(
+    family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base, *parents = headers_of_7b(family, tmp_path)
+    config, out = tmp_path / "config.yaml", tmp_path / "plan.json"
+    changes = {"base": str(base), "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
+    changes |= {"evaluation": {"compute_dtype": "bfloat16"}}
+    config.write_text(yaml.safe_dump(document(family, **changes)))
+
+    def plan(target: str, *options: str) -> dict[str, Any]:
+        assert command("plan", config, "--target", target, "--json", out, *options) == 0
+        (found,) = json.loads(out.read_text())
+        return found
+
+    h100 = plan("h100")
+    # Four models of 7.24 billion parameters, two bytes each.
+    assert h100["bank_bytes"] == pytest.approx(57.9e9, rel=0.01) and h100["fits"]
+    assert h100["host_bytes"] < 20e9
+    dare = plan("h100", "--set", "space.method=dare_ties")
+    assert dare["bank_bytes"] == pytest.approx(101.4e9, rel=0.01) and not dare["fits"]
+    assert any("a method without random masks" in line for line in dare["advice"])
+    assert "does not fit: 10" in capfd.readouterr().out
+    shared = plan("8xh100", "--set", "space.method=dare_ties", "--set", "evaluation.model=8")
+    assert shared["fits"] and shared["bank_bytes"] == pytest.approx(dare["bank_bytes"] / 8, rel=0.01)
+    assert plan("v5p-8", "--set", "space.method=dare_ties")["fits"]
+
+
+def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config, taken = tmp_path / "config.yaml", tmp_path / "mine.json"
+    config.write_text(yaml.safe_dump(document(family)))
+    assert command("plan", config, "--target", "v5p-9") == 2
+    assert "--target: there is no target 'v5p-9' (did you mean" in capfd.readouterr().err
+    taken.write_text('{"mine": 1}')
+    assert command("plan", config, "--json", taken) == 2
+    assert "holds no plan" in capfd.readouterr().err and taken.read_text() == '{"mine": 1}'
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(family: Family, tmp_path: Path) -> None:
+    """The tests have no network (HF_HUB_OFFLINE)."""
+    folders = HeaderFolders(tmp_path)
+    assert folders.resolve("parents", str(family.base), tmp_path) == family.base
+    with pytest.raises(InputError, match=r"parents: nobody/nothing: the hub did not give its headers"):
+        folders.resolve("parents", "nobody/nothing", tmp_path)
+    with pytest.raises(InputError, match="no such folder; expected a model folder or a hub id"):
+        folders.resolve("parents", "./nowhere", tmp_path)
