@@ -1,8 +1,8 @@
 """What searches over 7B models take on accelerators that are not here.
 
-    python bench/targets.py            # estimates: every method, mode and target (half a minute)
-    python bench/targets.py --compile  # and what the targets' own compilers report (pip install '.[plan-tpu]')
-    python bench/targets.py --paper    # the experiment of arXiv 2403.13187, priced
+    python bench/targets.py                       # estimates for every method, mode and target (two minutes)
+    python bench/targets.py --paper               # the experiment of arXiv 2403.13187, priced (a minute)
+    python bench/targets.py --compile v5p-8 …     # what the target's own compiler reports (pip install '.[plan-tpu]')
 
 Models of Mistral-7B's shapes in bfloat16, a base and three parents: headers alone, no weights. Examples are of 350
 tokens, of which a likelihood task scores the last 100 and a generation writes them.
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.headers import TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import tensor_shapes
+from evojax_merge.evaluation.compilers import collectives, target_compiler
 from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -44,6 +45,10 @@ PROMPT, ANSWER = 250, 100
 TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")
 METHODS = ("linear", "ties", "dare_ties", "path")
 MODES = ("likelihood", "generation")
+EXAMPLES = 64
+# The paper's experiment: CMA-ES with a population of 128 for 100 generations on 1,069 problems.
+PAPER = {"population": 128, "generations": 100}
+PROBLEMS, PRICED_ON, RUNGS, SHARE_OF_PEAK = 1069, ("h100", "v5p-8"), 4, 0.5
 
 
 def write_models(folder: Path, config: dict[str, Any], parents: int) -> None:
@@ -76,7 +81,7 @@ def problem_for(
     folder: Path, parents: int, method: str, mode: str, target: Target, model: int, **changes: Any
 ) -> SearchProblem:
     """A search over the models of a folder. changes: keys of `search`."""
-    task: dict[str, Any] = {"name": mode, "file": "examples.jsonl", "heldout": 0.1}
+    task: dict[str, Any] = {"name": mode, "file": "examples.jsonl", "heldout": 0.01}
     task |= {"kind": "likelihood"} if mode == "likelihood" else {"kind": "exact_match", "max_new_tokens": ANSWER}
     space: dict[str, Any] = {"space": {"method": method}}
     if method == "path":
@@ -91,30 +96,26 @@ def problem_for(
     return build_problem(path, config_from(path, document, [], None), target=target)
 
 
-def fewest_shards(folder: Path, parents: int, method: str, mode: str, target: Target) -> Iterator[SearchProblem]:
-    """The problem with more and more of a host's devices sharing a candidate."""
+def fitting_plan(folder: Path, parents: int, method: str, mode: str, target: Target, **search: Any) -> Plan:
+    """The plan with the fewest of a host's devices to a candidate with which it fits; else the last that does not."""
     for model in range(1, target.devices_per_host + 1):
         if target.devices_per_host % model == 0:
-            yield problem_for(folder, parents, method, mode, target, model)
-
-
-def fitting_plan(folder: Path, parents: int, method: str, mode: str, target: Target) -> Plan:
-    """The plan with the fewest devices to a candidate that fits; else the last that does not."""
-    for problem in fewest_shards(folder, parents, method, mode, target):
-        plan = make_plan(problem, problem.batched_tasks())
-        if plan.fits:
-            break
+            problem = problem_for(folder, parents, method, mode, target, model, **search)
+            plan = make_plan(problem, problem.batched_tasks())
+            if plan.fits:
+                break
     return plan
 
 
-def estimates(folder: Path, parents: int, targets: Sequence[str]) -> Iterator[str]:
+def estimates(folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+    """What each search would take, with as few devices to a candidate as hold it."""
     yield (
         "| target | method | mode | fits | devices to a candidate | models | largest pass | candidates a pass | "
         "FLOP | moved | s/candidate | merging | bound by |"
     )
     yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     for name in targets:
-        for method in METHODS:
+        for method in methods:
             for mode in MODES:
                 plan = fitting_plan(folder, parents, method, mode, find_target("--targets", name))
                 work = plan.candidate
@@ -127,17 +128,72 @@ def estimates(folder: Path, parents: int, targets: Sequence[str]) -> Iterator[st
                 )
 
 
+def priced(folder: Path, parents: int) -> Iterator[str]:
+    """The paper's experiment, in hours."""
+    yield "| target | method | fitness | fits | devices to a candidate | hours | with racing |"
+    yield "| --- | --- | --- | --- | ---: | ---: | ---: |"
+    for name in PRICED_ON:
+        target = find_target("--paper", name)
+        for method in ("ties", "dare_ties"):
+            for mode in MODES:
+                plans = [
+                    fitting_plan(folder, parents, method, mode, target, **PAPER, rungs=rungs) for rungs in (1, RUNGS)
+                ]
+                hours = [f"{plan.run.seconds / SHARE_OF_PEAK / 3600:,.1f}" if plan.fits else "–" for plan in plans]
+                yield (
+                    f"| {name} | {method} | {mode} | {'yes' if plans[0].fits else 'no'} | {plans[0].model} | "
+                    f"{hours[0]} | {hours[1]} |"
+                )
+
+
+def reports(folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+    """What the targets' compilers say of each pass."""
+    yield (
+        "| target | method | mode | pass | candidates a device | models | held | temporaries, estimated | reported | "
+        "collectives |"
+    )
+    yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
+    for name in targets:
+        target = find_target("--compile", name)
+        for method in methods:
+            for mode in MODES:
+                plan = fitting_plan(folder, parents, method, mode, target)
+                compiler = target_compiler(target, plan.model)
+                problem = problem_for(folder, parents, method, mode, target, plan.model)
+                plan = make_plan(problem, problem.batched_tasks(), compiler=compiler)
+                programs = compiler.programs()
+                for row, program in zip(plan.passes, programs, strict=False):
+                    found = ", ".join(
+                        f"{count} {kind} ({shown_bytes(nbytes)})"
+                        for kind, (count, nbytes) in collectives(program).items()
+                    )
+                    yield (
+                        f"| {name} | {method} | {mode} | {row.name} | {row.chunk} | {shown_bytes(plan.bank_bytes)} | "
+                        f"{shown_bytes(row.held_bytes)} | {shown_bytes(row.temporary_bytes)} | "
+                        f"{'refused' if row.reported_bytes is None else shown_bytes(row.reported_bytes)} | "
+                        f"{found or 'none'} |"
+                    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--parents", type=int, default=3)
-    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--paper", action="store_true", help="the paper's experiment, priced, in place of the table")
+    parser.add_argument("--compile", nargs="+", metavar="TARGET", help="ask these targets' compilers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder, MISTRAL_7B, options.parents)
-        write_examples(folder, options.examples)
-        for line in estimates(folder, options.parents, options.targets):
+        write_examples(folder, PROBLEMS if options.paper else EXAMPLES)
+        if options.paper:
+            lines = priced(folder, options.parents)
+        elif options.compile:
+            lines = reports(folder, options.parents, options.compile, options.methods)
+        else:
+            lines = estimates(folder, options.parents, options.targets, options.methods)
+        for line in lines:
             print(line, flush=True)
 
 

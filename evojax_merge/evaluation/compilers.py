@@ -61,6 +61,10 @@ class TargetCompiler:
             self._compiled[id(traced)] = traced, lowered.compile()
         return self._compiled[id(traced)][1]
 
+    def programs(self) -> list[jax.stages.Compiled]:
+        """What was compiled, in its order."""
+        return [compiled for _, compiled in self._compiled.values()]
+
     def temporary_bytes(self, traced: jax.stages.Traced) -> int:
         memory = self.compiled(traced).memory_analysis()
         assert memory is not None

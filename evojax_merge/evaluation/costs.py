@@ -236,17 +236,14 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
 
 
 def _body_bytes(eqn: Any, parts: Sequence[Any]) -> int:
-    """What a loop's body, or the largest branch, needs at a time. What a loop carries from one trip to the next is in
-    one place, which is counted with the loop's results."""
+    """What a loop's body, or the largest branch, needs at a time beside its results: what a loop carries from one trip
+    to the next, and what its trips leave, has one place, which is counted with the loop's results."""
     if not parts:
         return 0
     if eqn.primitive.name == "scan":
         constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
         program = _flattened(parts[0], len(eqn.invars) - constants - carries)
-        return _peak(program, program.results[:carries])
-    if eqn.primitive.name == "while":
-        programs = [_flattened(part) for part in parts]
-        return max(_peak(program, program.results) for program in programs)
+        return _peak(program, program.results)
     return max(_peak(program, program.results) for program in map(_flattened, parts))
 
 
