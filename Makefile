@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart smollm2 test test-all torture lint bench bench-search bench-evaluate bench-racing bench-merge bench-kernels \
-	bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 bench-strategies bench-pareto clean
+.PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
+	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 \
+	bench-strategies bench-pareto bench-targets clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
 	@echo "make test         the tests, in an environment of their own (about 12 minutes on two cores)"
 	@echo "make test-all     the tests, compiled as users' programs are, and the torture (an hour)"
+	@echo "make test-targets what compiles for TPUs, without one (installs their compiler; some minutes)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        what can be measured, and how long each takes"
@@ -45,6 +47,11 @@ test-all: .venv/installed-test
 	EVOJAX_TEST_ALL=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest
 	$(MAKE) torture
 
+# The targets' compilers are large: they are installed for these tests alone.
+test-targets: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench,plan-tpu]'
+	$(BIN)/python -m pytest -n 0 tests/test_target_compilers.py
+
 torture: .venv/installed-test
 	$(BIN)/python tests/torture.py --kills 100 --seed 0
 
@@ -71,6 +78,7 @@ bench:
 	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
+	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
 	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
@@ -119,6 +127,10 @@ bench-strategies: .venv/installed-test
 
 bench-pareto: .venv/installed-test
 	$(BIN)/python bench/pareto.py
+
+bench-targets: .venv/installed-test
+	$(BIN)/python bench/targets.py
+	$(BIN)/python bench/targets.py --paper --targets h100 v5p-8 --methods ties dare_ties
 
 clean:
 	rm -rf .venv

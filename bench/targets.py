@@ -1,8 +1,8 @@
 """What searches over 7B models take on accelerators that are not here.
 
-    python bench/targets.py                       # estimates for every method, mode and target (two minutes)
-    python bench/targets.py --paper               # the experiment of arXiv 2403.13187, priced (a minute)
-    python bench/targets.py --compile v5p-8 …     # what the target's own compiler reports (pip install '.[plan-tpu]')
+    python bench/targets.py             # estimates for every method, mode and target
+    python bench/targets.py --paper     # the experiment of arXiv 2403.13187, priced
+    python bench/targets.py --compile   # what the targets' own compilers report (pip install '.[plan-tpu]')
 
 Models of Mistral-7B's shapes in bfloat16, a base and three parents: headers alone, no weights. Examples are of 350
 tokens, of which a likelihood task scores the last 100 and a generation writes them.
@@ -48,7 +48,7 @@ MODES = ("likelihood", "generation")
 EXAMPLES = 64
 # The paper's experiment: CMA-ES with a population of 128 for 100 generations on 1,069 problems.
 PAPER = {"population": 128, "generations": 100}
-PROBLEMS, PRICED_ON, RUNGS, SHARE_OF_PEAK = 1069, ("h100", "v5p-8"), 4, 0.5
+PROBLEMS, RUNGS, SHARE_OF_PEAK = 1069, 4, 0.5
 
 
 def write_models(folder: Path, config: dict[str, Any], parents: int) -> None:
@@ -107,7 +107,9 @@ def fitting_plan(folder: Path, parents: int, method: str, mode: str, target: Tar
     return plan
 
 
-def estimates(folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+def estimates(
+    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str]
+) -> Iterator[str]:
     """What each search would take, with as few devices to a candidate as hold it."""
     yield (
         "| target | method | mode | fits | devices to a candidate | models | largest pass | candidates a pass | "
@@ -116,7 +118,7 @@ def estimates(folder: Path, parents: int, targets: Sequence[str], methods: Seque
     yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     for name in targets:
         for method in methods:
-            for mode in MODES:
+            for mode in modes:
                 plan = fitting_plan(folder, parents, method, mode, find_target("--targets", name))
                 work = plan.candidate
                 yield (
@@ -128,14 +130,16 @@ def estimates(folder: Path, parents: int, targets: Sequence[str], methods: Seque
                 )
 
 
-def priced(folder: Path, parents: int) -> Iterator[str]:
+def priced(
+    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str]
+) -> Iterator[str]:
     """The paper's experiment, in hours."""
     yield "| target | method | fitness | fits | devices to a candidate | hours | with racing |"
     yield "| --- | --- | --- | --- | ---: | ---: | ---: |"
-    for name in PRICED_ON:
-        target = find_target("--paper", name)
-        for method in ("ties", "dare_ties"):
-            for mode in MODES:
+    for name in targets:
+        target = find_target("--targets", name)
+        for method in methods:
+            for mode in modes:
                 plans = [
                     fitting_plan(folder, parents, method, mode, target, **PAPER, rungs=rungs) for rungs in (1, RUNGS)
                 ]
@@ -146,7 +150,9 @@ def priced(folder: Path, parents: int) -> Iterator[str]:
                 )
 
 
-def reports(folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str]) -> Iterator[str]:
+def reports(
+    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str]
+) -> Iterator[str]:
     """What the targets' compilers say of each pass."""
     yield (
         "| target | method | mode | pass | candidates a device | models | held | temporaries, estimated | reported | "
@@ -154,9 +160,9 @@ def reports(folder: Path, parents: int, targets: Sequence[str], methods: Sequenc
     )
     yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
     for name in targets:
-        target = find_target("--compile", name)
+        target = find_target("--targets", name)
         for method in methods:
-            for mode in MODES:
+            for mode in modes:
                 plan = fitting_plan(folder, parents, method, mode, target)
                 compiler = target_compiler(target, plan.model)
                 problem = problem_for(folder, parents, method, mode, target, plan.model)
@@ -180,20 +186,16 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--parents", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--paper", action="store_true", help="the paper's experiment, priced, in place of the table")
-    parser.add_argument("--compile", nargs="+", metavar="TARGET", help="ask these targets' compilers")
+    parser.add_argument("--compile", action="store_true", help="ask the targets' compilers, in place of the table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder, MISTRAL_7B, options.parents)
         write_examples(folder, PROBLEMS if options.paper else EXAMPLES)
-        if options.paper:
-            lines = priced(folder, options.parents)
-        elif options.compile:
-            lines = reports(folder, options.parents, options.compile, options.methods)
-        else:
-            lines = estimates(folder, options.parents, options.targets, options.methods)
-        for line in lines:
+        table = priced if options.paper else reports if options.compile else estimates
+        for line in table(folder, options.parents, options.targets, options.methods, options.modes):
             print(line, flush=True)
 
 

@@ -5,6 +5,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -13,15 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from evojax_merge.evaluation.devices import Devices, mesh_of
 from evojax_merge.evaluation.targets import Target
 
-# The extra that brings a platform's compiler.
-EXTRAS = {"tpu": "plan-tpu", "gpu": "plan-cuda"}
+# The package with a platform's compiler, and how it is installed.
+PACKAGES = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
+EXTRAS = {"tpu": "pip install 'evojax-merge[plan-tpu]'", "gpu": "pip install 'evojax-merge[plan-cuda]'"}
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
 class CompilerMissing(Exception):
-    """The compiler of a target is not installed: the text says which extra has it."""
+    """The compiler of a target is not here, or cannot be used: the text says why, and what installs it."""
 
 
 def compile_devices(target: Target) -> list[Any]:
@@ -31,15 +33,24 @@ def compile_devices(target: Target) -> list[Any]:
 
     if target.platform == "cpu":
         return [jax.local_devices(backend="cpu")[0]]
-    # Else libtpu asks a cloud's metadata server for the machine's TPUs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    platform, name = PLATFORMS[target.platform], f"{target.name.partition('-')[0]}:{target.topology}"
-    try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=name).devices
-    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError):
+    if find_spec(PACKAGES[target.platform]) is None:
         raise CompilerMissing(
-            f"the compiler of {target.name} is not installed (pip install 'evojax-merge[{EXTRAS[target.platform]}]'): "
-            "what passes need is estimated"
+            f"the compiler of {target.name} is not installed ({EXTRAS[target.platform]}): what passes need is estimated"
+        )
+    # Else libtpu asks a cloud's metadata server for the machine's TPUs; and several processes may compile at a time.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    platform, name = PLATFORMS[target.platform], f"{target.name.partition('-')[0]}:{target.topology}"
+    # A slice of one host is that host's whole grid of chips; larger ones have the usual four chips to a host.
+    grid = [*map(int, target.topology.split("x")), 1] if target.topology and target.hosts == 1 else [2, 2, 1]
+    try:
+        found = topologies.get_topology_desc(
+            platform=platform, topology_name=name, chips_per_host_bounds=grid[:3]
+        ).devices
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CompilerMissing(
+            f"the compiler of {target.name} cannot be asked ({reason}): what passes need is estimated"
         ) from None
     return list(found)[: target.devices_per_host]
 

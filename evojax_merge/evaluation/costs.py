@@ -177,9 +177,14 @@ def _parts(eqn: Any) -> Iterator[Any]:
                 yield part
 
 
+# A number that is no variable's.
+LITERAL = -1
+
+
 @dataclass(frozen=True)
 class _Step:
-    """An operation of a program without calls. Values are known by numbers. body: the most that its loop's body or its
+    """An operation of a program without calls. Values are known by numbers; one that is written out in the program is
+    `LITERAL`. body: the most that its loop's body or its
     branches need beside what is here."""
 
     name: str
@@ -209,8 +214,7 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
         numbers |= {constant: next(counter) for constant in jaxpr.jaxpr.constvars}
 
         def number(value: Any) -> int:
-            # A literal is no variable, and needs no memory.
-            return -1 if hasattr(value, "val") else numbers[value]
+            return LITERAL if hasattr(value, "val") else numbers[value]
 
         for eqn in jaxpr.jaxpr.eqns:
             operands, name = tuple(number(value) for value in eqn.invars), eqn.primitive.name
@@ -230,7 +234,8 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
         picked = jaxpr.jaxpr.invars[-sliced:]
         slices = tuple(next(counter) for _ in picked)
         for source, slice_, value in zip(given[-sliced:], slices, picked, strict=True):
-            steps.append(_Step("dynamic_slice", (source,), (slice_,), (_nbytes(value.aval),)))
+            # Which slice it is, a counter says.
+            steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (_nbytes(value.aval),)))
         inside = (*given[:-sliced], *slices)
     return _Program(steps, given, run(jaxpr, inside))
 
@@ -292,12 +297,14 @@ def _stored(program: _Program) -> set[int]:
         if step.name not in _FUSED and step.name not in _REDUCTIONS
         for operand in step.operands
     } | set(program.results)
-    found, moved = set(), set()
+    found, moved = set(), set(program.arguments)
     for step in program.steps:
         kernel = step.name not in _FUSED
-        # What is but rearranged lies where it lay; a slice that a kernel wants is copied.
-        rearranged = step.name in _MOVES - {"dynamic_slice", "pad"} and all(
-            operand in found or operand in moved for operand in step.operands
+        # What is but rearranged lies where it lay; of slices only those whose place is known beforehand.
+        whole = step.operands[:1] if step.name == "dynamic_slice" else step.operands
+        known_place = all(operand == LITERAL for operand in step.operands[len(whole) :])
+        rearranged = (
+            step.name in _MOVES - {"pad"} and known_place and all(one in found or one in moved for one in whole)
         )
         for number in step.results:
             if kernel or (number in wanted and not rearranged) or (step.name in _COMPUTED_ONCE and uses[number] > 1):
