@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from merge_kernels import draw_uniform, tabulate
 
-from evojax_merge.checkpoints.bank import _components, common_dtype
+from evojax_merge.checkpoints.bank import _common_rank, _components, common_dtype
 from evojax_merge.checkpoints.parents import Sources
-from evojax_merge.models.architecture import depths, leaves_of
-from evojax_merge.models.bank import Bank, MergeSpec
+from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
+from evojax_merge.models.bank import Bank, Factors, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 
@@ -28,41 +28,49 @@ def anywhere(shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None
 
 def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, place: Place = anywhere) -> Bank:
     """What `load_bank` would make of the sources, as abstract arrays."""
-    layers, count = depths(config), len(sources.folders)
-    numbers = spec.prepared_arrays(count)
-    weights: dict[str, Any] = {stack: {} for stack in layers}
-    keep_keys: dict[str, Any] = {stack: {} for stack in layers}
-    tables: dict[str, Any] = {stack: {} for stack in layers}
-    shared: tuple[dict[str, Any], ...] = ({}, {}, {})
+    layers, count, numbers = depths(config), len(sources.folders), spec.prepared_arrays(len(sources.folders))
+    parents = count - int(spec.options.has_base)
+    # Weights, factors, keep keys and tables by the leaf's name.
+    shared: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
+    stacks: dict[str, tuple[dict[str, Any], ...]] = {stack: ({}, {}, {}, {}) for stack in layers}
     for leaf in leaves_of(config):
-        name, shape = leaf.tensors(layers)[0], sources.shape(0, leaf.tensors(layers)[0])
-        lead = () if leaf.stack is None else (layers[leaf.stack],)
-        parts = shared if leaf.stack is None else tuple(kind[leaf.stack] for kind in (weights, keep_keys, tables))
-        parts[0][leaf.name] = place((*lead, count, *shape), common_dtype(sources, name), leaf.sharded_axis)
+        grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
+        shape, rank = sources.shape(0, names[0]), _common_rank(sources, names)
+        parts = shared if leaf.stack is None else stacks[leaf.stack]
+
+        def several(
+            number: int, own: tuple[int, ...], dtype: Any, cut: int | None, grid: tuple[int, ...] = grid
+        ) -> jax.ShapeDtypeStruct:
+            return place((*grid[:1], number, *grid[1:], *own), dtype, cut)
+
+        parts[0][leaf.name] = several(count if rank is None else 1, shape, common_dtype(sources, names[0]), axis)
+        if rank is not None:
+            a = several(parents, (rank, shape[1]), np.float32, axis if axis == -1 else None)
+            b = several(parents, (shape[0], rank), np.float32, axis if axis == -2 else None)
+            parts[1][leaf.name] = Factors(a, b)  # type: ignore[arg-type]
         if numbers:
-            parts[1][leaf.name] = place((*lead, numbers, *shape), np.uint16, leaf.sharded_axis)
+            parts[2][leaf.name] = several(numbers, shape, np.uint16, axis)
         measured = _statistics(spec, count, shape)
         if measured:
-            parts[2][leaf.name] = {
-                statistic: place((*lead, *own.shape), own.dtype, None) for statistic, own in measured.items()
-            }
-    return Bank(weights, shared[0], keep_keys, shared[1], tables, shared[2], _components(config))
+            parts[3][leaf.name] = {name: place((*grid, *own.shape), own.dtype, None) for name, own in measured.items()}
+    weights, factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
+    experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
+    return Bank(
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), factors, shared[1], experts
+    )
 
 
 def abstract_stored(
     sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place = anywhere
 ) -> StackedWeights:
     """What `load_stored` would make of the first source, as abstract arrays."""
-    layers = depths(config)
-    stacks: dict[str, Any] = {stack: {} for stack in layers}
+    stacks: dict[str, Any] = {stack: {} for stack in depths(config)}
     shared: dict[str, Any] = {}
     for leaf in leaves_of(config):
-        name = leaf.tensors(layers)[0]
-        shape, dtype = sources.shape(0, name), sources.entry(0, name).dtype
-        if leaf.stack is None:
-            shared[leaf.name] = place(shape, dtype, leaf.sharded_axis)
-        else:
-            stacks[leaf.stack][leaf.name] = place((layers[leaf.stack], *shape), dtype, leaf.sharded_axis)
+        name = leaf_tensors(config, leaf)[0]
+        shape = *tensor_grid(config, leaf), *sources.shape(0, name)
+        into = shared if leaf.stack is None else stacks[leaf.stack]
+        into[leaf.name] = place(shape, sources.entry(0, name).dtype, leaf.sharded_axis)
     return StackedWeights(stacks, shared, compute_dtype)
 
 

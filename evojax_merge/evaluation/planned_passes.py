@@ -102,7 +102,7 @@ def merge_bytes(bank: Bank, dtype: str) -> int:
     name = HEAD if HEAD in bank.shared else EMBEDDING
     shared = [leaves[name] for leaves in (bank.shared, bank.shared_keep_keys) if name in leaves]
     entries = sum(leaf.size // leaf.shape[1] for leaf in layers) + shared[0].size // shared[0].shape[0]
-    return tree_nbytes((layers, prepared, shared)) + entries * jnp.dtype(dtype).itemsize
+    return tree_nbytes((layers, prepared, shared, bank.stack_factors)) + entries * jnp.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)
