@@ -36,9 +36,12 @@ def recipe_reference(reference: str, folder: Path) -> str:
 
 def resolve_headers(folders: HeaderFolders, where: object, reference: str, relative_to: Path) -> Path:
     """As `resolve_reference`, with no more than the headers of what is not here."""
-    if reference.startswith(PREFIX):
-        return _of_the_zoo(where, reference)
-    return folders.resolve(where, reference, relative_to)
+
+    def named(where: object, reference: str, relative_to: Path) -> Path:
+        zoo = reference.startswith(PREFIX)
+        return _of_the_zoo(where, reference) if zoo else folders.resolve(where, reference, relative_to)
+
+    return resolve_model(where, reference, relative_to, named)
 
 
 def resolve_file(where: str, reference: str, relative_to: Path) -> Path:
