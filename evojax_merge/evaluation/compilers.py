@@ -1,5 +1,5 @@
-"""Compilers of targets that are not here: libtpu compiles for TPUs, and JAX's CUDA plugin for GPUs of NVIDIA, on
-machines that have neither. What they report of memory and collectives is what the chip would do."""
+"""Compilers of targets that are not here: libtpu compiles for TPUs on machines that have none. What it reports of
+memory and collectives is what the chip would do."""
 
 import os
 import re
@@ -14,10 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from evojax_merge.evaluation.devices import Devices, mesh_of
 from evojax_merge.evaluation.targets import Target
 
-# The package with a platform's compiler, and how it is installed.
-PACKAGES = {"tpu": "libtpu", "gpu": "jax_cuda12_plugin"}
-EXTRAS = {"tpu": "pip install 'evojax-merge[plan-tpu]'", "gpu": "pip install 'evojax-merge[plan-cuda]'"}
-PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
@@ -33,19 +29,22 @@ def compile_devices(target: Target) -> list[Any]:
 
     if target.platform == "cpu":
         return [jax.local_devices(backend="cpu")[0]]
-    if find_spec(PACKAGES[target.platform]) is None:
+    if target.platform == "gpu":
+        raise CompilerMissing(f"{target.name}: no compiler for GPUs is asked; what passes need is estimated")
+    if find_spec("libtpu") is None:
         raise CompilerMissing(
-            f"the compiler of {target.name} is not installed ({EXTRAS[target.platform]}): what passes need is estimated"
+            f"the compiler of {target.name} is not installed (pip install 'evojax-merge[plan-tpu]'): what passes need "
+            "is estimated"
         )
     # Else libtpu asks a cloud's metadata server for the machine's TPUs; and several processes may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    platform, name = PLATFORMS[target.platform], f"{target.name.partition('-')[0]}:{target.topology}"
+    name = f"{target.name.partition('-')[0]}:{target.topology}"
     # A slice of one host is that host's whole grid of chips; larger ones have the usual four chips to a host.
     grid = [*map(int, target.topology.split("x")), 1] if target.topology and target.hosts == 1 else [2, 2, 1]
     try:
         found = topologies.get_topology_desc(
-            platform=platform, topology_name=name, chips_per_host_bounds=grid[:3]
+            platform=target.platform, topology_name=name, chips_per_host_bounds=grid[:3]
         ).devices
     except (RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -68,7 +67,7 @@ class TargetCompiler:
     def compiled(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
         """A pass, compiled once. Raises JaxRuntimeError where it takes more memory than a device has."""
         if id(traced) not in self._compiled:
-            lowered = traced.lower(lowering_platforms=(PLATFORMS.get(self.target.platform, "cpu"),))
+            lowered = traced.lower(lowering_platforms=(self.target.platform,))
             self._compiled[id(traced)] = traced, lowered.compile()
         return self._compiled[id(traced)][1]
 
