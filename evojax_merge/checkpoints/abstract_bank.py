@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from merge_kernels import draw_uniform, tabulate
 
-from evojax_merge.checkpoints.bank import _common_rank, _components, common_dtype
+from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
 from evojax_merge.models.bank import Bank, Factors, MergeSpec
@@ -35,7 +35,7 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
     stacks: dict[str, tuple[dict[str, Any], ...]] = {stack: ({}, {}, {}, {}) for stack in layers}
     for leaf in leaves_of(config):
         grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
-        shape, rank = sources.shape(0, names[0]), _common_rank(sources, names)
+        shape, rank = sources.shape(0, names[0]), common_rank(sources, names)
         parts = shared if leaf.stack is None else stacks[leaf.stack]
 
         def several(
@@ -56,7 +56,7 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
     weights, factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), factors, shared[1], experts
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1], experts
     )
 
 

@@ -94,12 +94,12 @@ def load_bank(
     weights, all_factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], _components(config), all_factors, shared[1],
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
         experts,
     )  # fmt: skip
 
 
-def _components(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
+def component_rows(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
     """The row of the component axis of each leaf of a stack."""
     row = architecture_of(config).components.index
     return tuple((leaf.name, row(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
@@ -112,7 +112,7 @@ def _load_leaf(
     `[L, E, …]`. Of low-rank sources the weights are the base's, 1 in the place of S, and there are factors (see
     `Factors`)."""
     grid, names = tensor_grid(config, leaf), leaf_tensors(config, leaf)
-    rank = _common_rank(sources, names)
+    rank = common_rank(sources, names)
     count, shape = len(sources.folders), sources.shape(0, names[0])
     stored = count if rank is None else 1
     stack = aligned_empty((*grid[:1], stored, *grid[1:], *shape), common_dtype(sources, names[0]))
@@ -154,7 +154,7 @@ def _load_leaf(
     return stack, factors, keep_keys, tables or None
 
 
-def _common_rank(sources: Sources, names: Sequence[str]) -> int | None:
+def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
     """The highest rank of the factors of a leaf, of which the bank then has the base once; None where its sources have
     no base in common."""
     if any(sources.common_core(name) is None for name in names):
@@ -208,7 +208,7 @@ def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:
     count, saved = len(sources.folders), 0
     for leaf in leaves_of(config):
         names = leaf_tensors(config, leaf)
-        rank = _common_rank(sources, names)
+        rank = common_rank(sources, names)
         if rank is not None:
             weights = _entries(sources, leaf, config) * common_dtype(sources, names[0]).itemsize
             factors = (count - int(has_base)) * len(names) * rank * sum(sources.shape(0, names[0]))
