@@ -438,7 +438,7 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
             np.testing.assert_allclose(found.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
 
 
-def unshared(splits: Any, tokens: int) -> Any:
+def unshared(splits: Any, tokens: int, share: bool) -> Any:
     """Requests whose rows share nothing."""
     (requests,) = splits
     scored = batches.scoring_batches([requests.scored], tokens, pack=False)[0] if requests.scored else None

@@ -222,3 +222,26 @@ def test_a_hub_that_cannot_be_reached_is_one_line(family: Family, tmp_path: Path
         folders.resolve("parents", "nobody/nothing", tmp_path)
     with pytest.raises(InputError, match="no such folder; expected a model folder or a hub id"):
         folders.resolve("parents", "./nowhere", tmp_path)
+
+
+PROGRAMS = {
+    "scatter that adds": lambda x: jnp.zeros(8).at[jnp.array([0, 3, 3])].add(x[:3]),
+    "reducer of one's own": lambda x: jax.lax.reduce(x, 1.0, lambda a, b: a * b + b, (0,)),
+    "windows": lambda x: jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2,), (1,), "VALID"),
+    "sort": lambda x: jnp.sort(x),
+    "custom derivative": lambda x: jax.nn.relu(x) + jax.nn.silu(x),
+    "linear solve": lambda x: jax.scipy.linalg.solve(jnp.eye(8) + x[:, None] * x, x),
+    "loop and branch": lambda x: jax.lax.while_loop(
+        lambda y: y.sum() < 9, lambda y: jax.lax.cond(y[0] > 1, jnp.exp, lambda z: z + 1, y), x
+    ),
+    "gradient of a scan": jax.grad(lambda x: jax.lax.scan(lambda c, y: (c * y, jnp.sin(c)), x[0], x)[1].sum()),
+    "checkpoint": jax.grad(lambda x: jax.checkpoint(lambda y: jnp.tanh(y) @ y)(x)),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_any_program_can_be_read(name: str) -> None:
+    jaxpr = jax.make_jaxpr(PROGRAMS[name])(jnp.ones(8))
+    results = sum(aval.size * aval.dtype.itemsize for aval in jaxpr.out_avals)
+    assert results <= temporary_bytes(jaxpr) < 10**5
+    assert 0 <= cost_of(jaxpr).flops < 10**5

@@ -44,6 +44,8 @@ _REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
     "concatenate",
 }  # fmt: skip
+# Kernels that say by a jaxpr how two entries become one.
+_COMBINING = ("scatter", "reduce", "select_and_scatter", "select_and_gather", "cumred")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,10 @@ def _product(eqn: Any) -> Product:
 
 
 def _parts(eqn: Any) -> Iterator[Any]:
-    """The closed jaxprs that an equation runs."""
+    """The closed jaxprs that an equation runs on what it is given; not how a kernel, such as a scatter that adds,
+    combines two entries."""
+    if eqn.primitive.name.startswith(_COMBINING):
+        return
     for name, value in eqn.params.items():
         # Of a custom derivative only the function itself is run.
         for part in () if name.startswith(("jvp", "fwd", "bwd")) else value if isinstance(value, tuple) else (value,):
@@ -177,6 +182,14 @@ def _parts(eqn: Any) -> Iterator[Any]:
                 yield part
 
 
+def _is_call(eqn: Any, parts: Sequence[Any]) -> bool:
+    """Whether an equation runs one jaxpr on its operands, and gives its results."""
+    if len(parts) != 1:
+        return False
+    inside = parts[0].jaxpr
+    return len(inside.invars) == len(eqn.invars) and len(inside.outvars) == len(eqn.outvars)
+
+
 # A number that is no variable's.
 LITERAL = -1
 
@@ -184,8 +197,7 @@ LITERAL = -1
 @dataclass(frozen=True)
 class _Step:
     """An operation of a program without calls. Values are known by numbers; one that is written out in the program is
-    `LITERAL`. body: the most that its loop's body or its
-    branches need beside what is here."""
+    `LITERAL`. body: the most that its loop's body or its branches need beside what is here."""
 
     name: str
     operands: tuple[int, ...]
@@ -219,7 +231,7 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
         for eqn in jaxpr.jaxpr.eqns:
             operands, name = tuple(number(value) for value in eqn.invars), eqn.primitive.name
             parts = list(_parts(eqn))
-            if parts and name not in ("scan", "while", "cond", "shard_map"):
+            if name not in ("scan", "while", "cond", "shard_map") and _is_call(eqn, parts):
                 numbers |= dict(zip(eqn.outvars, run(parts[0], operands), strict=True))
                 continue
             results = tuple(next(counter) for _ in eqn.outvars)
