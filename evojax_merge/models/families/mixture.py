@@ -6,6 +6,7 @@ experts and their weights, and only those are computed. Letters: N tokens, E exp
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -62,11 +63,6 @@ def dimensions(config: MixtureConfig) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # The forward pass
-
-# Weights of a layer, tokens `[N, hidden]`, and their experts int[N, A] -> what each of these makes of them,
-# `[N, A, hidden]`.
-Experts = Callable[[MixtureConfig, Weights, jax.Array, jax.Array], jax.Array]
-
 
 def route(config: MixtureConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The weights float32[N, A] of tokens `[N, hidden]` for their experts, and which these are, int32[N, A]: the A
@@ -149,9 +145,12 @@ def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     with jax.named_scope("router"):
         shares, experts = route(config, weights, rows)
-    compute: Experts = blocked_experts if jax.default_backend() == "cpu" else ragged_experts
+    own = {name: weights[name] for name in ("gate", "up", "down")}
     with jax.named_scope("experts"):
-        found = compute(config, weights, rows, experts)
+        # By what the program is compiled for, which need not be what is here.
+        found = jax.lax.platform_dependent(
+            own, rows, experts, cpu=partial(blocked_experts, config), default=partial(ragged_experts, config)
+        )
         total = jnp.einsum("na,nah->nh", shares, found.astype(jnp.float32)).astype(x.dtype)
     if config.shared_mlp:
         own = {name: weights[f"shared_{name}"] for name in ("gate", "up", "down")}
