@@ -64,6 +64,7 @@ def dimensions(config: MixtureConfig) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------------------------
 # The forward pass
 
+
 def route(config: MixtureConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The weights float32[N, A] of tokens `[N, hidden]` for their experts, and which these are, int32[N, A]: the A
     largest of a softmax over all experts, in float32."""
