@@ -100,6 +100,7 @@ def merge(
     seed: int | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    allow_crimes: bool = False,
     strict: bool = False,
 ) -> Path:
     """Do the merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
@@ -107,8 +108,9 @@ def merge(
     recipe: a YAML file, or what it would say as a mapping, or as a list of mappings where it has several documents;
     relative paths then start in the working directory. dtype, seed: in place of the recipe's; of several documents, the
     dtype of the result and the seed of all. overwrite: replace `out`, if it is a model that evojax-merge wrote.
-    allow_nonfinite: merge even where a parent holds NaN or Inf. strict: refuse keys and parameters of the recipe that
-    have no meaning, in place of a warning.
+    allow_nonfinite: merge even where a parent holds NaN or Inf. allow_crimes: merge models of different architectures
+    whose tensors agree. strict: refuse keys, parameters and values of the recipe that have no meaning, in place of a
+    warning.
     """
     _check_dtype(dtype)
     _check_seed(seed)
@@ -117,7 +119,10 @@ def merge(
     else:
         source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with _bars_on_terminals():
-        pipeline.write_merge(source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn, strict)
+        pipeline.write_merge(
+            source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn, strict,
+            allow_crimes=allow_crimes,
+        )  # fmt: skip
     return Path(out)
 
 

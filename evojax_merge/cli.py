@@ -115,6 +115,7 @@ def plan(config: Path, target: str | None, json_file: Path | None, overrides: tu
 @click.option("--seed", "--random-seed", "seed", type=SEED, help="Override the seed of random methods.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT, if it is a model that evojax-merge wrote.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge even where a parent holds NaN or Inf.")
+@click.option("--allow-crimes/--no-allow-crimes", help="Merge different architectures if their tensors agree.")
 @click.option("--strict", is_flag=True, help="Refuse keys and parameters that have no meaning, in place of a warning.")
 @click.option("--out-shard-size", type=ShardSize(), help="Split the weights into files of this size. Default: 5B.")
 @click.option(
@@ -133,6 +134,7 @@ def merge(
     seed: int | None,
     overwrite: bool,
     allow_nonfinite: bool,
+    allow_crimes: bool,
     strict: bool,
     out_shard_size: int | None,
     copy_tokenizer: bool,
@@ -157,7 +159,7 @@ def merge(
     if out_shard_size is not None:
         written = replace(written, max_shard_bytes=out_shard_size)
     flags = given_without_meaning(context)
-    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite, strict, written, quiet, flags)
+    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite, strict, written, quiet, flags, allow_crimes)
 
 
 @cli.command(short_help="Score stored models on tasks.")

@@ -44,7 +44,7 @@ from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_a
 from evojax_merge.mergekit.execute import Progress, merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
-from evojax_merge.mergekit.unused_keys import without_unused_keys
+from evojax_merge.mergekit.unused_keys import few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.planning import advice, disk_bytes, make_plan
 from evojax_merge.problem import (
@@ -100,7 +100,7 @@ from evojax_merge.stored_models import (
     score_table,
 )
 from evojax_merge.tasks.opening import overlaps
-from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents
+from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents, refuse_repeated
 
 T = TypeVar("T")
 
@@ -438,6 +438,7 @@ class Written:
 def merge(
     recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool,
     strict: bool = False, written: Written = Written(), quiet: bool = False, without_meaning: Sequence[str] = (),
+    allow_crimes: bool = False,
 ) -> None:  # fmt: skip
     """`without_meaning`: options that the command line has and that change nothing."""
     usual, console.quiet = console.quiet, console.quiet or quiet
@@ -445,8 +446,9 @@ def merge(
         if without_meaning:
             _warn([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
         write_merge(
-            recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]), strict, written
-        )
+            recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]), strict, written,
+            allow_crimes,
+        )  # fmt: skip
         console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     finally:
         console.quiet = usual
@@ -455,20 +457,27 @@ def merge(
 def write_merge(
     recipe: Path | list[Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
     allow_nonfinite: bool, log: Log, warn: Log, strict: bool = False, written: Written = Written(),
+    allow_crimes: bool = False,
 ) -> None:  # fmt: skip
     """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model. What mergekit passes
-    over in a recipe is told, or refused where this is `strict`."""
+    over in a recipe, or reads as something else, is told, or refused where this is `strict`. `allow_crimes`: see
+    `prepare_stream`."""
     plugins.load()
     recover(out)
     check_free(out, overwrite)
-    path, documents = (recipe, load_documents(recipe)) if isinstance(recipe, Path) else (Path("recipe"), recipe)
+    twice: list[str] = []
+    repeated = refuse_repeated if strict else lambda place, said: twice.append(f"{place}: {said}; the last counts")
+    path = recipe if isinstance(recipe, Path) else Path("recipe")
+    documents = load_documents(recipe, repeated) if isinstance(recipe, Path) else recipe
     if not strict:
         documents, ignored = without_unused_keys(path, documents)
-        for line in ignored:
+        for line in (*few_lines(path, twice, "more keys stand twice"), *ignored):
             warn(line)
     stream = parse_stream(path, documents)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
-    planned = prepare_stream(stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer)
+    planned = prepare_stream(
+        stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer, allow_crimes
+    )
     with planned as stream_plan:
         for line in (*stream_warnings(stream), *stream_plan.warnings):
             warn(line)

@@ -1,7 +1,7 @@
 """YAML from strangers: what would be lost in silence, or would never end, is refused."""
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,17 @@ MAX_BYTES = 16 * 2**20
 MAX_NODES = 1_000_000
 MAX_DEPTH = 100
 MAX_DIGITS = 1000
+# Called for a key that its mapping has already: with the key's place, and what is to be said of it.
+Repeated = Callable[[str, str], None]
+
+
+def refuse_repeated(place: str, said: str) -> None:
+    """What a mapping says twice is refused."""
+    raise InputError(place, f"{said}; expected one of them")
+
+
+def take_last(place: str, said: str) -> None:
+    """Of what a mapping says twice the last counts, as in PyYAML."""
 
 
 def load_yaml(path: Path) -> Any:
@@ -27,9 +38,9 @@ def load_yaml(path: Path) -> Any:
     return parse_yaml(path, _read_text(path))
 
 
-def load_documents(path: Path) -> list[Any]:
-    """Parse all documents of a YAML file, and raise InputError as `load_yaml` does."""
-    return parse_documents(path, _read_text(path))
+def load_documents(path: Path, repeated: Repeated = refuse_repeated) -> list[Any]:
+    """Parse all documents of a YAML file as `parse_documents` does, and raise InputError as `load_yaml` does."""
+    return parse_documents(path, _read_text(path), repeated)
 
 
 def _read_text(path: Path) -> str:
@@ -59,15 +70,16 @@ def parse_yaml(where: object, text: str) -> Any:
     stands for, and for more than `MAX_NODES` values, aliases written out, or `MAX_DEPTH` levels.
     """
     with _refusing(where):
-        _check_events(where, text)
+        _check_events(where, text, refuse_repeated)
         return yaml.load(text, Loader=LOADER)
 
 
-def parse_documents(where: object, text: str) -> list[Any]:
+def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated) -> list[Any]:
     """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
-    `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document."""
+    `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where
+    `repeated` does not refuse a key that a mapping has twice, the last counts."""
     with _refusing(where):
-        _check_events(where, text)
+        _check_events(where, text, repeated)
         return list(yaml.load_all(text, Loader=LOADER))
 
 
@@ -95,7 +107,7 @@ class _Open:
     keys: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
-def _check_events(where: object, text: str) -> None:
+def _check_events(where: object, text: str, repeated: Repeated) -> None:
     open_nodes: list[_Open] = []
     sizes: dict[str, int] = {}
     of_documents = 0
@@ -128,23 +140,20 @@ def _check_events(where: object, text: str) -> None:
             closed(None, sizes.get(event.anchor or "", 1))
         elif isinstance(event, yaml.ScalarEvent):
             if open_nodes and open_nodes[-1].mapping and open_nodes[-1].children % 2 == 0:
-                _check_key(where, event, open_nodes[-1].keys)
+                _check_key(where, event, open_nodes[-1].keys, repeated)
             if len(event.value) > MAX_DIGITS and event.implicit[0] and _tag(event) == "tag:yaml.org,2002:int":
                 raise InputError(_at(where, event.start_mark), f"a number of more than {MAX_DIGITS:,} digits")
             closed(event.anchor, 1)
 
 
-def _check_key(where: object, event: Any, keys: dict[tuple[str, str], int]) -> None:
+def _check_key(where: object, event: Any, keys: dict[tuple[str, str], int], repeated: Repeated) -> None:
     """A key stands once in its mapping; `<<`, which merges another mapping in, may stand twice."""
     # The number 1 and the text "1" are two keys.
     tag = _tag(event)
     if tag == "tag:yaml.org,2002:merge":
         return
     if (tag, event.value) in keys:
-        first = keys[tag, event.value]
-        raise InputError(
-            _at(where, event.start_mark), f"{event.value}: is on line {first} already; expected one of them"
-        )
+        repeated(_at(where, event.start_mark), f"{event.value}: is on line {keys[tag, event.value]} already")
     keys[tag, event.value] = event.start_mark.line + 1
 
 

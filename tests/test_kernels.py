@@ -523,7 +523,7 @@ def test_averages_of_identical_parents_are_that_parent(name: str) -> None:
     models = [base, *[parent] * count_of(name, 3)]
     weight = np.arange(1, len(models)) / 4
     own = {parameter.name: parameter.default for parameter in METHODS[name].parameters}
-    parameters = own | ({"weight": weight} if "weight" in own else {})
+    parameters = own | {key: value for key, value in {"weight": weight, "t": 0.5}.items() if key in own}
     for options in options_for(name):
         if options.normalize or name not in ("linear", "multislerp"):
             assert_close(merged(name, options, models, parameters), parent)

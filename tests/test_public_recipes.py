@@ -118,14 +118,14 @@ def merged(root: Path, text: str, out: Path, *options: str) -> Path:
     return out
 
 
-def mergekits(root: Path, text: str, out: Path) -> Path:
+def mergekits(root: Path, text: str, out: Path, **changes: Any) -> Path:
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     # Its card would ask the hub for names, and it keeps what it opened by the names that other tests have as well.
-    options = MergeOptions(quiet=True, clone_tensors=True, write_model_card=False)
+    options = MergeOptions(quiet=True, clone_tensors=True, write_model_card=False, **changes)
     with contextlib.chdir(root), contextlib.redirect_stderr(io.StringIO()):
         LoaderCache.loaders.clear()
         run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(out), options)
@@ -214,6 +214,147 @@ def test_the_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Values
+
+TUNED = "base_model: base\nmodels: [{model: a, parameters: {density: %s}}, {model: b, parameters: {weight: true}}]\n"
+# The text, and the warnings without the recipe's name.
+BENT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "a key twice": (
+        f"merge_method: linear\n{MODELS}dtype: float16\nparameters: {{normalize: false}}\ndtype: float32\n",
+        ("5: dtype: is on line 3 already; the last counts",),
+    ),
+    "ties with all and none": (
+        f"merge_method: ties\n{TUNED % 1.5}parameters:\n  weight: 0.5\n"
+        "  density: [{filter: mlp, value: -1}, {value: 7}]\n",
+        (
+            "models[0].parameters.density: 1.5 is read as 1",
+            "models[1].parameters.weight: True is read as 1",
+            "parameters.density[0].value: -1 is read as 0",
+            "parameters.density[1].value: 7 is read as 1",
+        ),
+    ),
+    "breadcrumbs with none": (
+        f"merge_method: breadcrumbs\n{TUNED % -0.5}parameters: {{weight: ['0.5', true]}}\n",
+        ("models[0].parameters.density: -0.5 is read as 0", "models[1].parameters.weight: True is read as 1"),
+    ),
+    "della with all and none": (
+        f"merge_method: della\n{TUNED % 1.01}parameters: {{weight: 1, density: -2, epsilon: 0.1}}\n",
+        (
+            "models[0].parameters.density: 1.01 is read as 1",
+            "models[1].parameters.weight: True is read as 1",
+            "parameters.density: -2 is read as 0",
+        ),
+    ),
+    "dare with all": (
+        f"merge_method: dare_ties\n{TUNED % 'true'}parameters: {{weight: 1, density: '53'}}\n",
+        (
+            "models[0].parameters.density: True is read as 1",
+            "models[1].parameters.weight: True is read as 1",
+            "parameters.density: '53' is read as 1",
+        ),
+    ),
+    "sce with all": (
+        "merge_method: sce\nbase_model: base\nmodels: [{model: a}, {model: b}]\nparameters: {select_topk: 2}\n",
+        ("parameters.select_topk: 2 is read as 1",),
+    ),
+    "a template of no name": (
+        f"{LINEAR}chat_template: chatml2\n",
+        ("chat_template: ignored; no template is called 'chatml2' (did you mean 'chatml'?)",),
+    ),
+    "tokens": (
+        f"{LINEAR}tokenizer:\n  source: a\n  pad_to_multiple_of: '16'\n  tokens:\n    <s>: {{source: null}}\n"
+        "    </s>: {source: {kind: model_token, model: b, token_id: '5'}, force: 'yes'}\n",
+        (
+            "tokenizer.tokens.</s>.source.token_id: '5' is read as 5",
+            "tokenizer.tokens.</s>.force: 'yes' is read as True",
+            "tokenizer.tokens.<s>: ignored; it names no source",
+            "tokenizer.pad_to_multiple_of: '16' is read as 16",
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BENT)
+def test_values_are_read_as_mergekit_reads_them(
+    case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text, said = BENT[case]
+    found = merged(models, text, tmp_path / "found")
+    told = [line.removeprefix(f"{tmp_path / 'found.yaml'}:").strip() for line in warnings_in(capfd.readouterr().err)]
+    assert sorted(told) == sorted(said)
+    assert_same_weights(found, mergekits(models, text, tmp_path / "expected"))
+    with contextlib.chdir(models):
+        assert command("merge", tmp_path / "found.yaml", tmp_path / "strict", "--strict") == 2
+    assert not (tmp_path / "strict").exists()
+
+
+OF_A_AND_B = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
+# The text, and what mergekit says of it.
+REFUSED = {
+    "t of one model": (
+        "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b, parameters: {t: 0.3}}]\n",
+        "Missing required parameter t",
+    ),
+    "no t": (OF_A_AND_B, "Missing required parameter t"),
+    "t of some tensors": (
+        f"{OF_A_AND_B}parameters: {{t: [{{filter: mlp, value: 0.5}}]}}\n", "Missing required parameter t",
+    ),
+    "a probability below 0": (
+        f"merge_method: dare_linear\n{TUNED % -0.5}parameters: {{weight: 1}}\n", "p_in >= 0",
+    ),
+    "a token of no source": (f"{LINEAR}tokenizer: {{source: a, tokens: {{<s>: {{force: true}}}}}}\n", "source=None"),
+    "a tokenizer of no source": (f"{LINEAR}tokenizer: {{source: null}}\n", "validation error"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_mergekit_refuses_is_refused(
+    case: str, models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text, said = REFUSED[case]
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=said):
+        mergekits(models, text, tmp_path / "expected")
+    (tmp_path / "recipe.yaml").write_text(text)
+    with contextlib.chdir(models):
+        assert command("merge", tmp_path / "recipe.yaml", tmp_path / "found") == 2
+    assert not (tmp_path / "found").exists()
+    assert ("t: missing for the merge" in capfd.readouterr().err) == ("slerp" in text)
+
+
+def test_slerp_has_its_t_where_mergekit_reads_it(models: Path, tmp_path: Path) -> None:
+    """At the top or at a slice; one of a source is passed over."""
+    sources = "{model: a, layer_range: [0, 1], parameters: {t: 0.9}}, {model: b, layer_range: [0, 1]}"
+    later = "{model: a, layer_range: [1, 2]}, {model: b, layer_range: [1, 2]}"
+    text = (
+        f"merge_method: slerp\nbase_model: a\nslices:\n- sources: [{sources}]\n  parameters: {{t: 0.2}}\n"
+        f"- sources: [{later}]\nparameters: {{t: 0.7}}\n"
+    )
+    assert_same_weights(merged(models, text, tmp_path / "found"), mergekits(models, text, tmp_path / "expected"))
+
+
+def test_other_architectures_of_the_same_tensors_are_merged_if_asked_for(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Llama's and Mistral's decoders have the same tensors."""
+    (tmp_path / "a").symlink_to(models / "a")
+    shutil.copytree(models / "b", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    assert config["model_type"] == "llama"
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    text = "merge_method: ties\nbase_model: a\nmodels: [{model: other, parameters: {weight: 0.5, density: 0.5}}]\n"
+    with pytest.raises(RuntimeError, match="allow-crimes"):
+        mergekits(tmp_path, text, tmp_path / "refused")
+    (tmp_path / "recipe.yaml").write_text(text)
+    with contextlib.chdir(tmp_path):
+        assert command("merge", "recipe.yaml", "refused-too") == 2
+    assert "--allow-crimes" in capfd.readouterr().err
+    found = merged(tmp_path, text, tmp_path / "found", "--allow-crimes")
+    assert_same_weights(found, mergekits(tmp_path, text, tmp_path / "expected", allow_crimes=True))
+    assert json.loads((found / "config.json").read_text())["model_type"] == "llama"
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -232,8 +373,8 @@ def test_mergekits_options_are_taken(models: Path, tmp_path: Path, capfd: pytest
     (line,) = warnings_in(capfd.readouterr().err)
     assert line.endswith(": mergekit's, without a meaning here; ignored")
     named = line.partition(": ")[0].split(", ")
-    assert {"--cuda", "--lazy-unpickle", "--allow-crimes", "--num-threads"} < set(named)
-    assert not {"--out-shard-size", "--random-seed", "--copy-tokenizer"} & set(named)
+    assert {"--cuda", "--lazy-unpickle", "--clone-tensors", "--num-threads"} < set(named)
+    assert not {"--allow-crimes", "--out-shard-size", "--random-seed", "--copy-tokenizer"} & set(named)
     shards = sorted(found.glob("*.safetensors"))
     assert len(shards) > 3
     assert all(

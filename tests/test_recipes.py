@@ -242,8 +242,8 @@ def test_switches_have_the_methods_defaults() -> None:
             assert options.rescale == {True: "l1", False: "none"}[theirs["rescale"]]
         assert set(method.yaml_options) | set(method.ignored_settings) <= set(theirs)
         for parameter in method.parameters:
-            # Where neither has one, it has to be given; SLERP's t is 0.5 here and has to be given there.
-            if parameter.default is not None and parameter.name not in ("t", "scale"):
+            # Where neither has one, it has to be given.
+            if parameter.default is not None and parameter.name != "scale":
                 assert parameter.default == theirs[parameter.name]
     requests = {"normalize": False, "rescale": "density"}
     assert options_from("file", METHODS["ties"], requests, True) == Options(False, "density", has_base=True)

@@ -105,14 +105,16 @@ def prepare(
     allow_nonfinite: bool = False,
     find: Callable[[object, str, Path], Path] = resolve_model,
     copy_tokenizer: bool = True,
+    allow_crimes: bool = False,
 ) -> MergePlan:
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
-    a model lies; without `copy_tokenizer` none is written but one that the recipe asks for."""
+    a model lies; without `copy_tokenizer` none is written but one that the recipe asks for; with `allow_crimes`, which
+    is mergekit's name for it, models are merged whose tensors agree, whatever their architectures and configs."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
     choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
-    sources, layouts, tied = _open(recipe, paths, choice)
+    sources, layouts, tied = _open(recipe, paths, choice, allow_crimes)
     _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
     planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
@@ -129,7 +131,7 @@ def prepare(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
-    if recipe.on_mismatch == "refuse":
+    if recipe.on_mismatch == "refuse" and not allow_crimes:
         _check_configs(sources)
     if sources.vocabulary is None:
         sources = replace(sources, warnings=vocabulary_warnings([folder.path for folder in sources.folders]))
@@ -285,10 +287,10 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
 
 
 def _open(
-    recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None
+    recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None, allow_crimes: bool
 ) -> tuple[Sources, list[Layout], bool | None]:
-    """Models of one architecture, whatever it is; also their tensors' names, and whether the merged head of a decoder
-    that can have one is tied.
+    """Models of one architecture, whatever it is, or of any with `allow_crimes`; also their tensors' names, and whether
+    the merged head of a decoder that can have one is tied.
 
     Nothing is asked of a config but that it is the others': a merge does not run the model.
     """
@@ -298,15 +300,16 @@ def _open(
     first = folders[0]
     for folder in folders[1:]:
         kind, expected = (one.config.get("model_type") for one in (folder, first))
-        if kind != expected:
+        if kind != expected and not allow_crimes:
             raise InputError(
                 folder.where,
-                f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture",
+                f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
+                "(--allow-crimes merges them if their tensors agree)",
             )
     decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
     for folder in folders:
         check_unquantised(folder.path / "config.json", folder.whole.config)
-        if decoder is not None:
+        if known_architecture(folder.config.get("model_type")) is not None:
             check_values(folder.where, folder.config)
     tied: bool | None = None
     names = [list(folder.entries) for folder in folders]

@@ -8,7 +8,7 @@ import click
 # What has a meaning here is an option of `merge`, under mergekit's name; these have none: switches, what takes a value,
 # and others.
 _SWITCHES = (
-    "allow-crimes", "async-write", "clone-tensors", "cuda", "lazy-unpickle", "low-cpu-memory", "multi-gpu",
+    "async-write", "clone-tensors", "cuda", "lazy-unpickle", "low-cpu-memory", "multi-gpu",
     "read-to-gpu", "safe-serialization", "trust-remote-code", "unsafe-truncate-embeddings",
 )  # fmt: skip
 _VALUES = ("device", "lora-merge-cache", "lora-merge-dtype", "write-threads")

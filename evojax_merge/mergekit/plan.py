@@ -156,7 +156,8 @@ def _resolve(
     def parameter(spec: Parameter, scopes: Sequence[Settings], tensor: str, of: str) -> float:
         found = value(spec.name, scopes, tensor)
         if found is None and spec.default is None:
-            raise InputError(where, f"{spec.name}: missing for {of} and {tensor}")
+            place = "" if spec.per_parent else "; expected it under parameters of the recipe or of a slice"
+            raise InputError(where, f"{spec.name}: missing for {of} and {tensor}{place}")
         return number(f"{where}: {of}", spec, spec.default if found is None else found)
 
     parameters = {}

@@ -1,17 +1,20 @@
-"""What mergekit passes over in a recipe: keys that it does not know, and parameters that the method does not have.
+"""What mergekit passes over in a recipe (keys that it does not know, parameters that the method does not have), and
+values that it reads as others (true as 1, a density above 1 as 1).
 
-Public recipes are full of them (a `weight` for SLERP, `int8_mask`, notes). They are taken out before a recipe is read,
-which refuses them, and told.
+Public recipes are full of them (a `weight` for SLERP, `int8_mask`, notes). They are taken out, or put as mergekit reads
+them, before a recipe is read, which refuses them, and told.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_kernels import METHODS, Method
+from merge_kernels import METHODS, Method, Parameter
 
-from evojax_merge.errors import nearest, printable
+from evojax_merge.errors import nearest, printable, shown
+from evojax_merge.mergekit.plan import read_number, read_switch
 from evojax_merge.mergekit.schema import (
     FILTER_KEYS,
     MODEL_KEYS,
@@ -26,6 +29,7 @@ from evojax_merge.mergekit.schema import (
     TOP_KEYS,
     parameter_names,
 )
+from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 
 # So many unused keys are told.
 MAX_LINES = 20
@@ -35,13 +39,15 @@ ADVICE = {
     "lora": "an adapter is said as MODEL+ADAPTER",
     "adapter": "an adapter is said as MODEL+ADAPTER",
 }
+# These draw their masks with the density as a probability, so that mergekit refuses one below 0 as well.
+PROBABILITIES = ("dare_linear", "dare_ties")
 
 
 @dataclass
 class _Sieve:
-    """Takes out of one document what a recipe of this method has no meaning for. Whatever is not of the form that is
-    expected stays, for the reading to refuse. `method`: None where it is not known; `told`: each unused key, and what
-    is said of it once for all its places."""
+    """Takes out of one document what a recipe of this method has no meaning for, and puts values as mergekit reads
+    them. Whatever is not of the form that is expected stays, for the reading to refuse. `method`: None where it is not
+    known; `told`: each unused key or changed value, and what is said of it once for all its places."""
 
     method: Method | None
     told: dict[str, str] = field(default_factory=dict)
@@ -52,8 +58,17 @@ class _Sieve:
             top,
             base_model=self.reference, ends=self.reference, tokenizer_source=self.reference, parameters=self.settings,
             on_mismatch=self.filters, tokenizer=self.tokenizer, modules=self.modules,
-            models=self.rows(MODEL_KEYS), slices=self.slices,
+            models=self.rows(MODEL_KEYS), slices=self.slices, chat_template=self.chat_template,
         )  # fmt: skip
+
+    def chat_template(self, place: str, value: Any) -> Any:
+        """None for a name that no template has: mergekit writes no tokenizer then, and here it keeps its template."""
+        if not isinstance(value, str) or "{" in value or value in ("", "auto", *CHAT_TEMPLATES):
+            return value
+        near = nearest(value, CHAT_TEMPLATES)
+        meant = "" if near is None else f" (did you mean '{near}'?)"
+        self.told[place] = f"{place}: ignored; no template is called {shown(value)}{meant}"
+        return None
 
     def modules(self, place: str, value: Any) -> Any:
         if not isinstance(value, dict):
@@ -95,7 +110,32 @@ class _Sieve:
         kept = self._known(place, value, parameter_names(self.method), f"{self.method.name} does not use it")
         if not isinstance(kept, dict):
             return kept
-        return {name: self.filters(f"{place}.{name}", one) for name, one in kept.items()}
+        numbers = {parameter.name: parameter for parameter in self.method.parameters}
+        filtered = {name: self.filters(f"{place}.{name}", one) for name, one in kept.items()}
+        return {
+            name: self.numbers(f"{place}.{name}", numbers[name], one) if name in numbers else one
+            for name, one in filtered.items()
+        }
+
+    def numbers(self, place: str, parameter: Parameter, value: Any) -> Any:
+        """A parameter's setting: filters, a gradient, or one number."""
+        if isinstance(value, dict):
+            return self._each(value, place, value=lambda place, one: self.numbers(place, parameter, one))
+        if not isinstance(value, list):
+            return self._read(place, value, self._share(parameter, _as_number(value)))
+        if any(isinstance(row, dict) for row in value):
+            return [self.numbers(f"{place}[{i}]", parameter, row) for i, row in enumerate(value)]
+        # Only what a gradient comes to in a layer is limited, so that its entries are not.
+        return [self._read(f"{place}[{i}]", row, _as_number(row)) for i, row in enumerate(value)]
+
+    def _share(self, parameter: Parameter, value: Any) -> Any:
+        """A share of the entries: 1 or more are all of them, 0 or less none."""
+        share = read_number(value)
+        if not parameter.quantised or not isinstance(share, int | float) or self.method is None:
+            return value
+        if share > 1 or (share < 0 and self.method.name not in PROBABILITIES):
+            return 1 if share > 1 else 0
+        return value
 
     def own_settings(self, place: str, value: Any) -> Any:
         """Those of one model."""
@@ -115,9 +155,19 @@ class _Sieve:
         def tokens(place: str, value: Any) -> Any:
             if not isinstance(value, dict):
                 return value
-            return {name: self.token(f"{place}.{name}", row) for name, row in value.items()}
+            rows = {name: self.token(f"{place}.{name}", row) for name, row in value.items()}
+            for name in [name for name, row in rows.items() if _says_nothing(row)]:
+                self.told[f"{place}.{name}"] = f"{place}.{name}: ignored; it names no source"
+                del rows[name]
+            return rows
 
-        return self._each(section, place, source=self.reference, tokens=tokens)
+        return self._each(section, place, source=self.reference, tokens=tokens, pad_to_multiple_of=self.whole)
+
+    def whole(self, place: str, value: Any) -> Any:
+        """A whole number, which may be written as a text or with a point."""
+        number = _as_number(value)
+        number = read_number(number) if isinstance(number, str) else number
+        return self._read(place, value, int(number) if isinstance(number, float) and number.is_integer() else number)
 
     def token(self, place: str, value: Any) -> Any:
         row = self._known(place, value, TOKEN_KEYS, "a token has no such key")
@@ -126,10 +176,21 @@ class _Sieve:
             if not isinstance(value, dict) or "kind" not in value:
                 return self.reference(place, value)
             return self._each(
-                self._known(place, value, TOKEN_SOURCE_KEYS, "it has no such key"), place, model=self.reference
-            )
+                self._known(place, value, TOKEN_SOURCE_KEYS, "it has no such key"), place,
+                model=self.reference, token_id=self.whole,
+            )  # fmt: skip
 
-        return self._each(row, place, source=source)
+        return self._each(
+            row, place, source=source, force=lambda place, value: self._read(place, value, read_switch(value))
+        )
+
+    def _read(self, place: str, value: Any, read: Any) -> Any:
+        """What a value is read as; it is told where that is another."""
+        if read is not value and (type(read), read) != (type(value), value):
+            # Once for a key and a value, wherever they stand.
+            key = re.sub(r"\[\d+\]|\.value\b", "", place).rpartition(".")[2]
+            self.told.setdefault(f"{key}: {value!r}", f"{place}: {shown(value)} is read as {shown(read)}")
+        return read
 
     def _known(self, place: str, value: Any, known: Collection[str], why: str) -> Any:
         """A mapping without the keys that are not known."""
@@ -153,6 +214,15 @@ def _listed(place: str, value: Any, one: Any) -> Any:
     return [one(f"{place}[{i}]", row) for i, row in enumerate(value)] if isinstance(value, list) else value
 
 
+def _as_number(value: Any) -> Any:
+    """True as 1 and false as 0; all else as it is."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def _says_nothing(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("source") is None and row.get("force", False) is False
+
+
 def _meant(key: str, known: Collection[str]) -> str:
     """What a key was likely meant to be; nothing where it is a parameter of another method."""
     if key in ADVICE:
@@ -164,7 +234,8 @@ def _meant(key: str, known: Collection[str]) -> str:
 
 
 def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """A recipe's documents without what mergekit would pass over, and a line for each key that was taken out.
+    """A recipe's documents without what mergekit would pass over and with values as it reads them, and a line for each
+    key that was taken out and each value that was changed.
 
     documents: as YAML gives them; one that says no merge method is no recipe, and stays as it is. `path` names the
     recipe in the lines.
@@ -178,10 +249,12 @@ def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any]
         sieve = _Sieve(METHODS.get(name) if isinstance(name, str) else None)
         kept.append(sieve.document(document))
         where = f"{path}: document {number}" if len(documents) > 1 else path
-        lines += [printable(f"{where}: {line}") for line in sieve.told.values()]
-    if len(lines) > MAX_LINES:
-        lines = [
-            *lines[:MAX_LINES],
-            f"{path}: {len(lines) - MAX_LINES} more keys are ignored (--strict names the next)",
-        ]
-    return kept, lines
+        lines += [f"{where}: {line}" for line in sieve.told.values()]
+    return kept, few_lines(path, lines, "more keys are ignored")
+
+
+def few_lines(path: Path, lines: Sequence[str], more: str) -> list[str]:
+    """The first of the lines about a recipe, printable, and how many `more` there are."""
+    rest = len(lines) - MAX_LINES
+    told = [printable(line) for line in lines[:MAX_LINES]]
+    return told if rest <= 0 else [*told, f"{path}: {rest} {more} (--strict names the next)"]

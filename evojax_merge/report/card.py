@@ -15,7 +15,7 @@ from evojax_merge.report.comparison import Result, model_name
 from evojax_merge.report.front_matter import front_matter
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.tasks.task import Task
-from evojax_merge.yaml_reader import parse_documents
+from evojax_merge.yaml_reader import parse_documents, take_last
 from evojax_merge.zoo import PREFIX
 
 
@@ -59,7 +59,7 @@ def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], re
     """The card of a merge. methods: those of its stages, the last one's last; models: where each model of the recipe
     lies, by its reference there, the base first; recipe: its YAML, which is shown as it was written unless it names
     places of this machine."""
-    documents = parse_documents("recipe", recipe)
+    documents = parse_documents("recipe", recipe, take_last)
     stages = {document["name"] for document in documents if isinstance(document, dict) and "name" in document}
     names = dict(zip(models, public_names(list(models.values()), stages), strict=True))
     # Others have the hub, with its revisions, and the zoo as well.

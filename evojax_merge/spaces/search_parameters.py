@@ -195,10 +195,10 @@ def _axis(where: str, method: Method, name: str, bounds: Bounds, shares: Sequenc
         raise InputError(where, f"parameters.{name}: from low {low:g} to high {high:g} is further than float32 holds")
     if bounds.start is not None:
         start = _numbers(bounds.start)
-    elif parameter.default is None and not parameter.per_parent:
-        start = ((low + high) / 2,)
     elif parameter.start is not None:
         start = (parameter.start,) * (genes if parameter.per_parent else 1)
+    elif parameter.default is None and not parameter.per_parent:
+        start = ((low + high) / 2,)
     else:
         start = uniform_start(method, name, len(shares))[:genes]
     if bounds.start is not None and not all(low <= value <= high for value in start):

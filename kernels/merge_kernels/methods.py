@@ -44,8 +44,9 @@ class Parameter:
     """A number of a recipe: its default, the default bounds of a search, and the values that have a meaning.
 
     `default` None: required in a recipe; in a search 1/K per parent (the uniform merge), else required. `start`: where
-    a search begins, for a default outside of the default bounds; None: at the default. `searched` False: what is
-    prepared depends on it, so it is fixed for a whole run. `quantised`: a density, which a search rounds to the grid.
+    a search begins, where there is no default, or one outside of the default bounds; None: at the default. `searched`
+    False: what is prepared depends on it, so it is fixed for a whole run. `quantised`: a density, which a search rounds
+    to the grid.
     """
 
     name: str
@@ -421,7 +422,7 @@ DENSITY = Parameter(
     "density", per_parent=True, default=1.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, quantised=True
 )  # fmt: skip
 LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
-FRACTION = Parameter("t", per_parent=False, default=0.5, low=0.0, high=1.0)
+FRACTION = Parameter("t", per_parent=False, default=None, low=0.0, high=1.0, start=0.5)
 EPSILON = Parameter(
     "epsilon", per_parent=True, default=0.15, low=0.0, high=0.5, valid_min=0.0, valid_max=0.5, searched=False
 )
