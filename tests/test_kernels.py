@@ -590,6 +590,19 @@ def test_multislerp_of_antipodal_vectors(has_base: bool) -> None:
     assert not np.isfinite(merged("multislerp", Options(True, has_base=has_base), more, parameters)).any()
 
 
+def test_fusion_of_close_models_takes_what_mergekit_takes_in_float64() -> None:
+    """In float32 mergekit's divergence of such models is lost in rounding: some of it is negative."""
+    from mergekit.merge_methods.arcee_fusion import _compute_importance
+
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 0.02, (80, 48)).astype(np.float32)
+    parent = (base + rng.normal(0, 0.0005, base.shape)).astype(np.float32)
+    given = ("arcee_fusion", METHODS["arcee_fusion"].options, [base, parent], {})
+    # An entry more or less would be a change of about 1e-3.
+    np.testing.assert_allclose(merged(*given), of_mergekit(*given), rtol=0, atol=1e-7)
+    assert (_compute_importance(torch.tensor(parent), torch.tensor(base)) < 0).any()
+
+
 def test_multislerp_of_one_parent_is_that_parent() -> None:
     base, parent = make_models(SMALL, 1)
     for options in options_for("multislerp"):
