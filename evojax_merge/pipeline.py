@@ -476,7 +476,7 @@ def write_merge(
     stream = parse_stream(path, documents)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
     planned = prepare_stream(
-        stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer, allow_crimes
+        stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer, allow_crimes, strict
     )
     with planned as stream_plan:
         for line in (*stream_warnings(stream), *stream_plan.warnings):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import finetune, random_model, save, state, tiny_config
+from helpers import edit_json, finetune, random_model, save, state, tiny_config
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.checkpoints.folder import open_folder, resolve
@@ -330,6 +330,21 @@ def test_slerp_has_its_t_where_mergekit_reads_it(models: Path, tmp_path: Path) -
         f"- sources: [{later}]\nparameters: {{t: 0.7}}\n"
     )
     assert_same_weights(merged(models, text, tmp_path / "found"), mergekits(models, text, tmp_path / "expected"))
+
+
+def test_configs_that_differ_are_told(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As those of a model and of one that was tuned to longer texts."""
+    (tmp_path / "a").symlink_to(models / "a")
+    shutil.copytree(models / "b", tmp_path / "b")
+    edit_json(tmp_path / "b/config.json", lambda config: config["rope_parameters"].update(rope_theta=5e5))
+    found = merged(tmp_path, LINEAR, tmp_path / "found")
+    (line,) = warnings_in(capfd.readouterr().err)
+    assert "b/config.json: rope.theta is 500000.0, but 10000.0 in the first model" in line
+    assert_same_weights(found, mergekits(tmp_path, LINEAR, tmp_path / "expected"))
+    assert json.loads((found / "config.json").read_text())["rope_parameters"]["rope_theta"] == 10000.0
+    with contextlib.chdir(tmp_path):
+        assert command("merge", "found.yaml", "strict", "--strict") == 2
+    assert not (tmp_path / "strict").exists()
 
 
 def test_other_architectures_of_the_same_tensors_are_merged_if_asked_for(

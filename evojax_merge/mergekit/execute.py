@@ -106,10 +106,12 @@ def prepare(
     find: Callable[[object, str, Path], Path] = resolve_model,
     copy_tokenizer: bool = True,
     allow_crimes: bool = False,
+    strict: bool = True,
 ) -> MergePlan:
     """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
     a model lies; without `copy_tokenizer` none is written but one that the recipe asks for; with `allow_crimes`, which
-    is mergekit's name for it, models are merged whose tensors agree, whatever their architectures and configs."""
+    is mergekit's name for it, models are merged whose tensors agree, whatever their architectures. Configs of one
+    architecture that mean other layers (another RoPE, say) are refused where this is `strict`, else told."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
@@ -131,10 +133,16 @@ def prepare(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
-    if recipe.on_mismatch == "refuse" and not allow_crimes:
-        _check_configs(sources)
     if sources.vocabulary is None:
         sources = replace(sources, warnings=vocabulary_warnings([folder.path for folder in sources.folders]))
+    if recipe.on_mismatch == "refuse":
+        try:
+            _check_configs(sources)
+        except InputError as error:
+            if strict:
+                raise
+            warning = f"{error}; the merged model gets the config of {leader.path}"
+            sources = replace(sources, warnings=(*sources.warnings, warning))
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
@@ -348,8 +356,9 @@ def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], 
 
 
 def _check_configs(sources: Sources) -> None:
-    """The configs mean the same layers."""
-    if known_architecture(sources.folders[0].config.get("model_type")) is not None:
+    """Configs of one architecture mean the same layers."""
+    kinds = {folder.config.get("model_type") for folder in sources.folders}
+    if len(kinds) == 1 and known_architecture(*kinds) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
         # They say it in other words, or they mean another thing: that takes a reading of what each value means.
         if any(other != first for other in others):

@@ -91,12 +91,13 @@ def prepare_stream(
     find: Callable[[object, str, Path], Path] = resolve_model,
     copy_tokenizer: bool = True,
     allow_crimes: bool = False,
+    strict: bool = True,
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
     `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies that no stage is
-    called like; `copy_tokenizer`: whether the result gets its first model's; `allow_crimes`: see `prepare`. Raises
-    InputError for what the headers tell; nothing is left on the disk then.
+    called like; `copy_tokenizer`: whether the result gets its first model's; `allow_crimes`, `strict`: see `prepare`.
+    Raises InputError for what the headers tell; nothing is left on the disk then.
     """
     with ExitStack() as stack:
         folders: dict[str, Path] = {}
@@ -110,13 +111,13 @@ def prepare_stream(
 
         stages = []
         for number, stage in enumerate(stream.stages, start=1):
-            merge_plan = prepare(stage.recipe, None, seed, allow_nonfinite, find_model, allow_crimes=allow_crimes)
+            merge_plan = prepare(stage.recipe, None, seed, allow_nonfinite, find_model, True, allow_crimes, strict)
             folder = work / f"{number}-{re.sub(r'[^A-Za-z0-9_.-]', '-', stage.name)[:60]}"
             folder.mkdir()
             write_outline(merge_plan, folder)
             folders[stage.name] = folder
             stages.append(StagePlan(stage.name, merge_plan, folder))
-        result = prepare(stream.result, dtype, seed, allow_nonfinite, find_model, copy_tokenizer, allow_crimes)
+        result = prepare(stream.result, dtype, seed, allow_nonfinite, find_model, copy_tokenizer, allow_crimes, strict)
         yield StreamPlan(tuple(stages), result)
 
 
