@@ -102,8 +102,9 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "an unknown method": (recipe(merge_method="dare_tie"), ("merge_method", "dare_tie", "'dare_ties'")),
     "a method far from any": (recipe(merge_method="xyz"), ("xyz", "linear", "slerp", "task_arithmetic")),
     "no method": ({"base_model": "base", "models": recipe()["models"]}, ("merge_method",)),
-    "a density above 1": (one_model(weight=1, density=1.5), ("density", "1.5", "[0, 1]")),
-    "a density below 0": (one_model(weight=1, density=-0.1), ("density", "-0.1", "[0, 1]")),
+    "a density of DARE below 0": (
+        one_model(weight=1, density=-0.1) | {"merge_method": "dare_ties"}, ("density", "-0.1", "[0, 1]"),
+    ),
     "a weight that is no number": (one_model(weight="much"), ("weight", "much", "number")),
     "a weight that is not finite": (one_model(weight=float("nan")), ("weight", "nan")),
     "no weight": (recipe(models=[{"model": "one"}, {"model": "two"}]), ("weight", "missing", "one")),
@@ -118,7 +119,6 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a model that is not there": (recipe(base_model="./three"), ("./three", "no such folder")),
     "an unknown dtype": (recipe(dtype="float8"), ("dtype", "float8", "bfloat16")),
     "a switch that is none": (recipe(parameters={"normalize": "maybe"}), ("normalize", "maybe", "true or false")),
-    "a chat template that is not one": (recipe(chat_template="vicuna"), ("chat_template", "vicuna", "chatml")),
     "a mismatch that is none": (recipe(on_mismatch="drop"), ("on_mismatch", "'drop'", "refuse, first, skip")),
     "a config of mergekit-moe": (
         {"base_model": "base", "gate_mode": "hidden", "experts": []}, ("mergekit-moe", "not supported"),
@@ -154,13 +154,16 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-# What mergekit passes over, and is refused with --strict.
+# What mergekit passes over or reads as something else, and is refused with --strict.
 UNUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "an unknown key": (recipe(merge_metod="ties"), ("merge_metod", "'merge_method'")),
     "an unknown parameter": (recipe(parameters={"densitty": 0.5}), ("parameters", "densitty", "'density'")),
     "an unknown parameter of a model": (
         one_model(weight=1, weigth=1), ("models[0].parameters", "weigth", "'weight'"),
     ),
+    "a density above 1": (one_model(weight=1, density=1.5), ("density", "1.5", "[0, 1]")),
+    "a density below 0": (one_model(weight=1, density=-0.1), ("density", "-0.1", "[0, 1]")),
+    "a chat template that is not one": (recipe(chat_template="vicuna"), ("chat_template", "vicuna", "chatml")),
 }  # fmt: skip
 
 

@@ -25,6 +25,11 @@ def case(name: str, change: Callable[[World], Any], *says: str, **more: Any) -> 
     return Case(name, change, ("recipe.yaml", *says), MERGE, **more)
 
 
+def strict(name: str, change: Callable[[World], Any], *says: str) -> Case:
+    """What `merge` passes over or reads as something else, with a warning, where it is not strict."""
+    return Case(name, change, ("recipe.yaml", *says), (*MERGE, "--strict"))
+
+
 def fifo(world: World) -> None:
     (world / "recipe.yaml").unlink()
     os.mkfifo(world / "recipe.yaml")
@@ -73,9 +78,9 @@ CASES: list[Case] = [
     case("nested lists", text("models: " + "[" * 500 + "]" * 500), "levels deep"),
     case("nested beyond any stack", text("models: " + "[" * 100_000), "YAML"),
     case("nested mappings", text("models: " + "{a: " * 500 + "}" * 500), "levels deep"),
-    case("a key twice", text(GOOD + "merge_method: linear\n"), ":6", "merge_method: is on line 1"),
-    case("a key twice, once in quotes", text(GOOD + '"base_model": one\n'), ":6", "base_model: is on line 2"),
-    case("a parameter twice", text(GOOD.replace("weight: 0.5", "weight: 1, weight: 2", 1)), ":4", "weight: is on"),
+    strict("a key twice", text(GOOD + "merge_method: linear\n"), ":6", "merge_method: is on line 1"),
+    strict("a key twice, once in quotes", text(GOOD + '"base_model": one\n'), ":6", "base_model: is on line 2"),
+    strict("a parameter twice", text(GOOD.replace("weight: 0.5", "weight: 1, weight: 2", 1)), ":4", "weight: is on"),
     case("a Python object", text("!!python/object/apply:os.system ['touch gone']\n"), "not valid YAML", "python/"),
     case("a date that there is not", text(GOOD + "dtype: 2024-99-99\n"), "not valid YAML", "month"),
     case("a date for a number", text(shuffled_merge("2024-01-01")), "weight", "expected a number"),
@@ -90,7 +95,7 @@ CASES: list[Case] = [
     case("a weight in quotes beyond float32", text(shuffled_merge("'1e39'")), "weight: '1e39'", "3.40282e+38"),
     case("an infinite weight", text(shuffled_merge(".inf")), "weight: inf"),
     case("a weight that is not a number", text(shuffled_merge(".nan")), "weight: nan"),
-    case("a weight that is a truth value", text(shuffled_merge("true")), "weight: True; expected a number"),
+    strict("a weight that is a truth value", text(shuffled_merge("true")), "weight: True; expected a number"),
     case("a lambda beyond float32", document(parameters={"lambda": 1e39}), "lambda: 1e+39"),
     case("an infinite density in a gradient", first_model(density=[0.5, float("inf")]), "density: inf"),
     case("an infinity that no tensor uses", first_model(weight=[{"filter": "x", "value": float("inf")}, {"value": 1}]),
@@ -126,8 +131,6 @@ CASES: list[Case] = [
     case("a name that turns writing round", document(base_model="\u202egpj.base"), "\\u202egpj.base"),
     case("a name that is half a character", text(GOOD.replace(": base", ': "\\ud800"')), "recipe.yaml"),
     case("a home that nobody has", document(base_model="~nobody-has-this-name/base"), "no such folder"),
-    Case("a key with an escape sequence", document(**{"\x1b]0;gone\x07": 1}),
-         ("recipe.yaml", "\\x1b]0;gone\\x07: unknown key"), (*MERGE, "--strict")),
-    Case("a key of 100,000 characters", document(**{"k" * 100_000: 1}), ("recipe.yaml", "unknown key"),
-         (*MERGE, "--strict")),
+    strict("a key with an escape sequence", document(**{"\x1b]0;gone\x07": 1}), "\\x1b]0;gone\\x07: unknown key"),
+    strict("a key of 100,000 characters", document(**{"k" * 100_000: 1}), "unknown key"),
 ]  # fmt: skip
