@@ -306,7 +306,7 @@ FOLDERS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("case", FOLDERS)
 def test_wrong_model_folders(case: str, models: Path, refused: Refusal) -> None:
     damage(case)(models / "one")
-    line = refused("merge", models / "recipe.yaml", models / "out")
+    line = refused("merge", models / "recipe.yaml", models / "out", "--strict")
     assert str(models / "one") in line
     for text in FOLDERS[case]:
         assert text in line
