@@ -320,10 +320,11 @@ def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) ->
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
-    """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default."""
+    """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default, or where a search
+    starts if it has none."""
     parameter = method.parameter(name)
-    default = 1.0 / parents if parameter.default is None else parameter.default
-    return (default,) * (parents if parameter.per_parent else 1)
+    known = (value for value in (parameter.default, parameter.start) if value is not None)
+    return (next(known, 1.0 / parents),) * (parents if parameter.per_parent else 1)
 
 
 def component_groups(
