@@ -16,7 +16,7 @@ import torch
 import yaml
 from helpers import Family, edit_json, random_model, random_records, save, state, tiny_config, write_lines
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import evojax_merge as em
 from evojax_merge.checkpoints.adapters import ADAPTER_FILE
@@ -325,9 +325,13 @@ def test_an_export_that_can_be_no_adapter_is_refused(
     (run / "history.jsonl").write_text("")
     models = [{"model": str(parent), "parameters": {"weight": 0.5}} for parent in family.parents]
     linear, based = {"merge_method": "linear", "models": models}, {"base_model": str(family.base)}
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 8, "vocab_size": 16}
+    gpt2 = str(save(GPT2LMHeadModel(GPT2Config(**sizes)), tmp_path / "gpt2"))
+    of_gpt2 = {"merge_method": "linear", "base_model": gpt2, "models": [{"model": gpt2, "parameters": {"weight": 1}}]}
     for recipe, options, says in (
         (linear, ("--as", "adapter", "--rank", 4), "base_model"),
         (linear | based | {"merge_method": "ties"}, ("--as", "adapter", "--rank", 25), "at most 24"),
+        (of_gpt2, ("--as", "adapter", "--rank", 2), "other names or shapes"),
         (linear, ("--as", "adapter"), "--rank: missing"),
         (linear, ("--rank", 4), "--rank: only --as adapter"),
     ):

@@ -22,6 +22,10 @@ from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
 from evojax_merge.models.architecture import known_architecture, model_types
 
+# Architectures with other modules than linear ones and one embedding: GPT-2 has weights `[in, out]`, and an embedding
+# for each position.
+OTHER_MODULES = ("gpt2",)
+
 
 @dataclass(frozen=True)
 class RankError:
@@ -74,12 +78,20 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             "--as model",
         )  # fmt: skip
     base = _base(merge_plan)
-    if known_architecture(base.config.get("model_type")) is None:
+    architecture = known_architecture(base.config.get("model_type"))
+    if architecture is None:
         kind = shown(base.config.get("model_type"))
         raise InputError(
             base.path,
             f"model_type is {kind}, of which no adapter can be written; expected one of {', '.join(model_types())}",
         )
+    # In memory a layer's experts are one module, whatever the files hold.
+    experts = any(leaf.has_experts for leaf in architecture.leaves)
+    if base.is_part or experts or architecture.model_type in OTHER_MODULES:
+        raise InputError(
+            "--as adapter", f"PEFT has other names or shapes for the weights of {base.path} "
+            f"({shown(base.whole.config.get('model_type'))}) than its files; expected a plain decoder, or --as model",
+        )  # fmt: skip
     named = merge_plan.leader.names
     for name, spec in merge_plan.specs.items():
         entry = base.whole.entries.get(base.names.in_file(named.of_architecture(name)))
@@ -132,7 +144,7 @@ def write_as_adapter(
                     errors[name] = float(np.linalg.norm(difference - b @ a)), float(np.linalg.norm(difference))
                 else:
                     replaced[name] = merged
-            base.release(name)
+            base.whole.release(base.names.in_file(named.of_architecture(name)))
             progress(merge_plan.specs[name].nbytes)
         if not factors:
             raise InputError(target, f"no matrix of the merge differs from {base.path}; an adapter would be empty")

@@ -33,6 +33,8 @@ from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 
 # So many unused keys are told.
 MAX_LINES = 20
+# Keys of other tools and of older recipes, which are no slips.
+KNOWN_STRAYS = {"int8_mask", "int_space", "out_path"}
 # What a key that is passed over may have been meant to say.
 ADVICE = {
     "revision": "a revision is said as NAME@REVISION",
@@ -227,7 +229,7 @@ def _meant(key: str, known: Collection[str]) -> str:
     """What a key was likely meant to be; nothing where it is a parameter of another method."""
     if key in ADVICE:
         return f" ({ADVICE[key]})"
-    if any(key in parameter_names(method) for method in METHODS.values()):
+    if key in KNOWN_STRAYS or any(key in parameter_names(method) for method in METHODS.values()):
         return ""
     near = nearest(key, known)
     return "" if near is None else f" (did you mean '{near}'?)"
