@@ -141,8 +141,9 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Entry(Whole):
-    """A tensor that lies in a file: dtype, shape and byte range."""
+class BytesOfFile(Whole):
+    """A tensor whose bytes lie together in a file, in whatever way they say its values: dtype and shape of these, and
+    the range of the bytes."""
 
     mapped: MappedFile
     dtype: np.dtype
@@ -161,15 +162,20 @@ class Entry(Whole):
     def content(self) -> Iterator[np.ndarray]:
         yield self.mapped.read(self.start, self.stop)
 
+    def release(self) -> None:
+        self.mapped.release(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Entry(BytesOfFile):
+    """A tensor that lies in a file as it is read."""
+
     def read(self) -> np.ndarray:
         """The tensor in its own dtype, mapped, not copied (unless the file leaves it unaligned)."""
         raw = self.mapped.read(self.start, self.stop)
         if self.start % self.dtype.itemsize:
             raw = raw.copy()
         return raw.view(self.dtype).reshape(self.shape)
-
-    def release(self) -> None:
-        self.mapped.release(self.start, self.stop)
 
 
 def is_float(dtype: np.dtype) -> bool:

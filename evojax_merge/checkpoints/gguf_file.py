@@ -6,7 +6,7 @@ Hugging Face calls it. What llama.cpp changes in a family's weights when it writ
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, MappedFile, Whole
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, BytesOfFile, Folder, MappedFile
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import find_architecture, tensors_of
@@ -49,37 +49,18 @@ def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class GgufTensor(Whole):
-    """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; start, stop: its
-    bytes; heads: of interleaved rows how many heads they are of, else 0."""
+class GgufTensor(BytesOfFile):
+    """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; heads: of
+    interleaved rows how many heads they are of, else 0."""
 
-    mapped: MappedFile
-    dtype: np.dtype
-    shape: tuple[int, ...]
     kind: int
-    start: int
-    stop: int
     heads: int = 0
-
-    @property
-    def file(self) -> Path:
-        return self.mapped.path
-
-    @property
-    def mapped_files(self) -> tuple[MappedFile, ...]:
-        return (self.mapped,)
-
-    def content(self) -> Iterator[np.ndarray]:
-        yield self.mapped.read(self.start, self.stop)
 
     def read(self) -> np.ndarray:
         gguf = import_gguf(self.file)
         raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
         values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind)).astype(self.dtype, copy=False)
         return halves_apart(values, self.heads) if self.heads else values
-
-    def release(self) -> None:
-        self.mapped.release(self.start, self.stop)
 
 
 @dataclass(frozen=True)
@@ -139,7 +120,7 @@ def read_gguf(path: Path) -> GgufFile:
         start = int(tensor.data_offset)
         own = dtype if len(shape) > 1 else np.dtype(np.float32)
         tensors[tensor.name] = GgufTensor(
-            mapped, own, shape, int(tensor.tensor_type), start, start + int(tensor.n_bytes)
+            mapped, own, shape, start, start + int(tensor.n_bytes), int(tensor.tensor_type)
         )
     return GgufFile(path, metadata, tensors)
 
@@ -415,7 +396,7 @@ def open_gguf(path: Path, file: Path) -> Folder:
         path,
         {
             name: GgufTensor(
-                mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), row["kind"], row["start"], row["stop"],
+                mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), row["start"], row["stop"], row["kind"],
                 row["heads"],
             )
             for name, row in table.items()

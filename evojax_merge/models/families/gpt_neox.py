@@ -10,7 +10,7 @@ import jax
 from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedWeights
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig, RopeConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, above, one_of
-from evojax_merge.models.families.llama_like import PARTIAL_ROPE, PARTIAL_ROTARY, rope_config
+from evojax_merge.models.families.llama_like import PARTIAL_ROPE, PARTIAL_ROTARY, embed, rope_config
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -89,10 +89,6 @@ def dimensions(config: GPTNeoXConfig) -> dict[str, int]:
         "mlp": config.mlp,
         "vocab": config.vocab,
     }
-
-
-def embed(config: GPTNeoXConfig, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
-    return source.rows("embed", tokens)
 
 
 def position_tables(config: GPTNeoXConfig, layout: SequenceLayout) -> CosSin:
