@@ -185,9 +185,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Seconds per candidate of a search, against mergekit + transformers.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[500, 2000, 8000])
     parser.add_argument("--population", type=int, default=16)
-    parser.add_argument("--peers", type=int, default=4, help="candidates that the peer builds")
+    parser.add_argument("--peers", type=int, default=4, help="candidates that the peer builds, 2 or more")
     parser.add_argument("--models", nargs="+", choices=["zoo", "30M"], default=["zoo", "30M"])
     arguments = parser.parse_args()
+    if arguments.peers < 2:
+        parser.error("--peers: 2 or more, for the first is not counted: it loads what the others find loaded")
     logging.disable(logging.WARNING)
     from transformers.utils import logging as transformers_logging
 
