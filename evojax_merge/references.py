@@ -1,8 +1,9 @@
 """What a config or a command names: paths, hub ids, and the demo family's `zoo:name`, which is made on demand."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from evojax_merge.checkpoints.derived import reference_to, resolve_model
+from evojax_merge.checkpoints.derived import NOTHING, reference_to, resolve_model
 from evojax_merge.checkpoints.folder import hub_id, resolve
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.errors import InputError
@@ -11,10 +12,10 @@ from evojax_merge.zoo import PREFIX
 from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
 
-def resolve_reference(where: object, reference: str, relative_to: Path) -> Path:
+def resolve_reference(where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING) -> Path:
     """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where` says in
-    messages who names it."""
-    return resolve_model(where, reference, relative_to, _named)
+    messages who names it; made: see `resolve_model`."""
+    return resolve_model(where, reference, relative_to, _named, made)
 
 
 def _named(where: object, reference: str, relative_to: Path) -> Path:

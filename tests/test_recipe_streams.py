@@ -20,6 +20,7 @@ from evojax_merge.checkpoints import writer
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.cli import cli, run
+from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
@@ -171,6 +172,28 @@ def test_which_document_is_the_result(text: str, folder: Path, tmp_path: Path) -
     assert command("merge", written(folder, text), folder / "out") == 0
     assert command("merge", written(folder, dump_documents([linear("one", "two")])), folder / "expected") == 0
     assert weights(folder / "out") == weights(folder / "expected")
+
+
+def test_an_adapter_is_merged_into_the_result_of_a_stage(folder: Path) -> None:
+    from test_adapters import adapter
+
+    adapter((folder / "base").resolve(), folder / "lora", target_modules=["q_proj", "embed_tokens"])
+    documents = [linear("one", "mean-1+lora"), linear("one", "two", name="mean-1")]
+    (folder / "recipe.yaml").write_text(dump_documents(documents))
+    before = models_in_the_cache()
+    assert command("merge", folder / "recipe.yaml", folder / "out") == 0
+    # Step by step it is the same, and nothing stays of what stood for the stage.
+    (folder / "recipe.yaml").write_text(dump_documents([linear("one", "two")]))
+    assert command("merge", folder / "recipe.yaml", folder / "mean") == 0
+    assert models_in_the_cache() == before
+    (folder / "recipe.yaml").write_text(dump_documents([linear("one", "mean+lora")]))
+    assert command("merge", folder / "recipe.yaml", folder / "again") == 0
+    assert weights(folder / "out") == weights(folder / "again")
+    assert str(folder) not in (folder / "out" / "README.md").read_text()
+
+
+def models_in_the_cache() -> set[str]:
+    return {path.name for path in (cache_folder() / "models").glob("*")}
 
 
 def test_what_is_not_as_it_looks_is_told(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

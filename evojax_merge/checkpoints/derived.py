@@ -1,6 +1,6 @@
 """Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
 
-`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and an FP8 checkpoint
+`base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and a quantised folder
 are such models. In the user's cache folder each of them has a folder with everything but weights (config and tokenizer:
 links to the base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody
 else handles that folder like any other model's.
@@ -13,11 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
+from evojax_merge.checkpoints.awq import open_awq
+from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
+from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
 from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, local_path, open_folder, resolve
-from evojax_merge.checkpoints.fp8 import dequantised_config, is_fp8, open_fp8
+from evojax_merge.checkpoints.fp8 import open_fp8
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
     TENSORS,
@@ -28,7 +32,9 @@ from evojax_merge.checkpoints.gguf_file import (
     write_tensor_table,
     write_tokenizer,
 )
+from evojax_merge.checkpoints.gptq import open_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.quantised import dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER, atomic_folder
 from evojax_merge.data_packages import cache_folder
@@ -36,9 +42,10 @@ from evojax_merge.errors import InputError
 
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.
-VERSION = 1
+VERSION = 2
 # (where, reference, the folder that relative paths start in) -> the file or folder of a model.
 Find = Callable[[object, str, Path], Path]
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -59,19 +66,23 @@ def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
     return open_adapted(path, open_model(base), adapter)
 
 
-def _open_fp8(path: Path, paths: Sequence[Path]) -> Folder:
-    return open_fp8(path, *paths)
+def _of_one(open_one: Callable[[Path, Path], Folder]) -> Callable[[Path, Sequence[Path]], Folder]:
+    return lambda path, paths: open_one(path, *paths)
 
 
-def _open_gguf(path: Path, paths: Sequence[Path]) -> Folder:
-    return open_gguf(path, *paths)
-
-
+# Quantised folders, by the quant_method that their config names.
+QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
+    "awq": open_awq,
+    "bitsandbytes": open_bitsandbytes,
+    "compressed-tensors": open_compressed_tensors,
+    "fp8": open_fp8,
+    "gptq": open_gptq,
+}
 # (the folder that stands for the model, what its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": _open_adapted,
-    "fp8": _open_fp8,
-    "gguf": _open_gguf,
+    "gguf": _of_one(open_gguf),
+    **{method: _of_one(open_one) for method, open_one in QUANTISED.items()},
 }
 
 
@@ -112,18 +123,29 @@ def input_files(path: Path) -> set[Path]:
 # References
 
 
-def resolve_model(where: object, reference: str, relative_to: Path, find: Find = resolve) -> Path:
+class FindModel(Protocol):
+    """As `resolve_model`, with a `find` of its own."""
+
+    def __call__(
+        self, where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING
+    ) -> Path: ...
+
+
+def resolve_model(
+    where: object, reference: str, relative_to: Path, find: Find = resolve, made: Mapping[str, Path] = NOTHING
+) -> Path:
     """The folder of a model: what `find` finds, `base+adapter`, or that of an adapter, whose config names its base.
     What is found may be a GGUF file.
 
     The names around a + are found by `find`, too; a local folder whose own name has a + is found first. `where` says in
-    messages who names it. Raises InputError for what cannot be found; whether a base and an adapter fit each other
-    is seen when they are opened.
+    messages who names it; made: names that stand for folders of this process's own, before any others. Raises
+    InputError for what cannot be found; whether a base and an adapter fit each other is seen when they are opened.
     """
-    base, adapter = _split(reference, relative_to)
+    base, adapter = split_reference(reference, lambda name: name in made or local_path(name, relative_to) is not None)
     if adapter is not None:
         where = f"{where}: {reference}"
-    found = find(where, base, relative_to)
+        _check_one_adapter(where, [one for one in (base, adapter) if one not in made], relative_to)
+    found = made[base] if base in made else find(where, base, relative_to)
     if adapter is not None:
         if is_adapter(found):
             raise InputError(where, f"{base} is an adapter; expected a model before the +")
@@ -141,13 +163,23 @@ def resolve_model(where: object, reference: str, relative_to: Path, find: Find =
     return _with_adapter(_as_folder(named_base), found)
 
 
-def _split(reference: str, relative_to: Path) -> tuple[str, str | None]:
-    """A base and its adapter; of several + the one with most names of this machine around it."""
+def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[str, str | None]:
+    """A base and its adapter, None where there is none; of several + the one with most known names around it."""
     places = [i for i, character in enumerate(reference) if character == "+" and 0 < i < len(reference) - 1]
-    if not places or local_path(reference, relative_to) is not None:
+    if not places or is_known(reference):
         return reference, None
     pairs = [(reference[:i], reference[i + 1 :]) for i in places]
-    return max(pairs, key=lambda pair: sum(local_path(one, relative_to) is not None for one in pair))
+    return max(pairs, key=lambda pair: sum(map(is_known, pair)))
+
+
+def _check_one_adapter(where: object, names: Sequence[str], relative_to: Path) -> None:
+    """Raises InputError where one of the names around a + is no name, but has a + as well."""
+    several = next((one for one in names if "+" in one and local_path(one, relative_to) is None), None)
+    if several is not None:
+        raise InputError(
+            where, f"{several}: no such folder; expected one adapter behind a base (of several, merge the first by a "
+            "document of its own with a name, and say NAME+ADAPTER)",
+        )  # fmt: skip
 
 
 def _adapter_folder(where: object, adapter: str, relative_to: Path, find: Find) -> Path:
@@ -178,13 +210,14 @@ def _link(files: Mapping[str, str], folder: Path) -> None:
 
 
 def _as_folder(found: Path) -> Path:
-    """The folder that stands for a GGUF file or an FP8 checkpoint; of another folder the folder itself."""
+    """The folder that stands for a GGUF file or a quantised folder; of another folder the folder itself."""
     if found.is_file() and found.suffix == SUFFIX:
         return _of_gguf(found)
-    return _of_fp8(found) if is_fp8(found) else found
+    method = quantisation(found).get("quant_method")
+    return _of_quantised(found, method) if isinstance(method, str) and method in QUANTISED else found
 
 
-def _of_fp8(found: Path) -> Path:
+def _of_quantised(found: Path, method: str) -> Path:
     files, config = _small_files(found), dequantised_config(found)
     del files["config.json"]
 
@@ -192,7 +225,7 @@ def _of_fp8(found: Path) -> Path:
         _link(files, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    return _stand_in(SourcesFile("fp8", (str(found),)), found.name, [sorted(files), config], write)
+    return _stand_in(SourcesFile(method, (str(found),)), found.name, [sorted(files), config], write)
 
 
 def _of_gguf(found: Path) -> Path:

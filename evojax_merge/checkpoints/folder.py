@@ -245,6 +245,14 @@ def local_model(reference: str, relative_to: Path) -> Path | None:
     return local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
 
 
+def ignored_revision(reference: str, relative_to: Path) -> str | None:
+    """What to tell of a model's reference, where it names a revision of what lies here; else None."""
+    name, revision = _split_revision(reference)
+    if revision is None or local_path(reference, relative_to) is not None or local_path(name, relative_to) is None:
+        return None
+    return f"{reference}: {name} is a folder here, which has no revisions; {revision} is ignored"
+
+
 def hub_reference(where: object, reference: str) -> tuple[str, str | None]:
     """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for what is neither that
     nor here."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from evojax_merge.checkpoints.derived import resolve_model
+from evojax_merge.checkpoints.derived import FindModel, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.writer import hidden_folder, recover
 from evojax_merge.errors import InputError, printable
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_outline, write_weights
-from evojax_merge.mergekit.streams import RecipeStream
+from evojax_merge.mergekit.streams import RecipeStream, stage_of
 
 T = TypeVar("T")
 # Opens a progress bar of a label and a number of bytes.
@@ -51,7 +51,7 @@ class StreamPlan:
         """The models that are there before any merge, by how the recipe names them; of each merge the base first."""
         made = {stage.folder for stage in self.stages}
         named = [pair for one in self.merges for pair in zip(one.recipe.models, one.sources.folders, strict=True)]
-        return {model: folder for model, folder in named if folder.path not in made}
+        return {model: folder for model, folder in named if made.isdisjoint(parts_of(folder.path))}
 
     @property
     def inputs(self) -> list[Path]:
@@ -69,7 +69,7 @@ class StreamPlan:
     @property
     def last_uses(self) -> list[int]:
         """For each stage, the number of the last merge that needs its result."""
-        read = [{folder.path for folder in one.sources.folders} for one in self.merges]
+        read = [{part for folder in one.sources.folders for part in parts_of(folder.path)} for one in self.merges]
         return [max(i for i, paths in enumerate(read) if stage.folder in paths) for stage in self.stages]
 
     @property
@@ -88,16 +88,16 @@ def prepare_stream(
     dtype: str | None = None,
     seed: int | None = None,
     allow_nonfinite: bool = False,
-    find: Callable[[object, str, Path], Path] = resolve_model,
+    find: FindModel = resolve_model,
     copy_tokenizer: bool = True,
     allow_crimes: bool = False,
     strict: bool = True,
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
-    `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies that no stage is
-    called like; `copy_tokenizer`: whether the result gets its first model's; `allow_crimes`, `strict`: see `prepare`.
-    Raises InputError for what the headers tell; nothing is left on the disk then.
+    `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies, `made` of which
+    are the results of stages; `copy_tokenizer`: whether the result gets its first model's; `allow_crimes`, `strict`:
+    see `prepare`. Raises InputError for what the headers tell; nothing is left on the disk then.
     """
     with ExitStack() as stack:
         folders: dict[str, Path] = {}
@@ -107,7 +107,12 @@ def prepare_stream(
             work = stack.enter_context(hidden_folder(target))
 
         def find_model(where: object, reference: str, relative_to: Path) -> Path:
-            return folders[reference] if reference in folders else find(where, reference, relative_to)
+            found = find(where, reference, relative_to, made=folders)
+            if stage_of(reference, folders) not in (None, reference):
+                # It stands for a stage with an adapter, and is of no use without the stage.
+                stack.callback(shutil.rmtree, found, ignore_errors=True)
+                folders[reference] = found
+            return found
 
         stages = []
         for number, stage in enumerate(stream.stages, start=1):

@@ -1,15 +1,16 @@
 """Recipes of several documents, in the format of mergekit-multi.
 
-A document with a `name` is a *stage*: any other document may name its result as a model. The document without a name
-is the result; where all have names, it is the one that no other document needs.
+A document with a `name` is a *stage*: any other document may name its result as a model, also with an adapter behind a
++. The document without a name is the result; where all have names, it is the one that no other document needs.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.folder import local_path
+from evojax_merge.checkpoints.derived import split_reference
+from evojax_merge.checkpoints.folder import ignored_revision, local_path
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
 from evojax_merge.yaml_reader import load_documents
@@ -66,7 +67,8 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
             raise InputError(wheres[i], f"name: {merge.name}: {labels[index[merge.name]]} has it already")
         if merge.name:
             index[merge.name] = i
-    needs = [[index[model] for model in merge.recipe.models if model in index] for merge in merges]
+    stages = [[stage_of(model, index) for model in merge.recipe.models] for merge in merges]
+    needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in stages]
     # Of all documents: stages that need each other are wrong even where the result does not need them.
     _in_order(merges, needs, range(len(merges)))
     order = _in_order(merges, needs, [_result(path, labels, merges, needs)])
@@ -89,6 +91,12 @@ def _stage(path: Path, where: str, document: Any) -> Stage:
     elif where != str(path):
         where = f"{where} ({name})"
     return Stage(name, parse_recipe(path, {key: value for key, value in top.items() if key != "name"}, where))
+
+
+def stage_of(reference: str, names: Collection[str]) -> str | None:
+    """Of the stages' names the one that a model of a recipe is, be it with an adapter; None: it is of none."""
+    base, _ = split_reference(reference, lambda name: name in names)
+    return base if base in names else None
 
 
 def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: Iterable[int]) -> list[int]:
@@ -125,14 +133,23 @@ def _result(path: Path, labels: Sequence[str], merges: Sequence[Stage], needs: S
 
 
 def stream_warnings(stream: RecipeStream) -> list[str]:
-    """What is not as it looks: stages that nobody needs, and names that a folder has as well."""
+    """What is not as it looks: stages that nobody needs, names that a folder has as well, and revisions of folders."""
     unused = [f"{stage.recipe.where}: the result does not need it, and it is not merged" for stage in stream.unused]
     shadowed = [
         f"{stage.recipe.where}: {folder} has this name as well; the result of the document is taken"
         for stage in stream.stages
         if (folder := local_path(stage.name, stream.path.parent)) is not None
     ]
-    return unused + shadowed
+    named = dict.fromkeys(
+        (merge.where, model) for merge in (*(stage.recipe for stage in stream.stages), stream.result)
+        for model in merge.models
+    )  # fmt: skip
+    revisions = [
+        f"{where}: {told}"
+        for where, model in named
+        if (told := ignored_revision(model, stream.path.parent)) is not None
+    ]
+    return unused + shadowed + revisions
 
 
 def plain_recipe(documents: Sequence[Any]) -> Any:

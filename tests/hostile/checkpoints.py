@@ -95,7 +95,7 @@ def _rows_that_are_not_there(world: World) -> None:
 
 
 def _quantised(world: World) -> None:
-    _everywhere(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(world)
+    _everywhere(quantization_config={"quant_method": "hqq", "nbits": 4})(world)
 
 
 def _only_another_programs_weights(world: World) -> None:
@@ -183,7 +183,7 @@ CASES: list[Case] = [
     Case("config.json: a pipe that nobody writes to", _pipe, ("one/config.json", "not a file")),
     Case("config.json: NaN, merged", _everywhere(rms_norm_eps=float("nan")), ("rms_norm_eps: nan",), MERGE),
     Case("config.json: another depth than the tensors', merged", _everywhere(num_hidden_layers=2), ("3",), MERGE),
-    Case("config.json: quantised, merged", _quantised, ("quantization_config", "bitsandbytes"), MERGE),
+    Case("config.json: quantised, merged", _quantised, ("quantization_config", "hqq"), MERGE),
     Case("config.json: eps negative, evaluated", _evaluate(_set(rms_norm_eps=-1.0)), ("rms_norm_eps: -1.0",), EVALUATE),
     Case("weights: only another program's", _only_another_programs_weights, ("one", "model.safetensors")),
     # generation_config.json

@@ -1,0 +1,76 @@
+"""AWQ checkpoints (Lin et al. 2024, arXiv:2306.00978) of AutoAWQ's `gemm` version, dequantised as they are read.
+
+A linear module has, in the place of its weight, `qweight int32[in, out / 8]`, `qzeros int32[in / g, out / 8]` and
+`scales float16[in / g, out]`. A word holds eight numbers of four bits, which belong, from its lowest bits on, to the
+outputs 0, 2, 4, 6, 1, 3, 5 and 7 of its eight. The weight is `(q − z) · scale`, transposed. The scales of activations
+are in the norms and in neighbouring matrices already.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evojax_merge.checkpoints.folder import Folder, open_folder
+from evojax_merge.checkpoints.quantised import (
+    QuantisedTensor,
+    check_setting,
+    dequantised_dtype,
+    group_size,
+    part_of,
+    quantisation,
+    unpack,
+)
+from evojax_merge.errors import InputError
+
+SUFFIX = ".qweight"
+BITS, PER_WORD = 4, 8
+# Where in a word each of its outputs lies.
+PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
+
+
+@dataclass(frozen=True)
+class InterleavedOutputs:
+    """Parts `qweight`, `qzeros`, `scales`; of `group` inputs each."""
+
+    group: int
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        weight, zeros = (_in_order(part) for part in parts[:2])
+        groups = np.arange(len(weight)) // self.group
+        weight -= zeros[groups]
+        weight *= parts[2].astype(np.float32)[groups]
+        return weight.T
+
+
+def _in_order(words: np.ndarray) -> np.ndarray:
+    """float32[rows, 8 · columns]: the numbers that are kept in int32[rows, columns]."""
+    numbers = unpack(words, BITS, axis=1).reshape(len(words), -1, PER_WORD)[..., PLACES]
+    return numbers.reshape(len(words), -1).astype(np.float32)
+
+
+def open_awq(path: Path, quantised: Path) -> Folder:
+    """The dequantised model of an AWQ folder, as a folder at `path`. Raises InputError for settings of another
+    packing, and for a matrix whose parts do not fit each other."""
+    settings = quantisation(quantised)
+    version = settings.get("version") or "gemm"
+    check_setting(quantised, "bits", settings.get("bits", settings.get("w_bit")), (BITS,))
+    check_setting(quantised, "version", version.lower() if isinstance(version, str) else version, ("gemm",))
+    size = group_size(quantised, settings.get("group_size", settings.get("q_group_size")))
+    dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
+    entries = dict(stored)
+    for name in [name for name in stored if name.endswith(SUFFIX)]:
+        module, packed = name.removesuffix(SUFFIX), entries.pop(name)
+        if len(packed.shape) != 2 or packed.dtype != np.int32:
+            raise InputError(packed.file, f"{name} is {packed.dtype}{list(packed.shape)}; expected a matrix of int32")
+        inputs, words = packed.shape
+        group = inputs if size is None else size
+        groups = -(-inputs // group)
+        shapes = {"qzeros": (groups, words), "scales": (groups, words * PER_WORD)}
+        parts = (packed, *(part_of(stored, packed, f"{module}.{part}", shape) for part, shape in shapes.items()))
+        for part in shapes:
+            del entries[f"{module}.{part}"]
+        shape = (words * PER_WORD, inputs)
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, shape, parts, InterleavedOutputs(group))
+    return Folder(path, entries)

@@ -1,0 +1,131 @@
+"""Checkpoints that transformers saved quantised by bitsandbytes, in 8 or in 4 bits, dequantised as they are read.
+
+In 8 bits (LLM.int8, Dettmers et al. 2022, arXiv:2208.07339) a weight `w int8[out, in]` has the largest magnitude of
+each row beside it, `SCB float32[out]`: the weight is `w · SCB / 127`.
+
+In 4 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) a weight is a row of codes, two to a byte, the first in the
+upper half: indices into `quant_map float32[16]`, times the largest magnitude of each block of `blocksize` values,
+`absmax float32`. Where these are quantised in turn, `absmax uint8` are indices into `nested_quant_map float32[256]`,
+times the `nested_absmax float32` of each `nested_blocksize`, plus `nested_offset`. The blocks, the shape and the offset
+stand as JSON in the bytes of a tensor, `quant_state.bitsandbytes__nf4` or `…__fp4`.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
+from evojax_merge.checkpoints.quantised import QuantisedTensor, check_dequantised, dequantised_dtype, part_of
+from evojax_merge.errors import InputError, shown
+
+SCALES = ".SCB"
+# Of the int8 weights; 0: as they are, rows of outputs.
+LAYOUT = ".weight_format"
+STATE = ".quant_state.bitsandbytes__"
+CODES = 16
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """Parts `weight`, `SCB`."""
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        weight, largest = (part.astype(np.float32) for part in parts)
+        return weight * largest[:, None] * np.float32(1 / 127)
+
+
+@dataclass(frozen=True)
+class CodedBlocks:
+    """Parts `weight`, `quant_map`, `absmax` and, where these are quantised in turn, `nested_quant_map` and
+    `nested_absmax`."""
+
+    shape: tuple[int, int]
+    block: int
+    nested_block: int = 0
+    nested_offset: float = 0.0
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        octets = np.ascontiguousarray(parts[0]).reshape(-1).view(np.uint8)
+        count = math.prod(self.shape)
+        codes = np.stack([octets >> 4, octets & 15], axis=-1).reshape(-1)[:count]
+        largest = parts[2]
+        if self.nested_block:
+            nested = np.repeat(parts[4].astype(np.float32), self.nested_block)[: len(largest)]
+            largest = parts[3].astype(np.float32)[largest] * nested + np.float32(self.nested_offset)
+        values = parts[1].astype(np.float32)[codes]
+        values *= np.repeat(largest.astype(np.float32, copy=False), self.block)[:count]
+        return values.reshape(self.shape)
+
+
+def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
+    """The dequantised model of such a folder, as a folder at `path`. Raises InputError for a matrix whose parts do not
+    fit each other."""
+    dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
+    entries = dict(stored)
+    for name in [name for name in stored if name.endswith(SCALES) or STATE in name]:
+        eight = name.endswith(SCALES)
+        weight = f"{name.removesuffix(SCALES)}.weight" if eight else name.partition(STATE)[0]
+        if weight not in stored:
+            raise InputError(stored[name].file, f"{name}: there is no {weight}, which it is a part of")
+        made = _eight_bits(stored, weight, dtype) if eight else _four_bits(stored, weight, name, dtype)
+        module = weight.removesuffix(".weight")
+        parts = (name, f"{module}{LAYOUT}") if eight else [one for one in stored if one.startswith(f"{weight}.")]
+        for part in parts:
+            entries.pop(part, None)
+        entries[weight] = made
+    check_dequantised(entries, "SCB or quant_state")
+    return Folder(path, entries)
+
+
+def _eight_bits(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
+    weight, module = stored[name], name.removesuffix(".weight")
+    if weight.dtype != np.int8 or len(weight.shape) != 2:
+        raise InputError(weight.file, f"{name} is {weight.dtype}{list(weight.shape)}; expected a matrix of int8")
+    layout = stored.get(f"{module}{LAYOUT}")
+    if layout is not None and layout.read().any():
+        raise InputError(weight.file, f"{module}{LAYOUT}: expected 0, rows of outputs; save it again with transformers")
+    scales = part_of(stored, weight, f"{module}{SCALES}", (weight.shape[0],))
+    return QuantisedTensor(dtype, weight.shape, (weight, scales), RowScales())
+
+
+def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: np.dtype) -> QuantisedTensor:
+    weight, state = stored[name], _read_state(stored[state_name], state_name)
+    shape, block = (state["shape"][0], state["shape"][1]), state["blocksize"]
+    count = math.prod(shape)
+    if math.prod(weight.shape) * weight.dtype.itemsize != -(-count // 2):
+        raise InputError(weight.file, f"{name}: {list(weight.shape)} {weight.dtype} do not hold {count:,} codes")
+    blocks = -(-count // block)
+    parts = [
+        weight,
+        part_of(stored, weight, f"{name}.quant_map", (CODES,)),
+        part_of(stored, weight, f"{name}.absmax", (blocks,)),
+    ]
+    if "nested_blocksize" not in state:
+        return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block))
+    nested = state["nested_blocksize"]
+    parts += [
+        part_of(stored, weight, f"{name}.nested_quant_map", (2**8,)),
+        part_of(stored, weight, f"{name}.nested_absmax", (-(-blocks // nested),)),
+    ]
+    if parts[2].dtype != np.uint8:
+        raise InputError(weight.file, f"{name}.absmax is {parts[2].dtype}; expected uint8, quantised in turn")
+    return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block, nested, state["nested_offset"]))
+
+
+def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
+    """The settings of a matrix of four bits, as the bytes of a tensor."""
+    try:
+        state = json.loads(tensor.read().tobytes())
+        sizes = [*state["shape"], *(state[key] for key in ("blocksize", "nested_blocksize") if key in state)]
+        whole = len(state["shape"]) == 2 and all(type(size) is int and size > 0 for size in sizes)
+        if whole and math.isfinite(float(state.get("nested_offset", 0.0))):
+            return {"nested_offset": 0.0, **state}
+        found = shown(state)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise InputError(tensor.file, f"{name}: {found}; expected JSON with shape, blocksize, nested_offset")

@@ -1,0 +1,105 @@
+"""GPTQ checkpoints (Frantar et al. 2023, arXiv:2210.17323), as AutoGPTQ and GPTQModel write them, dequantised as they
+are read.
+
+A linear module of `b` bits has, in the place of its weight, `qweight int32[in · b / 32, out]` and
+`qzeros int32[groups, out · b / 32]`, which hold 32 / b whole numbers in a word, lowest bits first, and
+`scales float[groups, out]`; `g_idx int32[in]` says which group each input is of. The weight is
+`(q − z) · scale`, transposed. The format `gptq` keeps z less one, `gptq_v2` keeps z.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
+from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
+from evojax_merge.checkpoints.quantised import (
+    QuantisedTensor,
+    check_setting,
+    dequantised_config,
+    dequantised_dtype,
+    group_size,
+    part_of,
+    quantisation,
+    unpack,
+)
+from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import known_architecture, tensors_of
+
+SUFFIX = ".qweight"
+
+
+@dataclass(frozen=True)
+class InputGroups:
+    """Parts `qweight`, `qzeros`, `scales` and, unless inputs are grouped in their order, by `group`, `g_idx`. offset:
+    what is added to the zeros that are kept."""
+
+    bits: int
+    group: int
+    offset: int
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        weight = unpack(parts[0], self.bits, axis=0).T.astype(np.float32)
+        # In the numbers of `bits` bits: of a zero of 0, less one, is kept the largest of them.
+        zeros = (unpack(parts[1], self.bits, axis=1) + np.uint8(self.offset)) & np.uint8(2**self.bits - 1)
+        groups = parts[3] if len(parts) > 3 else np.arange(weight.shape[1]) // self.group
+        weight -= zeros.astype(np.float32).T[:, groups]
+        weight *= parts[2].astype(np.float32).T[:, groups]
+        return weight
+
+
+def open_gptq(path: Path, quantised: Path) -> Folder:
+    """The dequantised model of a GPTQ folder, as a folder at `path`. Raises InputError for settings of another
+    packing, and for a matrix whose parts do not fit each other."""
+    settings = quantisation(quantised)
+    bits, kept = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
+    check_setting(quantised, "bits", bits, (2, 4, 8))
+    check_setting(quantised, "checkpoint_format", kept, ("gptq", "gptq_v2"))
+    check_setting(quantised, "is_marlin_format", settings.get("is_marlin_format") or False, (False,))
+    check_setting(quantised, "dynamic", settings.get("dynamic") or None, (None,))
+    size = group_size(quantised, settings.get("group_size"))
+    dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
+    entries = dict(stored)
+    for name in [name for name in stored if name.endswith(SUFFIX)]:
+        module, packed = name.removesuffix(SUFFIX), entries.pop(name)
+        if len(packed.shape) != 2 or packed.dtype != np.int32:
+            raise InputError(packed.file, f"{name} is {packed.dtype}{list(packed.shape)}; expected a matrix of int32")
+        inputs, outputs = packed.shape[0] * 32 // bits, packed.shape[1]
+        group = inputs if size is None else size
+        groups = -(-inputs // group)
+        shapes = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs)}
+        parts = [packed, *(part_of(stored, packed, f"{module}.{part}", shape) for part, shape in shapes.items())]
+        if f"{module}.g_idx" in stored:
+            parts.append(_group_indices(part_of(stored, packed, f"{module}.g_idx", (inputs,)), module, groups))
+        for part in ("qzeros", "scales", "g_idx"):
+            entries.pop(f"{module}.{part}", None)
+        formula = InputGroups(bits, group, 1 if kept == "gptq" else 0)
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), tuple(parts), formula)
+    return Folder(path, _without_padding_biases(quantised, entries))
+
+
+def _group_indices(tensor: Tensor, module: str, groups: int) -> Tensor:
+    """The groups of inputs. Raises InputError where one is of a group that there is not."""
+    found = tensor.read()
+    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= groups:
+        raise InputError(tensor.file, f"{module}.g_idx: expected the numbers of {groups} groups")
+    return tensor
+
+
+def _without_padding_biases(quantised: Path, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the biases of zeros that AutoGPTQ gave to modules of architectures that have none there."""
+    config = decoder_settings(dequantised_config(quantised))
+    if known_architecture(config.get("model_type")) is None:
+        return dict(entries)
+    expected = {name for name, _, _ in tensors_of(read_decoder_config(quantised / "config.json", config))}
+    quantised_modules = {name.rpartition(".")[0] for name, one in entries.items() if isinstance(one, QuantisedTensor)}
+    return {
+        name: tensor
+        for name, tensor in entries.items()
+        if name in expected
+        or not name.endswith(".bias")
+        or name.rpartition(".")[0] not in quantised_modules
+        or tensor.read().any()
+    }

@@ -1,0 +1,137 @@
+"""What quantised checkpoints have in common: matrices that are made of several stored tensors while they are read.
+
+A format's own file says which tensors these are and by what formula they give the matrix; `derived` knows the formats
+by the `quant_method` that a config names.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from evojax_merge.checkpoints.folder import FLOAT_DTYPES, MappedFile, Tensor, Whole
+from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.errors import InputError, shown
+
+# Where config.json says how a checkpoint is quantised; the second is what compressed-tensors first called it.
+KEYS = ("quantization_config", "compression_config")
+# Where AutoGPTQ said it, before config.json did.
+GPTQ_FILE = "quantize_config.json"
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+class Formula(Protocol):
+    """How stored tensors give a matrix. Plain data: two matrices of equal parts and formulas are equal."""
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The matrix, float32[out, in], of the parts in the format's order."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantisedTensor(Whole):
+    """A matrix that its parts give by a formula, cast once to a float dtype; the first part is the quantised matrix."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    parts: tuple[Tensor, ...]
+    formula: Formula
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def mapped_files(self) -> tuple[MappedFile, ...]:
+        return tuple(mapped for part in self.parts for mapped in part.mapped_files)
+
+    def read(self) -> np.ndarray:
+        return self.formula.values([part.read() for part in self.parts]).astype(self.dtype, order="C")
+
+    def content(self) -> Iterator[np.ndarray]:
+        for part in self.parts:
+            yield from part.content()
+
+    def release(self) -> None:
+        for part in self.parts:
+            part.release()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a folder says of itself
+
+
+def quantisation(path: Path) -> dict[str, Any]:
+    """How a model folder says that its weights are quantised, `quant_method` included; empty where it does not."""
+    config = read_json_object(path / "config.json", missing={})
+    found = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
+    if found is None and config and (path / GPTQ_FILE).is_file():
+        found = {"quant_method": "gptq", **read_json_object(path / GPTQ_FILE, missing={})}
+    return found or {}
+
+
+def dequantised_config(path: Path) -> dict[str, Any]:
+    """The config of such a folder, as that of the dequantised model."""
+    config = read_json_object(path / "config.json", missing={})
+    return {key: value for key, value in config.items() if key not in KEYS}
+
+
+def dequantised_dtype(path: Path, default: str) -> np.dtype:
+    """The dtype that matrices are dequantised to: the one that the folder's config names, else `default`."""
+    config = read_json_object(path / "config.json", missing={})
+    name = config.get("dtype") or config.get("torch_dtype")
+    return FLOAT_DTYPES.get(name, FLOAT_DTYPES[default]) if isinstance(name, str) else FLOAT_DTYPES[default]
+
+
+def check_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> None:
+    """Raises InputError, with the folder's quantisation as the place, for a setting that is none of the known ones."""
+    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known):
+        expected = ", ".join(str(one) for one in known)
+        raise InputError(
+            path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
+            "the unquantised model",
+        )  # fmt: skip
+
+
+def group_size(path: Path, value: Any) -> int | None:
+    """A `group_size`: how many inputs have a scale in common; None: all. Raises InputError for anything else."""
+    if value in (-1, None) and not isinstance(value, bool):
+        return None
+    if type(value) is not int or value < 1:
+        raise InputError(path / "config.json", f"{KEYS[0]}.group_size: {shown(value)}; expected a number of inputs")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stored tensors
+
+
+def part_of(stored: Mapping[str, Tensor], whole: Tensor, name: str, *shapes: tuple[int, ...]) -> Tensor:
+    """The tensor of that name, of one of the shapes. Raises InputError, naming the file of the matrix `whole` that it
+    is a part of, where there is none."""
+    found = stored.get(name)
+    if found is None or found.shape not in shapes:
+        what = "no such tensor" if found is None else str(list(found.shape))
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise InputError(whole.file, f"{name}: found {what}; expected {expected}, to dequantise its matrix with")
+    return found
+
+
+def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
+    """Raises InputError where a weight of eight bits is left, for which there was no `part`."""
+    for name, tensor in entries.items():
+        if name.endswith(".weight") and tensor.dtype in (FP8, np.int8, np.uint8):
+            raise InputError(tensor.file, f"{name} is quantised ({tensor.dtype}), and there is no {part} of it")
+
+
+def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
+    """Small whole numbers that are kept several to a word, lowest bits first: `uint8`, with `words`' shape but for
+    `axis`, which is 32 / bits times as long. words: int32 of two axes; bits: 1, 2, 4 or 8."""
+    # The lowest byte of a word comes first in the file, whatever the machine.
+    rows = np.moveaxis(words, axis, -1)
+    octets = np.ascontiguousarray(rows).astype("<i4", copy=False).view(np.uint8)
+    parts = octets[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8(2**bits - 1)
+    return np.moveaxis(parts.reshape(len(rows), -1), -1, axis)

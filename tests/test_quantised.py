@@ -1,0 +1,396 @@
+"""Quantised checkpoints as models: packed here as their formats say, number by number, and read back to the values that
+these numbers mean."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import Family, build_family, edit_json, load_torch, state, tiny_config
+from safetensors import torch as torch_files
+from safetensors.numpy import load_file, save_file
+
+from evojax_merge.checkpoints.derived import open_model, resolve_model
+from evojax_merge.cli import WRONG_INPUT, cli, run
+
+GROUP, BLOCK, NESTED_BLOCK = 16, 64, 16
+Tensors = dict[str, np.ndarray]
+# What a linear module is quantised to, by the ends of the tensors' names, and the values of its weight.
+Quantise = Callable[[np.ndarray, np.random.Generator], tuple[Tensors, np.ndarray]]
+# NormalFloat's sixteen values (QLoRA, appendix E).
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+def words(numbers: np.ndarray, bits: int, order: list[int] | None = None) -> np.ndarray:
+    """int32[rows, columns · bits / 32]: whole numbers [rows, columns], 32 / bits to a word; order: which of these lies
+    in the lowest bits, which in the next."""
+    rows, per_word = [], 32 // bits
+    for row in numbers.astype(int).tolist():
+        row += [0] * (-len(row) % per_word)
+        eights = [row[start : start + per_word] for start in range(0, len(row), per_word)]
+        rows.append([sum(one[k] << bits * i for i, k in enumerate(order or range(per_word))) for one in eights])
+    return np.array(rows, np.uint32).view(np.int32)
+
+
+def grouped(
+    weight: np.ndarray, rng: np.random.Generator, groups: np.ndarray, bits: int = 4
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers [in, out], zeros and scales [groups, out] at random, and the weight [out, in] that they mean."""
+    outputs, inputs = weight.shape
+    numbers = rng.integers(0, 2**bits, (inputs, outputs))
+    zeros = rng.integers(0, 2**bits, (groups.max() + 1, outputs))
+    scales = (0.02 + 0.02 * rng.random(zeros.shape)).astype(np.float16)
+    values = [
+        [(numbers[i, o] - zeros[g, o]) * float(scales[g, o]) for i, g in enumerate(groups)] for o in range(outputs)
+    ]
+    return numbers, zeros, scales, np.array(values)
+
+
+def in_order(inputs: int) -> np.ndarray:
+    return np.arange(inputs) // GROUP
+
+
+def gptq(bits: int = 4, version: int = 1, shuffled: bool = False, indexed: bool = True) -> Quantise:
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        groups = in_order(weight.shape[1])
+        groups = rng.permutation(groups) if shuffled else groups
+        numbers, zeros, scales, values = grouped(weight, rng, groups, bits)
+        kept = (zeros - 1) % 2**bits if version == 1 else zeros
+        parts = {"qweight": words(numbers.T, bits).T, "qzeros": words(kept, bits), "scales": scales}
+        return parts | ({"g_idx": groups.astype(np.int32)} if indexed else {}), values
+
+    return quantise
+
+
+def awq(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    numbers, zeros, scales, values = grouped(weight, rng, in_order(weight.shape[1]))
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    return {"qweight": words(numbers, 4, order), "qzeros": words(zeros, 4, order), "scales": scales}, values
+
+
+def eight_bits(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    numbers = rng.integers(-127, 128, weight.shape).astype(np.int8)
+    largest = np.abs(weight).max(axis=1).astype(np.float32)
+    parts = {"weight": numbers, "SCB": largest, "weight_format": np.array(0, np.uint8)}
+    return parts, numbers * largest.astype(np.float64)[:, None] / 127
+
+
+def four_bits(nested: bool, storage: Any = np.uint8) -> Quantise:
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        blocks = weight.reshape(-1, BLOCK)
+        largest = np.abs(blocks).max(axis=1).astype(np.float32)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": weight.shape}
+        parts: Tensors = {"weight.quant_map": NF4, "weight.absmax": largest}
+        if nested:
+            codes = rng.integers(0, 256, len(largest))
+            table = np.sort(rng.uniform(-1, 1, 256)).astype(np.float32)
+            outer = rng.uniform(0.05, 0.1, -(-len(codes) // NESTED_BLOCK)).astype(np.float32)
+            state |= {"nested_blocksize": NESTED_BLOCK, "nested_offset": 0.25, "nested_dtype": "float32"}
+            parts |= {
+                "weight.absmax": codes.astype(np.uint8), "weight.nested_quant_map": table,
+                "weight.nested_absmax": outer,
+            }  # fmt: skip
+            whole = [float(table[code]) * float(outer[i // NESTED_BLOCK]) + 0.25 for i, code in enumerate(codes)]
+            largest = np.array(whole)
+        codes = np.abs(blocks[..., None] / largest[:, None, None] - NF4).argmin(axis=-1)
+        flat = codes.reshape(-1)
+        packed = (flat[0::2] * 16 + flat[1::2]).astype(np.uint8)
+        parts["weight"] = packed.view(storage).reshape(-1, 1)
+        parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        return parts, (NF4[codes].astype(np.float64) * largest[:, None]).reshape(weight.shape)
+
+    return quantise
+
+
+def packed(bits: int = 4, zeros: bool = False, shuffled: bool = False) -> Quantise:
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        groups = in_order(weight.shape[1])
+        groups = rng.permutation(groups) if shuffled else groups
+        numbers, offsets, scales, values = grouped(weight, rng, groups, bits)
+        parts = {
+            "weight_packed": words(numbers.T, bits), "weight_scale": scales.T,
+            "weight_shape": np.array(weight.shape, np.int64),
+        }  # fmt: skip
+        if zeros:
+            parts["weight_zero_point"] = words(offsets, bits).T
+        else:
+            middle = [[2 ** (bits - 1) - offsets[g, o] for g in groups] for o in range(len(weight))]
+            values = values - np.array(middle) * scales.astype(np.float64)[groups].T
+        return parts | ({"weight_g_idx": groups.astype(np.int32)} if shuffled else {}), values
+
+    return quantise
+
+
+def rows(dtype: Any) -> Quantise:
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        numbers = rng.integers(-100, 100, weight.shape).astype(dtype)
+        scales = rng.uniform(0.001, 0.002, (len(weight), 1)).astype(np.float32)
+        return {"weight": numbers, "weight_scale": scales}, numbers.astype(np.float64) * scales.astype(np.float64)
+
+    return quantise
+
+
+def blocks(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    """float8 with a scale for each block of 20 x 32, of which the last ones are cut off."""
+    numbers = rng.normal(0, 1, weight.shape).astype(ml_dtypes.float8_e4m3fn)
+    scales = rng.uniform(0.1, 0.2, (-(-weight.shape[0] // 20), -(-weight.shape[1] // 32))).astype(np.float32)
+    values = [
+        [float(numbers[o, i]) * float(scales[o // 20, i // 32]) for i in range(weight.shape[1])]
+        for o in range(weight.shape[0])
+    ]
+    return {"weight": numbers, "weight_scale": scales}, np.array(values)
+
+
+def one_scale(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    numbers = rng.normal(0, 1, weight.shape).astype(ml_dtypes.float8_e4m3fn)
+    parts = {"weight": numbers, "weight_scale": np.array([0.125], np.float32), "input_scale": np.ones(1, np.float32)}
+    return parts, numbers.astype(np.float64) * 0.125
+
+
+def compressed(how: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, **weights}}
+    return {
+        "quant_method": "compressed-tensors", "format": how, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+        "quantization_status": "compressed", "sparsity_config": {"format": "dense"}, "kv_cache_scheme": None,
+    }  # fmt: skip
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+PACKED = {"strategy": "group", "group_size": GROUP, "num_bits": 4}
+FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
+    "GPTQ": (GPTQ, gptq()),
+    "GPTQ, without g_idx": (GPTQ, gptq(indexed=False)),
+    "GPTQ, in order of activations, 8 bits": (GPTQ | {"bits": 8, "desc_act": True}, gptq(8, shuffled=True)),
+    "GPTQ, 2 bits, the second format": (GPTQ | {"bits": 2, "checkpoint_format": "gptq_v2"}, gptq(2, version=2)),
+    "AWQ": (AWQ, awq),
+    "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, eight_bits),
+    "bitsandbytes, 4 bits": (BITS, four_bits(nested=False)),
+    "bitsandbytes, 4 bits, twice, in float32": (BITS, four_bits(nested=True, storage=np.float32)),
+    "compressed-tensors, packed": (compressed("pack-quantized", **PACKED), packed()),
+    "compressed-tensors, packed, zeros": (compressed("pack-quantized", **PACKED), packed(zeros=True)),
+    "compressed-tensors, packed, in order of activations": (
+        compressed("pack-quantized", **PACKED | {"num_bits": 8}, actorder="group"), packed(8, shuffled=True),
+    ),
+    "compressed-tensors, int8": (compressed("int-quantized", strategy="channel"), rows(np.int8)),
+    "compressed-tensors, float8 rows": (
+        compressed("float-quantized", strategy="channel", type="float"), rows(ml_dtypes.float8_e4m3fn),
+    ),
+    "compressed-tensors, float8": (compressed("float-quantized", strategy="tensor", type="float"), one_scale),
+    "compressed-tensors, float8 blocks": (
+        compressed("float-quantized", strategy="block", type="float", block_structure=[20, 32]), blocks,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """A base whose matrices are all of whole words, and a fine-tune of it."""
+    config = tiny_config(num_key_value_heads=4, tie_word_embeddings=True)
+    return build_family(tmp_path_factory.mktemp("family"), config, parents=1)
+
+
+def quantised(base: Path, folder: Path, case: str) -> Tensors:
+    """A copy of a model with its linear modules quantised at random, and the values that their weights have then."""
+    settings, quantise = FORMATS[case]
+    shutil.copytree(base, folder)
+    tensors, values, rng = load_file(base / "model.safetensors"), {}, np.random.default_rng(0)
+    for name in [name for name in tensors if "proj" in name]:
+        module = name.removesuffix(".weight")
+        parts, values[name] = quantise(tensors.pop(name), rng)
+        tensors |= {f"{module}.{part}": np.ascontiguousarray(one) for part, one in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=settings, dtype="float32"))
+    return values
+
+
+def merge(folder: Path, *models: object) -> int:
+    rows = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
+    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
+    return run(lambda: cli.main(arguments, standalone_mode=False))
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path: Path) -> None:
+    values, plain = quantised(family.base, tmp_path / "q", case), state(family.base)
+    folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
+    assert set(folder.entries) == set(plain)
+    assert "quantization_config" not in folder.config
+    for name in plain:
+        found, expected = folder.read(name), values.get(name, plain[name])
+        assert found.dtype == np.float32 and folder.entries[name].shape == found.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+def test_matrices_are_rounded_once_to_the_dtype_that_the_config_names(family: Family, tmp_path: Path) -> None:
+    values = quantised(family.base, tmp_path / "q", "GPTQ")
+    edit_json(tmp_path / "q" / "config.json", lambda config: config.update(dtype="bfloat16"))
+    folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
+    for name, one in values.items():
+        np.testing.assert_array_equal(folder.read(name), one.astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("case", ["AWQ", "bitsandbytes, 4 bits", "compressed-tensors, packed"])
+def test_a_merge_of_one_is_read_by_transformers(case: str, family: Family, tmp_path: Path) -> None:
+    values = quantised(family.base, tmp_path / "q", case)
+    assert merge(tmp_path, tmp_path / "q", family.parents[0]) == 0
+    merged, other = load_torch(tmp_path / "out").state_dict(), state(family.parents[0])
+    for name, one in values.items():
+        np.testing.assert_allclose(merged[name].numpy(), (one + other[name]) / 2, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_an_adapter_of_a_quantised_base_is_merged_into_its_values(family: Family, tmp_path: Path) -> None:
+    from test_adapters import adapter
+
+    values = quantised(family.base, tmp_path / "q", "bitsandbytes, 4 bits")
+    lora, _ = adapter(family.base, tmp_path / "lora", target_modules=["q_proj"])
+    folder, name = (
+        open_model(resolve_model("test", f"{tmp_path / 'q'}+{lora}", Path())),
+        "model.layers.1.self_attn.q_proj",
+    )
+    factors = load_file(lora / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{name}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+    np.testing.assert_allclose(
+        folder.read(f"{name}.weight"), values[f"{name}.weight"] + 1.5 * b @ a, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_biases_of_zeros_that_autogptq_adds_are_left_out(family: Family, tmp_path: Path) -> None:
+    quantised(family.base, tmp_path / "q", "GPTQ")
+    file = tmp_path / "q" / "model.safetensors"
+    bias = {"model.layers.0.mlp.up_proj.bias": np.zeros(80, np.float16)}
+    save_file(load_file(file) | bias, file)
+    assert set(open_model(resolve_model("test", str(tmp_path / "q"), Path())).entries) == set(state(family.base))
+    save_file(load_file(file) | {name: values + 1 for name, values in bias.items()}, file)
+    assert bias.keys() < open_model(resolve_model("test", str(tmp_path / "q"), Path())).entries.keys()
+
+
+def test_a_quantisation_that_a_config_still_names_is_none_where_no_weight_is_quantised(
+    family: Family, tmp_path: Path
+) -> None:
+    """Trainers merge into full weights, and leave the config of the base that they were trained on."""
+    shutil.copytree(family.base, tmp_path / "left")
+    edit_json(tmp_path / "left" / "config.json", lambda config: config.update(quantization_config=BITS))
+    assert merge(tmp_path, tmp_path / "left") == 0
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    for name, values in state(tmp_path / "out").items():
+        np.testing.assert_allclose(values, state(family.base)[name], rtol=1e-6)
+
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def setting(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        folder / "config.json", lambda config: config["quantization_config"].update(changes)
+    )
+
+
+def without(part: str) -> Callable[[Path], None]:
+    return tensor(part, lambda values: None)
+
+
+def tensor(part: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        # By torch, which reads eight-bit floats.
+        tensors = torch_files.load_file(folder / "model.safetensors")
+        changed = change(tensors.pop(f"{NAME}.{part}").numpy())
+        own = {} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}
+        torch_files.save_file(tensors | own, folder / "model.safetensors")
+
+    return edit
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
+    "GPTQ of three bits": ("GPTQ", setting(bits=3), ("bits: 3", "2, 4, 8")),
+    "GPTQ for Marlin": ("GPTQ", setting(checkpoint_format="marlin"), ("checkpoint_format: 'marlin'", "gptq_v2")),
+    "GPTQ of several widths": ("GPTQ", setting(dynamic={"down": {"bits": 8}}), ("dynamic",)),
+    "GPTQ of other groups": ("GPTQ", setting(group_size=24), ("down_proj.qzeros", "found [5, 6]; expected [4, 6]")),
+    "GPTQ of no groups": ("GPTQ", setting(group_size=0), ("group_size: 0",)),
+    "GPTQ without scales": ("GPTQ", without("scales"), (f"{NAME}.scales", "no such tensor")),
+    "GPTQ with a group too many": ("GPTQ", tensor("g_idx", lambda one: one + 1), (f"{NAME}.g_idx", "3 groups")),
+    "AWQ for GEMV": ("AWQ", setting(version="gemv"), ("version: 'gemv'", "gemm")),
+    "AWQ of eight bits": ("AWQ", setting(bits=8), ("bits: 8",)),
+    "AWQ without zeros": ("AWQ", without("qzeros"), (f"{NAME}.qzeros", "no such tensor")),
+    "eight bits without scales": (
+        "bitsandbytes, 8 bits", without("SCB"), (f"{NAME}.weight is quantised (int8)", "SCB"),
+    ),
+    "eight bits in tiles": (
+        "bitsandbytes, 8 bits", tensor("weight_format", lambda one: one + 1), (f"{NAME}.weight_format",),
+    ),
+    "four bits of no state": ("bitsandbytes, 4 bits", tensor(STATE, lambda one: one[:-5]), (STATE, "expected JSON")),
+    "four bits of half the codes": (
+        "bitsandbytes, 4 bits", tensor("weight", lambda one: one[::2].copy()), (f"{NAME}.weight", "3,840 codes"),
+    ),
+    "four bits without scales": (
+        "bitsandbytes, 4 bits", without("weight.absmax"), (f"{NAME}.weight.absmax", "no such tensor"),
+    ),
+    "packed floats": (
+        "compressed-tensors, packed", setting(format="nvfp4-pack-quantized"), ("format: 'nvfp4", "pack-quantized"),
+    ),
+    "packed and sparse": (
+        "compressed-tensors, packed", setting(sparsity_config={"format": "sparse-24-bitmask"}), ("sparsity_config",),
+    ),
+    "packed without a shape": (
+        "compressed-tensors, packed", without("weight_shape"), (f"{NAME}.weight_shape", "no such tensor"),
+    ),
+    "packed in another shape": (
+        "compressed-tensors, packed", tensor("weight_shape", lambda one: one * 2), (f"{NAME}.weight_packed", "160"),
+    ),
+    "groups of several kinds": (
+        "compressed-tensors, packed",
+        setting(config_groups={"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}),
+        ("config_groups", "the same"),
+    ),
+    "float8 without a scale": (
+        "compressed-tensors, float8", without("weight_scale"), (f"{NAME}.weight is quantised (float8", "weight_scale"),
+    ),
+    "another method": ("GPTQ", setting(quant_method="hqq"), ("quantization_config", "'hqq'", "dequantise")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of each format, made once."""
+    root, folders = tmp_path_factory.mktemp("quantised"), dict[str, Path]()
+
+    def make(case: str) -> Path:
+        if case not in folders:
+            folders[case] = root / str(len(folders))
+            quantised(family.base, folders[case], case)
+        return folders[case]
+
+    return make
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_dequantised_is_refused_by_name(
+    case: str, made: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind, change, says = WRONG[case]
+    shutil.copytree(made(kind), tmp_path / "q")
+    change(tmp_path / "q")
+    capfd.readouterr()
+    assert merge(tmp_path, tmp_path / "q") == WRONG_INPUT
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    for text in says:
+        assert text in line, line
+    assert not (tmp_path / "out").exists()
