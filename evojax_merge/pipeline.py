@@ -18,6 +18,7 @@ import jax
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.derived import reference_to
+from evojax_merge.checkpoints.folder import ignored_revision
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
@@ -261,6 +262,9 @@ def _run_chain(
 def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
+    named = [model for model in (problem.config.base, *problem.config.parents) if model is not None]
+    revisions = [ignored_revision(model, path.parent) for model in dict.fromkeys(named)]
+    _warn([f"{path}: {told}" for told in revisions if told is not None])
     _warn(problem.sources.warnings)
     splits = problem.by_split(batched_tasks)
     examples = [*splits.full, *(splits.validation or []), *splits.heldout]

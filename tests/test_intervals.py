@@ -124,6 +124,12 @@ def test_verdicts_say_by_how_much_and_whether_it_is_noise():
     tie = Row("base", "base", 0.5, {"t/m": 0.5}, Lead(0.0, -0.1, 0.1))
     sentences = Result(np.zeros(2), 0.9, ("uniform merge", 0.8), [tie, *ROWS[1:]], RESULT.report).verdicts()
     assert sentences[0].endswith("both have 0.5000 (of the difference, 95% interval -0.1000 to 0.1000).")
+    hair = Row("base", "base", 0.49998, {"t/m": 0.49998}, Lead(2e-5, -0.1, 0.1))
+    sentences = Result(np.zeros(2), 0.9, ("uniform merge", 0.8), [hair, *ROWS[1:]], RESULT.report).verdicts()
+    assert sentences[0] == (
+        "On held-out data the evolved model is no better than the base: both have 0.5000, rounded (95% interval "
+        "-0.1000 to 0.1000)."
+    )
 
 
 def test_result_json_has_the_intervals(tmp_path):

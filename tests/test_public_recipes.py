@@ -20,6 +20,7 @@ from evojax_merge.checkpoints.folder import open_folder, resolve
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.unused_keys import without_unused_keys
 from evojax_merge.yaml_reader import parse_documents
 
@@ -201,6 +202,26 @@ def test_local_models_may_have_an_at_sign_and_need_no_revision(models: Path, tmp
         assert resolve("r", reference, tmp_path) == (models / "a").resolve()
     with pytest.raises(InputError, match="no such folder"):
         resolve("r", "@b", tmp_path)
+
+
+def test_a_revision_of_what_lies_here_is_told(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    merged_equally = "merge_method: linear\nmodels: [{model: a@main}, {model: b}]\nparameters: {weight: 1}\n"
+    merged(models, merged_equally, tmp_path / "out")
+    said = " ".join(capfd.readouterr().err.split())
+    assert (
+        "a@main: a is a folder here, which has no revisions; main is ignored" in said and said.count("revisions") == 1
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_path_alone_is_a_model(strict: bool) -> None:
+    paths = [{"path": "a"}, {"path": "owner/b", "revision": "v2"}]
+    rows = [{"model": path, "parameters": {"weight": 1}} for path in paths]
+    document: Any = {"merge_method": "linear", "base_model": {"path": "a"}, "models": rows}
+    if not strict:
+        (document,), told = without_unused_keys(Path("recipe.yaml"), [document])
+        assert told == []
+    assert parse_recipe(Path("recipe.yaml"), document).models == ["a", "owner/b@v2"]
 
 
 def test_the_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -504,6 +525,13 @@ def test_modules_are_merged_each_by_its_own(models: Path, tmp_path: Path, capfd:
     capfd.readouterr()
     assert command("merge", tmp_path / "partial.yaml", tmp_path / "partial") == 2
     assert "modules: none has " in capfd.readouterr().err
+    partial["modules"]["multi_modal_projectr"] = {"models": [{"model": "vlm-b"}]}
+    (tmp_path / "partial.yaml").write_text(yaml.safe_dump(partial))
+    assert command("merge", tmp_path / "partial.yaml", tmp_path / "partial") == 2
+    said = capfd.readouterr().err
+    assert (
+        "modules.multi_modal_projectr: the models have no tensor of it (did you mean 'multi_modal_projector'?)" in said
+    )
     # A name that is none of mergekit's is how tensors' names begin.
     layers = "model.layers"
     modules = f"{{{layers}: {{models: [{{model: a}}]}}, default: {{models: [{{model: b}}]}}}}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from merge_kernels import Method, Options, Parameter, Rescale
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.modules import MODULES, module_of
 from evojax_merge.mergekit.schema import (
     FILTER_KEYS,
@@ -215,16 +215,19 @@ def module_layouts(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[list[L
     if modules == ["default"]:
         return [list(layouts)]
     parts: list[list[list[str]]] = [[[] for _ in layouts] for _ in modules]
+    left: list[str] = []
     for model, own in enumerate(layouts):
         for tensor in own.names():
             number = module_of(tensor, modules)
-            if number is None:
-                known = f"by {', '.join(MODULES)}, or by how the names of their tensors begin"
-                raise InputError(recipe.where, f"modules: none has {tensor}; expected all parts of the model ({known})")
-            parts[number][model].append(tensor)
+            (left if number is None else parts[number][model]).append(tensor)
+    # First, because a name that is misspelt leaves its tensors to nobody.
     for name, models in zip(modules, parts, strict=True):
         if not any(models):
-            raise InputError(recipe.where, f"modules.{name}: the models have no tensor of it")
+            near = "" if name in MODULES else did_you_mean(name, MODULES.keys() - set(modules))
+            raise InputError(recipe.where, f"modules.{name}: the models have no tensor of it{near}")
+    if left:
+        known = f"by {', '.join(MODULES)}, or by how the names of their tensors begin"
+        raise InputError(recipe.where, f"modules: none has {left[0]}; expected all parts of the model ({known})")
     return [[layout(names) for names in models] for models in parts]
 
 

@@ -288,7 +288,9 @@ def check_parent_count(where: str, method: Method, parents: int) -> None:
 
 def _reference(where: str, value: Any) -> str:
     """A model as one text: a folder or a hub id, `@` its revision, `+` an adapter. mergekit also writes it as
-    `{model: …, lora: …}`, in which each part may be `{path: …, revision: …}`."""
+    `{model: …, lora: …}`, in which each part may be `{path: …, revision: …}`; such a part alone is a model, too."""
+    if isinstance(value, dict) and "path" in value and "model" not in value:
+        value = _path(where, value)
     if isinstance(value, dict):
         value = checked_mapping(where, value, REFERENCE_KEYS)
         if "model" not in value:

@@ -100,6 +100,8 @@ class _Sieve:
         return lambda place, value: _listed(place, value, one)
 
     def reference(self, place: str, value: Any) -> Any:
+        if isinstance(value, dict) and "path" in value and "model" not in value:
+            return self.path(place, value)
         row = self._known(place, value, REFERENCE_KEYS, "a model has no such key")
         return self._each(row, place, model=self.path, lora=self.path)
 

@@ -42,9 +42,11 @@ def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -
             return [replaced(one) for one in value]
         if not isinstance(value, str):
             return value
-        # Whatever else names a place of this machine says no more to others than its last part.
-        own = Path(value).name if os.path.isabs(value) and os.path.lexists(value) else value
-        return references.get(value, own)
+        # Whatever else names a place of this machine, be it behind a stage's name and a +, says no more to others than
+        # its last part.
+        parts = [value] if os.path.lexists(value) else value.split("+")
+        own = [Path(one).name if os.path.isabs(one) and os.path.lexists(one) else one for one in parts]
+        return references.get(value, "+".join(own))
 
     return [replaced(document) for document in documents]
 

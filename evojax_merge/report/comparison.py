@@ -99,7 +99,8 @@ class Result:
 
     def verdicts(self) -> list[str]:
         """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
-        noise; where it is not better, both figures. None where it is better and no more can be said."""
+        noise; where it is not, or not so that it shows, both figures. None where it is better and no more can be
+        said."""
         return [sentence for row in self.rivals if (sentence := self._verdict(row)) is not None]
 
     def _verdict(self, row: Row) -> str | None:
@@ -112,6 +113,8 @@ class Result:
         if ours > row.fitness or not np.isfinite(row.fitness):
             if lead is None:
                 return None
+            if round(lead.difference, 4) == 0:
+                return f"{start} no better than {name}: both have {ours:.4f}, rounded ({_interval(lead)})."
             noise = ", which is within noise" if lead.within_noise else ""
             return f"{start} better than {name} by {lead.difference:.4f}{noise} ({_interval(lead)})."
         if ours == row.fitness:
