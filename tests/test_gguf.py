@@ -1,5 +1,6 @@
 """GGUF files as models: what transformers reads from them, and what is refused."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,20 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import yaml
 from helpers import load_torch, random_model, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig
 
+from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import WRONG_INPUT, cli, run
 
 VOCAB = 320
+GEMMA = ("gemma2", "gemma3")
 TEXT = "The quick brown fox jumps over 1234 lazy dogs, and the other foxes watch it. " * 8
 KIND = gguf.GGMLQuantizationType
 
@@ -53,12 +57,13 @@ def write_gguf(
     path: Path, family: str, kind: Any = KIND.F32, change: Callable[[dict[str, Any]], None] = lambda metadata: None
 ) -> Any:
     """A GGUF file of a random model, by the package's writer; the torch model."""
-    config = tiny_config(
-        family, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=family == "llama",
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        **({"head_dim": 32} if family == "qwen3" else {}),
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": family in ("llama", *GEMMA),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 1, **({"head_dim": 32} if family in ("qwen3", *GEMMA) else {}),
+    }  # fmt: skip
+    config = gemma_config(family, sizes) if family in GEMMA else tiny_config(family, **sizes)
     model, tokenizer = random_model(config), byte_level_tokenizer()
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     vocabulary += [f"<unused{i}>" for i in range(len(vocabulary), VOCAB)]
@@ -69,6 +74,10 @@ def write_gguf(
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "rope.freq_base": 5000.0,
         "attention.key_length": getattr(config, "head_dim", None) or 16,
     }  # fmt: skip
+    if family in GEMMA:
+        metadata["attention.sliding_window"] = config.sliding_window
+    if family == "gemma2":
+        metadata |= {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0}
     metadata = {f"{family}.{key}": value for key, value in metadata.items()} | {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocabulary,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(tokenizer)],
@@ -86,6 +95,8 @@ def write_gguf(
         own = values.numpy()
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             own = pairwise_rows(own, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if family in GEMMA and name.endswith("norm.weight"):
+            own = own + 1
         used = kind if own.ndim == 2 else KIND.F32
         own = gguf.quantize(np.ascontiguousarray(own), used)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), own, raw_dtype=used)
@@ -94,6 +105,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def gemma_config(family: str, sizes: dict[str, Any]) -> Any:
+    common = {**sizes, "sliding_window": 12, "query_pre_attn_scalar": 32, "max_position_embeddings": 96}
+    if family == "gemma2":
+        return Gemma2Config(**common, attn_logit_softcapping=40.0, final_logit_softcapping=20.0)
+    local = {"rope_type": "default", "rope_theta": 10_000.0}
+    ropes = {"full_attention": sizes["rope_parameters"], "sliding_attention": local}
+    return Gemma3TextConfig(**common | {"rope_parameters": ropes})
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
@@ -116,7 +136,7 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", *GEMMA])
 @pytest.mark.parametrize("kind", [KIND.F32, KIND.BF16, KIND.Q8_0])
 def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_path: Path) -> None:
     written = write_gguf(tmp_path / "tiny.gguf", family, kind)
@@ -132,15 +152,15 @@ def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_p
         assert own.dtype == (ml_dtypes.bfloat16 if used == KIND.BF16 else np.float32)
         # Rows are quantised one by one, so that their order does not matter.
         rounded = gguf.dequantize(gguf.quantize(values, used), used)
-        np.testing.assert_array_equal(own.astype(np.float32), rounded, err_msg=name)
+        # A Gemma's norms have lost what 1 is too large for.
+        atol = 2**-23 if family in GEMMA and values.ndim == 1 else 0
+        np.testing.assert_allclose(own.astype(np.float32), rounded, rtol=0, atol=atol, err_msg=name)
     # The config that was made of the file means the model that was written into it.
-    assert folder.config["rope_parameters"]["rope_theta"] == 5000.0
-    for key in ("hidden_size", "head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
-        if hasattr(written.config, key):
-            assert folder.config.get(key, getattr(written.config, key)) == getattr(written.config, key), key
+    written.config.save_pretrained(tmp_path / "written")
+    assert config == decoder_config(tmp_path / "written" / "config.json")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", *GEMMA])
 def test_transformers_reads_the_same_weights(family: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", family, KIND.Q8_0)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
@@ -158,6 +178,51 @@ def test_its_tokenizer_is_the_one_that_the_file_was_written_with(tmp_path: Path)
         assert ids[0] == tokenizer.bos_token_id == 0
         assert ids[1:] == byte_level_tokenizer().encode(text).ids
         assert tokenizer.decode(ids[1:]) == text
+
+
+@pytest.mark.parametrize(("layers", "scale"), [(46, 64 // 4), (26, 32)])
+def test_the_largest_gemma_scales_its_queries_otherwise(layers: int, scale: int, tmp_path: Path) -> None:
+    from evojax_merge.checkpoints.gguf_file import read_gguf, write_config
+
+    write_gguf(tmp_path / "tiny.gguf", "gemma2", change=change(gemma2__block_count=layers))
+    write_config(read_gguf(tmp_path / "tiny.gguf"), tmp_path)
+    assert Gemma2Config.from_pretrained(tmp_path).query_pre_attn_scalar == scale
+
+
+@pytest.mark.parametrize("spaced", [True, False])
+def test_a_sentencepiece_tokenizer_is_the_one_that_was_trained(spaced: bool, tmp_path: Path) -> None:
+    """As a Llama's, which puts a space before a text, and as a Gemma's, which does not."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "watch the foxes, watch   the dogs", "lazy foxes jump over"] * 20),
+        model_writer=trained, model_type="bpe", vocab_size=VOCAB, byte_fallback=True, hard_vocab_limit=False,
+        add_dummy_prefix=spaced, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        user_defined_symbols=["<turn>"], minloglevel=2,
+    )  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    kinds = [
+        gguf.TokenType.UNKNOWN if pieces.is_unknown(i) else gguf.TokenType.CONTROL if pieces.is_control(i)
+        else gguf.TokenType.BYTE if pieces.is_byte(i)
+        else gguf.TokenType.USER_DEFINED if pieces.id_to_piece(i) == "<turn>" else gguf.TokenType.NORMAL
+        for i in range(len(pieces))
+    ]  # fmt: skip
+    unused = [f"<unused{i}>" for i in range(VOCAB - len(pieces))]
+    changes = change(
+        tokenizer__ggml__model="llama", tokenizer__ggml__tokens=[*map(pieces.id_to_piece, range(len(pieces))), *unused],
+        tokenizer__ggml__scores=[*map(pieces.get_score, range(len(pieces))), *(-1000.0 for _ in unused)],
+        tokenizer__ggml__token_type=[int(kind) for kind in kinds] + [5] * len(unused),
+        tokenizer__ggml__bos_token_id=pieces.bos_id(), tokenizer__ggml__eos_token_id=pieces.eos_id(),
+        tokenizer__ggml__unknown_token_id=pieces.unk_id(), tokenizer__ggml__add_space_prefix=spaced,
+    )  # fmt: skip
+    write_gguf(tmp_path / "tiny.gguf", "llama", change=changes)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("test", str(tmp_path / "tiny.gguf"), Path()))
+    texts = (TEXT, "foxes  watch   1234\n\n\tdogs", "日本語 ★", "a<turn>lazy dog<turn>", "the ", "")
+    # A first space of a text's own is, as in transformers' LlamaTokenizer, the one that is put before it.
+    for text in (*texts, *(() if spaced else (" the",))):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[0] == pieces.bos_id()
+        assert ids[1:] == pieces.encode(text), text
+        assert tokenizer.decode(ids[1:]) == pieces.decode(ids[1:]), text
 
 
 def test_llama_3s_rope_scaling_is_read_from_its_factors(tmp_path: Path) -> None:

@@ -31,13 +31,25 @@ LLAMA3_FACTORS = (8.0, 32.0)
 @dataclass(frozen=True)
 class Family:
     """What a GGUF architecture is in Hugging Face's words. interleaved: rows of the query and key projections are kept
-    in pairs (see `halves_apart`)."""
+    in pairs (see `halves_apart`); norm_offset: how much more than Hugging Face's the norms' weights are; large: the
+    number of layers of the model whose queries are scaled by the hidden size for each head (of Gemma, of which the file
+    does not say it; see llama.cpp's `f_attention_scale`)."""
 
     model_type: str
     interleaved: bool = False
+    norm_offset: float = 0.0
+    large: int = 0
 
 
-FAMILIES = {"llama": Family("llama", interleaved=True), "qwen2": Family("qwen2"), "qwen3": Family("qwen3")}
+FAMILIES = {
+    "gemma2": Family("gemma2", norm_offset=1.0, large=46),
+    "gemma3": Family("gemma3_text", norm_offset=1.0, large=62),
+    "llama": Family("llama", interleaved=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+}
+# The frequencies of Gemma 3's layers with a sliding window, and which layers these are: all but every sixth.
+LOCAL_THETA, WINDOW_PATTERN = 10_000.0, 6
 
 
 def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -51,15 +63,17 @@ def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
 @dataclass(frozen=True)
 class GgufTensor(BytesOfFile):
     """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; heads: of
-    interleaved rows how many heads they are of, else 0."""
+    interleaved rows how many heads they are of, else 0; offset: what is taken off its values."""
 
     kind: int
     heads: int = 0
+    offset: float = 0.0
 
     def read(self) -> np.ndarray:
         gguf = import_gguf(self.file)
         raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
-        values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind)).astype(self.dtype, copy=False)
+        values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
+        values = (values - np.float32(self.offset) if self.offset else values).astype(self.dtype, copy=False)
         return halves_apart(values, self.heads) if self.heads else values
 
 
@@ -148,7 +162,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
     if embedding is None:
         raise InputError(file.path, "has no tensor token_embd.weight; expected a whole model")
     values: dict[str, Any] = {
-        "architectures": [architecture.config_class.replace("Config", "ForCausalLM")],
+        "architectures": [architecture.config_class.removesuffix("Config").removesuffix("Text") + "ForCausalLM"],
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": file.value(".feed_forward_length", int),
@@ -163,6 +177,8 @@ def write_config(file: GgufFile, folder: Path) -> None:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": str(embedding.dtype),
     }
+    if FAMILIES[file.family].norm_offset:
+        values |= _gemma_settings(file, values)
     biased = "blk.0.attn_q.bias" in file.tensors
     if "attention_bias" in architecture.keys and biased:
         values["attention_bias"] = True
@@ -173,6 +189,29 @@ def write_config(file: GgufFile, folder: Path) -> None:
         transformers.GenerationConfig(**ends).save_pretrained(folder)
     except (ValueError, TypeError) as error:
         raise InputError(file.path, f"its settings make no config ({' '.join(str(error).split())[:200]})") from None
+
+
+def _gemma_settings(file: GgufFile, common: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Gemma's config says besides, and otherwise than those of other families. Soft caps and windows that the
+    file does not name are those of the config's class."""
+    is_large = common["num_hidden_layers"] == FAMILIES[file.family].large
+    per_head = common["hidden_size"] // max(common["num_attention_heads"], 1)
+    values: dict[str, Any] = {"query_pre_attn_scalar": per_head if is_large else common["head_dim"]}
+    keys = {
+        "attn_logit_softcapping": (".attn_logit_softcapping", float),
+        "final_logit_softcapping": (".final_logit_softcapping", float),
+        "sliding_window": (".attention.sliding_window", int),
+    }
+    for name, (key, kind) in keys.items():
+        if f"{file.family}{key}" in file.metadata:
+            values[name] = file.value(key, kind)
+    if file.family == "gemma3":
+        pattern = file.value(".attention.sliding_window_pattern", int, WINDOW_PATTERN)
+        kinds = ("sliding_attention", "full_attention")
+        values["layer_types"] = [kinds[(i + 1) % pattern == 0] for i in range(common["num_hidden_layers"])]
+        local = {"rope_type": "default", "rope_theta": file.value(".rope.freq_base_swa", float, LOCAL_THETA)}
+        values["rope_parameters"] = {"full_attention": common["rope_parameters"], "sliding_attention": local}
+    return values
 
 
 def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
@@ -353,10 +392,15 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
         _check_kind(file, name)
     heads = file.value(".attention.head_count", int)
     interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", int, heads)}
-    if not FAMILIES[file.family].interleaved:
+    family = FAMILIES[file.family]
+    if not family.interleaved:
         interleaved = {}
     return {
-        own[name]: replace(tensor, heads=interleaved.get(name.split(".")[-2], 0))
+        own[name]: replace(
+            tensor,
+            heads=interleaved.get(name.split(".")[-2], 0),
+            offset=family.norm_offset if own[name].endswith("norm.weight") else 0.0,
+        )
         for name, tensor in file.tensors.items()
         if name in own
     }
@@ -380,7 +424,7 @@ def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
     table = {
         name: {
             "dtype": str(one.dtype), "shape": one.shape, "kind": one.kind, "start": one.start, "stop": one.stop,
-            "heads": one.heads,
+            "heads": one.heads, "offset": one.offset,
         }
         for name, one in tensors.items()
     }  # fmt: skip
@@ -397,7 +441,7 @@ def open_gguf(path: Path, file: Path) -> Folder:
         {
             name: GgufTensor(
                 mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), row["start"], row["stop"], row["kind"],
-                row["heads"],
+                row["heads"], row["offset"],
             )
             for name, row in table.items()
         },
