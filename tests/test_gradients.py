@@ -105,6 +105,33 @@ def test_density_gradients_end_at_the_interval_s_ends() -> None:
     np.testing.assert_allclose(slope, expected, rtol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["ties", "dare_ties", "sce"])
+def test_a_density_outside_of_the_interval_changes_nothing(name: str) -> None:
+    """As differences say: a merge is the same at all densities above 1, and at all below 0."""
+    method, models = METHODS[name], make_models(SHAPE, 2)
+    options = replace(method.options, rescale="density") if name == "dare_ties" else method.options
+    numbers, density = numbers_of(name, 2), method.density.name if method.density is not None else ""
+    prepared = tabulate(method, options, models, numbers, DRAWS)
+    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+
+    @jax.jit
+    def total(parameters: Any) -> jax.Array:
+        statistics = look_up_differentiable(method, table, parameters)
+        sources = tuple(map(jnp.asarray, models))
+        return jnp.sum(jnp.square(combine_differentiable(method, options, sources, keys, statistics, parameters)))
+
+    slopes = jax.jit(jax.grad(total))
+    for outside, end in ((1.3, 1.0), (1.004, 1.0), (-0.2, 0.0)):
+        at, moved, last = (
+            on_device(numbers | {density: np.full_like(numbers[density], value)})
+            for value in (outside, outside + np.sign(outside) * 0.3, end)
+        )
+        assert total(at) == total(moved) == total(last)
+        found = slopes(at)
+        np.testing.assert_array_equal(found[density], np.zeros_like(numbers[density]))
+        assert all(np.isfinite(one).all() for one in jax.tree.leaves(found))
+
+
 def test_the_grid_is_straight_through() -> None:
     values = jnp.array([0.0, 0.12345, 0.9999])
     np.testing.assert_array_equal(on_grid(values), np.float32([0.0, 0.123, 1.0]))

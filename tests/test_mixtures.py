@@ -232,6 +232,17 @@ def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) ->
     assert_same_weights(merge(tmp_path, {"merge_method": "linear", "models": rows}), plain)
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_other_numbers_of_experts_are_no_parents_of_one_merge(kind: str, tmp_path: Path) -> None:
+    key = "num_local_experts" if kind == "mixtral" else "num_experts"
+    folders = [save(random_model(tiny_config(kind, **{key: count})), tmp_path / str(count)) for count in (4, 3)]
+    rows = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    with pytest.raises(InputError, match=r"3: does not hold the same tensors as .*4: .*experts\.3\."):
+        merge(tmp_path, {"merge_method": "linear", "models": rows})
+    with pytest.raises(InputError, match=r"3: (has no tensor .*experts|.* has shape)"):
+        open_sources(folders)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

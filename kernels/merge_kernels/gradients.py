@@ -5,7 +5,7 @@ parameter. Weights, scales and fractions are differentiated by JAX, with the mas
 density selects entries: the merge is a step function of it. Its derivative here is the difference quotient of the
 merged tensor between the densities `HALF_WIDTH` below and above (fewer where the interval [0, 1] ends), with the
 thresholds and norms that the tables have there: exact for the effect of those entries whose rank lies in between, to
-first order in the loss.
+first order in the loss. A density outside of [0, 1] keeps what the nearer end keeps, so that its derivative is zero.
 """
 
 from collections.abc import Mapping
@@ -110,7 +110,10 @@ def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array
         jax.lax.map(effect, (jax.tree.map(moved, dict(statistics.at), dict(side)), moved(density, value)))
         for side, value in ((statistics.below, statistics.low), (statistics.above, statistics.high))
     )
-    slopes = (above - below) / (statistics.high - statistics.low)
+    inside = (density >= 0) & (density <= 1)
+    # Further outside than HALF_WIDTH both are the same end.
+    width = jnp.where(inside, statistics.high - statistics.low, 1.0)
+    slopes = jnp.where(inside, (above - below) / width, 0.0)
     return None, None, None, gradients | {name: slopes.reshape(density.shape)}
 
 

@@ -471,7 +471,7 @@ def _task_vectors(
         if sparsifier is not None and options.rescale == "l1":
             factors = factors * statistics["l1_scale"]
         elif sparsifier is not None and options.rescale == "density":
-            factors = factors / jnp.maximum(parameters["density"], 1.0 / KEY_LEVELS)
+            factors = factors / jnp.clip(parameters["density"], 1.0 / KEY_LEVELS, 1.0)
 
         def weighted(k: Any) -> jax.Array:
             keep_key = keep_keys[k] if random else None
