@@ -60,7 +60,7 @@ def write_adapters(folder: Path, base: Path, count: int, rank: int) -> list[str]
                 a, b = (rng.normal(0, 0.02, shape) for shape in ((rank, inputs), (outputs, rank)))
                 factors[name] = a.astype(np.float32), b.astype(np.float32)
         (folder / str(k)).mkdir()
-        write_adapter(folder / str(k), str(base), rank, factors, {}, embedding.tensor)
+        write_adapter(folder / str(k), str(base), rank, factors, {}, {embedding.tensor})
         references.append(f"{base}+{folder / str(k)}")
     return references
 

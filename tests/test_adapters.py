@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ import peft
 import pytest
 import torch
 import yaml
-from helpers import Family, edit_json, random_model, random_records, save, state, tiny_config, write_lines
+from helpers import Family, edit_json, finetune, random_model, random_records, save, state, tiny_config, write_lines
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 import evojax_merge as em
 from evojax_merge.checkpoints.adapters import ADAPTER_FILE
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
 from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.errors import InputError
-from evojax_merge.mergekit.as_adapter import low_rank_factors
+from evojax_merge.mergekit.as_adapter import low_rank_factors, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.stages import prepare_stream
+from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.models.sources import lazy_merge
 
 ATTENTION = ["q_proj", "v_proj"]
@@ -316,6 +319,65 @@ def test_factors_are_those_of_the_singular_value_decomposition() -> None:
     assert not (b @ a).any()
 
 
+def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe: Any) -> None:
+    """The adapter of a merge of one parent with its base."""
+    models = [{"model": str(parent), "parameters": {"weight": 0.5}}]
+    document = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
+    with prepare_stream(parse_stream(out.with_suffix(".yaml"), [document | recipe]), out) as stream_plan:
+        prepare_adapter(stream_plan, rank)
+        write_as_adapter(stream_plan.result, out, rank=rank, card="")
+
+
+GPT2_SIZES = {"n_embd": 24, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2, untied", "mixtral", "qwen3_moe"])
+def test_adapters_of_other_layouts_are_what_peft_reads(kind: str, tmp_path: Path) -> None:
+    """Transposed weights and positions of GPT-2, experts of mixtures."""
+    tied = {} if kind == "gpt2" else {"tie_word_embeddings": False}
+    config = GPT2Config(**GPT2_SIZES, **tied) if kind.startswith("gpt2") else tiny_config(kind)
+    model = random_model(config)
+    base, parent = save(model, tmp_path / "base"), save(finetune(model, 1), tmp_path / "parent")
+    written_as_adapter(base, parent, tmp_path / "out", rank=20)
+    with warnings.catch_warnings():
+        # Of keys that the model lacks, or that it has and the adapter lacks.
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        torch_base = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        merged = peft.PeftModel.from_pretrained(torch_base, tmp_path / "out").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    own, theirs, start, other = read(str(tmp_path / "out")), state(tmp_path / "merged"), state(base), state(parent)
+    assert set(own) == set(start)
+    for name, values in own.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=2e-6, err_msg=name)
+        # What is left out of a matrix is less than what is in.
+        half = (start[name] + other[name]) / 2
+        assert np.linalg.norm(values - half) < 0.7 * np.linalg.norm(half - start[name]) or np.array_equal(
+            half, start[name]
+        )
+
+
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl"])
+def test_an_adapter_of_a_larger_model_changes_its_text_decoder(kind: str, tmp_path: Path) -> None:
+    from test_text_decoders import larger_model, save_with_noise
+
+    model = larger_model(kind)
+    base, parent = (save_with_noise(model, tmp_path / name, seed) for seed, name in enumerate(("base", "parent")))
+    written_as_adapter(base, parent, tmp_path / "out", rank=8, other_modules=str(base))
+    torch_base = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(torch_base, tmp_path / "out").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    own, theirs, start = read(str(tmp_path / "out")), state(tmp_path / "merged"), state(base)
+    changed = {name for name in own if not np.array_equal(own[name], start[name])}
+    for name, values in own.items():
+        np.testing.assert_allclose(values, theirs[name], rtol=1e-5, atol=2e-6, err_msg=name)
+    assert changed and not any("vision" in name or "visual" in name for name in changed)
+    assert {name.rpartition("layers.")[2] for name in changed if "layers.1." in name} == {
+        name.rpartition("layers.")[2]
+        for name in start
+        if "layers.1." in name and not ("vision" in name or "visual" in name)
+    }
+
+
 def test_an_export_that_can_be_no_adapter_is_refused(
     family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,13 +387,12 @@ def test_an_export_that_can_be_no_adapter_is_refused(
     (run / "history.jsonl").write_text("")
     models = [{"model": str(parent), "parameters": {"weight": 0.5}} for parent in family.parents]
     linear, based = {"merge_method": "linear", "models": models}, {"base_model": str(family.base)}
-    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 8, "vocab_size": 16}
-    gpt2 = str(save(GPT2LMHeadModel(GPT2Config(**sizes)), tmp_path / "gpt2"))
-    of_gpt2 = {"merge_method": "linear", "base_model": gpt2, "models": [{"model": gpt2, "parameters": {"weight": 1}}]}
+    moe = str(save(random_model(tiny_config("qwen2_moe")), tmp_path / "moe"))
+    of_moe = {"merge_method": "linear", "base_model": moe, "models": [{"model": moe, "parameters": {"weight": 1}}]}
     for recipe, options, says in (
         (linear, ("--as", "adapter", "--rank", 4), "base_model"),
         (linear | based | {"merge_method": "ties"}, ("--as", "adapter", "--rank", 25), "at most 24"),
-        (of_gpt2, ("--as", "adapter", "--rank", 2), "other names or shapes"),
+        (of_moe, ("--as", "adapter", "--rank", 2), "qwen2_moe: PEFT cannot tell its shared expert"),
         (linear, ("--as", "adapter"), "--rank: missing"),
         (linear, ("--rank", 4), "--rank: only --as adapter"),
     ):
@@ -426,6 +487,8 @@ def test_references_that_name_no_adapter_are_refused(lora: tuple[Path, Path], fa
         (f"{family.base}+{tmp_path / 'nothing'}", "no such folder"),
         (f"{family.base}+{family.base}", "holds no adapter_config.json"),
         (f"{lora[0]}+{lora[0]}", "is an adapter"),
+        (f"{family.base}+{lora[0]}+{lora[0]}", "expected one adapter behind a base"),
+        ("owner/base+owner/one+owner/two", "expected one adapter behind a base"),
     ):
         with pytest.raises(InputError, match=says) as caught:
             resolve_model("recipe.yaml", reference, Path())

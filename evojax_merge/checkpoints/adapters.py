@@ -11,7 +11,7 @@ to the base's dtype once.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
@@ -286,6 +287,8 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     """
     config = read_adapter_config(adapter)
     tensors = _read_tensors(adapter)
+    decoder = decoder_of(base)
+    names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
     replaced: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -298,15 +301,15 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
         else:
-            name = _find(base, tensor, key, inner.replace(".base_layer.", "."))
+            name = _find(base, names, tensor, key, inner.replace(".base_layer.", "."))
             _check_saved(base, config, name, tensor, key)
             # peft also saves what it only wraps, such as an embedding with an adapter.
             if ".base_layer." not in inner or not _equal(tensor, base.entries[name]):
                 replaced[name] = tensor
     own = {**base.entries, **replaced}
     for module, parts in modules.items():
-        name = _find(base, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
-        own[name] = _adapted(config, module, name, own[name], parts)
+        name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
+        own[name] = _adapted(config, module, name, own[name], parts, _is_transposed(config, decoder, name))
     return Folder(path, own)
 
 
@@ -328,9 +331,11 @@ def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
-def _find(base: Folder, tensor: Tensor, key: str, name: str) -> str:
-    """The base's name of a tensor that PEFT calls `name`: checkpoints of some families leave out the first part."""
-    found = next((one for one in (name, name.partition(".")[2]) if one in base.entries), None)
+def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name: str) -> str:
+    """The base's name of a tensor that PEFT calls `name`: checkpoints of some families leave out the first part; names:
+    of a decoder in memory -> in the file."""
+    candidates = (name, names.get(name), name.partition(".")[2])
+    found = next((one for one in candidates if one is not None and one in base.entries), None)
     if found is None:
         raise InputError(
             tensor.file, f"{key}: the base {base.path} has no tensor {name}; expected an adapter of this base"
@@ -360,7 +365,19 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
         )  # fmt: skip
 
 
-def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+def _is_transposed(config: AdapterConfig, decoder: DecoderFolder, name: str) -> bool:
+    """Whether a base keeps a linear module's weight as [in, out]: PEFT believes the module before it believes the
+    adapter. name: in the file."""
+    architecture = known_architecture(decoder.config.get("model_type"))
+    if architecture is None:
+        return config.fan_in_fan_out
+    leaf = architecture.leaf_of(decoder.names.of_architecture(name))
+    return leaf is not None and leaf.transposed
+
+
+def _adapted(
+    config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor], is_transposed: bool
+) -> Tensor:
     """One weight with its adapter. Raises InputError where the parts do not fit each other or the weight."""
     embedding = any(part.startswith("lora_embedding") for part in parts)
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -373,7 +390,7 @@ def _adapted(config: AdapterConfig, module: str, name: str, base: Tensor, parts:
             config.path, f"target_modules: do not name {module}, of which {file.name} holds an adapter; peft would "
             "leave it out",
         )  # fmt: skip
-    transposed = embedding or config.fan_in_fan_out
+    transposed = embedding or is_transposed
     rank, shape = config.rank_of(module), base.shape
     if len(shape) != 2:
         raise InputError(file, f"{PREFIX}{module}: adapts {name} of shape {list(shape)}; expected a matrix")
@@ -401,13 +418,15 @@ def write_adapter(
     rank: int,
     factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
     replaced: Mapping[str, np.ndarray],
-    embedding: str,
+    embeddings: Collection[str],
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write an adapter as PEFT does, with a scale of 1.
 
-    base: what names the model that it is of. factors: of each adapted weight, by the base's name of it, `A [rank, in]`
-    and `B [out, rank]` of the difference; replaced: tensors that take the place of the base's. embedding: the name of
-    the weight that tokens look their rows up in.
+    base: what names the model that it is of. factors: of each adapted weight, by transformers' name of it, `A
+    [rank, in]` and `B [out, rank]` of the difference; replaced: tensors that take the place of the base's. embeddings:
+    the names of the weights that tokens and positions look their rows up in; fan_in_fan_out: whether the base keeps
+    those of its linear modules as `[in, out]`.
     """
     tensors: dict[str, np.ndarray] = {}
     targets, saved = set(), set()
@@ -416,7 +435,7 @@ def write_adapter(
         targets.add(module)
         # An embedding's weight is [rows, hidden], of which PEFT keeps the transposed factors.
         embedded = {"lora_embedding_A": b.T, "lora_embedding_B": a.T}
-        parts = embedded if name == embedding else {"lora_A.weight": a, "lora_B.weight": b}
+        parts = embedded if name in embeddings else {"lora_A.weight": a, "lora_B.weight": b}
         tensors |= {f"{PREFIX}{module}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}
     biased = False
     for name, values in replaced.items():
@@ -429,7 +448,8 @@ def write_adapter(
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "all" if biased else "none",
-        "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None, "fan_in_fan_out": False,
+        "target_modules": sorted(targets), "modules_to_save": sorted(saved) or None,
+        "fan_in_fan_out": fan_in_fan_out,
     }  # fmt: skip
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})

@@ -56,6 +56,9 @@ LARGER_MODELS = {
     "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
     "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
 }  # fmt: skip
+# What transformers calls the text decoder in these models, whatever their files do, and in all others.
+DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
+DECODER_PREFIX = "model.language_model."
 # Decoders that scale or cap their logits, which transformers' larger models leave out.
 MAPPED_LOGITS = {"cohere2", "gemma2", "granite"}
 

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.config_file import (
+    DECODER_PREFIX,
+    DECODER_PREFIXES,
     MAPPED_LOGITS,
     NO_CONFIG,
     check_unquantised,
@@ -143,6 +145,15 @@ class DecoderFolder(Folder):
                 "another text decoder",
             )
         return read_decoder_config(self.where, self.config)
+
+    def in_memory(self, tensor: str) -> str:
+        """What transformers calls a tensor of the decoder, by the architecture's name of it."""
+        if not self.is_part:
+            return tensor
+        if tensor == self.names.own_head:
+            return LM_HEAD
+        prefix = DECODER_PREFIXES.get(self.whole.config["model_type"], DECODER_PREFIX)
+        return prefix + tensor.removeprefix(self.names.own_body)
 
     def whole_config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json with other settings of the decoder."""

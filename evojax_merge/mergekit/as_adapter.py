@@ -20,11 +20,7 @@ from evojax_merge.checkpoints.writer import CARD, atomic_folder, write_marker
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
-from evojax_merge.models.architecture import known_architecture, model_types
-
-# Architectures with other modules than linear ones and one embedding: GPT-2 has weights `[in, out]`, and an embedding
-# for each position.
-OTHER_MODULES = ("gpt2",)
+from evojax_merge.models.architecture import ROUTER, find_architecture, known_architecture, model_types
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,8 @@ class RankError:
 def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """The factors `A float32[rank, in]` and `B float32[out, rank]` of the nearest matrix of that rank.
 
-    difference: float `[out, in]`, with rank at most its smaller side. The singular vectors are those of the smaller
-    Gram matrix, in float64.
+    difference: float `[out, in]`; a rank above its smaller side fills the factors up with zeros. The singular vectors
+    are those of the smaller Gram matrix, in float64.
     """
     wide = difference.astype(np.float64)
     tall = wide.shape[0] >= wide.shape[1]
@@ -64,7 +60,8 @@ def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.
     sizes = np.linalg.norm(b if tall else a, axis=0 if tall else 1)
     root = np.sqrt(np.where(sizes > 0, sizes, 1))
     a, b = (a * root[:, None], b / root) if tall else (a / root[:, None], b * root)
-    return a.astype(np.float32), b.astype(np.float32)
+    more = rank - len(a)
+    return np.pad(a, ((0, more), (0, 0))).astype(np.float32), np.pad(b, ((0, 0), (0, more))).astype(np.float32)
 
 
 def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
@@ -85,16 +82,16 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             base.path,
             f"model_type is {kind}, of which no adapter can be written; expected one of {', '.join(model_types())}",
         )
-    # In memory a layer's experts are one module, whatever the files hold.
-    experts = any(leaf.has_experts for leaf in architecture.leaves)
-    if base.is_part or experts or architecture.model_type in OTHER_MODULES:
+    if architecture.no_adapter:
+        raise InputError("--as adapter", f"{architecture.model_type}: {architecture.no_adapter}; expected --as model")
+    leader = merge_plan.leader
+    if leader.other_modules and leader.path != base.path:
         raise InputError(
-            "--as adapter", f"PEFT has other names or shapes for the weights of {base.path} "
-            f"({shown(base.whole.config.get('model_type'))}) than its files; expected a plain decoder, or --as model",
+            recipe.where, f"other_modules: those of {leader.path}, and the base is {base.path}; an adapter changes no "
+            "modules but the base's: expected other_modules: base",
         )  # fmt: skip
-    named = merge_plan.leader.names
-    for name, spec in merge_plan.specs.items():
-        entry = base.whole.entries.get(base.names.in_file(named.of_architecture(name)))
+    for name, tensor in _decoder_tensors(merge_plan).items():
+        spec, entry = merge_plan.specs[name], base.entries.get(tensor)
         if entry is None or entry.shape != spec.shape:
             found = "no such tensor" if entry is None else f"{list(entry.shape)}"
             raise InputError(
@@ -103,7 +100,9 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             )  # fmt: skip
         if len(spec.shape) > 2:
             raise InputError("--as adapter", f"{name} has shape {list(spec.shape)}; expected matrices and vectors")
-        if len(spec.shape) == 2 and min(spec.shape) < rank:
+        leaf = architecture.leaf_of(tensor)
+        routes = leaf is not None and leaf.component == ROUTER
+        if len(spec.shape) == 2 and min(spec.shape) < rank and not routes:
             raise InputError(
                 "--rank", f"{rank}; expected at most {min(spec.shape)}, the smaller side of {name} {list(spec.shape)}"
             )
@@ -114,6 +113,12 @@ def _base(merge_plan: MergePlan) -> DecoderFolder:
     recipe = merge_plan.recipe
     assert recipe.base is not None
     return merge_plan.sources.folders[recipe.models.index(recipe.base)]
+
+
+def _decoder_tensors(merge_plan: MergePlan) -> dict[str, str]:
+    """The tensors that are merged: their names in the merged model's files -> those of the architecture."""
+    leader = merge_plan.leader
+    return {name: leader.names.of_architecture(name) for name in merge_plan.specs if name not in leader.other_modules}
 
 
 def write_as_adapter(
@@ -128,30 +133,39 @@ def write_as_adapter(
 ) -> RankError:
     """Merge, and write the difference to the base as an adapter folder that appears complete or not at all. The merge
     is one of `prepare_adapter`."""
-    base, named = _base(merge_plan), merge_plan.leader.names
-    embedding = named.in_file(merge_plan.sources.token_tensors.embedding)
+    base, tensors = _base(merge_plan), _decoder_tensors(merge_plan)
+    architecture = find_architecture(base.config["model_type"])
+    leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
     factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     replaced: dict[str, np.ndarray] = {}
     errors: dict[str, tuple[float, float]] = {}
-    names = list(merge_plan.specs)
+    names = list(tensors)
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            own = base.whole.read(base.names.in_file(named.of_architecture(name)))
-            if is_float(own.dtype) and not np.array_equal(merged.astype(np.float32), own.astype(np.float32)):
-                if own.ndim == 2:
-                    difference = merged.astype(np.float32) - own.astype(np.float32)
-                    a, b = factors[name] = low_rank_factors(difference, rank)
-                    errors[name] = float(np.linalg.norm(difference - b @ a)), float(np.linalg.norm(difference))
-                else:
-                    replaced[name] = merged
-            base.whole.release(base.names.in_file(named.of_architecture(name)))
+            leaf, own = leaves[tensors[name]], base.read(tensors[name])
+            key = base.in_memory(tensors[name])
+            differs = is_float(own.dtype) and not np.array_equal(merged.astype(np.float32), own.astype(np.float32))
+            # In memory the experts of a layer are one parameter, for which PEFT wants the factors of all.
+            together = leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
+            if own.ndim == 2 and (differs or together):
+                difference = merged.astype(np.float32) - own.astype(np.float32)
+                difference = difference.T if leaf is not None and leaf.transposed else difference
+                a, b = factors[key] = low_rank_factors(difference, rank)
+                if differs:
+                    errors[key] = float(np.linalg.norm(difference - b @ a)), float(np.linalg.norm(difference))
+            elif differs:
+                replaced[key] = merged
+            base.release(tensors[name])
             progress(merge_plan.specs[name].nbytes)
-        if not factors:
+        if not errors:
             raise InputError(target, f"no matrix of the merge differs from {base.path}; an adapter would be empty")
-        write_adapter(folder, reference_to(base.path), rank, factors, replaced, embedding)
+        embeddings = {base.in_memory(leaf.tensor) for leaf in architecture.leaves if leaf.component == "embedding"}
+        transposed = any(leaf.transposed for leaf in architecture.leaves)
+        write_adapter(folder, reference_to(base.path), rank, factors, replaced, embeddings, transposed)
         (folder / CARD).write_text(card, encoding="utf-8")
         write_marker(folder)
-    return _rank_error(errors, embedding in factors and bool(base.config.get("tie_word_embeddings", False)))
+    embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
+    return _rank_error(errors, embedding in errors and bool(base.config.get("tie_word_embeddings", False)))
 
 
 def _rank_error(errors: dict[str, tuple[float, float]], changes_tied_head: bool) -> RankError:

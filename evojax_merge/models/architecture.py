@@ -7,6 +7,7 @@ recipes, the export) asks the architecture, and has no branch for any of them.
 Letters: L layers of a stack, B rows of T tokens. Weights keep Hugging Face's orientation `[out, in]`.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -42,7 +43,8 @@ class Leaf:
     residual stream is proportional to it (together with the others of whom that is said), so that a layer path's
     scale can be folded into it: to an output projection, or to the gain of the norm behind it. gain_offset: what is
     added to it before it multiplies; 1 for a norm that stores its gain less one, and it is that gain which is scaled.
-    present_if: whether a model of a config has it.
+    transposed: whether it is a linear module's weight that is kept `[in, out]` (transformers' Conv1D). present_if:
+    whether a model of a config has it.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Leaf:
     sharded_axis: int | None = None
     writes_residual: bool = False
     gain_offset: float = 0.0
+    transposed: bool = False
     present_if: Callable[[Any], bool] = lambda config: True
 
     @property
@@ -100,6 +103,8 @@ class Architecture:
 
     buffers: ends of the names of what earlier files hold beside the tensors, and no forward pass reads.
 
+    no_adapter: why PEFT has no adapters of all its matrices, where it has none.
+
     packed: tensors of other files, by their names there, and the leaves that each of them holds, one above the other:
     `[E, …]` for all experts where these have tensors of their own.
 
@@ -123,6 +128,7 @@ class Architecture:
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
     filters: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +140,10 @@ class Architecture:
         """The leaf of that name, if there is one."""
         return next((leaf for leaf in self.leaves if leaf.name == name), None)
 
+    def leaf_of(self, tensor: str) -> Leaf | None:
+        """The leaf that a tensor of the file is of, by its name; None: of none."""
+        return next((leaf for leaf in self.leaves if _pattern(leaf.tensor).fullmatch(tensor)), None)
+
     @property
     def components(self) -> tuple[str, ...]:
         """The components of a layer, in the order of the recipe's component axis."""
@@ -144,6 +154,12 @@ class Architecture:
     def shared(self) -> tuple[Leaf, ...]:
         """The leaves outside of the layers, whether or not a model has them."""
         return tuple(leaf for leaf in self.leaves if leaf.stack is None)
+
+
+@cache
+def _pattern(tensor: str) -> re.Pattern[str]:
+    """Of the names of a leaf's tensors."""
+    return re.compile(re.sub(r"\\\{(?:layer|expert)\\\}", r"\\d+", re.escape(tensor)))
 
 
 def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: Mapping[str, str]) -> str | None:

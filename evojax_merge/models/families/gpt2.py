@@ -40,7 +40,7 @@ def _layer_leaves() -> tuple[Leaf, ...]:
         rows += [
             Leaf(
                 name, f"{layer}{module}.weight", component, shape, sharded_axis=-2 if writes else -1,
-                writes_residual=writes,
+                writes_residual=writes, transposed=True,
             ),
             Leaf(f"{name}_bias", f"{layer}{module}.bias", component, shape[1:], writes_residual=writes),
         ]  # fmt: skip

@@ -2,6 +2,7 @@
 of it as a gate of its own lets through."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from evojax_merge.models.architecture import LAYERS, Leaf
@@ -30,7 +31,7 @@ def read(hf: Mapping[str, Any]) -> MixtureConfig:
     )
 
 
-QWEN2_MOE = mixture_of_experts(
+_QWEN2_MOE = mixture_of_experts(
     "qwen2_moe",
     "Qwen2MoeConfig",
     (
@@ -48,3 +49,5 @@ QWEN2_MOE = mixture_of_experts(
     QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
     read,
 )  # fmt: skip
+# PEFT looks for a projection of the shared expert among the experts, whose projections have the same names.
+QWEN2_MOE = replace(_QWEN2_MOE, no_adapter="PEFT cannot tell its shared expert from its experts")
