@@ -338,13 +338,16 @@ def _minibatches(
     where: str, config: Config, strategy: Strategy, searched: Sequence[Task], lengths: Callable[[Task], np.ndarray]
 ) -> list[list[Task]]:
     """The tasks that a strategy differentiates, in minibatches of their examples; none of a strategy that is told no
-    gradients. Raises InputError for a goal that is not differentiable, and where a minibatch has no example."""
+    gradients. Raises InputError for a space without a differentiable parameter, for a goal that is not differentiable,
+    and where a minibatch has no example."""
     what = differentiates(strategy)
     if what is None:
         return []
-    if config.data_flow is not None:
+    if config.data_flow is not None and config.data_flow.scales == "none":
         raise InputError(
-            f"{where}: search.strategy", f"{strategy.name}: a layer path has no gradient; take cma_es, or another space"
+            f"{where}: search.strategy",
+            f"{strategy.name}: which layers a path takes has no gradient, and scales: none leaves nothing that has "
+            "one; take other scales, or path_ga (form: moves) or cma_es for the layers",
         )
     weighted = [(i, task) for i, task in enumerate(searched) if task.weight > 0]
     smooth = [_smooth(f"{where}: tasks[{i}]", task, what, strategy) for i, task in weighted]

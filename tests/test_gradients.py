@@ -249,7 +249,7 @@ def test_a_gradient_pass_keeps_a_state_per_layer(tmp_path: Path) -> None:
         setting = Setting(build_family(tmp_path / str(layers), tiny_config(num_hidden_layers=layers)), "linear")
         evaluator = setting.evaluator([setting.tasks[0]], per_batch=1024)
         (batched_task,) = evaluator.batched_tasks
-        population = evaluation.DifferentiablePopulation(
+        population = evaluation.DifferentiableMerges(
             passes.DifferentiableFactory(setting.spec, "float32"), setting.bank, plain(setting.recipes)
         )
         temporaries.append(evaluator._gradient_temporaries(population, batched_task, 1))
@@ -377,6 +377,7 @@ def history(folder: Path) -> bytes:
             ("likelihood", {"strategy": "gradient", "population": 2, "gradient": {"minibatches": 3}}),
             ("multiple_choice", {"strategy": "gradient", "seeds": ["parents"]}),
             ("exact_match", {"strategy": "hybrid", "population": 4, "gradient": {"generations": 3}}),
+            ("path", {"strategy": "gradient", "population": 2, "gradient": {"minibatches": 2}}),
         ],
         1,
     ),
@@ -386,7 +387,9 @@ def test_a_search_by_gradients_that_was_stopped_is_the_same_search(
 ) -> None:
     if kind == "multiple_choice":
         search = search | {"generations": 4}
-    whole = document(family, kind, **search)
+    whole = document(family, "likelihood" if kind == "path" else kind, **search)
+    if kind == "path":
+        whole["space"], whole["data_flow"] = None, {"moves": 3, "window": 2}
     if kind == "multiple_choice":
         whole["tasks"][0]["metric"] = "margin"
         records = [
@@ -490,11 +493,12 @@ def test_a_flat_fitness_is_told(family: Family) -> None:
         em.search_pytrees(parents, lambda merged: jnp.round(merged["w"].sum()), strategy="gradient", generations=2)
 
 
-def test_a_layer_path_has_no_gradient(family: Family, tmp_path: Path) -> None:
+def test_the_layers_of_a_path_have_no_gradient(family: Family, tmp_path: Path) -> None:
+    """Its scales have one: test_path_gradients.py."""
     path = document(family, "likelihood", strategy="gradient")
     path.pop("space")
-    with pytest.raises(InputError, match="a layer path has no gradient"):
-        em.evolve(path | {"data_flow": {}}, out=tmp_path / "run")
+    with pytest.raises(InputError, match="gradient: which layers a path takes has no gradient, and scales: none"):
+        em.evolve(path | {"data_flow": {"scales": "none"}}, out=tmp_path / "run")
 
 
 def test_a_function_of_the_host_has_no_gradient() -> None:

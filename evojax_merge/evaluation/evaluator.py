@@ -189,24 +189,41 @@ class MergePopulation(Population):
 
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
+    """P candidates, to be differentiated with respect to what each has."""
+
+    def to_score(self) -> Population:
+        """The same candidates, not to be differentiated."""
+        return self
+
+    def pull_back(self, mesh: Mesh | None, candidates: Any, cotangents: Any) -> Any:
+        """The derivative with respect to candidates, float32, of what has those `cotangents` with respect to what
+        `materialise` makes of them."""
+        return cotangents
+
+
+@dataclass(frozen=True)
+class DifferentiableMerges(DifferentiablePopulation):
     """P merges of one bank, to be differentiated with respect to their recipes."""
 
     factory: DifferentiableFactory
 
-    def lazy(self) -> MergePopulation:
-        """The same merges, not to be differentiated."""
+    def to_score(self) -> MergePopulation:
         factory = LazyMergeFactory(self.factory.spec, self.factory.compute_dtype, self.factory.prefetch_layers)
         return MergePopulation(factory, self.replicated, self.candidates)
 
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype that it is computed in, as its gradient is."""
         dtype = self.factory.compute_dtype
-        return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.lazy().model_shape())
+        return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.to_score().model_shape())
 
     def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        factory, replicated, own = self.lazy().materialise(mesh, candidates)
+        factory, replicated, own = self.to_score().materialise(mesh, candidates)
         # Once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
         return factory, replicated, passes.to_dtype(own, self.factory.compute_dtype)
+
+    def pull_back(self, mesh: Mesh | None, candidates: Any, cotangents: Any) -> Recipe:
+        gradient: Recipe = passes.recipe_gradient(self.factory, mesh, self.replicated, candidates, cotangents)
+        return gradient
 
 
 @dataclass(frozen=True)
@@ -284,12 +301,16 @@ class Evaluator:
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
     ) -> tuple[TaskScores, Recipe]:
         """Score P recipes (leading axis P on every leaf), and differentiate the fitness of each with respect to its
-        numbers: a recipe of derivatives, float32. Scores are those of the tasks' fitness alone. NaN where a candidate
-        failed. Every task that counts has a derivative."""
-        recipes = jax.tree.map(np.asarray, recipes)
+        numbers: a recipe of derivatives, float32 (see `differentiated`)."""
         factory = DifferentiableFactory(spec, self.compute_dtype, self._prefetch_layers)
-        population = DifferentiablePopulation(factory, bank, recipes)
-        scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, recipes)
+        return self.differentiated(DifferentiableMerges(factory, bank, jax.tree.map(np.asarray, recipes)), progress)
+
+    def differentiated(
+        self, population: DifferentiablePopulation, progress: Progress = lambda done: None
+    ) -> tuple[TaskScores, Any]:
+        """Score P candidates, and differentiate the fitness of each with respect to what it has, float32. Scores are
+        those of the tasks' fitness alone. NaN where a candidate failed. Every task that counts has a derivative."""
+        scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, population.candidates)
         for task, share in task_weights(self.tasks):
             i = self.tasks.index(task)
             found, part = self.with_less(i, partial(self._gradient, population, share), progress)
@@ -423,9 +444,9 @@ class Evaluator:
 
     def _gradient(
         self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
-    ) -> tuple[dict[str, np.ndarray], Recipe]:
+    ) -> tuple[dict[str, np.ndarray], Any]:
         """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
-        respect to the recipes."""
+        respect to what the candidates have."""
         assert batched_task.scoring is not None
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
@@ -433,7 +454,7 @@ class Evaluator:
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if task.derivative == "nonlinear":
             # What a total counts for depends on the others, which may be in other batches.
-            totals, greedy = self._score(population.lazy(), batched_task, lambda done: None)
+            totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
         slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
         chunk = self._gradient_chunk(population, batched_task)
@@ -450,14 +471,17 @@ class Evaluator:
         self, population: DifferentiablePopulation, batched_task: BatchedTask, rows: np.ndarray, candidates: Any,
         weights: np.ndarray, totals: np.ndarray, greedy: np.ndarray, progress: Progress,
     ) -> Any:  # fmt: skip
-        """The derivative of a chunk of recipes, float32, of the sum of its totals times `weights: float32[P, S]`; fills
-        in the candidates `rows` of `totals` and `greedy`."""
+        """The derivative of a chunk of candidates, float32, of the sum of its totals times `weights: float32[P, S]`;
+        fills in the candidates `rows` of `totals` and `greedy`."""
         assert batched_task.scoring is not None
         mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
-        model = tree_nbytes(population.model_shape())
+        shape = population.model_shape()
+        model = tree_nbytes(shape)
         # A layer that is merged on the way is merged twice, and on a CPU slowly.
-        materialised = (len(scoring.batches) > 1 or not self.target.is_accelerator) and (
-            size_of(candidates) * model <= MATERIALISE_FRACTION * self.free_memory()
+        materialised = (
+            shape is not None
+            and (len(scoring.batches) > 1 or not self.target.is_accelerator)
+            and size_of(candidates) * model <= MATERIALISE_FRACTION * self.free_memory()
         )
         source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
         factory, replicated, own = source
@@ -484,7 +508,7 @@ class Evaluator:
             )
             gradient = passes.add(gradient, through)
         if materialised:
-            gradient = passes.recipe_gradient(population.factory, mesh, population.replicated, candidates, gradient)
+            gradient = population.pull_back(mesh, candidates, gradient)
         return gradient
 
     def _gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
@@ -577,7 +601,7 @@ class Evaluator:
     def _gradient_temporaries(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, chunk: int
     ) -> int | None:
-        """As `_temporaries`, of a pass that is differentiated with respect to recipes."""
+        """As `_temporaries`, of a pass that is differentiated."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
         weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
         return self._pass_bytes(passes.score_gradient.trace(*arguments, weights), prefix)

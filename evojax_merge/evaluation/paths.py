@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.evaluator import Evaluator, Progress, arrays_of, score_task
+from evojax_merge.evaluation.devices import ONE_DEVICE
+from evojax_merge.evaluation.evaluator import DifferentiablePopulation, Evaluator, Progress, arrays_of, score_task
 from evojax_merge.evaluation.passes import logprobs_from_hidden
-from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import SequenceLayout
@@ -25,9 +26,11 @@ from evojax_merge.models.paths import (
     Activations,
     LayerPath,
     PathBank,
+    PathWeights,
     embed_batch,
     embedding_and_head,
     materialise_path,
+    path_config,
     run_layers,
 )
 from evojax_merge.models.sources import StackedWeights
@@ -86,12 +89,21 @@ def _score(
     return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
 
 
+@dataclass(frozen=True)
+class PathFactory:
+    """Candidates are residual scales, float32[T], of paths through the same layers of a shared bank."""
+
+    def __call__(self, replicated: tuple[PathBank, StackedWeights, jax.Array], candidate: jax.Array) -> PathWeights:
+        return PathWeights(*replicated, candidate)
+
+
 @dataclass
 class PathEvaluator:
     """Scores populations of paths over one bank, on the requests of an evaluator.
 
     `max_length`: how many steps a path has at most. `steps_run` and `steps_requested`: layer steps that were run, and
-    that would have been run one candidate after the other, since the start.
+    that would have been run one candidate after the other, since the start. `by_config`: what differentiates models of
+    a config.
     """
 
     evaluator: Evaluator
@@ -101,6 +113,7 @@ class PathEvaluator:
     outputs: dict[Key, dict[str, list[str]]] = field(default_factory=dict)
     steps_run: int = 0
     steps_requested: int = 0
+    by_config: dict[DecoderConfig, Evaluator] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[Task]:
@@ -138,6 +151,42 @@ class PathEvaluator:
                 ]
         self.steps_requested += passes * sum(len(path.layers) for path in paths if path is not None)
         return TaskScores(matrices, outputs)
+
+    def value_and_gradient(
+        self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None
+    ) -> tuple[TaskScores, list[np.ndarray | None]]:
+        """Score P paths on the metrics that the fitness is made of, and differentiate the fitness of each with respect
+        to its scales: float64[T], NaN where a candidate failed. None, a candidate without a path, scores NaN and has
+        none.
+
+        Which layers a path takes is no number that could be differentiated. Paths through the same layers go through
+        a pass together, a layer at a time, each computed again from the state before it.
+        """
+        tasks = [task for task, _ in task_weights(self.tasks)]
+        matrices = {task.name: {task.metric: np.full((len(paths), task.size), np.nan, np.float32)} for task in tasks}
+        gradients: list[np.ndarray | None] = [None] * len(paths)
+        progress(sum(path is None for path in paths) * self.passes(1))
+        through: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        for p, path in enumerate(paths):
+            if path is not None:
+                through.setdefault((path.layers, path.embedding_parent), []).append(p)
+        for (layers, parent), members in through.items():
+            own = [path for p in members if (path := paths[p]) is not None]
+            scales = np.stack([path.residual_scales() for path in own])
+            replicated = (self.bank, embedding_and_head(self.bank, parent), jnp.asarray(layers, jnp.int32))
+            config = path_config(self.bank, layers, self.evaluator.config)
+            if config not in self.by_config:
+                # How many candidates and rows fit into a pass depends on how deep the path is.
+                self.by_config[config] = replace(self.evaluator, config=config, devices=ONE_DEVICE, chunk_sizes={})
+            population = DifferentiablePopulation(PathFactory(), replicated, scales)
+            scores, found = self.by_config[config].differentiated(population, progress)
+            for task in tasks:
+                matrices[task.name][task.metric][members] = scores.matrices[task.name][task.metric]
+            for p, path, gradient in zip(members, own, found, strict=True):
+                gradients[p] = path.scale_gradient(gradient)
+            steps = len(layers) * self.passes(len(members))
+            self.steps_run, self.steps_requested = self.steps_run + steps, self.steps_requested + steps
+        return TaskScores(matrices), gradients
 
     def _score_fresh(self, fresh: dict[Key, LayerPath], progress: Progress) -> None:
         keys = list(fresh)

@@ -8,6 +8,7 @@ to it. That is the same model (up to the norms' epsilon), and an ordinary one. W
 projections (OLMo 2), what it adds is multiplied all the same: that is then what a scale means.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -37,6 +38,12 @@ class LayerPath:
     def residual_scales(self) -> np.ndarray:
         """What each layer adds is multiplied by, float32[T]: one over the running product of scales."""
         return (1.0 / np.cumprod(np.asarray(self.scales, np.float64))).astype(np.float32)
+
+    def scale_gradient(self, gradient: np.ndarray) -> np.ndarray:
+        """float64[T]: the derivative with respect to each scale, of one with respect to each residual scale, float[T].
+        A scale divides what its layer and all that follow add: dF/ds_i = -1/s_i sum_(t >= i) r_t dF/dr_t."""
+        weighted = np.asarray(gradient, np.float64) * self.residual_scales()
+        return -np.cumsum(weighted[::-1])[::-1] / np.asarray(self.scales, np.float64)
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,50 @@ def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
     return StackedWeights(
         {LAYERS: {}}, {name: leaves[parent].astype(dtype) for name, leaves in bank.shared.items()}, bank.compute_dtype
     )
+
+
+@struct.dataclass
+class PathWeights:
+    """A path as a layer source: each layer is taken from the bank and scaled where the forward pass asks for it, so
+    that a pass can be differentiated with respect to the scales; rounding to the export dtype counts as no rounding (a
+    straight-through estimator). layers: int32[T]; residual_scales: float32[T]; ends: the embedding, final norm and
+    head."""
+
+    bank: PathBank
+    ends: StackedWeights
+    layers: jax.Array
+    residual_scales: jax.Array
+
+    @property
+    def prefetch(self) -> bool:
+        # Weights in a scan's carry would be kept for every layer.
+        return False
+
+    @property
+    def stacks(self) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {LAYERS: (self.layers, self.residual_scales)}
+
+    def layer(self, slice_: tuple[jax.Array, jax.Array]) -> Weights:
+        return self.bank.scaled_layer(*slice_)
+
+    def rows(self, name: str, ids: jax.Array) -> jax.Array:
+        return self.ends.rows(name, ids)
+
+    def leaf(self, name: str) -> jax.Array:
+        return self.ends.leaf(name)
+
+    def lm_head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
+        return self.ends.lm_head_rows(start, rows)
+
+    def head(self, slices: jax.Array) -> jax.Array:
+        return self.ends.head(slices)
+
+
+def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) -> DecoderConfig:
+    """The config of a model of these of the M layers."""
+    kinds = jax.tree.map(lambda each: np.asarray(each)[list(layers)].tolist(), bank.kinds)
+    positions = tuple(kinds.positions or ())
+    return replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions)
 
 
 @struct.dataclass
@@ -183,9 +234,7 @@ def materialise_path(
     model = StackedWeights(
         {LAYERS: stacked}, embedding_and_head(bank, path.embedding_parent).shared, bank.compute_dtype
     )
-    kinds = jax.tree.map(lambda each: np.asarray(each)[layers].tolist(), bank.kinds)
-    positions = tuple(kinds.positions or ())
-    return model, replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions)
+    return model, path_config(bank, layers, config)
 
 
 @jax.jit

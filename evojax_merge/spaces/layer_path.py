@@ -11,8 +11,12 @@ Two forms, both starting from the first parent as it is:
   small steps, where every other edit of a trained model is a leap.
 
 Genomes are decoded on the host: a path is plain data. Everything is in units of the bounds, as in spaces.parameter.
+
+Scales are differentiable, and a derivative with respect to a path's scales is pulled back to the genes that they come
+from. Which layers a path takes is a step function of the other genes: their derivative is 0.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,16 +27,23 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.models.paths import LayerPath
-from evojax_merge.spaces.bounds import from_unit, to_unit
+from evojax_merge.spaces.bounds import from_unit, to_unit, to_unit_with_slope
 
-# Hidden units of the scale network.
-NETWORK_WIDTH = 8
+# Hidden units of the scale network, of one hidden layer; and how wide the range is, around 0, that its weights lie in.
+NETWORK_WIDTH, NETWORK_SLOPE = 8, 8
 _to_unit = jax.jit(to_unit)
+_slope = jax.jit(jax.vmap(jax.grad(to_unit_with_slope)))
 
 
 def _inside(genomes: np.ndarray) -> np.ndarray:
     """[0, 1] values of free genomes `[P, D]`."""
     return np.asarray(_to_unit(jnp.asarray(genomes, jnp.float32)), np.float64)
+
+
+def _slopes(genes: np.ndarray) -> np.ndarray:
+    """The derivative of `_inside`, that leads away from the bounds (see `to_unit_with_slope`)."""
+    flat = jnp.asarray(genes, jnp.float32).ravel()
+    return np.asarray(_slope(flat), np.float64).reshape(np.shape(genes))
 
 
 def _parents_alone(where: str, name: str, genomes: Sequence[np.ndarray]) -> np.ndarray:
@@ -53,7 +64,12 @@ class ScaleBounds:
         return np.exp(np.log(self.low) + (np.log(self.high) - np.log(self.low)) * unit)
 
     def unit(self, scale: np.ndarray) -> np.ndarray:
-        return (np.log(scale) - np.log(self.low)) / (np.log(self.high) - np.log(self.low))
+        return (np.log(scale) - np.log(self.low)) / self.log_range
+
+    @property
+    def log_range(self) -> float:
+        """The derivative of a scale's logarithm with respect to its place in [0, 1]."""
+        return float(np.log(self.high) - np.log(self.low))
 
 
 @dataclass(frozen=True)
@@ -121,42 +137,74 @@ class IndicatorSpace:
         units = _inside(genomes)
         return [self._path(unit) for unit in units]
 
+    def pull_back(self, genomes: np.ndarray, cotangents: Sequence[np.ndarray | None]) -> np.ndarray:
+        """float32[P, D]: the derivatives with respect to genomes float32[P, D], of which exist those with respect to
+        the scales' genes; 0 elsewhere. cotangents: with respect to each path's scales, float[T]."""
+        found = np.zeros(np.shape(genomes))
+        for row, genome, unit, path, cotangent in zip(
+            found, genomes, _inside(genomes), self.decode(genomes), cotangents, strict=True
+        ):
+            if path is not None and cotangent is not None and len(path.layers) > 1 and self.scale_dims:
+                in_logs = (np.asarray(cotangent) * path.scales)[1:]
+                on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
+                row[self.num_indicators :] = self._pull_back(unit[self.num_indicators :], on, in_logs)
+                row[self.num_indicators :] *= _slopes(genome[self.num_indicators :])
+        return found.astype(np.float32)
+
+    def _pull_back(self, unit: np.ndarray, on: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
+        """float64[S]: the derivative with respect to the scales' genes `unit`, in [0, 1], of what has those
+        `cotangents`, float64[T - 1], with respect to the logarithms of the scales between the T places `on`."""
+        if self.scales == "matrix":
+            layers, matrix = on % self.layers, np.zeros((self.layers, self.layers))
+            np.add.at(matrix, (layers[:-1], layers[1:]), self.bounds.log_range * cotangents)
+            return matrix.ravel()
+        into, out = self._network(unit)
+        inputs = self._network_inputs(on)
+        hidden = np.tanh(inputs @ into.T)
+        value = np.tanh(hidden @ out[:-1] + out[-1])
+        back = np.where(value >= 0, np.log(self.bounds.high), -np.log(self.bounds.low)) * cotangents * (1 - value**2)
+        through = back[:, None] * out[:-1] * (1 - hidden**2)
+        return NETWORK_SLOPE * np.concatenate([(through.T @ inputs).ravel(), back @ hidden, [back.sum()]])
+
     def _path(self, unit: np.ndarray) -> LayerPath | None:
-        num_indicators = np.flatnonzero(unit[: self.num_indicators] > 0.5)
-        if not 0 < len(num_indicators) <= self.max_steps:
+        on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
+        if not 0 < len(on) <= self.max_steps:
             return None
-        layers = num_indicators % self.layers
         return LayerPath(
-            tuple(map(int, layers)),
-            tuple(map(float, self._scales(unit[self.num_indicators :], num_indicators))),
+            tuple(map(int, on % self.layers)),
+            tuple(map(float, self._scales(unit[self.num_indicators :], on))),
             self.embedding_parent,
         )
 
-    def _scales(self, unit: np.ndarray, num_indicators: np.ndarray) -> np.ndarray:
-        """float[T]: that of going from each step's layer to the next; the first layer is entered with 1."""
-        layers = num_indicators % self.layers
-        if self.scales == "none" or len(num_indicators) == 1:
-            return np.ones(len(num_indicators))
+    def _scales(self, unit: np.ndarray, on: np.ndarray) -> np.ndarray:
+        """float[T]: that of going from each step's layer to the next; the first layer is entered with 1. on: int[T],
+        the places of the series that are on."""
+        layers = on % self.layers
+        if self.scales == "none" or len(on) == 1:
+            return np.ones(len(on))
         if self.scales == "matrix":
             matrix = self.bounds.scale(unit.reshape(self.layers, self.layers))
             return np.concatenate([[1.0], matrix[layers[:-1], layers[1:]]])
-        # A network of one hidden layer over (from, to, place), each in [-1, 1]; weights are 2 * unit - 1, times 4.
-        weights = 4 * (2 * unit - 1)
-        into, out = weights[: 4 * NETWORK_WIDTH].reshape(NETWORK_WIDTH, 4), weights[4 * NETWORK_WIDTH :]
-        last = max(self.layers - 1, 1)
+        into, out = self._network(unit)
+        value = np.tanh(np.tanh(self._network_inputs(on) @ into.T) @ out[:-1] + out[-1])
+        # Within the bounds, and 1 where the network says 0.
+        return np.concatenate([[1.0], np.where(value >= 0, self.bounds.high**value, self.bounds.low ** (-value))])
+
+    def _network(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The weights into the hidden layer, float64[NETWORK_WIDTH, 4], and out of it with the bias behind them,
+        float64[NETWORK_WIDTH + 1]."""
+        weights = NETWORK_SLOPE / 2 * (2 * unit - 1)
+        return weights[: 4 * NETWORK_WIDTH].reshape(NETWORK_WIDTH, 4), weights[4 * NETWORK_WIDTH :]
+
+    def _network_inputs(self, on: np.ndarray) -> np.ndarray:
+        """float64[T - 1, 4]: of each step but the first (from, to, place), each in [-1, 1], and 1."""
+        layers, last = on % self.layers, max(self.layers - 1, 1)
         inputs = np.stack(
-            [
-                layers[:-1] / last,
-                layers[1:] / last,
-                num_indicators[1:] / max(self.num_indicators - 1, 1),
-                np.ones(len(num_indicators) - 1),
-            ],
+            [layers[:-1] / last, layers[1:] / last, on[1:] / max(self.num_indicators - 1, 1), np.ones(len(on) - 1)],
             axis=1,
         )
         inputs[:, :3] = 2 * inputs[:, :3] - 1
-        value = np.tanh(np.tanh(inputs @ into.T) @ out[:-1] + out[-1])
-        # Within the bounds, and 1 where the network says 0.
-        return np.concatenate([[1.0], np.where(value >= 0, self.bounds.high**value, self.bounds.low ** (-value))])
+        return inputs
 
 
 # What a move can do; splices follow, one per other parent.
@@ -177,6 +225,11 @@ class LayerEdit:
     layers: int
     scale: float = 1.0
     donor: int = 0
+
+
+# A step of an edited path: the layer of the first parent that it stands for, the layer of the series, and which moves
+# have scaled it, by their numbers.
+Step = tuple[int, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -249,15 +302,37 @@ class MoveSpace:
     def moves(self, genome: np.ndarray) -> list[LayerEdit]:
         """The moves that are on, in their order."""
         found = []
-        for row in _inside(genome[None])[0].reshape(self.count, -1):
-            if row[0] <= 0.5:
-                continue
+        for row in self._on(genome)[1]:
             what, donor = self.kinds[min(int(row[1] * len(self.kinds)), len(self.kinds) - 1)]
             first = min(int(row[2] * self.depths[0]), self.depths[0] - 1)
             layers = min(int(row[3] * self.window) + 1, self.window, self.depths[0] - first)
             scale = float(self.bounds.scale(row[4])) if self.scaled else 1.0
             found.append(LayerEdit(what, first, layers, scale, donor))
         return found
+
+    def _on(self, genome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which moves are on, int[N], and their genes in [0, 1], float64[N, G]."""
+        rows = _inside(genome[None])[0].reshape(self.count, -1)
+        on = np.flatnonzero(rows[:, 0] > 0.5)
+        return on, rows[on]
+
+    def pull_back(self, genomes: np.ndarray, cotangents: Sequence[np.ndarray | None]) -> np.ndarray:
+        """As that of `IndicatorSpace`: what exists are the derivatives with respect to the moves' scales."""
+        found = np.zeros(np.shape(genomes))
+        for row, genome, cotangent in zip(found, genomes, cotangents, strict=True):
+            path = self.path(moves := self.moves(genome))
+            if path is None or cotangent is None or not self.scaled:
+                continue
+            # How often each move has scaled each step, int[T + 1, N]: none of them what is before the first.
+            counts = np.zeros((len(path.layers) + 1, len(moves)))
+            for t, (_, _, scaled_by) in enumerate(self._steps(moves), 1):
+                np.add.at(counts[t], list(scaled_by), 1)
+            in_logs = np.asarray(cotangent) * path.scales @ np.diff(counts, axis=0)
+            scales = row.reshape(self.count, -1)[:, GENES.index("scale")]
+            on, _ = self._on(genome)
+            slopes = _slopes(genome.reshape(self.count, -1)[on, GENES.index("scale")])
+            scales[on] = self.bounds.log_range * in_logs * slopes
+        return found.astype(np.float32)
 
     def baseline(self) -> tuple[str, np.ndarray]:
         """The first parent as it is."""
@@ -280,46 +355,51 @@ class MoveSpace:
 
     def path(self, moves: Sequence[LayerEdit]) -> LayerPath | None:
         """Apply moves one after the other to the first parent's layers."""
+        steps = self._steps(moves)
+        if not 0 < len(steps) <= self.max_steps:
+            return None
+        products = [math.prod((moves[number].scale for number in scaled_by), start=1.0) for _, _, scaled_by in steps]
+        scales = [product / before for product, before in zip(products, [1.0, *products], strict=False)]
+        return LayerPath(tuple(layer for _, layer, _ in steps), tuple(scales), self.embedding_parent)
+
+    def _steps(self, moves: Sequence[LayerEdit]) -> list[Step]:
+        """What moves make of the first parent's layers."""
         offsets = np.concatenate([[0], np.cumsum(self.depths)])
-        # Steps as (layer of the first parent that the step stands for, layer of the series, product of scales).
-        steps = [(i, i, 1.0) for i in range(self.depths[0])]
-        for move in moves:
+        steps: list[Step] = [(i, i, ()) for i in range(self.depths[0])]
+        for number, move in enumerate(moves):
             block = range(move.first, move.first + move.layers)
-            inside = [number for number, (place, _, _) in enumerate(steps) if place in block]
+            inside = [t for t, (place, _, _) in enumerate(steps) if place in block]
             if not inside:
                 continue
             begin, end = inside[0], inside[-1] + 1
             if move.what == "scale":
-                steps = [_scaled([step], move.scale)[0] if step[0] in block else step for step in steps]
+                steps = [_scaled([step], number)[0] if step[0] in block else step for step in steps]
                 continue
             if move.what == "skip":
                 steps = [step for step in steps if step[0] not in block]
                 continue
             if move.what == "repeat":
                 again = steps[begin:end]
-                steps[end:end] = _scaled(again, move.scale)
+                steps[end:end] = _scaled(again, number)
                 continue
             depth = self.depths[move.donor]
             first = round(move.first * depth / self.depths[0])
             last = max(first + 1, round((move.first + move.layers) * depth / self.depths[0]))
-            donated = [
-                (min(move.first + i, block[-1]), int(offsets[move.donor]) + layer, 1.0)
+            donated: list[Step] = [
+                (min(move.first + i, block[-1]), int(offsets[move.donor]) + layer, ())
                 for i, layer in enumerate(range(first, min(last, depth)))
             ]
             steps = (
                 [step for step in steps[:begin] if step[0] not in block]
-                + _scaled(donated, move.scale)
+                + _scaled(donated, number)
                 + [step for step in steps[end:] if step[0] not in block]
             )
-        if not 0 < len(steps) <= self.max_steps:
-            return None
-        products = [product for *_, product in steps]
-        scales = [product / before for product, before in zip(products, [1.0, *products], strict=False)]
-        return LayerPath(tuple(layer for _, layer, _ in steps), tuple(scales), self.embedding_parent)
+        return steps
 
 
-def _scaled(steps: list[tuple[int, int, float]], scale: float) -> list[tuple[int, int, float]]:
-    return [(place, layer, product * scale) for place, layer, product in steps]
+def _scaled(steps: list[Step], number: int) -> list[Step]:
+    """The same steps, scaled by one more move."""
+    return [(place, layer, (*scaled_by, number)) for place, layer, scaled_by in steps]
 
 
 PathSpace = IndicatorSpace | MoveSpace
