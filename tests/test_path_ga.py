@@ -64,6 +64,8 @@ def test_every_genome_is_a_list_of_moves(space: MoveSpace, seed: int) -> None:
             if np.array_equal(genome, space.start):
                 continue
             moves = space.moves(genome)
+            # There is nothing to scale by where there are no scales.
+            assert space.scaled or all(move.what != "scale" for move in moves)
             again = space.genome(moves).reshape(space.count, -1)
             rows = genome.reshape(space.count, -1)
             # A block that would end behind the last layer is cut, by the space alone.

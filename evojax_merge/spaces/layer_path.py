@@ -207,7 +207,7 @@ class IndicatorSpace:
         return inputs
 
 
-# What a move can do; splices follow, one per other parent.
+# What a move can do; splices follow, one per other parent. Without scales there is nothing to scale by.
 MOVES = ("scale", "repeat", "skip")
 # Genes of one move: whether it is on, what it does, where it begins, how many layers, how it scales.
 GENES = ("on", "what", "where", "length", "scale")
@@ -247,7 +247,8 @@ class MoveSpace:
     @cached_property
     def kinds(self) -> list[tuple[str, int]]:
         """What a move can do, and from which parent."""
-        return [(name, 0) for name in MOVES] + [("splice", parent) for parent in range(1, len(self.depths))]
+        own = MOVES if self.scaled else [name for name in MOVES if name != "scale"]
+        return [(name, 0) for name in own] + [("splice", parent) for parent in range(1, len(self.depths))]
 
     @property
     def genes(self) -> tuple[str, ...]:
