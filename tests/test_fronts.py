@@ -3,6 +3,8 @@ model."""
 
 import json
 import shutil
+import signal
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 import yaml
 from helpers import build_family, daily, random_records, search_in, state, write_lines
-from hostile import run_command
+from hostile import run_command, start_command
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.indicators.hv import HV
 from pymoo.operators.survival.rank_and_crowding.metrics import get_crowding_function
@@ -353,6 +355,30 @@ def test_a_run_that_goes_on_replaces_its_front(finished: Path, config_file: Path
     assert fronts[0] == fronts[1]
     for kept in (tmp_path / "parts/winners").glob("*"):
         assert (kept / "front/member-1.yaml").is_file()
+
+
+def test_killed_and_resumed_is_as_never_stopped(finished: Path, config_file: Path, tmp_path: Path) -> None:
+    # Of the same name, which stands in the card.
+    out = tmp_path / finished.name
+    process = start_command("search", config_file, "--out", out)
+    while not (out / "history.jsonl").exists():
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "result.json").exists()
+    assert run_command("search", config_file, "--out", out, "--resume").returncode == 0
+    left, whole = (
+        {name: file.read_bytes() for name, file in files_of(run).items() if not name.startswith("checkpoints/")}
+        for run in (out, finished)
+    )
+    assert set(left) == set(whole) and sum(name.startswith("best/front/") for name in left) > 1
+    for name in set(whole) - {"timing.jsonl", "report.png"}:
+        assert left[name] == whole[name], name
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    return {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize(
