@@ -195,6 +195,7 @@ def greedy_tokens(
 def _greedy(
     config: Any, new: int, stop: tuple[int, ...], window: int, model: Any, tokens: Any, first: Any, seen: Any
 ) -> jax.Array:
+    from evojax_merge.models.decoder import scatter_columns
     from evojax_merge.models.generate import decode, init_decode_state, prefill
 
     def alone(_: Any) -> Any:
@@ -203,7 +204,7 @@ def _greedy(
     members, (rows, width) = jnp.zeros(1), tokens.shape
     decode_state = init_decode_state(config, model.compute_dtype, 1, rows, width, new, window)
     decode_state = prefill(config, alone, members, decode_state, width, jnp.int32(0), tokens, first, stop)
-    return decode(config, alone, members, decode_state, new, window, stop, tokens, seen).tokens
+    return decode(config, alone, members, decode_state, new, window, scatter_columns, stop, tokens, seen).tokens
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from helpers import daily, greedy_tokens, random_model, save, tiny_config
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.decoder import scatter_columns, select_columns
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, decode, init_decode_state, prefill, prompt_lookup_draft
 from evojax_merge.models.sources import StackedWeights
 
@@ -78,7 +79,8 @@ def written_in(model: Any, prompts: Any, passes: int, window: int, seen: np.ndar
 
         decode_state = init_decode_state(config, "float32", 1, ROWS, WIDTH, NEW, window)
         decode_state = prefill(config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(0), tokens, first, ())
-        return decode(config, alone, jnp.zeros(1), decode_state, passes, window, (), tokens, seen).num_generated[0]
+        state = decode(config, alone, jnp.zeros(1), decode_state, passes, window, scatter_columns, (), tokens, seen)
+        return state.num_generated[0]
 
     return np.asarray(run(stored, jnp.asarray(seen, jnp.int32), passes))
 
@@ -107,14 +109,14 @@ def test_a_population_writes_in_windows_as_each_alone(model: Any, prompts: Any) 
 
     expected = [greedy_tokens(config, scaled(factor), *prompts, NEW, ()) for factor in scales]
     assert len({row.tobytes() for row in expected}) == 3
-    for window in (1, 4):
+    for window, update in ((1, scatter_columns), (4, scatter_columns), (4, select_columns)):
         decode_state = init_decode_state(config, "float32", 3, ROWS, WIDTH, NEW, window)
         # In two parts of their own widths.
         for row, end, width in ((0, 2, WIDTH), (2, ROWS, WIDTH)):
             part = tokens[row:end, WIDTH - width :], first[row:end] - (WIDTH - width)
             decode_state = prefill(config, scaled, scales, decode_state, WIDTH, jnp.int32(row), *part, ())
         seen = jnp.asarray(expected[0])
-        found = decode(config, scaled, scales, decode_state, NEW, window, (), tokens, seen)
+        found = decode(config, scaled, scales, decode_state, NEW, window, update, (), tokens, seen)
         assert np.asarray(found.tokens).tolist() == [rows.tolist() for rows in expected]
 
 
@@ -131,7 +133,7 @@ def test_narrow_prompts_are_read_as_wide_ones(model: Any, prompts: Any, plain: n
         decode_state = prefill(
             config, alone, jnp.zeros(1), decode_state, WIDTH, jnp.int32(row), own, np.zeros(1, np.int32), ()
         )
-    found = decode(config, alone, jnp.zeros(1), decode_state, NEW, 3, (), jnp.asarray(tokens), tokens)
+    found = decode(config, alone, jnp.zeros(1), decode_state, NEW, 3, select_columns, (), jnp.asarray(tokens), tokens)
     assert np.asarray(found.tokens)[0].tolist() == plain.tolist()
 
 

@@ -178,8 +178,9 @@ def vmap_sharded(mesh: Mesh | None, function: Callable[[Any, Any], Any], replica
 
 
 def shard_population(mesh: Mesh | None, local: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
-    """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates."""
-    if mesh is None or mesh.shape["population"] == 1:
+    """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates. How the
+    devices of a group share that is the compiler's choice, within what models.sharding says."""
+    if mesh is None:
         return local(replicated, candidates)
     own = PartitionSpec("population")
     sharded = jax.shard_map(

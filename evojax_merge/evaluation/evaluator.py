@@ -7,6 +7,7 @@ candidates generated. How many candidates go through a pass together (the *chunk
 the memory that the compiler reports; where that was too much, less is tried.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,7 +44,7 @@ from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import KVCache
+from evojax_merge.models.decoder import CacheUpdate, KVCache, scatter_columns, select_columns
 from evojax_merge.models.generate import NONFINITE_ID, PAD_ID, DecodeState
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
@@ -55,7 +56,7 @@ Result = TypeVar("Result")
 # Decode steps between two checks for stop texts.
 STOP_CHECK_INTERVAL = 32
 # Tokens of a sequence in one decode step, draft tokens included, at most; and the tokens of all sequences for which a
-# step does not take much longer than for one.
+# step does not take much longer than for one, where the target's peak and bandwidth do not say it.
 MAX_STEP_TOKENS = 8
 CPU_STEP_TOKENS, ACCELERATOR_STEP_TOKENS = 8, 256
 # Candidates whose outputs are kept as the lookup corpus for the next ones' draft tokens.
@@ -131,8 +132,15 @@ def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, found
 
 def step_tokens(target: Target, batch: PromptBatch) -> int:
     """How many tokens each sequence of a batch is given in a pass."""
-    windows = ACCELERATOR_STEP_TOKENS if target.is_accelerator else CPU_STEP_TOKENS
-    return max(1, min(MAX_STEP_TOKENS, windows // len(batch.rows)))
+    tokens: float = CPU_STEP_TOKENS
+    if target.is_accelerator:
+        tokens = ACCELERATOR_STEP_TOKENS if math.isnan(target.tokens_per_step) else target.tokens_per_step
+    return max(1, min(MAX_STEP_TOKENS, int(tokens) // len(batch.rows)))
+
+
+def row_update(target: Target) -> CacheUpdate:
+    """What writes into caches where each row has a column of its own."""
+    return select_columns if target.platform == "tpu" else scatter_columns
 
 
 @dataclass(frozen=True)
@@ -731,8 +739,8 @@ class Evaluator:
         while not (done.all() or cancelled.is_set()):
             state = replace(state, done=jax.device_put(done, state.done.sharding))
             state = passes.decode(
-                self.config, factory, mesh, count, step_tokens(self.target, batch), batched_task.stop, replicated,
-                candidates, state, prefix, batch.tokens, lookup_corpus,
+                self.config, factory, mesh, count, step_tokens(self.target, batch), row_update(self.target),
+                batched_task.stop, replicated, candidates, state, prefix, batch.tokens, lookup_corpus,
             )  # fmt: skip
             tokens, done = np.array(state.tokens), np.asarray(state.done)
             if requests.stop and not done.all():
@@ -758,12 +766,13 @@ class Evaluator:
         return [[text(ids) for ids in row] for row in tokens]
 
     def generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
-        """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small."""
+        """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small, and
+        on a TPU always."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "texts", most)
         if key not in self.chunk_sizes:
-            room = self.chunk or most
-            if self.chunk is None and most > 1:
+            room = self.chunk or (most if self.target.decodes_together else 1)
+            if self.chunk is None and room > 1:
                 shape = population.model_shape() or next(population.chunks(1))[1]
                 model, state = self._generation_bytes(shape, batched_task)
                 room = self.free_memory() // (model + state) if self.target.is_accelerator else CPU_CACHE_BYTES // model

@@ -17,6 +17,7 @@ from evojax_merge.models import generate
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
+    CacheUpdate,
     HeadSource,
     KVCache,
     forward,
@@ -339,13 +340,14 @@ def prefill(
     return shard_population(mesh, local, (replicated, row, tokens, left_pad), (candidates, state, prefix))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5), donate_argnums=(8,))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnums=(9,))
 def decode(
     config: DecoderConfig,
     factory: WeightsFactory,
     mesh: Mesh | None,
     steps: int,
     step_tokens: int,
+    update_rows: CacheUpdate,
     stop: tuple[int, ...],
     replicated: Any,
     candidates: Any,
@@ -365,6 +367,7 @@ def decode(
             state,
             steps,
             step_tokens,
+            update_rows,
             stop,
             tokens,
             lookup_corpus,

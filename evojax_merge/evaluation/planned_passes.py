@@ -18,7 +18,14 @@ from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
 from evojax_merge.evaluation.devices import size_of, tree_nbytes
-from evojax_merge.evaluation.evaluator import STOP_CHECK_INTERVAL, Evaluator, Population, arrays_of, step_tokens
+from evojax_merge.evaluation.evaluator import (
+    STOP_CHECK_INTERVAL,
+    Evaluator,
+    Population,
+    arrays_of,
+    row_update,
+    step_tokens,
+)
 from evojax_merge.evaluation.passes import PerCandidateModel
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
@@ -209,8 +216,8 @@ def _generating(
             yield PlannedPass(task, PREFILL, traced, size, runs * times, held_bytes=with_state)
         lookup_corpus = evaluator.lookup_corpus_of(batched_task)[batch.rows]
         traced = passes.decode.trace(
-            config, decoding.factory, mesh, check, tokens, stop, *decoding.arguments, state, prefix, batch.tokens,
-            lookup_corpus,
+            config, decoding.factory, mesh, check, tokens, row_update(evaluator.target), stop, *decoding.arguments,
+            state, prefix, batch.tokens, lookup_corpus,
         )  # fmt: skip
         # The first token comes of the prefill; each further one takes a step, unless draft tokens are accepted.
         yield PlannedPass(task, DECODE, traced, size, runs, max(1, new - 1), held_bytes=with_state)

@@ -8,6 +8,7 @@ a program may be compiled for others.
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,9 +57,29 @@ class Target:
     def devices_per_host(self) -> int:
         return self.devices // self.hosts
 
+    @property
+    def tokens_per_step(self) -> float:
+        """How many tokens' products with 16-bit weights take as long as reading the weights: fewer in a decode step are
+        nearly free. NaN where it is not known."""
+        # Two FLOPs for each parameter and token, two bytes for each parameter.
+        return self.bfloat16 / self.bandwidth
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether several candidates decode in one program without copies of their weights. TPUs' compiler makes one of
+        all of them, in another layout, and a step takes longer than one for each candidate."""
+        return self.platform != "tpu"
+
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products of operands of this dtype."""
         return self.float32 if dtype == "float32" else self.bfloat16
+
+    def compute_dtype(self, setting: str, weights: Iterable[str]) -> str:
+        """What a config's `compute_dtype` means on these devices for weights of these dtypes: `auto` is bfloat16 where
+        all of them are bfloat16 and the devices multiply it natively, else float32."""
+        if setting != "auto":
+            return setting
+        return "bfloat16" if self.is_accelerator and set(weights) == {"bfloat16"} else "float32"
 
     def check_shards(self, where: str, model: int) -> None:
         """Raises InputError where a host's devices cannot be divided into groups of `model` that share a candidate."""

@@ -34,20 +34,22 @@ from evojax_merge.models.layers import (
     prefix_layout,
     tables_of,
 )
+from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
-# Rows of the LM head that are in memory at once while scoring.
+# Rows of the LM head that are in memory at once while scoring, of all devices that share it.
 VOCAB_TILE = 8192
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 
 
 class HeadSource(Protocol):
-    """Where the LM head comes from: `head(slices)` of what `lm_head_rows` picked. `prefetch`: whether the next slices,
-    of the head and of layers, are to be loaded into the scan's carry before anything is computed from them."""
+    """Where the LM head comes from: `head(slices)` of what `lm_head_rows` picked, `rows` of each of `shards` equal
+    shards of the vocabulary, from the shard's row `start` on. `prefetch`: whether the next slices, of the head and of
+    layers, are to be loaded into the scan's carry before anything is computed from them."""
 
     @property
     def prefetch(self) -> bool: ...
-    def lm_head_rows(self, start: jax.Array | int, rows: int) -> Any: ...
+    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> Any: ...
     def head(self, slices: Any) -> jax.Array: ...
 
 
@@ -76,6 +78,10 @@ class KVCache:
     def width(self) -> int:
         """S, how many columns there is room for."""
         return self.values.shape[-2]
+
+
+# (cache `[G, B, …]`, fresh entries `[G, B, …]`, the column of the first of them, axis) -> the cache with them.
+CacheUpdate = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def gqa_attention(
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     logits = []
     for segment in segments:
-        raw = _grouped_matmul(query, segment.key, "nd,ds->ns").astype(jnp.float32) * scale
+        raw = _grouped_matmul(query, segment.key, "nd,ds->ns", jnp.float32) * scale
         if softcap is not None:
             raw = softcap * jnp.tanh(raw / softcap)
         # Finite, so that a padding row in which everything is masked stays finite as well.
@@ -125,13 +131,16 @@ def gqa_attention(
     return sum(attn_out[1:], attn_out[0]).transpose(1, 3, 0, 2, 4).reshape(batch, steps, heads * dim)
 
 
-def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str) -> jax.Array:
-    """Matmuls `[G, B, R, T, …]` of left `[G, B, R, T, …]` with right `[G, B, …]`, or `[G, …]` for all rows."""
+def _grouped_matmul(left: jax.Array, right: jax.Array, subscripts: str, dtype: Any = None) -> jax.Array:
+    """Matmuls `[G, B, R, T, …]` of left `[G, B, R, T, …]` with right `[G, B, …]`, or `[G, …]` for all rows; in `dtype`,
+    by default the operands'."""
     groups, batch, repeats, steps, inner = left.shape
     left_axes, right_axes, out_axes = subscripts.replace("->", ",").split(",")
     lead, rows = ("gb", (batch, repeats * steps)) if right.ndim == 4 else ("g", (batch * repeats * steps,))
     flat = left.reshape(groups, *rows, inner)
-    out = jnp.einsum(f"{lead}{left_axes},{lead}{right_axes}->{lead}{out_axes}", flat, right)
+    out = jnp.einsum(
+        f"{lead}{left_axes},{lead}{right_axes}->{lead}{out_axes}", flat, right, preferred_element_type=dtype
+    )
     return out.reshape(groups, batch, repeats, steps, -1)
 
 
@@ -161,8 +170,15 @@ def causal_attention(
 
 
 def by_head(key: jax.Array, value: jax.Array) -> KeyValue:
-    """Keys and values `[B, T, G, d]` as a cache keeps them: `[G, B, d, T]` and `[G, B, T, d]`."""
-    return key.transpose(2, 0, 3, 1), value.transpose(2, 0, 1, 3)
+    """Keys and values `[B, T, G, d]` as a cache keeps them: `[G, B, d, T]` and `[G, B, T, d]`, cut by heads."""
+    return shard(key.transpose(2, 0, 3, 1), 0), shard(value.transpose(2, 0, 1, 3), 0)
+
+
+def _attend_by_head(attention: Callable[..., jax.Array], query: jax.Array, kv_heads: int, *arguments: Any) -> jax.Array:
+    """What attention makes of queries `[B, T, H, d]`. Devices that share a model have some of the heads each, where
+    that cuts no group of heads that share keys and values; else all of them."""
+    cut = kv_heads % model_shards() == 0
+    return shard(attention(shard(query, 2, cut), *arguments), -1, cut)
 
 
 def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValue | None = None) -> Attend:
@@ -181,7 +197,8 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
         softcap: float | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
-        return causal_attention(query, KVSegment(key, value, mask), before, scale, softcap), (key, value)
+        own = KVSegment(key, value, mask)
+        return _attend_by_head(causal_attention, query, key.shape[0], own, before, scale, softcap), (key, value)
 
     return attend
 
@@ -224,12 +241,12 @@ def forward(
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
         attend = prefill_attention(kind.window, layout, shared)
         x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
-        return x, kv if return_kv else None
+        return replicate(x), kv if return_kv else None
 
     def at(index: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), slices)
 
-    x = architecture.embed(config, source, tokens, layout)
+    x = replicate(architecture.embed(config, source, tokens, layout))
     rest = (layer_kinds(config), prefix)
     if source.prefetch:
         x, kv = scan_with_prefetch(layer, x, at, rest)
@@ -247,11 +264,12 @@ def decode_step(
     column: jax.Array,
     tokens: jax.Array,
     left_pad: jax.Array,
+    update: CacheUpdate,
     prefix: KVCache | None = None,
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
     """Feed tokens `int32[B, W]` that stand in the cache's columns from `column` on (a scalar, the same for the whole
     batch, or `int32[B]`), in rows that begin at `left_pad: int32[B]`, behind the prefix where there is one. cache: one
-    a layer, without the axis L.
+    a layer, without the axis L; update: what writes columns into it.
 
     Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. What those and later
     columns held before is not attended to.
@@ -267,7 +285,7 @@ def decode_step(
     )
     cached = padded_layout(width, left_pad, width - left_pad)
     cached = SequenceLayout(before + cached.positions, cached.segment_ids)
-    x, caches = architecture.embed(config, source, tokens, query_layout), []
+    x, caches = replicate(architecture.embed(config, source, tokens, query_layout)), []
     # Not a scan: to pick a layer of a stack, be it weights or cache, a CPU copies it, which takes as long as to use it.
     for index, (weights, layer_cache) in enumerate(zip(source.each_layer(LAYERS), cache, strict=True)):
         kind = layer_kinds(config, index)
@@ -289,28 +307,42 @@ def decode_step(
             behind: Sequence[KVSegment] = tuple(behind),
         ) -> tuple[jax.Array, KeyValue]:
             key, value = by_head(key, value)
-            keys = update_kv_cache(old.keys, key, column, 3)
-            values = update_kv_cache(old.values, value, column, 2)
-            attn_out = gqa_attention(query, [*behind, KVSegment(keys, values, mask)], scale, softcap)
-            return attn_out, (keys, values)
+            keys = update(old.keys, key, column, 3)
+            values = update(old.values, value, column, 2)
+            segments = [*behind, KVSegment(keys, values, mask)]
+            return _attend_by_head(gqa_attention, query, keys.shape[0], segments, scale, softcap), (keys, values)
 
         x, kv = architecture.block(config, weights, x, tables_of(kind, tables), attend)
+        x = replicate(x)
         caches.append(KVCache(*kv))
     return architecture.final_norm(config, source, x), tuple(caches)
 
 
-def update_kv_cache(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """`cache: [G, B, …]` with fresh entries `[G, B, …]` from `column` on along `axis`: a scalar, or `int32[B]`, a
-    column for each row."""
-    fresh = fresh.astype(cache.dtype)
-    if column.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, fresh, column, axis)
+def update_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """`cache: [G, B, …]` with fresh entries `[G, B, …]` from `column: int32[]` on along `axis`."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, fresh.astype(cache.dtype), column, axis)
+
+
+def scatter_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """As `update_columns`, from a column of its own on in each row, `int32[B]`: writes the fresh entries alone."""
     starts = jnp.stack([jnp.arange(cache.shape[1]), column], axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers((1, 2, 3), (1,), (1, axis))
     return jax.lax.scatter(
-        cache, starts, fresh.swapaxes(0, 1), numbers, indices_are_sorted=True, unique_indices=True,
+        cache, starts, fresh.astype(cache.dtype).swapaxes(0, 1), numbers, indices_are_sorted=True, unique_indices=True,
         mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS,
     )  # fmt: skip
+
+
+def select_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
+    """As `scatter_columns`, by choosing every entry anew. That reads and writes the whole cache, in its place, where a
+    TPU's compiler makes copies of it in another layout to scatter into."""
+    shape = [1] * cache.ndim
+    shape[1], shape[axis] = cache.shape[1], cache.shape[axis]
+    offset = (jnp.arange(cache.shape[axis]) - column[:, None]).reshape(shape)
+    for i in range(fresh.shape[axis]):
+        entry = jax.lax.slice_in_dim(fresh.astype(cache.dtype), i, i + 1, axis=axis)
+        cache = jnp.where(offset == i, entry, cache)
+    return cache
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -319,7 +351,7 @@ def update_kv_cache(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis:
 
 def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.Array:
     """float32 logits `[..., vocab]` of final hidden states `[..., hidden]`."""
-    products = matmul(hidden, source.head(source.lm_head_rows(0, config.vocab)), jnp.float32)
+    products = matmul(hidden, source.head(source.lm_head_rows(0, config.vocab, 1)), jnp.float32)
     return architecture_of(config).map_logits(config, products)
 
 
@@ -327,7 +359,7 @@ def greedy_token(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -
     """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (of equals the first), and their float32
     logits, NaN where any token's logit is."""
     # Transposed, a CPU compares the logits of many rows at a time.
-    columns = matmul_transposed(hidden, source.head(source.lm_head_rows(0, config.vocab)), jnp.float32)
+    columns = matmul_transposed(hidden, source.head(source.lm_head_rows(0, config.vocab, 1)), jnp.float32)
     columns = architecture_of(config).map_logits(config, columns)
     # To argmax NaN is the largest; a maximum need not keep it.
     best = jnp.argmax(columns, axis=0).astype(jnp.int32)
@@ -342,31 +374,37 @@ def target_logprobs(
     `[N, hidden]` and targets `int32[N]`.
 
     Walks over the vocabulary in tiles of `VOCAB_TILE` rows and keeps a running log-sum-exp and maximum, so that
-    neither the whole head of a merged candidate nor the full logits ever exist.
+    neither the whole head of a merged candidate nor the full logits ever exist. Of a head that devices share a tile has
+    as many rows of each device's.
     """
-    architecture, rows = architecture_of(config), min(VOCAB_TILE, config.vocab)
-    tiles = -(-config.vocab // rows)
+    architecture, shards = architecture_of(config), shards_of(config.vocab)
+    vocab = config.vocab // shards  # of a shard
+    rows = min(VOCAB_TILE // shards, vocab)
+    tiles = -(-vocab // rows)
     Carry = tuple[jax.Array, jax.Array, jax.Array]
 
     # The last tile is moved back inside the vocabulary; the rows it repeats are masked.
-    starts = jnp.minimum(jnp.arange(tiles) * rows, config.vocab - rows)
+    starts = jnp.minimum(jnp.arange(tiles) * rows, vocab - rows)
     # To the compiler, where tiles begin depends on the layers' result: none is fetched while they need the memory.
-    starts = jnp.minimum(starts, config.vocab + (hidden[0, 0] > 0))
+    starts = jnp.minimum(starts, vocab + (hidden[0, 0] > 0))
+    # Where in its shard a target is, and where in a tile its shard's rows begin.
+    own_targets, own_rows = targets % vocab, targets // vocab * rows
 
     def score_tile(carry: Carry, slices: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Carry, None]:
         log_sum, picked, max_logit = carry
         index, start = at
         tile = architecture.map_logits(config, matmul(hidden, source.head(slices), jnp.float32))
         ids = start + jnp.arange(rows)
-        fresh = jnp.where(ids >= index * rows, tile, -jnp.inf)
+        fresh = jnp.where(jnp.tile(ids >= index * rows, shards), tile, -jnp.inf)
         peak = fresh.max(axis=-1)
         log_sum = jnp.logaddexp(log_sum, peak + jnp.log(jnp.exp(fresh - peak[:, None]).sum(axis=-1)))
-        hit = jnp.take_along_axis(tile, jnp.clip(targets - start, 0, rows - 1)[:, None], axis=1)[:, 0]
-        inside = (targets >= index * rows) & (targets < start + rows)
+        places = own_rows + jnp.clip(own_targets - start, 0, rows - 1)
+        hit = jnp.take_along_axis(tile, places[:, None], axis=1)[:, 0]
+        inside = (own_targets >= index * rows) & (own_targets < start + rows)
         return (log_sum, jnp.where(inside, hit, picked), jnp.maximum(max_logit, peak)), None
 
     def slices(index: Any) -> Any:
-        return source.lm_head_rows(starts[index], rows)
+        return source.lm_head_rows(starts[index], rows, shards)
 
     nothing, places = jnp.full(targets.shape, -jnp.inf), (jnp.arange(tiles), starts)
     empty = (nothing, jnp.zeros(targets.shape, jnp.float32), nothing)

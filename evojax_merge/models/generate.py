@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.decoder import KVCache, decode_step, forward, greedy_token
+from evojax_merge.models.decoder import CacheUpdate, KVCache, decode_step, forward, greedy_token, update_columns
 from evojax_merge.models.layers import SequenceLayout, padded_layout
+from evojax_merge.models.sharding import shard
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
 # Fills the output after a sequence has ended.
@@ -56,10 +57,11 @@ def init_decode_state(
     """The state of `size` candidates that will generate up to `new` tokens, `step_tokens` a step, after `rows` prompts
     of up to `width` tokens. Nothing is prefilled, and so all sequences are done."""
     room, heads, dim = width + new + step_tokens - 1, (size, config.kv_heads, rows), config.head_dim
-    cache = tuple(
-        KVCache(jnp.zeros((*heads, dim, room), jnp.dtype(dtype)), jnp.zeros((*heads, room, dim), jnp.dtype(dtype)))
-        for _ in range(config.layers)
-    )
+
+    def empty(*shape: int) -> jax.Array:
+        return shard(jnp.zeros((*heads, *shape), jnp.dtype(dtype)), 1)
+
+    cache = tuple(KVCache(empty(dim, room), empty(room, dim)) for _ in range(config.layers))
     nothing = jnp.zeros((size, rows), jnp.int32)
     return DecodeState(
         jnp.full((size, rows, new), PAD_ID, jnp.int32), nothing, cache, nothing + width - 1, nothing == 0
@@ -122,14 +124,16 @@ def decode(
     state: DecodeState,
     steps: int,
     step_tokens: int,
+    update_rows: CacheUpdate,
     stop: tuple[int, ...],
     prompts: jax.Array,
     lookup_corpus: jax.Array,
     prefix: KVCache | None = None,
 ) -> DecodeState:
     """Up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every sequence; `NONFINITE_ID` where
-    logits are not finite. prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], any texts that the
-    continuations are likely to have parts of, negative where there is none."""
+    logits are not finite. update_rows: what writes into the caches where each row has a column of its own; prompts:
+    int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], any texts that the continuations are likely to have
+    parts of, negative where there is none."""
     width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
     left_pad = state.left_pad[0]
@@ -144,8 +148,9 @@ def decode(
 
     def body(carry: Any) -> Any:
         number, state = carry
-        # Without draft tokens all running sequences end in one column: the caches are then updated in place.
+        # Without draft tokens all running sequences end in one column.
         shared_column = width + jnp.max(jnp.where(state.done, 0, state.num_generated)) - 1 if step_tokens == 1 else None
+        update = update_columns if step_tokens == 1 else update_rows
 
         def verify_step(
             candidate: Any,
@@ -159,8 +164,9 @@ def decode(
             column = width + num_generated - 1
             draft = prompt_lookup_draft(context, lookup_corpus.shape[1] + column, step_tokens)
             hidden, cache = decode_step(
-                config, model, cache, column if shared_column is None else shared_column, draft, left_pad, prefix
-            )
+                config, model, cache, column if shared_column is None else shared_column, draft, left_pad, update,
+                prefix,
+            )  # fmt: skip
             return draft, _greedy(config, model, hidden), cache
 
         run = verify_step if single else jax.vmap(verify_step)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequencies
+from evojax_merge.models.sharding import shard, shards_of
 
 Weights = dict[str, jax.Array]
 # Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer, as a KV cache keeps them.
@@ -137,7 +138,9 @@ def dense(x: jax.Array, weights: Weights, name: str) -> jax.Array:
 
 def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
     """`dense`, its outputs by head: `[B, T, heads, head_dim]`."""
-    return dense(x, weights, name).reshape(*x.shape[:2], -1, head_dim)
+    y = dense(x, weights, name)
+    # No head is cut.
+    return shard(y, -1, shards_of(y.shape[-1] // head_dim) > 1).reshape(*x.shape[:2], -1, head_dim)
 
 
 def rope_tables(rope: RopeConfig, dim: int, layout: SequenceLayout) -> CosSin:

@@ -17,6 +17,7 @@ from merge_kernels import combine, combine_differentiable, is_looped, look_up, l
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD
 from evojax_merge.models.bank import Bank, Factors, MergeSpec, Parameters, Recipe, Tables
 from evojax_merge.models.layers import Weights
+from evojax_merge.models.sharding import slice_shards
 
 # Sources, factors and scores of a leaf, or of some rows of it.
 Slices = tuple[jax.Array, Factors | None, jax.Array | None]
@@ -44,8 +45,8 @@ class _MaterialisedWeights:
     def leaf(self, name: str) -> jax.Array:
         return self._cast(self.shared[name])
 
-    def lm_head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(self.shared.get(HEAD, self.shared[EMBEDDING]), start, rows)
+    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> jax.Array:
+        return slice_shards(self.shared.get(HEAD, self.shared[EMBEDDING]), start, rows, shards)
 
     def head(self, slices: jax.Array) -> jax.Array:
         return self._cast(slices)
@@ -173,8 +174,8 @@ class LazyMerge:
     def _head(self) -> str:
         return HEAD if HEAD in self.bank.shared else EMBEDDING
 
-    def lm_head_rows(self, start: jax.Array | int, rows: int) -> Slices:
-        return self._shared(self._head, lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, rows, axis=1))
+    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> Slices:
+        return self._shared(self._head, lambda leaf: slice_shards(leaf, start, rows, shards, axis=1))
 
     def head(self, slices: Slices) -> jax.Array:
         return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))

@@ -36,6 +36,7 @@ from evojax_merge.models.layers import (
     rms_norm,
     rope_tables,
 )
+from evojax_merge.models.sharding import replicate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def block(
         x = x + rms_norm(dense(attn_out, weights, "o"), weights["post_attention_norm"], config.norm_eps)
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-        gate, up = jnp.split(dense(normed, weights, "gate_up"), 2, axis=-1)
+        # One half of the devices has the gate's entries, the other what it opens.
+        gate, up = jnp.split(replicate(dense(normed, weights, "gate_up")), 2, axis=-1)
         down = dense(ACTIVATIONS[config.activation](gate) * up, weights, "down")
     return x + rms_norm(down, weights["post_mlp_norm"], config.norm_eps), kept
 

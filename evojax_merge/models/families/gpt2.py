@@ -15,6 +15,7 @@ from evojax_merge.models.architecture import LAYERS, Architecture, Leaf, SharedW
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, one_of, or_null
 from evojax_merge.models.layers import ACTIVATIONS, Attend, KeyValue, SequenceLayout, Weights, layer_norm
+from evojax_merge.models.sharding import replicate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,9 @@ def block(
     with jax.named_scope("attention"):
         normed = layer_norm(x, weights["attention_norm"], weights["attention_norm_bias"], config.norm_eps)
         with jax.named_scope("qkv"):
-            qkv = conv1d(normed, weights, "qkv").reshape(*x.shape[:2], 3, config.heads, config.head_dim)
+            # Devices that share a model have parts of it that are not of the same heads.
+            qkv = replicate(conv1d(normed, weights, "qkv"))
+            qkv = qkv.reshape(*x.shape[:2], 3, config.heads, config.head_dim)
         attn_out, kept = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         x = x + conv1d(attn_out, weights, "o")
     normed = layer_norm(x, weights["mlp_norm"], weights["mlp_norm_bias"], config.norm_eps)

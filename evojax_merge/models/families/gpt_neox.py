@@ -20,6 +20,7 @@ from evojax_merge.models.layers import (
     Weights,
     apply_rope,
     dense,
+    dense_heads,
     layer_norm,
     rope_tables,
 )
@@ -104,7 +105,7 @@ def block(
     with jax.named_scope("attention"):
         with jax.named_scope("qkv"):
             # The file has queries, keys and values of one head together, head after head.
-            qkv = dense(norm(x, "attention_norm"), weights, "qkv")
+            qkv = dense_heads(norm(x, "attention_norm"), weights, "qkv", 3 * config.head_dim)
             qkv = qkv.reshape(*x.shape[:2], config.heads, 3, config.head_dim)
             cos, sin = (table.astype(x.dtype) for table in rope)
         query, key = (apply_rope(qkv[:, :, :, i], cos, sin) for i in range(2))
