@@ -146,8 +146,8 @@ class PathWeights:
     def leaf(self, name: str) -> jax.Array:
         return self.ends.leaf(name)
 
-    def lm_head_rows(self, start: jax.Array | int, rows: int) -> jax.Array:
-        return self.ends.lm_head_rows(start, rows)
+    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> jax.Array:
+        return self.ends.lm_head_rows(start, rows, shards)
 
     def head(self, slices: jax.Array) -> jax.Array:
         return self.ends.head(slices)
