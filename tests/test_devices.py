@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, random_records, write_lines
+from helpers import Family, build_family, daily, random_records, tiny_config, write_lines
 from hostile import run_command
 
 MESHES = ((1, 1), *daily(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
@@ -59,6 +59,31 @@ for population, model in meshes:
         for task in rows[0].outputs:
             found[f"alone/{task}/texts"] = np.array([row.outputs[task][0] for row in rows])
 np.savez(out, **found)
+"""
+
+
+# The collectives of the passes of a search on an accelerator's mesh, by the CPU's compiler, in a process with eight
+# devices.
+COLLECTIVES_PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+from pathlib import Path
+from evojax_merge.evaluation.compilers import TargetCompiler, collectives
+from evojax_merge.evaluation.devices import Devices, mesh_of
+from evojax_merge.evaluation.targets import cpu_target, find_target
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import build_problem, read_config
+
+path, model = Path(sys.argv[1]), int(sys.argv[2])
+problem = build_problem(path, read_config(path, [f"evaluation.model={model}"], None), target=find_target("t", "v5e-8"))
+compiler = TargetCompiler(cpu_target(), Devices(mesh_of(jax.devices(), model)), jax.devices()[0])
+make_plan(problem, problem.batched_tasks(), compiler=compiler)
+names = {}
+for program in compiler.programs():
+    name = program.as_text().split(",")[0].removeprefix("HloModule jit_")
+    names.setdefault(name, []).append(collectives(program))
+print(json.dumps(names))
 """
 
 
@@ -109,6 +134,35 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
         else:
             np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
     assert np.ptp(found["alone/choice/margin"], axis=0).min() > 1e-3
+
+
+def test_devices_that_share_a_model_exchange_activations_alone(tmp_path: Path) -> None:
+    """Two sums of the residual stream in each layer, the embedding's rows, and what makes one likelihood, or one token,
+    of the shards of a head: no weights and no caches, and nothing goes from every device to every other."""
+    hidden, layers = 64, 2
+    sizes = {"hidden_size": hidden, "num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 96}
+    family = build_family(tmp_path, tiny_config(**sizes, num_hidden_layers=layers))
+    config = write_config(family.root)
+    # Of one length, for as few programs as there can be.
+    records = [{"prompt": "w5 w6 w7 w8 " * 10 + f"w{i} " * 5, "choices": ["w8", "w9"], "answer": 0, "target": "w8"}
+               for i in range(10, 18)]  # fmt: skip
+    write_lines(family.root / "tasks.jsonl", records)
+    (model,) = daily((8, 4, 2, 1), 1)
+    command = [sys.executable, "-c", COLLECTIVES_PROGRAM, str(config), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    programs = json.loads(done.stdout.splitlines()[-1])
+    # A scan's body counts once; decoding goes through the layers one by one.
+    most = {"materialise": 0, "prefill_prefix": 3, "score": 5, "init_decode": 0, "prefill": 4, "decode": 2 * layers + 2}
+    assert most.keys() == programs.keys()
+    for name, found in programs.items():
+        for kinds in found:
+            assert kinds.keys() <= {"all-reduce", "all-gather"}, name
+            count, _ = kinds.get("all-reduce", (0, 0))
+            assert count <= most[name] and bool(count) == (model > 1 and most[name] > 0), name
+            # Each device's best token, not its logits.
+            _, gathered = kinds.get("all-gather", (0, 0))
+            assert gathered < 4 * hidden * hidden / model, name
 
 
 # ---------------------------------------------------------------------------------------------------------------
