@@ -117,7 +117,7 @@ def planning_evaluator(problem: SearchProblem, bank: int, reader: PassReader) ->
     # Of what does not fit it is shown what one candidate takes.
     chunk = settings.chunk if bank < target.memory else 1
     return Evaluator(
-        problem.decoder, problem.tokenizer, [], settings.compute_dtype, chunk, target=target,
+        problem.decoder, problem.tokenizer, [], problem.compute_dtype, chunk, target=target,
         free_memory=lambda: free, temporary_bytes=reader.temporary_bytes,
     )  # fmt: skip
 

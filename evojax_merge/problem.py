@@ -127,6 +127,11 @@ class SearchProblem:
     def tokens_per_batch(self) -> int:
         return self.config.evaluation.tokens_per_batch or suitable_tokens(self.target)
 
+    @property
+    def compute_dtype(self) -> str:
+        dtypes = {stored_dtype(self.sources, i) for i in range(len(self.sources.folders))}
+        return self.target.compute_dtype(self.config.evaluation.compute_dtype, dtypes | {self.candidates.export_dtype})
+
     def batched_tasks(self) -> list[list[BatchedTask]]:
         """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
         where there is one, and of the held-out one."""
@@ -250,7 +255,7 @@ def build_problem(
             "tokens of its own",
         )  # fmt: skip
     sources, decoder = replace(sources, folders=sources.folders[: len(paths)]), configs[0]
-    export_dtype = config.export_dtype or _dtype_name(sources)
+    export_dtype = config.export_dtype or stored_dtype(sources, 0)
     space: ParameterSpace | PathSpace | BreedingSpace
     candidates: Candidates
     pool_settings = None
@@ -551,8 +556,9 @@ def _check_heads(where: str, sources: Sources) -> None:
         )  # fmt: skip
 
 
-def _dtype_name(sources: Sources) -> str:
-    dtype = sources.entry(0, sources.token_tensors.embedding).dtype
+def stored_dtype(sources: Sources, number: int) -> str:
+    """The dtype of a source's weights, by its embedding; float32 where it is none that a model is written in."""
+    dtype = sources.entry(number, sources.token_tensors.embedding).dtype
     return next((name for name, known in FLOAT_DTYPES.items() if known == dtype), "float32")
 
 
@@ -675,6 +681,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     if problem.other_modules is not None and problem.config.other_modules not in (None, "base"):
         document["other_modules"] = reference_to(problem.other_modules)
     document["export_dtype"] = problem.candidates.export_dtype
+    document["evaluation"]["compute_dtype"] = problem.compute_dtype
     document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:

@@ -46,7 +46,7 @@ def open_evaluators(
             problem.decoder,
             problem.tokenizer,
             tasks,
-            settings.compute_dtype,
+            problem.compute_dtype,
             settings.chunk,
             devices,
             log,

@@ -20,7 +20,7 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.problem import context_length, read_config, stop_tokens
+from evojax_merge.problem import context_length, read_config, stop_tokens, stored_dtype
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.notices import Log, say_unread
@@ -132,7 +132,7 @@ def score_models(
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
             warn(line)
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
-        stored = load_stored(sources, evaluator.config, 0, settings.compute_dtype)
+        stored = load_stored(sources, evaluator.config, 0, evaluator.compute_dtype)
         with passes_bar(f"scoring {name}", evaluator.passes(1)) as progress:
             scores = evaluator.stored(stored, progress)
         rows.append(Row("model", name, float(fitness(tasks, scores)[0]), means(tasks, scores)[0]))
@@ -169,7 +169,8 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
         [tasks], tokenizer, tokens, context_length(sources.folders, decoder.positions),
         stop_tokens(path, tokenizer), decoder.vocab, decoder.position_switch,
     )  # fmt: skip
-    return sources, Evaluator(decoder, tokenizer, batched_tasks, settings.compute_dtype)
+    dtype = live_target().compute_dtype(settings.compute_dtype, [stored_dtype(sources, 0)])
+    return sources, Evaluator(decoder, tokenizer, batched_tasks, dtype)
 
 
 def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:

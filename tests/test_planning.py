@@ -72,6 +72,21 @@ def test_the_target_here_is_the_one_that_jax_found() -> None:
     assert target.platform == jax.local_devices()[0].platform and target.devices == len(jax.devices())
 
 
+def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_it(
+    family: Family, tmp_path: Path
+) -> None:
+    h100, cpu = (find_target("t", name) for name in ("h100", "cpu"))
+    assert h100.compute_dtype("auto", ["bfloat16", "bfloat16"]) == "bfloat16"
+    assert h100.compute_dtype("auto", ["bfloat16", "float32"]) == h100.compute_dtype("auto", ["float16"]) == "float32"
+    assert cpu.compute_dtype("auto", ["bfloat16"]) == h100.compute_dtype("float32", ["bfloat16"]) == "float32"
+    base, *parents = map(str, headers_of_7b(family, tmp_path))
+    models = {"base": base, "parents": parents}
+    assert problem_of(document(family, **models), "v5p-8").compute_dtype == "bfloat16"
+    assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").compute_dtype == "float32"
+    assert problem_of(document(family, **models)).compute_dtype == "float32"
+    assert problem_of(document(family), "v5p-8").compute_dtype == "float32"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Costs
 
@@ -183,7 +198,6 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     base, *parents = headers_of_7b(family, tmp_path)
     config, out = tmp_path / "config.yaml", tmp_path / "plan.json"
     changes = {"base": str(base), "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
-    changes |= {"evaluation": {"compute_dtype": "bfloat16"}}
     config.write_text(yaml.safe_dump(document(family, **changes)))
 
     def plan(target: str, *options: str) -> dict[str, Any]:
