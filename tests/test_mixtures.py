@@ -64,8 +64,12 @@ def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray
     ("tokens", "experts", "per_token", "crowded"),
     daily([(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)], 2),
 )
-def test_each_token_meets_its_experts(compute: Any, tokens: int, experts: int, per_token: int, crowded: bool) -> None:
-    """Alone, and for two candidates side by side. crowded: the first expert takes every token."""
+def test_each_token_meets_its_experts(
+    compute: Any, tokens: int, experts: int, per_token: int, crowded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and for two candidates side by side. crowded: the first expert takes every token, in several blocks where
+    there are many."""
+    monkeypatch.setattr(mixture, "SIZES", 2)
     config, rng = mixture_of(experts, per_token), np.random.default_rng(tokens)
     chosen = np.stack([rng.permutation(experts)[:per_token] for _ in range(tokens)]).astype(np.int32)
     if crowded:
@@ -80,10 +84,12 @@ def test_each_token_meets_its_experts(compute: Any, tokens: int, experts: int, p
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_are_differentiated_as_in_one_sum() -> None:
+def test_experts_are_differentiated_as_in_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first expert takes every token, in two blocks; the last takes none."""
+    monkeypatch.setattr(mixture, "SIZES", 2)
     config, rng = mixture_of(4, 2), np.random.default_rng(3)
     x = rng.normal(size=(90, config.hidden)).astype(np.float32)
-    chosen = jnp.stack([rng.permutation(4)[:2] for _ in range(90)]).astype(jnp.int32)
+    chosen = jnp.stack([np.r_[0, rng.integers(1, 3)] for _ in range(90)]).astype(jnp.int32)
     cotangent = rng.normal(size=(90, 2, config.hidden)).astype(np.float32)
 
     def everywhere(weights: Any, x: jax.Array) -> jax.Array:

@@ -104,6 +104,29 @@ def test_flops_of_loops_and_products() -> None:
     assert Cost(merge_bytes=2e6).seconds(target) == pytest.approx(2.0)
 
 
+def test_ragged_products_count_each_row_once() -> None:
+    """Forward, and in the derivatives by the rows and by the matrices; whatever else a CPU would compute."""
+    numbers = jax.lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+
+    def program(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+        def ragged(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot_general(rows, matrices, sizes, numbers)
+
+        def every(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+            return jnp.einsum("nh,ehm->enm", rows, matrices).sum(axis=0)
+
+        return jax.lax.platform_dependent(rows, matrices, cpu=every, default=ragged).sum()
+
+    def products(rows: int, differentiated: Any = ()) -> Any:
+        run = jax.grad(program, differentiated) if differentiated else program
+        return cost_of(jax.make_jaxpr(run)(jnp.ones((rows, 4)), jnp.ones((5, 4, 6)), jnp.zeros(5, jnp.int32))).products
+
+    assert products(9) == {Product(2 * 9 * 4 * 6, 4 * (9 * 4 + 5 * 4 * 6 + 9 * 6), "float32"): 1}
+    # Two rows meet two matrices at most.
+    assert products(2) == {Product(2 * 2 * 4 * 6, 4 * (2 * 4 + 2 * 4 * 6 + 2 * 6), "float32"): 1}
+    assert {product.flops for product in products(9, (0, 1))} == {2 * 9 * 4 * 6}
+
+
 def test_temporaries_live_from_where_they_are_computed_to_their_last_use() -> None:
     def program(x: jax.Array, w: jax.Array) -> jax.Array:
         # Two products at a time at most; what is elementwise is part of what uses it.

@@ -111,7 +111,8 @@ def scan_length(eqn: Any) -> int:
 
 
 def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
-    """What a closed jaxpr computes. Of branches the one with the most FLOPs counts."""
+    """What a closed jaxpr computes. Of branches the one with the most FLOPs counts; where what the program is compiled
+    for chooses, the default."""
     products: Counter[Product] = Counter()
     elementwise = 0.0
     rest = Cost()
@@ -120,8 +121,11 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
         inner = [cost_of(part, trips) for part in _parts(eqn)]
         if name == "dot_general":
             products[_product(eqn)] += 1
+        elif name == "ragged_dot_general":
+            products[_ragged_product(eqn)] += 1
         elif name == "cond":
-            rest += max(inner, key=lambda cost: cost.flops)
+            by_platform = eqn.params.get("branches_platforms") is not None
+            rest += inner[-1] if by_platform else max(inner, key=lambda cost: cost.flops)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
             rest += sum(inner, Cost()) * times
@@ -166,6 +170,21 @@ def _product(eqn: Any) -> Product:
     left, right = (operand.aval for operand in eqn.invars)
     inner, out = prod(left.shape[axis] for axis in contracted), eqn.outvars[0].aval
     return Product(2 * inner * _size(out), _nbytes(left) + _nbytes(right) + _nbytes(out), str(left.dtype))
+
+
+def _ragged_product(eqn: Any) -> Product:
+    """Of N rows in E groups: each row with its group's matrix, of which no more are read than there are rows; or, for
+    the derivative by the matrices, each group's rows with as many others."""
+    rows, right, sizes = (operand.aval for operand in eqn.invars)
+    out, groups = eqn.outvars[0].aval, sizes.shape[-1]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    flops, read = 2 * prod(rows.shape[axis] for axis in contracted) * _size(out), _nbytes(right)
+    if numbers.rhs_group_dimensions:
+        read = read * min(groups, rows.shape[numbers.lhs_ragged_dimensions[0]]) // groups
+    else:
+        flops //= groups
+    return Product(flops, _nbytes(rows) + read + _nbytes(out), str(rows.dtype))
 
 
 def _parts(eqn: Any) -> Iterator[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from evojax_merge.models.architecture import LAYERS, ROUTER, Architecture, Leaf
 from evojax_merge.models.config import LlamaLikeConfig
@@ -18,8 +19,8 @@ from evojax_merge.models.config_keys import SIZE, Expected
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, matmul, rms_norm
 
-# Rows of a block of one expert's tokens on a CPU, at least (with fewer tokens, as many as there are) and at most.
-LEAST_BLOCK, LARGEST_BLOCK = 16, 256
+# On a CPU blocks of one expert's tokens have one of so many sizes, which differ by multiples of so many rows.
+SIZES, LEAST_STEP = 8, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +93,38 @@ def ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, expert
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
 
 
-def block_rows(tokens: int, per_token: int, experts: int) -> int:
-    """How many rows a block of one expert's tokens has: a quarter of what an expert takes on average, so that of each
-    expert's last block not much is computed in vain, in a power of two."""
-    quarter = max(1, tokens * per_token // (4 * experts))
-    return min(tokens, max(LEAST_BLOCK, min(LARGEST_BLOCK, 1 << (quarter - 1).bit_length())))
+def block_sizes(tokens: int, per_token: int, experts: int) -> tuple[int, ...]:
+    """How many rows a block of one expert's tokens may have, ascending: multiples of a sixth of what an expert takes on
+    average, up to a third more than that, so that most experts' tokens are one block, of which little is computed in
+    vain. Each size is a branch of the program."""
+    sixth = -(-tokens * per_token // (6 * experts))
+    step = LEAST_STEP * -(-sixth // LEAST_STEP)
+    return tuple(sorted({min(tokens, step * number) for number in range(1, SIZES + 1)}))
+
+
+@struct.dataclass
+class Blocks:
+    """Runs of rows of one expert, ascending: `count` int32[] of the J that there may be. Of each, int32[J]: size, which
+    of the sizes it is computed in; its expert; begin, its first row; rows, how many of them are its expert's."""
+
+    count: jax.Array
+    size: jax.Array
+    expert: jax.Array
+    begin: jax.Array
+    rows: jax.Array
+
+
+def blocks_of(loads: jax.Array, total: int, sizes: tuple[int, ...]) -> Blocks:
+    """The blocks of `total` rows that are sorted by expert. loads: int32[E], how many rows each expert has."""
+    experts, largest = len(loads), sizes[-1]
+    first, blocks = jnp.cumsum(loads) - loads, (loads + largest - 1) // largest
+    ends = jnp.cumsum(blocks)
+    # Each expert with a row may leave a block of which all rows but one are free.
+    number = jnp.arange((total + min(experts, total) * (largest - 1)) // largest)
+    expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), experts - 1)
+    before = (number - (ends - blocks)[expert]) * largest
+    rows = jnp.minimum(loads[expert] - before, largest)
+    return Blocks(ends[-1], jnp.searchsorted(jnp.asarray(sizes), rows), expert, first[expert] + before, rows)
 
 
 def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
@@ -106,39 +134,85 @@ def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, exper
     rest of each expert's last block.
     """
     tokens, per_token = experts.shape
-    chosen, count = experts.reshape(-1), experts.size
-    size = block_rows(tokens, per_token, config.experts)
-    # Each expert with a token may leave a block of which all rows but one are free.
-    most = (count + min(config.experts, count) * (size - 1)) // size
-    sizes = jnp.bincount(chosen, length=config.experts)
-    blocks = (sizes + size - 1) // size
-    ends = jnp.cumsum(blocks)
+    chosen, total = experts.reshape(-1), experts.size
+    sizes = block_sizes(tokens, per_token, config.experts)
+    blocks = blocks_of(jnp.bincount(chosen, length=config.experts), total, sizes)
     order = jnp.argsort(chosen, stable=True)
-    owner = chosen[order]
-    # How many rows of its expert's blocks, and of those of the experts before, stand before a row.
-    slots = jnp.arange(count) + ((ends - blocks) * size - (jnp.cumsum(sizes) - sizes))[owner]
-    slot_of = jnp.zeros(count, jnp.int32).at[order].set(slots.astype(jnp.int32))
-    # Behind the last token a row of zeros, for the rows of blocks that are free.
-    token_of = jnp.full(most * size, tokens, jnp.int32).at[slot_of].set(jnp.arange(count, dtype=jnp.int32) // per_token)
-    padded = jnp.concatenate([x, jnp.zeros_like(x[:1])])
-    expert_of = jnp.minimum(jnp.searchsorted(ends, jnp.arange(most), side="right"), config.experts - 1)
+    # The last block may reach behind the last row.
+    rows = x[jnp.pad(order // per_token, (0, sizes[-1]))]
+    place = jnp.zeros(total, order.dtype).at[order].set(jnp.arange(total, dtype=order.dtype))
+    return run_blocks(config, sizes, weights, rows, blocks)[place].reshape(tokens, per_token, -1)
 
-    @jax.checkpoint
-    def run(expert: jax.Array, rows: jax.Array) -> jax.Array:
-        own = {
-            name: jax.lax.dynamic_index_in_dim(weights[name], expert, keepdims=False) for name in ("gate", "up", "down")
-        }
-        return llama_like.gated_mlp(config, own, padded[rows])
 
-    def block(of: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        number, expert, rows = of
-        # Differentiated, it is computed again: else each block would keep its expert's weights.
-        return jax.lax.cond(
-            number < ends[-1], run, lambda expert, rows: jnp.zeros((size, x.shape[1]), x.dtype), expert, rows
-        )
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_blocks(
+    config: MixtureConfig, sizes: tuple[int, ...], weights: Weights, rows: jax.Array, blocks: Blocks
+) -> jax.Array:
+    """What experts make of their rows, `[R, hidden]`; of the largest size many rows behind the last block are free.
 
-    found = jax.lax.map(block, (jnp.arange(most), expert_of, token_of.reshape(most, size)))
-    return found.reshape(most * size, -1)[slot_of].reshape(tokens, per_token, -1)
+    Several candidates are computed one after the other: side by side each would compute its blocks in every size. The
+    derivative is written out, since a loop whose number of steps the program does not know has none.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def forward(weights: Weights, rows: jax.Array, blocks: Blocks) -> jax.Array:
+        def of_size(size: int, block: Blocks) -> jax.Array:
+            found = llama_like.gated_mlp(config, *_operands(weights, rows, block, size))
+            return jnp.pad(found, ((0, sizes[-1] - size), (0, 0)))
+
+        def step(number: jax.Array, found: jax.Array) -> jax.Array:
+            block = _block(blocks, number)
+            fresh = jax.lax.switch(block.size, [partial(of_size, size) for size in sizes], block)
+            # What it has behind its rows is the next blocks' place, who come later.
+            return jax.lax.dynamic_update_slice_in_dim(found, fresh, block.begin, 0)
+
+        return jax.lax.fori_loop(0, blocks.count, step, jnp.zeros_like(rows))
+
+    return forward(weights, rows, blocks)
+
+
+def _run_blocks_forward(
+    config: MixtureConfig, sizes: tuple[int, ...], weights: Weights, rows: jax.Array, blocks: Blocks
+) -> tuple[jax.Array, Any]:
+    return run_blocks(config, sizes, weights, rows, blocks), (weights, rows, blocks)
+
+
+def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands: Any, cotangent: jax.Array) -> Any:
+    largest = sizes[-1]
+
+    @jax.custom_batching.sequential_vmap
+    def backward(weights: Weights, rows: jax.Array, blocks: Blocks, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
+        def of_size(size: int, block: Blocks, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
+            _, pull_back = jax.vjp(partial(llama_like.gated_mlp, config), *_operands(weights, rows, block, size))
+            own, part = pull_back(cotangent[:size])
+            return own, jnp.pad(part, ((0, largest - size), (0, 0)))
+
+        def step(number: jax.Array, totals: tuple[Weights, jax.Array]) -> tuple[Weights, jax.Array]:
+            (of_weights, of_rows), block = totals, _block(blocks, number)
+            behind = jax.lax.dynamic_slice_in_dim(cotangent, block.begin, largest)
+            behind = jnp.where(jnp.arange(largest)[:, None] < block.rows, behind, 0)
+            own, part = jax.lax.switch(block.size, [partial(of_size, size) for size in sizes], block, behind)
+            of_weights = {name: total.at[block.expert].add(own[name]) for name, total in of_weights.items()}
+            return of_weights, jax.lax.dynamic_update_slice_in_dim(of_rows, part, block.begin, 0)
+
+        return jax.lax.fori_loop(0, blocks.count, step, jax.tree.map(jnp.zeros_like, (weights, rows)))
+
+    return (*backward(*operands, cotangent), None)
+
+
+run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+
+
+def _block(blocks: Blocks, number: jax.Array) -> Blocks:
+    """One block, int32[] each."""
+    of_each = (blocks.size, blocks.expert, blocks.begin, blocks.rows)
+    return Blocks(blocks.count, *(leaf[number] for leaf in of_each))
+
+
+def _operands(weights: Weights, rows: jax.Array, block: Blocks, size: int) -> tuple[Weights, jax.Array]:
+    """The weights of a block's expert, and the block's rows."""
+    own = {name: jax.lax.dynamic_index_in_dim(leaf, block.expert, keepdims=False) for name, leaf in weights.items()}
+    return own, jax.lax.dynamic_slice_in_dim(rows, block.begin, size)
 
 
 def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
@@ -152,7 +226,9 @@ def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
         found = jax.lax.platform_dependent(
             own, rows, experts, cpu=partial(blocked_experts, config), default=partial(ragged_experts, config)
         )
-        total = jnp.einsum("na,nah->nh", shares, found.astype(jnp.float32)).astype(x.dtype)
+        # A batched product of a row with a matrix would not be fused with what picks the rows.
+        weighted = (shares[:, a, None] * found[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
+        total = sum(weighted, jnp.float32(0)).astype(x.dtype)
     if config.shared_mlp:
         own = {name: weights[f"shared_{name}"] for name in ("gate", "up", "down")}
         open_ = jax.nn.sigmoid(matmul(rows, weights["shared_expert_gate"]))
