@@ -69,11 +69,11 @@ def time_ours(
     seconds = []
     for _ in range(3):
         evaluator.score_cache.clear()
-        evaluator.steps_run = evaluator.steps_requested = 0
+        evaluator.work.steps_run = evaluator.work.steps_requested = 0
         start = time.perf_counter()
         values = fitness(scorer.tasks, evaluator.evaluate(paths))
         seconds.append(time.perf_counter() - start)
-    return values, float(np.median(seconds)) / len(paths), 1 - evaluator.steps_run / evaluator.steps_requested
+    return values, float(np.median(seconds)) / len(paths), 1 - evaluator.work.steps_run / evaluator.work.steps_requested
 
 
 def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.ndarray, float, float]:

@@ -2,10 +2,11 @@
 
     python bench/racing.py
 
-For each seed four searches of the demo family's merge: every candidate on every example (*whole*); a race in four
-rungs, for as many generations; a longer race, for as many generations as 40% of the passes allow (one pass: one
-candidate on one example); and *fewer*, without a race, as many generations as the first race's passes allow. The
-winners meet on the whole search split and on the held-out one. A choice is called equal where the winner's mean on the
+For each seed six searches of the demo family's merge: every candidate on every example (*whole*); a race in four rungs,
+for as many generations; a longer race, for as many generations as 40% of the passes allow (one pass: one candidate on
+one example); both again with examples that an item response model chooses (*chosen*, *longer chosen*), which take as
+many passes; and *fewer*, without a race, as many generations as the first race's passes allow. The winners meet on the
+whole search split and on the held-out one. A choice is called equal where the winner's mean on the
 search split is at most one paired standard error below that of the whole search: the standard error of the mean over
 examples of the difference between the two.
 
@@ -14,39 +15,44 @@ chose equally to the other's.
 
 How well a race ranks is seen generation by generation on the populations of the whole search: whether its
 best is the best of all on all examples, and the rank correlation within the upper half, which is what recombination
-weighs. Beside it: every candidate on the same random part of the examples, as many passes in all, by their means.
+weighs; with shards that take turns, and with chosen examples. Beside it: every candidate on the same random part of the
+examples, as many passes in all, by their means.
 """
 
 import argparse
 import logging
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from machine import describe
 
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores
-from evojax_merge.problem import SearchProblem, build_problem, read_config
-from evojax_merge.search.loop import Archive, Reporter, evolve, rescore
-from evojax_merge.search.protocols import GenomeEvaluator, Progress
-from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run, read_lines
+from evojax_merge.problem import ExamplesToChoose, SearchProblem, build_problem, read_config
+from evojax_merge.search.example_choice import ExampleChoice, choose_examples, length_strata
+from evojax_merge.search.loop import Archive, MemoryStorage, Reporter, evolve, rescore
+from evojax_merge.search.protocols import GenomeEvaluator, Progress, State
 from evojax_merge.search.successive_halving import (
+    SplittableTask,
     example_lengths,
     init_surrogate,
+    order_shards,
     shard_order,
     stratified_shards,
     successive_halving,
 )
 from evojax_merge.selection import open_evaluators
+from evojax_merge.tasks.task import Task
 from evojax_merge.tasks.text import TextTask
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 SHOWN = "whole_answers/accuracy"
 # The share of the passes without a race that the longer race may take.
 SPENT = 0.4
+SEARCHES = ("whole", "race", "chosen", "longer race", "longer chosen", "fewer")
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ Rankings = dict[str, list[Ranking]]
 
 
 @dataclass(frozen=True)
-class Kept:
+class Recorded:
     """An evaluator that keeps what it found: genomes `float32[P, D]` and scores `float32[P, N]`, each time."""
 
     evaluator: GenomeEvaluator
@@ -96,14 +102,18 @@ class Kept:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A block of a population's known score matrix `float32[P, N]`."""
+    """A block of a population's known score matrix `float32[P, N]`, the scores of one task."""
 
-    tasks: Sequence[ScoredTask]
+    tasks: Sequence[SplittableTask]
     genomes: np.ndarray
     matrix: np.ndarray
 
     def passes(self, population: int) -> int:
         return population
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "Replayed":
+        (task,), (own,) = self.tasks, examples
+        return Replayed([task.subset(own.tolist())], self.genomes, self.matrix[:, own])
 
     def score(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         (task,) = self.tasks
@@ -117,17 +127,34 @@ def matrix_of(evaluator: GenomeEvaluator, scores: TaskScores) -> np.ndarray:
     return scores.matrices[task.name][task.metric]
 
 
+class Kept(MemoryStorage):
+    """A search in memory that can be gone on with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state: State = None
+
+    def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
+        return (like, 0) if self._state is None else (self._state, len(self.read_history()))
+
+    def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
+        super().save(generation, state, row, timing)
+        self._state = state
+
+
 def search(
-    problem: SearchProblem, seed: int, shards: Sequence[GenomeEvaluator], folder: Path, generations: int
+    problem: SearchProblem,
+    seed: int,
+    shards: Sequence[GenomeEvaluator],
+    storage: Kept,
+    generations: int,
+    choice: ExampleChoice | None = None,
 ) -> tuple[Archive, int, float]:
     """Search, or go on with one. (archive, passes, seconds)"""
     settings = problem.search.model_copy(update={"generations": generations})
-    run = open_run(folder, {"inputs": {}}, resume=folder.exists(), overwrite=False)
-    with Checkpoints(run) as checkpoints:
-        storage = FolderStorage(run, checkpoints)
-        archive = evolve(settings, seed, problem.strategy, problem.space, shards, storage, Reporter())
-    passes = sum(sum(row["examples"]) for row in run.read_history())
-    return archive, passes, sum(row["seconds"] for row in read_lines(run.timing)[1:])
+    archive = evolve(settings, seed, problem.strategy, problem.space, shards, storage, Reporter(), choice=choice)
+    passes = sum(sum(row["examples"]) for row in storage.read_history())
+    return archive, passes, sum(row["seconds"] for row in storage.read_timing()[1:])
 
 
 def choose(
@@ -156,51 +183,66 @@ def compare(predicted: np.ndarray, truth: np.ndarray) -> Ranking:
 
 
 def rank(
-    found: Sequence[tuple[np.ndarray, np.ndarray]], task: TextTask, shards: Sequence[TextTask], seed: int
-) -> Rankings:
-    """The ranks that a race gives in each generation, and those of an even split of as many passes."""
-    halved, even = [], []
+    found: Sequence[tuple[np.ndarray, np.ndarray]], task: TextTask, shards: Sequence[TextTask],
+    strata: Sequence[np.ndarray], seed: int,
+) -> Rankings:  # fmt: skip
+    """The ranks that races give in each generation, and those of an even split of as many passes."""
+    rankings: Rankings = {"race": [], "chosen": [], "even": []}
     place = {example: i for i, example in enumerate(task.examples)}
     columns = [[place[example] for example in shard.examples] for shard in shards]
-    known = None
+    known = dict.fromkeys(("race", "chosen"), None)
     for generation, (genomes, matrix) in enumerate(found):
         truth = matrix.mean(axis=1, dtype=np.float64)
         replayed = [Replayed([shard], genomes, matrix[:, part]) for shard, part in zip(shards, columns, strict=True)]
-        known = known or init_surrogate(replayed, genomes.shape[1])
-        result = successive_halving(replayed, shard_order(len(shards), seed, generation), genomes, known)
-        known = result.surrogate
-        halved.append(compare(result.scores.fitness, truth))
+        choice = ExampleChoice(Replayed([task], genomes, matrix), [strata], len(shards))
+        for name in known:
+            data = known[name] or init_surrogate(replayed, genomes.shape[1])
+            order = (
+                order_shards(replayed, shard_order(len(shards), seed, generation))
+                if name == "race"
+                else choose_examples(choice, data, seed, generation)
+            )
+            result = successive_halving(order, genomes, data)
+            known[name] = result.surrogate
+            rankings[name].append(compare(result.scores.fitness, truth))
         share = int(result.examples.sum()) // len(matrix)
         part = np.random.default_rng([seed, generation]).permutation(task.size)[:share]
-        even.append(compare(matrix[:, part].mean(axis=1, dtype=np.float64), truth))
-    return {"race": halved, "even": even}
+        rankings["even"].append(compare(matrix[:, part].mean(axis=1, dtype=np.float64), truth))
+    return rankings
 
 
 def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, Choice], Rankings]:
-    """Three searches, and how a race ranks the populations of the one without."""
+    """The searches of a seed, and how races rank the populations of the one without."""
     generations = problem.search.generations
-    shards = stratified_shards(
-        "rungs", problem.full, lambda task: example_lengths(task, problem.tokenizer, problem.context), rungs, seed
-    )
-    halved = replace(problem, shards=shards)
-    *racing, _, _ = open_evaluators(halved, halved.batched_tasks())
+
+    def lengths(task: Task) -> np.ndarray:
+        return example_lengths(task, problem.tokenizer, problem.context)
+
+    shards = stratified_shards("rungs", problem.full, lengths, rungs, seed)
+    (counted,) = (task for task in problem.full if task.weight > 0)
+    strata = length_strata(lengths(counted), len(shards))
+    halved = replace(problem, shards=shards, choice=ExamplesToChoose([counted], [strata]))
+    choosable, *racing, _, _ = open_evaluators(halved, [*halved.batched_choice(), *halved.batched_tasks()])
     searched, full, heldout = open_evaluators(problem, problem.batched_tasks())
-    kept = Kept(searched, [])
-    choices = {}
-    with tempfile.TemporaryDirectory() as work:
-        found = search(problem, seed, racing, Path(work) / "race", generations)
-        choices["race"] = choose(problem, found, full, heldout)
-        (task,) = searched.tasks
-        assert isinstance(task, TextTask)
-        population = problem.strategy.population
+    kept = Recorded(searched, [])
+    choices: dict[str, Choice] = {}
+    (task,) = searched.tasks
+    assert isinstance(task, TextTask)
+    population = problem.strategy.population
+    for name, choice in (("race", None), ("chosen", ExampleChoice(choosable, [strata], len(shards)))):
+        storage = Kept()
+        found = search(problem, seed, racing, storage, generations, choice)
+        choices[name] = choose(problem, found, full, heldout)
         share = found[1] / (generations * population * task.size)
-        found = search(problem, seed, racing, Path(work) / "race", max(generations, int(SPENT * generations / share)))
-        choices["longer race"] = choose(problem, found, full, heldout)
-        for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
-            found = search(problem, seed, [kept], Path(work) / "whole", until)
-            choices[name] = choose(problem, found, full, heldout)
+        more = max(generations, int(SPENT * generations / share))
+        choices[f"longer {name}"] = choose(
+            problem, search(problem, seed, racing, storage, more, choice), full, heldout
+        )  # fmt: skip
+    storage = Kept()
+    for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
+        choices[name] = choose(problem, search(problem, seed, [kept], storage, until), full, heldout)
     parts = [part for shard in shards for part in shard if part.weight > 0 and isinstance(part, TextTask)]
-    return choices, rank(kept.found, task, parts, seed)
+    return choices, rank(kept.found, task, parts, strata, seed)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -217,7 +259,7 @@ def is_equal(choice: Choice, whole: Choice) -> bool:
 def rows(seed: int, choices: dict[str, Choice]) -> list[str]:
     """One line for each search, against the one without a race."""
     whole, lines = choices["whole"], []
-    for name in ("whole", "race", "longer race", "fewer"):
+    for name in SEARCHES:
         choice = choices[name]
         cells = [f"{1 - choice.passes / whole.passes:.0%}", f"{1 - choice.seconds / whole.seconds:.0%}"]
         for split in ("searched", "heldout"):
@@ -237,7 +279,7 @@ def table(results: dict[int, dict[str, Choice]]) -> str:
 
 def summary(results: dict[int, dict[str, Choice]]) -> str:
     lines = []
-    for name in ("race", "longer race", "fewer"):
+    for name in SEARCHES[1:]:
         equal = sum(is_equal(choices[name], choices["whole"]) for choices in results.values())
         shown = []
         for split in ("searched", "heldout"):
@@ -256,14 +298,15 @@ def summary(results: dict[int, dict[str, Choice]]) -> str:
 def ranking_table(rankings: Sequence[Rankings]) -> str:
     """Over all seeds, by thirds of the search."""
     lines = [
-        "| generations | race: best is the best | race: upper half, rank correlation | even: best | even: upper half |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| generations | race: best is the best | race: upper half, rank correlation | chosen: best "
+        "| chosen: upper half | even: best | even: upper half |",
+        "| --- |" + " ---: |" * 6,
     ]
     generations = len(rankings[0]["race"])
     edges = [0, generations // 3, 2 * generations // 3, generations]
     for begin, end in [*pairwise(edges), (0, generations)]:
         cells = []
-        for name in ("race", "even"):
+        for name in ("race", "chosen", "even"):
             part = [one for ranking in rankings for one in ranking[name][begin:end]]
             cells += [f"{np.mean([one.best for one in part]):.0%}", f"{np.mean([one.upper_half for one in part]):.2f}"]
         lines.append(f"| {begin + 1} to {end} | " + " | ".join(cells) + " |")

@@ -177,9 +177,10 @@ class PathCandidates:
         return f"{self.space.dims} numbers that say which layers follow each other"
 
     def describe_work(self, evaluators: Sequence[PathEvaluator]) -> str:
-        done, asked = sum(one.steps_run for one in evaluators), sum(one.steps_requested for one in evaluators)
+        done = sum(one.work.steps_run for one in evaluators)
+        asked = sum(one.work.steps_requested for one in evaluators)
         saved = 0.0 if not asked else 1 - done / asked
-        distinct = {known for one in evaluators for known in one.score_cache}
+        distinct = {path for one in evaluators for path in one.work.paths}
         return (
             f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
             f"{len(distinct):,} distinct paths"

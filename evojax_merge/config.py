@@ -200,6 +200,8 @@ class SearchConfig(Section):
     units of the bounds' range.
     `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
     half on twice as many, and so forth; in so many rungs the last few are scored on all.
+    `rung_examples`: which examples come first: random parts of them in turn, or those that an item response model
+    chooses for each generation.
     `seeds`: merges that are the first candidates of the first generation; by default those of `DEFAULT_SEEDS`.
     `validation`: the share of the search split that no generation is scored on; the winner is chosen on it.
     `validate_every`: how many generations lie between two looks at the validation split; None: none is taken."""
@@ -210,6 +212,7 @@ class SearchConfig(Section):
     sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)
     finalists: Whole = Field(5, ge=1, le=10_000)
     rungs: Whole = Field(1, ge=1, le=8)
+    rung_examples: Literal["random", "item_response"] = "random"
     seeds: list[Seed] = Field([], max_length=4)
     validation: Real = Field(0.0, ge=0.0, lt=1.0, description="a share from 0 to below 1")
     validate_every: Whole | None = Field(None, ge=1, le=1_000_000)
@@ -229,13 +232,22 @@ class SearchConfig(Section):
             raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")
         return self
 
+    @model_validator(mode="after")
+    def _has_rungs_to_choose_for(self) -> "SearchConfig":
+        if self.rung_examples != "random" and self.rungs == 1:
+            raise ValueError(
+                f"rung_examples: {self.rung_examples}; without a race every candidate is evaluated on all examples, "
+                "give `rungs` above 1 as well"
+            )
+        return self
+
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Without those keys that have their defaults and that a search can do without: it is the one that it was
         before there were such keys."""
         document: dict[str, Any] = serialise(self)
         defaults = type(self)(strategy=self.strategy)
-        for name in ("seeds", "validation", "validate_every", "stop", "gradient"):
+        for name in ("rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
             follows = name == "gradient" and self.strategy in FOLLOW_GRADIENTS
             if getattr(self, name) == getattr(defaults, name) and not follows:
                 document.pop(name)

@@ -67,6 +67,8 @@ from evojax_merge.report.plan import Plan, holds_plans
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
+from evojax_merge.search.example_choice import ExampleChoice
+from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.run_folder import (
     PARAMS,
@@ -300,15 +302,18 @@ def _search_into(
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        opened = open_evaluators(problem, [*problem.batched_minibatches(), *batched_tasks], devices, progress, say)
-    minibatches, on = opened[: len(problem.minibatches)], problem.by_split(opened[len(problem.minibatches) :])
+        chosen_from = problem.batched_choice()
+        parts = [*chosen_from, *problem.batched_minibatches()]
+        opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say)
+    choosable, minibatches = opened[: len(chosen_from)], opened[len(chosen_from) : len(parts)]
+    on = problem.by_split(opened[len(parts) :])
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, minibatches, on.validation,
+            warnings, failure_hint, minibatches, on.validation, _example_choice(problem, choosable),
         )  # fmt: skip
-    searched = [one.evaluator for one in (*minibatches, *on.shards)]
+    searched = [one.evaluator for one in (*choosable, *minibatches, *on.shards)]
     console.print(problem.candidates.describe_work(searched), highlight=False)
     if len(on.shards) > 1:
         examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
@@ -318,6 +323,14 @@ def _search_into(
     if devices.is_main_process:
         _write_winner(folder, problem, result)
     barrier("written")
+
+
+def _example_choice(problem: SearchProblem, opened: Sequence[SpaceEvaluator[Any]]) -> ExampleChoice | None:
+    """What rungs choose examples from, with what scores genomes on them; None where shards take turns."""
+    if problem.choice is None:
+        return None
+    (evaluator,) = opened
+    return ExampleChoice(evaluator, problem.choice.strata, len(problem.shards))
 
 
 def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:

@@ -43,6 +43,7 @@ from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.pedigree import Pedigree
 from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
+from evojax_merge.search.example_choice import length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
@@ -89,6 +90,15 @@ class Splits(Generic[T]):
 
 
 @dataclass(frozen=True)
+class ExamplesToChoose:
+    """The tasks that count on all examples that generations are scored on, and for each of them the strata that every
+    rung has its share of, int[n] each."""
+
+    tasks: list[Task]
+    strata: list[list[np.ndarray]]
+
+
+@dataclass(frozen=True)
 class SearchProblem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
@@ -98,7 +108,7 @@ class SearchProblem:
     examples that every generation is scored on, in as many parts as successive halving needs; `full` on the whole
     search split, `validation` on what of it is kept back to choose the winner on (empty: nothing is), `heldout` on what
     the search never sees. `minibatches`: of a strategy that is told gradients, what is differentiated, on the shards'
-    examples. `target`: the devices that it is made for.
+    examples. `choice`: where rungs choose their examples, what from. `target`: the devices that it is made for.
     """
 
     config: Config
@@ -121,6 +131,7 @@ class SearchProblem:
     context: int
     stop: tuple[int, ...]
     minibatches: list[list[Task]]
+    choice: ExamplesToChoose | None
     target: Target
 
     @property
@@ -151,6 +162,16 @@ class SearchProblem:
         if not self.minibatches:
             return []
         return self._batch(self.minibatches)
+
+    def batched_choice(self) -> list[list[BatchedTask]]:
+        """The batched tasks of the examples that rungs choose from, in batches as the shards have, with room for
+        whichever are chosen; none where the shards take turns."""
+        if self.choice is None:
+            return []
+        *_, everything = self._batch(
+            [*([task for task in one if task.weight > 0] for one in self.shards), self.choice.tasks]
+        )
+        return [[batched_task.for_any_examples() for batched_task in everything]]
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         decoder = self.decoder
@@ -308,6 +329,11 @@ def build_problem(
     def lengths(task: Task) -> np.ndarray:
         return example_lengths(task, tokenizer, context)
 
+    shards = stratified_shards(f"{where}: search.rungs", searched, lengths, config.search.rungs, config.seed)
+    choice = None
+    if config.search.rung_examples == "item_response":
+        counted = [task for task in searched if task.weight > 0]
+        choice = ExamplesToChoose(counted, [length_strata(lengths(task), len(shards)) for task in counted])
     return SearchProblem(
         config=config,
         search=config.search,
@@ -322,19 +348,14 @@ def build_problem(
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         other_modules=other_modules,
-        shards=stratified_shards(
-            f"{where}: search.rungs",
-            searched,
-            lengths,
-            config.search.rungs,
-            config.seed,
-        ),
+        shards=shards,
         full=full,
         validation=validation,
         heldout=[heldout for _, heldout in tasks],
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
         minibatches=_minibatches(where, config, strategy, searched, lengths),
+        choice=choice,
         target=target,
     )
 

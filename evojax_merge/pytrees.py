@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,6 +29,7 @@ from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import MergeSpec
+from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
@@ -96,6 +97,7 @@ def search_pytrees(
     sigma: float = 1 / 6,
     seeds: Sequence[str] = (),
     rungs: int = 1,
+    rung_examples: str = "random",
     validation: float = 0.0,
     validate_every: int | None = None,
     stop: Mapping[str, float] | None = None,
@@ -115,7 +117,7 @@ def search_pytrees(
     better, and a candidate whose fitness is not finite has failed. It is traced, unless it is `host_callback(...)`.
     examples: a pytree of arrays with a leading axis N; fitness is then called with the merged pytree and some rows of
     it, and returns one number for each, so that candidates can be compared on few examples first (`rungs` above 1:
-    successive halving, as in a config).
+    successive halving, as in a config; `rung_examples="item_response"`: on those that tell them apart).
 
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
@@ -139,8 +141,9 @@ def search_pytrees(
     chosen, has_base = method_with_base(WHERE, method, base is not None, len(parents))
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
-        finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, validation=validation,
-        validate_every=validate_every, stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
+        finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, rung_examples=rung_examples,
+        validation=validation, validate_every=validate_every,
+        stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
         gradient={} if gradient is None else gradient,
     )  # fmt: skip
     if chunk is not None and chunk < 1:
@@ -184,24 +187,25 @@ def search_pytrees(
     check_stop(WHERE, search.stop, chosen_strategy.population)
     check_gradient_options(WHERE, search, chosen_strategy)
     size = chosen_strategy.population
-    make_score = (
-        partial(_score_on_host, fitness.function, merge, bank, space)
-        if isinstance(fitness, HostFitness)
-        else partial(_score_traced, fitness, merge, bank, space, size, _chunk(chunk, size))
-    )
     _check_examples(examples)
-    score, count = make_score(examples)
-    everything = PytreeEvaluator(FitnessTask(tuple(range(count))), score)
+    score_on, count = (
+        _score_on_host(fitness.function, merge, bank, space, examples)
+        if isinstance(fitness, HostFitness)
+        else _score_traced(fitness, merge, bank, space, size, _chunk(chunk, size), examples)
+    )
+    everything = FitnessTask(tuple(range(count)))
 
     def evaluator_of(task: FitnessTask) -> PytreeEvaluator:
-        if task is everything.task:
-            return everything
-        return PytreeEvaluator(task, make_score(_rows_of(examples, task.indices))[0])
+        rows = examples if task.size == count else _rows_of(examples, task.indices)
+        return PytreeEvaluator(task, score_on(rows), divide=evaluator_of)
 
-    (to_search,), kept_back = validation_split(f"{WHERE}: validation", [everything.task], validation, seed)
-    parts = stratified_shards(f"{WHERE}: rungs", [to_search], lambda one: np.ones(one.size), rungs, seed)
+    (to_search,), kept_back = validation_split(f"{WHERE}: validation", [everything], validation, seed)
+    parts = stratified_shards(f"{WHERE}: rungs", [to_search], _ones, rungs, seed)
     shards = [evaluator_of(part) for (part,) in parts]
-    # With one shard and no validation split, this is the shard's.
+    choice = None
+    if search.rung_examples == "item_response":
+        strata = [length_strata(_ones(to_search), len(shards))]
+        choice = ExampleChoice(SpaceEvaluator(space, evaluator_of(to_search)), strata, len(shards))
     selection = evaluator_of(kept_back[0] if kept_back else to_search)
     minibatches: list[PytreeEvaluator] = []
     if differentiates(chosen_strategy) is not None:
@@ -212,7 +216,7 @@ def search_pytrees(
             )  # fmt: skip
         differentiate = partial(_differentiate, fitness, merge, bank, _chunk(chunk, size))
         minibatches = [
-            PytreeEvaluator(part, score, differentiate(_rows_of(examples, part.indices)))
+            replace(evaluator_of(part), gradient=differentiate(_rows_of(examples, part.indices)))
             for (part,) in _minibatches(search.gradient.minibatches, to_search, examples is not None, seed)
         ]
     with ExitStack() as stack:
@@ -235,7 +239,7 @@ def search_pytrees(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
             minibatches=[SpaceEvaluator(space, one) for one in minibatches],
-            validation=SpaceEvaluator(space, selection) if kept_back else None,
+            validation=SpaceEvaluator(space, selection) if kept_back else None, choice=choice,
         )  # fmt: skip
         finalists = rescore(space, SpaceEvaluator(space, selection), archive, lambda done: None)
         if not finalists:
@@ -507,16 +511,22 @@ def _minibatches(parts: int, task: FitnessTask, has_examples: bool, seed: int) -
         raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
     if parts > task.size:
         raise InputError(WHERE, f"gradient.minibatches: {parts}; expected {task.size} at most, as many as examples")
-    return stratified_parts([task], lambda one: np.ones(one.size), parts, seed)
+    return stratified_parts([task], _ones, parts, seed)
+
+
+def _ones(task: FitnessTask) -> np.ndarray:
+    """Of no example is known how long it is."""
+    return np.ones(task.size)
 
 
 @dataclass(frozen=True)
 class PytreeEvaluator:
     """Scores genomes with the fitness function on some of the examples, and differentiates their mean where `gradient`
-    is there. Scores of the last population are kept."""
+    is there. `divide`: what scores genomes on a task with fewer examples. Scores of the last population are kept."""
 
     task: FitnessTask
     function: Score
+    divide: Callable[[FitnessTask], "PytreeEvaluator"]
     gradient: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     last: dict[bytes, np.ndarray] = field(default_factory=dict)
 
@@ -526,6 +536,11 @@ class PytreeEvaluator:
 
     def passes(self, population: int) -> int:
         return population
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "PytreeEvaluator":
+        """The same on some of the examples, int[M], ascending."""
+        (own,) = examples
+        return self.divide(self.task.subset(own.tolist()))
 
     def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         rows = self.function(genomes)
@@ -588,16 +603,16 @@ def _score_traced(
     population: int,
     chunk: int,
     examples: Any,
-) -> tuple[Score, int]:
-    """Merges and scores in one program, compiled for a whole population, and for each rung of one; and N."""
-    rest = () if examples is None else (examples,)
+) -> tuple[Callable[[Any], Score], int]:
+    """Merges and scores in one program, compiled for a whole population, and for each rung of one: rows of the examples
+    -> genomes' scores on them; and N, of all examples."""
 
     def one(bank: Sequence[Any], genome: jax.Array, rest: Any) -> jax.Array:
         return _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
 
     # What the function does wrong shows here, before the long work of compiling it with the merges.
     try:
-        shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), rest)
+        shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         said = str(error).splitlines()[0]
         raise InputError(
@@ -611,24 +626,29 @@ def _score_traced(
 
     sizes = sorted({rung_size(population, rung) for rung in range(population.bit_length())})
 
-    def score(genomes: np.ndarray) -> np.ndarray:
+    def score(examples: Any, genomes: np.ndarray) -> np.ndarray:
         rows = []
         for begin in range(0, len(genomes), population):
             part = genomes[begin : begin + population]
             # Filled up to a size that is compiled already.
             size = population if examples is None else next(size for size in sizes if size >= len(part))
             padded = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-            rows.append(np.asarray(program(bank, padded, rest))[: len(part)])
+            rows.append(np.asarray(program(bank, padded, _arguments(examples)))[: len(part)])
         return np.concatenate(rows)
 
-    return score, shape.size
+    return lambda examples: partial(score, examples), shape.size
+
+
+def _arguments(examples: Any) -> tuple[Any, ...]:
+    """What a fitness is called with beside the merged pytree."""
+    return () if examples is None else (examples,)
 
 
 def _differentiate(
     fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], chunk: int, examples: Any
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Genomes float32[P, D] -> their scores float32[P, N], and the derivatives of the scores' mean, float32[P, D]."""
-    rest = () if examples is None else (examples,)
+    rest = _arguments(examples)
 
     @jax.jit
     def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
@@ -651,24 +671,26 @@ def _differentiate(
 
 def _score_on_host(
     fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], space: PytreeSpace, examples: Any
-) -> tuple[Score, int]:
-    """One merge and one call after the other; and N, which the first call, for the start, tells."""
-    merged, rest = jax.jit(merge), () if examples is None else (examples,)
+) -> tuple[Callable[[Any], Score], int]:
+    """One merge and one call after the other: rows of the examples -> genomes' scores on them; and N, of all examples,
+    which the first call, for the start, tells."""
+    merged = jax.jit(merge)
 
-    def call(genome: np.ndarray) -> np.ndarray:
-        return _row(np.asarray(fitness(merged(bank, genome), *rest))).astype(np.float32)
+    def call(examples: Any, genome: np.ndarray) -> np.ndarray:
+        return _row(np.asarray(fitness(merged(bank, genome), *_arguments(examples)))).astype(np.float32)
 
-    start = space.start
-    known = {start.tobytes(): call(start)}
+    start = space.start.tobytes()
+    of_start = call(examples, space.start)
 
-    def score(genomes: np.ndarray) -> np.ndarray:
-        rows = [known[genome.tobytes()] if genome.tobytes() in known else call(genome) for genome in genomes]
-        sizes = sorted({row.size for row in rows})
+    def score(rows: Any, genomes: np.ndarray) -> np.ndarray:
+        known = {start: of_start} if rows is examples else {}
+        found = [known[genome.tobytes()] if genome.tobytes() in known else call(rows, genome) for genome in genomes]
+        sizes = sorted({row.size for row in found})
         if len(sizes) > 1:
             raise TypeError(f"the fitness returned {sizes[0]} numbers for one candidate and {sizes[1]} for another")
-        return np.stack(rows)
+        return np.stack(found)
 
-    return score, known[start.tobytes()].size
+    return lambda rows: partial(score, rows), of_start.size
 
 
 def _row(scores: Any) -> Any:

@@ -30,6 +30,7 @@ from transformers import (
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.problem import build_strategy
+from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
 
@@ -234,10 +235,13 @@ def search_in(
     shards: Sequence[Any],
     validation: Any = None,
     reporter: Reporter | None = None,
+    choice: ExampleChoice | None = None,
 ) -> Archive:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run, reporter = RunFolder(folder), reporter or Reporter()
     with Checkpoints(run) as checkpoints:
         objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, checkpoints)
         strategy = build_strategy("search", config, space, objectives)
-        return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation)
+        return evolve(
+            config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice
+        )  # fmt: skip

@@ -331,7 +331,7 @@ def test_company_changes_no_score(setting: Setting) -> None:
         np.testing.assert_array_equal(scores[p], alone)
     # 3 shared steps, then 4, 5 after it, and 6: six instead of fifteen, in each batch.
     scored, written = setting.evaluator().batched_tasks
-    likelihood = together.steps_run - sum(len(path.layers) for path in paths) * written.batches
+    likelihood = together.work.steps_run - sum(len(path.layers) for path in paths) * written.batches
     assert likelihood == 6 * scored.batches
 
 
@@ -340,9 +340,9 @@ def test_paths_that_come_again_cost_nothing(setting: Setting) -> None:
     path, other = LayerPath((0, 4, 1), (1.0, 1.1, 1.0)), LayerPath((2,), (1.0,))
     first = evaluator.evaluate([path, path, None, other])
     assert len(evaluator.score_cache) == 2
-    done = evaluator.steps_run
+    done = evaluator.work.steps_run
     again = evaluator.evaluate([other, path])
-    assert evaluator.steps_run == done
+    assert evaluator.work.steps_run == done
     matrix, second = (scores.matrices["likelihood"]["log_probability"] for scores in (first, again))
     np.testing.assert_array_equal(matrix[0], matrix[1])
     np.testing.assert_array_equal(second, matrix[[3, 0]])

@@ -276,9 +276,11 @@ def linear_examples(count: int) -> dict[str, np.ndarray]:
     return {"x": x, "y": x @ middle}
 
 
+@pytest.mark.parametrize("rung_examples", ["random", "item_response"])
 @pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
-def test_successive_halving_over_examples(wrap: Any) -> None:
-    found = quick(fitness=wrap(rows_of), examples=linear_examples(24), rungs=3, population=8, generations=6)
+def test_successive_halving_over_examples(wrap: Any, rung_examples: str) -> None:
+    settings = {"rungs": 3, "population": 8, "generations": 6, "rung_examples": rung_examples}
+    found = quick(fitness=wrap(rows_of), examples=linear_examples(24), **settings)
     for row in found.history:
         # Of 4 shards of 6 examples, 8 candidates are evaluated on one, 4 on two, 2 on all.
         assert sorted(row["examples"]) == [6] * 4 + [12] * 2 + [24] * 2
@@ -415,6 +417,7 @@ def changed(path: tuple[str, str], value: Any) -> Any:
         ({"population": 1}, "population: 1; the strategy cma_es compares candidates; expected 2 or more"),
         ({"chunk": 0}, "chunk: 0; expected 1 or more"),
         ({"rungs": 2}, "rungs: 2 .* give it `examples`"),
+        ({"rung_examples": "item_response"}, "search: rung_examples: item_response; without a race"),
         ({"validation": 0.2}, "validation: 0.2 keeps examples back .* give it `examples`"),
         ({"validation": 0.01, "examples": np.ones((5, 1)), "fitness": lambda merged, rows: rows[:, 0]},
          "validation: 0.01 of the 5 examples that fitness has to search on leaves none to validate on"),

@@ -4,12 +4,24 @@ Several splits of the same tasks get batches of the same shapes, and so share co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.targets import Target
-from evojax_merge.tasks.batches import Batches, PromptBatch, ScoringBatch, prompt_batches, scoring_batches
+from evojax_merge.tasks.batches import (
+    Batches,
+    PromptBatch,
+    PromptShapes,
+    ScoringBatch,
+    ScoringShapes,
+    fill_prompt_batches,
+    fill_scoring_batches,
+    prompt_shapes,
+    scoring_shapes,
+)
 from evojax_merge.tasks.task import Task, TaskRequests
 
 # Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
@@ -22,13 +34,22 @@ UNKNOWN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
+class TaskShapes:
+    """The shapes of a task's batches of scored rows and of prompts; None: it has none of these."""
+
+    scoring: ScoringShapes | None
+    prompts: PromptShapes | None
+
+
+@dataclass(frozen=True)
 class BatchedTask:
-    """A task, what it asks, and the batches of its scored rows and of its prompts. `stop`: token ids that end a
-    generation; `tokens_per_batch`: what the batches were made for; `share_prefixes`: whether rows share what they begin
-    with."""
+    """A task, what it asks, and the batches of its scored rows and of its prompts, which have these `shapes`. `stop`:
+    token ids that end a generation; `tokens_per_batch`: what the batches were made for; `share_prefixes`: whether rows
+    share what they begin with."""
 
     task: Task
     requests: TaskRequests
+    shapes: TaskShapes
     scoring: Batches[ScoringBatch] | None
     prompts: Batches[PromptBatch] | None
     stop: tuple[int, ...]
@@ -38,6 +59,23 @@ class BatchedTask:
     @property
     def batches(self) -> int:
         return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
+
+    def for_any_examples(self) -> "BatchedTask":
+        """The same with batches that have room for whichever of the examples `subset` puts there."""
+        if self.shapes.scoring is None:
+            return self
+        shapes = replace(self.shapes, scoring=self.shapes.scoring.for_any(self.requests.scored))
+        scoring, prompts = _filled(self.requests, shapes)
+        return replace(self, shapes=shapes, scoring=scoring, prompts=prompts)
+
+    def subset(self, examples: np.ndarray) -> "BatchedTask":
+        """The task on some of its examples, int[M], ascending, in batches of the same shapes. Only of a task with room
+        for any examples."""
+        requests = self.requests.subset(examples.tolist())
+        scoring, prompts = _filled(requests, self.shapes)
+        return replace(
+            self, task=self.task.subset(examples.tolist()), requests=requests, scoring=scoring, prompts=prompts
+        )
 
 
 def suitable_tokens(target: Target) -> int:
@@ -69,13 +107,14 @@ def batch_tasks(
     by_task = [[split[i] for split in requests] for i in range(len(splits[0]))]
     # What a short row shares with a long one would have the positions of one of them.
     shares = [position_switch is None or max(map(_longest, parts)) <= position_switch for parts in by_task]
-    columns = [_batched_tasks(parts, tokens_per_batch, share) for parts, share in zip(by_task, shares, strict=True)]
+    shapes = [_task_shapes(parts, tokens_per_batch, share) for parts, share in zip(by_task, shares, strict=True)]
     return [
         [
             BatchedTask(
                 task,
                 requests[s][i],
-                *columns[i][s],
+                shapes[i],
+                *_filled(requests[s][i], shapes[i]),
                 stop=stop,
                 tokens_per_batch=tokens_per_batch,
                 share_prefixes=shares[i],
@@ -86,21 +125,28 @@ def batch_tasks(
     ]
 
 
-def _batched_tasks(
-    splits: Sequence[TaskRequests], tokens_per_batch: int, share: bool
-) -> list[tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]]:
-    """One task's batches in each split."""
-    scored: Sequence[Batches[ScoringBatch] | None] = [None] * len(splits)
-    prompts: Sequence[Batches[PromptBatch] | None] = [None] * len(splits)
+def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: bool) -> TaskShapes:
+    """The shapes of one task's batches, the same in every split."""
+    scoring = prompts = None
     if splits[0].scored:
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
         pack = share and splits[0].logits_fn is None
-        scored = scoring_batches([part.scored for part in splits], tokens_per_batch, pack, share)
+        scoring = scoring_shapes([part.scored for part in splits], tokens_per_batch, pack, share)
     if splits[0].prompts:
         together = DECODE_BATCH_FACTOR * tokens_per_batch
         new = splits[0].max_new_tokens
-        prompts = prompt_batches([part.prompts for part in splits], tokens_per_batch, together, new, share)
-    return list(zip(scored, prompts, strict=True))
+        prompts = prompt_shapes([part.prompts for part in splits], tokens_per_batch, together, new, share)
+    return TaskShapes(scoring, prompts)
+
+
+def _filled(
+    requests: TaskRequests, shapes: TaskShapes
+) -> tuple[Batches[ScoringBatch] | None, Batches[PromptBatch] | None]:
+    """Batches of these shapes."""
+    return (
+        None if shapes.scoring is None else fill_scoring_batches(requests.scored, shapes.scoring),
+        None if shapes.prompts is None else fill_prompt_batches(requests.prompts, shapes.prompts),
+    )
 
 
 def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
@@ -109,9 +155,9 @@ def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
         return None
     tokens = batched_task.tokens_per_batch // 2
-    share = batched_task.share_prefixes
-    ((scored, prompts),) = _batched_tasks([batched_task.requests], tokens, share)
-    return BatchedTask(batched_task.task, batched_task.requests, scored, prompts, batched_task.stop, tokens, share)
+    shapes = _task_shapes([batched_task.requests], tokens, batched_task.share_prefixes)
+    scoring, prompts = _filled(batched_task.requests, shapes)
+    return replace(batched_task, shapes=shapes, scoring=scoring, prompts=prompts, tokens_per_batch=tokens)
 
 
 def _check_lengths(requests: TaskRequests, context: int) -> None:

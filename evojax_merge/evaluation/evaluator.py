@@ -9,7 +9,7 @@ the memory that the compiler reports; where that was too much, less is tried.
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -292,6 +292,12 @@ class Evaluator:
     def passes(self, population: int) -> int:
         """How many steps of progress an evaluation reports."""
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "Evaluator":
+        """The same on some of the examples: for each of the tasks int[M], ascending. The batches have the shapes of
+        these, so that nothing is compiled for them."""
+        chosen = [one.subset(own) for one, own in zip(self.batched_tasks, examples, strict=True)]
+        return replace(self, batched_tasks=chosen, lookup_corpus={})
 
     def population(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
@@ -815,6 +821,10 @@ class MergeEvaluator:
 
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "MergeEvaluator":
+        """The same on some of the examples: for each of the tasks int[M], ascending."""
+        return replace(self, evaluator=self.evaluator.subset(examples))
 
     def evaluate(self, recipes: Recipe, progress: Progress = lambda done: None) -> TaskScores:
         return self.evaluator.population(self.bank, self.spec, recipes, progress)

@@ -98,21 +98,26 @@ class PathFactory:
 
 
 @dataclass
-class PathEvaluator:
-    """Scores populations of paths over one bank, on the requests of an evaluator.
+class PathWork:
+    """What an evaluator of paths, and those on some of its examples, did since the start. steps_run: layer steps;
+    steps_requested: those that would have been run one candidate after the other; paths: the distinct ones."""
 
-    `max_length`: how many steps a path has at most. `steps_run` and `steps_requested`: layer steps that were run, and
-    that would have been run one candidate after the other, since the start. `by_config`: what differentiates models of
-    a config.
-    """
+    steps_run: int = 0
+    steps_requested: int = 0
+    paths: set[Key] = field(default_factory=set)
+
+
+@dataclass
+class PathEvaluator:
+    """Scores populations of paths over one bank, on the requests of an evaluator. `max_length`: how many steps a path
+    has at most; `by_config`: what differentiates models of a config."""
 
     evaluator: Evaluator
     bank: PathBank
     max_length: int
     score_cache: dict[Key, dict[str, dict[str, np.ndarray]]] = field(default_factory=dict)
     outputs: dict[Key, dict[str, list[str]]] = field(default_factory=dict)
-    steps_run: int = 0
-    steps_requested: int = 0
+    work: PathWork = field(default_factory=PathWork)
     by_config: dict[DecoderConfig, Evaluator] = field(default_factory=dict)
 
     @property
@@ -121,6 +126,10 @@ class PathEvaluator:
 
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "PathEvaluator":
+        """The same on some of the examples: for each of the tasks int[M], ascending. It knows no scores yet."""
+        return replace(self, evaluator=self.evaluator.subset(examples), score_cache={}, outputs={}, by_config={})
 
     def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
         """Score P paths; None, a candidate without a path, scores NaN."""
@@ -149,7 +158,7 @@ class PathEvaluator:
                     [""] * len(batched_task.requests.prompts) if key is None else self.outputs[key][name]
                     for key in keys
                 ]
-        self.steps_requested += passes * sum(len(path.layers) for path in paths if path is not None)
+        self.work.steps_requested += passes * sum(len(path.layers) for path in paths if path is not None)
         return TaskScores(matrices, outputs)
 
     def value_and_gradient(
@@ -185,11 +194,13 @@ class PathEvaluator:
             for p, path, gradient in zip(members, own, found, strict=True):
                 gradients[p] = path.scale_gradient(gradient)
             steps = len(layers) * self.passes(len(members))
-            self.steps_run, self.steps_requested = self.steps_run + steps, self.steps_requested + steps
+            self.work.steps_run += steps
+            self.work.steps_requested += steps
         return TaskScores(matrices), gradients
 
     def _score_fresh(self, fresh: dict[Key, LayerPath], progress: Progress) -> None:
         keys = list(fresh)
+        self.work.paths.update(keys)
         for key in keys:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
@@ -236,7 +247,7 @@ class PathEvaluator:
             for depth, steps, ended in segments(build_trie([keys[i][0] for i in members])):
                 del states[depth + 1 :]
                 states.append(self._run_layers(config, states[depth], layout, steps))
-                self.steps_run += len(steps)
+                self.work.steps_run += len(steps)
                 if ended is not None:
                     found = _score(config, batched_task.requests.logits_fn, source, states[-1].rows, arrays)
                     totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in found)
@@ -256,7 +267,7 @@ class PathEvaluator:
         rounded = -(-len(path.layers) // DEPTH_BUCKET) * DEPTH_BUCKET
         model, config = materialise_path(self.bank, path, self.evaluator.config, rounded)
         assert batched_task.prompts is not None
-        self.steps_run += len(path.layers) * len(batched_task.prompts.batches)
+        self.work.steps_run += len(path.layers) * len(batched_task.prompts.batches)
         runner = replace(self.evaluator, config=config, batched_tasks=[batched_task])
         texts, nonfinite = runner.generate_stacked(model, batched_task, progress)
         return texts, nonfinite

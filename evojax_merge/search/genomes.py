@@ -1,6 +1,7 @@
 """Scores for genomes: a space and an evaluator together, over all processes of a run."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -17,6 +18,15 @@ class DifferentiableEvaluator(Protocol):
     """An evaluator that differentiates the fitness with respect to what a space decodes genomes to."""
 
     def value_and_gradient(self, candidates: Any, progress: Progress = ...) -> tuple[TaskScores, Any]: ...
+
+
+@runtime_checkable
+class DivisibleEvaluator(Protocol):
+    """An evaluator that has others on some of its examples."""
+
+    def subset(self, examples: Sequence[np.ndarray]) -> Any:
+        """For each of the tasks int[M], ascending, which of its examples."""
+        ...
 
 
 @runtime_checkable
@@ -43,6 +53,12 @@ class SpaceEvaluator(Generic[E]):
 
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
+
+    def subset(self, examples: Sequence[np.ndarray]) -> "SpaceEvaluator[E]":
+        """Scores genomes on some of the examples: for each of the tasks int[M], ascending. Only of an evaluator that
+        is divisible."""
+        assert isinstance(self.evaluator, DivisibleEvaluator)
+        return replace(self, evaluator=self.evaluator.subset(examples))
 
     def value_and_gradient(
         self, genomes: np.ndarray, progress: Progress = lambda done: None

@@ -9,7 +9,7 @@ from evojax_merge.config import GradientConfig, SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness, means
 from evojax_merge.search.protocols import GradientEvaluator, Progress, Strategy, differentiates
-from evojax_merge.search.successive_halving import HalvingResult, empty_matrix, enter_scores
+from evojax_merge.search.successive_halving import HalvingResult, empty_matrix, enter_scores, shard_parts
 from evojax_merge.search.surrogate import SurrogateData
 
 
@@ -51,8 +51,9 @@ def value_and_gradient(
     evaluator = minibatches[number]
     scores, gradients = evaluator.value_and_gradient(genomes, progress)
     values = fitness(evaluator.tasks, scores)
-    matrix = empty_matrix(minibatches, len(genomes))
-    enter_scores(matrix, minibatches, number, np.arange(len(genomes)), scores)
+    parts = shard_parts(minibatches)
+    matrix = empty_matrix(parts, len(genomes))
+    enter_scores(matrix, parts[number], np.arange(len(genomes)), scores)
     best = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
     return HalvingResult(
         fitness=values,

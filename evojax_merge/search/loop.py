@@ -19,6 +19,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
 from evojax_merge.mergekit.write import shortest_decimal
+from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
     GenomeEvaluator,
@@ -36,6 +37,7 @@ from evojax_merge.search.successive_halving import (
     describe_rungs,
     halving_passes,
     init_surrogate,
+    order_shards,
     shard_order,
     successive_halving,
 )
@@ -159,12 +161,14 @@ def evolve(
     hint: Callable[[Any], str] = lambda task: "",
     minibatches: Sequence[GradientEvaluator] = (),
     validation: GenomeEvaluator | None = None,
+    choice: ExampleChoice | None = None,
 ) -> Archive:
     """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
     one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`:
     of a strategy that is told gradients, what differentiates the fitness or its companion on each part of the examples.
-    `validation`: of the validation split, at which `config.validate_every` looks. `look_at` finds what is to be said of
-    the first generation's scores; `hint` says what makes all candidates fail on a task.
+    `validation`: of the validation split, at which `config.validate_every` looks. `choice`: of the shards' examples,
+    from which each generation's rungs choose; None: the shards take turns. `look_at` finds what is to be said of the
+    first generation's scores; `hint` says what makes all candidates fail on a task.
 
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
     its population.
@@ -198,22 +202,24 @@ def evolve(
         if minibatches and not is_fitness and by_gradient != followed:
             reporter.log(_now_scored_on(number + 1, parts[0], shards[0]))
         followed = by_gradient
-        order = shard_order(len(parts), seed, number)
-        passes = parts[order[0]].passes(len(genomes)) if by_gradient else halving_passes(shards, order, len(genomes))
-        reporter.evaluating(number, passes)
-        started = time.perf_counter()
-        surrogate = SurrogateData(**state["known"])
+        turns = shard_order(len(parts), seed, number)
+        surrogate, started = SurrogateData(**state["known"]), time.perf_counter()
         if by_gradient:
+            first_part = parts[turns[0]]
+            reporter.evaluating(number, first_part.passes(len(genomes)))
             halved = value_and_gradient(
-                minibatches, order[0], np.asarray(genomes), surrogate, is_fitness, reporter.advanced
+                minibatches, turns[0], np.asarray(genomes), surrogate, is_fitness, reporter.advanced
             )
         else:
-            halved = successive_halving(shards, order, np.asarray(genomes), surrogate, reporter.advanced)
+            order = order_shards(shards, turns) if choice is None else choose_examples(choice, surrogate, seed, number)
+            first_part = order.parts[0].evaluator
+            reporter.evaluating(number, halving_passes(order, len(genomes)))
+            halved = successive_halving(order, np.asarray(genomes), surrogate, reporter.advanced)
         seconds = time.perf_counter() - started
         if not np.isfinite(halved.fitness).any():
-            raise Failed(_all_failed(number, len(genomes), parts[order[0]].tasks, halved.first, storage, hint))
+            raise Failed(_all_failed(number, len(genomes), first_part.tasks, halved.first, storage, hint))
         if number == 0:
-            for line in look_at(parts[order[0]].tasks, halved.first):
+            for line in look_at(first_part.tasks, halved.first):
                 reporter.log(line)
         told = strategy.tell(key, state_after_ask, genomes, halved.scores)
         state = _next_state(told, np.asarray(genomes), halved, state)

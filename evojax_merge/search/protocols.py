@@ -155,6 +155,14 @@ class GenomeEvaluator(Protocol):
     def score(self, genomes: np.ndarray, progress: Progress = ...) -> TaskScores: ...
 
 
+class SubsetEvaluator(GenomeEvaluator, Protocol):
+    """Scores genomes on whatever examples are asked for."""
+
+    def subset(self, examples: Sequence[np.ndarray]) -> GenomeEvaluator:
+        """What scores genomes on some of the examples: for each of the tasks int[M], ascending."""
+        ...
+
+
 class GradientEvaluator(GenomeEvaluator, Protocol):
     """Scores genomes, and differentiates their fitness."""
 

@@ -5,10 +5,10 @@ evaluated on one shard; the better half is evaluated on as many examples again, 
 examples and halves the candidates, and the last few are evaluated on all of them. Candidates are compared by their
 predicted fitness on all examples (search.surrogate). The shards take turns at being first: none counts more than
 another in the long run, and a search cannot overfit to the first shard. With one shard every candidate is evaluated on
-everything.
+everything. Instead of shards that take turns, examples can be chosen for each generation (search.example_choice).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -99,12 +99,69 @@ def shard_order(shards: int, seed: int, generation: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Some of the examples. evaluator: scores genomes on them; numbers: for each task that counts, by its name, int[M],
+    which of all N examples they are, ascending."""
+
+    evaluator: GenomeEvaluator
+    numbers: Mapping[str, np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return sum(task.size for task in self.evaluator.tasks)
+
+    @property
+    def columns(self) -> np.ndarray:
+        """int[M]: the examples' numbers, in the order of `scores_of`."""
+        return np.concatenate([self.numbers[task.name] for task, _ in task_weights(self.evaluator.tasks)])
+
+    def scores_of(self, scores: TaskScores) -> np.ndarray:
+        """float32[P, M], the scores that the fitness is made of."""
+        tasks = [task for task, _ in task_weights(self.evaluator.tasks)]
+        return np.concatenate([scores.matrices[task.name][task.metric] for task in tasks], axis=1)
+
+
+@dataclass(frozen=True)
+class ExampleOrder:
+    """All N examples in parts, in the order in which the rungs of a generation take them. counts: float64[rungs, N],
+    for how many examples of its task each example stands that was asked by the end of a rung: one over the probability
+    with which it was to be asked by then."""
+
+    parts: tuple[Part, ...]
+    counts: np.ndarray
+
+
+def shard_parts(shards: Sequence[GenomeEvaluator]) -> tuple[Part, ...]:
+    """Shards as parts, which number the examples shard by shard, in each task by task."""
+    parts, begin = [], 0
+    for shard in shards:
+        numbers = {}
+        for task, _ in task_weights(shard.tasks):
+            numbers[task.name] = np.arange(begin, begin + task.size)
+            begin += task.size
+        parts.append(Part(shard, numbers))
+    return tuple(parts)
+
+
+def order_shards(shards: Sequence[GenomeEvaluator], order: Sequence[int]) -> ExampleOrder:
+    """The examples of shards that are taken in `order`. All examples of a task are as likely to be asked."""
+    parts = shard_parts(shards)
+    ordered, ends = tuple(parts[number] for number in order), rung_shards(len(parts))
+    counts = np.zeros((len(ends), sum(part.columns.size for part in parts)))
+    for name in parts[0].numbers:
+        everything = np.concatenate([part.numbers[name] for part in parts])
+        for rung, end in enumerate(ends):
+            counts[rung, everything] = everything.size / sum(part.numbers[name].size for part in ordered[:end])
+    return ExampleOrder(ordered, counts)
+
+
+@dataclass(frozen=True)
 class HalvingResult:
     """What a generation of P candidates showed. fitness: float64[P], on the examples that each one was evaluated on,
     NaN where it failed; examples: int[P], how many those are; complete: bool[P], who was evaluated on all. scores: the
-    matrix of all examples, in the shards' order; its `predicted` is the fitness on all examples, predicted for those
-    that are not complete. scores_of_best: the best one's, `task/metric` -> mean. first: everyone's scores on the first
-    shard. surrogate: the data for the next generation's predictions."""
+    matrix of all examples, by their numbers; its `predicted` is the fitness on all examples, predicted for those that
+    are not complete. scores_of_best: the best one's, `task/metric` -> mean. first: everyone's scores on the first part.
+    surrogate: the data for the next generation's predictions."""
 
     fitness: np.ndarray
     examples: np.ndarray
@@ -117,10 +174,10 @@ class HalvingResult:
 
 @dataclass(frozen=True)
 class PartialScores:
-    """Scores of candidates on some of the examples. numbers: int[S], which candidates; the rest as `predict_fitness`
+    """Scores of candidates on some of the examples. candidates: int[S], their numbers; the rest as `predict_fitness`
     takes it: contributions: float32[S, M]; evaluated: int[M]; counts: float[M]."""
 
-    numbers: np.ndarray
+    candidates: np.ndarray
     contributions: np.ndarray
     evaluated: np.ndarray
     counts: np.ndarray
@@ -133,106 +190,95 @@ def init_surrogate(shards: Sequence[GenomeEvaluator], dims: int) -> SurrogateDat
 
 
 def successive_halving(
-    shards: Sequence[GenomeEvaluator],
-    order: Sequence[int],
+    order: ExampleOrder,
     genomes: np.ndarray,
     surrogate: SurrogateData,
     progress: Progress = lambda done: None,
 ) -> HalvingResult:
-    """Evaluate genomes `float32[P, D]` by successive halving over shards of examples, which are taken in `order`."""
-    population, tasks = len(genomes), shards[0].tasks
+    """Evaluate genomes `float32[P, D]` by successive halving over examples, which are taken in `order`."""
+    parts, population, tasks = order.parts, len(genomes), order.parts[0].evaluator.tasks
     values, predicted, examples = np.full(population, np.nan), np.full(population, np.nan), np.zeros(population, int)
-    matrix = empty_matrix(shards, population)
-    evaluated: dict[int, TaskScores] = {}
+    matrix = empty_matrix(parts, population)
+    evaluated: list[TaskScores] = []
     stopped: list[PartialScores] = []
     running, begin = np.arange(population), 0
-    for rung, end in enumerate(rung_shards(len(shards))):
-        for shard in order[begin:end]:
-            evaluated[shard] = shards[shard].score(genomes[running], progress)
-            enter_scores(matrix, shards, shard, running, evaluated[shard])
+    for rung, end in enumerate(rung_shards(len(parts))):
+        for part in parts[begin:end]:
+            evaluated.append(part.evaluator.score(genomes[running], progress))
+            enter_scores(matrix, part, running, evaluated[-1])
         if rung == 0:
-            first = evaluated[order[0]]
-        # In the shards' own order, so that a candidate's fitness does not depend on which one was first.
-        joined = _joined([evaluated[shard] for shard in sorted(evaluated)])
+            first = evaluated[0]
+        joined = _joined(parts, evaluated)
         values[running] = fitness(tasks, joined)
-        examples[running] = sum(task.size for shard in evaluated for task in shards[shard].tasks)
-        part = _partial_scores(shards, evaluated, running)
-        if end == len(shards):
+        examples[running] = sum(part.size for part in parts[:end])
+        partial = _partial_scores(matrix, running, order.counts[rung])
+        if end == len(parts):
             predicted[running] = values[running]
             if stopped:
                 whole = np.isfinite(values[running])
-                surrogate = append_candidates(surrogate, genomes[running[whole]], part.contributions[whole])
+                surrogate = append_candidates(surrogate, genomes[running[whole]], partial.contributions[whole])
             break
-        predicted[running] = np.where(np.isfinite(values[running]), _predicted(surrogate, genomes, part), np.nan)
+        predicted[running] = np.where(np.isfinite(values[running]), _predicted(surrogate, genomes, partial), np.nan)
         best = _best(predicted[running], rung_size(population, rung + 1))
         if not best.size:
             break
         left = np.setdiff1d(np.arange(len(running)), best)
-        stopped.append(PartialScores(running[left], part.contributions[left], part.evaluated, part.counts))
-        running, evaluated, begin = (
-            running[best],
-            {shard: _rows(scores, best) for shard, scores in evaluated.items()},
-            end,
-        )
-    complete = np.isfinite(values) & (examples == sum(task.size for shard in shards for task in shard.tasks))
+        stopped.append(PartialScores(running[left], partial.contributions[left], partial.evaluated, partial.counts))
+        running, evaluated, begin = running[best], [_rows(scores, best) for scores in evaluated], end
+    complete = np.isfinite(values) & (examples == sum(part.size for part in parts))
     # Those that were evaluated on everything tell most of their own generation.
     for group in stopped:
-        there = np.isfinite(values[group.numbers])
-        predicted[group.numbers] = np.where(there, _predicted(surrogate, genomes, group), np.nan)
+        there = np.isfinite(values[group.candidates])
+        predicted[group.candidates] = np.where(there, _predicted(surrogate, genomes, group), np.nan)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
     matrix = replace(matrix, predicted=predicted)
     return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
 
 
-def empty_matrix(shards: Sequence[GenomeEvaluator], population: int) -> Scores:
-    """The score matrix before anything was evaluated: the examples shard by shard, in each task by task."""
-    weighted = task_weights(shards[0].tasks)
-    sizes = [[task.size for task, _ in task_weights(shard.tasks)] for shard in shards]
-    task_of = np.concatenate([np.repeat(np.arange(len(weighted)), size) for size in sizes])
+def empty_matrix(parts: Sequence[Part], population: int) -> Scores:
+    """The score matrix before anything was evaluated."""
+    weighted = task_weights(parts[0].evaluator.tasks)
+    task_of = np.zeros(sum(part.columns.size for part in parts), int)
+    for t, (task, _) in enumerate(weighted):
+        for part in parts:
+            task_of[part.numbers[task.name]] = t
     shape = (population, len(task_of))
     names, shares = tuple(task.name for task, _ in weighted), np.array([share for _, share in weighted])
     return Scores(np.full(shape, np.nan, np.float32), np.zeros(shape, bool), task_of, names, shares)
 
 
-def enter_scores(
-    matrix: Scores, shards: Sequence[GenomeEvaluator], shard: int, numbers: np.ndarray, scores: TaskScores
-) -> None:
-    """Enter what the candidates `numbers: int[S]` scored on a shard."""
-    counts = [sum(task.size for task, _ in task_weights(one.tasks)) for one in shards]
-    columns = slice(sum(counts[:shard]), sum(counts[: shard + 1]))
-    rows = [scores.matrices[task.name][task.metric] for task, _ in task_weights(shards[shard].tasks)]
-    matrix.values[numbers, columns] = np.concatenate(rows, axis=1)
-    matrix.evaluated[numbers, columns] = True
+def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: TaskScores) -> None:
+    """Enter what the candidates of the numbers int[S] scored on a part."""
+    place = np.ix_(candidates, part.columns)
+    matrix.values[place] = part.scores_of(scores)
+    matrix.evaluated[place] = True
 
 
-def _partial_scores(
-    shards: Sequence[GenomeEvaluator], evaluated: dict[int, TaskScores], numbers: np.ndarray
-) -> PartialScores:
-    """The candidates `numbers`, whose scores on some shards these are. Examples are numbered shard by shard."""
-    sizes = [{task.name: task.size for task, _ in task_weights(shard.tasks)} for shard in shards]
-    total = {name: sum(size[name] for size in sizes) for name in sizes[0]}
-    done = {name: sum(sizes[shard][name] for shard in evaluated) for name in total}
-    begins = np.cumsum([0, *(sum(size.values()) for size in sizes)])
-    contributions, places, counts = [], [], []
-    for shard in sorted(evaluated):
-        places.append(np.arange(begins[shard], begins[shard + 1]))
-        for task, share in task_weights(shards[shard].tasks):
-            contributions.append(share / total[task.name] * evaluated[shard].matrices[task.name][task.metric])
-            counts.append(np.full(task.size, total[task.name] / done[task.name]))
-    return PartialScores(numbers, np.concatenate(contributions, axis=1), np.concatenate(places), np.concatenate(counts))
+def _partial_scores(matrix: Scores, candidates: np.ndarray, counts: np.ndarray) -> PartialScores:
+    """The candidates of the numbers int[S], which were evaluated on the same examples; counts: float64[N]."""
+    evaluated = np.flatnonzero(matrix.evaluated[candidates[0]])
+    worth = example_worth(matrix.weights, matrix.task_of)[evaluated]
+    contributions = np.take(matrix.values[candidates], evaluated, axis=1) * worth
+    return PartialScores(candidates, contributions, evaluated, counts[evaluated])
+
+
+def example_worth(weights: np.ndarray, task_of: np.ndarray) -> np.ndarray:
+    """How much a score on each example counts in the fitness, float32[N]. weights: float64[T], of the tasks; task_of:
+    int[N], the task of each example."""
+    return (weights / np.bincount(task_of, minlength=len(weights)))[task_of].astype(np.float32)
 
 
 def _predicted(surrogate: SurrogateData, genomes: np.ndarray, group: PartialScores) -> np.ndarray:
-    return predict_fitness(surrogate, genomes[group.numbers], group.contributions, group.evaluated, group.counts)
+    return predict_fitness(surrogate, genomes[group.candidates], group.contributions, group.evaluated, group.counts)
 
 
-def halving_passes(shards: Sequence[GenomeEvaluator], order: Sequence[int], population: int) -> int:
+def halving_passes(order: ExampleOrder, population: int) -> int:
     """How many steps of progress a generation reports where no candidate fails."""
-    ends = rung_shards(len(shards))
+    ends = rung_shards(len(order.parts))
     return sum(
-        shards[shard].passes(rung_size(population, rung))
+        part.evaluator.passes(rung_size(population, rung))
         for rung, (begin, end) in enumerate(zip([0, *ends], ends, strict=False))
-        for shard in order[begin:end]
+        for part in order.parts[begin:end]
     )
 
 
@@ -257,13 +303,16 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[np.isfinite(values[order])])
 
 
-def _joined(parts: Sequence[TaskScores]) -> TaskScores:
-    """The scores of the same candidates on several shards, side by side."""
+def _joined(parts: Sequence[Part], evaluated: Sequence[TaskScores]) -> TaskScores:
+    """The scores of the same candidates on the first of the parts, side by side in the order of the examples' numbers:
+    a candidate's fitness on all of them does not depend on which of them came first."""
 
     def joined(task: str, metric: str) -> np.ndarray:
-        return np.concatenate([part.matrices[task][metric] for part in parts], axis=1)
+        columns = np.concatenate([scores.matrices[task][metric] for scores in evaluated], axis=1)
+        numbers = np.concatenate([part.numbers[task] for part, _ in zip(parts, evaluated, strict=False)])
+        return np.take(columns, np.argsort(numbers), axis=1)
 
-    first = parts[0].matrices
+    first = evaluated[0].matrices
     return TaskScores({task: {metric: joined(task, metric) for metric in first[task]} for task in first})
 
 

@@ -7,8 +7,8 @@ segment that attends to the prefix and to itself (tree attention). Packed rows a
 least; inside a bucket all batches have one shape. The same batches serve every candidate of a run.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Generic, TypeVar
 
@@ -289,36 +289,80 @@ def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Sha
 # Batches
 
 
+@dataclass(frozen=True)
+class ScoringShapes:
+    """What the batches of a task's scored rows are like. shared_prefix: how many tokens all rows begin with; pack:
+    whether rows of one example are packed together; limits: of each shape how many spans a packed row has, how many
+    targets a batch, and how many targets a span, at most."""
+
+    shared_prefix: int
+    pack: bool
+    limits: Mapping[Shape, tuple[int, int, int]]
+
+    def for_any(self, rows: Sequence[Row]) -> "ScoringShapes":
+        """The same with room for whichever of the rows a batch holds."""
+        packed_rows = pack_rows(rows, self.shared_prefix, self.pack)
+        lengths = np.array([len(packed.tokens) for packed in packed_rows])
+        limits = {}
+        for shape, (spans, scored, longest) in self.limits.items():
+            own = [packed_rows[i] for i in np.flatnonzero((lengths > shape.above) & (lengths <= shape.width))]
+            most = sum(sorted((packed.scored for packed in own), reverse=True)[: shape.size])
+            limits[shape] = (
+                max([spans, *(len(packed.spans) for packed in own)]),
+                max(scored, _step_up(most)),
+                max([longest, *(len(span.columns) for packed in own for span in packed.spans)]),
+            )
+        return replace(self, limits=limits)
+
+
 def scoring_batches(
     splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True
 ) -> list[Batches[ScoringBatch]]:
     """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed
     row; `share` False: nor a prefix."""
+    shapes = scoring_shapes(splits, tokens_per_batch, pack, share)
+    return [fill_scoring_batches(rows, shapes) for rows in splits]
+
+
+def scoring_shapes(
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True
+) -> ScoringShapes:
+    """The shapes of the batches that `scoring_batches` makes."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     packed_rows = [pack_rows(rows, shared_prefix, pack) for rows in splits]
     lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
     shapes = batch_shapes(lengths, tokens_per_batch, PADDING)
-    groups = [
-        [(shape, [split[i] for i in members]) for shape, members in _grouped(count, shapes)]
+    together = [
+        (shape, [split[i] for i in members])
         for split, count in zip(packed_rows, lengths, strict=True)
+        for shape, members in _grouped(count, shapes)
     ]
-    together = [one for split in groups for one in split]
     limits = {
         shape: (
-            max(len(packed.spans) for s, group in together if s == shape for packed in group),
-            _step_up(max(sum(packed.scored for packed in group) for s, group in together if s == shape)),
-            max(len(span.columns) for s, group in together if s == shape for packed in group for span in packed.spans),
+            max((len(packed.spans) for s, group in together if s == shape for packed in group), default=1),
+            _step_up(max((sum(packed.scored for packed in group) for s, group in together if s == shape), default=1)),
+            max(
+                (len(span.columns) for s, group in together if s == shape for packed in group for span in packed.spans),
+                default=1,
+            ),
         )
-        for shape in {shape for shape, _ in together}
+        for shape in shapes
     }
-    return [
-        Batches(
-            np.array(rows[0].tokens[:shared_prefix], np.int32),
-            tuple(_scoring_batch(group, shape, *limits[shape]) for shape, group in split),
-            sum(len(row.tokens) - 1 for row in rows),
-        )
-        for rows, split in zip(splits, groups, strict=True)
-    ]
+    return ScoringShapes(shared_prefix, pack, limits)
+
+
+def fill_scoring_batches(rows: Sequence[Row], shapes: ScoringShapes) -> Batches[ScoringBatch]:
+    """Scored rows in batches of these shapes."""
+    packed_rows = pack_rows(rows, shapes.shared_prefix, shapes.pack)
+    lengths = np.array([len(packed.tokens) for packed in packed_rows])
+    return Batches(
+        np.array(rows[0].tokens[: shapes.shared_prefix], np.int32),
+        tuple(
+            _scoring_batch([packed_rows[i] for i in members], shape, *shapes.limits[shape])
+            for shape, members in _grouped(lengths, list(shapes.limits))
+        ),
+        sum(len(row.tokens) - 1 for row in rows),
+    )
 
 
 def _step_up(number: int) -> int:
@@ -351,29 +395,54 @@ def _scoring_batch(group: Sequence[PackedRow], shape: Shape, spans: int, scored:
     return batch
 
 
+@dataclass(frozen=True)
+class PromptShapes:
+    """What the batches of a task's prompts are like. shared_prefix: how many tokens all prompts begin with; groups: the
+    shapes of what is prefilled together; size: how many rows a batch has."""
+
+    shared_prefix: int
+    groups: tuple[Shape, ...]
+    size: int
+
+
 def prompt_batches(
     splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int, share: bool = True
 ) -> list[Batches[PromptBatch]]:
     """Prompts of several splits of a task that are continued by `new` tokens, in batches of one shape: prefilled in
     groups of about `tokens_per_part` tokens, decoded in batches of about `tokens_per_batch`, the new ones counted.
     `share` False: no row shares a prefix."""
+    shapes = prompt_shapes(splits, tokens_per_part, tokens_per_batch, new, share)
+    return [fill_prompt_batches(rows, shapes) for rows in splits]
+
+
+def prompt_shapes(
+    splits: Sequence[Sequence[Row]], tokens_per_part: int, tokens_per_batch: int, new: int, share: bool = True
+) -> PromptShapes:
+    """The shapes of the batches that `prompt_batches` makes."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     lengths = [np.array([len(row.tokens) - shared_prefix for row in rows]) for rows in splits]
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
     shapes = batch_shapes(lengths, tokens_per_part, PROMPT_PADDING, most)
-    prefill_groups = [list(_grouped(count, shapes)) for count in lengths]
+    first = list(_grouped(lengths[0], shapes))
     # As many rows as fill the first split's batches best.
     size = max(shape.size for shape in shapes)
-    while size < most and len(_packed(prefill_groups[0], size)) > len(_packed(prefill_groups[0], most)):
+    while size < most and len(_packed(first, size)) > len(_packed(first, most)):
         size += 1
-    return [
-        Batches(
-            np.array(rows[0].tokens[:shared_prefix], np.int32),
-            tuple(_prompt_batch(rows, group, size, shapes[-1].width, shared_prefix) for group in _packed(split, size)),
-            sum(len(row.tokens) for row in rows),
-        )
-        for rows, split in zip(splits, prefill_groups, strict=True)
-    ]
+    return PromptShapes(shared_prefix, tuple(shapes), size)
+
+
+def fill_prompt_batches(rows: Sequence[Row], shapes: PromptShapes) -> Batches[PromptBatch]:
+    """Prompts in batches of these shapes."""
+    lengths = np.array([len(row.tokens) - shapes.shared_prefix for row in rows])
+    width = shapes.groups[-1].width
+    return Batches(
+        np.array(rows[0].tokens[: shapes.shared_prefix], np.int32),
+        tuple(
+            _prompt_batch(rows, group, shapes.size, width, shapes.shared_prefix)
+            for group in _packed(list(_grouped(lengths, shapes.groups)), shapes.size)
+        ),
+        sum(len(row.tokens) for row in rows),
+    )
 
 
 PromptGroup = tuple[Shape, np.ndarray]

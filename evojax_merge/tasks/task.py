@@ -8,7 +8,7 @@ becomes a task.
 
 import os
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -45,6 +45,15 @@ class TaskRequests:
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
     logits_fn: LogitsFn | None = None
+
+    def subset(self, examples: Sequence[int]) -> "TaskRequests":
+        """What is asked for some of the examples, ascending: `examples[i]` becomes example i."""
+        places = {example: place for place, example in enumerate(examples)}
+
+        def rows_of(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+            return tuple(replace(row, example=places[row.example]) for row in rows if row.example in places)
+
+        return replace(self, scored=rows_of(self.scored), prompts=rows_of(self.prompts))
 
 
 @dataclass(frozen=True)

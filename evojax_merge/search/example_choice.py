@@ -1,0 +1,112 @@
+"""Which examples the rungs of a generation ask first: those on which candidates are predicted to differ most.
+
+Each generation draws an order of the examples by sequential Poisson sampling (Ohlsson, 1998): by u / s, with u uniform
+in [0, 1] and s the spread of an example's scores between candidates that an item response model predicts
+(search.item_response), fitted to the latest candidates that were evaluated on all examples. However many examples are
+asked, each of them then has a probability to be among them that is proportional to its spread, or 1; so examples that
+all candidates get right, or all wrong, are asked last. A score that was asked stands for as many as one over this
+probability, so that the mean of the weighted scores estimates the mean on all examples, whatever the model says. That
+the weights of a stratum are scaled to its number of examples, and that the probabilities are those of many examples,
+leaves a bias of the order of one over the number of examples asked.
+
+Examples are drawn by strata of similar length, of which every rung has its share: whatever is chosen, a rung's examples
+fill batches of about the same shapes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evojax_merge.search.item_response import fit_item_model, predicted_spread
+from evojax_merge.search.protocols import SubsetEvaluator
+from evojax_merge.search.successive_halving import ExampleOrder, Part, rung_shards
+from evojax_merge.search.surrogate import SurrogateData
+
+# Examples of a stratum in each part.
+STRATUM_SHARE = 4
+# The share of an example's probability to be asked that does not depend on its spread. What a model takes for decided
+# is asked sometimes, and no weight is larger than one over this share of the average.
+UNIFORM_SHARE = 0.2
+# Of the random numbers of a seed, those that examples are drawn with.
+CHOICE_STREAM = 2
+
+
+@dataclass(frozen=True)
+class ExampleChoice:
+    """What a search chooses examples from. evaluator: scores genomes on any of them, of tasks that all count; strata:
+    for each task the strata of its examples, int[n] each; parts: into how many parts a generation divides them."""
+
+    evaluator: SubsetEvaluator
+    strata: Sequence[Sequence[np.ndarray]]
+    parts: int
+
+
+def length_strata(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
+    """The examples of a task, of so many tokens each int[N], in strata of similar length: STRATUM_SHARE for each part
+    in every one of them, in the last more. Examples of one length are not divided."""
+    order, share = np.argsort(lengths, kind="stable"), STRATUM_SHARE * parts
+    ordered = lengths[order]
+    cuts = [cut for cut in range(share, len(order) - share + 1, share) if ordered[cut - 1] < ordered[cut]]
+    return np.split(order, cuts)
+
+
+def choose_examples(choice: ExampleChoice, surrogate: SurrogateData, seed: int, generation: int) -> ExampleOrder:
+    """The order in which a generation takes the examples. It depends on the latest candidates that were evaluated on
+    all of them, the seed and the generation alone. Where there are none, all examples are as likely."""
+    tasks = choice.evaluator.tasks
+    begins = np.cumsum([0, *(task.size for task in tasks)])
+    spread = example_spread(surrogate, np.repeat(np.arange(len(tasks)), np.diff(begins)))
+    rng, ends = np.random.default_rng([seed, generation, CHOICE_STREAM]), rung_shards(choice.parts)
+    counts = np.zeros((len(ends), begins[-1]))
+    chosen = []
+    for begin, strata in zip(begins, choice.strata, strict=False):
+        drawn = []
+        for stratum in strata:
+            order, weights = draw_order(spread[begin + stratum], choice.parts, rng)
+            drawn.append([stratum[part] for part in order])
+            counts[:, begin + stratum] = weights[[end - 1 for end in ends]]
+        chosen.append([np.sort(np.concatenate(part)) for part in zip(*drawn, strict=True)])
+    parts = []
+    for examples in zip(*chosen, strict=True):
+        numbers = {task.name: begin + own for task, begin, own in zip(tasks, begins, examples, strict=False)}
+        parts.append(Part(choice.evaluator.subset(examples), numbers))
+    return ExampleOrder(tuple(parts), counts)
+
+
+def example_spread(surrogate: SurrogateData, task_of: np.ndarray) -> np.ndarray:
+    """How much the scores on each example are predicted to differ between candidates, float64[N]; 1 where nothing is
+    known. task_of: int[N]."""
+    known = surrogate.contributions[np.isfinite(surrogate.contributions).all(axis=1)].astype(np.float64)
+    if len(known) < 2:
+        return np.ones(len(task_of))
+    model = fit_item_model(known, task_of)
+    return predicted_spread(model, model.abilities)
+
+
+def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
+    """The n examples of a stratum in parts, int[m] each, those of a larger spread float64[n] sooner; and for how many
+    examples of the stratum each stands once the first part, two parts, and so forth were asked, float64[parts, n].
+    Parts are of equal size, the first ones of one example more where the examples cannot be divided."""
+    count, mean = len(spread), spread.mean()
+    size = (1 - UNIFORM_SHARE) * spread / mean + UNIFORM_SHARE if mean > 0 else np.ones(count)
+    order = np.argsort(rng.random(count) / size, kind="stable")
+    sizes = [count // parts + (part < count % parts) for part in range(parts)]
+    divided = np.split(order, np.cumsum(sizes)[:-1])
+    weights = np.empty((parts, count))
+    for part, asked in enumerate(np.cumsum(sizes)):
+        inverse = 1 / inclusion_probabilities(size, int(asked))
+        weights[part] = inverse * (count / inverse[order[:asked]].sum())
+    return divided, weights
+
+
+def inclusion_probabilities(size: np.ndarray, asked: int) -> np.ndarray:
+    """The probabilities, float64[n], with which the examples are among so many that are asked: proportional to the size
+    float64[n], but 1 at most."""
+    if asked >= len(size):
+        return np.ones(len(size))
+    # The larger ones are certain, as many as would have a probability above 1.
+    descending = np.sort(size)[::-1]
+    rest = np.cumsum(descending[::-1])[::-1]
+    certain = next(c for c in range(asked) if descending[c] * (asked - c) <= rest[c] * (1 + 1e-9))
+    return np.minimum(1.0, size * (asked - certain) / rest[certain])

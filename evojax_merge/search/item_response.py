@@ -1,0 +1,157 @@
+"""Item response theory: what earlier candidates scored says how hard each example is, and how well it tells candidates
+apart.
+
+The model is the two-parameter logistic one, in several dimensions: a candidate of ability t in R^K is expected to score
+sigmoid(a . t + d) on an example of slopes a in R^K (its discrimination) and intercept d (how easy it is). It is fitted
+to the candidates' scores by joint maximum a posteriori, with a Newton step for all examples and for all candidates in
+turn. MERGE3 (arXiv 2502.10436) estimates merged models with such a model.
+
+Scores that are not 0 or 1, such as log-probabilities, are taken to [0, 1] by the range that they have in their task,
+and the same likelihood is then a quasi-likelihood (the fractional logit of Papke and Wooldridge, 1996): the mean of a
+score is modelled, and its variance is the binomial one times a number for each task, the dispersion.
+
+Letters: R candidates whose scores are known, N examples, P candidates that were evaluated on M of the examples, K
+dimensions of ability.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Dimensions of ability. Merges of a few experts differ along a few lines.
+DIMENSIONS = 2
+# Newton steps, each for all examples and then for all candidates. The last ones change a prediction by little.
+STEPS = 12
+# No parameter moves further in a step: far from its maximum the likelihood is not quadratic.
+LONGEST_STEP = 1.0
+# Normal priors: slopes around 1 in the first dimension and around 0 in the others, intercepts and abilities around 0.
+SLOPE_SD, INTERCEPT_SD, ABILITY_SD = 1.0, 3.0, 1.0
+# Dispersions are taken to be no less: with none, an ability would be known exactly.
+LEAST_DISPERSION = 1e-4
+
+
+@dataclass(frozen=True)
+class ItemModel:
+    """Examples as the items of a test. items: float64[N, K + 1], each one's slopes and, last, its intercept; abilities:
+    float64[R, K], of the candidates that it was fitted to; low, scale: float64[N], a score of `low + scale * y` is a
+    response y in [0, 1]; dispersion: float64[N], how many times the binomial variance responses have."""
+
+    items: np.ndarray
+    abilities: np.ndarray
+    low: np.ndarray
+    scale: np.ndarray
+    dispersion: np.ndarray
+
+
+def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
+    """The item model of the scores float[R, N] of one candidate or more; task_of: int[N], the task of each example."""
+    low, scale = _ranges(scores, task_of)
+    responses = (scores - low) / scale
+    abilities = _first_abilities(responses)
+    # As if half a candidate more had scored 1, and half a one 0.
+    mean = (responses.sum(axis=0) + 0.5) / (len(responses) + 1)
+    items = np.zeros((len(task_of), DIMENSIONS + 1))
+    items[:, -1] = np.log(mean / (1 - mean))
+    prior = np.eye(1, DIMENSIONS + 1)[0]
+    precision = np.array([*[SLOPE_SD**-2] * DIMENSIONS, INTERCEPT_SD**-2])
+    for _ in range(STEPS):
+        dispersion = _dispersion(responses, _expected(items, abilities), task_of)
+        inputs = np.column_stack([abilities, np.ones(len(abilities))])
+        weights = np.broadcast_to((1 / dispersion)[:, None], responses.T.shape)
+        items = _newton_step(responses.T, weights, inputs, items, prior, precision)
+        abilities = _ability_step(responses, dispersion, items, abilities)
+    return ItemModel(items, abilities, low, scale, dispersion)
+
+
+def estimate_abilities(model: ItemModel, scores: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    """The abilities float64[P, K], maximum a posteriori, of candidates with the scores float[P, M] on the `examples`
+    int[M]."""
+    responses = np.clip((scores - model.low[examples]) / model.scale[examples], 0, 1)
+    abilities = np.tile(model.abilities.mean(axis=0), (len(scores), 1))
+    for _ in range(STEPS):
+        abilities = _ability_step(responses, model.dispersion[examples], model.items[examples], abilities)
+    return abilities
+
+
+def expected_scores(model: ItemModel, abilities: np.ndarray) -> np.ndarray:
+    """The scores float64[P, N] that candidates of the abilities float64[P, K] are expected to have."""
+    return model.low + model.scale * _expected(model.items, abilities)
+
+
+def predicted_spread(model: ItemModel, abilities: np.ndarray) -> np.ndarray:
+    """The standard deviation float64[N] that the scores on each example are predicted to have among candidates of the
+    abilities float64[P, K]: of the expected scores, and of scores around them."""
+    expected = _expected(model.items, abilities)
+    around = model.dispersion * (expected * (1 - expected)).mean(axis=0)
+    return model.scale * np.sqrt(expected.var(axis=0) + around)
+
+
+def _expected(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
+    return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def _ranges(scores: np.ndarray, task_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest score in each example's task, and how far from it the highest is; 1 where all are the same."""
+    low, scale = np.zeros(len(task_of)), np.ones(len(task_of))
+    for task in np.unique(task_of):
+        own = scores[:, task_of == task]
+        low[task_of == task] = own.min()
+        scale[task_of == task] = float(own.max()) - float(own.min()) or 1.0
+    return low, scale
+
+
+def _first_abilities(responses: np.ndarray) -> np.ndarray:
+    """Where the fit begins, float64[R, K]: the principal components of the responses, the first one upwards."""
+    vectors, _, items = np.linalg.svd(responses - responses.mean(axis=0), full_matrices=False)
+    count = min(DIMENSIONS, vectors.shape[1])
+    signs = np.where(items[:count].sum(axis=1) < 0, -1.0, 1.0)
+    found = np.zeros((len(responses), DIMENSIONS))
+    found[:, :count] = vectors[:, :count] * signs * np.sqrt(len(responses)) * ABILITY_SD
+    return found
+
+
+def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray) -> np.ndarray:
+    """The dispersion of each example's task, float64[N]: the responses' squared distance from what is expected over the
+    binomial variance."""
+    found = np.ones(len(task_of))
+    for task in np.unique(task_of):
+        own = task_of == task
+        binomial = (expected[:, own] * (1 - expected[:, own])).sum()
+        found[own] = ((responses[:, own] - expected[:, own]) ** 2).sum() / binomial
+    return np.maximum(found, LEAST_DISPERSION)
+
+
+def _ability_step(
+    responses: np.ndarray, dispersion: np.ndarray, items: np.ndarray, abilities: np.ndarray
+) -> np.ndarray:
+    """A Newton step of the abilities float64[P, K] of candidates with the responses float64[P, M] on the items."""
+    dimensions = abilities.shape[1]
+    return _newton_step(
+        responses, np.broadcast_to(1 / dispersion, responses.shape), items[:, :-1], abilities, np.zeros(dimensions),
+        np.full(dimensions, ABILITY_SD**-2), items[:, -1],
+    )  # fmt: skip
+
+
+def _newton_step(
+    responses: np.ndarray,
+    weights: np.ndarray,
+    inputs: np.ndarray,
+    parameters: np.ndarray,
+    prior: np.ndarray,
+    precision: np.ndarray,
+    offsets: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """A Newton step of E logistic regressions with O observations and J inputs each: the parameters float64[E, J] of
+    the responses and their weights float64[E, O], the inputs float64[O, J], the offsets float64[O], and normal priors
+    of the means and the precisions float64[J]."""
+    expected = _sigmoid(parameters @ inputs.T + offsets)
+    gradient = (weights * (responses - expected)) @ inputs - precision * (parameters - prior)
+    products = (inputs[:, :, None] * inputs[:, None, :]).reshape(len(inputs), -1)
+    information = (weights * expected * (1 - expected)) @ products
+    hessian = information.reshape(len(parameters), *2 * inputs.shape[1:]) + np.diag(precision)
+    step = np.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+    return parameters + np.clip(step, -LONGEST_STEP, LONGEST_STEP)
