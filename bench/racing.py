@@ -40,6 +40,8 @@ from evojax_merge.search.successive_halving import (
     example_lengths,
     init_surrogate,
     order_shards,
+    rung_shards,
+    rung_size,
     shard_order,
     stratified_shards,
     successive_halving,
@@ -211,8 +213,10 @@ def rank(
     return rankings
 
 
-def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, Choice], Rankings]:
-    """The searches of a seed, and how races rank the populations of the one without."""
+def run_seed(
+    problem: SearchProblem, seed: int, rungs: int, wanted: Sequence[str]
+) -> tuple[dict[str, Choice], Rankings | None]:
+    """The wanted searches of a seed, and how races rank the populations of the one without, where it is wanted."""
     generations = problem.search.generations
 
     def lengths(task: Task) -> np.ndarray:
@@ -228,21 +232,32 @@ def run_seed(problem: SearchProblem, seed: int, rungs: int) -> tuple[dict[str, C
     choices: dict[str, Choice] = {}
     (task,) = searched.tasks
     assert isinstance(task, TextTask)
-    population = problem.strategy.population
+    passes = generations * problem.strategy.population * task.size
     for name, choice in (("race", None), ("chosen", ExampleChoice(choosable, [strata], len(shards)))):
-        storage = Kept()
-        found = search(problem, seed, racing, storage, generations, choice)
-        choices[name] = choose(problem, found, full, heldout)
-        share = found[1] / (generations * population * task.size)
-        more = max(generations, int(SPENT * generations / share))
-        choices[f"longer {name}"] = choose(
-            problem, search(problem, seed, racing, storage, more, choice), full, heldout
-        )  # fmt: skip
-    storage = Kept()
+        if name in wanted or f"longer {name}" in wanted:
+            storage = Kept()
+            found = search(problem, seed, racing, storage, generations, choice)
+            choices[name] = choose(problem, found, full, heldout)
+        if f"longer {name}" in wanted:
+            more = max(generations, int(SPENT * generations * passes / found[1]))
+            found = search(problem, seed, racing, storage, more, choice)
+            choices[f"longer {name}"] = choose(problem, found, full, heldout)
+    storage, share = Kept(), race_share(problem.strategy.population, rungs)
     for name, until in (("fewer", max(1, round(share * generations))), ("whole", generations)):
-        choices[name] = choose(problem, search(problem, seed, [kept], storage, until), full, heldout)
+        if name in wanted:
+            choices[name] = choose(problem, search(problem, seed, [kept], storage, until), full, heldout)
+    choices = {name: choices[name] for name in wanted}
+    if "whole" not in wanted:
+        return choices, None
     parts = [part for shard in shards for part in shard if part.weight > 0 and isinstance(part, TextTask)]
     return choices, rank(kept.found, task, parts, strata, seed)
+
+
+def race_share(population: int, rungs: int) -> float:
+    """The share of a generation's passes that a race takes."""
+    ends = [0, *rung_shards(2 ** (rungs - 1))]
+    asked = sum(rung_size(population, rung) * (end - begin) for rung, (begin, end) in enumerate(pairwise(ends)))
+    return asked / (population * ends[-1])
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
@@ -251,22 +266,21 @@ def difference(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     return float(paired.mean()), float(paired.std(ddof=1) / np.sqrt(paired.size))
 
 
-def is_equal(choice: Choice, whole: Choice) -> bool:
-    mean, error = difference(choice.searched, whole.searched)
+def is_equal(choice: Choice, other: Choice) -> bool:
+    mean, error = difference(choice.searched, other.searched)
     return mean >= -error
 
 
 def rows(seed: int, choices: dict[str, Choice]) -> list[str]:
-    """One line for each search, against the one without a race."""
-    whole, lines = choices["whole"], []
-    for name in SEARCHES:
-        choice = choices[name]
-        cells = [f"{1 - choice.passes / whole.passes:.0%}", f"{1 - choice.seconds / whole.seconds:.0%}"]
+    """One line for each search, against the first."""
+    first, lines = next(iter(choices.values())), []
+    for name, choice in choices.items():
+        cells = [f"{1 - choice.passes / first.passes:.0%}", f"{1 - choice.seconds / first.seconds:.0%}"]
         for split in ("searched", "heldout"):
-            own, other = getattr(choice, split), getattr(whole, split)
+            own, other = getattr(choice, split), getattr(first, split)
             mean, error = difference(own, other)
-            cells.append(f"{own.mean():.3f}" if choice is whole else f"{mean:+.3f} ± {error:.3f}")
-        cells += [f"{choice.accuracy:.0%}", "" if choice is whole else "yes" if is_equal(choice, whole) else "no"]
+            cells.append(f"{own.mean():.3f}" if choice is first else f"{mean:+.3f} ± {error:.3f}")
+        cells += [f"{choice.accuracy:.0%}", "" if choice is first else "yes" if is_equal(choice, first) else "no"]
         lines.append(f"| {seed} | {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -278,20 +292,26 @@ def table(results: dict[int, dict[str, Choice]]) -> str:
 
 
 def summary(results: dict[int, dict[str, Choice]]) -> str:
+    """Over all seeds, each search against the first."""
+    first, *others = next(iter(results.values()))
     lines = []
-    for name in SEARCHES[1:]:
-        equal = sum(is_equal(choices[name], choices["whole"]) for choices in results.values())
+    for name in others:
+        equal = sum(is_equal(choices[name], choices[first]) for choices in results.values())
         shown = []
         for split in ("searched", "heldout"):
-            gaps = [difference(getattr(c[name], split), getattr(c["whole"], split))[0] for c in results.values()]
+            gaps = [difference(getattr(c[name], split), getattr(c[first], split))[0] for c in results.values()]
             error = np.std(gaps, ddof=1) / np.sqrt(len(gaps)) if len(gaps) > 1 else np.nan
             shown.append(f"{split} {np.mean(gaps):+.4f} ± {error:.4f}")
         accuracy = np.mean([choices[name].accuracy for choices in results.values()])
         lines.append(f"{name}: equal in {equal} of {len(results)}; mean {', '.join(shown)}; exact match {accuracy:.1%}")
-    whole = [choices["whole"] for choices in results.values()]
-    pairs = [is_equal(one, other) for one in whole for other in whole if one is not other]
-    lines.append(f"whole, another seed: equal in {sum(pairs)} of {len(pairs)}")
-    lines.append(f"whole: exact match {np.mean([choice.accuracy for choice in whole]):.1%}")
+    own = [choices[first] for choices in results.values()]
+    pairs = [is_equal(one, other) for one in own for other in own if one is not other]
+    means = [np.mean([getattr(choice, split).mean() for choice in own]) for split in ("searched", "heldout")]
+    lines.append(f"{first}, another seed: equal in {sum(pairs)} of {len(pairs)}")
+    lines.append(
+        f"{first}: mean searched {means[0]:.4f}, heldout {means[1]:.4f}; exact match "
+        f"{np.mean([choice.accuracy for choice in own]):.1%}"
+    )
     return "\n".join(lines)
 
 
@@ -318,16 +338,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--generations", type=int, default=100)
     parser.add_argument("--rungs", type=int, default=4)
+    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=SEARCHES, help="the first is compared with")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     problem = build_problem(CONFIG, read_config(CONFIG, [f"search.generations={arguments.generations}"], 0))
-    results, rankings = {}, []
+    results: dict[int, dict[str, Choice]] = {}
+    rankings: list[Rankings] = []
     for seed in range(arguments.seeds):
-        results[seed], ranking = run_seed(problem, seed, arguments.rungs)
-        rankings.append(ranking)
+        results[seed], ranking = run_seed(problem, seed, arguments.rungs, arguments.searches)
+        rankings += [] if ranking is None else [ranking]
         print("\n".join(rows(seed, results[seed])), flush=True)
     print(f"\n{arguments.rungs} rungs, {arguments.generations} generations; {describe()}\n")
-    print(f"{table(results)}\n\n{summary(results)}\n\n{ranking_table(rankings)}")
+    print(f"{table(results)}\n\n{summary(results)}")
+    if rankings:
+        print(f"\n{ranking_table(rankings)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ turn. MERGE3 (arXiv 2502.10436) estimates merged models with such a model.
 
 Scores that are not 0 or 1, such as log-probabilities, are taken to [0, 1] by the range that they have in their task,
 and the same likelihood is then a quasi-likelihood (the fractional logit of Papke and Wooldridge, 1996): the mean of a
-score is modelled, and its variance is the binomial one times a number for each task, the dispersion.
+score is modelled, and its variance is the binomial one times a number for each example, the dispersion.
 
 Letters: R candidates whose scores are known, N examples, P candidates that were evaluated on M of the examples, K
 dimensions of ability.
@@ -26,6 +26,8 @@ STEPS = 12
 LONGEST_STEP = 1.0
 # Normal priors: slopes around 1 in the first dimension and around 0 in the others, intercepts and abilities around 0.
 SLOPE_SD, INTERCEPT_SD, ABILITY_SD = 1.0, 3.0, 1.0
+# How many candidates a task's dispersion counts for beside an example's own.
+DISPERSION_PRIOR = 8
 # Dispersions are taken to be no less: with none, an ability would be known exactly.
 LEAST_DISPERSION = 1e-4
 
@@ -115,14 +117,12 @@ def _first_abilities(responses: np.ndarray) -> np.ndarray:
 
 
 def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray) -> np.ndarray:
-    """The dispersion of each example's task, float64[N]: the responses' squared distance from what is expected over the
-    binomial variance."""
-    found = np.ones(len(task_of))
-    for task in np.unique(task_of):
-        own = task_of == task
-        binomial = (expected[:, own] * (1 - expected[:, own])).sum()
-        found[own] = ((responses[:, own] - expected[:, own]) ** 2).sum() / binomial
-    return np.maximum(found, LEAST_DISPERSION)
+    """The dispersion of each example, float64[N]: the responses' squared distance from what is expected over the
+    binomial variance, as if DISPERSION_PRIOR candidates more had that of the task."""
+    squared, binomial = ((responses - expected) ** 2).sum(axis=0), (expected * (1 - expected)).sum(axis=0)
+    of_task = (np.bincount(task_of, squared) / np.maximum(np.bincount(task_of, binomial), 1e-300))[task_of]
+    prior = DISPERSION_PRIOR / len(responses) * binomial
+    return np.maximum((squared + prior * of_task) / (binomial + prior), LEAST_DISPERSION)
 
 
 def _ability_step(
