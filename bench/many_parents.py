@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import merge_speed
 import numpy as np
 from machine import describe
-from merge_kernels import combine, draw_uniform, look_up, sums, tabulate
+from merge_kernels import combine, draw_row_keys, look_up, sums, tabulate
 from search import problem_for, write_rows
 
 from evojax_merge.candidates import MergeCandidates
@@ -97,7 +97,7 @@ def of_a_tensor(name: str, parents: int, written_out: int, repeats: int) -> Row:
     method, shape = problem.method, problem.sources[0].shape
     prepared = tabulate(
         method, method.options, problem.sources, problem.constants,
-        lambda k: draw_uniform(0, merge_speed.seed_of(k), shape),
+        lambda k: draw_row_keys(0, merge_speed.seed_of(k), shape),
     )  # fmt: skip
 
     def merge(sources: Any, keep_keys: Any, table: Any, parameters: Any) -> jax.Array:

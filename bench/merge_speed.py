@@ -21,8 +21,8 @@ candidates merged alone, and with mergekit where nothing is random, before anyth
 What bounds a kernel. `--explain METHOD` prints what was compiled. TIES is two fusions, and P K floats between them are
 the only temporary: one gathers the thresholds, the other writes every candidate once and recomputes the K deltas in
 registers. The candidates stand beside each other at every row, so the K + 1 sources' rows, 4 (K + 1) bytes per entry
-in float32 (2 (K + 1) in bfloat16; the random methods read 2 K bytes of numbers on top), come from memory once and for
-the other candidates from the nearest cache: what is left is the writing, 4 bytes per parameter.
+in float32 (2 (K + 1) in bfloat16; DELLA reads 2 K bytes of numbers on top, DARE hashes its own in registers), come from
+memory once and for the other candidates from the nearest cache: what is left is the writing, 4 bytes per parameter.
 
 In the scan the sources pass a barrier. Without it XLA takes what does not depend on the candidate, the deltas and
 their magnitudes, out of the loop and stores them: more memory, and more to read per candidate than to recompute.
@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from machine import describe
-from merge_kernels import METHODS, Method, combine, combine_population, draw_uniform, look_up, tabulate
+from merge_kernels import METHODS, Method, combine, combine_population, draw_row_keys, look_up, tabulate
 
 WIDTH = 1024
 SWEPT = ("ties", "dare_ties")
@@ -203,7 +203,7 @@ class Kernels:
         shape = problem.sources[0].shape
         return tabulate(
             problem.method, problem.method.options, problem.sources, problem.constants,
-            lambda k: draw_uniform(0, seed_of(k), shape),
+            lambda k: draw_row_keys(0, seed_of(k), shape),
         )  # fmt: skip
 
     def check(self) -> None:

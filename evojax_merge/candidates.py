@@ -37,12 +37,15 @@ CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 
 class Candidates(Protocol):
     """A kind of candidates. `name`: what made them, in tables; `export_dtype`: what they are rounded to and written
-    in; `baseline_role`: the role of the space's baseline in the table, None where a parent's row says it already."""
+    in; `is_random`: whether random masks are drawn; `baseline_role`: the role of the space's baseline in the table,
+    None where a parent's row says it already."""
 
     @property
     def name(self) -> str: ...
     @property
     def export_dtype(self) -> str: ...
+    @property
+    def is_random(self) -> bool: ...
     @property
     def baseline_role(self) -> str | None: ...
 
@@ -104,6 +107,10 @@ class MergeCandidates:
     def export_dtype(self) -> str:
         return self.spec.export_dtype
 
+    @property
+    def is_random(self) -> bool:
+        return self.spec.method.random
+
     def held_bytes(self) -> int:
         expanded = held_bytes(self.sources, self.decoder, self.spec)
         return expanded - bytes_saved(self.sources, self.decoder, self.spec.options.has_base)
@@ -151,6 +158,7 @@ class PathCandidates:
     parents: tuple[str, ...]
 
     baseline_role = None
+    is_random = False
 
     @property
     def name(self) -> str:
@@ -218,6 +226,10 @@ class PoolCandidates:
 
     name = "pool"
     baseline_role = None
+
+    @property
+    def is_random(self) -> bool:
+        return any(method.random for method in self.space.methods)
 
     @property
     def bank(self) -> PoolBank:

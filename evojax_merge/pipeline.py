@@ -71,12 +71,14 @@ from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.run_folder import (
+    OF_A_RUN,
     PARAMS,
     Checkpoints,
     EarlierWinner,
     FolderStorage,
     RunFolder,
     check_inputs,
+    check_masks,
     check_not_in_use,
     earlier_winners,
     find_member,
@@ -84,6 +86,7 @@ from evojax_merge.search.run_folder import (
     keep_winner,
     locked,
     open_run,
+    random_numbers,
     read_lines,
     read_result,
     removed_if_refused,
@@ -233,6 +236,7 @@ def _run_chain(
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
+    document |= random_numbers(any(problem.candidates.is_random for problem in problems))
     document["stages"] = [
         stage.model_dump(mode="json") | {"space": resolved_space(problem)}
         for stage, problem in zip(stages, problems, strict=True)
@@ -607,6 +611,8 @@ def _export(
 ) -> None:  # fmt: skip
     """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card` None: one that
     shows just that."""
+    if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
+        check_masks(folder)
     with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
         if card is None:
             card = _card_of_merge(out, stream_plan, text)
@@ -655,7 +661,8 @@ def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
     """The run folder of a search that was broken off, and its config; of a chain, those of the stage that was
     running."""
     document = load_yaml(folder.config)
-    document.pop("inputs")
+    for key in OF_A_RUN:
+        document.pop(key, None)
     config: Config = parse(folder.config, document, Config)
     if config.stages is None:
         return folder, config

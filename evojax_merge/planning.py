@@ -261,7 +261,7 @@ def advice(problem: SearchProblem, pass_bytes: int) -> tuple[str, ...]:
         found.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory")
     masks = here.by_dtype["uint16"]
     if masks and fits(here.bank - masks):
-        found.append("a method without random masks, such as ties")
+        found.append("a method that stores no number per entry, such as ties or dare_ties")
     count = len(problem.merged_from)
     fewer = next((n for n in range(count - 1, 1, -1) if fits(here.bank * n / count)), None)
     if fewer is not None:

@@ -47,6 +47,7 @@ from evojax_merge.search.example_choice import length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
+from evojax_merge.search.run_folder import OF_A_RUN, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
@@ -207,8 +208,9 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
-    # A run folder's config.yaml can be searched with again; its hashes are of that run.
-    document.pop("inputs", None)
+    # A run folder's config.yaml can be searched with again; what it says beside is of that run.
+    for key in OF_A_RUN:
+        document.pop(key, None)
     return parse(path, document, Config)
 
 
@@ -689,8 +691,9 @@ def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
 
 
 def resolved_document(problem: SearchProblem) -> dict[str, Any]:
-    """The config as it is kept in the run folder: absolute paths, defaults filled in, and the hash of every file that
-    scores depend on: weights, the models' configs, whatever makes their tokenizers and chat templates, data, functions.
+    """The config as it is kept in the run folder: absolute paths, defaults filled in, the hash of every file that
+    scores depend on (weights, the models' configs, whatever makes their tokenizers and chat templates, data,
+    functions), and how random masks are drawn.
     """
     document = problem.config.model_dump(mode="json")
     document.pop("out")
@@ -708,4 +711,4 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     for _, folder in problem.models:
         files |= input_files(folder)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
-    return document
+    return document | random_numbers(problem.candidates.is_random)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from merge_kernels import combine_differentiable, draw_uniform, look_up_differentiable, tabulate
+from merge_kernels import combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
 from evojax_merge import plugins
@@ -34,7 +34,7 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress, differentiates
-from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened
+from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
@@ -232,7 +232,7 @@ def search_pytrees(
                 "search": search.model_dump(mode="json"),
                 "inputs": {name: _digest_of(source) for name, source in zip(names, tree.columns, strict=True)}
                 | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
-            }  # fmt: skip
+            } | random_numbers(chosen.random)  # fmt: skip
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
             storage = FolderStorage(folder, stack.enter_context(Checkpoints(folder)))
         archive = evolve(
@@ -402,7 +402,7 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 
 @struct.dataclass
 class LeafBank:
-    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: uint16[N, …]` and
+    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: [N, …]` and
     `table` (see models.bank). `group` says whose parameters it is merged with."""
 
     stack: jax.Array
@@ -438,12 +438,12 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     sources = [np.ascontiguousarray(np.atleast_1d(source)) for source in leaf.sources]
     has_base = int(spec.options.has_base)
 
-    def uniform_noise(k: int) -> np.ndarray:
+    def row_keys(k: int) -> np.ndarray:
         content = hashlib.sha256(sources[has_base + k].view(np.uint8).data)
         content.update(b"\0" + _shown(path).encode())
-        return draw_uniform(spec.seed, content.digest(), sources[0].shape)
+        return draw_row_keys(spec.seed, content.digest(), sources[0].shape)
 
-    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), uniform_noise)
+    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
         jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,

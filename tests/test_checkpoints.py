@@ -29,7 +29,7 @@ from helpers import (
     words,
 )
 from hostile import run_python
-from merge_kernels import METHODS, draw_uniform, tabulate
+from merge_kernels import METHODS, draw_row_keys, tabulate
 
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
@@ -136,7 +136,7 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]
-            drawn = [draw_uniform(5, digest, values[0].shape) for digest in digests]
+            drawn = [draw_row_keys(5, digest, values[0].shape) for digest in digests]
             np.testing.assert_array_equal(np.asarray(scores[leaf] if leaf == "embed" else scores[leaf][i]), drawn)
         else:
             drawn = []

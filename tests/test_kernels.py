@@ -25,8 +25,9 @@ from merge_kernels import (
     add_low_rank,
     combine,
     combine_population,
-    draw_uniform,
+    draw_row_keys,
     grid_index,
+    host_uniform,
     look_up,
     prepare,
     tabulate,
@@ -61,8 +62,8 @@ def digest(k: int, tensor: str = "tensor") -> bytes:
 
 
 def draws_of(shape: tuple[int, ...], order: Sequence[int] | None = None, seed: int = SEED) -> Draws:
-    """The uniform numbers of each parent; `order` names the parents where they are not 0, 1, 2 …"""
-    return lambda k: draw_uniform(seed, digest(k if order is None else order[k]), shape)
+    """The row keys of each parent; `order` names the parents where they are not 0, 1, 2 …"""
+    return lambda k: draw_row_keys(seed, digest(k if order is None else order[k]), shape)
 
 
 def make_models(shape: tuple[int, ...], parents: int, dtype: Any = np.float32, scale: float = 0.1) -> list[np.ndarray]:
@@ -88,11 +89,11 @@ def sources_of(options: Options, models: Sequence[np.ndarray]) -> Sequence[np.nd
 
 
 def merged(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, row_keys: Draws | None = None
 ) -> np.ndarray:
     """One merge as a user of the kernels does it: counts in float64 on the host, the merge in float32."""
     method, sources = METHODS[name], sources_of(options, models)
-    prepared = prepare(method, options, sources, parameters, uniform_noise or draws_of(models[0].shape))
+    prepared = prepare(method, options, sources, parameters, row_keys or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
     return np.asarray(
         combine(method, options, tensors, prepared.keep_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
@@ -232,7 +233,7 @@ def rank01(magnitude: np.ndarray) -> np.ndarray:
     return (ranks / max(rows.shape[1] - 1, 1)).reshape(magnitude.shape)
 
 
-def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, uniform_noise: Draws) -> np.ndarray:
+def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, row_keys: Draws) -> np.ndarray:
     size, magnitude, density = delta.size, np.abs(delta), float(parameters["density"][k])
     if density >= 1:
         return np.ones(delta.shape, bool)
@@ -246,7 +247,7 @@ def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, uniform
     chance = np.full(delta.shape, round(density * LEVELS))
     if name in DELLA and density > 0:
         chance = chance + np.rint(parameters["epsilon"][k] * (2 * rank01(magnitude) - 1) * LEVELS)
-    return uniform_noise(k).astype(float) < chance
+    return host_uniform(row_keys(k), delta.shape) < chance
 
 
 def task_vectors(
@@ -255,7 +256,7 @@ def task_vectors(
     base: np.ndarray,
     parents: Sequence[np.ndarray],
     parameters: Numbers,
-    uniform_noise: Draws,
+    row_keys: Draws,
 ) -> np.ndarray:
     weight = np.asarray(parameters["weight"], np.float64)
     addends = []
@@ -263,7 +264,7 @@ def task_vectors(
         delta = parent - base
         if name in SPARSE:
             density = float(parameters["density"][k])
-            task_vectors = np.where(kept_mask(name, delta, parameters, k, uniform_noise), delta, 0.0)
+            task_vectors = np.where(kept_mask(name, delta, parameters, k, row_keys), delta, 0.0)
             before, after = np.abs(delta).sum(), np.abs(task_vectors).sum()
             if options.rescale == "l1" and before >= 1e-7 and after >= 1e-7:
                 task_vectors = task_vectors * before / after
@@ -283,13 +284,13 @@ def task_vectors(
 
 
 def reference(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, row_keys: Draws | None = None
 ) -> np.ndarray:
     """One merge by its formula; ties at a threshold are all kept."""
     base, *parents = [np.asarray(x, np.float64) for x in models]
     weight = np.asarray(parameters.get("weight", ()), np.float64)
     if name in TASK_VECTORS:
-        return task_vectors(name, options, base, parents, parameters, uniform_noise or draws_of(base.shape))
+        return task_vectors(name, options, base, parents, parameters, row_keys or draws_of(base.shape))
     if name == "linear":
         total = sum(w * x for w, x in zip(weight, parents, strict=True))
         return np.asarray(total / weight.sum() if options.normalize else total)
@@ -337,22 +338,24 @@ def switches_of(name: str, options: Options) -> Numbers:
 
 
 def masks_for_mergekit(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, row_keys: Draws
 ) -> Iterator[torch.Tensor]:
     """Our masks in the order in which mergekit would draw its own."""
-    prepared = prepare(METHODS[name], options, sources_of(options, models), parameters, uniform_noise)
+    prepared = prepare(METHODS[name], options, sources_of(options, models), parameters, row_keys)
     masks = []
     for k, density in enumerate(parameters["density"]):
         # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
         if density < 1 and (density > 0 or name in DARE):
-            mask = prepared.keep_keys[k].astype(int) < int(prepared.statistics["threshold"][k])
+            keys = prepared.keep_keys[k]
+            numbers = host_uniform(keys, models[0].shape) if name in DARE else keys
+            mask = numbers < int(prepared.statistics["threshold"][k])
             rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
             masks.append(torch.tensor(rows.astype(np.float32)))
     return iter(masks)
 
 
 def of_mergekit(
-    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, uniform_noise: Draws | None = None
+    name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, row_keys: Draws | None = None
 ) -> np.ndarray:
     """The same merge by mergekit, in float32 (but Arcee Fusion). Its random masks are replaced by ours."""
     # In float32 rounding decides what the divergence of similar rows is.
@@ -363,7 +366,7 @@ def of_mergekit(
     given = {key: [float(v) for v in value] if np.ndim(value) else value for key, value in parameters.items()}
     with pytest.MonkeyPatch.context() as patch:
         if name in BERNOULLI:
-            masks = masks_for_mergekit(name, options, models, parameters, uniform_noise or draws_of(models[0].shape))
+            masks = masks_for_mergekit(name, options, models, parameters, row_keys or draws_of(models[0].shape))
             patch.setattr(torch, "bernoulli", lambda probabilities: next(masks))
         return registry.get(name)([group], parameters=given | switches_of(name, options))[0].numpy()
 
@@ -675,13 +678,15 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
     sources = sources_of(options, make_models(SMALL, parents))
     drawn = []
 
-    def uniform_noise(k: int) -> np.ndarray:
+    def row_keys(k: int) -> np.ndarray:
         drawn.append(k)
-        return draw_uniform(SEED, digest(k), SMALL)
+        return draw_row_keys(SEED, digest(k), SMALL)
 
-    prepared = prepare(METHODS[name], options, sources, parameters, uniform_noise)
+    prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
     assert len(prepared.keep_keys) == METHODS[name].keep_keys(parents)
-    assert all(score.dtype == np.uint16 and score.shape == SMALL for score in prepared.keep_keys)
+    expected = ((SMALL[0], 2), np.uint32) if name in DARE else (SMALL, np.uint16)
+    assert all((keys.shape, keys.dtype) == expected for keys in prepared.keep_keys)
+    assert METHODS[name].keep_key_array(SMALL) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
     assert METHODS[name].random == (name in BERNOULLI)
 
@@ -931,7 +936,7 @@ def test_rows_may_be_merged_alone(name: str) -> None:
 
 
 def random_mask(
-    name: str, density: float, seed: int = SEED, who: bytes = digest(0), shape: tuple[int, ...] = (200_000,),
+    name: str, density: float, seed: int = SEED, who: bytes = digest(0), shape: tuple[int, ...] = (400, 500),
     epsilon: float = 0.1,
 ) -> np.ndarray:  # fmt: skip
     """What is kept of a delta whose magnitudes rise along each row."""
@@ -940,7 +945,7 @@ def random_mask(
         parameters["epsilon"] = [epsilon]
     rising = np.broadcast_to(np.arange(1, shape[-1] + 1, dtype=np.float32), shape)
     models = [np.zeros(shape, np.float32), np.ascontiguousarray(rising)]
-    found = merged(name, Options(has_base=True), models, parameters, lambda k: draw_uniform(seed, who, shape))
+    found = merged(name, Options(has_base=True), models, parameters, lambda k: draw_row_keys(seed, who, shape))
     kept = found != 0
     np.testing.assert_array_equal(found[kept], models[1][kept])
     return kept
@@ -948,12 +953,12 @@ def random_mask(
 
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 0.5371, 1.0])
 def test_dare_keeps_where_the_draw_is_below_the_density(density: float) -> None:
-    score = draw_uniform(SEED, digest(0), (200_000,))
-    assert score.dtype == np.uint16
-    np.testing.assert_array_equal(random_mask("dare_linear", density), score.astype(int) < round(density * 2**16))
+    numbers = host_uniform(draw_row_keys(SEED, digest(0), (400, 500)), (400, 500))
+    assert numbers.dtype == np.uint16
+    np.testing.assert_array_equal(random_mask("dare_linear", density), numbers < round(density * 2**16))
 
 
-@pytest.mark.parametrize(("name", "shape"), [("dare_linear", (200_000,)), ("della_linear", (200, 1000))])
+@pytest.mark.parametrize(("name", "shape"), [("dare_linear", (400, 500)), ("della_linear", (200, 1000))])
 def test_masks_are_nested_in_density(name: str, shape: tuple[int, ...]) -> None:
     masks = [random_mask(name, density, shape=shape) for density in (0.0, 0.15, 0.3, 0.31, 0.85, 1.0)]
     for halve_batches, larger in itertools.pairwise(masks):
@@ -966,7 +971,7 @@ def test_masks_are_nested_in_density(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("density", [0.02, 0.3, 0.7])
 def test_masks_are_bernoulli(density: float) -> None:
     """The mean, the variance of counts in blocks, and no correlation between neighbours."""
-    mask = random_mask("dare_linear", density).astype(float)
+    mask = random_mask("dare_linear", density).astype(float).ravel()
     spread = np.sqrt(density * (1 - density) / mask.size)
     assert abs(mask.mean() - density) < 4 * spread
     blocks = mask.reshape(-1, 100).sum(axis=1)
@@ -983,7 +988,7 @@ def test_masks_depend_on_seed_and_digest_alone() -> None:
         random_mask("dare_linear", 0.5, who=digest(1)),
         random_mask("dare_linear", 0.5, who=digest(0, "other tensor")),
     ):
-        assert abs(np.corrcoef(again, other)[0, 1]) < 4 / np.sqrt(again.size)
+        assert abs(np.corrcoef(again.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(again.size)
 
 
 @pytest.mark.parametrize(("density", "epsilon"), [(0.3, 0.25), (0.5, 0.1), (0.7, 0.0), (0.6, 0.39)])

@@ -48,19 +48,18 @@ def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Re
     sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
     layers, shared = stack_leaves(config), shared_leaves(config)
     depth = config.layers
+
+    def keep_keys(leaf: Leaf, *axes: int) -> jax.ShapeDtypeStruct:
+        of_one, dtype = spec.method.keep_key_array(shape_of(leaf, config))
+        return array(*axes, *of_one, dtype=dtype)
+
     statistics = statistics_of(spec)
     tables = {leaf.name: {name: array(depth, *rest) for name, rest in statistics.items()} for leaf in layers}
     bank = Bank(
         {LAYERS: {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers}},
         {leaf.name: array(sources, *shape_of(leaf, config)) for leaf in shared},
-        {
-            LAYERS: {
-                leaf.name: array(depth, numbers, *shape_of(leaf, config), dtype=jnp.uint16)
-                for leaf in layers
-                if numbers
-            }
-        },
-        {leaf.name: array(numbers, *shape_of(leaf, config), dtype=jnp.uint16) for leaf in shared if numbers},
+        {LAYERS: {leaf.name: keep_keys(leaf, depth, numbers) for leaf in layers if numbers}},
+        {leaf.name: keep_keys(leaf, numbers) for leaf in shared if numbers},
         {LAYERS: tables},
         {leaf.name: {name: array(*rest) for name, rest in statistics.items()} for leaf in shared},
         tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layers),
@@ -82,13 +81,12 @@ def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Re
 
 def statistics_of(spec: MergeSpec) -> dict[str, tuple[int, ...]]:
     """What is tabulated of a tensor, by what a small one gives."""
-    from merge_kernels import tabulate
+    from merge_kernels import draw_row_keys, tabulate
 
     rng = np.random.default_rng(0)
     small = [rng.normal(size=(4, 6)).astype(np.float32) for _ in range(PARENTS + int(spec.options.has_base))]
-    found = tabulate(
-        spec.method, spec.options, small, {}, lambda k: rng.integers(0, 2**16, (4, 6)).astype(np.uint16)
-    ).statistics
+    draws = lambda k: draw_row_keys(0, bytes([k] * 8), (4, 6))  # noqa: E731
+    found = tabulate(spec.method, spec.options, small, {}, draws).statistics
     return {name: values.shape for name, values in found.items()}
 
 

@@ -19,7 +19,7 @@ from evojax_merge.zoo import VERSION
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def measure(options, sources, parameters, densities, uniform_noise):
+def measure(options, sources, parameters, densities, row_keys):
     """The root mean square of each delta, which takes a whole tensor to know."""
     deltas = [np.asarray(x, np.float64) - np.asarray(sources[0], np.float64) for x in sources[1:]]
     return Prepared((), {"rms": np.array([np.sqrt(np.mean(d * d)) for d in deltas], np.float32)})

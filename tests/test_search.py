@@ -27,15 +27,17 @@ from hostile import Running, run_command, run_python, start_command
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
 from evojax_merge.config import SearchConfig
-from evojax_merge.errors import Failed
+from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import lazy_merge
+from evojax_merge.pipeline import export
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy
 from evojax_merge.tasks.text import Example, TextTask
@@ -121,6 +123,20 @@ def test_winner_is_what_was_scored(finished, config_file):
         theirs = load_torch(finished / "best/model")(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert json.loads((finished / "best/model/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("drawn", [None, "otherwise"])
+def test_a_run_whose_masks_were_drawn_otherwise_is_neither_continued_nor_exported(finished, tmp_path, drawn):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    document = yaml.safe_load((folder / "config.yaml").read_text())
+    found = document.pop("random_numbers")
+    (folder / "config.yaml").write_text(yaml.safe_dump(document | ({} if drawn is None else {"random_numbers": drawn})))
+    with pytest.raises(InputError, match="drew other random masks, and cannot be continued by this one"):
+        open_run(folder, document | {"random_numbers": found}, resume=True, overwrite=False)
+    with pytest.raises(InputError, match=r"drew other random masks; what it has exported itself \(in best/model"):
+        export(folder, tmp_path / "model", None, False, False)
+    assert not (tmp_path / "model").exists()
 
 
 def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from merge_kernels import draw_uniform, tabulate
+from merge_kernels import draw_row_keys, tabulate
 
-from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows
+from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, keep_key_axis
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
 from evojax_merge.models.bank import Bank, Factors, MergeSpec
@@ -28,8 +28,9 @@ def anywhere(shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None
 
 def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, place: Place = anywhere) -> Bank:
     """What `load_bank` would make of the sources, as abstract arrays."""
-    layers, count, numbers = depths(config), len(sources.folders), spec.prepared_arrays(len(sources.folders))
+    layers, count = depths(config), len(sources.folders)
     parents = count - int(spec.options.has_base)
+    numbers = spec.method.keep_keys(parents)
     # Weights, factors, keep keys and tables by the leaf's name.
     shared: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
     stacks: dict[str, tuple[dict[str, Any], ...]] = {stack: ({}, {}, {}, {}) for stack in layers}
@@ -49,7 +50,8 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
             b = several(parents, (shape[0], rank), np.float32, axis if axis == -2 else None)
             parts[1][leaf.name] = Factors(a, b)  # type: ignore[arg-type]
         if numbers:
-            parts[2][leaf.name] = several(numbers, shape, np.uint16, axis)
+            of_one, dtype = spec.method.keep_key_array(shape)
+            parts[2][leaf.name] = several(numbers, of_one, dtype, keep_key_axis(spec, sources, config, leaf))
         measured = _statistics(spec, count, shape)
         if measured:
             parts[3][leaf.name] = {name: place((*grid, *own.shape), own.dtype, None) for name, own in measured.items()}
@@ -79,12 +81,12 @@ def _statistics(spec: MergeSpec, count: int, shape: tuple[int, ...]) -> dict[str
     small = _AXES[: len(shape)]
     has_base = int(spec.options.has_base)
 
-    def uniform_noise(k: int) -> np.ndarray:
-        return draw_uniform(spec.seed, bytes([k]), small)
+    def row_keys(k: int) -> np.ndarray:
+        return draw_row_keys(spec.seed, bytes([k]), small)
 
     # Task vectors that are not zero, nor alike.
     sources = list(np.random.default_rng(0).normal(size=(count, *small)).astype(np.float32))
-    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(count - has_base), uniform_noise)
+    prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(count - has_base), row_keys)
     real: dict[int, int] = dict(zip(small, shape, strict=True))
     return {
         name: anywhere(tuple(real.get(length, length) for length in map(int, values.shape)), values.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import draw_uniform, tabulate
+from merge_kernels import draw_row_keys, tabulate
 
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import (
@@ -82,7 +82,7 @@ def load_bank(
             loaded = _load_leaf(leaf, config, sources, spec, pool, progress)
             parts, axis = shared if leaf.stack is None else stacks[leaf.stack], leaf.sharded_axis
             # What was measured of a leaf has no axes of its own.
-            for i, cut in ((0, axis), (2, axis), (3, None)):
+            for i, cut in ((0, axis), (2, keep_key_axis(spec, sources, config, leaf)), (3, None)):
                 if loaded[i] is not None:
                     parts[i][leaf.name] = jax.tree.map(partial(put, sharded_axis=cut), loaded[i])
             factors = loaded[1]
@@ -97,6 +97,15 @@ def load_bank(
         weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
         experts,
     )  # fmt: skip
+
+
+def keep_key_axis(spec: MergeSpec, sources: Sources, config: DecoderConfig, leaf: Leaf) -> int | None:
+    """The axis, counted from the end, at which a leaf's keep keys are cut where devices share a model. Row keys are cut
+    with their rows; where columns are cut each device has those of all rows."""
+    if not spec.method.keyed_by_row:
+        return leaf.sharded_axis
+    rows = -len(sources.shape(0, leaf_tensors(config, leaf)[0]))
+    return -2 if leaf.sharded_axis == rows else None
 
 
 def component_rows(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
@@ -123,7 +132,8 @@ def _load_leaf(
         factors = np.zeros((*each, rank, inputs), np.float32), np.zeros((*each, outputs, rank), np.float32)
     constants = spec.prepared_for(count - first_parent)
     numbers = spec.method.keep_keys(count - first_parent)
-    keep_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *shape), np.dtype(np.uint16)) if numbers else None
+    of_one, dtype = spec.method.keep_key_array(shape)
+    keep_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *of_one), dtype) if numbers else None
 
     def one(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
         layer, expert = place[:1], place[1:]
@@ -140,10 +150,10 @@ def _load_leaf(
             # Only to be measured are they all there, one tensor at a time.
             own = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
 
-        def uniform_noise(k: int) -> np.ndarray:
-            return draw_uniform(spec.seed, sources.digest(first_parent + k, name), shape)
+        def row_keys(k: int) -> np.ndarray:
+            return draw_row_keys(spec.seed, sources.digest(first_parent + k, name), shape)
 
-        prepared = tabulate(spec.method, spec.options, own, constants, uniform_noise)
+        prepared = tabulate(spec.method, spec.options, own, constants, row_keys)
         for number, values in enumerate(prepared.keep_keys):
             keep_keys[(*layer, number, *expert)] = values  # type: ignore[index]
         progress(stack.nbytes // len(names) * count // stored)
@@ -197,10 +207,13 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
-    """Bytes that a loaded bank takes: all sources, and the 16-bit numbers of each entry that a method prepares."""
-    numbers = spec.prepared_arrays(len(sources.folders))
-    entries = sum(_entries(sources, leaf, config) for leaf in leaves_of(config))
-    return bank_bytes(sources, config) + numbers * entries * np.dtype(np.uint16).itemsize
+    """Bytes that a loaded bank takes: all sources, and the keep keys that a method prepares."""
+    count = len(sources.folders)
+    keep_keys = (
+        len(names) * spec.keep_key_bytes(count, sources.shape(0, names[0]))
+        for names in (leaf_tensors(config, leaf) for leaf in leaves_of(config))
+    )
+    return bank_bytes(sources, config) + sum(keep_keys)
 
 
 def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
-from merge_kernels import METHODS, draw_uniform, merge_tensor
+from merge_kernels import METHODS, draw_row_keys, merge_tensor
 
 from evojax_merge.checkpoints.bank import aligned_empty
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, is_finite, tensor_digest
@@ -133,10 +133,10 @@ class PoolBank:
                 return np.full(tensors[0].shape, np.nan, self.dtype)
             sources = [self.sources.read(0, name), *tensors] if has_base else tensors
 
-            def uniform_noise(k: int) -> np.ndarray:
-                return draw_uniform(self.seed, self._digest(parents[k], name, held), tensors[k].shape)
+            def row_keys(k: int) -> np.ndarray:
+                return draw_row_keys(self.seed, self._digest(parents[k], name, held), tensors[k].shape)
 
-            return merge_tensor(method, options, sources, child.parameters, uniform_noise, self.dtype)
+            return merge_tensor(method, options, sources, child.parameters, row_keys, self.dtype)
 
         # Outside of the layers, what comes before them goes with the first, all else with the last.
         placed = {

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import merge_kernels
 import numpy as np
-from merge_kernels import draw_uniform
+from merge_kernels import draw_row_keys
 
 from evojax_merge.chat_templates import ChatTemplateError, check_chat_template
 from evojax_merge.checkpoints.config_file import (
@@ -450,15 +450,15 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             return np.array(tensors[0], dtype)
         first = int(row.options.has_base)
 
-        def uniform_noise(k: int) -> np.ndarray:
+        def row_keys(k: int) -> np.ndarray:
             source, name = row.inputs[first + k]
-            return draw_uniform(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
+            return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
         if row.gain_offset:
             scale = jnp.float32(row.parameters["scale"][0])
             merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(dtype))
         else:
-            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, uniform_noise, dtype)
+            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, dtype)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,

@@ -6,6 +6,7 @@ the search grid.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
@@ -34,9 +35,10 @@ class MergeSpec:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
-    def prepared_arrays(self, sources: int) -> int:
-        """How many 16-bit numbers are prepared for each entry of a bank of that many sources."""
-        return self.method.keep_keys(sources - int(self.options.has_base))
+    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
+        """Bytes of what is prepared of a tensor's entries, or of its rows, in a bank of that many sources."""
+        of_one, dtype = self.method.keep_key_array(shape)
+        return self.method.keep_keys(sources - int(self.options.has_base)) * prod(of_one) * dtype.itemsize
 
     def prepared_for(self, parents: int) -> dict[str, Any]:
         """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
@@ -76,11 +78,11 @@ class Bank:
     """All sources' weights, in their own dtype, and what the method has to know of them.
 
     stacks: stack -> leaf -> `[L, S, …]`, of the L layers that this stack has; shared: leaf -> `[S, …]`, outside of the
-    layers; what the kernels prepared: keep keys, `uint16[L, N, …]` and `[N, …]` for the N arrays that the method has,
-    and tables, leaf -> statistic -> `[L, …]` and `[…]` (with the density grid as last axis where the method has a
-    density); without a leaf where the method prepares nothing. components: each leaf's row of the component axis.
-    expert_leaves: those of which each expert has a tensor, `[L, S, E, …]`: they are measured and merged tensor by
-    tensor, so that their tables are `[L, E, …]`.
+    layers; what the kernels prepared: keep keys, `[L, N, …]` and `[N, …]` for the N arrays that the method has, each of
+    a number per entry or of two per row (see `merge_kernels.Prepared`), and tables, leaf -> statistic -> `[L, …]` and
+    `[…]` (with the density grid as last axis where the method has a density); without a leaf where the method prepares
+    nothing. components: each leaf's row of the component axis. expert_leaves: those of which each expert has a tensor,
+    `[L, S, E, …]`: they are measured and merged tensor by tensor, so that their tables are `[L, E, …]`.
 
     factors: leaf -> factors, of leaves in which all parents are low-rank changes of one base: of these the bank has the
     base alone, `[L, 1, …]` and `[1, …]`.

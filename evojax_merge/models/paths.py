@@ -54,8 +54,8 @@ class PathSpec:
     export_dtype: str
     method_name = "path"
 
-    def prepared_arrays(self, sources: int) -> int:
-        """How many 16-bit numbers are prepared for each entry of the bank: none."""
+    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
+        """Bytes of what is prepared of a tensor's entries: none."""
         return 0
 
     @property

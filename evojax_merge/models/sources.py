@@ -117,10 +117,10 @@ class LazyMerge:
 
     @property
     def prefetch(self) -> bool:
-        # Random numbers would take the memory of another layer. A loop over many parents is given the layer's slices as
-        # a copy anyway.
-        few = not is_looped(self.parents) and not any(self.bank.stack_keep_keys.values())
-        return self.prefetch_layers and few
+        # A number per entry would take the memory of another layer. A loop over many parents is given the layer's
+        # slices as a copy anyway.
+        is_small = self.spec.method.keyed_by_row or not any(self.bank.stack_keep_keys.values())
+        return self.prefetch_layers and is_small and not is_looped(self.parents)
 
     @property
     def parents(self) -> int:

@@ -35,6 +35,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import merge_kernels
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
@@ -52,10 +53,12 @@ KEPT_CHECKPOINTS = 3
 PARAMS = "params.safetensors"
 # The checkpoints of a run that is started again, for the moment until they are deleted.
 CLEARED = ".checkpoints.old"
-OTHER_VERSION = (
-    "was begun by another version of this program, and cannot be continued by this one; pass --overwrite to start "
-    "again, or choose another folder with --out"
-)
+_START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
+OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
+OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
+# In config.yaml, beside the config: the hashes of input files, and how random masks are drawn where they are.
+INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
+OF_A_RUN = (INPUTS, RANDOM_NUMBERS)
 LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
@@ -267,7 +270,22 @@ def is_run(folder: RunFolder) -> bool:
     if not folder.config.exists():
         return False
     document = load_yaml(folder.config)
-    return isinstance(document, dict) and "inputs" in document
+    return isinstance(document, dict) and INPUTS in document
+
+
+def random_numbers(is_random: bool) -> dict[str, str]:
+    """What a run's config.yaml says of random masks, where there are any."""
+    return {RANDOM_NUMBERS: merge_kernels.SCHEME} if is_random else {}
+
+
+def check_masks(folder: RunFolder) -> None:
+    """Raises InputError where this program would draw other random masks than a run was scored with."""
+    if load_yaml(folder.config).get(RANDOM_NUMBERS) != merge_kernels.SCHEME:
+        raise InputError(
+            folder.path,
+            "was searched by a version of this program that drew other random masks; what it has exported itself (in "
+            "best/model, once it is finished) is what was scored, and cannot be made again by this one",
+        )
 
 
 def _is_just_begun(folder: RunFolder) -> bool:
@@ -406,10 +424,14 @@ def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
 
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
-    for key, old, new in _differences(load_yaml(folder.config), document):
+    differences = _differences(load_yaml(folder.config), document)
+    # Another method is another config, whatever it draws.
+    for key, old, new in sorted(differences, key=lambda difference: difference[0] == (RANDOM_NUMBERS,)):
         if key[:2] in EXTENDABLE:
             continue
-        if key[0] == "inputs" and len(key) == 2:
+        if key == (RANDOM_NUMBERS,):
+            raise InputError(folder.path, OTHER_MASKS)
+        if key[0] == INPUTS and len(key) == 2:
             raise _other_input(folder, key[1], old, new)
         raise InputError(
             folder.config,
@@ -420,7 +442,7 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
 
 def check_inputs(folder: RunFolder) -> None:
     """Raises InputError where a file that a run's scores depend on is no longer what it was."""
-    for file, digest in load_yaml(folder.config)["inputs"].items():
+    for file, digest in load_yaml(folder.config)[INPUTS].items():
         found = file_hash(Path(file)) if Path(file).is_file() else None
         if found != digest:
             raise _other_input(folder, file, digest, found)

@@ -30,13 +30,14 @@ from merge_kernels.methods import (
     register,
     tabulate,
 )
+from merge_kernels.noise import SCHEME, device_uniform, draw_row_keys, host_uniform
 from merge_kernels.sums import is_looped, sum_over
-from merge_kernels.task_vectors import draw_uniform
 from merge_kernels.tensors import merge_tensor
 
 __all__ = [
     "DENSITY_STEPS",
     "METHODS",
+    "SCHEME",
     "Method",
     "Options",
     "Parameter",
@@ -46,8 +47,10 @@ __all__ = [
     "combine",
     "combine_differentiable",
     "combine_population",
-    "draw_uniform",
+    "device_uniform",
+    "draw_row_keys",
     "grid_index",
+    "host_uniform",
     "is_looped",
     "look_up",
     "look_up_differentiable",

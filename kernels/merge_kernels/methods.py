@@ -1,10 +1,10 @@
 """The registry of merge methods, and the four functions through which every method is used; `register` adds one.
 
-    prepared   = prepare(method, options, sources, parameters, draws)     host, once; exact, for one recipe
-    prepared   = tabulate(method, options, sources, parameters, draws)    host, once; for every density on a grid
-    statistics = look_up(method, prepared.statistics, parameters)         device, per candidate
-    merged     = combine(method, options, sources, prepared.scores, statistics, parameters)
-                                                                          device, per candidate
+    prepared   = prepare(method, options, sources, parameters, row_keys)     host, once; exact, for one recipe
+    prepared   = tabulate(method, options, sources, parameters, row_keys)    host, once; for every density on a grid
+    statistics = look_up(method, prepared.statistics, parameters)            device, per candidate
+    merged     = combine(method, options, sources, prepared.keep_keys, statistics, parameters)
+                                                                             device, per candidate
 
 `sources` are K arrays `[...]` of one shape, after the base where `options.has_base`: a sequence of arrays, or one array
 `[S, ...]` in which they are stacked. `parameters` are numbers by name,
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from merge_kernels import elementwise, interpolation, task_vectors
+from merge_kernels.noise import LEVELS, device_uniform, host_uniform
 from merge_kernels.sums import Arrays, is_looped
-from merge_kernels.task_vectors import BAND, BERNOULLI, KEY_LEVELS, MAGNITUDE, MAGPRUNE, Sparsifier
+from merge_kernels.task_vectors import BAND, BERNOULLI, MAGNITUDE, MAGPRUNE, Sparsifier
 
 # A searched density is rounded to this grid, and the recipe carries the rounded value.
 DENSITY_STEPS = 1000
@@ -32,8 +33,8 @@ GRID = np.arange(DENSITY_STEPS + 1, dtype=np.float64) / DENSITY_STEPS
 
 Rescale = Literal["none", "l1", "density"]
 Numbers = Mapping[str, Any]
-# The uniform 16-bit numbers of parent k, of the tensor's shape (see task_vectors.draw_uniform).
-UniformNoise = Callable[[int], np.ndarray]
+# The row keys of parent k's uniform numbers (see noise.draw_row_keys).
+RowKeys = Callable[[int], np.ndarray]
 HostSources = Sequence[np.ndarray]
 # What recipes call the fields of `Options`: mergekit's names.
 YAML_OPTIONS = ("normalize", "normalize_weights", "rescale", "filter_wise", "nuslerp_row_wise", "nuslerp_flatten")
@@ -78,20 +79,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What does not depend on a candidate: a `uint16` number per entry, `[*shape]`, for each of some arrays (none,
-    one, or one per parent), and statistics, whose last axis is the grid's where they were tabulated."""
+    """What does not depend on a candidate: some arrays of keep keys (none, one, or one per parent), each a number per
+    entry, `uint16[*shape]`, or the row keys that numbers are hashed with, `uint32[rows, 2]`; and statistics, whose last
+    axis is the grid's where they were tabulated."""
 
     keep_keys: tuple[np.ndarray, ...]
     statistics: dict[str, np.ndarray]
 
 
-Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], UniformNoise], Prepared]
+Prepare = Callable[[Options, HostSources, Numbers, Sequence[np.ndarray], RowKeys], Prepared]
 Combine = Callable[[Options, Arrays, Arrays, Mapping[str, jax.Array], Mapping[str, jax.Array]], jax.Array]
 
 
 def _prepare_nothing(
     options: Options, sources: HostSources, parameters: Numbers, densities: Sequence[np.ndarray],
-    uniform_noise: UniformNoise,
+    row_keys: RowKeys,
 ) -> Prepared:  # fmt: skip
     return Prepared((), {})
 
@@ -102,10 +104,11 @@ class Method:
 
     - `base`: required, optional (deltas are taken where there is one), or parent (a base model is one of the models
       that are merged).
-    - `prepare(options, sources, parameters, densities, uniform_noise)`: `densities` are float64[G] per value of the
+    - `prepare(options, sources, parameters, densities, row_keys)`: `densities` are float64[G] per value of the
       density.
     - `combine(options, sources, keep_keys, statistics, parameters)`.
-    - `keep_keys(K)`: how many arrays of keep keys are prepared; `random`: whether they are drawn.
+    - `keep_keys(K)`: how many arrays of keep keys are prepared; `random`: whether they are drawn; `keyed_by_row`:
+      whether they are row keys, of which `combine` makes the numbers, and not a number per entry.
     - `validate(options, parameters)`: why these numbers have no meaning, or None.
     - `yaml_options`: the names (of `YAML_OPTIONS`) under which a recipe may set `options`; `ignored_settings`:
       settings that it takes and that change nothing.
@@ -125,6 +128,7 @@ class Method:
     min_parents: int = 1
     max_parents: int | None = None
     random: bool = False
+    keyed_by_row: bool = False
     keep_keys: Callable[[int], int] = lambda parents: 0
     validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None
     yaml_options: tuple[str, ...] = ()
@@ -137,6 +141,10 @@ class Method:
     def measures(self) -> bool:
         """Whether anything is prepared of a tensor."""
         return self.prepare is not _prepare_nothing
+
+    def keep_key_array(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
+        """The shape and the dtype of one array of keep keys of a tensor."""
+        return ((*shape[:1], 2), np.dtype(np.uint32)) if self.keyed_by_row else (shape, np.dtype(np.uint16))
 
     @property
     def density(self) -> Parameter | None:
@@ -198,26 +206,24 @@ def _problem(method: Method) -> str | None:
 # Use
 
 
-def prepare(
-    method: Method, options: Options, sources: HostSources, parameters: Numbers, uniform_noise: UniformNoise
-) -> Prepared:
+def prepare(method: Method, options: Options, sources: HostSources, parameters: Numbers, row_keys: RowKeys) -> Prepared:
     """Measure one tensor for one recipe, exactly. Statistics have no grid axis."""
     density = method.density
     if density is None:
-        return method.prepare(options, sources, parameters, (), uniform_noise)
+        return method.prepare(options, sources, parameters, (), row_keys)
     values = np.atleast_1d(np.asarray(parameters[density.name], np.float64))
-    prepared = method.prepare(options, sources, parameters, [np.array([value]) for value in values], uniform_noise)
+    prepared = method.prepare(options, sources, parameters, [np.array([value]) for value in values], row_keys)
     return Prepared(prepared.keep_keys, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
 
 
 def tabulate(
-    method: Method, options: Options, sources: HostSources, parameters: Numbers, uniform_noise: UniformNoise
+    method: Method, options: Options, sources: HostSources, parameters: Numbers, row_keys: RowKeys
 ) -> Prepared:
     """Measure one tensor for a search: for every density `0, 1/1000 … 1`. `parameters` are those never searched."""
     if method.density is None:
-        return method.prepare(options, sources, parameters, (), uniform_noise)
+        return method.prepare(options, sources, parameters, (), row_keys)
     count = len(sources) - int(options.has_base) if method.density.per_parent else 1
-    return method.prepare(options, sources, parameters, [GRID] * count, uniform_noise)
+    return method.prepare(options, sources, parameters, [GRID] * count, row_keys)
 
 
 def grid_index(density: jax.Array) -> jax.Array:
@@ -310,7 +316,7 @@ def _combine_linear(options: Options, sources: Any, keep_keys: Any, statistics: 
     )
 
 
-def _prepare_slerp(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_slerp(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     return Prepared((), interpolation.slerp_angle(*sources))
 
 
@@ -318,7 +324,7 @@ def _combine_slerp(options: Options, sources: Any, keep_keys: Any, statistics: A
     return interpolation.weighted_sum(sources, interpolation.slerp_coefficients(statistics["angle"], parameters["t"]))
 
 
-def _prepare_nuslerp(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_nuslerp(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     base, vectors = _split(options, sources)
     return Prepared((), interpolation.nuslerp_angle(vectors, base, _axis(options, sources[0])))
 
@@ -328,9 +334,7 @@ def _combine_nuslerp(options: Options, sources: Any, keep_keys: Any, statistics:
     return _add_up(options, sources, interpolation.slerp_coefficients(statistics["angle"], t))
 
 
-def _prepare_multislerp(
-    options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any
-) -> Prepared:
+def _prepare_multislerp(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     base, vectors = _split(options, sources)
     return Prepared((), interpolation.lengths_and_gaps(vectors, base))
 
@@ -342,7 +346,7 @@ def _combine_multislerp(options: Options, sources: Any, keep_keys: Any, statisti
     return _add_up(options, sources, coefficients)
 
 
-def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     return Prepared(
         (), interpolation.karcher_coefficients(sources, int(parameters["max_iter"]), float(parameters["tol"]))
     )
@@ -352,7 +356,7 @@ def _combine_karcher(options: Options, sources: Any, keep_keys: Any, statistics:
     return interpolation.weighted_sum(sources, statistics["coefficient"])
 
 
-def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     return Prepared((), interpolation.stock_ratio(sources[1:], sources[0], _axis(options, sources[0])))
 
 
@@ -361,7 +365,7 @@ def _combine_stock(options: Options, sources: Any, keep_keys: Any, statistics: A
     return interpolation.from_base(sources, jnp.broadcast_to(ratio / parents, (parents, *ratio.shape)))
 
 
-def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     base = np.asarray(sources[0], np.float32)
     number, statistics = elementwise.sce_select([np.asarray(x, np.float32) - base for x in sources[1:]], densities[0])
     return Prepared((number,), statistics)
@@ -376,7 +380,7 @@ def _combine_nearswap(options: Options, sources: Any, keep_keys: Any, statistics
     return elementwise.nearswap(sources[0], sources[1], parameters["t"])
 
 
-def _prepare_fusion(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_fusion(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     return Prepared((elementwise.fusion_select(*(np.asarray(x, np.float32) for x in sources)),), {})
 
 
@@ -389,7 +393,7 @@ def _combine_ram(options: Options, sources: Any, keep_keys: Any, statistics: Any
     return sources[0].astype(jnp.float32) + elementwise.ram_sum(sources, parameters["epsilon"], factors)
 
 
-def _prepare_ram_plus(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+def _prepare_ram_plus(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
     base = np.asarray(sources[0], np.float32)
     deltas = [np.asarray(x, np.float32) - base for x in sources[1:]]
     return Prepared((), elementwise.ram_overlap(deltas, float(parameters["epsilon"])))
@@ -449,8 +453,9 @@ def _task_vectors(
     the rescaling."""
 
     random = sparsifier is not None and sparsifier.random
+    keyed_by_row = random and sparsifier is not None and sparsifier.stored_key is None
 
-    def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, uniform_noise: Any) -> Prepared:
+    def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
         if sparsifier is None:
             return Prepared((), {})
         base = np.asarray(sources[0], np.float32)
@@ -459,9 +464,14 @@ def _task_vectors(
         for k, parent in enumerate(sources[1:]):
             own = {p.name: float(parameters[p.name][k]) for p in constants}
             np.abs(np.subtract(parent, base, out=buffer, dtype=np.float32), out=buffer)
-            if sparsifier.keep_key is not None:
-                keep_keys.append(sparsifier.keep_key(buffer, uniform_noise(k), own))
-            flat = None if sparsifier.keep_key is None else keep_keys[k].reshape(-1)
+            flat = None
+            if random:
+                keys = row_keys(k)
+                numbers = host_uniform(keys, base.shape)
+                if sparsifier.stored_key is not None:
+                    keys = numbers = sparsifier.stored_key(buffer, numbers, own)
+                keep_keys.append(keys)
+                flat = numbers.reshape(-1)
             rows.append(sparsifier.measure(buffer.reshape(-1), flat, densities[k], own, options.rescale == "l1"))
         return Prepared(tuple(keep_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
@@ -471,10 +481,12 @@ def _task_vectors(
         if sparsifier is not None and options.rescale == "l1":
             factors = factors * statistics["l1_scale"]
         elif sparsifier is not None and options.rescale == "density":
-            factors = factors / jnp.clip(parameters["density"], 1.0 / KEY_LEVELS, 1.0)
+            factors = factors / jnp.clip(parameters["density"], 1.0 / LEVELS, 1.0)
 
         def weighted(k: Any) -> jax.Array:
             keep_key = keep_keys[k] if random else None
+            if keyed_by_row:
+                keep_key = device_uniform(keep_key, base.shape)
             own = {name: values[k] for name, values in statistics.items()}
             return task_vectors.kept_delta(sparsifier, base, sources[k + 1], keep_key, own, factors[k])
 
@@ -488,6 +500,7 @@ def _task_vectors(
         prepare=prepare_,
         options=options,
         random=random,
+        keyed_by_row=keyed_by_row,
         keep_keys=lambda parents: parents if random else 0,
         validate=validate,
         yaml_options=TASK_VECTOR_YAML_OPTIONS,

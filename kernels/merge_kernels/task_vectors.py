@@ -3,8 +3,9 @@
 With deltas `d_k = x_k - b` an entry of parent k is kept where its score passes parent k's threshold:
 
 - magnitude (TIES, arXiv 2306.01708): score `|d|`, kept where `|d| >= threshold`;
-- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `keep_key < threshold`;
-- ranked (DELLA, arXiv 2406.11617): as random, with the entry's rank folded into its number;
+- random (DARE, arXiv 2311.03099): score a fixed uniform 16-bit number, kept where `number < threshold`; the number is
+  hashed where it is needed (`merge_kernels.noise`);
+- ranked (DELLA, arXiv 2406.11617): as random, with the entry's rank folded into its number, which is stored;
 - band (Model Breadcrumbs, arXiv 2312.06795): score `|d|`, kept between two thresholds.
 
 Thresholds and the scale that restores the L1 norm are measured once per tensor, for one density or for a grid.
@@ -20,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from merge_kernels.noise import LEVELS
 from merge_kernels.sums import sum_over
 
 Statistics = dict[str, np.ndarray]
 # Parent k's task vector, thinned out and weighted: k -> float32 `[...]`.
 Weighted = Callable[[Any], jax.Array]
 
-KEY_LEVELS = 2**16
 # Norms below this are not rescaled.
 MIN_NORM = 1e-7
 # Entries of a float32 dot product before it is carried over to float64.
@@ -37,8 +38,9 @@ BLOCK = 2**18
 class Sparsifier:
     """How one parent's delta is thinned out.
 
-    - `keep_key(magnitudes, drawn, constants)`: the `uint16` key of every entry from `|d|` and a uniform draw of the
-    same shape; None where `|d|` itself is compared.
+    - `random`: whether a number of 16 bits is compared, the entry's keep key, where the others compare `|d|`.
+    - `stored_key(magnitudes, uniform, constants)`: the `uint16` keep key of every entry from `|d|` and uniform numbers
+      of the same shape; None: the uniform number itself, of which the row keys are stored.
     - `measure(magnitudes, keep_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
       flat arrays; `l1_scale` among them where `with_l1`. `magnitudes: float32[n]` is the callee's to reorder.
     - `keep(delta, keep_key, statistics)`: the mask, on the device.
@@ -48,23 +50,8 @@ class Sparsifier:
 
     measure: Callable[[np.ndarray, Any, np.ndarray, Mapping[str, float], bool], Statistics]
     keep: Callable[[jax.Array, jax.Array | None, Mapping[str, jax.Array]], jax.Array]
-    keep_key: Callable[[np.ndarray, np.ndarray, Mapping[str, float]], np.ndarray] | None = None
-
-    @property
-    def random(self) -> bool:
-        return self.keep_key is not None
-
-
-def draw_uniform(seed: int, digest: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """One uniform number per entry, `uint16[*shape]`, fixed by (seed, digest): Philox with that key.
-
-    `digest` names the parent and the tensor (at least 8 bytes of a hash), so that neither the order of the parents
-    nor anything about a candidate changes a mask. Masks are nested in density.
-    """
-    size = int(np.prod(shape, dtype=np.int64))
-    key = np.array([seed, int.from_bytes(digest[:8], "little")], np.uint64)
-    words = np.random.Philox(key=key).random_raw(-(-size // 4))
-    return words.astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
+    random: bool = False
+    stored_key: Callable[[np.ndarray, np.ndarray, Mapping[str, float]], np.ndarray] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -157,7 +144,7 @@ def measure_bernoulli(
     magnitudes: np.ndarray, keep_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold = round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
-    threshold = np.rint(np.clip(densities, 0.0, 1.0) * KEY_LEVELS).astype(np.int32)
+    threshold = np.rint(np.clip(densities, 0.0, 1.0) * LEVELS).astype(np.int32)
     if not with_l1:
         return {"threshold": threshold}
     if len(densities) == 1:
@@ -167,17 +154,13 @@ def measure_bernoulli(
             kept += float(block @ (keys < threshold[0]).astype(np.float32))
             total += float(block.sum())
         return {"threshold": threshold, "l1_scale": _l1_scale(total, np.array([kept]))}
-    l1_masses = np.bincount(keep_key, weights=magnitudes, minlength=KEY_LEVELS)
+    l1_masses = np.bincount(keep_key, weights=magnitudes, minlength=LEVELS)
     below = np.concatenate([[0.0], np.cumsum(l1_masses)])
     return {"threshold": threshold, "l1_scale": _l1_scale(float(below[-1]), below[threshold])}
 
 
-def bernoulli_key(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
-    return drawn
-
-
-def magprune_key(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
-    """DELLA's keep probability `(density - eps) + 2 eps rank01`, folded into the draw.
+def magprune_key(magnitudes: np.ndarray, uniform: np.ndarray, constants: Mapping[str, float]) -> np.ndarray:
+    """DELLA's keep probability `(density - eps) + 2 eps rank01`, folded into the uniform number.
 
     `u < p 2^16` is `u - (2 eps rank01 - eps) 2^16 < density 2^16`: the left side no longer depends on the density.
     Numbers beyond 16 bits are clipped, which changes no comparison while `0 < density ± eps < 1`. Ranks go along
@@ -189,9 +172,9 @@ def magprune_key(magnitudes: np.ndarray, drawn: np.ndarray, constants: Mapping[s
     steps = np.arange(rows.shape[1]).reshape(1, -1, *[1] * (rows.ndim - 2))
     np.put_along_axis(ranks, order, np.broadcast_to(steps, order.shape), axis=1)
     share = ranks / max(rows.shape[1] - 1, 1)
-    bonus = np.rint((2 * share - 1) * constants["epsilon"] * KEY_LEVELS)
-    folded = drawn.astype(np.int64) - bonus.astype(np.int64).reshape(drawn.shape)
-    return np.clip(folded, 0, KEY_LEVELS - 1).astype(np.uint16)
+    bonus = np.rint((2 * share - 1) * constants["epsilon"] * LEVELS)
+    folded = uniform.astype(np.int64) - bonus.astype(np.int64).reshape(uniform.shape)
+    return np.clip(folded, 0, LEVELS - 1).astype(np.uint16)
 
 
 def _below(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
@@ -206,8 +189,8 @@ def _between(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[s
 
 MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, keep_key, row: jnp.abs(delta) >= row["threshold"])
 BAND = Sparsifier(measure_band, _between)
-BERNOULLI = Sparsifier(measure_bernoulli, _below, bernoulli_key)
-MAGPRUNE = Sparsifier(measure_bernoulli, _below, magprune_key)
+BERNOULLI = Sparsifier(measure_bernoulli, _below, random=True)
+MAGPRUNE = Sparsifier(measure_bernoulli, _below, random=True, stored_key=magprune_key)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from merge_kernels.methods import Method, Numbers, Options, UniformNoise, combine, prepare
+from merge_kernels.methods import Method, Numbers, Options, RowKeys, combine, prepare
 
 # Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
 PIECE = 2**18
@@ -18,15 +18,15 @@ def merge_tensor(
     options: Options,
     sources: Sequence[np.ndarray],
     parameters: Numbers,
-    uniform_noise: UniformNoise,
+    row_keys: RowKeys,
     dtype: np.dtype,
 ) -> np.ndarray:
     """One merged tensor, `[...]` in `dtype`: measured exactly for these parameters (float64), merged in float32, cast.
 
     sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`;
-    uniform_noise: see `prepare`. The same arguments give the same bits, whoever asks.
+    row_keys: see `prepare`. The same arguments give the same bits, whoever asks.
     """
-    prepared = prepare(method, options, sources, parameters, uniform_noise)
+    prepared = prepare(method, options, sources, parameters, row_keys)
     return _combine_in_pieces(method, options, sources, prepared.keep_keys, prepared.statistics, parameters, dtype)
 
 
@@ -46,17 +46,19 @@ def _combine_in_pieces(
     parameters: Mapping[str, np.ndarray],
     dtype: np.dtype,
 ) -> np.ndarray:
-    """`combine` over pieces of the tensors: of whole rows where statistics differ by row, of flat runs otherwise.
+    """`combine` over pieces of the tensors: of whole rows where statistics or keep keys are by row, of flat runs
+    otherwise.
 
-    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured. The last piece is
-    filled up, so that all pieces of all tensors (all of one width) have one shape.
+    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured, or whose rows have the
+    keys. The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
     shape = sources[0].shape
-    by_row = options.axis is not None and len(shape) > 1
+    by_vector = options.axis is not None and len(shape) > 1
+    by_row = by_vector or method.keyed_by_row
     width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
     flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape(flat) for x in keep_keys]
+    numbers = [x.reshape((flat[0], 2) if method.keyed_by_row else flat) for x in keep_keys]
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
@@ -64,7 +66,7 @@ def _combine_in_pieces(
     merged = np.empty(tensors[0].shape, dtype)
     # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
     vectors = (-1, 1) if options.axis == -1 else (1, -1)
-    own = {name: x.reshape(vectors) if by_row and x.ndim > 1 else x for name, x in statistics.items()}
+    own = {name: x.reshape(vectors) if by_vector and x.ndim > 1 else x for name, x in statistics.items()}
     numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
     for start in range(0, total, step):
         stop = min(start + step, total)
@@ -75,7 +77,7 @@ def _combine_in_pieces(
                 return part
             return np.concatenate([part, np.zeros((step - (stop - start), *x.shape[1:]), x.dtype)])
 
-        rows = {name: cut(x) if by_row and x.shape[:1] == (total,) else x for name, x in own.items()}
+        rows = {name: cut(x) if by_vector and x.shape[:1] == (total,) else x for name, x in own.items()}
         piece = _combine(
             method, options, tuple(cut(x) for x in tensors), tuple(cut(x) for x in numbers), rows, numeric, dtype
         )
