@@ -58,7 +58,7 @@ def _combine_in_pieces(
     width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
     flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape((flat[0], 2) if method.keyed_by_row else flat) for x in keep_keys]
+    numbers = [x.reshape((-1, 2) if method.keyed_by_row else flat) for x in keep_keys]
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
