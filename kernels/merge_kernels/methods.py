@@ -484,9 +484,11 @@ def _task_vectors(
             factors = factors / jnp.clip(parameters["density"], 1.0 / LEVELS, 1.0)
 
         def weighted(k: Any) -> jax.Array:
-            keep_key = keep_keys[k] if random else None
+            keep_key = None
             if keyed_by_row:
-                keep_key = device_uniform(keep_key, base.shape)
+                keep_key = device_uniform(keep_keys[k], base.shape)
+            elif random:
+                keep_key = keep_keys[k]
             own = {name: values[k] for name, values in statistics.items()}
             return task_vectors.kept_delta(sparsifier, base, sources[k + 1], keep_key, own, factors[k])
 
