@@ -50,16 +50,18 @@ EXPERTS = {
 torch.set_num_threads(1)
 
 T = TypeVar("T")
+# Whether every case of every kind is to run (`make test-all`).
+ALL = "EVOJAX_TEST_ALL" in os.environ
 
 
 def daily(cases: Iterable[T], count: int) -> list[T]:
-    """Of many cases of one kind `count`, on each day (EVOJAX_TEST_SEED) others, so that all have their turn; with
-    EVOJAX_TEST_ALL all of them."""
+    """Of many cases of one kind `count`, from all over their list, where those that are alike stand together; on each
+    day (EVOJAX_TEST_SEED) the next ones, so that all have their turn; with EVOJAX_TEST_ALL all of them."""
     every = list(cases)
-    if "EVOJAX_TEST_ALL" in os.environ:
+    if ALL:
         return every
-    first = int(os.environ["EVOJAX_TEST_SEED"]) * count
-    return [every[(first + i) % len(every)] for i in range(min(count, len(every)))]
+    first, count = int(os.environ["EVOJAX_TEST_SEED"]), min(count, len(every))
+    return [every[(first + i * len(every) // count) % len(every)] for i in range(count)]
 
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -172,6 +174,23 @@ def random_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[s
     ]
 
 
+def even_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[str, Any]]:
+    """As `random_records`, but of one length, as each length is a program to compile: 6 words in each prompt, 2 in each
+    target and choice."""
+    rng = np.random.default_rng(seed)
+
+    def text(size: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(len(SPECIAL), vocab, size))
+
+    return [
+        {
+            "prompt": text(6), "target": text(2), "choices": [text(2) for _ in range(4)],
+            "answer": int(rng.integers(4)),
+        }
+        for _ in range(count)
+    ]  # fmt: skip
+
+
 def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, length: Any = None) -> jax.Array:
     """The decoder's final states of plain rows, without padding unless `first` and `length` tell of it."""
     from evojax_merge.models.decoder import forward
@@ -219,11 +238,11 @@ class Family:
 
 
 def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.dtype = torch.float32) -> Family:
-    """Write base, parents and `tasks.jsonl` below `root`."""
+    """Write base, parents and `tasks.jsonl` (even_records) below `root`."""
     model = random_model(tiny_config(tie_word_embeddings=True) if config is None else config).to(dtype)
     base = save(model, root / "base")
     folders = tuple(save(finetune(model, k + 1), root / f"parent{k}") for k in range(parents))
-    tasks = write_lines(root / "tasks.jsonl", random_records(12, model.config.vocab_size))
+    tasks = write_lines(root / "tasks.jsonl", even_records(12, model.config.vocab_size))
     return Family(root, base, folders, tasks)
 
 

@@ -1,7 +1,6 @@
 """All devices of a run: meshes of virtual devices, and processes that share a search."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, random_records, tiny_config, write_lines
-from hostile import run_command
+from helpers import Family, build_family, daily, even_records, tiny_config, write_lines
+from hostile import Running, run_command, run_python, start_command
 
 MESHES = ((1, 1), *daily(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
 # Candidates a pass; on more than one device the first of them.
@@ -92,7 +91,7 @@ CHOICE = {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "m
 
 def write_config(root: Path, **changes: Any) -> Path:
     """A search over a tiny family: choices that share their question, and a few words that are written."""
-    records = random_records(10)
+    records = even_records(10)
     header = "w5 w6 w7 w8 " * 10
     for record in records:
         record["prompt"] = header + record["prompt"]
@@ -122,8 +121,7 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
     # What random masks are made of is spread as the weights are.
     space = {"method": "dare_ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}}
     config, out = write_config(family.root, space=space), tmp_path / "found.npz"
-    command = [sys.executable, "-c", MESH_PROGRAM, str(config), json.dumps(MESHES), json.dumps(CHUNKS), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(MESH_PROGRAM, config, json.dumps(MESHES), json.dumps(CHUNKS), out)
     assert done.returncode == 0, done.stderr
     found = dict(np.load(out))
     ways = {name.rsplit("/", 2)[0] for name in found}
@@ -177,30 +175,23 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def start(config: Path, out: Path, processes: int, *options: str) -> list[subprocess.Popen[str]]:
+def start(config: Path, out: Path, processes: int, *options: str) -> list[Running]:
     port = free_port()
     started = []
     for number in range(processes):
-        environment = os.environ | {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(number),
-        }
-        command = [sys.executable, "-m", "evojax_merge.cli", "search", str(config), "--out", str(out), "--distributed"]
+        environment = (
+            ("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{port}"),
+            ("JAX_NUM_PROCESSES", str(processes)),
+            ("JAX_PROCESS_ID", str(number)),
+        )
         started.append(
-            subprocess.Popen(
-                [*command, *options], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
+            start_command("search", config, "--out", out, "--distributed", *options, environment=environment)
         )
     return started
 
 
-def finish(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    ended = []
-    for process in processes:
-        output, errors = process.communicate(timeout=300)
-        ended.append((process.returncode, output, errors))
-    return ended
+def finish(processes: list[Running]) -> list[tuple[int, str, str]]:
+    return [(process.wait(), process.read("stdout"), process.read("stderr")) for process in processes]
 
 
 def history(out: Path) -> list[dict[str, Any]]:

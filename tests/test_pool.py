@@ -238,6 +238,7 @@ def test_a_saved_state_goes_on_as_if_it_had_never_stopped():
 def config_file(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("pool")
     build_family(root, tiny_config("qwen3", tie_word_embeddings=False), FOUNDERS, torch.bfloat16)
+    write_lines(root / "tasks.jsonl", random_records(12))
     write_lines(root / "heldout.jsonl", random_records(8, seed=2))
     document = {
         "base": "base",

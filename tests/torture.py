@@ -9,10 +9,12 @@ model or the new one stands there as a whole.
 
 Half of the kills come at a random instant of a process's life, so that imports are met as well. The other half wait for
 a file to appear that is there for a moment only (a checkpoint or a model that is being written, the old model that has
-been moved aside): from there on the instant is random again.
+been moved aside): from there on the instant is random again. What is to be killed is a process from its start; what is
+left alone is forked from one that has imported everything.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,6 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import yaml
+from hostile import run_command
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What a killed process may be in the middle of, by files of the run folder that are there just then.
@@ -55,11 +58,13 @@ def _entries(folder: Path) -> list[Path]:
 
 @dataclass
 class Torture:
-    """A folder with a family of models and a config, the reference run, and what has been seen so far."""
+    """A folder with a family of models and a config, the reference run, and what has been seen so far. `seconds`: how
+    long each command takes behind its imports, and `importing` how long those do."""
 
     root: Path
     rng: random.Random
     seconds: dict[str, float] = field(default_factory=dict)
+    importing: float = 0.0
     kills: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
@@ -74,11 +79,11 @@ class Torture:
 
     def whole(self, *arguments: object) -> None:
         """Run a command to its end."""
-        started, process = time.monotonic(), self.start(*arguments)
-        _, stderr = process.communicate(timeout=600)
+        started = time.monotonic()
+        done = run_command(*arguments, folder=self.root, seconds=600)
         self.seconds[str(arguments[0])] = time.monotonic() - started
-        if process.returncode:
-            self.fault(f"{shlex.join(map(str, arguments))} ended with {process.returncode}", stderr)
+        if done.returncode:
+            self.fault(f"{shlex.join(map(str, arguments))} ended with {done.returncode}", done.stderr)
 
     def fault(self, what: str, stderr: str = "") -> None:
         self.faults.append(f"{what}\n{stderr[-3000:]}")
@@ -92,10 +97,10 @@ class Torture:
         process = self.start(*arguments)
         while awaited is not None and process.poll() is None and not awaited(folder):
             time.sleep(0.0005)
-        delay = self.rng.uniform(0, self.seconds[arguments[0]]) if awaited is None else self.rng.expovariate(50)
-        end = time.monotonic() + delay
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.0005)
+        whole = self.importing + self.seconds[arguments[0]]
+        delay = self.rng.uniform(0, whole) if awaited is None else self.rng.expovariate(50)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
         met = process.poll() is None
         if met:
             process.send_signal(number)
@@ -183,6 +188,9 @@ def torture(root: Path, kills: int, seed: int, log: Callable[[str], None] = prin
     """Kill so many times, merges and exports about a tenth of them. `root`: a folder that is not there yet."""
     torment = Torture(root, random.Random(seed))
     build(root)
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import evojax_merge.pipeline"], check=True)
+    torment.importing = time.monotonic() - started
     # Twice, so that compiled programs are kept when it is timed. The run's name stands in its model's card.
     for _ in range(2):
         torment.whole("search", "config.yaml", "--out", REFERENCE, "--overwrite")

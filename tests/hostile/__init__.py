@@ -8,6 +8,7 @@ The modules beside this one each hold a list `CASES`, by the kind of input.
 """
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -193,21 +194,23 @@ class Server:
         (streams / "stdin").write_text(stdin)
         return {
             "arguments": [str(argument) for argument in arguments],
-            "folder": str(folder), "streams": str(streams), "environment": list(environment),
+            "folder": str(folder), "streams": str(streams), "environment": {**os.environ, **dict(environment)},
         }  # fmt: skip
+
+    def seconds(self) -> float:
+        """Processor time that the server and its children have taken; 0 where Linux does not tell."""
+        status = Path(f"/proc/{self._process.pid}/stat")
+        if not status.exists():
+            return 0.0
+        return sum(map(int, status.read_text().rpartition(")")[2].split()[11:15])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         self._process.communicate()
 
 
-def shared_server() -> Server:
-    """The one server of this test process for the way in which programs are compiled now (tests/conftest.py)."""
-    return _server_for(tuple(os.environ.get(name) for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")))
-
-
 @cache
-def _server_for(switches: tuple[str | None, ...]) -> Server:
-    # JAX reads the first of the switches when it is imported, so that a child cannot change it.
+def shared_server() -> Server:
+    """The one server of this test process."""
     folder = Path(tempfile.mkdtemp(prefix="server."))
     server = Server(folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -215,19 +218,26 @@ def _server_for(switches: tuple[str | None, ...]) -> Server:
     return server
 
 
+def server_seconds() -> float:
+    """Processor time of this test process's server, if it has one."""
+    return shared_server().seconds() if shared_server.cache_info().currsize else 0.0
+
+
 def run_command(
     *arguments: object, folder: Path | None = None, seconds: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """`evojax-merge` with these arguments as `subprocess.run` would give it, but forked, in today's environment."""
-    done = shared_server().run(arguments, folder or Path.cwd(), seconds=seconds, environment=tuple(os.environ.items()))
+    done = shared_server().run(arguments, folder or Path.cwd(), seconds=seconds)
     if done.status is None:
         raise subprocess.TimeoutExpired(["evojax-merge", *map(str, arguments)], seconds, done.stdout, done.stderr)
     return subprocess.CompletedProcess(["evojax-merge", *arguments], done.status, done.stdout, done.stderr)
 
 
-def start_command(*arguments: object, folder: Path | None = None) -> Running:
+def start_command(
+    *arguments: object, folder: Path | None = None, environment: Sequence[tuple[str, str]] = ()
+) -> Running:
     """As `run_command`, for a command that is to be watched, and killed. Not while it imports: it has."""
-    return shared_server().start(arguments, folder or Path.cwd(), environment=tuple(os.environ.items()))
+    return shared_server().start(arguments, folder or Path.cwd(), environment=environment)
 
 
 def run_python(
@@ -247,7 +257,6 @@ def serve() -> None:
     """Answer requests, one JSON line each, until standard input ends. One with a number of seconds is a command that is
     waited for, one without is started, and `poll` asks for the status of one that was."""
     # What every child needs, what transformers imports when it is first asked for it, and what a search imports late.
-    # Not evosax: it makes JAX start threads, which a forked child would be without.
     import matplotlib.pyplot  # noqa: F401
     import optax  # noqa: F401
     from orbax.checkpoint import v1  # noqa: F401
@@ -255,6 +264,10 @@ def serve() -> None:
 
     import evojax_merge.pipeline  # noqa: F401
 
+    _import_evosax()
+    # No child looks through all of this for garbage, which would copy every page of it.
+    gc.collect()
+    gc.freeze()
     ended: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -274,6 +287,18 @@ def serve() -> None:
             continue
         status = _wait(child, started + request["seconds"])
         print(json.dumps({"status": status, "seconds": time.monotonic() - started}), flush=True)
+
+
+def _import_evosax() -> None:
+    """evosax has one array at the top of a module, for which JAX would start threads that a forked child is without."""
+    import jax
+    import numpy as np
+
+    asarray, jax.numpy.asarray = jax.numpy.asarray, np.asarray
+    try:
+        import evosax.algorithms  # noqa: F401
+    finally:
+        jax.numpy.asarray = asarray
 
 
 def _poll(child: int) -> int | None:
@@ -304,7 +329,12 @@ def _become(request: dict[str, Any]) -> None:
         os.close(handle)
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     os.chdir(request["folder"])
+    import jax
+
+    os.environ.clear()
     os.environ.update(request["environment"])
+    # JAX reads this one when it is imported: each command compiles as the module that runs it (tests/conftest.py).
+    jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
     first, *rest = request["arguments"] or [""]
     try:
         if first == "-c":
