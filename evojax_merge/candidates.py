@@ -137,14 +137,14 @@ class MergeCandidates:
         return f"each device scored {few}"
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
-        recipe = jax.tree.map(np.asarray, take_candidate(self.space.decode(genome[None]), 0))
+        recipe = take_candidate(jax.tree.map(np.asarray, self.space.decode(genome[None])), 0)
         return [recipe_document(recipe, self.spec, self.decoder, self.base, self.parents)]
 
     def merged_from(self, genome: np.ndarray) -> list[Path]:
         return [folder.path for folder in self.sources.folders]
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
-        values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
+        values = {name: np.asarray(block) for name, block in jax.jit(self.space.values)(genome).items()}
         return MergeReport(tuple(self.space.groups), values, tuple(parents))
 
 

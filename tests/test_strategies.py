@@ -107,7 +107,7 @@ def test_ties_collapse_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_failed_candidate_is_the_worst(name: str) -> None:
-    dims = 2 if name == "grid" else 3
+    dims = 2 if name == "grid" else 10
     strategy = make(name, dims)
 
     def told(failed: float) -> Any:
@@ -129,22 +129,23 @@ def test_a_failed_candidate_is_the_worst(name: str) -> None:
 
 @pytest.mark.parametrize("name", daily(BUILT_IN, 4))
 def test_states_keep_their_structure(name: str) -> None:
-    """Shapes and dtypes of the state are the first ones after any number of generations, restarts among them."""
+    """Shapes and types of the state are the first ones after any number of generations, restarts among them: whatever
+    the first compiles serves all others."""
     dims = 2 if name == "grid" else 3
     strategy = make(name, dims)
     first = init(strategy, dims)
     state = drive(strategy, first, lambda genomes: -np.square(genomes - 0.3).sum(axis=1).round(2), 80)
     assert jax.tree.structure(first) == jax.tree.structure(state)
-    shapes = [[(np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in jax.tree.leaves(one)] for one in (first, state)]
+    shapes = [[jax.typeof(leaf) for leaf in jax.tree.leaves(one)] for one in (first, state)]
     assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("name", ["de", "pso", "ga", "random"])
 def test_the_first_generation_is_the_initial_population(name: str) -> None:
-    strategy = make(name, 3)
-    state = init(strategy, 3, start=0.4)
+    strategy = make(name)
+    state = init(strategy, 10, start=0.4)
     genomes = asked(strategy, state, 0)
-    np.testing.assert_array_equal(genomes[0], np.full(3, 0.4, np.float32))
+    np.testing.assert_array_equal(genomes[0], np.full(10, 0.4, np.float32))
     assert len(np.unique(genomes, axis=0)) == strategy.population
     assert 0.3 / 6 < np.std(genomes) < 2
 

@@ -37,9 +37,16 @@ def cma_algorithm(kind: str, dims: int, population: int) -> Any:
     return getattr(algorithms, kind)(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
 
 
+@lru_cache(maxsize=16)
+def cma_params(kind: str, dims: int, population: int) -> Any:
+    """evosax's parameters of an algorithm, which it would work out in fifty small computations wherever it is asked."""
+    return cma_algorithm(kind, dims, population).default_params
+
+
 def _strategy(name: str, kind: str, settings: StrategySettings) -> EvosaxStrategy:
-    algorithm = cma_algorithm(kind, settings.dims, settings.population or default_population(settings.dims))
-    return EvosaxStrategy(name, algorithm, algorithm.default_params.replace(std_init=jnp.float32(settings.sigma)))
+    size = settings.dims, settings.population or default_population(settings.dims)
+    params = cma_params(kind, *size).replace(std_init=jnp.float32(settings.sigma))
+    return EvosaxStrategy(name, cma_algorithm(kind, *size), params)
 
 
 def cma_es(settings: StrategySettings) -> EvosaxStrategy:

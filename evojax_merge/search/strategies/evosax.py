@@ -15,10 +15,21 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 
 
-def losses(scores: Scores) -> jax.Array:
+def losses(scores: Scores) -> np.ndarray:
     """float32[P]: minus the fitness, NaN for candidates that failed."""
-    fitness = jnp.asarray(scores.fitness)
-    return jnp.where(jnp.isfinite(fitness), -jnp.asarray(fitness, jnp.float32), jnp.nan)
+    with np.errstate(over="ignore"):
+        fitness = np.asarray(scores.fitness, np.float32)
+    return np.where(np.isfinite(fitness), -fitness, np.float32(np.nan))
+
+
+def strongly_typed(state: Any) -> Any:
+    """A first state with the types of all later ones: a Python number in evosax's initial state is weakly typed, and
+    what asks and tells would be compiled a second time in the second generation."""
+
+    def strong(leaf: Any) -> Any:
+        return jax.device_put(np.asarray(leaf)) if getattr(leaf, "weak_type", False) else leaf
+
+    return jax.tree.map(strong, state)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ class EvosaxStrategy:
         return int(self.algorithm.population_size)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> Any:
-        return self.algorithm.init(key, jnp.asarray(genomes[0]), self.params)
+        return strongly_typed(self.algorithm.init(key, jnp.asarray(genomes[0]), self.params))
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         genomes, state = self.algorithm.ask(key, state, self.params)
@@ -64,7 +75,7 @@ class EvosaxStrategy:
 
     def metrics(self, state: Any) -> dict[str, float]:
         """sigma: the standard deviation of a step in units of the bounds' range, where the algorithm has one."""
-        return {"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {}
+        return {"sigma": float(np.mean(np.asarray(state.std)))} if hasattr(state, "std") else {}
 
 
 def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
@@ -106,7 +117,7 @@ class PopulationStrategy:
         start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
         drawn = (start + self.sigma * noise).at[0].set(start)
         fitness = jnp.full(self.population, jnp.inf)
-        return self.algorithm.init(key, drawn, fitness, self.params)
+        return strongly_typed(self.algorithm.init(key, drawn, fitness, self.params))
 
     def ask(self, key: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         genomes, state = _ask(self.algorithm, key, state, self.params)

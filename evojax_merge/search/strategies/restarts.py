@@ -16,8 +16,8 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, cma_algorithm, default_population
-from evojax_merge.search.strategies.evosax import inject_steps, losses
+from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, cma_algorithm, cma_params, default_population
+from evojax_merge.search.strategies.evosax import inject_steps, losses, strongly_typed
 from evojax_merge.search.strategies.registry import StrategySettings
 
 # The largest population, in units of the first one: five doublings.
@@ -92,8 +92,8 @@ class RestartedCMAES:
         )
 
     def ask(self, key: jax.Array, state: RestartState) -> tuple[jax.Array, RestartState]:
-        algorithm = cma_algorithm("CMA_ES", self.dims, self.population)
-        genomes, asked = algorithm.ask(key, state.run, algorithm.default_params)
+        size = self.dims, self.population
+        genomes, asked = cma_algorithm("CMA_ES", *size).ask(key, state.run, cma_params("CMA_ES", *size))
         # The rest of a population is drawn from the distribution as its first part saw it.
         return genomes, state if int(state.collected) else state.replace(run=asked)  # type: ignore[attr-defined]
 
@@ -132,13 +132,15 @@ class RestartedCMAES:
         return int(10 + np.ceil(30 * self.dims / (multiple * self.population)))
 
     def _begin(self, key: jax.Array, mean: jax.Array, sigma: float) -> Any:
-        algorithm = cma_algorithm("CMA_ES", self.dims, self.population)
-        return algorithm.init(key, mean, algorithm.default_params.replace(std_init=jnp.float32(sigma)))
+        size = self.dims, self.population
+        params = cma_params("CMA_ES", *size).replace(std_init=jnp.float32(sigma))
+        return strongly_typed(cma_algorithm("CMA_ES", *size).init(key, mean, params))
 
     def _tell_population(self, key: jax.Array, state: RestartState) -> RestartState:
         size = int(state.multiple) * self.population
         algorithm, told = cma_algorithm("CMA_ES", self.dims, size), state.losses[:size]
-        run, _ = algorithm.tell(key, state.genomes[:size], told, state.run, algorithm.default_params)
+        params = cma_params("CMA_ES", self.dims, size)
+        run, _ = algorithm.tell(key, state.genomes[:size], told, state.run, params)
         best = jnp.min(jnp.where(jnp.isnan(told), jnp.inf, told))
         return state.replace(  # type: ignore[attr-defined]
             run=run,
