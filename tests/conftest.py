@@ -1,7 +1,10 @@
 """What every test shares: a CPU unless told otherwise, a cache folder of the suite's own, no network."""
 
+import gc
 import os
-from collections.abc import Iterator
+import resource
+from collections import Counter
+from collections.abc import Generator, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xdg")
 # Commands that are run again and again compile nothing twice, not even what takes a moment.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Else each operation of a program that is compiled names up to a hundred frames of the stack, most of them pytest's.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+import hostile
 import jax
 import pytest
 from helpers import Family, build_family
@@ -35,8 +41,8 @@ QUICKLY_COMPILED = {
         "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices",
         "evaluator", "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile",
         "loops", "mergekit_evolve", "mergekit_suite", "method_seam", "parent_groups", "plugins", "pool", "racing",
-        "reproducible", "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam", "tokens",
-        "torture", "validation", "zoo",
+        "reproducible", "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam",
+        "text_decoders", "tokens", "torture", "validation", "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"
@@ -56,9 +62,67 @@ QUICK_FLAGS = f"{PLAIN_FLAGS} --xla_cpu_use_fusion_emitters=false"
 FLAGS = os.environ.get("XLA_FLAGS", "")
 
 
+# By module, of `--cpu-seconds`: processor time of its tests, and how many they are.
+CPU_SECONDS: Counter[str] = Counter()
+TESTS: Counter[str] = Counter()
+BEGAN = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cpu-seconds", action="store_true", help="print each module's processor time, its processes' included"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[BEGAN] = cpu_seconds()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "teardown":
+        report.user_properties.append(("cpu seconds", cpu_seconds() - item.stash[BEGAN]))
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        module = Path(report.nodeid.partition("::")[0]).stem
+        CPU_SECONDS[module] += dict(report.user_properties)["cpu seconds"]
+        TESTS[module] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("cpu_seconds"):
+        terminalreporter.write_line("\n| module | tests | CPU seconds |\n| --- | ---: | ---: |")
+        for module, seconds in CPU_SECONDS.most_common():
+            terminalreporter.write_line(f"| {module} | {TESTS[module]:,} | {seconds:,.1f} |")
+        terminalreporter.write_line(f"| all | {TESTS.total():,} | {sum(CPU_SECONDS.values()):,.1f} |")
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process, of those that it has started, and of the server that forks commands."""
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in own) + hostile.server_seconds()
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput"):
         session.config.get_terminal_writer().line(f"EVOJAX_TEST_SEED={SEED} repeats what is drawn at random today")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that are compiled alike come one after the other: what one has compiled serves the next."""
+    items.sort(key=lambda item: item.path.stem not in QUICKLY_COMPILED)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """All that was imported stays: it is not looked through for garbage again, of which tracing makes little."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
