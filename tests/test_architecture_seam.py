@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import greedy_tokens, hidden_states, random_records, word_tokenizer, words, write_lines
+from helpers import even_records, greedy_tokens, hidden_states, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
 from safetensors.numpy import load_file, save_file
 
@@ -168,8 +168,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("toys")
     for seed, name in enumerate(("one", "two")):
         write_model(root / name, seed)
-    write_lines(root / "tasks.jsonl", random_records(6))
-    write_lines(root / "heldout.jsonl", random_records(4, seed=1))
+    write_lines(root / "tasks.jsonl", even_records(6))
+    write_lines(root / "heldout.jsonl", even_records(4, seed=1))
     yield root
     registry._registry().pop("toy")
 

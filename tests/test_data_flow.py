@@ -17,6 +17,7 @@ import yaml
 from helpers import (
     build_family,
     daily,
+    even_records,
     finetune,
     greedy_tokens,
     hidden_states,
@@ -589,7 +590,7 @@ def test_the_papers_dimensions_take_a_separable_strategy_and_say_so(tmp_path: Fi
     model = random_model(tiny_config(num_hidden_layers=12))
     save(model, tmp_path / "parent0")
     save(finetune(model, 1), tmp_path / "parent1")
-    write_lines(tmp_path / "tasks.jsonl", random_records(6))
+    write_lines(tmp_path / "tasks.jsonl", even_records(6))
     flow = {"form": "indicator", "repetitions": 2, "max_layers": 16}
     config = write_config(tmp_path, data_flow=flow, search={"generations": 1, "population": 4})
     done = run("search", config, "--out", tmp_path / "run")

@@ -5,7 +5,6 @@ the rest of the suite searches, walks and generates with."""
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ import torch
 import transformers
 import yaml
 from helpers import (
+    ALL,
     daily,
     edit_json,
     finetune,
@@ -52,7 +52,6 @@ from evojax_merge.models.config import NO_WINDOW
 from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
 from evojax_merge.tasks.text import Fields, TextTask, read_examples
 
-ALL = "EVOJAX_TEST_ALL" in os.environ
 VOCAB = 64
 
 

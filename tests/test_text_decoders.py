@@ -1,7 +1,6 @@
 """Text decoders inside of larger models: searched and merged as their text architecture, exported as larger models."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import edit_json, hidden_states, random_records, word_tokenizer, words, write_lines
+from helpers import ALL, edit_json, even_records, hidden_states, word_tokenizer, words, write_lines
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -136,8 +135,8 @@ def write_family(root: Path, kind: str) -> None:
     model = larger_model(kind)
     for seed, name in enumerate(("base", "one", "two")):
         save_with_noise(model, root / name, seed)
-    write_lines(root / "tasks.jsonl", random_records(6))
-    write_lines(root / "heldout.jsonl", random_records(4, seed=1))
+    write_lines(root / "tasks.jsonl", even_records(6))
+    write_lines(root / "heldout.jsonl", even_records(4, seed=1))
 
 
 def rename(folder: Path, new_names: dict[str, str]) -> None:
@@ -215,7 +214,7 @@ def test_every_larger_model_is_in_a_table() -> None:
     assert {*LARGER, *MORE} == LARGER_MODELS
 
 
-@pytest.mark.skipif("EVOJAX_TEST_ALL" not in os.environ, reason="EVOJAX_TEST_ALL")
+@pytest.mark.skipif(not ALL, reason="EVOJAX_TEST_ALL")
 @pytest.mark.parametrize("kind", MORE)
 def test_a_text_has_the_logits_that_it_has_in_the_larger_model(kind: str, tmp_path: Path) -> None:
     save_with_noise(larger_model(kind), tmp_path / "one", 0)
@@ -231,7 +230,7 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("space", SPACES if "EVOJAX_TEST_ALL" in os.environ else ["pool"])
+@pytest.mark.parametrize("space", SPACES if ALL else ["pool"])
 def test_a_search_exports_the_larger_model_that_it_scored(space: str, tmp_path: Path) -> None:
     """With tensors named as in files of earlier versions of transformers."""
     write_family(tmp_path, "llava")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers import random_records, search_in, write_lines
+from helpers import even_records, search_in, write_lines
 from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
@@ -159,7 +159,7 @@ def test_the_standard_error_is_that_of_paired_differences():
 @pytest.fixture(scope="module")
 def config(family, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("validation")
-    write_lines(folder / "tasks.jsonl", random_records(20))
+    write_lines(folder / "tasks.jsonl", even_records(20))
     document = {
         "base": str(family.base),
         "parents": [str(parent) for parent in family.parents],
@@ -240,7 +240,7 @@ def test_the_search_never_sees_the_validation_split(config, finished, tmp_path):
     """Other targets there (of the same lengths, for the same batches) change its own column of the history alone."""
     problem = build_problem(config, read_config(config, [], None))
     kept = {example.line for example in problem.validation[0].examples}
-    records = random_records(20)
+    records = even_records(20)
     for line in kept:
         records[line - 1] = records[line - 1] | {"target": " ".join(["w7"] * len(records[line - 1]["target"].split()))}
     write_lines(tmp_path / "other.jsonl", records)
@@ -291,7 +291,7 @@ def test_stages_validate_on_the_same_examples(config, tmp_path):
 
 
 def test_examples_on_both_sides_are_told(config, tmp_path, capsys):
-    records = random_records(10)
+    records = even_records(10)
     write_lines(tmp_path / "twice.jsonl", records + records)
     run_search(config, tmp_path / "run", f"tasks.0.file={tmp_path / 'twice.jsonl'}", "search.generations=1")
     assert "of the 6 validation examples are among those that are searched on" in capsys.readouterr().err
