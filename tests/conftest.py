@@ -40,8 +40,8 @@ QUICKLY_COMPILED = {
     for name in (
         "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "devices",
         "evaluator", "families", "fronts", "function", "generate", "gradients", "harness", "host_memory", "hostile",
-        "loops", "mergekit_evolve", "mergekit_suite", "method_seam", "parent_groups", "plugins", "pool", "racing",
-        "reproducible", "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam",
+        "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite", "method_seam", "parent_groups", "plugins", "pool",
+        "racing", "reproducible", "run_folder", "search", "stopping", "strategies", "strategy_seam", "task_seam",
         "text_decoders", "tokens", "torture", "validation", "zoo",
     )
 }  # fmt: skip

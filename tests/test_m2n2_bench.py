@@ -12,7 +12,9 @@ import m2n2
 pytest.importorskip("mlxtend")
 
 
-def test_every_method_spends_its_evaluations_and_improves_on_the_experts() -> None:
+def test_every_method_spends_its_evaluations_and_improves_on_the_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each place to split a network at is two programs to compile.
+    monkeypatch.setattr(m2n2, "BLOCKS", 4)
     images, heldout = m2n2.load_images(0)
     images = m2n2.Images(images.pixels[:500], images.labels[:500])
     experts = m2n2.make_experts(images, 0)
