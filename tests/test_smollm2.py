@@ -1,7 +1,6 @@
 """The real pretrained model: as transformers reads its GGUF file, and as torch computes with it."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Family, greedy_tokens, hidden_states, load_torch, state
+from helpers import Family, daily, greedy_tokens, hidden_states, load_torch, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -74,18 +73,23 @@ def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
         return model(torch.tensor([ids])).logits[0].numpy()
 
 
-def greedy(
-    ours: tuple[DecoderConfig, StackedWeights], prompts: list[list[int]], new: int, stop: int
-) -> list[list[int]]:
-    """Greedy continuations of all prompts in one batch, padded at the left."""
+@pytest.fixture(scope="module")
+def written(ours: tuple[DecoderConfig, StackedWeights], tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    """Prompts, of which the last is a question in the model's chat format, and their greedy continuations, which were
+    written in one batch, padded at the left."""
     config, model = ours
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    question = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    prompts = [*(tokenizer(text)["input_ids"] for text in TEXTS), question]
     width = max(map(len, prompts))
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[width - len(ids) :] = ids
     first = jnp.array([width - len(ids) for ids in prompts], jnp.int32)
-    out = greedy_tokens(config, model, tokens, first, new, (stop,))
-    return [[int(token) for token in row if token != PAD_ID] for row in out]
+    out = greedy_tokens(config, model, tokens, first, NEW_TOKENS, (tokenizer.eos_token_id,))
+    return [
+        (prompt, [int(token) for token in row if token != PAD_ID]) for prompt, row in zip(prompts, out, strict=True)
+    ]
 
 
 def test_folder_holds_what_transformers_reads_from_the_gguf_file(base: Path, tmp_path: Path) -> None:
@@ -142,13 +146,10 @@ def test_logits_are_those_of_torch(
 
 
 def test_greedy_generation_is_that_of_torch(
-    ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
+    written: list[tuple[list[int], list[int]]], theirs: Any, tokenizer: Any
 ) -> None:
-    stop = tokenizer.eos_token_id
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    for prompt, found in zip(prompts, greedy(ours, prompts, NEW_TOKENS, stop), strict=True):
-        if len(found) < NEW_TOKENS:
-            found.append(stop)
+    for prompt, own in written:
+        found = [*own, tokenizer.eos_token_id] if len(own) < NEW_TOKENS else own
         # One pass of torch over what was generated: as long as each token is its best one, given those before, its
         # own greedy continuation is the same.
         scores = torch_logits(theirs, prompt + found)[len(prompt) - 1 : -1]
@@ -163,11 +164,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     base: Path, ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
 ) -> None:
     """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
-    problems = or_skip(lambda: read_symbolic("eng")).records[:50]
-    if "EVOJAX_TEST_ALL" not in os.environ:
-        # A sample, another one each day.
-        chosen = np.random.default_rng(int(os.environ["EVOJAX_TEST_SEED"])).permutation(50)[:6]
-        problems = [problems[i] for i in sorted(chosen)]
+    problems = daily(or_skip(lambda: read_symbolic("eng")).records[:50], 3)
     prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
@@ -198,10 +195,8 @@ def torch_greedy(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[list[s
     return tokenizer.batch_decode(new, skip_special_tokens=True), list(rows)
 
 
-def test_it_answers_a_question_in_its_chat_format(ours: tuple[DecoderConfig, StackedWeights], tokenizer: Any) -> None:
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    (answer,) = greedy(ours, [prompt], NEW_TOKENS, tokenizer.eos_token_id)
+def test_it_answers_a_question_in_its_chat_format(written: list[tuple[list[int], list[int]]], tokenizer: Any) -> None:
+    *_, (_, answer) = written
     # It ends by itself.
     assert len(answer) < NEW_TOKENS
     assert "Paris" in tokenizer.decode(answer)
