@@ -121,7 +121,7 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
     # What random masks are made of is spread as the weights are.
     space = {"method": "dare_ties", "parameters": {"weight": {"high": 1.5}, "density": {"low": 0.1}}}
     config, out = write_config(family.root, space=space), tmp_path / "found.npz"
-    done = run_python(MESH_PROGRAM, config, json.dumps(MESHES), json.dumps(CHUNKS), out)
+    done = run_python(MESH_PROGRAM, config, json.dumps(MESHES), json.dumps(CHUNKS), out, seconds=800)
     assert done.returncode == 0, done.stderr
     found = dict(np.load(out))
     ways = {name.rsplit("/", 2)[0] for name in found}
