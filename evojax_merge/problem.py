@@ -267,9 +267,10 @@ def build_problem(
     # A base that takes no part in the merge is opened all the same, to be checked against the parents.
     unmerged_base = [base] if base is not None and base not in paths else []
     opened = [*paths, *unmerged_base]
-    choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
+    tokenizer_choice = None if tokenizer_dir is None else TokenizerChoice(opened.index(tokenizer_dir))
     # Layers of a path may come from models of any depth.
-    sources, configs = open_decoders(opened, choice) if config.data_flow else _of_one_depth(opened, choice)
+    open_all = open_decoders if config.data_flow else _of_one_depth
+    sources, configs = open_all(opened, tokenizer_choice)
     _check_tokens(opened, sources)
     other_modules = _other_modules(where, config, folder, sources.folders, base, parents)
     if None not in (other_modules, tokenizer_dir) and tokenizer_dir != other_modules:
