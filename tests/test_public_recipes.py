@@ -544,6 +544,46 @@ def test_modules_are_merged_each_by_its_own(models: Path, tmp_path: Path, capfd:
         np.testing.assert_array_equal(values, (a if name.startswith(f"{layers}.") else b)[name])
 
 
+T5_MODULES = """\
+merge_method: linear
+modules:
+  encoder:
+    slices:
+    - sources: [{model: t5-a, layer_range: [0, 2]}, {model: t5-b, layer_range: [1, 3]}]
+    - sources: [{model: t5-a, layer_range: [1, 4]}, {model: t5-b, layer_range: [1, 4]}]
+  decoder:
+    slices: [{sources: [{model: t5-a, layer_range: [0, 2]}, {model: t5-b, layer_range: [0, 2]}]}]
+parameters: {weight: 0.5}
+dtype: float32
+"""
+
+
+def test_an_encoder_and_a_decoder_are_made_of_slices(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A T5's first layers alone have the bias of positions, which stays the first model's where another model gives
+    another layer."""
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=4, num_decoder_layers=3,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    for seed, name in enumerate(("t5-a", "t5-b")):
+        torch.manual_seed(seed)
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / name)
+    document = yaml.safe_load(T5_MODULES)
+    # mergekit leaves the embedding out.
+    document["modules"]["shared"] = {"models": [{"model": "t5-a"}, {"model": "t5-b"}]}
+    (tmp_path / "refused.yaml").write_text(yaml.safe_dump(document))
+    assert command("merge", tmp_path / "refused.yaml", tmp_path / "refused") == 2
+    assert "encoder.block.1.layer.0.SelfAttention.relative_attention_bias" in capfd.readouterr().err
+    found = merged(tmp_path, yaml.safe_dump(document | {"on_mismatch": "first"}), tmp_path / "found")
+    own, expected = state(found), state(mergekits(tmp_path, T5_MODULES, tmp_path / "expected"))
+    assert set(own) - set(expected) == {"shared.weight"} and set(expected) < set(own)
+    for name, values in expected.items():
+        np.testing.assert_allclose(own[name], values, rtol=1e-6, atol=1e-7, err_msg=name)
+    model, report = transformers.T5ForConditionalGeneration.from_pretrained(found, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert (model.config.num_layers, model.config.num_decoder_layers) == (5, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Tensors of anything
 
@@ -577,6 +617,20 @@ def test_files_of_any_tensors_are_merged_as_by_mergekit_pytorch(tmp_path: Path) 
     assert {file.name for file in found.iterdir()} == {
         "model.safetensors", "README.md", "mergekit_config.yml", "evojax_merge.json",
     }  # fmt: skip
+
+
+def test_a_file_and_a_model_are_not_merged_unasked(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.safetensors").symlink_to(models / "b" / "model.safetensors")
+    for rows in ("[{model: a}, {model: FILE}]", "[{model: FILE}, {model: a}]"):
+        text = f"merge_method: linear\nmodels: {rows}\nparameters: {{weight: 1}}\n"
+        recipe = models / "of-a-file.yaml"
+        recipe.write_text(text.replace("FILE", str(tmp_path / "file.safetensors")))
+        capfd.readouterr()
+        assert command("merge", recipe, tmp_path / "out") == 2
+        said = capfd.readouterr().err
+        assert "model.safetensors: is of weights alone" in said and "--allow-crimes" in said and said.count("\n") == 1
 
 
 def test_a_folder_of_files_without_a_config_is_one_model(tmp_path: Path) -> None:

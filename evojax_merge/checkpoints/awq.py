@@ -15,7 +15,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import Folder, open_folder
 from evojax_merge.checkpoints.quantised import (
     QuantisedTensor,
-    check_setting,
+    checked_setting,
     dequantised_dtype,
     group_size,
     part_of,
@@ -55,8 +55,8 @@ def open_awq(path: Path, quantised: Path) -> Folder:
     packing, and for a matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
     version = settings.get("version") or "gemm"
-    check_setting(quantised, "bits", settings.get("bits", settings.get("w_bit")), (BITS,))
-    check_setting(quantised, "version", version.lower() if isinstance(version, str) else version, ("gemm",))
+    checked_setting(quantised, "bits", settings.get("bits", settings.get("w_bit")), (BITS,))
+    checked_setting(quantised, "version", version.lower() if isinstance(version, str) else version, ("gemm",))
     size = group_size(quantised, settings.get("group_size", settings.get("q_group_size")))
     dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
     entries = dict(stored)

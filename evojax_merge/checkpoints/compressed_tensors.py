@@ -20,7 +20,7 @@ from evojax_merge.checkpoints.quantised import (
     FP8,
     QuantisedTensor,
     check_dequantised,
-    check_setting,
+    checked_setting,
     dequantised_dtype,
     group_size,
     part_of,
@@ -67,15 +67,13 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
     matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
     how = settings.get("format")
-    check_setting(quantised, "format", how, (PACKED, *PLAIN))
+    checked_setting(quantised, "format", how, (PACKED, *PLAIN))
     for key in ("sparsity_config", "transform_config"):
         given = settings.get(key)
         dense = not given or (isinstance(given, dict) and given.get("format") == "dense")
-        check_setting(quantised, key, None if dense else given, (None,))
+        checked_setting(quantised, key, None if dense else given, (None,))
     weights = _weight_settings(quantised, settings)
-    bits = weights.get("num_bits") if how == PACKED else 0
-    if how == PACKED:
-        check_setting(quantised, "num_bits", bits, (2, 4, 8))
+    bits = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8)) if how == PACKED else 0
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, DTYPES | {"F8_E4M3": FP8}).entries
     entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
     for name in [name for name in entries if name.endswith(SCALE)]:
@@ -104,7 +102,7 @@ def _weight_settings(quantised: Path, settings: Mapping[str, Any]) -> Mapping[st
             "modules that say the same of their weights",
         )  # fmt: skip
     strategy = first.get("strategy") or ("group" if first.get("group_size") else "tensor")
-    check_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "block"))
+    checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "block"))
     return {**first, "strategy": strategy}
 
 

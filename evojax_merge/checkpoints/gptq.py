@@ -17,7 +17,7 @@ from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.quantised import (
     QuantisedTensor,
-    check_setting,
+    checked_setting,
     dequantised_config,
     dequantised_dtype,
     group_size,
@@ -54,11 +54,11 @@ def open_gptq(path: Path, quantised: Path) -> Folder:
     """The dequantised model of a GPTQ folder, as a folder at `path`. Raises InputError for settings of another
     packing, and for a matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
-    bits, kept = settings.get("bits"), settings.get("checkpoint_format") or "gptq"
-    check_setting(quantised, "bits", bits, (2, 4, 8))
-    check_setting(quantised, "checkpoint_format", kept, ("gptq", "gptq_v2"))
-    check_setting(quantised, "is_marlin_format", settings.get("is_marlin_format") or False, (False,))
-    check_setting(quantised, "dynamic", settings.get("dynamic") or None, (None,))
+    bits = checked_setting(quantised, "bits", settings.get("bits"), (2, 4, 8))
+    kept = settings.get("checkpoint_format") or "gptq"
+    checked_setting(quantised, "checkpoint_format", kept, ("gptq", "gptq_v2"))
+    checked_setting(quantised, "is_marlin_format", settings.get("is_marlin_format") or False, (False,))
+    checked_setting(quantised, "dynamic", settings.get("dynamic") or None, (None,))
     size = group_size(quantised, settings.get("group_size"))
     dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
     entries = dict(stored)

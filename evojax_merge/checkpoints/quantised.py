@@ -86,14 +86,15 @@ def dequantised_dtype(path: Path, default: str) -> np.dtype:
     return FLOAT_DTYPES.get(name, FLOAT_DTYPES[default]) if isinstance(name, str) else FLOAT_DTYPES[default]
 
 
-def check_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> None:
-    """Raises InputError, with the folder's quantisation as the place, for a setting that is none of the known ones."""
+def checked_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> Any:
+    """The value of a setting. Raises InputError, with the folder's config as the place, for none of the known ones."""
     if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known):
         expected = ", ".join(str(one) for one in known)
         raise InputError(
             path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
             "the unquantised model",
         )  # fmt: skip
+    return value
 
 
 def group_size(path: Path, value: Any) -> int | None:

@@ -309,6 +309,8 @@ def _open(
     for folder in folders[1:]:
         kind, expected = (one.config.get("model_type") for one in (folder, first))
         if kind != expected and not allow_crimes:
+            _check_has_config(folder, first)
+            _check_has_config(first, folder)
             raise InputError(
                 folder.where,
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
@@ -343,6 +345,15 @@ def _open(
             )
     vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
     return Sources(folders, vocabulary, vocabulary.warnings), layouts, tied
+
+
+def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
+    """Raises InputError where a model is of weights alone, and another one is not."""
+    if not folder.whole.config and other.whole.config:
+        raise InputError(
+            folder.path, f"is of weights alone, and {other.path} is a model with a config.json; expected the folder of "
+            "that model (--allow-crimes merges them if their tensors agree)",
+        )  # fmt: skip
 
 
 def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:

@@ -67,8 +67,8 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
             raise InputError(wheres[i], f"name: {merge.name}: {labels[index[merge.name]]} has it already")
         if merge.name:
             index[merge.name] = i
-    used = [[stage_of(model, index) for model in merge.recipe.models] for merge in merges]
-    needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in used]
+    named = [[stage_of(model, index) for model in merge.recipe.models] for merge in merges]
+    needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in named]
     # Of all documents: stages that need each other are wrong even where the result does not need them.
     _in_order(merges, needs, range(len(merges)))
     order = _in_order(merges, needs, [_result(path, labels, merges, needs)])
