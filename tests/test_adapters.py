@@ -356,6 +356,18 @@ def test_adapters_of_other_layouts_are_what_peft_reads(kind: str, tmp_path: Path
         )
 
 
+def test_experts_that_do_not_differ_are_in_no_adapter(tmp_path: Path) -> None:
+    base = save(random_model(tiny_config("mixtral")), tmp_path / "base")
+    shutil.copytree(base, tmp_path / "parent")
+    weights, name = load_file(base / "model.safetensors"), "model.layers.1.self_attn.o_proj"
+    save_file(weights | {f"{name}.weight": weights[f"{name}.weight"] + 1}, tmp_path / "parent" / "model.safetensors")
+    written_as_adapter(base, tmp_path / "parent", tmp_path / "out", rank=1)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [name]
+    np.testing.assert_allclose(
+        read(str(tmp_path / "out"))[f"{name}.weight"], weights[f"{name}.weight"] + 0.5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("kind", ["llava", "smolvlm", "qwen2_5_vl"])
 def test_an_adapter_of_a_larger_model_changes_its_text_decoder(kind: str, tmp_path: Path) -> None:
     from test_text_decoders import larger_model, save_with_noise

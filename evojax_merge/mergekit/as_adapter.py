@@ -139,15 +139,17 @@ def write_as_adapter(
     factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     replaced: dict[str, np.ndarray] = {}
     errors: dict[str, tuple[float, float]] = {}
+    of_mixtures: set[str] = set()
     names = list(tensors)
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
             leaf, own = leaves[tensors[name]], base.read(tensors[name])
             key = base.in_memory(tensors[name])
             differs = is_float(own.dtype) and not np.array_equal(merged.astype(np.float32), own.astype(np.float32))
-            # In memory the experts of a layer are one parameter, for which PEFT wants the factors of all.
-            together = leaf is not None and (leaf.has_experts or leaf.component == ROUTER)
-            if own.ndim == 2 and (differs or together):
+            # In memory the experts of a layer are one parameter, of which PEFT wants all factors, or none.
+            if leaf is not None and (leaf.has_experts or leaf.component == ROUTER):
+                of_mixtures.add(key)
+            if own.ndim == 2 and (differs or key in of_mixtures):
                 difference = merged.astype(np.float32) - own.astype(np.float32)
                 difference = difference.T if leaf is not None and leaf.transposed else difference
                 a, b = factors[key] = low_rank_factors(difference, rank)
@@ -157,6 +159,8 @@ def write_as_adapter(
                 replaced[key] = merged
             base.release(tensors[name])
             progress(merge_plan.specs[name].nbytes)
+        if errors.keys().isdisjoint(of_mixtures):
+            factors = {key: pair for key, pair in factors.items() if key not in of_mixtures}
         if not errors:
             raise InputError(target, f"no matrix of the merge differs from {base.path}; an adapter would be empty")
         embeddings = {base.in_memory(leaf.tensor) for leaf in architecture.leaves if leaf.component == "embedding"}
