@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
-	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops bench-m2n2 \
-	bench-strategies bench-pareto bench-targets clean
+	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
+	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -76,6 +76,7 @@ bench:
 	@echo "make bench-m2n2     M2N2's own experiment: the pool, M2N2 and CMA-ES on MNIST, five seeds (10 minutes)"
 	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
 	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
+	@echo "make bench-path-scales  the gradient of a path's scales after path_ga, two families, five seeds (trains them once)"
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
 	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
@@ -117,6 +118,9 @@ bench-zoo: .venv/installed-test
 
 bench-loops: .venv/installed-test
 	$(BIN)/python bench/loops.py
+
+bench-path-scales: .venv/installed-test
+	$(BIN)/python bench/path_scales.py
 
 bench-m2n2: .venv/installed-test
 	$(BIN)/python bench/m2n2.py

@@ -5,40 +5,49 @@ Markdown table.
 
 Each seed trains a family of its own (evojax_merge/zoo/loops.py), draws other sums and searches with another seed. All
 searches begin at the same parents and score as many candidates, `configs/loops.yaml`'s; the merge has a weight for each
-expert in every layer's attention, MLP and norms.
+expert in every layer's attention, MLP and norms. A chain of two spends half of them on the merge, and half on the path
+through its layers and the experts'.
 """
 
-import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from zoo_table import SHOWN, evolve, print_table, problem_on
+from zoo_table import SHOWN, evolve_stages, print_table, problem_on
 
 from evojax_merge.problem import SearchProblem
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "loops.yaml"
 EXPERTS = ("plus", "times")
 MERGE = ["data_flow=null", "space={method: task_arithmetic, parameters: {weight: {low: -0.5, high: 2.0}}}"]
-SEARCHES = {
-    "evolved merge, cma_es": [*MERGE, "search.strategy=cma_es"],
-    "evolved path, random": ["search.strategy=random"],
-    "evolved path, cma_es": ["search.strategy=cma_es"],
-    "evolved path, path_ga": [],
+HALF = "search.generations=20"
+# The stages of each.
+SEARCHES: dict[str, list[list[str]]] = {
+    "evolved merge, cma_es": [[*MERGE, "search.strategy=cma_es"]],
+    "evolved path, random": [["search.strategy=random"]],
+    "evolved path, cma_es": [["search.strategy=cma_es"]],
+    "evolved merge, then path": [[*MERGE, "search.strategy=cma_es", HALF], [HALF]],
+    "evolved path, path_ga": [[]],
 }
 
 
-def problem_for(seed: int, overrides: list[str]) -> SearchProblem:
+def parents_of(seed: int) -> list[str]:
+    return [f"zoo:loops/{seed}/{expert}" for expert in EXPERTS]
+
+
+def problem_for(seed: int, overrides: Sequence[str]) -> SearchProblem:
     return problem_on(CONFIG, f"zoo:loops/{seed}", EXPERTS, seed, ["search.seeds=[parents]", *overrides])
 
 
 def run_seed(seed: int) -> dict[str, float]:
     """Held-out exact match by model, for one seed."""
     scores: dict[str, float] = {}
-    for name, overrides in SEARCHES.items():
-        with tempfile.TemporaryDirectory() as work:
-            result = evolve(problem_for(seed, overrides), Path(work) / "run")
+    for name, stages in SEARCHES.items():
+        results = evolve_stages(partial(problem_for, seed), parents_of(seed), stages)
+        first, last = results[0], results[-1]
         # The models and, of the merge, what nobody searched for: the same for all searches.
-        scores = {row.name: row.scores[SHOWN] for row in result.rows if row is not result.winner} | scores
-        scores[name] = result.winner.scores[SHOWN]
+        scores = {row.name: row.scores[SHOWN] for row in first.rows if row is not first.winner} | scores
+        scores[name] = last.winner.scores[SHOWN]
     return scores
 
 

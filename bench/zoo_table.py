@@ -11,6 +11,7 @@ density 0.5, and the sum of both experts' task vectors; and the mean of 16 stack
 import argparse
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from machine import describe
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.problem import SearchProblem, build_problem, read_config, resolved_document
+from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import Result
 from evojax_merge.search import loop
 from evojax_merge.search.loop import Reporter
@@ -87,16 +89,33 @@ def random_frankenmerge(seed: int) -> float:
 def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
-    *shards, full, heldout = open_evaluators(problem, problem.batched_tasks())
+    minibatches = problem.batched_minibatches()
+    opened = open_evaluators(problem, [*minibatches, *problem.batched_tasks()])
+    (*shards, full, heldout), differentiated = opened[len(minibatches) :], opened[: len(minibatches)]
     with Checkpoints(run) as checkpoints:
         storage = FolderStorage(run, checkpoints)
         archive = loop.evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter()
-        )
+            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter(),
+            minibatches=differentiated,
+        )  # fmt: skip
     result = select_best(problem, full, heldout, archive)
     run.recipe.write_text(recipe_text(problem, result.genome))
-    merge_to(prepare(read_recipe(run.recipe)), run.model, card="")
+    merge_to(prepare(read_recipe(run.recipe), find=resolve_reference), run.model, card="")
     return result
+
+
+def evolve_stages(
+    problem_for: Callable[[Sequence[str]], SearchProblem], parents: Sequence[str], stages: Sequence[Sequence[str]]
+) -> list[Result]:
+    """Searches one after the other, as `stages:` of a config: the winner of one is the first parent of the next.
+    problem_for: overrides -> a search; stages: the overrides of each."""
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as work:
+        for number, overrides in enumerate(stages):
+            before = [str(Path(work) / str(number - 1) / "best" / "model")] if number else []
+            problem = problem_for([*overrides, f"parents=[{', '.join([*before, *parents])}]"])
+            results.append(evolve(problem, Path(work) / str(number)))
+    return results
 
 
 def run_seed(seed: int) -> dict[str, float]:
@@ -111,10 +130,9 @@ def run_seed(seed: int) -> dict[str, float]:
         scores["evolved merge"] = result.winner.scores[SHOWN]
         path = [*DATA_FLOW, f"search.generations={whole}"]
         scores["evolved path"] = evolve(problem_for(seed, path), folder / "path").winner.scores[SHOWN]
-        evolve(problem_for(seed, [f"search.generations={half}"]), folder / "first")
-        parents = f"parents=[{folder / 'first' / 'best' / 'model'}, zoo:{seed}/maths, zoo:{seed}/japanese]"
-        chained = problem_for(seed, [*DATA_FLOW, f"search.generations={whole - half}", parents])
-        scores["evolved merge, then path"] = evolve(chained, folder / "second").winner.scores[SHOWN]
+    stages = [[f"search.generations={half}"], [*DATA_FLOW, f"search.generations={whole - half}"]]
+    chained = evolve_stages(partial(problem_for, seed), [f"zoo:{seed}/maths", f"zoo:{seed}/japanese"], stages)
+    scores["evolved merge, then path"] = chained[-1].winner.scores[SHOWN]
     return scores
 
 
