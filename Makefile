@@ -1,6 +1,7 @@
 # Everything runs in .venv, which each target sets up by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
 	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
@@ -11,7 +12,8 @@ help:
 	@echo "make smollm2      the same on SmolLM2-135M and two fine-tunes of it (fine-tunes once, ten minutes; then five)"
 	@echo "make test         the tests, in an environment of their own (about 12 minutes on two cores)"
 	@echo "make test-all     the tests, compiled as users' programs are, and the torture (an hour)"
-	@echo "make test-targets what compiles for TPUs, without one (installs their compiler; some minutes)"
+	@echo "make test-targets what compiles for TPUs, without one (installs their compiler; some minutes); CUDA=1: for GPUs"
+	@echo "                  too (installs 5.5 GB)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"
 	@echo "make bench        what can be measured, and how long each takes"
@@ -47,9 +49,9 @@ test-all: .venv/installed-test
 	EVOJAX_TEST_ALL=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest
 	$(MAKE) torture
 
-# The targets' compilers are large: they are installed for these tests alone.
+# The targets' compilers are large: they are installed for these tests alone, that of GPUs (5.5 GB) with CUDA=1.
 test-targets: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench,plan-tpu]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench,plan-tpu$(and $(CUDA),$(comma)plan-cuda)]'
 	$(BIN)/python -m pytest -n 0 tests/test_target_compilers.py
 
 torture: .venv/installed-test

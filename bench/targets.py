@@ -2,16 +2,19 @@
 
     python bench/targets.py             # estimates for every method, mode and target
     python bench/targets.py --paper     # the experiment of arXiv 2403.13187, priced
-    python bench/targets.py --compile   # what the targets' own compilers report (pip install '.[plan-tpu]')
+    python bench/targets.py --compile   # with what the targets' own compilers report, where they are installed
+                                        # (pip install '.[plan-tpu]', '.[plan-cuda]')
 
-Models of Mistral-7B's shapes in bfloat16, a base and three parents: headers alone, no weights. Examples are of 350
-tokens, of which a likelihood task scores the last 100 and a generation writes them.
+Models of Mistral-7B's shapes in bfloat16, a base and three parents: headers alone, no weights. The 1,069 examples are
+of 350 tokens, of which a likelihood task scores the last 100 and a generation writes them.
 """
 
 import argparse
 import json
 import os
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ from transformers import PreTrainedTokenizerFast
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.headers import TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.evaluation.compilers import collectives, target_compiler
+from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
+from evojax_merge.evaluation.planned_passes import SCORE
 from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -45,7 +49,6 @@ PROMPT, ANSWER = 250, 100
 TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")
 METHODS = ("linear", "ties", "dare_ties", "path")
 MODES = ("likelihood", "generation")
-EXAMPLES = 64
 # The paper's experiment: CMA-ES with a population of 128 for 100 generations on 1,069 problems.
 PAPER = {"population": 128, "generations": 100}
 PROBLEMS, RUNGS, SHARE_OF_PEAK = 1069, 4, 0.5
@@ -53,9 +56,11 @@ PROBLEMS, RUNGS, SHARE_OF_PEAK = 1069, 4, 0.5
 
 def write_models(folder: Path, config: dict[str, Any], parents: int) -> None:
     """A base and parents of a config: headers, and a tokenizer of words."""
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, **{f"w{i}": i for i in range(1, WORDS)}}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, WORDS)}}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="w2")
+    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     for name in ("base", *(f"parent{k}" for k in range(parents))):
         model = folder / name
         words.save_pretrained(model)
@@ -96,38 +101,81 @@ def problem_for(
     return build_problem(path, config_from(path, document, [], None), target=target)
 
 
-def fitting_plan(folder: Path, parents: int, method: str, mode: str, target: Target, **search: Any) -> Plan:
-    """The plan with the fewest of a host's devices to a candidate with which it fits; else the last that does not."""
+def fitting_plan(
+    folder: Path, parents: int, method: str, mode: str, target: Target, ask: bool = False, **search: Any
+) -> tuple[SearchProblem, Plan, TargetCompiler | None]:
+    """The plan with the fewest of a host's devices to a candidate with which it fits; else the last that does not.
+    ask: whether the target's compiler is asked, where it is installed."""
     for model in range(1, target.devices_per_host + 1):
         if target.devices_per_host % model == 0:
             problem = problem_for(folder, parents, method, mode, target, model, **search)
             plan = make_plan(problem, problem.batched_tasks())
             if plan.fits:
                 break
-    return plan
+    compiler = compiler_of(target, plan.model) if ask and plan.fits else None
+    if compiler is not None:
+        plan = make_plan(problem, problem.batched_tasks(), compiler=compiler)
+    return problem, plan, compiler
 
 
-def estimates(
-    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str]
+def compiler_of(target: Target, model: int) -> TargetCompiler | None:
+    try:
+        return target_compiler(target, model)
+    except CompilerMissing as error:
+        print(error, file=sys.stderr)
+        return None
+
+
+HEADINGS = (
+    "target", "method", "mode", "fits", "devices to a candidate", "models", "candidates a pass", "tokens a batch",
+    "temporaries", "compiler says", "FLOP", "moved", "s/candidate", "merging", "in full batches", "bound by",
+    "collectives",
+)  # fmt: skip
+
+
+def table(
+    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str], ask: bool
 ) -> Iterator[str]:
-    """What each search would take, with as few devices to a candidate as hold it."""
-    yield (
-        "| target | method | mode | fits | devices to a candidate | models | largest pass | candidates a pass | "
-        "FLOP | moved | s/candidate | merging | bound by |"
-    )
-    yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+    """What each search takes, with as few devices to a candidate as hold it."""
+    yield f"| {' | '.join(HEADINGS)} |"
+    yield f"| {' | '.join('---' if name in ('target', 'method', 'mode') else '---:' for name in HEADINGS)} |"
     for name in targets:
         for method in methods:
             for mode in modes:
-                plan = fitting_plan(folder, parents, method, mode, find_target("--targets", name))
-                work = plan.candidate
-                yield (
-                    f"| {name} | {method} | {mode} | {'yes' if plan.fits else 'NO'} | {plan.model} | "
-                    f"{shown_bytes(plan.bank_bytes)} | {shown_bytes(plan.pass_bytes)} | "
-                    f"{max(row.chunk for row in plan.passes)} | {shown_number(work.flops).strip()} | "
-                    f"{shown_bytes(work.moved_bytes)} | {shown_seconds(work.seconds)} | "
-                    f"{work.merge_seconds / work.seconds:.0%} | {work.bound} |"
-                )
+                found = fitting_plan(folder, parents, method, mode, find_target("--targets", name), ask)
+                yield f"| {name} | {method} | {mode} | {' | '.join(cells(*found))} |"
+
+
+def cells(problem: SearchProblem, plan: Plan, compiler: TargetCompiler | None) -> list[str]:
+    """A row of the table, from `fits` on. Temporaries are those of the largest pass."""
+    work, largest = plan.candidate, max(plan.passes, key=lambda row: row.needed_bytes)
+    tokens, merge_tokens = problem.tokens_per_batch, problem.target.merge_tokens
+    merges = any(row.name == SCORE for row in plan.passes) and work.merge_seconds > 0
+    exchanged: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+    for program in () if compiler is None else compiler.programs():
+        for kind, (count, nbytes) in collectives(program).items():
+            counted[kind], exchanged[kind] = max(counted[kind], count), max(exchanged[kind], nbytes)
+    each = ", ".join(f"{counted[kind]} {kind} ({shown_bytes(exchanged[kind])})" for kind in sorted(counted))
+    return [
+        "yes" if plan.fits else "NO", f"{plan.model}", shown_bytes(plan.bank_bytes),
+        f"{max(row.chunk for row in plan.passes)}", f"{batch_tokens(problem):,} of {tokens:,}",
+        shown_bytes(largest.temporary_bytes),
+        "" if largest.reported_bytes is None else shown_bytes(largest.reported_bytes),
+        shown_number(work.flops).strip(), shown_bytes(work.moved_bytes), shown_seconds(work.seconds),
+        f"{work.merge_seconds / work.seconds:.0%}",
+        f"{merge_tokens / (merge_tokens + tokens):.0%}" if merges else "", work.bound,
+        "" if compiler is None else each or "none",
+    ]  # fmt: skip
+
+
+def batch_tokens(problem: SearchProblem) -> int:
+    """The tokens of a batch that is scored, or prefilled, on average."""
+    (searched,) = problem.by_split(problem.batched_tasks()).shards[0]
+    part = searched.scoring or searched.prompts
+    assert part is not None
+    batches = part.batches if searched.scoring else [g for batch in part.batches for g in batch.prefill_groups]
+    return round(part.computed / len(batches))
 
 
 def priced(
@@ -141,44 +189,13 @@ def priced(
         for method in methods:
             for mode in modes:
                 plans = [
-                    fitting_plan(folder, parents, method, mode, target, **PAPER, rungs=rungs) for rungs in (1, RUNGS)
+                    fitting_plan(folder, parents, method, mode, target, **PAPER, rungs=rungs)[1] for rungs in (1, RUNGS)
                 ]
                 hours = [f"{plan.run.seconds / SHARE_OF_PEAK / 3600:,.1f}" if plan.fits else "–" for plan in plans]
                 yield (
                     f"| {name} | {method} | {mode} | {'yes' if plans[0].fits else 'no'} | {plans[0].model} | "
                     f"{hours[0]} | {hours[1]} |"
                 )
-
-
-def reports(
-    folder: Path, parents: int, targets: Sequence[str], methods: Sequence[str], modes: Sequence[str]
-) -> Iterator[str]:
-    """What the targets' compilers say of each pass."""
-    yield (
-        "| target | method | mode | pass | candidates a device | models | held | temporaries, estimated | reported | "
-        "collectives |"
-    )
-    yield "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |"
-    for name in targets:
-        target = find_target("--targets", name)
-        for method in methods:
-            for mode in modes:
-                plan = fitting_plan(folder, parents, method, mode, target)
-                compiler = target_compiler(target, plan.model)
-                problem = problem_for(folder, parents, method, mode, target, plan.model)
-                plan = make_plan(problem, problem.batched_tasks(), compiler=compiler)
-                programs = compiler.programs()
-                for row, program in zip(plan.passes, programs, strict=False):
-                    found = ", ".join(
-                        f"{count} {kind} ({shown_bytes(nbytes)})"
-                        for kind, (count, nbytes) in collectives(program).items()
-                    )
-                    yield (
-                        f"| {name} | {method} | {mode} | {row.name} | {row.chunk} | {shown_bytes(plan.bank_bytes)} | "
-                        f"{shown_bytes(row.held_bytes)} | {shown_bytes(row.temporary_bytes)} | "
-                        f"{'refused' if row.reported_bytes is None else shown_bytes(row.reported_bytes)} | "
-                        f"{found or 'none'} |"
-                    )
 
 
 def main() -> None:
@@ -188,14 +205,14 @@ def main() -> None:
     parser.add_argument("--parents", type=int, default=3)
     parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--paper", action="store_true", help="the paper's experiment, priced, in place of the table")
-    parser.add_argument("--compile", action="store_true", help="ask the targets' compilers, in place of the table")
+    parser.add_argument("--compile", action="store_true", help="ask the targets' compilers, where they are installed")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder, MISTRAL_7B, options.parents)
-        write_examples(folder, PROBLEMS if options.paper else EXAMPLES)
-        table = priced if options.paper else reports if options.compile else estimates
-        for line in table(folder, options.parents, options.targets, options.methods, options.modes):
+        write_examples(folder, PROBLEMS)
+        what = folder, options.parents, options.targets, options.methods, options.modes
+        for line in priced(*what) if options.paper else table(*what, options.compile):
             print(line, flush=True)
 
 

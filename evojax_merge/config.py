@@ -278,8 +278,9 @@ class StageConfig(Section):
 class EvaluationConfig(Section):
     """How candidates are scored. `chunk`, how many share a pass on a device, None: chosen from the device's memory.
     `tokens_per_batch`: how many tokens of each go through a pass, at most (of prompts that are continued, four times
-    as many); None: 2,048 on a CPU, 8,192 on others, or fewer where they do not fit. `model`: how many devices hold one
-    bank. `compute_dtype`: auto: bfloat16 where all weights are and the devices multiply it natively, else float32."""
+    as many); None: 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `model`: how many devices
+    hold one bank. `compute_dtype`: auto: bfloat16 where all weights are and the devices multiply it natively, else
+    float32."""
 
     chunk: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
     tokens_per_batch: Whole | None = Field(None, ge=1, le=10_000_000)

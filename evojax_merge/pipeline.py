@@ -63,7 +63,7 @@ from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
 from evojax_merge.report.notices import Log, say_unread
 from evojax_merge.report.picture import draw
-from evojax_merge.report.plan import Plan, holds_plans
+from evojax_merge.report.plan import Plan, holds_plans, shown_advice
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
@@ -198,6 +198,9 @@ def _check_checkpoints(folder: RunFolder) -> None:
         checkpoints.restore(say)
 
 
+_FORCE = "--force goes on all the same"
+
+
 def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
@@ -208,17 +211,14 @@ def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            raise InputError(error.where, f"{error.what}; {_what_would_fit(advice(problem, 0))}") from None
+            found = shown_advice(advice(problem, 0))
+            raise InputError(error.where, f"{error.what}; {found} ({_FORCE})") from None
 
 
 def _require_passes(folder: RunFolder, planned: Plan) -> None:
     """Raises InputError where an accelerator cannot hold the models and what the smallest passes need."""
     if planned.target.is_accelerator and not planned.fits:
-        raise InputError(folder.path, f"{planned.verdict()}; {_what_would_fit(planned.advice)}")
-
-
-def _what_would_fit(advice: Sequence[str]) -> str:
-    return f"what would make it fit: {', or '.join(advice)} (--force goes on all the same)"
+        raise InputError(folder.path, f"{planned.what_would_fit()} ({_FORCE})")
 
 
 def _run_chain(
@@ -300,14 +300,15 @@ def _search_into(
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
     searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
     console.print(describe_batches(searched), highlight=False)
-    planned = make_plan(problem, batched_tasks)
+    minibatched = problem.batched_minibatches()
+    planned = make_plan(problem, batched_tasks, minibatched)
     if not force:
         _require_passes(folder, planned)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         chosen_from = problem.batched_choice()
-        parts = [*chosen_from, *problem.batched_minibatches()]
+        parts = [*chosen_from, *minibatched]
         opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say)
     choosable, minibatches = opened[: len(chosen_from)], opened[len(chosen_from) : len(parts)]
     on = problem.by_split(opened[len(parts) :])
@@ -406,7 +407,7 @@ def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
     """Say what the search of a config file would take on a target; None: on the devices that are here. json_file: a
-    list of plans, one for each stage."""
+    list of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
     if json_file is not None:
         check_own_file(json_file, "--json", "plan", holds_plans)
     with blamed_on_overrides(path, overrides):
@@ -419,7 +420,8 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             for stage, config_of_stage in enumerate(_stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
-                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
+                tasks, minibatches = problem.batched_tasks(), problem.batched_minibatches()
+                plans.append(make_plan(problem, tasks, minibatches, folders.download_bytes, compiler))
     for number, one in enumerate(plans, start=1):
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")
@@ -428,6 +430,9 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
         console.print(one.table())
     if json_file is not None:
         atomic_write(json_file, json.dumps([one.as_json() for one in plans], indent=1) + "\n")
+    for one in plans:
+        if not one.fits:
+            raise InputError(path, one.what_would_fit())
 
 
 def _compiler(target: Target, model: int) -> TargetCompiler | None:

@@ -5,8 +5,9 @@ The passes are those that the search would run: the evaluator chooses them as it
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,13 +20,19 @@ from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.devices import MEMORY_SHARE, is_cut
 from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
-from evojax_merge.evaluation.memory import is_out_of_memory
-from evojax_merge.evaluation.planned_passes import JaxprReader, PassReader, PlannedPass, planned_passes
+from evojax_merge.evaluation.planned_passes import (
+    JaxprReader,
+    PassReader,
+    PlannedPass,
+    planned_gradient_passes,
+    planned_passes,
+)
 from evojax_merge.evaluation.targets import Target, gpu_memory_fraction
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import differentiates
+from evojax_merge.search.strategies.hybrid import ascent_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.selection import candidates_to_select
 
@@ -38,42 +45,52 @@ MOST_SHARDS = 64
 def make_plan(
     problem: SearchProblem,
     batched_tasks: Sequence[Sequence[BatchedTask]],
+    minibatches: Sequence[Sequence[BatchedTask]] = (),
     download_bytes: int = 0,
     compiler: TargetCompiler | None = None,
 ) -> Plan:
-    """The plan of a search for its problem's target. batched_tasks: as `problem.batched_tasks` gives them;
-    download_bytes: of the models that are not here; compiler: asked for the memory of every pass."""
+    """The plan of a search for its problem's target. batched_tasks, minibatches: as `problem.batched_tasks` and
+    `problem.batched_minibatches` give them; download_bytes: of the models that are not here; compiler: asked for the
+    memory of every pass."""
     target, model, splits = problem.target, problem.config.evaluation.model, problem.by_split(batched_tasks)
     groups, sizes = target.devices // model, device_sizes(problem, model)
-    reader, reported = JaxprReader(), dict[tuple[Any, ...], int]()
-    planner = planning_evaluator(problem, sizes.bank, reader)
+    planner = planning_evaluator(problem, sizes.bank)
     population = problem.candidates.planned_population(
         planner, math.ceil(problem.strategy.population / groups), anywhere
     )
+    reports = None if compiler is None else partial(reported_bytes, problem, compiler)
 
-    def passes_on(tasks: Sequence[BatchedTask]) -> list[PlannedPass]:
-        evaluator = replace(planner, batched_tasks=list(tasks))
-        found = [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, reader)]
-        if compiler is not None and tasks is splits.shards[0]:
-            reported.update(zip(map(_key, found), reported_bytes(evaluator, problem, compiler), strict=False))
-        return found
+    def passes_on(
+        splits: Sequence[Sequence[BatchedTask]], plan_passes: PlanPasses = planned_passes, ask: bool = False
+    ) -> list[SizedPass]:
+        return [
+            one
+            for number, tasks in enumerate(splits)
+            for one in _passes_of_tasks(
+                planner, population, tasks, plan_passes, reports if ask and number == 0 else None
+            )
+        ]
 
-    def cost_on(tasks: Sequence[BatchedTask] | None) -> Cost:
-        return sum((one.cost() for one in passes_on(tasks or ())), Cost())
+    def cost_on(tasks: Sequence[BatchedTask] | None, count: int) -> Cost:
+        return _cost(passes_on([tasks])) * count if tasks and count else Cost()
 
-    searched = [passes_on(shard) for shard in splits.shards]
-    candidate = sum((one.cost() for shard in searched for one in shard), Cost())
-    generation = candidate * (_shard_passes(problem, len(searched), groups) / len(searched))
+    scored, differentiated = passes_on(splits.shards, ask=True), passes_on(minibatches, planned_gradient_passes, True)
+    candidate, gradient = _cost(scored), _cost(differentiated) * (1 / max(1, len(minibatches)))
+    rounds, starts = _gradient_generations(problem)
+    by_gradient = gradient * math.ceil(starts / groups)
+    by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
     counts = candidates_to_select(problem)
     selection = (
-        cost_on(splits.full) * counts.full
-        + cost_on(splits.validation) * counts.validation
-        + cost_on(splits.heldout) * counts.heldout
+        cost_on(splits.full, counts.full)
+        + cost_on(splits.validation, counts.validation)
+        + cost_on(splits.heldout, counts.heldout)
     )
-    run = generation * problem.search.generations + selection * (1 / groups)
-    rows = _rows([one for shard in searched for one in shard], reader, reported, target, model)
+    followed = by_gradient * rounds + by_score * (problem.search.generations - rounds)
+    run = followed + selection * (1 / groups)
+    only_gradients = rounds == problem.search.generations
+    rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     jobs = 2 if planner.runs_two_jobs(0) else 1
-    pass_bytes = max((jobs * (row.held_bytes + row.temporary_bytes) for row in rows), default=0)
+    pass_bytes = max((jobs * (row.held_bytes + row.needed_bytes) for row in rows), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
     on_host = (
         sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
@@ -85,17 +102,28 @@ def make_plan(
         bank_bytes=sizes.bank,
         pass_bytes=pass_bytes,
         passes=rows,
-        population=problem.strategy.population,
+        population=starts if only_gradients else problem.strategy.population,
         generations=problem.search.generations,
+        gradient_generations=rounds,
         candidate=_work(candidate, target, model),
-        generation=_work(generation, target, model),
+        gradient=_work(gradient, target, model) if rounds else None,
+        generation=_work(by_gradient if only_gradients else by_score, target, model),
         run=_work(run, target, model),
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, pass_bytes),
-        notes=("gradients, each of about four passes, are not counted",) if differentiates(problem.strategy) else (),
     )
+
+
+def _gradient_generations(problem: SearchProblem) -> tuple[int, int]:
+    """How many generations of a search follow gradients, and how many candidates are differentiated in each."""
+    what, search = differentiates(problem.strategy), problem.search
+    if what is None:
+        return 0, 0
+    if what == "fitness":
+        return search.generations, problem.strategy.population
+    return ascent_generations(search.gradient, search.generations), search.gradient.starts
 
 
 def disk_bytes(problem: SearchProblem) -> int:
@@ -109,7 +137,29 @@ def disk_bytes(problem: SearchProblem) -> int:
 # Passes
 
 
-def planning_evaluator(problem: SearchProblem, bank: int, reader: PassReader) -> Evaluator:
+PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
+
+
+@dataclass(frozen=True)
+class SizedPass:
+    """A planned pass, and the bytes on a device that it needs beside its arguments, its results included: as estimated,
+    and as its target's compiler reports (None: it was not asked, or refuses the pass however small it is)."""
+
+    planned: PlannedPass
+    temporary_bytes: int
+    reported_bytes: int | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Beside the bank."""
+        own = self.temporary_bytes if self.reported_bytes is None else self.reported_bytes
+        return self.planned.held_bytes + own
+
+
+_READER = JaxprReader()
+
+
+def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
     """An evaluator without tasks that chooses as one on the problem's target would, with `bank` bytes loaded on a
     device."""
     settings, target = problem.config.evaluation, problem.target
@@ -118,31 +168,49 @@ def planning_evaluator(problem: SearchProblem, bank: int, reader: PassReader) ->
     chunk = settings.chunk if bank < target.memory else 1
     return Evaluator(
         problem.decoder, problem.tokenizer, [], problem.compute_dtype, chunk, target=target,
-        free_memory=lambda: free, temporary_bytes=reader.temporary_bytes,
+        free_memory=lambda: free, temporary_bytes=_READER.temporary_bytes,
     )  # fmt: skip
 
 
-def passes_of_task(evaluator: Evaluator, population: Population, i: int, reader: PassReader) -> list[PlannedPass]:
-    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits; where not even one row fits,
-    with one candidate."""
+def _passes_of_tasks(
+    planner: Evaluator, population: Population, tasks: Sequence[BatchedTask], plan_passes: PlanPasses,
+    reports: Callable[..., list[int]] | None,
+) -> list[SizedPass]:  # fmt: skip
+    evaluator = replace(planner, batched_tasks=list(tasks))
+    return [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, plan_passes, reports)]
 
-    def fitting(task: BatchedTask, progress: Progress) -> list[PlannedPass]:
-        planned = planned_passes(evaluator, population, task, reader)
-        if evaluator.target.is_accelerator and _most_bytes(planned, reader) > evaluator.free_memory() / MEMORY_SHARE:
+
+def passes_of_task(
+    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses,
+    reports: Callable[..., list[int]] | None = None,
+) -> list[SizedPass]:  # fmt: skip
+    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits; where not even one row fits,
+    with one candidate. reports: asks the target's compiler."""
+
+    def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
+        planned = plan_passes(evaluator, population, task, _READER)
+        unknown: list[int | None] = [None] * len(planned)
+        reported = unknown if reports is None else reports(evaluator, plan_passes, task)
+        sized = [
+            SizedPass(one, _READER.temporary_bytes(one.traced), said)
+            for one, said in zip(planned, reported, strict=True)
+        ]
+        most = max((one.needed_bytes for one in sized), default=0)
+        if evaluator.target.is_accelerator and most > evaluator.free_memory() / MEMORY_SHARE:
             raise MemoryError
-        return planned
+        return sized
 
     try:
-        found: list[PlannedPass] = evaluator.with_less(i, fitting, lambda done: None)
+        found: list[SizedPass] = evaluator.with_less(i, fitting, lambda done: None)
     except Failed:
         alone = replace(evaluator, chunk=1, chunk_sizes={})
-        found = planned_passes(alone, population, evaluator.batched_tasks[i], reader)
+        planned = plan_passes(alone, population, evaluator.batched_tasks[i], _READER)
+        found = [SizedPass(one, _READER.temporary_bytes(one.traced), None) for one in planned]
     return found
 
 
-def _most_bytes(passes: Sequence[PlannedPass], reader: PassReader) -> int:
-    """Of the pass that needs the most, beside the bank."""
-    return max((one.held_bytes + reader.temporary_bytes(one.traced) for one in passes), default=0)
+def _cost(passes: Sequence[SizedPass]) -> Cost:
+    return sum((one.planned.cost for one in passes), Cost())
 
 
 def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
@@ -154,22 +222,15 @@ def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
     )
 
 
-def _key(one: PlannedPass) -> tuple[Any, ...]:
-    """Passes of one key are one row of a plan, whatever shards of the examples they are of."""
-    return one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info)
-
-
-def _rows(
-    passes: Sequence[PlannedPass], reader: PassReader, reported: Mapping[tuple[Any, ...], int], target: Target,
-    model: int,
-) -> tuple[PassPlan, ...]:  # fmt: skip
+def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[PassPlan, ...]:
+    """One for all passes that are alike, whatever shards of the examples they are of."""
     rows: dict[tuple[Any, ...], PassPlan] = {}
-    for one in passes:
-        cost, key = one.cost(), _key(one)
+    for sized in passes:
+        one = sized.planned
+        cost, key = one.cost, (one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info))
         fresh = PassPlan(
-            one.task, one.name, one.candidates, one.runs, one.steps, one.held_bytes // model,
-            reader.temporary_bytes(one.traced), reported.get(key), cost.flops, cost.nbytes,
-            cost.seconds(target) / model,
+            one.task, one.name, one.candidates, one.runs, one.steps, one.held_bytes // model, sized.temporary_bytes,
+            sized.reported_bytes, cost.flops, cost.nbytes, cost.seconds(target) / model,
         )  # fmt: skip
         known = rows.get(key)
         rows[key] = fresh if known is None else replace(
@@ -179,28 +240,26 @@ def _rows(
     return tuple(rows.values())
 
 
-def reported_bytes(planned: Evaluator, problem: SearchProblem, compiler: TargetCompiler) -> list[int]:
-    """What the compiler says of the passes of an evaluator whose chunks and batches are chosen, in their order, up to
-    the first that the compiler refuses because it does not fit."""
-    found: list[int] = []
-    try:
-        for one in compiled_passes(planned, problem, compiler):
-            found.append(compiler.temporary_bytes(one.traced))
-    except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    return found
+def reported_bytes(
+    problem: SearchProblem, compiler: TargetCompiler, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
+) -> list[int]:
+    """What the compiler says of the passes of a task, with the chunks that `planned` has chosen, in their order. Raises
+    JaxRuntimeError where it refuses one because it does not fit."""
+    return [
+        compiler.temporary_bytes(one.traced) for one in compiled_passes(problem, compiler, planned, plan_passes, task)
+    ]
 
 
-def compiled_passes(planned: Evaluator, problem: SearchProblem, compiler: TargetCompiler) -> Iterator[PlannedPass]:
-    """The passes of an evaluator whose chunks and batches are chosen, traced for the compiler's devices."""
+def compiled_passes(
+    problem: SearchProblem, compiler: TargetCompiler, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
+) -> list[PlannedPass]:
+    """The passes of a task, with the chunks that `planned` has chosen, traced for the compiler's devices."""
     evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
     # As many candidates for each group of devices as were planned with.
     groups, size = compiler.devices.population, problem.strategy.population
     each = math.ceil(size / (problem.target.devices // problem.config.evaluation.model))
     population = problem.candidates.planned_population(evaluator, groups * each, compiler.place_leaf)
-    for task in evaluator.batched_tasks:
-        yield from planned_passes(evaluator, population, task, compiler)
+    return plan_passes(evaluator, population, task, compiler)
 
 
 def _work(cost: Cost, target: Target, model: int) -> Work:
@@ -236,7 +295,7 @@ class DeviceSizes:
 def device_sizes(problem: SearchProblem, model: int) -> DeviceSizes:
     """What is loaded where groups of `model` devices share a candidate."""
     sizes = DeviceSizes(model)
-    problem.candidates.planned_population(planning_evaluator(problem, 0, JaxprReader()), 1, sizes.place)
+    problem.candidates.planned_population(planning_evaluator(problem, 0), 1, sizes.place)
     # Layer paths are planned as one model, and all of the parents' layers are loaded.
     sizes.bank = max(sizes.bank, problem.candidates.held_bytes() // model)
     return sizes

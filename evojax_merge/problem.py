@@ -178,7 +178,7 @@ class SearchProblem:
         decoder = self.decoder
         return batch_tasks(
             splits, self.tokenizer, self.tokens_per_batch, self.context, self.stop, decoder.vocab,
-            decoder.position_switch,
+            decoder.position_switch, self.target.merge_tokens,
         )  # fmt: skip
 
     @property

@@ -54,8 +54,9 @@ def test_targets_by_name() -> None:
     assert find_target("t", "v5p-8").devices == 4
     v5e = find_target("t", "v5e-16")
     assert (v5e.devices, v5e.hosts, v5e.devices_per_host) == (16, 4, 4)
-    with pytest.raises(InputError, match=r"no target 'h10O' .did you mean 'h100'"):
-        find_target("--target", "h10O")
+    for name, meant in {"h10O": "h100", "h100x4": "4xh100", "H100:8": "8xh100", "v5e8": "v5e-8"}.items():
+        with pytest.raises(InputError, match=f"no target '{name}' .did you mean '{meant}'"):
+            find_target("--target", name)
     with pytest.raises(InputError, match=r"evaluation.model: 3 does not divide the 4 devices"):
         v5e.check_shards("evaluation.model", 3)
 
@@ -176,6 +177,29 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
         assert analysis is not None and counted == pytest.approx(analysis["flops"], rel=0.05)
 
 
+@pytest.mark.parametrize("target", ["cpu", "h100"])
+def test_gradients_are_counted(family: Family, target: str) -> None:
+    """A gradient computes each product three times, once more where a layer is computed again, and merges."""
+    search = {"generations": 3, "strategy": "gradient", "population": 1}
+    problem = problem_of(document(family, search=search), target)
+    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    assert plan.gradient is not None
+    assert 3 * plan.candidate.flops < plan.gradient.flops < 8 * plan.candidate.flops
+    assert plan.generation == plan.gradient and plan.run.flops > 3 * plan.gradient.flops
+    assert "gradient" in {row.name for row in plan.passes} and "score" not in {row.name for row in plan.passes}
+    assert "a candidate and its gradient" in "\n".join([*plan.lines(), *plan.summary()])
+
+
+def test_generations_of_a_hybrid_search_are_of_two_kinds(family: Family) -> None:
+    search = {"generations": 8, "strategy": "hybrid", "population": 4, "gradient": {"generations": 3, "starts": 2}}
+    problem = problem_of(document(family, search=search))
+    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    assert plan.gradient is not None and plan.gradient_generations == 3
+    searched = 3 * 2 * plan.gradient.flops + 5 * 4 * plan.candidate.flops
+    assert searched < plan.run.flops < searched + 20 * plan.candidate.flops
+    assert {"score", "gradient"} <= {row.name for row in plan.passes}
+
+
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
     problem = problem_of(document(family))
     bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]
@@ -223,8 +247,8 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     changes = {"base": str(base), "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(document(family, **changes)))
 
-    def plan(target: str, *options: str) -> dict[str, Any]:
-        assert command("plan", config, "--target", target, "--json", out, *options) == 0
+    def plan(target: str, *options: str, status: int = 0) -> dict[str, Any]:
+        assert command("plan", config, "--target", target, "--json", out, *options) == status
         (found,) = json.loads(out.read_text())
         return found
 
@@ -236,10 +260,13 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     dare = plan("h100", "--set", "space.method=dare_ties")
     assert dare["bank_bytes"] == pytest.approx(h100["bank_bytes"], rel=0.001) and dare["fits"]
     # DELLA's have one of each entry.
-    della = plan("h100", "--set", "space.method=della")
+    della = plan("h100", "--set", "space.method=della", status=2)
     assert della["bank_bytes"] == pytest.approx(101.4e9, rel=0.01) and not della["fits"]
     assert any("a method that stores no number per entry" in line for line in della["advice"])
-    assert "does not fit: 10" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "does not fit: 10" in said.out and "the largest pass" in said.out
+    (line,) = [line for line in said.err.splitlines() if "what would make it fit: evaluation.model: 2" in line]
+    assert "config.yaml: does not fit: 10" in line
     for method, alone in (("della", della), ("dare_ties", dare)):
         shared = plan("8xh100", "--set", f"space.method={method}", "--set", "evaluation.model=8")
         assert shared["fits"] and shared["bank_bytes"] == pytest.approx(alone["bank_bytes"] / 8, rel=0.01)

@@ -438,10 +438,15 @@ def read_back(batch: ScoringBatch, header: np.ndarray) -> dict[int, tuple[tuple[
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
-@given(rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_SHARED_PREFIX, 50]), st.booleans())
-def test_scoring_batches_hold_every_row_once(sizes: list[Size], tokens_per_batch: int, header: int, pack: bool) -> None:
+@given(
+    rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_SHARED_PREFIX, 50]), st.booleans(),
+    st.sampled_from([0, 100]),
+)  # fmt: skip
+def test_scoring_batches_hold_every_row_once(
+    sizes: list[Size], tokens_per_batch: int, header: int, pack: bool, merge_tokens: int
+) -> None:
     rows = make_rows(sizes, header=header)
-    (batches,) = scoring_batches([rows], tokens_per_batch, pack)
+    (batches,) = scoring_batches([rows], tokens_per_batch, pack, merge_tokens=merge_tokens)
     found: dict[int, Any] = {}
     for batch in batches.batches:
         assert batch.tokens.size <= tokens_per_batch or len(batch.tokens) == 1
@@ -454,6 +459,20 @@ def test_scoring_batches_hold_every_row_once(sizes: list[Size], tokens_per_batch
         assert len(batches.shared_prefix) >= header - 1
     assert batches.tokens == sum(len(row.tokens) - 1 for row in rows)
     assert len({batch.tokens.shape for batch in batches.batches}) <= BUCKETS[1]
+
+
+@pytest.mark.parametrize("count", [40, 63, 200])
+def test_batches_that_merge_are_few_and_full(count: int) -> None:
+    """Where each costs as much as some tokens, more padding is worth less merging."""
+    lengths = np.random.default_rng(0).integers(200, 400, count)
+    rows = [Row(tuple(range(length)), 1, "f", i) for i, length in enumerate(lengths)]
+
+    def cost(merge_tokens: int) -> int:
+        (batches,) = scoring_batches([rows], 8192, merge_tokens=merge_tokens)
+        return sum(batch.tokens.size + 1770 for batch in batches.batches)
+
+    least = int(lengths.sum()) * (1 + 1770 / 8192)
+    assert least <= cost(1770) <= min(cost(0), 1.2 * least)
 
 
 def test_choices_share_their_question() -> None:

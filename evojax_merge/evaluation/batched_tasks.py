@@ -24,8 +24,9 @@ from evojax_merge.tasks.batches import (
 )
 from evojax_merge.tasks.task import Task, TaskRequests
 
-# Tokens of a candidate in one pass: on a CPU as many as its caches like, on others as many as keep it busy.
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 8192
+# Tokens of a candidate in one pass: on a CPU as many as its caches like; on others as many as keep it busy, and so many
+# times as many as merging costs that it takes little of the time, from the least to the most.
+CPU_TOKENS, ACCELERATOR_TOKENS, MERGE_FACTOR = 2048, (8192, 16384), 8
 # While decoding, prompts and generated tokens together may be so many times as many: each row is then few tokens of a
 # step.
 DECODE_BATCH_FACTOR = 4
@@ -44,8 +45,8 @@ class TaskShapes:
 @dataclass(frozen=True)
 class BatchedTask:
     """A task, what it asks, and the batches of its scored rows and of its prompts, which have these `shapes`. `stop`:
-    token ids that end a generation; `tokens_per_batch`: what the batches were made for; `share_prefixes`: whether rows
-    share what they begin with."""
+    token ids that end a generation; `tokens_per_batch`, `merge_tokens`: what the batches were made for;
+    `share_prefixes`: whether rows share what they begin with."""
 
     task: Task
     requests: TaskRequests
@@ -55,6 +56,7 @@ class BatchedTask:
     stop: tuple[int, ...]
     tokens_per_batch: int
     share_prefixes: bool = True
+    merge_tokens: int = 0
 
     @property
     def batches(self) -> int:
@@ -80,7 +82,10 @@ class BatchedTask:
 
 def suitable_tokens(target: Target) -> int:
     """How many tokens of a candidate go through a pass where nobody says."""
-    return ACCELERATOR_TOKENS if target.is_accelerator else CPU_TOKENS
+    if not target.is_accelerator:
+        return CPU_TOKENS
+    least, most = ACCELERATOR_TOKENS
+    return least if MERGE_FACTOR * target.merge_tokens <= least else most
 
 
 def batch_tasks(
@@ -91,8 +96,10 @@ def batch_tasks(
     stop: tuple[int, ...],
     vocab: int = 2**31,
     position_switch: int | None = None,
+    merge_tokens: int = 0,
 ) -> list[list[BatchedTask]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
+    merge_tokens: as how many tokens merging costs, which each batch that is scored does anew.
 
     Raises InputError for an example that is longer than `context`, the model's, that holds a token beyond the `vocab`
     rows of its embedding, or whose generation could grow beyond `position_switch` tokens, where the model's position
@@ -107,7 +114,9 @@ def batch_tasks(
     by_task = [[split[i] for split in requests] for i in range(len(splits[0]))]
     # What a short row shares with a long one would have the positions of one of them.
     shares = [position_switch is None or max(map(_longest, parts)) <= position_switch for parts in by_task]
-    shapes = [_task_shapes(parts, tokens_per_batch, share) for parts, share in zip(by_task, shares, strict=True)]
+    shapes = [
+        _task_shapes(parts, tokens_per_batch, share, merge_tokens) for parts, share in zip(by_task, shares, strict=True)
+    ]
     return [
         [
             BatchedTask(
@@ -118,6 +127,7 @@ def batch_tasks(
                 stop=stop,
                 tokens_per_batch=tokens_per_batch,
                 share_prefixes=shares[i],
+                merge_tokens=merge_tokens,
             )
             for i, task in enumerate(split)
         ]
@@ -125,13 +135,13 @@ def batch_tasks(
     ]
 
 
-def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: bool) -> TaskShapes:
+def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: bool, merge_tokens: int) -> TaskShapes:
     """The shapes of one task's batches, the same in every split."""
     scoring = prompts = None
     if splits[0].scored:
         # A function of a row's logits may look at all of them, so no other row is laid beside it.
         pack = share and splits[0].logits_fn is None
-        scoring = scoring_shapes([part.scored for part in splits], tokens_per_batch, pack, share)
+        scoring = scoring_shapes([part.scored for part in splits], tokens_per_batch, pack, share, merge_tokens)
     if splits[0].prompts:
         together = DECODE_BATCH_FACTOR * tokens_per_batch
         new = splits[0].max_new_tokens
@@ -155,7 +165,7 @@ def halve_batches(batched_task: BatchedTask) -> BatchedTask | None:
     if all(batch.tokens.shape[0] == 1 for part in parts for batch in part.batches):
         return None
     tokens = batched_task.tokens_per_batch // 2
-    shapes = _task_shapes([batched_task.requests], tokens, batched_task.share_prefixes)
+    shapes = _task_shapes([batched_task.requests], tokens, batched_task.share_prefixes, batched_task.merge_tokens)
     scoring, prompts = _filled(batched_task.requests, shapes)
     return replace(batched_task, shapes=shapes, scoring=scoring, prompts=prompts, tokens_per_batch=tokens)
 

@@ -1,9 +1,10 @@
-"""Compilers of targets that are not here: libtpu compiles for TPUs on machines that have none. What it reports of
-memory and collectives is what the chip would do."""
+"""Compilers of targets that are not here: libtpu compiles for TPUs on machines that have none, and XLA's CUDA compiler
+for GPUs. What they report of memory and collectives is what the chip would do."""
 
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -18,6 +19,50 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "coll
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 
 
+@dataclass(frozen=True)
+class _Gpu:
+    """What XLA's compiler has to know of a GPU, as NVIDIA's documents and XLA's own descriptions have it. Of each of
+    its `cores` (streaming multiprocessors): float32 `units`, resident `threads`, bytes of `shared` memory, of which a
+    block may have `block_shared`. cache: bytes of the second level; clock: GHz; memory: bytes; bandwidth: bytes a
+    second; capability: CUDA's."""
+
+    cores: int
+    units: int
+    threads: int
+    shared: int
+    block_shared: int
+    cache: int
+    clock: float
+    memory: int
+    bandwidth: int
+    capability: tuple[int, int]
+
+
+# By `Target.kind`.
+_GPUS = {
+    "NVIDIA A100-SXM4-80GB": _Gpu(
+        108, 64, 2048, 167936, 166912, 41943040, 1.41, 85100068864, 2039040000000, (8, 0)),
+    "NVIDIA H100 80GB HBM3": _Gpu(
+        132, 128, 2048, 233472, 232448, 52428800, 1.98, 84942979072, 3352320000000, (9, 0)),
+    "NVIDIA H200": _Gpu(
+        132, 128, 2048, 233472, 232448, 52428800, 1.98, 151397597184, 4800000000000, (9, 0)),
+    "NVIDIA L4": _Gpu(
+        58, 128, 1536, 102400, 101376, 50331648, 2.04, 24152899584, 300096000000, (8, 9)),
+}  # fmt: skip
+# The packages of `jax[cuda12]`, or of its successor, that have XLA's CUDA compiler.
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+# Kernels are not tried out: there is nothing to run them on.
+_CUDA_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+# Of optimised HLO: where a computation begins, a collective (of an asynchronous one its start), a loop's trips, and
+# what an instruction calls.
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
+_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
+
+
 class CompilerMissing(Exception):
     """The compiler of a target is not here, or cannot be used: the text says why, and what installs it."""
 
@@ -25,33 +70,65 @@ class CompilerMissing(Exception):
 def compile_devices(target: Target) -> list[Any]:
     """The devices of one host of a target, which programs can be compiled for and cannot be run on. Raises
     CompilerMissing."""
-    from jax.experimental import topologies
-
     if target.platform == "cpu":
         return [jax.local_devices(backend="cpu")[0]]
-    if target.platform == "gpu":
-        raise CompilerMissing(f"{target.name}: no compiler for GPUs is asked; what passes need is estimated")
-    if find_spec("libtpu") is None:
+    find, extra, packages = {
+        "gpu": (_cuda_devices, "plan-cuda", _CUDA_PLUGINS),
+        "tpu": (_tpu_devices, "plan-tpu", ("libtpu",)),
+    }[target.platform]
+    if not any(map(find_spec, packages)):
         raise CompilerMissing(
-            f"the compiler of {target.name} is not installed (pip install 'evojax-merge[plan-tpu]'): what passes need "
+            f"the compiler of {target.name} is not installed (pip install 'evojax-merge[{extra}]'): what passes need "
             "is estimated"
         )
+    try:
+        return list(find(target))[: target.devices_per_host]
+    except (RuntimeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CompilerMissing(
+            f"the compiler of {target.name} cannot be asked ({reason}): what passes need is estimated"
+        ) from None
+
+
+def _tpu_devices(target: Target) -> Sequence[Any]:
+    from jax.experimental import topologies
+
     # Else libtpu asks a cloud's metadata server for the machine's TPUs; and several processes may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     name = f"{target.name.partition('-')[0]}:{target.topology}"
     # A slice of one host is that host's whole grid of chips; larger ones have the usual four chips to a host.
     grid = [*map(int, target.topology.split("x")), 1] if target.topology and target.hosts == 1 else [2, 2, 1]
-    try:
-        found = topologies.get_topology_desc(
-            platform=target.platform, topology_name=name, chips_per_host_bounds=grid[:3]
-        ).devices
-    except (RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CompilerMissing(
-            f"the compiler of {target.name} cannot be asked ({reason}): what passes need is estimated"
-        ) from None
-    return list(found)[: target.devices_per_host]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=grid[:3]).devices
+
+
+def _cuda_devices(target: Target) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=target.name, topology=f"1x1x{target.devices_per_host}",
+        target_config=_gpu_description(target.kind),
+    ).devices  # fmt: skip
+
+
+def _gpu_description(kind: str) -> str:
+    """A GPU as XLA's compiler is told of it: a GpuTargetConfigProto in text form."""
+    gpu = _GPUS.get(kind)
+    if gpu is None:
+        raise NotImplementedError(f"{kind} is none of {', '.join(_GPUS)}")
+    return f"""
+        gpu_device_info {{
+          core_count: {gpu.cores} fpus_per_core: {gpu.units} clock_rate_ghz: {gpu.clock} l2_cache_size: {gpu.cache}
+          device_memory_size: {gpu.memory} memory_bandwidth: {gpu.bandwidth}
+          threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
+          shared_memory_per_block: 49152 shared_memory_per_block_optin: {gpu.block_shared}
+          shared_memory_per_core: {gpu.shared} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
+        }}
+        platform_name: "CUDA" device_description_str: "{kind}"
+        dnn_version_info {{ major: 9 minor: 8 patch: 0 }} runtime_version {{ major: 12 minor: 8 patch: 0 }}
+    """
 
 
 @dataclass
@@ -67,8 +144,9 @@ class TargetCompiler:
     def compiled(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
         """A pass, compiled once. Raises JaxRuntimeError where it takes more memory than a device has."""
         if id(traced) not in self._compiled:
-            lowered = traced.lower(lowering_platforms=(self.target.platform,))
-            self._compiled[id(traced)] = traced, lowered.compile()
+            cuda = self.target.platform == "gpu"
+            lowered = traced.lower(lowering_platforms=("cuda" if cuda else self.target.platform,))
+            self._compiled[id(traced)] = traced, lowered.compile(compiler_options=_CUDA_OPTIONS if cuda else {})
         return self._compiled[id(traced)][1]
 
     def programs(self) -> list[jax.stages.Compiled]:
@@ -113,16 +191,34 @@ def target_compiler(target: Target, model: int) -> TargetCompiler:
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
-    """By kind: how many collectives a compiled program has, and the bytes of their results. One in a loop's body counts
-    once."""
-    counts: Counter[str] = Counter()
-    nbytes: Counter[str] = Counter()
+    """By kind: how many collectives a compiled program runs, and the bytes of their results together. One in a loop
+    counts as often as the compiler says that the loop runs, once where it does not say."""
+    lines: dict[str, list[str]] = {}
+    entry = name = ""
     for line in (compiled.as_text() or "").splitlines():
-        found = re.search(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(-start)?\(", line)
-        if found:
-            counts[found[2]] += 1
-            nbytes[found[2]] += _result_bytes(found[1])
-    return {kind: (counts[kind], nbytes[kind]) for kind in counts}
+        if head := _COMPUTATION.match(line):
+            name = head[2]
+            entry = name if head[1] else entry
+        lines.setdefault(name, []).append(line)
+    found: Counter[tuple[str, int]] = Counter()
+
+    def count(computation: str, times: int) -> None:
+        for line in lines.get(computation, ()):
+            if collective := _COLLECTIVE.search(line):
+                found[collective[2], _result_bytes(collective[1])] += times
+            trips = _TRIPS.search(line) if " while(" in line else None
+            for called in _CALLED.findall(line):
+                count(called, times * (int(trips[1]) if trips else 1))
+
+    count(entry, 1)
+    kinds = dict.fromkeys(kind for kind, _ in found)
+    return {
+        kind: (
+            sum(times for (one, _), times in found.items() if one == kind),
+            sum(times * nbytes for (one, nbytes), times in found.items() if one == kind),
+        )
+        for kind in kinds
+    }
 
 
 def _result_bytes(text: str) -> int:

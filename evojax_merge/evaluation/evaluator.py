@@ -194,6 +194,12 @@ class MergePopulation(Population):
     def traced_materialise(self, mesh: Mesh | None, candidates: Any) -> jax.stages.Traced:
         return passes.materialise.trace(self.factory, mesh, self.replicated, candidates)
 
+    def differentiable(self) -> "DifferentiableMerges":
+        """The same merges, to be differentiated with respect to their recipes."""
+        own = self.factory
+        factory = DifferentiableFactory(own.spec, own.compute_dtype, own.prefetch_layers)
+        return DifferentiableMerges(factory, self.replicated, self.candidates)
+
 
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
@@ -316,8 +322,8 @@ class Evaluator:
     ) -> tuple[TaskScores, Recipe]:
         """Score P recipes (leading axis P on every leaf), and differentiate the fitness of each with respect to its
         numbers: a recipe of derivatives, float32 (see `differentiated`)."""
-        factory = DifferentiableFactory(spec, self.compute_dtype, self._prefetch_layers)
-        return self.differentiated(DifferentiableMerges(factory, bank, jax.tree.map(np.asarray, recipes)), progress)
+        population = self.merges(bank, spec, jax.tree.map(np.asarray, recipes)).differentiable()
+        return self.differentiated(population, progress)
 
     def differentiated(
         self, population: DifferentiablePopulation, progress: Progress = lambda done: None
@@ -471,7 +477,7 @@ class Evaluator:
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
         slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
-        chunk = self._gradient_chunk(population, batched_task)
+        chunk = self.gradient_chunk(population, batched_task)
         for rows, candidates in population.chunks(chunk * self.devices.population):
             weights = pad_chunk(slopes, rows, chunk * self.devices.population)
             part = self._chunk_gradient(population, batched_task, rows, candidates, weights, totals, greedy, progress)
@@ -489,14 +495,8 @@ class Evaluator:
         fills in the candidates `rows` of `totals` and `greedy`."""
         assert batched_task.scoring is not None
         mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
-        shape = population.model_shape()
-        model = tree_nbytes(shape)
-        # A layer that is merged on the way is merged twice, and on a CPU slowly.
-        materialised = (
-            shape is not None
-            and (len(scoring.batches) > 1 or not self.target.is_accelerator)
-            and size_of(candidates) * model <= MATERIALISE_FRACTION * self.free_memory()
-        )
+        model = tree_nbytes(population.model_shape())
+        materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
         source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
         factory, replicated, own = source
         prefix = self._prefill_prefix(*source, scoring.shared_prefix)
@@ -525,7 +525,7 @@ class Evaluator:
             gradient = population.pull_back(mesh, candidates, gradient)
         return gradient
 
-    def _gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
+    def gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
         """As `scoring_chunk`, of passes that are differentiated."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "gradients", most)
@@ -538,6 +538,16 @@ class Evaluator:
                     self._largest_chunk(temporaries, batched_task, most) if self.target.is_accelerator else 1
                 )
         return self.chunk_sizes[key]
+
+    def materialises_gradient(
+        self, population: DifferentiablePopulation, batched_task: BatchedTask, candidates: int
+    ) -> bool:
+        """Whether so many candidates are materialised before they are differentiated: a layer that is merged on the way
+        is merged twice, and on a CPU slowly."""
+        assert batched_task.scoring is not None
+        shape = population.model_shape()
+        wanted = shape is not None and (len(batched_task.scoring.batches) > 1 or not self.target.is_accelerator)
+        return wanted and candidates * tree_nbytes(shape) <= MATERIALISE_FRACTION * self.free_memory()
 
     def runs_two_jobs(self, model: int) -> bool:
         """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where

@@ -7,7 +7,7 @@ it through a chunk of candidates. Nothing is run, and nothing but headers need b
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from evojax_merge.evaluation.devices import size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     STOP_CHECK_INTERVAL,
     Evaluator,
+    MergePopulation,
     Population,
     arrays_of,
     row_update,
@@ -32,6 +33,7 @@ from evojax_merge.models.bank import Bank
 from evojax_merge.models.decoder import KVCache
 
 MATERIALISE, PREFIX, SCORE, PREFILL, DECODE = "materialise", "prefix", "score", "prefill", "decode"
+CAST, GRADIENT, PREFIX_GRADIENT, RECIPE_GRADIENT = "cast", "gradient", "prefix gradient", "recipe gradient"
 
 
 class PassReader(Protocol):
@@ -81,6 +83,7 @@ class PlannedPass:
     merge_bytes: int = 0
     held_bytes: int = 0
 
+    @cached_property
     def cost(self) -> Cost:
         """Of all its runs, for one candidate."""
 
@@ -99,6 +102,13 @@ def planned_passes(
         *_scoring(evaluator, population, batched_task, reader),
         *_generating(evaluator, population, batched_task, reader),
     ]
+
+
+def planned_gradient_passes(
+    evaluator: Evaluator, population: MergePopulation, batched_task: BatchedTask, reader: PassReader
+) -> list[PlannedPass]:
+    """What differentiating one chunk of a population on a task's batches runs, on one group of devices."""
+    return list(_differentiating(evaluator, population, batched_task, reader))
 
 
 def merge_bytes(bank: Bank, dtype: str) -> int:
@@ -180,6 +190,61 @@ def _scoring(
             arrays_of(batch),
         )  # fmt: skip
         yield PlannedPass(task, SCORE, traced, size_of(candidates), runs, 1, source.merge_bytes, held)
+
+
+def _differentiating(
+    evaluator: Evaluator, population: MergePopulation, batched_task: BatchedTask, reader: PassReader
+) -> Iterator[PlannedPass]:
+    scoring, task, mesh = batched_task.scoring, batched_task.task.name, evaluator.devices.mesh
+    assert scoring is not None
+    if batched_task.task.derivative == "nonlinear":
+        # What a total counts for is known by all of them.
+        yield from _scoring(evaluator, population, batched_task, reader)
+    differentiable = population.differentiable()
+    chunk = evaluator.gradient_chunk(differentiable, batched_task) * evaluator.devices.population
+    _, own = next(population.chunks(chunk))
+    recipes, size = reader.place(own), size_of(own)
+    materialised = evaluator.materialises_gradient(differentiable, batched_task, size)
+    if materialised:
+        once, source = _materialised(evaluator, population, recipes, task, reader)
+        yield from once
+        if population.factory.spec.export_dtype != evaluator.compute_dtype:
+            traced = passes.to_dtype.trace(source.candidates, evaluator.compute_dtype)
+            yield PlannedPass(task, CAST, traced, size, held_bytes=source.held_bytes)
+            models = reader.outputs(traced)
+            source = _Source(PerCandidateModel(), None, models, held_bytes=tree_nbytes(models))
+    else:
+        # Merged, merged again by the derivative, which then reads the sources once more.
+        moved = 3 * merge_bytes(population.replicated, evaluator.compute_dtype)
+        source = _Source(differentiable.factory, population.replicated, recipes, moved)
+    read, prefix = _prefix(evaluator, source, scoring.shared_prefix, task, reader)
+    yield from read
+    held, gradient = source.held_bytes + tree_nbytes(prefix), None
+    for batch, runs in _distinct(scoring.batches, lambda batch: str(batch.compiled_shapes)):
+        weights = reader.place(np.zeros((size, len(batch.rows)), np.float32))
+        traced = passes.score_gradient.trace(
+            evaluator.config, source.factory, mesh, batched_task.requests.logits_fn, *source.arguments, prefix,
+            arrays_of(batch), weights,
+        )  # fmt: skip
+        _, gradient = reader.outputs(traced)
+        # Beside the sum of those of the batches before.
+        total = tree_nbytes(gradient) if len(scoring.batches) > 1 else 0
+        yield PlannedPass(task, GRADIENT, traced, size, runs, 1, source.merge_bytes, held + total)
+    assert gradient is not None
+    with_gradient = held + tree_nbytes(gradient)
+    of_candidates, cotangents = gradient
+    if prefix is not None:
+        traced = passes.prefix_gradient.trace(
+            evaluator.config, source.factory, mesh, *source.arguments, scoring.shared_prefix, cotangents
+        )
+        yield PlannedPass(task, PREFIX_GRADIENT, traced, size, 1, 1, source.merge_bytes, with_gradient)
+    if materialised:
+        traced = passes.recipe_gradient.trace(
+            differentiable.factory, mesh, population.replicated, recipes, of_candidates
+        )
+        # Each layer is merged again, and its derivative reads its sources and what it is told of the merge.
+        moved = 2 * (tree_nbytes(population.replicated) + tree_nbytes(of_candidates) // size)
+        yield PlannedPass(task, RECIPE_GRADIENT, traced, size, 1, 1, moved, with_gradient)
 
 
 def _generating(

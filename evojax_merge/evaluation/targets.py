@@ -21,6 +21,8 @@ from evojax_merge.evaluation.memory import available_memory
 
 # What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_FRACTION = 0.75
+# What merging moves for each parameter: the base, three parents and the merge in bfloat16, which a product then reads.
+MERGE_BYTES = 12
 # A CPU core, nominally: cycles a second, and bytes a second from memory.
 CPU_CLOCK, CPU_CORE_BANDWIDTH = 3e9, 10e9
 # Its float32 operations in a cycle, by the widest vector instructions: two fused multiply-adds.
@@ -69,6 +71,14 @@ class Target:
         """Whether several candidates decode in one program without copies of their weights. TPUs' compiler makes one of
         all of them, in another layout, and a step takes longer than one for each candidate."""
         return self.platform != "tpu"
+
+    @property
+    def merge_tokens(self) -> int:
+        """As how many tokens of a forward pass merging costs, which each scored batch does anew: its traffic of about
+        12 bytes for each parameter against 2 FLOPs for each parameter and token, in bfloat16. 0 on a CPU, whose
+        arithmetic is the slower."""
+        known = self.is_accelerator and not math.isnan(self.bandwidth)
+        return int(MERGE_BYTES * self.bfloat16 / (2 * self.bandwidth)) if known else 0
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products of operands of this dtype."""
@@ -122,7 +132,9 @@ def find_target(where: str, name: str) -> Target:
     if name == "cpu":
         return cpu_target()
     if name not in target_names():
-        raise InputError(where, f"there is no target {name!r}{did_you_mean(name, target_names())}")
+        # The number of GPUs stands before their name.
+        turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower())
+        raise InputError(where, f"there is no target {name!r}{did_you_mean(turned, target_names())}")
     if found := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
         count, chip = int(found[1] or 1), _GPUS[found[2]]
         return replace(chip, name=name, devices=count, memory=int(gpu_memory_fraction() * chip.memory))

@@ -6,6 +6,7 @@ whichever takes longer, and merging at the bandwidth, one after the other.
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from rich.table import Table
 
 from evojax_merge.evaluation.targets import Target
+
+_CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class PassPlan:
     flops: float
     moved_bytes: float
     seconds: float
+
+    @property
+    def needed_bytes(self) -> int:
+        """On a device, beside the models: by the compiler's report where there is one."""
+        return self.held_bytes + (self.temporary_bytes if self.reported_bytes is None else self.reported_bytes)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,9 @@ class Plan:
 
     Bytes of the bank and of passes are those of a device; `pass_bytes` of the largest pass: its temporaries and what is
     held for it. `groups`: groups of `model` devices each that score candidates side by side. candidate: one on all
-    search examples; generation, run: what each group of devices does for them. advice: what would make it fit, where it
-    does not; notes: what is not counted.
+    search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed); generation, run:
+    what each group of devices does for them. gradient_generations: how many generations follow gradients; `generation`
+    is one of those that do not, where there are both. advice: what would make it fit, where it does not.
     """
 
     target: Target
@@ -72,14 +81,15 @@ class Plan:
     passes: tuple[PassPlan, ...]
     population: int
     generations: int
+    gradient_generations: int
     candidate: Work
+    gradient: Work | None
     generation: Work
     run: Work
     host_bytes: int
     disk_bytes: int
     download_bytes: int
     advice: tuple[str, ...]
-    notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
@@ -95,12 +105,14 @@ class Plan:
 
     def summary(self) -> list[str]:
         """Two lines: what is in memory, and what is to be done."""
-        candidate = self.candidate
+        what, work = _CANDIDATE, self.candidate
+        if self.gradient is not None:
+            what, work = _GRADIENT, self.gradient
         return [
             f"plan: {shown_bytes(self.bank_bytes)} of models and up to {shown_bytes(self.pass_bytes)} for a pass, of "
             f"{shown_bytes(self.target.memory)} on each device",
-            f"plan: {shown_number(candidate.flops)}FLOP a candidate on all search examples; by the roofline the search "
-            f"takes {shown_seconds(self.run.seconds)} or more",
+            f"plan: {shown_number(work.flops)}FLOP for {what}; by the roofline the search takes "
+            f"{shown_seconds(self.run.seconds)} or more",
         ]
 
     def verdict(self) -> str:
@@ -123,23 +135,28 @@ class Plan:
             f"target {target.name}: {target.devices} x {target.kind} ({rates} each{nominal}), in {self.groups} "
             f"group{'s' if self.groups > 1 else ''} of {self.model}",
             self.verdict(),
-            *(f"what would make it fit: {one}" for one in self.advice),
         ]
+        gradients = "" if self.gradient is None else f" ({self.gradient_generations} with gradients)"
         for name, work in (
-            ("a candidate on all search examples", self.candidate),
+            (_CANDIDATE, self.candidate),
+            (_GRADIENT, self.gradient),
             (f"a generation of {self.population}", self.generation),
-            (f"the run of {self.generations} generations, and choosing the winner", self.run),
+            (f"the run of {self.generations} generations{gradients}, and choosing the winner", self.run),
         ):
+            if work is None:
+                continue
             found.append(
                 f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved, "
                 f"{shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
                 f"({_share(work.merge_seconds, work.seconds)} merging)"
             )
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
-        found.append(
-            f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
-        )
-        return [*found, *(f"note: {note}" for note in self.notes)]
+        host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
+        return [*found, host]
+
+    def what_would_fit(self) -> str:
+        """The verdict on what does not fit, and what would make it fit."""
+        return f"{self.verdict()}; {shown_advice(self.advice)}"
 
     def table(self) -> Table:
         """The passes, and what each takes."""
@@ -157,6 +174,10 @@ class Plan:
                 shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
             )  # fmt: skip
         return table
+
+
+def shown_advice(advice: Sequence[str]) -> str:
+    return f"what would make it fit: {', or '.join(advice)}"
 
 
 def holds_plans(path: Path) -> bool:

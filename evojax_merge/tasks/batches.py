@@ -249,32 +249,35 @@ class Shape:
 
 
 def batch_shapes(
-    splits: Sequence[np.ndarray], tokens_per_batch: int, padding: float, most_rows: int | None = None
-) -> list[Shape]:
+    splits: Sequence[np.ndarray], tokens_per_batch: int, padding: float, most_rows: int | None = None,
+    merge_tokens: int = 0,
+) -> list[Shape]:  # fmt: skip
     """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
     `tokens_per_batch` tokens and at most so many rows, of sizes that fill the batches of the first split best. As few
-    widths as keep its padding below this share, or those that come nearest to it."""
-    everything, left_pad = np.concatenate(splits), splits[0]
-    tries = [(BUCKETS[0], LENGTH_STEP), *((buckets, 1) for buckets in range(BUCKETS[0], BUCKETS[1] + 1))]
+    widths as keep its padding below this share, or those that come nearest to it; where every batch costs as much as
+    `merge_tokens` tokens besides, those that cost least."""
+    everything, lengths = np.concatenate(splits), splits[0]
+    numbers = range(1 if merge_tokens else BUCKETS[0], BUCKETS[1] + 1)
     found = []
-    for buckets, step in tries:
+    for buckets, step in [(numbers[0], LENGTH_STEP), *((buckets, 1) for buckets in numbers)]:
         shapes, cells, above = [], 0, 0
         for width in bucket_widths(everything, buckets, step):
-            count = int(((left_pad > above) & (left_pad <= width)).sum())
+            count = int(((lengths > above) & (lengths <= width)).sum())
             most = min(max(1, tokens_per_batch // width), most_rows or max(1, count))
-            shapes.append(Shape(above, width, _full_size(max(1, count), most)))
-            cells += -(-count // shapes[-1].size) * shapes[-1].size * width
+            shapes.append(Shape(above, width, _full_size(max(1, count), most, merge_tokens / width)))
+            cells += -(-count // shapes[-1].size) * (shapes[-1].size * width + merge_tokens)
             above = width
         found.append((cells, shapes))
-        if cells * (1 - padding) <= left_pad.sum():
+        if not merge_tokens and cells * (1 - padding) <= lengths.sum():
             break
     return min(found, key=lambda one: one[0])[1]
 
 
-def _full_size(count: int, most: int) -> int:
-    """The batch size, between half of `most` and `most`, that leaves the least room in the last of `count` rows."""
+def _full_size(count: int, most: int, more_rows: float) -> int:
+    """The batch size, between half of `most` and `most`, with which `count` rows take the fewest, the room that is left
+    in the last batch counted, and `more_rows` for each batch."""
     most = min(count, most)
-    return min(range(most, most // 2, -1), key=lambda size: -count % size)
+    return min(range(most, most // 2, -1), key=lambda size: -(-count // size) * (size + more_rows))
 
 
 def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, np.ndarray]]:
@@ -316,22 +319,24 @@ class ScoringShapes:
 
 
 def scoring_batches(
-    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True
-) -> list[Batches[ScoringBatch]]:
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True,
+    merge_tokens: int = 0,
+) -> list[Batches[ScoringBatch]]:  # fmt: skip
     """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed
-    row; `share` False: nor a prefix."""
-    shapes = scoring_shapes(splits, tokens_per_batch, pack, share)
+    row; `share` False: nor a prefix. merge_tokens: as how many tokens each batch costs besides."""
+    shapes = scoring_shapes(splits, tokens_per_batch, pack, share, merge_tokens)
     return [fill_scoring_batches(rows, shapes) for rows in splits]
 
 
 def scoring_shapes(
-    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True
-) -> ScoringShapes:
+    splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True,
+    merge_tokens: int = 0,
+) -> ScoringShapes:  # fmt: skip
     """The shapes of the batches that `scoring_batches` makes."""
     shared_prefix = shared_prefix_length([row for rows in splits for row in rows]) if share else 0
     packed_rows = [pack_rows(rows, shared_prefix, pack) for rows in splits]
     lengths = [np.array([len(packed.tokens) for packed in split]) for split in packed_rows]
-    shapes = batch_shapes(lengths, tokens_per_batch, PADDING)
+    shapes = batch_shapes(lengths, tokens_per_batch, PADDING, merge_tokens=merge_tokens)
     together = [
         (shape, [split[i] for i in members])
         for split, count in zip(packed_rows, lengths, strict=True)

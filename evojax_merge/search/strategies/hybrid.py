@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Differentiates
@@ -104,11 +105,16 @@ class HybridStrategy:
         return self.ascent.metrics(state.gradient) if in_ascent else self.evolution.metrics(state.run)
 
 
+def ascent_generations(config: GradientConfig, generations: int) -> int:
+    """How many of a search's generations follow gradients."""
+    return max(1, generations // 4) if config.generations is None else config.generations
+
+
 def hybrid(settings: StrategySettings) -> HybridStrategy:
     """Gradient ascent on the fitness or its smooth companion (the likelihood of worked answers), then CMA-ES from there
     on the fitness itself."""
     config = settings.gradient
-    steps = max(1, settings.generations // 4) if config.generations is None else config.generations
+    steps = ascent_generations(config, settings.generations)
     if steps >= settings.generations:
         raise InputError(
             settings.where,

@@ -1,0 +1,112 @@
+"""What `evojax-merge plan` predicts of a search on this CPU, against what the search takes.
+
+    python bench/plans.py                      # the demo family, a Llama of 30 M parameters, SmolLM2-135M
+    python bench/plans.py --models zoo 30M
+
+Memory is the host's, of the whole process: what plan says, and the peak of the resident pages of `evojax-merge search`
+over two generations and the choice of the winner. FLOPs are those of every pass that a generation runs, with each
+loop's body counted once, as the compiler counts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import yaml
+from machine import describe
+from search import write_random_family, write_rows
+
+from evojax_merge.checkpoints.abstract_bank import anywhere
+from evojax_merge.evaluation.costs import cost_of
+from evojax_merge.evaluation.planned_passes import planned_passes
+from evojax_merge.planning import device_sizes, passes_of_task, planning_evaluator
+from evojax_merge.problem import SearchProblem, build_problem, read_config
+from evojax_merge.report.plan import shown_bytes, shown_number
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GENERATIONS = ["--set", "search.generations=2"]
+# Of the Llama of 30 M parameters: examples of so many tokens, so many tokens together.
+LENGTH, TOKENS = 64, 8000
+
+
+def write_search_of_30m(folder: Path) -> Path:
+    """Base and two experts with random weights, merged by TIES."""
+    write_random_family(folder)
+    write_rows(folder / "rows.jsonl", [f"w{i}" for i in range(2, 1000)], TOKENS, LENGTH)
+    document: dict[str, Any] = {
+        "base": "base", "parents": ["one", "two"], "space": {"method": "ties"},
+        "tasks": [{"name": "text", "kind": "likelihood", "file": "rows.jsonl", "heldout": "rows.jsonl"}],
+        "search": {"population": 4, "generations": 2}, "export_dtype": "float32",
+    }  # fmt: skip
+    (folder / "search.yaml").write_text(yaml.safe_dump(document))
+    return folder / "search.yaml"
+
+
+def predicted_bytes(config: Path, folder: Path) -> int:
+    plan = folder / "plan.json"
+    command = [sys.executable, "-m", "evojax_merge", "plan", config, *GENERATIONS, "--json", plan]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return max(int(stage["host_bytes"]) for stage in json.loads(plan.read_text()))
+
+
+def measured_bytes(config: Path, folder: Path) -> int:
+    """The peak of a search's resident pages."""
+    command = [sys.executable, "-m", "evojax_merge", "search", config, *GENERATIONS, "--out", folder / "run"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    # Linux counts in KiB, macOS in bytes.
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def counted_flops(problem: SearchProblem) -> Iterator[tuple[str, float, float]]:
+    """Each pass of a generation: its name, FLOPs by the plan's count, and by the compiler's."""
+    splits = problem.by_split(problem.batched_tasks())
+    planner = planning_evaluator(problem, device_sizes(problem, 1).bank)
+    population = problem.candidates.planned_population(planner, problem.strategy.population, anywhere)
+    for tasks in splits.shards:
+        evaluator = replace(planner, batched_tasks=tasks)
+        for i in range(len(tasks)):
+            for one in passes_of_task(evaluator, population, i, planned_passes):
+                traced = one.planned.traced
+                analysis = traced.lower().compile().cost_analysis()
+                assert analysis is not None
+                counted = cost_of(traced.jaxpr, lambda eqn: 1).flops
+                yield one.planned.name, counted, float(analysis["flops"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("zoo", "30M", "smollm2")
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    options = parser.parse_args()
+    print(f"{describe()}\n")
+    print("| models | memory, predicted | measured | predicted / measured | FLOPs of a pass, plan / compiler |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for name in options.models:
+        with tempfile.TemporaryDirectory() as root:
+            folder = Path(root)
+            known = {"zoo": CONFIGS / "quickstart.yaml", "smollm2": CONFIGS / "smollm2.yaml"}
+            config = known[name] if name in known else write_search_of_30m(folder)
+            predicted, measured = predicted_bytes(config, folder), measured_bytes(config, folder)
+            passes = counted_flops(build_problem(config, read_config(config, [], None)))
+            flops = ", ".join(
+                f"{what} {shown_number(ours).strip()} ({ours / theirs:.2f})" for what, ours, theirs in passes
+            )
+            memory = f"{shown_bytes(predicted)} | {shown_bytes(measured)} | {predicted / measured:.2f}"
+            print(f"| {name} | {memory} | {flops} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
