@@ -244,7 +244,9 @@ def forward(
         return replicate(x), kv if return_kv else None
 
     def at(index: Any) -> Any:
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), slices)
+        # Else a CPU's compiler, which picks slices of bfloat16 by way of float32, makes a float32 copy of everything.
+        held, index = jax.lax.optimization_barrier((slices, index))
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), held)
 
     x = replicate(architecture.embed(config, source, tokens, layout))
     rest = (layer_kinds(config), prefix)

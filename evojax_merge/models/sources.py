@@ -175,7 +175,11 @@ class LazyMerge:
         return HEAD if HEAD in self.bank.shared else EMBEDDING
 
     def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> Slices:
-        return self._shared(self._head, lambda leaf: slice_shards(leaf, start, rows, shards, axis=1))
+        def tile(leaf: jax.Array) -> jax.Array:
+            held, first = jax.lax.optimization_barrier((leaf, start))
+            return slice_shards(held, first, rows, shards, axis=1)
+
+        return self._shared(self._head, tile)
 
     def head(self, slices: Slices) -> jax.Array:
         return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))
