@@ -15,8 +15,9 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -102,10 +103,11 @@ def problem_for(
 
 
 def fitting_plan(
-    folder: Path, parents: int, method: str, mode: str, target: Target, ask: bool = False, **search: Any
-) -> tuple[SearchProblem, Plan, TargetCompiler | None]:
+    folder: Path, parents: int, method: str, mode: str, target: Target, *, ask: bool = False,
+    search: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[SearchProblem, Plan, TargetCompiler | None]:  # fmt: skip
     """The plan with the fewest of a host's devices to a candidate with which it fits; else the last that does not.
-    ask: whether the target's compiler is asked, where it is installed."""
+    search: its keys; ask: whether the target's compiler is asked, where it is installed."""
     for model in range(1, target.devices_per_host + 1):
         if target.devices_per_host % model == 0:
             problem = problem_for(folder, parents, method, mode, target, model, **search)
@@ -142,7 +144,7 @@ def table(
     for name in targets:
         for method in methods:
             for mode in modes:
-                found = fitting_plan(folder, parents, method, mode, find_target("--targets", name), ask)
+                found = fitting_plan(folder, parents, method, mode, find_target("--targets", name), ask=ask)
                 yield f"| {name} | {method} | {mode} | {' | '.join(cells(*found))} |"
 
 
@@ -170,12 +172,12 @@ def cells(problem: SearchProblem, plan: Plan, compiler: TargetCompiler | None) -
 
 
 def batch_tokens(problem: SearchProblem) -> int:
-    """The tokens of a batch that is scored, or prefilled, on average."""
+    """The tokens of a batch that is scored, or of a group that is prefilled, on average."""
     (searched,) = problem.by_split(problem.batched_tasks()).shards[0]
-    part = searched.scoring or searched.prompts
-    assert part is not None
-    batches = part.batches if searched.scoring else [g for batch in part.batches for g in batch.prefill_groups]
-    return round(part.computed / len(batches))
+    if searched.scoring is not None:
+        return round(searched.scoring.computed / len(searched.scoring.batches))
+    assert searched.prompts is not None
+    return round(searched.prompts.computed / sum(len(batch.prefill_groups) for batch in searched.prompts.batches))
 
 
 def priced(
@@ -189,7 +191,8 @@ def priced(
         for method in methods:
             for mode in modes:
                 plans = [
-                    fitting_plan(folder, parents, method, mode, target, **PAPER, rungs=rungs)[1] for rungs in (1, RUNGS)
+                    fitting_plan(folder, parents, method, mode, target, search=PAPER | {"rungs": rungs})[1]
+                    for rungs in (1, RUNGS)
                 ]
                 hours = [f"{plan.run.seconds / SHARE_OF_PEAK / 3600:,.1f}" if plan.fits else "–" for plan in plans]
                 yield (

@@ -156,9 +156,6 @@ class SizedPass:
         return self.planned.held_bytes + own
 
 
-_READER = JaxprReader()
-
-
 def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
     """An evaluator without tasks that chooses as one on the problem's target would, with `bank` bytes loaded on a
     device."""
@@ -168,7 +165,7 @@ def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
     chunk = settings.chunk if bank < target.memory else 1
     return Evaluator(
         problem.decoder, problem.tokenizer, [], problem.compute_dtype, chunk, target=target,
-        free_memory=lambda: free, temporary_bytes=_READER.temporary_bytes,
+        free_memory=lambda: free, temporary_bytes=JaxprReader(target).temporary_bytes,
     )  # fmt: skip
 
 
@@ -187,12 +184,14 @@ def passes_of_task(
     """The passes of the evaluator's task i over a chunk, with as much in a pass as fits; where not even one row fits,
     with one candidate. reports: asks the target's compiler."""
 
+    reader = JaxprReader(evaluator.target)
+
     def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
-        planned = plan_passes(evaluator, population, task, _READER)
+        planned = plan_passes(evaluator, population, task, reader)
         unknown: list[int | None] = [None] * len(planned)
         reported = unknown if reports is None else reports(evaluator, plan_passes, task)
         sized = [
-            SizedPass(one, _READER.temporary_bytes(one.traced), said)
+            SizedPass(one, reader.temporary_bytes(one.traced), said)
             for one, said in zip(planned, reported, strict=True)
         ]
         most = max((one.needed_bytes for one in sized), default=0)
@@ -204,8 +203,8 @@ def passes_of_task(
         found: list[SizedPass] = evaluator.with_less(i, fitting, lambda done: None)
     except Failed:
         alone = replace(evaluator, chunk=1, chunk_sizes={})
-        planned = plan_passes(alone, population, evaluator.batched_tasks[i], _READER)
-        found = [SizedPass(one, _READER.temporary_bytes(one.traced), None) for one in planned]
+        planned = plan_passes(alone, population, evaluator.batched_tasks[i], reader)
+        found = [SizedPass(one, reader.temporary_bytes(one.traced), None) for one in planned]
     return found
 
 

@@ -1,6 +1,7 @@
 """Plans: what a search would take, on targets that are here and that are not."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,30 @@ def test_temporaries_live_from_where_they_are_computed_to_their_last_use() -> No
     assert found == pytest.approx(2 * 4 * n * n, rel=0.01)
 
 
+def test_a_cpu_has_a_float32_copy_of_bfloat16_that_a_loop_picks_from() -> None:
+    stack, x = jnp.ones((9, 64, 64), jnp.bfloat16), jnp.ones((4, 64), jnp.float32)
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return x @ w.astype(jnp.float32)
+
+    def plain(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (product(x, w), None), x, stack)[0]
+
+    def behind_a_barrier(x: jax.Array, stack: jax.Array) -> jax.Array:
+        def body(x: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            held, i = jax.lax.optimization_barrier((stack, i))
+            return product(x, jax.lax.dynamic_index_in_dim(held, i, keepdims=False)), None
+
+        return jax.lax.scan(body, x, jnp.arange(9))[0]
+
+    for program, copied in ((plain, 4 * stack.size), (behind_a_barrier, 0)):
+        jaxpr = jax.make_jaxpr(program)(x, stack)
+        assert temporary_bytes(jaxpr, widens=True) - temporary_bytes(jaxpr) == copied
+        memory = jax.jit(program).lower(x, stack).compile().memory_analysis()
+        assert memory is not None
+        assert abs(memory.temp_size_in_bytes - copied) < stack.size
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Banks and passes
 
@@ -169,7 +194,11 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
     evaluator = Evaluator(problem.decoder, problem.tokenizer, batched[0], target=problem.target)
     population = problem.candidates.planned_population(evaluator, 1, lambda shape, dtype, axis: jax.ShapeDtypeStruct(
         shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
-    scores = [one for one in planned_passes(evaluator, population, batched[0][0], JaxprReader()) if one.name == "score"]
+    scores = [
+        one
+        for one in planned_passes(evaluator, population, batched[0][0], JaxprReader(problem.target))
+        if one.name == "score"
+    ]
     for one in scores:
         compiled = one.traced.lower().compile()
         counted = cost_of(one.traced.jaxpr, lambda eqn: 1).flops
@@ -213,25 +242,25 @@ def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None
 # The command
 
 
-SEVEN_B = {
+SEVEN_B: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 32000, "head_dim": None, "tie_word_embeddings": False,
 }  # fmt: skip
 
 
-def headers_of_7b(family: Family, folder: Path) -> list[Path]:
-    """Four models of Mistral-7B's shapes in bfloat16, of headers alone."""
+def header_models(family: Family, folder: Path, sizes: dict[str, Any], names: Sequence[str]) -> list[Path]:
+    """Models of other sizes than the family's, in bfloat16, of headers alone."""
     from evojax_merge.checkpoints.config_file import decoder_config
 
     found = []
-    for name in ("base", "a", "b", "c"):
+    for name in names:
         model = folder / name
         model.mkdir()
         for file in family.base.iterdir():
             if not file.name.startswith(("model", "config")):
                 (model / file.name).symlink_to(file)
         config = json.loads((family.base / "config.json").read_text())
-        (model / "config.json").write_text(json.dumps(config | SEVEN_B))
+        (model / "config.json").write_text(json.dumps(config | sizes))
         shapes = tensor_shapes(decoder_config(model / "config.json"))
         headers = {tensor: TensorHeader("BF16", shape, 2 * int(np.prod(shape))) for tensor, shape in shapes.items()}
         write_header_only(model / "model.safetensors", headers)
@@ -242,7 +271,7 @@ def headers_of_7b(family: Family, folder: Path) -> list[Path]:
 def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    base, *parents = headers_of_7b(family, tmp_path)
+    base, *parents = header_models(family, tmp_path, SEVEN_B, ("base", "a", "b", "c"))
     config, out = tmp_path / "config.yaml", tmp_path / "plan.json"
     changes = {"base": str(base), "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(document(family, **changes)))

@@ -4,7 +4,7 @@ for GPUs. What they report of memory and collectives is what the chip would do."
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -55,11 +55,11 @@ _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _CUDA_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
-# Of optimised HLO: where a computation begins, a collective (of an asynchronous one its start), a loop's trips, and
-# what an instruction calls.
+# Of optimised HLO: where a computation begins, a collective (of an asynchronous one its start), a loop's trips where
+# they are known, and what an instruction calls.
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
-_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
+_KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
 
 
@@ -192,7 +192,7 @@ def target_compiler(target: Target, model: int) -> TargetCompiler:
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
     """By kind: how many collectives a compiled program runs, and the bytes of their results together. One in a loop
-    counts as often as the compiler says that the loop runs, once where it does not say."""
+    counts as often as the loop runs, once where that is not told."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in (compiled.as_text() or "").splitlines():
@@ -206,9 +206,8 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
         for line in lines.get(computation, ()):
             if collective := _COLLECTIVE.search(line):
                 found[collective[2], _result_bytes(collective[1])] += times
-            trips = _TRIPS.search(line) if " while(" in line else None
             for called in _CALLED.findall(line):
-                count(called, times * (int(trips[1]) if trips else 1))
+                count(called, times * _trips(line, lines))
 
     count(entry, 1)
     kinds = dict.fromkeys(kind for kind, _ in found)
@@ -219,6 +218,19 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
         )
         for kind in kinds
     }
+
+
+def _trips(line: str, lines: Mapping[str, Sequence[str]]) -> int:
+    """How often an instruction runs what it calls: for a loop the number that the compiler knows, or to which its
+    condition counts, 1 where there is none. lines: of each computation."""
+    if " while(" not in line:
+        return 1
+    if known := _KNOWN_TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.-]+)", line)
+    text = "" if condition is None else "\n".join(lines.get(condition[1], ()))
+    bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
+    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else 1
 
 
 def _result_bytes(text: str) -> int:

@@ -136,11 +136,13 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
     return Cost(products, elementwise) + rest
 
 
-def temporary_bytes(jaxpr: Any, donated: Sequence[Any] = ()) -> int:
+def temporary_bytes(jaxpr: Any, donated: Sequence[Any] = (), widens: bool = False) -> int:
     """The most bytes that a program has in memory at a time beside its arguments, its results included: buffers live
     from where they are computed to their last use, in the order of the program. donated: the shapes and dtypes of
-    arguments whose places results of the same take."""
-    program = _flattened(jaxpr)
+    arguments whose places results of the same take. widens: whether the compiler, as XLA's for CPUs, picks slices of
+    bfloat16 by way of float32, so that a loop has a float32 copy of what its trips pick slices of, unless a barrier
+    stands before."""
+    program = _flattened(jaxpr, widens=widens)
     free = Counter((tuple(one.shape), str(one.dtype)) for one in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
@@ -235,7 +237,7 @@ class _Program:
     results: tuple[int, ...]
 
 
-def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
+def _flattened(jaxpr: Any, sliced: int = 0, widens: bool = False) -> _Program:
     """A closed jaxpr with its calls written out. Its last `sliced` arguments are slices of something larger."""
     steps: list[_Step] = []
     counter = iter(range(10**9))
@@ -256,7 +258,7 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
             results = tuple(next(counter) for _ in eqn.outvars)
             numbers |= dict(zip(eqn.outvars, results, strict=True))
             sizes = tuple(_nbytes(out.aval) for out in eqn.outvars)
-            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, parts)))
+            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, parts, widens)))
         return tuple(number(value) for value in jaxpr.jaxpr.outvars)
 
     given = tuple(next(counter) for _ in jaxpr.jaxpr.invars)
@@ -271,16 +273,28 @@ def _flattened(jaxpr: Any, sliced: int = 0) -> _Program:
     return _Program(steps, given, run(jaxpr, inside))
 
 
-def _body_bytes(eqn: Any, parts: Sequence[Any]) -> int:
+def _body_bytes(eqn: Any, parts: Sequence[Any], widens: bool) -> int:
     """What a loop's body, or the largest branch, needs at a time beside its results: what a loop carries from one trip
     to the next, and what its trips leave, has one place, which is counted with the loop's results."""
     if not parts:
         return 0
     if eqn.primitive.name == "scan":
         constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        program = _flattened(parts[0], len(eqn.invars) - constants - carries)
-        return _peak(program, program.results)
-    return max(_peak(program, program.results) for program in map(_flattened, parts))
+        program = _flattened(parts[0], len(eqn.invars) - constants - carries, widens)
+        copies = _widened(eqn, program, constants, carries) if widens else 0
+        return copies + _peak(program, program.results)
+    return max(_peak(program, program.results) for program in (_flattened(part, widens=widens) for part in parts))
+
+
+def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
+    """Bytes of float32 copies of what is bfloat16, the same in every trip, and picked from."""
+    picked = {step.operands[0] for step in body.steps if step.name in ("dynamic_slice", "gather")}
+    given = list(zip(body.arguments, scan.invars, strict=True))
+    return sum(
+        2 * _nbytes(value.aval)
+        for number, value in given[:constants] + given[constants + carries :]
+        if number in picked and str(getattr(value.aval, "dtype", "")) == "bfloat16"
+    )
 
 
 def _peak(program: _Program, in_place: Iterable[int]) -> int:

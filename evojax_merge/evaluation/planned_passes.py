@@ -28,6 +28,7 @@ from evojax_merge.evaluation.evaluator import (
     step_tokens,
 )
 from evojax_merge.evaluation.passes import PerCandidateModel
+from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
 from evojax_merge.models.decoder import KVCache
@@ -52,11 +53,15 @@ class PassReader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class JaxprReader:
-    """An estimate, read off the jaxpr."""
+    """An estimate for a target, read off the jaxpr."""
+
+    target: Target
 
     def temporary_bytes(self, traced: jax.stages.Traced) -> int:
-        return temporary_bytes(traced.jaxpr, [one for one in jax.tree.leaves(traced.args_info) if one.donated])
+        donated = [one for one in jax.tree.leaves(traced.args_info) if one.donated]
+        return temporary_bytes(traced.jaxpr, donated, widens=not self.target.is_accelerator)
 
     def outputs(self, traced: jax.stages.Traced) -> Any:
         return jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), traced.out_info)
