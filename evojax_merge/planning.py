@@ -19,7 +19,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.devices import MEMORY_SHARE, is_cut
-from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, MergePopulation, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
     PassReader,
@@ -38,6 +38,8 @@ from evojax_merge.selection import candidates_to_select
 
 # What the program itself takes of the host: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
+# Of a layer path, a gradient is planned as so many passes.
+PATH_GRADIENT_PASSES = 4
 # Devices that a plan asks for at most, where one is not enough.
 MOST_SHARDS = 64
 
@@ -74,8 +76,11 @@ def make_plan(
     def cost_on(tasks: Sequence[BatchedTask] | None, count: int) -> Cost:
         return _cost(passes_on([tasks])) * count if tasks and count else Cost()
 
-    scored, differentiated = passes_on(splits.shards, ask=True), passes_on(minibatches, planned_gradient_passes, True)
-    candidate, gradient = _cost(scored), _cost(differentiated) * (1 / max(1, len(minibatches)))
+    scored = passes_on(splits.shards, ask=True)
+    merges = isinstance(population, MergePopulation)
+    differentiated = passes_on(minibatches, planned_gradient_passes if merges else planned_passes, True)
+    share = (1 if merges else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
+    candidate, gradient = _cost(scored), _cost(differentiated) * share
     rounds, starts = _gradient_generations(problem)
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
