@@ -95,7 +95,7 @@ def make_plan(
     only_gradients = rounds == problem.search.generations
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
     jobs = 2 if planner.runs_two_jobs(0) else 1
-    pass_bytes = max((jobs * (row.held_bytes + row.needed_bytes) for row in rows), default=0)
+    pass_bytes = max((jobs * row.needed_bytes for row in rows), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
     on_host = (
         sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes
