@@ -5,7 +5,7 @@ comma := ,
 
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
 	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
-	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets clean
+	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -82,6 +82,7 @@ bench:
 	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
 	@echo "                    runs/strategies.jsonl, and not run again)"
 	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
+	@echo "make bench-plans    what plan predicts of memory and FLOPs, against what a search takes (10 minutes, 6 GB of memory)"
 	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
@@ -137,6 +138,9 @@ bench-pareto: .venv/installed-test
 bench-targets: .venv/installed-test
 	$(BIN)/python bench/targets.py
 	$(BIN)/python bench/targets.py --paper --targets h100 v5p-8 --methods ties dare_ties
+
+bench-plans: .venv/installed-test
+	$(BIN)/python bench/plans.py
 
 clean:
 	rm -rf .venv

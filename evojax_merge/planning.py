@@ -19,7 +19,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import TargetCompiler
 from evojax_merge.evaluation.costs import Cost
 from evojax_merge.evaluation.devices import MEMORY_SHARE, is_cut
-from evojax_merge.evaluation.evaluator import Evaluator, MergePopulation, Population, Progress
+from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
     PassReader,
@@ -77,9 +77,9 @@ def make_plan(
         return _cost(passes_on([tasks])) * count if tasks and count else Cost()
 
     scored = passes_on(splits.shards, ask=True)
-    merges = isinstance(population, MergePopulation)
-    differentiated = passes_on(minibatches, planned_gradient_passes if merges else planned_passes, True)
-    share = (1 if merges else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
+    known = population.differentiable() is not None
+    differentiated = passes_on(minibatches, planned_gradient_passes if known else planned_passes, True)
+    share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
     candidate, gradient = _cost(scored), _cost(differentiated) * share
     rounds, starts = _gradient_generations(problem)
     by_gradient = gradient * math.ceil(starts / groups)

@@ -177,6 +177,10 @@ class Population:
         """The pass that `materialise` runs; None where there is none."""
         return None
 
+    def differentiable(self) -> "DifferentiablePopulation | None":
+        """The same candidates, to be differentiated with respect to what each has; None where that is no number."""
+        return None
+
 
 @dataclass(frozen=True)
 class MergePopulation(Population):
