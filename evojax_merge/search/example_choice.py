@@ -5,9 +5,8 @@ in [0, 1] and s the spread of an example's scores between candidates that an ite
 (search.item_response), fitted to the latest candidates that were evaluated on all examples. However many examples are
 asked, each of them then has a probability to be among them that is proportional to its spread, or 1; so examples that
 all candidates get right, or all wrong, are asked last. A score that was asked stands for as many as one over this
-probability, so that the mean of the weighted scores estimates the mean on all examples, whatever the model says. That
-the weights of a stratum are scaled to its number of examples, and that the probabilities are those of many examples,
-leaves a bias of the order of one over the number of examples asked.
+probability (Horvitz and Thompson, 1952), so that the sum of the weighted scores estimates that of all scores without
+bias, whatever the model says; the probabilities are those of an order of many examples, and nearly those of few.
 
 Examples are drawn by strata of similar length, of which every rung has its share: whatever is chosen, a rung's examples
 fill batches of about the same shapes.
@@ -80,8 +79,7 @@ def example_spread(surrogate: SurrogateData, task_of: np.ndarray) -> np.ndarray:
     known = surrogate.contributions[np.isfinite(surrogate.contributions).all(axis=1)].astype(np.float64)
     if len(known) < 2:
         return np.ones(len(task_of))
-    model = fit_item_model(known, task_of)
-    return predicted_spread(model, model.abilities)
+    return predicted_spread(fit_item_model(known, task_of))
 
 
 def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
@@ -95,8 +93,7 @@ def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tupl
     divided = np.split(order, np.cumsum(sizes)[:-1])
     weights = np.empty((parts, count))
     for part, asked in enumerate(np.cumsum(sizes)):
-        inverse = 1 / inclusion_probabilities(size, int(asked))
-        weights[part] = inverse * (count / inverse[order[:asked]].sum())
+        weights[part] = 1 / inclusion_probabilities(size, int(asked))
     return divided, weights
 
 

@@ -4,14 +4,13 @@ apart.
 The model is the two-parameter logistic one, in several dimensions: a candidate of ability t in R^K is expected to score
 sigmoid(a . t + d) on an example of slopes a in R^K (its discrimination) and intercept d (how easy it is). It is fitted
 to the candidates' scores by joint maximum a posteriori, with a Newton step for all examples and for all candidates in
-turn. MERGE3 (arXiv 2502.10436) estimates merged models with such a model.
+turn. MERGE3 (arXiv 2502.10436) has such a model of merges.
 
 Scores that are not 0 or 1, such as log-probabilities, are taken to [0, 1] by the range that they have in their task,
 and the same likelihood is then a quasi-likelihood (the fractional logit of Papke and Wooldridge, 1996): the mean of a
 score is modelled, and its variance is the binomial one times a number for each example, the dispersion.
 
-Letters: R candidates whose scores are known, N examples, P candidates that were evaluated on M of the examples, K
-dimensions of ability.
+Letters: R candidates whose scores are known, N examples, K dimensions of ability.
 """
 
 from dataclasses import dataclass
@@ -35,12 +34,11 @@ LEAST_DISPERSION = 1e-4
 @dataclass(frozen=True)
 class ItemModel:
     """Examples as the items of a test. items: float64[N, K + 1], each one's slopes and, last, its intercept; abilities:
-    float64[R, K], of the candidates that it was fitted to; low, scale: float64[N], a score of `low + scale * y` is a
-    response y in [0, 1]; dispersion: float64[N], how many times the binomial variance responses have."""
+    float64[R, K], of the candidates that it was fitted to; scale: float64[N], the range of scores that responses from 0
+    to 1 stand for; dispersion: float64[N], how many times the binomial variance responses have."""
 
     items: np.ndarray
     abilities: np.ndarray
-    low: np.ndarray
     scale: np.ndarray
     dispersion: np.ndarray
 
@@ -57,39 +55,29 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
     prior = np.eye(1, DIMENSIONS + 1)[0]
     precision = np.array([*[SLOPE_SD**-2] * DIMENSIONS, INTERCEPT_SD**-2])
     for _ in range(STEPS):
-        dispersion = _dispersion(responses, _expected(items, abilities), task_of)
+        dispersion = _dispersion(responses, expected_responses(items, abilities), task_of)
         inputs = np.column_stack([abilities, np.ones(len(abilities))])
         weights = np.broadcast_to((1 / dispersion)[:, None], responses.T.shape)
         items = _newton_step(responses.T, weights, inputs, items, prior, precision)
-        abilities = _ability_step(responses, dispersion, items, abilities)
-    return ItemModel(items, abilities, low, scale, dispersion)
+        abilities = _newton_step(
+            responses, np.broadcast_to(1 / dispersion, responses.shape), items[:, :-1], abilities,
+            np.zeros(DIMENSIONS), np.full(DIMENSIONS, ABILITY_SD**-2), items[:, -1],
+        )  # fmt: skip
+    return ItemModel(items, abilities, scale, dispersion)
 
 
-def estimate_abilities(model: ItemModel, scores: np.ndarray, examples: np.ndarray) -> np.ndarray:
-    """The abilities float64[P, K], maximum a posteriori, of candidates with the scores float[P, M] on the `examples`
-    int[M]."""
-    responses = np.clip((scores - model.low[examples]) / model.scale[examples], 0, 1)
-    abilities = np.tile(model.abilities.mean(axis=0), (len(scores), 1))
-    for _ in range(STEPS):
-        abilities = _ability_step(responses, model.dispersion[examples], model.items[examples], abilities)
-    return abilities
+def expected_responses(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
+    """The responses float64[R, N] in [0, 1] to items float64[N, K + 1] that are expected of candidates of the abilities
+    float64[R, K]."""
+    return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
 
 
-def expected_scores(model: ItemModel, abilities: np.ndarray) -> np.ndarray:
-    """The scores float64[P, N] that candidates of the abilities float64[P, K] are expected to have."""
-    return model.low + model.scale * _expected(model.items, abilities)
-
-
-def predicted_spread(model: ItemModel, abilities: np.ndarray) -> np.ndarray:
-    """The standard deviation float64[N] that the scores on each example are predicted to have among candidates of the
-    abilities float64[P, K]: of the expected scores, and of scores around them."""
-    expected = _expected(model.items, abilities)
+def predicted_spread(model: ItemModel) -> np.ndarray:
+    """The standard deviation float64[N] that the scores on each example are predicted to have between candidates such
+    as the model was fitted to: of the expected scores, and of scores around them."""
+    expected = expected_responses(model.items, model.abilities)
     around = model.dispersion * (expected * (1 - expected)).mean(axis=0)
     return model.scale * np.sqrt(expected.var(axis=0) + around)
-
-
-def _expected(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
-    return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -123,17 +111,6 @@ def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray
     of_task = (np.bincount(task_of, squared) / np.maximum(np.bincount(task_of, binomial), 1e-300))[task_of]
     prior = DISPERSION_PRIOR / len(responses) * binomial
     return np.maximum((squared + prior * of_task) / (binomial + prior), LEAST_DISPERSION)
-
-
-def _ability_step(
-    responses: np.ndarray, dispersion: np.ndarray, items: np.ndarray, abilities: np.ndarray
-) -> np.ndarray:
-    """A Newton step of the abilities float64[P, K] of candidates with the responses float64[P, M] on the items."""
-    dimensions = abilities.shape[1]
-    return _newton_step(
-        responses, np.broadcast_to(1 / dispersion, responses.shape), items[:, :-1], abilities, np.zeros(dimensions),
-        np.full(dimensions, ABILITY_SD**-2), items[:, -1],
-    )  # fmt: skip
 
 
 def _newton_step(
