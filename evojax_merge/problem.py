@@ -333,10 +333,10 @@ def build_problem(
         return example_lengths(task, tokenizer, context)
 
     shards = stratified_shards(f"{where}: search.rungs", searched, lengths, config.search.rungs, config.seed)
-    choice = None
+    to_choose = None
     if config.search.rung_examples == "item_response":
         counted = [task for task in searched if task.weight > 0]
-        choice = ExamplesToChoose(counted, [length_strata(lengths(task), len(shards)) for task in counted])
+        to_choose = ExamplesToChoose(counted, [length_strata(lengths(task), len(shards)) for task in counted])
     return SearchProblem(
         config=config,
         search=config.search,
@@ -358,7 +358,7 @@ def build_problem(
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
         minibatches=_minibatches(where, config, strategy, searched, lengths),
-        choice=choice,
+        choice=to_choose,
         target=target,
     )
 
