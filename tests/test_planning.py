@@ -81,7 +81,7 @@ def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_i
     assert h100.compute_dtype("auto", ["bfloat16", "bfloat16"]) == "bfloat16"
     assert h100.compute_dtype("auto", ["bfloat16", "float32"]) == h100.compute_dtype("auto", ["float16"]) == "float32"
     assert cpu.compute_dtype("auto", ["bfloat16"]) == h100.compute_dtype("float32", ["bfloat16"]) == "float32"
-    base, *parents = map(str, header_models(family, tmp_path, SEVEN_B, ("base", "a")))
+    base, *parents = map(str, header_models(family, tmp_path, SEVEN_B, ("base", "a", "b")))
     models = {"base": base, "parents": parents}
     assert problem_of(document(family, **models), "v5p-8").compute_dtype == "bfloat16"
     assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").compute_dtype == "float32"
