@@ -230,7 +230,8 @@ def _trips(line: str, lines: Mapping[str, Sequence[str]]) -> int:
     condition = re.search(r"condition=%?([\w.-]+)", line)
     text = "" if condition is None else "\n".join(lines.get(condition[1], ()))
     bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
-    return int(bounds[0]) if len(bounds) == 1 and "direction=LT" in text else 1
+    counts = re.search(r"ROOT .* compare\(.*direction=LT", text) is not None
+    return int(bounds[0]) if counts and len(bounds) == 1 else 1
 
 
 def _result_bytes(text: str) -> int:
