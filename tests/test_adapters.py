@@ -15,7 +15,18 @@ import peft
 import pytest
 import torch
 import yaml
-from helpers import Family, edit_json, even_records, finetune, random_model, save, state, tiny_config, write_lines
+from helpers import (
+    Family,
+    edit_json,
+    even_records,
+    finetune,
+    random_model,
+    random_records,
+    save,
+    state,
+    tiny_config,
+    write_lines,
+)
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
@@ -177,7 +188,7 @@ def expanded(reference: str, folder: Path) -> Path:
 def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Scores and merges are those of the models that they stand for, to the bit, from the base held once."""
     base = save(random_model(tiny_config(tie_word_embeddings=True)).to(dtype), tmp_path / "base")
-    tasks = write_lines(tmp_path / "tasks.jsonl", even_records(6))
+    tasks = write_lines(tmp_path / "tasks.jsonl", random_records(6))
     for seed, (name, modules) in enumerate({"one": ATTENTION, "two": ["embed_tokens", "up_proj"]}.items()):
         adapter(base, tmp_path / name, seed, target_modules=modules, r=3 + seed)
     references = [f"{base}+{tmp_path / name}" for name in ("one", "two")]

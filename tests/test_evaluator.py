@@ -404,6 +404,7 @@ def behind_header(task: TextTask, words_before: int) -> TextTask:
     return replace(task, examples=examples)
 
 
+SHAPES = batched_tasks._task_shapes
 FAMILIES: dict[str, Any] = {
     "llama": tiny_config(tie_word_embeddings=True),
     "mistral, window of 7": tiny_config("mistral", sliding_window=7),
@@ -429,7 +430,7 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
         assert part.computed < 0.7 * part.tokens
     found = shared.population(setting.bank, setting.spec, setting.recipes)
     monkeypatch.setattr(batches, "MIN_SHARED_PREFIX", 10**6)
-    monkeypatch.setattr(batched_tasks, "_batched_tasks", unshared)
+    monkeypatch.setattr(batched_tasks, "_task_shapes", unshared)
     plain = setting.evaluator(tasks)
     expected = plain.population(setting.bank, setting.spec, setting.recipes)
     assert found.outputs == expected.outputs
@@ -438,14 +439,9 @@ def test_what_is_shared_is_computed_as_if_it_were_not(
             np.testing.assert_allclose(found.matrices[task.name][metric], matrix, atol=2e-5, err_msg=metric)
 
 
-def unshared(splits: Any, tokens: int, share: bool) -> Any:
-    """Requests whose rows share nothing."""
-    (requests,) = splits
-    scored = batches.scoring_batches([requests.scored], tokens, pack=False)[0] if requests.scored else None
-    prompts = None
-    if requests.prompts:
-        (prompts,) = batches.prompt_batches([requests.prompts], tokens, 4 * tokens, requests.max_new_tokens)
-    return [(scored, prompts)]
+def unshared(splits: Any, tokens: int, share: bool, merge_tokens: int) -> Any:
+    """Shapes of batches whose rows share nothing."""
+    return SHAPES(splits, tokens, False, merge_tokens)
 
 
 def test_a_question_is_computed_once_for_its_choices(ties: Setting) -> None:

@@ -18,7 +18,7 @@ from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import build_strategy
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.successive_halving import empty_matrix
+from evojax_merge.search.successive_halving import empty_matrix, shard_parts
 from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, PathSpace
 
 
@@ -95,7 +95,7 @@ def test_steps_along_the_gradient_climb_and_keep_the_layers(setting: Setting) ->
         genomes, state = strategy.ask(key, state)
         scores, gradients = scorer.value_and_gradient(np.asarray(genomes))
         values.append(float(fitness(scorer.tasks, scores)[0]))
-        matrix = empty_matrix([scorer], 1)
+        matrix = empty_matrix(shard_parts([scorer]), 1)
         told = replace(matrix, predicted=np.array(values[-1:]), gradients=gradients)
         state = strategy.tell(key, state, genomes, told)
     (path,) = space.decode(strategy.finalists(state))

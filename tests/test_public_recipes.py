@@ -205,12 +205,10 @@ def test_local_models_may_have_an_at_sign_and_need_no_revision(models: Path, tmp
 
 
 def test_a_revision_of_what_lies_here_is_told(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    merged_equally = "merge_method: linear\nmodels: [{model: a@main}, {model: b}]\nparameters: {weight: 1}\n"
+    merged_equally = "merge_method: linear\nmodels: [{model: a@v2}, {model: b@main}]\nparameters: {weight: 1}\n"
     merged(models, merged_equally, tmp_path / "out")
     said = " ".join(capfd.readouterr().err.split())
-    assert (
-        "a@main: a is a folder here, which has no revisions; main is ignored" in said and said.count("revisions") == 1
-    )
+    assert "a@v2: a is a folder here, which has no revisions; v2 is ignored" in said and said.count("revisions") == 1
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -246,9 +246,14 @@ def local_model(reference: str, relative_to: Path) -> Path | None:
 
 
 def ignored_revision(reference: str, relative_to: Path) -> str | None:
-    """What to tell of a model's reference, where it names a revision of what lies here; else None."""
+    """What to tell of a model's reference, where it names a revision of what lies here; else None. `main` is what every
+    model has, so it asks for nothing."""
     name, revision = _split_revision(reference)
-    if revision is None or local_path(reference, relative_to) is not None or local_path(name, relative_to) is None:
+    if (
+        revision in (None, "main")
+        or local_path(reference, relative_to) is not None
+        or local_path(name, relative_to) is None
+    ):
         return None
     return f"{reference}: {name} is a folder here, which has no revisions; {revision} is ignored"
 

@@ -33,6 +33,7 @@ from evojax_merge.models.layers import (
     padded_layout,
     prefix_layout,
     tables_of,
+    without_upcast,
 )
 from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
@@ -244,9 +245,9 @@ def forward(
         return replicate(x), kv if return_kv else None
 
     def at(index: Any) -> Any:
-        # Else a CPU's compiler, which picks slices of bfloat16 by way of float32, makes a float32 copy of everything.
-        held, index = jax.lax.optimization_barrier((slices, index))
-        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), held)
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(*without_upcast(leaf, index), keepdims=False), slices
+        )
 
     x = replicate(architecture.embed(config, source, tokens, layout))
     rest = (layer_kinds(config), prefix)

@@ -115,6 +115,12 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: flo
     return (scaled if bias is None else scaled + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def without_upcast(leaf: jax.Array, start: Any) -> tuple[jax.Array, Any]:
+    """A leaf and where a slice of it starts, for a slice that is taken in a loop. A CPU's compiler takes slices of
+    bfloat16 by way of float32, and would make a float32 copy of the whole leaf before the loop."""
+    return jax.lax.optimization_barrier((leaf, start)) if leaf.dtype == jnp.bfloat16 else (leaf, start)
+
+
 def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """`x @ W.T` with `W: [out, in]`: `[..., out]` in `dtype`, by default the operands'."""
     if x.size // x.shape[-1] >= GEMV_MAX_ROWS:

@@ -16,7 +16,7 @@ from merge_kernels import combine, combine_differentiable, is_looped, look_up, l
 
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD
 from evojax_merge.models.bank import Bank, Factors, MergeSpec, Parameters, Recipe, Tables
-from evojax_merge.models.layers import Weights
+from evojax_merge.models.layers import Weights, without_upcast
 from evojax_merge.models.sharding import slice_shards
 
 # Sources, factors and scores of a leaf, or of some rows of it.
@@ -175,11 +175,7 @@ class LazyMerge:
         return HEAD if HEAD in self.bank.shared else EMBEDDING
 
     def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> Slices:
-        def tile(leaf: jax.Array) -> jax.Array:
-            held, first = jax.lax.optimization_barrier((leaf, start))
-            return slice_shards(held, first, rows, shards, axis=1)
-
-        return self._shared(self._head, tile)
+        return self._shared(self._head, lambda leaf: slice_shards(*without_upcast(leaf, start), rows, shards, axis=1))
 
     def head(self, slices: Slices) -> jax.Array:
         return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))
