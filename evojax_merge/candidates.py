@@ -144,7 +144,7 @@ class MergeCandidates:
         return [folder.path for folder in self.sources.folders]
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> MergeReport:
-        values = {name: np.asarray(block) for name, block in jax.jit(self.space.values)(genome).items()}
+        values = {name: np.asarray(block) for name, block in self.space.values(jnp.asarray(genome)).items()}
         return MergeReport(tuple(self.space.groups), values, tuple(parents))
 
 
