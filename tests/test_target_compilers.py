@@ -90,14 +90,17 @@ def test_memory_is_reported_and_fits(compiled: Any, name: str, model: int) -> No
 
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_devices_that_share_a_candidate_exchange_activations(compiled: Any, name: str, model: int) -> None:
-    """Some for each layer, and far less than weights; a single device exchanges nothing."""
+    """Two sums for each layer, and far less than weights; a single device exchanges nothing. TPUs' compiler also cuts
+    some matrices anew while it merges them."""
     found = compiled(name, model)
     exchanged = collectives(found.program)
     if model == 1:
         assert not exchanged
         return
     layers = SIZES["num_hidden_layers"]
-    assert layers <= sum(count for count, _ in exchanged.values()) <= 6 * layers
+    sums, _ = exchanged["all-reduce"]
+    assert 2 * layers <= sums <= 3 * layers
+    assert set(exchanged) == {"all-reduce"} or find_target("target", name).platform == "tpu"
     assert sum(nbytes for _, nbytes in exchanged.values()) < found.plan.bank_bytes / 2
 
 
