@@ -183,7 +183,7 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Task
 
 @pytest.mark.parametrize(
     "method",
-    daily([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 6),
+    daily([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 4),
 )
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)

@@ -484,7 +484,7 @@ def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int
         check(name, options, models, parameters)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", daily(METHODS, 8))
 def test_bfloat16_inputs_are_merged_in_float32(name: str) -> None:
     # The reference keeps every entry that ties at a threshold, as the kernels promise.
     models = make_models(LARGE, count_of(name, 3), ml_dtypes.bfloat16)
@@ -508,7 +508,7 @@ def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
         np.testing.assert_array_equal(merged(name, options, [base] * (parents + 1), parameters), base)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", daily(METHODS, 8))
 def test_identical_parents(name: str) -> None:
     base, parent = make_models(SMALL, 1)
     models = [base, *[parent] * count_of(name, 3)]
@@ -865,7 +865,7 @@ def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
     np.testing.assert_array_equal(np.asarray(grid_index(density)), [0, 0, 0, 1, 537, 1000, 1000, 1000])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", daily(METHODS, 10))
 def test_population_equals_one_by_one(name: str) -> None:
     """jit, vmap over candidates and the table give what single merges give."""
     method, parents = METHODS[name], count_of(name, 3)
@@ -909,7 +909,7 @@ def test_population_equals_one_by_one(name: str) -> None:
         np.testing.assert_allclose(beside.swapaxes(0, 1), found, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", daily(METHODS, 8))
 def test_rows_may_be_merged_alone(name: str) -> None:
     """With the whole tensor's statistics, some rows give those rows of the merged tensor."""
     method, parents = METHODS[name], count_of(name, 2)

@@ -18,7 +18,6 @@ import evojax_merge as em
 from evojax_merge import host_callback, pipeline, search_pytrees
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.pytrees import Generation, PytreeSearch
-from evojax_merge.zoo.digits import Plan, accuracy, evolve, log_probabilities, make_family, uniform
 
 SHAPES = {"encoder": {"kernel": (5, 7), "bias": (7,)}, "decoder": {"kernel": (3, 2, 4), "scale": ()}}
 
@@ -452,18 +451,3 @@ def test_importing_the_package_imports_no_jax() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The worked example
-
-
-def test_digits_are_read_better_than_by_any_expert_or_the_uniform_merge() -> None:
-    plan = Plan(base_steps=20, expert_steps=150, generations=12, population=8)
-    family = make_family(0, plan)
-    found = evolve(family, 0, plan, lambda generation: None)
-    by_model = [accuracy(model, family.heldout) for model in (*family.experts, uniform(family), found.best)]
-    # An expert reads its own half of the digits and nothing else.
-    assert max(by_model[:2]) < 0.6
-    assert by_model[3] > by_model[2] + 0.02 > max(by_model[:2]) + 0.1
-    assert found.fitness == pytest.approx(float(log_probabilities(found.best, family.search).mean()), rel=1e-4)

@@ -78,8 +78,11 @@ def test_cma_es_needs_at_most_a_fifth_more_than_pycma_to_1e_8(function: str) -> 
 @pytest.mark.parametrize(
     ("name", "most"),
     # Evaluations to 1e-8 on the sphere of 10 dimensions: half as many again as measured.
-    [("sep_cma_es", 2_100), ("lm_ma_es", 3_000), ("xnes", 6_000), ("ipop_cma_es", 2_100), ("bipop_cma_es", 2_100),
-     ("de", 6_000), ("pso", 8_000), ("ga", 12_000)],
+    daily(
+        [("sep_cma_es", 2_100), ("lm_ma_es", 3_000), ("xnes", 6_000), ("ipop_cma_es", 2_100), ("bipop_cma_es", 2_100),
+         ("de", 6_000), ("pso", 8_000), ("ga", 12_000)],
+        4,
+    ),
 )  # fmt: skip
 def test_strategies_converge(name: str, most: int) -> None:
     value, start = FUNCTIONS["sphere"]
@@ -105,7 +108,7 @@ def test_ties_collapse_nothing(name: str) -> None:
         assert 1e-3 < np.std(genomes, axis=0).mean() < 1e3
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", daily(BUILT_IN, 6))
 def test_a_failed_candidate_is_the_worst(name: str) -> None:
     dims = 2 if name == "grid" else 10
     strategy = make(name, dims)
