@@ -94,6 +94,13 @@ def finished(config_file, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def finished_likelihood(likelihood_file, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "likelihood"
+    run("search", likelihood_file, "--out", out)
+    return out
+
+
 def contents(out: Path) -> dict[str, bytes]:
     """What must not depend on when and how often a run was interrupted."""
     files = ["history.jsonl", "result.json", "config.yaml", "best/recipe.yaml", "best/model/model.safetensors"]
@@ -218,10 +225,10 @@ def _check_export_of_what_there_is(config_file: Path, out: Path, finished: Path,
     assert weights[0] == weights[1]
 
 
-def test_interrupt_saves_and_says_how_to_go_on(config_file, finished, tmp_path):
+def test_interrupt_saves_and_says_how_to_go_on(likelihood_file, finished_likelihood, tmp_path):
     out = tmp_path / "interrupted"
     longer = ["--set", f"search.generations={GENERATIONS + 1}"]
-    process = _start_and_wait(config_file, out, 3, *longer)
+    process = _start_and_wait(likelihood_file, out, 3, *longer)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130
     stderr = process.read("stderr")
@@ -231,11 +238,11 @@ def test_interrupt_saves_and_says_how_to_go_on(config_file, finished, tmp_path):
     assert again[0] == "evojax-merge"
     run(*again[1:])
     history = (out / "history.jsonl").read_bytes().splitlines()
-    assert history[:GENERATIONS] == (finished / "history.jsonl").read_bytes().splitlines()
+    assert history[:GENERATIONS] == (finished_likelihood / "history.jsonl").read_bytes().splitlines()
     assert len(history) == GENERATIONS + 1
     # With more generations a finished run goes on to the same end.
-    going = shutil.copytree(finished, tmp_path / "going")
-    run("search", config_file, "--out", going, "--resume", *longer)
+    going = shutil.copytree(finished_likelihood, tmp_path / "going")
+    run("search", likelihood_file, "--out", going, "--resume", *longer)
     assert contents(going) == contents(out)
 
 
@@ -300,11 +307,11 @@ def test_an_interruption_where_exceptions_are_ignored_comes_a_moment_later(place
     assert done.stdout == ("" if "collector" in place else "finalized\n") + "interrupted\n" and done.stderr == ""
 
 
-def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
+def test_resuming_what_is_done_says_so(likelihood_file, finished_likelihood, tmp_path):
     out = tmp_path / "done"
-    shutil.copytree(finished, out)
+    shutil.copytree(finished_likelihood, out)
     copied = {str(path.relative_to(out)): path.stat().st_mtime_ns for path in out.rglob("*")}
-    done = run("search", config_file, "--out", out, "--resume", "--set", "search.generations=3")
+    done = run("search", likelihood_file, "--out", out, "--resume", "--set", "search.generations=3")
     assert f"{GENERATIONS} generations are saved, and 3 wanted: nothing to search" in done.stdout
     # Nothing is scored or written again.
     assert f"the run is complete; its winner: {out / 'best/model'}" in done.stdout and "scoring" not in done.stdout
@@ -312,12 +319,11 @@ def test_resuming_what_is_done_says_so(config_file, finished, tmp_path):
         assert (out / name).stat().st_mtime_ns == copied[name]
     # What is written down is what was done, not what was asked for too late.
     assert f"{GENERATIONS} generations, seed" in (out / "best/model/README.md").read_text()
-    assert contents(out) == contents(finished)
+    assert contents(out) == contents(finished_likelihood)
     # What is missing is made again.
     (out / "best/recipe.yaml").unlink()
-    run("search", config_file, "--out", out, "--resume")
-    assert contents(out) == contents(finished)
-    assert (out / "history.jsonl").read_bytes() == (finished / "history.jsonl").read_bytes()
+    run("search", likelihood_file, "--out", out, "--resume")
+    assert contents(out) == contents(finished_likelihood)
 
 
 def test_the_winner_of_a_finished_run_is_kept_when_it_goes_on(likelihood_file, tmp_path):

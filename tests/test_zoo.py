@@ -6,13 +6,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import hidden_states
+from helpers import build_family, hidden_states
 from hostile import run_python
 from safetensors.numpy import load_file
 
 import evojax_merge as em
 from evojax_merge import zoo
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.errors import InputError
+from evojax_merge.tasks.task import Row
+from evojax_merge.zoo import smollm2
 from evojax_merge.zoo.arithmetic import (
     EXPERT_STEPS,
     IDS,
@@ -196,8 +200,6 @@ def test_transformers_loads_a_folder_and_gives_the_same_logits(family: Path, nam
     import jax.numpy as jnp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from evojax_merge.checkpoints.bank import load_stored
-    from evojax_merge.checkpoints.parents import open_sources
     from evojax_merge.models.decoder import logits
 
     tokenizer = AutoTokenizer.from_pretrained(family / name)
@@ -298,8 +300,6 @@ def test_each_model_ends_as_its_language_does() -> None:
 
 
 def test_smollm2_references_go_to_their_own_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from evojax_merge.zoo import smollm2
-
     requests: list[str] = []
 
     def locate(name: str) -> Path:
@@ -309,6 +309,20 @@ def test_smollm2_references_go_to_their_own_module(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(smollm2, "resolve_reference", locate)
     assert zoo.resolve_reference("zoo:smollm2/base") == tmp_path
     assert requests == ["base"]
+
+
+def test_a_fine_tune_learns_its_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few steps of the experts' training, on a tiny model and rows of its own."""
+    sources, config = open_sources([build_family(tmp_path).base])
+    rng = np.random.default_rng(0)
+    rows = [Row(tuple(map(int, rng.integers(4, 60, 8))), 3, f"row {i}", i) for i in range(6)]
+    plan = smollm2.Plan(steps=30, peak=3e-3, tokens=64, warm_up=2)
+    before, (batch, *_) = load_stored(sources, config), smollm2.shuffled_batches(rows, plan.tokens, 0, 1)
+    after = smollm2.fine_tune("tiny", before, config, rows, plan)
+    read = {key: getattr(batch, key) for key in ("tokens", "positions", "segment_ids", "predict_at", "targets", "mask")}
+    losses = [float(smollm2.target_loss(config, model, read)) for model in (before, after)]
+    assert losses[1] < losses[0] - 0.5
+    assert capsys.readouterr().err.count("tiny: step ") == plan.steps
 
 
 def test_six_more_experts_see_a_part_of_what_the_two_do(in_cache, monkeypatch):
