@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -72,6 +73,15 @@ def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch: pytest.Mo
 def test_the_target_here_is_the_one_that_jax_found() -> None:
     target = live_target()
     assert target.platform == jax.local_devices()[0].platform and target.devices == len(jax.devices())
+
+
+@pytest.mark.parametrize(("kind", "version", "dtype"), [("V100", "7.0", "float32"), ("RTX", "8.6", "bfloat16")])
+def test_products_of_gpus_that_emulate_bfloat16_are_float32(
+    kind: str, version: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=version, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert live_target.__wrapped__().compute_dtype("auto", ["bfloat16"]) == dtype
 
 
 def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_it(

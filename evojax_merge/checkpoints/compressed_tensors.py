@@ -31,6 +31,8 @@ from evojax_merge.errors import InputError, shown
 
 PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
 SCALE = ".weight_scale"
+# What a matrix may be made of, behind its module's `weight`.
+_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_g_idx")
 # What says how activations are quantised, and belongs to no weight.
 OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".k_scale", ".v_scale")
 
@@ -86,9 +88,6 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
         entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, bits, weights, dtype)
     check_dequantised(entries, "weight_scale")
     return Folder(path, entries)
-
-
-_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_g_idx")
 
 
 def _weight_settings(quantised: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:

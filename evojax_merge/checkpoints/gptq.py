@@ -21,6 +21,7 @@ from evojax_merge.checkpoints.quantised import (
     dequantised_config,
     dequantised_dtype,
     group_size,
+    packed_matrices,
     part_of,
     quantisation,
     unpack,
@@ -62,10 +63,8 @@ def open_gptq(path: Path, quantised: Path) -> Folder:
     size = group_size(quantised, settings.get("group_size"))
     dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
     entries = dict(stored)
-    for name in [name for name in stored if name.endswith(SUFFIX)]:
-        module, packed = name.removesuffix(SUFFIX), entries.pop(name)
-        if len(packed.shape) != 2 or packed.dtype != np.int32:
-            raise InputError(packed.file, f"{name} is {packed.dtype}{list(packed.shape)}; expected a matrix of int32")
+    for module, packed in packed_matrices(stored, SUFFIX):
+        del entries[module + SUFFIX]
         inputs, outputs = packed.shape[0] * 32 // bits, packed.shape[1]
         group = inputs if size is None else size
         groups = -(-inputs // group)

@@ -121,6 +121,17 @@ def part_of(stored: Mapping[str, Tensor], whole: Tensor, name: str, *shapes: tup
     return found
 
 
+def packed_matrices(stored: Mapping[str, Tensor], suffix: str) -> Iterator[tuple[str, Tensor]]:
+    """The modules whose weights are kept as words, in tensors of that suffix, and these. Raises InputError for one that
+    is no matrix of int32."""
+    for name, tensor in stored.items():
+        if name.endswith(suffix):
+            if len(tensor.shape) != 2 or tensor.dtype != np.int32:
+                found = f"{tensor.dtype}{list(tensor.shape)}"
+                raise InputError(tensor.file, f"{name} is {found}; expected a matrix of int32")
+            yield name.removesuffix(suffix), tensor
+
+
 def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
     """Raises InputError where a weight of eight bits is left, for which there was no `part`."""
     for name, tensor in entries.items():

@@ -37,7 +37,8 @@ class Target:
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
     (float32 on NVIDIA: TF32; on a TPU: one pass of bfloat16). NaN where they are not known.
 
-    `devices`: how many, in `hosts` machines together; `topology`: of a TPU slice, as its compiler calls it.
+    `devices`: how many, in `hosts` machines together; `topology`: of a TPU slice, as its compiler calls it;
+    `native_bfloat16`: whether an accelerator multiplies it faster than float32.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Target:
     devices: int = 1
     hosts: int = 1
     topology: str = ""
+    native_bfloat16: bool = True
 
     @property
     def is_accelerator(self) -> bool:
@@ -89,7 +91,8 @@ class Target:
         all of them are bfloat16 and the devices multiply it natively, else float32."""
         if setting != "auto":
             return setting
-        return "bfloat16" if self.is_accelerator and set(weights) == {"bfloat16"} else "float32"
+        native = self.is_accelerator and self.native_bfloat16
+        return "bfloat16" if native and set(weights) == {"bfloat16"} else "float32"
 
     def check_shards(self, where: str, model: int) -> None:
         """Raises InputError where a host's devices cannot be divided into groups of `model` that share a candidate."""
@@ -164,7 +167,12 @@ def live_target() -> Target:
         platform: Literal["gpu", "tpu"] = "tpu" if devices[0].platform == "tpu" else "gpu"
         known = Target(kind, platform, kind, 0, math.nan, math.nan, math.nan)
     stats = devices[0].memory_stats() or {}
-    return replace(known, name=kind, memory=int(stats.get("bytes_limit", known.memory)), devices=count, hosts=hosts)
+    # Of NVIDIA's GPUs those of an older architecture than Ampere emulate it; devices of others name no such version.
+    version = re.fullmatch(r"(\d+)\.\d+", str(getattr(devices[0], "compute_capability", "")))
+    return replace(
+        known, name=kind, memory=int(stats.get("bytes_limit", known.memory)), devices=count, hosts=hosts,
+        native_bfloat16=version is None or int(version[1]) >= 8,
+    )  # fmt: skip
 
 
 def cpu_target() -> Target:
