@@ -119,10 +119,8 @@ def merge(
     else:
         source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with _bars_on_terminals():
-        pipeline.write_merge(
-            source, Path(out), dtype, seed, overwrite, allow_nonfinite, _ignore, _warn, strict,
-            allow_crimes=allow_crimes,
-        )  # fmt: skip
+        options = pipeline.MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
+        pipeline.write_merge(source, Path(out), options, _ignore, _warn)
     return Path(out)
 
 

@@ -155,11 +155,12 @@ def merge(
     with _starting():
         from evojax_merge import pipeline
 
-    written = pipeline.Written(copy_tokenizer, write_model_card)
+    options = pipeline.MergeOptions(
+        dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, copy_tokenizer, write_model_card
+    )
     if out_shard_size is not None:
-        written = replace(written, max_shard_bytes=out_shard_size)
-    flags = given_without_meaning(context)
-    pipeline.merge(recipe, out, dtype, seed, overwrite, allow_nonfinite, strict, written, quiet, flags, allow_crimes)
+        options = replace(options, max_shard_bytes=out_shard_size)
+    pipeline.merge(recipe, out, options, quiet, given_without_meaning(context))
 
 
 @cli.command(short_help="Score stored models on tasks.")

@@ -452,45 +452,45 @@ def _stage_configs(config: Config) -> list[Config]:
 
 
 @dataclass(frozen=True)
-class Written:
-    """What of a merged model is written: whether with the first model's tokenizer, and with a card and the recipe; the
-    most bytes in a file of weights."""
+class MergeOptions:
+    """How a recipe is merged, and what of the model is written.
 
-    tokenizer: bool = True
+    `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
+    `allow_crimes`: see `prepare_stream`. `strict`: what mergekit passes over in a recipe, or reads as something else,
+    is refused, not told. `copy_tokenizer`: the first model's is written as well. `card`: so are a card and the recipe.
+    `max_shard_bytes`: the most in a file of weights."""
+
+    dtype: str | None = None
+    seed: int | None = None
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+    allow_crimes: bool = False
+    strict: bool = False
+    copy_tokenizer: bool = True
     card: bool = True
     max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 def merge(
-    recipe_path: Path, out: Path, dtype: str | None, seed: int | None, overwrite: bool, allow_nonfinite: bool,
-    strict: bool = False, written: Written = Written(), quiet: bool = False, without_meaning: Sequence[str] = (),
-    allow_crimes: bool = False,
-) -> None:  # fmt: skip
+    recipe: Path, out: Path, options: MergeOptions, quiet: bool = False, without_meaning: Sequence[str] = ()
+) -> None:
     """`without_meaning`: options that the command line has and that change nothing."""
     usual, console.quiet = console.quiet, console.quiet or quiet
     try:
         if without_meaning:
             _warn([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
-        write_merge(
-            recipe_path, out, dtype, seed, overwrite, allow_nonfinite, say, lambda line: _warn([line]), strict, written,
-            allow_crimes,
-        )  # fmt: skip
+        write_merge(recipe, out, options, say, lambda line: _warn([line]))
         console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     finally:
         console.quiet = usual
 
 
-def write_merge(
-    recipe: Path | list[Any], out: Path, dtype: str | None, seed: int | None, overwrite: bool,
-    allow_nonfinite: bool, log: Log, warn: Log, strict: bool = False, written: Written = Written(),
-    allow_crimes: bool = False,
-) -> None:  # fmt: skip
-    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model. What mergekit passes
-    over in a recipe, or reads as something else, is told, or refused where this is `strict`. `allow_crimes`: see
-    `prepare_stream`."""
+def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log: Log, warn: Log) -> None:
+    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model."""
     plugins.load()
     recover(out)
-    check_free(out, overwrite)
+    check_free(out, options.overwrite)
+    strict = options.strict
     twice: list[str] = []
     repeated = refuse_repeated if strict else lambda place, said: twice.append(f"{place}: {said}; the last counts")
     path = recipe if isinstance(recipe, Path) else Path("recipe")
@@ -502,16 +502,17 @@ def write_merge(
     stream = parse_stream(path, documents)
     text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
     planned = prepare_stream(
-        stream, out, dtype, seed, allow_nonfinite, resolve_reference, written.tokenizer, allow_crimes, strict
-    )
+        stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference, options.copy_tokenizer,
+        options.allow_crimes, strict,
+    )  # fmt: skip
     with planned as stream_plan:
         for line in (*stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         say_unread(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
-        card = _card_of_merge(out, stream_plan, text) if written.card else None
-        write = partial(merge_to, recipe=text if written.card else None, max_shard_bytes=written.max_shard_bytes)
-        _write_model(stream_plan, out, card, "merging", overwrite, inputs, write)
+        card = _card_of_merge(out, stream_plan, text) if options.card else None
+        write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
+        _write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
 
 
 def _write_model(

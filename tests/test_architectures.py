@@ -491,7 +491,7 @@ def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path
         "search": {"generations": 1, "population": 4},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    pipeline.merge(tmp_path / "recipe.yaml", tmp_path / "merged", None, None, False, False)
+    pipeline.merge(tmp_path / "recipe.yaml", tmp_path / "merged", pipeline.MergeOptions())
     said = [capsys.readouterr().out]
     pipeline.search(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
     said.append(capsys.readouterr().out)

@@ -56,8 +56,7 @@ def write(folder: Path, document: dict[str, Any]) -> Path:
 def merge(folder: Path, document: dict[str, Any], **options: Any) -> Path:
     """`evojax-merge merge` of a document, to a new folder."""
     out = folder / f"merged{len(list(folder.glob('merged*')))}"
-    arguments = {"dtype": None, "seed": None, "overwrite": False, "allow_nonfinite": False} | options
-    pipeline.merge(write(folder, document), out, **arguments)
+    pipeline.merge(write(folder, document), out, pipeline.MergeOptions(**options))
     return out
 
 
