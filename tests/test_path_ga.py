@@ -234,3 +234,10 @@ def test_pytrees_have_no_moves() -> None:
     parents = [{"w": np.zeros(3, np.float32)}, {"w": np.ones(3, np.float32)}]
     with pytest.raises(em.InputError, match="path_ga searches moves of a layer path"):
         em.search_pytrees(parents, lambda merged: merged["w"].sum(), strategy="path_ga")
+
+
+def test_repeats_of_repeats_are_too_long_before_they_fill_the_memory() -> None:
+    """A thousand repeats of all layers would have 2 ** 1000 times as many."""
+    space = MoveSpace((4,), 1000, 4, BOUNDS, False, 40, 0)
+    genome = space.genome([LayerEdit("repeat", 0, 4)] * 1000)
+    assert space.decode(genome[None]) == [None]

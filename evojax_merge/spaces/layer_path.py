@@ -227,6 +227,9 @@ class LayerEdit:
     donor: int = 0
 
 
+# A repeat of repeats doubles a path: past so many steps no further move is applied, and the path counts as too long.
+MOST_STEPS = 100_000
+
 # A step of an edited path: the layer of the first parent that it stands for, the layer of the series, and which moves
 # have scaled it, by their numbers.
 Step = tuple[int, int, tuple[int, ...]]
@@ -364,10 +367,12 @@ class MoveSpace:
         return LayerPath(tuple(layer for _, layer, _ in steps), tuple(scales), self.embedding_parent)
 
     def _steps(self, moves: Sequence[LayerEdit]) -> list[Step]:
-        """What moves make of the first parent's layers."""
+        """What moves make of the first parent's layers; no longer all of them once there are more than MOST_STEPS."""
         offsets = np.concatenate([[0], np.cumsum(self.depths)])
         steps: list[Step] = [(i, i, ()) for i in range(self.depths[0])]
         for number, move in enumerate(moves):
+            if len(steps) > MOST_STEPS:
+                break
             block = range(move.first, move.first + move.layers)
             inside = [t for t, (place, _, _) in enumerate(steps) if place in block]
             if not inside:
