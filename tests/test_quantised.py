@@ -134,11 +134,12 @@ def packed(bits: int = 4, zeros: bool = False, shuffled: bool = False) -> Quanti
     return quantise
 
 
-def rows(dtype: Any) -> Quantise:
+def rows(dtype: Any, axes: int = 2) -> Quantise:
     def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
         numbers = rng.integers(-100, 100, weight.shape).astype(dtype)
         scales = rng.uniform(0.001, 0.002, (len(weight), 1)).astype(np.float32)
-        return {"weight": numbers, "weight_scale": scales}, numbers.astype(np.float64) * scales.astype(np.float64)
+        kept = scales if axes == 2 else scales[:, 0]
+        return {"weight": numbers, "weight_scale": kept}, numbers.astype(np.float64) * scales.astype(np.float64)
 
     return quantise
 
@@ -154,10 +155,24 @@ def blocks(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.nd
     return {"weight": numbers, "weight_scale": scales}, np.array(values)
 
 
-def one_scale(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+def exponents(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    """float8 with a power of two for each group."""
     numbers = rng.normal(0, 1, weight.shape).astype(ml_dtypes.float8_e4m3fn)
-    parts = {"weight": numbers, "weight_scale": np.array([0.125], np.float32), "input_scale": np.ones(1, np.float32)}
-    return parts, numbers.astype(np.float64) * 0.125
+    kept = rng.integers(120, 128, (len(weight), weight.shape[1] // GROUP)).astype(np.uint8)
+    scales = 2.0 ** (kept.astype(np.float64) - 127)
+    return {"weight": numbers, "weight_scale": kept}, numbers.astype(np.float64) * scales.repeat(GROUP, axis=1)
+
+
+def one_scale(name: str = "weight_scale", shape: tuple[int, ...] = (1,), of_inputs: str = "input_scale") -> Quantise:
+    """float8 with one scale for all of a matrix, and what is multiplied with activations."""
+
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        numbers = rng.normal(0, 1, weight.shape).astype(ml_dtypes.float8_e4m3fn)
+        scale = np.full(shape, rng.uniform(0.1, 0.2), np.float32)
+        parts = {"weight": numbers, name: scale, of_inputs: np.ones(shape, np.float32)}
+        return parts, numbers.astype(np.float64) * float(scale.reshape(()))
+
+    return quantise
 
 
 def compressed(how: str, **weights: Any) -> dict[str, Any]:
@@ -190,9 +205,25 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
     "compressed-tensors, float8 rows": (
         compressed("float-quantized", strategy="channel", type="float"), rows(ml_dtypes.float8_e4m3fn),
     ),
-    "compressed-tensors, float8": (compressed("float-quantized", strategy="tensor", type="float"), one_scale),
+    "compressed-tensors, float8": (compressed("float-quantized", strategy="tensor", type="float"), one_scale()),
     "compressed-tensors, float8 blocks": (
         compressed("float-quantized", strategy="block", type="float", block_structure=[20, 32]), blocks,
+    ),
+    "compressed-tensors, MXFP8": (
+        compressed("mxfp8-quantized", strategy="group", group_size=GROUP, type="float"), exponents,
+    ),
+    "FP8, as AutoFP8's": ({"quant_method": "fp8", "activation_scheme": "static"}, one_scale(shape=())),
+    "FP8, as Mistral's": (
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None, "dequantize": False},
+        one_scale("weight_scale_inv", (), "activation_scale"),
+    ),
+    "FP8, as FBGEMM's": (
+        {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, rows(ml_dtypes.float8_e4m3fn),
+    ),
+    "FP8, as Model Optimizer's": ({"quant_method": "modelopt", "quant_algo": "FP8"}, one_scale(shape=())),
+    "FP8 rows, as Model Optimizer's": (
+        {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+        rows(ml_dtypes.float8_e4m3fn, axes=1),
     ),
 }  # fmt: skip
 
@@ -342,8 +373,21 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "four bits without scales": (
         "bitsandbytes, 4 bits", without("weight.absmax"), (f"{NAME}.weight.absmax", "no such tensor"),
     ),
-    "packed floats": (
-        "compressed-tensors, packed", setting(format="nvfp4-pack-quantized"), ("format: 'nvfp4", "pack-quantized"),
+    "several formats": (
+        "compressed-tensors, packed", setting(format="mixed-precision"), ("format: 'mixed", "pack-quantized"),
+    ),
+    "float8 of some block": (
+        "FP8, as AutoFP8's", tensor("weight_scale", lambda one: np.ones((2, 2), np.float32)),
+        (f"{NAME}.weight_scale", "[2, 2]", "one for each output, [80, 1]"),
+    ),
+    "FP8 without a scale": (
+        "FP8, as FBGEMM's", without("weight_scale"), (f"{NAME}.weight_scale", "no such tensor"),
+    ),
+    "an algorithm of Model Optimizer's": (
+        "FP8, as Model Optimizer's", setting(quant_algo="W4A8_AWQ"), ("quant_algo: 'W4A8_AWQ'", "NVFP4"),
+    ),
+    "another method, of float8": (
+        "FP8, as AutoFP8's", setting(quant_method="quark"), ("quantization_config", "'quark'", "unquantised"),
     ),
     "packed and sparse": (
         "compressed-tensors, packed", setting(sparsity_config={"format": "sparse-24-bitmask"}), ("sparsity_config",),

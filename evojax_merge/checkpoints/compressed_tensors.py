@@ -1,11 +1,15 @@
 """Checkpoints in the formats of compressed-tensors (llm-compressor's) whose scales are of rows, of groups or of blocks,
 dequantised as they are read.
 
-A weight is `(q − z) · scale`. `int-quantized` and `float-quantized` keep q in the tensor `weight`, int8 or
-float8_e4m3[out, in]. `pack-quantized` keeps `weight_packed int32[out, in · b / 32]` of 32 / b numbers in a word, lowest
-bits first, each plus 2^(b − 1), and `weight_shape`. `weight_scale` has one value, one for each output ([out, 1]), for
-each group of inputs ([out, groups]), or for each block; `weight_zero_point`, where there is one, is like it (packed
+A weight is `(q − z) · scale`. `int-quantized`, `float-quantized` and `mxfp8-quantized` keep q in the tensor `weight`,
+int8 or float8_e4m3[out, in]. `pack-quantized` keeps `weight_packed int32[out, in · b / 32]` of 32 / b numbers in a
+word, lowest bits first, each plus 2^(b − 1), and `weight_shape`. `weight_scale` has one value, one for each output
+([out, 1]), for each group of inputs ([out, groups]; where uint8, the exponents of powers of two, 2^(byte − 127)), or
+for each block; `weight_zero_point`, where there is one, is like it (packed
 along the outputs, where the weight is packed), and `weight_g_idx int32[in]` says which group an input is of.
+
+`nvfp4-pack-quantized` and `mxfp4-pack-quantized` keep codes of four-bit floats in `weight_packed uint8[out, in / 2]`
+(see `fp4`), the former with a `weight_global_scale`, by which the scales of the groups are divided.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, Folder, Tensor, open_folder
+from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
+from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
 from evojax_merge.checkpoints.quantised import (
-    FP8,
+    EXPONENT,
+    OF_ACTIVATIONS,
+    WITH_FP8,
     QuantisedTensor,
     check_dequantised,
     checked_setting,
@@ -29,12 +36,15 @@ from evojax_merge.checkpoints.quantised import (
 )
 from evojax_merge.errors import InputError, shown
 
-PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized")
-SCALE = ".weight_scale"
+PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+# How many inputs have a scale in common, and what the scale of all does to it.
+FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
+    "mxfp4-pack-quantized": (MXFP4_GROUP, None),
+    "nvfp4-pack-quantized": (NVFP4_GROUP, "divides"),
+}
+SCALE, SHAPE = ".weight_scale", ".weight_shape"
 # What a matrix may be made of, behind its module's `weight`.
-_SUFFIXES = ("", "_packed", "_scale", "_zero_point", "_shape", "_g_idx")
-# What says how activations are quantised, and belongs to no weight.
-OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point", ".k_scale", ".v_scale")
+_SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_zero_point", "_shape", "_g_idx")
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ class Scales:
         columns_of = parts[-1] if len(parts) > 2 + self.has_zeros else np.arange(columns) // self.step[1]
         places = np.ix_(np.arange(rows) // self.step[0], columns_of)
         grid = (-(-rows // self.step[0]), -1)
-        scale = parts[1].astype(np.float32).reshape(grid)
+        scale = (parts[1].view(EXPONENT) if parts[1].dtype == np.uint8 else parts[1]).astype(np.float32).reshape(grid)
         if self.has_zeros:
             zeros = self._numbers(parts[2], axis=0)[: grid[0]] if self.zeros_packed else parts[2].astype(np.float32)
             weight = weight - zeros.reshape(grid)[places]
@@ -69,25 +79,36 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
     matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
     how = settings.get("format")
-    checked_setting(quantised, "format", how, (PACKED, *PLAIN))
+    checked_setting(quantised, "format", how, (PACKED, *PLAIN, *FOUR_BITS))
     for key in ("sparsity_config", "transform_config"):
         given = settings.get(key)
         dense = not given or (isinstance(given, dict) and given.get("format") == "dense")
         checked_setting(quantised, key, None if dense else given, (None,))
     weights = _weight_settings(quantised, settings)
-    bits = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8)) if how == PACKED else 0
-    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, DTYPES | {"F8_E4M3": FP8}).entries
+    bits = packed_bits(quantised) if how == PACKED else 0
+    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
     entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
     for name in [name for name in entries if name.endswith(SCALE)]:
         module = name.removesuffix(SCALE)
         own = {key: entries.pop(key, None) for key in (f"{module}.weight{one}" for one in _SUFFIXES)}
-        kept = own[f"{module}.weight_packed" if bits else f"{module}.weight"]
+        kept = own[f"{module}.weight" if how in PLAIN else f"{module}.weight_packed"]
         if kept is None or len(kept.shape) != 2:
             raise InputError(stored[name].file, f"{name}: expected the matrix that it scales, as {how} keeps it")
+        if how in FOUR_BITS:
+            parts = [f"{module}.weight{part}" for part in ("_packed", "_scale", "_global_scale")]
+            entries[f"{module}.weight"] = four_bit_matrix(stored, parts, *FOUR_BITS[how], dtype)
+            continue
         shape = _packed_shape(stored, kept, module, bits) if bits else (kept.shape[0], kept.shape[1])
         entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, bits, weights, dtype)
     check_dequantised(entries, "weight_scale")
     return Folder(path, entries)
+
+
+def packed_bits(quantised: Path) -> int:
+    """How many bits a packed number has. Raises InputError where words are not filled with such numbers."""
+    weights = _weight_settings(quantised, quantisation(quantised))
+    bits: int = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8))
+    return bits
 
 
 def _weight_settings(quantised: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -101,13 +122,13 @@ def _weight_settings(quantised: Path, settings: Mapping[str, Any]) -> Mapping[st
             "modules that say the same of their weights",
         )  # fmt: skip
     strategy = first.get("strategy") or ("group" if first.get("group_size") else "tensor")
-    checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "block"))
+    checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "tensor_group", "block"))
     return {**first, "strategy": strategy}
 
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
     """The shape of a packed matrix, of which the last words may be filled up."""
-    found = part_of(stored, packed, f"{module}.weight_shape", (2,)).read()
+    found = part_of(stored, packed, f"{module}{SHAPE}", (2,)).read()
     rows, columns = (int(size) for size in found)
     if packed.dtype != np.int32 or packed.shape != (rows, -(-columns * bits // 32)):
         raise InputError(

@@ -20,7 +20,9 @@ from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_a
 from evojax_merge.checkpoints.awq import open_awq
 from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
+from evojax_merge.checkpoints.config_file import check_unquantised
 from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, local_path, open_folder, resolve
+from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
 from evojax_merge.checkpoints.gguf_file import (
     SUFFIX,
@@ -42,7 +44,7 @@ from evojax_merge.errors import InputError
 
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.
-VERSION = 2
+VERSION = 3
 # (where, reference, the folder that relative paths start in) -> the file or folder of a model.
 Find = Callable[[object, str, Path], Path]
 NOTHING: Mapping[str, Path] = MappingProxyType({})
@@ -75,8 +77,11 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
     "awq": open_awq,
     "bitsandbytes": open_bitsandbytes,
     "compressed-tensors": open_compressed_tensors,
+    "fbgemm_fp8": open_fp8,
     "fp8": open_fp8,
     "gptq": open_gptq,
+    "modelopt": open_modelopt,
+    "mxfp4": open_mxfp4,
 }
 # (the folder that stands for the model, what its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
@@ -210,11 +215,16 @@ def _link(files: Mapping[str, str], folder: Path) -> None:
 
 
 def _as_folder(found: Path) -> Path:
-    """The folder that stands for a GGUF file or a quantised folder; of another folder the folder itself."""
+    """The folder that stands for a GGUF file or a quantised folder; of another folder the folder itself. Raises
+    InputError for a quantisation that is not known."""
     if found.is_file() and found.suffix == SUFFIX:
         return _of_gguf(found)
     method = quantisation(found).get("quant_method")
-    return _of_quantised(found, method) if isinstance(method, str) and method in QUANTISED else found
+    if isinstance(method, str) and method in QUANTISED:
+        return _of_quantised(found, method)
+    # Before its tensors are looked at, which may be of dtypes that only its method explains.
+    check_unquantised(found / "config.json", read_json_object(found / "config.json", missing={}))
+    return found
 
 
 def _of_quantised(found: Path, method: str) -> Path:

@@ -1,20 +1,32 @@
-"""FP8 checkpoints with a scale for each block of a matrix, as DeepSeek-V3 was published, dequantised as they are read.
+"""FP8 checkpoints, dequantised as they are read: a weight `w float8_e4m3[out, in]` with scales in a second tensor, of
+which every value belongs to a block of n x m weights. The weight is `w · scale`.
 
-A weight `w float8_e4m3[out, in]` has a second tensor, `weight_scale_inv float32[out / n, in / m]`, of which every value
-belongs to a block of n x m weights: the weight is `w · scale` (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
+A block may be all of the matrix (`weight_scale`, one value; transformers and Mistral call it `weight_scale_inv`), the
+weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_block_size` says (`weight_scale_inv
+[out / n, in / m]`, as DeepSeek-V3 was published; DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, Folder, open_folder
-from evojax_merge.checkpoints.quantised import FP8, KEYS, QuantisedTensor, dequantised_dtype, quantisation
+from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
+from evojax_merge.checkpoints.quantised import (
+    FP8,
+    KEYS,
+    OF_ACTIVATIONS,
+    WITH_FP8,
+    QuantisedTensor,
+    check_dequantised,
+    dequantised_dtype,
+    quantisation,
+)
 from evojax_merge.errors import InputError, shown
 
-SCALE = "_scale_inv"
+SCALES = ("_scale_inv", "_scale")
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class BlockScales:
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         weight, scale = (part.astype(np.float32) for part in parts)
+        scale = scale.reshape(-(-weight.shape[0] // self.rows), -1)
         scales = np.repeat(np.repeat(scale, self.rows, axis=0), self.columns, axis=1)
         return weight * scales[: weight.shape[0], : weight.shape[1]]
 
@@ -33,21 +46,50 @@ class BlockScales:
 def open_fp8(path: Path, quantised: Path) -> Folder:
     """The dequantised model of an FP8 folder, as a folder at `path`. Raises InputError for a block that is none, and
     for a weight without the scales that its shape needs."""
-    block = quantisation(quantised).get("weight_block_size")
+    block = _block(quantised, quantisation(quantised).get("weight_block_size"))
+    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
+    return Folder(path, scaled_matrices(stored, block, dtype))
+
+
+def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None, dtype: np.dtype) -> dict[str, Tensor]:
+    """The tensors of a folder, with matrices of FP8 as what they mean. block: the rows and columns that have a scale in
+    common; None: those of a matrix or of an output, as each matrix's scales say by their shape."""
+    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
+    for name in [name for name, tensor in entries.items() if tensor.dtype == FP8 and not name.endswith(SCALES)]:
+        weight = entries[name]
+        scale = next((entries.pop(f"{name}{end}") for end in SCALES if f"{name}{end}" in entries), None)
+        entries[name] = QuantisedTensor(dtype, weight.shape, *_scaled(name, weight, scale, block))
+    check_dequantised(entries, "weight_scale")
+    return entries
+
+
+def _scaled(
+    name: str, weight: Tensor, scale: Tensor | None, block: tuple[int, int] | None
+) -> tuple[tuple[Tensor, ...], BlockScales]:
+    """The parts of a matrix and their formula. Raises InputError where they do not fit each other."""
+    if len(weight.shape) != 2:
+        raise InputError(weight.file, f"{name} is quantised (F8_E4M3), {list(weight.shape)}; expected matrices")
+    rows, columns = weight.shape
+    if block is not None:
+        grid = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
+        shapes, words = {grid: block}, f"the scales of its blocks, {list(grid)}"
+    else:
+        of_outputs, of_all = (1, columns), (rows, columns)
+        shapes = {(rows,): of_outputs, (rows, 1): of_outputs, (): of_all, (1,): of_all, (1, 1): of_all}
+        words = f"one scale, or one for each output, {[rows, 1]}"
+    if scale is None or scale.shape not in shapes:
+        found = "no such tensor" if scale is None else str(list(scale.shape))
+        end = SCALES[0] if block is not None else SCALES[1]
+        raise InputError(weight.file, f"{name} is quantised (F8_E4M3): found {found} for {name}{end}; expected {words}")
+    return (weight, scale), BlockScales(*shapes[scale.shape])
+
+
+def _block(quantised: Path, block: Any) -> tuple[int, int] | None:
+    """What a folder's config says of blocks, which may be nothing."""
+    if block is None:
+        return None
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
         raise InputError(
-            quantised / "config.json", f"{KEYS[0]}.weight_block_size: {shown(block)}; expected [rows, columns]"
+            quantised / "config.json", f"{KEYS[0]}.weight_block_size: {shown(block)}; expected [rows, columns], or null"
         )
-    dtype = dequantised_dtype(quantised, "bfloat16")
-    entries = dict(open_folder(quantised, DTYPES | {"F8_E4M3": FP8}).entries)
-    for name in [name for name, tensor in entries.items() if tensor.dtype == FP8]:
-        weight, scale = entries[name], entries.pop(f"{name}{SCALE}", None)
-        expected = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=False))
-        if scale is None or scale.shape != expected or len(weight.shape) != len(block):
-            found = "no such tensor" if scale is None else str(list(scale.shape))
-            raise InputError(
-                weight.file, f"{name} is quantised (F8_E4M3): found {found} for {name}{SCALE}; expected the scales of "
-                f"its blocks, {list(expected)}",
-            )  # fmt: skip
-        entries[name] = QuantisedTensor(dtype, weight.shape, (weight, scale), BlockScales(*block))
-    return Folder(path, entries)
+    return block[0], block[1]

@@ -12,15 +12,23 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from evojax_merge.checkpoints.folder import FLOAT_DTYPES, MappedFile, Tensor, Whole
+from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, MappedFile, Tensor, Whole
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 
 # Where config.json says how a checkpoint is quantised; the second is what compressed-tensors first called it.
 KEYS = ("quantization_config", "compression_config")
-# Where AutoGPTQ said it, before config.json did.
-GPTQ_FILE = "quantize_config.json"
+# Where other programs say it: AutoGPTQ, before config.json did, and NVIDIA's Model Optimizer, of the key that is named.
+OTHER_FILES = (("quantize_config.json", "gptq", None), ("hf_quant_config.json", "modelopt", "quantization"))
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+# A power of two alone, 2^(byte - 127).
+EXPONENT = np.dtype(ml_dtypes.float8_e8m0fnu)
+WITH_FP8 = DTYPES | {"F8_E4M3": FP8, "F8_E8M0": EXPONENT}
+# What says how activations and caches are quantised, and belongs to no weight.
+OF_ACTIVATIONS = (
+    ".activation_scale", ".input_global_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".k_scale",
+    ".kv_scale", ".output_scale", ".output_zero_point", ".q_scale", ".v_scale",
+)  # fmt: skip
 
 
 class Formula(Protocol):
@@ -68,8 +76,11 @@ def quantisation(path: Path) -> dict[str, Any]:
     """How a model folder says that its weights are quantised, `quant_method` included; empty where it does not."""
     config = read_json_object(path / "config.json", missing={})
     found = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
-    if found is None and config and (path / GPTQ_FILE).is_file():
-        found = {"quant_method": "gptq", **read_json_object(path / GPTQ_FILE, missing={})}
+    for name, method, key in OTHER_FILES if found is None and config else ():
+        if (path / name).is_file():
+            said = read_json_object(path / name, missing={})
+            settings = said if key is None else said.get(key)
+            return {"quant_method": method, **(settings if isinstance(settings, dict) else {})}
     return found or {}
 
 
@@ -133,17 +144,20 @@ def packed_matrices(stored: Mapping[str, Tensor], suffix: str) -> Iterator[tuple
 
 
 def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
-    """Raises InputError where a weight of eight bits is left, for which there was no `part`."""
+    """Raises InputError where a weight of eight bits, or of several numbers to a word, is left, for which there was no
+    `part`."""
     for name, tensor in entries.items():
-        if name.endswith(".weight") and tensor.dtype in (FP8, np.int8, np.uint8):
+        eight = name.endswith(".weight") and tensor.dtype in (FP8, np.int8, np.uint8)
+        if eight or name.endswith(".weight_packed"):
             raise InputError(tensor.file, f"{name} is quantised ({tensor.dtype}), and there is no {part} of it")
 
 
 def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
     """Small whole numbers that are kept several to a word, lowest bits first: `uint8`, with `words`' shape but for
-    `axis`, which is 32 / bits times as long. words: int32 of two axes; bits: 1, 2, 4 or 8."""
+    `axis`, which is as many times as long as a word has numbers. words: int32 or uint8 of two axes; bits: 1, 2, 4 or 8.
+    """
     # The lowest byte of a word comes first in the file, whatever the machine.
-    rows = np.moveaxis(words, axis, -1)
-    octets = np.ascontiguousarray(rows).astype("<i4", copy=False).view(np.uint8)
+    rows = np.ascontiguousarray(np.moveaxis(words, axis, -1))
+    octets = rows.astype(rows.dtype.newbyteorder("<"), copy=False).view(np.uint8)
     parts = octets[..., None] >> np.arange(0, 8, bits, dtype=np.uint8) & np.uint8(2**bits - 1)
     return np.moveaxis(parts.reshape(len(rows), -1), -1, axis)

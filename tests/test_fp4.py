@@ -1,0 +1,168 @@
+"""Checkpoints of four-bit floats as models: packed here as their formats say, number by number, and read back."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import edit_json, random_model, save, state, tiny_config
+from safetensors import torch as torch_files
+from safetensors.numpy import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from evojax_merge.checkpoints.derived import open_model, resolve_model
+from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.errors import InputError
+
+# E2M1's magnitudes, in the order of the codes; a code from 8 on is the negative of that eight below.
+MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def value(code: int) -> float:
+    return MAGNITUDES[code % 8] * (-1 if code >= 8 else 1)
+
+
+def quantise(shape: tuple[int, int], group: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes at random, two to a byte, the scales of groups, and the weight that they mean."""
+    codes = rng.integers(0, 16, shape)
+    packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).astype(np.uint8)
+    if group == 16:
+        kept = rng.uniform(1, 400, (shape[0], shape[1] // group)).astype(ml_dtypes.float8_e4m3fn)
+        scales = kept.astype(np.float64)
+    else:
+        kept = rng.integers(118, 128, (shape[0], shape[1] // group)).astype(np.uint8)
+        scales = 2.0 ** (kept.astype(np.float64) - 127)
+    values = [[value(code) * scales[o, i // group] for i, code in enumerate(row)] for o, row in enumerate(codes)]
+    return packed, kept, np.array(values)
+
+
+def compressed(how: str, strategy: str, group: int) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": strategy, "group_size": group}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": how}}
+    return {"quant_method": "compressed-tensors", "format": how, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+FORMATS = {
+    "NVFP4": compressed("nvfp4-pack-quantized", "tensor_group", 16),
+    "MXFP4": compressed("mxfp4-pack-quantized", "group", 32),
+    "NVFP4 of Model Optimizer": {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(hidden_size=64, intermediate_size=96, num_hidden_layers=1, tie_word_embeddings=True)
+    return save(random_model(config), tmp_path_factory.mktemp("fp4") / "base")
+
+
+def quantised(base: Path, folder: Path, case: str) -> dict[str, np.ndarray]:
+    """A copy of a model with its linear modules quantised at random, and the values that their weights have then."""
+    shutil.copytree(base, folder)
+    tensors, values, rng = load_file(base / "model.safetensors"), {}, np.random.default_rng(0)
+    for name in [name for name in tensors if "proj" in name]:
+        codes, scales, meant = quantise(tensors.pop(name).shape, 32 if case == "MXFP4" else 16, rng)
+        outer = rng.uniform(1000, 3000, 1).astype(np.float32)
+        module = name.removesuffix(".weight")
+        if case == "NVFP4 of Model Optimizer":
+            outer = (1 / outer).reshape(())
+            tensors |= {name: codes, f"{name}_scale": scales, f"{name}_scale_2": outer}
+            tensors |= {f"{module}.input_scale": outer, f"{module}.k_scale": outer}
+            values[name] = meant * float(outer)
+            continue
+        tensors |= {f"{name}_packed": codes, f"{name}_scale": scales}
+        if case == "NVFP4":
+            tensors |= {f"{name}_global_scale": outer, f"{module}.input_global_scale": outer}
+        values[name] = meant / float(outer[0]) if case == "NVFP4" else meant
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit_json(folder / "config.json", lambda config: config.update(dtype="float32"))
+    if case == "NVFP4 of Model Optimizer":
+        (folder / "hf_quant_config.json").write_text(json.dumps(FORMATS[case]))
+    else:
+        edit_json(folder / "config.json", lambda config: config.update(quantization_config=FORMATS[case]))
+    return values
+
+
+def merge(folder: Path, *models: Path) -> int:
+    rows = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
+    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
+    return run(lambda: cli.main(arguments, standalone_mode=False))
+
+
+@pytest.mark.parametrize("case", FORMATS)
+def test_weights_are_what_their_codes_mean(case: str, base: Path, tmp_path: Path) -> None:
+    values, plain = quantised(base, tmp_path / "q", case), state(base)
+    folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
+    assert set(folder.entries) == set(plain)
+    for name in plain:
+        found, expected = folder.read(name), values.get(name, plain[name])
+        assert found.dtype == np.float32 and folder.entries[name].shape == found.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8, err_msg=name)
+    assert merge(tmp_path, tmp_path / "q", base) == 0
+    merged, name = state(tmp_path / "out"), f"{NAME}.weight"
+    np.testing.assert_allclose(merged[name], (values[name] + plain[name]) / 2, rtol=1e-5, atol=1e-7)
+
+
+def test_experts_in_mxfp4_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    """As gpt-oss has them: transposed, beside tensors of other dtypes."""
+    rng, name = np.random.default_rng(0), "model.layers.0.mlp.experts.gate_up_proj"
+    blocks = rng.integers(0, 256, (3, 10, 2, 16)).astype(np.uint8)
+    scales = rng.integers(110, 130, (3, 10, 2)).astype(np.uint8)
+    bias = rng.normal(size=(3, 10)).astype(ml_dtypes.bfloat16)
+    save_file(
+        {f"{name}_blocks": blocks, f"{name}_scales": scales, f"{name}_bias": bias}, tmp_path / "model.safetensors"
+    )
+    settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config = {"model_type": "gpt_oss", "dtype": "bfloat16", "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = open_model(resolve_model("test", str(tmp_path), Path()))
+    assert set(folder.entries) == {name, f"{name}_bias"}
+    theirs = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales)).float().numpy()
+    assert folder.entries[name].shape == theirs.shape and folder.entries[name].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(folder.read(name).astype(np.float32), theirs)
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales[:2]}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"gate_up_proj_scales: found \[2, 10, 2\]; expected \[3, 10, 2\]"):
+        open_model(resolve_model("test", str(tmp_path), Path()))
+
+
+WRONG = {
+    "without scales": ("NVFP4", "weight_scale", None, ("weight_packed",)),
+    "without the scale of all": ("NVFP4", "weight_global_scale", None, ("weight_global_scale", "no such tensor")),
+    "scales of other groups": (
+        "MXFP4", "weight_scale", np.ones((96, 4), np.uint8), ("weight_scale", "found [96, 4]; expected [96, 2]"),
+    ),
+    "scales that are whole numbers": (
+        "MXFP4", "weight_scale", np.ones((96, 2), np.int32), ("weight_scale is int32", "eight bits"),
+    ),
+    "codes in words": ("MXFP4", "weight_packed", np.ones((96, 32), np.int32), ("weight_packed is int32", "uint8")),
+    "Model Optimizer's without the scale of all": (
+        "NVFP4 of Model Optimizer", "weight_scale_2", None, ("weight is quantised (uint8)",),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_dequantised_is_refused_by_name(
+    case: str, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind, part, changed, says = WRONG[case]
+    quantised(base, tmp_path / "q", kind)
+    file = tmp_path / "q" / "model.safetensors"
+    # By torch, which reads eight-bit floats.
+    tensors = torch_files.load_file(file)
+    del tensors[f"{NAME}.{part}"]
+    torch_files.save_file(tensors | ({} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}), file)
+    capfd.readouterr()
+    assert merge(tmp_path, tmp_path / "q") == WRONG_INPUT
+    line = capfd.readouterr().err
+    assert line.startswith("error: ") and line.count("\n") == 1, line
+    for text in (NAME, *says):
+        assert text in line, line
+    assert not (tmp_path / "out").exists()
