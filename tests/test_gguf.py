@@ -1,6 +1,8 @@
 """GGUF files as models: what transformers reads from them, and what is refused."""
 
 import io
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,22 @@ import pytest
 import sentencepiece
 import torch
 import yaml
-from helpers import load_torch, random_model, tiny_config
+from helpers import load_torch, random_model, state, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, Phi3Config
 
 from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import open_model, resolve_model
+from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import WRONG_INPUT, cli, run
 
 VOCAB = 320
 GEMMA = ("gemma2", "gemma3")
+# Mixtures of experts, by what transformers calls them; the architecture of Mixtral's files is that of Llama's.
+MIXTURES = {"mixtral": "mixtral", "early mixtral": "mixtral", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+EXPERTS = 3
 TEXT = "The quick brown fox jumps over 1234 lazy dogs, and the other foxes watch it. " * 8
 KIND = gguf.GGMLQuantizationType
 
@@ -54,17 +61,24 @@ def pairwise_rows(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write_gguf(
-    path: Path, family: str, kind: Any = KIND.F32, change: Callable[[dict[str, Any]], None] = lambda metadata: None
+    path: Path,
+    family: str,
+    kind: Any = KIND.F32,
+    change: Callable[[dict[str, Any]], None] = lambda metadata: None,
+    without: str = "",
 ) -> Any:
-    """A GGUF file of a random model, by the package's writer; the torch model."""
+    """A GGUF file of a random model, by the package's writer, which leaves out the tensor `without`; the torch model,
+    which is saved beside it as `written`."""
     sizes = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": family in ("llama", *GEMMA),
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}, "bos_token_id": 0, "eos_token_id": 1,
-        "pad_token_id": 1, **({"head_dim": 32} if family in ("qwen3", *GEMMA) else {}),
+        "pad_token_id": 1, **({"head_dim": 32} if family in ("qwen3", "qwen3moe", *GEMMA) else {}),
     }  # fmt: skip
-    config = gemma_config(family, sizes) if family in GEMMA else tiny_config(family, **sizes)
+    config = config_of(family, sizes)
     model, tokenizer = random_model(config), byte_level_tokenizer()
+    model.save_pretrained(path.parent / "written")
+    architecture = "llama" if "mixtral" in family else family.partition(",")[0]
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
     vocabulary += [f"<unused{i}>" for i in range(len(vocabulary), VOCAB)]
     metadata: dict[str, Any] = {
@@ -74,37 +88,108 @@ def write_gguf(
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps), "rope.freq_base": 5000.0,
         "attention.key_length": getattr(config, "head_dim", None) or 16,
     }  # fmt: skip
+    metadata |= own_metadata(family, config)
+    if family.startswith("phi3"):
+        del metadata["attention.key_length"]
     if family in GEMMA:
         metadata["attention.sliding_window"] = config.sliding_window
     if family == "gemma2":
         metadata |= {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0}
-    metadata = {f"{family}.{key}": value for key, value in metadata.items()} | {
+    metadata = {f"{architecture}.{key}": value for key, value in metadata.items()} | {
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": vocabulary,
         "tokenizer.ggml.merges": [" ".join(pair) for pair in _merges(tokenizer)],
         "tokenizer.ggml.token_type": [3, 3] + [1] * (VOCAB - 2), "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.padding_token_id": 1, "tokenizer.ggml.add_bos_token": True,
     }  # fmt: skip
     change(metadata)
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", family))
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", architecture))
     for key, value in metadata.items():
         _add(writer, key, value)
-    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[family], 2)
-    for name, values in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+    for name, values in file_tensors(family, architecture, config, state(path.parent / "written")).items():
+        used = kind_in_file(name, values, kind)
+        if name == without:
             continue
-        own = values.numpy()
-        if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            own = pairwise_rows(own, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        if family in GEMMA and name.endswith("norm.weight"):
-            own = own + 1
-        used = kind if own.ndim == 2 else KIND.F32
-        own = gguf.quantize(np.ascontiguousarray(own), used)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), own, raw_dtype=used)
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return model
+
+
+def kind_in_file(name: str, values: np.ndarray, kind: Any) -> Any:
+    """How llama.cpp keeps a tensor in a file of this kind: routers and vectors in float32."""
+    return KIND.F32 if values.ndim == 1 or "gate_inp" in name else kind
+
+
+def file_tensors(family: str, architecture: str, config: Any, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A model's tensors as llama.cpp has them: their names, order of rows, offsets of norms; all experts together."""
+    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[architecture], 2)
+    found: dict[str, np.ndarray] = {}
+    for name, own in sorted(tensors.items()):
+        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+            own = pairwise_rows(own, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
+        if family in GEMMA and name.endswith("norm.weight"):
+            own = own + 1
+        if name.endswith("shared_expert_gate.weight"):
+            own = own[0]
+        whole, expert, part = name.partition(".experts.")
+        number, _, part = part.partition(".")
+        called = names.get_name(f"{whole}{expert}{part}" if expert else name, (".weight", ".bias"))
+        if not expert:
+            found[called] = own
+        elif family == "early mixtral":
+            found[called.replace("_exps", f".{number}")] = own
+        else:
+            before = found.get(called)
+            found[called] = own[None] if before is None else np.concatenate([before, own[None]])
+    if getattr(config, "rope_parameters", {}).get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            factors = config.rope_parameters[f"{length}_factor"]
+            found[f"rope_factors_{length}.weight"] = np.array(factors, np.float32)
+    return found
+
+
+def own_metadata(family: str, config: Any) -> dict[str, Any]:
+    """What files of a mixture and of a Phi-3 say besides."""
+    if family in MIXTURES:
+        found = {"expert_count": EXPERTS, "expert_used_count": 2}
+        if family.startswith("qwen"):
+            found["expert_feed_forward_length"] = config.moe_intermediate_size
+        if family == "qwen2moe":
+            found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+        return found
+    if not family.startswith("phi3"):
+        return {}
+    context, original = config.max_position_embeddings, config.original_max_position_embeddings
+    found = {
+        "rope.dimension_count": 12, "rope.scaling.original_context_length": original,
+        "attention.sliding_window": config.sliding_window or 0,
+    }  # fmt: skip
+    if config.rope_parameters["rope_type"] == "longrope":
+        found["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(context / original) / math.log(original))
+    return found
+
+
+def config_of(family: str, sizes: dict[str, Any]) -> Any:
+    if family in GEMMA:
+        return gemma_config(family, sizes)
+    if family in MIXTURES:
+        key = "num_local_experts" if "mixtral" in family else "num_experts"
+        widths = {} if "mixtral" in family else {"moe_intermediate_size": 32}
+        widths |= {"shared_expert_intermediate_size": 96} if family == "qwen2moe" else {}
+        norms = {"norm_topk_prob": False} if family == "qwen2moe" else {}
+        return tiny_config(MIXTURES[family], **sizes, **widths, **norms, **{key: EXPERTS})
+    if family.startswith("phi3"):
+        rng, long = np.random.default_rng(0), family.endswith("long")
+        factors = {f"{length}_factor": rng.uniform(1, 9, 6).tolist() for length in ("long", "short")}
+        rope = sizes["rope_parameters"] | {"partial_rotary_factor": 0.75}
+        rope |= {"rope_type": "longrope", "original_max_position_embeddings": 40, **factors} if long else {}
+        return Phi3Config(
+            **sizes | {"rope_parameters": rope}, max_position_embeddings=160, sliding_window=None if long else 33,
+            original_max_position_embeddings=40,
+        )  # fmt: skip
+    return tiny_config(family, **sizes)
 
 
 def gemma_config(family: str, sizes: dict[str, Any]) -> Any:
@@ -136,19 +221,23 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", *GEMMA])
-@pytest.mark.parametrize("kind", [KIND.F32, KIND.BF16, KIND.Q8_0])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *itertools.product(["llama", "qwen2", "qwen3", *GEMMA], [KIND.F32, KIND.BF16, KIND.Q8_0]),
+        *itertools.product([*MIXTURES, "phi3", "phi3, long"], [KIND.BF16, KIND.Q8_0]),
+    ],
+)
 def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_path: Path) -> None:
-    written = write_gguf(tmp_path / "tiny.gguf", family, kind)
+    write_gguf(tmp_path / "tiny.gguf", family, kind)
     path = resolve_model("test", str(tmp_path / "tiny.gguf"), Path())
     sources, config = open_sources([path])
-    expected = {name: values.numpy() for name, values in written.state_dict().items()}
-    if config.head_is_embedding:
-        del expected["lm_head.weight"]
-    folder = sources.folders[0]
+    expected, folder = state(tmp_path / "written"), sources.folders[0]
     assert set(folder.entries) == set(expected)
     for name, values in expected.items():
-        own, used = folder.read(name), kind if values.ndim == 2 else KIND.F32
+        is_router = name.endswith(("mlp.gate.weight", "block_sparse_moe.gate.weight", "shared_expert_gate.weight"))
+        own, used = folder.read(name), kind if values.ndim == 2 and not is_router else KIND.F32
+        assert own.shape == values.shape
         assert own.dtype == (ml_dtypes.bfloat16 if used == KIND.BF16 else np.float32)
         # Rows are quantised one by one, so that their order does not matter.
         rounded = gguf.dequantize(gguf.quantize(values, used), used)
@@ -156,17 +245,23 @@ def test_a_gguf_file_is_the_model_that_was_written(family: str, kind: Any, tmp_p
         atol = 2**-23 if family in GEMMA and values.ndim == 1 else 0
         np.testing.assert_allclose(own.astype(np.float32), rounded, rtol=0, atol=atol, err_msg=name)
     # The config that was made of the file means the model that was written into it.
-    written.config.save_pretrained(tmp_path / "written")
     assert config == decoder_config(tmp_path / "written" / "config.json")
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", *GEMMA])
+@pytest.mark.parametrize("family", ["llama", "qwen2", *GEMMA, "qwen2moe", "qwen3moe", "phi3"])
 def test_transformers_reads_the_same_weights(family: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", family, KIND.Q8_0)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32).state_dict()
+    # It does not read the widths of experts.
+    own = {"config": AutoConfig.from_pretrained(tmp_path / "written")} if family in MIXTURES else {}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32, **own)
+    # What it has dequantised it would not write.
+    theirs.hf_quantizer = None
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = decoder_of(open_folder(tmp_path / "theirs"))
     folder = open_model(resolve_model("test", str(tmp_path / "tiny.gguf"), Path()))
+    assert set(folder.entries) == set(expected.entries)
     for name in folder.entries:
-        np.testing.assert_array_equal(folder.read(name), theirs[name].numpy(), err_msg=name)
+        np.testing.assert_array_equal(folder.read(name), expected.read(name), err_msg=name)
 
 
 def test_its_tokenizer_is_the_one_that_the_file_was_written_with(tmp_path: Path) -> None:
@@ -286,8 +381,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a truncated header": (lambda path: path.write_bytes(b"GGUF\3\0\0\0" + b"\1" * 40), ("damaged or truncated",)),
     "no gguf": (lambda path: path.write_bytes(b"text" * 100), ("not a GGUF file",)),
     "an empty file": (lambda path: path.write_bytes(b""), ("not a GGUF file",)),
-    "a mixture of experts": (
-        lambda path: write_gguf(path, "llama", change=change(llama__expert_count=8)), ("expert_count",),
+    "experts that it does not have": (
+        lambda path: write_gguf(path, "llama", change=change(llama__expert_count=8, llama__expert_used_count=2)),
+        ("has no tensor blk.0.ffn_gate_inp.weight",),
+    ),
+    "experts of an architecture without": (
+        lambda path: write_gguf(path, "qwen2", change=change(qwen2__expert_count=8)), ("qwen2.expert_count",),
+    ),
+    "more experts than it has": (
+        lambda path: write_gguf(path, "qwen3moe", change=change(qwen3moe__expert_count=4)),
+        ("ffn_gate_exps.weight has shape [3, 32, 64]", "[4, 32, 64]"),
+    ),
+    "half of LongRoPE": (
+        lambda path: write_gguf(path, "phi3, long", without="rope_factors_short.weight"),
+        ("has no tensor rope_factors_short.weight",),
     ),
     "more layers than it has": (
         lambda path: write_gguf(path, "llama", change=change(llama__block_count=3)), ("has no tensor blk.2.",),

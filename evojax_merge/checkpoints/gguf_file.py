@@ -18,7 +18,14 @@ from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, BytesOfFile, Folder, MappedFile
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
-from evojax_merge.models.architecture import find_architecture, tensors_of
+from evojax_merge.models.architecture import (
+    Leaf,
+    find_architecture,
+    tensor_grid,
+    tensor_shape,
+    tensors_of,
+)
+from evojax_merge.models.config import DecoderConfig
 
 SUFFIX = ".gguf"
 # In the folder that stands for a GGUF file: where its tensors lie. A large vocabulary takes many seconds to walk past.
@@ -26,6 +33,12 @@ TENSORS = "evojax_merge_tensors.json"
 # The RoPE scalings of Llama 3.1 and 3.2, which GGUF keeps as a tensor of factors: all else than `factor` is the same.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3_FACTORS = (8.0, 32.0)
+# In the names of routers and of the gates of shared experts, which files keep in float32 beside whatever matrices.
+ROUTER = ".ffn_gate_inp"
+# What LongRoPE divides the frequencies by, beyond the length of the first training and up to it.
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+# What files hold for the positions, which a Hugging Face model has in its config.
+OF_POSITIONS = ("rope_freqs.weight", LONG_FACTORS, SHORT_FACTORS)
 
 
 @dataclass(frozen=True)
@@ -33,21 +46,32 @@ class Family:
     """What a GGUF architecture is in Hugging Face's words. interleaved: rows of the query and key projections are kept
     in pairs (see `halves_apart`); norm_offset: how much more than Hugging Face's the norms' weights are; large: the
     number of layers of the model whose queries are scaled by the hidden size for each head (of Gemma, of which the file
-    does not say it; see llama.cpp's `f_attention_scale`)."""
+    does not say it; see llama.cpp's `f_attention_scale`); long_rope: positions may be LongRoPE's, and of a part of each
+    head, of `rope.dimension_count` entries; experts_key: of a mixture what its config calls the number of experts;
+    weights_sum_to_one: whether the weights of a token's experts do, where its config says so (llama.cpp knows it by the
+    architecture)."""
 
     model_type: str
     interleaved: bool = False
     norm_offset: float = 0.0
     large: int = 0
+    long_rope: bool = False
+    experts_key: str = ""
+    weights_sum_to_one: bool | None = None
 
 
 FAMILIES = {
     "gemma2": Family("gemma2", norm_offset=1.0, large=46),
     "gemma3": Family("gemma3_text", norm_offset=1.0, large=62),
     "llama": Family("llama", interleaved=True),
+    "phi3": Family("phi3", long_rope=True),
     "qwen2": Family("qwen2"),
+    "qwen2moe": Family("qwen2_moe", experts_key="num_experts", weights_sum_to_one=False),
     "qwen3": Family("qwen3"),
+    "qwen3moe": Family("qwen3_moe", experts_key="num_experts", weights_sum_to_one=True),
 }
+# What a Llama with experts is.
+MIXTRAL = Family("mixtral", interleaved=True, experts_key="num_local_experts")
 # The frequencies of Gemma 3's layers with a sliding window, and which layers these are: all but every sixth.
 LOCAL_THETA, WINDOW_PATTERN = 10_000.0, 6
 
@@ -87,13 +111,20 @@ class GgufFile:
     tensors: Mapping[str, GgufTensor]
 
     @property
-    def family(self) -> str:
+    def architecture(self) -> str:
+        """What llama.cpp calls its architecture."""
         return str(self.metadata["general.architecture"])
 
+    @property
+    def family(self) -> Family:
+        if self.architecture == "llama" and self.metadata.get("llama.expert_count"):
+            return MIXTRAL
+        return FAMILIES[self.architecture]
+
     def value(self, key: str, kind: type, default: Any = None) -> Any:
-        """The metadata of a key, behind the family's name where it begins with a dot. Raises InputError where it is
-        missing and has no default, or is of another kind."""
-        name = f"{self.family}{key}" if key.startswith(".") else key
+        """The metadata of a key, behind the architecture's name where it begins with a dot. Raises InputError where it
+        is missing and has no default, or is of another kind."""
+        name = f"{self.architecture}{key}" if key.startswith(".") else key
         found = self.metadata.get(name, default)
         if found is None:
             raise InputError(self.path, f"{name}: missing; expected {kind.__name__} for this architecture")
@@ -123,16 +154,17 @@ def read_gguf(path: Path) -> GgufFile:
     family = metadata.get("general.architecture")
     if family not in FAMILIES:
         raise InputError(path, f"general.architecture: {shown(family)}; expected one of {', '.join(FAMILIES)}")
-    kinds = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
-    kind_of = gguf.GGMLQuantizationType
+    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1 and ROUTER not in tensor.name]
+    kinds = {tensor.tensor_type for tensor in matrices}
+    kind_of, single = gguf.GGMLQuantizationType, np.dtype(np.float32)
     # One dtype for all matrices: what is quantised is a product and a sum of halves that no shorter float holds.
     halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
-    dtype = halves.get(next(iter(kinds)), np.dtype(np.float32)) if len(kinds) == 1 else np.dtype(np.float32)
+    dtype = halves.get(next(iter(kinds)), single) if len(kinds) == 1 else single
     mapped, tensors = MappedFile(path), {}
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         start = int(tensor.data_offset)
-        own = dtype if len(shape) > 1 else np.dtype(np.float32)
+        own = dtype if len(shape) > 1 and ROUTER not in tensor.name else single
         tensors[tensor.name] = GgufTensor(
             mapped, own, shape, start, start + int(tensor.n_bytes), int(tensor.tensor_type)
         )
@@ -147,14 +179,15 @@ def write_config(file: GgufFile, folder: Path) -> None:
     """Write config.json and generation_config.json. Raises InputError for what the family's config cannot say."""
     import transformers
 
-    architecture = find_architecture(FAMILIES[file.family].model_type)
+    family = file.family
+    architecture = find_architecture(family.model_type)
     assert architecture.config_class is not None
-    if file.metadata.get(f"{file.family}.expert_count"):
-        raise InputError(file.path, f"{file.family}.expert_count: a mixture of experts is not supported")
+    if file.metadata.get(f"{file.architecture}.expert_count") and not family.experts_key:
+        raise InputError(file.path, f"{file.architecture}.expert_count: expected no experts in this architecture")
     hidden, heads = file.value(".embedding_length", int), file.value(".attention.head_count", int)
-    head_dim = file.value(
-        ".attention.key_length", int, file.value(".rope.dimension_count", int, hidden // max(heads, 1))
-    )
+    per_head = hidden // max(heads, 1)
+    rotated = per_head if family.long_rope else file.value(".rope.dimension_count", int, per_head)
+    head_dim = file.value(".attention.key_length", int, rotated)
     names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     ends = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
     ends = {key: value for key, value in ends.items() if value is not None}
@@ -173,12 +206,20 @@ def write_config(file: GgufFile, folder: Path) -> None:
         "max_position_embeddings": file.value(".context_length", int),
         # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
         "rms_norm_eps": float(str(np.float32(file.value(".attention.layer_norm_rms_epsilon", float)))),
-        "rope_parameters": _rope_parameters(file, head_dim),
+        "rope_parameters": (_phi_rope if family.long_rope else _rope_parameters)(file, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": str(embedding.dtype),
     }
-    if FAMILIES[file.family].norm_offset:
+    if family.norm_offset:
         values |= _gemma_settings(file, values)
+    if family.experts_key:
+        values |= _mixture_settings(file)
+    if family.long_rope:
+        values |= {
+            "original_max_position_embeddings": _first_length(file),
+            # 0 where there is no window.
+            "sliding_window": file.value(".attention.sliding_window", int, 0) or None,
+        }
     biased = "blk.0.attn_q.bias" in file.tensors
     if "attention_bias" in architecture.keys and biased:
         values["attention_bias"] = True
@@ -194,7 +235,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
 def _gemma_settings(file: GgufFile, common: Mapping[str, Any]) -> dict[str, Any]:
     """What a Gemma's config says besides, and otherwise than those of other families. Soft caps and windows that the
     file does not name are those of the config's class."""
-    is_large = common["num_hidden_layers"] == FAMILIES[file.family].large
+    is_large = common["num_hidden_layers"] == file.family.large
     per_head = common["hidden_size"] // max(common["num_attention_heads"], 1)
     values: dict[str, Any] = {"query_pre_attn_scalar": per_head if is_large else common["head_dim"]}
     keys = {
@@ -203,14 +244,33 @@ def _gemma_settings(file: GgufFile, common: Mapping[str, Any]) -> dict[str, Any]
         "sliding_window": (".attention.sliding_window", int),
     }
     for name, (key, kind) in keys.items():
-        if f"{file.family}{key}" in file.metadata:
+        if f"{file.architecture}{key}" in file.metadata:
             values[name] = file.value(key, kind)
-    if file.family == "gemma3":
+    if file.architecture == "gemma3":
         pattern = file.value(".attention.sliding_window_pattern", int, WINDOW_PATTERN)
         kinds = ("sliding_attention", "full_attention")
         values["layer_types"] = [kinds[(i + 1) % pattern == 0] for i in range(common["num_hidden_layers"])]
         local = {"rope_type": "default", "rope_theta": file.value(".rope.freq_base_swa", float, LOCAL_THETA)}
         values["rope_parameters"] = {"full_attention": common["rope_parameters"], "sliding_attention": local}
+    return values
+
+
+def _mixture_settings(file: GgufFile) -> dict[str, Any]:
+    """What a mixture's config says besides. Widths that older files do not name are those of their tensors."""
+    family = file.family
+    values: dict[str, Any] = {
+        family.experts_key: file.value(".expert_count", int),
+        "num_experts_per_tok": file.value(".expert_used_count", int),
+    }
+    if family.weights_sum_to_one is None:
+        return values
+    own, shared = (file.tensors.get(f"blk.0.ffn_gate_{kind}.weight") for kind in ("exps", "shexp"))
+    width = own.shape[-2] if own is not None and len(own.shape) == 3 else None
+    values["moe_intermediate_size"] = file.value(".expert_feed_forward_length", int, width)
+    values["norm_topk_prob"] = file.value(".expert_weights_norm", bool, family.weights_sum_to_one)
+    if shared is not None:
+        key = ".expert_shared_feed_forward_length"
+        values["shared_expert_intermediate_size"] = file.value(key, int, shared.shape[0])
     return values
 
 
@@ -229,11 +289,43 @@ def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": theta}
     if scaling not in ("linear", "yarn"):
-        raise InputError(file.path, f"{file.family}.rope.scaling.type: {shown(scaling)}; expected none, linear or yarn")
+        raise InputError(
+            file.path, f"{file.architecture}.rope.scaling.type: {shown(scaling)}; expected none, linear or yarn"
+        )
     rope = {"rope_type": scaling, "rope_theta": theta, "factor": file.value(".rope.scaling.factor", float)}
     if scaling == "yarn":
         rope["original_max_position_embeddings"] = file.value(".rope.scaling.original_context_length", int)
     return rope
+
+
+def _first_length(file: GgufFile) -> int:
+    """The length of the texts that a model was first trained on."""
+    return file.value(".rope.scaling.original_context_length", int, file.value(".context_length", int))
+
+
+def _phi_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    """RoPE of a part of each head, or LongRoPE, whose factors lie in tensors, float32."""
+    scaling = file.value(".rope.scaling.type", str, "none")
+    if scaling not in ("none", "longrope"):
+        raise InputError(file.path, f"phi3.rope.scaling.type: {shown(scaling)}; expected none or longrope")
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": file.value(".rope.freq_base", float, 10000.0),
+        "partial_rotary_factor": file.value(".rope.dimension_count", int, head_dim) / max(head_dim, 1),
+    }
+    found = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    missing = [name for name in found.values() if name not in file.tensors]
+    if len(missing) == len(found):
+        return rope
+    if missing:
+        raise InputError(file.path, f"has no tensor {missing[0]}; expected LongRoPE's factors, long and short")
+    context, original = file.value(".context_length", int), _first_length(file)
+    rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    rope |= {key: file.tensors[name].read().tolist() for key, name in found.items()}
+    # What the lengths say already is left to them: the file's is rounded.
+    stretched = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
+    told = file.value(".rope.scaling.attn_factor", float, stretched)
+    return rope if math.isclose(told, stretched, rel_tol=1e-6) else rope | {"attention_factor": told}
 
 
 def _llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
@@ -324,6 +416,8 @@ def _word_splits() -> dict[str, list[Any]]:
         "gpt-2": [plain],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), plain],
         "qwen2": by_pattern(PRETOKENIZE_REGEX),
+        # Phi-4's vocabulary is of the same words as Llama 3's.
+        "dbrx": by_pattern(TikTokenConverter().pattern),
         "llama-bpe": by_pattern(TikTokenConverter().pattern),
     }
 
@@ -369,7 +463,8 @@ def _begin_with(backend: Any, token: str) -> None:
 
 
 def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
-    """The tensors by Hugging Face's names, in the file's order. config: the config.json that was made of the file.
+    """The tensors by Hugging Face's names, in the file's order; of tensors of all experts each one's part. config: the
+    config.json that was made of the file.
 
     Raises InputError where the model lacks one, or has one that its family does not have.
     """
@@ -379,31 +474,61 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
         decoder = decoder_config(config)
     except InputError as error:
         raise InputError(file.path, error.what) from None
-    names = gguf.get_tensor_name_map(numbers[file.family], decoder.layers)
-    own = {names.get_name(name, try_suffixes=(".weight", ".bias")): name for name, _, _ in tensors_of(decoder)}
-    missing = [name for name in own if name not in file.tensors]
+    names = gguf.get_tensor_name_map(numbers[file.architecture], decoder.layers)
+    leaves = {name: leaf for name, leaf, _ in tensors_of(decoder)}
+    places = {name: _place_in_file(file, names, name, leaf, place) for name, leaf, place in tensors_of(decoder)}
+    missing = [(own, name) for name, (own, _) in places.items() if own not in file.tensors]
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise InputError(file.path, f"has no tensor {missing[0]} ({own[missing[0]]}){more}")
-    extra = [name for name in file.tensors if name not in own and name != "rope_freqs.weight"]
+        raise InputError(file.path, f"has no tensor {missing[0][0]} ({missing[0][1]}){more}")
+    used = {own for own, _ in places.values()}
+    extra = [name for name in file.tensors if name not in used and name not in OF_POSITIONS]
     if extra:
         raise InputError(file.path, f"holds a tensor that its architecture does not have: {extra[0]}")
-    for name in own:
-        _check_kind(file, name)
+    for own in used:
+        _check_kind(file, own)
+    found = {name: _named(file, decoder, leaf, name, places[name]) for name, leaf in leaves.items()}
+    return dict(sorted(found.items(), key=lambda row: row[1].start))
+
+
+def _place_in_file(file: GgufFile, names: Any, name: str, leaf: Leaf, place: tuple[int, ...]) -> tuple[str, int | None]:
+    """What the file calls a tensor, or the tensor of all experts that it is a part of, and of which expert. names: the
+    package's map of names."""
+    suffixes = (".weight", ".bias")
+    if not leaf.has_experts:
+        return names.get_name(name, try_suffixes=suffixes), None
+    _, expert = place
+    packed = names.get_name(name.replace(f".experts.{expert}.", ".experts."), try_suffixes=suffixes)
+    # Early files of Mixtral have a tensor for each expert.
+    alone = packed.replace("_exps.", f".{expert}.")
+    return (packed, expert) if packed in file.tensors or alone not in file.tensors else (alone, None)
+
+
+def _named(file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, place: tuple[str, int | None]) -> GgufTensor:
+    """The tensor of a place in the file, which is of a leaf and has a name in the model. Raises InputError where a
+    tensor of all experts has another shape than the config says."""
+    family, (own, expert) = file.family, place
+    tensor, shape = file.tensors[own], tensor_shape(decoder, leaf)
+    if expert is not None:
+        expected = (tensor_grid(decoder, leaf)[1], *shape)
+        if tensor.shape != expected:
+            raise InputError(
+                file.path, f"{own} has shape {list(tensor.shape)}; {file.architecture}.expert_count and the sizes of "
+                f"its layers say {list(expected)}",
+            )  # fmt: skip
+        nbytes = (tensor.stop - tensor.start) // expected[0]
+        start = tensor.start + expert * nbytes
+        tensor = replace(tensor, shape=shape, start=start, stop=start + nbytes)
+    elif shape == (1, *tensor.shape):
+        # llama.cpp leaves out axes of one entry where it quantises a file.
+        tensor = replace(tensor, shape=shape)
     heads = file.value(".attention.head_count", int)
     interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", int, heads)}
-    family = FAMILIES[file.family]
-    if not family.interleaved:
-        interleaved = {}
-    return {
-        own[name]: replace(
-            tensor,
-            heads=interleaved.get(name.split(".")[-2], 0),
-            offset=family.norm_offset if own[name].endswith("norm.weight") else 0.0,
-        )
-        for name, tensor in file.tensors.items()
-        if name in own
-    }
+    return replace(
+        tensor,
+        heads=interleaved.get(own.split(".")[-2], 0) if family.interleaved else 0,
+        offset=family.norm_offset if name.endswith("norm.weight") else 0.0,
+    )
 
 
 def _check_kind(file: GgufFile, name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config import LlamaLikeConfig, RopeConfig
@@ -137,8 +138,9 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
         theta=float(settings["rope_theta"]),
         original_max_position=original,
         attention_factor=float(settings.get("attention_factor") or stretched),
-        short_factors=tuple(map(float, settings["short_factor"])),
-        long_factors=tuple(map(float, settings["long_factor"])),
+        # As transformers computes with them, and as other files keep them.
+        short_factors=tuple(float(np.float32(one)) for one in settings["short_factor"]),
+        long_factors=tuple(float(np.float32(one)) for one in settings["long_factor"]),
     )
 
 
