@@ -1,6 +1,7 @@
 """Plans: what a search would take, on targets that are here and that are not."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family
+from helpers import Family, random_model, save, tiny_config
+from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
 from evojax_merge.checkpoints.abstract_bank import abstract_bank
 from evojax_merge.checkpoints.bank import load_bank
+from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_header_only
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.cli import cli, run
@@ -27,6 +30,7 @@ from evojax_merge.evaluation.targets import find_target, live_target
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.references import resolve_headers
 
 
 def document(family: Family, **changes: Any) -> dict[str, Any]:
@@ -310,6 +314,42 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
         shared = plan("8xh100", "--set", f"space.method={method}", "--set", "evaluation.model=8")
         assert shared["fits"] and shared["bank_bytes"] == pytest.approx(alone["bank_bytes"] / 8, rel=0.01)
     assert plan("v5p-8", "--set", "space.method=della")["fits"]
+
+
+@pytest.mark.parametrize(
+    "case", ["bitsandbytes, 4 bits, twice, in float32", "compressed-tensors, packed, zeros", "GPTQ", "FP8, as FBGEMM's"]
+)
+def test_quantised_models_are_planned_by_headers_alone(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes of packed matrices are those of the model that is here as a whole."""
+    from test_quantised import quantised
+
+    plain = save(random_model(tiny_config(num_key_value_heads=4, tie_word_embeddings=True)), tmp_path / "plain")
+    quantised(plain, tmp_path / "whole", case)
+    small = tmp_path / "snapshots" / "0123456789abcdef"
+    shutil.copytree(tmp_path / "whole", small, ignore=shutil.ignore_patterns("*.safetensors"))
+    raw = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    del header["__metadata__"]
+
+    def download(name: str, *, local_files_only: bool = False, **options: Any) -> str:
+        if local_files_only:
+            raise LocalEntryNotFoundError("not here")
+        return str(small)
+
+    found = SimpleNamespace(tensors={name: SimpleNamespace(**row) for name, row in header.items()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.parse_safetensors_file_metadata", lambda *_, **options: found)
+    folders = HeaderFolders(tmp_path / "headers")
+    by_headers = resolve_headers(folders, "parents", "owner/name", tmp_path)
+    whole = resolve_model("parents", str(tmp_path / "whole"), tmp_path)
+    assert folders.download_bytes == pytest.approx(len(raw), abs=2000)
+    entries = [
+        {name: (one.shape, one.dtype) for name, one in open_model(path).entries.items()} for path in (whole, by_headers)
+    ]
+    assert entries[0] == entries[1]
+    open_sources([by_headers, by_headers])
 
 
 def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
