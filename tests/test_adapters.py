@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 import evojax_merge as em
-from evojax_merge.checkpoints.adapters import ADAPTER_FILE
+from evojax_merge.checkpoints.adapters import ADAPTER_FILE, write_adapter
 from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_model
 from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.errors import InputError
@@ -331,12 +331,14 @@ def test_factors_are_those_of_the_singular_value_decomposition() -> None:
 
 
 def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe: Any) -> None:
-    """The adapter of a merge of one parent with its base."""
+    """The adapter of a merge of one parent with its base; its progress is told to the end."""
     models = [{"model": str(parent), "parameters": {"weight": 0.5}}]
     document = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, "dtype": "float32"}
     with prepare_stream(parse_stream(out.with_suffix(".yaml"), [document | recipe]), out) as stream_plan:
         prepare_adapter(stream_plan, rank)
-        write_as_adapter(stream_plan.result, out, rank=rank, card="")
+        told: list[int] = []
+        write_as_adapter(stream_plan.result, out, rank=rank, card="", progress=told.append)
+        assert sum(told) == stream_plan.result.nbytes
 
 
 GPT2_SIZES = {"n_embd": 24, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 64}
@@ -365,6 +367,26 @@ def test_adapters_of_other_layouts_are_what_peft_reads(kind: str, tmp_path: Path
         assert np.linalg.norm(values - half) < 0.7 * np.linalg.norm(half - start[name]) or np.array_equal(
             half, start[name]
         )
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_of_experts_fit_bases_that_have_them_packed(kind: str, tmp_path: Path) -> None:
+    """Files have the experts of a layer in one tensor, or each by itself; modules of adapters are an expert's."""
+    model = random_model(tiny_config(kind, num_hidden_layers=1))
+    plain, packed = save(model, tmp_path / "plain"), save(model, tmp_path / "packed", save_original_format=False)
+    start, rng = state(plain), np.random.default_rng(0)
+    adapted = [name for name in start if ".experts.1." in name or "q_proj" in name]
+    factors = {}
+    for name in adapted:
+        outputs, inputs = start[name].shape
+        factors[name] = rng.normal(size=(2, inputs)).astype("f4"), rng.normal(size=(outputs, 2)).astype("f4")
+    (tmp_path / "lora").mkdir()
+    write_adapter(tmp_path / "lora", str(plain), 2, factors, {}, ())
+    expected, found = (read(f"{base}+{tmp_path / 'lora'}") for base in (plain, packed))
+    assert len(adapted) == 4 and set(found) == set(expected) == set(start)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+        assert np.array_equal(values, start[name]) == (name not in adapted)
 
 
 def test_experts_that_do_not_differ_are_in_no_adapter(tmp_path: Path) -> None:
@@ -460,6 +482,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a module that the base lacks": (
         tensors(lambda own: own.update({Q.replace("q_proj", "qkv") + ".lora_A.weight": np.zeros((4, 48), "f4")})),
         (ADAPTER_FILE, "self_attn.qkv", "has no tensor"),
+    ),
+    "a misspelt module": (
+        tensors(lambda own: own.update({Q.replace("q_proj", "q_porj") + ".lora_A.weight": np.zeros((4, 48), "f4")})),
+        (ADAPTER_FILE, "self_attn.q_porj", "did you mean 'model.layers.0.self_attn.q_proj.weight'"),
     ),
     "half of an adapter": (tensors(lambda own: own.pop(f"{Q}.lora_B.weight")), (Q, "lora_B")),
     "a part that is not known": (

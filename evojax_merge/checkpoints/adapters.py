@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import HEAD, known_architecture
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -289,6 +289,9 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     tensors = _read_tensors(adapter)
     decoder = decoder_of(base)
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
+    # Of packed tensors, such as those of all experts, the parts: modules of an adapter are as small as these.
+    parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
+    base = Folder(base.path, {**decoder.other_modules, **parts_in_file})
     replaced: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -337,8 +340,10 @@ def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name
     candidates = (name, names.get(name), name.partition(".")[2])
     found = next((one for one in candidates if one is not None and one in base.entries), None)
     if found is None:
+        near = nearest(name, names.keys() | base.entries.keys())
+        hint = "" if near is None else f" (did you mean '{near}'?)"
         raise InputError(
-            tensor.file, f"{key}: the base {base.path} has no tensor {name}; expected an adapter of this base"
+            tensor.file, f"{key}: the base {base.path} has no tensor {name}{hint}; expected an adapter of this base"
         )
     architecture = known_architecture(base.config.get("model_type"))
     head = None if architecture is None else architecture.leaf(HEAD)

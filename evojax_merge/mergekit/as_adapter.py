@@ -142,6 +142,8 @@ def write_as_adapter(
     of_mixtures: set[str] = set()
     names = list(tensors)
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
+        # Other modules are the base's.
+        progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in names))
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
             leaf, own = leaves[tensors[name]], base.read(tensors[name])
             key = base.in_memory(tensors[name])
