@@ -1,5 +1,6 @@
 """Mixtures of experts: what experts compute, merges of every expert's tensors by themselves, and what files hold."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, edit_json, random_model, save, state, tiny_config
+from helpers import Family, build_family, daily, edit_json, random_model, save, state, tiny_config, write_lines
 from merge_kernels import METHODS
 from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
@@ -17,6 +18,7 @@ from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.config import SpaceConfig
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
@@ -239,14 +241,34 @@ def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_mixtures_of_other_numbers_of_experts_are_no_parents_of_one_merge(kind: str, tmp_path: Path) -> None:
+def test_mixtures_of_other_numbers_of_experts_are_no_parents_of_one_merge(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By either command, whether or not the experts are packed: a line that names a tensor, and nothing is written."""
     key = "num_local_experts" if kind == "mixtral" else "num_experts"
-    folders = [save(random_model(tiny_config(kind, **{key: count})), tmp_path / str(count)) for count in (4, 3)]
-    rows = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
-    with pytest.raises(InputError, match=r"3: does not hold the same tensors as .*4: .*experts\.3\."):
-        merge(tmp_path, {"merge_method": "linear", "models": rows})
-    with pytest.raises(InputError, match=r"3: (has no tensor .*experts|.* has shape)"):
-        open_sources(folders)
+    models = [random_model(tiny_config(kind, num_hidden_layers=1, **{key: count})) for count in (4, 3)]
+    four, three = (save(model, tmp_path / name) for model, name in zip(models, ("four", "three"), strict=True))
+    packed = save(models[1], tmp_path / "packed", save_original_format=False)
+    tasks = write_lines(tmp_path / "tasks.jsonl", [{"prompt": "w5", "target": "w6"}] * 4)
+    for parents in ((four, three), (three, four), (four, packed)):
+        rows = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in parents]
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": rows}))
+        search = {
+            "parents": [str(folder) for folder in parents],
+            "space": {"method": "linear"},
+            "tasks": [{"name": "text", "kind": "likelihood", "file": str(tasks), "heldout": 0.5}],
+        }
+        (tmp_path / "search.yaml").write_text(yaml.safe_dump(search))
+        for arguments in (
+            ["merge", tmp_path / "recipe.yaml", tmp_path / "out"],
+            ["search", tmp_path / "search.yaml", "--out", tmp_path / "out"],
+        ):
+            capfd.readouterr()
+            assert run(lambda args=arguments: cli.main([*map(str, args)], standalone_mode=False)) == WRONG_INPUT
+            line = capfd.readouterr().err
+            assert line.startswith("error: ") and line.count("\n") == 1, line
+            assert parents[1].name in line and re.search(r"model\.layers\.0\.\S+\.(experts\.\d|gate\.)", line), line
+            assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
