@@ -18,6 +18,7 @@ from merge_kernels import Method
 
 from evojax_merge import pipeline, plugins, stored_models
 from evojax_merge.checkpoints import bank as checkpoints_bank
+from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
@@ -219,6 +220,8 @@ class Evaluator:
         if parsed.stages is not None:
             raise InputError("config", "has stages, each with a space of its own; give one with space or data_flow")
         self._problem = build_problem(path, parsed)
+        for line in ignored_revisions((parsed.base, *parsed.parents, parsed.other_modules), path.parent):
+            warnings.warn(line, stacklevel=2)
         splits = self._problem.by_split(self._problem.batched_tasks())
         tasks = {"search": splits.full, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
@@ -294,7 +297,7 @@ def load_bank(
     named = [("base", base)] * has_base + [(f"parents[{k}]", parent) for k, parent in enumerate(parents)]
     paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
     sources, config = open_sources(paths)
-    for line in sources.warnings:
+    for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
         warnings.warn(line, stacklevel=2)
     with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))

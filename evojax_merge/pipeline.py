@@ -17,8 +17,7 @@ import jax
 
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
-from evojax_merge.checkpoints.derived import reference_to
-from evojax_merge.checkpoints.folder import ignored_revision
+from evojax_merge.checkpoints.derived import ignored_revisions, reference_to
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
@@ -268,14 +267,18 @@ def _run_chain(
 def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
-    named = [model for model in (problem.config.base, *problem.config.parents) if model is not None]
-    revisions = [ignored_revision(model, path.parent) for model in dict.fromkeys(named)]
-    _warn([f"{path}: {told}" for told in revisions if told is not None])
+    _warn(_of_revisions(path, problem.config))
     _warn(problem.sources.warnings)
     splits = problem.by_split(batched_tasks)
     examples = [*splits.full, *(splits.validation or []), *splits.heldout]
     _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
     _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout, problem.validation))
+
+
+def _of_revisions(path: Path, config: Config) -> list[str]:
+    """What to tell of revisions that a config names and that there are not."""
+    told = ignored_revisions((config.base, *config.parents, config.other_modules), path.parent)
+    return [f"{path}: {line}" for line in told]
 
 
 def _search_into(
@@ -422,6 +425,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
                 compiler = _compiler(target, config.evaluation.model)
                 tasks, minibatches = problem.batched_tasks(), problem.batched_minibatches()
                 plans.append(make_plan(problem, tasks, minibatches, folders.download_bytes, compiler))
+    _warn(_of_revisions(path, config))
     for number, one in enumerate(plans, start=1):
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from evojax_merge import plugins
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
+from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.parents import Sources, open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.config import Config, EvaluationConfig, TaskFile, parse
@@ -119,6 +120,8 @@ def score_models(
     """Score stored models, or runs' winners, on all examples. `on_scored` is given each model's scores."""
     tasks, settings = task_set.tasks, task_set.settings
     paths = [_model_folder(model) for model in models]
+    for line in ignored_revisions(models, Path.cwd()):
+        warn(line)
     for path in paths[1:]:
         # Whatever is wrong with a later model is found before the first is scored.
         _open_evaluator(path, tasks, settings)

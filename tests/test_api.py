@@ -139,6 +139,19 @@ def test_evaluate_gives_what_the_command_writes(family: Family, run: Path, tmp_p
     assert em.evaluate(run / "best" / "model", tasks(family))[0] == rows[1] | {"model": str(run / "best" / "model")}
 
 
+def test_revisions_of_folders_are_told(family: Family) -> None:
+    base, parents = f"{family.base}@v2", [str(parent) for parent in family.parents]
+    config = {"base": base, "parents": parents, "space": {"method": "ties"}, "tasks": tasks(family)[:1]}
+    uses = (
+        lambda: em.evaluate(base, tasks(family)),
+        lambda: em.load_bank([base, family.parents[0]], method="linear"),
+        lambda: em.Evaluator(config),
+    )
+    for use in uses:
+        with pytest.warns(UserWarning, match=r"@v2: .*base is a folder here, which has no revisions; v2 is ignored"):
+            use()
+
+
 def test_the_command_evaluates_runs(
     family: Family, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

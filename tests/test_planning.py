@@ -287,7 +287,7 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
 ) -> None:
     base, *parents = header_models(family, tmp_path, SEVEN_B, ("base", "a", "b", "c"))
     config, out = tmp_path / "config.yaml", tmp_path / "plan.json"
-    changes = {"base": str(base), "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
+    changes = {"base": f"{base}@v2", "parents": [str(parent) for parent in parents], "export_dtype": "bfloat16"}
     config.write_text(yaml.safe_dump(document(family, **changes)))
 
     def plan(target: str, *options: str, status: int = 0) -> dict[str, Any]:
@@ -307,6 +307,7 @@ def test_a_plan_for_7b_models_on_targets_that_are_not_here(
     assert della["bank_bytes"] == pytest.approx(101.4e9, rel=0.01) and not della["fits"]
     assert any("a method that stores no number per entry" in line for line in della["advice"])
     said = capfd.readouterr()
+    assert f"{base} is a folder here, which has no revisions; v2 is ignored" in said.err
     assert "does not fit: 10" in said.out and "the largest pass" in said.out
     (line,) = [line for line in said.err.splitlines() if "what would make it fit: evaluation.model: 2" in line]
     assert "config.yaml: does not fit: 10" in line

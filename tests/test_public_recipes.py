@@ -16,6 +16,7 @@ import yaml
 from helpers import edit_json, finetune, random_model, save, state, tiny_config
 from safetensors.torch import load_file, save_file
 
+from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import open_folder, resolve
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli, run
@@ -209,6 +210,13 @@ def test_a_revision_of_what_lies_here_is_told(models: Path, tmp_path: Path, capf
     merged(models, merged_equally, tmp_path / "out")
     said = " ".join(capfd.readouterr().err.split())
     assert "a@v2: a is a folder here, which has no revisions; v2 is ignored" in said and said.count("revisions") == 1
+
+
+def test_revisions_are_those_of_the_base_and_of_the_adapter(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(models / "a")
+    (tmp_path / "lora").mkdir()
+    told = ignored_revisions(["a@v2", None, "a@main", "owner/a@v2", "a@v2+lora@v3", "a"], tmp_path)
+    assert [line.partition(":")[0] for line in told] == ["a@v2", "lora@v3"]
 
 
 @pytest.mark.parametrize("strict", [True, False])

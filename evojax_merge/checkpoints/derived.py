@@ -9,7 +9,7 @@ else handles that folder like any other model's.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,15 @@ from evojax_merge.checkpoints.awq import open_awq
 from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
 from evojax_merge.checkpoints.config_file import check_unquantised
-from evojax_merge.checkpoints.folder import INDEX_FILE, SMALL_FILES, Folder, local_path, open_folder, resolve
+from evojax_merge.checkpoints.folder import (
+    INDEX_FILE,
+    SMALL_FILES,
+    Folder,
+    ignored_revision,
+    local_path,
+    open_folder,
+    resolve,
+)
 from evojax_merge.checkpoints.fp4 import open_modelopt, open_mxfp4
 from evojax_merge.checkpoints.fp8 import open_fp8
 from evojax_merge.checkpoints.gguf_file import (
@@ -175,6 +183,16 @@ def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[st
         return reference, None
     pairs = [(reference[:i], reference[i + 1 :]) for i in places]
     return max(pairs, key=lambda pair: sum(map(is_known, pair)))
+
+
+def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> list[str]:
+    """What to tell of references that name revisions of what lies here, a line each; see `ignored_revision`."""
+    named: dict[str, None] = {}
+    for reference in references:
+        parts = split_reference(reference or "", lambda name: local_path(name, relative_to) is not None)
+        named |= dict.fromkeys(part for part in parts if part)
+    told = (ignored_revision(part, relative_to) for part in named)
+    return [line for line in told if line is not None]
 
 
 def _check_one_adapter(where: object, names: Sequence[str], relative_to: Path) -> None:

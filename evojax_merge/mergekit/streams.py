@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.checkpoints.derived import split_reference
-from evojax_merge.checkpoints.folder import ignored_revision, local_path
+from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
+from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.errors import InputError, shown
 from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
 from evojax_merge.yaml_reader import load_documents
@@ -140,14 +140,10 @@ def stream_warnings(stream: RecipeStream) -> list[str]:
         for stage in stream.stages
         if (folder := local_path(stage.name, stream.path.parent)) is not None
     ]
-    named = dict.fromkeys(
-        (merge.where, model) for merge in (*(stage.recipe for stage in stream.stages), stream.result)
-        for model in merge.models
-    )  # fmt: skip
     revisions = [
-        f"{where}: {told}"
-        for where, model in named
-        if (told := ignored_revision(model, stream.path.parent)) is not None
+        f"{merge.where}: {told}"
+        for merge in (*(stage.recipe for stage in stream.stages), stream.result)
+        for told in ignored_revisions(merge.models, stream.path.parent)
     ]
     return unused + shadowed + revisions
 
