@@ -3,7 +3,7 @@ how it is evaluated, written and shown. Whatever depends on the kind is here; th
 alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,7 +175,10 @@ class PathCandidates:
         self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
     ) -> list[PathEvaluator]:
         bank = load_path_bank(self.sources, self.spec, decoders[0].compute_dtype, progress)
-        return [PathEvaluator(decoder, bank, self.space.max_length) for decoder in decoders]
+        return [
+            PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
+            for decoder in decoders
+        ]
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         """One path, as deep as the first parent."""

@@ -280,12 +280,22 @@ class EvaluationConfig(Section):
     `tokens_per_batch`: how many tokens of each go through a pass, at most (of prompts that are continued, four times
     as many); None: 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `model`: how many devices
     hold one bank. `compute_dtype`: auto: bfloat16 where all weights are and the devices multiply it natively, else
-    float32."""
+    float32. `final_compute_dtype`: of what chooses the winner and of the final table, and of `evaluate`; None: as
+    `compute_dtype`."""
 
     chunk: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
     tokens_per_batch: Whole | None = Field(None, ge=1, le=10_000_000)
     model: Whole = Field(1, ge=1, le=100_000)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    final_compute_dtype: Literal["float32", "bfloat16"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the key that a search can do without where it is not given: as in SearchConfig."""
+        document: dict[str, Any] = serialise(self)
+        if self.final_compute_dtype is None:
+            document.pop("final_compute_dtype")
+        return document
 
 
 class Config(Section):

@@ -312,7 +312,7 @@ def _search_into(
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         chosen_from = problem.batched_choice()
         parts = [*chosen_from, *minibatched]
-        opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say)
+        opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say, problem.final_splits)
     choosable, minibatches = opened[: len(chosen_from)], opened[len(chosen_from) : len(parts)]
     on = problem.by_split(opened[len(parts) :])
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:

@@ -57,9 +57,13 @@ def make_plan(
     target, model, splits = problem.target, problem.config.evaluation.model, problem.by_split(batched_tasks)
     groups, sizes = target.devices // model, device_sizes(problem, model)
     planner = planning_evaluator(problem, sizes.bank)
-    population = problem.candidates.planned_population(
-        planner, math.ceil(problem.strategy.population / groups), anywhere
-    )
+    # What the winner is chosen on may be computed in another dtype, in which fewer candidates fit into a pass.
+    final = planner
+    if problem.final_compute_dtype != problem.compute_dtype:
+        final = replace(planner, compute_dtype=problem.final_compute_dtype, chunk_sizes={})
+    size = math.ceil(problem.strategy.population / groups)
+    population = problem.candidates.planned_population(planner, size, anywhere)
+    finalists = population if final is planner else problem.candidates.planned_population(final, size, anywhere)
     reports = None if compiler is None else partial(reported_bytes, problem, compiler)
 
     def passes_on(
@@ -73,8 +77,11 @@ def make_plan(
             )
         ]
 
+    def final_passes(tasks: Sequence[BatchedTask]) -> list[SizedPass]:
+        return _passes_of_tasks(final, finalists, tasks, planned_passes, None)
+
     def cost_on(tasks: Sequence[BatchedTask] | None, count: int) -> Cost:
-        return _cost(passes_on([tasks])) * count if tasks and count else Cost()
+        return _cost(final_passes(tasks)) * count if tasks and count else Cost()
 
     scored = passes_on(splits.shards, ask=True)
     known = population.differentiable() is not None
@@ -94,8 +101,9 @@ def make_plan(
     run = followed + selection * (1 / groups)
     only_gradients = rounds == problem.search.generations
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
+    also = [] if final is planner else _rows(final_passes(splits.full), target, model)
     jobs = 2 if planner.runs_two_jobs(0) else 1
-    pass_bytes = max((jobs * row.needed_bytes for row in rows), default=0)
+    pass_bytes = max((jobs * row.needed_bytes for row in (*rows, *also)), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
     on_host = (
         sizes.largest_leaf if target.is_accelerator else sizes.bank * target.devices_per_host // model + pass_bytes

@@ -144,6 +144,17 @@ class SearchProblem:
         dtypes = {stored_dtype(self.sources, i) for i in range(len(self.sources.folders))}
         return self.target.compute_dtype(self.config.evaluation.compute_dtype, dtypes | {self.candidates.export_dtype})
 
+    @property
+    def final_compute_dtype(self) -> str:
+        """The dtype in which those splits are computed that no generation is scored on: the winner is chosen, and
+        reported, on them."""
+        return self.config.evaluation.final_compute_dtype or self.compute_dtype
+
+    @property
+    def final_splits(self) -> int:
+        """How many these are: the last of `batched_tasks`."""
+        return 3 if self.validation else 2
+
     def batched_tasks(self) -> list[list[BatchedTask]]:
         """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
         where there is one, and of the held-out one."""

@@ -35,25 +35,28 @@ def open_evaluators(
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
+    final_splits: int = 0,
 ) -> list[SpaceEvaluator[Any]]:
-    """Load the bank; what scores genomes on each of `splits` (see `SearchProblem.batched_tasks`). `progress` is told
-    the bytes that were loaded, `log` what went otherwise than planned."""
-    settings = problem.config.evaluation
-    # Their batches have the same shapes, and so what fits one fits all.
-    chunk_sizes: dict[Any, int] = {}
+    """Load the bank; what scores genomes on each of `splits` (see `SearchProblem.batched_tasks`), on the last
+    `final_splits` of them in the final compute dtype. `progress` is told the bytes that were loaded, `log` what went
+    otherwise than planned."""
+    settings, searched = problem.config.evaluation, len(splits) - final_splits
+    dtypes = [problem.compute_dtype] * searched + [problem.final_compute_dtype] * final_splits
+    # Batches of all splits have the same shapes, and so what fits one in a dtype fits all in it.
+    chunk_sizes: dict[str, dict[Any, int]] = {dtype: {} for dtype in dtypes}
     decoders = [
         Evaluator(
             problem.decoder,
             problem.tokenizer,
             tasks,
-            problem.compute_dtype,
+            dtype,
             settings.chunk,
             devices,
             log,
-            chunk_sizes,
+            chunk_sizes[dtype],
             target=problem.target,
         )
-        for tasks in splits
+        for tasks, dtype in zip(splits, dtypes, strict=True)
     ]
     evaluators = problem.candidates.open_evaluators(decoders, devices, progress)
     return [SpaceEvaluator(problem.space, one, devices) for one in evaluators]
@@ -90,6 +93,8 @@ def select_best(
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
         members=_front(heldout, finalists, progress) if keeps_front(problem.strategy) else (),
+        compute_dtype=heldout.evaluator.evaluator.compute_dtype,
+        search_compute_dtype=problem.compute_dtype,
     )
 
 

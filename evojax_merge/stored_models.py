@@ -172,7 +172,8 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
         [tasks], tokenizer, tokens, context_length(sources.folders, decoder.positions),
         stop_tokens(path, tokenizer), decoder.vocab, decoder.position_switch,
     )  # fmt: skip
-    dtype = live_target().compute_dtype(settings.compute_dtype, [stored_dtype(sources, 0)])
+    setting = settings.final_compute_dtype or settings.compute_dtype
+    dtype = live_target().compute_dtype(setting, [stored_dtype(sources, 0)])
     return sources, Evaluator(decoder, tokenizer, batched_tasks, dtype)
 
 

@@ -243,6 +243,28 @@ def test_generations_of_a_hybrid_search_are_of_two_kinds(family: Family) -> None
     assert {"score", "gradient"} <= {row.name for row in plan.passes}
 
 
+def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) -> None:
+    search = {"generations": 1, "population": 2, "finalists": 50}
+    plans = [
+        make_plan(problem, problem.batched_tasks())
+        for final in (None, "bfloat16", "float32")
+        for problem in [
+            problem_of(
+                document(
+                    family, search=search,
+                    evaluation={"compute_dtype": "bfloat16", "final_compute_dtype": final, "chunk": 1},
+                ),
+                "h100",
+            )
+        ]
+    ]  # fmt: skip
+    same, other, wider = plans
+    assert same == other
+    # Candidates of generations take what they took.
+    assert wider.generation == same.generation and wider.passes == same.passes
+    assert wider.run.seconds > 1.2 * same.run.seconds and wider.pass_bytes > same.pass_bytes
+
+
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
     problem = problem_of(document(family))
     bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]

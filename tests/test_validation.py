@@ -222,6 +222,48 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
     assert "weight 0, 15 search and 5 held-out examples" in card
 
 
+@pytest.mark.parametrize("space", ["merges", "paths"])
+def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path, capsys):
+    """Generations in bfloat16, finalists and the table in float32: as whoever evaluates the exported winner does."""
+    document = yaml.safe_load(config.read_text())
+    document["tasks"] = document["tasks"][:1]
+    document["search"] = {"generations": 1, "population": 4, "finalists": 2}
+    document["evaluation"] = {"compute_dtype": "bfloat16", "final_compute_dtype": "float32"}
+    if space == "paths":
+        del document["space"]
+        document["data_flow"] = {"form": "moves"}
+    path = config.with_name(f"{space}.yaml")
+    path.write_text(yaml.safe_dump(document))
+    run_search(path, tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "(computed in float32, the generations in bfloat16)." in said
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["compute_dtype"] == "float32"
+    winner = tmp_path / "run/best/model"
+
+    def heldout(models: list[Path], evaluation: dict[str, str]) -> list[float]:
+        path.write_text(yaml.safe_dump(document | {"evaluation": evaluation}))
+        return [row["fitness"] for row in em.evaluate(models, path, split="heldout")]
+
+    models = [*map(Path, [document["base"], *document["parents"]]), winner]
+    known = {row["name"]: row["heldout_fitness"] for row in result["table"]}
+    known["model"] = next(row["heldout_fitness"] for row in result["table"] if row["role"] == "winner")
+    exact, rounded = heldout(models, {"compute_dtype": "float32"}), heldout([winner], {"compute_dtype": "bfloat16"})
+    assert [known[model.name] for model in models] == pytest.approx(exact, abs=1e-6)
+    assert heldout([winner], document["evaluation"]) == pytest.approx(exact[-1:], abs=1e-9)
+    assert abs(rounded[0] - exact[-1]) > 1e-5
+    # Generations were scored in the other dtype.
+    (row,) = RunFolder(tmp_path / "run").read_history()
+    path.write_text(yaml.safe_dump(document))
+    problem = build_problem(path, read_config(path, [], None))
+    full = problem.by_split(problem.batched_tasks()).full
+    (searched, final) = open_evaluators(problem, [full, full], final_splits=1)
+    genomes = np.array(row["genomes"], np.float32)
+    in_bfloat16, in_float32 = (fitness(one.tasks, one.score(genomes)) for one in (searched, final))
+    assert row["fitness"] == pytest.approx(in_bfloat16, abs=1e-6)
+    assert np.abs(in_bfloat16 - in_float32).max() > 1e-5
+
+
 def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
     run_search(config, tmp_path / "run", "search.generations=1")
     said = " ".join(capsys.readouterr().out.split())

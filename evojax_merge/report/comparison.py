@@ -47,7 +47,8 @@ class Result:
     on the search split. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
     fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
     search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of
-    a strategy that keeps one.
+    a strategy that keeps one. `compute_dtype`: what all of these scores were computed in; `search_compute_dtype`: what
+    those of the generations were.
     """
 
     genome: np.ndarray
@@ -58,6 +59,8 @@ class Result:
     validation: tuple[float, float] | None = None
     stopped_by: str | None = None
     members: tuple[FrontMember, ...] = ()
+    compute_dtype: str = "float32"
+    search_compute_dtype: str = "float32"
 
     @property
     def winner(self) -> Row:
@@ -72,16 +75,22 @@ class Result:
         return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
 
     def chosen_on(self) -> str:
-        """A sentence: on which split the winner was chosen, and what it scored there."""
+        """A sentence: on which split the winner was chosen, what it scored there, and in which dtype where that is not
+        the generations'."""
         (label, searched), found = self.baseline, self.search_fitness
+        dtypes = ""
+        if self.compute_dtype != self.search_compute_dtype:
+            dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
-                f"The winner was chosen on the search split: there it scored {found:.4f}, the {label} {searched:.4f}."
+                f"The winner was chosen on the search split: there it scored {found:.4f}, the {label} "
+                f"{searched:.4f}{dtypes}."
             )
         winner, baseline = self.validation
         return (
             f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
-            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {found:.4f}, the {label} {searched:.4f}."
+            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {found:.4f}, the {label} "
+            f"{searched:.4f}{dtypes}."
         )
 
     def front(self) -> list[Row]:
@@ -193,6 +202,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "chosen_on": "search" if result.validation is None else "validation",
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
+        # Of every score here; `history.jsonl` has those of the generations, in the config's evaluation.compute_dtype.
+        "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
         # What no other is better than in all tasks; scores and fitness are on the examples of `chosen_on`.
         **({"members": list(map(of_front, result.members))} if result.members else {}),
