@@ -5,7 +5,7 @@ comma := ,
 
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
 	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
-	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans clean
+	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans bench-device clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -83,6 +83,7 @@ bench:
 	@echo "                    runs/strategies.jsonl, and not run again)"
 	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
 	@echo "make bench-plans    what plan predicts of memory and FLOPs, against what a search takes (10 minutes, 6 GB of memory)"
+	@echo "make bench-device   what matters of these on whatever device JAX finds, into bench/README.md (9 minutes at most)"
 	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
@@ -141,6 +142,9 @@ bench-targets: .venv/installed-test
 
 bench-plans: .venv/installed-test
 	$(BIN)/python bench/plans.py
+
+bench-device: .venv/installed-test
+	$(BIN)/python bench/device.py --append
 
 clean:
 	rm -rf .venv

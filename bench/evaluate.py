@@ -19,7 +19,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,18 +28,16 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
-from machine import describe
+from machine import describe, matrix_peak, median_seconds, seconds_of
+from scored_rows import of_rows, work
 from torch_peer import score_rows
 
 from evojax_merge.checkpoints.bank import load_stored
-from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.evaluation.batched_tasks import BatchedTask, shared_and_padding
 from evojax_merge.evaluation.evaluator import MergeEvaluator
-from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
@@ -50,8 +48,8 @@ from evojax_merge.tasks.task import Row
 from evojax_merge.yaml_reader import load_yaml
 
 MODELS = {"base": "zoo:smollm2/base", "one": "zoo:smollm2/maths", "two": "zoo:smollm2/japanese"}
-# Passes that a share of the peak is measured over, one after the other but for what overlaps.
-PASSES = 4
+# Passes that a share of the peak is measured over, one after the other but for what overlaps, and the tokens of each.
+PASSES, TOKENS = 4, 8 * 192
 # How often each side writes.
 ROUNDS = 3
 PARTS = ("peak", "scores", "building", "writing")
@@ -65,37 +63,6 @@ class Sizes:
     new: int
     candidates: int
     peers: int
-
-
-def median_seconds(run: Callable[[], Any], times: int) -> float:
-    """The median over `times` runs, after one that is not counted."""
-    run()
-    return float(np.median([seconds_of(run) for _ in range(times)]))
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def matrix_peak() -> float:
-    """FLOP per second of the machine's best float32 matrix product, over a few sizes."""
-
-    def rate(rows: int, inner: int, columns: int) -> float:
-        a, b = jnp.ones((rows, inner)), jnp.ones((inner, columns))
-        product = jax.jit(jnp.matmul)
-        return 2 * rows * inner * columns / median_seconds(lambda: product(a, b).block_until_ready(), 5)
-
-    return max(rate(2048, 2048, 2048), rate(4096, 1024, 4096), rate(1536, 576, 1536), rate(4096, 4096, 4096))
-
-
-def work(config: DecoderConfig, rows: Sequence[Row]) -> tuple[float, float]:
-    """FLOP of the layers, and of the head, for these rows, each computed whole."""
-    shapes = tensor_shapes(config)
-    layers = sum(int(np.prod(shape)) for name, shape in shapes.items() if "layers." in name and len(shape) == 2)
-    tokens, scored = sum(len(row.tokens) for row in rows), sum(len(row.tokens) - row.start for row in rows)
-    return 2.0 * layers * tokens, 2.0 * config.hidden * config.vocab * scored
 
 
 def problem_for(folder: Path, task: dict[str, Any], method: str, population: int) -> SearchProblem:
@@ -169,18 +136,20 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     # As many passes of a stored model as of candidates, each of which has one.
     scorer, batched_task = opened(problem)
     evaluator = replace(
-        scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={}
+        scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES, TOKENS)], chunk_sizes={}
     )
     stored = load_stored(*open_sources([problem.merged_from[0]]))
     seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
     for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
         problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
         scorer, batched_task = opened(problem)
-        evaluator = replace(scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows)], chunk_sizes={})
+        evaluator = replace(
+            scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows, TOKENS)], chunk_sizes={}
+        )
         recipes = scorer.space.decode(genomes_for(problem, PASSES))
         run = partial(evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, recipes)
         seconds[f"{name}, merged inside the pass"] = median_seconds(run, 5) / PASSES
-    evaluator = replace(evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES)], chunk_sizes={})
+    evaluator = replace(evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES, TOKENS)], chunk_sizes={})
     run = partial(
         evaluator.population, scorer.evaluator.bank, scorer.evaluator.spec, scorer.space.decode(genomes_for(problem, 2))
     )
@@ -191,18 +160,6 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     print("| --- | ---: | ---: |")
     for name, taken in seconds.items():
         print(f"| {name} | {done / taken / 1e9:.0f} | {done / taken / peak:.0%} |", flush=True)
-
-
-def of_rows(batched_task: BatchedTask, rows: Sequence[Row]) -> BatchedTask:
-    """A request of these rows in place of its own."""
-    from evojax_merge.tasks.batches import scoring_batches
-    from evojax_merge.tasks.task import TaskRequests
-    from evojax_merge.tasks.text import Example, TextTask
-
-    assert isinstance(batched_task.task, TextTask)
-    task = replace(batched_task.task, examples=(Example("", ("",), "", 0),) * len(rows))
-    (batches,) = scoring_batches([rows], 8 * 192, pack=False)
-    return replace(batched_task, task=task, requests=TaskRequests(tuple(rows)), scoring=batches)
 
 
 def text_files(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:

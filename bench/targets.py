@@ -10,7 +10,6 @@ of 350 tokens, of which a likelihood task scores the last 100 and a generation w
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,83 +22,21 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
-import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from header_models import MISTRAL_7B, problem_for, write_examples, write_models
 
-from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.checkpoints.headers import TensorHeader, write_header_only
-from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
 from evojax_merge.evaluation.planned_passes import SCORE
 from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import make_plan
-from evojax_merge.problem import SearchProblem, build_problem, config_from
+from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import Plan, shown_bytes, shown_number, shown_seconds
 
-MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000,
-    "max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 1,
-    "eos_token_id": 2,
-}  # fmt: skip
-WORDS = 1000
-PROMPT, ANSWER = 250, 100
 TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")
 METHODS = ("linear", "ties", "dare_ties", "path")
 MODES = ("likelihood", "generation")
 # The paper's experiment: CMA-ES with a population of 128 for 100 generations on 1,069 problems.
 PAPER = {"population": 128, "generations": 100}
 PROBLEMS, RUNGS, SHARE_OF_PEAK = 1069, 4, 0.5
-
-
-def write_models(folder: Path, config: dict[str, Any], parents: int) -> None:
-    """A base and parents of a config: headers, and a tokenizer of words."""
-    tokenizer = Tokenizer(
-        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, WORDS)}}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    for name in ("base", *(f"parent{k}" for k in range(parents))):
-        model = folder / name
-        words.save_pretrained(model)
-        (model / "config.json").write_text(json.dumps(config))
-        shapes = tensor_shapes(decoder_config(model / "config.json"))
-        write_header_only(
-            model / "model.safetensors",
-            {tensor: TensorHeader("BF16", shape, 2 * int(np.prod(shape))) for tensor, shape in shapes.items()},
-        )
-
-
-def write_examples(folder: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{i}" for i in rng.integers(3, WORDS, length))
-
-    rows = [{"prompt": text(PROMPT), "target": text(ANSWER)} for _ in range(count)]
-    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def problem_for(
-    folder: Path, parents: int, method: str, mode: str, target: Target, model: int, **changes: Any
-) -> SearchProblem:
-    """A search over the models of a folder. changes: keys of `search`."""
-    task: dict[str, Any] = {"name": mode, "file": "examples.jsonl", "heldout": 0.01}
-    task |= {"kind": "likelihood"} if mode == "likelihood" else {"kind": "exact_match", "max_new_tokens": ANSWER}
-    space: dict[str, Any] = {"space": {"method": method}}
-    if method == "path":
-        space = {"data_flow": {"form": "moves"}}
-    document = space | {
-        "base": "base", "parents": [f"parent{k}" for k in range(parents)], "tasks": [task],
-        "search": {"population": 8, "generations": 1} | changes,
-        "evaluation": {"compute_dtype": "bfloat16", "model": model}, "export_dtype": "bfloat16",
-    }  # fmt: skip
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(document))
-    return build_problem(path, config_from(path, document, [], None), target=target)
 
 
 def fitting_plan(
