@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import METHODS
+from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstract_stored
 from evojax_merge.checkpoints.bank import bytes_saved, held_bytes, load_bank, load_path_bank
@@ -37,11 +37,13 @@ CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 
 class Candidates(Protocol):
     """A kind of candidates. `name`: what made them, in tables; `export_dtype`: what they are rounded to and written
-    in; `is_random`: whether random masks are drawn; `baseline_role`: the role of the space's baseline in the table,
-    None where a parent's row says it already."""
+    in; `methods`: that merge them; `is_random`: whether random masks are drawn; `baseline_role`: the role of the
+    space's baseline in the table, None where a parent's row says it already."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def methods(self) -> tuple[Method, ...]: ...
     @property
     def export_dtype(self) -> str: ...
     @property
@@ -108,6 +110,10 @@ class MergeCandidates:
         return self.spec.export_dtype
 
     @property
+    def methods(self) -> tuple[Method, ...]:
+        return (self.spec.method,)
+
+    @property
     def is_random(self) -> bool:
         return self.spec.method.random
 
@@ -158,6 +164,7 @@ class PathCandidates:
     parents: tuple[str, ...]
 
     baseline_role = None
+    methods = ()
     is_random = False
 
     @property
@@ -229,6 +236,10 @@ class PoolCandidates:
 
     name = "pool"
     baseline_role = None
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return self.space.methods
 
     @property
     def is_random(self) -> bool:

@@ -435,7 +435,7 @@ def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
     if origin is list:
         low, high = _limit(metadata, "min_length"), _limit(metadata, "max_length")
         inner, _ = _parts(get_args(annotation)[0])
-        what = {str: "texts", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
+        what = {str: "strings", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
         amount = "" if high is None else f"{low} to {high:,} " if low else f"up to {high:,} "
         return f"a list of {amount}{what}"
     if origin is dict:

@@ -9,10 +9,12 @@ A package's pyproject.toml names an object to register, or a function without ar
 """
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError
@@ -86,3 +88,29 @@ def _load(plugin: EntryPoint, kind: str) -> None:
             f"plugin {plugin.name!r} of {package}",
             f"{plugin.group} = {plugin.value} could not be loaded ({what}); repair or uninstall the package",
         ) from error
+
+
+def source_files(objects: Iterable[object]) -> set[Path]:
+    """The Python files behind these objects, as far as they come from plugins: all of their packages, of which one file
+    may use another."""
+    packages = {plugin.module.partition(".")[0] for plugin in _loaded}
+    named = {module.partition(".")[0] for one in objects for module in _modules(one)}
+    return {file for package in packages & named for file in _files(package)}
+
+
+def _modules(value: object) -> Iterator[str]:
+    """The modules that an object and what it is made of are defined in."""
+    for part in (value, *getattr(value, "__dict__", {}).values()):
+        for owner in (part, type(part)):
+            module = getattr(owner, "__module__", None)
+            if isinstance(module, str):
+                yield module
+
+
+def _files(package: str) -> Iterator[Path]:
+    module = sys.modules[package]
+    folders = getattr(module, "__path__", None)
+    if folders is not None:
+        yield from (file for folder in folders for file in Path(folder).rglob("*.py"))
+    elif module.__file__ is not None:
+        yield Path(module.__file__)

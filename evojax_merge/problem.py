@@ -42,6 +42,7 @@ from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
 from evojax_merge.pedigree import Pedigree
+from evojax_merge.plugins import source_files
 from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
 from evojax_merge.search.example_choice import length_strata
 from evojax_merge.search.fronts import check_front_options
@@ -252,7 +253,7 @@ def build_problem(
     ]
     base = None if config.base is None else resolve(f"{where}: base", config.base, folder)
     parents = tuple(resolve(f"{where}: parents[{i}]", parent, folder) for i, parent in enumerate(config.parents))
-    _check_distinct(where, base, parents[1:] if chained else parents)
+    _check_distinct(where, base, parents, config.parents, first=1 if chained else 0)
     references = {
         folder: recipe_reference(reference, folder)
         for reference, folder in zip([config.base, *config.parents], [base, *parents], strict=True)
@@ -420,12 +421,13 @@ def _smooth(where: str, task: Task, what: Differentiates, strategy: Strategy) ->
     )
 
 
-def _check_distinct(where: str, base: Path | None, parents: Sequence[Path]) -> None:
-    """Raises InputError where a model is named twice, by whatever path: it would be given two weights, or none."""
+def _check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:
+    """Raises InputError where a model is named twice, by whatever path: it would be given two weights, or none. Looked
+    at are the parents from the number `first` on."""
     named = {} if base is None else {base: "base"}
-    for i, parent in enumerate(parents):
+    for i, parent in enumerate(parents[first:], first):
         if parent in named:
-            raise InputError(where, f"parents[{i}]: {parent} is {named[parent]} already; expected models that differ")
+            raise InputError(where, f"parents[{i}]: {names[i]} is {named[parent]} already; expected models that differ")
         named[parent] = f"parents[{i}]"
 
 
@@ -705,7 +707,7 @@ def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
 def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     """The config as it is kept in the run folder: absolute paths, defaults filled in, the hash of every file that
     scores depend on (weights, the models' configs, whatever makes their tokenizers and chat templates, data,
-    functions), and how random masks are drawn.
+    functions, plugins), and how random masks are drawn.
     """
     document = problem.config.model_dump(mode="json")
     document.pop("out")
@@ -722,5 +724,7 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     files = {file for task in problem.full + problem.heldout for file in task.files}
     for _, folder in problem.models:
         files |= input_files(folder)
+    architecture = architecture_of(problem.decoder)
+    files |= source_files([*problem.candidates.methods, problem.strategy, architecture, *problem.full])
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(problem.candidates.is_random)

@@ -43,6 +43,7 @@ from evojax_merge.checkpoints.writer import (
     atomic_write,
     check_output,
     recover,
+    require_space,
     write_marker,
 )
 from evojax_merge.errors import Failed, InputError
@@ -802,3 +803,9 @@ def test_a_tokenizer_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     for read in (load_tokenizer, lambda folder: vocabulary_warnings([folder, folder])):
         with pytest.raises(InputError, match=r"tokenizer\.json: has 1,099,511,627,776 bytes"):
             read(folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that is no disk")
+def test_a_place_on_no_disk_is_not_called_full() -> None:
+    with pytest.raises(InputError, match="/proc/merged: cannot be written: /proc is on no disk"):
+        require_space(Path("/proc/merged"), 1)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers import Family
 from merge_kernels import METHODS
+from test_planning import document
 
 import evojax_merge as em
 from evojax_merge import cli, plugins
@@ -14,7 +17,10 @@ from evojax_merge import cli, plugins
 MODULE = """
 from merge_kernels import Method, Parameter, register
 
-SUM = Method("sum_up", (Parameter("weight", True, 1.0, low=0.0, high=2.0),), base="parent", combine=lambda *all: 0)
+def combine(options, sources, keep_keys, statistics, parameters):
+    return sum(weight * source for weight, source in zip(parameters["weight"], sources))
+
+SUM = Method("sum_up", (Parameter("weight", True, 1.0, low=0.0, high=2.0),), base="parent", combine=combine)
 
 def both():
     register(SUM)
@@ -104,6 +110,22 @@ def test_a_taken_name_is_an_error_of_the_plugin(install: Install, capsys: pytest
     install(methods={"first": "others:SUM", "second": "others:both"})
     assert command("methods") == 2
     assert "plugin 'second' of others 1.2" in (line := capsys.readouterr().err) and "registered already" in line
+
+
+def test_a_run_is_not_continued_by_another_version_of_a_plugin(
+    install: Install, family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(methods={"mine": "others:SUM"}, tasks={})
+    config, out = tmp_path / "config.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(document(family, space={"method": "sum_up"}, search={"generations": 1})))
+    assert command("search", str(config), "--out", str(out)) == 0
+    plugin = tmp_path / "others.py"
+    assert yaml.safe_load((out / "config.yaml").read_text())["inputs"].keys() >= {str(plugin)}
+    plugin.write_text(MODULE.replace("weight * source", "-weight * source"))
+    capsys.readouterr()
+    again = ["search", str(config), "--out", str(out), "--resume", "--set", "search.generations=2"]
+    assert command(*again) == 2
+    assert f"{plugin} has changed since the run was begun" in capsys.readouterr().err
 
 
 def test_nothing_is_loaded_for_help(install: Install, tmp_path: Path) -> None:

@@ -314,9 +314,11 @@ def require_space(target: Path, nbytes: int) -> None:
     """Raises InputError where the disk that `target` will be on has less than `nbytes` free."""
     place = Path(os.path.realpath(target))
     folder = next(path for path in (place, *place.parents) if os.path.exists(path))
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise InputError(target, f"needs {nbytes / 1e6:,.1f} MB, but the disk has {free / 1e6:,.1f} MB free")
+    disk = shutil.disk_usage(folder)
+    if disk.total == 0:
+        raise InputError(target, f"cannot be written: {folder} is on no disk; choose another place")
+    if disk.free < nbytes:
+        raise InputError(target, f"needs {nbytes / 1e6:,.1f} MB, but the disk has {disk.free / 1e6:,.1f} MB free")
 
 
 def atomic_write(path: Path, text: str) -> None:

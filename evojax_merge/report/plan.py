@@ -128,7 +128,7 @@ class Plan:
         target = self.target
         rates = (
             f"{shown_bytes(target.memory)}, {shown_number(target.bandwidth)}B/s, {shown_number(target.bfloat16)}FLOP/s "
-            f"bfloat16, {shown_number(target.float32)}FLOP/s float32"
+            f"bfloat16, {shown_number(target.float32)}FLOP/s {'TF32' if target.platform == 'gpu' else 'float32'}"
         )
         nominal = "" if target.is_accelerator else ", nominal"
         found = [
