@@ -12,14 +12,18 @@ from evojax_merge.zoo import PREFIX
 from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
 
-def resolve_reference(where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING) -> Path:
+def resolve_reference(
+    where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING, weights: bool = True
+) -> Path:
     """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where` says in
-    messages who names it; made: see `resolve_model`."""
-    return resolve_model(where, reference, relative_to, _named, made)
+    messages who names it; made, weights: see `resolve_model`."""
+    return resolve_model(where, reference, relative_to, _named, made, weights)
 
 
-def _named(where: object, reference: str, relative_to: Path) -> Path:
-    return _of_the_zoo(where, reference) if reference.startswith(PREFIX) else resolve(where, reference, relative_to)
+def _named(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
+    if reference.startswith(PREFIX):
+        return _of_the_zoo(where, reference)
+    return resolve(where, reference, relative_to, weights=weights)
 
 
 def recipe_reference(reference: str, folder: Path) -> str:
@@ -38,7 +42,7 @@ def recipe_reference(reference: str, folder: Path) -> str:
 def resolve_headers(folders: HeaderFolders, where: object, reference: str, relative_to: Path) -> Path:
     """As `resolve_reference`, with no more than the headers of what is not here."""
 
-    def named(where: object, reference: str, relative_to: Path) -> Path:
+    def named(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
         zoo = reference.startswith(PREFIX)
         return _of_the_zoo(where, reference) if zoo else folders.resolve(where, reference, relative_to)
 

@@ -611,7 +611,8 @@ def _with_files_beside(folder: Path) -> Path:
 def test_a_repository_gives_the_model_and_nothing_else(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what is read is downloaded, from one commit; a folder with everything in it opens as the same model."""
+    """Only what is read is downloaded, from one commit, and for its tokenizer no weights; a folder with everything in
+    it opens as the same model."""
     from huggingface_hub.utils import filter_repo_objects
 
     model = random_model(tiny_config())
@@ -639,6 +640,9 @@ def test_a_repository_gives_the_model_and_nothing_else(
         return str(cache)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    small = resolve("MODELS", "owner/name@main", tmp_path, weights=False)
+    assert (small / "tokenizer.json").exists() and not list(small.glob("*.safetensors"))
+    revisions.clear()
     found = resolve("MODELS", "owner/name@main", tmp_path)
     assert set(revisions[1:]) == {cache.name} and revisions[0] == "main"
     files = {str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()}

@@ -88,6 +88,11 @@ tokenizer: {}
         "- {model: b, parameters: {weight: 1}}\nparameters: {weight: 0.25}\n",
         ("note",),
     ),
+    "a base and nothing else": (
+        "base_model: a\ndtype: bfloat16\nmerge_method: task_arithmetic\nparameters: {normalize: false}\n"
+        "slices:\n- sources:\n  - {layer_range: [0, 2], model: a, parameters: {weight: 1.0}}\n",
+        (),
+    ),
     "repeated layers": (
         "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n  residual_weight: 0.5\n"
         "- sources: [{model: a, layer_range: [1, 2]}]\n",
@@ -233,7 +238,8 @@ def test_a_path_alone_is_a_model(strict: bool) -> None:
 def test_the_revision_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
     monkeypatch.setattr(
-        "evojax_merge.checkpoints.folder._download", lambda name, revision: asked.append((name, revision)) or tmp_path
+        "evojax_merge.checkpoints.folder._download",
+        lambda name, revision, weights: asked.append((name, revision)) or tmp_path,
     )
     for reference in ("owner/name", "owner/name@v2", "owner/name@refs/pr/1"):
         assert resolve("r", reference, tmp_path) == tmp_path

@@ -192,6 +192,20 @@ def test_an_adapter_is_merged_into_the_result_of_a_stage(folder: Path) -> None:
     assert str(folder) not in (folder / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("tokens", [{}, {"<new>": {"source": {"kind": "zero"}}}], ids=["copied", "made"])
+def test_a_stage_may_be_needed_for_its_tokenizer_alone(tokens: dict[str, Any], folder: Path) -> None:
+    documents = [
+        linear("one", "two", tokenizer={"source": "words", "tokens": tokens}), linear("base", name="words"),
+    ]  # fmt: skip
+    assert command("merge", written(folder, dump_documents(documents)), folder / "out") == 0
+    assert command("merge", written(folder, dump_documents([linear("one", "two")])), folder / "expected") == 0
+    found, expected = (state(folder / name)["model.embed_tokens.weight"] for name in ("out", "expected"))
+    np.testing.assert_array_equal(found[: len(expected)], expected)
+    assert not found[len(expected) :].any() and len(found) == len(expected) + len(tokens)
+    assert {path.name for path in folder.iterdir()} >= {"out", "expected"}
+    assert not list(folder.glob(".out*"))
+
+
 def models_in_the_cache() -> set[str]:
     return {path.name for path in (cache_folder() / "models").glob("*")}
 

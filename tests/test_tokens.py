@@ -42,8 +42,9 @@ def theirs(root: Path, document: dict[str, Any], patch: pytest.MonkeyPatch) -> P
     # It keeps opened models by their names, whatever folder these start in.
     rows = [row | {"model": str(root / row["model"])} for row in document["models"]]
     absolute = document | {"models": rows}
-    if "base_model" in document:
-        absolute["base_model"] = str(root / document["base_model"])
+    for key in {"base_model", "tokenizer_source"} & document.keys():
+        if key == "base_model" or document[key] not in ("union", "base"):
+            absolute[key] = str(root / document[key])
     config = MergeConfiguration.model_validate(absolute)
     named = [config.base_model, *(row.model for row in config.models)]
     patch.setattr(MergeConfiguration, "referenced_models", lambda self: list(dict.fromkeys(filter(None, named))))
@@ -212,6 +213,24 @@ def test_the_base_s_tokens_are_mergekit_s(
     found, expected = ours(dialects, document)[0], theirs(dialects, document, monkeypatch)
     assert_same_tokens(found, expected)
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("source", ["padded", "alone", "base"])
+def test_tokens_of_a_model_that_is_not_merged_are_mergekit_s(
+    source: str, dialects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a folder with nothing but a tokenizer, too; the base's are the first model's where there is no base."""
+    if source == "alone":
+        byte_pairs((*SPECIAL, "b", "nobody's", "a"), CHATML).save_pretrained(dialects / "alone")
+    more = {} if source == "base" else {"base_model": "base"}
+    document = merge("beyond", "chat", tokenizer_source=source, **more)
+    (found, warnings), expected = ours(dialects, document), theirs(dialects, document, monkeypatch)
+    assert_same_tokens(found, expected)
+    assert_same(found, expected)
+    absent = [line for line in warnings if "no model has" in line]
+    assert len(absent) == (source != "base")
+    if source == "alone":
+        assert 'alone: no model has 1 of its tokens ("nobody\'s"); their rows are zero' in absent[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------

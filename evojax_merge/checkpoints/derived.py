@@ -53,8 +53,6 @@ from evojax_merge.errors import InputError
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.
 VERSION = 3
-# (where, reference, the folder that relative paths start in) -> the file or folder of a model.
-Find = Callable[[object, str, Path], Path]
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -136,25 +134,47 @@ def input_files(path: Path) -> set[Path]:
 # References
 
 
+class Find(Protocol):
+    """(where, reference, the folder that relative paths start in) -> the file or folder of a model; without `weights`,
+    where it is not here and its tokenizer alone is wanted."""
+
+    def __call__(self, where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path: ...
+
+
 class FindModel(Protocol):
     """As `resolve_model`, with a `find` of its own."""
 
     def __call__(
-        self, where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING
+        self,
+        where: object,
+        reference: str,
+        relative_to: Path,
+        *,
+        made: Mapping[str, Path] = NOTHING,
+        weights: bool = True,
     ) -> Path: ...
 
 
 def resolve_model(
-    where: object, reference: str, relative_to: Path, find: Find = resolve, made: Mapping[str, Path] = NOTHING
+    where: object,
+    reference: str,
+    relative_to: Path,
+    find: Find = resolve,
+    made: Mapping[str, Path] = NOTHING,
+    weights: bool = True,
 ) -> Path:
     """The folder of a model: what `find` finds, `base+adapter`, or that of an adapter, whose config names its base.
-    What is found may be a GGUF file.
+    What is found may be a GGUF file. Without `weights`: a folder with the model's tokenizer, which an adapter does not
+    change.
 
     The names around a + are found by `find`, too; a local folder whose own name has a + is found first. `where` says in
     messages who names it; made: names that stand for folders of this process's own, before any others. Raises
     InputError for what cannot be found; whether a base and an adapter fit each other is seen when they are opened.
     """
     base, adapter = split_reference(reference, lambda name: name in made or local_path(name, relative_to) is not None)
+    if not weights:
+        found = made[base] if base in made else find(where, base, relative_to, weights=False)
+        return _as_folder(found) if found.is_file() else found
     if adapter is not None:
         where = f"{where}: {reference}"
         _check_one_adapter(where, [one for one in (base, adapter) if one not in made], relative_to)

@@ -220,8 +220,9 @@ BEYOND_FLOAT32 = (2 - 2**-24) * 2.0**127
 _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, np.uint64)}
 
 
-def resolve(where: object, reference: str, relative_to: Path) -> Path:
-    """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar.
+def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
+    """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar;
+    without its `weights`, where it is for its tokenizer alone.
 
     A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
     names it.
@@ -231,7 +232,7 @@ def resolve(where: object, reference: str, relative_to: Path) -> Path:
         return local
     name, revision = hub_reference(where, reference)
     try:
-        return _download(name, revision)
+        return _download(name, revision, weights)
     except InputError:
         raise
     except Exception as error:
@@ -290,9 +291,9 @@ def hub_id(folder: Path) -> str | None:
     return name if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) else None
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: bool) -> Path:
     """The snapshot of a hub repository with the files that are read, and no others: repositories also hold the weights
-    in other programs' formats, beside ours or in folders of their own."""
+    in other programs' formats, beside ours or in folders of their own. Without `weights`: all but those."""
     from huggingface_hub import snapshot_download
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
@@ -302,6 +303,8 @@ def _download(name: str, revision: str | None) -> Path:
         )
 
     folder = fetch(revision, SMALL_FILES)
+    if not weights:
+        return folder
     # The snapshot's folder has the name of its commit: the weights come from the same one.
     folder = fetch(folder.name, [SINGLE_FILE])
     if not (folder / SINGLE_FILE).exists():

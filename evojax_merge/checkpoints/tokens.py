@@ -37,13 +37,14 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Whose tokens the merged model has: those of model number `source`, or of all models.
+    """Whose tokens the merged model has: those of model number `source`, of all models, of the base (the first model,
+    where there is none), or of a folder that is none of the models'.
 
     `rules`: by token; a token that nobody has is added. `base`: number of the base model, None where there is none.
     The number of rows is rounded up to a multiple of `pad_to_multiple_of`.
     """
 
-    source: int | Literal["union"]
+    source: int | Path | Literal["union", "base"]
     base: int | None = None
     rules: Mapping[str, TokenRule] = field(default_factory=dict)
     pad_to_multiple_of: int = 1
@@ -55,14 +56,14 @@ class Vocabulary:
 
     `rows[m]: int64[V]` is each token's row in model m, -1 where it has none of its own; those are filled with the
     mean of the rows `fills[token id]`, pairs of model and row (zeros where there are none). `padding` more rows hold
-    the mean of all. `tokenizer` is the merged model's; `copied`: it is that of the model with this number, as it is.
+    the mean of all. `tokenizer` is the merged model's; `copied`: it is that of this folder, as it is.
     """
 
     rows: tuple[np.ndarray, ...]
     fills: Mapping[int, tuple[tuple[int, int], ...]]
     padding: int
     tokenizer: Any
-    copied: int | None
+    copied: Path | None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -236,20 +237,24 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         {token: row for token, row in tokenizer.get_vocab().items() if row < count}
         for tokenizer, count in zip(tokenizers, counts, strict=True)
     ]
-    source = first if choice.source == "union" else choice.source
-    tokenizer = tokenizers[source]
-    if choice.source in ("union", choice.base):
+    if isinstance(choice.source, Path):
+        folder, taken = choice.source, load_tokenizer(choice.source)
+    else:
+        source = choice.source if isinstance(choice.source, int) else first
+        folder, taken = folders[source], tokenizers[source]
+    tokenizer = taken
+    if choice.source in ("union", "base", choice.base):
         # What has no row even in the base is not the merged model's either.
-        tokenizer = without_unused(tokenizer, counts[source])
+        tokenizer = without_unused(tokenizer, counts[first])
     if choice.source == "union":
         tokenizer = unite([tokenizer if i == first else other for i, other in enumerate(tokenizers)], first, counts)
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
-    copied = source if tokenizer is tokenizers[source] and not unknown else None
+    copied = folder if tokenizer is taken and not unknown else None
     if unknown:
         tokenizer.add_tokens(unknown)
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if [row for _, row in tokens] != list(range(len(tokens))):
-        raise InputError(folders[source], "its tokenizer leaves gaps in its numbering; rows cannot be aligned by token")
+        raise InputError(folder, "its tokenizer leaves gaps in its numbering; rows cannot be aligned by token")
     rows = np.array([[vocabulary.get(token, -1) for token, _ in tokens] for vocabulary in owned], np.int64)
     fills: dict[int, tuple[tuple[int, int], ...]] = {}
     for number, (token, _) in enumerate(tokens):
@@ -264,9 +269,14 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
                 if rule is None
                 else _by_rule(folders, owned, counts, token, rule, rows[:, number])
             )
-    warnings = tuple(f"{folder}: has no tokenizer; its rows are taken for those of {folders[first]}" for folder in bare)
+    warnings = [f"{folder}: has no tokenizer; its rows are taken for those of {folders[first]}" for folder in bare]
+    named = [token for token, _ in tokens]
+    nowhere = [token for number, token in enumerate(named) if fills.get(number) == () and token not in choice.rules]
+    if nowhere:
+        some = f"{', '.join(map(repr, nowhere[:3]))}{' …' if len(nowhere) > 3 else ''}"
+        warnings.append(f"{folder}: no model has {len(nowhere):,} of its tokens ({some}); their rows are zero")
     padding = -len(tokens) % choice.pad_to_multiple_of
-    return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, warnings)
+    return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
 
 
 def _by_default(own: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:

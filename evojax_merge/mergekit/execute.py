@@ -30,7 +30,7 @@ from evojax_merge.checkpoints.config_file import (
     layer_types,
 )
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of
-from evojax_merge.checkpoints.derived import open_model, parts_of, resolve_model
+from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, check_alike, rows_differ, with_vocabulary_size
@@ -103,7 +103,7 @@ def prepare(
     dtype: str | None = None,
     seed: int | None = None,
     allow_nonfinite: bool = False,
-    find: Callable[[object, str, Path], Path] = resolve_model,
+    find: Find = resolve_model,
     copy_tokenizer: bool = True,
     allow_crimes: bool = False,
     strict: bool = True,
@@ -115,7 +115,7 @@ def prepare(
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
-    choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer)
+    choice = None if recipe.tokenizer is None else _tokenizer_choice(recipe, recipe.tokenizer, find)
     sources, layouts, tied = _open(recipe, paths, choice, allow_crimes)
     _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
@@ -146,13 +146,13 @@ def prepare(
     read_json_object(leader.path / "generation_config.json", missing={})  # it is copied, but only if it can be read
     vocabulary = sources.vocabulary
     copied = None if vocabulary is None else vocabulary.copied
-    if leader.other_modules and vocabulary is not None and (copied is None or paths[copied] != leader.path):
+    if leader.other_modules and vocabulary is not None and copied != leader.path:
         raise InputError(
             recipe.where, "tokenizer_source: expected the model of other_modules, whose images have tokens of its own"
         )
     tokenizer, template = None, None
     if copy_tokenizer or vocabulary is not None:
-        tokenizer, template = leader.path if copied is None else paths[copied], _chat_template(recipe, paths)
+        tokenizer, template = copied or leader.path, _chat_template(recipe, paths)
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
@@ -250,26 +250,24 @@ def _of_layer(folder: DecoderFolder, section: Any, key: str, layer: int) -> Any:
     return values[layer]
 
 
-def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting) -> TokenizerChoice:
+def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find) -> TokenizerChoice:
     models = recipe.models
-    base = None if recipe.base is None else models.index(recipe.base)
 
-    def number(where: str, model: str) -> int:
+    def number(token: str, model: str) -> int:
         if model not in models:
-            raise InputError(recipe.where, f"{where}: {model!r} is not a model of the recipe")
+            raise InputError(recipe.where, f"tokenizer.tokens.{token}: {model!r} is not a model of the recipe")
         return models.index(model)
 
-    if setting.source == "base" and base is None:
-        raise InputError(recipe.where, "tokenizer_source: base, but there is no base_model")
-    source: Any = base if setting.source == "base" else setting.source
-    if source not in ("union", base):
-        source = number("tokenizer_source", source)
+    source: Any = setting.source
+    if recipe.tokenizer_model is not None:
+        source = find(f"{recipe.where}: tokenizer_source", source, recipe.path.parent, weights=False)
+    elif source not in ("union", "base"):
+        source = models.index(source)
     rules = {
-        token: TokenRule(
-            None if row.model is None else number(f"tokenizer.tokens.{token}", row.model), row.token, row.force
-        )
+        token: TokenRule(None if row.model is None else number(token, row.model), row.token, row.force)
         for token, row in setting.tokens.items()
     }
+    base = None if recipe.base is None else models.index(recipe.base)
     return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of)
 
 

@@ -261,7 +261,8 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         chosen = set(fitting(name, pairs))
         has_base = method.uses_base(part.base is not None)
         too_few = len(chosen) == 1 or len(chosen) - int(has_base) < method.min_parents
-        if len(chosen) < len(pairs) and too_few:
+        # The base alone is the merge of the base with nothing.
+        if too_few and (len(chosen) < len(pairs) or (has_base and len(pairs) == 1)):
             rows.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
             return
         # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.

@@ -95,7 +95,7 @@ class TokenSetting:
 
 @dataclass(frozen=True)
 class TokenizerSetting:
-    """Whose tokens: union, base, or a model of the recipe."""
+    """Whose tokens: union, base, or a model, which need not be one that is merged."""
 
     source: str
     tokens: Mapping[str, TokenSetting]
@@ -134,6 +134,12 @@ class RecipeFile:
                 named += [source.model for source in part.sources]
         named += [] if self.other_modules is None else [self.other_modules]
         return list(dict.fromkeys(named))
+
+    @property
+    def tokenizer_model(self) -> str | None:
+        """The model whose tokenizer the result has, where it is none of `models`."""
+        source = "union" if self.tokenizer is None else self.tokenizer.source
+        return None if source in ("union", "base") or source in self.models else source
 
 
 def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
@@ -272,8 +278,12 @@ def _check_models(where: str, method: Method, part: Slice) -> None:
     models = [source.model for source in part.sources]
     if len(set(models)) != len(models):
         raise InputError(where, f"a slice names {max(models, key=models.count)} twice; expected each model once")
-    has_base = method.uses_base(part.base is not None)
-    check_parent_count(where, method, sum(model != part.base for model in models) if has_base else len(models))
+    parents = len(models)
+    if method.uses_base(part.base is not None):
+        parents -= part.base in models
+        if parents == 0 and method.keeps_base:
+            return
+    check_parent_count(where, method, parents)
 
 
 def check_parent_count(where: str, method: Method, parents: int) -> None:

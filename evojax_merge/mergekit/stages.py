@@ -68,9 +68,13 @@ class StreamPlan:
 
     @property
     def last_uses(self) -> list[int]:
-        """For each stage, the number of the last merge that needs its result."""
-        read = [{part for folder in one.sources.folders for part in parts_of(folder.path)} for one in self.merges]
-        return [max(i for i, paths in enumerate(read) if stage.folder in paths) for stage in self.stages]
+        """For each stage, the number of the last merge that needs its result; its own, where that was needed for
+        planning alone, for its tokenizer."""
+        read = [set(one.inputs) for one in self.merges]
+        return [
+            max((i for i, paths in enumerate(read) if stage.folder in paths), default=number)
+            for number, stage in enumerate(self.stages)
+        ]
 
     @property
     def peak_bytes(self) -> int:
@@ -106,9 +110,9 @@ def prepare_stream(
             recover(target)
             work = stack.enter_context(hidden_folder(target))
 
-        def find_model(where: object, reference: str, relative_to: Path) -> Path:
-            found = find(where, reference, relative_to, made=folders)
-            if stage_of(reference, folders) not in (None, reference):
+        def find_model(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
+            found = find(where, reference, relative_to, made=folders, weights=weights)
+            if weights and stage_of(reference, folders) not in (None, reference):
                 # It stands for a stage with an adapter, and is of no use without the stage.
                 stack.callback(shutil.rmtree, found, ignore_errors=True)
                 folders[reference] = found

@@ -67,7 +67,7 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
             raise InputError(wheres[i], f"name: {merge.name}: {labels[index[merge.name]]} has it already")
         if merge.name:
             index[merge.name] = i
-    named = [[stage_of(model, index) for model in merge.recipe.models] for merge in merges]
+    named = [[stage_of(model, index) for model in _references(merge.recipe)] for merge in merges]
     needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in named]
     # Of all documents: stages that need each other are wrong even where the result does not need them.
     _in_order(merges, needs, range(len(merges)))
@@ -75,6 +75,11 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
     unused = set(range(len(merges))).difference(order)
     *stages, result = (merges[i] for i in order)
     return RecipeStream(path, tuple(stages), result.recipe, tuple(merges[i] for i in sorted(unused)))
+
+
+def _references(recipe: RecipeFile) -> list[str]:
+    """Every model that a recipe names, be it for its tokenizer alone."""
+    return recipe.models if recipe.tokenizer_model is None else [*recipe.models, recipe.tokenizer_model]
 
 
 def _stage(path: Path, where: str, document: Any) -> Stage:
@@ -143,7 +148,7 @@ def stream_warnings(stream: RecipeStream) -> list[str]:
     revisions = [
         f"{merge.where}: {told}"
         for merge in (*(stage.recipe for stage in stream.stages), stream.result)
-        for told in ignored_revisions(merge.models, stream.path.parent)
+        for told in ignored_revisions(_references(merge), stream.path.parent)
     ]
     return unused + shadowed + revisions
 

@@ -138,6 +138,11 @@ class Method:
         return next(p for p in self.parameters if p.name == name)
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether the merge of a base with no parents is the base: whether any number of them adds to it."""
+        return self.base == "required" and self.min_parents == 1 and self.max_parents is None
+
+    @property
     def measures(self) -> bool:
         """Whether anything is prepared of a tensor."""
         return self.prepare is not _prepare_nothing
