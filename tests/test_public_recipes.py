@@ -664,6 +664,29 @@ parameters: {{weight: 0.5}}
 """
 
 
+@pytest.mark.parametrize("holders", [("a",), ("b",)], ids=str)
+def test_what_no_forward_pass_reads_is_left_out_where_not_all_models_have_it(
+    holders: tuple[str, ...], models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A value head that training has left, as mergekit leaves it out; a bias is not."""
+    for name in ("a", "b"):
+        shutil.copytree(models / name, tmp_path / name)
+
+    def hold(name: str) -> None:
+        for holder in holders:
+            tensors = load_file(models / holder / "model.safetensors") | {name: torch.ones(48)}
+            save_file(tensors, tmp_path / holder / "model.safetensors", {"format": "pt"})
+
+    hold("v_head.summary.weight")
+    found = merged(tmp_path, LINEAR, tmp_path / "found")
+    (told,) = warnings_in(capfd.readouterr().err)
+    assert told.startswith(f"{tmp_path / holders[0]}: v_head.summary.weight: not all models have this")
+    assert_same_weights(found, mergekits(tmp_path, LINEAR, tmp_path / "expected"))
+    hold("model.layers.0.self_attn.q_proj.bias")
+    assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
+    assert "does not hold the same tensors" in capfd.readouterr().err
+
+
 def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = raw(tmp_path, "base.safetensors", 0)
     a = raw(tmp_path, "a.safetensors", 1, two=(6,), four=(2,))

@@ -115,6 +115,22 @@ def test_tokens_of_other_names_are_merged_row_by_row_with_a_warning(
     assert open_sources([llamas / "base", llamas / "two"])[0].warnings == ()
 
 
+def test_tokenizers_of_custom_code_are_not_compared(llamas: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("one", "two")):
+        shutil.copytree(llamas / name, tmp_path / name, ignore=shutil.ignore_patterns("tokenizer*"))
+        settings = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "model_max_length": number}
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    found, (warning,) = ours(tmp_path, merge("one", "two"))
+    assert_same(found, ours(llamas, merge("one", "two"))[0])
+    assert "one: its tokenizer is custom code, which is never run" in warning and str(tmp_path / "two") in warning
+    # A chat template alone is no tokenizer.
+    for name in ("one", "two"):
+        (tmp_path / name / "tokenizer_config.json").unlink()
+        (tmp_path / name / "chat_template.jinja").write_text("{{ messages }}")
+    found, warnings = ours(tmp_path, merge("one", "two"))
+    assert warnings == () and (found / "chat_template.jinja").exists()
+
+
 def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base_s(llamas: Path) -> None:
     (llamas / "tasks.jsonl").write_text('{"prompt": "w5 w6", "target": "w7"}\n' * 4)
     config = {

@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+# What none is made of by itself.
+BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 # The largest that are in use have some 40 MB.
 TOKENIZER_BYTES = 512 * 2**20
 
@@ -80,7 +82,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     _check_files(folder)
     code = _wanted_code(folder)
-    if code is not None and not (folder / "tokenizer.json").exists():
+    if _needs_code(folder):
         raise InputError(
             folder / "tokenizer_config.json",
             f"auto_map: {shown(code)} is custom code, which is never run; save the tokenizer once as a tokenizer.json",
@@ -100,7 +102,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).exists() for name in TOKENIZER_FILES)
+    return any((folder / name).exists() for name in TOKENIZER_FILES if name not in BESIDE_TOKENIZER)
 
 
 def _check_files(folder: Path) -> None:
@@ -126,9 +128,15 @@ def _wanted_code(folder: Path) -> Any:
     return wanted or None
 
 
+def _needs_code(folder: Path) -> bool:
+    """Whether a tokenizer cannot be loaded without its makers' code: what is in tokenizer.json needs none."""
+    return _wanted_code(folder) is not None and not (folder / "tokenizer.json").exists()
+
+
 def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     """A line for each folder whose tokenizer has other tokens in some rows than the first that has one: merged row by
-    row, such a row is made of two tokens. Raises InputError where a tokenizer cannot be read."""
+    row, such a row is made of two tokens. One that takes custom code is not asked. Raises InputError where another
+    cannot be read."""
     distinct: dict[tuple[str, ...], Path] = {}
     for folder in filter(has_tokenizer, folders):
         _check_files(folder)
@@ -137,9 +145,13 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     if not distinct:
         return ()
     first, *others = distinct.values()
-    if not others and _wanted_code(first) is not None:
-        # What it means is not known here, but that it is one.
-        return ()
+    coded = [folder for folder in distinct.values() if _needs_code(folder)]
+    if coded:
+        # What they mean is not known here, but whether they are one.
+        what = f"{coded[0]}: its tokenizer is custom code, which is never run"
+        return (
+            (f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}",) if others else ()
+        )
     expected = _tokens_of_rows(load_tokenizer(first))
     warnings = []
     for folder in others:

@@ -57,7 +57,7 @@ from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
-from evojax_merge.models.architecture import LAYERS, Architecture, known_architecture
+from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
 
 Progress = Callable[[int], None]
@@ -134,7 +134,8 @@ def prepare(
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
     if sources.vocabulary is None:
-        sources = replace(sources, warnings=vocabulary_warnings([folder.path for folder in sources.folders]))
+        told = vocabulary_warnings([folder.path for folder in sources.folders])
+        sources = replace(sources, warnings=(*sources.warnings, *told))
     if recipe.on_mismatch == "refuse":
         try:
             _check_configs(sources)
@@ -328,6 +329,8 @@ def _open(
             tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
             heads = [head] if not tied and any(head in own for own in names) else []
             names = [[name for name in own if name != head] + heads for own in names]
+    names, strays = _without_strays(recipe, decoder, folders, names)
+    sources = replace(sources, warnings=strays)
     layouts = [layout(own) for own in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)
@@ -342,7 +345,27 @@ def _open(
                 "(by its name, or by config.json's vocab_size)",
             )
     vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
-    return Sources(folders, vocabulary, vocabulary.warnings), layouts, tied
+    return Sources(folders, vocabulary, (*strays, *vocabulary.warnings)), layouts, tied
+
+
+def _without_strays(
+    recipe: RecipeFile, decoder: Architecture | None, folders: Sequence[DecoderFolder], names: list[list[str]]
+) -> tuple[list[list[str]], tuple[str, ...]]:
+    """The models' tensors without those that no forward pass reads and not all models have, such as a value head that
+    training has left, and what to tell of them; where the recipe says what becomes of such tensors, all."""
+    known = set.intersection(*map(set, names))
+
+    def is_stray(name: str) -> bool:
+        unread = name.endswith(BUFFERS) if decoder is None else decoder.leaf_of(name) is None
+        return unread and name not in known and _mismatch(recipe, name) == "refuse"
+
+    warnings = []
+    for folder, own in zip(folders, names, strict=True):
+        strays = sorted(filter(is_stray, own))
+        if strays:
+            some = f"{', '.join(strays[:3])}{' …' if len(strays) > 3 else ''}"
+            warnings.append(f"{folder.path}: {some}: not all models have this, and none reads it; left out")
+    return [[name for name in own if not is_stray(name)] for own in names], tuple(warnings)
 
 
 def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:

@@ -23,6 +23,8 @@ from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
 
 # The stack of layers that the forward pass of a decoder runs through.
 LAYERS = "layers"
+# Ends of the names of what earlier files hold beside the tensors, in most architectures.
+BUFFERS = ("rotary_emb.inv_freq",)
 # The components of a layer that every architecture has, and one that mixtures of experts have besides.
 COMPONENTS = ("attention", "mlp", "norm")
 ROUTER = "router"
@@ -127,7 +129,7 @@ class Architecture:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
     filters: Mapping[str, str] = field(default_factory=dict)
-    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    buffers: tuple[str, ...] = BUFFERS
     no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
