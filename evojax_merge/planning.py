@@ -5,9 +5,9 @@ The passes are those that the search would run: the evaluator chooses them as it
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ import jax
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.compilers import TargetCompiler
+from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
+from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.costs import Cost
-from evojax_merge.evaluation.devices import MEMORY_SHARE, is_cut
+from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of, is_cut
 from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
@@ -32,7 +32,8 @@ from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import differentiates
-from evojax_merge.search.strategies.hybrid import ascent_generations
+from evojax_merge.search.seeding import SeededStrategy
+from evojax_merge.search.strategies.hybrid import HybridStrategy
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.selection import candidates_to_select
 
@@ -61,20 +62,28 @@ def make_plan(
     final = planner
     if problem.final_compute_dtype != problem.compute_dtype:
         final = replace(planner, compute_dtype=problem.final_compute_dtype, chunk_sizes={})
-    size = math.ceil(problem.strategy.population / groups)
-    population = problem.candidates.planned_population(planner, size, anywhere)
-    finalists = population if final is planner else problem.candidates.planned_population(final, size, anywhere)
-    reports = None if compiler is None else partial(reported_bytes, problem, compiler)
+    rounds, starts = _gradient_generations(problem)
+
+    def planned(evaluator: Evaluator, candidates: int) -> Population:
+        """As many candidates as each group of devices has of so many."""
+        share = math.ceil(candidates / groups)
+        return problem.candidates.planned_population(evaluator, share, evaluator.devices.abstract)
+
+    population = cache(partial(planned, planner))
+    whole = problem.strategy.population
+    finalists = population(whole) if final is planner else planned(final, whole)
 
     def passes_on(
-        splits: Sequence[Sequence[BatchedTask]], plan_passes: PlanPasses = planned_passes, ask: bool = False
-    ) -> list[SizedPass]:
+        splits: Sequence[Sequence[BatchedTask]], candidates: int, plan_passes: PlanPasses = planned_passes,
+        ask: bool = False,
+    ) -> list[SizedPass]:  # fmt: skip
+        """Of a generation of so many candidates. ask: the compiler, of the passes of the first split."""
+        each = math.ceil(candidates / groups)
+        asked = partial(reports, problem, compiler, each) if compiler is not None and ask else None
         return [
             one
             for number, tasks in enumerate(splits)
-            for one in _passes_of_tasks(
-                planner, population, tasks, plan_passes, reports if ask and number == 0 else None
-            )
+            for one in _passes_of_tasks(planner, population(candidates), tasks, plan_passes, None if number else asked)
         ]
 
     def final_passes(tasks: Sequence[BatchedTask]) -> list[SizedPass]:
@@ -83,12 +92,11 @@ def make_plan(
     def cost_on(tasks: Sequence[BatchedTask] | None, count: int) -> Cost:
         return _cost(final_passes(tasks)) * count if tasks and count else Cost()
 
-    scored = passes_on(splits.shards, ask=True)
-    known = population.differentiable() is not None
-    differentiated = passes_on(minibatches, planned_gradient_passes if known else planned_passes, True)
+    scored = passes_on(splits.shards, whole, ask=True)
+    known = population(whole).differentiable() is not None
+    differentiated = passes_on(minibatches, starts, planned_gradient_passes if known else planned_passes, ask=True)
     share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
     candidate, gradient = _cost(scored), _cost(differentiated) * share
-    rounds, starts = _gradient_generations(problem)
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
     counts = candidates_to_select(problem)
@@ -125,18 +133,17 @@ def make_plan(
         host_bytes=PROCESS_BYTES + on_host,
         disk_bytes=disk_bytes(problem) + download_bytes,
         download_bytes=download_bytes,
-        advice=() if fits else advice(problem, pass_bytes),
+        advice=() if fits else advice(problem, pass_bytes, max((row.held_bytes for row in rows), default=0)),
     )
 
 
 def _gradient_generations(problem: SearchProblem) -> tuple[int, int]:
     """How many generations of a search follow gradients, and how many candidates are differentiated in each."""
-    what, search = differentiates(problem.strategy), problem.search
-    if what is None:
-        return 0, 0
-    if what == "fitness":
-        return search.generations, problem.strategy.population
-    return ascent_generations(search.gradient, search.generations), search.gradient.starts
+    strategy = problem.strategy
+    own = strategy.strategy if isinstance(strategy, SeededStrategy) else strategy
+    if isinstance(own, HybridStrategy):
+        return own.steps, own.ascent.population
+    return (0, 0) if differentiates(own) is None else (problem.search.generations, own.population)
 
 
 def disk_bytes(problem: SearchProblem) -> int:
@@ -151,22 +158,34 @@ def disk_bytes(problem: SearchProblem) -> int:
 
 
 PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
+# (the evaluator that has chosen chunks, what plans passes, a task) -> what the target's compiler says of the passes.
+AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list["Report"]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a target's compiler says of a pass. temporary_bytes: on a device, beside its arguments, its results
+    included; collectives: by kind how many it runs, and the bytes of their results together."""
+
+    temporary_bytes: int
+    collectives: Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class SizedPass:
-    """A planned pass, and the bytes on a device that it needs beside its arguments, its results included: as estimated,
-    and as its target's compiler reports (None: it was not asked, or refuses the pass however small it is)."""
+    """A planned pass, and the bytes on a device that it needs: held for it, its share of what a group of devices holds;
+    beside its arguments, its results included, as estimated; and its compiler's report (None: it was not asked, or
+    refuses the pass however small it is)."""
 
     planned: PlannedPass
+    held_bytes: int
     temporary_bytes: int
-    reported_bytes: int | None
+    report: Report | None
 
     @property
     def needed_bytes(self) -> int:
         """Beside the bank."""
-        own = self.temporary_bytes if self.reported_bytes is None else self.reported_bytes
-        return self.planned.held_bytes + own
+        return self.held_bytes + (self.temporary_bytes if self.report is None else self.report.temporary_bytes)
 
 
 def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
@@ -176,49 +195,63 @@ def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
     free = int(MEMORY_SHARE * max(0, target.memory - bank))
     # Of what does not fit it is shown what one candidate takes.
     chunk = settings.chunk if bank < target.memory else 1
+    devices = group_of(settings.model)
     return Evaluator(
-        problem.decoder, problem.tokenizer, [], problem.compute_dtype, chunk, target=target,
-        free_memory=lambda: free, temporary_bytes=JaxprReader(target).temporary_bytes,
+        problem.decoder, problem.tokenizer, [], problem.compute_dtype, chunk, devices, target=target,
+        free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
     )  # fmt: skip
 
 
 def _passes_of_tasks(
     planner: Evaluator, population: Population, tasks: Sequence[BatchedTask], plan_passes: PlanPasses,
-    reports: Callable[..., list[int]] | None,
+    ask: AskCompiler | None,
 ) -> list[SizedPass]:  # fmt: skip
     evaluator = replace(planner, batched_tasks=list(tasks))
-    return [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, plan_passes, reports)]
+    return [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, plan_passes, ask)]
 
 
 def passes_of_task(
-    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses,
-    reports: Callable[..., list[int]] | None = None,
-) -> list[SizedPass]:  # fmt: skip
-    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits; where not even one row fits,
-    with one candidate. reports: asks the target's compiler."""
+    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
+) -> list[SizedPass]:
+    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
+    and one row fit: those, which no compiler is asked for."""
+    reader = JaxprReader(evaluator.target, evaluator.devices)
 
-    reader = JaxprReader(evaluator.target)
+    def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
+        planned = plan_passes(evaluator, population, task, reader)
+        reports = [None] * len(planned) if ask is None else ask(evaluator, plan_passes, task)
+        return [
+            SizedPass(one, evaluator.devices.share(one.held_bytes), reader.temporary_bytes(one.traced), report)
+            for one, report in zip(planned, reports, strict=True)
+        ]
+
+    def fits(passes: Sequence[SizedPass]) -> bool:
+        most = max((one.needed_bytes for one in passes), default=0)
+        return not evaluator.target.is_accelerator or most <= evaluator.free_memory() / MEMORY_SHARE
 
     def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
-        planned = plan_passes(evaluator, population, task, reader)
-        unknown: list[int | None] = [None] * len(planned)
-        reported = unknown if reports is None else reports(evaluator, plan_passes, task)
-        sized = [
-            SizedPass(one, reader.temporary_bytes(one.traced), said)
-            for one, said in zip(planned, reported, strict=True)
-        ]
-        most = max((one.needed_bytes for one in sized), default=0)
-        if evaluator.target.is_accelerator and most > evaluator.free_memory() / MEMORY_SHARE:
+        found = sized(evaluator, task, ask)
+        if not fits(found):
+            # What is not enough for the least is not tried with half as much again and again.
+            if not fits(least()):
+                raise _NothingFits
             raise MemoryError
-        return sized
+        return found
+
+    @cache
+    def least() -> list[SizedPass]:
+        alone = replace(evaluator, chunk=1, chunk_sizes={})
+        return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
 
     try:
         found: list[SizedPass] = evaluator.with_less(i, fitting, lambda done: None)
-    except Failed:
-        alone = replace(evaluator, chunk=1, chunk_sizes={})
-        planned = plan_passes(alone, population, evaluator.batched_tasks[i], reader)
-        found = [SizedPass(one, reader.temporary_bytes(one.traced), None) for one in planned]
+    except (_NothingFits, Failed):
+        found = least()
     return found
+
+
+class _NothingFits(Exception):
+    """Not even one candidate's pass over one row fits."""
 
 
 def _cost(passes: Sequence[SizedPass]) -> Cost:
@@ -240,9 +273,11 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
     for sized in passes:
         one = sized.planned
         cost, key = one.cost, (one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info))
+        report = sized.report
         fresh = PassPlan(
-            one.task, one.name, one.candidates, one.runs, one.steps, one.held_bytes // model, sized.temporary_bytes,
-            sized.reported_bytes, cost.flops, cost.nbytes, cost.seconds(target) / model,
+            one.task, one.name, one.candidates, one.runs, one.steps, sized.held_bytes, sized.temporary_bytes,
+            None if report is None else report.temporary_bytes, None if report is None else report.collectives,
+            cost.flops, cost.nbytes, cost.seconds(target) / model,
         )  # fmt: skip
         known = rows.get(key)
         rows[key] = fresh if known is None else replace(
@@ -252,25 +287,28 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
     return tuple(rows.values())
 
 
-def reported_bytes(
-    problem: SearchProblem, compiler: TargetCompiler, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
-) -> list[int]:
-    """What the compiler says of the passes of a task, with the chunks that `planned` has chosen, in their order. Raises
-    JaxRuntimeError where it refuses one because it does not fit."""
+def reports(
+    problem: SearchProblem, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses,
+    task: BatchedTask,
+) -> list[Report]:  # fmt: skip
+    """What the compiler says of the passes of a task over a chunk of `size` candidates, chunked as `planned` has
+    chosen, in their order. Raises JaxRuntimeError where it refuses one because it does not fit."""
     return [
-        compiler.temporary_bytes(one.traced) for one in compiled_passes(problem, compiler, planned, plan_passes, task)
+        Report(compiler.temporary_bytes(one.traced), collectives(compiler.compiled(one.traced)))
+        for one in compiled_passes(problem, compiler, size, planned, plan_passes, task)
     ]
 
 
 def compiled_passes(
-    problem: SearchProblem, compiler: TargetCompiler, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
-) -> list[PlannedPass]:
-    """The passes of a task, with the chunks that `planned` has chosen, traced for the compiler's devices."""
+    problem: SearchProblem, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses,
+    task: BatchedTask,
+) -> list[PlannedPass]:  # fmt: skip
+    """The passes of a task over a population of which each group of devices has `size` candidates, chunked as `planned`
+    has chosen, traced for the compiler's devices."""
     evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
-    # As many candidates for each group of devices as were planned with.
-    groups, size = compiler.devices.population, problem.strategy.population
-    each = math.ceil(size / (problem.target.devices // problem.config.evaluation.model))
-    population = problem.candidates.planned_population(evaluator, groups * each, compiler.place_leaf)
+    population = problem.candidates.planned_population(
+        evaluator, size * compiler.devices.population, compiler.place_leaf
+    )
     return plan_passes(evaluator, population, task, compiler)
 
 
@@ -313,17 +351,21 @@ def device_sizes(problem: SearchProblem, model: int) -> DeviceSizes:
     return sizes
 
 
-def advice(problem: SearchProblem, pass_bytes: int) -> tuple[str, ...]:
-    """What would make a search fit that does not."""
+def advice(problem: SearchProblem, pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
+    """What would make a search fit that does not. Bytes on a device: pass_bytes, of the largest pass; held_bytes: of
+    materialised candidates and caches, which are for no shorter batch less than for one row."""
     target, model = problem.target, problem.config.evaluation.model
     here = device_sizes(problem, model)
 
-    def fits(bank: float, memory: float = target.memory) -> bool:
-        return bank + pass_bytes <= memory
+    def fits(bank: float, memory: float = target.memory, needed: float = pass_bytes) -> bool:
+        return bank + needed <= memory
+
+    def fits_shared(shards: int) -> bool:
+        return fits(device_sizes(problem, shards).bank, needed=pass_bytes * model / shards)
 
     found = []
     shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
-    enough = next((m for m in shards if fits(device_sizes(problem, m).bank)), None)
+    enough = next(filter(fits_shared, shards), None)
     if enough is not None and target.is_accelerator:
         more = "" if target.devices_per_host % enough == 0 else f", on a host with {enough} such devices"
         found.append(f"evaluation.model: {enough} (devices that share the models){more}")
@@ -337,6 +379,6 @@ def advice(problem: SearchProblem, pass_bytes: int) -> tuple[str, ...]:
     fewer = next((n for n in range(count - 1, 1, -1) if fits(here.bank * n / count)), None)
     if fewer is not None:
         found.append(f"{count - fewer} fewer of the {count} models")
-    if here.bank < target.memory:
+    if here.bank + held_bytes < target.memory:
         found.append(f"evaluation.tokens_per_batch below {problem.tokens_per_batch:,}, or shorter examples")
     return tuple(found) or ("a device with more memory, or smaller models",)

@@ -24,13 +24,15 @@ from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.costs import Cost, Product, cost_of, temporary_bytes
+from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
+from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
 from evojax_merge.evaluation.targets import find_target, live_target
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import resolve_headers
+from evojax_merge.report.plan import Plan
 
 
 def document(family: Family, **changes: Any) -> dict[str, Any]:
@@ -179,6 +181,50 @@ def test_a_cpu_has_a_float32_copy_of_bfloat16_that_a_loop_picks_from() -> None:
         assert abs(memory.temp_size_in_bytes - copied) < stack.size
 
 
+# How a value is cut that is computed of `x: [4, 8, 6]`, cut into two at its axis 1, and of `y: [8, 5]`, which is whole.
+CUT_RESULTS: dict[str, tuple[Any, int | None]] = {
+    "elementwise": (lambda x, y: jnp.tanh(x) + 1, 1),
+    "transposed": (lambda x, y: x.transpose(2, 0, 1), 2),
+    "axes taken apart": (lambda x, y: x.reshape(4, 4, 2, 6), 1),
+    "an axis joined with those behind it": (lambda x, y: x.reshape(4, 48), 1),
+    "an axis joined with those before it": (lambda x, y: x.reshape(32, 6), None),
+    "an axis before it summed up": (lambda x, y: x.sum(axis=0), 0),
+    "summed up": (lambda x, y: x.sum(axis=1), None),
+    "another axis sliced": (lambda x, y: x[1:3], 1),
+    "sliced": (lambda x, y: x[:, :2], None),
+    "a product over another axis": (lambda x, y: jnp.einsum("abc,cd->dab", x, jnp.ones((6, 3))), 2),
+    "a product over it": (lambda x, y: jnp.einsum("abc,bd->acd", x, y), None),
+    "a batch of products": (lambda x, y: jnp.einsum("abc,bd->bacd", x, y), 0),
+    "carried by a loop": (lambda x, y: jax.lax.fori_loop(0, 3, lambda i, z: z * 2, x), 1),
+    "put together by a loop": (lambda x, y: jax.lax.scan(lambda c, z: (c, z + 1), 0.0, x)[1], 1),
+    "of rows looked up": (lambda x, y: x[0][jnp.array([1, 3])], None),
+    "of whole columns looked up": (lambda x, y: x[0][:, jnp.array([1, 3])], 0),
+    "each sliced at a place of its own": (
+        lambda x, y: jax.vmap(lambda z, i: jax.lax.dynamic_slice_in_dim(z, i, 2, 1))(x, jnp.arange(4)),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUT_RESULTS)
+def test_what_is_computed_of_shards_is_cut_as_they_are(name: str) -> None:
+    program, axis = CUT_RESULTS[name]
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((4, 8, 6)), jnp.ones((8, 5)))
+    assert result_axes(jaxpr, [1, None], 2) == (axis,)
+
+
+def test_devices_that_share_a_model_need_their_shares_of_what_it_computes() -> None:
+    """Of an MLP that is cut by its inner entries each device has the whole of its result alone."""
+
+    def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ up.T) @ down.T
+
+    jaxpr = jax.make_jaxpr(mlp)(jnp.ones((8, 64)), jnp.ones((256, 64)), jnp.ones((64, 256)))
+    inner, result = 4 * 8 * 256, 4 * 8 * 64
+    assert temporary_bytes(jaxpr) == inner + result
+    assert temporary_bytes(jaxpr, cut=[None, 0, 1], shards=4) == inner // 4 + result
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Banks and passes
 
@@ -210,7 +256,7 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
         shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
     scores = [
         one
-        for one in planned_passes(evaluator, population, batched[0][0], JaxprReader(problem.target))
+        for one in planned_passes(evaluator, population, batched[0][0], JaxprReader(problem.target, ONE_DEVICE))
         if one.name == "score"
     ]
     for one in scores:
@@ -263,6 +309,39 @@ def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) ->
     # Candidates of generations take what they took.
     assert wider.generation == same.generation and wider.passes == same.passes
     assert wider.run.seconds > 1.2 * same.run.seconds and wider.pass_bytes > same.pass_bytes
+
+
+def test_a_hybrid_search_plans_its_gradients_with_as_many_candidates_as_it_starts_from(family: Family) -> None:
+    search = {"generations": 8, "strategy": "hybrid", "population": 8, "gradient": {"generations": 3, "starts": 2}}
+    problem = problem_of(document(family, search=search), "h100")
+    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    assert {row.chunk for row in plan.passes if row.name == "score"} == {8}
+    assert {row.chunk for row in plan.passes if row.name == "gradient"} == {2}
+
+
+def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(family: Family) -> None:
+    """Decoding needs a candidate's own weights beside the models; two devices that share it need half of both."""
+    task = {"name": "text", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4}
+    problem = problem_of(document(family, tasks=[task], evaluation={"chunk": 1}), "8xh100")
+    ample = make_plan(problem, tasks := problem.batched_tasks())
+    (held,) = {row.held_bytes for row in ample.passes if row.name == "decode"}
+
+    def plan(model: int) -> Plan:
+        target = replace(problem.target, memory=ample.bank_bytes + held // 2)
+        evaluation = problem.config.evaluation.model_copy(update={"model": model})
+        config = problem.config.model_copy(update={"evaluation": evaluation})
+        return make_plan(replace(problem, target=target, config=config), tasks)
+
+    alone, shared = plan(1), plan(2)
+    assert not alone.fits and shared.fits
+    assert any("evaluation.model: 2" in line for line in alone.advice)
+    assert not any("tokens_per_batch" in line for line in alone.advice)
+
+
+def test_a_plan_says_how_many_devices_a_host_of_several_has(family: Family) -> None:
+    problem = problem_of(document(family), "v5e-16")
+    plan = make_plan(problem, problem.batched_tasks())
+    assert "16 x TPU v5 lite, 4 to each of 4 hosts" in plan.lines()[0]
 
 
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:

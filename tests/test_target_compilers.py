@@ -82,10 +82,12 @@ def compiled(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("name", "model"), CASES)
 def test_memory_is_reported_and_fits(compiled: Any, name: str, model: int) -> None:
-    plan = compiled(name, model).plan
+    """The estimate is not far below the report; of matrices as small as these it may be above it, for their merges are
+    then part of the products."""
+    plan, most = compiled(name, model).plan, 1.5 if find_target("target", name).platform == "tpu" else 3
     assert plan.fits
     for row in plan.passes:
-        assert row.reported_bytes is not None and 0 < row.reported_bytes < 3 * row.temporary_bytes
+        assert row.reported_bytes is not None and 0 < row.reported_bytes < most * row.temporary_bytes
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

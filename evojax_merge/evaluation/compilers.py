@@ -13,6 +13,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from evojax_merge.evaluation.devices import Devices, mesh_of
+from evojax_merge.evaluation.passes import TracedPass
 from evojax_merge.evaluation.targets import Target
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
@@ -139,26 +140,31 @@ class TargetCompiler:
     devices: Devices
     device: Any
     # By the identity of a traced pass: it, and what it was compiled to.
-    _compiled: dict[int, tuple[jax.stages.Traced, jax.stages.Compiled]] = field(default_factory=dict)
+    _compiled: dict[int, tuple[TracedPass, jax.stages.Compiled]] = field(default_factory=dict)
+    # By its text: what a lowered pass was compiled to, whichever search it is of.
+    _programs: dict[str, jax.stages.Compiled] = field(default_factory=dict)
 
-    def compiled(self, traced: jax.stages.Traced) -> jax.stages.Compiled:
+    def compiled(self, traced: TracedPass) -> jax.stages.Compiled:
         """A pass, compiled once. Raises JaxRuntimeError where it takes more memory than a device has."""
         if id(traced) not in self._compiled:
             cuda = self.target.platform == "gpu"
             lowered = traced.lower(lowering_platforms=("cuda" if cuda else self.target.platform,))
-            self._compiled[id(traced)] = traced, lowered.compile(compiler_options=_CUDA_OPTIONS if cuda else {})
+            text = lowered.as_text()
+            if text not in self._programs:
+                self._programs[text] = lowered.compile(compiler_options=_CUDA_OPTIONS if cuda else {})
+            self._compiled[id(traced)] = traced, self._programs[text]
         return self._compiled[id(traced)][1]
 
     def programs(self) -> list[jax.stages.Compiled]:
         """What was compiled, in its order."""
-        return [compiled for _, compiled in self._compiled.values()]
+        return list(self._programs.values())
 
-    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+    def temporary_bytes(self, traced: TracedPass) -> int:
         memory = self.compiled(traced).memory_analysis()
         assert memory is not None
         return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
-    def outputs(self, traced: jax.stages.Traced) -> Any:
+    def outputs(self, traced: TracedPass) -> Any:
         shardings = self.compiled(traced).output_shardings
         return jax.tree.map(
             lambda out, sharding: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding),

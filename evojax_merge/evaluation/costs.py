@@ -15,7 +15,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
+from evojax_merge.evaluation.cut_axes import Axis, axis_of, cut_axes
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.models.sharding import MODEL_AXIS
 
 # How often the body of a `scan` or `while` runs.
 Trips = Callable[[Any], int]
@@ -136,13 +138,15 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
     return Cost(products, elementwise) + rest
 
 
-def temporary_bytes(jaxpr: Any, donated: Sequence[Any] = (), widens: bool = False) -> int:
-    """The most bytes that a program has in memory at a time beside its arguments, its results included: buffers live
-    from where they are computed to their last use, in the order of the program. donated: the shapes and dtypes of
-    arguments whose places results of the same take. widens: whether the compiler, as XLA's for CPUs, picks slices of
-    bfloat16 by way of float32, so that a loop has a float32 copy of what its trips pick slices of, unless a barrier
-    stands before."""
-    program = _flattened(jaxpr, widens=widens)
+def temporary_bytes(
+    jaxpr: Any, donated: Sequence[Any] = (), widens: bool = False, cut: Sequence[Axis] = (), shards: int = 1
+) -> int:
+    """The most bytes that a program has in memory of a device at a time beside its arguments, its results included:
+    buffers live from where they are computed to their last use, in the order of the program. donated: the shapes and
+    dtypes of arguments whose places results of the same take. widens: whether the compiler, as XLA's for CPUs, picks
+    slices of bfloat16 by way of float32, so that a loop has a float32 copy of what its trips pick slices of, unless a
+    barrier stands before. cut: of each argument the axis that `shards` devices cut, each of which has its part."""
+    program = _flattened(jaxpr, cut, _Setting(widens, shards))
     free = Counter((tuple(one.shape), str(one.dtype)) for one in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
@@ -151,6 +155,11 @@ def temporary_bytes(jaxpr: Any, donated: Sequence[Any] = (), widens: bool = Fals
             free[kind] -= 1
             in_place.append(number)
     return _peak(program, in_place)
+
+
+def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int) -> tuple[Axis, ...]:
+    """Of each result of a program the axis that the devices cut (see `temporary_bytes`)."""
+    return _flattened(jaxpr, cut, _Setting(shards=shards)).axes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -197,10 +206,12 @@ def _parts(eqn: Any) -> Iterator[Any]:
     for name, value in eqn.params.items():
         # Of a custom derivative only the function itself is run.
         for part in () if name.startswith(("jvp", "fwd", "bwd")) else value if isinstance(value, tuple) else (value,):
-            if hasattr(part, "eqns"):
-                yield ClosedJaxpr(part, ())
-            elif hasattr(part, "jaxpr") and hasattr(part.jaxpr, "eqns"):
-                yield part
+            if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
+                yield _closed(part)
+
+
+def _closed(jaxpr: Any) -> Any:
+    return ClosedJaxpr(jaxpr, ()) if hasattr(jaxpr, "eqns") else jaxpr
 
 
 def _is_call(eqn: Any, parts: Sequence[Any]) -> bool:
@@ -218,29 +229,46 @@ LITERAL = -1
 @dataclass(frozen=True)
 class _Step:
     """An operation of a program without calls. Values are known by numbers; one that is written out in the program is
-    `LITERAL`. body: the most that its loop's body or its branches need beside what is here."""
+    `LITERAL`. body: the most that its loop's body or its branches need beside what is here; is_batched: whether it is
+    several matrix products side by side."""
 
     name: str
     operands: tuple[int, ...]
     results: tuple[int, ...]
     sizes: tuple[int, ...]
     body: int = 0
+    is_batched: bool = False
 
 
 @dataclass
 class _Program:
     """A program's steps in their order, with calls written out. arguments: the numbers of what it is given, results: of
-    what it gives."""
+    what it gives; axes: at which these are cut."""
 
     steps: list[_Step]
     arguments: tuple[int, ...]
     results: tuple[int, ...]
+    axes: tuple[Axis, ...]
 
 
-def _flattened(jaxpr: Any, sliced: int = 0, widens: bool = False) -> _Program:
-    """A closed jaxpr with its calls written out. Its last `sliced` arguments are slices of something larger."""
+@dataclass(frozen=True)
+class _Setting:
+    """What programs are read for. widens, shards: as in `temporary_bytes`."""
+
+    widens: bool = False
+    shards: int = 1
+
+    def nbytes(self, aval: Any, axis: Axis) -> int:
+        """On a device."""
+        return _nbytes(aval) if axis is None else _nbytes(aval) // self.shards
+
+
+def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> _Program:
+    """A closed jaxpr with its calls written out. cut: its arguments' axes, all None where there are none. Its last
+    `sliced` arguments are slices of something larger."""
     steps: list[_Step] = []
     counter = iter(range(10**9))
+    axes: dict[int, Axis] = {LITERAL: None}
 
     def run(jaxpr: Any, given: Sequence[int]) -> tuple[int, ...]:
         numbers = dict(zip(jaxpr.jaxpr.invars, given, strict=True))
@@ -257,33 +285,86 @@ def _flattened(jaxpr: Any, sliced: int = 0, widens: bool = False) -> _Program:
                 continue
             results = tuple(next(counter) for _ in eqn.outvars)
             numbers |= dict(zip(eqn.outvars, results, strict=True))
-            sizes = tuple(_nbytes(out.aval) for out in eqn.outvars)
-            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, parts, widens)))
+            own = [axes.get(operand) for operand in operands]
+            inside = [_flattened(part, given, setting, count) for part, given, count in _inside(eqn, parts, own)]
+            found = _results_axes(eqn, inside, own, setting.shards)
+            axes.update(zip(results, found, strict=True))
+            sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, found, strict=True))
+            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, inside, setting), _is_batched(eqn)))
         return tuple(number(value) for value in jaxpr.jaxpr.outvars)
 
     given = tuple(next(counter) for _ in jaxpr.jaxpr.invars)
+    axes.update(zip(given, cut or [None] * len(given), strict=True))
     inside = given
     if sliced:
         picked = jaxpr.jaxpr.invars[-sliced:]
         slices = tuple(next(counter) for _ in picked)
+        axes.update(zip(slices, [axes[number] for number in given[-sliced:]], strict=True))
         for source, slice_, value in zip(given[-sliced:], slices, picked, strict=True):
             # Which slice it is, a counter says.
-            steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (_nbytes(value.aval),)))
+            size = setting.nbytes(value.aval, axes[slice_])
+            steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (size,)))
         inside = (*given[:-sliced], *slices)
-    return _Program(steps, given, run(jaxpr, inside))
+    found = run(jaxpr, inside)
+    return _Program(steps, given, found, tuple(axes.get(number) for number in found))
 
 
-def _body_bytes(eqn: Any, parts: Sequence[Any], widens: bool) -> int:
+def _is_batched(eqn: Any) -> bool:
+    return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+
+
+def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tuple[Any, Sequence[Axis], int]]:
+    """Each jaxpr of an equation, at which axes its arguments are cut, and how many of them are slices. own: of the
+    equation's operands."""
+    name = eqn.primitive.name
+    if name == "scan":
+        whole = eqn.params["num_consts"] + eqn.params["num_carry"]
+        # Of what is given there is a slice in every trip: without its first axis.
+        slices = [None if axis is None or axis == 0 else axis - 1 for axis in own[whole:]]
+        yield parts[0], [*own[:whole], *slices], len(slices)
+        return
+    if name == "while":
+        # The condition and the body have constants of their own, and both what is carried.
+        first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        yield _closed(eqn.params["cond_jaxpr"]), [*own[:first], *own[first + second :]], 0
+        yield _closed(eqn.params["body_jaxpr"]), own[first:], 0
+        return
+    operands = own[1:] if name == "cond" else own
+    for part in parts:
+        count, known = len(part.jaxpr.invars), name in ("cond", "shard_map") and not _is_of_one_device(eqn)
+        yield part, operands if known and count == len(operands) else [None] * count, 0
+
+
+def _is_of_one_device(eqn: Any) -> bool:
+    """Whether an equation's jaxpr says what each of the devices that share a model does with its part."""
+    return eqn.primitive.name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]
+
+
+def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], shards: int) -> Sequence[Axis]:
+    if shards == 1:
+        return [None] * len(eqn.outvars)
+    if not inside:
+        return cut_axes(eqn, own, shards)
+    # Of a loop the body, which gives more than the condition.
+    found, name = max((program.axes for program in inside), key=len), eqn.primitive.name
+    if _is_of_one_device(eqn):
+        return [axis_of(spec) for spec in eqn.params["out_specs"]]
+    if len(found) != len(eqn.outvars):
+        return [None] * len(eqn.outvars)
+    if name == "scan":
+        carries = eqn.params["num_carry"]
+        # What each trip leaves is put together along a new first axis.
+        return [*found[:carries], *(None if axis is None else axis + 1 for axis in found[carries:])]
+    return found
+
+
+def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
     """What a loop's body, or the largest branch, needs at a time beside its results: what a loop carries from one trip
     to the next, and what its trips leave, has one place, which is counted with the loop's results."""
-    if not parts:
-        return 0
-    if eqn.primitive.name == "scan":
-        constants, carries = eqn.params["num_consts"], eqn.params["num_carry"]
-        program = _flattened(parts[0], len(eqn.invars) - constants - carries, widens)
-        copies = _widened(eqn, program, constants, carries) if widens else 0
-        return copies + _peak(program, program.results)
-    return max(_peak(program, program.results) for program in (_flattened(part, widens=widens) for part in parts))
+    copies = 0
+    if eqn.primitive.name == "scan" and setting.widens:
+        copies = _widened(eqn, inside[0], eqn.params["num_consts"], eqn.params["num_carry"])
+    return copies + max((_peak(program, program.results) for program in inside), default=0)
 
 
 def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
@@ -317,6 +398,7 @@ def _peak(program: _Program, in_place: Iterable[int]) -> int:
     ends: dict[int, list[int]] = {}
     for number, i in last_use.items():
         ends.setdefault(i, []).append(number)
+    batched = {number for step in program.steps if step.is_batched for number in step.results}
     live: dict[int, int] = {}
     peak = 0
     for i, step in enumerate(program.steps):
@@ -325,6 +407,12 @@ def _peak(program: _Program, in_place: Iterable[int]) -> int:
             # They go on in the place of what they were given.
             for number in done:
                 live.pop(number, None)
+        elif step.name in _ELEMENTWISE or step.name in _TRANSCENDENTAL:
+            # Entry by entry, in the place of an operand of as many bytes that nothing else needs; of products side by
+            # side not, whose results compilers lay in another order than their operands.
+            same = [n for n in done if n in live and n not in batched and size[n] in step.sizes]
+            for number in same[:1]:
+                live.pop(number)
         live |= {n: size[n] for n in step.results if n in stored and n not in elsewhere}
         peak = max(peak, sum(live.values()) + step.body)
         for number in (*done, *(n for n in step.results if n not in last_use)):

@@ -14,12 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from evojax_merge.errors import InputError, PeerLostError
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
+
+# What passes are traced for: a process's devices, or a number of devices on no machine in particular; None: one device.
+AnyMesh = Mesh | AbstractMesh | None
 
 # Share of a device's free memory that a pass may take beyond the bank.
 MEMORY_SHARE = 0.8
@@ -31,7 +34,7 @@ HEARTBEAT = 30
 class Devices:
     """mesh: this process's devices, axes population and model; None: one device. Process `process` of `processes`."""
 
-    mesh: Mesh | None = None
+    mesh: AnyMesh = None
     process: int = 0
     processes: int = 1
 
@@ -41,14 +44,27 @@ class Devices:
         return 1 if self.mesh is None else self.mesh.shape["population"]
 
     @property
+    def model(self) -> int:
+        """How many devices share each candidate."""
+        return 1 if self.mesh is None else self.mesh.shape["model"]
+
+    def share(self, nbytes: int) -> int:
+        """Bytes on each device of what the devices of a group hold together for candidates: weights and caches are cut
+        along `model`, and what is not is little beside them."""
+        return nbytes // self.model
+
+    def candidate_bytes(self, tree: Any) -> int:
+        """Bytes on each device of what one candidate has, arrays or their shapes."""
+        return self.share(tree_nbytes(tree))
+
+    @property
     def is_main_process(self) -> bool:
         """Whether this is the process that writes the run folder."""
         return self.process == 0
 
     def describe(self) -> str:
         device = jax.local_devices()[0]
-        model = 1 if self.mesh is None else self.mesh.shape["model"]
-        shares = f"{self.population} x population, {model} x model"
+        shares = f"{self.population} x population, {self.model} x model"
         others = f", process {self.process + 1} of {self.processes}" if self.processes > 1 else ""
         return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
 
@@ -58,9 +74,15 @@ class Devices:
         if self.mesh is None:
             return None
         axes: list[str | None] = [None] * len(shape)
-        if sharded_axis is not None and is_cut(shape, sharded_axis, self.mesh.shape["model"]):
+        if sharded_axis is not None and is_cut(shape, sharded_axis, self.model):
             axes[sharded_axis] = "model"
         return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def abstract(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
+        """An abstract array, as `put` would lay it."""
+        return jax.ShapeDtypeStruct(
+            shape, jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding(shape, sharded_axis)
+        )
 
     def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
         """An array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be forgotten before
@@ -89,9 +111,17 @@ class Devices:
 ONE_DEVICE = Devices()
 
 
+def group_of(model: int) -> Devices:
+    """`model` devices that share a candidate, on no machine in particular: what is run on one group of them can be
+    traced."""
+    if model == 1:
+        return ONE_DEVICE
+    return Devices(AbstractMesh((1, model), ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))
+
+
 def is_cut(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
     """Whether an array of the bank is cut into so many shards, at an axis counted from its end."""
-    return sharded_axis is not None and len(shape) >= -sharded_axis and shape[sharded_axis] % shards == 0
+    return sharded_axis is not None and -len(shape) <= sharded_axis < len(shape) and shape[sharded_axis] % shards == 0
 
 
 @contextmanager
@@ -164,7 +194,7 @@ def size_of(candidates: Any) -> int:
     return jax.tree.leaves(candidates)[0].shape[0]
 
 
-def vmap_sharded(mesh: Mesh | None, function: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
+def vmap_sharded(mesh: AnyMesh, function: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
     """`function(replicated, candidate)` for each candidate (leading axis P on every leaf): vmap, sharded over the
     mesh's population axis."""
 
@@ -177,7 +207,7 @@ def vmap_sharded(mesh: Mesh | None, function: Callable[[Any, Any], Any], replica
     return shard_population(mesh, local, replicated, candidates)
 
 
-def shard_population(mesh: Mesh | None, local: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
+def shard_population(mesh: AnyMesh, local: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
     """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates. How the
     devices of a group share that is the compiler's choice, within what models.sharding says."""
     if mesh is None:

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import (
     ONE_DEVICE,
+    AnyMesh,
     Devices,
     free_memory,
     pad_chunk,
@@ -38,7 +38,9 @@ from evojax_merge.evaluation.passes import (
     MaterialisedFactory,
     PerCandidateModel,
     SharedModel,
+    TracedPass,
     WeightsFactory,
+    trace,
 )
 from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
@@ -67,7 +69,7 @@ MATERIALISE_FRACTION = 1 / 8
 CPU_CACHE_BYTES = 32 * 2**20
 
 
-def compiled_temporary_bytes(traced: jax.stages.Traced) -> int | None:
+def compiled_temporary_bytes(traced: TracedPass) -> int | None:
     """Bytes beyond its arguments and results that a pass needs on a device, as the compiler reports; None where it does
     not."""
     memory = traced.lower().compile().memory_analysis()
@@ -169,11 +171,11 @@ class Population:
         """One candidate's shapes where it has to be materialised first; None where it is in memory."""
         return None
 
-    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
         return SharedModel(), self.replicated, candidates
 
-    def traced_materialise(self, mesh: Mesh | None, candidates: Any) -> jax.stages.Traced | None:
+    def traced_materialise(self, mesh: AnyMesh, candidates: Any) -> TracedPass | None:
         """The pass that `materialise` runs; None where there is none."""
         return None
 
@@ -192,11 +194,11 @@ class MergePopulation(Population):
         _, candidate = next(self.chunks(1))
         return jax.eval_shape(partial(passes.materialise, self.factory, None), self.replicated, candidate)
 
-    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         return PerCandidateModel(), None, passes.materialise(self.factory, mesh, self.replicated, candidates)
 
-    def traced_materialise(self, mesh: Mesh | None, candidates: Any) -> jax.stages.Traced:
-        return passes.materialise.trace(self.factory, mesh, self.replicated, candidates)
+    def traced_materialise(self, mesh: AnyMesh, candidates: Any) -> TracedPass:
+        return trace(passes.materialise, self.factory, mesh, self.replicated, candidates)
 
     def differentiable(self) -> "DifferentiableMerges":
         """The same merges, to be differentiated with respect to their recipes."""
@@ -213,7 +215,7 @@ class DifferentiablePopulation(Population):
         """The same candidates, not to be differentiated."""
         return self
 
-    def pull_back(self, mesh: Mesh | None, candidates: Any, cotangents: Any) -> Any:
+    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Any:
         """The derivative with respect to candidates, float32, of what has those `cotangents` with respect to what
         `materialise` makes of them."""
         return cotangents
@@ -234,12 +236,12 @@ class DifferentiableMerges(DifferentiablePopulation):
         dtype = self.factory.compute_dtype
         return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.to_score().model_shape())
 
-    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         factory, replicated, own = self.to_score().materialise(mesh, candidates)
         # Once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
         return factory, replicated, passes.to_dtype(own, self.factory.compute_dtype)
 
-    def pull_back(self, mesh: Mesh | None, candidates: Any, cotangents: Any) -> Recipe:
+    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Recipe:
         gradient: Recipe = passes.recipe_gradient(self.factory, mesh, self.replicated, candidates, cotangents)
         return gradient
 
@@ -255,7 +257,7 @@ class ModelPopulation(Population):
         for rows, models in super().chunks(size):
             yield rows, jax.device_put(models)
 
-    def materialise(self, mesh: Mesh | None, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
         return self.factory, self.replicated, candidates
 
 
@@ -289,7 +291,7 @@ class Evaluator:
     lookup_corpus: dict[str, np.ndarray] = field(default_factory=dict)
     target: Target = field(default_factory=live_target)
     free_memory: Callable[[], int] = free_memory
-    temporary_bytes: Callable[[jax.stages.Traced], int | None] = compiled_temporary_bytes
+    temporary_bytes: Callable[[TracedPass], int | None] = compiled_temporary_bytes
 
     @property
     def tasks(self) -> list[Task]:
@@ -499,7 +501,7 @@ class Evaluator:
         fills in the candidates `rows` of `totals` and `greedy`."""
         assert batched_task.scoring is not None
         mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
-        model = tree_nbytes(population.model_shape())
+        model = self.devices.candidate_bytes(population.model_shape())
         materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
         source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
         factory, replicated, own = source
@@ -551,7 +553,8 @@ class Evaluator:
         assert batched_task.scoring is not None
         shape = population.model_shape()
         wanted = shape is not None and (len(batched_task.scoring.batches) > 1 or not self.target.is_accelerator)
-        return wanted and candidates * tree_nbytes(shape) <= MATERIALISE_FRACTION * self.free_memory()
+        own = candidates // self.devices.population * self.devices.candidate_bytes(shape)
+        return wanted and own <= MATERIALISE_FRACTION * self.free_memory()
 
     def runs_two_jobs(self, model: int) -> bool:
         """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
@@ -578,7 +581,8 @@ class Evaluator:
         if batched_task.scoring is None or len(batched_task.scoring.batches) < 2:
             return False
         model = population.model_shape()
-        return model is not None and chunk * tree_nbytes(model) <= MATERIALISE_FRACTION * self.free_memory()
+        own = chunk * self.devices.candidate_bytes(model)
+        return model is not None and own <= MATERIALISE_FRACTION * self.free_memory()
 
     def _prefill_prefix(
         self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
@@ -632,12 +636,12 @@ class Evaluator:
         """As `_temporaries`, of a pass that is differentiated."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
         weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
-        return self._pass_bytes(passes.score_gradient.trace(*arguments, weights), prefix)
+        return self._pass_bytes(trace(passes.score_gradient, *arguments, weights), prefix)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where nobody says."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
-        return self._pass_bytes(passes.score.trace(*arguments), prefix)
+        return self._pass_bytes(trace(passes.score, *arguments), prefix)
 
     def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any]:
         """What `passes.score` takes of the largest batch and a chunk, and the shape of the prefix among it."""
@@ -650,9 +654,9 @@ class Evaluator:
         prefix = jax.eval_shape(read, replicated, candidates, shared_prefix) if shared_prefix.size else None
         return (self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)), prefix
 
-    def _pass_bytes(self, traced: jax.stages.Traced, prefix: Any) -> int | None:
+    def _pass_bytes(self, traced: TracedPass, prefix: Any) -> int | None:
         temporaries = self.temporary_bytes(traced)
-        own = 0 if prefix is None else tree_nbytes(prefix) // self.devices.population
+        own = 0 if prefix is None else self.devices.candidate_bytes(prefix) // self.devices.population
         return None if temporaries is None else temporaries + own
 
     # -----------------------------------------------------------------------------------------------------------
@@ -666,7 +670,7 @@ class Evaluator:
         nonfinite = np.zeros(population.size, bool)
         if batched_task.prompts is None:
             return texts, nonfinite
-        size = tree_nbytes(population.model_shape())
+        size = self.devices.candidate_bytes(population.model_shape())
         for rows, tokens in _double_buffered(
             self._generation_jobs(population, batched_task, progress), self.runs_two_jobs(size)
         ):
@@ -800,10 +804,12 @@ class Evaluator:
         return self.chunk_sizes[key]
 
     def _generation_bytes(self, model: Any, batched_task: BatchedTask) -> tuple[int, int]:
-        """Bytes of one materialised candidate, and of what it needs to decode the largest batch of prompts."""
+        """Bytes on a device of one materialised candidate, and of what it needs to decode the largest batch of
+        prompts."""
         assert batched_task.prompts is not None
+        own = self.devices.candidate_bytes
         if not self.target.is_accelerator:
-            return tree_nbytes(model), 0
+            return own(model), 0
         batch, shared_prefix = (
             max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
             batched_task.prompts.shared_prefix,
@@ -814,11 +820,12 @@ class Evaluator:
         (rows, width), new = batch.tokens.shape, batched_task.requests.max_new_tokens
         init_decode = partial(passes.init_decode, self.config, self.compute_dtype, None)
         state = jax.eval_shape(lambda: init_decode(np.zeros(1), rows, width, new, step_tokens(self.target, batch)))
-        traced = passes.prefill.trace(
+        traced = trace(
+            passes.prefill,
             self.config, PerCandidateModel(), None, width, batched_task.stop, None, model, prefix, state, np.int32(0),
             *batch.prefill_group(group),
         )  # fmt: skip
-        return tree_nbytes(model), 2 * tree_nbytes(state) + (self.temporary_bytes(traced) or 0)
+        return own(model), 2 * own(state) + (self.temporary_bytes(traced) or 0)
 
 
 @dataclass(frozen=True)

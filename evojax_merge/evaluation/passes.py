@@ -10,9 +10,10 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding
 
-from evojax_merge.evaluation.devices import shard_population, size_of, vmap_sharded
+from evojax_merge.evaluation.cut_axes import Axis, axis_of
+from evojax_merge.evaluation.devices import AnyMesh, shard_population, size_of, vmap_sharded
 from evojax_merge.models import generate
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
@@ -35,6 +36,42 @@ from evojax_merge.models.sources import (
     lazy_merge,
 )
 from evojax_merge.tasks.task import LogitsFn
+
+
+@dataclass(frozen=True)
+class TracedPass:
+    """A pass, traced. cut: of each of its arguments the axis that devices which share a model cut, None where each has
+    the whole."""
+
+    traced: jax.stages.Traced
+    cut: tuple[Axis, ...]
+
+    @property
+    def jaxpr(self) -> Any:
+        return self.traced.jaxpr
+
+    @property
+    def args_info(self) -> Any:
+        return self.traced.args_info
+
+    @property
+    def out_info(self) -> Any:
+        return self.traced.out_info
+
+    def lower(self, **options: Any) -> Any:
+        return self.traced.lower(**options)
+
+
+def trace(function: Any, *arguments: Any) -> TracedPass:
+    """A pass over arrays, or over abstract ones, which are cut as their shardings say."""
+    leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
+    cut = [axis_of(leaf.sharding.spec) if _is_named(leaf) else None for leaf in leaves]
+    return TracedPass(function.trace(*arguments), tuple(cut))
+
+
+def _is_named(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
+
 
 Materialised = TypeVar("Materialised", StackedWeights, UnstackedWeights)
 
@@ -68,7 +105,7 @@ class DifferentiableFactory(LazyMergeFactory):
 class MaterialisedFactory(WeightsFactory, Protocol):
     """A factory of models that exist in memory."""
 
-    def unstack(self, mesh: Mesh | None, replicated: Any, candidates: Any) -> tuple[Any, Any]:
+    def unstack(self, mesh: AnyMesh, replicated: Any, candidates: Any) -> tuple[Any, Any]:
         """What candidates share, and what each has, with every layer in arrays of its own."""
         ...
 
@@ -80,7 +117,7 @@ class SharedModel:
     def __call__(self, replicated: Materialised, candidate: Any) -> Materialised:
         return replicated
 
-    def unstack(self, mesh: Mesh | None, replicated: StackedWeights, candidates: Any) -> tuple[UnstackedWeights, Any]:
+    def unstack(self, mesh: AnyMesh, replicated: StackedWeights, candidates: Any) -> tuple[UnstackedWeights, Any]:
         return unstack_layers(replicated), candidates
 
 
@@ -91,7 +128,7 @@ class PerCandidateModel:
     def __call__(self, replicated: None, candidate: Materialised) -> Materialised:
         return candidate
 
-    def unstack(self, mesh: Mesh | None, replicated: None, candidates: StackedWeights) -> tuple[None, UnstackedWeights]:
+    def unstack(self, mesh: AnyMesh, replicated: None, candidates: StackedWeights) -> tuple[None, UnstackedWeights]:
         return None, unstack_population(mesh, candidates)
 
 
@@ -131,7 +168,7 @@ def _apply_logits_fn(
 def prefill_prefix(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     replicated: Any,
     candidates: Any,
     shared_prefix: jax.Array,
@@ -154,7 +191,7 @@ def prefill_prefix(
 def score(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     logits_fn: LogitsFn | None,
     replicated: Any,
     candidates: Any,
@@ -177,7 +214,7 @@ def score(
 def score_gradient(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     logits_fn: LogitsFn | None,
     replicated: Any,
     candidates: Any,
@@ -208,7 +245,7 @@ def score_gradient(
 def prefix_gradient(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     replicated: Any,
     candidates: Any,
     shared_prefix: jax.Array,
@@ -233,7 +270,7 @@ def prefix_gradient(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def recipe_gradient(
-    factory: DifferentiableFactory, mesh: Mesh | None, bank: Bank, recipes: Recipe, cotangents: StackedWeights
+    factory: DifferentiableFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe, cotangents: StackedWeights
 ) -> Recipe:
     """The derivative with respect to each of P recipes of what depends on it through its materialised candidate,
     float32. cotangents: the derivative with respect to the candidate's weights."""
@@ -268,7 +305,7 @@ def to_float32(tree: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def materialise(factory: LazyMergeFactory, mesh: Mesh | None, bank: Bank, recipes: Recipe) -> StackedWeights:
+def materialise(factory: LazyMergeFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe) -> StackedWeights:
     """Each candidate as a whole."""
 
     def local(bank: Bank, recipes: Recipe) -> StackedWeights:
@@ -290,7 +327,7 @@ def unstack_layers(model: StackedWeights) -> UnstackedWeights:
 
 
 @partial(jax.jit, static_argnums=0)
-def unstack_population(mesh: Mesh | None, candidates: StackedWeights) -> UnstackedWeights:
+def unstack_population(mesh: AnyMesh, candidates: StackedWeights) -> UnstackedWeights:
     """Candidates with the layers of each in arrays of their own."""
     return shard_population(mesh, lambda _, candidates: jax.vmap(StackedWeights.unstack)(candidates), None, candidates)
 
@@ -299,7 +336,7 @@ def unstack_population(mesh: Mesh | None, candidates: StackedWeights) -> Unstack
 def init_decode(
     config: DecoderConfig,
     dtype: str,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     candidates: Any,
     rows: int,
     width: int,
@@ -318,7 +355,7 @@ def init_decode(
 def prefill(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     width: int,
     stop: tuple[int, ...],
     replicated: Any,
@@ -344,7 +381,7 @@ def prefill(
 def decode(
     config: DecoderConfig,
     factory: WeightsFactory,
-    mesh: Mesh | None,
+    mesh: AnyMesh,
     steps: int,
     step_tokens: int,
     update_rows: CacheUpdate,

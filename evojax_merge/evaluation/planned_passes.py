@@ -16,8 +16,8 @@ import numpy as np
 
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
-from evojax_merge.evaluation.devices import size_of, tree_nbytes
+from evojax_merge.evaluation.costs import Cost, cost_of, result_axes, scan_length, temporary_bytes
+from evojax_merge.evaluation.devices import Devices, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     STOP_CHECK_INTERVAL,
     Evaluator,
@@ -27,7 +27,7 @@ from evojax_merge.evaluation.evaluator import (
     row_update,
     step_tokens,
 )
-from evojax_merge.evaluation.passes import PerCandidateModel
+from evojax_merge.evaluation.passes import PerCandidateModel, TracedPass, trace
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
@@ -40,11 +40,11 @@ CAST, GRADIENT, PREFIX_GRADIENT, RECIPE_GRADIENT = "cast", "gradient", "prefix g
 class PassReader(Protocol):
     """What tells of a traced pass: its jaxpr, or the compiler of its target."""
 
-    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+    def temporary_bytes(self, traced: TracedPass) -> int:
         """Bytes that it needs on a device beside its arguments, its results included."""
         ...
 
-    def outputs(self, traced: jax.stages.Traced) -> Any:
+    def outputs(self, traced: TracedPass) -> Any:
         """What it gives, as abstract arrays, where they then are."""
         ...
 
@@ -55,16 +55,20 @@ class PassReader(Protocol):
 
 @dataclass(frozen=True)
 class JaxprReader:
-    """An estimate for a target, read off the jaxpr."""
+    """An estimate for a target, read off the jaxpr. devices: one group of them, which share a candidate."""
 
     target: Target
+    devices: Devices
 
-    def temporary_bytes(self, traced: jax.stages.Traced) -> int:
+    def temporary_bytes(self, traced: TracedPass) -> int:
         donated = [one for one in jax.tree.leaves(traced.args_info) if one.donated]
-        return temporary_bytes(traced.jaxpr, donated, widens=not self.target.is_accelerator)
+        return temporary_bytes(traced.jaxpr, donated, not self.target.is_accelerator, traced.cut, self.devices.model)
 
-    def outputs(self, traced: jax.stages.Traced) -> Any:
-        return jax.tree.map(lambda out: jax.ShapeDtypeStruct(out.shape, out.dtype), traced.out_info)
+    def outputs(self, traced: TracedPass) -> Any:
+        axes = result_axes(traced.jaxpr, traced.cut, self.devices.model)
+        leaves, tree = jax.tree.flatten(traced.out_info)
+        each = zip(leaves, axes, strict=True)
+        return jax.tree.unflatten(tree, [self.devices.abstract(leaf.shape, leaf.dtype, axis) for leaf, axis in each])
 
     def place(self, candidates: Any) -> Any:
         return candidates
@@ -81,7 +85,7 @@ class PlannedPass:
 
     task: str
     name: str
-    traced: jax.stages.Traced
+    traced: TracedPass
     candidates: int
     runs: int = 1
     steps: int = 1
@@ -161,8 +165,13 @@ def _prefix(
 ) -> tuple[list[PlannedPass], KVCache | None]:
     if not shared_prefix.size:
         return [], None
-    traced = passes.prefill_prefix.trace(
-        evaluator.config, source.factory, evaluator.devices.mesh, *source.arguments, shared_prefix
+    traced = trace(
+        passes.prefill_prefix,
+        evaluator.config,
+        source.factory,
+        evaluator.devices.mesh,
+        *source.arguments,
+        shared_prefix,
     )
     size = size_of(source.candidates)
     read = PlannedPass(task, PREFIX, traced, size, 1, 1, source.merge_bytes, source.held_bytes)
@@ -190,7 +199,8 @@ def _scoring(
     yield from read
     held = source.held_bytes + tree_nbytes(prefix)
     for batch, runs in _distinct(scoring.batches, lambda batch: str(batch.compiled_shapes)):
-        traced = passes.score.trace(
+        traced = trace(
+            passes.score,
             evaluator.config, source.factory, mesh, batched_task.requests.logits_fn, *source.arguments, prefix,
             arrays_of(batch),
         )  # fmt: skip
@@ -214,7 +224,7 @@ def _differentiating(
         once, source = _materialised(evaluator, population, recipes, task, reader)
         yield from once
         if population.factory.spec.export_dtype != evaluator.compute_dtype:
-            traced = passes.to_dtype.trace(source.candidates, evaluator.compute_dtype)
+            traced = trace(passes.to_dtype, source.candidates, evaluator.compute_dtype)
             yield PlannedPass(task, CAST, traced, size, held_bytes=source.held_bytes)
             models = reader.outputs(traced)
             source = _Source(PerCandidateModel(), None, models, held_bytes=tree_nbytes(models))
@@ -227,7 +237,8 @@ def _differentiating(
     held, gradient = source.held_bytes + tree_nbytes(prefix), None
     for batch, runs in _distinct(scoring.batches, lambda batch: str(batch.compiled_shapes)):
         weights = reader.place(np.zeros((size, len(batch.rows)), np.float32))
-        traced = passes.score_gradient.trace(
+        traced = trace(
+            passes.score_gradient,
             evaluator.config, source.factory, mesh, batched_task.requests.logits_fn, *source.arguments, prefix,
             arrays_of(batch), weights,
         )  # fmt: skip
@@ -239,13 +250,19 @@ def _differentiating(
     with_gradient = held + tree_nbytes(gradient)
     of_candidates, cotangents = gradient
     if prefix is not None:
-        traced = passes.prefix_gradient.trace(
-            evaluator.config, source.factory, mesh, *source.arguments, scoring.shared_prefix, cotangents
+        traced = trace(
+            passes.prefix_gradient,
+            evaluator.config,
+            source.factory,
+            mesh,
+            *source.arguments,
+            scoring.shared_prefix,
+            cotangents,
         )
         yield PlannedPass(task, PREFIX_GRADIENT, traced, size, 1, 1, source.merge_bytes, with_gradient)
     if materialised:
-        traced = passes.recipe_gradient.trace(
-            differentiable.factory, mesh, population.replicated, recipes, of_candidates
+        traced = trace(
+            passes.recipe_gradient, differentiable.factory, mesh, population.replicated, recipes, of_candidates
         )
         # Each layer is merged again, and its derivative reads its sources and what it is told of the merge.
         moved = 2 * (tree_nbytes(population.replicated) + tree_nbytes(of_candidates) // size)
@@ -273,19 +290,29 @@ def _generating(
     check = STOP_CHECK_INTERVAL if requests.stop else new
     for batch, runs in _distinct(prompts.batches, lambda batch: str(batch.compiled_shapes)):
         (rows, width), tokens = batch.tokens.shape, step_tokens(evaluator.target, batch)
-        traced = passes.init_decode.trace(
-            config, evaluator.compute_dtype, mesh, reader.place(np.zeros(size)), rows, width, new, tokens
+        traced = trace(
+            passes.init_decode,
+            config,
+            evaluator.compute_dtype,
+            mesh,
+            reader.place(np.zeros(size)),
+            rows,
+            width,
+            new,
+            tokens,
         )
         state = reader.outputs(traced)
         with_state = held + tree_nbytes(state)
         for group, times in _distinct(batch.prefill_groups, lambda group: str((group.end - group.begin, group.width))):
-            traced = passes.prefill.trace(
+            traced = trace(
+                passes.prefill,
                 config, source.factory, mesh, width, stop, *source.arguments, prefix, state, np.int32(group.begin),
                 *batch.prefill_group(group),
             )  # fmt: skip
             yield PlannedPass(task, PREFILL, traced, size, runs * times, held_bytes=with_state)
         lookup_corpus = evaluator.lookup_corpus_of(batched_task)[batch.rows]
-        traced = passes.decode.trace(
+        traced = trace(
+            passes.decode,
             config, decoding.factory, mesh, check, tokens, row_update(evaluator.target), stop, *decoding.arguments,
             state, prefix, batch.tokens, lookup_corpus,
         )  # fmt: skip

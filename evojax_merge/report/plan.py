@@ -6,7 +6,7 @@ whichever takes longer, and merging at the bandwidth, one after the other.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ class PassPlan:
     """A compiled pass of a search. chunk: how many candidates share it on a device; runs: how often it is run for them
     in a generation that is scored on all search examples; steps: of one run, at most (decode steps). Bytes on a device:
     held, of materialised candidates and caches; temporaries, estimated, and reported by the target's compiler (None: it
-    was not asked). flops, moved_bytes and seconds: for one candidate, of all runs."""
+    was not asked). collectives: what it says of one run, by kind how many and the bytes of their results together.
+    flops, moved_bytes and seconds: for one candidate, of all runs."""
 
     task: str
     name: str
@@ -33,6 +34,7 @@ class PassPlan:
     held_bytes: int
     temporary_bytes: int
     reported_bytes: int | None
+    collectives: Mapping[str, tuple[int, int]] | None
     flops: float
     moved_bytes: float
     seconds: float
@@ -131,8 +133,9 @@ class Plan:
             f"bfloat16, {shown_number(target.float32)}FLOP/s {'TF32' if target.platform == 'gpu' else 'float32'}"
         )
         nominal = "" if target.is_accelerator else ", nominal"
+        hosts = "" if target.hosts == 1 else f", {target.devices_per_host} to each of {target.hosts} hosts"
         found = [
-            f"target {target.name}: {target.devices} x {target.kind} ({rates} each{nominal}), in {self.groups} "
+            f"target {target.name}: {target.devices} x {target.kind}{hosts} ({rates} each{nominal}), in {self.groups} "
             f"group{'s' if self.groups > 1 else ''} of {self.model}",
             self.verdict(),
         ]

@@ -1,0 +1,91 @@
+"""Which axis of what a program computes is cut where several devices share a model, read off its jaxpr.
+
+Arguments are cut as they lie, and what is computed from them follows: along the axis that an operation keeps, as
+`models.sharding` says, or not at all. That is what XLA's partitioner does where it has no choice.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from evojax_merge.models.sharding import MODEL_AXIS
+
+# An axis, or None: each device has the whole.
+Axis = int | None
+
+
+def axis_of(spec: Sequence[Any]) -> Axis:
+    """The axis that a PartitionSpec cuts into the shards of a model."""
+    return next((i for i, names in enumerate(spec) if names == MODEL_AXIS or MODEL_AXIS in _names(names)), None)
+
+
+def cut_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
+    """Of each result of an equation without jaxprs of its own. given: of its operands."""
+    name, results = eqn.primitive.name, [out.aval for out in eqn.outvars]
+    if name == "sharding_constraint":
+        return [axis_of(eqn.params["sharding"].spec)]
+    if name == "optimization_barrier":
+        return list(given)
+    if name == "gather":
+        return [_gathered(eqn, given[0])]
+    operands = [(value.aval, axis) for value, axis in zip(eqn.invars, given, strict=True)]
+    if name == "dot_general":
+        return [_of_product(eqn.params["dimension_numbers"], operands)]
+    cut = [(aval, axis) for aval, axis in operands if axis is not None]
+    if not cut:
+        return [None] * len(results)
+    aval, axis = cut[0]
+    if name == "transpose":
+        return [list(eqn.params["permutation"]).index(axis)]
+    if name == "broadcast_in_dim":
+        return [eqn.params["broadcast_dimensions"][axis]]
+    if name == "reshape":
+        return [_reshaped(aval.shape, axis, results[0].shape, shards)]
+    removed = eqn.params.get("axes", ()) if name.startswith(("reduce_", "arg")) else eqn.params.get("dimensions", ())
+    if name == "squeeze" or name.startswith(("reduce_", "arg")):
+        return [None if axis in removed else axis - sum(one < axis for one in removed) for _ in results]
+    return [next((a for operand, a in cut if _keeps(operand, a, result)), None) for result in results]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else ()
+
+
+def _keeps(operand: Any, axis: int, result: Any) -> bool:
+    """Whether a result has an operand's axis as it was."""
+    return len(operand.shape) == len(result.shape) and operand.shape[axis] == result.shape[axis]
+
+
+def _gathered(eqn: Any, axis: Axis) -> Axis:
+    """Of what is picked from an operand: an axis that is taken as a whole stays; entries that are picked along the axis
+    of the shards are summed up over the devices, each of which then has them all."""
+    operand, numbers = eqn.invars[0].aval, eqn.params["dimension_numbers"]
+    if axis is None or eqn.params["slice_sizes"][axis] != operand.shape[axis]:
+        return None
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [i for i in range(len(operand.shape)) if i not in gone]
+    picked: int = numbers.offset_dims[kept.index(axis)]
+    return picked
+
+
+def _of_product(numbers: Any, operands: Sequence[tuple[Any, Axis]]) -> Axis:
+    (contracted, batch), (left, right) = numbers, operands
+    before = len(batch[0])
+    for (aval, axis), own, shared in zip((left, right), contracted, batch, strict=True):
+        free = [i for i in range(len(aval.shape)) if i not in own and i not in shared]
+        if axis in shared:
+            return list(shared).index(axis)
+        if axis in free:
+            return before + free.index(axis)
+        before += len(free)
+    # What is summed over the shards each device has as a whole.
+    return None
+
+
+def _reshaped(shape: Sequence[int], axis: int, result: Sequence[int], shards: int) -> Axis:
+    """Where a result has equal parts of the same entries; None where it has not."""
+    begins = prod(shape[:axis])
+    return next(
+        (i for i, length in enumerate(result) if prod(result[:i]) == begins and length > 1 and length % shards == 0),
+        None,
+    )
