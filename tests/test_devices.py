@@ -85,6 +85,101 @@ for program in compiler.programs():
 print(json.dumps(names))
 """
 
+# Merges and their gradients, by one device and by two groups of two, of matrices that are cut by rows and by columns
+# and are of one shape.
+MERGE_PROGRAM = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp
+import numpy as np
+from dataclasses import replace
+from merge_kernels import METHODS, draw_row_keys, tabulate
+from evojax_merge.evaluation.devices import Devices, mesh_of, shard_population
+from evojax_merge.models.bank import Bank, Factors, MergeSpec, Recipe
+from evojax_merge.models.sources import differentiable_merge, lazy_merge
+
+L, K, P, SHAPE, RANK = 2, 2, 4, (16, 16), 3
+AXES = {"norm": None, "rows": -2, "columns": -1, "final_norm": None, "embed": -2}
+rng = np.random.default_rng(0)
+
+def of_layers(parts):
+    return None if parts[0] is None else jax.tree.map(lambda *each: np.stack(each), *parts)
+
+def tensor(method, options, constants, low_rank, shape):
+    # Its sources, factors, keep keys and tables.
+    count = K + int(options.has_base)
+    sources = rng.normal(size=(count, *shape)).astype(np.float32)
+    factors = None
+    if low_rank and len(shape) > 1:
+        factors = [rng.normal(size=(K, *one)).astype(np.float32) for one in ((RANK, shape[1]), (shape[0], RANK))]
+        sources[1:] = sources[0] + factors[1] @ factors[0]
+    prepared = tabulate(method, options, list(sources), constants, lambda k: draw_row_keys(3, bytes([k] * 8), shape))
+    keys = np.stack(prepared.keep_keys) if prepared.keep_keys else None
+    return sources if factors is None else sources[:1], factors, keys, prepared.statistics or None
+
+def bank_of(method, options, constants, low_rank, put):
+    stacks, shared = ({}, {}, {}, {}), ({}, {}, {}, {})
+    for name, axis in AXES.items():
+        shape = SHAPE[1:] if axis is None else SHAPE
+        layers = [tensor(method, options, constants, low_rank, shape) for _ in range(L)]
+        of_stack = name in ("norm", "rows", "columns")
+        for into, part in zip(stacks if of_stack else shared, range(4)):
+            found = of_layers([layer[part] for layer in layers]) if of_stack else layers[0][part]
+            if part == 1 and found is not None:
+                found = Factors(*found)
+            if found is not None:
+                into[name] = jax.tree.map(lambda x: put(x, axis if part == 0 else None), found)
+    layers = [{"layers": part} for part in stacks]
+    components = (("norm", 1), ("rows", 0), ("columns", 0))
+    axes = tuple((name, axis) for name, axis in AXES.items() if axis is not None)
+    return Bank(layers[0], shared[0], layers[2], shared[2], layers[3], shared[3], components, layers[1], shared[1],
+                axes=axes)
+
+def recipes_of(method, constants):
+    def values(parameter, *shape):
+        shape = (P, *shape, *[K] * parameter.per_parent)
+        if parameter.name in constants:
+            return np.broadcast_to(np.float32(constants[parameter.name]), shape)
+        drawn = rng.uniform(0.3, 0.9, size=shape)
+        return (np.round(drawn, 3) if parameter.quantised else drawn).astype(np.float32)
+    return Recipe({"layers": {p.name: values(p, L, 2) for p in method.parameters}},
+                  {name: {p.name: values(p) for p in method.parameters} for name in ("final_norm", "embed")})
+
+for name, changes, low_rank in json.loads(sys.argv[1]):
+    method = METHODS[name]
+    options = replace(method.options, **changes)
+    constants = {p.name: np.full([K] * p.per_parent, p.default) for p in method.parameters if not p.searched}
+    spec = MergeSpec(name, options, 3, "float32")
+    found = []
+    for mesh in (None, mesh_of(jax.devices(), 2)):
+        rng = np.random.default_rng(0)
+        bank, recipes = bank_of(method, options, constants, low_rank, Devices(mesh).put), recipes_of(method, constants)
+
+        def local(bank, recipes):
+            def total(recipe):
+                merged = differentiable_merge(bank, recipe, spec).materialise()
+                return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(merged))
+            merged = jax.vmap(lambda recipe: lazy_merge(bank, recipe, spec).materialise())(recipes)
+            return merged, jax.vmap(jax.grad(total))(recipes)
+
+        found.append(jax.device_get(jax.jit(lambda *both: shard_population(mesh, local, *both))(bank, recipes)))
+    (one, one_gradient), (two, two_gradient) = found
+    assert all(np.abs(leaf).max() > 1 for leaf in jax.tree.leaves(one)), name
+    # A density's derivative is a difference of sums.
+    for pair, atol in (((one, two), 1e-6), ((one_gradient, two_gradient), 1e-3)):
+        for whole, shared in zip(*map(jax.tree.leaves, pair), strict=True):
+            assert np.isfinite(whole).all(), name
+            np.testing.assert_allclose(shared, whole, rtol=1e-5, atol=atol, err_msg=f"{name} {changes}")
+"""
+# Methods whose numbers lie in all the ways that there are: of tensors, of rows, of columns, of entries; and parents
+# that are low-rank changes of their base.
+MERGES: list[tuple[str, dict[str, Any], bool]] = [
+    ("ties", {}, False), ("dare_ties", {}, False), ("nuslerp", {"axis": -1}, False), ("della", {}, False),
+    ("nuslerp", {"axis": 0, "has_base": True}, False), ("dare_linear", {}, True),
+    ("multislerp", {"has_base": True}, False),
+]  # fmt: skip
+
 
 CHOICE = {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "metric": "margin"}
 
@@ -134,6 +229,11 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
         else:
             np.testing.assert_allclose(values, expected, atol=1e-5, err_msg=name)
     assert np.ptp(found["alone/choice/margin"], axis=0).min() > 1e-3
+
+
+def test_devices_merge_their_own_parts() -> None:
+    done = run_python(MERGE_PROGRAM, json.dumps(daily(MERGES, 1)), seconds=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_devices_that_share_a_model_exchange_activations_alone(tmp_path: Path) -> None:

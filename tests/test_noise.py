@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from merge_kernels import METHODS, device_uniform, draw_row_keys, host_uniform, merge_tensor
+from merge_kernels import METHODS, device_uniform, draw_row_keys, host_uniform, keys_from_column, merge_tensor
 
 SEED = 11
 ONE, TWO = b"one's q_proj", b"two's q_proj"
@@ -50,6 +50,9 @@ def test_rows_have_their_numbers_wherever_they_are() -> None:
     # One row alone, as where rows are mapped over.
     found = jax.vmap(lambda own: device_uniform(own, (33,)))(jnp.asarray(keys))
     np.testing.assert_array_equal(np.asarray(found), whole)
+    # Some columns of all rows.
+    found = device_uniform(keys_from_column(jnp.asarray(keys), jnp.int32(11)), (40, 22))
+    np.testing.assert_array_equal(np.asarray(found), whole[:, 11:])
     # Of a larger tensor's keys the first ones are a smaller one's.
     np.testing.assert_array_equal(draw_row_keys(SEED, ONE, (50, 33))[:40], keys)
 

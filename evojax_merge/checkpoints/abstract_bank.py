@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from merge_kernels import draw_row_keys, tabulate
 
-from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, keep_key_axis
+from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, cut_axes, keep_key_axis
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
 from evojax_merge.models.bank import Bank, Factors, MergeSpec
@@ -58,8 +58,9 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
     weights, factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1], experts
-    )
+        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1],
+        experts, cut_axes(config),
+    )  # fmt: skip
 
 
 def abstract_stored(

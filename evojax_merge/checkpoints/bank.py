@@ -95,7 +95,7 @@ def load_bank(
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
         weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
-        experts,
+        experts, cut_axes(config),
     )  # fmt: skip
 
 
@@ -112,6 +112,11 @@ def component_rows(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
     """The row of the component axis of each leaf of a stack."""
     row = architecture_of(config).components.index
     return tuple((leaf.name, row(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
+
+
+def cut_axes(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
+    """The axis at which each leaf that devices share is cut, where they can."""
+    return tuple((leaf.name, leaf.sharded_axis) for leaf in leaves_of(config) if leaf.sharded_axis is not None)
 
 
 def _load_leaf(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from evojax_merge.evaluation.cut_axes import Axis, axis_of
 from evojax_merge.evaluation.devices import AnyMesh, shard_population, size_of, vmap_sharded
 from evojax_merge.models import generate
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import (
     CacheUpdate,
@@ -315,6 +315,8 @@ def materialise(factory: LazyMergeFactory, mesh: AnyMesh, bank: Bank, recipes: R
             own, recipe = jax.lax.optimization_barrier((bank, recipe))
             return factory(own, recipe).materialise()
 
+        if size_of(recipes) == 1:
+            return jax.tree.map(lambda leaf: leaf[None], one(take_candidate(recipes, 0)))
         return jax.lax.map(one, recipes)
 
     return shard_population(mesh, local, bank, recipes)

@@ -81,7 +81,8 @@ class Bank:
     layers; what the kernels prepared: keep keys, `[L, N, …]` and `[N, …]` for the N arrays that the method has, each of
     a number per entry or of two per row (see `merge_kernels.Prepared`), and tables, leaf -> statistic -> `[L, …]` and
     `[…]` (with the density grid as last axis where the method has a density); without a leaf where the method prepares
-    nothing. components: each leaf's row of the component axis. expert_leaves: those of which each expert has a tensor,
+    nothing. components: each leaf's row of the component axis. axes: of leaves that devices share the axis at which
+    they are cut, counted from the end (`Leaf.sharded_axis`). expert_leaves: those of which each expert has a tensor,
     `[L, S, E, …]`: they are measured and merged tensor by tensor, so that their tables are `[L, E, …]`.
 
     factors: leaf -> factors, of leaves in which all parents are low-rank changes of one base: of these the bank has the
@@ -98,10 +99,15 @@ class Bank:
     stack_factors: dict[str, dict[str, Factors]] = struct.field(default_factory=dict)
     shared_factors: dict[str, Factors] = struct.field(default_factory=dict)
     expert_leaves: frozenset[str] = struct.field(pytree_node=False, default=frozenset())
+    axes: tuple[tuple[str, int], ...] = struct.field(pytree_node=False, default=())
 
     @property
     def component_of(self) -> dict[str, int]:
         return dict(self.components)
+
+    @property
+    def axis_of(self) -> dict[str, int]:
+        return dict(self.axes)
 
 
 @struct.dataclass

@@ -7,17 +7,25 @@ weights for decoding, where every token would redo the merge.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from merge_kernels import combine, combine_differentiable, is_looped, look_up, look_up_differentiable
+from merge_kernels import (
+    combine,
+    combine_differentiable,
+    is_looped,
+    keys_from_column,
+    look_up,
+    look_up_differentiable,
+)
 
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD
 from evojax_merge.models.bank import Bank, Factors, MergeSpec, Parameters, Recipe, Tables
 from evojax_merge.models.layers import Weights, without_upcast
-from evojax_merge.models.sharding import slice_shards
+from evojax_merge.models.sharding import cut_at, map_shards, replicate, shard, shards_of, slice_shards
 
 # Sources, factors and scores of a leaf, or of some rows of it.
 Slices = tuple[jax.Array, Factors | None, jax.Array | None]
@@ -135,17 +143,55 @@ class LazyMerge:
     def merge_layer(self, slice_: Any) -> Weights:
         """One layer's weights, rounded to the export dtype."""
         leaves, factors, keep_keys, statistics, parameters = slice_
-        component = self.bank.component_of
+        component, axes = self.bank.component_of, self.bank.axis_of
 
         def merge(name: str, leaf: jax.Array) -> jax.Array:
-            merge_tensor = partial(self._merge, parameters=_pick(parameters, component[name]))
+            own = _pick(parameters, component[name])
+            merge_tensor = partial(self._merge, parameters=own, axis=axes.get(name))
             # Sources, factors and keep keys have the experts behind their own axis, statistics have them first.
             each = jax.vmap(merge_tensor, in_axes=(1, 0)) if name in self.bank.expert_leaves else merge_tensor
             return each((leaf, factors.get(name), keep_keys.get(name)), statistics.get(name, {}))
 
         return {name: merge(name, leaf) for name, leaf in leaves.items()}
 
-    def _merge(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
+    def _merge(
+        self, slices: Slices, statistics: Parameters, parameters: Parameters, axis: int | None = None
+    ) -> jax.Array:
+        """One tensor. axis: that at which devices that share a model cut it, counted from its end, where they can; each
+        of them then merges its own part."""
+        leaf, factors, keep_keys = slices
+        shape = leaf.shape[1:]
+        by_row, rows = self.spec.method.keyed_by_row, -len(shape)
+        if axis is None or axis < rows or shards_of(shape[axis]) == 1:
+            return self._merge_part(slices, statistics, parameters)
+        if by_row and axis > rows + 1:
+            # No device has columns that follow each other.
+            return self._merge_part(slices, statistics, parameters)
+
+        def part(device: jax.Array, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
+            leaf, factors, keep_keys = slices
+            if keep_keys is not None and by_row and axis != rows:
+                keep_keys = keys_from_column(keep_keys, device * prod(leaf.shape[2:]))
+            return self._merge_part((leaf, factors, keep_keys), statistics, parameters)
+
+        cut: Any = cut_at(leaf.ndim, axis)
+        keys_cut: Any = None
+        factors_cut: Any = None
+        if keep_keys is not None:
+            keys_cut = cut if not by_row else cut_at(keep_keys.ndim, -2 if axis == rows else None)
+        if factors is not None:
+            # `a` has the weight's inputs, `b` its outputs.
+            ends = (factors.a, -1), (factors.b, -2)
+            factors_cut = Factors(*(cut_at(one.ndim, axis if axis == end else None) for one, end in ends))  # type: ignore[arg-type]
+        # Those of rows or of columns have the tensor's axes.
+        statistics_cut = jax.tree.map(
+            lambda x: cut_at(x.ndim, axis if x.ndim >= len(shape) and x.shape[axis] == shape[axis] else None),
+            statistics,
+        )
+        cuts = ((cut, factors_cut, keys_cut), statistics_cut, jax.tree.map(lambda x: cut_at(x.ndim, None), parameters))
+        return map_shards(part, cuts, cut_at(len(shape), axis), slices, statistics, parameters)
+
+    def _merge_part(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
         spec, (leaf, factors, keep_keys) = self.spec, slices
         numbers = () if keep_keys is None else keep_keys
         with jax.named_scope("merge"):
@@ -161,10 +207,15 @@ class LazyMerge:
         return rows(self.bank.shared[name]), factors, None if keep_keys is None else rows(keep_keys)
 
     def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
-        return self._merge(slices, self.shared_statistics.get(name, {}), self.recipe.shared[name])
+        return self._merge(slices, *self._numbers(name), self.bank.axis_of.get(name))
+
+    def _numbers(self, name: str) -> tuple[Parameters, Parameters]:
+        """The statistics and the parameters of a shared leaf."""
+        return self.shared_statistics.get(name, {}), self.recipe.shared[name]
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
-        picked = self._merge_shared(name, self._shared(name, lambda leaf: leaf[:, ids]))
+        # Every device has what is picked.
+        picked = self._merge_part(self._shared(name, lambda leaf: leaf[:, ids]), *self._numbers(name))
         return picked.astype(jnp.dtype(self.compute_dtype))
 
     def leaf(self, name: str) -> jax.Array:
@@ -185,9 +236,19 @@ class LazyMerge:
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
         # Of low-rank parents one after the other, lest all of them exist as a whole.
         each = jax.lax.map if any(self.bank.stack_factors.values()) else _side_by_side
-        stacks = {stack: each(self.merge_layer, slices) for stack, slices in self.stacks.items()}
+        return self._materialise(lambda slices: each(self.merge_layer, slices))
+
+    def _materialise(self, merge_layers: Callable[[Any], Weights]) -> StackedWeights:
+        """merge_layers: merges all layers of a stack. What is merged lies as the sources do, and not as the compiler
+        would like its results best."""
+        axes = self.bank.axis_of
+
+        def place(leaves: Weights) -> Weights:
+            return {name: shard(leaf, axes[name]) if name in axes else replicate(leaf) for name, leaf in leaves.items()}
+
         shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
-        return StackedWeights(stacks, shared, self.compute_dtype)
+        stacks = {stack: place(merge_layers(slices)) for stack, slices in self.stacks.items()}
+        return StackedWeights(stacks, place(shared), self.compute_dtype)
 
 
 @struct.dataclass
@@ -206,9 +267,7 @@ class DifferentiableMerge(LazyMerge):
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype, one layer after the other: whatever the derivative of one needs is
         computed again when it is asked for."""
-        stacks = {stack: jax.lax.map(jax.checkpoint(self.merge_layer), slices) for stack, slices in self.stacks.items()}
-        shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
-        return StackedWeights(stacks, shared, self.compute_dtype)
+        return self._materialise(partial(jax.lax.map, jax.checkpoint(self.merge_layer)))
 
 
 def _side_by_side(function: Callable[[Any], Any], slices: Any) -> Any:

@@ -30,7 +30,7 @@ from merge_kernels.methods import (
     register,
     tabulate,
 )
-from merge_kernels.noise import SCHEME, device_uniform, draw_row_keys, host_uniform
+from merge_kernels.noise import SCHEME, device_uniform, draw_row_keys, host_uniform, keys_from_column
 from merge_kernels.sums import is_looped, sum_over
 from merge_kernels.tensors import merge_tensor
 
@@ -52,6 +52,7 @@ __all__ = [
     "grid_index",
     "host_uniform",
     "is_looped",
+    "keys_from_column",
     "look_up",
     "look_up_differentiable",
     "merge_tensor",

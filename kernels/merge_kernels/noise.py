@@ -59,11 +59,19 @@ def host_uniform(row_keys: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def device_uniform(row_keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The numbers of any rows, `uint32[*shape]`, of their keys `[*rows, 2]`: the leading axes of `shape` are the rows',
-    what follows are all of their columns."""
+    what follows are all of their columns; with keys of `keys_from_column` as many from that column on."""
     rows = row_keys.ndim - 1
     columns = jax.lax.iota(jnp.uint32, prod(shape[rows:])).reshape(shape[rows:])
     of_row = (*shape[:rows], *[1] * (len(shape) - rows))
-    return _hash(columns, row_keys[..., 0].reshape(of_row), row_keys[..., 1].reshape(of_row))
+    first, second, *begin = (row_keys[..., i].reshape(of_row) for i in range(row_keys.shape[-1]))
+    return _hash(columns + begin[0] if begin else columns, first, second)
+
+
+def keys_from_column(row_keys: jax.Array, column: jax.Array) -> jax.Array:
+    """The keys `uint32[*rows, 3]` of what rows of keys `[*rows, 2]` have from a column on, a number `uint32[]`: for a
+    device that has some of all rows' columns."""
+    begin = jnp.broadcast_to(column.astype(jnp.uint32), (*row_keys.shape[:-1], 1))
+    return jnp.concatenate([row_keys, begin], axis=-1)
 
 
 def _hash(column: Integers, first: Integers, second: Integers) -> Integers:
