@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -60,6 +61,8 @@ from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
 
 README = Path(__file__).resolve().parent / "README.md"
+# Characters of a line of it.
+LINE = 120
 
 
 def llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
@@ -373,19 +376,25 @@ def measure(target: Target, shape: str | None, budget: Budget) -> str:
         merged = [
             row for method in METHODS for row in budget.row(method, partial(merging, method, target, dtype, copy))
         ]
-        scored = budget.row("a stored model", partial(scoring, models, False, peak))
         decoded = [
-            row for count in PROMPTS for row in budget.row(f"{count} prompts", partial(decoding, models, count, copy))
+            row for count in PROMPTS for row in budget.row(f"prompts: {count}", partial(decoding, models, count, copy))
         ]
-        scored += budget.row("TIES, merged inside the pass", partial(scoring, models, True, peak))
+        scored = [
+            row
+            for name, is_merged in (("a stored model", False), ("TIES, merged inside the pass", True))
+            for row in budget.row(name, partial(scoring, models, is_merged, peak))
+        ]
         searched = budget.row("TIES, CMA-ES, by likelihood", partial(searching, models, peak))
     parameters = sum(int(np.prod(own)) for own in tensor_shapes(problem.decoder).values())
+    said = (
+        f"`make bench-device`: {describe()}{beside}. An addition to a large array moves {copy / 1e9:,.1f} GB/s, the "
+        f"best matrix product in {dtype} does {peak / 1e12:.3g} TFLOP/s. The models are of the shape {name}, "
+        f"{parameters / 1e6:,.0f} M parameters in {dtype}, a base and {PARENTS} parents."
+    )
     lines = [
         f"## On {device_name()}",
         "",
-        f"`make bench-device`: {describe()}{beside}. An addition to a large array moves {copy / 1e9:,.1f} GB/s, the "
-        f"best matrix product in {dtype} does {peak / 1e12:.3g} TFLOP/s. The models are of the shape {name}, "
-        f"{parameters / 1e6:,.0f} M parameters in {dtype}, a base and {PARENTS} parents.",
+        *wrap(said, LINE, break_long_words=False, break_on_hyphens=False),
         *table("merging | parents | M parameters/s | GB/s | share of the copy | share of XLA's one add", merged),
         *table("likelihood | tokens a pass | s | TFLOP/s | share of the best product", scored),
         *table("decoding together | new tokens of each | tokens/s | ms a step | weights, GB/s | share of the "
@@ -394,7 +403,7 @@ def measure(target: Target, shape: str | None, budget: Budget) -> str:
                "product | the first, with compiling, s", searched),
     ]  # fmt: skip
     if budget.left_out:
-        lines += ["", f"Left out: {'; '.join(budget.left_out)}."]
+        lines += ["", *wrap(f"Left out: {'; '.join(budget.left_out)}.", LINE)]
     return "\n".join(lines) + "\n"
 
 
