@@ -5,7 +5,8 @@ comma := ,
 
 .PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
 	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
-	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans bench-device clean
+	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans bench-device \
+	bench-precision clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -84,6 +85,7 @@ bench:
 	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
 	@echo "make bench-plans    what plan predicts of memory and FLOPs, against what a search takes (10 minutes, 6 GB of memory)"
 	@echo "make bench-device   what matters of these on whatever device JAX finds, into bench/README.md (9 minutes at most)"
+	@echo "make bench-precision  what bfloat16 does to scores and to the ranking of candidates (10 minutes)"
 	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
 	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
 
@@ -145,6 +147,9 @@ bench-plans: .venv/installed-test
 
 bench-device: .venv/installed-test
 	$(BIN)/python bench/device.py --append
+
+bench-precision: .venv/installed-test
+	$(BIN)/python bench/precision.py
 
 clean:
 	rm -rf .venv

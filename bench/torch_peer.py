@@ -34,7 +34,7 @@ def score_rows(model: Any, rows: Sequence[Row], tokens_per_batch: int = 4096) ->
             logits = model(input_ids=tokens, attention_mask=mask).logits
             for b, r in enumerate(members):
                 start, end = rows[r].start, len(rows[r].tokens)
-                shares = logits[b, start - 1 : end - 1].log_softmax(-1)
+                shares = logits[b, start - 1 : end - 1].float().log_softmax(-1)
                 totals[r] = float(shares.gather(1, tokens[b, start:end, None]).sum())
     return totals
 
