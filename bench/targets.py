@@ -33,7 +33,7 @@ from header_models import MISTRAL_7B, problem_for, write_examples, write_models
 
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
-from evojax_merge.evaluation.planned_passes import SCORE
+from evojax_merge.evaluation.planned_passes import DECODE, MATERIALISE, PREFILL, SCORE
 from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import device_sizes, make_plan
 from evojax_merge.problem import SearchProblem
@@ -299,8 +299,8 @@ def meshes(folder: Path, parents: int, targets: Sequence[str], method: str) -> I
                 for program in compiler.programs():
                     # Of batches of other shapes there is nothing else to see.
                     passes.setdefault(pass_name(program), mesh_cells(program, problem.decoder.layers))
-            for one, found in passes.items():
-                yield f"| {name} | {groups} x {model} | {one} | {' | '.join(found)} |"
+            for one in (SCORE, MATERIALISE, PREFILL, DECODE):
+                yield f"| {name} | {groups} x {model} | {one} | {' | '.join(passes[one])} |"
 
 
 def pass_name(program: jax.stages.Compiled) -> str:

@@ -293,11 +293,11 @@ def test_a_disk_without_room_for_the_stages_is_found_out_first(
     recipe, before = written(folder, CHAIN), sorted(os.listdir(folder))
     with prepare_stream(read_stream(recipe), folder / "out") as plan:
         needed = plan.peak_bytes
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(total=needed, free=needed - 1))
     assert command("merge", recipe, folder / "out") == 2
     assert f"needs {needed / 1e6:,.1f} MB" in capfd.readouterr().err
     assert sorted(os.listdir(folder)) == before
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: SimpleNamespace(total=needed, free=needed))
     assert command("merge", recipe, folder / "out") == 0
 
 

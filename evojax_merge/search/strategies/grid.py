@@ -44,7 +44,7 @@ class Grid:
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> GridState:
         dims = self.settings.dims
-        return GridState(jnp.zeros(dims), jnp.ones(dims), jnp.full(dims, 0.5), jnp.float32(-jnp.inf))
+        return GridState(jnp.zeros(dims), jnp.ones(dims), jnp.full(dims, 0.5, jnp.float32), jnp.float32(-jnp.inf))
 
     def points(self, state: GridState) -> np.ndarray:
         """float64[P, D]: the grid's points, the last parameter's values fastest."""
