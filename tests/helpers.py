@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from evojax_merge.cli import cli, run
 from evojax_merge.config import SearchConfig
 from evojax_merge.problem import build_strategy
 from evojax_merge.search.example_choice import ExampleChoice
@@ -244,6 +246,15 @@ def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.
     folders = tuple(save(finetune(model, k + 1), root / f"parent{k}") for k in range(parents))
     tasks = write_lines(root / "tasks.jsonl", even_records(12, model.config.vocab_size))
     return Family(root, base, folders, tasks)
+
+
+def run_linear_merge(folder: Path, *models: object) -> int:
+    """`evojax-merge merge` of models with weights of 1, in float32, to `out` in a folder; its exit status."""
+    rows = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
+    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
+    return run(lambda: cli.main(arguments, standalone_mode=False))
 
 
 def search_in(

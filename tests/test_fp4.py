@@ -9,14 +9,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import edit_json, random_model, save, state, tiny_config
+from helpers import edit_json, random_model, run_linear_merge, save, state, tiny_config
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
-from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.cli import WRONG_INPUT
 from evojax_merge.errors import InputError
 
 # E2M1's magnitudes, in the order of the codes; a code from 8 on is the negative of that eight below.
@@ -88,14 +87,6 @@ def quantised(base: Path, folder: Path, case: str) -> dict[str, np.ndarray]:
     return values
 
 
-def merge(folder: Path, *models: Path) -> int:
-    rows = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
-    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
-    return run(lambda: cli.main(arguments, standalone_mode=False))
-
-
 @pytest.mark.parametrize("case", FORMATS)
 def test_weights_are_what_their_codes_mean(case: str, base: Path, tmp_path: Path) -> None:
     values, plain = quantised(base, tmp_path / "q", case), state(base)
@@ -105,7 +96,7 @@ def test_weights_are_what_their_codes_mean(case: str, base: Path, tmp_path: Path
         found, expected = folder.read(name), values.get(name, plain[name])
         assert found.dtype == np.float32 and folder.entries[name].shape == found.shape
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-8, err_msg=name)
-    assert merge(tmp_path, tmp_path / "q", base) == 0
+    assert run_linear_merge(tmp_path, tmp_path / "q", base) == 0
     merged, name = state(tmp_path / "out"), f"{NAME}.weight"
     np.testing.assert_allclose(merged[name], (values[name] + plain[name]) / 2, rtol=1e-5, atol=1e-7)
 
@@ -160,7 +151,7 @@ def test_what_cannot_be_dequantised_is_refused_by_name(
     del tensors[f"{NAME}.{part}"]
     torch_files.save_file(tensors | ({} if changed is None else {f"{NAME}.{part}": torch.from_numpy(changed)}), file)
     capfd.readouterr()
-    assert merge(tmp_path, tmp_path / "q") == WRONG_INPUT
+    assert run_linear_merge(tmp_path, tmp_path / "q") == WRONG_INPUT
     line = capfd.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1, line
     for text in (NAME, *says):

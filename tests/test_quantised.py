@@ -11,13 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import Family, build_family, edit_json, load_torch, state, tiny_config
+from helpers import Family, build_family, edit_json, load_torch, run_linear_merge, state, tiny_config
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.derived import open_model, resolve_model
-from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.cli import WRONG_INPUT
 
 GROUP, BLOCK, NESTED_BLOCK = 16, 64, 16
 Tensors = dict[str, np.ndarray]
@@ -249,14 +248,6 @@ def quantised(base: Path, folder: Path, case: str) -> Tensors:
     return values
 
 
-def merge(folder: Path, *models: object) -> int:
-    rows = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
-    recipe = {"merge_method": "linear", "dtype": "float32", "models": rows}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    arguments = ["merge", str(folder / "recipe.yaml"), str(folder / "out")]
-    return run(lambda: cli.main(arguments, standalone_mode=False))
-
-
 @pytest.mark.parametrize("case", FORMATS)
 def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path: Path) -> None:
     values, plain = quantised(family.base, tmp_path / "q", case), state(family.base)
@@ -280,7 +271,7 @@ def test_matrices_are_rounded_once_to_the_dtype_that_the_config_names(family: Fa
 @pytest.mark.parametrize("case", ["AWQ", "bitsandbytes, 4 bits", "compressed-tensors, packed"])
 def test_a_merge_of_one_is_read_by_transformers(case: str, family: Family, tmp_path: Path) -> None:
     values = quantised(family.base, tmp_path / "q", case)
-    assert merge(tmp_path, tmp_path / "q", family.parents[0]) == 0
+    assert run_linear_merge(tmp_path, tmp_path / "q", family.parents[0]) == 0
     merged, other = load_torch(tmp_path / "out").state_dict(), state(family.parents[0])
     for name, one in values.items():
         np.testing.assert_allclose(merged[name].numpy(), (one + other[name]) / 2, rtol=1e-5, atol=1e-7, err_msg=name)
@@ -318,7 +309,7 @@ def test_a_quantisation_that_a_config_still_names_is_none_where_no_weight_is_qua
     """Trainers merge into full weights, and leave the config of the base that they were trained on."""
     shutil.copytree(family.base, tmp_path / "left")
     edit_json(tmp_path / "left" / "config.json", lambda config: config.update(quantization_config=BITS))
-    assert merge(tmp_path, tmp_path / "left") == 0
+    assert run_linear_merge(tmp_path, tmp_path / "left") == 0
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     for name, values in state(tmp_path / "out").items():
         np.testing.assert_allclose(values, state(family.base)[name], rtol=1e-6)
@@ -432,7 +423,7 @@ def test_what_cannot_be_dequantised_is_refused_by_name(
     shutil.copytree(made(kind), tmp_path / "q")
     change(tmp_path / "q")
     capfd.readouterr()
-    assert merge(tmp_path, tmp_path / "q") == WRONG_INPUT
+    assert run_linear_merge(tmp_path, tmp_path / "q") == WRONG_INPUT
     line = capfd.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1, line
     for text in says:
