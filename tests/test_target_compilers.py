@@ -143,6 +143,14 @@ def test_devices_that_share_a_candidate_exchange_activations_when_it_generates(g
         assert exchanged["all-reduce"][0] - 2 * SIZES["num_hidden_layers"] in range(1, others + 1), name
 
 
+@pytest.mark.parametrize("name", ["v5e-1", "h100"])
+def test_a_generation_on_one_device_is_compiled_for_it(generating: Any, name: str) -> None:
+    """The program that makes decoding's first state reads no array, and would run anywhere."""
+    plan, programs = generating(name, 1)
+    assert {"materialise", "prefill", "decode"} <= programs.keys()
+    assert all(row.reported_bytes is not None for row in plan.passes)
+
+
 def test_a_tpu_decodes_in_place(generating: Any) -> None:
     """One candidate at a time, with draft tokens, and copies of neither weights nor caches."""
     plan, programs = generating("v5p-8", 1)

@@ -165,11 +165,12 @@ class TargetCompiler:
         return int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
     def outputs(self, traced: TracedPass) -> Any:
-        shardings = self.compiled(traced).output_shardings
+        # A program that reads no array, such as the one that makes decoding's first state, is not bound to the device.
+        alone = jax.tree.map(lambda _: SingleDeviceSharding(self.device), traced.out_info)
         return jax.tree.map(
             lambda out, sharding: jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=sharding),
             traced.out_info,
-            shardings,
+            alone if self.devices.mesh is None else self.compiled(traced).output_shardings,
         )
 
     def place(self, candidates: Any) -> Any:
