@@ -3,17 +3,15 @@
     python bench/families.py
 
 A model of random weights for each family, made by transformers in the sizes below (about 100 million parameters; of a
-mixture's eight experts each token has two), float32. Both sides score the second half
-of the same 8 rows of 192 random tokens: ours in the compiled pass of a search, the peer in one batch. Their scores must
-agree. They take turns, on a machine whose speed drifts; the first pass of either is not counted. Shown besides: what
-share of the machine's best matrix product each reaches, by the products with weights alone.
+mixture's eight experts each token has two), float32. Both sides score the second half of the same 8 rows of 192 random
+tokens: ours in the compiled pass of a search, the peer in one batch. Their scores must agree. They take turns, on a
+machine whose speed drifts; the first pass of either is not counted. Shown besides: what share of the machine's best
+matrix product each reaches, by the products with weights alone.
 """
 
 import argparse
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import jax
 import numpy as np
-from machine import describe, matrix_peak
+from machine import describe, matrix_peak, seconds_of
 from torch_peer import score_rows
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -51,12 +49,6 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": QWEN_MIXTURE | {"shared_expert_intermediate_size": 768},
     "qwen3_moe": QWEN_MIXTURE,
 }
-
-
-def seconds_of(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def work(model: Any, config: Any) -> float:
