@@ -687,6 +687,32 @@ def test_what_no_forward_pass_reads_is_left_out_where_not_all_models_have_it(
     assert "does not hold the same tensors" in capfd.readouterr().err
 
 
+def test_heads_of_other_trainings_are_left_out_of_any_architecture(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As mergekit leaves them out; of models that classify, the head of one that is there is none to leave out."""
+    config = transformers.PhiConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    base = random_model(config)
+    for model, name in ((base, "a"), (finetune(base, 1), "b")):
+        save(model, tmp_path / name)
+    file, heads = tmp_path / "b" / "model.safetensors", ("score.weight", "v_head.summary.weight")
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(load_file(file) | {name: torch.ones(2, 16) for name in heads} | tables, file, {"format": "pt"})
+    capfd.readouterr()
+    found = merged(tmp_path, LINEAR, tmp_path / "found")
+    (told,) = warnings_in(capfd.readouterr().err)
+    assert told.startswith(f"{tmp_path / 'b'}: model.layers.0.self_attn.rotary_emb.inv_freq, score.weight, v_head."), (
+        told
+    )
+    assert_same_weights(found, mergekits(tmp_path, LINEAR, tmp_path / "expected"))
+    edit_json(tmp_path / "a/config.json", lambda config: config.update(architectures=["PhiForSequenceClassification"]))
+    assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
+    assert capfd.readouterr().err.rstrip().endswith("score.weight")
+
+
 def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = raw(tmp_path, "base.safetensors", 0)
     a = raw(tmp_path, "a.safetensors", 1, two=(6,), four=(2,))

@@ -63,6 +63,10 @@ from evojax_merge.models.paths import scale_gain
 Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
+# In an architecture whose tensors are not listed, what its forward pass does not read: value heads of reinforcement
+# learning and what only classifiers read, by how names begin, and tables that a model makes anew, by how they end.
+VALUE_HEADS, CLASSIFIER_HEADS = ("v_head.", "value_head."), ("score.",)
+TABLES = (*BUFFERS, ".attn.masked_bias", ".attention.masked_bias", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
@@ -354,9 +358,13 @@ def _without_strays(
     """The models' tensors without those that no forward pass reads and not all models have, such as a value head that
     training has left, and what to tell of them; where the recipe says what becomes of such tensors, all."""
     known = set.intersection(*map(set, names))
+    classes = folders[0].config.get("architectures")
+    classifies = isinstance(classes, list) and any("Classification" in str(one) for one in classes)
+    heads = VALUE_HEADS if classifies else VALUE_HEADS + CLASSIFIER_HEADS
 
     def is_stray(name: str) -> bool:
-        unread = name.endswith(BUFFERS) if decoder is None else decoder.leaf_of(name) is None
+        listed = decoder is not None and decoder.leaf_of(name) is not None
+        unread = not listed if decoder is not None else name.startswith(heads) or name.endswith(TABLES)
         return unread and name not in known and _mismatch(recipe, name) == "refuse"
 
     warnings = []
