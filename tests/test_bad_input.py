@@ -123,6 +123,13 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a config of mergekit-moe": (
         {"base_model": "base", "gate_mode": "hidden", "experts": []}, ("mergekit-moe", "not supported"),
     ),
+    "a recipe of mergekit-moe": (
+        {"merge_method": "moe", "base_model": "base", "gate_mode": "hidden", "experts": []},
+        ("mergekit-moe", "not supported"),
+    ),
+    "a moe recipe without experts": (recipe(merge_method="moe"), ("mergekit-moe", "not supported")),
+    "an unknown method of experts": (recipe(merge_method="clown", experts=[]), ("mergekit-moe", "not supported")),
+    "a config of bakllama": ({"layer_slices": [{"model": "one", "start": 0, "end": 1}]}, ("bakllama", "passthrough")),
     "a config of mergekit-evolve": ({"genome": {}, "tasks": []}, ("mergekit-evolve", "evojax-merge search")),
     "an adapter that is not there": (recipe(base_model="base+adapter"), ("base+adapter", "adapter: no such folder")),
     "two tokenizers": (recipe(tokenizer_source="union", tokenizer={}), ("tokenizer_source", "tokenizer")),

@@ -446,6 +446,29 @@ def test_tokenizer_card_and_progress_can_be_left_out(
     assert (out / "mergekit_config.yml").read_text() == LINEAR
 
 
+def test_options_of_mergekits_other_programs_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    from mergekit.scripts import bakllama, extract_lora, layershuffle, legacy, moe, multimerge, run_yaml, tokensurgeon
+
+    own = [one for one in cli.commands["merge"].params if not getattr(one, "hidden", False)]
+    known = {"--lazy"}.union(*(one.opts for one in (*own, *run_yaml.main.params)))
+    tried = 0
+    for program in (bakllama, extract_lora, layershuffle, legacy, moe, multimerge, tokensurgeon):
+        name = program.__name__.rpartition(".")[2].replace("_", "-").replace("multimerge", "multi")
+        for parameter in program.main.params:
+            option = max(parameter.opts, key=len)
+            if not option.startswith("--") or option in known:
+                continue
+            assert command("merge", "r.yaml", "out", option, *([] if parameter.is_flag else ["1"])) == 2
+            line = capfd.readouterr().err
+            assert line.startswith(f"error: {option}") and line.count("\n") == 1, line
+            assert "an option of mergekit" in line and (name in line or parameter.name in ("weight", "fp16")), (
+                name,
+                line,
+            )
+            tried += 1
+    assert tried > 30
+
+
 @pytest.mark.parametrize("size", ["0", "5X", "-3", "B", ""])
 def test_sizes_that_are_none_are_refused(size: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert command("merge", "recipe.yaml", tmp_path / "out", "--out-shard-size", size) == 2

@@ -8,13 +8,39 @@ import click
 # What has a meaning here is an option of `merge`, under mergekit's name; these have none: switches, what takes a value,
 # and others.
 _SWITCHES = (
-    "async-write", "clone-tensors", "cuda", "lazy-unpickle", "low-cpu-memory", "multi-gpu",
+    "async-write", "clone-tensors", "cuda", "lazy", "lazy-unpickle", "low-cpu-memory", "multi-gpu",
     "read-to-gpu", "safe-serialization", "trust-remote-code", "unsafe-truncate-embeddings",
 )  # fmt: skip
 _VALUES = ("device", "lora-merge-cache", "lora-merge-dtype", "write-threads")
 _OTHERS: Mapping[tuple[str, ...], dict[str, Any]] = {
     ("-j", "--num-threads"): {}, ("-v", "--verbose", "verbosity"): {"count": True}, ("--gpu-rich",): {"is_flag": True},
 }  # fmt: skip
+# The options of mergekit's other programs that mergekit-yaml has not: which programs', and what does the same here.
+_LEGACY = "mergekit-legacy or mergekit-layershuffle; write what is merged as a recipe"
+_MOE = "mergekit-moe, which makes a mixture of experts; that is not supported"
+_TOKENS = "mergekit-tokensurgeon, which gives a model other tokens; a recipe aligns tokens by tokenizer_source"
+_LORA = "mergekit-extract-lora; the winner of a search is written as an adapter by evojax-merge export --as adapter"
+_MULTI = "mergekit-multi or mergekit-extract-lora; a merge takes RECIPE, of any number of documents, and OUT"
+_MODELS = "mergekit-legacy, mergekit-layershuffle or mergekit-extract-lora; a recipe names the models"
+# Their names, and which of them take a value.
+_OTHER_SWITCHES = {
+    "--fp16/--no-fp16": "mergekit's bakllama or mergekit-layershuffle; the dtype of a merge is --dtype float16",
+    **dict.fromkeys(("--bf16/--no-bf16", "--int8-mask/--no-int8-mask", "--naive-count/--no-naive-count"), _LEGACY),
+    **dict.fromkeys(("--normalize/--no-normalize", "--print-yaml/--no-print-yaml", "--dry-run"), _LEGACY),
+    "--full-random/--no-full-random": _LEGACY,
+    **dict.fromkeys(("--cosine-similarity/--no-cosine-similarity", "--magikarp/--no-magikarp"), _TOKENS),
+    **dict.fromkeys(("--distribute-scale/--no-distribute-scale", "--embed-lora/--no-embed-lora"), _LORA),
+    "--skip-undecomposable": _LORA,
+    **dict.fromkeys(("--load-in-4bit", "--load-in-8bit", "--i-understand-this-is-not-useful-without-training"), _MOE),
+}
+_OTHER_VALUES = {
+    **dict.fromkeys(("--base-model", "--model"), _MODELS),
+    **dict.fromkeys(("--intermediate-dir", "--out-path"), _MULTI),
+    **dict.fromkeys(("--merge", "--method", "--density", "--weight", "--write-yaml"), _LEGACY),
+    **dict.fromkeys(("--approximation-method", "--batch-size", "--k", "--weight-scheme", "--subword-method"), _TOKENS),
+    **dict.fromkeys(("--prefix-match", "--byte-match", "--new-vocab-noise", "--new-vocab-scale"), _TOKENS),
+    **dict.fromkeys(("--max-rank", "--save-module", "--exclude-regex", "--include-regex", "--sv-epsilon"), _LORA),
+}
 _GIVEN = "evojax_merge.mergekit.flags"
 SIZES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -34,10 +60,14 @@ class ShardSize(click.ParamType):
 
 
 def without_meaning(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that are taken and change nothing, hidden from --help; `given_without_meaning` says which were given."""
+    """Options that are taken and change nothing, hidden from --help; `given_without_meaning` says which were given.
+    Those of mergekit's other programs end the command with a line that names the program."""
     plain = [(f"--{name}/--no-{name}",) for name in _SWITCHES] + [(f"--{name}",) for name in _VALUES]
     for names, kind in [*((names, {}) for names in plain), *_OTHERS.items()]:
         command = click.option(*names, **kind, hidden=True, expose_value=False, callback=_note)(command)
+    for name in (*_OTHER_SWITCHES, *_OTHER_VALUES):
+        flag: dict[str, Any] = {"is_flag": True, "default": None} if name in _OTHER_SWITCHES else {"multiple": True}
+        command = click.option(name, **flag, hidden=True, expose_value=False, callback=_refuse)(command)
     return command
 
 
@@ -45,6 +75,12 @@ def _note(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     if param.name is not None and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
         ctx.meta.setdefault(_GIVEN, []).append(max(param.opts, key=len))
     return value
+
+
+def _refuse(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    if param.name is not None and ctx.get_parameter_source(param.name) is click.core.ParameterSource.COMMANDLINE:
+        name = "/".join((*param.opts, *param.secondary_opts))
+        raise click.UsageError(f"{name}: an option of {(_OTHER_SWITCHES | _OTHER_VALUES)[name]}", ctx)
 
 
 def given_without_meaning(ctx: click.Context) -> list[str]:

@@ -12,18 +12,9 @@ from typing import Any
 from evojax_merge.checkpoints.derived import ignored_revisions, split_reference
 from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.errors import InputError, shown
+from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.schema import TOP_KEYS, RecipeFile, checked_mapping, parse_recipe
 from evojax_merge.yaml_reader import load_documents
-
-# What the YAML files of other programs have, and no recipe: the keys, and what to say of it.
-OTHER_FORMATS = {
-    frozenset({"parents", "tasks"}): "is the config of a search, not a recipe; run it with evojax-merge search",
-    frozenset({"genome"}): "is a config of mergekit-evolve, not a recipe; run it with evojax-merge search",
-    frozenset({"experts"}): "is a config of mergekit-moe, which makes a mixture of experts; that is not supported",
-    frozenset({"gate_mode"}): "is a config of mergekit-moe, which makes a mixture of experts; that is not supported",
-    frozenset({"layers"}): "is a config of mergekit's bakllama; say its layers as slices of a passthrough merge",
-    frozenset({"metric_method"}): "is a config of mergekit-metrics, which merges nothing; that is not supported",
-}
 
 
 @dataclass(frozen=True)
@@ -83,10 +74,9 @@ def _references(recipe: RecipeFile) -> list[str]:
 
 
 def _stage(path: Path, where: str, document: Any) -> Stage:
-    if isinstance(document, dict) and "merge_method" not in document:
-        for keys, said in OTHER_FORMATS.items():
-            if keys <= set(document):
-                raise InputError(where, said)
+    said = other_format(document)
+    if said is not None:
+        raise InputError(where, said)
     top = checked_mapping(where, document, TOP_KEYS | {"name"})
     name = top.get("name")
     if name is None:

@@ -14,6 +14,7 @@ from typing import Any
 from merge_kernels import METHODS, Method, Parameter
 
 from evojax_merge.errors import nearest, printable, shown
+from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.plan import read_number, read_switch
 from evojax_merge.mergekit.schema import (
     FILTER_KEYS,
@@ -241,12 +242,12 @@ def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any]
     """A recipe's documents without what mergekit would pass over and with values as it reads them, and a line for each
     key that was taken out and each value that was changed.
 
-    documents: as YAML gives them; one that says no merge method is no recipe, and stays as it is. `path` names the
-    recipe in the lines.
+    documents: as YAML gives them; one that says no merge method, or is another program's, is no recipe, and stays as
+    it is. `path` names the recipe in the lines.
     """
     kept, lines = [], []
     for number, document in enumerate(documents, start=1):
-        if not isinstance(document, Mapping) or "merge_method" not in document:
+        if not isinstance(document, Mapping) or "merge_method" not in document or other_format(document) is not None:
             kept.append(document)
             continue
         name = document["merge_method"]
