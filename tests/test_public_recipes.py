@@ -21,6 +21,7 @@ from evojax_merge.checkpoints.folder import open_folder, resolve
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
+from evojax_merge.mergekit.plan import layout, plan
 from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.unused_keys import without_unused_keys
 from evojax_merge.yaml_reader import parse_documents
@@ -363,6 +364,20 @@ def test_slerp_has_its_t_where_mergekit_reads_it(models: Path, tmp_path: Path) -
         f"- sources: [{later}]\nparameters: {{t: 0.7}}\n"
     )
     assert_same_weights(merged(models, text, tmp_path / "found"), mergekits(models, text, tmp_path / "expected"))
+
+
+def test_a_gradient_reaches_every_numbered_tensor() -> None:
+    """As in mergekit, to which the projection behind Qwen's vision tower is its last layer; what has no number has the
+    first value."""
+    expected = {
+        "visual.blocks.0.norm1.weight": 1, "visual.blocks.1.norm1.weight": 3, "visual.merger.ln_q.weight": 1,
+        "visual.merger.mlp.0.bias": 3, "visual.merger.mlp.2.bias": 3, "convolutions.0.weight": 1,
+        "convolutions.1.weight": 2, "convolutions.2.weight": 3, "alone.0.weight": 3, "norm.weight": 1,
+    }  # fmt: skip
+    rows = [{"model": "a", "parameters": {"weight": [1, 3]}}, {"model": "b", "parameters": {"weight": 1}}]
+    recipe = parse_recipe(Path("r.yaml"), {"merge_method": "linear", "models": rows})
+    planned = plan(recipe, [layout([*expected])] * 2)
+    assert {row.name: float(row.parameters["weight"][0]) for row in planned} == expected
 
 
 def test_configs_that_differ_are_told(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

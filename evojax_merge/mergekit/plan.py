@@ -30,6 +30,10 @@ LAYER_NAME = re.compile(
 )
 # What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
+# The number of a tensor in any other list, such as that of a module's convolutions.
+NUMBERED = re.compile(r"^(?P<head>.*?\.)(?P<index>\d+)\.")
+# The projection behind the layers of Qwen's vision towers, which has the last value of a gradient over them.
+BEHIND_LAYERS = re.compile(r"(?:^|\.)visual\.merger\.mlp\.")
 
 
 @dataclass(frozen=True)
@@ -279,8 +283,8 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         own = layouts[index[first]]
         for source in part.sources:
             _check_depth(recipe, source.model, layouts[index[source.model]], first, own)
-        for name in own.outside:
-            add(name, [(source, name) for source in part.sources], part, 0.0)
+        for name, t in _places(own.outside).items():
+            add(name, [(source, name) for source in part.sources], part, t)
         for head, layers in own.stacks.items():
             last = max(layers)
             for i, tails in sorted(layers.items()):
@@ -307,6 +311,24 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
                 add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
     return rows
+
+
+def _places(outside: Sequence[str]) -> dict[str, float]:
+    """Where tensors outside of layers stand in a gradient: by their numbers in lists of their own, else at its
+    start."""
+    numbers = {name: match for name in outside if (match := NUMBERED.match(name)) is not None}
+    last: dict[str, int] = {}
+    for match in numbers.values():
+        last[match["head"]] = max(last.get(match["head"], 0), int(match["index"]))
+
+    def place(name: str) -> float:
+        match = numbers.get(name)
+        if match is None:
+            return 0.0
+        end = last[match["head"]]
+        return int(match["index"]) / end if end and BEHIND_LAYERS.search(name) is None else 1.0
+
+    return {name: place(name) for name in outside}
 
 
 def _first(part: Slice) -> Source:
