@@ -275,6 +275,27 @@ def test_its_tokenizer_is_the_one_that_the_file_was_written_with(tmp_path: Path)
         assert tokenizer.decode(ids[1:]) == text
 
 
+@pytest.mark.parametrize("pre", ["gpt-4o", "tekken", "llama-bpe", "deepseek-r1-qwen"])
+def test_words_are_split_and_tokens_found_as_the_file_says(pre: str, tmp_path: Path) -> None:
+    """As transformers splits them; words that are tokens of Llama 3 and Mistral need no merges, and their texts begin
+    with a token where the file does not say so."""
+    whole = pre in ("tekken", "llama-bpe")
+
+    def edit(metadata: dict[str, Any]) -> None:
+        metadata["tokenizer.ggml.pre"] = pre
+        metadata["tokenizer.ggml.tokens"][-1] = "qqq"
+        del metadata["tokenizer.ggml.add_bos_token"]
+
+    write_gguf(tmp_path / "tiny.gguf", "llama", change=edit)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("test", str(tmp_path / "tiny.gguf"), Path()))
+    for text in (TEXT, "theFOX jumps, dogWATCH/\n don't 123456 foxes/", "THEthe  lazy\n\nDOG's"):
+        ids = tokenizer(text)["input_ids"]
+        assert ids[: int(whole)] == [0] * whole
+        assert ids[int(whole) :] == theirs(text, add_special_tokens=False)["input_ids"], text
+    assert (len(tokenizer("qqq", add_special_tokens=False)["input_ids"]) == 1) == whole
+
+
 @pytest.mark.parametrize(("layers", "scale"), [(46, 64 // 4), (26, 32)])
 def test_the_largest_gemma_scales_its_queries_otherwise(layers: int, scale: int, tmp_path: Path) -> None:
     from evojax_merge.checkpoints.gguf_file import read_gguf, write_config

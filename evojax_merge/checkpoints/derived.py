@@ -52,7 +52,7 @@ from evojax_merge.errors import InputError
 
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.
-VERSION = 3
+VERSION = 4
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 

@@ -37,6 +37,19 @@ LLAMA3_FACTORS = (8.0, 32.0)
 ROUTER = ".ffn_gate_inp"
 # What LongRoPE divides the frequencies by, beyond the length of the first training and up to it.
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+# How words are split where upper and lower case part them: Mistral's Tekken, and o200k, which keeps a contraction with
+# its word and up to three digits together.
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(contraction)s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(contraction)s"
+    r"|%(digits)s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = _CASED % {"contraction": "", "digits": r"\p{N}"}
+O200K = _CASED % {"contraction": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
+# Tokenizers that split words as Llama 3's does. All of these and Tekken's begin texts with a token where a file does
+# not say whether, and take a word that is a token whole, whatever their merges.
+OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
+WHOLE_WORDS = (*OF_LLAMA3, "tekken")
 # What files hold for the positions, which a Hugging Face model has in its config.
 OF_POSITIONS = ("rope_freqs.weight", LONG_FACTORS, SHORT_FACTORS)
 
@@ -361,8 +374,9 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
             raise InputError(file.path, f"tokenizer.ggml.{key}_token_id: {shown(number)}; expected a token's number")
         if number is not None:
             special[f"{name}_token"] = tokens[number]
-    # Older files of SentencePiece models do not say that they begin with a token; those models do.
-    if file.value("tokenizer.ggml.add_bos_token", bool, model == "llama") and "bos_token" in special:
+    # Not all files say that texts begin with a token: those of SentencePiece and of Llama 3 do.
+    begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
+    if file.value("tokenizer.ggml.add_bos_token", bool, begins) and "bos_token" in special:
         _begin_with(backend, special["bos_token"])
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -389,8 +403,9 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Any:
     pre = file.value("tokenizer.ggml.pre", str, "default")
     if pre not in splits:
         raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, _merges(file)))
-    if pre == "qwen2":
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, _merges(file), ignore_merges=pre in WHOLE_WORDS))
+    if splits[pre] is splits["qwen2"]:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits[pre])
     tokenizer.decoder = decoders.ByteLevel()
@@ -411,14 +426,17 @@ def _word_splits() -> dict[str, list[Any]]:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
 
+    qwen2, llama3, o200k = map(by_pattern, (PRETOKENIZE_REGEX, TikTokenConverter().pattern, O200K))
     return {
         "default": [plain],
         "gpt-2": [plain],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), plain],
-        "qwen2": by_pattern(PRETOKENIZE_REGEX),
+        **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), qwen2),
         # Phi-4's vocabulary is of the same words as Llama 3's.
-        "dbrx": by_pattern(TikTokenConverter().pattern),
-        "llama-bpe": by_pattern(TikTokenConverter().pattern),
+        **dict.fromkeys(("dbrx", "smaug-bpe", *OF_LLAMA3), llama3),
+        # Phi-4-mini's is o200k.
+        **dict.fromkeys(("gpt-4o", "llama4"), o200k),
+        "tekken": by_pattern(TEKKEN),
     }
 
 
