@@ -174,6 +174,18 @@ def one_scale(name: str = "weight_scale", shape: tuple[int, ...] = (1,), of_inpu
     return quantise
 
 
+def pairs(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+    """Two outputs to a byte, of four bits and a sign, and what the inputs are multiplied by before."""
+    numbers, smooth = rng.integers(-8, 8, weight.shape), rng.uniform(0.5, 2, weight.shape[1]).astype(np.float32)
+    scales = rng.uniform(0.01, 0.02, (len(weight), weight.shape[1] // GROUP)).astype(np.float32)
+    values = [
+        [one * float(scales[o, i // GROUP]) * float(smooth[i]) for i, one in enumerate(row)]
+        for o, row in enumerate(numbers)
+    ]
+    kept = (numbers[0::2] % 16 + 16 * (numbers[1::2] % 16)).astype(np.uint8)
+    return {"weight": kept, "weight_scale": scales, "pre_quant_scale": smooth}, np.array(values)
+
+
 def compressed(how: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, **weights}}
     return {
@@ -224,6 +236,38 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         rows(ml_dtypes.float8_e4m3fn, axes=1),
     ),
+    "AWQ, as Model Optimizer's": (
+        {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": GROUP, "pre_quant_scale": True}, pairs,
+    ),
+}  # fmt: skip
+# Several ways in one folder: the settings, and by parts of modules' names the way of each, the first that fits.
+NAMED = "model.layers.1.mlp.down_proj"
+SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Quantise]]] = {
+    "compressed-tensors": (
+        compressed("mixed-precision") | {"ignore": ["re:.*lm_head"], "config_groups": {
+            "classes": {"targets": ["Linear"], "format": "pack-quantized", "weights": PACKED},
+            "patterns": {
+                "targets": ["re:.*self_attn\\.[qkvo]_proj$"], "format": "float-quantized",
+                "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            },
+            "names": {"targets": [NAMED], "format": "pack-quantized", "weights": PACKED | {"num_bits": 8}},
+            "of activations": {"targets": ["Attention"], "weights": None},
+        }},
+        {NAMED: packed(8), "self_attn": rows(ml_dtypes.float8_e4m3fn), "": packed()},
+    ),
+    "compressed-tensors, of one format": (
+        compressed("pack-quantized") | {"config_groups": {
+            "group_0": {"targets": ["re:.*self_attn.*"], "weights": PACKED | {"num_bits": 8}},
+            "group_1": {"targets": ["Linear"], "weights": PACKED},
+        }},
+        {"self_attn": packed(8), "": packed()},
+    ),
+    "Model Optimizer": (
+        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
+            NAMED: {"quant_algo": "W4A16_AWQ", "group_size": GROUP}, "model.layers.0.mlp": {"quant_algo": "FP8"},
+        }},
+        {NAMED: pairs, "": one_scale(shape=())},
+    ),
 }  # fmt: skip
 
 
@@ -237,10 +281,16 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 def quantised(base: Path, folder: Path, case: str) -> Tensors:
     """A copy of a model with its linear modules quantised at random, and the values that their weights have then."""
     settings, quantise = FORMATS[case]
+    return quantised_each(base, folder, settings, {"": quantise})
+
+
+def quantised_each(base: Path, folder: Path, settings: dict[str, Any], ways: dict[str, Quantise]) -> Tensors:
+    """As `quantised`, each module in the first of the ways that is called by a part of its name."""
     shutil.copytree(base, folder)
     tensors, values, rng = load_file(base / "model.safetensors"), {}, np.random.default_rng(0)
     for name in [name for name in tensors if "proj" in name]:
         module = name.removesuffix(".weight")
+        quantise = next(way for part, way in ways.items() if part in name)
         parts, values[name] = quantise(tensors.pop(name), rng)
         tensors |= {f"{module}.{part}": np.ascontiguousarray(one) for part, one in parts.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -248,9 +298,13 @@ def quantised(base: Path, folder: Path, case: str) -> Tensors:
     return values
 
 
-@pytest.mark.parametrize("case", FORMATS)
+@pytest.mark.parametrize("case", [*FORMATS, *SEVERAL])
 def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path: Path) -> None:
-    values, plain = quantised(family.base, tmp_path / "q", case), state(family.base)
+    plain = state(family.base)
+    if case in FORMATS:
+        values = quantised(family.base, tmp_path / "q", case)
+    else:
+        values = quantised_each(family.base, tmp_path / "q", *SEVERAL[case])
     folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
     assert set(folder.entries) == set(plain)
     assert "quantization_config" not in folder.config
@@ -365,7 +419,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
         "bitsandbytes, 4 bits", without("weight.absmax"), (f"{NAME}.weight.absmax", "no such tensor"),
     ),
     "several formats": (
-        "compressed-tensors, packed", setting(format="mixed-precision"), ("format: 'mixed", "pack-quantized"),
+        "compressed-tensors, packed", setting(format="mixed-precision"), ("format: None", "pack-quantized"),
     ),
     "float8 of some block": (
         "FP8, as AutoFP8's", tensor("weight_scale", lambda one: np.ones((2, 2), np.float32)),
@@ -392,7 +446,46 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "groups of several kinds": (
         "compressed-tensors, packed",
         setting(config_groups={"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}),
-        ("config_groups", "the same"),
+        ("config_groups", "none of them has model.layers.", "quantised"),
+    ),
+    "groups of a pattern without end": (
+        "compressed-tensors, packed",
+        setting(config_groups={
+            "a": {"targets": [r"re:(\w|\.|[a-z])*\d\d"], "weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}},
+        }),
+        ("config_groups", "[a-z])*", "regular expression"),
+    ),
+    "groups of a pattern of a billion parts": (
+        "compressed-tensors, packed",
+        setting(config_groups={
+            "a": {"targets": ["re:x{0}((.{999}){999}){999}"], "weights": {"num_bits": 4}},
+            "b": {"weights": {"num_bits": 8}},
+        }),
+        ("config_groups", "regular expression"),
+    ),
+    "groups of no pattern": (
+        "compressed-tensors, packed",
+        setting(config_groups={
+            "a": {"targets": ["re:("], "weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}},
+        }),
+        ("config_groups", "regular expression"),
+    ),
+    "groups that say nothing of weights": (
+        "compressed-tensors, packed", setting(config_groups={"a": {"targets": ["Linear"]}}),
+        ("config_groups", "weights"),
+    ),
+    "Model Optimizer's AWQ of other groups": (
+        "AWQ, as Model Optimizer's", tensor("weight_scale", lambda one: one[:-2].copy()),
+        (f"{NAME}.weight_scale", "[78, 3]", "[80, 3]"),
+    ),
+    "Model Optimizer's inputs of another number": (
+        "AWQ, as Model Optimizer's", tensor("pre_quant_scale", lambda one: one[:-1].copy()),
+        (f"{NAME}.pre_quant_scale is [47]", "each input"),
+    ),
+    "several algorithms of Model Optimizer's": (
+        "FP8, as Model Optimizer's",
+        setting(quant_algo="MIXED_PRECISION", quantized_layers={"a": {"quant_algo": "W4A8_MXFP4_FP8"}}),
+        ("quant_algo: 'W4A8_MXFP4_FP8'", "W4A16_AWQ"),
     ),
     "float8 without a scale": (
         "compressed-tensors, float8", without("weight_scale"), (f"{NAME}.weight is quantised (float8", "weight_scale"),

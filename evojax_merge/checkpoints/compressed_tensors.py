@@ -8,16 +8,22 @@ word, lowest bits first, each plus 2^(b − 1), and `weight_shape`. `weight_scal
 for each block; `weight_zero_point`, where there is one, is like it (packed
 along the outputs, where the weight is packed), and `weight_g_idx int32[in]` says which group an input is of.
 
+Where a folder has several formats (`mixed-precision`), each of its `config_groups` says its own, and which modules it
+is of: by their names, by patterns (`re:…`), or by their class, in this order.
+
 `nvfp4-pack-quantized` and `mxfp4-pack-quantized` keep codes of four-bit floats in `weight_packed uint8[out, in / 2]`
 (see `fp4`), the former with a `weight_global_scale`, by which the scales of the groups are divided.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
@@ -36,15 +42,36 @@ from evojax_merge.checkpoints.quantised import (
 )
 from evojax_merge.errors import InputError, shown
 
-PACKED, PLAIN = "pack-quantized", ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+MIXED, PACKED, PLAIN = (
+    "mixed-precision",
+    "pack-quantized",
+    ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"),
+)
 # How many inputs have a scale in common, and what the scale of all does to it.
 FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
     "mxfp4-pack-quantized": (MXFP4_GROUP, None),
     "nvfp4-pack-quantized": (NVFP4_GROUP, "divides"),
 }
 SCALE, SHAPE = ".weight_scale", ".weight_shape"
+# What a target that is a regular expression begins with.
+PATTERN = "re:"
+# How long a pattern may be, how many times its counted repetitions may multiply (they are written out when it is
+# compiled), and how long it is looked for in a module's name, in seconds.
+LONGEST, MOST_REPEATED, PATIENCE = 100_000, 1_000, 0.2
+COUNTED = re.compile(r"\{(?:\d*,)?(\d{1,9})")
 # What a matrix may be made of, behind its module's `weight`.
 _SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_zero_point", "_shape", "_g_idx")
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is said of some modules, those of `targets`: how their weights are kept, and the settings of that. bits: of
+    packed numbers, else 0."""
+
+    targets: tuple[str, ...]
+    how: str
+    weights: Mapping[str, Any]
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -78,18 +105,17 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
     """The dequantised model of such a folder, as a folder at `path`. Raises InputError for another format, and for a
     matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
-    how = settings.get("format")
-    checked_setting(quantised, "format", how, (PACKED, *PLAIN, *FOUR_BITS))
     for key in ("sparsity_config", "transform_config"):
         given = settings.get(key)
         dense = not given or (isinstance(given, dict) and given.get("format") == "dense")
         checked_setting(quantised, key, None if dense else given, (None,))
-    weights = _weight_settings(quantised, settings)
-    bits = packed_bits(quantised) if how == PACKED else 0
+    groups = groups_of(quantised)
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
     entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
     for name in [name for name in entries if name.endswith(SCALE)]:
         module = name.removesuffix(SCALE)
+        group = group_of(quantised, groups, module)
+        how = group.how
         own = {key: entries.pop(key, None) for key in (f"{module}.weight{one}" for one in _SUFFIXES)}
         kept = own[f"{module}.weight" if how in PLAIN else f"{module}.weight_packed"]
         if kept is None or len(kept.shape) != 2:
@@ -98,32 +124,76 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
             parts = [f"{module}.weight{part}" for part in ("_packed", "_scale", "_global_scale")]
             entries[f"{module}.weight"] = four_bit_matrix(stored, parts, *FOUR_BITS[how], dtype)
             continue
-        shape = _packed_shape(stored, kept, module, bits) if bits else (kept.shape[0], kept.shape[1])
-        entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, bits, weights, dtype)
+        shape = _packed_shape(stored, kept, module, group.bits) if group.bits else (kept.shape[0], kept.shape[1])
+        entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, group, dtype)
     check_dequantised(entries, "weight_scale")
     return Folder(path, entries)
 
 
-def packed_bits(quantised: Path) -> int:
-    """How many bits a packed number has. Raises InputError where words are not filled with such numbers."""
-    weights = _weight_settings(quantised, quantisation(quantised))
-    bits: int = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8))
-    return bits
-
-
-def _weight_settings(quantised: Path, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is said of weights, the same in all groups of modules."""
-    groups = settings.get("config_groups")
-    found = [one.get("weights") for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
-    first = next((one for one in found if isinstance(one, dict)), None)
-    if first is None or any(one not in (first, None) for one in found):
+def groups_of(quantised: Path) -> list[Group]:
+    """The groups of modules that a folder's config names. Raises InputError for a format, or a setting of it, that is
+    not known."""
+    settings = quantisation(quantised)
+    how, given = settings.get("format"), settings.get("config_groups")
+    rows = [one for one in given.values() if isinstance(one, dict)] if isinstance(given, dict) else []
+    rows = [one for one in rows if isinstance(one.get("weights"), dict)]
+    groups = [_group(quantised, row, row.get("format") if how == MIXED else how) for row in rows]
+    if not groups:
         raise InputError(
-            quantised / "config.json", f"quantization_config.config_groups: {shown(groups)}; expected groups of "
-            "modules that say the same of their weights",
+            quantised / "config.json", f"quantization_config.config_groups: {shown(given)}; expected groups of modules "
+            "and what is said of their weights",
         )  # fmt: skip
-    strategy = first.get("strategy") or ("group" if first.get("group_size") else "tensor")
+    return groups
+
+
+def _group(quantised: Path, row: Mapping[str, Any], how: Any) -> Group:
+    checked_setting(quantised, "format", how, (PACKED, *PLAIN, *FOUR_BITS))
+    weights, targets = row["weights"], row.get("targets")
+    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "tensor_group", "block"))
-    return {**first, "strategy": strategy}
+    bits = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8)) if how == PACKED else 0
+    named = tuple(map(str, targets)) if isinstance(targets, list) else ()
+    return Group(named, how, {**weights, "strategy": strategy}, bits)
+
+
+def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
+    """The group that a module belongs to: the first that has its name, else the first with a pattern that its name
+    begins with, else the first that names a class, which may be any module's. Raises InputError where there is none."""
+    if all((one.how, one.weights) == (groups[0].how, groups[0].weights) for one in groups):
+        return groups[0]
+    tests: tuple[Callable[[str], bool], ...] = (
+        lambda target: target == module,
+        lambda target: target.startswith(PATTERN) and _begins(quantised, target.removeprefix(PATTERN), module),
+        # Classes have no points in their names, and modules begin with small letters.
+        lambda target: target[:1].isupper() and "." not in target,
+    )
+    found = (group for test in tests for group in groups if any(map(test, group.targets)))
+    group = next(found, None)
+    if group is None:
+        raise InputError(
+            quantised / "config.json", f"quantization_config.config_groups: none of them has {module}, whose weight is "
+            "quantised",
+        )  # fmt: skip
+    return group
+
+
+def _begins(quantised: Path, pattern: str, module: str) -> bool:
+    """Whether a pattern of a stranger's fits the beginning of a name."""
+    small = len(pattern) <= LONGEST and _parts(pattern) <= MOST_REPEATED
+    try:
+        if small:
+            return regex.match(pattern, module, timeout=PATIENCE) is not None
+    except (regex.error, TimeoutError, MemoryError, RecursionError):
+        pass
+    raise InputError(
+        quantised / "config.json", f"quantization_config.config_groups: {shown(PATTERN + pattern)}; expected a regular "
+        "expression that is looked for in no time",
+    )  # fmt: skip
+
+
+def _parts(pattern: str) -> int:
+    """How many parts one part of a pattern may be written out to."""
+    return math.prod(max(1, int(count)) for count in COUNTED.findall(pattern))
 
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
@@ -144,13 +214,13 @@ def _dequantised(
     kept: Tensor,
     module: str,
     shape: tuple[int, int],
-    bits: int,
-    weights: Mapping[str, Any],
+    group: Group,
     dtype: np.dtype,
 ) -> QuantisedTensor:
     rows, columns = shape
-    strategy, group = weights["strategy"], group_size(quantised, weights.get("group_size"))
-    step = {"tensor": shape, "channel": (1, columns), "group": (1, group or columns)}.get(strategy)
+    weights, bits = group.weights, group.bits
+    strategy, size = weights["strategy"], group_size(quantised, weights.get("group_size"))
+    step = {"tensor": shape, "channel": (1, columns), "group": (1, size or columns)}.get(strategy)
     if step is None:
         block = weights.get("block_structure")
         if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):

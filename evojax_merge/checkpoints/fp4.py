@@ -1,4 +1,5 @@
-"""Matrices of four-bit floats with a scale for each group of inputs: NVFP4 and MXFP4, dequantised as they are read.
+"""Matrices of four-bit floats with a scale for each group of inputs, NVFP4 and MXFP4, and what Model Optimizer writes
+besides, dequantised as they are read.
 
 Codes of E2M1 (a sign, two bits of exponent, one of mantissa: `VALUES`) lie two to a byte, the first in the lower half.
 In NVFP4 16 inputs have a scale in common, float8_e4m3, and all of the matrix has a second one, float32; in MXFP4 32
@@ -19,6 +20,7 @@ from evojax_merge.checkpoints.quantised import (
     FP8,
     OF_ACTIVATIONS,
     WITH_FP8,
+    Formula,
     QuantisedTensor,
     checked_setting,
     dequantised_dtype,
@@ -88,17 +90,50 @@ def four_bit_matrix(
     return QuantisedTensor(dtype, (outputs, inputs), tuple(parts), GroupScales(group, outer))
 
 
-def open_modelopt(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of a folder of NVIDIA's Model Optimizer, of FP8 or NVFP4, as a folder at `path`. Raises
-    InputError for another algorithm, and for a matrix whose parts do not fit each other.
+@dataclass(frozen=True)
+class PairsOfOutputs:
+    """Parts: `uint8[out / 2, in]`, of which each byte has the number from -8 to 7 of one output in its lower half, and
+    that of the next one in its upper half; scales `[out, groups]`."""
 
-    NVFP4 has `weight uint8[out, in / 2]`, `weight_scale` and `weight_scale_2`, which multiplies it.
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        weight = (unpack(parts[0], 4, axis=0).astype(np.int8) ^ 8) - 8
+        scale = parts[1].astype(np.float32)
+        return weight.astype(np.float32) * np.repeat(scale, weight.shape[1] // scale.shape[1], axis=1)
+
+
+@dataclass(frozen=True)
+class OfScaledInputs:
+    """A matrix whose inputs are multiplied before they meet it: the parts of `formula`, and what by, `[in]`."""
+
+    formula: Formula
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return self.formula.values(parts[:-1]) * parts[-1].astype(np.float32)
+
+
+# Model Optimizer's algorithms, and what it calls several of them.
+MIXED, AWQ = "MIXED_PRECISION", "W4A16_AWQ"
+MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", AWQ)
+OUTER, OF_INPUTS = ".weight_scale_2", ".pre_quant_scale"
+
+
+def open_modelopt(path: Path, quantised: Path) -> Folder:
+    """The dequantised model of a folder of NVIDIA's Model Optimizer, of FP8, NVFP4 or four bits by AWQ, or of several,
+    as a folder at `path`. Raises InputError for another algorithm, and for a matrix whose parts do not fit each other.
+
+    NVFP4 has `weight uint8[out, in / 2]`, `weight_scale` and `weight_scale_2`, which multiplies it; AWQ (`W4A16_AWQ`)
+    has `weight uint8[out / 2, in]` and `weight_scale [out, in / group]`. Both may have `pre_quant_scale [in]`, where
+    the scales of the inputs are not in a norm or in the matrix before.
     """
-    known = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4")
-    checked_setting(quantised, "quant_algo", quantisation(quantised).get("quant_algo"), known)
+    settings = quantisation(quantised)
+    layers = settings.get("quantized_layers") if settings.get("quant_algo") == MIXED else None
+    rows = [one for one in layers.values() if isinstance(one, dict)] if isinstance(layers, dict) else []
+    algorithms = [one.get("quant_algo") for one in rows or [settings]]
+    for algorithm in algorithms:
+        checked_setting(quantised, "quant_algo", algorithm, MODELOPT)
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
     entries = dict(stored)
-    for outer in [name for name in stored if name.endswith(".weight_scale_2")]:
+    for outer in [name for name in stored if name.endswith(OUTER)]:
         weight = outer.removesuffix("_scale_2")
         if weight not in stored:
             raise InputError(stored[outer].file, f"{outer}: there is no {weight}, which it is a part of")
@@ -106,7 +141,34 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
         entries[weight] = four_bit_matrix(stored, names, NVFP4_GROUP, "multiplies", dtype)
         for part in names[1:]:
             del entries[part]
-    return Folder(path, scaled_matrices(entries, None, dtype))
+    packed = [name for name, one in entries.items() if name.endswith(".weight") and one.dtype == np.uint8]
+    for name in packed if AWQ in algorithms else ():
+        entries[name] = _pairs_of_outputs(stored, name, dtype)
+        del entries[f"{name}_scale"]
+    entries = scaled_matrices(entries, None, dtype)
+    for name in [name for name in entries if name.endswith(OF_INPUTS)]:
+        weight, scale = f"{name.removesuffix(OF_INPUTS)}.weight", entries.pop(name)
+        whole = entries.get(weight)
+        if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:]:
+            raise InputError(scale.file, f"{name} is {list(scale.shape)}; expected one for each input of {weight}")
+        formula = OfScaledInputs(whole.formula)
+        entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), formula)
+    return Folder(path, entries)
+
+
+def _pairs_of_outputs(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
+    """A matrix of four bits by AWQ. Raises InputError where its parts do not fit each other."""
+    packed, scale = stored[name], stored.get(f"{name}_scale")
+    groups = 0 if scale is None or len(scale.shape) != 2 else scale.shape[1]
+    if len(packed.shape) != 2 or groups == 0 or packed.shape[1] % groups:
+        found = "no such tensor" if scale is None else str(list(scale.shape))
+        raise InputError(
+            packed.file, f"{name}_scale: found {found}; expected the scales of groups of {name}'s inputs, "
+            f"uint8{list(packed.shape)}",
+        )  # fmt: skip
+    outputs = 2 * packed.shape[0]
+    parts = (packed, part_of(stored, packed, f"{name}_scale", (outputs, groups)))
+    return QuantisedTensor(dtype, (outputs, packed.shape[1]), parts, PairsOfOutputs())
 
 
 def open_mxfp4(path: Path, quantised: Path) -> Folder:

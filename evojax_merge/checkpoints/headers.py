@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.bitsandbytes import STATE
-from evojax_merge.checkpoints.compressed_tensors import SHAPE, packed_bits
+from evojax_merge.checkpoints.compressed_tensors import SHAPE, group_of, groups_of
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import (
     INDEX_FILE,
@@ -138,6 +138,7 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
     if not states and not shapes:
         return {}
     known, contents = _known_shapes(folder), dict[str, bytes]()
+    groups = groups_of(folder) if shapes else []
     for name, weight in states.items():
         contents[name] = _state(known, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
     for name, module in shapes.items():
@@ -145,7 +146,10 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         if packed is None or len(packed.shape) != 2:
             continue
         rows, words = packed.shape
-        most, per_word = rows * words * 32 // packed_bits(folder), 32 // packed_bits(folder)
+        bits = group_of(folder, groups, module).bits
+        if not bits:
+            continue
+        most, per_word = rows * words * 32 // bits, 32 // bits
         found = _shape_of(known, f"{module}.weight", most - rows * (per_word - 1), most)
         found = found if found[0] == rows else (rows, words * per_word)
         contents[name] = np.array(found, f"<i{tensors[name].nbytes // 2}").tobytes()
