@@ -186,6 +186,21 @@ def pairs(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.nda
     return {"weight": kept, "weight_scale": scales, "pre_quant_scale": smooth}, np.array(values)
 
 
+def mlx(bits: int) -> Quantise:
+    """A row's numbers as one long number, lowest first, in words of 32 bits."""
+
+    def quantise(weight: np.ndarray, rng: np.random.Generator) -> tuple[Tensors, np.ndarray]:
+        numbers, shape = rng.integers(0, 2**bits, weight.shape), (len(weight), weight.shape[1] // GROUP)
+        rows = [sum(one << bits * i for i, one in enumerate(row)) for row in numbers.tolist()]
+        nbytes = weight.shape[1] * bits // 8
+        scales, biases = (rng.uniform(low, low + 0.02, shape).astype(np.float16) for low in (0.01, -0.1))
+        values = numbers * scales.astype(float).repeat(GROUP, axis=1) + biases.astype(float).repeat(GROUP, axis=1)
+        words = np.stack([np.frombuffer(row.to_bytes(nbytes, "little"), "<u4") for row in rows])
+        return {"weight": words, "scales": scales, "biases": biases}, values
+
+    return quantise
+
+
 def compressed(how: str, **weights: Any) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "symmetric": True, **weights}}
     return {
@@ -236,6 +251,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantise]] = {
         {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
         rows(ml_dtypes.float8_e4m3fn, axes=1),
     ),
+    "MLX": ({"group_size": GROUP, "bits": 4, "mode": "affine"}, mlx(4)),
+    "AutoRound, as GPTQ": (
+        {
+            "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": GROUP,
+            "sym": True, "data_type": "int", "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}},
+        },
+        gptq(),
+    ),
     "AWQ, as Model Optimizer's": (
         {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ", "group_size": GROUP, "pre_quant_scale": True}, pairs,
     ),
@@ -261,6 +284,10 @@ SEVERAL: dict[str, tuple[dict[str, Any], dict[str, Quantise]]] = {
             "group_1": {"targets": ["Linear"], "weights": PACKED},
         }},
         {"self_attn": packed(8), "": packed()},
+    ),
+    "MLX, of 4 and 6 bits": (
+        {"group_size": GROUP, "bits": 4, NAMED: {"group_size": GROUP, "bits": 6}, "lm_head": False},
+        {NAMED: mlx(6), "": mlx(4)},
     ),
     "Model Optimizer": (
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {
@@ -294,7 +321,9 @@ def quantised_each(base: Path, folder: Path, settings: dict[str, Any], ways: dic
         parts, values[name] = quantise(tensors.pop(name), rng)
         tensors |= {f"{module}.{part}": np.ascontiguousarray(one) for part, one in parts.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    edit_json(folder / "config.json", lambda config: config.update(quantization_config=settings, dtype="float32"))
+    # MLX says it twice, and names no method.
+    own = {} if "quant_method" in settings else {"quantization": settings}
+    edit_json(folder / "config.json", lambda config: config.update(own, quantization_config=settings, dtype="float32"))
     return values
 
 
@@ -307,7 +336,7 @@ def test_weights_are_what_their_numbers_mean(case: str, family: Family, tmp_path
         values = quantised_each(family.base, tmp_path / "q", *SEVERAL[case])
     folder = open_model(resolve_model("test", str(tmp_path / "q"), Path()))
     assert set(folder.entries) == set(plain)
-    assert "quantization_config" not in folder.config
+    assert not {"quantization_config", "quantization"} & set(folder.config)
     for name in plain:
         found, expected = folder.read(name), values.get(name, plain[name])
         assert found.dtype == np.float32 and folder.entries[name].shape == found.shape
@@ -376,6 +405,10 @@ def setting(**changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_json(
         folder / "config.json", lambda config: config["quantization_config"].update(changes)
     )
+
+
+def mlx_setting(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config["quantization"].update(changes))
 
 
 def without(part: str) -> Callable[[Path], None]:
@@ -481,6 +514,19 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "Model Optimizer's inputs of another number": (
         "AWQ, as Model Optimizer's", tensor("pre_quant_scale", lambda one: one[:-1].copy()),
         (f"{NAME}.pre_quant_scale is [47]", "each input"),
+    ),
+    "MLX in another mode": ("MLX", mlx_setting(mode="mxfp4"), ("mode: 'mxfp4'", "affine")),
+    "MLX of seven bits": ("MLX", mlx_setting(bits=7), ("bits: 7", "2, 3, 4, 5, 6, 8")),
+    "MLX of other groups": ("MLX", mlx_setting(group_size=64), (".weight: found uint32[", "in groups of 64")),
+    "MLX without biases": ("MLX", without("biases"), (f"{NAME}.biases", "no such tensor")),
+    "MLX without scales": ("MLX", without("scales"), (f"{NAME}.weight is quantised (uint32)", "no scales")),
+    "AutoRound of another packing": (
+        "AutoRound, as GPTQ", setting(packing_format="auto_round:llm_compressor"),
+        ("packing_format: 'auto_round:llm_compressor'", "auto_round:auto_gptq"),
+    ),
+    "AutoRound of several widths": (
+        "AutoRound, as GPTQ", setting(extra_config={"model.layers.0.mlp.up_proj": {"bits": 8}}),
+        ("extra_config.model.layers.0.mlp.up_proj.bits: 8",),
     ),
     "several algorithms of Model Optimizer's": (
         "FP8, as Model Optimizer's",

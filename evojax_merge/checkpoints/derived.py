@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 from evojax_merge.checkpoints.adapters import ADAPTER_CONFIG, is_adapter, open_adapted, read_adapter_config
+from evojax_merge.checkpoints.auto_round import open_auto_round
 from evojax_merge.checkpoints.awq import open_awq
 from evojax_merge.checkpoints.bitsandbytes import open_bitsandbytes
 from evojax_merge.checkpoints.compressed_tensors import open_compressed_tensors
@@ -44,6 +45,7 @@ from evojax_merge.checkpoints.gguf_file import (
 )
 from evojax_merge.checkpoints.gptq import open_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
+from evojax_merge.checkpoints.mlx import open_mlx
 from evojax_merge.checkpoints.quantised import dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER, atomic_folder
@@ -80,12 +82,14 @@ def _of_one(open_one: Callable[[Path, Path], Folder]) -> Callable[[Path, Sequenc
 
 # Quantised folders, by the quant_method that their config names.
 QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
+    "auto-round": open_auto_round,
     "awq": open_awq,
     "bitsandbytes": open_bitsandbytes,
     "compressed-tensors": open_compressed_tensors,
     "fbgemm_fp8": open_fp8,
     "fp8": open_fp8,
     "gptq": open_gptq,
+    "mlx": open_mlx,
     "modelopt": open_modelopt,
     "mxfp4": open_mxfp4,
 }

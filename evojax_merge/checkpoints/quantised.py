@@ -18,6 +18,8 @@ from evojax_merge.errors import InputError, shown
 
 # Where config.json says how a checkpoint is quantised; the second is what compressed-tensors first called it.
 KEYS = ("quantization_config", "compression_config")
+# Where MLX says it, which names no method.
+OF_MLX = "quantization"
 # Where other programs say it: AutoGPTQ, before config.json did, and NVIDIA's Model Optimizer, of the key that is named.
 OTHER_FILES = (("quantize_config.json", "gptq", None), ("hf_quant_config.json", "modelopt", "quantization"))
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -76,6 +78,9 @@ def quantisation(path: Path) -> dict[str, Any]:
     """How a model folder says that its weights are quantised, `quant_method` included; empty where it does not."""
     config = read_json_object(path / "config.json", missing={})
     found = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
+    mlx = config.get(OF_MLX)
+    if "quant_method" not in (found or {}) and isinstance(mlx, dict) and {"bits", "group_size"} <= set(mlx):
+        return {**mlx, "quant_method": "mlx"}
     for name, method, key in OTHER_FILES if found is None and config else ():
         if (path / name).is_file():
             said = read_json_object(path / name, missing={})
@@ -87,7 +92,7 @@ def quantisation(path: Path) -> dict[str, Any]:
 def dequantised_config(path: Path) -> dict[str, Any]:
     """The config of such a folder, as that of the dequantised model."""
     config = read_json_object(path / "config.json", missing={})
-    return {key: value for key, value in config.items() if key not in KEYS}
+    return {key: value for key, value in config.items() if key not in (*KEYS, OF_MLX)}
 
 
 def dequantised_dtype(path: Path, default: str) -> np.dtype:

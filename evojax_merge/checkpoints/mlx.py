@@ -1,0 +1,90 @@
+"""Checkpoints that Apple's MLX has quantised, dequantised as they are read.
+
+A linear module or an embedding has `weight uint32[out, in · b / 32]`, a stream of numbers of b bits for each row, from
+the lowest bits of the first word on, and `scales` and `biases` [out, in / g]. The weight is `q · scale + bias`.
+config.json says b and g under `quantization`, and for single modules under their names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.checkpoints.folder import DTYPES, Folder, open_folder
+from evojax_merge.checkpoints.quantised import (
+    QuantisedTensor,
+    checked_setting,
+    dequantised_dtype,
+    group_size,
+    part_of,
+    quantisation,
+    unpack,
+)
+from evojax_merge.errors import InputError
+
+WITH_WORDS = DTYPES | {"U32": np.dtype(np.uint32)}
+SCALES, BIASES = ".scales", ".biases"
+BITS, DEFAULT_GROUP = (2, 3, 4, 5, 6, 8), 64
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Parts: `weight`, `scales`, `biases`; of `bits` bits each number."""
+
+    bits: int
+
+    def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        numbers = self._numbers(np.ascontiguousarray(parts[0]))
+        scales, biases = (part.astype(np.float32) for part in parts[1:])
+        weight = numbers.reshape(*scales.shape, -1).astype(np.float32)
+        weight *= scales[..., None]
+        weight += biases[..., None]
+        return weight.reshape(numbers.shape)
+
+    def _numbers(self, words: np.ndarray) -> np.ndarray:
+        """uint8[out, in]."""
+        if 8 % self.bits == 0:
+            return unpack(words, self.bits, axis=1)
+        octets = words.astype("<u4", copy=False).view(np.uint8)
+        stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(words), -1, self.bits)
+        return np.packbits(stream, axis=2, bitorder="little")[..., 0]
+
+
+def open_mlx(path: Path, quantised: Path) -> Folder:
+    """The dequantised model of such a folder, as a folder at `path`. Raises InputError for other settings, and for a
+    matrix whose parts do not fit each other."""
+    settings = quantisation(quantised)
+    dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_WORDS).entries
+    entries = dict(stored)
+    for name in [name for name in stored if name.endswith(SCALES)]:
+        module = name.removesuffix(SCALES)
+        bits, size = _of_module(quantised, settings, module)
+        packed, scales = stored.get(f"{module}.weight"), stored[name]
+        matrix = packed is not None and len(packed.shape) == 2 and packed.dtype == np.uint32
+        if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
+            found = "no such tensor" if packed is None else f"{packed.dtype}{list(packed.shape)}"
+            raise InputError(
+                scales.file, f"{module}.weight: found {found}; expected a matrix of uint32, of {bits} bits for each "
+                f"number, in groups of {size}",
+            )  # fmt: skip
+        outputs, inputs = packed.shape[0], packed.shape[1] * 32 // bits
+        groups = (outputs, inputs // size)
+        parts = (packed, *(part_of(stored, packed, f"{module}{part}", groups) for part in (SCALES, BIASES)))
+        for part in (SCALES, BIASES):
+            del entries[f"{module}{part}"]
+        entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, Affine(bits))
+    left = next((name for name, one in entries.items() if one.dtype == np.uint32), None)
+    if left is not None:
+        raise InputError(entries[left].file, f"{left} is quantised (uint32), and there are no scales of it")
+    return Folder(path, entries)
+
+
+def _of_module(quantised: Path, settings: Mapping[str, Any], module: str) -> tuple[int, int]:
+    """How many bits the numbers of a module have, and how many of its inputs have a scale in common."""
+    own = settings.get(module)
+    said = {**settings, **own} if isinstance(own, dict) else settings
+    checked_setting(quantised, "mode", said.get("mode"), (None, "affine"))
+    bits: int = checked_setting(quantised, "bits", said.get("bits"), BITS)
+    return bits, group_size(quantised, said.get("group_size")) or DEFAULT_GROUP
