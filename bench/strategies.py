@@ -86,6 +86,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cma_es+rungs": {"strategy": "cma_es", "rungs": 4, "generations": 107},
     "cma_es+seeds": {"strategy": "cma_es", "seeds": SEEDS},
     "cma_es+rungs+seeds": {"strategy": "cma_es", "rungs": 4, "seeds": SEEDS, "generations": 107},
+    "cma_es+chosen+seeds": {
+        "strategy": "cma_es",
+        "rungs": 4,
+        "rung_examples": "item_response",
+        "seeds": SEEDS,
+        "generations": 107,
+    },
     "pso+parents": {"strategy": "pso", "seeds": ["parents"]},
 }
 # Generations on minibatches between two looks at all examples.
@@ -234,6 +241,7 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
     evolve(
         problem.search, problem.config.seed, problem.strategy, problem.space, list(map(on, shards)), storage, reporter,
         minibatches=list(map(on, problem.batched_minibatches())),
+        choice=problem.example_choice(list(map(on, problem.batched_choice()))),
     )  # fmt: skip
 
 
@@ -339,12 +347,13 @@ def measure(experiment: Experiment, row: Row) -> Row:
     return row | trace.figures
 
 
-def programs_of(row: Row) -> tuple[int, str | None, int]:
+def programs_of(row: Row) -> tuple[Any, ...]:
     """What tells the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients,
     with its minibatches. Spaces, and strategies without gradients, share theirs."""
     settings = row["settings"]
     minibatches = settings.get("gradient", {}).get("minibatches", 1)
-    return settings.get("rungs", 1), settings["strategy"] if row["gradient_cost"] else None, minibatches
+    rungs = settings.get("rungs", 1), settings.get("rung_examples")
+    return *rungs, settings["strategy"] if row["gradient_cost"] else None, minibatches
 
 
 def warm_up(experiment: Experiment, row: Row) -> None:
@@ -444,7 +453,7 @@ def collect(arguments: argparse.Namespace, names: Sequence[str]) -> list[Row]:
     held = read_rows(arguments.json)
     experiments = open_experiments(FAMILIES[arguments.family], arguments.dimensions)
     rows: list[Row] = []
-    warm: set[tuple[int, str | None, int]] = set()
+    warm: set[tuple[Any, ...]] = set()
     for space, name, seed in product(arguments.dimensions, names, range(arguments.seeds)):
         experiment = experiments[space]
         row = start_row(arguments, experiment, space, name, seed)

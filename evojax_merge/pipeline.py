@@ -66,8 +66,6 @@ from evojax_merge.report.plan import Plan, holds_plans, shown_advice
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
-from evojax_merge.search.example_choice import ExampleChoice
-from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.run_folder import (
     OF_A_RUN,
@@ -319,7 +317,7 @@ def _search_into(
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, minibatches, on.validation, _example_choice(problem, choosable),
+            warnings, failure_hint, minibatches, on.validation, problem.example_choice(choosable),
         )  # fmt: skip
     searched = [one.evaluator for one in (*choosable, *minibatches, *on.shards)]
     console.print(problem.candidates.describe_work(searched), highlight=False)
@@ -331,14 +329,6 @@ def _search_into(
     if devices.is_main_process:
         _write_winner(folder, problem, result)
     barrier("written")
-
-
-def _example_choice(problem: SearchProblem, opened: Sequence[SpaceEvaluator[Any]]) -> ExampleChoice | None:
-    """What rungs choose examples from, with what scores genomes on them; None where shards take turns."""
-    if problem.choice is None:
-        return None
-    (evaluator,) = opened
-    return ExampleChoice(evaluator, problem.choice.strata, len(problem.shards))
 
 
 def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:

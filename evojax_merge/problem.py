@@ -44,10 +44,10 @@ from evojax_merge.models.paths import PathSpec
 from evojax_merge.pedigree import Pedigree
 from evojax_merge.plugins import source_files
 from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
-from evojax_merge.search.example_choice import length_strata
+from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
+from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, SubsetEvaluator, differentiates
 from evojax_merge.search.run_folder import OF_A_RUN, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -185,6 +185,14 @@ class SearchProblem:
             [*([task for task in one if task.weight > 0] for one in self.shards), self.choice.tasks]
         )
         return [[batched_task.for_any_examples() for batched_task in everything]]
+
+    def example_choice(self, opened: Sequence[SubsetEvaluator]) -> ExampleChoice | None:
+        """What rungs choose examples from; None where shards take turns. opened: what scores genomes on the batched
+        tasks of `batched_choice`."""
+        if self.choice is None:
+            return None
+        (evaluator,) = opened
+        return ExampleChoice(evaluator, self.choice.strata, len(self.shards))
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         decoder = self.decoder
