@@ -26,7 +26,8 @@ def processor() -> str:
 
 def host() -> str:
     """The processor, and how many cores there are for this process."""
-    return f"{processor()}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    return f"{processor()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def describe() -> str:
