@@ -52,7 +52,7 @@ from evojax_merge.problem import SearchProblem, build_problem, read_config, reso
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, Storage, evolve
-from evojax_merge.search.protocols import State, Strategy, UsesGradients
+from evojax_merge.search.protocols import State, Strategy, wants_gradients
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
 from evojax_merge.selection import open_evaluators
 from evojax_merge.spaces.bounds import from_unit
@@ -181,7 +181,7 @@ class TracedStorage(MemoryStorage):
         self._best, self._genome = -np.inf, np.zeros(0, np.float32)
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
-        self._by_gradient = self._wants_gradients(like)
+        self._by_gradient = wants_gradients(self._strategy, like["strategy"])
         return super().restore(like, log)
 
     def save(self, generation: int, state: Any, row: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class TracedStorage(MemoryStorage):
         seconds = timing["seconds"]
         passes = sum(row["examples"]) / self._examples * (self._cost if self._by_gradient else 1.0)
         in_part = self._by_gradient and row["best"] is None
-        self._by_gradient = self._wants_gradients(state)
+        self._by_gradient = wants_gradients(self._strategy, state["strategy"])
         if in_part and generation % LOOK_EVERY == 0:
             # Of minibatches no candidate is known on all examples: where they have led to is scored, and counted.
             ends = self._strategy.finalists(state["strategy"])
@@ -203,9 +203,6 @@ class TracedStorage(MemoryStorage):
         if np.isfinite(self._best) and (best is None or self._best > best):
             best, genome = self._best, self._genome
         self._trace.add(passes, seconds, best, genome)
-
-    def _wants_gradients(self, state: Any) -> bool:
-        return isinstance(self._strategy, UsesGradients) and self._strategy.wants_gradients(state["strategy"])
 
 
 def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[str] = ()) -> dict[str, Experiment]:

@@ -31,9 +31,7 @@ from evojax_merge.evaluation.targets import Target, gpu_memory_fraction
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import PassPlan, Plan, Work
 from evojax_merge.search.loop import run_bytes
-from evojax_merge.search.protocols import differentiates
-from evojax_merge.search.seeding import SeededStrategy
-from evojax_merge.search.strategies.hybrid import HybridStrategy
+from evojax_merge.search.protocols import gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.selection import candidates_to_select
 
@@ -62,7 +60,7 @@ def make_plan(
     final = planner
     if problem.final_compute_dtype != problem.compute_dtype:
         final = replace(planner, compute_dtype=problem.final_compute_dtype, chunk_sizes={})
-    rounds, starts = _gradient_generations(problem)
+    rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
 
     def planned(evaluator: Evaluator, candidates: int) -> Population:
         """As many candidates as each group of devices has of so many."""
@@ -135,15 +133,6 @@ def make_plan(
         download_bytes=download_bytes,
         advice=() if fits else advice(problem, pass_bytes, max((row.held_bytes for row in rows), default=0)),
     )
-
-
-def _gradient_generations(problem: SearchProblem) -> tuple[int, int]:
-    """How many generations of a search follow gradients, and how many candidates are differentiated in each."""
-    strategy = problem.strategy
-    own = strategy.strategy if isinstance(strategy, SeededStrategy) else strategy
-    if isinstance(own, HybridStrategy):
-        return own.steps, own.ascent.population
-    return (0, 0) if differentiates(own) is None else (problem.search.generations, own.population)
 
 
 def disk_bytes(problem: SearchProblem) -> int:

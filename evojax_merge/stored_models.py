@@ -89,7 +89,7 @@ def open_tasks(
     # A second source of held-out examples is what is scored; a share of the only one is scored with the rest.
     sizes = tuple(
         f"the {task.size} held-out examples of {task.name}"
-        if isinstance(config.heldout, str)
+        if config.heldout_source is not None
         else f"all {task.size} examples of {task.name}, searched or not"
         for task, config in zip(tasks, file.tasks, strict=True)
     )

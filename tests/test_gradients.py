@@ -25,6 +25,8 @@ from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.scores import Scores, fitness
 from evojax_merge.models.bank import Recipe, take_candidate
 from evojax_merge.search.loop import INIT_KEY, generation_key
+from evojax_merge.search.protocols import gradient_generations
+from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.gradient import OPTIMIZERS
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
 from evojax_merge.spaces.bounds import from_unit, to_unit_with_slope
@@ -336,6 +338,15 @@ def test_a_start_that_fails_goes_on_beside_the_best() -> None:
     moved = strategy.finalists(state)
     assert np.isfinite(moved).all()
     assert np.abs(moved[1] - np.asarray(genomes)[best]).max() < 1
+
+
+def test_a_strategy_says_how_many_generations_follow_gradients() -> None:
+    hybrid = make("hybrid", generations=40, population=8, starts=2)
+    strategies = [hybrid, make("gradient", population=3), make("cma_es")]
+    expected = [(10, 2), (40, 3), (0, 0)]
+    assert [gradient_generations(one, 40) for one in strategies] == expected
+    seeds = np.zeros((1, 6), np.float32)
+    assert [gradient_generations(seeded(one, seeds), 40) for one in strategies] == expected
 
 
 def test_hybrid_hands_its_best_start_to_cma_es() -> None:

@@ -178,6 +178,14 @@ def test_what_a_strategy_cannot_be_is_told(config):
     with pytest.raises(InputError, match="the strategy empty lacks name, population, init, ask"):
         build_problem(config, read_config(config, ["search.strategy=empty"], None))
 
+    @dataclass(frozen=True)
+    class Differentiating(HillClimber):
+        differentiates: str = "fitness"
+
+    register_strategy("half", lambda settings: Differentiating(settings.dims, 6, settings.sigma))
+    with pytest.raises(InputError, match="the strategy half lacks wants_gradients, gradient_generations;"):
+        build_problem(config, read_config(config, ["search.strategy=half"], None))
+
     from evosax.algorithms import PSO
 
     swarm = PSO(8, np.zeros(2))

@@ -27,8 +27,8 @@ from evojax_merge.search.protocols import (
     Space,
     State,
     Strategy,
-    UsesGradients,
     differentiates,
+    wants_gradients,
 )
 from evojax_merge.search.run_folder import KEPT_CHECKPOINTS, Saved
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
@@ -197,7 +197,7 @@ def evolve(
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
             break
-        by_gradient = isinstance(strategy, UsesGradients) and strategy.wants_gradients(state["strategy"])
+        by_gradient = wants_gradients(strategy, state["strategy"])
         parts: Sequence[GenomeEvaluator] = minibatches if by_gradient else shards
         if minibatches and not is_fitness and by_gradient != followed:
             reporter.log(_now_scored_on(number + 1, parts[0], shards[0]))

@@ -77,10 +77,25 @@ class UsesGradients(Protocol):
         """Whether the next generation is told `scores.gradients`, of some examples or of the companion."""
         ...
 
+    def gradient_generations(self, generations: int) -> tuple[int, int]:
+        """How many generations of a search of `generations` are told gradients, and of how many genomes each: what a
+        plan of the search counts."""
+        ...
+
 
 def differentiates(strategy: Strategy) -> Differentiates | None:
     """What a strategy differentiates; None: nothing."""
     return strategy.differentiates if isinstance(strategy, UsesGradients) else None
+
+
+def wants_gradients(strategy: Strategy, state: State) -> bool:
+    """Whether the next generation is told gradients. state: the strategy's own."""
+    return isinstance(strategy, UsesGradients) and strategy.wants_gradients(state)
+
+
+def gradient_generations(strategy: Strategy, generations: int) -> tuple[int, int]:
+    """How many generations of a search of `generations` are told gradients, and of how many genomes each."""
+    return strategy.gradient_generations(generations) if isinstance(strategy, UsesGradients) else (0, 0)
 
 
 @runtime_checkable

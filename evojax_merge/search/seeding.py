@@ -16,9 +16,10 @@ from evojax_merge.search.protocols import (
     State,
     Strategy,
     TakesInjected,
-    UsesGradients,
     differentiates,
+    gradient_generations,
     keeps_front,
+    wants_gradients,
 )
 
 
@@ -63,7 +64,10 @@ class SeededStrategy:
         return keeps_front(self.strategy)
 
     def wants_gradients(self, state: Any) -> bool:
-        return isinstance(self.strategy, UsesGradients) and self.strategy.wants_gradients(state["strategy"])
+        return wants_gradients(self.strategy, state["strategy"])
+
+    def gradient_generations(self, generations: int) -> tuple[int, int]:
+        return gradient_generations(self.strategy, generations)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> State:
         return {"strategy": self.strategy.init(key, np.concatenate([genomes, self.seeds])), "told": np.int32(0)}

@@ -28,25 +28,25 @@ def open_splits(
     where: str, config: TaskConfig, folder: Path, seed: int, find_file: FindFile = local_file
 ) -> tuple[Task, Task]:
     """As `open_task`, for scoring alone: also of what no search should see."""
-    kind, heldout = kind_of(config), config.heldout
-    if isinstance(heldout, str) and kind.source is None:
-        raise InputError(f"{where}.heldout", f"{heldout}; a task of this kind has one source: expected a share")
+    kind, second = kind_of(config), config.heldout_source
+    if second is not None and kind.source is None:
+        raise InputError(f"{where}.heldout", f"{second}; a task of this kind has one source: expected a share")
     task: Task = kind.open(config, Opening(where, folder, seed, None, find_file))
-    if isinstance(heldout, str):
-        return task, kind.open(config, Opening(where, folder, seed, heldout, find_file))
+    if second is not None:
+        return task, kind.open(config, Opening(where, folder, seed, second, find_file))
     if task.size < 2:
         raise InputError(
             task.files[0] if task.files else where, "holds one example; a held-out share needs at least two"
         )
-    return split_task(task, heldout, seed)
+    return split_task(task, float(config.heldout), seed)
 
 
 def open_whole_task(
     where: str, config: TaskConfig, folder: Path, seed: int = 0, find_file: FindFile = local_file
 ) -> Task:
     """A task on all its examples; where the config names a second source of held-out examples, on those."""
-    kind, heldout = kind_of(config), config.heldout
-    second = heldout if isinstance(heldout, str) and kind.source is not None else None
+    kind = kind_of(config)
+    second = None if kind.source is None else config.heldout_source
     return kind.open(config, Opening(where, folder, seed, second, find_file))
 
 
@@ -62,7 +62,7 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
     `heldout`: its splits."""
     section = config.model_dump(mode="json") | search.paths()
     source = heldout.paths().get(kind_of(config).source or "")
-    if isinstance(config.heldout, str) and source is not None:
+    if config.heldout_source is not None and source is not None:
         section["heldout"] = source
     return section
 
@@ -100,7 +100,7 @@ def overlaps(
         task = f"{where}: tasks[{number}]"
         # A task of weight 0 is not divided.
         kept_back = [validation[number]] if validation and config.weight > 0 else []
-        if isinstance(config.heldout, str):
+        if config.heldout_source is not None:
             lines += repeated(task, search, *kept_back) + repeated(f"{task}.heldout", held)
         else:
             lines += repeated(task, search, *kept_back, held)

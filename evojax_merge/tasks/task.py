@@ -197,6 +197,11 @@ class TaskConfig(Section):
     weight: Real = Field(1.0, ge=0.0, le=1e9)
     limit: Whole | None = Field(None, ge=1)
 
+    @property
+    def heldout_source(self) -> str | None:
+        """The second source of examples, all of them held out; None: a share of the only source is."""
+        return self.heldout if isinstance(self.heldout, str) else None
+
 
 # (where, reference, folder) -> the existing file that `reference` names, looked for from `folder` on.
 FindFile = Callable[[str, str, Path], Path]

@@ -54,6 +54,9 @@ class GradientStrategy:
     def wants_gradients(self, state: GradientState) -> bool:
         return True
 
+    def gradient_generations(self, generations: int) -> tuple[int, int]:
+        return generations, self.population
+
     def init(self, key: jax.Array, genomes: np.ndarray) -> GradientState:
         start, noise = jnp.asarray(genomes[0]), jax.random.normal(key, (self.population, genomes.shape[1]))
         drawn = (start + self.sigma * noise).at[0].set(start)

@@ -58,6 +58,9 @@ class HybridStrategy:
     def wants_gradients(self, state: HybridState) -> bool:
         return int(state.told) < self.steps
 
+    def gradient_generations(self, generations: int) -> tuple[int, int]:
+        return self.steps, self.ascent.population
+
     def init(self, key: jax.Array, genomes: np.ndarray) -> HybridState:
         ascent = self.ascent.init(key, genomes)
         points = jnp.broadcast_to(ascent.genomes, (WINDOW, *ascent.genomes.shape))

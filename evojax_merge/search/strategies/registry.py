@@ -82,6 +82,8 @@ _BUILT_IN = {
 }
 # Of the protocol.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
+# Of one that says what it differentiates.
+_GRADIENT_MEMBERS = ("wants_gradients", "gradient_generations")
 _registered: dict[str, StrategyFactory] = {}
 
 
@@ -112,7 +114,8 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
     """Raises InputError for an unknown name, where a strategy's population is not the one that was asked for, and where
     it cannot hold the seeds."""
     strategy = find_strategy(where, name)(settings)
-    lacking = [member for member in _MEMBERS if not hasattr(strategy, member)]
+    members = (*_MEMBERS, *(_GRADIENT_MEMBERS if hasattr(strategy, "differentiates") else ()))
+    lacking = [member for member in members if not hasattr(strategy, member)]
     if lacking:
         raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
     if settings.population is not None and strategy.population != settings.population:
