@@ -21,11 +21,11 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, nearest
 from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Location, Name, Number, Numbers, Real, Section, Whole
-from evojax_merge.tasks.kinds import find_kind, kind_names
+from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.yaml_reader import load_yaml, parse_yaml
 
@@ -138,16 +138,33 @@ def _task(value: Any) -> TaskConfig:
         return value
     kind = find_kind(value)
     if isinstance(value, dict) and kind is None:
-        found = value.get("kind")
+        found, key = value.get("kind"), "kind"
         known = kind_names()
         what = "missing"
-        if isinstance(found, str):
+        slip = _slip_for_kind(value)
+        if slip is not None:
+            key, what = slip
+        elif isinstance(found, str):
             what = f"there is no kind of task {describe_value(found)}{did_you_mean(found, known)}"
         elif "kind" in value:
             what = f"expected one of {', '.join(known)}, found {describe_value(found)}"
         error = PydanticCustomError("task_kind", "{what}", {"what": what})
-        raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=("kind",), input=found)])
+        raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=(key,), input=found)])
     return (TaskConfig if kind is None else kind.config).model_validate(value)
+
+
+def _slip_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
+    """Of a task's section that does not tell its kind: a key that no kind has and that was likely meant to, and what is
+    to be said of it."""
+    if "kind" in section:
+        return None
+    fields = {name for kind in kinds() for name in kind.config.model_fields}
+    telling = {"kind", *(kind.key for kind in kinds() if kind.key is not None)}
+    for key in map(str, section):
+        near = None if key in fields else nearest(key, fields | telling)
+        if near in telling:
+            return key, f"unknown key (did you mean '{near}'?)"
+    return None
 
 
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
@@ -499,7 +516,8 @@ def _section_of(annotation: Any, value: Any) -> Any:
 
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
     """What is wrong with a document, in one line: the key, what was expected and what was found."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = _slip_for(schema, found, document) or found[0]
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
@@ -517,6 +535,17 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     if kind == "task_kind":
         return f"{key}: {first['msg']}"
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
+
+
+def _slip_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
+    """Where the first that is wrong is a key that is missing: the unknown key beside it that it was likely meant by."""
+    *above, missing = found[0]["loc"] or ("",)
+    if found[0]["type"] != "missing":
+        return None
+    _, section, _, _ = _find(schema, above, document)
+    fields = _parts(section)[0].model_fields
+    beside = [one for one in found if one["type"] == "extra_forbidden" and list(one["loc"][:-1]) == above]
+    return next((one for one in beside if nearest(str(one["loc"][-1]), fields) == missing), None)
 
 
 def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:

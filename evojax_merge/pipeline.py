@@ -44,7 +44,7 @@ from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_a
 from evojax_merge.mergekit.execute import Progress, merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
-from evojax_merge.mergekit.unused_keys import few_lines, without_unused_keys
+from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.planning import advice, disk_bytes, make_plan
 from evojax_merge.problem import (
@@ -487,23 +487,26 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
     strict = options.strict
     twice: list[str] = []
     repeated = refuse_repeated if strict else lambda place, said: twice.append(f"{place}: {said}; the last counts")
-    path = recipe if isinstance(recipe, Path) else Path("recipe")
-    documents = load_documents(recipe, repeated) if isinstance(recipe, Path) else recipe
-    if not strict:
-        documents, ignored = without_unused_keys(path, documents)
-        for line in (*few_lines(path, twice, "more keys stand twice"), *ignored):
-            warn(line)
-    stream = parse_stream(path, documents)
-    text = recipe.read_text(encoding="utf-8") if isinstance(recipe, Path) else dump_documents(recipe)
-    planned = prepare_stream(
-        stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference, options.copy_tokenizer,
-        options.allow_crimes, strict,
-    )  # fmt: skip
-    with planned as stream_plan:
-        for line in (*stream_warnings(stream), *stream_plan.warnings):
+    if isinstance(recipe, Path):
+        path, given, text = recipe, load_documents(recipe, repeated), recipe.read_text(encoding="utf-8")
+        no_file: Path | None = None
+    else:
+        path, given, text = Path("recipe"), recipe, dump_documents(recipe)
+        no_file = path
+    documents, ignored = (given, []) if strict else without_unused_keys(path, given)
+    with ExitStack() as stack:
+        with blaming_slips([] if strict else given):
+            stream = parse_stream(path, documents)
+            planned = prepare_stream(
+                stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference,
+                options.copy_tokenizer, options.allow_crimes, strict,
+            )  # fmt: skip
+            stream_plan = stack.enter_context(planned)
+        said_twice = few_lines(path, twice, "more keys stand twice")
+        for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
         say_unread(list(stream_plan.models.values()), log)
-        inputs = [path for path in stream_plan.inputs if isinstance(recipe, Path) or path != stream.path]
+        inputs = [path for path in stream_plan.inputs if path != no_file]
         card = _card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
         _write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)

@@ -109,6 +109,16 @@ RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a weight that is not finite": (one_model(weight=float("nan")), ("weight", "nan")),
     "no weight": (recipe(models=[{"model": "one"}, {"model": "two"}]), ("weight", "missing", "one")),
     "no base": ({"merge_method": "ties", "models": recipe()["models"]}, ("ties", "base_model")),
+    "a slip for a parameter that is needed": (
+        one_model(wieght=1), ("weight: missing for", "(models[0].parameters.wieght: did you mean 'weight'?)"),
+    ),
+    "a slip for the base": (
+        {"merge_method": "ties", "base_modle": "base", "models": recipe()["models"]},
+        ("ties", "(base_modle: did you mean 'base_model'?)"),
+    ),
+    "a slip for the models": (
+        {"merge_method": "linear", "modells": recipe()["models"]}, ("models", "(modells: did you mean 'models'?)"),
+    ),
     "three models of slerp": (
         recipe(merge_method="slerp", models=[{"model": m} for m in ("one", "two")], parameters={"t": 0.5}),
         ("slerp", "2", "3"),
@@ -415,6 +425,17 @@ CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "an unknown method": (space(method="tiess"), ("space.method", "tiess", "'ties'")),
     "an unknown kind of task": (task(kind="likelyhood"), ("tasks[0].kind", "likelyhood", "likelihood")),
     "no parents": (without("parents"), ("parents", "missing")),
+    "a slip for a key that is needed": (without("parents") | {"parent": ["one"]}, ("parent: unknown key", "'parents'")),
+    "a slip for a key that a section needs": (
+        search_config(space={"mehtod": "ties"}), ("space.mehtod: unknown key", "'method'"),
+    ),
+    "a slip for the kind of a task": (
+        search_config(tasks=[{"name": "a", "file": "a.jsonl", "knid": "likelihood"}]),
+        ("tasks[0].knid: unknown key", "'kind'"),
+    ),
+    "a slip for a task of lm-eval": (
+        search_config(tasks=[{"lm_evla": "arc_easy"}]), ("tasks[0].lm_evla: unknown key", "'lm_eval'"),
+    ),
     "an empty list of parents": (search_config(parents=[]), ("parents",)),
     "no tasks": (without("tasks"), ("tasks", "missing")),
     "text for a number": (search_config(search={"generations": "many"}), ("generations", "whole number", "many")),

@@ -6,14 +6,15 @@ them, before a recipe is read, which refuses them, and told.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from merge_kernels import METHODS, Method, Parameter
 
-from evojax_merge.errors import nearest, printable, shown
+from evojax_merge.errors import InputError, nearest, printable, shown
 from evojax_merge.mergekit.other_formats import other_format
 from evojax_merge.mergekit.plan import read_number, read_switch
 from evojax_merge.mergekit.schema import (
@@ -50,10 +51,12 @@ PROBABILITIES = ("dare_linear", "dare_ties")
 class _Sieve:
     """Takes out of one document what a recipe of this method has no meaning for, and puts values as mergekit reads
     them. Whatever is not of the form that is expected stays, for the reading to refuse. `method`: None where it is not
-    known; `told`: each unused key or changed value, and what is said of it once for all its places."""
+    known; `told`: each unused key or changed value, and what is said of it once for all its places;
+    `slips`: what an unused key was likely meant to be, and the place of the first that was."""
 
     method: Method | None
     told: dict[str, str] = field(default_factory=dict)
+    slips: dict[str, str] = field(default_factory=dict)
 
     def document(self, value: Any) -> Any:
         top = self._known("", value, TOP_KEYS | {"name"}, "a recipe has no such key")
@@ -203,7 +206,12 @@ class _Sieve:
             return value
         for key in value:
             if key not in known and str(key) not in self.told:
-                self.told[str(key)] = f"{f'{place}.' if place else ''}{key}: ignored; {why}{_meant(str(key), known)}"
+                here = f"{place}.{key}" if place else str(key)
+                near = _meant(str(key), known)
+                advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
+                self.told[str(key)] = f"{here}: ignored; {why}" + ("" if advice is None else f" ({advice})")
+                if near is not None:
+                    self.slips.setdefault(near, here)
         return {key: one for key, one in value.items() if key in known}
 
     @staticmethod
@@ -228,14 +236,11 @@ def _says_nothing(row: Any) -> bool:
     return isinstance(row, dict) and row.get("source") is None and row.get("force", False) is False
 
 
-def _meant(key: str, known: Collection[str]) -> str:
-    """What a key was likely meant to be; nothing where it is a parameter of another method."""
-    if key in ADVICE:
-        return f" ({ADVICE[key]})"
-    if key in KNOWN_STRAYS or any(key in parameter_names(method) for method in METHODS.values()):
-        return ""
-    near = nearest(key, known)
-    return "" if near is None else f" (did you mean '{near}'?)"
+def _meant(key: str, known: Collection[str]) -> str | None:
+    """The known key that a key was likely meant to be; None for a parameter of another method."""
+    if key in ADVICE or key in KNOWN_STRAYS or any(key in parameter_names(method) for method in METHODS.values()):
+        return None
+    return nearest(key, known)
 
 
 def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any], list[str]]:
@@ -245,17 +250,36 @@ def without_unused_keys(path: Path, documents: Sequence[Any]) -> tuple[list[Any]
     documents: as YAML gives them; one that says no merge method, or is another program's, is no recipe, and stays as
     it is. `path` names the recipe in the lines.
     """
-    kept, lines = [], []
+    sieved = _sieved(documents)
+    lines = [f"{path}: {place}{line}" for _, place, sieve in sieved for line in sieve.told.values()]
+    return [document for document, _, _ in sieved], few_lines(path, lines, "more keys are ignored")
+
+
+def _sieved(documents: Sequence[Any]) -> list[tuple[Any, str, _Sieve]]:
+    """Each document without what is passed over, what messages call it before a key, and what its sieve tells."""
+    rows = []
     for number, document in enumerate(documents, start=1):
-        if not isinstance(document, Mapping) or "merge_method" not in document or other_format(document) is not None:
-            kept.append(document)
-            continue
-        name = document["merge_method"]
-        sieve = _Sieve(METHODS.get(name) if isinstance(name, str) else None)
-        kept.append(sieve.document(document))
-        where = f"{path}: document {number}" if len(documents) > 1 else path
-        lines += [f"{where}: {line}" for line in sieve.told.values()]
-    return kept, few_lines(path, lines, "more keys are ignored")
+        sieve = _Sieve(None)
+        if isinstance(document, Mapping) and "merge_method" in document and other_format(document) is None:
+            name = document["merge_method"]
+            sieve = _Sieve(METHODS.get(name) if isinstance(name, str) else None)
+            document = sieve.document(document)
+        rows.append((document, f"document {number}: " if len(documents) > 1 else "", sieve))
+    return rows
+
+
+@contextmanager
+def blaming_slips(documents: Sequence[Any]) -> Iterator[None]:
+    """Where the block finds fault with a recipe, the message says as well which unused key of its documents, as YAML
+    gives them, was likely meant to be a key that it names."""
+    try:
+        yield
+    except InputError as error:
+        slips = {name: f"{place}{key}" for _, place, sieve in _sieved(documents) for name, key in sieve.slips.items()}
+        for name, key in slips.items():
+            if re.search(rf"\b{re.escape(name)}\b", error.what):
+                raise InputError(error.where, f"{error.what} ({key}: did you mean '{name}'?)") from None
+        raise
 
 
 def few_lines(path: Path, lines: Sequence[str], more: str) -> list[str]:
