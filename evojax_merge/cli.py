@@ -252,11 +252,19 @@ def architectures() -> None:
     _list("architectures")
 
 
-def _list(what: str) -> None:
+@cli.command(short_help="List the keys of a search's config, with their defaults and meanings.")
+@click.argument("section", required=False)
+def keys(section: str | None) -> None:
+    """List the keys that a search's config may have: what each takes, its default, and what it means. SECTION: only
+    this key and those in it (search, space.parameters, tasks)."""
+    _list("keys", section)
+
+
+def _list(what: str, section: str | None = None) -> None:
     with _starting():
         from evojax_merge import pipeline
 
-    pipeline.list_known(what)
+    pipeline.list_known(what, section)
 
 
 def run(command: Callable[[], Any]) -> int:

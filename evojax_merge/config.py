@@ -3,9 +3,11 @@
 `load_config` reads, checks and resolves; every error names the file, the key and what was expected.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -24,7 +26,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from evojax_merge.errors import InputError, did_you_mean, nearest
-from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Location, Name, Number, Numbers, Real, Section, Whole
+from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Form, Location, Name, Number, Numbers, Real, Section, Whole
 from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.yaml_reader import load_yaml, parse_yaml
@@ -36,39 +38,58 @@ MAX_POPULATION = 100_000
 
 
 class Bounds(Section):
-    """A searched parameter: bounds, and where the search starts (one number, or one per parent)."""
+    """A searched parameter."""
 
-    low: Number | None = None
-    high: Number | None = None
-    start: Numbers | None = None
+    low: Number | None = Field(None, description="the least value; default: as `evojax-merge methods` lists it")
+    high: Number | None = Field(None, description="the greatest value; default: as `evojax-merge methods` lists it")
+    start: Numbers | None = Field(
+        None, description="where the search starts: a number, or one for each parent; default: as in the uniform merge"
+    )
 
 
 class SpaceConfig(Section):
     """The search space: the method, which of its parameters are searched, and how finely.
 
-    `parameters`: searched ones with their bounds. `fixed`: the others that should not have their default.
-    `components`: the parts of a layer that have parameters of their own; join with `+` to let them share. The router of
-    a mixture of experts and the shared embed, final_norm and head may be joined too, else router, embed and head have
-    parameters of their own.
-    `layers_per_group`: a number or `all`. `smooth`: layers get what is interpolated between these groups.
-    `parent_groups`: a name -> parents that share their searched parameters, as `parents` calls them or by a pattern.
-    `active`: how many of the weights of a group of tensors count, the largest; None: all.
+    Of `components`, the router of a mixture of experts and the shared embed, final_norm and head may be joined to a
+    part of a layer with `+`, else router, embed and head have parameters of their own.
     """
 
-    kind: Literal["parameter"] = "parameter"
-    method: Name
-    layers_per_group: Annotated[Whole, Field(ge=1)] | Literal["all"] = Field(
-        1, description="a whole number, 1 or more, or all"
+    kind: Literal["parameter"] = Field("parameter", description="what is searched; may be left out")
+    method: Name = Field(description="the merge method, one of `evojax-merge methods`")
+    layers_per_group: Annotated[
+        Annotated[Whole, Field(ge=1)] | Literal["all"], Form("a whole number, 1 or more, or all")
+    ] = Field(1, description="how many neighbouring layers share their parameters")
+    components: list[Name] = Field(
+        ["attention", "mlp", "norm"],
+        max_length=100,
+        description="the parts of a layer that have parameters of their own; parts joined with + share them",
     )
-    components: list[Name] = Field(["attention", "mlp", "norm"], max_length=100)
-    smooth: bool = False
-    parent_groups: dict[Name, Annotated[list[Location], Field(min_length=1, max_length=1000)]] = Field({})
-    active: Whole | None = Field(None, ge=1, le=1000)
-    parameters: dict[str, Bounds] = Field({})
-    fixed: dict[str, Numbers] = Field({})
-    normalize: bool | None = None
-    rescale: bool | Literal["none", "l1", "density"] | None = Field(
-        None, description="true, false, none, l1 or density"
+    smooth: bool = Field(
+        False, description="layers get what is interpolated between the groups that `layers_per_group` makes"
+    )
+    parent_groups: dict[Name, Annotated[list[Location], Field(min_length=1, max_length=1000)]] = Field(
+        {}, description="a name -> parents that share their searched parameters, as `parents` has them or by a pattern"
+    )
+    active: Whole | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="how many of the weights of a group of tensors count, the largest; default: all",
+    )
+    parameters: dict[str, Bounds] = Field(
+        {}, description="a parameter that is searched -> its bounds and start; default: the method's first"
+    )
+    fixed: dict[str, Numbers] = Field(
+        {}, description="a parameter that is not searched -> its value; others have the method's default"
+    )
+    normalize: bool | None = Field(
+        None, description="whether the sum is divided by the weights' sum; default: as the method has it"
+    )
+    rescale: Annotated[bool | Literal["none", "l1", "density"], Form("true, false, none, l1 or density")] | None = (
+        Field(
+            None,
+            description="how what is left of a thinned-out task vector is scaled (true: l1); default: the method's way",
+        )
     )
 
     @model_serializer(mode="wrap")
@@ -84,24 +105,35 @@ class SpaceConfig(Section):
 class DataFlowConfig(Section):
     """A data-flow space: the path through the layers of all parents, from the first parent as it is.
 
-    `form` moves: `moves` edits of the first parent (scale, repeat, skip, or take from another parent a block of at
-    most `window` layers). `form` indicator: a gene for each of `repetitions` times all layers, as in the paper.
-    `scales`: what the state is multiplied by, within `scale_low` and `scale_high`: one per move (`block`), a `matrix`
-    over pairs of layers or a `network` (indicator), or `none`. `max_layers` None: twice the first parent's, and with
-    `indicator` all. `embedding_parent`: number of the parent whose embedding, final norm and head are taken.
+    `form` moves: edits of the first parent, each of which scales, repeats or skips a block of layers, or takes it from
+    another parent. `form` indicator: as in the paper, all layers in series, with a gene for each. `scales`: what the
+    state is multiplied by.
     """
 
     earlier_names: ClassVar[Mapping[str, str]] = {"ends": "embedding_parent"}
 
-    form: Literal["moves", "indicator"] = "moves"
-    moves: Whole = Field(4, ge=1, le=1000)
-    window: Whole = Field(4, ge=1, le=10_000)
-    repetitions: Whole = Field(3, ge=1, le=1000)
-    scales: Literal["block", "matrix", "network", "none"] | None = None
-    scale_low: Real = Field(0.5, ge=1e-6, le=1.0)
-    scale_high: Real = Field(4.0, ge=1.0, le=1e6)
-    max_layers: Whole | None = Field(None, ge=1, le=MAX_PATH_LAYERS)
-    embedding_parent: Whole = Field(0, ge=0)
+    form: Literal["moves", "indicator"] = Field(
+        "moves", description="moves: edits of the first parent; indicator: a gene for each layer, in series"
+    )
+    moves: Whole = Field(4, ge=1, le=1000, description="of the form moves: how many edits there are at most")
+    window: Whole = Field(4, ge=1, le=10_000, description="of the form moves: how many layers an edit is of at most")
+    repetitions: Whole = Field(
+        3, ge=1, le=1000, description="of the form indicator: how many times all layers stand in series"
+    )
+    scales: Literal["block", "matrix", "network", "none"] | None = Field(
+        None, description="block: one for each move; of the form indicator matrix (pairs of layers) or network; or none"
+    )
+    scale_low: Real = Field(0.5, ge=1e-6, le=1.0, description="the least scale")
+    scale_high: Real = Field(4.0, ge=1.0, le=1e6, description="the greatest scale")
+    max_layers: Whole | None = Field(
+        None,
+        ge=1,
+        le=MAX_PATH_LAYERS,
+        description="of the longest path; default: twice the first parent's, of the form indicator all",
+    )
+    embedding_parent: Whole = Field(
+        0, ge=0, description="which parent, from 0, gives the embedding, the final norm and the head"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "DataFlowConfig":
@@ -116,20 +148,29 @@ class DataFlowConfig(Section):
 class PoolConfig(Section):
     """A pool of models that breed: candidates are founders (the parents) and merges of two members each.
 
-    `methods`: which a child is bred by, one at random. `size`: members that are kept; None: twice the founders, 8 or
-    more. `selection`: who breeds. `complementary`: the better of two at random, and the member that is better than it
-    on the examples that few do well on; `tournament`: twice the better of two; `random`: any of the better half.
-    `replace`: who goes. `worst`: those of the lowest fitness; `competition`: those that get least where members share
-    what each example is worth. `split`: whether the parents change places at some layer. `slots`: bred members whose
-    weights are kept in memory between generations; None: `size`.
+    `selection`: who breeds. `complementary`: the better of two at random, and the member that is better than it on the
+    examples that few do well on; `tournament`: twice the better of two; `random`: any of the better half. `replace`:
+    who goes. `worst`: those of the lowest fitness; `competition`: those that get least where members share what each
+    example is worth.
     """
 
-    methods: list[Name] = Field(["slerp"], min_length=1, max_length=100)
-    size: Whole | None = Field(None, ge=2, le=MAX_POPULATION)
-    selection: Literal["complementary", "tournament", "random"] = "complementary"
-    replace: Literal["worst", "competition"] = "worst"
-    split: bool = False
-    slots: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
+    methods: list[Name] = Field(
+        ["slerp"], min_length=1, max_length=100, description="which a child is bred by, one of them at random"
+    )
+    size: Whole | None = Field(
+        None, ge=2, le=MAX_POPULATION, description="members that are kept; default: twice the founders, 8 or more"
+    )
+    selection: Literal["complementary", "tournament", "random"] = Field(
+        "complementary",
+        description="who breeds: members that complete each other, twice the better of two, or any of the better half",
+    )
+    replace: Literal["worst", "competition"] = Field(
+        "worst", description="who goes: the least fit, or who gets least where members share what an example is worth"
+    )
+    split: bool = Field(False, description="whether a child's parents change places at a layer drawn at random")
+    slots: Whole | None = Field(
+        None, ge=1, le=MAX_POPULATION, description="bred members that stay in memory between generations; default: size"
+    )
 
 
 def _task(value: Any) -> TaskConfig:
@@ -175,15 +216,23 @@ Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 
 
 class StopConfig(Section):
-    """What ends a search before its last generation. `evaluations`: no generation that would make it more candidate
-    evaluations than these. `seconds`: after so many of evaluating, over all resumes. `target`: once the best fitness on
-    all search examples has reached it. `stagnation`: once so many generations with candidates that were evaluated on
-    all of them have brought no better one."""
+    """What ends a search before its last generation."""
 
-    evaluations: Whole | None = Field(None, ge=1, le=10**12)
-    seconds: Real | None = Field(None, ge=1e-3, le=1e9)
-    target: Number | None = None
-    stagnation: Whole | None = Field(None, ge=1, le=1_000_000)
+    evaluations: Whole | None = Field(
+        None, ge=1, le=10**12, description="before a generation that would make it more evaluations of candidates"
+    )
+    seconds: Real | None = Field(
+        None, ge=1e-3, le=1e9, description="after so many seconds of evaluating, over all resumes"
+    )
+    target: Number | None = Field(
+        None, description="once a candidate has this fitness on all examples that generations are scored on"
+    )
+    stagnation: Whole | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="once so many generations with candidates that met all examples have brought no better one",
+    )
 
     @model_serializer(mode="wrap")
     def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -197,44 +246,66 @@ DEFAULT_SEEDS: Mapping[str, Sequence[Seed]] = {"path_ga": ("parents",)}
 
 
 class GradientConfig(Section):
-    """How the strategies `gradient` and `hybrid` follow gradients.
+    """How the strategies `gradient` and `hybrid` follow gradients."""
 
-    `optimizer`: one of optax's, by its name there. `learning_rate`: of its first step, in units of the bounds' range;
-    `schedule`: whether it falls to 0 as a cosine over the generations. `minibatches`: into how many parts the examples
-    are divided; a generation is told the gradient on one of them. `generations`, `starts`: of `hybrid`, for how many
-    generations it follows gradients (None: a quarter of all), and from how many points."""
-
-    optimizer: Name = "adam"
-    learning_rate: Real = Field(0.1, ge=1e-9, le=100.0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    minibatches: Whole = Field(1, ge=1, le=10_000)
-    generations: Whole | None = Field(None, ge=1, le=1_000_000)
-    starts: Whole = Field(1, ge=1, le=10_000)
+    optimizer: Name = Field("adam", description="one of optax's that needs a learning rate alone, by its name there")
+    learning_rate: Real = Field(0.1, ge=1e-9, le=100.0, description="of the first step, in units of the bounds' range")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="whether the learning rate falls to 0 as a cosine over the generations"
+    )
+    minibatches: Whole = Field(
+        1, ge=1, le=10_000, description="into how many parts the examples are divided; each generation sees one"
+    )
+    generations: Whole | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="of hybrid: how many generations follow gradients; default: a quarter of them",
+    )
+    starts: Whole = Field(1, ge=1, le=10_000, description="of hybrid: from how many points gradients are followed")
 
 
 class SearchConfig(Section):
-    """The strategy and its budget. `population` None: the strategy's own; CMA-ES' is 4 + floor(3 ln D). `sigma` is in
-    units of the bounds' range.
-    `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
-    half on twice as many, and so forth; in so many rungs the last few are scored on all.
-    `rung_examples`: which examples come first: random parts of them in turn, or those that an item response model
-    chooses for each generation.
-    `seeds`: merges that are the first candidates of the first generation; by default those of `DEFAULT_SEEDS`.
-    `validation`: the share of the search split that no generation is scored on; the winner is chosen on it.
-    `validate_every`: how many generations lie between two looks at the validation split; None: none is taken."""
+    """The strategy and its budget.
 
-    strategy: Name = "cma_es"
-    population: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
-    generations: Whole = Field(50, ge=1, le=1_000_000)
-    sigma: Real = Field(1 / 6, ge=1e-6, le=10.0)
-    finalists: Whole = Field(5, ge=1, le=10_000)
-    rungs: Whole = Field(1, ge=1, le=8)
-    rung_examples: Literal["random", "item_response"] = "random"
-    seeds: list[Seed] = Field([], max_length=4)
-    validation: Real = Field(0.0, ge=0.0, lt=1.0, description="a share from 0 to below 1")
-    validate_every: Whole | None = Field(None, ge=1, le=1_000_000)
-    stop: StopConfig = StopConfig()
-    gradient: GradientConfig = GradientConfig()
+    `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
+    half on twice as many, and so forth; in so many rungs the last few are scored on all. `rung_examples`: which come
+    first: random parts of them in turn, or those that an item response model chooses for each generation.
+    """
+
+    strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`")
+    population: Whole | None = Field(
+        None,
+        ge=1,
+        le=MAX_POPULATION,
+        description="candidates in a generation; default: the strategy's own, of cma_es 4 + 3 ln D",
+    )
+    generations: Whole = Field(50, ge=1, le=1_000_000, description="how many are searched")
+    sigma: Real = Field(
+        1 / 6, ge=1e-6, le=10.0, description="the first step's standard deviation, in units of the bounds' range"
+    )
+    finalists: Whole = Field(
+        5, ge=1, le=10_000, description="how many of the best candidates are scored again, for one to win"
+    )
+    rungs: Whole = Field(
+        1, ge=1, le=8, description="above 1: candidates race, and with each rung half of them meet twice the examples"
+    )
+    rung_examples: Literal["random", "item_response"] = Field(
+        "random", description="which examples a race begins with: random ones, or those that tell candidates apart"
+    )
+    seeds: list[Seed] = Field(
+        [], max_length=4, description="merges that the first generation begins with; default of path_ga: [parents]"
+    )
+    validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"
+    )
+    validate_every: Whole | None = Field(
+        None, ge=1, le=1_000_000, description="after how many generations the best is scored on the validation split"
+    )
+    stop: StopConfig = Field(StopConfig(), description="what ends the search before its last generation")
+    gradient: GradientConfig = Field(
+        GradientConfig(), description="how the strategies gradient and hybrid follow gradients"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -274,9 +345,9 @@ class SearchConfig(Section):
 class StageConfig(Section):
     """One stage of a chain. From the second on, the first parent is the winner of the stage before."""
 
-    space: SpaceConfig | None = None
-    data_flow: DataFlowConfig | None = None
-    search: SearchConfig = SearchConfig()
+    space: SpaceConfig | None = Field(None, description="the parameters of a merge, as `space` without stages")
+    data_flow: DataFlowConfig | None = Field(None, description="a path through layers, as `data_flow` without stages")
+    search: SearchConfig = Field(SearchConfig(), description="the stage's own strategy and budget")
 
     @model_validator(mode="before")
     @classmethod
@@ -293,18 +364,29 @@ class StageConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How candidates are scored. `chunk`, how many share a pass on a device, None: chosen from the device's memory.
-    `tokens_per_batch`: how many tokens of each go through a pass, at most (of prompts that are continued, four times
-    as many); None: 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `model`: how many devices
-    hold one bank. `compute_dtype`: auto: bfloat16 where all weights are and the devices multiply it natively, else
-    float32. `final_compute_dtype`: of what chooses the winner and of the final table, and of `evaluate`; None: as
-    `compute_dtype`."""
+    """How candidates are scored. Of prompts that are continued, four times `tokens_per_batch` go through a pass; by
+    default it is 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `compute_dtype` auto:
+    bfloat16 where all weights are and the devices multiply it natively, else float32."""
 
-    chunk: Whole | None = Field(None, ge=1, le=MAX_POPULATION)
-    tokens_per_batch: Whole | None = Field(None, ge=1, le=10_000_000)
-    model: Whole = Field(1, ge=1, le=100_000)
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    final_compute_dtype: Literal["float32", "bfloat16"] | None = None
+    chunk: Whole | None = Field(
+        None,
+        ge=1,
+        le=MAX_POPULATION,
+        description="how many candidates share a pass on a device; default: chosen from the device's memory",
+    )
+    tokens_per_batch: Whole | None = Field(
+        None,
+        ge=1,
+        le=10_000_000,
+        description="tokens of each candidate in a pass, at most; default: chosen for the device",
+    )
+    model: Whole = Field(1, ge=1, le=100_000, description="how many devices share one copy of the models")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the generations; auto: bfloat16 where all weights are and the devices multiply it"
+    )
+    final_compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of what chooses the winner and of the final table; default: compute_dtype"
+    )
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -318,20 +400,31 @@ class EvaluationConfig(Section):
 class Config(Section):
     """A whole search: over one space, or in stages."""
 
-    base: Location | None = None
-    parents: list[Location] = Field(min_length=1, max_length=1000)
-    tokenizer_source: Location | None = None
-    other_modules: Location | None = None
-    space: SpaceConfig | None = None
-    data_flow: DataFlowConfig | None = None
-    pool: PoolConfig | None = None
-    stages: list[StageConfig] | None = Field(None, min_length=1, max_length=100)
-    tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
-    search: SearchConfig = SearchConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    export_dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    seed: Whole = Field(0, ge=0, le=MAX_SEED)
-    out: Location | None = None
+    base: Location | None = Field(None, description="the model that task vectors are taken from")
+    parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
+    tokenizer_source: Location | None = Field(
+        None, description="base, or a parent: rows of the vocabulary are aligned by token, with its tokenizer"
+    )
+    other_modules: Location | None = Field(
+        None, description="of larger models: whose other modules the winner has; default: base, else the first parent"
+    )
+    space: SpaceConfig | None = Field(None, description="what is searched: the parameters of a merge")
+    data_flow: DataFlowConfig | None = Field(None, description="or: the path through the layers of all parents")
+    pool: PoolConfig | None = Field(None, description="or: a pool of models that breed")
+    stages: list[StageConfig] | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="or: each a space or a data_flow, and a search, that goes on from the last winner",
+    )
+    tasks: list[AnyTask] = Field(min_length=1, max_length=1000, description="what models are scored on")
+    search: SearchConfig = Field(SearchConfig(), description="the strategy and its budget")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how candidates are scored")
+    export_dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="candidates are rounded to it before they are scored; default: the first source's"
+    )
+    seed: Whole = Field(0, ge=0, le=MAX_SEED, description="of everything that is drawn at random")
+    out: Location | None = Field(None, description="the run folder; default: runs/, and the config's name")
 
     @model_validator(mode="before")
     @classmethod
@@ -437,15 +530,15 @@ def _flat(field: FieldInfo) -> list[Any]:
     return [*field.metadata, field]
 
 
-def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
-    """In words, what a value of this annotation is."""
+def _expected(annotation: Any, metadata: Sequence[Any], short: bool = False) -> str:
+    """In words, what a value of this annotation is; `short`: in those of a table."""
     annotation, own = _parts(annotation)
     metadata = [*metadata, *own]
-    described = next((one.description for one in metadata if getattr(one, "description", None)), None)
-    if described is not None:
-        return str(described)
+    form = next((one for one in metadata if isinstance(one, Form)), None)
+    if form is not None:
+        return (short and form.short) or form.words
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"a mapping (of {', '.join(annotation.model_fields)})"
+        return "a mapping" if short else f"a mapping (of {', '.join(annotation.model_fields)})"
     origin = get_origin(annotation)
     if origin is Literal:
         return " or ".join(", ".join(map(str, get_args(annotation))).rsplit(", ", 1))
@@ -453,6 +546,8 @@ def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
         low, high = _limit(metadata, "min_length"), _limit(metadata, "max_length")
         inner, _ = _parts(get_args(annotation)[0])
         what = {str: "strings", float: "numbers", int: "whole numbers"}.get(inner, "mappings")
+        if get_origin(inner) is Literal:
+            what = f"of {_expected(inner, [])}"
         amount = "" if high is None else f"{low} to {high:,} " if low else f"up to {high:,} "
         return f"a list of {amount}{what}"
     if origin is dict:
@@ -472,6 +567,60 @@ def _expected(annotation: Any, metadata: Sequence[Any]) -> str:
 
 def _limit(metadata: Sequence[Any], name: str) -> Any:
     return next((getattr(one, name) for one in metadata if getattr(one, name, None) is not None), None)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that a config may have. name: with the keys that it is in, `[]` for each item of a list and NAME for any
+    name in a mapping; of: the kinds of tasks that have it (empty: it is none of a kind's own); takes: what its value
+    is; default: in YAML, "required" where it has to be given; meaning: a line."""
+
+    name: str
+    of: tuple[str, ...]
+    takes: str
+    default: str
+    meaning: str
+
+
+def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) -> Iterator[Key]:
+    """All keys of a section and of the sections in it, in their order; of tasks, those of every kind. Stages have the
+    keys that a config has without them."""
+    for name, field in schema.model_fields.items():
+        annotation, _ = _parts(field.annotation)
+        here = f"{above}{name}"
+        takes = _expected(field.annotation, list(reversed(_flat(field))), short=True)
+        yield Key(here, of, takes, _default_of(field), field.description or "")
+        items = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from keys_of(annotation, f"{here}.")
+        elif items is Bounds:
+            yield from keys_of(Bounds, f"{here}.NAME.")
+        elif items is not None and _parts(items)[0] is TaskConfig:
+            yield from _task_keys(f"{here}[].")
+
+
+def _task_keys(above: str) -> Iterator[Key]:
+    """Those that every kind has, and then each kind's own, or with a meaning or default of its own."""
+    shared = list(keys_of(TaskConfig, above))
+    yield from shared
+    for kind in kinds():
+        names = kind.names or (str(kind.key),)
+        known = [replace(key, of=names) for key in shared]
+        yield from (key for key in keys_of(kind.config, above, names) if key not in known)
+
+
+def _default_of(field: FieldInfo) -> str:
+    """A field's default as it would stand in the YAML; empty where nothing is, or a section of defaults."""
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None or isinstance(value, BaseModel):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, str) and value.isidentifier():
+        return value
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else json.dumps(value)
 
 
 def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:

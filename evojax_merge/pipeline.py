@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+from rich.table import Table
 
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
@@ -59,7 +60,7 @@ from evojax_merge.problem import (
 from evojax_merge.references import resolve_headers, resolve_reference
 from evojax_merge.report.card import merge_card, search_card
 from evojax_merge.report.comparison import Result, write_result
-from evojax_merge.report.listings import architectures_table, methods_table, strategies_table
+from evojax_merge.report.listings import architectures_table, keys_table, methods_table, strategies_table
 from evojax_merge.report.notices import Log, say_unread
 from evojax_merge.report.picture import draw
 from evojax_merge.report.plan import Plan, holds_plans, shown_advice
@@ -571,10 +572,15 @@ def evaluate(
         atomic_write(samples_file, "".join(map(to_line, samples)))
 
 
-def list_known(what: str) -> None:
-    """Print what the program knows: methods, strategies or architectures."""
+def list_known(what: str, section: str | None = None) -> None:
+    """Print what the program knows: methods, strategies, architectures, or the keys of a config, all or a section's."""
     plugins.load()
-    tables = {"methods": methods_table, "strategies": strategies_table, "architectures": architectures_table}
+    tables: dict[str, Callable[[], Table]] = {
+        "methods": methods_table,
+        "strategies": strategies_table,
+        "architectures": architectures_table,
+        "keys": partial(keys_table, section),
+    }
     console.print(tables[what]())
 
 

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,7 +17,8 @@ MAX_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
-    """A mapping of a YAML file. `earlier_names`: what keys were called before; that is still taken."""
+    """A mapping of a YAML file. A field's description says in a line what the key means. `earlier_names`: other names
+    of keys, which are taken as well."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     earlier_names: ClassVar[Mapping[str, str]] = {}
@@ -28,6 +30,14 @@ class Section(BaseModel):
             return document
         renamed = {old: new for old, new in cls.earlier_names.items() if old in document and new not in document}
         return {renamed.get(key, key): value for key, value in document.items()} if renamed else document
+
+
+@dataclass(frozen=True)
+class Form:
+    """Of a field's type: what a value of it is, in the words that messages use; `short`: in those of a table."""
+
+    words: str
+    short: str = ""
 
 
 def _number(value: Any) -> Any:
@@ -58,26 +68,28 @@ def _path(text: str) -> str:
     return text
 
 
-# A field's description, where it has one, is what messages say was expected.
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 # What merges are made of, in float32.
 Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
-Numbers = Annotated[Number | list[Number], Field(description="a number that float32 holds, or a list of such")]
+Numbers = Annotated[Number | list[Number], Form("a number that float32 holds, or a list of such")]
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]
 Text = Annotated[
     str,
     AfterValidator(_encodable),
-    Field(max_length=1_000_000, description="a text (of no NUL and no half characters)"),
+    Field(max_length=1_000_000),
+    Form("a text (of no NUL and no half characters)", "a text"),
 ]
 Name = Annotated[
     str,
     AfterValidator(_one_line),
-    Field(min_length=1, max_length=200, description="a text of 1 to 200 characters, in one line"),
+    Field(min_length=1, max_length=200),
+    Form("a text of 1 to 200 characters, in one line", "a text"),
 ]
 Location = Annotated[
     str,
     AfterValidator(_path),
-    Field(min_length=1, max_length=4096, description="a path or name, in one line, no part over 255 bytes"),
+    Field(min_length=1, max_length=4096),
+    Form("a path or name, in one line, no part over 255 bytes", "a path or name"),
 ]
-Heldout = Annotated[Location | Share, Field(description="a share between 0 and 1, or a file")]
+Heldout = Annotated[Location | Share, Form("a share between 0 and 1, or a file")]

@@ -5,6 +5,7 @@ from merge_kernels import METHODS
 from rich.progress import Progress
 
 from evojax_merge.cli import cli, run
+from evojax_merge.config import Config, keys_of
 from evojax_merge.models.architecture import model_types
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.progress import GenerationsColumn
@@ -14,7 +15,7 @@ from evojax_merge.search.strategies.registry import strategy_names
 
 def listed(what: str, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert run(lambda: cli.main([what], standalone_mode=False)) == 0
+    assert run(lambda: cli.main(what.split(), standalone_mode=False)) == 0
     return capsys.readouterr().out
 
 
@@ -45,6 +46,33 @@ def test_every_architecture_is_listed(capsys: pytest.CaptureFixture[str]) -> Non
     text = listed("architectures", capsys)
     for name in model_types():
         assert f"│ {name} " in text
+
+
+def test_every_key_of_a_config_is_listed_with_its_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    keys = list(keys_of(Config))
+    for key in keys:
+        assert key.takes and key.meaning.isprintable() and 4 < len(key.meaning) <= 100, key
+    known = {key.name: key for key in keys}
+    assert known["parents"].default == "required" and known["search.sigma"].default == "0.1667"
+    assert known["search.strategy"].default == "cma_es" and known["search.stop"].default == ""
+    assert known["search.seeds"].takes == "a list of up to 4 of uniform, parents, trimmed_parents or task_vectors"
+    assert known["space.parameters.NAME.low"].takes == "a number that float32 holds"
+    assert {key.of for key in keys if key.name == "tasks[].metric"} == {
+        ("likelihood", "multiple_choice", "exact_match"), ("gsm",), ("lm_eval",),
+    }  # fmt: skip
+    text = listed("keys", capsys)
+    for name in known:
+        assert f"│ {name} " in text
+
+
+def test_the_keys_of_a_section_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = listed("keys search.stop", capsys)
+    names = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert [name for name in names if name] == [
+        "search.stop", *(f"search.stop.{name}" for name in ("evaluations", "seconds", "target", "stagnation")),
+    ]  # fmt: skip
+    assert run(lambda: cli.main(["keys", "serch"], standalone_mode=False)) == 2
+    assert capsys.readouterr().err == "error: keys: serch: no such key (did you mean 'search'?)\n"
 
 
 def test_a_name_that_says_its_role_stands_alone() -> None:

@@ -6,7 +6,7 @@ said under `search:` and `seed:`, which may stand in the same file: mergekit-evo
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,7 +14,7 @@ from evojax_merge.config import EvaluationConfig, SearchConfig, parse
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import COMPONENTS
 from evojax_merge.models.families.llama_like import LEAVES
-from evojax_merge.schema import MAX_SEED, Heldout, Location, Name, Real, Section, Text, Whole
+from evojax_merge.schema import MAX_SEED, Form, Heldout, Location, Name, Real, Section, Text, Whole
 from evojax_merge.tasks.task import TaskConfig
 
 # How many layers a filter is tried on, to see that it takes all of them or none.
@@ -60,8 +60,8 @@ class EvolveConfig(Section):
     apply_chat_template: bool = True
     fewshot_as_multiturn: bool = True
     random_seed: Whole = Field(0, ge=0, le=MAX_SEED)
-    model_name: Name | None = Field(
-        None, pattern=r"^[\w.-]+$", description="a name of letters, digits, '.', '_' and '-'"
+    model_name: Annotated[Name, Form("a name of letters, digits, '.', '_' and '-'")] | None = Field(
+        None, pattern=r"^[\w.-]+$"
     )
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -1,4 +1,5 @@
-"""What the program knows, as tables for the terminal: merge methods, search strategies, architectures."""
+"""What the program knows, as tables for the terminal: merge methods, search strategies, architectures, the keys of a
+config."""
 
 import inspect
 
@@ -7,6 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
+from evojax_merge.config import Config, keys_of
+from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
@@ -38,6 +41,27 @@ def architectures_table() -> Table:
         _row(table, name, "yes", "yes")
     _row(table, sorted(LARGER_MODELS), "their text decoder, of an architecture above", "yes")
     _row(table, "any other", "no", "yes, where tensors and shapes match (safetensors)")
+    return table
+
+
+def keys_table(section: str | None) -> Table:
+    """Every key that a search's config may have, what it takes, its default and its meaning; of a section, that key and
+    those in it. Raises InputError for a section that there is not."""
+    keys = list(keys_of(Config))
+    if section is not None:
+        chosen = [key for key in keys if key.name == section or key.name.startswith((f"{section}.", f"{section}["))]
+        if not chosen:
+            raise InputError("keys", f"{section}: no such key{did_you_mean(section, {key.name for key in keys})}")
+        keys = chosen
+    table = _table("key", "takes", "default", "meaning")
+    table.columns[0].no_wrap = True
+    of: tuple[str, ...] = ()
+    for key in keys:
+        if key.of != of:
+            of = key.of
+            kinds = f"of kind {', '.join(of)}:"
+            _row(table, *((key.name.partition(".")[0], "", "", kinds) if of else ("",)))
+        _row(table, key.name, key.takes, key.default, key.meaning)
     return table
 
 

@@ -70,15 +70,15 @@ class FunctionConfig(TaskConfig):
 
     earlier_names: ClassVar[Mapping[str, str]] = {"gets": "inputs"}
 
-    kind: Literal["function"]
-    function: Location
-    inputs: Inputs = "texts"
-    file: Location
-    prompt: Text = "{prompt}"
-    target: Text = "{target}"
-    delimiter: Text = " "
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    stop: list[Text] = Field([], max_length=100)
+    kind: Literal["function"] = Field(description="the kind of task")
+    function: Location = Field(description="path/to/file.py:name, or module:name, from the config's folder")
+    inputs: Inputs = Field("texts", description="what the function is called with, beside the records")
+    file: Location = Field(description="JSON lines, or zoo:search.jsonl and its like")
+    prompt: Text = Field("{prompt}", description="a template over a record's fields")
+    target: Text = Field("{target}", description="of log_probabilities, logits: a template over a record's fields")
+    delimiter: Text = Field(" ", description="what joins a prompt to its target where neither has white space there")
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="of texts: how many tokens a model may write")
+    stop: list[Text] = Field([], max_length=100, description="of texts: texts that end what a model writes")
 
     @model_validator(mode="after")
     def _fits(self) -> "FunctionConfig":

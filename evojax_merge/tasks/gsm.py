@@ -98,29 +98,35 @@ STYLES = {
 class GsmConfig(TaskConfig):
     """Worked problems with a number as answer, as in GSM8K and MGSM.
 
-    `source`, and `heldout` where it names a second one: a JSONL or parquet file, `hub:owner/dataset[/config][:split]`,
-    or `gsm-symbolic:language`. `style`: whose prompts and patterns; by the data's fields where there is none. `prompt`,
-    `pattern` (of the strict match) and `stop` take the place of the style's. `language`: an output counts only if it
-    is in it. `metric`: which of the scores is the fitness. `num_fewshot` worked examples are the first of
-    `fewshot_source`, or of `source`; none of them is scored. `on_test_set`: whether a search may see the examples that
-    models are compared by.
+    `heldout` may name a second source. `style`: by the data's fields where there is none. None of the `num_fewshot`
+    examples is scored.
     """
 
-    kind: Literal["gsm"]
-    source: Location
-    match: Match = "strict"
-    metric: Metric = "accuracy"
-    language: Name | None = None
-    style: Name | None = None
-    prompt: Text | None = None
-    pattern: Text | None = None
-    stop: list[Text] | None = Field(None, max_length=100)
-    num_fewshot: Whole = Field(0, ge=0, le=10_000)
-    fewshot_source: Location | None = None
-    apply_chat_template: bool = False
-    system_instruction: Text | None = None
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    on_test_set: bool = False
+    kind: Literal["gsm"] = Field(description="the kind of task")
+    source: Location = Field(
+        description="a JSONL or parquet file, hub:owner/dataset[/config][:split], or gsm-symbolic:language"
+    )
+    match: Match = Field(
+        "strict", description="which number is the answer: strict, as the pattern says; flexible, the last"
+    )
+    metric: Metric = Field("accuracy", description="which of the scores is the fitness")
+    language: Name | None = Field(None, description="an output counts only if it is in this language; default: in any")
+    style: Name | None = Field(
+        None, description="whose prompt and patterns: gsm8k, gsm8k_cot or mgsm_ja; default: by the data's fields"
+    )
+    prompt: Text | None = Field(None, description="a template with {question}; default: the style's")
+    pattern: Text | None = Field(None, description="of the strict match, a regular expression; default: the style's")
+    stop: list[Text] | None = Field(
+        None, max_length=100, description="texts that end what a model writes; default: the style's"
+    )
+    num_fewshot: Whole = Field(0, ge=0, le=10_000, description="how many worked examples are shown")
+    fewshot_source: Location | None = Field(None, description="where they come from; default: the first of source")
+    apply_chat_template: bool = Field(
+        False, description="whether prompts go through the models' chat template, worked examples as turns"
+    )
+    system_instruction: Text | None = Field(None, description="the first turn of a chat")
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a model may write")
+    on_test_set: bool = Field(False, description="true: the search may see examples that models are compared by")
 
     @model_validator(mode="after")
     def _fits(self) -> "GsmConfig":

@@ -59,25 +59,25 @@ CORPUS_METRICS = ("bypass", "f1", "matthews_corrcoef", "bleu", "chrf", "chrf++",
 
 
 class HarnessConfig(TaskConfig):
-    """A task of the lm-eval harness, by its name there; `heldout` may name a second one.
+    """A task of the lm-eval harness, by its name there; `heldout` may name a second one."""
 
-    `metric`: in the harness's notation, `exact_match,flexible-extract`; the task's first where there is none. `docs`:
-    only the first so many examples of the task, the harness's `--limit`. `split` train: its training examples instead
-    of those that it is scored on. `include_path`: a folder with task YAMLs of your own. `on_test_set`: whether a search
-    may see the examples that models are compared by. The others are the harness's own.
-    """
-
-    name: Name = ""
-    lm_eval: Name
-    metric: Name | None = None
-    docs: Whole | None = Field(None, ge=2)
-    split: Literal["train"] | None = None
-    num_fewshot: Whole | None = Field(None, ge=0, le=10_000)
-    include_path: Location | None = None
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = True
-    system_instruction: Text | None = None
-    on_test_set: bool = False
+    name: Name = Field("", description="what the task is called in tables; default: its name in lm-eval")
+    lm_eval: Name = Field(description="the task's name in lm-eval")
+    metric: Name | None = Field(
+        None, description="as lm-eval writes it: exact_match,flexible-extract; default: the task's first"
+    )
+    docs: Whole | None = Field(None, ge=2, description="only the first so many examples, lm-eval's --limit")
+    split: Literal["train"] | None = Field(
+        None, description="train: the task's training examples in place of its others"
+    )
+    num_fewshot: Whole | None = Field(
+        None, ge=0, le=10_000, description="how many examples are shown; default: the task's own"
+    )
+    include_path: Location | None = Field(None, description="a folder with task YAMLs of your own")
+    apply_chat_template: bool = Field(False, description="whether prompts go through the models' chat template")
+    fewshot_as_multiturn: bool = Field(True, description="in a chat template: whether examples are turns of their own")
+    system_instruction: Text | None = Field(None, description="as in lm-eval")
+    on_test_set: bool = Field(False, description="true: the search may see examples that models are compared by")
 
     @model_validator(mode="before")
     @classmethod

@@ -188,14 +188,20 @@ Place = tuple[str, int]
 
 
 class TaskConfig(Section):
-    """What the section of every kind of task has. `heldout`: a second source of examples, or the share of the first
-    that the search never sees. `weight` 0: no part of the fitness, only shown in the held-out table. `limit`: how many
-    examples of the search split every generation is scored on; the finalists are scored on all."""
+    """What the section of every kind of task has."""
 
-    name: Name
-    heldout: Heldout = 0.2
-    weight: Real = Field(1.0, ge=0.0, le=1e9)
-    limit: Whole | None = Field(None, ge=1)
+    name: Name = Field(description="what the task is called in tables")
+    heldout: Heldout = Field(
+        0.2, description="the share of the examples that the search never sees, or their own source"
+    )
+    weight: Real = Field(
+        1.0, ge=0.0, le=1e9, description="how much the task counts in the fitness; 0: it is only shown"
+    )
+    limit: Whole | None = Field(
+        None,
+        ge=1,
+        description="on how many examples generations are scored; default: all, on which finalists always are",
+    )
 
     @property
     def heldout_source(self) -> str | None:

@@ -47,23 +47,28 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
 class TextConfig(TaskConfig):
-    """A task of text: a JSONL file, and what its fields are called.
+    """A task of text: a JSONL file, and what its fields are called."""
 
-    `prompt`, `target`: templates over a record's fields. `delimiter`: what joins a prompt to a target or choice where
-    neither has white space there.
-    """
-
-    kind: Kind
-    file: Location
-    prompt: Text = "{prompt}"
-    target: Text = "{target}"
-    choices: Name = "choices"
-    answer: Name = "answer"
-    delimiter: Text = " "
-    metric: Literal["log_probability", "accuracy", "margin", "brevity"] | None = None
-    pattern: Text | None = None
-    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000)
-    stop: list[Text] = Field([], max_length=100)
+    kind: Kind = Field(description="the kind of task")
+    file: Location = Field(description="JSON lines, or zoo:search.jsonl and its like")
+    prompt: Text = Field("{prompt}", description="a template over a record's fields")
+    target: Text = Field("{target}", description="of likelihood, exact_match: a template over a record's fields")
+    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices")
+    answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
+    delimiter: Text = Field(
+        " ", description="what joins a prompt to its target or choice where neither has white space there"
+    )
+    metric: Literal["log_probability", "accuracy", "margin", "brevity"] | None = Field(
+        None, description="which of the kind's metrics is the fitness; default: log_probability or accuracy"
+    )
+    pattern: Text | None = Field(
+        None,
+        description="of exact_match: a regular expression, whose last match is the answer; default: the last number",
+    )
+    max_new_tokens: Whole = Field(
+        256, ge=1, le=1_000_000, description="of exact_match: how many tokens a model may write"
+    )
+    stop: list[Text] = Field([], max_length=100, description="of exact_match: texts that end what a model writes")
 
 
 @dataclass(frozen=True)
