@@ -38,7 +38,7 @@ CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 class Candidates(Protocol):
     """A kind of candidates. `name`: what made them, in tables; `export_dtype`: what they are rounded to and written
     in; `methods`: that merge them; `is_random`: whether random masks are drawn; `baseline_role`: the role of the
-    space's baseline in the table, None where a parent's row says it already."""
+    space's baseline in the table, None where the parents' rows say it already."""
 
     @property
     def name(self) -> str: ...

@@ -76,18 +76,24 @@ def select_best(
     finalists = rescore(problem.space, full if validation is None else validation, archive, progress)
     if not finalists:
         raise Failed(_no_winner(problem, archive))
-    best, (label, plain) = finalists[0], problem.space.baseline()
+    best, (label, baselines) = finalists[0], problem.space.baselines()
 
-    def fitness_on(evaluator: CandidateEvaluator, genome: np.ndarray) -> float:
-        return float(fitness(evaluator.tasks, evaluator.score(genome[None], progress))[0])
+    def fitness_on(evaluator: CandidateEvaluator, genomes: np.ndarray) -> np.ndarray:
+        return fitness(evaluator.tasks, evaluator.score(genomes, progress))
 
-    searched = best.fitness if validation is None else fitness_on(full, best.genome)
-    validated = None if validation is None else (best.fitness, fitness_on(validation, plain))
+    values = fitness_on(full if validation is None else validation, baselines)
+    number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
+    plain, value = baselines[number], float(values[number])
+    searched, plain_searched, validated = best.fitness, value, None
+    if validation is not None:
+        validated = (best.fitness, value)
+        searched, plain_searched = (float(fitness_on(full, genome[None])[0]) for genome in (best.genome, plain))
     table = _table(problem, heldout, best.genome, plain, progress)
     return Result(
         genome=best.genome,
         search_fitness=searched,
-        baseline=(label, fitness_on(full, plain)),
+        baseline=(label, plain_searched),
+        baseline_name=model_name(problem.parents[number]) if len(baselines) > 1 else "",
         rows=table,
         report=candidates.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,
@@ -196,7 +202,10 @@ class SelectionCounts:
 def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
     """How many models `select_best` scores on each split, at most."""
     front = problem.strategy.population if keeps_front(problem.strategy) else 0
-    candidates, heldout = problem.search.finalists + 3 + front, len(problem.models) + 2 + front
+    _, baselines = problem.space.baselines()
+    # Beside the finalists what the strategy proposes, and the start.
+    candidates = problem.search.finalists + 2 + len(baselines) + front
+    heldout = len(problem.models) + 2 + front
     return SelectionCounts(2, candidates, heldout) if problem.validation else SelectionCounts(candidates, 0, heldout)
 
 

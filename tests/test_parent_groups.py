@@ -67,7 +67,7 @@ def test_only_the_active_weights_count() -> None:
     np.testing.assert_array_equal(np.sort(np.abs(weights), axis=1)[:, -2:], largest)
     np.testing.assert_array_equal(space.values(genome)["density"], every.values(genome)["density"])
     # Equal weights stand together: the uniform merge is one of the space.
-    assert (np.asarray(space.values(space.baseline()[1])["weight"]) > 0).all()
+    assert (np.asarray(space.values(space.baselines()[1][0])["weight"]) > 0).all()
     # Weights that do not count have a derivative all the same.
     cotangents = jax.tree.map(jnp.ones_like, space.decode(genome[None]))
     np.testing.assert_array_equal(space.pull_back(genome[None], cotangents), every.pull_back(genome[None], cotangents))

@@ -385,8 +385,15 @@ def test_a_search_ends_with_a_model_and_its_family_tree(finished, config_file, t
     winner = execute(documents, tmp_path)
     assert (winner / "model.safetensors").read_bytes() == (finished / "best/model/model.safetensors").read_bytes()
     card, told = (finished / "best/model/README.md").read_text(), (finished.parent / "stdout").read_text()
+    # Compared with the best of the founders, the candidates of the first generation that no method bred.
+    rows = zip(history[0]["genomes"], history[0]["fitness"], strict=True)
+    founders = [fitness for genome, fitness in rows if genome[METHOD] == NONE]
+    best = int(np.argmax(founders))
+    assert len(founders) == FOUNDERS and result["best_founder"] == f"parent{best}"
+    assert result["search_fitness"]["best founder"] == pytest.approx(founders[best], abs=1e-5)
     for text in (card, told):
         assert f"{lineage[-1]['name']}: {lineage[-1]['method']}" in text and "  parent" in text
+        assert f", the best founder parent{best} {founders[best]:.4f}." in " ".join(text.split())
     assert str(config_file.parent) not in card
     assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [row["role"] for row in result["table"]] == ["base", *["parent"] * FOUNDERS, "winner"]

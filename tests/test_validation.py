@@ -202,7 +202,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
         arrays = checkpoints.restore(print).arrays
     document = json.loads((finished / "result.json").read_text())
     winner = np.array(document["genome"], np.float32)
-    uniform = problem.space.baseline()[1]
+    (uniform,) = problem.space.baselines()[1]
     finalists = np.concatenate([arrays["genomes"], problem.space.start[None]])
     values = fitness(on.validation.tasks, on.validation.score(finalists))
     mine, theirs = fitness(on.validation.tasks, on.validation.score(np.stack([winner, uniform])))

@@ -43,8 +43,9 @@ class FrontMember:
 class Result:
     """The winner and what it was compared with.
 
-    `baseline`: the candidate that nobody searched for (the uniform merge, or the first parent as it is) and its fitness
-    on the search split. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
+    `baseline`: the candidate that nobody searched for (the uniform merge, the first parent as it is, or the best of a
+    pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
+    which founder. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
     fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
     search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of
     a strategy that keeps one. `compute_dtype`: what all of these scores were computed in; `search_compute_dtype`: what
@@ -61,6 +62,7 @@ class Result:
     members: tuple[FrontMember, ...] = ()
     compute_dtype: str = "float32"
     search_compute_dtype: str = "float32"
+    baseline_name: str = ""
 
     @property
     def winner(self) -> Row:
@@ -74,10 +76,15 @@ class Result:
         best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
         return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
 
+    @property
+    def baseline_label(self) -> str:
+        """The baseline in words."""
+        return f"{self.baseline[0]} {self.baseline_name}".rstrip()
+
     def chosen_on(self) -> str:
         """A sentence: on which split the winner was chosen, what it scored there, and in which dtype where that is not
         the generations'."""
-        (label, searched), found = self.baseline, self.search_fitness
+        label, searched, found = self.baseline_label, self.baseline[1], self.search_fitness
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
@@ -202,6 +209,7 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "chosen_on": "search" if result.validation is None else "validation",
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
+        **({"best_founder": result.baseline_name} if result.baseline_name else {}),
         # Of every score here; `history.jsonl` has those of the generations, in the config's evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),

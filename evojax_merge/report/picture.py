@@ -61,8 +61,7 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
     if checks:
         values = [np.nan if value is None else value for _, value in checks]
         axis.plot([generation for generation, _ in checks], values, "o-", markersize=3, label="validation of best")
-    label, baseline = result.baseline
-    axis.axhline(baseline, color="grey", linewidth=0.8, label=label)
+    axis.axhline(result.baseline[1], color="grey", linewidth=0.8, label=result.baseline_label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")
     axis.legend(loc="lower right", fontsize="small")

@@ -53,9 +53,9 @@ class BreedingSpace:
         first: np.ndarray = self.pedigree.founders[0]
         return first
 
-    def baseline(self) -> tuple[str, np.ndarray]:
-        """The first founder as it is."""
-        return "first parent", self.start
+    def baselines(self) -> tuple[str, np.ndarray]:
+        """All founders as they are."""
+        return "best founder", self.pedigree.founders
 
     def seed_genomes(self, where: str, name: str) -> NoReturn:
         """A pool's first candidates are its founders."""

@@ -120,9 +120,9 @@ class IndicatorSpace:
         """The first parent: its layers once, scales 1."""
         return self.genome(np.arange(self.num_indicators) < self.depths[0])
 
-    def baseline(self) -> tuple[str, np.ndarray]:
+    def baselines(self) -> tuple[str, np.ndarray]:
         """The first parent as it is."""
-        return "first parent", self.start
+        return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: each parent's layers once, scales 1, between the first and last leaves of the parent that all
@@ -338,9 +338,9 @@ class MoveSpace:
             scales[on] = self.bounds.log_range * in_logs * slopes
         return found.astype(np.float32)
 
-    def baseline(self) -> tuple[str, np.ndarray]:
+    def baselines(self) -> tuple[str, np.ndarray]:
         """The first parent as it is."""
-        return "first parent", self.start
+        return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: the first parent, and each one as deep whose layers the moves can put in the place of its."""

@@ -269,14 +269,14 @@ class ParameterSpace:
         recipes."""
         return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
 
-    def baseline(self) -> tuple[str, np.ndarray]:
+    def baselines(self) -> tuple[str, np.ndarray]:
         """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
         values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
         for searched in self.search_parameters:
             if searched.name == "weight":
                 uniform = uniform_start(self.method, "weight", self.parents)[:1]
                 values["weight"] = np.clip(uniform, searched.low, searched.high)
-        return "uniform merge", self.genome(values)
+        return "uniform merge", self.genome(values)[None]
 
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""
