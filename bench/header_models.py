@@ -1,6 +1,7 @@
 """Searches over models of random shapes: headers alone, a tokenizer of words, examples of random words."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,17 @@ PROMPT, ANSWER = 250, 100
 STORED_DTYPES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 
 
+def word_tokenizer(count: int, special: Sequence[str] = ("<unk>", "</s>")) -> PreTrainedTokenizerFast:
+    """A tokenizer of `count` words, the special ones and then w2, w3, …, each the number of its token."""
+    names = [*special, *(f"w{i}" for i in range(len(special), count))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
 def write_models(folder: Path, config: dict[str, Any], parents: int, dtype: str = "bfloat16") -> None:
     """A base and parents of a config: headers, and a tokenizer of words."""
-    tokenizer = Tokenizer(
-        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, WORDS)}}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    words = word_tokenizer(WORDS, ("<unk>", "<s>", "</s>"))
     stored, itemsize = STORED_DTYPES[dtype]
     for name in ("base", *(f"parent{k}" for k in range(parents))):
         model = folder / name

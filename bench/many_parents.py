@@ -119,13 +119,10 @@ def of_a_tensor(name: str, parents: int, written_out: int, repeats: int) -> Row:
 def write_family(folder: Path, parents: int) -> None:
     """A base of four layers and fine-tunes of it: the base and noise."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from header_models import word_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    words = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    tokenizer = word_tokenizer(VOCAB)
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, eos_token_id=1,
@@ -138,7 +135,7 @@ def write_family(folder: Path, parents: int) -> None:
             noise = 0.0 if name == "base" else 0.002 * torch.randn_like(stored[key])
             parameter.data = stored[key] + noise
         model.save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def of_a_search(folder: Path, parents: int, written_out: int, repeats: int) -> Row:

@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import numpy as np
 import yaml
+from header_models import word_tokenizer
 from machine import describe
 from torch_peer import mean_log_probability
 
@@ -57,14 +58,10 @@ class Timing:
 def write_random_family(folder: Path) -> None:
     """Base and two experts of 30 M parameters: a Llama of 8 layers, width 512, vocabulary 16,384."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     vocab = 16384
-    words = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocab)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    tokenizer = word_tokenizer(vocab)
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=1,
@@ -76,7 +73,7 @@ def write_random_family(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.data += 0.002 * torch.randn_like(parameter)
         model.save_pretrained(folder / name)
-        fast.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def write_rows(file: Path, words: Sequence[str], tokens: int, length: int) -> None:

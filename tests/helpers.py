@@ -193,6 +193,28 @@ def even_records(count: int, vocab: int = VOCAB, seed: int = 0) -> list[dict[str
     ]  # fmt: skip
 
 
+def load_decoder(folder: Path) -> tuple[Any, Any]:
+    """A folder's config, and its weights as a model."""
+    from evojax_merge.checkpoints.bank import load_stored
+    from evojax_merge.checkpoints.parents import open_sources
+
+    sources, config = open_sources([folder])
+    return config, load_stored(sources, config)
+
+
+@partial(jax.jit, static_argnums=0)
+def logits(config: Any, model: Any, tokens: Any) -> jax.Array:
+    """float32[R, T, V] of plain rows, tokens int[R, T]."""
+    from evojax_merge.models import decoder
+
+    return decoder.logits(config, model, hidden_states(config, model, tokens))
+
+
+def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Those of the model of a folder."""
+    return np.asarray(logits(*load_decoder(folder), tokens))
+
+
 def hidden_states(config: Any, source: Any, tokens: Any, first: Any = None, length: Any = None) -> jax.Array:
     """The decoder's final states of plain rows, without padding unless `first` and `length` tell of it."""
     from evojax_merge.models.decoder import forward

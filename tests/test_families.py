@@ -8,11 +8,9 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -24,8 +22,9 @@ from helpers import (
     edit_json,
     finetune,
     greedy_tokens,
-    hidden_states,
+    load_decoder,
     load_torch,
+    logits,
     random_model,
     save,
     state,
@@ -34,9 +33,9 @@ from helpers import (
     write_lines,
 )
 
-from evojax_merge.checkpoints.bank import load_path_bank, load_stored, stored_tensors
+from evojax_merge.checkpoints.bank import load_path_bank, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
-from evojax_merge.checkpoints.parents import open_decoders, open_sources, tensor_shapes
+from evojax_merge.checkpoints.parents import open_decoders, tensor_shapes
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
@@ -46,7 +45,6 @@ from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import parse_recipe, read_recipe
 from evojax_merge.mergekit.write import dump_yaml, path_document
-from evojax_merge.models import decoder
 from evojax_merge.models.architecture import find_architecture, model_types
 from evojax_merge.models.config import NO_WINDOW
 from evojax_merge.models.paths import LayerPath, PathSpec, materialise_path
@@ -361,16 +359,6 @@ def torch_tokens(model: Any, prompt: np.ndarray, new: int) -> list[int]:
     return whole[0, len(prompt) :].tolist()
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    sources, config = open_sources([folder])
-    return config, load_stored(sources, config)
-
-
-@partial(jax.jit, static_argnums=0)
-def stored_logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
-    return decoder.logits(config, model, hidden_states(config, model, tokens))
-
-
 def token_logprobs(model: Any, prompt: str, target: str) -> np.ndarray:
     """log p of each of the target's tokens, by transformers, of one whole text."""
     before, own = ([int(word[1:]) for word in text.split()] for text in (prompt, target))
@@ -404,9 +392,9 @@ def test_every_family_is_in_the_table() -> None:
 
 
 def test_logits_and_generation_are_those_of_transformers(models: Models) -> None:
-    config, model = load(models.base)
+    config, model = load_decoder(models.base)
     theirs, tokens = load_torch(models.base), random_tokens(0, 2, 21)
-    np.testing.assert_allclose(stored_logits(config, model, tokens), torch_logits(theirs, tokens), atol=1e-4)
+    np.testing.assert_allclose(logits(config, model, tokens), torch_logits(theirs, tokens), atol=1e-4)
     # Prompts of two lengths, padded at the left; torch continues each of them alone.
     prompts, new = [random_tokens(1, 9), random_tokens(2, 6)], 10
     padded = np.stack([np.concatenate([np.full(9 - len(prompt), 5), prompt]) for prompt in prompts])
@@ -417,7 +405,7 @@ def test_logits_and_generation_are_those_of_transformers(models: Models) -> None
 
 
 def test_what_is_shared_is_computed_as_if_it_were_not(models: Models) -> None:
-    config, model = load(models.base)
+    config, model = load_decoder(models.base)
     evaluator = models.evaluator(config)
     (batched_task,) = evaluator.batched_tasks
     assert batched_task.scoring is not None and len(batched_task.scoring.shared_prefix) >= 32
@@ -438,7 +426,7 @@ def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Pat
     assert_margins(PathEvaluator(models.evaluator(configs[0]), bank, 5).evaluate([path]), theirs, models)
     # To the bit what is evaluated, whatever it is that the scales are folded into.
     model, config = materialise_path(bank, path, configs[0])
-    assert load(tmp_path / "out")[0] == replace(config, head_is_embedding=configs[0].head_is_embedding)
+    assert load_decoder(tmp_path / "out")[0] == replace(config, head_is_embedding=configs[0].head_is_embedding)
     written = state(tmp_path / "out")
     for name, values in stored_tensors(model, config):
         np.testing.assert_array_equal(written[name], values)

@@ -1,23 +1,20 @@
 """GPT-2 and GPT-NeoX as their files are: with and without a prefix, with buffers, with another name of the head."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from helpers import edit_json, finetune, hidden_states, load_torch, random_model, save, write_lines
+from helpers import edit_json, finetune, load_torch, random_model, save, stored_logits, write_lines
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
-from evojax_merge.models import decoder
 
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_inner": 40, "n_layer": 3, "n_head": 4, "n_positions": 20}
 NEOX = {
@@ -33,16 +30,6 @@ def gpt2(**changes: Any) -> Any:
 
 def neox(**changes: Any) -> Any:
     return transformers.GPTNeoXConfig(**NEOX | SPECIAL | changes)
-
-
-@partial(jax.jit, static_argnums=0)
-def logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
-    return decoder.logits(config, model, hidden_states(config, model, tokens))
-
-
-def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    sources, config = open_sources([folder])
-    return np.asarray(logits(config, load_stored(sources, config), tokens))
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -1,22 +1,27 @@
 """LongRoPE of Phi-3: short factors up to the length of the first training, long ones beyond, by the sequence."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import greedy_tokens, hidden_states, load_torch, random_model, save, word_tokenizer, words, write_lines
+from helpers import (
+    greedy_tokens,
+    load_decoder,
+    load_torch,
+    logits,
+    random_model,
+    save,
+    word_tokenizer,
+    words,
+    write_lines,
+)
 
-from evojax_merge.checkpoints.bank import load_stored
-from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.models import decoder
 from evojax_merge.tasks.text import Fields, TextTask, read_examples
 
 # Where the factors change.
@@ -40,16 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(random_model(config, std=0.3), tmp_path_factory.mktemp("phi3"))
 
 
-@partial(jax.jit, static_argnums=0)
-def logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
-    return decoder.logits(config, model, hidden_states(config, model, tokens))
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    sources, config = open_sources([folder])
-    return config, load_stored(sources, config)
-
-
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return load_torch(folder)(torch.tensor(tokens).long()).logits.numpy()
@@ -61,14 +56,14 @@ def random_tokens(seed: int, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("length", [SWITCH, SWITCH + 1])
 def test_the_length_of_a_sequence_says_which_factors(length: int, folder: Path) -> None:
-    config, model = load(folder)
+    config, model = load_decoder(folder)
     tokens = random_tokens(length, 2, length)
     found = logits(config, model, tokens)
     np.testing.assert_allclose(found, torch_logits(folder, tokens), atol=1e-4)
 
 
 def test_a_long_prompt_is_continued_with_the_long_factors(folder: Path) -> None:
-    (config, model), length = load(folder), SWITCH + 5
+    (config, model), length = load_decoder(folder), SWITCH + 5
     prompt = random_tokens(length, 1, length)
     with torch.no_grad():
         whole = load_torch(folder).generate(
@@ -101,7 +96,7 @@ def task(file: Path, kind: Any, metric: str) -> TextTask:
 
 
 def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
-    config, model = load(folder)
+    config, model = load_decoder(folder)
     tokenizer = word_tokenizer(words(64))
     ids = {word: i for i, word in enumerate(words(64))}
     file = write_lines(tmp_path / "texts.jsonl", texts([36, 39, 40, 60]))
@@ -122,7 +117,7 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_generation_does_not_cross(folder: Path, tmp_path: Path) -> None:
-    config, _ = load(folder)
+    config, _ = load_decoder(folder)
     for lengths, crosses in (([36, 45], False), ([36, 38], True)):
         tasks = [task(write_lines(tmp_path / "texts.jsonl", texts(lengths)), "exact_match", "accuracy")]
         if not crosses:

@@ -1,20 +1,17 @@
 """Text decoders inside of larger models: searched and merged as their text architecture, exported as larger models."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
-from helpers import ALL, edit_json, even_records, hidden_states, word_tokenizer, words, write_lines
+from helpers import ALL, edit_json, even_records, stored_logits, word_tokenizer, words, write_lines
 from safetensors.numpy import load_file, save_file
 
-from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.folder import open_folder
@@ -22,7 +19,6 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
 from evojax_merge.errors import InputError
-from evojax_merge.models import decoder
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -145,16 +141,6 @@ def rename(folder: Path, new_names: dict[str, str]) -> None:
     for old, new in new_names.items():
         tensors = {new + name.removeprefix(old) if name.startswith(old) else name: v for name, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-@partial(jax.jit, static_argnums=0)
-def logits(config: Any, model: Any, tokens: np.ndarray) -> jax.Array:
-    return decoder.logits(config, model, hidden_states(config, model, tokens))
-
-
-def stored_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    sources, config = open_sources([folder])
-    return np.asarray(logits(config, load_stored(sources, config), tokens))
 
 
 def load_whole(folder: Path) -> Any:

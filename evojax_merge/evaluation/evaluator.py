@@ -533,16 +533,10 @@ class Evaluator:
 
     def gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
         """As `scoring_chunk`, of passes that are differentiated."""
-        most = max(1, -(-population.size // self.devices.population))
-        key = (batched_task.task.name, "gradients", most)
+        key = (batched_task.task.name, "gradients", self._share(population))
         if key not in self.chunk_sizes:
-            if self.chunk is not None:
-                self.chunk_sizes[key] = min(self.chunk, most)
-            else:
-                temporaries = partial(self._gradient_temporaries, population, batched_task)
-                self.chunk_sizes[key] = (
-                    self._largest_chunk(temporaries, batched_task, most) if self.target.is_accelerator else 1
-                )
+            temporaries = partial(self._gradient_temporaries, population, batched_task)
+            self.chunk_sizes[key] = self._fitting_chunk(temporaries, population, batched_task)
         return self.chunk_sizes[key]
 
     def materialises_gradient(
@@ -594,22 +588,30 @@ class Evaluator:
     def scoring_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a
         CPU, where sharing a pass is slower than one candidate after the other."""
-        most = max(1, -(-population.size // self.devices.population))
-        key = (batched_task.task.name, "scores", most)
+        key = (batched_task.task.name, "scores", self._share(population))
         if key not in self.chunk_sizes:
-            if self.chunk is not None:
-                self.chunk_sizes[key] = min(self.chunk, most)
-            else:
-                temporaries = partial(self._temporaries, population, batched_task)
-                self.chunk_sizes[key] = (
-                    self._largest_chunk(temporaries, batched_task, most) if self.target.is_accelerator else 1
-                )
+            temporaries = partial(self._temporaries, population, batched_task)
+            self.chunk_sizes[key] = self._fitting_chunk(temporaries, population, batched_task)
             if self.chunk_sizes[key] > 1:
                 self.log(
                     f"{batched_task.task.name}: {self.chunk_sizes[key]} of {population.size} candidates a pass and "
                     f"device, in batches of {batched_task.tokens_per_batch} tokens"
                 )
         return self.chunk_sizes[key]
+
+    def _share(self, population: Population) -> int:
+        """How many candidates a device has, at most."""
+        return max(1, -(-population.size // self.devices.population))
+
+    def _fitting_chunk(
+        self, temporaries: Callable[[int], int | None], population: Population, batched_task: BatchedTask
+    ) -> int:
+        """The config's chunk, else what fits of a device's candidates; `temporaries` as in `_largest_chunk`."""
+        if self.chunk is not None:
+            return min(self.chunk, self._share(population))
+        if not self.target.is_accelerator:
+            return 1
+        return self._largest_chunk(temporaries, batched_task, self._share(population))
 
     def _largest_chunk(self, temporaries: Callable[[int], int | None], batched_task: BatchedTask, most: int) -> int:
         """One and two candidates a pass tell what each takes (`temporaries`: bytes for a chunk, as the compiler
