@@ -81,13 +81,24 @@ def test_the_target_here_is_the_one_that_jax_found() -> None:
     assert target.platform == jax.local_devices()[0].platform and target.devices == len(jax.devices())
 
 
-@pytest.mark.parametrize(("kind", "version", "dtype"), [("V100", "7.0", "float32"), ("RTX", "8.6", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "version", "dtype", "products"),
+    [
+        ("Tesla V100-SXM2-16GB", "7.0", "float32", "float32"),
+        ("NVIDIA TITAN RTX", "7.5", "float32", "float32"),
+        ("NVIDIA GeForce RTX 3090", "8.6", "bfloat16", "TF32"),
+        ("AMD Instinct MI300X", "gfx942", "bfloat16", "float32"),
+    ],
+)
 def test_products_of_gpus_that_emulate_bfloat16_are_float32(
-    kind: str, version: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, version: str, dtype: str, products: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And those of float32 are TF32 on NVIDIA's from Ampere on alone."""
     device = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=version, memory_stats=lambda: None)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert live_target.__wrapped__().compute_dtype("auto", ["bfloat16"]) == dtype
+    target = live_target.__wrapped__()
+    assert target.compute_dtype("auto", ["bfloat16"]) == dtype
+    assert target.float32_products == products
 
 
 def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_it(

@@ -35,7 +35,7 @@ class Target:
 
     Of each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
-    (float32 on NVIDIA: TF32; on a TPU: one pass of bfloat16). NaN where they are not known.
+    (float32: on NVIDIA as `float32_products` says, on a TPU one pass of bfloat16). NaN where they are not known.
 
     `devices`: how many, in `hosts` machines together; `topology`: of a TPU slice, as its compiler calls it;
     `native_bfloat16`: whether an accelerator multiplies it faster than float32.
@@ -81,6 +81,13 @@ class Target:
         arithmetic is the slower."""
         known = self.is_accelerator and not math.isnan(self.bandwidth)
         return int(MERGE_BYTES * self.bfloat16 / (2 * self.bandwidth)) if known else 0
+
+    @property
+    def float32_products(self) -> str:
+        """What products of float32 are called: NVIDIA's GPUs that multiply bfloat16 natively, from Ampere on, compute
+        them in TF32."""
+        has_tf32 = self.platform == "gpu" and self.kind.startswith("NVIDIA") and self.native_bfloat16
+        return "TF32" if has_tf32 else "float32"
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of matrix products of operands of this dtype."""

@@ -130,7 +130,7 @@ class Plan:
         target = self.target
         rates = (
             f"{shown_bytes(target.memory)}, {shown_number(target.bandwidth)}B/s, {shown_number(target.bfloat16)}FLOP/s "
-            f"bfloat16, {shown_number(target.float32)}FLOP/s {'TF32' if target.platform == 'gpu' else 'float32'}"
+            f"bfloat16, {shown_number(target.float32)}FLOP/s {target.float32_products}"
         )
         nominal = "" if target.is_accelerator else ", nominal"
         hosts = "" if target.hosts == 1 else f", {target.devices_per_host} to each of {target.hosts} hosts"
