@@ -27,7 +27,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
 from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
-from evojax_merge.evaluation.targets import find_target, live_target
+from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
@@ -99,6 +99,13 @@ def test_products_of_gpus_that_emulate_bfloat16_are_float32(
     target = live_target.__wrapped__()
     assert target.compute_dtype("auto", ["bfloat16"]) == dtype
     assert target.float32_products == products
+
+
+def test_one_host_of_every_slice_is_a_slice() -> None:
+    for name in target_names():
+        target = find_target("t", name)
+        host = one_host(target)
+        assert (host.kind, host.devices, host.hosts) == (target.kind, target.devices_per_host, 1)
 
 
 def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_it(

@@ -26,8 +26,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4, "vocab_size": 4096, "head_dim": 64, "tie_word_embeddings": False,
 }  # fmt: skip
 SOURCES = 3
-# A target, and how many of its devices share a candidate.
-CASES = [("v5e-1", 1), ("v5e-4", 4), ("v5e-8", 4), ("h100", 1), ("4xh100", 4)]
+# A target, and how many of its devices share a candidate; of several hosts one is compiled for.
+CASES = [("v5e-1", 1), ("v5e-16", 4), ("v5e-8", 4), ("h100", 1), ("4xh100", 4)]
 
 
 # An instruction of optimised HLO: its name, the dtype and shape of its result, the operation and its operands.
@@ -66,7 +66,7 @@ def compiled(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     @cache
     def of(name: str, model: int) -> Compiled:
-        groups = find_target("target", name).devices // model
+        groups = find_target("target", name).devices_per_host // model
         plan, programs = compile_passes(family, models, name, {"model": model, "chunk": groups})
         return Compiled(plan, programs[0])
 

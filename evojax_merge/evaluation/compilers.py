@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from evojax_merge.evaluation.devices import Devices, mesh_of
 from evojax_merge.evaluation.passes import TracedPass
-from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.targets import Target, one_host
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
@@ -97,9 +97,9 @@ def _tpu_devices(target: Target) -> Sequence[Any]:
     # Else libtpu asks a cloud's metadata server for the machine's TPUs; and several processes may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    name = f"{target.name.partition('-')[0]}:{target.topology}"
-    # A slice of one host is that host's whole grid of chips; larger ones have the usual four chips to a host.
-    grid = [*map(int, target.topology.split("x")), 1] if target.topology and target.hosts == 1 else [2, 2, 1]
+    # Of a larger slice the compiler takes no part: it numbers devices by their places in the whole.
+    host = one_host(target)
+    name, grid = f"{host.name.partition('-')[0]}:{host.topology}", [*map(int, host.topology.split("x")), 1]
     return topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=grid[:3]).devices
 
 

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -152,6 +152,15 @@ def find_target(where: str, name: str) -> Target:
     topology, hosts = _SLICES[chip_name][int(size)]
     devices = math.prod(map(int, topology.split("x")))
     return replace(_TPUS[chip_name], name=name, devices=devices, hosts=hosts, topology=topology)
+
+
+def one_host(target: Target) -> Target:
+    """One host's part of a named TPU slice, as a slice of its own; another target as it is."""
+    if target.platform != "tpu" or target.hosts == 1:
+        return target
+    chip = target.name.partition("-")[0]
+    names = (f"{chip}-{size}" for size, (_, hosts) in _SLICES[chip].items() if hosts == 1)
+    return next(one for one in map(partial(find_target, "target"), names) if one.devices == target.devices_per_host)
 
 
 def gpu_memory_fraction() -> float:
