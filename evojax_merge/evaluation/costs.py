@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
@@ -19,6 +20,7 @@ from evojax_merge.evaluation.cut_axes import Axis, axis_of, cut_axes
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.sharding import MODEL_AXIS
 
+Platform = Literal["cpu", "gpu", "tpu"]
 # How often the body of a `scan` or `while` runs.
 Trips = Callable[[Any], int]
 
@@ -139,14 +141,15 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
 
 
 def temporary_bytes(
-    jaxpr: Any, donated: Sequence[Any] = (), widens: bool = False, cut: Sequence[Axis] = (), shards: int = 1
+    jaxpr: Any, donated: Sequence[Any] = (), platform: Platform | None = None, cut: Sequence[Axis] = (), shards: int = 1
 ) -> int:
     """The most bytes that a program has in memory of a device at a time beside its arguments, its results included:
-    buffers live from where they are computed to their last use, in the order of the program. donated: the shapes and
-    dtypes of arguments whose places results of the same take. widens: whether the compiler, as XLA's for CPUs, picks
-    slices of bfloat16 by way of float32, so that a loop has a float32 copy of what its trips pick slices of, unless a
-    barrier stands before. cut: of each argument the axis that `shards` devices cut, each of which has its part."""
-    program = _flattened(jaxpr, cut, _Setting(widens, shards))
+    buffers live from where they are computed to their last use, in the order of the program, but for what is computed
+    of arguments alone, which compilers leave until it is needed. donated: the shapes and dtypes of arguments whose
+    places results of the same take. platform: whose compiler's habits count (see `_Setting`). cut: of each argument the
+    axis that `shards` devices cut, each of which has its part."""
+    setting = _Setting(platform, shards)
+    program = _flattened(jaxpr, cut, setting)
     free = Counter((tuple(one.shape), str(one.dtype)) for one in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
@@ -154,12 +157,12 @@ def temporary_bytes(
         if free[kind] > 0:
             free[kind] -= 1
             in_place.append(number)
-    return _peak(program, in_place)
+    return _peak(program, in_place, setting)
 
 
 def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int) -> tuple[Axis, ...]:
     """Of each result of a program the axis that the devices cut (see `temporary_bytes`)."""
-    return _flattened(jaxpr, cut, _Setting(shards=shards)).axes
+    return _flattened(jaxpr, cut, _Setting(None, shards)).axes
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,20 +246,44 @@ class _Step:
 @dataclass
 class _Program:
     """A program's steps in their order, with calls written out. arguments: the numbers of what it is given, results: of
-    what it gives; axes: at which these are cut."""
+    what it gives; axes: at which these are cut, sizes: their bytes on a device."""
 
     steps: list[_Step]
     arguments: tuple[int, ...]
     results: tuple[int, ...]
     axes: tuple[Axis, ...]
+    sizes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """What programs are read for. widens, shards: as in `temporary_bytes`."""
+    """What programs are read for. shards: as in `temporary_bytes`."""
 
-    widens: bool = False
+    platform: Platform | None = None
     shards: int = 1
+
+    @property
+    def widens(self) -> bool:
+        """Whether slices of bfloat16 are picked by way of float32, as XLA's compiler for CPUs does: a loop has a
+        float32 copy of what its trips pick slices of, unless a barrier stands before."""
+        return self.platform == "cpu"
+
+    @property
+    def delays(self) -> bool:
+        """Whether what needs arguments alone, such as a layer that is picked or merged, is computed where it is needed
+        first, as XLA's compilers for accelerators order it."""
+        return self.platform in ("gpu", "tpu")
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether products side by side are laid as their operands are."""
+        return self.platform == "gpu"
+
+    @property
+    def copies_slices(self) -> bool:
+        """Whether a part of an argument that a kernel takes is copied first, even one whose place is known beforehand:
+        XLA's compiler for GPUs copies a layer of a stack."""
+        return self.platform == "gpu"
 
     def nbytes(self, aval: Any, axis: Axis) -> int:
         """On a device."""
@@ -306,7 +333,9 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (size,)))
         inside = (*given[:-sliced], *slices)
     found = run(jaxpr, inside)
-    return _Program(steps, given, found, tuple(axes.get(number) for number in found))
+    cuts = tuple(axes.get(number) for number in found)
+    sizes = tuple(setting.nbytes(aval, axis) for aval, axis in zip(jaxpr.out_avals, cuts, strict=True))
+    return _Program(steps, given, found, cuts, sizes)
 
 
 def _is_batched(eqn: Any) -> bool:
@@ -361,10 +390,18 @@ def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], sha
 def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
     """What a loop's body, or the largest branch, needs at a time beside its results: what a loop carries from one trip
     to the next, and what its trips leave, has one place, which is counted with the loop's results."""
-    copies = 0
-    if eqn.primitive.name == "scan" and setting.widens:
+    name, copies = eqn.primitive.name, 0
+    if name == "scan" and setting.widens:
         copies = _widened(eqn, inside[0], eqn.params["num_consts"], eqn.params["num_carry"])
-    return copies + max((_peak(program, program.results) for program in inside), default=0)
+    if name not in ("scan", "while"):
+        return max((_peak(program, program.results, setting) for program in inside), default=0)
+    constants = eqn.params["num_consts"] if name == "scan" else eqn.params["body_nconsts"]
+    carries = eqn.params["num_carry"] if name == "scan" else len(eqn.outvars)
+    body = inside[-1]
+    # Where what is carried was, other values may be once nothing needs it.
+    carried = dict(zip(body.arguments[constants : constants + carries], body.sizes[:carries], strict=True))
+    most = _peak(body, body.results[carries:], setting, carried) - sum(carried.values())
+    return copies + max(0, most, *(_peak(program, program.results, setting) for program in inside[:-1]))
 
 
 def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
@@ -378,30 +415,30 @@ def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
     )
 
 
-def _peak(program: _Program, in_place: Iterable[int]) -> int:
+def _peak(
+    program: _Program, in_place: Iterable[int], setting: _Setting, carried: Mapping[int, int] = MappingProxyType({})
+) -> int:
     """The most bytes at a time beside the arguments. in_place: results that take the place of something that is counted
-    elsewhere."""
-    stored = _stored(program)
-    size = {number: nbytes for step in program.steps for number, nbytes in zip(step.results, step.sizes, strict=True)}
-    # Of each value the stored ones that it is computed from, itself if it is one.
-    roots: dict[int, frozenset[int]] = {}
+    elsewhere. carried: arguments that count until their last use, and their bytes."""
+    steps = _delayed(program) if setting.delays else program.steps
+    size = dict(carried)
+    for step in steps:
+        size |= zip(step.results, step.sizes, strict=True)
+    roots = _roots(program, steps, setting, size, carried)
     last_use: dict[int, int] = {}
-    for i, step in enumerate(program.steps):
-        needed = frozenset().union(*(roots.get(operand, frozenset()) for operand in step.operands))
-        for number in step.results:
-            roots[number] = frozenset({number}) if number in stored else needed
-        if any(number in stored for number in step.results) or step.name not in _FUSED:
-            last_use |= dict.fromkeys(needed, i)
-    for number in program.results:
-        last_use |= dict.fromkeys(roots.get(number, frozenset()), len(program.steps))
-    elsewhere = set(in_place)
+    for i, step in enumerate(steps):
+        if step.name not in _FUSED or any(number in roots[number] for number in step.results):
+            last_use |= dict.fromkeys(_united(roots, step.operands), i)
+    last_use |= dict.fromkeys(_united(roots, program.results), len(steps))
+    # A result that is but rearranged is what it was before, under another name.
+    elsewhere = {one for number in in_place for one in _united(roots, [number]) if size[one] == size.get(number)}
     ends: dict[int, list[int]] = {}
     for number, i in last_use.items():
         ends.setdefault(i, []).append(number)
-    batched = {number for step in program.steps if step.is_batched for number in step.results}
-    live: dict[int, int] = {}
-    peak = 0
-    for i, step in enumerate(program.steps):
+    batched = {number for step in steps if step.is_batched for number in step.results}
+    live = dict(carried)
+    peak = sum(live.values())
+    for i, step in enumerate(steps):
         done = ends.get(i, [])
         if step.name in ("scan", "while", "dynamic_update_slice", "scatter"):
             # They go on in the place of what they were given.
@@ -409,39 +446,81 @@ def _peak(program: _Program, in_place: Iterable[int]) -> int:
                 live.pop(number, None)
         elif step.name in _ELEMENTWISE or step.name in _TRANSCENDENTAL:
             # Entry by entry, in the place of an operand of as many bytes that nothing else needs; of products side by
-            # side not, whose results compilers lay in another order than their operands.
-            same = [n for n in done if n in live and n not in batched and size[n] in step.sizes]
+            # side not where compilers lay their results in another order than their operands.
+            same = [n for n in done if n in live and size[n] in step.sizes]
+            same = same if setting.keeps_order else [n for n in same if n not in batched]
             for number in same[:1]:
                 live.pop(number)
-        live |= {n: size[n] for n in step.results if n in stored and n not in elsewhere}
+        live |= {n: size[n] for n in step.results if n in roots[n] and n not in elsewhere}
         peak = max(peak, sum(live.values()) + step.body)
         for number in (*done, *(n for n in step.results if n not in last_use)):
             live.pop(number, None)
     return peak
 
 
-def _stored(program: _Program) -> set[int]:
-    """The values that are left in memory: of kernels, what kernels want there, what several would compute again, and
-    the results."""
-    uses = Counter(operand for step in program.steps for operand in set(step.operands))
+def _delayed(program: _Program) -> list[_Step]:
+    """The steps, those that are no kernels and need arguments alone only where the first of the others needs them."""
+    steps = program.steps
+    maker = {number: i for i, step in enumerate(steps) for number in step.results}
+    waiting: set[int] = set()
+    found: list[_Step] = []
+
+    def release(numbers: Iterable[int]) -> None:
+        needed, open_ = set(), [maker[number] for number in numbers if number in maker]
+        while open_:
+            i = open_.pop()
+            if i in waiting:
+                waiting.discard(i)
+                needed.add(i)
+                open_ += [maker[operand] for operand in steps[i].operands if operand in maker]
+        found.extend(steps[i] for i in sorted(needed))
+
+    for i, step in enumerate(steps):
+        if step.name in _FUSED and all(maker[operand] in waiting for operand in step.operands if operand in maker):
+            waiting.add(i)
+        else:
+            release(step.operands)
+            found.append(step)
+    release(program.results)
+    return found
+
+
+def _united(roots: Mapping[int, frozenset[int]], numbers: Iterable[int]) -> frozenset[int]:
+    return frozenset[int]().union(*(roots.get(number, frozenset()) for number in numbers))
+
+
+def _roots(
+    program: _Program, steps: Sequence[_Step], setting: _Setting, size: Mapping[int, int], carried: Iterable[int]
+) -> dict[int, frozenset[int]]:
+    """Of each value that is computed the values in memory that it is made of, itself where it is left there: what
+    kernels compute and want, what several would compute again, and the results. size: bytes of each value."""
+    uses = Counter(operand for step in steps for operand in set(step.operands))
     wanted = {
         operand
-        for step in program.steps
+        for step in steps
         if step.name not in _FUSED and step.name not in _REDUCTIONS
         for operand in step.operands
     } | set(program.results)
-    found, moved = set(), set(program.arguments)
-    for step in program.steps:
-        kernel = step.name not in _FUSED
+    found = {number: frozenset({number}) for number in carried}
+    # Of arguments, of what is in memory, or these but rearranged.
+    lying, moved = set(program.arguments), set(program.arguments)
+    for step in steps:
+        is_kernel = step.name not in _FUSED
         # What is but rearranged lies where it lay; of slices only those whose place is known beforehand.
         whole = step.operands[:1] if step.name == "dynamic_slice" else step.operands
         known_place = all(operand == LITERAL for operand in step.operands[len(whole) :])
-        rearranged = (
-            step.name in _MOVES - {"pad"} and known_place and all(one in found or one in moved for one in whole)
-        )
-        for number in step.results:
-            if kernel or (number in wanted and not rearranged) or (step.name in _COMPUTED_ONCE and uses[number] > 1):
-                found.add(number)
-            elif rearranged:
-                moved.add(number)
+        is_copied = setting.copies_slices and step.name == "slice" and whole[0] in moved
+        rearranged = step.name in _MOVES - {"pad"} and known_place and not is_copied and lying.issuperset(whole)
+        own = [_united(found, [operand]) for operand in step.operands]
+        together = frozenset[int]().union(*own)
+        # A barrier gives each of its operands back.
+        passed = own if step.name == "optimization_barrier" else [together] * len(step.results)
+        for number, roots in zip(step.results, passed, strict=True):
+            # A sum of several values that goes on, such as the residual stream, takes the place of one of them.
+            is_sum = step.name in ("add", "add_any") and sum(size[one] >= size[number] for one in roots) > 1
+            is_reused = uses[number] > 1 and (is_sum or step.name in _COMPUTED_ONCE)
+            is_stored = is_kernel or (number in wanted and not rearranged) or is_reused
+            found[number] = frozenset({number}) if is_stored else roots
+            lying |= {number} if is_stored or rearranged else set()
+            moved |= {number} if rearranged and not is_stored and moved.issuperset(whole) else set()
     return found

@@ -62,7 +62,7 @@ class JaxprReader:
 
     def temporary_bytes(self, traced: TracedPass) -> int:
         donated = [one for one in jax.tree.leaves(traced.args_info) if one.donated]
-        return temporary_bytes(traced.jaxpr, donated, not self.target.is_accelerator, traced.cut, self.devices.model)
+        return temporary_bytes(traced.jaxpr, donated, self.target.platform, traced.cut, self.devices.model)
 
     def outputs(self, traced: TracedPass) -> Any:
         axes = result_axes(traced.jaxpr, traced.cut, self.devices.model)
