@@ -30,7 +30,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.planning import make_plan
+from evojax_merge.planning import make_plan, planning_evaluator
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import resolve_headers
 from evojax_merge.report.plan import Plan
@@ -418,6 +418,27 @@ def test_a_plan_says_how_many_devices_a_host_of_several_has(family: Family) -> N
     problem = problem_of(document(family), "v5e-16")
     plan = make_plan(problem, problem.batched_tasks())
     assert "16 x TPU v5 lite, 4 to each of 4 hosts" in plan.lines()[0]
+
+
+def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_share_one(family: Family) -> None:
+    """The prefill that tells is of a candidate, a prefix and a cache that are cut as they will be."""
+    task = {"name": "words", "kind": "exact_match", "file": str(family.tasks), "max_new_tokens": 8, "heldout": 0.25}
+    problem = problem_of(document(family, tasks=[task], evaluation={"model": 2}), "2xh100")
+    asked: list[Any] = []
+
+    def temporaries(traced: Any) -> int:
+        asked.append(traced)
+        return 10**9
+
+    planner = planning_evaluator(problem, 0)
+    evaluator = replace(planner, batched_tasks=problem.batched_tasks()[0], temporary_bytes=temporaries)
+    population = problem.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
+    assert 1 < evaluator.generation_chunk(population, evaluator.batched_tasks[0]) < 100
+    (prefill,) = asked
+    leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(prefill.args_info)]
+    for name, axis in (("['q']", 2), (".cache[0].keys", 1)):
+        found = [own for leaf, own in zip(leaves, prefill.cut, strict=True) if leaf.endswith(name)]
+        assert found == [axis], leaves
 
 
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:

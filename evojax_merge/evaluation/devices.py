@@ -84,6 +84,14 @@ class Devices:
             shape, jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding(shape, sharded_axis)
         )
 
+    def abstract_of_candidates(self, leaf: Any, axis: int | None) -> jax.ShapeDtypeStruct:
+        """An abstract array of the shape and dtype of a leaf that each candidate has (leading axis P), of which the
+        devices of a group cut an axis."""
+        if self.mesh is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        names = ("population", *("model" if i == axis else None for i in range(1, len(leaf.shape))))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*names)))
+
     def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
         """An array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be forgotten before
         the next leaf is read."""

@@ -40,6 +40,7 @@ from evojax_merge.evaluation.passes import (
     SharedModel,
     TracedPass,
     WeightsFactory,
+    abstract_results,
     trace,
 )
 from evojax_merge.evaluation.scores import TaskScores, task_weights
@@ -799,35 +800,47 @@ class Evaluator:
         if key not in self.chunk_sizes:
             room = self.chunk or (most if self.target.decodes_together else 1)
             if self.chunk is None and room > 1:
-                shape = population.model_shape() or next(population.chunks(1))[1]
-                model, state = self._generation_bytes(shape, batched_task)
+                model, state = self._generation_bytes(population, batched_task)
                 room = self.free_memory() // (model + state) if self.target.is_accelerator else CPU_CACHE_BYTES // model
             self.chunk_sizes[key] = int(max(1, min(most, room)))
         return self.chunk_sizes[key]
 
-    def _generation_bytes(self, model: Any, batched_task: BatchedTask) -> tuple[int, int]:
+    def _generation_bytes(self, population: Population, batched_task: BatchedTask) -> tuple[int, int]:
         """Bytes on a device of one materialised candidate, and of what it needs to decode the largest batch of
         prompts."""
         assert batched_task.prompts is not None
-        own = self.devices.candidate_bytes
+        mesh, groups = self.devices.mesh, self.devices.population
+
+        def own(tree: Any) -> int:
+            return self.devices.candidate_bytes(tree) // groups
+
+        # One for each group of devices.
+        _, candidates = next(population.chunks(groups))
+        merging = population.traced_materialise(mesh, candidates)
+        models = candidates if merging is None else abstract_results(merging, self.devices)
         if not self.target.is_accelerator:
-            return own(model), 0
+            return own(models), 0
         batch, shared_prefix = (
             max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
             batched_task.prompts.shared_prefix,
         )
-        read = partial(passes.prefill_prefix, self.config, PerCandidateModel(), None)
-        prefix = jax.eval_shape(read, None, model, shared_prefix) if shared_prefix.size else None
+        factory, prefix = PerCandidateModel(), None
+        if shared_prefix.size:
+            read = trace(passes.prefill_prefix, self.config, factory, mesh, None, models, shared_prefix)
+            prefix = abstract_results(read, self.devices)
         group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
         (rows, width), new = batch.tokens.shape, batched_task.requests.max_new_tokens
-        init_decode = partial(passes.init_decode, self.config, self.compute_dtype, None)
-        state = jax.eval_shape(lambda: init_decode(np.zeros(1), rows, width, new, step_tokens(self.target, batch)))
+        start = trace(
+            passes.init_decode,
+            self.config, self.compute_dtype, mesh, np.zeros(groups), rows, width, new, step_tokens(self.target, batch),
+        )  # fmt: skip
+        state = abstract_results(start, self.devices)
         traced = trace(
             passes.prefill,
-            self.config, PerCandidateModel(), None, width, batched_task.stop, None, model, prefix, state, np.int32(0),
+            self.config, factory, mesh, width, batched_task.stop, None, models, prefix, state, np.int32(0),
             *batch.prefill_group(group),
         )  # fmt: skip
-        return own(model), 2 * own(state) + (self.temporary_bytes(traced) or 0)
+        return own(models), 2 * own(state) + (self.temporary_bytes(traced) or 0)
 
 
 @dataclass(frozen=True)

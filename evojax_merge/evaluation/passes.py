@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from evojax_merge.evaluation.costs import result_axes
 from evojax_merge.evaluation.cut_axes import Axis, axis_of
-from evojax_merge.evaluation.devices import AnyMesh, shard_population, size_of, vmap_sharded
+from evojax_merge.evaluation.devices import AnyMesh, Devices, shard_population, size_of, vmap_sharded
 from evojax_merge.models import generate
 from evojax_merge.models.bank import Bank, MergeSpec, Recipe, take_candidate
 from evojax_merge.models.config import DecoderConfig
@@ -67,6 +68,14 @@ def trace(function: Any, *arguments: Any) -> TracedPass:
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
     cut = [axis_of(leaf.sharding.spec) if _is_named(leaf) else None for leaf in leaves]
     return TracedPass(function.trace(*arguments), tuple(cut))
+
+
+def abstract_results(traced: TracedPass, devices: Devices) -> Any:
+    """What a pass gives, leading axis P on every leaf, as abstract arrays that lie on the devices as the pass leaves
+    them (see `costs.result_axes`)."""
+    leaves, tree = jax.tree.flatten(traced.out_info)
+    axes = result_axes(traced.jaxpr, traced.cut, devices.model)
+    return jax.tree.unflatten(tree, [devices.abstract_of_candidates(*one) for one in zip(leaves, axes, strict=True)])
 
 
 def _is_named(leaf: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
-from evojax_merge.evaluation.costs import Cost, cost_of, result_axes, scan_length, temporary_bytes
+from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
 from evojax_merge.evaluation.devices import Devices, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     STOP_CHECK_INTERVAL,
@@ -27,7 +27,7 @@ from evojax_merge.evaluation.evaluator import (
     row_update,
     step_tokens,
 )
-from evojax_merge.evaluation.passes import PerCandidateModel, TracedPass, trace
+from evojax_merge.evaluation.passes import PerCandidateModel, TracedPass, abstract_results, trace
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
@@ -65,10 +65,7 @@ class JaxprReader:
         return temporary_bytes(traced.jaxpr, donated, self.target.platform, traced.cut, self.devices.model)
 
     def outputs(self, traced: TracedPass) -> Any:
-        axes = result_axes(traced.jaxpr, traced.cut, self.devices.model)
-        leaves, tree = jax.tree.flatten(traced.out_info)
-        each = zip(leaves, axes, strict=True)
-        return jax.tree.unflatten(tree, [self.devices.abstract(leaf.shape, leaf.dtype, axis) for leaf, axis in each])
+        return abstract_results(traced, self.devices)
 
     def place(self, candidates: Any) -> Any:
         return candidates
