@@ -224,6 +224,29 @@ def test_a_gpu_copies_each_layer_of_a_stack_when_it_is_needed() -> None:
     assert temporary_bytes(jaxpr, platform="gpu") == layer + 2 * x
 
 
+def test_a_tpu_copies_slices_that_several_candidates_merge() -> None:
+    """Those of a layer together; of one candidate each is part of what merges it."""
+    out = 64
+
+    def program(scales: jax.Array, x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, slices: tuple[jax.Array, jax.Array], scale: jax.Array) -> jax.Array:
+            for slice_ in slices:
+                x = x @ (scale * slice_)
+            return x
+
+        def one(scale: jax.Array) -> jax.Array:
+            return jax.lax.scan(lambda x, own: (layer(x, own, scale), None), x, (first, second))[0]
+
+        return one(scales[0]) if scales.shape == (1,) else jax.vmap(one)(scales)
+
+    x, stack = jnp.ones((2, out)), jnp.ones((3, out, out))
+    layer = 4 * out * out
+    for count, slices in ((1, 0), (4, 2)):
+        jaxpr = jax.make_jaxpr(program)(jnp.ones(count), x, stack, stack)
+        found = temporary_bytes(jaxpr, platform="tpu")
+        assert found == pytest.approx((slices + count) * layer, rel=0.1)
+
+
 def test_what_a_loop_carries_gives_way_to_what_follows_it() -> None:
     def program(x: jax.Array, stack: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (jnp.tanh(jnp.tanh(x @ w) @ w) @ w, None), x, stack)[0]

@@ -233,7 +233,7 @@ LITERAL = -1
 class _Step:
     """An operation of a program without calls. Values are known by numbers; one that is written out in the program is
     `LITERAL`. body: the most that its loop's body or its branches need beside what is here; is_batched: whether it is
-    several matrix products side by side."""
+    several matrix products side by side; repeated: operands of fewer entries than the result."""
 
     name: str
     operands: tuple[int, ...]
@@ -241,6 +241,7 @@ class _Step:
     sizes: tuple[int, ...]
     body: int = 0
     is_batched: bool = False
+    repeated: tuple[int, ...] = ()
 
 
 @dataclass
@@ -280,6 +281,17 @@ class _Setting:
         return self.platform == "gpu"
 
     @property
+    def reuses_carried(self) -> bool:
+        """Whether a loop has other values where what it carries was, once nothing in a trip needs that."""
+        return self.platform != "tpu"
+
+    @property
+    def shares_slices(self) -> bool:
+        """Whether slices that several candidates merge are copied first, those of a layer together, as XLA's compiler
+        for TPUs does to read ahead: else the merge of each would pick them anew."""
+        return self.platform == "tpu"
+
+    @property
     def copies_slices(self) -> bool:
         """Whether a part of an argument that a kernel takes is copied first, even one whose place is known beforehand:
         XLA's compiler for GPUs copies a layer of a stack."""
@@ -317,7 +329,8 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
             found = _results_axes(eqn, inside, own, setting.shards)
             axes.update(zip(results, found, strict=True))
             sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, found, strict=True))
-            steps.append(_Step(name, operands, results, sizes, _body_bytes(eqn, inside, setting), _is_batched(eqn)))
+            body, repeated = _body_bytes(eqn, inside, setting), _repeated(eqn, operands, inside)
+            steps.append(_Step(name, operands, results, sizes, body, _is_batched(eqn), repeated))
         return tuple(number(value) for value in jaxpr.jaxpr.outvars)
 
     given = tuple(next(counter) for _ in jaxpr.jaxpr.invars)
@@ -340,6 +353,31 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
 
 def _is_batched(eqn: Any) -> bool:
     return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
+
+
+def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[_Program]) -> tuple[int, ...]:
+    name = eqn.primitive.name
+    if name == "shard_map":
+        arguments = inside[0].arguments
+        found = _repeated_origins(inside[0], {number: frozenset({number}) for number in arguments})
+        return tuple(one for one, number in zip(operands, arguments, strict=True) if number in found)
+    if name not in _ELEMENTWISE and name != "broadcast_in_dim":
+        return ()
+    count = _size(eqn.outvars[0].aval)
+    return tuple(one for one, value in zip(operands, eqn.invars, strict=True) if _size(value.aval) < count)
+
+
+def _repeated_origins(program: _Program, origins: Mapping[int, frozenset[int]]) -> frozenset[int]:
+    """Which origins have values made of them that are repeated, as for several candidates. origins: of each argument
+    the values that it stands for; slices at places that are not known beforehand are origins of their own."""
+    known = dict(origins)
+    found: set[int] = set()
+    for step in program.steps:
+        if step.name in _FUSED:
+            is_slice = step.name == "dynamic_slice" and not origins
+            known |= dict.fromkeys(step.results, frozenset(step.results) if is_slice else _united(known, step.operands))
+        found |= _united(known, step.repeated)
+    return frozenset(found)
 
 
 def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tuple[Any, Sequence[Axis], int]]:
@@ -398,9 +436,10 @@ def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
     constants = eqn.params["num_consts"] if name == "scan" else eqn.params["body_nconsts"]
     carries = eqn.params["num_carry"] if name == "scan" else len(eqn.outvars)
     body = inside[-1]
-    # Where what is carried was, other values may be once nothing needs it.
-    carried = dict(zip(body.arguments[constants : constants + carries], body.sizes[:carries], strict=True))
-    most = _peak(body, body.results[carries:], setting, carried) - sum(carried.values())
+    carried = {}
+    if setting.reuses_carried:
+        carried = dict(zip(body.arguments[constants : constants + carries], body.sizes[:carries], strict=True))
+    most = _peak(body, body.results[len(carried) :], setting, carried) - sum(carried.values())
     return copies + max(0, most, *(_peak(program, program.results, setting) for program in inside[:-1]))
 
 
@@ -420,16 +459,17 @@ def _peak(
 ) -> int:
     """The most bytes at a time beside the arguments. in_place: results that take the place of something that is counted
     elsewhere. carried: arguments that count until their last use, and their bytes."""
-    steps = _delayed(program) if setting.delays else program.steps
+    shared = _repeated_origins(program, {}) if setting.shares_slices else frozenset()
+    steps = _delayed(program, shared) if setting.delays else program.steps
     size = dict(carried)
     for step in steps:
         size |= zip(step.results, step.sizes, strict=True)
-    roots = _roots(program, steps, setting, size, carried)
+    roots = _roots(program, steps, setting, size, carried, shared)
     last_use: dict[int, int] = {}
     for i, step in enumerate(steps):
         if step.name not in _FUSED or any(number in roots[number] for number in step.results):
             last_use |= dict.fromkeys(_united(roots, step.operands), i)
-    last_use |= dict.fromkeys(_united(roots, program.results), len(steps))
+    last_use |= dict.fromkeys(_united(roots, program.results) | shared, len(steps))
     # A result that is but rearranged is what it was before, under another name.
     elsewhere = {one for number in in_place for one in _united(roots, [number]) if size[one] == size.get(number)}
     ends: dict[int, list[int]] = {}
@@ -458,10 +498,11 @@ def _peak(
     return peak
 
 
-def _delayed(program: _Program) -> list[_Step]:
-    """The steps, those that are no kernels and need arguments alone only where the first of the others needs them."""
+def _delayed(program: _Program, kept: frozenset[int]) -> list[_Step]:
+    """The steps, those that are no kernels and need arguments alone only where the first of the others needs them.
+    kept: values that are computed where they are and count as arguments."""
     steps = program.steps
-    maker = {number: i for i, step in enumerate(steps) for number in step.results}
+    maker = {number: i for i, step in enumerate(steps) for number in step.results if number not in kept}
     waiting: set[int] = set()
     found: list[_Step] = []
 
@@ -476,7 +517,8 @@ def _delayed(program: _Program) -> list[_Step]:
         found.extend(steps[i] for i in sorted(needed))
 
     for i, step in enumerate(steps):
-        if step.name in _FUSED and all(maker[operand] in waiting for operand in step.operands if operand in maker):
+        is_free = step.name in _FUSED and kept.isdisjoint(step.results)
+        if is_free and all(maker[operand] in waiting for operand in step.operands if operand in maker):
             waiting.add(i)
         else:
             release(step.operands)
@@ -490,10 +532,16 @@ def _united(roots: Mapping[int, frozenset[int]], numbers: Iterable[int]) -> froz
 
 
 def _roots(
-    program: _Program, steps: Sequence[_Step], setting: _Setting, size: Mapping[int, int], carried: Iterable[int]
+    program: _Program,
+    steps: Sequence[_Step],
+    setting: _Setting,
+    size: Mapping[int, int],
+    carried: Iterable[int],
+    kept: frozenset[int],
 ) -> dict[int, frozenset[int]]:
     """Of each value that is computed the values in memory that it is made of, itself where it is left there: what
-    kernels compute and want, what several would compute again, and the results. size: bytes of each value."""
+    kernels compute and want, what several would compute again, the results, and what is `kept`. size: bytes of each
+    value."""
     uses = Counter(operand for step in steps for operand in set(step.operands))
     wanted = {
         operand
@@ -519,7 +567,7 @@ def _roots(
             # A sum of several values that goes on, such as the residual stream, takes the place of one of them.
             is_sum = step.name in ("add", "add_any") and sum(size[one] >= size[number] for one in roots) > 1
             is_reused = uses[number] > 1 and (is_sum or step.name in _COMPUTED_ONCE)
-            is_stored = is_kernel or (number in wanted and not rearranged) or is_reused
+            is_stored = is_kernel or (number in wanted and not rearranged) or is_reused or number in kept
             found[number] = frozenset({number}) if is_stored else roots
             lying |= {number} if is_stored or rearranged else set()
             moved |= {number} if rearranged and not is_stored and moved.issuperset(whole) else set()
