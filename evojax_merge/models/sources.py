@@ -214,9 +214,10 @@ class LazyMerge:
         return self.shared_statistics.get(name, {}), self.recipe.shared[name]
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
-        # Every device has what is picked.
-        picked = self._merge_part(self._shared(name, lambda leaf: leaf[:, ids]), *self._numbers(name))
-        return picked.astype(jnp.dtype(self.compute_dtype))
+        # Every device has what is picked. In one row after the other: a TPU's compiler would copy what is picked of all
+        # sources to lay it as `ids` are.
+        picked = self._merge_part(self._shared(name, lambda leaf: leaf[:, ids.reshape(-1)]), *self._numbers(name))
+        return picked.reshape(*ids.shape, *picked.shape[1:]).astype(jnp.dtype(self.compute_dtype))
 
     def leaf(self, name: str) -> jax.Array:
         return self._merge_shared(name, self._shared(name)).astype(jnp.dtype(self.compute_dtype))
