@@ -185,7 +185,7 @@ def test_what_the_command_warns_of_is_a_warning(family: Family, tmp_path: Path) 
         ("nowhere", None, "MODELS: nowhere: no such folder"),
         (".", [], "tasks: tasks: expected a list of 1"),
         (".", [{"kind": "text"}], "tasks: tasks"),
-        (".", {"task": []}, "tasks: tasks: missing"),
+        (".", {"task": []}, "tasks: task: unknown key .did you mean 'tasks'"),
         (".", "nowhere.yaml", "nowhere.yaml: no such file"),
     ],
 )
