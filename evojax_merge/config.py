@@ -315,6 +315,13 @@ class SearchConfig(Section):
         return document if seeds is None else {"seeds": list(seeds), **document}
 
     @model_validator(mode="after")
+    def _has_each_seed_once(self) -> "SearchConfig":
+        twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise ValueError(f"seeds: {twice} stands twice; expected each once")
+        return self
+
+    @model_validator(mode="after")
     def _has_what_to_validate_on(self) -> "SearchConfig":
         if self.validate_every is not None and not self.validation:
             raise ValueError("validate_every: there is no validation split; give `validation` a share above 0 as well")

@@ -78,6 +78,7 @@ from evojax_merge.search.run_folder import (
     check_inputs,
     check_masks,
     check_not_in_use,
+    check_place,
     earlier_winners,
     find_member,
     is_run,
@@ -153,6 +154,7 @@ def run_search(
     if jax.process_index() == 0:
         # Before the models and examples are opened, which can take minutes.
         check_not_in_use(out)
+        check_place(out, resume=resume, overwrite=overwrite)
     if config.stages is not None:
         _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
         return

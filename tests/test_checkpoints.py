@@ -371,6 +371,15 @@ def test_failure_leaves_nothing_behind(failure: type[BaseException], existing: b
         assert (target / "file").read_text() == "old"
 
 
+def test_a_file_is_no_place_for_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model.yaml"
+    target.write_text("a user's")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="is a file"), atomic_folder(target, overwrite=overwrite):
+            pass
+    assert target.read_text() == "a user's"
+
+
 def test_overwriting_replaces_the_whole_folder(tmp_path: Path) -> None:
     target = tmp_path / "folder"
     target.mkdir()

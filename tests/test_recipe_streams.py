@@ -382,7 +382,7 @@ WRONG: dict[str, tuple[str | list[Any], tuple[str, ...]]] = {
             ]},
             {"merge_method": "passthrough", "slices": [{"sources": [{"model": "deep", "layer_range": [2, 6]}]}]},
         ],
-        ("document 2", "layer_range: deep has no layer 5 (it has 5)"),
+        ("document 2", "layer_range: deep has no layer 5 (it has 5, from 0 on)"),
     ),
 }  # fmt: skip
 

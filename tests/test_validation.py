@@ -345,6 +345,7 @@ def test_examples_on_both_sides_are_told(config, tmp_path, capsys):
         ("search.validation=0.01", "search.validation: 0.01 of the 15 examples that text has to search on leaves none"),
         ("search.validation=1", "search.validation: expected a share from 0 to below 1, found 1"),
         ("search.validation=0", "search: validate_every: there is no validation split; give `validation` a share"),
+        ("search.seeds=[parents, parents]", "search: seeds: parents stands twice; expected each once"),
         ("search.stop.evaluations=5", "search: stop.evaluations: 5 are fewer than the 6 candidates"),
         ("search.stop.evaluation=50", "search.stop.evaluation: unknown key (did you mean 'evaluations'?)"),
         ("search.stop.stagnation=-1", "search.stop.stagnation: expected a whole number from 1 to 1,000,000, found -1"),

@@ -104,10 +104,10 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 def check_free(target: Path, overwrite: bool) -> None:
     """Raises InputError where `target` is there, unless it is a folder and `overwrite` is set, or cannot be made."""
     if os.path.exists(target):
-        if not overwrite:
-            raise InputError(target, "exists already; choose another folder or pass --overwrite")
         if not os.path.isdir(target):
             raise InputError(target, "is a file; expected a folder name")
+        if not overwrite:
+            raise InputError(target, "exists already; choose another folder or pass --overwrite")
     elif os.path.islink(target):
         raise InputError(target, "is a link that leads nowhere; remove it or choose another folder")
     else:

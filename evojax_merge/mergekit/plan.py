@@ -359,7 +359,7 @@ def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index
         for layer in range(source.first, source.first + (part.count or 0)):
             if layer not in layers:
                 raise InputError(
-                    recipe.where, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)})"
+                    recipe.where, f"layer_range: {source.model} has no layer {layer} (it has {len(layers)}, from 0 on)"
                 )
     return head
 

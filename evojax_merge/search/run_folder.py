@@ -199,11 +199,9 @@ def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: b
     Raises InputError where it cannot be written, holds another run, or is not a run folder at all.
     """
     folder = RunFolder(path)
-    occupied = _check_place(folder, resume)
+    occupied = check_place(path, resume=resume, overwrite=overwrite)
     if occupied and resume:
         _check_same_config(folder, document)
-    elif occupied and not overwrite:
-        raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
     if resume and "generations" in document.get("search", {}):
         # Fewer generations than are saved already cannot be asked for.
         wanted = max(document["search"]["generations"], len(folder.read_history()))
@@ -245,6 +243,15 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
         if {path.name for path in files} <= {folder.config.name, folder.lock.name}:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
+
+
+def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether a run lies at a path. Raises InputError where it is neither to be resumed nor to be overwritten, where
+    something else lies there, or nothing that could be resumed."""
+    occupied = _check_place(RunFolder(path), resume)
+    if occupied and not resume and not overwrite:
+        raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
+    return occupied
 
 
 def _check_place(folder: RunFolder, resume: bool) -> bool:
