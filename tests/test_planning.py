@@ -464,6 +464,18 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
         assert found == [axis], leaves
 
 
+def test_devices_that_share_a_candidate_hold_their_parts_of_it_once(family: Family) -> None:
+    task = {"name": "words", "kind": "exact_match", "file": str(family.tasks), "max_new_tokens": 8, "heldout": 0.25}
+
+    def materialised(model: int) -> int:
+        problem = problem_of(document(family, tasks=[task], evaluation={"model": model, "chunk": 1}), "2xh100")
+        plan = make_plan(problem, problem.batched_tasks())
+        (row,) = {row.temporary_bytes: row for row in plan.passes if row.name == "materialise"}.values()
+        return row.temporary_bytes
+
+    assert materialised(1) / 2 <= materialised(2) < 0.6 * materialised(1)
+
+
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
     problem = problem_of(document(family))
     bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]
