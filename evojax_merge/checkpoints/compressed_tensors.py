@@ -42,11 +42,8 @@ from evojax_merge.checkpoints.quantised import (
 )
 from evojax_merge.errors import InputError, shown
 
-MIXED, PACKED, PLAIN = (
-    "mixed-precision",
-    "pack-quantized",
-    ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"),
-)
+MIXED, PACKED = "mixed-precision", "pack-quantized"
+PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
 # How many inputs have a scale in common, and what the scale of all does to it.
 FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
     "mxfp4-pack-quantized": (MXFP4_GROUP, None),

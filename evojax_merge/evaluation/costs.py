@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 
 from evojax_merge.evaluation.cut_axes import Axis, axis_of, cut_axes
-from evojax_merge.evaluation.targets import Target
+from evojax_merge.evaluation.targets import Platform, Target
 from evojax_merge.models.sharding import MODEL_AXIS
 
-Platform = Literal["cpu", "gpu", "tpu"]
 # How often the body of a `scan` or `while` runs.
 Trips = Callable[[Any], int]
 

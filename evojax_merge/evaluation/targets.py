@@ -28,6 +28,8 @@ CPU_CLOCK, CPU_CORE_BANDWIDTH = 3e9, 10e9
 # Its float32 operations in a cycle, by the widest vector instructions: two fused multiply-adds.
 CPU_FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "asimd": 16}
 
+Platform = Literal["cpu", "gpu", "tpu"]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -42,7 +44,7 @@ class Target:
     """
 
     name: str
-    platform: Literal["cpu", "gpu", "tpu"]
+    platform: Platform
     kind: str
     memory: int
     bandwidth: float
