@@ -475,6 +475,13 @@ WRONG: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "an alpha that is no number": (settings(lora_alpha="much"), ("lora_alpha", "much", "number")),
     "another rank than its tensors have": (settings(r=3), ("lora_A has shape [4, 48]", "expected [3, 48]")),
     "modules that are not targets": (settings(target_modules=["o_proj"]), ("target_modules", "q_proj")),
+    "targets that are no pattern": (settings(target_modules="(q_proj"), ("target_modules", "'(q_proj'", "expression")),
+    "targets of a pattern without end": (
+        settings(target_modules=r"(\w|\.|[a-z])*\d\d"), ("target_modules", "[a-z])*", "too many ways"),
+    ),
+    "ranks of a pattern of a billion parts": (
+        settings(rank_pattern={"((.{999}){999}){999}": 2}), ("rank_pattern", "repeats more than"),
+    ),
     "another base": (
         tensors(lambda own: own.update({f"{Q}.lora_A.weight": np.zeros((4, 50), np.float32)})),
         (ADAPTER_FILE, f"{Q}.lora_A has shape [4, 50]", "expected [4, 48]"),

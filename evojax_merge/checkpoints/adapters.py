@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,9 @@ from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, i
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import HEAD, known_architecture
+from evojax_merge.patterns import begins, is_all_of
+
+Number = TypeVar("Number", int, float)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -69,31 +72,25 @@ class AdapterConfig:
     ties_weights: bool
 
     def rank_of(self, module: str) -> int:
-        return self.ranks.get(_pattern_of(self.ranks, module), self.rank)
+        return self._by_pattern("rank_pattern", self.ranks, module, self.rank)
 
     def scale(self, module: str) -> float:
         """What B A of this module is multiplied with."""
         rank = self.rank_of(module)
-        alpha = self.alphas.get(_pattern_of(self.alphas, module), self.alpha)
+        alpha = self._by_pattern("alpha_pattern", self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
     def adapts(self, module: str) -> bool:
         """Whether PEFT would give this module of a base an adapter."""
         if isinstance(self.targets, str):
-            return self.targets == "all-linear" or _matches(re.fullmatch, self.targets, module)
+            where = f"{self.path}: target_modules"
+            return self.targets == "all-linear" or is_all_of(where, self.targets, module)
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
-
-def _matches(match: Any, pattern: str, module: str) -> bool:
-    try:
-        return match(pattern, module) is not None
-    except re.error:
-        return False
-
-
-def _pattern_of(patterns: Mapping[str, Any], module: str) -> str:
-    """The first pattern that is the module's name or an end of it, as PEFT looks them up."""
-    return next((one for one in patterns if _matches(re.match, rf"(.*\.)?({one})$", module)), module)
+    def _by_pattern(self, key: str, values: Mapping[str, Number], module: str, default: Number) -> Number:
+        """The value of the first pattern that is the module's name or an end of it, as PEFT looks them up."""
+        where = f"{self.path}: {key}"
+        return next((one for text, one in values.items() if begins(where, rf"(.*\.)?({text})$", module)), default)
 
 
 def is_adapter(path: Path) -> bool:

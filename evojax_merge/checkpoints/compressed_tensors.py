@@ -15,15 +15,12 @@ is of: by their names, by patterns (`re:…`), or by their class, in this order.
 (see `fp4`), the former with a `weight_global_scale`, by which the scales of the groups are divided.
 """
 
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import regex
 
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
@@ -41,6 +38,7 @@ from evojax_merge.checkpoints.quantised import (
     unpack,
 )
 from evojax_merge.errors import InputError, shown
+from evojax_merge.patterns import begins
 
 MIXED, PACKED = "mixed-precision", "pack-quantized"
 PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
@@ -52,10 +50,6 @@ FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
 SCALE, SHAPE = ".weight_scale", ".weight_shape"
 # What a target that is a regular expression begins with.
 PATTERN = "re:"
-# How long a pattern may be, how many times its counted repetitions may multiply (they are written out when it is
-# compiled), and how long it is looked for in a module's name, in seconds.
-LONGEST, MOST_REPEATED, PATIENCE = 100_000, 1_000, 0.2
-COUNTED = re.compile(r"\{(?:\d*,)?(\d{1,9})")
 # What a matrix may be made of, behind its module's `weight`.
 _SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_zero_point", "_shape", "_g_idx")
 
@@ -155,42 +149,22 @@ def _group(quantised: Path, row: Mapping[str, Any], how: Any) -> Group:
 
 def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
     """The group that a module belongs to: the first that has its name, else the first with a pattern that its name
-    begins with, else the first that names a class, which may be any module's. Raises InputError where there is none."""
+    begins with, else the first that names a class, which may be any module's. Raises InputError where there is none,
+    and for a pattern that is none."""
     if all((one.how, one.weights) == (groups[0].how, groups[0].weights) for one in groups):
         return groups[0]
+    where = f"{quantised / 'config.json'}: quantization_config.config_groups"
     tests: tuple[Callable[[str], bool], ...] = (
         lambda target: target == module,
-        lambda target: target.startswith(PATTERN) and _begins(quantised, target.removeprefix(PATTERN), module),
+        lambda target: target.startswith(PATTERN) and begins(where, target.removeprefix(PATTERN), module),
         # Classes have no points in their names, and modules begin with small letters.
         lambda target: target[:1].isupper() and "." not in target,
     )
     found = (group for test in tests for group in groups if any(map(test, group.targets)))
     group = next(found, None)
     if group is None:
-        raise InputError(
-            quantised / "config.json", f"quantization_config.config_groups: none of them has {module}, whose weight is "
-            "quantised",
-        )  # fmt: skip
+        raise InputError(where, f"none of them has {module}, whose weight is quantised")
     return group
-
-
-def _begins(quantised: Path, pattern: str, module: str) -> bool:
-    """Whether a pattern of a stranger's fits the beginning of a name."""
-    small = len(pattern) <= LONGEST and _parts(pattern) <= MOST_REPEATED
-    try:
-        if small:
-            return regex.match(pattern, module, timeout=PATIENCE) is not None
-    except (regex.error, TimeoutError, MemoryError, RecursionError):
-        pass
-    raise InputError(
-        quantised / "config.json", f"quantization_config.config_groups: {shown(PATTERN + pattern)}; expected a regular "
-        "expression that is looked for in no time",
-    )  # fmt: skip
-
-
-def _parts(pattern: str) -> int:
-    """How many parts one part of a pattern may be written out to."""
-    return math.prod(max(1, int(count)) for count in COUNTED.findall(pattern))
 
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
