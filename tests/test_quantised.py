@@ -494,7 +494,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
             "a": {"targets": ["re:x{0}((.{999}){999}){999}"], "weights": {"num_bits": 4}},
             "b": {"weights": {"num_bits": 8}},
         }),
-        ("config_groups", "regular expression"),
+        ("config_groups", "repeats more than"),
     ),
     "groups of no pattern": (
         "compressed-tensors, packed",
