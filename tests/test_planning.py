@@ -66,6 +66,9 @@ def test_targets_by_name() -> None:
     for name, meant in {"h10O": "h100", "h100x4": "4xh100", "H100:8": "8xh100", "v5e8": "v5e-8"}.items():
         with pytest.raises(InputError, match=f"no target '{name}' .did you mean '{meant}'"):
             find_target("--target", name)
+    for name, sizes in {"0xh100": "h100, 2xh100, 4xh100, 8xh100", "v5p": "v5p-8, v5p-16, v5p-32, v5p-64"}.items():
+        with pytest.raises(InputError, match=f"no target '{name}'; expected one of {sizes}"):
+            find_target("--target", name)
     with pytest.raises(InputError, match=r"evaluation.model: 3 does not divide the 4 devices"):
         v5e.check_shards("evaluation.model", 3)
 

@@ -138,6 +138,11 @@ def target_names() -> list[str]:
     return ["cpu", *gpus, *(f"{chip}-{size}" for chip, sizes in _SLICES.items() for size in sizes)]
 
 
+def _chip(name: str) -> str:
+    """The chip of a target's name: what stands behind a number of GPUs, or before a slice's size."""
+    return re.sub(r"^\d+x|-\d+$", "", name)
+
+
 def find_target(where: str, name: str) -> Target:
     """The target of a name: `cpu` (this machine's), a GPU (`h100`, `8xh100`), or a TPU slice (`v5p-8`). Raises
     InputError with the nearest known name."""
@@ -146,7 +151,10 @@ def find_target(where: str, name: str) -> Target:
     if name not in target_names():
         # The number of GPUs stands before their name.
         turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower())
-        raise InputError(where, f"there is no target {name!r}{did_you_mean(turned, target_names())}")
+        of_the_chip = [known for known in target_names() if known != "cpu" and _chip(known) == _chip(turned)]
+        other_size = bool(of_the_chip) and turned not in of_the_chip
+        hint = f"; expected one of {', '.join(of_the_chip)}" if other_size else did_you_mean(turned, target_names())
+        raise InputError(where, f"there is no target {name!r}{hint}")
     if found := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
         count, chip = int(found[1] or 1), _GPUS[found[2]]
         return replace(chip, name=name, devices=count, memory=int(gpu_memory_fraction() * chip.memory))
