@@ -88,13 +88,13 @@ def make_plan(
         return _passes_of_tasks(final, finalists, tasks, planned_passes, None)
 
     def cost_on(tasks: Sequence[BatchedTask] | None, count: int) -> Cost:
-        return _cost(final_passes(tasks)) * count if tasks and count else Cost()
+        return _cost(final_passes(tasks), target) * count if tasks and count else Cost()
 
     scored = passes_on(splits.shards, whole, ask=True)
     known = population(whole).differentiable() is not None
     differentiated = passes_on(minibatches, starts, planned_gradient_passes if known else planned_passes, ask=True)
     share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
-    candidate, gradient = _cost(scored), _cost(differentiated) * share
+    candidate, gradient = _cost(scored, target), _cost(differentiated, problem.target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
     counts = candidates_to_select(problem)
@@ -243,8 +243,8 @@ class _NothingFits(Exception):
     """Not even one candidate's pass over one row fits."""
 
 
-def _cost(passes: Sequence[SizedPass]) -> Cost:
-    return sum((one.planned.cost for one in passes), Cost())
+def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
+    return sum((one.planned.cost(target) for one in passes), Cost())
 
 
 def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
@@ -261,7 +261,7 @@ def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[Pass
     rows: dict[tuple[Any, ...], PassPlan] = {}
     for sized in passes:
         one = sized.planned
-        cost, key = one.cost, (one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info))
+        cost, key = one.cost(target), (one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info))
         report = sized.report
         fresh = PassPlan(
             one.task, one.name, one.candidates, one.runs, one.steps, sized.held_bytes, sized.temporary_bytes,

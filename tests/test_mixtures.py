@@ -21,10 +21,19 @@ from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.config import SpaceConfig
 from evojax_merge.errors import InputError
+from evojax_merge.evaluation.costs import cost_of
 from evojax_merge.mergekit.write import dump_yaml, recipe_document
 from evojax_merge.models.bank import MergeSpec, take_candidate
 from evojax_merge.models.families import mixture
-from evojax_merge.models.families.mixture import MixtureConfig, blocked_experts, ragged_experts
+from evojax_merge.models.families.mixture import (
+    FEW_TOKENS,
+    MixtureConfig,
+    blocked_experts,
+    every_expert,
+    gathered_experts,
+    gpu_experts,
+    joined_ragged_experts,
+)
 from evojax_merge.models.sources import lazy_merge
 from evojax_merge.problem import build_space
 
@@ -61,7 +70,11 @@ def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray
     return found
 
 
-@pytest.mark.parametrize("compute", [blocked_experts, ragged_experts])
+# What a CPU, a TPU, and a GPU by the number of tokens compute.
+COMPUTES = [blocked_experts, joined_ragged_experts, gathered_experts, every_expert]
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "per_token", "crowded"),
     daily([(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)], 2),
@@ -86,8 +99,9 @@ def test_each_token_meets_its_experts(
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_are_differentiated_as_in_one_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first expert takes every token, in two blocks; the last takes none."""
+@pytest.mark.parametrize("compute", COMPUTES)
+def test_experts_are_differentiated_as_in_one_sum(compute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of two candidates at a time. The first expert takes every token, in two blocks; the last takes none."""
     monkeypatch.setattr(mixture, "SIZES", 2)
     config, rng = mixture_of(4, 2), np.random.default_rng(3)
     x = rng.normal(size=(90, config.hidden)).astype(np.float32)
@@ -102,13 +116,31 @@ def test_experts_are_differentiated_as_in_one_sum(monkeypatch: pytest.MonkeyPatc
         )
 
     def slopes(compute: Any) -> Any:
-        return jax.jit(jax.grad(lambda weights, x: (compute(weights, x) * cotangent).sum(), (0, 1)))(
-            weights_of(config, 0), x
-        )
+        of_one = jax.grad(lambda weights, x: (compute(weights, x) * cotangent).sum(), (0, 1))
+        weights = jax.tree.map(lambda *leaves: np.stack(leaves), weights_of(config, 0), weights_of(config, 1))
+        return jax.jit(jax.vmap(of_one))(weights, np.stack([x, x[::-1]]))
 
     expected = slopes(everywhere)
-    found = slopes(lambda weights, x: blocked_experts(config, weights, x, chosen))
+    found = slopes(lambda weights, x: compute(config, weights, x, chosen))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3), found, expected)
+
+
+@pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (64, 8)])
+def test_a_gpu_computes_little_in_vain(experts: int, per_token: int) -> None:
+    """Of many tokens one and a half times what they need, also of many experts; of few nothing larger than that of all
+    experts, once."""
+    config = mixture_of(experts, per_token)
+    weights = {name: jnp.asarray(values) for name, values in weights_of(config, 0).items()}
+
+    def flops(tokens: int) -> float:
+        jaxpr = jax.make_jaxpr(lambda *operands: gpu_experts(config, *operands))(
+            weights, jnp.zeros((tokens, config.hidden)), jnp.zeros((tokens, per_token), jnp.int32)
+        )
+        products = cost_of(jaxpr).products
+        return sum(one.flops * count for one, count in products.items()) / (6 * tokens * config.hidden * config.mlp)
+
+    assert per_token <= flops(4096) < 1.6 * per_token
+    assert flops(FEW_TOKENS) == experts
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,7 +235,7 @@ def test_a_router_may_go_with_another_component(components: list[str], groups: l
             build_space("space", config, METHODS["linear"], ["one", "two"], dense)
 
 
-@pytest.mark.parametrize(("compute", "mlp"), [(blocked_experts, 24), (ragged_experts, 28)])
+@pytest.mark.parametrize(("compute", "mlp"), daily(list(zip(COMPUTES, (24, 28, 20, 16), strict=True)), 2))
 def test_candidates_side_by_side_score_as_they_do_alone(
     compute: Any, mlp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

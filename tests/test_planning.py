@@ -167,6 +167,18 @@ def test_ragged_products_count_each_row_once() -> None:
     assert {product.flops for product in products(9, (0, 1))} == {2 * 9 * 4 * 6}
 
 
+def test_what_is_compiled_for_a_platform_is_what_counts_there() -> None:
+    def times(count: int) -> Any:
+        return lambda x: jnp.linalg.matrix_power(x, 2**count)
+
+    def program(x: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, cpu=times(1), cuda=times(3), default=times(2))
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((4, 4)))
+    found = {platform: cost_of(jaxpr, platform=platform).products.total() for platform in ("cpu", "gpu", "tpu", None)}
+    assert found == {"cpu": 1, "gpu": 3, "tpu": 2, None: 2}
+
+
 def test_temporaries_live_from_where_they_are_computed_to_their_last_use() -> None:
     def program(x: jax.Array, w: jax.Array) -> jax.Array:
         # Two products at a time at most; what is elementwise is part of what uses it.
@@ -593,7 +605,7 @@ def test_wrong_options_of_plan(family: Family, tmp_path: Path, capfd: pytest.Cap
     config, taken = tmp_path / "config.yaml", tmp_path / "mine.json"
     config.write_text(yaml.safe_dump(document(family)))
     assert command("plan", config, "--target", "v5p-9") == 2
-    assert "--target: there is no target 'v5p-9' (did you mean" in capfd.readouterr().err
+    assert "--target: there is no target 'v5p-9'; expected one of v5p-8" in capfd.readouterr().err
     taken.write_text('{"mine": 1}')
     assert command("plan", config, "--json", taken) == 2
     assert "holds no plan" in capfd.readouterr().err and taken.read_text() == '{"mine": 1}'

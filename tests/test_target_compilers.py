@@ -25,6 +25,10 @@ SIZES: dict[str, Any] = {
     "hidden_size": 512, "intermediate_size": 1280, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 4096, "head_dim": 64, "tie_word_embeddings": False,
 }  # fmt: skip
+MIXTURE: dict[str, Any] = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "intermediate_size": 768, "num_hidden_layers": 2,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
 SOURCES = 3
 # A target, and how many of its devices share a candidate; of several hosts one is compiled for.
 CASES = [("v5e-1", 1), ("v5e-16", 4), ("v5e-8", 4), ("h100", 1), ("4xh100", 4)]
@@ -129,6 +133,20 @@ def test_devices_that_share_a_candidate_exchange_activations(compiled: Any, name
     others = 4
     assert exchanged["all-reduce"][0] - 2 * SIZES["num_hidden_layers"] in range(1, others + 1)
     assert sum(nbytes for _, nbytes in exchanged.values()) < found.plan.bank_bytes / 2
+
+
+@pytest.mark.parametrize(("name", "model", "chunk"), [("v5e-1", 1, 2), ("v5e-8", 4, 2), ("h100", 1, 2)])
+def test_mixtures_are_compiled(name: str, model: int, chunk: int, family: Family, tmp_path: Path) -> None:
+    """Several candidates side by side, and parts of every expert on devices that share a candidate, which exchange no
+    more than those of a dense model."""
+    sizes = SIZES | MIXTURE
+    models = header_models(family, tmp_path, sizes, ("base", "a", "b"))
+    plan, (program,) = compile_passes(family, models, name, {"model": model, "chunk": chunk})
+    assert plan.fits
+    exchanged = collectives(program)
+    assert set(exchanged) == ({"all-reduce"} if model > 1 else set())
+    if model > 1:
+        assert exchanged["all-reduce"][0] - 2 * sizes["num_hidden_layers"] in range(1, 5)
 
 
 def test_devices_that_share_a_candidate_exchange_activations_when_it_generates(generating: Any) -> None:

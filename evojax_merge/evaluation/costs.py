@@ -114,22 +114,21 @@ def scan_length(eqn: Any) -> int:
     return int(eqn.params["length"]) if eqn.primitive.name == "scan" else 1
 
 
-def cost_of(jaxpr: Any, trips: Trips = scan_length) -> Cost:
+def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = None) -> Cost:
     """What a closed jaxpr computes. Of branches the one with the most FLOPs counts; where what the program is compiled
-    for chooses, the default."""
+    for chooses, that of `platform`."""
     products: Counter[Product] = Counter()
     elementwise = 0.0
     rest = Cost()
     for eqn in jaxpr.jaxpr.eqns:
         name = eqn.primitive.name
-        inner = [cost_of(part, trips) for part in _parts(eqn)]
+        inner = [cost_of(part, trips, platform) for part in _parts(eqn, platform)]
         if name == "dot_general":
             products[_product(eqn)] += 1
         elif name == "ragged_dot_general":
             products[_ragged_product(eqn)] += 1
         elif name == "cond":
-            by_platform = eqn.params.get("branches_platforms") is not None
-            rest += inner[-1] if by_platform else max(inner, key=lambda cost: cost.flops)
+            rest += max(inner, key=lambda cost: cost.flops)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
             rest += sum(inner, Cost()) * times
@@ -201,10 +200,16 @@ def _ragged_product(eqn: Any) -> Product:
     return Product(flops, _nbytes(rows) + read + _nbytes(out), str(rows.dtype))
 
 
-def _parts(eqn: Any) -> Iterator[Any]:
+def _parts(eqn: Any, platform: Platform | None) -> Iterator[Any]:
     """The closed jaxprs that an equation runs on what it is given; not how a kernel, such as a scatter that adds,
-    combines two entries."""
+    combines two entries. Of branches that are for a platform each, the one for `platform`; for None the default."""
     if eqn.primitive.name.startswith(_COMBINING):
+        return
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None:
+        name = "cuda" if platform == "gpu" else platform
+        own = next((i for i, names in enumerate(platforms) if names is not None and name in names), -1)
+        yield _closed(eqn.params["branches"][own])
         return
     for name, value in eqn.params.items():
         # Of a custom derivative only the function itself is run.
@@ -318,7 +323,7 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
 
         for eqn in jaxpr.jaxpr.eqns:
             operands, name = tuple(number(value) for value in eqn.invars), eqn.primitive.name
-            parts = list(_parts(eqn))
+            parts = list(_parts(eqn, setting.platform))
             if name not in ("scan", "while", "cond", "shard_map") and _is_call(eqn, parts):
                 numbers |= dict(zip(eqn.outvars, run(parts[0], operands), strict=True))
                 continue

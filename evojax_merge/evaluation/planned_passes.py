@@ -7,7 +7,7 @@ it through a chunk of candidates. Nothing is run, and nothing but headers need b
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -89,14 +89,15 @@ class PlannedPass:
     merge_bytes: int = 0
     held_bytes: int = 0
 
-    @cached_property
-    def cost(self) -> Cost:
+    def cost(self, target: Target) -> Cost:
         """Of all its runs, for one candidate."""
+        # How many blocks of a mixture's tokens a CPU computes, the program finds: counted is each token once.
+        platform = None if target.platform == "cpu" else target.platform
 
         def trips(eqn: Any) -> int:
             return self.steps if eqn.primitive.name == "while" else scan_length(eqn)
 
-        computed = cost_of(self.traced.jaxpr, trips) * (self.runs / self.candidates)
+        computed = cost_of(self.traced.jaxpr, trips, platform) * (self.runs / self.candidates)
         return computed + Cost(merge_bytes=float(self.merge_bytes * self.runs))
 
 

@@ -4,7 +4,7 @@ A Llama-like decoder in which each layer has E gated MLPs (*experts*) in place o
 experts and their weights, and only those are computed. Letters: N tokens, E experts, A of them for each token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +18,12 @@ from evojax_merge.models.config import LlamaLikeConfig
 from evojax_merge.models.config_keys import SIZE, Expected
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, matmul, rms_norm
+from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_of
 
 # On a CPU blocks of one expert's tokens have one of so many sizes, which differ by multiples of so many rows.
 SIZES, LEAST_STEP = 8, 32
+# On a GPU of so many tokens every expert is computed; else so many blocks of tokens at a time.
+FEW_TOKENS, BLOCKS_AT_ONCE = 1024, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +80,10 @@ def route(config: MixtureConfig, weights: Weights, x: jax.Array) -> tuple[jax.Ar
 
 
 def ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """The tokens sorted by expert, and matmuls of their runs: what accelerators have an instruction for."""
+    """The tokens sorted by expert, and matmuls of their runs, for which TPUs have a kernel."""
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
-    sizes = jnp.bincount(chosen, length=config.experts).astype(jnp.int32)
+    sizes = jnp.bincount(chosen, length=len(weights["gate"])).astype(jnp.int32)
     numbers = jax.lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )
@@ -91,6 +94,94 @@ def ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, expert
     rows = x[order // experts.shape[1]]
     rows = dot(ACTIVATIONS[config.activation](dot(rows, "gate")) * dot(rows, "up"), "down")
     return rows[jnp.argsort(order)].reshape(*experts.shape, -1)
+
+
+def side_by_side(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute(weights, x, experts, …)` of one candidate, whose vmap is one call for all P of them: their experts are
+    P E experts, and their tokens P N tokens. (A ragged matmul of a TPU takes no batch of groups.)
+
+    All that it is given and finds has an axis of experts or of tokens in front.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(*given: Any) -> Any:
+        return compute(*given)
+
+    @run.def_vmap
+    def of_all(candidates: int, batched: Sequence[Any], *given: Any) -> Any:
+        def each(leaf: jax.Array, has_candidates: bool) -> jax.Array:
+            return leaf if has_candidates else jnp.broadcast_to(leaf, (candidates, *leaf.shape))
+
+        weights, x, experts, *rest = jax.tree.map(each, given, tuple(batched))
+        experts = experts + weights["gate"].shape[1] * jnp.arange(candidates, dtype=experts.dtype)[:, None, None]
+        joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (weights, x, experts, *rest))
+        found = jax.tree.map(lambda leaf: leaf.reshape(candidates, -1, *leaf.shape[1:]), run(*joined))
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def joined_ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
+    """`ragged_experts`, of several candidates as of one with all of their experts."""
+    return side_by_side(partial(ragged_experts, config))(weights, x, experts)
+
+
+def _joined_forward(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> tuple[jax.Array, Any]:
+    return joined_ragged_experts(config, weights, x, experts), (weights, x, experts)
+
+
+def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array) -> Any:
+    def backward(weights: Weights, x: jax.Array, experts: jax.Array, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
+        _, pull_back = jax.vjp(lambda weights, x: ragged_experts(config, weights, x, experts), weights, x)
+        return pull_back(cotangent)
+
+    return (*side_by_side(backward)(*operands, cotangent), None)
+
+
+joined_ragged_experts.defvjp(_joined_forward, _joined_backward)
+
+
+def every_expert(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
+    """Every expert of every token, of which those that it has are picked."""
+    found = jax.vmap(lambda own: llama_like.gated_mlp(config, own, x))(weights)
+    return found[experts, jnp.arange(len(x))[:, None]]
+
+
+def gathered_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
+    """The tokens sorted by expert, in blocks of one size of which each is one expert's, and batched matmuls of several
+    blocks with copies of their experts' weights.
+
+    On a GPU XLA computes a ragged matmul as one of every row with every expert, and the host waits for the device where
+    the number of a loop's steps is the program's to find. Here the blocks are as many as there may be: of half the size
+    of what an expert takes on average, one and a half times the rows.
+    """
+    tokens, per_token = experts.shape
+    chosen, total = experts.reshape(-1), experts.size
+    size = max(LEAST_STEP, total // (2 * config.experts))
+    blocks = blocks_of(jnp.bincount(chosen, length=config.experts), total, (size,))
+    order = jnp.argsort(chosen, stable=True)
+    # Of each place in the blocks, which expert of which token is computed there; `total`: none.
+    within = jnp.arange(size)
+    slots = jnp.where(
+        within < blocks.rows[:, None], order[jnp.minimum(blocks.begin[:, None] + within, total - 1)], total
+    )
+
+    @jax.checkpoint  # Else the derivative would keep the weights of all blocks.
+    def of_block(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert, slots = operands
+        own = {name: leaf[expert] for name, leaf in weights.items()}
+        return llama_like.gated_mlp(config, own, x[jnp.minimum(slots // per_token, tokens - 1)])
+
+    found = jax.lax.map(of_block, (blocks.expert, slots), batch_size=min(len(slots), BLOCKS_AT_ONCE))
+    place = jnp.zeros(total, slots.dtype).at[slots.reshape(-1)].set(jnp.arange(slots.size), mode="drop")
+    return found.reshape(slots.size, -1)[place].reshape(tokens, per_token, -1)
+
+
+def gpu_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
+    """Of few tokens every expert of each, for the weights of most experts are read anyway, and once."""
+    compute = every_expert if len(x) <= FEW_TOKENS else gathered_experts
+    return compute(config, weights, x, experts)
 
 
 def block_sizes(tokens: int, per_token: int, experts: int) -> tuple[int, ...]:
@@ -215,6 +306,20 @@ def _operands(weights: Weights, rows: jax.Array, block: Blocks, size: int) -> tu
     return own, jax.lax.dynamic_slice_in_dim(rows, block.begin, size)
 
 
+def weighted_experts(
+    config: MixtureConfig, weights: Weights, x: jax.Array, shares: jax.Array, experts: jax.Array
+) -> jax.Array:
+    """What the experts of each token make of `[N, hidden]`, by their weights float32[N, A], added up."""
+    # By what the program is compiled for, which need not be what is here.
+    found = jax.lax.platform_dependent(
+        weights, x, experts, cpu=partial(blocked_experts, config), cuda=partial(gpu_experts, config),
+        default=partial(joined_ragged_experts, config),
+    )  # fmt: skip
+    # A batched product of a row with a matrix would not be fused with what picks the rows.
+    weighted = (shares[:, a, None] * found[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
+    return sum(weighted, jnp.float32(0)).astype(x.dtype)
+
+
 def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
     """What the experts of each token, and the one that takes every token, make of `[B, T, hidden]`, added up."""
     rows = x.reshape(-1, x.shape[-1])
@@ -222,13 +327,16 @@ def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
         shares, experts = route(config, weights, rows)
     own = {name: weights[name] for name in ("gate", "up", "down")}
     with jax.named_scope("experts"):
-        # By what the program is compiled for, which need not be what is here.
-        found = jax.lax.platform_dependent(
-            own, rows, experts, cpu=partial(blocked_experts, config), default=partial(ragged_experts, config)
-        )
-        # A batched product of a row with a matrix would not be fused with what picks the rows.
-        weighted = (shares[:, a, None] * found[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
-        total = sum(weighted, jnp.float32(0)).astype(x.dtype)
+        if shards_of(config.mlp) == 1:
+            total = weighted_experts(config, own, rows, shares, experts)
+        else:
+            # Each device has a part of every expert; left to itself the compiler adds up what it finds block by block.
+            cuts = {"gate": cut_at(3, -2), "up": cut_at(3, -2), "down": cut_at(3, -1)}, *[cut_at(2, None)] * 3
+
+            def part(device: jax.Array, *operands: Any) -> jax.Array:
+                return jax.lax.psum(weighted_experts(config, *operands), MODEL_AXIS)
+
+            total = map_shards(part, cuts, cut_at(2, None), own, rows, shares, experts)
     if config.shared_mlp:
         own = {name: weights[f"shared_{name}"] for name in ("gate", "up", "down")}
         open_ = jax.nn.sigmoid(matmul(rows, weights["shared_expert_gate"]))
