@@ -133,7 +133,8 @@ def _joined_forward(config: MixtureConfig, weights: Weights, x: jax.Array, exper
 
 def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array) -> Any:
     def backward(weights: Weights, x: jax.Array, experts: jax.Array, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
-        _, pull_back = jax.vjp(lambda weights, x: ragged_experts(config, weights, x, experts), weights, x)
+        # A TPU's kernel is of the product alone: derivatives by the weights would be of every row with every expert.
+        _, pull_back = jax.vjp(lambda weights, x: gathered_experts(config, weights, x, experts), weights, x)
         return pull_back(cotangent)
 
     return (*side_by_side(backward)(*operands, cotangent), None)
@@ -157,9 +158,9 @@ def gathered_experts(config: MixtureConfig, weights: Weights, x: jax.Array, expe
     of what an expert takes on average, one and a half times the rows.
     """
     tokens, per_token = experts.shape
-    chosen, total = experts.reshape(-1), experts.size
-    size = max(LEAST_STEP, total // (2 * config.experts))
-    blocks = blocks_of(jnp.bincount(chosen, length=config.experts), total, (size,))
+    chosen, total, count = experts.reshape(-1), experts.size, len(weights["gate"])
+    size = max(LEAST_STEP, total // (2 * count))
+    blocks = blocks_of(jnp.bincount(chosen, length=count), total, (size,))
     order = jnp.argsort(chosen, stable=True)
     # Of each place in the blocks, which expert of which token is computed there; `total`: none.
     within = jnp.arange(size)
