@@ -153,6 +153,17 @@ def test_other_numbers_of_rows_are_refused_as_by_mergekit(llamas: Path, monkeypa
         ours(llamas, document)
 
 
+def test_a_head_with_fewer_rows_than_the_embedding_is_refused(llamas: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llamas / "two", llamas / "shorter")
+    file = llamas / "shorter" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:62].clone()}, file, {"format": "pt"})
+    with pytest.raises(InputError, match=r"shorter: lm_head\.weight has 62 rows, but model\.embed_tokens\.weight 64;"):
+        ours(llamas, merge("base", "shorter", base_model="base", tokenizer_source="base"))
+
+
 def test_a_model_without_a_tokenizer_has_the_base_s(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(llamas / "two", llamas / "bare", ignore=shutil.ignore_patterns("*token*"))
     document = merge("two", "bare", base_model="base", tokenizer_source="union")

@@ -455,6 +455,8 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None
     for s, own in row.inputs:
         if sources.name_in(s, own) not in sources.folders[s].entries:
             raise InputError(sources.folders[s].path, f"has no tensor {own}")
+        if sources.vocabulary is not None and sources.has_rows(own):
+            _check_token_rows(sources, s, own)
     (first, name), *others = row.inputs
     expected = sources.shape(first, name)
     for s, own in others:
@@ -471,6 +473,17 @@ def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None
                 f"{own} is {sources.entry(s, own).dtype}, but {sources.entry(first, name).dtype} in "
                 f"{sources.folders[first].path}",
             )
+
+
+def _check_token_rows(sources: Sources, source: int, tensor: str) -> None:
+    """A head, or its bias, has a row for each token that the embedding has."""
+    embedding = sources.token_tensors.embedding
+    rows, expected = sources.entry(source, tensor).shape[0], sources.entry(source, embedding).shape[0]
+    if rows < expected:
+        raise InputError(
+            sources.folders[source].path,
+            f"{tensor} has {rows:,} rows, but {embedding} {expected:,}; expected as many, one for each token",
+        )
 
 
 def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
