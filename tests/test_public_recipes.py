@@ -737,18 +737,22 @@ def test_heads_of_other_trainings_are_left_out_of_any_architecture(
     for model, name in ((base, "a"), (finetune(base, 1), "b")):
         save(model, tmp_path / name)
     file, heads = tmp_path / "b" / "model.safetensors", ("score.weight", "v_head.summary.weight")
-    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    mask = "model.layers.0.attn.bias"
+    tables = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), mask: torch.ones(1, 1, 4, 4)}
     save_file(load_file(file) | {name: torch.ones(2, 16) for name in heads} | tables, file, {"format": "pt"})
     capfd.readouterr()
     found = merged(tmp_path, LINEAR, tmp_path / "found")
     (told,) = warnings_in(capfd.readouterr().err)
-    assert told.startswith(f"{tmp_path / 'b'}: model.layers.0.self_attn.rotary_emb.inv_freq, score.weight, v_head."), (
+    assert told.startswith(f"{tmp_path / 'b'}: {mask}, model.layers.0.self_attn.rotary_emb.inv_freq, score.weight …"), (
         told
     )
     assert_same_weights(found, mergekits(tmp_path, LINEAR, tmp_path / "expected"))
     edit_json(tmp_path / "a/config.json", lambda config: config.update(architectures=["PhiForSequenceClassification"]))
     assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
     assert capfd.readouterr().err.rstrip().endswith("score.weight")
+    save_file({**load_file(file), mask: torch.ones(16)}, file, {"format": "pt"})
+    assert command("merge", tmp_path / "found.yaml", tmp_path / "refused") == 2
+    assert mask in capfd.readouterr().err
 
 
 def test_tensors_that_not_all_models_have_alike(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,8 @@ WORKERS = min(4, os.cpu_count() or 1)
 # learning and what only classifiers read, by how names begin, and tables that a model makes anew, by how they end.
 VALUE_HEADS, CLASSIFIER_HEADS = ("v_head.", "value_head."), ("score.",)
 TABLES = (*BUFFERS, ".attn.masked_bias", ".attention.masked_bias", "embeddings.position_ids")
+# A causal mask, which older files hold as a matrix where newer classes have none.
+CAUSAL_MASKS = (".attn.bias", ".attention.bias")
 
 
 @dataclass(frozen=True)
@@ -362,10 +364,17 @@ def _without_strays(
     classifies = isinstance(classes, list) and any("Classification" in str(one) for one in classes)
     heads = VALUE_HEADS if classifies else VALUE_HEADS + CLASSIFIER_HEADS
 
+    masks = {
+        name for folder in folders for name, entry in folder.entries.items()
+        if name.endswith(CAUSAL_MASKS) and len(entry.shape) == 4
+    }  # fmt: skip
+
     def is_stray(name: str) -> bool:
-        listed = decoder is not None and decoder.leaf_of(name) is not None
-        unread = not listed if decoder is not None else name.startswith(heads) or name.endswith(TABLES)
-        return unread and name not in known and _mismatch(recipe, name) == "refuse"
+        if name in known or _mismatch(recipe, name) != "refuse":
+            return False
+        if decoder is not None:
+            return decoder.leaf_of(name) is None
+        return name.startswith(heads) or name.endswith(TABLES) or name in masks
 
     warnings = []
     for folder, own in zip(folders, names, strict=True):
