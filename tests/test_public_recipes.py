@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +607,55 @@ modules:
 parameters: {weight: 0.5}
 dtype: float32
 """
+
+
+def in_memory_names(source: Path, target: Path) -> None:
+    """A model with the names that transformers has in memory."""
+    kind = getattr(transformers, json.loads((source / "config.json").read_text())["architectures"][0])
+    kind.from_pretrained(source).save_pretrained(target, save_original_format=False)
+
+
+def older_names(source: Path, target: Path) -> None:
+    """A model with the names that vision towers had before."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in tensors}
+    save_file({names[name]: values for name, values in tensors.items()}, target / "model.safetensors", {"format": "pt"})
+
+
+def qwen_models(root: Path) -> None:
+    """Models whose text decoder has no prefix of its own in files, `vlm-a` and `vlm-b`."""
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    text = {**SMALL, "num_key_value_heads": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    for seed, name in enumerate(("vlm-a", "vlm-b")):
+        torch.manual_seed(seed)
+        transformers.Qwen2VLForConditionalGeneration(config).save_pretrained(root / name)
+
+
+@pytest.mark.parametrize(
+    ("build", "rename"),
+    [(vision_language_models, in_memory_names), (vision_language_models, older_names), (qwen_models, in_memory_names)],
+)
+def test_tensors_of_older_and_newer_names_are_one(
+    build: Callable[[Path], None], rename: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    """The result has the names of the first model. mergekit refuses such models, or leaves the other's tensors out."""
+    build(tmp_path)
+    rename(tmp_path / "vlm-b", tmp_path / "vlm-c")
+
+    def merge_of(first: str, second: str) -> dict[str, np.ndarray]:
+        text = (
+            f"merge_method: linear\nmodels: [{{model: {first}, parameters: {{weight: 1}}}}, {{model: {second}}}]\n"
+            "parameters: {weight: 3}\n"
+        )
+        return state(merged(tmp_path, text, tmp_path / f"{first}-{second}"))
+
+    expected, found = merge_of("vlm-a", "vlm-b"), merge_of("vlm-a", "vlm-c")
+    assert expected.keys() == found.keys() == state(tmp_path / "vlm-a").keys() != state(tmp_path / "vlm-c").keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert merge_of("vlm-c", "vlm-a").keys() == state(tmp_path / "vlm-c").keys()
 
 
 def test_an_encoder_and_a_decoder_are_made_of_slices(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

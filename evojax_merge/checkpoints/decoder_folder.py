@@ -8,7 +8,7 @@ that reads images, the text decoder has a prefix of its own (`language_model.mod
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,14 @@ from evojax_merge.models.config import DecoderConfig
 
 # What transformers calls the head of every model.
 LM_HEAD = "lm_head.weight"
+# How older files of larger models begin the names of tensors, and how transformers does in memory: one after the other.
+IN_MEMORY = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model.language_model."),
+    (re.compile(r"^model\.(?=(embed_tokens|layers|norm)\.)"), "model.language_model."),
+    (re.compile(r"^(?!model\.|lm_head\.)"), "model."),
+    (re.compile(r"^model\.vision_tower\.vision_model\."), "model.vision_tower."),
+)
 
 
 @dataclass(frozen=True)
@@ -217,6 +225,23 @@ def _parts(architecture: Architecture, name: str, entry: Tensor) -> dict[str, Te
 def as_it_is(folder: Folder) -> DecoderFolder:
     """All tensors of a folder, with the names that they have."""
     return DecoderFolder(folder.path, folder.entries, folder)
+
+
+def named_alike(folder: DecoderFolder, expected: DecoderFolder) -> DecoderFolder:
+    """A model with the names that another one of its kind has in its files, which may be older or newer; as it is where
+    it has those already, or where two of its tensors would have one name."""
+    theirs = {_name_in_memory(name): name for name in expected.entries}
+    renamed = {
+        name if name in expected.entries else theirs.get(_name_in_memory(name), name): entry
+        for name, entry in folder.entries.items()
+    }
+    return replace(folder, entries=renamed) if len(renamed) == len(folder.entries) else folder
+
+
+def _name_in_memory(name: str) -> str:
+    for pattern, begin in IN_MEMORY:
+        name = pattern.sub(begin, name)
+    return name
 
 
 def _body(architecture: Architecture) -> str:

@@ -29,7 +29,7 @@ from evojax_merge.checkpoints.config_file import (
     is_larger_model,
     layer_types,
 )
-from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of, named_alike
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import is_finite, is_float
 from evojax_merge.checkpoints.json_files import read_json_object, shown
@@ -321,6 +321,7 @@ def _open(
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
                 "(--allow-crimes merges them if their tensors agree)",
             )
+    folders = (first, *(named_alike(one, first) if one.config else one for one in folders[1:]))
     decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
     for folder in folders:
         check_unquantised(folder.path / "config.json", folder.whole.config)
