@@ -294,6 +294,8 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "Mamba": of("MambaForCausalLM", hidden_size=16, num_hidden_layers=1, state_size=4),
     "BLOOM": of("BloomForCausalLM", hidden_size=16, n_layer=1, n_head=2),
     "T5": of("T5ForConditionalGeneration", feed_forward_proj="gated-gelu", **T5),
+    "ModernBERT, whose head is called a decoder": of("ModernBertForMaskedLM", cls_token_id=1, sep_token_id=2, **HEADS),
+    "XLNet": of("XLNetLMHeadModel", d_model=16, n_layer=1, n_head=2, d_inner=20),
     "Mixtral": of("MixtralForCausalLM", num_key_value_heads=2, num_local_experts=2, **HEADS),
 }
 # mergekit asks for tensors that transformers does not write, or leaves out some that it writes.

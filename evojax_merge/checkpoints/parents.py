@@ -47,7 +47,8 @@ EMBEDDINGS = (
 )  # fmt: skip
 HEADS = (
     "lm_head", "lm_head.linear", "lm_head.decoder", "embed_out", "output", "output_layer", "proj_out",
-    "vocab_projector", "predictions", "predictions.decoder", "linear",
+    "vocab_projector", "predictions", "predictions.decoder", "linear", "decoder", "head", "lm_loss",
+    "output_projection", "generator_lm_head", "pred_layer.proj",
 )  # fmt: skip
 
 
