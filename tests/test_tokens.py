@@ -187,6 +187,8 @@ def byte_pairs(tokens: Sequence[str], extra: Sequence[AddedToken]) -> PreTrained
     model = models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>", eos_token="</s>")
     tokenizer.add_tokens(list(extra))
+    if "<|pad|>" in {token.content for token in extra}:
+        tokenizer.pad_token = "<|pad|>"
     return tokenizer
 
 
@@ -199,6 +201,7 @@ TOKENIZERS: dict[str, tuple[Sequence[str], Sequence[AddedToken], int]] = {
     "chat": ((*SPECIAL, "a", "b", "c"), CHATML, 8),
     "padded": ((*SPECIAL, "b", "a", "d"), (added("<|tool|>", special=True), CHATML[1]), 16),
     "beyond": ((*SPECIAL, "c", "a", "b"), (added("<unused>"), added("<unused 2>")), 5),
+    "pad beyond": ((*SPECIAL, "a", "b", "c"), (added("<|pad|>", special=True),), 5),
     "made plain": ((*SPECIAL, "a", "<|im_end|>", "b", "e"), (), 6),
 }
 
@@ -218,6 +221,7 @@ UNIONS = [
     ("base", "chat"), ("base", "padded"), ("padded", "chat"), ("chat", "padded"), ("beyond", "chat"),
     ("chat", "beyond"), ("special", "chat"), ("made plain", "chat"), ("chat", "made plain"), ("base", "chat", "padded"),
     ("special", "padded", "chat"), ("padded", "chat", "special"), ("chat", "special", "beyond"),
+    ("pad beyond", "chat"), ("chat", "pad beyond"), ("pad beyond", "special", "chat"),
 ]  # fmt: skip
 
 

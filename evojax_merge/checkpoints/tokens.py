@@ -4,6 +4,7 @@ A folder's tokenizer is data: code that it brings along is never run, and nobody
 """
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,6 +237,14 @@ def without_unused(tokenizer: Any, count: int) -> Any:
     return stripped
 
 
+def as_loaded(tokenizer: Any) -> Any:
+    """The tokenizer as it will be loaded once it is saved. A special token that has gone from its tokens is still one
+    of its settings, and comes back behind all others."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return load_tokenizer(Path(folder))
+
+
 def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoice) -> Vocabulary:
     """The merged model's vocabulary. counts: the rows that each model's embedding has.
 
@@ -259,6 +268,7 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         # What has no row even in the base is not the merged model's either.
         tokenizer = without_unused(tokenizer, counts[first])
     if choice.source == "union":
+        tokenizer = tokenizer if tokenizer is taken else as_loaded(tokenizer)
         tokenizer = unite([tokenizer if i == first else other for i, other in enumerate(tokenizers)], first, counts)
     unknown = [token for token in choice.rules if token not in tokenizer.get_vocab()]
     copied = folder if tokenizer is taken and not unknown else None
