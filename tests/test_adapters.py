@@ -36,6 +36,8 @@ from evojax_merge.checkpoints.derived import open_model, reference_to, resolve_m
 from evojax_merge.cli import WRONG_INPUT, cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.as_adapter import low_rank_factors, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.execute import merge_to, prepare
+from evojax_merge.mergekit.schema import parse_recipe
 from evojax_merge.mergekit.stages import prepare_stream
 from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.models.sources import lazy_merge
@@ -105,6 +107,26 @@ def test_biases_that_were_trained_take_the_place_of_the_bases(bias: str, untied:
     found, name = read(f"{untied}+{folder}"), "model.layers.0.self_attn.q_proj.bias"
     np.testing.assert_array_equal(found[name], state(merged)[name])
     assert not np.array_equal(found[name], state(untied)[name])
+
+
+@pytest.mark.parametrize("modules", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=" + ".join)
+def test_a_head_that_was_trained_apart_from_the_embedding_is_one_of_its_own(modules: list[str], tmp_path: Path) -> None:
+    """As peft makes it, whose merged model is no longer tied."""
+    base = save(random_model(tiny_config("qwen2", tie_word_embeddings=True)), tmp_path / "base")
+    folder, merged = adapter(base, tmp_path / "lora", modules_to_save=modules)
+    found, expected = read(f"{base}+{folder}"), state(merged)
+    assert "lm_head.weight" in expected and set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=2e-6, atol=2e-7, err_msg=name)
+    rows: Any = [
+        {"model": f"{base}+{folder}", "parameters": {"weight": 0.5}},
+        {"model": f"{base}", "parameters": {"weight": 1.5}},
+    ]
+    merge_plan = prepare(parse_recipe(tmp_path / "recipe.yaml", {"merge_method": "linear", "models": rows}))
+    merge_to(merge_plan, tmp_path / "out", card=None)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    head, embedding = expected["lm_head.weight"], state(base)["model.embed_tokens.weight"]
+    np.testing.assert_allclose(model.lm_head.weight.detach(), 0.25 * head + 0.75 * embedding, rtol=1e-5, atol=1e-6)
 
 
 def test_values_are_rounded_to_a_narrow_bases_dtype_once(family: Family, tmp_path: Path) -> None:

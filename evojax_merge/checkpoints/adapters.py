@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
-from evojax_merge.models.architecture import HEAD, known_architecture
+from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
 from evojax_merge.patterns import begins, is_all_of
 
 Number = TypeVar("Number", int, float)
@@ -86,6 +87,10 @@ class AdapterConfig:
             where = f"{self.path}: target_modules"
             return self.targets == "all-linear" or is_all_of(where, self.targets, module)
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
+
+    def saves(self, name: str) -> bool:
+        """Whether a tensor is of a module that was trained as a whole."""
+        return any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in self.saved_modules)
 
     def _by_pattern(self, key: str, values: Mapping[str, Number], module: str, default: Number) -> Number:
         """The value of the first pattern that is the module's name or an end of it, as PEFT looks them up."""
@@ -288,7 +293,12 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
     # Of packed tensors, such as those of all experts, the parts: modules of an adapter are as small as these.
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
-    base = Folder(base.path, {**decoder.other_modules, **parts_in_file})
+    kind, in_file = Folder, {**decoder.other_modules, **parts_in_file}
+    if _unties(config, decoder):
+        kind, head = UntiedFolder, str(decoder.names.own_head)
+        names[decoder.in_memory(head)] = decoder.names.in_file(head)
+        in_file[decoder.names.in_file(head)] = decoder.entries[_embedding(decoder)]
+    base = kind(base.path, in_file)
     replaced: dict[str, Tensor] = {}
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -310,7 +320,32 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
     for module, parts in modules.items():
         name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
         own[name] = _adapted(config, module, name, own[name], parts, _is_transposed(config, decoder, name))
-    return Folder(path, own)
+    return kind(path, own)
+
+
+@dataclass(frozen=True)
+class UntiedFolder(Folder):
+    """A folder in which the head is a tensor of its own, whatever its config.json says."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return super().config | {"tie_word_embeddings": False}
+
+
+def _unties(config: AdapterConfig, decoder: DecoderFolder) -> bool:
+    """Whether an adapter's training has made a tied base's embedding or head another matrix than the other, as that of
+    either as a whole module does."""
+    head = decoder.names.own_head
+    if head is None or config.ties_weights or not decoder.config.get("tie_word_embeddings", False):
+        return False
+    return any(config.saves(decoder.in_memory(name)) for name in (_embedding(decoder), head))
+
+
+def _embedding(decoder: DecoderFolder) -> str:
+    architecture = known_architecture(decoder.config.get("model_type"))
+    leaf = None if architecture is None else architecture.leaf(EMBEDDING)
+    assert leaf is not None
+    return leaf.tensor
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -359,8 +394,12 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
         raise InputError(
             tensor.file, f"{key} has shape {list(tensor.shape)}; the base {base.path} has {list(expected)} for {name}"
         )
-    saved = any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in config.saved_modules)
-    if saved and not config.ties_weights and "embed" in name and base.config.get("tie_word_embeddings", False):
+    if (
+        config.saves(name)
+        and not config.ties_weights
+        and "embed" in name
+        and base.config.get("tie_word_embeddings", False)
+    ):
         raise InputError(
             tensor.file, f"{key}: trained apart from the head, which is the embedding in {base.path} "
             "(tie_word_embeddings); expected an adapter with ensure_weight_tying",
