@@ -18,13 +18,14 @@ from rich.table import Table
 
 from evojax_merge import interrupts, plugins
 from evojax_merge.checkpoints.bank import bank_bytes
-from evojax_merge.checkpoints.derived import ignored_revisions, reference_to
+from evojax_merge.checkpoints.derived import ignored_revisions, parts_of, reference_to
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
     atomic_write,
     check_free,
     check_output,
+    check_outside,
     recover,
     require_space,
 )
@@ -46,7 +47,7 @@ from evojax_merge.mergekit.execute import Progress, merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
-from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.planning import advice, disk_bytes, make_plan
 from evojax_merge.problem import (
     SearchProblem,
@@ -58,7 +59,7 @@ from evojax_merge.problem import (
     stage_config,
 )
 from evojax_merge.references import resolve_headers, resolve_reference
-from evojax_merge.report.card import merge_card, search_card
+from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, keys_table, methods_table, strategies_table
 from evojax_merge.report.notices import Log, say_unread
@@ -159,6 +160,7 @@ def run_search(
         _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
         return
     problem = build_problem(path, config)
+    check_outside(out, _parts_of_models(problem))
     batched_tasks = problem.batched_tasks()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
@@ -229,6 +231,7 @@ def _run_chain(
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs.
     problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(_stage_configs(config))]
+    check_outside(out, [part for problem in problems for part in _parts_of_models(problem)])
     batched_tasks = [problem.batched_tasks() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
@@ -539,6 +542,11 @@ def _card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     return merge_card(out.name, methods, models, text)
 
 
+def _parts_of_models(problem: SearchProblem) -> list[Path]:
+    """The files and folders that a search's models are made of."""
+    return [part for model in problem.references for part in parts_of(model)]
+
+
 def _parts_of_runs(out: Path) -> list[Path]:
     """What belongs to the runs in whose folders `out` would lie."""
     place = Path(os.path.realpath(out))
@@ -625,12 +633,12 @@ def _export(
     if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
         check_masks(folder)
     with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
-        if card is None:
-            card = _card_of_merge(out, stream_plan, text)
-        write: Callable[..., RankError | None] = partial(merge_to, recipe=text)
+        searched = stream_plan.result.recipe.out_dtype
+        card = card_in_dtype(card or _card_of_merge(out, stream_plan, text), searched, dtype)
+        write: Callable[..., RankError | None] = partial(merge_to, recipe=in_dtype(text, dtype))
         if rank is not None:
-            prepare_adapter(stream_plan, rank)
-            write = partial(write_as_adapter, rank=rank)
+            base = prepare_adapter(stream_plan, rank)
+            write = partial(write_as_adapter, rank=rank, describe=partial(adapter_card, base=base, rank=rank))
         keep = [*stream_plan.inputs, *folder.parts]
         error = _write_model(stream_plan, out, card, "exporting", overwrite, keep, write)
     if error is not None:

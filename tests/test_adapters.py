@@ -325,6 +325,13 @@ def test_a_search_over_adapters_exports_what_it_scored(
         total = float(said.partition("(Frobenius norm): ")[2].partition("%")[0]) / 100
         assert "worst" in said and closest <= total < closest + 0.9
         assert (total < 1e-4) == (rank == 8)
+        # The card says that it is of an adapter, and whose scores it shows.
+        card = (out / "README.md").read_text()
+        assert f"**A LoRA adapter of `base`, of rank {rank}" in card and f"leaves out {total:.1%} of it" in card
+        assert "Scores in this card are those of the whole merge. The adapter was not scored.**" in card
+        header = yaml.safe_load(card.split("---\n")[1])
+        assert (header["base_model"], header["base_model_relation"]) == (["base"], "adapter")
+        assert header["library_name"] == "peft"
         base = AutoModelForCausalLM.from_pretrained(family.base, dtype=torch.float32)
         merged = peft.PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
         own, start = read(str(out)), state(family.base)
@@ -359,7 +366,9 @@ def written_as_adapter(base: Path, parent: Path, out: Path, rank: int, **recipe:
     with prepare_stream(parse_stream(out.with_suffix(".yaml"), [document | recipe]), out) as stream_plan:
         prepare_adapter(stream_plan, rank)
         told: list[int] = []
-        write_as_adapter(stream_plan.result, out, rank=rank, card="", progress=told.append)
+        write_as_adapter(
+            stream_plan.result, out, rank=rank, card="", describe=lambda card, error: card, progress=told.append
+        )
         assert sum(told) == stream_plan.result.nbytes
 
 

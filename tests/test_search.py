@@ -167,6 +167,21 @@ def test_recipe_and_export_give_the_winner_bit_for_bit(finished, tmp_path):
         assert (folder / "mergekit_config.yml").read_text() == recipe
     run("export", finished, tmp_path / "wide", "--dtype", "float32")
     assert read_header(tmp_path / "wide/model.safetensors")["model.norm.weight"].dtype == np.float32
+    # The recipe and the card of a model in another dtype are that model's.
+    run("merge", tmp_path / "wide/mergekit_config.yml", tmp_path / "wide again")
+    wide = (tmp_path / "wide/model.safetensors").read_bytes()
+    assert (tmp_path / "wide again/model.safetensors").read_bytes() == wide
+    card = (tmp_path / "wide/README.md").read_text()
+    assert "**Written in float32. It was searched, and scored, in bfloat16" in card
+    assert "out_dtype: float32" in card and "out_dtype: bfloat16" not in card
+
+
+def test_a_run_is_not_written_into_a_model_that_it_reads(config_file):
+    base = config_file.parent / "base"
+    before = sorted(base.iterdir())
+    said = run("search", config_file, "--out", base / "run", status=2).stderr
+    assert f"{base / 'run'}: lies inside of {base}, which this command reads" in said
+    assert sorted(base.iterdir()) == before
 
 
 def test_evaluate_gives_the_winners_heldout_scores(finished, config_file, tmp_path):

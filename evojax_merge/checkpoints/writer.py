@@ -232,22 +232,26 @@ def check_output(target: Path, keep: Sequence[Path]) -> None:
     What may be replaced is a folder that this program wrote, without a file that it did not.
     """
     place = Path(os.path.realpath(target))
-    above = _lineage(place)
+    check_outside(target, keep)
     for path in keep:
-        if _identity(path) is None:
-            continue
-        if _identity(path) == _identity(place):
-            raise InputError(target, f"is {path}, which this command reads; choose another folder")
-        if _identity(place) in _lineage(path):
+        if _identity(path) is not None and _identity(place) in _lineage(path):
             raise InputError(target, f"holds {path}, which this command reads; choose another folder")
-        if _identity(path) in above:
-            raise InputError(target, f"lies inside of {path}, which this command reads; choose another folder")
     if os.path.exists(place):
         if _identity(place) in _lineage(Path.cwd()):
             raise InputError(target, "is or holds the working directory; choose another folder")
         if os.path.ismount(place):
             raise InputError(target, "is a mount point, which cannot be replaced; choose a folder inside of it")
         _check_ours(target)
+
+
+def check_outside(target: Path, keep: Sequence[Path]) -> None:
+    """Raises InputError where `target` is one of the files and folders that are read, or lies in one of them."""
+    above = _lineage(target)
+    for path in keep:
+        found = _identity(path)
+        if found is not None and found in above:
+            lies = "is" if found == _identity(target) else "lies inside of"
+            raise InputError(target, f"{lies} {path}, which this command reads; choose another folder")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -64,9 +64,9 @@ def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.
     return np.pad(a, ((0, more), (0, 0))).astype(np.float32), np.pad(b, ((0, 0), (0, more))).astype(np.float32)
 
 
-def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
-    """Raises InputError where the result of a planned merge cannot be an adapter of its base: it has none that stays,
-    or other tensors than it; and for a rank that a matrix cannot have."""
+def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
+    """The base of a planned merge, of which its result will be an adapter. Raises InputError where it cannot be one: it
+    has no base that stays, or other tensors than it; and for a rank that a matrix cannot have."""
     merge_plan = stream_plan.result
     recipe = merge_plan.recipe
     if recipe.base not in stream_plan.models:
@@ -106,6 +106,7 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> None:
             raise InputError(
                 "--rank", f"{rank}; expected at most {min(spec.shape)}, the smaller side of {name} {list(spec.shape)}"
             )
+    return base.path
 
 
 def _base(merge_plan: MergePlan) -> DecoderFolder:
@@ -127,12 +128,13 @@ def write_as_adapter(
     *,
     rank: int,
     card: str,
+    describe: Callable[[str, RankError], str],
     overwrite: bool = False,
     check: Callable[[], None] = lambda: None,
     progress: Progress = lambda done: None,
 ) -> RankError:
     """Merge, and write the difference to the base as an adapter folder that appears complete or not at all. The merge
-    is one of `prepare_adapter`."""
+    is one of `prepare_adapter`. describe: makes the adapter's card of that of the merge."""
     base, tensors = _base(merge_plan), _decoder_tensors(merge_plan)
     architecture = find_architecture(base.config["model_type"])
     leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
@@ -168,10 +170,12 @@ def write_as_adapter(
         embeddings = {base.in_memory(leaf.tensor) for leaf in architecture.leaves if leaf.component == "embedding"}
         transposed = any(leaf.transposed for leaf in architecture.leaves)
         write_adapter(folder, reference_to(base.path), rank, factors, replaced, embeddings, transposed)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
+        tied = bool(base.config.get("tie_word_embeddings", False))
+        error = _rank_error(errors, embedding in errors and tied)
+        (folder / CARD).write_text(describe(card, error), encoding="utf-8")
         write_marker(folder)
-    embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
-    return _rank_error(errors, embedding in errors and bool(base.config.get("tie_word_embeddings", False)))
+    return error
 
 
 def _rank_error(errors: dict[str, tuple[float, float]], changes_tied_head: bool) -> RankError:

@@ -265,6 +265,14 @@ _Dumper.add_representer(list, _flow_list)
 _Dumper.add_representer(dict, _flow_map)
 
 
+def in_dtype(text: str, dtype: str | None) -> str:
+    """The YAML that this program wrote of a recipe, or a card that ends in it, with another `out_dtype` of the result;
+    None: as it is."""
+    before, key, rest = text.rpartition("\nout_dtype: ")
+    _, _, behind = rest.partition("\n")
+    return text if dtype is None or not key else f"{before}{key}{dtype}\n{behind}"
+
+
 def dump_documents(documents: Sequence[Any]) -> str:
     """A YAML stream of these documents."""
     return "---\n".join(map(dump_yaml, documents))

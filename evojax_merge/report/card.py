@@ -9,10 +9,11 @@ from typing import Any
 
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.mergekit.as_adapter import RankError
+from evojax_merge.mergekit.write import dump_documents, in_dtype
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.comparison import Result, model_name
-from evojax_merge.report.front_matter import front_matter
+from evojax_merge.report.front_matter import changed_front_matter, front_matter
 from evojax_merge.report.tables import markdown_table
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import parse_documents, take_last
@@ -116,3 +117,31 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         + _front_section(result)
         + "".join(f"\n**{sentence}**\n" for sentence in result.verdicts())
     )
+
+
+def card_in_dtype(card: str, searched: str | None, dtype: str | None) -> str:
+    """The card of a winner that is written in another dtype than the one that it was searched in; None: the same."""
+    if dtype is None or dtype == searched:
+        return card
+    note = f"Written in {dtype}. It was searched, and scored, in {searched}: scores of this model may differ a little."
+    return _with_note(in_dtype(card, dtype), note)
+
+
+def adapter_card(card: str, error: RankError, *, base: Path, rank: int) -> str:
+    """The card of a merge as that of an adapter of its base."""
+    (name,) = public_names([base])
+    note = (
+        f"A LoRA adapter of `{name}`, of rank {rank}: what the merge changes of each matrix, cut to that rank, which "
+        f"leaves out {error.total:.1%} of it (Frobenius norm; {error.worst:.1%} of {error.tensor}). Scores in this "
+        "card are those of the whole merge. The adapter was not scored."
+    )
+    ids = _hub_ids(base) or [name]
+    changes = {"base_model": ids, "base_model_relation": "adapter", "library_name": "peft"}
+    return _with_note(changed_front_matter(card, changes), note)
+
+
+def _with_note(card: str, note: str) -> str:
+    """A card with a paragraph behind its title; at its end where it has none."""
+    before, mark, rest = card.partition("\n# ")
+    title, _, rest = rest.partition("\n")
+    return f"{before}{mark}{title}\n\n**{note}**\n{rest}" if mark else f"{card}\n**{note}**\n"

@@ -4,7 +4,7 @@ A card is a stranger's file: what is not of the expected form is as good as not 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,19 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             return {}
         with file.open("rb") as handle:
-            text = handle.read(MAX_BYTES).decode("utf-8", errors="replace")
-        match = FRONT_MATTER.match(text)
-        document = None if match is None else parse_yaml(file, match[1])
-    except (OSError, InputError, RecursionError):
+            return _split(handle.read(MAX_BYTES).decode("utf-8", errors="replace"))[0]
+    except OSError:
         return {}
-    return document if isinstance(document, dict) else {}
+
+
+def _split(card: str) -> tuple[dict[str, Any], str]:
+    """The front matter of a card and what is behind it; nothing and everything where none can be read."""
+    match = FRONT_MATTER.match(card)
+    try:
+        document = None if match is None else parse_yaml(CARD, match[1])
+    except (InputError, RecursionError):
+        document = None
+    return (document, card[match.end() :]) if match is not None and isinstance(document, dict) else ({}, card)
 
 
 def _license(card: dict[str, Any]) -> dict[str, str] | None:
@@ -87,4 +94,14 @@ def front_matter(names: Sequence[str], folders: Sequence[Path]) -> str:
     if folders and all(map(_writes_text, folders)):
         header["pipeline_tag"] = "text-generation"
     header["tags"] = ["mergekit", "merge", "evojax-merge"]
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n"
+    return _dumped(header)
+
+
+def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:
+    """A card with other values of some keys of its front matter; as it is where none can be read."""
+    header, rest = _split(card)
+    return _dumped({**header, **changes}) + rest if header else card
+
+
+def _dumped(header: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---\n"
