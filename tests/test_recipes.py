@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,6 +342,17 @@ def test_out_dtype_is_what_is_written(family: Family, tmp_path: Path) -> None:
     expected = merge(tmp_path, MERGES["linear"](family))
     for name, values in state(expected).items():
         np.testing.assert_array_equal(state(found)[name], values.astype(np.float16))
+
+
+def test_float64_is_written_without_a_word_of_jax(family: Family, tmp_path: Path) -> None:
+    models = [{"model": str(parent), "parameters": {"weight": 0.5}} for parent in family.parents]
+    document = {"merge_method": "linear", "models": models}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wide = state(merge(tmp_path, document | {"dtype": "float64"}))
+    for name, values in state(merge(tmp_path, document | {"dtype": "float32"})).items():
+        assert wide[name].dtype == np.float64
+        np.testing.assert_array_equal(wide[name], values)
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -131,13 +131,22 @@ def test_delimiter_joins_where_there_is_no_white_space(tmp_path: Path) -> None:
     assert targets("")[:4] == ["b", "b", " b", "b"]
 
 
-@pytest.mark.parametrize("answer", [2, "green"])
+@pytest.mark.parametrize("answer", [2, "green", "2", "C"])
 def test_multiple_choice_answers_by_number_or_text(answer: int | str, tmp_path: Path) -> None:
     record = {"prompt": "grass is", "options": ["red", "blue", "green"], "label": answer}
     path = write_lines(tmp_path / "task.jsonl", [record])
     (example,) = read_examples(path, "multiple_choice", fields(choices="options", answer="label"))
     assert example.targets == (" red", " blue", " green")
     assert example.answer == 2
+
+
+@pytest.mark.parametrize("labels", [["A", "B", "C"], ["1", "2", "3"]])
+def test_multiple_choice_answers_by_the_labels_of_its_choices(labels: list[str], tmp_path: Path) -> None:
+    """As in ARC, OpenBookQA and CommonsenseQA."""
+    choices = {"text": ["red", "blue", "green"], "label": labels}
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "grass is", "choices": choices, "answerKey": labels[2]}])
+    (example,) = read_examples(path, "multiple_choice", fields(answer="answerKey"))
+    assert (example.targets, example.answer) == ((" red", " blue", " green"), 2)
 
 
 WRONG: list[tuple[Any, str, str]] = [
@@ -150,7 +159,19 @@ WRONG: list[tuple[Any, str, str]] = [
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": true}', "answer"),
     ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": "d"}', "answer"),
-    ("multiple_choice", '{"prompt": "a", "answer": 0}', "choices"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"], "answer": "C"}', "an index below 2, its letter"),
+    ("multiple_choice", '{"prompt": "a", "answer": 0}', r"no field 'choices', which .*it has prompt, answer"),
+    ("multiple_choice", '{"prompt": "a", "choices": ["b", "c"]}', "no field 'answer'"),
+    (
+        "multiple_choice",
+        '{"prompt": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answer": "C"}',
+        "one of A, B or a choice",
+    ),
+    (
+        "multiple_choice",
+        '{"prompt": "a", "choices": {"text": ["b", "c"], "label": ["A"]}, "answer": "A"}',
+        "2 texts, but 1 labels",
+    ),
 ]
 
 

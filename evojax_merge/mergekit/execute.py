@@ -501,6 +501,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
     method, sources = merge_plan.recipe.method, merge_plan.sources
     tensors = [sources.read(s, name) for s, name in row.inputs]
     dtype = merge_plan.specs[row.name].dtype
+    # JAX has no float64 but where all is; what is computed in float32 has it exactly.
+    computed = np.dtype(np.float32) if dtype == np.float64 else dtype
     try:
         if not is_float(tensors[0].dtype):
             return np.array(tensors[0])
@@ -519,9 +521,10 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
 
         if row.gain_offset:
             scale = jnp.float32(row.parameters["scale"][0])
-            merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(dtype))
+            merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(computed))
         else:
-            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, dtype)
+            merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, computed)
+        merged = merged.astype(dtype, copy=False)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,

@@ -73,7 +73,8 @@ def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
     return text
 
 
-def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> str:
+def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> Any:
+    """What a record has at a path of names. Raises InputError, with the names that it has, where there is nothing."""
     value: Any = record
     for depth, name in enumerate(path):
         if isinstance(value, Mapping) and name in value:
@@ -83,6 +84,11 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
         else:
             has = f" ({_near(name, value)}it has {_listed(value)})" if isinstance(value, Mapping) else ""
             raise InputError(where, f"the record has no field {_shown(path[: depth + 1])!r}, which {key} names{has}")
+    return value
+
+
+def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> str:
+    value = look_up(where, key, path, record)
     if isinstance(value, str):
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

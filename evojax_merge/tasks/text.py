@@ -33,7 +33,7 @@ from evojax_merge.tasks.task import (
     brevity,
     token_ids,
 )
-from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill
+from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill, look_up
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -231,16 +231,44 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
         return Example(prompt, (_joined(prompt, fields.delimiter, target),), target, line)
-    choices, answer = record.get(fields.choices), record.get(fields.answer)
-    if not (isinstance(choices, list) and len(choices) >= 2 and all(isinstance(c, str) and c for c in choices)):
-        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(choices)}")
-    if isinstance(answer, str) and answer in choices:
-        answer = choices.index(answer)
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise InputError(
-            where, f"{fields.answer}: {_brief(answer)}; expected an index below {len(choices)} or a choice"
-        )
-    return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), answer, line)
+    choices, labels = _listed_choices(
+        where, fields, look_up(where, f"{fields.where}.choices", (fields.choices,), record)
+    )
+    answer = look_up(where, f"{fields.where}.answer", (fields.answer,), record)
+    chosen = _chosen(answer, choices, labels)
+    if chosen is None:
+        expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
+        raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected {expected} or a choice")
+    return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), chosen, line)
+
+
+def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], list[str]]:
+    """The texts of a record's choices, and what they are called where the record says so, as ARC's do: `{"text": […],
+    "label": […]}`."""
+    texts, labels = value, []
+    if isinstance(value, Mapping) and isinstance(value.get("label"), list):
+        texts, labels = value.get("text"), [str(label) for label in value["label"]]
+    if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(one, str) and one for one in texts)):
+        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(value)}")
+    if labels and len(set(labels)) != len(texts):
+        raise InputError(where, f"{fields.choices}: {len(texts)} texts, but {len(set(labels))} labels")
+    return texts, labels
+
+
+def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
+    """Which choice an answer means: by its label, the choice itself, its index (also as a text), or its letter."""
+    if labels and str(answer) in labels:
+        return labels.index(str(answer))
+    if isinstance(answer, str):
+        if answer in choices:
+            return choices.index(answer)
+        if labels:
+            return None
+        if re.fullmatch("[A-Z]", answer):
+            answer = ord(answer) - ord("A")
+        elif re.fullmatch("[0-9]{1,3}", answer):
+            answer = int(answer)
+    return answer if type(answer) is int and 0 <= answer < len(choices) else None
 
 
 def _brief(value: Any) -> str:
