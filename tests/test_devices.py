@@ -236,7 +236,8 @@ def test_devices_merge_their_own_parts() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_devices_that_share_a_model_exchange_activations_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", daily((8, 4, 2, 1), 1))
+def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_path: Path) -> None:
     """Two sums of the residual stream in each layer, the embedding's rows, and what makes one likelihood, or one token,
     of the shards of a head: no weights and no caches, and nothing goes from every device to every other."""
     hidden, layers = 64, 2
@@ -247,7 +248,6 @@ def test_devices_that_share_a_model_exchange_activations_alone(tmp_path: Path) -
     records = [{"prompt": "w5 w6 w7 w8 " * 10 + f"w{i} " * 5, "choices": ["w8", "w9"], "answer": 0, "target": "w8"}
                for i in range(10, 18)]  # fmt: skip
     write_lines(family.root / "tasks.jsonl", records)
-    (model,) = daily((8, 4, 2, 1), 1)
     command = [sys.executable, "-c", COLLECTIVES_PROGRAM, str(config), str(model)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -262,9 +262,9 @@ def test_devices_that_share_a_model_exchange_activations_alone(tmp_path: Path) -
             assert kinds.keys() <= {"all-reduce", "all-gather"}, name
             count, _ = kinds.get("all-reduce", (0, 0))
             assert count <= most[name] and bool(count) == (model > 1 and most[name] > 0), name
-            # Each device's best token, not its logits.
+            # Each device's best token, not its logits; a quarter of a matrix is more.
             _, gathered = kinds.get("all-gather", (0, 0))
-            assert gathered < 4 * hidden * hidden / model, name
+            assert gathered < hidden * hidden, name
 
 
 # ---------------------------------------------------------------------------------------------------------------
