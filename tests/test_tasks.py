@@ -170,7 +170,12 @@ WRONG: list[tuple[Any, str, str]] = [
     (
         "multiple_choice",
         '{"prompt": "a", "choices": {"text": ["b", "c"], "label": ["A"]}, "answer": "A"}',
-        "2 texts, but 1 labels",
+        "of 2 texts; expected one of its own for each",
+    ),
+    (
+        "multiple_choice",
+        '{"prompt": "a", "choices": {"text": ["b", "c"], "label": ["A", "A", "B"]}, "answer": "B"}',
+        "of 2 texts; expected one of its own for each",
     ),
 ]
 

@@ -250,8 +250,10 @@ def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], 
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
     if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(one, str) and one for one in texts)):
         raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(value)}")
-    if labels and len(set(labels)) != len(texts):
-        raise InputError(where, f"{fields.choices}: {len(texts)} texts, but {len(set(labels))} labels")
+    if labels and not len(texts) == len(labels) == len(set(labels)):
+        raise InputError(
+            where, f"{fields.choices}: labels {_brief(labels)} of {len(texts)} texts; expected one of its own for each"
+        )
     return texts, labels
 
 

@@ -22,7 +22,7 @@ from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_
 
 # On a CPU blocks of one expert's tokens have one of so many sizes, which differ by multiples of so many rows.
 SIZES, LEAST_STEP = 8, 32
-# On a GPU of so many tokens every expert is computed; else so many blocks of tokens at a time.
+# On a GPU every expert is computed of up to so many tokens; of more, so many blocks of one expert's tokens at a time.
 FEW_TOKENS, BLOCKS_AT_ONCE = 1024, 16
 
 
