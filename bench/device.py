@@ -53,7 +53,7 @@ from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, live_target
-from evojax_merge.models.bank import Bank
+from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
@@ -169,25 +169,22 @@ def random_bank(problem: SearchProblem) -> Bank:
     assert isinstance(problem.candidates, MergeCandidates)
     spec, dtype = problem.candidates.spec, problem.compute_dtype
     bank = abstract_bank(problem.sources, problem.decoder, spec)
-    assert not (bank.shared_keep_keys or any(bank.stack_keep_keys.values())), f"{spec.method_name} draws masks"
     sample = np.asarray(random_sources(key_of("sample"), (1 + PARENTS, 256, 256), dtype))
     measured = tabulate(spec.method, spec.options, list(sample), spec.prepared_for(PARENTS), lambda k: np.zeros(0))
 
-    def tables(abstract: Any) -> Any:
-        return {
-            leaf: {name: jnp.broadcast_to(measured.statistics[name], own.shape) for name, own in rows.items()}
-            for leaf, rows in abstract.items()
+    def random_leaf(name: str, leaf: LeafBank, draw: Callable[..., jax.Array]) -> LeafBank:
+        assert leaf.mask_keys is None, f"{spec.method_name} draws masks"
+        statistics = {
+            key: jnp.broadcast_to(measured.statistics[key], own.shape) for key, own in leaf.statistics.items()
         }
+        return replace(leaf, sources=draw(key_of(name), leaf.sources.shape, dtype), statistics=statistics)
 
-    return replace(
-        bank,
-        stacks={
-            stack: {name: random_stack(key_of(name), leaf.shape, dtype) for name, leaf in leaves.items()}
+    return Bank(
+        {
+            stack: {name: random_leaf(name, leaf, random_stack) for name, leaf in leaves.items()}
             for stack, leaves in bank.stacks.items()
         },
-        shared={name: random_sources(key_of(name), leaf.shape, dtype) for name, leaf in bank.shared.items()},
-        stack_tables={stack: tables(leaves) for stack, leaves in bank.stack_tables.items()},
-        shared_tables=tables(bank.shared_tables),
+        {name: random_leaf(name, leaf, random_sources) for name, leaf in bank.shared.items()},
     )
 
 
@@ -201,7 +198,7 @@ class Models:
     def __post_init__(self) -> None:
         problem = self.problem
         self.evaluator = Evaluator(
-            problem.decoder, problem.tokenizer, problem.batched_tasks()[0], problem.compute_dtype,
+            problem.decoder, problem.tokenizer, problem.batched_tasks().shards[0], problem.compute_dtype,
             target=problem.target,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ from evojax_merge.references import resolve_reference
 from evojax_merge.report.progress import bytes_bar, console
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
-from evojax_merge.selection import open_evaluators, recipe_text
+from evojax_merge.selection import open_evaluator, recipe_text
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
 from evojax_merge.yaml_reader import parse_documents, parse_yaml
 
@@ -222,12 +222,12 @@ class Evaluator:
         self._problem = build_problem(path, parsed)
         for line in ignored_revisions((parsed.base, *parsed.parents, parsed.other_modules), path.parent):
             warnings.warn(line, stacklevel=2)
-        splits = self._problem.by_split(self._problem.batched_tasks())
-        tasks = {"search": splits.full, "validation": splits.validation, "heldout": splits.heldout}[split]
+        splits = self._problem.batched_tasks()
+        tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
             raise InputError("split", "validation; the config's search has no validation split (search.validation)")
         with _bars_on_terminals():
-            (self._evaluator,) = open_evaluators(self._problem, [tasks])
+            self._evaluator = open_evaluator(self._problem, tasks)
 
     @property
     def dims(self) -> int:

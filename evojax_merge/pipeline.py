@@ -69,6 +69,7 @@ from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passe
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import evolve, saved_strategy_state
+from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
     OF_A_RUN,
     PARAMS,
@@ -106,6 +107,7 @@ from evojax_merge.stored_models import (
     score_table,
 )
 from evojax_merge.tasks.opening import overlaps
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents, refuse_repeated
 
 T = TypeVar("T")
@@ -268,15 +270,14 @@ def _run_chain(
             begun(run)
 
 
-def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
+def _say_first(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
     _warn(_of_revisions(path, problem.config))
     _warn(problem.sources.warnings)
-    splits = problem.by_split(batched_tasks)
-    examples = [*splits.full, *(splits.validation or []), *splits.heldout]
+    examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]
     _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
-    _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout, problem.validation))
+    _warn(overlaps(str(path), problem.config.tasks, problem.splits))
 
 
 def _of_revisions(path: Path, config: Config) -> list[str]:
@@ -288,7 +289,7 @@ def _of_revisions(path: Path, config: Config) -> list[str]:
 def _search_into(
     folder: RunFolder,
     problem: SearchProblem,
-    batched_tasks: list[list[BatchedTask]],
+    batched_tasks: Splits[list[BatchedTask]],
     on_generation: OnGeneration,
     force: bool,
 ) -> None:
@@ -305,35 +306,29 @@ def _search_into(
     if problem.other_modules is not None:
         where = reference_to(problem.other_modules)
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
-    searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
-    console.print(describe_batches(searched), highlight=False)
-    minibatched = problem.batched_minibatches()
-    planned = make_plan(problem, batched_tasks, minibatched)
+    console.print(describe_batches([one for shard in batched_tasks.shards for one in shard]), highlight=False)
+    planned = make_plan(problem, batched_tasks)
     if not force:
         _require_passes(folder, planned)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        chosen_from = problem.batched_choice()
-        parts = [*chosen_from, *minibatched]
-        opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say, problem.final_splits)
-    choosable, minibatches = opened[: len(chosen_from)], opened[len(chosen_from) : len(parts)]
-    on = problem.by_split(opened[len(parts) :])
+        on = open_evaluators(problem, batched_tasks, devices, progress, say)
     with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
         storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, minibatches, on.validation, problem.example_choice(choosable),
+            warnings, failure_hint, on.minibatches, on.validation, problem.example_choice(on),
         )  # fmt: skip
-    searched = [one.evaluator for one in (*choosable, *minibatches, *on.shards)]
+    searched = [one.evaluator for one in (on.choice, *on.minibatches, *on.shards) if one is not None]
     console.print(problem.candidates.describe_work(searched), highlight=False)
     if len(on.shards) > 1:
-        examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
+        examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, on.full, on.heldout, on.validation)) as advance:
-        result = select_best(problem, on.full, on.heldout, archive, advance, on.validation)
+    with passes_bar("scoring", passes_to_select(problem, on)) as advance:
+        result = select_best(problem, on, archive, advance)
     if devices.is_main_process:
-        _write_winner(folder, problem, result)
+        _write_winner(folder, problem.within(archive.context), result)
     barrier("written")
 
 
@@ -419,8 +414,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             for stage, config_of_stage in enumerate(_stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
-                tasks, minibatches = problem.batched_tasks(), problem.batched_minibatches()
-                plans.append(make_plan(problem, tasks, minibatches, folders.download_bytes, compiler))
+                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
     _warn(_of_revisions(path, config))
     for number, one in enumerate(plans, start=1):
         if len(plans) > 1:
@@ -663,12 +657,12 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
-        # What a genome means may depend on those before it, which the strategy's state has.
-        problem.strategy.finalists(saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space))
+        state = saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space)
+        problem = problem.within(context_of(problem.strategy, state))
         text = recipe_text(problem, saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
         _export(folder, stream, text, None, out, dtype, overwrite, rank)
-    chosen_on = "validation split" if problem.validation else "whole search split"
+    chosen_on = "whole search split" if problem.splits.validation is None else "validation split"
     console.print(
         f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
         f"generation is scored on (a finished run chooses its winner on the {chosen_on})",

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from merge_kernels import combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
@@ -28,7 +27,7 @@ from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.models.bank import MergeSpec
+from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
@@ -169,14 +168,17 @@ def search_pytrees(
     options = options_of(WHERE, chosen, has_base, normalize, rescale)
     constants = tuple((name, values) for name, values in others if not chosen.parameter(name).searched)
     spec = MergeSpec(method, options, seed, "float32", constants)
-    bank = [
-        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else CopiedLeaf(leaf.sources[0])
+    bank: TreeBank = [
+        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else leaf.sources[0]
         for leaf, path, label in zip(tree.leaves, tree.paths, labels, strict=True)
     ]
 
-    def merge(bank: Sequence[LeafBank | CopiedLeaf], genome: jax.Array) -> Any:
-        numbers = space.groups.parameters(genome)
-        return tree.structure.unflatten([leaf.merge(numbers) for leaf in bank])
+    def merge(bank: TreeBank, genome: jax.Array) -> Any:
+        parameters = space.groups.parameters(genome)
+        return tree.structure.unflatten(
+            _merge_leaf(spec, leaf, parameters, source.sources[0].shape) if source.merged else leaf
+            for leaf, source in zip(bank, tree.leaves, strict=True)
+        )
 
     first_genomes = seed_genomes(WHERE, search.seeds, space)
     settings = StrategySettings(
@@ -400,40 +402,21 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 # Merging and scoring
 
 
-@struct.dataclass
-class LeafBank:
-    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: [N, …]` and
-    `table` (see models.bank). `group` says whose parameters it is merged with."""
-
-    stack: jax.Array
-    keep_keys: jax.Array | None
-    table: dict[str, jax.Array]
-    group: int = struct.field(pytree_node=False)
-    shape: tuple[int, ...] = struct.field(pytree_node=False)
-    spec: MergeSpec = struct.field(pytree_node=False)
-
-    def merge(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
-        """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
-        method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
-        numbers = () if self.keep_keys is None else self.keep_keys
-        statistics = look_up_differentiable(method, self.table, own)
-        merged = combine_differentiable(method, self.spec.options, self.stack, numbers, statistics, own)
-        return merged.astype(self.stack.dtype).reshape(self.shape)
+# A leaf that is merged, as the kernels take it, or one that no merge changes.
+TreeBank = list[LeafBank | Any]
 
 
-@struct.dataclass
-class CopiedLeaf:
-    """A leaf that no merge changes."""
-
-    value: Any
-
-    def merge(self, parameters: Mapping[str, jax.Array]) -> Any:
-        return self.value
+def _merge_leaf(spec: MergeSpec, leaf: LeafBank, parameters: Mapping[str, jax.Array], shape: tuple[int, ...]) -> Any:
+    """The merged leaf `[…]` in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
+    of_group = {name: block[leaf.group] for name, block in parameters.items()}
+    statistics = look_up_differentiable(spec.method, leaf.statistics, of_group)
+    keys = () if leaf.mask_keys is None else leaf.mask_keys
+    merged = combine_differentiable(spec.method, spec.options, leaf.sources, keys, statistics, of_group)
+    return merged.astype(leaf.sources.dtype).reshape(shape)
 
 
 def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     """Measure a leaf. Random numbers are fixed by the seed, a parent's content and the leaf's path."""
-    shape = leaf.sources[0].shape
     # To the kernels a single number is a vector of one.
     sources = [np.ascontiguousarray(np.atleast_1d(source)) for source in leaf.sources]
     has_base = int(spec.options.has_base)
@@ -446,10 +429,10 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
-        jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
-        {name: jnp.asarray(values) for name, values in prepared.statistics.items()},
-        group, shape, spec,
-    )  # fmt: skip
+        mask_keys=jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
+        statistics={name: jnp.asarray(values) for name, values in prepared.statistics.items()},
+        group=group,
+    )
 
 
 def _chunk(chunk: int | None, population: int) -> int:
@@ -461,7 +444,7 @@ def _chunk(chunk: int | None, population: int) -> int:
 
 # A genome's scores float32[P, N] for genomes float32[P, D].
 Score = Callable[[np.ndarray], np.ndarray]
-Merge = Callable[[Sequence[Any], jax.Array], Any]
+Merge = Callable[[TreeBank, jax.Array], Any]
 
 
 @dataclass(frozen=True)
@@ -598,7 +581,7 @@ def _is_key(leaf: Any) -> bool:
 def _score_traced(
     fitness: Callable[..., Any],
     merge: Merge,
-    bank: Sequence[Any],
+    bank: TreeBank,
     space: PytreeSpace,
     population: int,
     chunk: int,
@@ -607,7 +590,7 @@ def _score_traced(
     """Merges and scores in one program, compiled for a whole population, and for each rung of one: rows of the examples
     -> genomes' scores on them; and N, of all examples."""
 
-    def one(bank: Sequence[Any], genome: jax.Array, rest: Any) -> jax.Array:
+    def one(bank: TreeBank, genome: jax.Array, rest: Any) -> jax.Array:
         return _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
 
     # What the function does wrong shows here, before the long work of compiling it with the merges.
@@ -621,7 +604,7 @@ def _score_traced(
         ) from error  # fmt: skip
 
     @jax.jit
-    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> jax.Array:
+    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> jax.Array:
         return jax.lax.map(lambda genome: one(bank, genome, rest), genomes, batch_size=chunk)
 
     sizes = sorted({rung_size(population, rung) for rung in range(population.bit_length())})
@@ -645,13 +628,13 @@ def _arguments(examples: Any) -> tuple[Any, ...]:
 
 
 def _differentiate(
-    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], chunk: int, examples: Any
+    fitness: Callable[..., Any], merge: Merge, bank: TreeBank, chunk: int, examples: Any
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Genomes float32[P, D] -> their scores float32[P, N], and the derivatives of the scores' mean, float32[P, D]."""
     rest = _arguments(examples)
 
     @jax.jit
-    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
+    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
         def mean(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
             row = _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
             return row.mean(), row
@@ -670,7 +653,7 @@ def _differentiate(
 
 
 def _score_on_host(
-    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], space: PytreeSpace, examples: Any
+    fitness: Callable[..., Any], merge: Merge, bank: TreeBank, space: PytreeSpace, examples: Any
 ) -> tuple[Callable[[Any], Score], int]:
     """One merge and one call after the other: rows of the examples -> genomes' scores on them; and N, of all examples,
     which the first call, for the start, tells."""

@@ -302,7 +302,7 @@ def test_the_bank_holds_several_stacks(root: Path, tmp_path: Path, monkeypatch: 
     sources, config = open_sources([tmp_path / "one", tmp_path / "two"])
     spec = MergeSpec("linear", METHODS["linear"].options, 0, "float32")
     bank = load_bank(sources, config, spec)
-    assert {stack: {leaf.shape[:2] for leaf in leaves.values()} for stack, leaves in bank.stacks.items()} == {
+    assert {stack: {leaf.sources.shape[:2] for leaf in leaves.values()} for stack, leaves in bank.stacks.items()} == {
         LAYERS: {(3, 2)}, "deep": {(2, 2)},
     }  # fmt: skip
     # In the other stack's norms all of the second model, else half of each.

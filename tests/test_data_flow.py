@@ -74,7 +74,7 @@ def make_parents(root: File, kind: str, depths: Sequence[int] = (3, 4)) -> list[
 def open_paths(folders: Sequence[File], dtype: str = "float32") -> tuple[PathBank, PathSpec]:
     sources, configs = open_decoders(folders)
     spec = PathSpec(tuple(configs), dtype)
-    return load_path_bank(sources, spec, "float32"), spec
+    return load_path_bank(sources, spec), spec
 
 
 def stored_logits(config: DecoderConfig, model: StackedWeights) -> np.ndarray:

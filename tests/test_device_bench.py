@@ -92,7 +92,8 @@ def test_a_random_bank_is_measured_as_its_weights_are(small: None, tmp_path: Pat
     bank, spec = device.random_bank(problem), problem.candidates.spec
     assert jax.tree.structure(bank) == jax.tree.structure(device.abstract_bank(problem.sources, problem.decoder, spec))
     (stack,) = bank.stacks
-    leaf, tables = (bank.stacks[stack]["gate"], bank.stack_tables[stack]["gate"])
+    gate = bank.stacks[stack]["gate"]
+    leaf, tables = gate.sources, gate.statistics
     assert leaf.shape[:2] == (2, 3) and not np.array_equal(leaf[0], leaf[1])
     measured = tabulate(spec.method, spec.options, list(np.asarray(leaf[1])), spec.prepared_for(2), lambda k: leaf)
     assert set(measured.statistics) == set(tables)

@@ -486,7 +486,7 @@ from jax.sharding import AxisType, Mesh
 from pathlib import Path
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 
 path = Path(sys.argv[1])
 problem = build_problem(path, read_config(path, [], None))
@@ -494,7 +494,7 @@ genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.flo
 shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
 found = []
 for mesh in (None, shared):
-    (scorer,) = open_evaluators(problem, problem.batched_tasks()[:1], Devices(mesh))
+    scorer = open_evaluator(problem, problem.batched_tasks().shards[0], Devices(mesh))
     (metrics,) = scorer.score(genomes).matrices.values()
     found.append([matrix.tolist() for matrix in metrics.values()])
 print(json.dumps(found))

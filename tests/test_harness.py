@@ -494,7 +494,11 @@ def test_a_run_keeps_where_its_tasks_came_from(family: Family, harness_tasks: Pa
         build_problem(path, read_config(path, ["tasks.0.metric=acc,none"], None))
     path = config_file(tmp_path, family, {"lm_eval": "own_choices", "include_path": "own", "name": "choices"})
     problem = build_problem(path, read_config(path, [], None))
-    assert (problem.full[0].name, problem.full[0].size, problem.heldout[0].size) == ("choices", 8, 2)
+    assert (problem.splits.search[0].name, problem.splits.search[0].size, problem.splits.heldout[0].size) == (
+        "choices",
+        8,
+        2,
+    )
     kept = resolved_document(problem)
     assert {str(harness_tasks / name) for name in ("own_choices.yaml", "test.jsonl")} <= set(kept["inputs"])
     assert kept["tasks"][0]["include_path"] == str(harness_tasks)

@@ -31,6 +31,7 @@ from evojax_merge.tasks.batches import (
 )
 from evojax_merge.tasks.opening import open_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
@@ -251,7 +252,7 @@ def test_examples_that_are_searched_on_and_held_out_are_counted(
         TextConfig(name="o", kind="likelihood", file="other.jsonl", heldout=0.5),
     ]
     full, held = zip(*(open_task("config", config, tmp_path, 0) for config in configs), strict=True)
-    lines = overlaps("config", configs, full, held)
+    lines = overlaps("config", configs, Splits([list(full)], list(full), None, list(held)))
     assert [int(line.split()[2]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
     assert [int(line.split()[2]) for line in lines if "searched" in line] == [shared] * bool(shared)
     assert all(line.startswith("config: tasks[0].heldout: ") for line in lines)

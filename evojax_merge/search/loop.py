@@ -27,8 +27,10 @@ from evojax_merge.search.protocols import (
     Space,
     State,
     Strategy,
+    context_of,
     differentiates,
     wants_gradients,
+    within,
 )
 from evojax_merge.search.run_folder import KEPT_CHECKPOINTS, Saved
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
@@ -73,13 +75,15 @@ class Generation:
 @dataclass(frozen=True)
 class Archive:
     """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
-    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last."""
+    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last;
+    context: what the strategy's last state lends to the space."""
 
     genomes: np.ndarray
     fitness: np.ndarray
     proposed: np.ndarray
     generations: int
     stopped: Stopped | None = None
+    context: Any = None
 
 
 class Reporter:
@@ -193,6 +197,8 @@ def evolve(
         key = generation_key(seed, number)
         genomes, state_after_ask = strategy.ask(key, state["strategy"])
         _check_genomes(strategy, space, genomes)
+        context = context_of(strategy, state_after_ask)
+        shards = [within(shard, context) for shard in shards]
         ended = stopped(config.stop, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
@@ -235,7 +241,8 @@ def evolve(
             started = time.perf_counter()
             best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
             proposed = strategy.finalists(told)
-            row["validation"], state["peak"] = validate(validation, best, proposed, state["peak"])
+            evaluator = within(validation, context_of(strategy, told))
+            row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
             timing["validation_seconds"] = time.perf_counter() - started
         parted, course = course.trend.parted, course.after(row, seconds_of(timing))
         if course.trend.parted != parted:
@@ -263,6 +270,7 @@ def evolve(
         proposed=strategy.finalists(state["strategy"]),
         generations=done,
         stopped=ended,
+        context=context_of(strategy, state["strategy"]),
     )
 
 
@@ -412,6 +420,7 @@ def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress
     """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
     is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
     out."""
+    evaluator = within(evaluator, archive.context)
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError
 from evojax_merge.tasks.kinds import kind_of
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, local_file
 
 
@@ -86,17 +87,16 @@ def _check_fair(where: str, config: TaskConfig) -> None:
 def overlaps(
     where: str,
     tasks: Sequence[TaskConfig],
-    full: Sequence[Task],
-    heldout: Sequence[Task],
-    validation: Sequence[Task] = (),
+    splits: Splits[list[Task]],
 ) -> list[str]:
     """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
     once in its data, and for each of which held-out (or validation) examples are among those that are searched on.
-    `where` is the config; `full`, `heldout` and `validation`, where there is one, are the splits of its tasks."""
-    searched = {key for task in full if task.weight > 0 for key, _ in task.contents()}
+    `where` is the config, `splits` those of its tasks."""
+    validation = splits.validation or []
+    searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
     lines = []
-    for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
+    for number, (config, search, held) in enumerate(zip(tasks, splits.search, splits.heldout, strict=True)):
         task = f"{where}: tasks[{number}]"
         # A task of weight 0 is not divided.
         kept_back = [validation[number]] if validation and config.weight > 0 else []

@@ -9,17 +9,15 @@ import numpy as np
 
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.pedigree import Pedigree
 from evojax_merge.search.protocols import Strategy, differentiates
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """What the strategy `pool` has to know of the members that it breeds. pedigree: the founders, and where the space
-    looks up parents; methods: how many there are to breed by; size: members that are kept; selection, replace: see
-    `config.PoolConfig`."""
+    """The members that the strategy `pool` breeds. founders: K; methods: how many there are to breed by; size: members
+    that are kept; selection, replace: see `config.PoolConfig`."""
 
-    pedigree: Pedigree
+    founders: int
     methods: int
     size: int
     selection: Literal["complementary", "tournament", "random"]
