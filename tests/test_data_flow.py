@@ -16,7 +16,6 @@ import torch
 import yaml
 from helpers import (
     build_family,
-    daily,
     even_records,
     finetune,
     greedy_tokens,
@@ -24,6 +23,7 @@ from helpers import (
     load_torch,
     random_model,
     random_records,
+    sample,
     save,
     state,
     tiny_config,
@@ -86,7 +86,7 @@ def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0
     return LayerPath(tuple(map(int, rng.integers(0, layers, steps))), tuple(map(float, scales)), ends)
 
 
-@pytest.fixture(scope="module", params=daily(FAMILIES, 2))
+@pytest.fixture(scope="module", params=sample(FAMILIES, 2))
 def parents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[File]:
     return make_parents(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -234,7 +234,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_segments_walk_every_sequence_once(rows: list[list[int]]) -> None:
     """Following the walk gives each distinct sequence, and takes each shared beginning once."""
     sequences = list(dict.fromkeys(tuple((layer, 1.0) for layer in row) for row in rows))
@@ -274,7 +274,7 @@ class Setting:
         return PathEvaluator(self.evaluator(), self.bank, 12)
 
 
-@pytest.fixture(scope="module", params=daily([0, 40], 1))
+@pytest.fixture(scope="module", params=sample([0, 40], 1))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("setting"), request.param)
 
@@ -308,7 +308,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     rng = np.random.default_rng(0)
-    paths = [random_path(rng, 7, steps, steps % 2) for steps in daily((1, 3, 5, 8), 2)]
+    paths = [random_path(rng, 7, steps, steps % 2) for steps in sample((1, 3, 5, 8), 2)]
     found = setting.paths().evaluate(paths)
     for p, path in enumerate(paths):
         model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
@@ -409,7 +409,7 @@ def test_moves_edit_the_first_parent(
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_genome_is_a_path_or_none(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for space in (moves_space(), IndicatorSpace((3, 4), 2, "network", BOUNDS, 9, 1)):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, daily, load_torch, tiny_config, word_tokenizer, words, write_lines
+from helpers import Family, build_family, load_torch, sample, tiny_config, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
@@ -183,7 +183,7 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Task
 
 @pytest.mark.parametrize(
     "method",
-    daily([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 4),
+    sample([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 4),
 )
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)
@@ -416,7 +416,7 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", daily(FAMILIES, 1))
+@pytest.mark.parametrize("name", sample(FAMILIES, 1))
 def test_what_is_shared_is_computed_as_if_it_were_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,6 @@
 """Every native family, checked alike: against transformers, packed, as a layer path, merged in a search, on a mesh.
 
-A family is a row of `FAMILIES`. Four of them have their turn on a day, and all with EVOJAX_TEST_ALL, as have those that
+A family is a row of `FAMILIES`. A sample of four runs. EVOJAX_TEST_ALL runs all of them, and also the families that
 the rest of the suite searches, walks and generates with."""
 
 import json
@@ -18,7 +18,6 @@ import transformers
 import yaml
 from helpers import (
     ALL,
-    daily,
     edit_json,
     finetune,
     greedy_tokens,
@@ -26,6 +25,7 @@ from helpers import (
     load_torch,
     logits,
     random_model,
+    sample,
     save,
     state,
     word_tokenizer,
@@ -287,7 +287,7 @@ FAMILIES = {
 }  # fmt: skip
 # The text decoders of larger models, which are no models by themselves: tests/test_text_decoders.py.
 PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
-RUN = daily([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 4)
+RUN = sample([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 4)
 
 
 class Models:

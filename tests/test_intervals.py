@@ -37,7 +37,7 @@ def naive_bootstrap(differences, weights, seed: int, resamples: int, confidence:
     return np.array(ends).reshape(-1, 2)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
     pairs=st.integers(1, 3),

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, daily
+from helpers import ALL, sample
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -476,7 +476,7 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
     return rows
 
 
-@pytest.mark.parametrize(("shape", "parents"), daily(SIZES, 2), ids=str)
+@pytest.mark.parametrize(("shape", "parents"), sample(SIZES, 2), ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int, ...], parents: int) -> None:
     models = make_models(shape, count_of(name, parents))
@@ -484,7 +484,7 @@ def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int
         check(name, options, models, parameters)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_bfloat16_inputs_are_merged_in_float32(name: str) -> None:
     # The reference keeps every entry that ties at a threshold, as the kernels promise.
     models = make_models(LARGE, count_of(name, 3), ml_dtypes.bfloat16)
@@ -508,7 +508,7 @@ def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
         np.testing.assert_array_equal(merged(name, options, [base] * (parents + 1), parameters), base)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_identical_parents(name: str) -> None:
     base, parent = make_models(SMALL, 1)
     models = [base, *[parent] * count_of(name, 3)]
@@ -533,7 +533,7 @@ def test_averages_of_identical_parents_are_that_parent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BASED[:-1], "slerp", "karcher"])
-@pytest.mark.parametrize("scale", daily([1e-9, 1e-8, 1e-5], 1))
+@pytest.mark.parametrize("scale", sample([1e-9, 1e-8, 1e-5], 1))
 def test_tiny_vectors(name: str, scale: float) -> None:
     """On both sides of the norms below which nothing is rescaled, divided or given a direction."""
     rng = np.random.default_rng(6)
@@ -810,7 +810,7 @@ def steps_for(name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", TABULATED)
-@pytest.mark.parametrize("shape", daily([(1, 1), SMALL, LARGE], 1), ids=str)
+@pytest.mark.parametrize("shape", sample([(1, 1), SMALL, LARGE], 1), ids=str)
 def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
     method, parents = METHODS[name], 2
     models = make_models(shape, parents)
@@ -865,7 +865,7 @@ def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
     np.testing.assert_array_equal(np.asarray(grid_index(density)), [0, 0, 0, 1, 537, 1000, 1000, 1000])
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 10))
+@pytest.mark.parametrize("name", sample(METHODS, 10))
 def test_population_equals_one_by_one(name: str) -> None:
     """jit, vmap over candidates and the table give what single merges give."""
     method, parents = METHODS[name], count_of(name, 3)
@@ -909,7 +909,7 @@ def test_population_equals_one_by_one(name: str) -> None:
         np.testing.assert_allclose(beside.swapaxes(0, 1), found, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_rows_may_be_merged_alone(name: str) -> None:
     """With the whole tensor's statistics, some rows give those rows of the merged tensor."""
     method, parents = METHODS[name], count_of(name, 2)
@@ -1108,7 +1108,7 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
 # Zeros are common and equal magnitudes too: 1/256 is the step.
 tensors = arrays(np.float32, SMALL, elements=st.integers(-512, 512).map(lambda i: i / 256))
 weights = st.integers(1, 96).map(lambda i: i / 64)
-laws = settings(max_examples=200 if ALL else 30, deadline=None, derandomize=True)
+laws = settings(max_examples=200 if ALL else 30)
 
 
 @laws

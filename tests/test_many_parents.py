@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import daily
+from helpers import sample
 from merge_kernels import (
     METHODS,
     Method,
@@ -59,7 +59,7 @@ def stacked(arrays: Sequence[np.ndarray]) -> Any:
     return jnp.asarray(np.stack(arrays)) if len(arrays) else ()
 
 
-@pytest.mark.parametrize("name", daily(LOOPING, 4))
+@pytest.mark.parametrize("name", sample(LOOPING, 4))
 def test_many_parents_equal_float64_formulas_and_mergekit(name: str) -> None:
     models = make_models(SHAPE, MANY)
     # The second of each kind of options has, of the sparse methods, a norm that is restored.
@@ -100,7 +100,7 @@ def written_out(name: str, options: Options, sources: Sequence[jax.Array], keep:
     return base + parameters["lambda"] * total
 
 
-@pytest.mark.parametrize(("parents", "dtype"), daily([(3, np.float32), (8, ml_dtypes.bfloat16)], 1))
+@pytest.mark.parametrize(("parents", "dtype"), sample([(3, np.float32), (8, ml_dtypes.bfloat16)], 1))
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties"])
 def test_few_parents_are_merged_as_ever_to_the_bit(name: str, parents: int, dtype: Any) -> None:
     method, options = METHODS[name], METHODS[name].options
@@ -132,7 +132,7 @@ def lowered(name: str, parents: int, function: Callable[..., Any]) -> str:
     return jax.jit(function).lower(*arguments, on_device(numbers)).as_text()
 
 
-@pytest.mark.parametrize("name", daily(LOOPING, 4))
+@pytest.mark.parametrize("name", sample(LOOPING, 4))
 def test_programs_do_not_grow_with_the_parents(name: str) -> None:
     method = METHODS[name]
 

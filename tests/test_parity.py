@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import SPECIAL, daily, finetune, load_torch, random_model, save, state, tiny_config, words
+from helpers import SPECIAL, finetune, load_torch, random_model, sample, save, state, tiny_config, words
 from merge_kernels import METHODS
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -217,7 +217,7 @@ def test_every_recipe_is_compared_and_every_method_has_one() -> None:
     assert {yaml.safe_load(path.read_text())["merge_method"] for path in files.values()} == set(METHODS)
 
 
-@pytest.mark.parametrize("recipe", daily(EXACT, 16))
+@pytest.mark.parametrize("recipe", sample(EXACT, 16))
 def test_float32_merges_are_mergekits(recipe: str, models: Path, tmp_path: Path) -> None:
     found, expected = both(models, recipe, tmp_path)
     assert_same_tensors(found, expected)
@@ -448,13 +448,13 @@ def test_random_merges_have_mergekits_distribution(recipe: str, models: Path, tm
     one, two, reference = (deltas(folder, base) for folder in (found, other, expected))
     assert one.size > 50_000
     assert (one != two).mean() > 0.1
-    for sample in (one, two):
-        error = np.sqrt((reference.var() + sample.var()) / one.size)
-        assert abs(sample.mean() - reference.mean()) < 5 * error
+    for moves in (one, two):
+        error = np.sqrt((reference.var() + moves.var()) / one.size)
+        assert abs(moves.mean() - reference.mean()) < 5 * error
         # The variance of a square is at most its fourth moment.
-        error = np.sqrt(((reference**4).mean() + (sample**4).mean()) / one.size)
-        assert abs((sample**2).mean() - (reference**2).mean()) < 5 * error
-        moved, wanted = (sample != 0).mean(), (reference != 0).mean()
+        error = np.sqrt(((reference**4).mean() + (moves**4).mean()) / one.size)
+        assert abs((moves**2).mean() - (reference**2).mean()) < 5 * error
+        moved, wanted = (moves != 0).mean(), (reference != 0).mean()
         assert abs(moved - wanted) < 5 * np.sqrt(2 * wanted * (1 - wanted) / one.size)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers import daily, load_torch
+from helpers import load_torch, sample
 from test_data_flow import BOUNDS, Setting, random_path, write_path
 from torch.func import functional_call
 
@@ -22,7 +22,7 @@ from evojax_merge.search.successive_halving import empty_matrix, shard_parts
 from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, PathSpace
 
 
-@pytest.fixture(scope="module", params=daily([0, 40], 1))
+@pytest.fixture(scope="module", params=sample([0, 40], 1))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Two parents and a likelihood, behind a header of so many words that all rows share."""
     setting = Setting(tmp_path_factory.mktemp("setting"), request.param)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import daily, greedy_tokens, hidden_states, load_torch, state
+from helpers import greedy_tokens, hidden_states, load_torch, sample, state
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -163,7 +163,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     base: Path, ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
 ) -> None:
     """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
-    problems = daily(or_skip(lambda: read_symbolic("eng")).records[:50], 2)
+    problems = sample(or_skip(lambda: read_symbolic("eng")).records[:50], 2)
     prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())
