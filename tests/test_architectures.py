@@ -22,6 +22,7 @@ from helpers import (
     save,
     tiny_config,
 )
+from reference.torch_models import torch_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from evojax_merge import pipeline
@@ -97,11 +98,6 @@ def ours(config: DecoderConfig, model: StackedWeights, tokens: np.ndarray) -> np
         return decoder.logits(config, model, hidden_states(config, model, tokens))
 
     return np.asarray(jax.jit(run)(model, jnp.asarray(tokens, jnp.int32)))
-
-
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 
 
 def random_tokens(seed: int, *shape: int, vocab: int = 64) -> np.ndarray:

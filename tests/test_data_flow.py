@@ -34,6 +34,7 @@ from helpers import (
 from hostile import run_command, start_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.layer_paths import torch_path_logits
 
 from evojax_merge.checkpoints.bank import load_path_bank, load_stored
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
@@ -105,61 +106,17 @@ def test_a_parents_own_layers_give_its_logits_bit_for_bit(parents: list[File]) -
         np.testing.assert_array_equal(stored_logits(own, model), stored_logits(config, load_stored(sources, config)))
 
 
-def torch_path_logits(
-    folders: Sequence[File], path: LayerPath, origins: Sequence[tuple[int, int]], folded: bool
-) -> Any:
-    """A loop over torch's own layers: the state is multiplied before each (the paper's form), or what each adds is
-    divided by the product of the scales (the folded form)."""
-    models = [load_torch(folder) for folder in folders]
-    ends = models[path.embedding_parent]
-    calls: list[Any] = []
-
-    def remember(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append(kwargs)
-
-    with torch.no_grad():
-        # What transformers hands to each layer: masks by kind of layer, rotary tables.
-        by_layer: dict[tuple[int, int], dict[str, Any]] = {}
-        for k, model in enumerate(models):
-            for i, layer in enumerate(model.model.layers):
-                calls.clear()
-                handle = layer.register_forward_pre_hook(remember, with_kwargs=True)
-                model(torch.tensor(TOKENS).long(), use_cache=False)
-                handle.remove()
-                by_layer[k, i] = dict(calls[0])
-        x = ends.model.embed_tokens(torch.tensor(TOKENS).long())
-        product = 1.0
-        for m, scale in zip(path.layers, path.scales, strict=True):
-            k, i = origins[m]
-            kwargs = {key: value for key, value in by_layer[k, i].items() if key != "hidden_states"}
-            product *= scale
-            if folded:
-                layer = models[k].model.layers[i]
-                kept = {name: values.clone() for name, values in layer.state_dict().items()}
-                for name, values in layer.named_parameters():
-                    if "o_proj" in name or "down_proj" in name:
-                        values.mul_(1 / product)
-                x = _hidden(layer(x, **kwargs))
-                layer.load_state_dict(kept)
-            else:
-                x = _hidden(models[k].model.layers[i](x * scale, **kwargs))
-        return ends.lm_head(ends.model.norm(x)).numpy()
-
-
-def _hidden(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
-
-
 def test_random_paths_are_a_plain_loop_over_layers(parents: list[File], record_property: Any) -> None:
     bank, spec = open_paths(parents)
+    models = [load_torch(folder) for folder in parents]
     rng = np.random.default_rng(1)
     for ends in (0, 1):
         path = random_path(rng, len(spec.origins), 6, ends)
         model, config = materialise_path(bank, path, spec.configs[0])
         found = stored_logits(config, model)
-        np.testing.assert_allclose(found, torch_path_logits(parents, path, spec.origins, True), atol=1e-4)
+        np.testing.assert_allclose(found, torch_path_logits(models, TOKENS, path, spec.origins, True), atol=1e-4)
         # The paper's form differs by the norms' epsilon alone.
-        apart = np.abs(found - torch_path_logits(parents, path, spec.origins, False)).max()
+        apart = np.abs(found - torch_path_logits(models, TOKENS, path, spec.origins, False)).max()
         record_property("folded against the paper's form", float(apart))
         assert apart < 1e-2
 

@@ -14,7 +14,7 @@ from helpers import Family, build_family, sample, tiny_config, write_lines
 from merge_kernels import METHODS, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
-from test_kernels import draws_of, make_models, on_device, reference, sources_of
+from test_kernels import draws_of, expected_merge, make_models, on_device, sources_of
 
 import evojax_merge as em
 from evojax_merge.cli import cli, run
@@ -82,7 +82,7 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
             value = np.array(np.atleast_1d(numbers[parameter]), np.float64)
             value[index] += by
             changed = numbers | {parameter: value if method.parameter(parameter).per_parent else value[0]}
-            return float((reference(name, options, models, changed, DRAWS) * cotangent).sum())
+            return float((expected_merge(name, options, models, changed, DRAWS) * cotangent).sum())
 
         expected = (moved(step) - moved(-step)) / (2 * step)
         np.testing.assert_allclose(found[index], expected, rtol=2e-3, atol=2e-3, err_msg=f"{name} {parameter}[{index}]")
@@ -101,9 +101,9 @@ def test_density_gradients_end_at_the_interval_s_ends() -> None:
         return jnp.sum(jnp.square(combine_differentiable(method, method.options, sources, (), statistics, parameters)))
 
     slope = jax.grad(total)(on_device(numbers))["density"][0]
-    merged = reference("ties", method.options, models, numbers, DRAWS)
+    merged = expected_merge("ties", method.options, models, numbers, DRAWS)
     below = numbers | {"density": np.array([1 - HALF_WIDTH, 1.0])}
-    expected = (2 * merged * (merged - reference("ties", method.options, models, below, DRAWS))).sum() / HALF_WIDTH
+    expected = (2 * merged * (merged - expected_merge("ties", method.options, models, below, DRAWS))).sum() / HALF_WIDTH
     np.testing.assert_allclose(slope, expected, rtol=2e-3)
 
 

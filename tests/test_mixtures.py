@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers import Family, build_family, edit_json, random_model, sample, save, state, tiny_config, write_lines
 from merge_kernels import METHODS
+from reference.decoder import expert_outputs
 from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
 
@@ -59,17 +60,6 @@ def weights_of(config: MixtureConfig, seed: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    """Float64, each token and expert by itself."""
-    wide = {name: values.astype(np.float64) for name, values in weights.items()}
-    found = np.zeros((*experts.shape, x.shape[1]))
-    for n, a in np.ndindex(experts.shape):
-        gate, up, down = (wide[name][experts[n, a]] for name in ("gate", "up", "down"))
-        opened = gate @ x[n]
-        found[n, a] = down @ (opened / (1 + np.exp(-opened)) * (up @ x[n]))
-    return found
-
-
 # What a CPU, a TPU, and a GPU by the number of tokens compute.
 COMPUTES = [blocked_experts, joined_ragged_experts, gathered_experts, every_expert]
 
@@ -91,7 +81,7 @@ def test_each_token_meets_its_experts(
         chosen = np.stack([np.r_[0, 1 + rng.permutation(experts - 1)[: per_token - 1]] for _ in range(tokens)])
     x = rng.normal(size=(tokens, config.hidden)).astype(np.float32)
     both = [weights_of(config, seed) for seed in (0, 1)]
-    expected = [reference(weights, x, chosen) for weights in both]
+    expected = [expert_outputs(weights, x, chosen) for weights in both]
     run = jax.jit(lambda weights, x, chosen: compute(config, weights, x, chosen))
     np.testing.assert_allclose(run(both[0], x, chosen), expected[0], rtol=1e-4, atol=1e-4)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)

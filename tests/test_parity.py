@@ -16,7 +16,8 @@ import pytest
 import torch
 import yaml
 from helpers import SPECIAL, finetune, load_torch, random_model, sample, save, state, tiny_config, words
-from merge_kernels import METHODS
+from merge_kernels import METHODS, Options
+from reference.unrolled import unrolled_merge
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -400,25 +401,22 @@ def test_of_equal_magnitudes_all_are_kept(models: Path, tmp_path: Path, record_p
     parents = [(state(models / row["model"]), row["parameters"]) for row in document["models"]]
     kept = requests = tied = total = 0
     for name, values in base.items():
-        up, down, up_weight, down_weight = np.zeros((4, *values.shape), np.float32)
-        certain = np.ones(values.shape, bool)
-        for tensors, own in parents:
-            delta = tensors[name] - values
-            weight = np.float32(own["weight"])
-            count = max(1, int(own["density"] * delta.size))
-            threshold = np.sort(np.abs(delta), axis=None)[-count]
-            keep = np.abs(delta) >= threshold
-            if threshold > 0:
-                certain &= np.abs(delta) != threshold
-                kept, requests = kept + int(keep.sum()), requests + count
-            # In float32, like both programs: where the signs' masses tie, rounding elects.
-            weighted = weight * np.where(keep, delta, np.float32(0))
-            up, down = up + np.maximum(weighted, 0), down + np.minimum(weighted, 0)
-            up_weight = up_weight + weight * (weighted > 0)
-            down_weight = down_weight + weight * (weighted < 0)
-        positive = up >= -down
-        divisor = np.where(positive, up_weight, down_weight)
-        reference = values + np.where(positive, up, down) / np.where(divisor == 0, 1, divisor)
+        certain, thresholds = np.ones(values.shape, bool), []
+        for tensors, parameters in parents:
+            magnitude = np.abs(tensors[name] - values)
+            count = max(1, int(parameters["density"] * magnitude.size))
+            thresholds.append(np.sort(magnitude, axis=None)[-count])
+            if thresholds[-1] > 0:
+                certain &= magnitude != thresholds[-1]
+                kept, requests = kept + int((magnitude >= thresholds[-1]).sum()), requests + count
+        # In float32, like both programs: where the signs' masses tie, rounding elects.
+        reference = unrolled_merge(
+            "ties",
+            Options(normalize=True, has_base=True),
+            [values, *(tensors[name] for tensors, _ in parents)],
+            lambda k, delta, thresholds=thresholds: abs(delta) >= thresholds[k],
+            {"weight": np.float32([parameters["weight"] for _, parameters in parents]), "lambda": np.float32(1)},
+        )
         assert_close(found[name], reference, name)
         assert_close(found[name][certain], expected[name][certain], name)
         tied, total = tied + int((~certain).sum()), total + values.size
