@@ -17,6 +17,7 @@ import torch
 import yaml
 from helpers import SPECIAL, finetune, load_torch, random_model, sample, save, state, tiny_config, words
 from merge_kernels import METHODS, Options
+from reference import merging
 from reference.unrolled import unrolled_merge
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
@@ -381,11 +382,17 @@ def test_native_narrow_merges_are_computed_wider_than_mergekits(
     assert np.quantile(steps, 0.9) <= 1
     # What float64 makes of the same parents, rounded once.
     document = yaml.safe_load((models / f"{recipe}.yaml").read_text())
-    base = load_file(models / document["base_model"] / "model.safetensors")
-    exact = {name: values.double() for name, values in base.items()}
-    for row in document["models"]:
-        for name, values in load_file(models / row["model"] / "model.safetensors").items():
-            exact[name] += row["parameters"]["weight"] * (values.double() - base[name].double())
+    folders = [document["base_model"], *(row["model"] for row in document["models"])]
+    tensors = [load_file(models / folder / "model.safetensors") for folder in folders]
+    parameters = {"weight": [row["parameters"]["weight"] for row in document["models"]], "lambda": 1.0}
+    exact = {
+        name: torch.tensor(
+            merging.merge(
+                "task_arithmetic", Options(has_base=True), [one[name].double().numpy() for one in tensors], parameters
+            )
+        )
+        for name in tensors[0]
+    }
     (tmp_path / "exact").mkdir()
     save_file({name: values.to(dtype) for name, values in exact.items()}, tmp_path / "exact" / "model.safetensors")
     to_exact = steps_apart(found, tmp_path / "exact", dtype)

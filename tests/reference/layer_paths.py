@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.func import functional_call
 
 from evojax_merge.models.paths import LayerPath
 
@@ -54,3 +55,26 @@ def torch_path_logits(
 
 def _hidden(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
+
+
+def torch_likelihood_gradient(
+    model: Any, scales: Sequence[float], texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[float, np.ndarray]:
+    """Return the mean log-probability per token of targets after prompts, and its gradient by the scales float64 `[T]`.
+
+    `model` has the layers of the path, one after the other. What each of them adds to the state is divided by the
+    product of the scales so far.
+    """
+    parameters = torch.tensor(scales, dtype=torch.float64, requires_grad=True)
+    factors = 1 / torch.cumprod(parameters, 0)
+    weights = {
+        name: values * factors[int(name.split(".")[2])] if "o_proj" in name or "down_proj" in name else values
+        for name, values in model.named_parameters()
+    }
+    scores = []
+    for prompt, target in texts:
+        logits = functional_call(model, weights, (torch.tensor([[*prompt, *target]]),)).logits[0, len(prompt) - 1 : -1]
+        scores.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(target)[:, None]).mean())
+    value = torch.stack(scores).mean()
+    (gradient,) = torch.autograd.grad(value, parameters)
+    return value.item(), gradient.numpy()
