@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import daily
+from helpers import sample
 from merge_kernels import tabulate
 
 from evojax_merge.evaluation.targets import Target, live_target
@@ -49,7 +49,7 @@ def cpu() -> Target:
     return replace(live_target(), devices=1)
 
 
-@pytest.mark.parametrize("name", daily(ROWS, 1))
+@pytest.mark.parametrize("name", sample(ROWS, 1))
 def test_a_row_is_measured(name: str, small: None) -> None:
     section = device.measure(cpu(), "tiny", Only(name))
     lines = [line for line in section.splitlines() if line[:1] == "|"]

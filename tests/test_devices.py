@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, even_records, tiny_config, write_lines
+from helpers import Family, build_family, even_records, sample, tiny_config, write_lines
 from hostile import Running, run_command, run_python, start_command
 
-MESHES = ((1, 1), *daily(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
+MESHES = ((1, 1), *sample(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
 # Candidates a pass; on more than one device the first of them.
-CHUNKS = (2, *daily((1, 6), 1))
+CHUNKS = (2, *sample((1, 6), 1))
 
 # Scores of a population of merges, however they are spread, in a process with eight devices.
 MESH_PROGRAM = """
@@ -224,11 +224,11 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
 
 
 def test_devices_merge_their_own_parts() -> None:
-    done = run_python(MERGE_PROGRAM, json.dumps(daily(MERGES, 1)), seconds=300)
+    done = run_python(MERGE_PROGRAM, json.dumps(sample(MERGES, 1)), seconds=300)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("model", daily((8, 4, 2, 1), 1))
+@pytest.mark.parametrize("model", sample((8, 4, 2, 1), 1))
 def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_path: Path) -> None:
     """Two sums of the residual stream in each layer, the embedding's rows, and what makes one likelihood, or one token,
     of the shards of a head: no weights and no caches, and nothing goes from every device to every other."""

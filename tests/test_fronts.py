@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, daily, random_records, search_in, state, write_lines
+from helpers import build_family, random_records, sample, search_in, state, write_lines
 from hostile import run_command, start_command
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.indicators.hv import HV
@@ -157,7 +157,7 @@ def test_niches_keep_the_best_of_each_cell() -> None:
 
 
 @pytest.mark.parametrize("name", FRONT_STRATEGIES)
-@pytest.mark.parametrize("objectives", daily([2, 3], 1))
+@pytest.mark.parametrize("objectives", sample([2, 3], 1))
 def test_failures_ties_and_states(name: str, objectives: int) -> None:
     """What fails is never proposed; where all score alike the search goes on; states keep their structure."""
 

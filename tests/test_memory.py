@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import daily
+from helpers import sample
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes
@@ -127,7 +127,7 @@ def bound(config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS) ->
 
 @pytest.mark.parametrize(
     ("method", "chunk"),
-    daily([(method, chunk) for method in ("ties", "dare_ties", "linear", "slerp") for chunk in (1, 2)], 2),
+    sample([(method, chunk) for method in ("ties", "dare_ties", "linear", "slerp") for chunk in (1, 2)], 2),
 )
 def test_temporaries_are_a_few_layers(method: str, chunk: int) -> None:
     assert temporaries(LLAMA, method, chunk) <= bound(LLAMA, method, chunk)

@@ -11,6 +11,7 @@ import yaml
 from helpers import Family, state
 from hostile import run_script
 from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
+from reference.merging import clipped_task_arithmetic
 
 import evojax_merge as em
 from evojax_merge import cli
@@ -52,15 +53,6 @@ def registered() -> Iterator[None]:
     del METHODS["clipped"]
 
 
-def expected(base: np.ndarray, parents: list[np.ndarray], weights: list[float], cap: float) -> np.ndarray:
-    merged = base.astype(np.float64)
-    for parent, weight in zip(parents, weights, strict=True):
-        delta = parent.astype(np.float64) - base
-        limit = cap * np.sqrt((delta**2).mean())
-        merged = merged + weight * np.minimum(np.maximum(delta, -limit), limit)
-    return merged
-
-
 def test_in_a_recipe(family: Family, tmp_path: Path) -> None:
     models = [
         {"model": parent, "parameters": {"weight": w}} for parent, w in zip(family.parents, (0.7, 0.4), strict=True)
@@ -69,7 +61,7 @@ def test_in_a_recipe(family: Family, tmp_path: Path) -> None:
     merged = state(em.merge(recipe, tmp_path / "out"))
     base, *parents = map(state, (family.base, *family.parents))
     for name, values in merged.items():
-        own = expected(base[name], [parent[name] for parent in parents], [0.7, 0.4], 0.8)
+        own = clipped_task_arithmetic(base[name], [parent[name] for parent in parents], [0.7, 0.4], 0.8)
         np.testing.assert_allclose(values, own, rtol=1e-5, atol=1e-6)
 
 
@@ -91,14 +83,16 @@ def test_in_a_search(family: Family, tmp_path: Path) -> None:
     weights = [source["parameters"]["weight"] for source in part["sources"][1:]]
     base, *parents = map(state, (family.base, *family.parents))
     for name, values in state(run.model).items():
-        own = expected(base[name], [parent[name] for parent in parents], weights, part["parameters"]["cap"])
+        own = clipped_task_arithmetic(
+            base[name], [parent[name] for parent in parents], weights, part["parameters"]["cap"]
+        )
         np.testing.assert_allclose(values, own, rtol=1e-5, atol=1e-6)
 
 
 def test_of_pytrees() -> None:
     rng = np.random.default_rng(0)
     base, one, other = ({"layer": rng.normal(size=(5, 7)).astype(np.float32)} for _ in range(3))
-    wanted = expected(base["layer"], [one["layer"], other["layer"]], [0.5, 0.5], 1.2).astype(np.float32)
+    wanted = clipped_task_arithmetic(base["layer"], [one["layer"], other["layer"]], [0.5, 0.5], 1.2).astype(np.float32)
     found = em.search_pytrees(
         [one, other], lambda merged: -((merged["layer"] - wanted) ** 2).sum(), base=base, method="clipped",
         parameters={"cap": {}}, generations=15,

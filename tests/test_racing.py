@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import yaml
-from helpers import daily, search_in, write_lines
+from helpers import sample, search_in, write_lines
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
@@ -243,7 +243,7 @@ def best_of(values: np.ndarray) -> int:
     return int(np.argmax(values))
 
 
-@pytest.mark.parametrize(("genes", "noise"), daily([(4, 0.0), (4, 0.2), (12, 0.1)], 1))
+@pytest.mark.parametrize(("genes", "noise"), sample([(4, 0.0), (4, 0.2), (12, 0.1)], 1))
 def test_relatives_rank_by_what_is_foreseen(genes, noise):
     """100 populations of 16 of which an eighth of 128 examples is seen: foresight finds the best more often than the
     mean on the examples does, and its errors are smaller."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_racing import climb
 
@@ -60,7 +61,7 @@ def the_data(change: Callable[[Path], Any]) -> Callable[[Path], None]:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": each_file(halve),
     "emptied": each_file(lambda file: file.write_bytes(b"")),
-    "garbage": each_file(lambda file: file.write_bytes(os.urandom(300))),
+    "garbage": each_file(lambda file: file.write_bytes(np.random.default_rng(0).bytes(300))),
     "a bit of the data": the_data(flip),
     "an empty folder": lambda step: (shutil.rmtree(step), step.mkdir()),
     "a file": lambda step: (shutil.rmtree(step), step.write_text("5")),
