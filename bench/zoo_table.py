@@ -92,12 +92,10 @@ def evolve(problem: SearchProblem, folder: Path) -> Result:
     minibatches = problem.batched_minibatches()
     opened = open_evaluators(problem, [*minibatches, *problem.batched_tasks()])
     (*shards, full, heldout), differentiated = opened[len(minibatches) :], opened[: len(minibatches)]
-    with Checkpoints(run) as checkpoints:
-        storage = FolderStorage(run, checkpoints)
-        archive = loop.evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter(),
-            minibatches=differentiated,
-        )  # fmt: skip
+    archive = loop.evolve(
+        problem.search, problem.config.seed, problem.strategy, problem.space, shards,
+        FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=differentiated,
+    )  # fmt: skip
     result = select_best(problem, full, heldout, archive)
     run.recipe.write_text(recipe_text(problem, result.genome))
     merge_to(prepare(read_recipe(run.recipe), find=resolve_reference), run.model, card="")
