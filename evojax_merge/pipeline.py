@@ -240,6 +240,8 @@ def _run_chain(
         for stage, problem in zip(stages, problems, strict=True)
     ]
     with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
+        if read_result(run.result) is None:
+            check_room(run, stages[-1].search.generations)
         # All stages ask the same.
         _say_first(path, problems[0], batched_tasks[0])
         winner: str | None = None
@@ -362,6 +364,7 @@ def _warn(lines: Sequence[str]) -> None:
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
+    check_replaceable_model(folder.model)
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
