@@ -181,7 +181,7 @@ def _opened(
         with defer_signals():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
-                open_run(path, document, resume=resume, overwrite=overwrite, say=say)
+                open_run(path, document, resume=resume, overwrite=overwrite, say=lambda line: _warn([line]))
                 if not resume:
                     stack.enter_context(removed_if_refused(folder))
             begun(folder)
@@ -240,8 +240,6 @@ def _run_chain(
         for stage, problem in zip(stages, problems, strict=True)
     ]
     with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
-        if read_result(run.result) is None:
-            check_room(run, stages[-1].search.generations)
         # All stages ask the same.
         _say_first(path, problems[0], batched_tasks[0])
         winner: str | None = None

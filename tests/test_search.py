@@ -393,7 +393,7 @@ def test_run_folder_of_another_run_is_refused(config_file, finished, arguments, 
 
 def test_overwrite_starts_again_and_keeps_what_is_not_its_own(config_file, finished, tmp_path):
     out = shutil.copytree(finished, tmp_path / "run")
-    for name in contents(finished).keys() - {"config.yaml"}:
+    for name in contents(finished).keys() - {"config.yaml", "best/model/model.safetensors"}:
         (out / name).write_text("another run's")
     (out / "notes.txt").write_text("mine")
     run("search", config_file, "--out", out, "--overwrite")

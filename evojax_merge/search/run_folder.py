@@ -55,6 +55,7 @@ from evojax_merge.search.run_parts import (
     check_parts,
     check_removable_step,
     check_replaceable_front,
+    check_room,
     clear,
     entries,
     prune,
@@ -137,8 +138,15 @@ def open_run(
     """
     folder = RunFolder(path)
     occupied = check_place(path, resume=resume, overwrite=overwrite)
+    last_stage = (document.get("stages") or [document])[-1]
+    generations = last_stage.get("search", {}).get("generations", 0)
     if occupied and resume:
         _check_same_config(folder, document)
+        result = read_result(folder.result) or {}
+        finished = result.get("generations")
+        if not (isinstance(finished, int) and finished >= generations) and "stopped_by" not in result:
+            # Before long work.
+            check_room(folder, generations)
     if resume and "generations" in document.get("search", {}):
         # Fewer generations than are saved already cannot be asked for.
         wanted = max(document["search"]["generations"], len(folder.read_history()))
@@ -146,8 +154,9 @@ def open_run(
     try:
         path.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        for line in clear(folder) if occupied and not resume else ():
-            say(line)
+        if occupied and not resume:
+            for line in clear(folder, generations):
+                say(line)
         atomic_write(folder.config, dump_yaml(document))
         folder.best.mkdir(exist_ok=True)
     except OSError as error:

@@ -256,9 +256,14 @@ def check_room(folder: RunFolder, generations: int) -> None:
     check_parts(folder)
     check_replaceable_model(folder.model)
     check_replaceable_front(folder.front)
-    steps = folder.steps()
+    _check_names(folder, range(max(folder.steps(), default=0) + 1, generations + 1))
+
+
+def _check_names(folder: RunFolder, generations: range) -> None:
+    """Raises InputError where something else has the name of a checkpoint of these generations."""
+    steps = {folder.step(generation) for generation in folder.steps()}
     for path in entries(folder.checkpoints):
-        if _STEP.fullmatch(path.name) and max(steps, default=0) < int(path.name) <= generations:
+        if _STEP.fullmatch(path.name) and int(path.name) in generations and path not in steps:
             raise _foreign(folder.checkpoints, path.name, f"generation {path.name} needs the name: {_ADVICE}")
 
 
@@ -293,13 +298,15 @@ def prune(folder: RunFolder) -> None:
             remove_folder(folder.step(generation))
 
 
-def clear(folder: RunFolder) -> list[str]:
+def clear(folder: RunFolder, generations: int) -> list[str]:
     """Delete what a search wrote, and nothing that a user put beside it: a line names what stays of it in the run's
-    parts. Raises InputError, before anything is deleted, where a user's file lies in what would go as a whole.
+    parts. Raises InputError, before anything is deleted, where a user's file lies in what would go as a whole, or has
+    the name of a checkpoint of a search of so many generations.
 
     Until the last checkpoint goes the run could be continued, its history restored from the backup; afterwards it has
     not begun."""
     _check_clear(folder)
+    _check_names(folder, range(1, generations + 1))
     for file in (folder.result, folder.picture, folder.recipe, folder.params):
         remove_file(file)
     stages = [stage.path for stage in folder.begun_stages()]
