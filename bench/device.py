@@ -44,7 +44,6 @@ from scored_rows import of_rows, work
 from evojax_merge.candidates import MergeCandidates
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, abstract_stored
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import tree_nbytes
@@ -53,6 +52,7 @@ from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, live_target
+from evojax_merge.file_system import atomic_write
 from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.planning import make_plan

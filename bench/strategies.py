@@ -682,9 +682,8 @@ def overhead(arguments: argparse.Namespace, names: Sequence[str]) -> None:
             problem = search_problem(experiment, search_config(row), 0)
             folder = open_run(Path(work) / f"run-{number}", resolved_document(problem), resume=False, overwrite=False)
             clock = Clock()
-            with Checkpoints(folder) as checkpoints:
-                storage = TimedStorage(folder, checkpoints)
-                run(experiment, problem, storage, clock)
+            storage = TimedStorage(folder, Checkpoints(folder))
+            run(experiment, problem, storage, clock)
             # The first generation compiles, and is not counted.
             whole = float(np.mean(np.diff(clock.ended)))
             evaluating, saving = (float(np.mean(part[1:])) for part in (clock.evaluating_seconds, storage.seconds))

@@ -90,12 +90,10 @@ def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
     on = open_evaluators(problem, problem.batched_tasks())
-    with Checkpoints(run) as checkpoints:
-        storage = FolderStorage(run, checkpoints)
-        archive = loop.evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, Reporter(),
-            minibatches=on.minibatches,
-        )  # fmt: skip
+    archive = loop.evolve(
+        problem.search, problem.config.seed, problem.strategy, problem.space, on.shards,
+        FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
+    )  # fmt: skip
     result = select_best(problem, on, archive)
     run.recipe.write_text(recipe_text(problem, result.genome))
     merge_to(prepare(read_recipe(run.recipe), find=resolve_reference), run.model, card="")

@@ -22,11 +22,8 @@ from evojax_merge.checkpoints.derived import ignored_revisions, parts_of, refere
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
-    atomic_write,
-    check_free,
     check_output,
     check_outside,
-    recover,
     require_space,
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
@@ -41,6 +38,7 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, find_target, live_target
+from evojax_merge.file_system import atomic_write, check_free, recover
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import Progress, merge_to
@@ -72,14 +70,11 @@ from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
     OF_A_RUN,
-    PARAMS,
     Checkpoints,
     EarlierWinner,
     FolderStorage,
-    RunFolder,
     check_inputs,
     check_masks,
-    check_not_in_use,
     check_place,
     earlier_winners,
     find_member,
@@ -88,12 +83,13 @@ from evojax_merge.search.run_folder import (
     locked,
     open_run,
     random_numbers,
-    read_lines,
     read_result,
     removed_if_refused,
     to_line,
     write_front,
 )
+from evojax_merge.search.run_lock import check_not_in_use
+from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, check_room, read_lines
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
@@ -162,7 +158,7 @@ def run_search(
         _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
         return
     problem = build_problem(path, config)
-    check_outside(out, _parts_of_models(problem))
+    _check_outside(out, [problem])
     batched_tasks = problem.batched_tasks()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
@@ -187,7 +183,7 @@ def _opened(
         with defer_signals():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
-                open_run(path, document, resume=resume, overwrite=overwrite)
+                open_run(path, document, resume=resume, overwrite=overwrite, say=lambda line: _warn([line]))
                 if not resume:
                     stack.enter_context(removed_if_refused(folder))
             begun(folder)
@@ -198,8 +194,7 @@ def _opened(
 def _check_checkpoints(folder: RunFolder) -> None:
     """What cannot be continued is found before the models are loaded. All processes do this together."""
     barrier("opened")
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.restore(say)
+    Checkpoints(folder).restore(say)
 
 
 _FORCE = "--force goes on all the same"
@@ -233,7 +228,7 @@ def _run_chain(
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs.
     problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(_stage_configs(config))]
-    check_outside(out, [part for problem in problems for part in _parts_of_models(problem)])
+    _check_outside(out, problems)
     batched_tasks = [problem.batched_tasks() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
@@ -299,6 +294,7 @@ def _search_into(
         say(why_complete)
         console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
         return
+    check_room(folder, problem.search.generations)
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
@@ -314,8 +310,8 @@ def _search_into(
         console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
         on = open_evaluators(problem, batched_tasks, devices, progress, say)
-    with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
-        storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
+    with search_bar(problem.search.generations, on_generation) as reporter:
+        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
             warnings, failure_hint, on.minibatches, on.validation, problem.example_choice(on),
@@ -345,8 +341,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
     if ended is None and wanted > len(rows):
         return None
-    with Checkpoints(folder) as checkpoints:
-        saved = checkpoints.restore(say)
+    saved = Checkpoints(folder).restore(say)
     if saved is None or not saved.describes(len(rows), folder.history):
         return None
     if ended is None:
@@ -362,6 +357,7 @@ def _warn(lines: Sequence[str]) -> None:
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
+    check_replaceable_model(folder.model)
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
@@ -371,7 +367,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     with prepare_stream(read_stream(folder.recipe), folder.model, find=resolve_reference) as stream_plan:
         bar = partial(_merge_bar, "exporting")
         write = partial(merge_to, recipe=recipe)
-        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, bar=bar)
+        check = partial(check_replaceable_model, folder.model)
+        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, check=check, bar=bar)
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
@@ -536,15 +533,18 @@ def _card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     return merge_card(out.name, methods, models, text)
 
 
-def _parts_of_models(problem: SearchProblem) -> list[Path]:
-    """The files and folders that a search's models are made of."""
-    return [part for model in problem.references for part in parts_of(model)]
+def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
+    """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
+    models = [part for problem in problems for model in problem.references for part in parts_of(model)]
+    for place in (out, *RunFolder(out).parts):
+        check_outside(place, models)
 
 
 def _parts_of_runs(out: Path) -> list[Path]:
     """What belongs to the runs in whose folders `out` would lie."""
-    place = Path(os.path.realpath(out))
-    runs = [RunFolder(folder) for folder in place.parents]
+    # Parts of a run may be links.
+    above = {*Path(os.path.realpath(out)).parents, *Path(os.path.abspath(out)).parents}
+    runs = [RunFolder(folder) for folder in sorted(above)]
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
@@ -609,8 +609,8 @@ def export(
         _export_best_so_far(folder, out, dtype, overwrite, rank)
         return
     if not folder.recipe.exists():
-        if (folder.recipe.parent / PARAMS).exists():
-            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{PARAMS}")
+        if folder.params.exists():
+            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
@@ -647,8 +647,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         running, config = _stage_begun_last(folder)
         check_inputs(running)
         problem = build_problem(running.config, config, chained=True)
-        with Checkpoints(running) as checkpoints:
-            saved = checkpoints.restore(say)
+        saved = Checkpoints(running).restore(say)
         if saved is None:
             raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
         fitness = float(saved.arrays["fitness"][0])

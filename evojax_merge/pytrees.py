@@ -22,18 +22,19 @@ from merge_kernels import combine_differentiable, draw_row_keys, look_up_differe
 from pydantic import ValidationError
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import live_target
+from evojax_merge.file_system import atomic_write, atomic_write_bytes
 from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress, differentiates
-from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened, random_numbers
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
+from evojax_merge.search.run_parts import check_room
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
@@ -236,7 +237,8 @@ def search_pytrees(
                 | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
             } | random_numbers(chosen.random)  # fmt: skip
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
-            storage = FolderStorage(folder, stack.enter_context(Checkpoints(folder)))
+            check_room(folder, search.generations)
+            storage = FolderStorage(folder, Checkpoints(folder))
         archive = evolve(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
@@ -290,7 +292,7 @@ def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
         for path, leaf in leaves
         if not jax.dtypes.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
     }
-    atomic_write_bytes(folder.recipe.parent / PARAMS, save(arrays))
+    atomic_write_bytes(folder.params, save(arrays))
     document = {
         "generations": len(found.history),
         "chosen_on": "search" if found.chosen_on is None else "validation",

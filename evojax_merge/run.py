@@ -7,7 +7,8 @@ from typing import Any
 
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
-from evojax_merge.search.run_folder import PARAMS, RunFolder, is_run, read_lines, read_result
+from evojax_merge.search.run_folder import is_run, read_result
+from evojax_merge.search.run_parts import RunFolder, read_lines
 from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
@@ -74,8 +75,7 @@ class Run:
     @property
     def params(self) -> Path | None:
         """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
-        file = self._folder.recipe.parent / PARAMS
-        return file if file.is_file() else None
+        return self._folder.params if self._folder.params.is_file() else None
 
     @property
     def figures(self) -> list[Path]:

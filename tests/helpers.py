@@ -292,9 +292,6 @@ def search_in(
 ) -> Archive:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run, reporter = RunFolder(folder), reporter or Reporter()
-    with Checkpoints(run) as checkpoints:
-        objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, checkpoints)
-        strategy = build_strategy("search", config, space, objectives)
-        return evolve(
-            config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice
-        )  # fmt: skip
+    objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, Checkpoints(run))
+    strategy = build_strategy("search", config, space, objectives)
+    return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice)

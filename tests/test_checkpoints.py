@@ -39,14 +39,12 @@ from evojax_merge.checkpoints.writer import (
     MARKER,
     ShardWriter,
     TensorSpec,
-    atomic_folder,
-    atomic_write,
     check_output,
-    recover,
     require_space,
     write_marker,
 )
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.file_system import atomic_folder, atomic_write, recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
@@ -436,15 +434,16 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path)
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from evojax_merge.checkpoints import writer
+from evojax_merge import file_system
 target, moment = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "swapping":
     rename, calls = os.rename, []
     os.rename = lambda *names: (kill() if calls else None, calls.append(1), rename(*names))
 if moment == "removing":
-    writer.recover, before = (lambda target: kill() if (target / "new").exists() else before(target)), writer.recover
-with writer.atomic_folder(target, overwrite=True) as work:
+    before = file_system.recover
+    file_system.recover = lambda target: kill() if (target / "new").exists() else before(target)
+with file_system.atomic_folder(target, overwrite=True) as work:
     (work / "new").write_text("new")
     if moment == "writing":
         kill()

@@ -200,8 +200,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
     ]  # fmt: skip
     on = open_evaluators(problem, problem.batched_tasks())
     assert [task.name for task in on.validation.tasks] == ["text"]
-    with Checkpoints(RunFolder(finished)) as checkpoints:
-        arrays = checkpoints.restore(print).arrays
+    arrays = Checkpoints(RunFolder(finished)).restore(print).arrays
     document = json.loads((finished / "result.json").read_text())
     winner = np.array(document["genome"], np.float32)
     (uniform,) = problem.space.baselines()[1]

@@ -48,9 +48,10 @@ from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
 from evojax_merge.checkpoints.quantised import dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
-from evojax_merge.checkpoints.writer import MARKER, atomic_folder
+from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_folder
 
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.

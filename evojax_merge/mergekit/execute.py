@@ -49,10 +49,10 @@ from evojax_merge.checkpoints.writer import (
     RECIPE,
     ShardWriter,
     TensorSpec,
-    atomic_folder,
     write_marker,
 )
 from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting

@@ -32,7 +32,8 @@ from evojax_merge.search.protocols import (
     wants_gradients,
     within,
 )
-from evojax_merge.search.run_folder import KEPT_CHECKPOINTS, Saved
+from evojax_merge.search.run_folder import Saved
+from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
