@@ -469,8 +469,8 @@ def _phi_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     for name in found.values():
         if file.tensors[name].shape != (rotated // 2,):
             raise InputError(
-                file.path, f"{name} has shape {list(file.tensors[name].shape)}; {file.key('.rope.dimension_count')} says "
-                f"{[rotated // 2]}",
+                file.path, f"{name} has shape {list(file.tensors[name].shape)}; by {file.key('.rope.dimension_count')} "
+                f"it would be {[rotated // 2]}",
             )  # fmt: skip
     context, original = file.value(".context_length", CONTEXT), _first_length(file)
     rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}

@@ -283,7 +283,7 @@ TENSORS = [
     Case("2^63 entries", tensor(QUERIES, sizes=[2**63]), (*DAMAGED, QUERIES), MERGE),
     Case("no entries", tensor(QUERIES, sizes=[HIDDEN, 0]), (*IN_FILE, QUERIES), MERGE),
     Case("no axes", tensor(QUERIES, sizes=[]), (*IN_FILE, QUERIES, "axes"), MERGE),
-    Case("2^31 axes", file(lambda gguf: gguf.tensors.append((b"", Tensor([1] * 9, 0, b"")))), (*IN_FILE, "axes"), MERGE),
+    Case("nine axes", more("x", Tensor([1] * 9, 0, b"")), (*IN_FILE, "axes"), MERGE),
     Case("a kind that nobody knows", tensor(QUERIES, kind=77), (*IN_FILE, QUERIES, "77"), MERGE),
     Case("a kind of integers", tensor(QUERIES, kind=26), (*IN_FILE, QUERIES, "I32"), MERGE),
     Case("a row of no whole blocks", tensor(QUERIES, kind=8), (*IN_FILE, QUERIES, "32"), MERGE),
@@ -296,15 +296,15 @@ TENSORS = [
     Case("a vector for an embedding", reshaped(EMBEDDING, VOCAB), (*IN_FILE, EMBEDDING), MERGE),
     Case("a narrow embedding", reshaped(EMBEDDING, 32, VOCAB), (*IN_FILE, EMBEDDING, "llama.embedding_length"), MERGE),
     Case("wide queries", reshaped(QUERIES, HIDDEN, 96), (*IN_FILE, QUERIES, "llama.attention.head_count"), MERGE),
-    Case("queries on their side", reshaped("blk.0.attn_k.weight", 24, HIDDEN), (*IN_FILE, "blk.0.attn_k.weight"), MERGE),
+    Case("keys on their side", reshaped("blk.0.attn_k.weight", 24, HIDDEN), ("blk.0.attn_k.weight",), MERGE),
     Case("a matrix for a norm", reshaped(NORM, HIDDEN, 1), (*IN_FILE, NORM), MERGE),
     Case("a norm of one entry", reshaped(NORM, 1), (*IN_FILE, NORM), EVALUATE),
     Case(
         "a narrow feed-forward", reshaped("blk.2.ffn_up.weight", HIDDEN, 64),
         (*IN_FILE, "blk.2.ffn_up.weight", "llama.feed_forward_length"), MERGE,
     ),
-    Case("a head of other rows", more("output.weight", Tensor([48, 63], 0, bytes(4 * 48 * 63))), ("output.weight",), MERGE),
-    Case("a bias that it does not have", more("blk.0.attn_q.bias", float32(np.zeros(48))), ("blk.0.attn_k.bias",), MERGE),
+    Case("a head of other rows", more("output.weight", float32(np.ones((63, HIDDEN)))), ("output.weight",), MERGE),
+    Case("one of several biases", more("blk.0.attn_q.bias", float32(np.zeros(48))), ("blk.0.attn_k.bias",), MERGE),
     Case("odd frequencies", more("rope_freqs.weight", float32(np.ones(7))), ("rope_freqs.weight",), MERGE),
     Case(
         "frequencies of integers", more("rope_freqs.weight", Tensor([6], 26, bytes(24))), ("rope_freqs.weight",), MERGE
@@ -331,7 +331,7 @@ SETTINGS = [
     Case("an architecture that is a list", metadata(general__architecture=["llama"]), ("general.architecture",), MERGE),
     Case("an architecture that is a number", metadata(general__architecture=3), ("general.architecture",), MERGE),
     Case("no architecture", metadata(general__architecture=...), ("general.architecture", "missing"), MERGE),
-    Case("an architecture of a megabyte", metadata(general__architecture="x" * 2**20), ("general.architecture",), MERGE),
+    Case("an architecture of a megabyte", metadata(general__architecture="x" * 2**20), ("expected one of",), MERGE),
     *setting("attention__head_count", 0, 3, 32, 10**9, -1, 2**63, "4", [4, 4, 4], 4.0, True, ...),
     *setting("attention__head_count_kv", 0, 3, 8, 10**9, [2, 2, 2]),
     *setting("attention__key_length", 0, 7, 10**9, 24, NAN),
@@ -344,13 +344,13 @@ SETTINGS = [
     *setting("rope__freq_base", NAN, 0.0, -1.0, INF, "1e4"),
     *setting("rope__scaling__type", 7, "ntk", ["linear"]),
     *setting("expert_count", -1, "8", [8]),
-    Case("experts without their number for a token", metadata(llama__expert_count=8), ("llama.expert_used_count",), MERGE),
+    Case("experts without a number for a token", metadata(llama__expert_count=8), ("llama.expert_used_count",), MERGE),
     Case(
         "10^9 experts", metadata(llama__expert_count=10**9, llama__expert_used_count=2),
         ("experts",), MERGE,
     ),
     Case(
-        "a scaling without a factor", metadata(llama__rope__scaling__type="linear"), ("llama.rope.scaling.factor",), MERGE
+        "a scaling without a factor", metadata(llama__rope__scaling__type="linear"), ("rope.scaling.factor",), MERGE
     ),
     Case(
         "a scaling by nothing",
