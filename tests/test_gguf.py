@@ -547,3 +547,9 @@ def test_an_adapter_of_a_gguf_file_is_named_by_its_own_parts(tmp_path: Path) -> 
         folder = resolve_model("test", f"{tmp_path / base}+{lora}", Path())
         assert str(InputError(folder / "config.json", "odd")) == f"{tmp_path / config}: odd"
         assert str(InputError("recipe.yaml", f"see {folder}")) == f"recipe.yaml: see {tmp_path / base}+{lora}"
+        # A link that leads elsewhere is not followed.
+        target = (folder / "config.json").readlink()
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+        assert resolve_model("test", f"{tmp_path / base}+{lora}", Path()) == folder
+        assert (folder / "config.json").readlink() == target

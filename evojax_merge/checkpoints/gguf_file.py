@@ -88,6 +88,9 @@ SIZE_KEYS = {
 }  # fmt: skip
 EMBEDDING = "token_embd.weight"
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# SentencePiece trains no longer pieces: longer tokens are added ones, and no pairs of others make them. To look for
+# such pairs takes time by the square of the length.
+LONGEST_PIECE = 512
 # Rules for a file's values, beside those for a config's.
 FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
 SCORES = Expected(
@@ -589,10 +592,11 @@ def _sentencepiece(file: GgufFile) -> Any:
     from transformers.tokenization_utils_base import generate_merges
 
     vocabulary = {token: i for i, token in enumerate(file.tokens)}
-    scores = dict(zip(file.tokens, file.for_each_token("tokenizer.ggml.scores", SCORES), strict=True))
+    scores = zip(file.tokens, file.for_each_token("tokenizer.ggml.scores", SCORES), strict=True)
+    merged = {token: score for token, score in scores if len(token) <= LONGEST_PIECE}
     spaced = file.value("tokenizer.ggml.add_space_prefix", SWITCH, True)
     tokenizer = transformers.LlamaTokenizer(
-        vocab=vocabulary, merges=generate_merges(vocabulary, scores), add_prefix_space=spaced
+        vocab=vocabulary, merges=generate_merges(vocabulary, merged), add_prefix_space=spaced
     )
     return tokenizer.backend_tokenizer
 

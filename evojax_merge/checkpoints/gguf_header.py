@@ -55,12 +55,14 @@ def read_gguf_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> 
 
     Raises InputError where the file is none, is damaged or truncated, or has more in its header than any model needs.
     """
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        if handle.read(len(MAGIC)) != MAGIC:
-            raise InputError(path, "not a GGUF file; expected the letters GGUF at its beginning")
-        with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _Reader(path, content, size, len(MAGIC)).header(block_sizes)
+    try:
+        with path.open("rb") as handle:
+            if handle.read(len(MAGIC)) != MAGIC:
+                raise InputError(path, "not a GGUF file; expected the letters GGUF at its beginning")
+            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _Reader(path, content, len(content), len(MAGIC)).header(block_sizes)
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror}); expected a GGUF file") from None
 
 
 @dataclass
