@@ -22,7 +22,7 @@ from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, in_users_words
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
@@ -298,7 +298,7 @@ def load_bank(
     paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
     sources, config = open_sources(paths)
     for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(in_users_words(line), stacklevel=2)
     with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 

@@ -14,6 +14,9 @@ from collections.abc import Iterable
 # Characters of a message: what a stranger's file puts into one must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
 
+# What a user calls the files that the program has made in its cache, by their paths there.
+_USERS_NAMES: dict[str, str] = {}
+
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
@@ -36,6 +39,18 @@ def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
     )
 
 
+def name_in_messages(path: object, name: object) -> None:
+    """Have messages call a path `name`: a file in the program's own cache says nothing to its user."""
+    _USERS_NAMES[str(path)] = in_users_words(str(name))
+
+
+def in_users_words(text: str) -> str:
+    """The text with the names that `name_in_messages` was given."""
+    for path in sorted(_USERS_NAMES, key=len, reverse=True):
+        text = text.replace(path, _USERS_NAMES[path])
+    return text
+
+
 def shown(value: object) -> str:
     """`repr(value)`, cut to what fits in a message; without line feeds or bytes that a terminal would obey."""
     return _short.repr(value)
@@ -46,7 +61,7 @@ class InputError(Exception):
     line, whatever names and values from files it contains."""
 
     def __init__(self, where: object, what: str) -> None:
-        super().__init__(printable(f"{where}: {what}"))
+        super().__init__(printable(in_users_words(f"{where}: {what}")))
         self.where, self.what = str(where), what
 
 
@@ -54,7 +69,7 @@ class Failed(Exception):
     """The input is right, and yet it came to nothing: says what was tried, a likely cause and what to look at."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(printable(what))
+        super().__init__(printable(in_users_words(what)))
 
 
 def cannot_write(where: object, error: OSError, more: str = "") -> Exception:

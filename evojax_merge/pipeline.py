@@ -28,7 +28,7 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, in_users_words
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.devices import barrier, local_devices, unused_memory
@@ -351,7 +351,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
 
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {in_users_words(line)}", file=sys.stderr)
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:

@@ -518,7 +518,9 @@ def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
         missing = np.flatnonzero(rows < 0)
         if missing.size:
             token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
-            raise InputError(folder, f"lacks {missing.size} of the tokens (such as {token!r}); cannot align its rows")
+            raise InputError(
+                folder, f"lacks {missing.size} of the tokens (such as {shown(token)}); cannot align its rows"
+            )
 
 
 def _method(where: str, config: Config, space: SpaceConfig) -> Method:

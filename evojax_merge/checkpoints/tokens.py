@@ -173,7 +173,7 @@ def _tokens_of_rows(tokenizer: Any) -> dict[int, str]:
 
 
 def _named(token: str | None) -> str:
-    return "no token" if token is None else repr(token)
+    return "no token" if token is None else shown(token)
 
 
 def _fingerprint(folder: Path) -> tuple[str, ...]:
@@ -295,7 +295,7 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     named = [token for token, _ in tokens]
     nowhere = [token for number, token in enumerate(named) if fills.get(number) == () and token not in choice.rules]
     if nowhere:
-        some = f"{', '.join(map(repr, nowhere[:3]))}{' …' if len(nowhere) > 3 else ''}"
+        some = f"{', '.join(map(shown, nowhere[:3]))}{' …' if len(nowhere) > 3 else ''}"
         warnings.append(f"{folder}: no model has {len(nowhere):,} of its tokens ({some}); their rows are zero")
     padding = -len(tokens) % choice.pad_to_multiple_of
     return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
@@ -320,12 +320,12 @@ def _by_rule(
     folder, count = folders[rule.model], counts[rule.model]
     if isinstance(rule.token, int):
         if not 0 <= rule.token < count:
-            raise InputError(folder, f"token {token!r}: there is no row {rule.token} (the embedding has {count})")
+            raise InputError(folder, f"token {shown(token)}: there is no row {rule.token} (the embedding has {count})")
         return ((rule.model, rule.token),)
     wanted = token if rule.token is None else rule.token
     row = owned[rule.model].get(wanted, -1)
     if row < 0:
-        raise InputError(folder, f"token {token!r}: it has no token {wanted!r}")
+        raise InputError(folder, f"token {shown(token)}: it has no token {shown(wanted)}")
     return ((rule.model, row),)
 
 
