@@ -71,7 +71,7 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
 def _scaled(
     name: str, weight: Tensor, stored: Mapping[str, Tensor], scale: str | None, block: tuple[int, int] | None
 ) -> tuple[tuple[Tensor, ...], BlockScales]:
-    """The parts of a matrix, of which `scale` is the name of the scales, and their formula. Raises InputError where they
+    """The parts of a matrix, of which `scale` names the scales, and their formula. Raises InputError where they
     do not fit each other."""
     check_matrix(name, weight, FP8)
     rows, columns = weight.shape

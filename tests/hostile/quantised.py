@@ -325,7 +325,7 @@ SIZES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "vocab_size, too few": ({"vocab_size": 32}, ("embed_tokens", "[64, 48]", "32")),
     "num_hidden_layers, too few": ({"num_hidden_layers": 2}, ("num_hidden_layers: 2", "3")),
     "num_hidden_layers, too many": ({"num_hidden_layers": 5}, ("num_hidden_layers: 5", "3")),
-    "num_attention_heads": ({"num_attention_heads": 8}, ("self_attn.q_proj", "[48, 48]", "96")),
+    "num_attention_heads": ({"num_attention_heads": 8}, ("self_attn.", "[48, 48]", "96")),
     "num_key_value_heads": ({"num_key_value_heads": 4}, ("self_attn.k_proj", "[24, 48]", "48")),
     "head_dim": ({"head_dim": 16}, ("self_attn.", "has shape")),
     "head_dim left out": ({"head_dim": ..., "num_attention_heads": 2, "num_key_value_heads": 2}, ("self_attn.",)),
@@ -411,7 +411,7 @@ ADAPTERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "factors twice, with and without PEFT's prefix": (
         adapter(FACTORS | {name.removeprefix("base_model.model."): shape for name, shape in FACTORS.items()}),
-        (f"{LORA}.lora_A.weight", "twice"),
+        (f"{LORA}.lora_A", "twice"),
     ),
     "factors of no rank": (
         adapter({f"{LORA}.lora_A.weight": (0, 48), f"{LORA}.lora_B.weight": (48, 0)}), (f"{LORA}.lora_A", "[0, 48]"),
