@@ -111,7 +111,7 @@ WRONG = {
         "MXFP4", "weight_scale", np.ones((96, 4), np.uint8), ("weight_scale", "found [96, 4]; expected [96, 2]"),
     ),
     "scales that are whole numbers": (
-        "MXFP4", "weight_scale", np.ones((96, 2), np.int32), ("weight_scale is int32", "eight bits"),
+        "MXFP4", "weight_scale", np.ones((96, 2), np.int32), ("weight_scale is int32", "uint8"),
     ),
     "codes in words": ("MXFP4", "weight_packed", np.ones((96, 32), np.int32), ("weight_packed is int32", "uint8")),
     "Model Optimizer's without the scale of all": (

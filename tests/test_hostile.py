@@ -18,6 +18,7 @@ from hostile import (
     gguf,
     links,
     outputs,
+    quantised,
     recipes,
     runs,
     safetensors_files,
@@ -26,7 +27,19 @@ from hostile import (
 )
 from hostile import tokenizers as tokenizer_files
 
-MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs, links, gguf)
+MODULES = (
+    checkpoints,
+    safetensors_files,
+    tokenizer_files,
+    recipes,
+    outputs,
+    tasks,
+    configs,
+    runs,
+    links,
+    gguf,
+    quantised,
+)
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES

@@ -347,7 +347,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "Model Optimizer's inputs of another number": (
         "AWQ, as Model Optimizer's", tensor("pre_quant_scale", lambda one: one[:-1].copy()),
-        (f"{NAME}.pre_quant_scale is [47]", "each input"),
+        (f"{NAME}.pre_quant_scale is float32[47]", "each input"),
     ),
     "MLX in another mode": ("MLX", mlx_setting(mode="mxfp4"), ("mode: 'mxfp4'", "affine")),
     "MLX of seven bits": ("MLX", mlx_setting(bits=7), ("bits: 7", "2, 3, 4, 5, 6, 8")),

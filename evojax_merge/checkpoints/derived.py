@@ -47,7 +47,7 @@ from evojax_merge.checkpoints.gguf_file import (
 from evojax_merge.checkpoints.gptq import open_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
-from evojax_merge.checkpoints.quantised import dequantised_config, quantisation
+from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.data_packages import cache_folder
@@ -79,8 +79,15 @@ def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
     return open_adapted(path, open_model(base), adapter)
 
 
-def _of_one(open_one: Callable[[Path, Path], Folder]) -> Callable[[Path, Sequence[Path]], Folder]:
-    return lambda path, paths: open_one(path, *paths)
+def _of_quantised_folder(
+    method: str, open_one: Callable[[Path, Path], Folder]
+) -> Callable[[Path, Sequence[Path]], Folder]:
+    def open_whole(path: Path, paths: Sequence[Path]) -> Folder:
+        folder = open_one(path, *paths)
+        check_no_parts(folder.entries, method)
+        return folder
+
+    return open_whole
 
 
 # Quantised folders, by the quant_method that their config names.
@@ -99,8 +106,8 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
 # (the folder that stands for the model, what its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": _open_adapted,
-    "gguf": _of_one(open_gguf),
-    **{method: _of_one(open_one) for method, open_one in QUANTISED.items()},
+    "gguf": lambda path, paths: open_gguf(path, *paths),
+    **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
 }
 
 
@@ -116,9 +123,15 @@ def _sources(path: Path) -> SourcesFile | None:
 
 
 def open_model(path: Path) -> Folder:
-    """Open a model by its headers. Raises InputError as `open_folder` does, and where sources do not fit each other."""
+    """Open a model by its headers. Raises InputError as `open_folder` does, where sources do not fit each other, and
+    where parts of quantised matrices are left."""
     sources = _sources(path)
-    return open_folder(path) if sources is None else KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    if sources is not None:
+        return KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    folder = open_folder(path)
+    if folder.config:
+        check_no_parts(folder.entries, None)
+    return folder
 
 
 def reference_to(path: Path) -> str:

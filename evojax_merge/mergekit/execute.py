@@ -29,6 +29,7 @@ from evojax_merge.checkpoints.config_file import (
     is_larger_model,
     layer_types,
 )
+from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of, named_alike
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import is_finite, is_float
@@ -341,6 +342,12 @@ def _open(
     layouts = [layout(own) for own in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)
+    # Where architectures are mixed, the others' configs are not those of their tensors' merge.
+    for folder in folders[:1] if allow_crimes else folders:
+        lenient = folder is not first
+        check_against_config(
+            _decoder_of(folder), lambda name, lenient=lenient: not lenient or _mismatch(recipe, name) == "refuse"
+        )
     if choice is None:
         return sources, layouts, tied
     embedding = sources.token_tensors.embedding
@@ -353,6 +360,14 @@ def _open(
             )
     vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
     return Sources(folders, vocabulary, (*strays, *vocabulary.warnings)), layouts, tied
+
+
+def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
+    """The decoder of a larger model that is merged as a whole; a folder whose decoder cannot be told apart as it is."""
+    try:
+        return decoder_of(folder.whole) if is_larger_model(folder.whole.config) else folder
+    except InputError:
+        return folder
 
 
 def _without_strays(
