@@ -77,8 +77,8 @@ def parse_yaml(where: object, text: str) -> Any:
 def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
     `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where
-    `repeated` does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that knows
-    more tags."""
+    `repeated` does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that
+    knows more tags."""
     with _refusing(where):
         _check_events(where, text, repeated)
         return list(yaml.load_all(text, Loader=loader))

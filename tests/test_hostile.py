@@ -21,10 +21,11 @@ from hostile import (
     safetensors_files,
     shared_server,
     tasks,
+    tasks_of_strangers,
 )
 from hostile import tokenizers as tokenizer_files
 
-MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs)
+MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, tasks_of_strangers, configs, runs)
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES

@@ -375,7 +375,7 @@ def read_result(file: Path) -> dict[str, Any] | None:
     """The document of a `result.json`, or None where there is none that can be read."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -138,12 +139,12 @@ class Source:
     def scoring(self) -> Iterator[None]:
         """Around what the task makes of answers. Where it is data alone, its failure is one of the input."""
         try:
-            with users_code(self.where), rendered_apart(self.templates):
+            with _running(self.where, self.templates):
                 yield
         except InputError:
             raise
         except Exception as error:
-            if self.templates is None or isinstance(error.__cause__, TooSlow):
+            if self.templates is None:
                 raise
             raise InputError(self.where, f"lm-eval cannot score an answer ({_line(error)})") from error
 
@@ -157,7 +158,7 @@ class Source:
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
-            with lm_eval_context(), users_code(self.where), rendered_apart(self.templates):
+            with lm_eval_context(), _running(self.where, self.templates):
                 self.task.build_all_requests(
                     limit=options.docs,
                     rank=0,
@@ -349,14 +350,9 @@ class HarnessTask(TaskDefaults):
         together = [request for group in filled for request in group]
         if not together:
             return
-        try:
-            with self.source.scoring():
-                for pipeline in self.source.task._filters:
-                    pipeline.apply(together)
-        except FunctionFailed as error:
-            if isinstance(error.__cause__, TooSlow):
-                raise error.__cause__ from None
-            raise
+        with self.source.scoring():
+            for pipeline in self.source.task._filters:
+                pipeline.apply(together)
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
                 with self.source.scoring():
@@ -390,7 +386,7 @@ def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
     """The task of the harness that the config names. Raises InputError for what config or harness do not have."""
     where, include = opening.where, None
     if config.include_path is not None:
-        include = (opening.folder / Path(config.include_path).expanduser()).resolve()
+        include = (opening.folder / os.path.expanduser(config.include_path)).resolve()
         if not include.is_dir():
             raise InputError(f"{where}.include_path", f"{config.include_path}: no such folder")
     elif config.allow_code:
@@ -417,7 +413,7 @@ def open_harness(
     """A task of the harness by its name there. Raises InputError for what it does not have."""
     manager, files, templates = _find(where, lm_eval, options)
     try:
-        with lm_eval_context(), users_code(lm_eval), rendered_apart(templates):
+        with lm_eval_context(), _running(lm_eval, templates):
             (task,) = manager.load([lm_eval])["tasks"].values()
             # Else an expression that is none would be found when the first outputs are scored.
             for pipeline in task._filters:
@@ -492,7 +488,7 @@ def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...
     _harness(where)
     from lm_eval.tasks import TaskManager
 
-    index, unreadable = ({}, None) if options.include_path is None else read_folder(where, options.include_path)
+    index, unreadable = ({}, {}) if options.include_path is None else read_folder(where, options.include_path)
     if name in index:
         entry = index[name]
         _check_single(where, name, entry)
@@ -505,13 +501,16 @@ def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...
         manager = TaskManager(include_defaults=False)
         manager.task_index[name] = entry
         return manager, files, templates
+    if name in unreadable:
+        # YAMLs are mostly called as their tasks are.
+        raise unreadable[name]
     manager = default_task_manager()
     if name in manager.task_index:
         entry = manager.task_index[name]
         _check_single(where, name, entry)
         return manager, () if entry.yaml_path is None else tuple(_yaml_files(Path(entry.yaml_path).resolve())), None
-    if unreadable is not None:
-        raise unreadable
+    if unreadable:
+        raise next(iter(unreadable.values()))
     near = difflib.get_close_matches(name, [*index, *manager.all_subtasks], n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else "; `lm-eval ls tasks` lists them"
     raise InputError(where, f"lm_eval: lm-eval has no task {name!r}{hint}")
@@ -578,6 +577,19 @@ def _yaml_files(path: Path) -> list[Path]:
     # A relative path starts where the file is that names it.
     included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
     return [path, *modules, *(file for one in included for file in _yaml_files(one))]
+
+
+@contextlib.contextmanager
+def _running(name: str, templates: Templates | None) -> Iterator[None]:
+    """Around what a task runs: its code, or, of a task that may run none, its templates. Where these, or a pattern that
+    takes too long, are refused, nothing of the user's has failed."""
+    try:
+        with users_code(name), rendered_apart(templates):
+            yield
+    except FunctionFailed as error:
+        if isinstance(error.__cause__, InputError if templates is not None else TooSlow):
+            raise error.__cause__ from None
+        raise
 
 
 @contextlib.contextmanager

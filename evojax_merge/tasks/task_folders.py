@@ -47,19 +47,19 @@ class TaskLoader(LOADER):  # type: ignore[misc]
 TaskLoader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
 
 
-def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], InputError | None]:
-    """The harness's entries of a folder's tasks, groups and tags, by name, and why the first YAML that could not be
-    read was not. An entry's `cfg` is its YAML, with what it includes, as plain data. Raises InputError where there is
-    too much to read."""
+def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, InputError]]:
+    """The harness's entries of a folder's tasks, groups and tags, by name; and why YAMLs could not be read, by their
+    names. An entry's `cfg` is its YAML, with what it includes, as plain data. Raises InputError where there is too much
+    to read."""
     from lm_eval.tasks._index import TaskIndex
 
     index: dict[str, Any] = {}
-    unreadable: InputError | None = None
+    unreadable: dict[str, InputError] = {}
     for path in _yaml_paths(where, folder):
         try:
             TaskIndex.process_cfg(_read(path.resolve(), []), path, index)
         except InputError as error:
-            unreadable = unreadable or error
+            unreadable.setdefault(path.stem, error)
         except Exception:
             # It is a YAML of something else, or no text names its task: the harness passes over it as well.
             continue
@@ -289,9 +289,7 @@ class Templates:
                 raise InputError(self.where, f"the template {shown(template)} failed ({error})") from None
             self.seconds -= seconds
             if self.seconds < 0:
-                raise InputError(
-                    self.where, f"its templates take more than {TEMPLATE_SECONDS} s; expected simpler ones"
-                )
+                raise InputError(self.where, f"its templates take more than {TEMPLATE_SECONDS} s altogether")
         return self.texts[key]
 
 
