@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import yaml
 
-from hostile import Case, World, config
+from hostile import MERGE, SEARCH, Case, World, config
 
 Change = Callable[[World], Any]
 
@@ -188,7 +188,8 @@ DATA_FILES = [
     Case("two million lines", lambda world: world.write("tasks.jsonl", b"\n" * 2 * 10**6) and None,
          ("tasks.jsonl", "lines", "1,000,000")),
     Case("thirty million values in a line",
-         lambda world: world.write("tasks.jsonl", b'{"prompt": [' + b"0," * 3 * 10**7 + b"0]}") and None, ("tasks.jsonl", "values")),
+         lambda world: world.write("tasks.jsonl", b'{"prompt": [' + b"0," * 3 * 10**7 + b"0]}") and None,
+         ("tasks.jsonl", "values")),
     case("data of lm-eval without an end", harness(dataset_kwargs={"data_files": {"test": "/dev/zero"}}), "regular"),
     case("a pipe as data of lm-eval", harness(dataset_kwargs={"data_files": {"test": "own/pipe"}},
          more=lambda world: os.mkfifo(world / "own/pipe")), "regular"),
@@ -230,4 +231,84 @@ YAMLS = [
     case("a task of the whole machine", harness(section={"include_path": "/"}), "include_path", seconds=60.0),
 ]  # fmt: skip
 
-CASES = CODE + TEMPLATES + DATA_FILES + YAMLS
+
+def records(task: dict[str, Any], *lines: dict[str, Any], **changes: Any) -> Change:
+    """A search on these records."""
+
+    def change(world: World) -> None:
+        world.write("tasks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        world.write("config.yaml", config(tasks=[{"name": "text", "file": "tasks.jsonl"} | task | changes]))
+
+    return change
+
+
+SUMS = [{"prompt": f"w4 w{n}", "target": str(n)} for n in range(5, 11)]
+RECORDS = [
+    Case("a right choice that is there twice", records(
+         {"kind": "multiple_choice"}, {"prompt": "w4", "choices": ["w5", "w6", "w5"], "answer": 2}),
+         ("tasks.jsonl:1", "choices", "'w5'", "twice")),
+    Case("a right choice by its text that is there twice", records(
+         {"kind": "multiple_choice"}, {"prompt": "w4", "choices": ["w5", "w5"], "answer": "w5"}),
+         ("tasks.jsonl:1", "choices", "twice")),
+    Case("a wrong choice that is there twice", records(
+         {"kind": "multiple_choice"}, *({"prompt": f"w4 w{n}", "choices": ["w5", "w6", "w6"], "answer": 0}
+         for n in range(7, 12))), ("warning: ", "tasks.jsonl:1", "5 of 5", "wrong choice twice"), status=0,
+         leaves=("run",), seconds=60),
+    Case("a question that is the same for all", records(
+         {"kind": "exact_match", "max_new_tokens": 4}, *SUMS, prompt="What is the sum?"),
+         ("tasks[0].prompt", "names no field", "{question}")),
+    Case("braces that are meant as text", records({"kind": "exact_match", "max_new_tokens": 4}, *SUMS,
+         prompt="{{prompt}}"), ("tasks[0].prompt", "names no field")),
+    Case("a beginning that is the same for all", records({"kind": "likelihood"}, *SUMS, prompt="w4"),
+         ("warning: ", "tasks[0].prompt", "names no field"), status=0, leaves=("run",), seconds=60),
+]  # fmt: skip
+
+ENVIRONMENT = [
+    Case(f"{name}={value[:40]}", lambda world: None, (name, *says), environment=((name, value),))
+    for name, value, *says in (
+        ("XLA_FLAGS", "--xla_there_is_no_such_flag=1", "xla_there_is_no_such_flag"),
+        ("XLA_FLAGS", "--xla_force_host_platform_device_count=many", "many"),
+        ("XLA_FLAGS", "nonsense", "--"),
+        ("XLA_FLAGS", "/dev/zero", "file"),
+        ("JAX_PLATFORMS", "nonsense", "cpu"),
+        ("JAX_PLATFORMS", "cpu,nonsense", "nonsense"),
+    )
+] + [
+    Case(f"the other processes at {address[:40]}", lambda world: (*SEARCH, "--distributed"),
+         ("--distributed", name), environment=(
+             ("JAX_COORDINATOR_ADDRESS", address), ("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", process)))
+    for address, count, process, name in (
+        ("localhost", "2", "0", "JAX_COORDINATOR_ADDRESS"),
+        ("localhost:99999999", "2", "0", "host:port"),
+        ("localhost:0", "2", "0", "host:port"),
+        (":1234", "2", "0", "host:port"),
+        ("localhost:port", "2", "0", "host:port"),
+        ("a host:1234", "2", "0", "host:port"),
+        ("localhost:1234", "2", "2", "JAX_PROCESS_ID"),
+        ("localhost:1235", "9" * 5000, "0", "JAX_NUM_PROCESSES"),
+    )
+]  # fmt: skip
+
+
+def task_of(**changes: Any) -> Change:
+    return lambda world: world.write("config.yaml", config(tasks=[{"name": "text"} | changes])) and None
+
+
+NOBODY = "~nosuchuser/x"
+NAMES = [
+    Case("data of a user that there is not", task_of(kind="likelihood", file=NOBODY), ("tasks[0].file", NOBODY)),
+    Case("a function of a user that there is not",
+         task_of(kind="function", function=f"{NOBODY}.py:score", file="tasks.jsonl"), ("tasks[0].function", NOBODY)),
+    Case("tasks of a user that there is not", task_of(lm_eval="own", include_path=NOBODY),
+         ("tasks[0].include_path", NOBODY)),
+    Case("a model of a user that there is not", lambda world: ("evaluate", NOBODY, "--tasks", "config.yaml"),
+         (NOBODY,)),
+    Case("a run of a user that there is not", lambda world: ("show", NOBODY), (NOBODY,)),
+    Case("a cache of a user that there is not",
+         lambda world: ("merge", "recipe.yaml", "out", "--transformers-cache", NOBODY, "--quiet"), status=0,
+         leaves=("out",), seconds=60),
+    Case("modules of nothing", lambda world: world.write("recipe.yaml", {
+         "merge_method": "linear", "modules": {}}) and MERGE, ("recipe.yaml", "modules")),
+]  # fmt: skip
+
+CASES = CODE + TEMPLATES + DATA_FILES + YAMLS + RECORDS + ENVIRONMENT + NAMES
