@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, shown
@@ -90,6 +90,11 @@ class HarnessConfig(TaskConfig):
         own = value.get("lm_eval") if isinstance(value, dict) else None
         # One that is no name is said by its own key.
         return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A task that may run no code is the one that it was before there was the key."""
+        return {key: value for key, value in serialise(self).items() if (key, value) != ("allow_code", False)}
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,13 @@ def records(task: dict[str, Any], *lines: dict[str, Any], **changes: Any) -> Cha
     return change
 
 
+def one_token(world: World) -> None:
+    """Tokenizers that cut every text to its first token: no target would have one."""
+    for name in ("base", "one", "two"):
+        cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+        world.edit(f"{name}/tokenizer.json", truncation=cut)
+
+
 SUMS = [{"prompt": f"w4 w{n}", "target": str(n)} for n in range(5, 11)]
 RECORDS = [
     Case("a right choice that is there twice", records(
@@ -259,6 +266,7 @@ RECORDS = [
          ("tasks[0].prompt", "names no field", "{question}")),
     Case("braces that are meant as text", records({"kind": "exact_match", "max_new_tokens": 4}, *SUMS,
          prompt="{{prompt}}"), ("tasks[0].prompt", "names no field")),
+    Case("tokenizers that would cut texts, and are not asked to", one_token, status=0, leaves=("run",), seconds=60),
     Case("a beginning that is the same for all", records({"kind": "likelihood"}, *SUMS, prompt="w4"),
          ("warning: ", "tasks[0].prompt", "names no field"), status=0, leaves=("run",), seconds=60),
 ]  # fmt: skip
@@ -307,6 +315,9 @@ NAMES = [
     Case("a cache of a user that there is not",
          lambda world: ("merge", "recipe.yaml", "out", "--transformers-cache", NOBODY, "--quiet"), status=0,
          leaves=("out",), seconds=60),
+    Case("positions that float32 cannot divide", lambda world: [world.edit(
+         f"{name}/config.json", rope_parameters={"rope_type": "linear", "factor": 1e-300, "rope_theta": 1e4})
+         for name in ("base", "one", "two")] and None, ("config.json", "factor")),
     Case("modules of nothing", lambda world: world.write("recipe.yaml", {
          "merge_method": "linear", "modules": {}}) and MERGE, ("recipe.yaml", "modules")),
 ]  # fmt: skip
