@@ -27,7 +27,7 @@ from evojax_merge.chat_templates import ChatTemplateError, render_chat
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.function import FunctionFailed, users_code
-from evojax_merge.tasks.patterns import LimitedRegex, TooSlow
+from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
 from evojax_merge.tasks.task import (
     Opening,
     Responses,
@@ -151,6 +151,8 @@ class Source:
         except Exception as error:
             if self.templates is None:
                 raise
+            if isinstance(error, TimeoutError):
+                raise InputError(self.where, f"takes more than {SECONDS:g} s to score an answer") from None
             raise InputError(self.where, f"lm-eval cannot score an answer ({_line(error)})") from error
 
     def _build(self, tokenizer: Any) -> list[list[Any]]:
@@ -360,12 +362,16 @@ class HarnessTask(TaskDefaults):
                 pipeline.apply(together)
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
-                with self.source.scoring():
+                with self.source.scoring(), self._limit():
                     # A task's own function may change the document that it is given.
                     metrics = self.source.task.process_results(
                         copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
                     )
                 found |= {f"{metric},{name}": value for metric, value in metrics.items()}
+
+    def _limit(self) -> contextlib.AbstractContextManager[None]:
+        """Around the scoring of one example: what a task that runs no code looks for has an end."""
+        return contextlib.nullcontext() if self.source.templates is None else time_limit(SECONDS)
 
     def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
         """object[P, N] of the harness's values -> scores, or None where they are not of single examples."""
