@@ -40,7 +40,7 @@ class FunctionName(str):
     """The text behind `!function`."""
 
 
-class TaskLoader(LOADER):  # type: ignore[misc]
+class TaskLoader(LOADER):
     """A loader of plain data, for which `!function` is a name."""
 
 
