@@ -19,6 +19,7 @@ import click
 
 from evojax_merge.errors import Failed, InputError, PeerLostError, printable
 from evojax_merge.interrupts import INTERRUPTED
+from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -42,6 +43,7 @@ def _start_jax() -> None:
     counts first."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_environment()
     import jax
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge" / "compiled"
@@ -151,7 +153,7 @@ def merge(
     """
     if transformers_cache is not None:
         # Before anything imports huggingface_hub.
-        os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser().resolve())
+        os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
     with _starting():
         from evojax_merge import pipeline
 
@@ -295,6 +297,12 @@ def _run(command: Callable[[], Any]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except RuntimeError as error:
+        # JAX starts its devices when they are first asked for.
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        print(f"error: {no_devices(error)}", file=sys.stderr)
+        return WRONG_INPUT
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):

@@ -1,5 +1,6 @@
 """A run folder, for reading: what a search is doing, or has found."""
 
+import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -85,7 +86,7 @@ class Run:
 
 def open_run(folder: str | PathLike[str]) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
-    path = Path(folder).expanduser().absolute()
+    path = Path(os.path.expanduser(folder)).absolute()
     if not path.is_dir():
         raise InputError(folder, "no such folder; expected the run folder of a search")
     if not is_run(RunFolder(path)):

@@ -38,9 +38,9 @@ def load_yaml(path: Path) -> Any:
     return parse_yaml(path, _read_text(path))
 
 
-def load_documents(path: Path, repeated: Repeated = refuse_repeated) -> list[Any]:
+def load_documents(path: Path, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """Parse all documents of a YAML file as `parse_documents` does, and raise InputError as `load_yaml` does."""
-    return parse_documents(path, _read_text(path), repeated)
+    return parse_documents(path, _read_text(path), repeated, loader)
 
 
 def _read_text(path: Path) -> str:
@@ -74,13 +74,14 @@ def parse_yaml(where: object, text: str) -> Any:
         return yaml.load(text, Loader=LOADER)
 
 
-def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated) -> list[Any]:
+def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
     `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where
-    `repeated` does not refuse a key that a mapping has twice, the last counts."""
+    `repeated` does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that
+    knows more tags."""
     with _refusing(where):
         _check_events(where, text, repeated)
-        return list(yaml.load_all(text, Loader=LOADER))
+        return list(yaml.load_all(text, Loader=loader))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from hostile import (
     safetensors_files,
     shared_server,
     tasks,
+    tasks_of_strangers,
 )
 from hostile import tokenizers as tokenizer_files
 
@@ -39,6 +40,7 @@ MODULES = (
     links,
     gguf,
     quantised,
+    tasks_of_strangers,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -177,7 +177,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     form = _form(where, top, FORMS)
     if form == "modules":
         rows = top["modules"]
-        if not isinstance(rows, dict):
+        if not isinstance(rows, dict) or not rows:
             raise InputError(where, "modules: expected a mapping from modules' names to their models or slices")
         modules = [_module(f"{where}: modules.{key}", str(key), row, method, base) for key, row in rows.items()]
     else:

@@ -61,7 +61,7 @@ class OthersPattern:
         if text in self.slow:
             return None
         try:
-            with _time_limit(SECONDS):
+            with time_limit(SECONDS):
                 return self.compiled.findall(text)
         except TimeoutError:
             self.slow.add(text)
@@ -86,7 +86,7 @@ class LimitedRegex:
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block once the process has computed for so long. `re` looks out for signals while it
     matches; they come to the main thread alone, and in others there is no limit."""
     if threading.current_thread() is not threading.main_thread():

@@ -33,7 +33,7 @@ from evojax_merge.tasks.task import (
     brevity,
     token_ids,
 )
-from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill, look_up
+from evojax_merge.tasks.templates import check_characters, check_names_field, check_stop, check_template, fill, look_up
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -172,11 +172,21 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
     fields = checked_fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
     check_stop(where, config.stop)
+    if config.prompt:
+        check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
+    if kind != "multiple_choice":
+        check_names_field(f"{where}.target", config.target, refuse=False)
     file = opening.file(*opening.source("file", config.file))
     task = TextTask(
         config.name, kind, metric, config.weight, str(file), tuple(read_examples(file, kind, fields)),
         config.pattern, config.max_new_tokens, tuple(config.stop),
     )  # fmt: skip
+    repeating = [one.line for one in task.examples if len(set(one.targets)) < len(one.targets)]
+    if repeating:
+        print(
+            f"warning: {file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice",
+            file=sys.stderr,
+        )
     if config.pattern is not None:
         samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
         check_pattern(where, config.pattern, config.max_new_tokens, samples)
@@ -239,6 +249,11 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
         raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected {expected} or a choice")
+    if choices.count(choices[chosen]) > 1:
+        raise InputError(
+            where, f"{fields.choices}: the right one, {_brief(choices[chosen])}, is there twice, and cannot win; "
+            "expected choices that differ"
+        )  # fmt: skip
     return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), chosen, line)
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -267,6 +268,8 @@ def serve() -> None:
     import evojax_merge.pipeline  # noqa: F401
 
     _import_evosax()
+    with suppress(ImportError):
+        import lm_eval.tasks  # noqa: F401
     # No child looks through all of this for garbage, which would copy every page of it.
     gc.collect()
     gc.freeze()
@@ -335,7 +338,8 @@ def _become(request: dict[str, Any]) -> None:
 
     os.environ.clear()
     os.environ.update(request["environment"])
-    # JAX reads this one when it is imported: each command compiles as the module that runs it (tests/conftest.py).
+    # JAX reads these when it is imported: each command compiles as the module that runs it (tests/conftest.py).
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS"))
     jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
     first, *rest = request["arguments"] or [""]
     try:
