@@ -8,32 +8,47 @@ reaches the top is a failure of the program or of a user's own function (status 
 import difflib
 import errno
 import reprlib
+import sys
 import unicodedata
 from collections.abc import Iterable
 
 # Characters of a message: what a stranger's file puts into one must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
+# Characters of a line of output, which may have to name whole paths.
+LONGEST_LINE = 20_000
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
 
-def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
+def escaped(text: str) -> str:
     """The text as one line that any terminal shows as it is: line ends, control characters (terminal sequences begin
-    with one), what turns the direction of writing, and lone surrogates are escaped as in Python. Of more than
-    `longest` characters the middle is left out."""
+    with one), characters without a width, those that turn the direction of writing, and lone surrogates are escaped as
+    in Python."""
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def escaped_lines(text: str) -> str:
+    """The text with every line escaped; line feeds stay."""
+    return "\n".join(map(escaped, text.split("\n")))
+
+
+def printable(text: str, longest: int = LONGEST_MESSAGE) -> str:
+    """The text, escaped; where it has more than `longest` characters, without its middle."""
 
     def shortened(text: str) -> str:
         tail = longest // 3
         return text if len(text) <= longest else f"{text[: longest - tail - 5]} […] {text[len(text) - tail :]}"
 
-    text = shortened(text)
-    return shortened(
-        "".join(
-            c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-            for c in text
-        )
-    )
+    return shortened(escaped(shortened(text)))
+
+
+def print_warning(text: str) -> None:
+    """Print `warning: TEXT` on stderr, as one line."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def shown(value: object) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -112,9 +113,7 @@ def _check_files(folder: Path) -> None:
         file = folder / name
         if not file.exists():
             continue
-        if not file.is_file():
-            raise InputError(file, "is not a file; expected a tokenizer's")
-        size = file.stat().st_size
+        size = check_regular(file, "a tokenizer's")
         if size > TOKENIZER_BYTES:
             raise InputError(file, f"has {size:,} bytes; expected a tokenizer's of at most {TOKENIZER_BYTES:,}")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

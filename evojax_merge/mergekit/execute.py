@@ -7,7 +7,6 @@ At most `WORKERS + 2` tensors are in flight, so that memory does not grow with t
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,13 +51,14 @@ from evojax_merge.checkpoints.writer import (
     atomic_folder,
     write_marker,
 )
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
+from evojax_merge.regular_file import copy_regular
 
 Progress = Callable[[int], None]
 
@@ -575,7 +575,7 @@ def merge_to(
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         write_weights(merge_plan, folder, progress, max_shard_bytes)
         _write_small_files(merge_plan, folder)
-        for name, text in ((CARD, card), (RECIPE, recipe)):
+        for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
             if text is not None:
                 (folder / name).write_text(text, encoding="utf-8")
         write_marker(folder)
@@ -605,10 +605,12 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)
     if (merge_plan.leader.path / "generation_config.json").exists():
-        shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
+        copy_regular(
+            merge_plan.leader.path / "generation_config.json", folder / "generation_config.json", "a JSON file"
+        )
     for name in PROCESSOR_FILES:
         if (merge_plan.leader.path / name).exists():
-            shutil.copyfile(merge_plan.leader.path / name, folder / name)
+            copy_regular(merge_plan.leader.path / name, folder / name, "a processor's settings")
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
@@ -624,7 +626,7 @@ def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (merge_plan.tokenizer / name).exists():
-            shutil.copyfile(merge_plan.tokenizer / name, folder / name)
+            copy_regular(merge_plan.tokenizer / name, folder / name, "a tokenizer's")
 
 
 def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:

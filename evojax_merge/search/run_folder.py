@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -40,10 +39,11 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.writer import atomic_folder, atomic_write, recover
-from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
+from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write, print_warning
 from evojax_merge.evaluation.devices import barrier, collective
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.regular_file import read_regular
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
@@ -133,7 +133,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    for line in read_regular(path, "a file of JSON lines").split(b"\n")[:-1]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
@@ -374,8 +374,8 @@ class EarlierWinner:
 def read_result(file: Path) -> dict[str, Any] | None:
     """The document of a `result.json`, or None where there is none that can be read."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = json.loads(read_regular(file, "a JSON file"))
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
@@ -540,8 +540,10 @@ def _lock(folder: RunFolder) -> int:
             os.close(handle)
             raise _in_use(folder) from None
         except OSError as error:
-            where = f"warning: {folder.path}: this file system knows no locks ({error.strerror})"
-            print(f"{where}; see to it that no other process works in this folder", file=sys.stderr)
+            print_warning(
+                f"{folder.path}: this file system knows no locks ({error.strerror}); see to it that no other process "
+                "works in this folder"
+            )
         # Who held it may have removed it since it was opened.
         if folder.lock.exists() and os.path.samestat(os.fstat(handle), folder.lock.stat()):
             break

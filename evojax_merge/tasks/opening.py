@@ -1,13 +1,12 @@
 """A task of the config -> its search split and its held-out split, whatever kind it is of."""
 
-import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, local_file
 
@@ -76,7 +75,7 @@ def _check_fair(where: str, config: TaskConfig) -> None:
     if not found.meant:
         instead = f"take {found.instead} or examples of your own, or say on_test_set: true"
         raise InputError(where, f"on_test_set: {why}; {instead}")
-    print(f"warning: {where}: {why}", file=sys.stderr)
+    print_warning(f"{where}: {why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 from evojax_merge.data_packages import cached_wheel
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import read_regular
 
 HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
 
@@ -89,10 +90,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _bytes(path: Path) -> bytes:
     """A regular file's content: a pipe would wait, and could not be read again by what compares inputs."""
     try:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(path, f"is {kind}; expected a task file of JSON lines")
-        return path.read_bytes()
+        return read_regular(path, "a task file of JSON lines")
     except FileNotFoundError:
         raise InputError(path, "no such file; expected a task file of JSON lines") from None
     except OSError as error:

@@ -6,7 +6,6 @@ example, and higher is better.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.records import read_records
@@ -187,10 +186,9 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         if len(without) == len(answers):
             raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {told}")
         if len(without) > len(answers) / 2:
-            print(
-                f"warning: {where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold "
-                f"{told}; no output is right for these",
-                file=sys.stderr,
+            print_warning(
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {told}; no "
+                "output is right for these"
             )
     return task
 
