@@ -17,6 +17,10 @@ LONGEST_MESSAGE = 1000
 # Characters of a line of output, which may have to name whole paths.
 LONGEST_LINE = 20_000
 
+# The likeness (difflib's ratio) of a slip and the name that was meant, and, where one is part of the other, the letters
+# that they share at a stretch.
+NEAR, SHARED = 0.65, 5
+
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
@@ -87,8 +91,14 @@ class PeerLostError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that a word is likely to have meant, if any is near."""
-    return next(iter(difflib.get_close_matches(word[:100], sorted(known), n=1, cutoff=0.5)), None)
+    """The known name that a word is likely to have meant: two thirds of it are the same, or half, of a long name that
+    shares a part with it. None where no name is near."""
+    word = word[:100]
+    for name in difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5):
+        matcher = difflib.SequenceMatcher(None, name, word)
+        if matcher.ratio() >= NEAR or matcher.find_longest_match().size >= SHARED:
+            return name
+    return None
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

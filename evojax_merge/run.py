@@ -5,6 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from evojax_merge.arguments import check_arguments
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.search.run_folder import PARAMS, RunFolder, is_run, read_lines, read_result
@@ -17,6 +18,9 @@ class Run:
     what is not there yet is None, or empty."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        check_arguments(Run.__init__, vars(self))
 
     @property
     def _folder(self) -> RunFolder:
@@ -85,6 +89,7 @@ class Run:
 
 def open_run(folder: str | PathLike[str]) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
+    check_arguments(open_run, locals())
     path = Path(folder).expanduser().absolute()
     if not path.is_dir():
         raise InputError(folder, "no such folder; expected the run folder of a search")

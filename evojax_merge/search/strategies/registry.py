@@ -1,5 +1,6 @@
 """Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -8,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from evojax_merge.config import GradientConfig
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.pedigree import Pedigree
 from evojax_merge.search.protocols import Strategy, differentiates
 
@@ -89,7 +90,11 @@ _registered: dict[str, StrategyFactory] = {}
 
 def register_strategy(name: str, factory: StrategyFactory) -> None:
     """Make `search.strategy: NAME` mean what `factory` makes; registered again, what the later one makes. Raises
-    ValueError for the name of a strategy that comes with the program."""
+    ValueError for the name of a strategy that comes with the program, and for what is no name or no function."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
+        raise ValueError(f"name: {shown(name)}; expected a word of letters, digits, _, . and -")
+    if not callable(factory):
+        raise ValueError(f"factory: {shown(factory)}; expected a function of StrategySettings that returns a strategy")
     if name in _BUILT_IN:
         raise ValueError(f"there is a strategy {name!r} already; choose another name")
     _registered[name] = factory
