@@ -15,6 +15,7 @@ from hostile import (
     check,
     checkpoints,
     configs,
+    messages,
     outputs,
     recipes,
     runs,
@@ -24,7 +25,7 @@ from hostile import (
 )
 from hostile import tokenizers as tokenizer_files
 
-MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs)
+MODULES = (checkpoints, safetensors_files, tokenizer_files, recipes, outputs, tasks, configs, runs, messages)
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")
     for module in MODULES

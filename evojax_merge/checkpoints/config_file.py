@@ -185,6 +185,10 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
         config = architecture.read_config(values)
     except ValueError as error:
         raise InputError(path, str(error)) from None
+    if not isinstance(config, DecoderConfig):
+        raise InputError(
+            path, f"the architecture {architecture.model_type} read it as {shown(config)}; expected a DecoderConfig"
+        )
     for key, neutral in _neutral(config.head_dim, config.hidden, config.layers).items():
         if key not in architecture.keys and not _is_neutral(raw.get(key), neutral):
             raise InputError(

@@ -528,7 +528,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,
-                f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
+                f"{row.name}: the merge by {method.name} is not finite in {dtype} (weights that cancel, or values "
+                "beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
         return merged

@@ -123,6 +123,8 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
     lacking = [member for member in members if not hasattr(strategy, member)]
     if lacking:
         raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
+    if type(strategy.population) is not int:
+        raise InputError(where, f"the strategy {name} has population {shown(strategy.population)}; expected an int")
     if settings.population is not None and strategy.population != settings.population:
         raise InputError(
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
