@@ -1,9 +1,9 @@
 """Files of strangers are regular files: a pipe would be waited for, and a device read for ever."""
 
+import io
 import shutil
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from evojax_merge.errors import InputError
 
@@ -26,7 +26,7 @@ def check_regular(path: Path, expected: str) -> int:
     return status.st_size
 
 
-def open_regular(path: Path, expected: str) -> BinaryIO:
+def open_regular(path: Path, expected: str) -> io.BufferedReader:
     """Open a regular file for reading. Raises as `check_regular` does."""
     check_regular(path, expected)
     return path.open("rb")

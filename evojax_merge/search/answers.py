@@ -31,7 +31,8 @@ def ask(strategy: Strategy, key: jax.Array, state: State, dims: int) -> tuple[An
 def tell(strategy: Strategy, key: jax.Array, state: State, genomes: Any, scores: Scores) -> State:
     """The state after a generation. Raises Failed where it is of another structure than the one before."""
     answer = strategy.tell(key, state, genomes, scores)
-    if jax.tree.structure(answer) != jax.tree.structure(state):
+    structures: list[Any] = [jax.tree.structure(answer), jax.tree.structure(state)]
+    if structures[0] != structures[1]:
         raise _wrong(strategy, "tell", answer, "a state of the structure that ask returned")
     return answer
 
