@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -28,7 +27,7 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
-from evojax_merge.errors import Failed, InputError, in_users_words
+from evojax_merge.errors import Failed, InputError, print_warning
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.devices import barrier, local_devices, unused_memory
@@ -57,6 +56,7 @@ from evojax_merge.problem import (
     stage_config,
 )
 from evojax_merge.references import resolve_headers, resolve_reference
+from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, keys_table, methods_table, strategies_table
@@ -351,7 +351,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
 
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
-        print(f"warning: {in_users_words(line)}", file=sys.stderr)
+        print_warning(line)
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
@@ -373,7 +373,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:
-        console.print(shown, highlight=False, soft_wrap=True)
+        for line in shown.split("\n"):
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     if result.members:
         console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
@@ -614,7 +615,7 @@ def export(
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
-    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
+    card = read_regular(card_file, "a model card").decode(errors="replace") if card_file.exists() else None
     _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
 
 

@@ -22,8 +22,9 @@ from merge_kernels import combine_differentiable, draw_row_keys, look_up_differe
 from pydantic import ValidationError
 
 from evojax_merge import plugins
+from evojax_merge.arguments import check_arguments, check_call
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import atomic_write, atomic_write_bytes
@@ -59,6 +60,7 @@ class HostFitness:
 
 def host_callback(function: Callable[[Any], Any]) -> HostFitness:
     """Marks a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
+    check_arguments(host_callback, locals())
     return HostFitness(function)
 
 
@@ -135,6 +137,12 @@ def search_pytrees(
     Deterministic for a seed. Raises InputError for what cannot be merged or searched, and Failed in a generation of
     which no candidate has a finite fitness.
     """
+    check_arguments(search_pytrees, locals())
+    function = fitness.function if isinstance(fitness, HostFitness) else fitness
+    check_call(f"{WHERE}: fitness", function, ["merged", *([] if examples is None else ["examples"])])
+    check_call(f"{WHERE}: on_generation", on_generation, ["generation"])
+    if out is None and (resume or overwrite):
+        raise InputError(WHERE, f"{'resume' if resume else 'overwrite'}: there is no run folder; give it `out`")
     if not parents:
         raise InputError(WHERE, "parents: is empty")
     plugins.load()
@@ -196,6 +204,9 @@ def search_pytrees(
         if isinstance(fitness, HostFitness)
         else _score_traced(fitness, merge, bank, space, size, _chunk(chunk, size), examples)
     )
+    given = count if examples is None else len(jax.tree.leaves(examples)[0])
+    if count not in (1, given):
+        raise InputError(f"{WHERE}: fitness", f"returned {count} numbers for {given} examples; expected one for each")
     everything = FitnessTask(tuple(range(count)))
 
     def evaluator_of(task: FitnessTask) -> PytreeEvaluator:
@@ -311,7 +322,7 @@ def _valid(where: str, schema: type[Section], **values: Any) -> Any:
 
 
 def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:
-    return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **value)
+    return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **dict(value))
 
 
 def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -348,9 +359,18 @@ def _shown(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _flatten(name: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves of an argument, with their paths, and its structure."""
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree)
+    # Keys that cannot be sorted, and a tree inside itself, which JAX finds by the depth of its own calls.
+    except (TypeError, ValueError, RecursionError, SystemError) as error:
+        raise InputError(f"{WHERE}: {name}", f"is no pytree ({error})") from None
+
+
 def _open(names: Sequence[str], sources: Sequence[Any]) -> Tree:
     """Check that the sources are alike. Raises InputError that names the first leaf that is not."""
-    flat = [jax.tree_util.tree_flatten_with_path(source) for source in sources]
+    flat = [_flatten(name, source) for name, source in zip(names, sources, strict=True)]
     paths: tuple[Path, ...] = tuple(path for path, _ in flat[0][0])
     structure: Any = flat[0][1]
     for name, (leaves, own) in zip(names[1:], flat[1:], strict=True):
@@ -393,7 +413,12 @@ def _leaf(names: Sequence[str], path: str, values: Sequence[Any]) -> Leaf:
 def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[str]:
     """The group of each leaf: what `groups` says, or the first key at which the paths part."""
     if groups is not None:
-        return [groups(_shown(path)) for path in paths]
+        check_call(f"{WHERE}: groups", groups, ["path"])
+        labels = [groups(_shown(path)) for path in paths]
+        for label, path in zip(labels, paths, strict=True):
+            if not isinstance(label, str):
+                raise InputError(f"{WHERE}: groups", f"returned {shown(label)} for {_shown(path)!r}; expected a text")
+        return labels
     depth = 0
     while len({path[depth : depth + 1] for path in paths}) == 1 and all(len(path) > depth + 1 for path in paths):
         depth += 1
@@ -530,10 +555,10 @@ class PytreeEvaluator:
     def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         rows = self.function(genomes)
         if rows.shape[1] != self.task.size:
-            raise TypeError(
-                f"the fitness returned {rows.shape[1]} numbers for a candidate; expected {self.task.size}, as before, "
-                "or one for each example"
-            )
+            raise InputError(
+                f"{WHERE}: fitness", f"returned {rows.shape[1]} numbers for a candidate; expected {self.task.size}, "
+                "as before, or one for each example",
+            )  # fmt: skip
         self.last.clear()
         self.last.update((genome.tobytes(), row) for genome, row in zip(genomes, rows, strict=True))
         progress(len(genomes))
@@ -555,7 +580,7 @@ class PytreeEvaluator:
 
 def _check_examples(examples: Any) -> None:
     """Raises InputError where they are not all as many."""
-    leaves = jax.tree.leaves(examples)
+    leaves = [leaf for _, leaf in _flatten("examples", examples)[0]]
     sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
     if examples is not None and (len(sizes) != 1 or not sizes[0]):
         raise InputError(WHERE, f"examples: leading axes of {sizes}; expected arrays with one number of examples")
@@ -593,8 +618,15 @@ def _score_traced(
     -> genomes' scores on them; and N, of all examples."""
 
     def one(bank: TreeBank, genome: jax.Array, rest: Any) -> jax.Array:
-        return _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
+        return _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
 
+    for path, leaf in _flatten("examples", examples)[0]:
+        dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
+        if dtype.kind in "OSUMmV" and not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(
+                f"{WHERE}: examples", f"leaf {_shown(path)!r} is of {dtype}, which JAX has not; expected numbers, or a "
+                "fitness that is host_callback(fitness)",
+            )  # fmt: skip
     # What the function does wrong shows here, before the long work of compiling it with the merges.
     try:
         shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples))
@@ -638,7 +670,7 @@ def _differentiate(
     @jax.jit
     def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
         def mean(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
-            row = _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
+            row = _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
             return row.mean(), row
 
         def one(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -662,7 +694,7 @@ def _score_on_host(
     merged = jax.jit(merge)
 
     def call(examples: Any, genome: np.ndarray) -> np.ndarray:
-        return _row(np.asarray(fitness(merged(bank, genome), *_arguments(examples)))).astype(np.float32)
+        return _row(fitness(merged(bank, genome), *_arguments(examples)), np.asarray).astype(np.float32)
 
     start = space.start.tobytes()
     of_start = call(examples, space.start)
@@ -672,15 +704,24 @@ def _score_on_host(
         found = [known[genome.tobytes()] if genome.tobytes() in known else call(rows, genome) for genome in genomes]
         sizes = sorted({row.size for row in found})
         if len(sizes) > 1:
-            raise TypeError(f"the fitness returned {sizes[0]} numbers for one candidate and {sizes[1]} for another")
+            raise InputError(
+                f"{WHERE}: fitness", f"returned {sizes[0]} numbers for one candidate and {sizes[1]} for another"
+            )
         return np.stack(found)
 
     return lambda rows: partial(score, rows), of_start.size
 
 
-def _row(scores: Any) -> Any:
-    """A number or an array [N] as an array [N]. Raises TypeError for anything else."""
-    if scores.ndim > 1 or scores.size == 0 or not _is_real(scores.dtype):
-        found = f"{scores.dtype}{list(scores.shape)}"
-        raise TypeError(f"the fitness returned {found}; expected a real number, or one number per example")
-    return scores.reshape(-1)
+def _row(scores: Any, as_array: Callable[[Any], Any]) -> Any:
+    """The fitness's result, a number or an array [N], as an array [N]. Raises InputError for anything else."""
+    expected = "expected a real number, or one number per example"
+    try:
+        array = as_array(scores)
+    except jax.errors.JAXTypeError:
+        raise
+    except (TypeError, ValueError):
+        raise InputError(f"{WHERE}: fitness", f"returned {shown(scores)}; {expected}") from None
+    if array.ndim > 1 or array.size == 0 or not _is_real(array.dtype):
+        result = shown(scores) if array.dtype.kind in "OSU" else f"{array.dtype}{list(array.shape)}"
+        raise InputError(f"{WHERE}: fitness", f"returned {result}; {expected}")
+    return array.reshape(-1)

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from evojax_merge.arguments import check_arguments
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.search.run_folder import is_run, read_result
@@ -19,6 +20,9 @@ class Run:
     what is not there yet is None, or empty."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        check_arguments(Run.__init__, vars(self))
 
     @property
     def _folder(self) -> RunFolder:
@@ -86,6 +90,7 @@ class Run:
 
 def open_run(folder: str | PathLike[str]) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
+    check_arguments(open_run, locals())
     path = Path(os.path.expanduser(folder)).absolute()
     if not path.is_dir():
         raise InputError(folder, "no such folder; expected the run folder of a search")

@@ -1,6 +1,5 @@
 """YAML from strangers: what would be lost in silence, or would never end, is refused."""
 
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import read_regular
 
 # libyaml where PyYAML was built with it: ten times as fast.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -45,14 +45,7 @@ def load_documents(path: Path, repeated: Repeated = refuse_repeated, loader: Any
 
 def _read_text(path: Path) -> str:
     try:
-        found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
-            raise InputError(path, "is a folder; expected a YAML file")
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(path, "is not a regular file; expected a YAML file")
-        if found.st_size > MAX_BYTES:
-            raise InputError(path, f"has {found.st_size:,} bytes; expected a YAML file of at most {MAX_BYTES:,}")
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, "a YAML file", MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
     except OSError as error:

@@ -17,6 +17,7 @@ from hostile import (
     configs,
     gguf,
     links,
+    messages,
     outputs,
     quantised,
     recipes,
@@ -41,6 +42,7 @@ MODULES = (
     gguf,
     quantised,
     tasks_of_strangers,
+    messages,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

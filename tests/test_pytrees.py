@@ -407,7 +407,7 @@ def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) ->
 
 @pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
 def test_wrong_fitness_is_named(wrap: Any) -> None:
-    with pytest.raises(TypeError, match=r"the fitness returned float32\[5, 7\]; expected a real number"):
+    with pytest.raises(InputError, match=r"fitness: returned float32\[5, 7\]; expected a real number"):
         quick(fitness=wrap(lambda merged: merged["encoder"]["kernel"]))
     with pytest.raises(ZeroDivisionError):
         quick(fitness=wrap(lambda merged: 1 / 0))

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.config_file import check_dtype
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -82,6 +84,8 @@ def load_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     _check_files(folder)
+    # A tokenizer's class may be known by the model's config alone.
+    check_dtype(folder / "config.json", read_json_object(folder / "config.json", missing={}))
     code = _wanted_code(folder)
     if _needs_code(folder):
         raise InputError(
@@ -112,9 +116,7 @@ def _check_files(folder: Path) -> None:
         file = folder / name
         if not file.exists():
             continue
-        if not file.is_file():
-            raise InputError(file, "is not a file; expected a tokenizer's")
-        size = file.stat().st_size
+        size = check_regular(file, "a tokenizer's")
         if size > TOKENIZER_BYTES:
             raise InputError(file, f"has {size:,} bytes; expected a tokenizer's of at most {TOKENIZER_BYTES:,}")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

@@ -7,7 +7,6 @@ At most `WORKERS + 2` tensors are in flight, so that memory does not grow with t
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +51,7 @@ from evojax_merge.checkpoints.writer import (
     TensorSpec,
     write_marker,
 )
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
@@ -60,6 +59,7 @@ from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSet
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
+from evojax_merge.regular_file import copy_regular
 
 Progress = Callable[[int], None]
 
@@ -344,10 +344,8 @@ def _open(
         _check_depths(decoder, folders, layouts)
     # Where architectures are mixed, the others' configs are not those of their tensors' merge.
     for folder in folders[:1] if allow_crimes else folders:
-        lenient = folder is not first
-        check_against_config(
-            _decoder_of(folder), lambda name, lenient=lenient: not lenient or _mismatch(recipe, name) == "refuse"
-        )
+        is_checked: Callable[[str], bool] = lambda name: _mismatch(recipe, name) == "refuse"  # noqa: E731
+        check_against_config(_decoder_of(folder), (lambda name: True) if folder is first else is_checked)
     if choice is None:
         return sources, layouts, tied
     embedding = sources.token_tensors.embedding
@@ -543,7 +541,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,
-                f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
+                f"{row.name}: the merge by {method.name} is not finite in {dtype} (weights that cancel, or values "
+                "beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
         return merged
@@ -590,7 +589,7 @@ def merge_to(
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         write_weights(merge_plan, folder, progress, max_shard_bytes)
         _write_small_files(merge_plan, folder)
-        for name, text in ((CARD, card), (RECIPE, recipe)):
+        for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
             if text is not None:
                 (folder / name).write_text(text, encoding="utf-8")
         write_marker(folder)
@@ -620,10 +619,12 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)
     if (merge_plan.leader.path / "generation_config.json").exists():
-        shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
+        copy_regular(
+            merge_plan.leader.path / "generation_config.json", folder / "generation_config.json", "a JSON file"
+        )
     for name in PROCESSOR_FILES:
         if (merge_plan.leader.path / name).exists():
-            shutil.copyfile(merge_plan.leader.path / name, folder / name)
+            copy_regular(merge_plan.leader.path / name, folder / name, "a processor's settings")
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
@@ -639,7 +640,7 @@ def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (merge_plan.tokenizer / name).exists():
-            shutil.copyfile(merge_plan.tokenizer / name, folder / name)
+            copy_regular(merge_plan.tokenizer / name, folder / name, "a tokenizer's")
 
 
 def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:

@@ -5,11 +5,10 @@ import fcntl
 import os
 import re
 import socket
-import sys
 import time
 from pathlib import Path
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.file_system import remove_file
 from evojax_merge.search.run_parts import RunFolder
 
@@ -44,8 +43,10 @@ def acquire(folder: RunFolder) -> int:
             os.close(handle)
             raise _in_use(folder) from None
         except OSError as error:
-            where = f"warning: {folder.path}: this file system knows no locks ({error.strerror})"
-            print(f"{where}; see to it that no other process works in this folder", file=sys.stderr)
+            print_warning(
+                f"{folder.path}: this file system knows no locks ({error.strerror}); see to it that no other process "
+                "works in this folder"
+            )
         # Who held it may have removed it since it was opened.
         if folder.lock.exists() and os.path.samestat(os.fstat(handle), folder.lock.stat()):
             break

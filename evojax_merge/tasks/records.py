@@ -16,6 +16,7 @@ from typing import Any
 
 from evojax_merge.data_packages import cached_wheel
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_regular
 
 HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
 
@@ -105,10 +106,7 @@ def read_bytes(path: Path) -> bytes:
 def _bytes(path: Path) -> bytes:
     """A regular file's content: a pipe would wait, and could not be read again by what compares inputs."""
     try:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(path, f"is {kind}; expected a task file of JSON lines")
-        _check_amount(path, "bytes", path.stat().st_size, MAX_BYTES)
+        _check_amount(path, "bytes", check_regular(path, "a task file of JSON lines"), MAX_BYTES)
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError(path, "no such file; expected a task file of JSON lines") from None

@@ -6,7 +6,6 @@ example, and higher is better.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.records import read_records
@@ -183,10 +182,7 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     )  # fmt: skip
     repeating = [one.line for one in task.examples if len(set(one.targets)) < len(one.targets)]
     if repeating:
-        print(
-            f"warning: {file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice",
-            file=sys.stderr,
-        )
+        print_warning(f"{file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
         samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
         check_pattern(where, config.pattern, config.max_new_tokens, samples)
@@ -197,10 +193,9 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         if len(without) == len(answers):
             raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {told}")
         if len(without) > len(answers) / 2:
-            print(
-                f"warning: {where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold "
-                f"{told}; no output is right for these",
-                file=sys.stderr,
+            print_warning(
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {told}; no "
+                "output is right for these"
             )
     return task
 
