@@ -206,7 +206,7 @@ def refused(name: str, change: Callable[[World], Any], command: tuple[str, ...],
 
 def done(name: str, change: Callable[[World], Any], command: tuple[str, ...], *says: str, **more: Any) -> Case:
     """A command that ends well and changes nothing but its own."""
-    more = {"leaves": ("run/winners", "disk/winners"), "rewrites": SEARCHED, "seconds": 30.0} | more
+    more = {"leaves": ("run/winners", "disk/winners"), "rewrites": SEARCHED, "seconds": 60.0} | more
     return Case(name, change, says, command, status=0, **more)
 
 
