@@ -169,7 +169,7 @@ def random_bank(problem: SearchProblem) -> Bank:
     assert isinstance(problem.candidates, MergeCandidates)
     spec, dtype = problem.candidates.spec, problem.compute_dtype
     bank = abstract_bank(problem.sources, problem.decoder, spec)
-    assert not (bank.shared_keep_keys or any(bank.stack_keep_keys.values())), f"{spec.method_name} draws masks"
+    assert not (bank.shared_mask_keys or any(bank.stack_mask_keys.values())), f"{spec.method_name} draws masks"
     sample = np.asarray(random_sources(key_of("sample"), (1 + PARENTS, 256, 256), dtype))
     measured = tabulate(spec.method, spec.options, list(sample), spec.prepared_for(PARENTS), lambda k: np.zeros(0))
 

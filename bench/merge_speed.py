@@ -159,26 +159,26 @@ class Kernels:
     def __init__(self, problem: SearchProblem, count: int) -> None:
         self.problem = problem
         prepared = self.tabulate()
-        self.is_prepared = bool(prepared.keep_keys or prepared.statistics)
+        self.is_prepared = bool(prepared.mask_keys or prepared.statistics)
         self.candidates = candidates_of(problem, prepared.statistics, count)
         table = prepared.statistics if problem.numbers else {}
         self.shared: Any = (
             tuple(map(jnp.asarray, problem.sources)),
-            tuple(map(jnp.asarray, prepared.keep_keys)),
+            tuple(map(jnp.asarray, prepared.mask_keys)),
             {name: jnp.asarray(rows) for name, rows in table.items()},
         )
         method, options = problem.method, problem.method.options
 
         def one(shared: Any, candidate: Any) -> jax.Array:
-            (sources, keep_keys, table), (parameters, own) = shared, candidate
+            (sources, mask_keys, table), (parameters, own) = shared, candidate
             statistics = look_up(method, {**table, **own}, parameters)
-            return combine(method, options, sources, keep_keys, statistics, parameters)
+            return combine(method, options, sources, mask_keys, statistics, parameters)
 
         def population(shared: Any, candidates: Any) -> jax.Array:
-            (sources, keep_keys, table), (parameters, own) = shared, candidates
+            (sources, mask_keys, table), (parameters, own) = shared, candidates
             if own:
                 return jax.vmap(one, in_axes=(None, 0), out_axes=1)(shared, candidates)
-            return combine_population(method, options, sources, keep_keys, table, parameters)
+            return combine_population(method, options, sources, mask_keys, table, parameters)
 
         def scan(shared: Any, candidates: Any) -> jax.Array:
             # The largest of all results, entry by entry: each one is needed, and none has memory of its own.

@@ -14,7 +14,7 @@ from merge_kernels import Method, Options, Parameter
 import evojax_merge as em
 
 
-def combine(options, sources, keep_keys, statistics, parameters):
+def combine(options, sources, mask_keys, statistics, parameters):
     """b + lambda * sum_k w_k d_k where all the deltas d_k = x_k - b have one sign, and b elsewhere.
 
     sources: the base and the K parents, arrays of one shape; parameters: weight float32[K], lambda float32[]. JAX

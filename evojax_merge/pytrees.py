@@ -402,11 +402,11 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 
 @struct.dataclass
 class LeafBank:
-    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: [N, …]` and
+    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `mask_keys: [N, …]` and
     `table` (see models.bank). `group` says whose parameters it is merged with."""
 
     stack: jax.Array
-    keep_keys: jax.Array | None
+    mask_keys: jax.Array | None
     table: dict[str, jax.Array]
     group: int = struct.field(pytree_node=False)
     shape: tuple[int, ...] = struct.field(pytree_node=False)
@@ -415,7 +415,7 @@ class LeafBank:
     def merge(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
         """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
         method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
-        numbers = () if self.keep_keys is None else self.keep_keys
+        numbers = () if self.mask_keys is None else self.mask_keys
         statistics = look_up_differentiable(method, self.table, own)
         merged = combine_differentiable(method, self.spec.options, self.stack, numbers, statistics, own)
         return merged.astype(self.stack.dtype).reshape(self.shape)
@@ -446,7 +446,7 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
-        jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
+        jnp.asarray(np.stack(prepared.mask_keys)) if prepared.mask_keys else None,
         {name: jnp.asarray(values) for name, values in prepared.statistics.items()},
         group, shape, spec,
     )  # fmt: skip

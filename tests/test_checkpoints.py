@@ -131,9 +131,9 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
     ):
         values = [tensor[name] for tensor in tensors]
         scores, tables = (
-            (bank.shared_keep_keys, bank.shared_tables)
+            (bank.shared_mask_keys, bank.shared_tables)
             if leaf == "embed"
-            else (bank.stack_keep_keys[LAYERS], bank.stack_tables[LAYERS])
+            else (bank.stack_mask_keys[LAYERS], bank.stack_tables[LAYERS])
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]

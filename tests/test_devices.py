@@ -107,7 +107,7 @@ def of_layers(parts):
     return None if parts[0] is None else jax.tree.map(lambda *each: np.stack(each), *parts)
 
 def tensor(method, options, constants, low_rank, shape):
-    # Its sources, factors, keep keys and tables.
+    # Its sources, factors, mask keys and tables.
     count = K + int(options.has_base)
     sources = rng.normal(size=(count, *shape)).astype(np.float32)
     factors = None
@@ -115,7 +115,7 @@ def tensor(method, options, constants, low_rank, shape):
         factors = [rng.normal(size=(K, *one)).astype(np.float32) for one in ((RANK, shape[1]), (shape[0], RANK))]
         sources[1:] = sources[0] + factors[1] @ factors[0]
     prepared = tabulate(method, options, list(sources), constants, lambda k: draw_row_keys(3, bytes([k] * 8), shape))
-    keys = np.stack(prepared.keep_keys) if prepared.keep_keys else None
+    keys = np.stack(prepared.mask_keys) if prepared.mask_keys else None
     return sources if factors is None else sources[:1], factors, keys, prepared.statistics or None
 
 def bank_of(method, options, constants, low_rank, put):

@@ -66,7 +66,7 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
     numbers = numbers_of(name, parents)
     sources = sources_of(options, models)
     prepared = tabulate(method, options, sources, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     def weighted(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
@@ -114,7 +114,7 @@ def test_a_density_outside_of_the_interval_changes_nothing(name: str) -> None:
     options = replace(method.options, rescale="density") if name == "dare_ties" else method.options
     numbers, density = numbers_of(name, 2), method.density.name if method.density is not None else ""
     prepared = tabulate(method, options, models, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     @jax.jit
     def total(parameters: Any) -> jax.Array:

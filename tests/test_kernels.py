@@ -96,7 +96,7 @@ def merged(
     prepared = prepare(method, options, sources, parameters, row_keys or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
     return np.asarray(
-        combine(method, options, tensors, prepared.keep_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
+        combine(method, options, tensors, prepared.mask_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
     )
 
 
@@ -346,7 +346,7 @@ def masks_for_mergekit(
     for k, density in enumerate(parameters["density"]):
         # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
         if density < 1 and (density > 0 or name in DARE):
-            keys = prepared.keep_keys[k]
+            keys = prepared.mask_keys[k]
             numbers = host_uniform(keys, models[0].shape) if name in DARE else keys
             mask = numbers < int(prepared.statistics["threshold"][k])
             rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
@@ -683,10 +683,10 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
         return draw_row_keys(SEED, digest(k), SMALL)
 
     prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
-    assert len(prepared.keep_keys) == METHODS[name].keep_keys(parents)
+    assert len(prepared.mask_keys) == METHODS[name].mask_keys(parents)
     expected = ((SMALL[0], 2), np.uint32) if name in DARE else (SMALL, np.uint16)
-    assert all((keys.shape, keys.dtype) == expected for keys in prepared.keep_keys)
-    assert METHODS[name].keep_key_array(SMALL) == expected
+    assert all((keys.shape, keys.dtype) == expected for keys in prepared.mask_keys)
+    assert METHODS[name].mask_key_array(SMALL) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
     assert METHODS[name].random == (name in BERNOULLI)
 
@@ -799,7 +799,7 @@ def table_of(
 ) -> tuple[Sequence[np.ndarray], dict[str, jax.Array]]:
     never = {p.name: parameters[p.name] for p in method.parameters if not p.searched}
     prepared = tabulate(method, options, sources_of(options, models), never, draws_of(models[0].shape))
-    return prepared.keep_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
+    return prepared.mask_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
 
 
 def steps_for(name: str) -> tuple[int, ...]:
@@ -926,7 +926,7 @@ def test_rows_may_be_merged_alone(name: str) -> None:
         }
         part = combine(
             method, options, tuple(jnp.asarray(x[rows]) for x in sources),
-            tuple(jnp.asarray(s[rows]) for s in prepared.keep_keys), by_row, on_device(parameters),  # type: ignore[arg-type]
+            tuple(jnp.asarray(s[rows]) for s in prepared.mask_keys), by_row, on_device(parameters),  # type: ignore[arg-type]
         )  # fmt: skip
         np.testing.assert_allclose(np.asarray(part), merged(name, options, models, parameters)[rows], rtol=1e-6)
 

@@ -123,12 +123,12 @@ def test_few_parents_are_merged_as_ever_to_the_bit(name: str, parents: int, dtyp
 
 
 def lowered(name: str, parents: int, function: Callable[..., Any]) -> str:
-    """The program of a function of (sources, keep keys, statistics, parameters) for so many parents."""
+    """The program of a function of (sources, mask keys, statistics, parameters) for so many parents."""
     method = METHODS[name]
     models = make_models((4,), parents)
     numbers = numbers_of(method, parents)
     prepared = tabulate(method, method.options, sources_of(method.options, models), numbers, draws_of((4,)))
-    arguments = (stacked(sources_of(method.options, models)), stacked(prepared.keep_keys), prepared.statistics)
+    arguments = (stacked(sources_of(method.options, models)), stacked(prepared.mask_keys), prepared.statistics)
     return jax.jit(function).lower(*arguments, on_device(numbers)).as_text()
 
 
@@ -136,12 +136,12 @@ def lowered(name: str, parents: int, function: Callable[..., Any]) -> str:
 def test_programs_do_not_grow_with_the_parents(name: str) -> None:
     method = METHODS[name]
 
-    def merge(sources: Any, keep_keys: Any, table: Any, parameters: Any) -> jax.Array:
+    def merge(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        return combine_differentiable(method, method.options, sources, keep_keys, statistics, parameters)
+        return combine_differentiable(method, method.options, sources, mask_keys, statistics, parameters)
 
-    def slope(sources: Any, keep_keys: Any, table: Any, parameters: Any) -> Any:
-        return jax.grad(lambda own: merge(sources, keep_keys, table, own).sum())(parameters)
+    def slope(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> Any:
+        return jax.grad(lambda own: merge(sources, mask_keys, table, own).sum())(parameters)
 
     # All slopes are made by the same rules, and take longer to trace.
     for function in (merge, slope) if name in ("linear", "ties", "dare_linear") else (merge,):
@@ -182,7 +182,7 @@ def test_a_population_of_many_parents_equals_one_by_one(name: str) -> None:
     table = {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
     merge = jax.jit(lambda *given: combine_population(method, options, *given))
     together = [
-        np.asarray(merge(shape(sources), shape(prepared.keep_keys), table, population))
+        np.asarray(merge(shape(sources), shape(prepared.mask_keys), table, population))
         for shape in (lambda arrays: tuple(map(jnp.asarray, arrays)), stacked)
     ]
     np.testing.assert_array_equal(together[0], together[1])
@@ -191,7 +191,7 @@ def test_a_population_of_many_parents_equals_one_by_one(name: str) -> None:
         statistics = look_up(method, table, own)
         alone = jax.jit(
             lambda own, statistics: combine(
-                method, options, stacked(sources), stacked(prepared.keep_keys), statistics, own
+                method, options, stacked(sources), stacked(prepared.mask_keys), statistics, own
             )
         )(own, statistics)
         assert_close(together[0][:, p], np.asarray(alone, np.float64), 1e-6)
@@ -205,7 +205,7 @@ def test_gradients_of_many_parents_equal_differences_of_float64_formulas(name: s
     models, numbers, draws = make_models(shape, MANY), numbers_of(method, MANY), draws_of(shape)
     numbers = {key: np.round(value, 3) for key, value in numbers.items()}
     prepared = tabulate(method, options, sources_of(options, models), numbers, draws)
-    sources, keys = stacked(sources_of(options, models)), stacked(prepared.keep_keys)
+    sources, keys = stacked(sources_of(options, models)), stacked(prepared.mask_keys)
     table = {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
     cotangent = np.random.default_rng(5).normal(size=shape)
 

@@ -45,12 +45,12 @@ def shape_of(leaf: Leaf, config: LlamaLikeConfig) -> tuple[int, ...]:
 def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
     """Shapes of a bank of a base and two parents, and of a chunk of recipes."""
     spec = MergeSpec(method, METHODS[method].options, 0, "float32")
-    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
+    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.mask_keys(PARENTS)
     layers, shared = stack_leaves(config), shared_leaves(config)
     depth = config.layers
 
-    def keep_keys(leaf: Leaf, *axes: int) -> jax.ShapeDtypeStruct:
-        of_one, dtype = spec.method.keep_key_array(shape_of(leaf, config))
+    def mask_keys(leaf: Leaf, *axes: int) -> jax.ShapeDtypeStruct:
+        of_one, dtype = spec.method.mask_key_array(shape_of(leaf, config))
         return array(*axes, *of_one, dtype=dtype)
 
     statistics = statistics_of(spec)
@@ -58,8 +58,8 @@ def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Re
     bank = Bank(
         {LAYERS: {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers}},
         {leaf.name: array(sources, *shape_of(leaf, config)) for leaf in shared},
-        {LAYERS: {leaf.name: keep_keys(leaf, depth, numbers) for leaf in layers if numbers}},
-        {leaf.name: keep_keys(leaf, numbers) for leaf in shared if numbers},
+        {LAYERS: {leaf.name: mask_keys(leaf, depth, numbers) for leaf in layers if numbers}},
+        {leaf.name: mask_keys(leaf, numbers) for leaf in shared if numbers},
         {LAYERS: tables},
         {leaf.name: {name: array(*rest) for name, rest in statistics.items()} for leaf in shared},
         tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layers),

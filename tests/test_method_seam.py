@@ -25,7 +25,7 @@ def measure(options, sources, parameters, densities, row_keys):
     return Prepared((), {"rms": np.array([np.sqrt(np.mean(d * d)) for d in deltas], np.float32)})
 
 
-def clip(options, sources, keep_keys, statistics, parameters):
+def clip(options, sources, mask_keys, statistics, parameters):
     base, *parents = (x.astype(jnp.float32) for x in sources)
     limits = parameters["cap"] * statistics["rms"]
     clipped = [w * jnp.clip(x - base, -c, c) for w, x, c in zip(parameters["weight"], parents, limits, strict=True)]

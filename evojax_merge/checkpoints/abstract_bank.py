@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from merge_kernels import draw_row_keys, tabulate
 
-from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, cut_axes, keep_key_axis
+from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, cut_axes, mask_key_axis
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
 from evojax_merge.models.bank import Bank, Factors, MergeSpec
@@ -30,8 +30,8 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
     """What `load_bank` would make of the sources, as abstract arrays."""
     layers, count = depths(config), len(sources.folders)
     parents = count - int(spec.options.has_base)
-    numbers = spec.method.keep_keys(parents)
-    # Weights, factors, keep keys and tables by the leaf's name.
+    numbers = spec.method.mask_keys(parents)
+    # Weights, factors, mask keys and tables by the leaf's name.
     shared: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
     stacks: dict[str, tuple[dict[str, Any], ...]] = {stack: ({}, {}, {}, {}) for stack in layers}
     for leaf in leaves_of(config):
@@ -50,15 +50,15 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
             b = several(parents, (shape[0], rank), np.float32, axis if axis == -2 else None)
             parts[1][leaf.name] = Factors(a, b)  # type: ignore[arg-type]
         if numbers:
-            of_one, dtype = spec.method.keep_key_array(shape)
-            parts[2][leaf.name] = several(numbers, of_one, dtype, keep_key_axis(spec, sources, config, leaf))
+            of_one, dtype = spec.method.mask_key_array(shape)
+            parts[2][leaf.name] = several(numbers, of_one, dtype, mask_key_axis(spec, sources, config, leaf))
         measured = _statistics(spec, count, shape)
         if measured:
             parts[3][leaf.name] = {name: place((*grid, *own.shape), own.dtype, None) for name, own in measured.items()}
-    weights, factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
+    weights, factors, mask_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1],
+        weights, shared[0], mask_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1],
         experts, cut_axes(config),
     )  # fmt: skip
 

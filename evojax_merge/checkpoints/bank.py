@@ -36,7 +36,7 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# Leaves, factors, keep keys and tables by the leaf's name.
+# Leaves, factors, mask keys and tables by the leaf's name.
 _Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
@@ -82,7 +82,7 @@ def load_bank(
             loaded = _load_leaf(leaf, config, sources, spec, pool, progress)
             parts, axis = shared if leaf.stack is None else stacks[leaf.stack], leaf.sharded_axis
             # What was measured of a leaf has no axes of its own.
-            for i, cut in ((0, axis), (2, keep_key_axis(spec, sources, config, leaf)), (3, None)):
+            for i, cut in ((0, axis), (2, mask_key_axis(spec, sources, config, leaf)), (3, None)):
                 if loaded[i] is not None:
                     parts[i][leaf.name] = jax.tree.map(partial(put, sharded_axis=cut), loaded[i])
             factors = loaded[1]
@@ -91,18 +91,18 @@ def load_bank(
                 cuts = (axis if axis == end else None for end in (-1, -2))
                 a, b = (put(one, sharded_axis=cut) for one, cut in zip(factors, cuts, strict=True))
                 parts[1][leaf.name] = Factors(a, b)
-    weights, all_factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
+    weights, all_factors, mask_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
     experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
     return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
+        weights, shared[0], mask_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
         experts, cut_axes(config),
     )  # fmt: skip
 
 
-def keep_key_axis(spec: MergeSpec, sources: Sources, config: DecoderConfig, leaf: Leaf) -> int | None:
-    """The axis, counted from the end, at which a leaf's keep keys are cut where devices share a model. Row keys are cut
+def mask_key_axis(spec: MergeSpec, sources: Sources, config: DecoderConfig, leaf: Leaf) -> int | None:
+    """The axis, counted from the end, at which a leaf's mask keys are cut where devices share a model. Row keys are cut
     with their rows; where columns are cut each device has those of all rows."""
-    if not spec.method.keyed_by_row:
+    if not spec.method.has_row_keys:
         return leaf.sharded_axis
     rows = -len(sources.shape(0, leaf_tensors(config, leaf)[0]))
     return -2 if leaf.sharded_axis == rows else None
@@ -122,7 +122,7 @@ def cut_axes(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
 def _load_leaf(
     leaf: Leaf, config: DecoderConfig, sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None, np.ndarray | None, dict[str, np.ndarray] | None]:
-    """One leaf: weights `[S, …]`, `[L, S, …]` or `[L, S, E, …]`, keep keys alike, and tables `[…]`, `[L, …]` or
+    """One leaf: weights `[S, …]`, `[L, S, …]` or `[L, S, E, …]`, mask keys alike, and tables `[…]`, `[L, …]` or
     `[L, E, …]`. Of low-rank sources the weights are the base's, 1 in the place of S, and there are factors (see
     `Factors`)."""
     grid, names = tensor_grid(config, leaf), leaf_tensors(config, leaf)
@@ -136,9 +136,9 @@ def _load_leaf(
         each, (outputs, inputs) = (*grid[:1], count - first_parent, *grid[1:]), shape
         factors = np.zeros((*each, rank, inputs), np.float32), np.zeros((*each, outputs, rank), np.float32)
     constants = spec.prepared_for(count - first_parent)
-    numbers = spec.method.keep_keys(count - first_parent)
-    of_one, dtype = spec.method.keep_key_array(shape)
-    keep_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *of_one), dtype) if numbers else None
+    numbers = spec.method.mask_keys(count - first_parent)
+    of_one, dtype = spec.method.mask_key_array(shape)
+    mask_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *of_one), dtype) if numbers else None
 
     def one(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
         layer, expert = place[:1], place[1:]
@@ -159,14 +159,14 @@ def _load_leaf(
             return draw_row_keys(spec.seed, sources.digest(first_parent + k, name), shape)
 
         prepared = tabulate(spec.method, spec.options, own, constants, row_keys)
-        for number, values in enumerate(prepared.keep_keys):
-            keep_keys[(*layer, number, *expert)] = values  # type: ignore[index]
+        for number, values in enumerate(prepared.mask_keys):
+            mask_keys[(*layer, number, *expert)] = values  # type: ignore[index]
         progress(stack.nbytes // len(names) * count // stored)
         return prepared.statistics
 
     rows = list(pool.map(one, np.ndindex(grid), names))
     tables = {key: np.stack([row[key] for row in rows]).reshape((*grid, *rows[0][key].shape)) for key in rows[0]}
-    return stack, factors, keep_keys, tables or None
+    return stack, factors, mask_keys, tables or None
 
 
 def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
@@ -212,13 +212,13 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
-    """Bytes that a loaded bank takes: all sources, and the keep keys that a method prepares."""
+    """Bytes that a loaded bank takes: all sources, and the mask keys that a method prepares."""
     count = len(sources.folders)
-    keep_keys = (
-        len(names) * spec.keep_key_bytes(count, sources.shape(0, names[0]))
+    mask_keys = (
+        len(names) * spec.mask_key_bytes(count, sources.shape(0, names[0]))
         for names in (leaf_tensors(config, leaf) for leaf in leaves_of(config))
     )
-    return bank_bytes(sources, config) + sum(keep_keys)
+    return bank_bytes(sources, config) + sum(mask_keys)
 
 
 def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:

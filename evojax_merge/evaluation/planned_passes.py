@@ -122,9 +122,9 @@ def merge_bytes(bank: Bank, dtype: str) -> int:
     """Bytes that merging all layers and the head into `dtype` moves for a candidate: sources and what was prepared of
     them are read, the merge is written. (That products read it again is theirs.)"""
     layers = [leaf for stack in bank.stacks.values() for leaf in stack.values()]
-    prepared = [leaf for stack in bank.stack_keep_keys.values() for leaf in stack.values()]
+    prepared = [leaf for stack in bank.stack_mask_keys.values() for leaf in stack.values()]
     name = HEAD if HEAD in bank.shared else EMBEDDING
-    shared = [leaves[name] for leaves in (bank.shared, bank.shared_keep_keys) if name in leaves]
+    shared = [leaves[name] for leaves in (bank.shared, bank.shared_mask_keys) if name in leaves]
     entries = sum(leaf.size // leaf.shape[1] for leaf in layers) + shared[0].size // shared[0].shape[0]
     return tree_nbytes((layers, prepared, shared, bank.stack_factors)) + entries * jnp.dtype(dtype).itemsize
 

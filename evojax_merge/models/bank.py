@@ -35,10 +35,10 @@ class MergeSpec:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
-    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
+    def mask_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
         """Bytes of what is prepared of a tensor's entries, or of its rows, in a bank of that many sources."""
-        of_one, dtype = self.method.keep_key_array(shape)
-        return self.method.keep_keys(sources - int(self.options.has_base)) * prod(of_one) * dtype.itemsize
+        of_one, dtype = self.method.mask_key_array(shape)
+        return self.method.mask_keys(sources - int(self.options.has_base)) * prod(of_one) * dtype.itemsize
 
     def prepared_for(self, parents: int) -> dict[str, Any]:
         """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
@@ -78,7 +78,7 @@ class Bank:
     """All sources' weights, in their own dtype, and what the method has to know of them.
 
     stacks: stack -> leaf -> `[L, S, …]`, of the L layers that this stack has; shared: leaf -> `[S, …]`, outside of the
-    layers; what the kernels prepared: keep keys, `[L, N, …]` and `[N, …]` for the N arrays that the method has, each of
+    layers; what the kernels prepared: mask keys, `[L, N, …]` and `[N, …]` for the N arrays that the method has, each of
     a number per entry or of two per row (see `merge_kernels.Prepared`), and tables, leaf -> statistic -> `[L, …]` and
     `[…]` (with the density grid as last axis where the method has a density); without a leaf where the method prepares
     nothing. components: each leaf's row of the component axis. axes: of leaves that devices share the axis at which
@@ -91,8 +91,8 @@ class Bank:
 
     stacks: dict[str, Leaves]
     shared: Leaves
-    stack_keep_keys: dict[str, Leaves]
-    shared_keep_keys: Leaves
+    stack_mask_keys: dict[str, Leaves]
+    shared_mask_keys: Leaves
     stack_tables: dict[str, Tables]
     shared_tables: Tables
     components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)

@@ -54,7 +54,7 @@ class PathSpec:
     export_dtype: str
     method_name = "path"
 
-    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
+    def mask_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
         """Bytes of what is prepared of a tensor's entries: none."""
         return 0
 

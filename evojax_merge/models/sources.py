@@ -117,7 +117,7 @@ class LazyMerge:
         bank = self.bank
         return {
             stack: (
-                leaves, bank.stack_factors.get(stack, {}), bank.stack_keep_keys[stack], self.stack_statistics[stack],
+                leaves, bank.stack_factors.get(stack, {}), bank.stack_mask_keys[stack], self.stack_statistics[stack],
                 self.recipe.stacks[stack],
             )
             for stack, leaves in bank.stacks.items()
@@ -127,7 +127,7 @@ class LazyMerge:
     def prefetch(self) -> bool:
         # A number per entry would take the memory of another layer. A loop over many parents is given the layer's
         # slices as a copy anyway.
-        is_small = self.spec.method.keyed_by_row or not any(self.bank.stack_keep_keys.values())
+        is_small = self.spec.method.has_row_keys or not any(self.bank.stack_mask_keys.values())
         return self.prefetch_layers and is_small and not is_looped(self.parents)
 
     @property
@@ -142,15 +142,15 @@ class LazyMerge:
 
     def merge_layer(self, slice_: Any) -> Weights:
         """One layer's weights, rounded to the export dtype."""
-        leaves, factors, keep_keys, statistics, parameters = slice_
+        leaves, factors, mask_keys, statistics, parameters = slice_
         component, axes = self.bank.component_of, self.bank.axis_of
 
         def merge(name: str, leaf: jax.Array) -> jax.Array:
             own = _pick(parameters, component[name])
             merge_tensor = partial(self._merge, parameters=own, axis=axes.get(name))
-            # Sources, factors and keep keys have the experts behind their own axis, statistics have them first.
+            # Sources, factors and mask keys have the experts behind their own axis, statistics have them first.
             each = jax.vmap(merge_tensor, in_axes=(1, 0)) if name in self.bank.expert_leaves else merge_tensor
-            return each((leaf, factors.get(name), keep_keys.get(name)), statistics.get(name, {}))
+            return each((leaf, factors.get(name), mask_keys.get(name)), statistics.get(name, {}))
 
         return {name: merge(name, leaf) for name, leaf in leaves.items()}
 
@@ -159,9 +159,9 @@ class LazyMerge:
     ) -> jax.Array:
         """One tensor. axis: that at which devices that share a model cut it, counted from its end, where they can; each
         of them then merges its own part."""
-        leaf, factors, keep_keys = slices
+        leaf, factors, mask_keys = slices
         shape = leaf.shape[1:]
-        by_row, rows = self.spec.method.keyed_by_row, -len(shape)
+        by_row, rows = self.spec.method.has_row_keys, -len(shape)
         if axis is None or axis < rows or shards_of(shape[axis]) == 1:
             return self._merge_part(slices, statistics, parameters)
         if by_row and axis > rows + 1:
@@ -169,16 +169,16 @@ class LazyMerge:
             return self._merge_part(slices, statistics, parameters)
 
         def part(device: jax.Array, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
-            leaf, factors, keep_keys = slices
-            if keep_keys is not None and by_row and axis != rows:
-                keep_keys = keys_from_column(keep_keys, device * prod(leaf.shape[2:]))
-            return self._merge_part((leaf, factors, keep_keys), statistics, parameters)
+            leaf, factors, mask_keys = slices
+            if mask_keys is not None and by_row and axis != rows:
+                mask_keys = keys_from_column(mask_keys, device * prod(leaf.shape[2:]))
+            return self._merge_part((leaf, factors, mask_keys), statistics, parameters)
 
         cut: Any = cut_at(leaf.ndim, axis)
         keys_cut: Any = None
         factors_cut: Any = None
-        if keep_keys is not None:
-            keys_cut = cut if not by_row else cut_at(keep_keys.ndim, -2 if axis == rows else None)
+        if mask_keys is not None:
+            keys_cut = cut if not by_row else cut_at(mask_keys.ndim, -2 if axis == rows else None)
         if factors is not None:
             # `a` has the weight's inputs, `b` its outputs.
             ends = (factors.a, -1), (factors.b, -2)
@@ -192,8 +192,8 @@ class LazyMerge:
         return map_shards(part, cuts, cut_at(len(shape), axis), slices, statistics, parameters)
 
     def _merge_part(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
-        spec, (leaf, factors, keep_keys) = self.spec, slices
-        numbers = () if keep_keys is None else keep_keys
+        spec, (leaf, factors, mask_keys) = self.spec, slices
+        numbers = () if mask_keys is None else mask_keys
         with jax.named_scope("merge"):
             sources = leaf if factors is None else [*leaf[: int(spec.options.has_base)], *factors.expand(leaf)]
             merged = self.combine(spec.method, spec.options, sources, numbers, statistics, parameters)
@@ -201,10 +201,10 @@ class LazyMerge:
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
         """A shared leaf's sources, factors and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
-        keep_keys, factors = self.bank.shared_keep_keys.get(name), self.bank.shared_factors.get(name)
+        mask_keys, factors = self.bank.shared_mask_keys.get(name), self.bank.shared_factors.get(name)
         if factors is not None:
             factors = Factors(factors.a, rows(factors.b))
-        return rows(self.bank.shared[name]), factors, None if keep_keys is None else rows(keep_keys)
+        return rows(self.bank.shared[name]), factors, None if mask_keys is None else rows(mask_keys)
 
     def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
         return self._merge(slices, *self._numbers(name), self.bank.axis_of.get(name))

@@ -62,34 +62,34 @@ def combine_differentiable(
     method: Method,
     options: Options,
     sources: Arrays,
-    keep_keys: Arrays,
+    mask_keys: Arrays,
     statistics: Neighbourhood | Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
     """`combine`, float32, with derivatives with respect to `parameters` (and to nothing else). statistics: as
     `look_up_differentiable` returns them."""
     if not isinstance(statistics, Neighbourhood):
-        return combine(method, options, sources, keep_keys, statistics, parameters)
-    return _combine(method, options, sources, keep_keys, statistics, dict(parameters))
+        return combine(method, options, sources, mask_keys, statistics, parameters)
+    return _combine(method, options, sources, mask_keys, statistics, dict(parameters))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _combine(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
+    method: Method, options: Options, sources: Any, mask_keys: Any, statistics: Neighbourhood, parameters: Any
 ) -> jax.Array:
-    return combine(method, options, sources, keep_keys, statistics.at, parameters)
+    return combine(method, options, sources, mask_keys, statistics.at, parameters)
 
 
 def _forward(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
+    method: Method, options: Options, sources: Any, mask_keys: Any, statistics: Neighbourhood, parameters: Any
 ) -> tuple[jax.Array, Any]:
-    merged = combine(method, options, sources, keep_keys, statistics.at, parameters)
-    return merged, (sources, keep_keys, statistics, parameters)
+    merged = combine(method, options, sources, mask_keys, statistics.at, parameters)
+    return merged, (sources, mask_keys, statistics, parameters)
 
 
 def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array) -> tuple[None, None, None, Any]:
-    sources, keep_keys, statistics, parameters = saved
-    _, pull_back = jax.vjp(lambda own: combine(method, options, sources, keep_keys, statistics.at, own), parameters)
+    sources, mask_keys, statistics, parameters = saved
+    _, pull_back = jax.vjp(lambda own: combine(method, options, sources, mask_keys, statistics.at, own), parameters)
     (gradients,) = pull_back(cotangent)
     assert method.density is not None
     name, per_parent = method.density.name, method.density.per_parent
@@ -102,7 +102,7 @@ def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array
     def effect(variant: tuple[Any, jax.Array]) -> jax.Array:
         """The merge with one density moved, weighed by the cotangent."""
         own, value = variant
-        merged = combine(method, options, sources, keep_keys, own, parameters | {name: value})
+        merged = combine(method, options, sources, mask_keys, own, parameters | {name: value})
         return jnp.sum(cotangent * merged)
 
     # One after the other: unrolled, they would be most of what there is to compile.

@@ -3,7 +3,7 @@
     prepared   = prepare(method, options, sources, parameters, row_keys)     host, once; exact, for one recipe
     prepared   = tabulate(method, options, sources, parameters, row_keys)    host, once; for every density on a grid
     statistics = look_up(method, prepared.statistics, parameters)            device, per candidate
-    merged     = combine(method, options, sources, prepared.keep_keys, statistics, parameters)
+    merged     = combine(method, options, sources, prepared.mask_keys, statistics, parameters)
                                                                              device, per candidate
 
 `sources` are K arrays `[...]` of one shape, after the base where `options.has_base`: a sequence of arrays, or one array
@@ -79,11 +79,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What does not depend on a candidate: some arrays of keep keys (none, one, or one per parent), each a number per
+    """What does not depend on a candidate: some arrays of mask keys (none, one, or one per parent), each a number per
     entry, `uint16[*shape]`, or the row keys that numbers are hashed with, `uint32[rows, 2]`; and statistics, whose last
     axis is the grid's where they were tabulated."""
 
-    keep_keys: tuple[np.ndarray, ...]
+    mask_keys: tuple[np.ndarray, ...]
     statistics: dict[str, np.ndarray]
 
 
@@ -106,15 +106,15 @@ class Method:
       that are merged).
     - `prepare(options, sources, parameters, densities, row_keys)`: `densities` are float64[G] per value of the
       density.
-    - `combine(options, sources, keep_keys, statistics, parameters)`.
-    - `keep_keys(K)`: how many arrays of keep keys are prepared; `random`: whether they are drawn; `keyed_by_row`:
+    - `combine(options, sources, mask_keys, statistics, parameters)`.
+    - `mask_keys(K)`: how many arrays of mask keys are prepared; `random`: whether they are drawn; `has_row_keys`:
       whether they are row keys, of which `combine` makes the numbers, and not a number per entry.
     - `validate(options, parameters)`: why these numbers have no meaning, or None.
     - `yaml_options`: the names (of `YAML_OPTIONS`) under which a recipe may set `options`; `ignored_settings`:
       settings that it takes and that change nothing.
 
     Tensors are merged in pieces, so `combine` is elementwise in the sources: whatever needs a whole tensor (a norm, a
-    quantile) is a statistic that `prepare` measures. The sources and keep keys of many parents are stacked, and it sums
+    quantile) is a statistic that `prepare` measures. The sources and mask keys of many parents are stacked, and it sums
     over them with `sum_over`, lest the program grow with them. A method is a constant of compiled programs, so it is
     hashable.
     """
@@ -128,8 +128,8 @@ class Method:
     min_parents: int = 1
     max_parents: int | None = None
     random: bool = False
-    keyed_by_row: bool = False
-    keep_keys: Callable[[int], int] = lambda parents: 0
+    has_row_keys: bool = False
+    mask_keys: Callable[[int], int] = lambda parents: 0
     validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None
     yaml_options: tuple[str, ...] = ()
     ignored_settings: tuple[str, ...] = ()
@@ -147,9 +147,9 @@ class Method:
         """Whether anything is prepared of a tensor."""
         return self.prepare is not _prepare_nothing
 
-    def keep_key_array(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
-        """The shape and the dtype of one array of keep keys of a tensor."""
-        return ((*shape[:1], 2), np.dtype(np.uint32)) if self.keyed_by_row else (shape, np.dtype(np.uint16))
+    def mask_key_array(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
+        """The shape and the dtype of one array of mask keys of a tensor."""
+        return ((*shape[:1], 2), np.dtype(np.uint32)) if self.has_row_keys else (shape, np.dtype(np.uint16))
 
     @property
     def density(self) -> Parameter | None:
@@ -218,7 +218,7 @@ def prepare(method: Method, options: Options, sources: HostSources, parameters: 
         return method.prepare(options, sources, parameters, (), row_keys)
     values = np.atleast_1d(np.asarray(parameters[density.name], np.float64))
     prepared = method.prepare(options, sources, parameters, [np.array([value]) for value in values], row_keys)
-    return Prepared(prepared.keep_keys, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
+    return Prepared(prepared.mask_keys, {name: rows[..., 0] for name, rows in prepared.statistics.items()})
 
 
 def tabulate(
@@ -253,30 +253,30 @@ def combine(
     method: Method,
     options: Options,
     sources: Arrays,
-    keep_keys: Arrays,
+    mask_keys: Arrays,
     statistics: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
     """One merged tensor, float32, of the sources' shape. Elementwise but for the broadcast of coefficients."""
-    sources, keep_keys = _for_sums(options, sources, keep_keys)
+    sources, mask_keys = _for_sums(options, sources, mask_keys)
     if is_looped(len(sources) - int(options.has_base)):
         statistics, parameters = jax.tree.map(jnp.asarray, (dict(statistics), dict(parameters)))
-    return method.combine(options, sources, keep_keys, statistics, parameters)
+    return method.combine(options, sources, mask_keys, statistics, parameters)
 
 
-def _for_sums(options: Options, sources: Arrays, keep_keys: Arrays) -> tuple[Arrays, Arrays]:
-    """Sources and keep keys as `sum_over` needs them: arrays each, or stacked where it is a loop, for that picks a
+def _for_sums(options: Options, sources: Arrays, mask_keys: Arrays) -> tuple[Arrays, Arrays]:
+    """Sources and mask keys as `sum_over` needs them: arrays each, or stacked where it is a loop, for that picks a
     parent by a number which is known only while it runs."""
     if not is_looped(len(sources) - int(options.has_base)):
-        return tuple(sources), tuple(keep_keys)
-    return jnp.stack(sources), jnp.stack(keep_keys) if len(keep_keys) else ()
+        return tuple(sources), tuple(mask_keys)
+    return jnp.stack(sources), jnp.stack(mask_keys) if len(mask_keys) else ()
 
 
 def combine_population(
     method: Method,
     options: Options,
     sources: Arrays,
-    keep_keys: Arrays,
+    mask_keys: Arrays,
     table: Mapping[str, jax.Array],
     parameters: Mapping[str, jax.Array],
 ) -> jax.Array:
@@ -288,15 +288,15 @@ def combine_population(
     """
     statistics = jax.vmap(lambda own: look_up(method, table, own))(dict(parameters))
 
-    def row(sources: Any, keep_keys: Any) -> jax.Array:
+    def row(sources: Any, mask_keys: Any) -> jax.Array:
         def one(own: Any, keys: Any) -> jax.Array:
-            return combine(method, options, sources, keep_keys, own, keys)
+            return combine(method, options, sources, mask_keys, own, keys)
 
         return jax.vmap(one)(statistics, dict(parameters))
 
-    sources, keep_keys = _for_sums(options, sources, keep_keys)
+    sources, mask_keys = _for_sums(options, sources, mask_keys)
     # Of stacked sources the rows are the second axis.
-    return jax.vmap(row, in_axes=int(is_looped(len(sources) - int(options.has_base))))(sources, keep_keys)
+    return jax.vmap(row, in_axes=int(is_looped(len(sources) - int(options.has_base))))(sources, mask_keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def _add_up(options: Options, sources: Arrays, coefficients: Arrays) -> jax.Arra
     return (interpolation.from_base if options.has_base else interpolation.weighted_sum)(sources, coefficients)
 
 
-def _combine_linear(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_linear(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return interpolation.weighted_sum(
         sources, interpolation.linear_coefficients(parameters["weight"], options.normalize)
     )
@@ -325,7 +325,7 @@ def _prepare_slerp(options: Options, sources: Any, parameters: Any, densities: A
     return Prepared((), interpolation.slerp_angle(*sources))
 
 
-def _combine_slerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_slerp(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return interpolation.weighted_sum(sources, interpolation.slerp_coefficients(statistics["angle"], parameters["t"]))
 
 
@@ -334,7 +334,7 @@ def _prepare_nuslerp(options: Options, sources: Any, parameters: Any, densities:
     return Prepared((), interpolation.nuslerp_angle(vectors, base, _axis(options, sources[0])))
 
 
-def _combine_nuslerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_nuslerp(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     t = interpolation.nuslerp_fraction(parameters["weight"])
     return _add_up(options, sources, interpolation.slerp_coefficients(statistics["angle"], t))
 
@@ -344,7 +344,7 @@ def _prepare_multislerp(options: Options, sources: Any, parameters: Any, densiti
     return Prepared((), interpolation.lengths_and_gaps(vectors, base))
 
 
-def _combine_multislerp(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_multislerp(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     coefficients = interpolation.multislerp_coefficients(
         statistics["length"], statistics["gap"], parameters["weight"], options.normalize, parameters["eps"]
     )
@@ -357,7 +357,7 @@ def _prepare_karcher(options: Options, sources: Any, parameters: Any, densities:
     )
 
 
-def _combine_karcher(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_karcher(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return interpolation.weighted_sum(sources, statistics["coefficient"])
 
 
@@ -365,7 +365,7 @@ def _prepare_stock(options: Options, sources: Any, parameters: Any, densities: A
     return Prepared((), interpolation.stock_ratio(sources[1:], sources[0], _axis(options, sources[0])))
 
 
-def _combine_stock(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_stock(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     parents, ratio = len(sources) - 1, statistics["ratio"]
     return interpolation.from_base(sources, jnp.broadcast_to(ratio / parents, (parents, *ratio.shape)))
 
@@ -376,12 +376,12 @@ def _prepare_sce(options: Options, sources: Any, parameters: Any, densities: Any
     return Prepared((number,), statistics)
 
 
-def _combine_sce(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-    delta = elementwise.sce_sum(sources, keep_keys[0], statistics["threshold"], statistics["share"])
+def _combine_sce(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    delta = elementwise.sce_sum(sources, mask_keys[0], statistics["threshold"], statistics["share"])
     return sources[0].astype(jnp.float32) + delta
 
 
-def _combine_nearswap(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_nearswap(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return elementwise.nearswap(sources[0], sources[1], parameters["t"])
 
 
@@ -389,11 +389,11 @@ def _prepare_fusion(options: Options, sources: Any, parameters: Any, densities: 
     return Prepared((elementwise.fusion_select(*(np.asarray(x, np.float32) for x in sources)),), {})
 
 
-def _combine_fusion(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
-    return elementwise.fusion(sources[0], sources[1], keep_keys[0])
+def _combine_fusion(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    return elementwise.fusion(sources[0], sources[1], mask_keys[0])
 
 
-def _combine_ram(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_ram(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     factors = jnp.ones(len(sources) - 1, jnp.float32)
     return sources[0].astype(jnp.float32) + elementwise.ram_sum(sources, parameters["epsilon"], factors)
 
@@ -404,12 +404,12 @@ def _prepare_ram_plus(options: Options, sources: Any, parameters: Any, densities
     return Prepared((), elementwise.ram_overlap(deltas, float(parameters["epsilon"])))
 
 
-def _combine_ram_plus(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_ram_plus(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     factors = 1 + parameters["r"] * jnp.clip(statistics["overlap"], 0.0, parameters["alpha"])
     return sources[0].astype(jnp.float32) + elementwise.ram_sum(sources, parameters["epsilon"], factors)
 
 
-def _combine_passthrough(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+def _combine_passthrough(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
     return parameters["scale"][0] * sources[0].astype(jnp.float32)
 
 
@@ -458,14 +458,14 @@ def _task_vectors(
     the rescaling."""
 
     random = sparsifier is not None and sparsifier.random
-    keyed_by_row = random and sparsifier is not None and sparsifier.stored_key is None
+    has_row_keys = random and sparsifier is not None and sparsifier.stored_key is None
 
     def prepare_(options: Options, sources: Any, parameters: Any, densities: Any, row_keys: Any) -> Prepared:
         if sparsifier is None:
             return Prepared((), {})
         base = np.asarray(sources[0], np.float32)
         buffer = np.empty_like(base)
-        keep_keys, rows = [], []
+        mask_keys, rows = [], []
         for k, parent in enumerate(sources[1:]):
             own = {p.name: float(parameters[p.name][k]) for p in constants}
             np.abs(np.subtract(parent, base, out=buffer, dtype=np.float32), out=buffer)
@@ -475,12 +475,12 @@ def _task_vectors(
                 numbers = host_uniform(keys, base.shape)
                 if sparsifier.stored_key is not None:
                     keys = numbers = sparsifier.stored_key(buffer, numbers, own)
-                keep_keys.append(keys)
+                mask_keys.append(keys)
                 flat = numbers.reshape(-1)
             rows.append(sparsifier.measure(buffer.reshape(-1), flat, densities[k], own, options.rescale == "l1"))
-        return Prepared(tuple(keep_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+        return Prepared(tuple(mask_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
-    def combine_(options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
+    def combine_(options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any) -> jax.Array:
         base = sources[0]
         weight = factors = parameters["weight"]
         if sparsifier is not None and options.rescale == "l1":
@@ -489,13 +489,13 @@ def _task_vectors(
             factors = factors / jnp.clip(parameters["density"], 1.0 / LEVELS, 1.0)
 
         def weighted(k: Any) -> jax.Array:
-            keep_key = None
-            if keyed_by_row:
-                keep_key = device_uniform(keep_keys[k], base.shape)
+            mask_key = None
+            if has_row_keys:
+                mask_key = device_uniform(mask_keys[k], base.shape)
             elif random:
-                keep_key = keep_keys[k]
+                mask_key = mask_keys[k]
             own = {name: values[k] for name, values in statistics.items()}
-            return task_vectors.kept_delta(sparsifier, base, sources[k + 1], keep_key, own, factors[k])
+            return task_vectors.kept_delta(sparsifier, base, sources[k + 1], mask_key, own, factors[k])
 
         return base.astype(jnp.float32) + parameters["lambda"] * add(weighted, weight, options.normalize)
 
@@ -507,8 +507,8 @@ def _task_vectors(
         prepare=prepare_,
         options=options,
         random=random,
-        keyed_by_row=keyed_by_row,
-        keep_keys=lambda parents: parents if random else 0,
+        has_row_keys=has_row_keys,
+        mask_keys=lambda parents: parents if random else 0,
         validate=validate,
         yaml_options=TASK_VECTOR_YAML_OPTIONS,
         # To mergekit every method of this family has a density; here it would have nothing to thin out.
@@ -578,7 +578,7 @@ METHODS: dict[str, Method] = {
                 ),
             ),
             base="required", combine=_combine_sce, prepare=_prepare_sce, options=Options(has_base=True),
-            keep_keys=lambda parents: 1, ignored_settings=("int8_mask",),
+            mask_keys=lambda parents: 1, ignored_settings=("int8_mask",),
         ),
         Method(
             "nearswap", (Parameter("t", False, default=None, low=0.0, high=0.01, valid_min=0.0),), base="required",
@@ -586,7 +586,7 @@ METHODS: dict[str, Method] = {
         ),
         Method(
             "arcee_fusion", (), base="required", combine=_combine_fusion, prepare=_prepare_fusion,
-            options=Options(has_base=True), max_parents=1, keep_keys=lambda parents: 1,
+            options=Options(has_base=True), max_parents=1, mask_keys=lambda parents: 1,
         ),
         Method("ram", (RAM_EPSILON,), base="required", combine=_combine_ram, options=Options(has_base=True)),
         Method(

@@ -38,12 +38,12 @@ BLOCK = 2**18
 class Sparsifier:
     """How one parent's delta is thinned out.
 
-    - `random`: whether a number of 16 bits is compared, the entry's keep key, where the others compare `|d|`.
-    - `stored_key(magnitudes, uniform, constants)`: the `uint16` keep key of every entry from `|d|` and uniform numbers
+    - `random`: whether a number of 16 bits is compared, the entry's mask key, where the others compare `|d|`.
+    - `stored_key(magnitudes, uniform, constants)`: the `uint16` mask key of every entry from `|d|` and uniform numbers
       of the same shape; None: the uniform number itself, of which the row keys are stored.
-    - `measure(magnitudes, keep_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
+    - `measure(magnitudes, mask_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
       flat arrays; `l1_scale` among them where `with_l1`. `magnitudes: float32[n]` is the callee's to reorder.
-    - `keep(delta, keep_key, statistics)`: the mask, on the device.
+    - `keep(delta, mask_key, statistics)`: the mask, on the device.
 
     `constants` are the method's parameters that are never searched (epsilon, gamma), this parent's.
     """
@@ -116,7 +116,7 @@ def _measure_order(
 
 
 def measure_magnitude(
-    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold`: an order statistic of `|d|`; `inf` keeps nothing, 0 keeps all."""
     counts = np.array([kept_count(density, magnitudes.size) for density in densities], np.int64)
@@ -125,7 +125,7 @@ def measure_magnitude(
 
 
 def measure_band(
-    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold` and `upper`: without the `int(gamma n)` largest entries, the `int(density n)` largest.
 
@@ -141,7 +141,7 @@ def measure_band(
 
 
 def measure_bernoulli(
-    magnitudes: np.ndarray, keep_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold = round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
     threshold = np.rint(np.clip(densities, 0.0, 1.0) * LEVELS).astype(np.int32)
@@ -150,11 +150,11 @@ def measure_bernoulli(
     if len(densities) == 1:
         kept = total = 0.0
         for start in range(0, magnitudes.size, BLOCK):
-            block, keys = magnitudes[start : start + BLOCK], keep_key[start : start + BLOCK]
+            block, keys = magnitudes[start : start + BLOCK], mask_key[start : start + BLOCK]
             kept += float(block @ (keys < threshold[0]).astype(np.float32))
             total += float(block.sum())
         return {"threshold": threshold, "l1_scale": _l1_scale(total, np.array([kept]))}
-    l1_masses = np.bincount(keep_key, weights=magnitudes, minlength=LEVELS)
+    l1_masses = np.bincount(mask_key, weights=magnitudes, minlength=LEVELS)
     below = np.concatenate([[0.0], np.cumsum(l1_masses)])
     return {"threshold": threshold, "l1_scale": _l1_scale(float(below[-1]), below[threshold])}
 
@@ -177,17 +177,17 @@ def magprune_key(magnitudes: np.ndarray, uniform: np.ndarray, constants: Mapping
     return np.clip(folded, 0, LEVELS - 1).astype(np.uint16)
 
 
-def _below(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
-    assert keep_key is not None
-    return keep_key.astype(jnp.int32) < statistics["threshold"]
+def _below(delta: jax.Array, mask_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+    assert mask_key is not None
+    return mask_key.astype(jnp.int32) < statistics["threshold"]
 
 
-def _between(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+def _between(delta: jax.Array, mask_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
     size = jnp.abs(delta)
     return (size >= statistics["threshold"]) & (size <= statistics["upper"])
 
 
-MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, keep_key, row: jnp.abs(delta) >= row["threshold"])
+MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, mask_key, row: jnp.abs(delta) >= row["threshold"])
 BAND = Sparsifier(measure_band, _between)
 BERNOULLI = Sparsifier(measure_bernoulli, _below, random=True)
 MAGPRUNE = Sparsifier(measure_bernoulli, _below, random=True, stored_key=magprune_key)
@@ -201,14 +201,14 @@ def kept_delta(
     sparsifier: Sparsifier | None,
     base: jax.Array,
     parent: jax.Array,
-    keep_key: jax.Array | None,
+    mask_key: jax.Array | None,
     statistics: Mapping[str, jax.Array],
     factor: jax.Array,
 ) -> jax.Array:
     """`factor * (x - b)` where kept, else 0: float32 `[...]`. factor: float32 `[]`; statistics: `[]` each."""
     delta = parent.astype(jnp.float32) - base.astype(jnp.float32)
     scaled = factor * delta
-    return scaled if sparsifier is None else jnp.where(sparsifier.keep(delta, keep_key, statistics), scaled, 0.0)
+    return scaled if sparsifier is None else jnp.where(sparsifier.keep(delta, mask_key, statistics), scaled, 0.0)
 
 
 def plain_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Array:

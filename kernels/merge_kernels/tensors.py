@@ -27,26 +27,26 @@ def merge_tensor(
     row_keys: see `prepare`. The same arguments give the same bits, whoever asks.
     """
     prepared = prepare(method, options, sources, parameters, row_keys)
-    return _combine_in_pieces(method, options, sources, prepared.keep_keys, prepared.statistics, parameters, dtype)
+    return _combine_in_pieces(method, options, sources, prepared.mask_keys, prepared.statistics, parameters, dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6))
 def _combine(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any, dtype: Any
+    method: Method, options: Options, sources: Any, mask_keys: Any, statistics: Any, parameters: Any, dtype: Any
 ) -> jax.Array:
-    return combine(method, options, sources, keep_keys, statistics, parameters).astype(dtype)
+    return combine(method, options, sources, mask_keys, statistics, parameters).astype(dtype)
 
 
 def _combine_in_pieces(
     method: Method,
     options: Options,
     sources: Sequence[np.ndarray],
-    keep_keys: tuple[np.ndarray, ...],
+    mask_keys: tuple[np.ndarray, ...],
     statistics: Mapping[str, np.ndarray],
     parameters: Mapping[str, np.ndarray],
     dtype: np.dtype,
 ) -> np.ndarray:
-    """`combine` over pieces of the tensors: of whole rows where statistics or keep keys are by row, of flat runs
+    """`combine` over pieces of the tensors: of whole rows where statistics or mask keys are by row, of flat runs
     otherwise.
 
     Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured, or whose rows have the
@@ -54,11 +54,11 @@ def _combine_in_pieces(
     """
     shape = sources[0].shape
     by_vector = options.axis is not None and len(shape) > 1
-    by_row = by_vector or method.keyed_by_row
+    by_row = by_vector or method.has_row_keys
     width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
     flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape((-1, 2) if method.keyed_by_row else flat) for x in keep_keys]
+    numbers = [x.reshape((-1, 2) if method.has_row_keys else flat) for x in mask_keys]
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
