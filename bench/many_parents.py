@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import merge_speed
 import numpy as np
 from machine import describe
-from merge_kernels import combine, draw_row_keys, look_up, sums, tabulate
+from merge_kernels import CombineInputs, combine, draw_row_keys, look_up, sums, tabulate
 from search import problem_for, write_rows
 
 from evojax_merge.candidates import MergeCandidates
@@ -102,7 +102,7 @@ def of_a_tensor(name: str, parents: int, written_out: int, repeats: int) -> Row:
 
     def merge(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> jax.Array:
         statistics = look_up(method, table, parameters)
-        return combine(method, method.options, sources, mask_keys, statistics, parameters)
+        return combine(method, method.options, CombineInputs(sources, mask_keys, statistics, parameters))
 
     mask_keys = jnp.asarray(np.stack(prepared.mask_keys)) if prepared.mask_keys else ()
     table = {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}

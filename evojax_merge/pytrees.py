@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from merge_kernels import combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
+from merge_kernels import CombineInputs, combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
 from evojax_merge import plugins
@@ -417,7 +417,8 @@ class LeafBank:
         method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
         numbers = () if self.mask_keys is None else self.mask_keys
         statistics = look_up_differentiable(method, self.table, own)
-        merged = combine_differentiable(method, self.spec.options, self.stack, numbers, statistics, own)
+        inputs = CombineInputs(self.stack, numbers, statistics, own)
+        merged = combine_differentiable(method, self.spec.options, inputs)
         return merged.astype(self.stack.dtype).reshape(self.shape)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Family, build_family, daily, tiny_config, write_lines
-from merge_kernels import METHODS, combine_differentiable, look_up_differentiable, on_grid, tabulate
+from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
 from test_kernels import draws_of, make_models, on_device, reference, sources_of
@@ -70,8 +70,8 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
 
     def weighted(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        merged = combine_differentiable(method, options, tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
-        return jnp.sum(merged * cotangent)
+        inputs = CombineInputs(tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
+        return jnp.sum(combine_differentiable(method, options, inputs) * cotangent)
 
     found = np.atleast_1d(jax.grad(weighted)(on_device(numbers))[parameter])
 
@@ -97,8 +97,8 @@ def test_density_gradients_end_at_the_interval_s_ends() -> None:
 
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, method.options, sources, (), statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), (), statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, method.options, inputs)))
 
     slope = jax.grad(total)(on_device(numbers))["density"][0]
     merged = reference("ties", method.options, models, numbers, DRAWS)
@@ -119,8 +119,8 @@ def test_a_density_outside_of_the_interval_changes_nothing(name: str) -> None:
     @jax.jit
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, options, sources, keys, statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), keys, statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, options, inputs)))
 
     slopes = jax.jit(jax.grad(total))
     for outside, end in ((1.3, 1.0), (1.004, 1.0), (-0.2, 0.0)):

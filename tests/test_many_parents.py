@@ -11,11 +11,11 @@ import pytest
 from helpers import daily
 from merge_kernels import (
     METHODS,
+    CombineInputs,
     Method,
     Options,
     combine,
     combine_differentiable,
-    combine_population,
     look_up,
     look_up_differentiable,
     prepare,
@@ -26,7 +26,6 @@ from test_kernels import (
     ELECTED,
     SPARSE,
     Numbers,
-    assert_close,
     cases,
     check,
     draws_of,
@@ -117,7 +116,7 @@ def test_few_parents_are_merged_as_ever_to_the_bit(name: str, parents: int, dtyp
         return written_out(name, options, sources, lambda k, delta: jnp.abs(delta) >= thresholds[k], parameters)
 
     expected = jax.jit(as_ever)(sources, thresholds, on_device(numbers))
-    merge = jax.jit(lambda *given: combine(method, options, given[0], (), given[1], given[2]))
+    merge = jax.jit(lambda *given: combine(method, options, CombineInputs(given[0], (), given[1], given[2])))
     for given in (sources, jnp.stack(sources)):
         assert np.asarray(merge(given, prepared.statistics, on_device(numbers))).tobytes() == expected.tobytes()
 
@@ -138,7 +137,8 @@ def test_programs_do_not_grow_with_the_parents(name: str) -> None:
 
     def merge(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        return combine_differentiable(method, method.options, sources, mask_keys, statistics, parameters)
+        inputs = CombineInputs(sources, mask_keys, statistics, parameters)
+        return combine_differentiable(method, method.options, inputs)
 
     def slope(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> Any:
         return jax.grad(lambda own: merge(sources, mask_keys, table, own).sum())(parameters)
@@ -155,7 +155,8 @@ def test_gradients_of_many_parents_keep_no_layer_for_each() -> None:
 
     def temporaries(parents: int) -> int:
         def goal(parameters: Any, sources: Any, thresholds: Any) -> jax.Array:
-            return combine(method, options, sources, (), {"threshold": thresholds}, parameters).sum()
+            inputs = CombineInputs(sources, (), {"threshold": thresholds}, parameters)
+            return combine(method, options, inputs).sum()
 
         float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
         parameters = {"weight": float32(parents), "density": float32(parents), "lambda": float32()}
@@ -168,33 +169,22 @@ def test_gradients_of_many_parents_keep_no_layer_for_each() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "dare_ties", "sce"])
-def test_a_population_of_many_parents_equals_one_by_one(name: str) -> None:
+def test_many_parents_are_merged_alike_stacked_and_apart(name: str) -> None:
     method, options = METHODS[name], METHODS[name].options
-    models = make_models(SHAPE, MANY)
-    numbers = numbers_of(method, MANY)
-    sources = sources_of(options, models)
+    numbers, sources = numbers_of(method, MANY), sources_of(options, make_models(SHAPE, MANY))
     prepared = tabulate(method, options, sources, numbers, draws_of(SHAPE))
-    population = {
-        key: jnp.stack([value, 0.9 * value])
-        for key, value in on_device(numbers).items()
-        if method.parameter(key).searched
-    }
     table = {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
-    merge = jax.jit(lambda *given: combine_population(method, options, *given))
-    together = [
-        np.asarray(merge(shape(sources), shape(prepared.mask_keys), table, population))
+
+    @jax.jit
+    def merge(sources: Any, mask_keys: Any, parameters: Any) -> jax.Array:
+        statistics = look_up(method, table, parameters)
+        return combine(method, options, CombineInputs(sources, mask_keys, statistics, parameters))
+
+    apart, together = (
+        np.asarray(merge(shape(sources), shape(prepared.mask_keys), on_device(numbers)))
         for shape in (lambda arrays: tuple(map(jnp.asarray, arrays)), stacked)
-    ]
-    np.testing.assert_array_equal(together[0], together[1])
-    for p in range(2):
-        own = {key: values[p] for key, values in population.items()}
-        statistics = look_up(method, table, own)
-        alone = jax.jit(
-            lambda own, statistics: combine(
-                method, options, stacked(sources), stacked(prepared.mask_keys), statistics, own
-            )
-        )(own, statistics)
-        assert_close(together[0][:, p], np.asarray(alone, np.float64), 1e-6)
+    )
+    np.testing.assert_array_equal(apart, together)
 
 
 @pytest.mark.parametrize(("name", "parameter"), [("linear", "weight"), ("dare_ties", "weight"), ("ties", "density")])
@@ -213,7 +203,8 @@ def test_gradients_of_many_parents_equal_differences_of_float64_formulas(name: s
     def slope(parameters: Any) -> Any:
         def goal(own: Any) -> jax.Array:
             statistics = look_up_differentiable(method, table, own)
-            return jnp.sum(cotangent * combine_differentiable(method, options, sources, keys, statistics, own))
+            inputs = CombineInputs(sources, keys, statistics, own)
+            return jnp.sum(cotangent * combine_differentiable(method, options, inputs))
 
         return jax.grad(goal)(parameters)
 

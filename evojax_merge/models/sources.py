@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from merge_kernels import (
+    CombineInputs,
     combine,
     combine_differentiable,
     is_looped,
@@ -196,7 +197,8 @@ class LazyMerge:
         numbers = () if mask_keys is None else mask_keys
         with jax.named_scope("merge"):
             sources = leaf if factors is None else [*leaf[: int(spec.options.has_base)], *factors.expand(leaf)]
-            merged = self.combine(spec.method, spec.options, sources, numbers, statistics, parameters)
+            inputs = CombineInputs(sources, numbers, statistics, parameters)
+            merged = self.combine(spec.method, spec.options, inputs)
         return spec.round_to_export(merged)
 
     def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
