@@ -16,13 +16,14 @@ disturbs all alike (medians are shown):
 Model Stock and Karcher have no parameter to search: the same merge is made P times. Ours is compared with
 candidates merged alone, and with mergekit where nothing is random, before anything is timed.
 
-`--explain METHOD` prints what was compiled. A candidate reads the K + 1 sources, 4 (K + 1) bytes per entry in float32
-(2 (K + 1) in bfloat16; DELLA reads 2 K bytes of numbers on top, DARE hashes its own in registers), and the carry is
-read and written, 8 bytes per entry.
+`--explain METHOD` prints the steps of a candidate as they are compiled: TIES looks its thresholds up, and all the rest
+is one fusion, which holds the K deltas in registers. A candidate reads the K + 1 sources, 4 (K + 1) bytes per entry in
+float32 (2 (K + 1) in bfloat16; DELLA reads 2 K bytes of numbers on top, DARE hashes its own in registers), and the
+carry is read and written, 8 bytes per entry.
 
-The sources pass a barrier. Without it XLA takes what does not depend on the candidate, the deltas and their magnitudes,
-out of the loop and stores them: more memory, and more to read per candidate than to recompute. Where a search scores
-candidates, merging each layer inside the scan over layers, it has no occasion to.
+The sources pass a barrier. Without it XLA takes the deltas and their magnitudes, which do not depend on the candidate,
+out of the loop and stores them: more memory, and more to read per candidate than to recompute. A search merges each
+layer inside the scan over layers, where XLA has no occasion to.
 """
 
 import argparse
@@ -352,7 +353,7 @@ def explain(name: str, size: int, parents: int, count: int, dtype: str) -> None:
     step = text.split(f"\n{loop[1]} ", 1)[1].split("\n}", 1)[0].splitlines()[1:]
     print(f"{name}, P = {count}, K = {problem.parents}, {size:,} entries of {dtype}")
     for line in step:
-        if "=" in line and " parameter(" not in line:
+        if "=" in line and not re.search(r" (parameter|get-tuple-element|constant|tuple)\(", line):
             print("  " + line.strip().split(", metadata=")[0])
     print(
         f"bytes: arguments {memory.argument_size_in_bytes:,}, result {memory.output_size_in_bytes:,}, "

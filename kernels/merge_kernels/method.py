@@ -169,12 +169,12 @@ class Method:
 
     @property
     def keeps_base(self) -> bool:
-        """Whether the merge of a base with no parents is the base: any number of parents adds to it."""
+        """True if the merge of a base with no parents is the base: any number of parents adds to it."""
         return self.base == "required" and self.min_parents == 1 and self.max_parents is None
 
     @property
     def measures(self) -> bool:
-        """Whether `prepare` looks at a tensor."""
+        """True if `prepare` looks at a tensor."""
         return self.prepare is not _prepare_nothing
 
     def mask_key_array(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], np.dtype]:
@@ -187,5 +187,5 @@ class Method:
         return next((p for p in self.parameters if p.quantised), None)
 
     def uses_base(self, base_given: bool) -> bool:
-        """Whether a merge takes deltas from a base, where there is a base model or not."""
+        """True if a merge takes deltas from a base. base_given: the recipe has a base model."""
         return self.base == "required" or (self.base == "optional" and base_given)

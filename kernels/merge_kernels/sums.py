@@ -22,7 +22,7 @@ BLOCK = 8
 
 
 def is_looped(parents: int) -> bool:
-    """Whether a sum over so many parents is a loop. `sum_over` then calls its term with a traced k."""
+    """True if a sum over so many parents is a loop. `sum_over` then calls its term with a traced k."""
     return parents > UNROLLED
 
 

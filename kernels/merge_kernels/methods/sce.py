@@ -74,7 +74,7 @@ def _spread(stack: np.ndarray) -> np.ndarray:
     count, size = stack.shape
     spread = np.zeros(size)
     if is_looped(count):
-        # As many passes as rows, not as pairs of them. The mean of equal float32 numbers is exact in float64.
+        # One pass per row, not one per pair of rows. The mean of equal float32 numbers is exact in float64.
         mean = stack.mean(axis=0, dtype=np.float64)
         for row in stack:
             spread += np.square(row - mean)
