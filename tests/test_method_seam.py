@@ -15,6 +15,7 @@ from merge_kernels import METHODS, Method, Options, Parameter, Prepared, registe
 
 import evojax_merge as em
 from evojax_merge import cli
+from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
 from evojax_merge.zoo import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +99,39 @@ def test_in_a_search(family: Family, tmp_path: Path) -> None:
     for name, values in state(run.model).items():
         own = expected(base[name], [parent[name] for parent in parents], weights, part["parameters"]["cap"])
         np.testing.assert_allclose(values, own, rtol=1e-5, atol=1e-6)
+
+
+def test_attributes_say_what_a_name_would(family: Family, tmp_path: Path) -> None:
+    """`base="first_parent"` and `interpolates`, as SLERP has them, and `copies`, as passthrough has it."""
+
+    def chord(options, inputs):
+        first, second = (x.astype(jnp.float32) for x in inputs.sources)
+        return first + inputs.parameters["share"] * (second - first)
+
+    share = Parameter("share", per_parent=False, default=None, low=0.0, high=1.0, start=0.5)
+    gain = Parameter("gain", per_parent=True, default=1.0, low=0.0, high=2.0)
+    pair = {"min_parents": 2, "max_parents": 2, "base": "first_parent", "interpolates": "share"}
+    methods = [
+        Method("chord", (share,), combine=chord, **pair),
+        Method("gained", (gain,), base="parent", combine=lambda options, inputs: 1 / 0, max_parents=1, copies="gain"),
+    ]
+    for method in methods:
+        register(method)
+    try:
+        models = [{"model": parent} for parent in family.parents]
+        recipe = {"merge_method": "chord", "base_model": family.parents[1], "models": models}
+        merged = state(em.merge(recipe | {"parameters": {"share": 0.25}}, tmp_path / "chord"))
+        one, other = map(state, family.parents)
+        for name, values in merged.items():
+            np.testing.assert_allclose(values, 0.75 * other[name] + 0.25 * one[name], rtol=1e-5, atol=1e-6)
+        space = GroupSpace(methods[0], 2, ("all",), (SearchParameter("share", 0.0, 1.0, (0.5,)),), ())
+        seeds = [space.values(jnp.asarray(genome))["share"] for genome in space.seed_genomes("seeds", "parents")]
+        np.testing.assert_allclose(np.ravel(seeds), [0.0, 1.0], atol=1e-6)
+        copied = state(em.merge({"merge_method": "gained", "models": models[:1]}, tmp_path / "copy"))
+        assert all(values.tobytes() == one[name].tobytes() for name, values in copied.items())
+    finally:
+        for method in methods:
+            del METHODS[method.name]
 
 
 def test_of_pytrees() -> None:
