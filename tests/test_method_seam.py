@@ -102,7 +102,7 @@ def test_in_a_search(family: Family, tmp_path: Path) -> None:
 
 
 def test_attributes_say_what_a_name_would(family: Family, tmp_path: Path) -> None:
-    """`base="first_parent"` and `interpolates`, as SLERP has them, and `copies`, as passthrough has it."""
+    """`base_is_first_parent` and `interpolates`, as SLERP has them, and `copies`, as passthrough has it."""
 
     def chord(options, inputs):
         first, second = (x.astype(jnp.float32) for x in inputs.sources)
@@ -110,7 +110,7 @@ def test_attributes_say_what_a_name_would(family: Family, tmp_path: Path) -> Non
 
     share = Parameter("share", per_parent=False, default=None, low=0.0, high=1.0, start=0.5)
     gain = Parameter("gain", per_parent=True, default=1.0, low=0.0, high=2.0)
-    pair = {"min_parents": 2, "max_parents": 2, "base": "first_parent", "interpolates": "share"}
+    pair = {"min_parents": 2, "max_parents": 2, "base": "parent", "base_is_first_parent": True, "interpolates": "share"}
     methods = [
         Method("chord", (share,), combine=chord, **pair),
         Method("gained", (gain,), base="parent", combine=lambda options, inputs: 1 / 0, max_parents=1, copies="gain"),

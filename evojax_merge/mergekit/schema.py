@@ -356,7 +356,8 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
     own = base if row.get("base_model") is None else _reference(f"{where}.base_model", row["base_model"])
-    if method.base != "parent" and own is not None and all(source.model != own for source in sources):
+    needed = method.base != "parent" or method.base_is_first_parent
+    if needed and own is not None and all(source.model != own for source in sources):
         raise InputError(where, f"sources: the base_model {own!r} is missing")
     return Slice(counts.pop(), tuple(sources), _settings(f"{where}.parameters", row.get("parameters"), method), own)
 

@@ -13,9 +13,7 @@ from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
-BASES = {
-    "required": "required", "optional": "optional", "parent": "one of the models", "first_parent": "one of the models",
-}  # fmt: skip
+BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
 
 
 def methods_table() -> Table:

@@ -14,7 +14,7 @@ import numpy as np
 from merge_kernels.sums import Arrays
 
 Rescale = Literal["none", "l1", "density"]
-Base = Literal["required", "optional", "parent", "first_parent"]
+Base = Literal["required", "optional", "parent"]
 Numbers = Mapping[str, Any]
 # Parent k -> the row keys of its uniform numbers, `uint32[rows, 2]` (see noise.draw_row_keys).
 RowKeys = Callable[[int], np.ndarray]
@@ -129,7 +129,7 @@ class Method:
     """One merge method.
 
     - `base`: required: deltas are taken from a base model; optional: they are where there is one; parent: a base model
-      is one of the models that are merged; first_parent: it is the first of them.
+      is one of the models that are merged. `base_is_first_parent`: it is the first of them, and a recipe names it.
     - `prepare(options, inputs)` measures a tensor, on the host.
     - `combine(options, inputs)` merges it, on the device: float32 `[...]`.
     - `mask_keys(K)`: the number of arrays of mask keys that are prepared. `random`: they are drawn. `has_row_keys`:
@@ -153,6 +153,7 @@ class Method:
     combine: Combine
     prepare: Prepare = _prepare_nothing
     options: Options = Options()
+    base_is_first_parent: bool = False
     min_parents: int = 1
     max_parents: int | None = None
     random: bool = False

@@ -174,9 +174,10 @@ register(
     Method(
         "slerp",
         (Parameter("t", per_parent=False, default=None, low=0.0, high=1.0, start=0.5),),
-        base="first_parent",
+        base="parent",
         combine=_combine_slerp,
         prepare=_prepare_slerp,
+        base_is_first_parent=True,
         min_parents=2,
         max_parents=2,
         interpolates="t",
