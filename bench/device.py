@@ -7,8 +7,9 @@ Merges of a base and two parents whose weights are random and are made on the de
 the largest of SHAPES that the program's own plan says fits (on a CPU one for which a few minutes are enough), in
 bfloat16 where the device multiplies it natively, else in float32. Of several devices the first is measured.
 
-- merging: 32 candidates of one tensor at once, as in bench/merge_speed.py. Bytes are those that have to be moved: every
-  source is read once, and each candidate written in float32. The device's copy is of one addition to a large array.
+- merging: 32 candidates of one tensor, one after the other, as in bench/merge_speed.py. Bytes are those that have to be
+  moved: for each candidate every source is read, and a float32 result is read and written. The device's copy is of one
+  addition to a large array.
 - likelihood: a scoring pass of full batches, of a stored model and of TIES merges that are computed inside it, as a
   share of the best matrix product (see bench/evaluate.py for what is counted).
 - decoding: greedy, a token of each prompt a step, without draft tokens, which random weights say nothing about; the
@@ -249,12 +250,12 @@ def merging(method: str, target: Target, dtype: str, copy: float) -> list[str]:
     x = jnp.asarray(problem.sources[0])
     seconds = merge_speed.medians(
         {
-            "ours": lambda: kernels.population(kernels.shared, kernels.candidates),
+            "ours": lambda: kernels.scan(kernels.shared, kernels.candidates),
             "one_add": lambda: kernels.one_add(x, kernels.constants),
         },
         REPEATS,
     )
-    moved = size * (len(problem.sources) * problem.sources[0].dtype.itemsize + 4 * CANDIDATES)
+    moved = CANDIDATES * size * (len(problem.sources) * problem.sources[0].dtype.itemsize + 2 * 4)
     rate = moved / seconds["ours"]
     return [
         f"{problem.parents}", f"{CANDIDATES * size / seconds['ours'] / 1e6:,.0f}", f"{rate / 1e9:,.1f}",

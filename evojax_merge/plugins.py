@@ -83,7 +83,7 @@ def _wrong_result(method: Any) -> str | None:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from merge_kernels import Prepared, draw_row_keys, prepare
+    from merge_kernels import CombineInputs, Prepared, draw_row_keys, prepare
 
     count = max(method.min_parents, min(2, method.max_parents or 2))
     options = replace(method.options, has_base=method.uses_base(True))
@@ -95,8 +95,8 @@ def _wrong_result(method: Any) -> str | None:
     }
     results: list[Any] = []
 
-    def combine(*arrays: Any) -> float:
-        results.append(method.combine(options, *arrays))
+    def combine(inputs: CombineInputs) -> float:
+        results.append(method.combine(options, inputs))
         return 0.0
 
     try:
@@ -104,7 +104,7 @@ def _wrong_result(method: Any) -> str | None:
         if not isinstance(prepared, Prepared):
             return f"merge method {method.name!r}: prepare returned {shown(prepared)}; expected a Prepared"
         floats = {name: values.astype(np.float32) for name, values in numbers.items()}
-        jax.eval_shape(combine, sources, prepared.keep_keys, prepared.statistics, floats)
+        jax.eval_shape(combine, CombineInputs(sources, prepared.mask_keys, prepared.statistics, floats))
     except Exception:
         return None
     (merged,) = results

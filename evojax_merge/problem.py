@@ -241,7 +241,7 @@ def build_problem(
         )
         if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
-        if tokenizer_dir not in paths and (method is None or method.name == "slerp"):
+        if tokenizer_dir not in paths and (method is None or method.base_is_first_parent):
             # The base_model of its recipe is one of the parents.
             what = "a layer path" if method is None else method.name
             raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")

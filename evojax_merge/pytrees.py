@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
+from merge_kernels import CombineInputs, combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
 from evojax_merge import plugins
@@ -438,7 +438,7 @@ def _merge_leaf(spec: MergeSpec, leaf: LeafBank, parameters: Mapping[str, jax.Ar
     of_group = {name: block[leaf.group] for name, block in parameters.items()}
     statistics = look_up_differentiable(spec.method, leaf.statistics, of_group)
     keys = () if leaf.mask_keys is None else leaf.mask_keys
-    merged = combine_differentiable(spec.method, spec.options, leaf.sources, keys, statistics, of_group)
+    merged = combine_differentiable(spec.method, spec.options, CombineInputs(leaf.sources, keys, statistics, of_group))
     return merged.astype(leaf.sources.dtype).reshape(shape)
 
 
@@ -456,7 +456,7 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
-        mask_keys=jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
+        mask_keys=jnp.asarray(np.stack(prepared.mask_keys)) if prepared.mask_keys else None,
         statistics={name: jnp.asarray(values) for name, values in prepared.statistics.items()},
         group=group,
     )

@@ -113,7 +113,7 @@ def tensor(method, options, constants, low_rank, shape):
         factors = Factors(*(rng.normal(size=(K, *one)).astype(np.float32) for one in shapes))
         sources[1:] = sources[0] + factors.b @ factors.a
     prepared = tabulate(method, options, list(sources), constants, lambda k: draw_row_keys(3, bytes([k] * 8), shape))
-    keys = np.stack(prepared.keep_keys) if prepared.keep_keys else None
+    keys = np.stack(prepared.mask_keys) if prepared.mask_keys else None
     return LeafBank(sources if factors is None else sources[:1], factors, keys, prepared.statistics)
 
 def bank_of(method, options, constants, low_rank, put):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Family, build_family, sample, tiny_config, write_lines
-from merge_kernels import METHODS, combine_differentiable, look_up_differentiable, on_grid, tabulate
+from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
 from test_kernels import draws_of, expected_merge, make_models, on_device, sources_of
@@ -66,12 +66,12 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
     numbers = numbers_of(name, parents)
     sources = sources_of(options, models)
     prepared = tabulate(method, options, sources, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     def weighted(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        merged = combine_differentiable(method, options, tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
-        return jnp.sum(merged * cotangent)
+        inputs = CombineInputs(tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
+        return jnp.sum(combine_differentiable(method, options, inputs) * cotangent)
 
     found = np.atleast_1d(jax.grad(weighted)(on_device(numbers))[parameter])
 
@@ -97,8 +97,8 @@ def test_density_gradients_end_at_the_interval_s_ends() -> None:
 
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, method.options, sources, (), statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), (), statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, method.options, inputs)))
 
     slope = jax.grad(total)(on_device(numbers))["density"][0]
     merged = expected_merge("ties", method.options, models, numbers, DRAWS)
@@ -114,13 +114,13 @@ def test_a_density_outside_of_the_interval_changes_nothing(name: str) -> None:
     options = replace(method.options, rescale="density") if name == "dare_ties" else method.options
     numbers, density = numbers_of(name, 2), method.density.name if method.density is not None else ""
     prepared = tabulate(method, options, models, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     @jax.jit
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, options, sources, keys, statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), keys, statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, options, inputs)))
 
     slopes = jax.jit(jax.grad(total))
     for outside, end in ((1.3, 1.0), (1.004, 1.0), (-0.2, 0.0)):

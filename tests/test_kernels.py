@@ -4,7 +4,6 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,11 +19,11 @@ from hypothesis.extra.numpy import arrays
 from merge_kernels import (
     DENSITY_STEPS,
     METHODS,
+    CombineInputs,
     Method,
     Options,
     add_low_rank,
     combine,
-    combine_population,
     draw_row_keys,
     grid_index,
     host_uniform,
@@ -90,9 +89,8 @@ def merged(
     method, sources = METHODS[name], sources_of(options, models)
     prepared = prepare(method, options, sources, parameters, row_keys or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
-    return np.asarray(
-        combine(method, options, tensors, prepared.keep_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
-    )
+    inputs = CombineInputs(tensors, prepared.mask_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
+    return np.asarray(combine(method, options, inputs))
 
 
 def expected_merge(
@@ -129,7 +127,7 @@ def masks_for_mergekit(
     for k, density in enumerate(parameters["density"]):
         # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
         if density < 1 and (density > 0 or name in DARE):
-            keys = prepared.keep_keys[k]
+            keys = prepared.mask_keys[k]
             numbers = host_uniform(keys, models[0].shape) if name in DARE else keys
             mask = numbers < int(prepared.statistics["threshold"][k])
             rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
@@ -467,10 +465,10 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
         return draw_row_keys(SEED, digest(k), SMALL)
 
     prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
-    assert len(prepared.keep_keys) == METHODS[name].keep_keys(parents)
+    assert len(prepared.mask_keys) == METHODS[name].mask_keys(parents)
     expected = ((SMALL[0], 2), np.uint32) if name in DARE else (SMALL, np.uint16)
-    assert all((keys.shape, keys.dtype) == expected for keys in prepared.keep_keys)
-    assert METHODS[name].keep_key_array(SMALL) == expected
+    assert all((keys.shape, keys.dtype) == expected for keys in prepared.mask_keys)
+    assert METHODS[name].mask_key_array(SMALL) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
     assert METHODS[name].random == (name in BERNOULLI)
 
@@ -583,7 +581,7 @@ def table_of(
 ) -> tuple[Sequence[np.ndarray], dict[str, jax.Array]]:
     never = {p.name: parameters[p.name] for p in method.parameters if not p.searched}
     prepared = tabulate(method, options, sources_of(options, models), never, draws_of(models[0].shape))
-    return prepared.keep_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
+    return prepared.mask_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
 
 
 def steps_for(name: str) -> tuple[int, ...]:
@@ -617,8 +615,8 @@ def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int,
                 np.testing.assert_array_equal(np.asarray(found[key]), values)
             elif key != "threshold":
                 np.testing.assert_allclose(np.asarray(found[key]), values, rtol=1e-6)
-        tensors = tuple(map(jnp.asarray, models))
-        looked_up = combine(method, options, tensors, scores, found, on_device(parameters | given))  # type: ignore[arg-type]
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), scores, found, on_device(parameters | given))  # type: ignore[arg-type]
+        looked_up = combine(method, options, inputs)
         assert_close(np.asarray(looked_up), merged(name, options, models, parameters | given), 2e-6)
 
 
@@ -674,7 +672,8 @@ def test_population_equals_one_by_one(name: str) -> None:
     def all_at_once(numbers: dict[str, jax.Array]) -> jax.Array:
         def one(numbers: dict[str, jax.Array]) -> jax.Array:
             everything = numbers | on_device(never)
-            return combine(method, options, tensors, scores, look_up(method, table, everything), everything)  # type: ignore[arg-type]
+            statistics = look_up(method, table, everything)
+            return combine(method, options, CombineInputs(tensors, scores, statistics, everything))  # type: ignore[arg-type]
 
         return jax.vmap(one)(numbers)
 
@@ -682,15 +681,6 @@ def test_population_equals_one_by_one(name: str) -> None:
     for p in range(6):
         alone = {key: values[p] for key, values in population.items() if key != "candidate"} | never
         assert_close(found[p], expected_merge(name, options, models, alone))
-
-    # Side by side, as `combine_population` makes them: the same numbers in another order.
-    searched = {key: values for key, values in on_device(population).items() if key != "candidate"}
-    if searched:
-        constant = {key: jnp.broadcast_to(value, (6, *value.shape)) for key, value in on_device(never).items()}
-        run = jax.jit(lambda numbers: combine_population(method, options, tensors, scores, table, numbers))
-        beside = np.asarray(run(searched | constant))
-        assert beside.shape == (LARGE[0], 6, *LARGE[1:])
-        np.testing.assert_allclose(beside.swapaxes(0, 1), found, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sample(METHODS, 8))
@@ -708,10 +698,11 @@ def test_rows_may_be_merged_alone(name: str) -> None:
             key: values[rows] if options.axis == -1 and values.ndim == 2 else values
             for key, values in prepared.statistics.items()
         }
-        part = combine(
-            method, options, tuple(jnp.asarray(x[rows]) for x in sources),
-            tuple(jnp.asarray(s[rows]) for s in prepared.keep_keys), by_row, on_device(parameters),  # type: ignore[arg-type]
+        inputs = CombineInputs(
+            tuple(jnp.asarray(x[rows]) for x in sources),
+            tuple(jnp.asarray(s[rows]) for s in prepared.mask_keys), by_row, on_device(parameters),
         )  # fmt: skip
+        part = combine(method, options, inputs)
         np.testing.assert_allclose(np.asarray(part), merged(name, options, models, parameters)[rows], rtol=1e-6)
 
 
@@ -878,7 +869,10 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
     parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
     statistics = prepare(method, normalized, sources, parameters, draws_of((64, 32))).statistics
     numbers, tensors = on_device(parameters), tuple(map(jnp.asarray, sources))
-    run = partial(combine, method, normalized, tensors, (), {k: jnp.asarray(v) for k, v in statistics.items()})
+
+    def run(numbers: dict[str, jax.Array]) -> jax.Array:
+        return combine(method, normalized, CombineInputs(tensors, (), statistics, numbers))
+
     wide = np.stack([x.astype(np.float64) for x in sources[1:]])
     # Whichever of the two is positive is kept alone, and its weight divides out again.
     expected = wide.max(axis=0)

@@ -47,13 +47,13 @@ def abstract(
 ) -> tuple[Bank, Recipe, MergeSpec]:
     """Shapes of a bank of a base and two parents, of a dtype, and of a chunk of recipes."""
     spec = MergeSpec(method, METHODS[method].options, 0, "float32")
-    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
+    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.mask_keys(PARENTS)
     layers, shared = stack_leaves(config), shared_leaves(config)
     depth = config.layers
 
     def leaf_bank(leaf: Leaf, *axes: int) -> LeafBank:
         shape = shape_of(leaf, config)
-        keys_shape, keys_dtype = spec.method.keep_key_array(shape)
+        keys_shape, keys_dtype = spec.method.mask_key_array(shape)
         return LeafBank(
             array(*axes, sources, *shape, dtype=dtype),  # type: ignore[arg-type]
             mask_keys=array(*axes, numbers, *keys_shape, dtype=keys_dtype) if numbers else None,  # type: ignore[arg-type]

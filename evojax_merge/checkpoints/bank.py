@@ -88,7 +88,7 @@ def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
 def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
     """The arrays of a leaf's bank, as ArraySpecs, but for its statistics, which are measured."""
     grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
-    shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.keyed_by_row
+    shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.has_row_keys
     parents = len(sources.folders) - int(spec.options.has_base)
 
     def array(number: int, each: tuple[int, ...], dtype: Any, axis: int | None) -> Any:
@@ -97,7 +97,7 @@ def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: 
 
     # Row keys are cut with their rows; where columns are cut each device has the keys of all rows.
     keys_axis = axis if not has_row_keys else -2 if axis == -len(shape) else None
-    keys, (keys_shape, keys_dtype) = spec.method.keep_keys(parents), spec.method.keep_key_array(shape)
+    keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape)
     return LeafBank(
         sources=array(len(sources.folders) if rank is None else 1, shape, common_dtype(sources, names[0]), axis),
         # `a` has the weight's inputs, `b` its outputs.
@@ -168,7 +168,7 @@ def _load_leaf(
             return draw_row_keys(spec.seed, sources.digest(first_parent + k, name), shape)
 
         prepared = tabulate(spec.method, spec.options, tensors, constants, row_keys)
-        for number, values in enumerate(prepared.keep_keys):
+        for number, values in enumerate(prepared.mask_keys):
             mask_keys[(*layer, number, *expert)] = values
         progress(weights.nbytes // len(names) * count // stored)
         return prepared.statistics

@@ -134,7 +134,7 @@ def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mappin
         match = LAYER.match(name)
         if match is not None:
             stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})[match["tail"]] = tensor
-    config = folder.config
+    config: Any = folder.config
     parts = [value for value in config.values() if isinstance(value, dict) and "hidden_size" in value]
     if parts:
         config = config.get("text_config")

@@ -524,7 +524,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
                 if not is_finite(values):
                     where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
-        if row.copied or (method.name == "passthrough" and row.parameters["scale"][0] == 1):
+        scale = None if row.copied or method.copies is None else row.parameters[method.copies][0]
+        if row.copied or scale == 1:
             return np.array(tensors[0], dtype)
         first = int(row.options.has_base)
 
@@ -533,8 +534,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
         if row.gain_offset:
-            scale = jnp.float32(row.parameters["scale"][0])
-            merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(computed))
+            gain = scale_gain(jnp.asarray(tensors[0]), jnp.float32(scale), row.gain_offset)
+            merged = np.asarray(gain.astype(computed))
         else:
             merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, computed)
         merged = merged.astype(dtype, copy=False)

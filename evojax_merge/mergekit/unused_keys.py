@@ -43,8 +43,6 @@ ADVICE = {
     "lora": "an adapter is said as MODEL+ADAPTER",
     "adapter": "an adapter is said as MODEL+ADAPTER",
 }
-# These draw their masks with the density as a probability, so that mergekit refuses one below 0 as well.
-PROBABILITIES = ("dare_linear", "dare_ties")
 
 
 @dataclass(frozen=True)
@@ -161,11 +159,11 @@ class _Sieve:
         return [self._read(f"{place}[{i}]", row, _as_number(row)) for i, row in enumerate(value)]
 
     def _share(self, parameter: Parameter, value: Any) -> Any:
-        """A share of the entries: 1 or more are all of them, 0 or less none."""
+        """A share of the entries as mergekit reads it: 1 or more are all of them, 0 or less none."""
         share = read_number(value)
-        if not parameter.quantised or not isinstance(share, int | float) or self.method is None:
+        if not parameter.quantised or not isinstance(share, int | float):
             return value
-        if share > 1 or (share < 0 and self.method.name not in PROBABILITIES):
+        if share > 1 or (share < 0 and parameter.clipped_below):
             return 1 if share > 1 else 0
         return value
 

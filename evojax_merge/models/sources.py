@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from merge_kernels import (
+    CombineInputs,
     combine,
     combine_differentiable,
     is_looped,
@@ -121,7 +122,7 @@ class LazyMerge:
     def prefetch(self) -> bool:
         # A number per entry would take the memory of another layer. A loop over many parents is given the layer's
         # slices as a copy anyway.
-        is_small = self.spec.method.keyed_by_row or all(leaf.mask_keys is None for leaf in self._stack_leaves)
+        is_small = self.spec.method.has_row_keys or all(leaf.mask_keys is None for leaf in self._stack_leaves)
         return self.prefetch_layers and is_small and not is_looped(self.parents)
 
     @property
@@ -150,7 +151,7 @@ class LazyMerge:
     def _merge(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
         """One tensor. Devices that share a model each merge their own part, where the tensor can be cut."""
         shape, axis = leaf.sources.shape[1:], leaf.shard_axis
-        has_row_keys, rows = self.spec.method.keyed_by_row, -len(shape)
+        has_row_keys, rows = self.spec.method.has_row_keys, -len(shape)
         if axis is None or axis < rows or shards_of(shape[axis]) == 1:
             return self._merge_part(leaf, parameters)
         if has_row_keys and axis > rows + 1:
@@ -193,7 +194,8 @@ class LazyMerge:
                 if leaf.factors is None
                 else [*stored[: int(spec.options.has_base)], *leaf.factors.expand(stored)]
             )
-            merged = self.combine(spec.method, spec.options, sources, numbers, leaf.statistics, parameters)
+            inputs = CombineInputs(sources, numbers, leaf.statistics, parameters)
+            merged = self.combine(spec.method, spec.options, inputs)
         return spec.round_to_export(merged)
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
