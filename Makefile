@@ -62,6 +62,14 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/installed-docs
+	$(BIN)/python docs/config_reference.py
+	$(BIN)/mkdocs build --strict
+
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch .venv/installed $@
+
 # The benchmarks list themselves: bench/__main__.py.
 bench: .venv/bin/python
 	@$(BIN)/python -m bench
