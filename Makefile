@@ -3,10 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
 
-.PHONY: help quickstart smollm2 test test-all test-targets torture lint bench bench-search bench-evaluate bench-racing bench-merge \
-	bench-kernels bench-families bench-many-parents bench-adapters bench-paths bench-pool bench-zoo bench-loops \
-	bench-path-scales bench-m2n2 bench-strategies bench-pareto bench-targets bench-plans bench-device \
-	bench-precision clean
+.PHONY: help quickstart smollm2 test test-all test-targets torture lint bench docs clean
 
 help:
 	@echo "make quickstart   evolve a merge of the demo family, export the winner (a few minutes, installing included)"
@@ -17,7 +14,8 @@ help:
 	@echo "                  too (installs 5.5 GB)"
 	@echo "make torture      100 kills of real searches, merges and exports; nothing may be lost (20 minutes)"
 	@echo "make lint         ruff, mypy and the import contracts"
-	@echo "make bench        what can be measured, and how long each takes"
+	@echo "make bench        the benchmarks, and how long each takes"
+	@echo "make docs         the documentation as a site, in site/"
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -64,92 +62,24 @@ lint: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench:
-	@echo "make bench-search   seconds per candidate of a search, against mergekit + transformers (3 minutes)"
-	@echo "make bench-evaluate the evaluator on SmolLM2-135M, against the machine's peak and transformers (15 minutes)"
-	@echo "make bench-racing   what racing over examples saves, and what it costs, over ten seeds (30 minutes)"
-	@echo "make bench-merge    whole merges of a 1.1 GB model, against mergekit-yaml (12 minutes, 10 GB of disk)"
-	@echo "make bench-kernels  parameters per second of every method, against mergekit in process and against"
-	@echo "                    XLA's one add, over sizes, candidates and parents (8 minutes)"
-	@echo "make bench-families a likelihood pass of every family, against transformers (10 minutes)"
-	@echo "make bench-many-parents  what 4 to 64 parents cost, in compiling, memory and time (5 minutes)"
-	@echo "make bench-adapters ten LoRA adapters of SmolLM2-135M, as factors and expanded (5 minutes, 8 GB of memory)"
-	@echo "make bench-paths    seconds per candidate of layer paths, against building each with transformers (3 minutes)"
-	@echo "make bench-pool     a pool of six experts that breed, eleven seeds (trains them once; 11 minutes more)"
-	@echo "make bench-m2n2     M2N2's own experiment: the pool, M2N2 and CMA-ES on MNIST, five seeds (10 minutes)"
-	@echo "make bench-zoo      the demo family over five seeds (trains them once: 12 minutes, then 10 more)"
-	@echo "make bench-loops    layer paths where they matter, over five families (trains them once: 10 minutes, then 10 more)"
-	@echo "make bench-path-scales  the gradient of a path's scales after path_ga, two families, five seeds (trains them once)"
-	@echo "make bench-strategies  strategies and peers on the quickstart, eleven seeds (hours; what has run is kept in"
-	@echo "                    runs/strategies.jsonl, and not run again)"
-	@echo "make bench-targets  searches over 7B models on accelerators that are not here, priced (3 minutes)"
-	@echo "make bench-plans    what plan predicts of memory and FLOPs, against what a search takes (10 minutes, 6 GB of memory)"
-	@echo "make bench-device   what matters of these on whatever device JAX finds, into bench/README.md (9 minutes at most)"
-	@echo "make bench-precision  what bfloat16 does to scores and to the ranking of candidates (10 minutes)"
-	@echo "make bench-pareto   the front of two goals on the demo family, three seeds (5 minutes)"
-	@echo "Each prints its table with the machine's name; options: python bench/FILE.py --help"
+docs: .venv/installed-docs
+	$(BIN)/python docs/config_reference.py
+	$(BIN)/mkdocs build --strict
 
-bench-search: .venv/installed-test
-	$(BIN)/python bench/search.py
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch .venv/installed $@
 
-bench-evaluate: .venv/installed-test
-	$(BIN)/python bench/evaluate.py
+# The benchmarks list themselves: bench/__main__.py.
+bench: .venv/bin/python
+	@$(BIN)/python -m bench
 
-bench-racing: .venv/installed-test
-	$(BIN)/python bench/racing.py
+bench-kernels: ARGUMENTS = --sweep --plot bench/results/kernels.png
+bench-strategies: ARGUMENTS = --peers --json runs/strategies.jsonl --plot bench/results/strategies.png
+bench-device: ARGUMENTS = --append
 
-bench-merge: .venv/installed-test
-	$(BIN)/python bench/merge_cli.py
-
-bench-kernels: .venv/installed-test
-	$(BIN)/python bench/merge_speed.py --sweep --plot bench/kernels.png
-
-bench-families: .venv/installed-test
-	$(BIN)/python bench/families.py
-
-bench-many-parents: .venv/installed-test
-	$(BIN)/python bench/many_parents.py
-
-bench-adapters: .venv/installed-test
-	$(BIN)/python bench/adapters.py
-
-bench-paths: .venv/installed-test
-	$(BIN)/python bench/paths.py
-
-bench-pool: .venv/installed-test
-	$(BIN)/python bench/pool.py
-
-bench-zoo: .venv/installed-test
-	$(BIN)/python bench/zoo_table.py
-
-bench-loops: .venv/installed-test
-	$(BIN)/python bench/loops.py
-
-bench-path-scales: .venv/installed-test
-	$(BIN)/python bench/path_scales.py
-
-bench-m2n2: .venv/installed-test
-	$(BIN)/python bench/m2n2.py
-
-bench-strategies: .venv/installed-test
-	mkdir -p runs
-	$(BIN)/python bench/strategies.py --peers --json runs/strategies.jsonl --plot bench/strategies.png
-
-bench-pareto: .venv/installed-test
-	$(BIN)/python bench/pareto.py
-
-bench-targets: .venv/installed-test
-	$(BIN)/python bench/targets.py
-	$(BIN)/python bench/targets.py --paper --targets h100 v5p-8 --methods ties dare_ties
-
-bench-plans: .venv/installed-test
-	$(BIN)/python bench/plans.py
-
-bench-device: .venv/installed-test
-	$(BIN)/python bench/device.py --append
-
-bench-precision: .venv/installed-test
-	$(BIN)/python bench/precision.py
+bench-%: .venv/installed-test
+	$(BIN)/python -m bench $* $(ARGUMENTS)
 
 clean:
 	rm -rf .venv

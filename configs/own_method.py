@@ -3,7 +3,7 @@
     python configs/own_method.py            # merges the demo family, which comes with the package
 
 A search takes it as well, as `space: {method: agreement}`, in a program that has registered it; kernels/README.md says
-more, and evojax_merge/README.md how a package registers it for the commands.
+more, and docs/guides/plugins.md how a package registers it for the commands.
 """
 
 from pathlib import Path

@@ -104,7 +104,8 @@ def _wrong_result(method: Any) -> str | None:
         if not isinstance(prepared, Prepared):
             return f"merge method {method.name!r}: prepare returned {shown(prepared)}; expected a Prepared"
         floats = {name: values.astype(np.float32) for name, values in numbers.items()}
-        jax.eval_shape(combine, CombineInputs(sources, prepared.mask_keys, prepared.statistics, floats))
+        arrays: tuple[Any, ...] = (sources, prepared.mask_keys, prepared.statistics, floats)
+        jax.eval_shape(combine, CombineInputs(*arrays))
     except Exception:
         return None
     (merged,) = results

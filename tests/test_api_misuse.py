@@ -253,10 +253,10 @@ def method(combine: Callable[..., Any], **changes: Any) -> Method:
     [
         (method(lambda *arguments: None), "combine returned None"),
         (method(lambda *arguments: "merged"), "combine returned 'merged'"),
-        (method(lambda options, sources, *more: sources[0][0]), "combine returned float32[3]"),
-        (method(lambda options, sources, *more: sources[0].astype(jnp.int32)), "combine returned int32[4, 3]"),
-        (method(lambda options, sources, *more: list(sources)), "combine returned ["),
-        (method(lambda options, sources, *more: sources[0], prepare=lambda *more: None), "prepare returned None"),
+        (method(lambda options, inputs: inputs.sources[0][0]), "combine returned float32[3]"),
+        (method(lambda options, inputs: inputs.sources[0].astype(jnp.int32)), "combine returned int32[4, 3]"),
+        (method(lambda options, inputs: list(inputs.sources)), "combine returned ["),
+        (method(lambda options, inputs: inputs.sources[0], prepare=lambda *more: None), "prepare returned None"),
     ],
 )
 def test_methods_that_return_something_else(wrong: Method, named: str) -> None:
@@ -267,7 +267,7 @@ def test_methods_that_return_something_else(wrong: Method, named: str) -> None:
 
 
 def test_methods_that_are_right_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = method(lambda options, sources, *more: sources[0], prepare=lambda *more: Prepared((), {}))
+    right = method(lambda options, inputs: inputs.sources[0], prepare=lambda *more: Prepared((), {}))
     try:
         assert em.register_method(right) is right and METHODS["mine"] is right
     finally:

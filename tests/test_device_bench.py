@@ -1,4 +1,4 @@
-"""bench/device.py: its tables, what it leaves out, and the section of a README that it writes."""
+"""bench/accelerators/device.py: its tables, what it leaves out, and the section of a README that it writes."""
 
 import re
 import sys
@@ -14,9 +14,9 @@ from merge_kernels import tabulate
 
 from evojax_merge.evaluation.targets import Target, live_target
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import device
-import machine
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.accelerators import device
+from bench.shared import machine
 
 # As they are measured: what needs the stored model comes before the bank takes its place.
 ROWS = ["slerp", "prompts: 3", "a stored model", "TIES, merged inside the pass", "TIES, CMA-ES, by likelihood"]

@@ -1,4 +1,4 @@
-"""bench/m2n2.py: every method is followed over as many evaluations, and M2N2's child is what its paper says."""
+"""bench/searches/m2n2.py: every method is followed over as many evaluations; M2N2's child is that of its paper."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import m2n2
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.searches import m2n2
 
 pytest.importorskip("mlxtend")
 

@@ -24,8 +24,8 @@ from evojax_merge.search.strategies.registry import StrategySettings, make_strat
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import LayerEdit, MoveSpace, ScaleBounds
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from strategy_functions import scores_of
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.searches.strategy_functions import scores_of
 
 BOUNDS = ScaleBounds(0.5, 2.0)
 

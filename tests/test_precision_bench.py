@@ -1,4 +1,4 @@
-"""bench/precision.py: how it compares two rankings of a population."""
+"""bench/evaluation/precision.py: how it compares two rankings of a population."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from precision import agreement, ranks
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.evaluation.precision import agreement, ranks
 
 
 def test_rankings_are_compared_by_ranks_and_by_the_best() -> None:

@@ -22,8 +22,8 @@ from evojax_merge.search.strategies.restarts import MAX_MULTIPLE
 from evojax_merge.spaces.bounds import from_unit, to_unit
 from evojax_merge.spaces.layer_path import IndicatorSpace, MoveSpace, ScaleBounds
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from strategy_functions import FUNCTIONS, evaluations, pycma, scores_of
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.searches.strategy_functions import FUNCTIONS, evaluations, pycma, scores_of
 
 BUILT_IN = [
     "cma_es",

@@ -1,4 +1,4 @@
-"""bench/strategies.py: what it counts, what it keeps, and that what it kept is not run again."""
+"""bench/searches/strategies.py: what it counts, what it keeps, and that what it kept is not run again."""
 
 import json
 import sys
@@ -12,10 +12,19 @@ import yaml
 
 from evojax_merge.references import resolve_reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import strategies
-from strategies import BudgetSpent, Family, Trace, append_row, final_table, generation_after, key_of, read_rows
-from strategy_peers import PEERS, is_installed, run_peer, run_pso_merging
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.searches import strategies
+from bench.searches.strategies import (
+    BudgetSpent,
+    Family,
+    Trace,
+    append_row,
+    final_table,
+    generation_after,
+    key_of,
+    read_rows,
+)
+from bench.shared.strategy_peers import PEERS, is_installed, run_peer, run_pso_merging
 
 
 def row_of(best: list[float | None], variant: str = "cma_es", seed: int = 0, passes: float = 4.0) -> dict[str, Any]:
