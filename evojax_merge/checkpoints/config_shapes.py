@@ -152,8 +152,8 @@ def _check_depth(folder: DecoderFolder) -> None:
         return
     settings, layers, _ = found
     depth = settings.size("num_hidden_layers", "num_hidden_layers")
-    # A model without a hidden size may count other layers.
-    if depth is None or depth == len(layers) or settings.hidden is None:
+    # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
+    if depth is None or depth % len(layers) == 0 or settings.hidden is None:
         return
     if depth > len(layers) or not any(map(MORE_LAYERS.search, settings.values)):
         raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")

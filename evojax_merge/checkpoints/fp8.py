@@ -63,7 +63,8 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
         weight = entries[name]
         scale = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), None)
         entries[name] = QuantisedTensor(dtype, weight.shape, *_scaled(name, weight, entries, scale, block))
-        entries.pop(scale, None)
+        if scale is not None:
+            del entries[scale]
     check_dequantised(entries, "weight_scale")
     return entries
 
