@@ -128,18 +128,22 @@ class Settings:
 
 def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mapping[str, Tensor]], str] | None:
     """Settings of a model's only stack of layers, or of its text decoder's; the tensors of each layer, by the ends of
-    their names; and the beginning of the stack's names. None where there are several stacks, or layers differ."""
+    their names; and the beginning of the stack's names. None where there are several stacks, where layers
+    differ, and for a config without a vocabulary."""
     stacks: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in folder.entries.items():
         match = LAYER.match(name)
         if match is not None:
             stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})[match["tail"]] = tensor
-    config = folder.config
+    config: Any = folder.config
     parts = [value for value in config.values() if isinstance(value, dict) and "hidden_size" in value]
     if parts:
         config = config.get("text_config")
         stacks = {stack: layers for stack, layers in stacks.items() if TEXT.search(stack)}
-    if not isinstance(config, dict) or len(stacks) != 1 or any(map(LAYERS_DIFFER.search, config)):
+    # Encoders of images and sounds give these keys other meanings.
+    if not isinstance(config, dict) or "vocab_size" not in config or any(map(LAYERS_DIFFER.search, config)):
+        return None
+    if len(stacks) != 1:
         return None
     (stack, layers), *_ = stacks.items()
     return Settings(config), layers, stack
