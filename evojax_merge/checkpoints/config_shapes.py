@@ -128,7 +128,8 @@ class Settings:
 
 def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mapping[str, Tensor]], str] | None:
     """Settings of a model's only stack of layers, or of its text decoder's; the tensors of each layer, by the ends of
-    their names; and the beginning of the stack's names. None where there are several stacks, or layers differ."""
+    their names; and the beginning of the stack's names. None where there are several stacks, where layers
+    differ, and for a config without a vocabulary."""
     stacks: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in folder.entries.items():
         match = LAYER.match(name)
@@ -139,7 +140,10 @@ def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mappin
     if parts:
         config = config.get("text_config")
         stacks = {stack: layers for stack, layers in stacks.items() if TEXT.search(stack)}
-    if not isinstance(config, dict) or len(stacks) != 1 or any(map(LAYERS_DIFFER.search, config)):
+    # Encoders of images and sounds give these keys other meanings.
+    if not isinstance(config, dict) or "vocab_size" not in config or any(map(LAYERS_DIFFER.search, config)):
+        return None
+    if len(stacks) != 1:
         return None
     (stack, layers), *_ = stacks.items()
     return Settings(config), layers, stack
@@ -152,8 +156,8 @@ def _check_depth(folder: DecoderFolder) -> None:
         return
     settings, layers, _ = found
     depth = settings.size("num_hidden_layers", "num_hidden_layers")
-    # A model without a hidden size may count other layers.
-    if depth is None or depth == len(layers) or settings.hidden is None:
+    # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
+    if depth is None or depth % len(layers) == 0 or settings.hidden is None:
         return
     if depth > len(layers) or not any(map(MORE_LAYERS.search, settings.values)):
         raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")

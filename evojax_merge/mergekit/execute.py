@@ -343,9 +343,9 @@ def _open(
     if decoder is not None:
         _check_depths(decoder, folders, layouts)
     # Where architectures are mixed, the others' configs are not those of their tensors' merge.
-    for folder in folders[:1] if allow_crimes else folders:
-        is_checked: Callable[[str], bool] = lambda name: _mismatch(recipe, name) == "refuse"  # noqa: E731
-        check_against_config(_decoder_of(folder), (lambda name: True) if folder is first else is_checked)
+    check_against_config(_decoder_of(first))
+    for folder in () if allow_crimes else folders[1:]:
+        check_against_config(_decoder_of(folder), lambda name: _mismatch(recipe, name) == "refuse")
     if choice is None:
         return sources, layouts, tied
     embedding = sources.token_tensors.embedding
