@@ -314,7 +314,7 @@ NAMES = [
          ("tasks[0].include_path", NOBODY)),
     Case("a model of a user that there is not", lambda world: ("evaluate", NOBODY, "--tasks", "config.yaml"),
          (NOBODY,)),
-    Case("a run of a user that there is not", lambda world: ("show", NOBODY), (NOBODY,)),
+    Case("a run of a user that there is not", lambda world: ("report", NOBODY), (NOBODY,)),
     Case("a cache of a user that there is not",
          lambda world: ("merge", "recipe.yaml", "out", "--transformers-cache", NOBODY, "--quiet"), status=0,
          leaves=("out",), seconds=60),
