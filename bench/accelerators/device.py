@@ -7,9 +7,9 @@ Merges of a base and two parents whose weights are random and are made on the de
 the largest of SHAPES that the program's own plan says fits (on a CPU one for which a few minutes are enough), in
 bfloat16 where the device multiplies it natively, else in float32. Of several devices the first is measured.
 
-- merging: 32 candidates of one tensor, one after the other, as in bench/merging/kernels.py. Bytes are those that have to
-  be moved: for each candidate every source is read, and a float32 result is read and written. The device's copy is of one
-  addition to a large array.
+- merging: 32 candidates of one tensor, one after the other, as in bench/merging/kernels.py. Bytes are those that have
+  to be moved: for each candidate every source is read, and a float32 result is read and written. The device's copy is
+  of one addition to a large array.
 - likelihood: a scoring pass of full batches, of a stored model and of TIES merges that are computed inside it, as a
   share of the best matrix product (see bench/evaluation/evaluate.py for what is counted).
 - decoding: greedy, a token of each prompt a step, without draft tokens, which random weights say nothing about; the
