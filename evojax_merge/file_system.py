@@ -111,6 +111,12 @@ def remove_file(file: Path) -> None:
             os.unlink(file)
 
 
+def remove_link(link: Path) -> None:
+    """Remove a link, if there is one; what it leads to stays."""
+    if link.is_symlink():
+        link.unlink()
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Folders
 

@@ -225,7 +225,7 @@ def test_the_bank_is_that_of_a_search(family: Family, silent: None) -> None:
     loaded = em.load_bank(family.parents, family.base, method="dare_ties", rescale="density", seed=3)
     assert loaded.models == (family.base, *family.parents)
     assert loaded.spec.options.rescale == "density" and loaded.spec.seed == 3 and loaded.spec.options.has_base
-    norm = np.asarray(loaded.bank.shared["final_norm"])
+    norm = np.asarray(loaded.bank.shared["final_norm"].sources)
     for row, folder in zip(norm, loaded.models, strict=True):
         np.testing.assert_array_equal(row, state(folder)["model.norm.weight"])
     constants = em.load_bank(family.parents, family.base, method="della", fixed={"epsilon": 0.1}).spec.constants

@@ -182,7 +182,8 @@ def test_parents_that_store_a_copy_of_the_tied_head(tmp_path: Path) -> None:
         assert config.head_is_embedding
         bank = load_bank(sources, config, MergeSpec("linear", _options("linear"), 0, "float32"))
         assert "head" not in bank.shared
-        np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), np.asarray(bank.shared["embed"][1]))
+        embedding = np.asarray(bank.shared["embed"].sources)
+        np.testing.assert_array_equal(embedding[0], embedding[1])
     tokens = random_tokens(0, 1, 9)
     np.testing.assert_allclose(ours(*load(copied), tokens), torch_logits(load_torch(plain), tokens), atol=1e-4)
 
@@ -193,10 +194,10 @@ def test_tied_and_untied_parents_together_are_untied(tmp_path: Path) -> None:
     sources, config = open_sources([tied, untied])
     assert not config.head_is_embedding
     bank = load_bank(sources, config, MergeSpec("linear", _options("linear"), 0, "float32"))
-    heads = [np.asarray(bank.shared["head"][k]) for k in range(2)]
+    heads = [np.asarray(bank.shared["head"].sources[k]) for k in range(2)]
     np.testing.assert_array_equal(heads[0], load_torch(tied).get_input_embeddings().weight.detach().numpy())
     np.testing.assert_array_equal(heads[1], load_torch(untied).get_output_embeddings().weight.detach().numpy())
-    assert not np.array_equal(heads[1], np.asarray(bank.shared["embed"][1]))
+    assert not np.array_equal(heads[1], np.asarray(bank.shared["embed"].sources[1]))
 
 
 def _options(name: str) -> Any:

@@ -588,13 +588,15 @@ def test_rows_are_aligned_by_token(tmp_path: Path) -> None:
     (warning,) = open_sources([one, other])[0].warnings
     assert "tokenizer_source" in warning
     bank = load_bank(*open_sources([one, other], TokenizerChoice(0)), spec_of("linear"))
-    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0])
-    np.testing.assert_array_equal(np.asarray(bank.shared["head"][1]), unshuffled[1])
-    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"].sources[1]), unshuffled[0])
+    np.testing.assert_array_equal(np.asarray(bank.shared["head"].sources[1]), unshuffled[1])
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"].sources[0]), state(one)["model.embed_tokens.weight"])
     # The other way round, both come in the other's order.
     bank = load_bank(*open_sources([one, other], TokenizerChoice(1)), spec_of("linear"))
-    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][1]), unshuffled[0][order])
-    np.testing.assert_array_equal(np.asarray(bank.shared["embed"][0]), state(one)["model.embed_tokens.weight"][order])
+    np.testing.assert_array_equal(np.asarray(bank.shared["embed"].sources[1]), unshuffled[0][order])
+    np.testing.assert_array_equal(
+        np.asarray(bank.shared["embed"].sources[0]), state(one)["model.embed_tokens.weight"][order]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------

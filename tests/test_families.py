@@ -395,7 +395,7 @@ def test_what_is_shared_is_computed_as_if_it_were_not(models: Models) -> None:
 def test_a_layer_path_is_exported_as_it_was_scored(models: Models, tmp_path: Path) -> None:
     sources, configs = open_decoders(models.parents)
     spec = PathSpec(tuple(configs), "float32")
-    bank = load_path_bank(sources, spec, "float32")
+    bank = load_path_bank(sources, spec)
     # Out of order and repeated, with scales: layers of all kinds at any place.
     path = LayerPath((3, 1, 2, 1, 5), (1.0, 1.25, 0.8, 1.3, 0.7), 1)
     recipe = tmp_path / "recipe.yaml"

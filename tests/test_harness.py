@@ -448,7 +448,7 @@ def test_a_benchmark_is_only_searched_on_when_the_config_says_so(
 
     def opened(**changes: Any) -> Any:
         path = config_file(tmp_path, family, task | changes)
-        return build_problem(path, read_config(path, [], None)).full[0]
+        return build_problem(path, read_config(path, [], None)).splits.search[0]
 
     with pytest.raises(InputError, match=r"tasks\[0\]: on_test_set: gsm8k_mine is a benchmark"):
         opened()

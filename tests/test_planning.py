@@ -365,7 +365,7 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
     assert plan.generation.flops == pytest.approx(4 * plan.candidate.flops)
     from evojax_merge.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(problem.decoder, problem.tokenizer, batched[0], target=problem.target)
+    evaluator = Evaluator(problem.decoder, problem.tokenizer, batched.shards[0], target=problem.target)
     population = problem.candidates.planned_population(evaluator, 1, lambda shape, dtype, axis: jax.ShapeDtypeStruct(
         shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
     scores = [

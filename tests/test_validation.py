@@ -210,7 +210,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
     assert mine >= values.max() - 1e-6
     assert document["chosen_on"] == "validation"
     assert list(document["validation_fitness"].values()) == pytest.approx([mine, theirs], abs=1e-6)
-    searched = fitness(on.full.tasks, on.full.score(np.stack([winner, uniform])))
+    searched = fitness(on.search.tasks, on.search.score(np.stack([winner, uniform])))
     assert list(document["search_fitness"].values()) == pytest.approx(searched, abs=1e-6)
     rows = RunFolder(finished).read_history()
     assert {n for row in rows for n in row["examples"]} == {9}

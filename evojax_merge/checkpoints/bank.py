@@ -86,7 +86,7 @@ def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
 
 
 def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
-    """The arrays of a leaf's bank, as ArraySpecs, but for its statistics, which are measured."""
+    """The arrays of a leaf's bank, as `ArraySpec`, but for its statistics, which are measured."""
     grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
     shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.has_row_keys
     parents = len(sources.folders) - int(spec.options.has_base)

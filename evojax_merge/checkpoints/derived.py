@@ -52,7 +52,7 @@ from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
 from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.data_packages import cache_folder
 from evojax_merge.errors import InputError, name_in_messages
-from evojax_merge.file_system import atomic_folder
+from evojax_merge.file_system import atomic_folder, remove_file, remove_link
 from evojax_merge.models.config_keys import TEXTS
 
 SOURCES = "evojax_merge_sources.json"
@@ -318,8 +318,9 @@ def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path
     yet, or not as it was written. Messages call its files by the names of those that they are made of."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()
     folder = cache_folder() / "models" / f"{name[:80]}-{key[:16]}"
-    if folder.is_symlink() or folder.is_file():
-        folder.unlink()
+    # Something else has the folder's name.
+    remove_link(folder)
+    remove_file(folder)
     if not _is_intact(folder, sources):
         is_damaged = folder.is_dir()
         try:

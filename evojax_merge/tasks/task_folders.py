@@ -49,7 +49,7 @@ TaskLoader.add_constructor("!function", lambda loader, node: FunctionName(loader
 
 def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, InputError]]:
     """The harness's entries of a folder's tasks, groups and tags, by name; and why YAMLs could not be read, by their
-    names. An entry's `cfg` is its YAML, with what it includes, as plain data. Raises InputError where there is too much
+    names. An entry's attribute "cfg" is its YAML, with what it includes, as plain data. Raises InputError where there is too much
     to read."""
     from lm_eval.tasks._index import TaskIndex
 
