@@ -138,6 +138,7 @@ def search_pytrees(
     which no candidate has a finite fitness.
     """
     check_arguments(search_pytrees, locals())
+    _check_examples(examples)
     function = fitness.function if isinstance(fitness, HostFitness) else fitness
     check_call(f"{WHERE}: fitness", function, ["merged", *([] if examples is None else ["examples"])])
     check_call(f"{WHERE}: on_generation", on_generation, ["generation"])
@@ -198,7 +199,6 @@ def search_pytrees(
     check_stop(WHERE, search.stop, chosen_strategy.population)
     check_gradient_options(WHERE, search, chosen_strategy)
     size = chosen_strategy.population
-    _check_examples(examples)
     score_on, count = (
         _score_on_host(fitness.function, merge, bank, space, examples)
         if isinstance(fitness, HostFitness)

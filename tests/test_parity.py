@@ -590,7 +590,7 @@ FAILING: dict[str, tuple[dict[str, Any], str]] = {
                 for name, weight in (("one", 0.25), ("one_copy", 0.25), ("opposite", 0.5))
             ],
         },
-        "model.*: the merge is not finite",
+        "model.*: the merge by .* is not finite",
     ),
     "weights that cancel": (
         {

@@ -165,8 +165,8 @@ def random_stored(problem: SearchProblem) -> StackedWeights:
 
 
 def random_bank(problem: SearchProblem) -> Bank:
-    """What a search over models of the problem's shapes loads. What the method measures of a tensor is that of a small
-    one with as large weights: order statistics and ratios, which are the same for all."""
+    """A bank as a search over models of the problem's shapes loads it. The method's statistics of a tensor are those of
+    a small one with as large weights: order statistics and ratios, which are the same for all."""
     assert isinstance(problem.candidates, MergeCandidates)
     spec, dtype = problem.candidates.spec, problem.compute_dtype
     bank = abstract_bank(problem.sources, problem.decoder, spec)

@@ -201,7 +201,7 @@ def heading(names: Sequence[str]) -> Iterator[str]:
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
-    """What each search takes, with as few devices to a candidate as hold it. Temporaries are those of the largest
+    """The plan of each search, with as few devices to a candidate as hold it. Temporaries are those of the largest
     pass."""
     yield from heading(list(COLUMNS))
     for row in rows:
@@ -284,7 +284,7 @@ MESH_HEADINGS = ("target", "population x model", "pass", "all-reduces a layer", 
 
 
 def meshes(folder: Path, parents: int, targets: Sequence[str], method: str) -> Iterator[str]:
-    """What the devices of a host exchange in each pass, for every way to divide them into groups that share a
+    """The data that the devices of a host exchange in each pass, for every way to divide them into groups that share a
     candidate."""
     yield f"| {' | '.join(MESH_HEADINGS)} |"
     yield "| --- | --- | --- | ---: | --- | ---: |"
@@ -307,7 +307,7 @@ def meshes(folder: Path, parents: int, targets: Sequence[str], method: str) -> I
 
 
 def pass_name(program: jax.stages.Compiled) -> str:
-    """What a compiled pass is called in `evaluation.passes`."""
+    """The name of a compiled pass in `evaluation.passes`."""
     return (program.as_text() or "").split(",")[0].removeprefix("HloModule jit_")
 
 

@@ -57,7 +57,7 @@ PARTS = ("peak", "scores", "building", "writing")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a benchmark of a length asks: problems that are scored, tokens that are written, candidates."""
+    """The work of a benchmark of one length: problems that are scored, tokens that are written, candidates."""
 
     problems: int
     new: int

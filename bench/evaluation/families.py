@@ -65,7 +65,7 @@ def work(model: Any, config: Any) -> float:
 
 
 def compared(kind: str, rounds: int, folder: Path) -> tuple[int, float, float, float]:
-    """How many parameters the model has, the FLOP of a pass, and its median seconds, ours and the peer's."""
+    """The model's number of parameters, the FLOP of a pass, and its median seconds, ours and the peer's."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -95,7 +95,7 @@ def scores_part(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a population is ranked by scores that are rounded, against exact ones. spread: the standard deviation of the
+    """The ranking of a population by scores that are rounded, against exact ones. spread: the standard deviation of the
     exact fitness; noise: that of the differences; spearman: of the ranks; kept: of the best `quarter`, how many are
     among the best by rounded scores; lost: of exact fitness, by taking the best of the rounded."""
 

@@ -43,7 +43,7 @@ ROWS, WIDTH, VOCAB = 8, 64, 2048
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one program: seconds to trace and compile it, bytes of temporaries, seconds of a run."""
+    """One program's seconds to trace and compile, bytes of temporaries, and seconds of a run."""
 
     compile: float
     temporary: int
@@ -52,7 +52,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """What is merged, of how many parents, in both forms; `peer`: mergekit's seconds, None where it took no part."""
+    """A merge of a number of parents, in both forms; `peer`: mergekit's seconds, None where it took no part."""
 
     what: str
     parents: int
@@ -177,7 +177,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What many parents cost, summed in a loop and written out.")
+    parser = argparse.ArgumentParser(description="The cost of many parents, summed in a loop and written out.")
     parser.add_argument("--parents", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--written-out", type=int, default=64, metavar="K", help="up to so many parents (default: 64)")

@@ -215,7 +215,7 @@ def run_m2n2(experts: Sequence[Network], images: Images, evaluations: int, seed:
         return found
 
     def worth(scores: np.ndarray) -> np.ndarray:
-        """What each member gets of each image: those who read it right share it."""
+        """Each member's share of each image: members that read it right share it."""
         readers = scores.sum(axis=0)
         return scores / np.where(readers > 0, readers, 1)
 
@@ -271,7 +271,7 @@ def run_cma_es(experts: Sequence[Network], images: Images, evaluations: int, see
 
 
 def merge_of(layered: Sequence[Network], genome: np.ndarray) -> Network:
-    """What a genome of `run_cma_es` means: a weight of each parent for each leaf."""
+    """The meaning of a genome of `run_cma_es`: a weight of each parent for each leaf."""
     from evojax_merge.spaces.bounds import to_unit
 
     weights = 1.5 * np.asarray(to_unit(jnp.asarray(genome))).reshape(len(layered[0]), len(layered))

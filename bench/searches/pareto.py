@@ -112,7 +112,7 @@ def task_means(experiment: Experiment, genomes: np.ndarray) -> np.ndarray:
 
 
 def box_of(results: dict[str, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Of the front of all searches' candidates: float64[T], the worst in each task, and a tenth worse, and the best."""
+    """The box around the front of all candidates: float64[T], a tenth below the worst in each task, and the best."""
     every = np.concatenate([means for runs in results.values() for means in runs])
     front = every[front_of(every)]
     worst, best = front.min(axis=0), front.max(axis=0)

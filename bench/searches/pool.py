@@ -27,7 +27,7 @@ SHOWN = "whole_answers/accuracy"
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with. fitness: float64[1 + K], held out, of the winner and of the founders; accuracy: the
+    """The result of a search. fitness: float64[1 + K], held out, of the winner and of the founders; accuracy: the
     winner's share of whole answers; ancestors: how many members were bred for it, itself among them; seconds: of the
     search, without the choice of the winner."""
 

@@ -72,7 +72,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How one generation's ranks compare with those on all examples."""
+    """One generation's ranks, compared with those on all examples."""
 
     best: bool
     upper_half: float
@@ -336,7 +336,7 @@ def ranking_table(rankings: Sequence[Rankings]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What racing over examples saves, and what it chooses.")
+    parser = argparse.ArgumentParser(description="The passes that successive halving saves, and its winners.")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--generations", type=int, default=100)
     parser.add_argument("--rungs", type=int, default=4)

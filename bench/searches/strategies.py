@@ -150,7 +150,7 @@ class BudgetSpent(Exception):
 
 
 class Trace:
-    """What is kept of a search, generation by generation. Raises BudgetSpent in the one after which no pass is left."""
+    """The trace of a search, generation by generation. Raises BudgetSpent in the one after which no pass is left."""
 
     def __init__(self, budget: float) -> None:
         self._left = budget
@@ -304,7 +304,7 @@ def run_pso_merging_search(experiment: Experiment, population: int, seed: int, t
 
 
 def start_row(arguments: argparse.Namespace, experiment: Experiment, space: str, variant: str, seed: int) -> Row:
-    """What a search is, without figures."""
+    """The options that define a search, without figures."""
     settings, search = VARIANTS.get(variant, {}), experiment.problem.search
     population = arguments.population or experiment.problem.strategy.population
     return {
@@ -345,7 +345,7 @@ def measure(experiment: Experiment, row: Row) -> Row:
 
 
 def programs_of(row: Row) -> tuple[Any, ...]:
-    """What tells the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients,
+    """A key of the compiled programs that a row's search needs: its rungs, and the strategy where it has gradients,
     with its minibatches. Spaces, and strategies without gradients, share theirs."""
     settings = row["settings"]
     minibatches = settings.get("gradient", {}).get("minibatches", 1)
@@ -378,7 +378,7 @@ def best_of(row: Row) -> np.ndarray:
 
 
 def generation_after(row: Row, passes: float) -> int:
-    """How many generations are over after so many passes."""
+    """The number of generations that are over after this many passes."""
     return int(np.searchsorted(spent(row), passes + 1e-6, side="right"))
 
 
@@ -407,7 +407,7 @@ def measure_heldout(experiment: Experiment, row: Row, checkpoints: Sequence[int]
 
 
 def heldout_figures(experiment: Experiment, scores: TaskScores) -> list[dict[str, float]]:
-    """Of each candidate its held-out fitness, and what else is shown."""
+    """Each candidate's held-out fitness, and its other held-out scores."""
     tasks = experiment.heldout.tasks
     shown = [f"{task.name}/{task.metric}" for task in tasks if task.weight == 0]
     return [
@@ -501,7 +501,7 @@ def heldout_at(row: Row, generation: int, measure: str) -> float:
 
 
 def measures_of(rows: Sequence[Row]) -> list[str]:
-    """What is measured held out: the fitness, and what else is shown."""
+    """The names of the held-out scores: the fitness, and the others that are shown."""
     return list(next(iter(rows[0]["heldout"].values()), {"fitness": 0.0}))
 
 
@@ -532,7 +532,7 @@ def title(measure: str) -> str:
 
 
 def final_table(rows: Sequence[Row]) -> str:
-    """How each variant ends, and what it spends until it is where the reference ends."""
+    """The end of each variant, and the passes that it spends until it is where the reference ends."""
     groups, measures = groups_of(rows), measures_of(rows)
     several = len({space for space, _ in groups}) > 1
     heads = ["strategy", "passes", *map(title, ["search", *measures])]

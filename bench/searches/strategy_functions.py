@@ -49,7 +49,7 @@ def scores_of(fitness: np.ndarray) -> Scores:
 def evaluations(
     name: str, function: Callable[[np.ndarray], np.ndarray], start: float, dims: int, seed: int, limit: int
 ) -> int:
-    """How many until a value is below `TARGET`; more than `limit` where none was."""
+    """The number of evaluations until a value is below `TARGET`; more than `limit` where none was."""
     settings = StrategySettings(dims, None, SIGMA, limit, lambda unit: 10 * np.asarray(unit) - 5)
     strategy = find_strategy("--strategies", name)(settings)
     state = strategy.init(generation_key(seed, INIT_KEY), np.full((1, dims), start, np.float32))

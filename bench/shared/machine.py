@@ -1,4 +1,4 @@
-"""What a benchmark ran on. May import JAX, where it is loaded already."""
+"""The machine that a benchmark runs on. May import JAX, where it is loaded already."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ def describe() -> str:
 
 
 def device_name() -> str:
-    """What JAX's device is called; a CPU by its processor."""
+    """The name of JAX's device; for a CPU, that of its processor."""
     import jax
 
     device = jax.devices()[0]

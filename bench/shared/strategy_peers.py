@@ -1,4 +1,4 @@
-"""What the strategies are compared with: pymoo's algorithms, with which mergenetic searches, and PSO-Merging. Imports
+"""Peers of the strategies: pymoo's algorithms, with which mergenetic searches, and PSO-Merging. Imports
 pymoo where one of its is run."""
 
 import importlib.util

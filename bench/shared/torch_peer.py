@@ -1,4 +1,4 @@
-"""What the benchmarks' peer does: transformers and torch score the same rows, one model at a time. Imports torch."""
+"""The peer of the benchmarks: transformers and torch score the same rows, one model at a time. Imports torch."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
