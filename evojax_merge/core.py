@@ -1,14 +1,14 @@
 """The main path: from a search that is checked to a winner in its run folder."""
 
 from functools import partial
+from typing import Any
 
 from evojax_merge import interrupts
 from evojax_merge.checkpoints.bank import bank_bytes
 from evojax_merge.checkpoints.derived import reference_to
-from evojax_merge.commands.merge import merge_bar
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
-from evojax_merge.evaluation.devices import barrier, local_devices
+from evojax_merge.evaluation.devices import Devices, barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.file_system import atomic_write
 from evojax_merge.mergekit.execute import merge_to
@@ -24,8 +24,9 @@ from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.picture import draw
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
+from evojax_merge.report.progress import OnGeneration, bytes_bar, console, merge_bar, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import evolve
 from evojax_merge.search.run_folder import (
     Checkpoints,
@@ -52,7 +53,7 @@ def search(
     on_generation: OnGeneration,
     force: bool,
 ) -> None:
-    """Search, choose, export and report; of a run that has done all this nothing is done again."""
+    """Search, choose the winner, export it and report. A run that has done all this is left as it is."""
     why_complete = _why_complete(folder, problem)
     if why_complete is not None:
         say(why_complete)
@@ -60,6 +61,31 @@ def search(
         return
     check_room(folder, problem.search.generations)
     devices = local_devices(problem.config.evaluation.model)
+    planned = make_plan(problem, batched_tasks)
+    _print_setup(problem, batched_tasks, devices, planned)
+    if planned.target.is_accelerator and not planned.fits and not force:
+        raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
+
+    with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
+        evaluators = open_evaluators(problem, batched_tasks, devices, progress, say)
+    with search_bar(problem.search.generations, on_generation) as reporter:
+        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+        archive = evolve(
+            problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+            warnings, failure_hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
+        )  # fmt: skip
+    _print_work(folder, problem, evaluators)
+    with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
+        result = select_best(problem, evaluators, archive, progress)
+    if devices.is_main_process:
+        _write_winner(folder, problem.within(archive.context), result)
+    barrier("written")
+
+
+def _print_setup(
+    problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]], devices: Devices, planned: Plan
+) -> None:
+    """Print what is searched, and where: devices, models, batches, the plan."""
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
@@ -67,29 +93,17 @@ def search(
         where = reference_to(problem.other_modules)
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
     console.print(describe_batches([one for shard in batched_tasks.shards for one in shard]), highlight=False)
-    planned = make_plan(problem, batched_tasks)
-    if not force:
-        _require_passes(folder, planned)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
-    with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        on = open_evaluators(problem, batched_tasks, devices, progress, say)
-    with search_bar(problem.search.generations, on_generation) as reporter:
-        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
-        archive = evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, on.minibatches, on.validation, problem.example_choice(on),
-        )  # fmt: skip
-    searched = [one.evaluator for one in (on.choice, *on.minibatches, *on.shards) if one is not None]
-    console.print(problem.candidates.describe_work(searched), highlight=False)
-    if len(on.shards) > 1:
+
+
+def _print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]]) -> None:
+    """Print how candidates were scored, and what successive halving saved."""
+    used = [one.evaluator for one in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if one]
+    console.print(problem.candidates.describe_work(used), highlight=False)
+    if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, on)) as advance:
-        result = select_best(problem, on, archive, advance)
-    if devices.is_main_process:
-        _write_winner(folder, problem.within(archive.context), result)
-    barrier("written")
 
 
 def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
@@ -111,12 +125,6 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     if ended is None:
         return f"{len(rows)} generations are saved, and {wanted} wanted: nothing to search"
     return f"{len(rows)} generations are saved: nothing to search ({ended.describe()})"
-
-
-def _require_passes(folder: RunFolder, planned: Plan) -> None:
-    """Raises InputError where an accelerator cannot hold the models and what the smallest passes need."""
-    if planned.target.is_accelerator and not planned.fits:
-        raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:

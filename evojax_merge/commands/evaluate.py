@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
@@ -46,7 +46,7 @@ def evaluate(
         if samples_file is not None:
             samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
 
-    rows = score_models(models, tasks, say, lambda line: _warn([line]), keep)
+    rows = score_models(models, tasks, say, print_warning, keep)
     console.print(terminal_table(rows, f"Scores on {'; '.join(tasks.sizes)}"))
     if json_file is not None:
         atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,17 @@ from evojax_merge.checkpoints.writer import (
     check_output,
     require_space,
 )
+from evojax_merge.errors import print_warning
 from evojax_merge.file_system import check_free, recover
-from evojax_merge.mergekit.execute import Progress, merge_to
+from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
 from evojax_merge.mergekit.streams import parse_stream, stream_warnings
 from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card
-from evojax_merge.report.notices import Log, say_unread
-from evojax_merge.report.progress import bytes_bar, console, say
+from evojax_merge.report.notices import Log, print_warnings, say_unread
+from evojax_merge.report.progress import console, merge_bar, say
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import load_documents, refuse_repeated
 
@@ -57,8 +58,8 @@ def merge(
     usual, console.quiet = console.quiet, console.quiet or quiet
     try:
         if without_meaning:
-            _warn([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
-        write_merge(recipe, out, options, say, lambda line: _warn([line]))
+            print_warnings([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
+        write_merge(recipe, out, options, say, print_warning)
         console.print(f"wrote {out}", highlight=False, soft_wrap=True)
     finally:
         console.quiet = usual
@@ -110,12 +111,8 @@ def write_model(
     return merge_stream(stream_plan, out, write, card=card, overwrite=overwrite, check=check, bar=bar)
 
 
-def merge_bar(what: str, which: str, nbytes: int) -> AbstractContextManager[Progress]:
-    """The progress bar of a merge; `which`: of several, which one it is."""
-    return bytes_bar(f"{what} {which}".rstrip(), nbytes)
-
-
 def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
+    """The model card of a planned merge. text: its recipe as YAML."""
     methods = list(dict.fromkeys(one.recipe.method.name for one in stream_plan.merges))
     models = {model: folder.path for model, folder in stream_plan.models.items()}
     return merge_card(out.name, methods, models, text)

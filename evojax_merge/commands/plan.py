@@ -16,8 +16,11 @@ from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
     build_problem,
     read_config,
+    revision_warnings,
+    stage_configs,
 )
 from evojax_merge.references import resolve_headers
+from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import holds_plans
 from evojax_merge.report.progress import console, say
 from evojax_merge.stored_models import (
@@ -41,7 +44,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
                 plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
-    _warn(revision_warnings(path, config))
+    print_warnings(revision_warnings(path, config))
     for number, one in enumerate(plans, start=1):
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")

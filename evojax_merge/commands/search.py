@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -10,16 +11,14 @@ from typing import Any
 
 import jax
 
-from evojax_merge import plugins
+from evojax_merge import core, interrupts, plugins
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.writer import (
     check_outside,
     require_space,
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides
-from evojax_merge.continuation import Continuation
-from evojax_merge.core import FORCE, search
-from evojax_merge.errors import InputError
+from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
 from evojax_merge.evaluation.batched_tasks import BatchedTask, token_warnings
 from evojax_merge.evaluation.devices import barrier, unused_memory
 from evojax_merge.evaluation.memory import require_memory
@@ -31,9 +30,11 @@ from evojax_merge.problem import (
     read_config,
     resolved_document,
     resolved_space,
+    revision_warnings,
     stage_config,
+    stage_configs,
 )
-from evojax_merge.report.notices import say_unread
+from evojax_merge.report.notices import print_warnings, say_unread
 from evojax_merge.report.plan import shown_advice
 from evojax_merge.report.progress import OnGeneration, console, say
 from evojax_merge.schema import MAX_NAME_BYTES
@@ -52,24 +53,54 @@ from evojax_merge.tasks.opening import overlaps
 from evojax_merge.tasks.splits import Splits
 
 
-def search_command(
+class ResumeHint:
+    """The command that continues a search, printed wherever the search is broken off."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._folder: RunFolder | None = None
+
+    def on_started(self, command: str, folder: RunFolder) -> None:
+        """From here on `command` continues the search, whose run folder is there."""
+        self._command, self._folder = command, folder
+
+    @contextmanager
+    def on_exit(self) -> Iterator[None]:
+        """Print the command where a signal or the loss of another process ends the block."""
+        try:
+            yield
+        except BaseException as error:
+            if interrupts.received() or isinstance(error, PeerLostError):
+                with defer_signals():
+                    hint = printable(f"stopped; {self._saved()}. Continue with: {self._command}", LONGEST_LINE)
+                    print(hint, file=sys.stderr, flush=True)
+            raise
+
+    def _saved(self) -> str:
+        if self._folder is None:
+            return "nothing was searched yet"
+        count = len(self._folder.read_history())
+        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
+
+
+def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
     force: bool = False,
 ) -> None:  # fmt: skip
-    """The search of a config file, told with the command that continues it wherever it is broken off."""
+    """Search from a config file. A search that is broken off prints the command that continues it."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
     options += ["--distributed"] if jax.process_count() > 1 else []
     options += ["--force"] if force else []
     asked = ["--out", str(out)] if out else []
     asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
-    continuation = Continuation(_command(path, *asked, *options))
-    with continuation.told(), blamed_on_overrides(path, overrides):
+    resume_hint = ResumeHint(_command(path, *asked, *options))
+    with resume_hint.on_exit(), blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, seed)
         out = out or default_out(path, config)
-        begun = partial(continuation.begun, _command(path, "--out", str(out), *options, "--resume"))
-        run_search(path, config, out, resume=resume, overwrite=overwrite, begun=begun, force=force)
+        on_started = partial(resume_hint.on_started, _command(path, "--out", str(out), *options, "--resume"))
+        run_search(path, config, out, resume=resume, overwrite=overwrite, on_started=on_started, force=force)
 
 
 def default_out(path: Path, config: Config) -> Path:
@@ -84,13 +115,13 @@ def run_search(
     *,
     resume: bool,
     overwrite: bool,
-    begun: Callable[[RunFolder], None] = lambda folder: None,
+    on_started: Callable[[RunFolder], None] = lambda folder: None,
     on_generation: OnGeneration = lambda generation: None,
     force: bool = False,
 ) -> None:
     """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
-    start in its folder; `begun` is called as soon as there is something to resume. Raises InputError where it cannot
-    fit into memory, unless `force`."""
+    start in its folder; `on_started` is called as soon as there is something to resume. Raises InputError where the
+    search cannot fit into memory, unless `force`."""
     if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
         raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
     if jax.process_index() == 0:
@@ -98,16 +129,16 @@ def run_search(
         check_not_in_use(out)
         check_place(out, resume=resume, overwrite=overwrite)
     if config.stages is not None:
-        _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
+        _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force)
         return
     problem = build_problem(path, config)
     _check_outside(out, [problem])
     batched_tasks = problem.batched_tasks()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
-    with _opened(out, resolved_document(problem), begun, resume=resume, overwrite=overwrite) as folder:
+    with _opened(out, resolved_document(problem), on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, problem, batched_tasks)
-        search(folder, problem, batched_tasks, on_generation, force)
+        core.search(folder, problem, batched_tasks, on_generation, force)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -116,20 +147,20 @@ def _command(path: Path, *options: str) -> str:
 
 @contextmanager
 def _opened(
-    path: Path, document: dict[str, Any], begun: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
+    path: Path, document: dict[str, Any], on_started: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
 ) -> Iterator[RunFolder]:
-    """The run folder, locked and opened by the one process that writes; the others wait, and say nothing. `begun` is
-    called as soon as there is something to resume."""
+    """The run folder, locked and opened by the one process that writes; the others wait, and print nothing.
+    `on_started` is called as soon as there is something to resume."""
     console.quiet = console.quiet or jax.process_index() > 0
     folder = RunFolder(path)
     with ExitStack() as stack:
         with defer_signals():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
-                open_run(path, document, resume=resume, overwrite=overwrite, say=lambda line: _warn([line]))
+                open_run(path, document, resume=resume, overwrite=overwrite, say=print_warning)
                 if not resume:
                     stack.enter_context(removed_if_refused(folder))
-            begun(folder)
+            on_started(folder)
         _check_checkpoints(folder)
         yield folder
 
@@ -150,13 +181,13 @@ def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            found = shown_advice(advice(problem, 0))
-            raise InputError(error.where, f"{error.what}; {found} ({FORCE})") from None
+            remedy = shown_advice(advice(problem, 0))
+            raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 
 def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
-    begun: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
+    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
 ) -> None:  # fmt: skip
     """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
     before have run folders of their own below `stages/`."""
@@ -175,7 +206,7 @@ def _run_chain(
         stage.model_dump(mode="json") | {"space": resolved_space(problem)}
         for stage, problem in zip(stages, problems, strict=True)
     ]
-    with _opened(out, document, begun, resume=resume, overwrite=overwrite) as run:
+    with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
         # All stages ask the same.
         _log_warnings(path, problems[0], batched_tasks[0])
         winner: str | None = None
@@ -185,28 +216,28 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                search(run, problem, batched_tasks[-1], on_generation, force)
+                core.search(run, problem, batched_tasks[-1], on_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
-                begun(folder)
+                on_started(folder)
                 if jax.process_index() == 0:
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                search(folder, problem, batched_tasks[number - 1], on_generation, force)
+                core.search(folder, problem, batched_tasks[number - 1], on_generation, force)
             winner = str(folder.model)
-            begun(run)
+            on_started(run)
 
 
 def _log_warnings(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
-    _warn(revision_warnings(path, problem.config))
-    _warn(problem.sources.warnings)
+    print_warnings(revision_warnings(path, problem.config))
+    print_warnings(problem.sources.warnings)
     examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]
-    _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
-    _warn(overlaps(str(path), problem.config.tasks, problem.splits))
+    print_warnings(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
+    print_warnings(overlaps(str(path), problem.config.tasks, problem.splits))
 
 
 def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
