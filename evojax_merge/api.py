@@ -17,12 +17,14 @@ import numpy as np
 import yaml
 from merge_kernels import Method
 
-from evojax_merge import pipeline, plugins, stored_models
+from evojax_merge import plugins, stored_models
 from evojax_merge.arguments import check_arguments
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.commands.merge import MergeOptions, write_merge
+from evojax_merge.commands.search import default_out, run_search
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
 from evojax_merge.errors import InputError, did_you_mean, printable, shown
 from evojax_merge.evaluation.scores import Scores, score_matrix
@@ -123,8 +125,8 @@ def merge(
     else:
         source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
     with _bars_on_terminals():
-        options = pipeline.MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
-        pipeline.write_merge(source, Path(out), options, _ignore, _warn)
+        options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
+        write_merge(source, Path(out), options, _ignore, _warn)
     return Path(out)
 
 
@@ -184,11 +186,9 @@ def evolve(
     """
     check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
-    folder = pipeline.default_out(path, parsed) if out is None else Path(out)
+    folder = default_out(path, parsed) if out is None else Path(out)
     with _bars_on_terminals():
-        pipeline.run_search(
-            path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force
-        )
+        run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force)
     return open_run(folder)
 
 

@@ -92,9 +92,9 @@ def search(
             from evojax_merge.evaluation.devices import init_distributed
 
             init_distributed()
-        from evojax_merge import pipeline
+        from evojax_merge.commands import search as command
 
-    pipeline.search(config, out, resume, overwrite, seed, list(overrides), force)
+    command.search(config, out, resume, overwrite, seed, list(overrides), force)
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")
@@ -106,9 +106,9 @@ def plan(config: Path, target: str | None, json_file: Path | None, overrides: tu
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
     and moves, and how long that takes at least."""
     with _starting():
-        from evojax_merge import pipeline
+        from evojax_merge.commands import plan as command
 
-    pipeline.plan(config, target, json_file, list(overrides))
+    command.plan(config, target, json_file, list(overrides))
 
 
 @cli.command(short_help="Do one merge, described by a mergekit YAML.")
@@ -156,14 +156,14 @@ def merge(
         # Before anything imports huggingface_hub.
         os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
     with _starting():
-        from evojax_merge import pipeline
+        from evojax_merge.commands import merge as command
 
-    options = pipeline.MergeOptions(
+    options = command.MergeOptions(
         dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict, copy_tokenizer, write_model_card
     )
     if out_shard_size is not None:
         options = replace(options, max_shard_bytes=out_shard_size)
-    pipeline.merge(recipe, out, options, quiet, given_without_meaning(context))
+    command.merge(recipe, out, options, quiet, given_without_meaning(context))
 
 
 @cli.command(short_help="Score stored models on tasks.")
@@ -193,9 +193,9 @@ def evaluate(
     """Score stored models on the examples of the tasks (a search's config can serve as the tasks file). A run folder
     stands for its winner."""
     with _starting():
-        from evojax_merge import pipeline
+        from evojax_merge.commands import evaluate as command
 
-    pipeline.evaluate(list(models), tasks, json_file, samples_file, split)
+    command.evaluate(list(models), tasks, json_file, samples_file, split)
 
 
 @cli.command(short_help="Write a search's winner again, in another dtype or place.")
@@ -232,9 +232,9 @@ def export(
     if best_so_far and member is not None:
         raise InputError("--member", "cannot go with --best-so-far")
     with _starting():
-        from evojax_merge import pipeline
+        from evojax_merge.commands import export as command
 
-    pipeline.export(run, out, dtype, overwrite, best_so_far, member, rank)
+    command.export(run, out, dtype, overwrite, best_so_far, member, rank)
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
@@ -265,9 +265,9 @@ def keys(section: str | None) -> None:
 
 def _list(what: str, section: str | None = None) -> None:
     with _starting():
-        from evojax_merge import pipeline
+        from evojax_merge.commands import listings as command
 
-    pipeline.list_known(what, section)
+    command.list_known(what, section)
 
 
 def run(command: Callable[[], Any]) -> int:

@@ -15,7 +15,7 @@ from merge_kernels import Method
 from evojax_merge.candidates import Candidates, MergeCandidates, PathCandidates, PoolCandidates
 from evojax_merge.checkpoints.config_file import decoder_settings
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
-from evojax_merge.checkpoints.derived import input_files, reference_to
+from evojax_merge.checkpoints.derived import ignored_revisions, input_files, reference_to
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, Folder, file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.checkpoints.parents import Sources, open_decoders, open_sources
@@ -200,6 +200,19 @@ def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Conf
     parents = config.parents if winner is None else [winner, *config.parents]
     changes = {"stages": None, "space": stage.space, "data_flow": stage.data_flow, "search": stage.search}
     return config.model_copy(update=changes | {"parents": parents})
+
+
+def stage_configs(config: Config) -> list[Config]:
+    """The configs of a search's stages; until there is a winner, the first parent stands for it."""
+    if config.stages is None:
+        return [config]
+    return [stage_config(config, stage, config.parents[0] if i else None) for i, stage in enumerate(config.stages)]
+
+
+def revision_warnings(path: Path, config: Config) -> list[str]:
+    """A line for each revision that a config names and that does not exist. `path` is the config's file."""
+    lines = ignored_revisions((config.base, *config.parents, config.other_modules), path.parent)
+    return [f"{path}: {line}" for line in lines]
 
 
 def build_problem(

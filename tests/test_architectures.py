@@ -25,10 +25,11 @@ from helpers import (
 from reference.torch_models import torch_logits
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_bank, load_stored
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
+from evojax_merge.commands import merge as merge_command
+from evojax_merge.commands import search as search_command
 from evojax_merge.errors import InputError
 from evojax_merge.models import decoder
 from evojax_merge.models.bank import MergeSpec
@@ -488,9 +489,9 @@ def test_keys_that_nobody_reads_are_kept_and_named_once(family: Family, tmp_path
         "search": {"generations": 1, "population": 4},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    pipeline.merge(tmp_path / "recipe.yaml", tmp_path / "merged", pipeline.MergeOptions())
+    merge_command.merge(tmp_path / "recipe.yaml", tmp_path / "merged", merge_command.MergeOptions())
     said = [capsys.readouterr().out]
-    pipeline.search(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
+    search_command.search(tmp_path / "config.yaml", tmp_path / "run", False, False, None, [])
     said.append(capsys.readouterr().out)
     for out, folder in zip(said, (tmp_path / "merged", tmp_path / "run" / "best" / "model"), strict=True):
         named = [line for line in out.splitlines() if "unsloth_version" in line]

@@ -10,7 +10,7 @@ import pytest
 from helpers import search_in
 from test_racing import Hill, Plain, SurrogateData, everyone, one_token, text_task, write_config
 
-from evojax_merge import pipeline
+from evojax_merge.commands import search as search_command
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
@@ -350,7 +350,7 @@ def test_the_command_chooses_examples_and_goes_on_to_the_byte(family, tmp_path, 
 
     def search(out, generations, resume=False):
         overrides = [*CHOSEN, f"search.generations={generations}"]
-        pipeline.search(path, tmp_path / out, resume=resume, overrides=overrides, **settings)
+        search_command.search(path, tmp_path / out, resume=resume, overrides=overrides, **settings)
         return (tmp_path / out / "history.jsonl").read_bytes()
 
     whole = search("whole", 4)

@@ -18,10 +18,10 @@ import yaml
 from helpers import ALL, Family, random_model, save, tiny_config, words, write_lines
 from lm_eval.tasks import TaskManager
 
-from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
@@ -465,7 +465,9 @@ def test_evaluate_takes_the_harness_s_tasks(harness_tasks: Path, tmp_path: Path,
     tasks = tmp_path / "tasks.yaml"
     rows = [{"lm_eval": name, "include_path": str(harness_tasks)} for name in names]
     tasks.write_text(yaml.safe_dump({"tasks": rows}))
-    pipeline.evaluate([str(harness_tasks / "model")], tasks, tmp_path / "scores.json", tmp_path / "samples.jsonl")
+    evaluate_command.evaluate(
+        [str(harness_tasks / "model")], tasks, tmp_path / "scores.json", tmp_path / "samples.jsonl"
+    )
     (shown,) = json.loads((tmp_path / "scores.json").read_text())
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     choices, texts = ([line for line in samples if line["task"] == name] for name in names)

@@ -123,7 +123,8 @@ def test_what_says_that_memory_has_run_out(error: Exception, expected: bool) -> 
 def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from evojax_merge import pipeline, stored_models
+    from evojax_merge import stored_models
+    from evojax_merge.commands import search
 
     task = {"name": "text", "kind": "likelihood", "file": str(family.tasks)}
     document = {
@@ -139,7 +140,7 @@ def test_models_that_do_not_fit_are_refused_before_they_are_loaded(
         (["search", config, "--out", tmp_path / "run"], "holding 3 models", 2.9),
         (["evaluate", family.base, "--tasks", config], "the model", 0.9),
     ):
-        for module in (pipeline, stored_models):
+        for module in (search, stored_models):
             monkeypatch.setattr(module, "unused_memory", lambda least=least: int(least * size))
         capfd.readouterr()
         assert run(lambda arguments=arguments: cli.main([*map(str, arguments)], standalone_mode=False)) == 2

@@ -13,7 +13,7 @@ from mergekit.evo.genome import ModelGenome, ModelGenomeDefinition
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from evojax_merge import pipeline
+from evojax_merge.commands import search as search_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.evolve_config import filter_components
 from evojax_merge.mergekit.execute import merge_to, prepare
@@ -210,7 +210,7 @@ def test_a_search_runs_from_the_file_as_it_is(family4: Family, tmp_path: Path) -
     genome = {"merge_method": "dare_ties", "layer_granularity": 2, "filters": ["self_attn", "mlp"], "smooth": True}
     path = write_config(tmp_path, family4, genome, limit=8)
     run = tmp_path / "run"
-    pipeline.search(path, run, False, False, 3, ["search.generations=2", "search.population=4"])
+    search_command.search(path, run, False, False, 3, ["search.generations=2", "search.population=4"])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
     result = json.loads((run / "result.json").read_text())
     assert {row["role"] for row in result["table"]} == {"base", "parent", "uniform", "winner"}

@@ -17,7 +17,8 @@ from reference import merging
 from safetensors.numpy import load_file
 
 import evojax_merge as em
-from evojax_merge import host_callback, pipeline, search_pytrees
+from evojax_merge import host_callback, search_pytrees
+from evojax_merge.commands import export as export_command
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.pytrees import Generation, PytreeSearch
 
@@ -343,7 +344,7 @@ def test_a_run_folder_is_continued_where_it_was_broken_off(tmp_path: Any) -> Non
     run = em.open_run(tmp_path / "run")
     assert run.finished and run.params == tmp_path / "run/best/params.safetensors" and len(run.history) == 5
     with pytest.raises(InputError, match=r"is a run of search_pytrees, whose winner is a pytree: best/params"):
-        pipeline.export(tmp_path / "run", tmp_path / "model", None, overwrite=False, best_so_far=False)
+        export_command.export(tmp_path / "run", tmp_path / "model", None, overwrite=False, best_so_far=False)
     saved = load_file(tmp_path / "run/best/params.safetensors")
     assert saved.keys() == {"encoder/kernel", "encoder/bias", "decoder/kernel", "decoder/scale"}
     np.testing.assert_array_equal(saved["encoder/kernel"], whole.best["encoder"]["kernel"])

@@ -441,10 +441,10 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
 
 
 def test_the_command_races_and_says_what_it_saved(family, tmp_path, capsys):
-    from evojax_merge import pipeline
+    from evojax_merge.commands import search as search_command
 
     path = write_config(family, tmp_path, "merge", 3)
-    pipeline.search(path, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
+    search_command.search(path, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
     said = " ".join(capsys.readouterr().out.split())
     history = [json.loads(line) for line in (tmp_path / "run/history.jsonl").read_text().splitlines()]
     done = sum(sum(row["examples"]) for row in history)

@@ -19,10 +19,10 @@ import yaml
 from helpers import Family, build_family, finetune, load_torch, random_model, sample, save, state, tiny_config, words
 from merge_kernels import METHODS, Options
 
-from evojax_merge import pipeline
 from evojax_merge.checkpoints.bank import load_bank, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.commands import merge as merge_command
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.plan import evaluate_setting, layout, options_from, plan
@@ -57,7 +57,7 @@ def write(folder: Path, document: dict[str, Any]) -> Path:
 def merge(folder: Path, document: dict[str, Any], **options: Any) -> Path:
     """`evojax-merge merge` of a document, to a new folder."""
     out = folder / f"merged{len(list(folder.glob('merged*')))}"
-    pipeline.merge(write(folder, document), out, pipeline.MergeOptions(**options))
+    merge_command.merge(write(folder, document), out, merge_command.MergeOptions(**options))
     return out
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from test_racing import climb
 
+from evojax_merge.commands.search import run_search
 from evojax_merge.config import Config
 from evojax_merge.errors import Failed, InputError
-from evojax_merge.pipeline import run_search
 from evojax_merge.search.run_folder import Checkpoints, RunFolder, locked, open_run
 
 GENERATIONS = 5

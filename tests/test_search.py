@@ -26,13 +26,13 @@ from hostile import Running, run_command, run_python, start_command
 
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.folder import read_header
+from evojax_merge.commands.export import export
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.evaluation.scores import Scores, TaskScores
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import logits
 from evojax_merge.models.sources import lazy_merge
-from evojax_merge.pipeline import export
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.comparison import Result, Row
 from evojax_merge.report.merges import MergeReport

@@ -14,7 +14,8 @@ from helpers import write_lines
 from hostile import run_script
 
 import evojax_merge as em
-from evojax_merge import pipeline, search_pytrees
+from evojax_merge import search_pytrees
+from evojax_merge.commands import search as search_command
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.run_folder import RunFolder
@@ -85,20 +86,20 @@ def config(family, tmp_path):
 
 
 def test_a_config_names_it(config, tmp_path):
-    pipeline.search(config, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
+    search_command.search(config, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
     history = RunFolder(tmp_path / "run").read_history()
     best = [row["highest"] for row in history]
     assert len(history) == 3 and best == sorted(best)
     assert [row["best_so_far"] for row in history] == pytest.approx(best)
     # The state and the genomes that were told of are what a continuation starts from.
-    pipeline.search(config, tmp_path / "parts", False, False, None, ["search.generations=1"])
-    pipeline.search(config, tmp_path / "parts", resume=True, overwrite=False, seed=None, overrides=[])
+    search_command.search(config, tmp_path / "parts", False, False, None, ["search.generations=1"])
+    search_command.search(config, tmp_path / "parts", resume=True, overwrite=False, seed=None, overrides=[])
     assert (tmp_path / "parts/history.jsonl").read_bytes() == (tmp_path / "run/history.jsonl").read_bytes()
     assert "hill_climber over" in (tmp_path / "run/best/model/README.md").read_text()
 
 
 def test_history_carries_what_every_candidate_was_and_scored(config, tmp_path):
-    pipeline.search(config, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
+    search_command.search(config, tmp_path / "run", resume=False, overwrite=False, seed=None, overrides=[])
     problem = build_problem(config, read_config(config, [], None))
     for row in RunFolder(tmp_path / "run").read_history():
         genomes = np.array(row["genomes"], np.float32)

@@ -11,7 +11,8 @@ import yaml
 from copy_task import KIND, CopyConfig, CopyTask
 from helpers import Family
 
-from evojax_merge import pipeline
+from evojax_merge.commands import evaluate as evaluate_command
+from evojax_merge.commands import search as search_command
 from evojax_merge.config import TaskFile, parse
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Section
@@ -52,7 +53,7 @@ def config_file(family: Family, tmp_path: Path) -> Path:
 
 def test_a_search_on_a_kind_from_outside(config_file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    pipeline.search(config_file, run, False, False, None, [])
+    search_command.search(config_file, run, False, False, None, [])
     assert len((run / "history.jsonl").read_text().splitlines()) == 2
     table = json.loads((run / "result.json").read_text())["table"]
     assert all(0 < row["heldout_scores"]["again/copied"] < 1 for row in table)
@@ -60,14 +61,14 @@ def test_a_search_on_a_kind_from_outside(config_file: Path, tmp_path: Path) -> N
     assert kept == {"name": "again", "kind": "copy", "count": 10, "length": 3, "heldout": 0.2, "limit": None,
                     "weight": 1.0}  # fmt: skip
     # What was kept can be opened again.
-    pipeline.search(config_file, run, True, False, None, ["search.generations=3"])
+    search_command.search(config_file, run, True, False, None, ["search.generations=3"])
     assert len((run / "history.jsonl").read_text().splitlines()) == 3
 
 
 def test_an_evaluation_on_a_kind_from_outside(config_file: Path, family: Family, tmp_path: Path) -> None:
     scores, samples = tmp_path / "scores.json", tmp_path / "samples.jsonl"
     models = [str(family.base), str(family.parents[0])]
-    pipeline.evaluate(models, config_file, scores, samples)
+    evaluate_command.evaluate(models, config_file, scores, samples)
     table = json.loads(scores.read_text())
     lines = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [(line["model"], line["task"]) for line in lines] == [
@@ -85,7 +86,7 @@ def test_an_evaluation_on_a_kind_from_outside(config_file: Path, family: Family,
     assert [line["target"] for line in texts] == 2 * [record["target"] for record in records]
     assert {line["extracted"] for line in lines} == {None}
     # Samples take the place of earlier ones.
-    pipeline.evaluate(models[:1], config_file, None, samples)
+    evaluate_command.evaluate(models[:1], config_file, None, samples)
     assert len(samples.read_text().splitlines()) == 22
 
 

@@ -10,7 +10,7 @@ from helpers import even_records, search_in, write_lines
 from test_racing import Hill, Plain, SurrogateData, everyone, numbers, text_task
 
 import evojax_merge as em
-from evojax_merge import pipeline
+from evojax_merge.commands import search as search_command
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import fitness
@@ -177,7 +177,7 @@ def config(family, tmp_path_factory) -> Path:
 
 
 def run_search(config: Path, out: Path, *overrides: str, resume: bool = False) -> None:
-    pipeline.search(config, out, resume=resume, overwrite=False, seed=None, overrides=list(overrides))
+    search_command.search(config, out, resume=resume, overwrite=False, seed=None, overrides=list(overrides))
 
 
 @pytest.fixture(scope="module")

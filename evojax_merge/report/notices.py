@@ -1,14 +1,24 @@
-"""What a user is told beside the results."""
+"""Notices and warnings that a command prints beside its results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
 
 from evojax_merge.checkpoints.config_file import unread_keys
 from evojax_merge.checkpoints.folder import Folder
 from evojax_merge.checkpoints.json_files import shown
+from evojax_merge.errors import print_warning
 from evojax_merge.models.architecture import known_architecture
 from evojax_merge.report.progress import say
 
 Log = Callable[[str], None]
+
+
+def print_warnings(lines: Iterable[str]) -> None:
+    """Print each line as a warning on stderr, once for all processes of a run."""
+    if jax.process_index() == 0:
+        for line in lines:
+            print_warning(line)
 
 
 def say_unread(folders: Sequence[Folder], log: Log = say) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -60,6 +60,11 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+def merge_bar(label: str, which: str, nbytes: int) -> AbstractContextManager[Callable[[int], None]]:
+    """The progress bar of one of several merges; `which` is empty where there is one."""
+    return bytes_bar(f"{label} {which}".rstrip(), nbytes)
 
 
 @contextmanager

@@ -1,0 +1,54 @@
+"""`evojax-merge evaluate`: scores of stored models, as a table and as files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.errors import InputError, print_warning
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.evaluation.samples import sample_rows
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.file_system import atomic_write
+from evojax_merge.report.progress import console, say
+from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.run_folder import (
+    to_line,
+)
+from evojax_merge.stored_models import (
+    Split,
+    check_own_file,
+    holds_samples,
+    holds_table,
+    read_tasks,
+    score_models,
+    score_table,
+)
+
+
+def evaluate(
+    models: list[str],
+    tasks_path: Path,
+    json_file: Path | None,
+    samples_file: Path | None = None,
+    split: Split = "all",
+) -> None:
+    tasks = read_tasks(tasks_path, split)
+    if json_file is not None:
+        check_own_file(json_file, "--json", "scores", holds_table)
+    if samples_file is not None:
+        if json_file is not None and os.path.realpath(samples_file) == os.path.realpath(json_file):
+            raise InputError(samples_file, "--samples: is the file of --json as well; choose another name")
+        check_own_file(samples_file, "--samples", "samples", holds_samples)
+    samples: list[dict[str, Any]] = []
+
+    def keep(model: str, evaluator: Evaluator, scores: TaskScores) -> None:
+        if samples_file is not None:
+            samples.extend(sample_rows(model, evaluator.batched_tasks, scores))
+
+    rows = score_models(models, tasks, say, print_warning, keep)
+    console.print(terminal_table(rows, f"Scores on {'; '.join(tasks.sizes)}"))
+    if json_file is not None:
+        atomic_write(json_file, json.dumps(score_table(models, rows), indent=1, ensure_ascii=False) + "\n")
+    if samples_file is not None:
+        atomic_write(samples_file, "".join(map(to_line, samples)))

@@ -1,0 +1,140 @@
+"""`evojax-merge export`: the winner of a run, its best candidate so far, or a member of its front."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from evojax_merge import plugins
+from evojax_merge.commands.merge import card_of_merge, write_model
+from evojax_merge.config import Config, parse
+from evojax_merge.errors import Failed, InputError
+from evojax_merge.file_system import check_free, recover
+from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
+from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.stages import prepare_stream
+from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_stream
+from evojax_merge.mergekit.write import in_dtype
+from evojax_merge.problem import (
+    build_problem,
+    stage_config,
+)
+from evojax_merge.references import resolve_reference
+from evojax_merge.regular_file import read_regular
+from evojax_merge.report.card import adapter_card, card_in_dtype
+from evojax_merge.report.progress import console, say
+from evojax_merge.search.loop import saved_strategy_state
+from evojax_merge.search.protocols import context_of
+from evojax_merge.search.run_folder import (
+    OF_A_RUN,
+    Checkpoints,
+    check_inputs,
+    check_masks,
+    find_member,
+    is_run,
+    locked,
+    read_result,
+)
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.selection import recipe_text
+from evojax_merge.yaml_reader import load_yaml, parse_documents
+
+
+def export(
+    run: Path, out: Path, dtype: str | None, overwrite: bool, best_so_far: bool, member: int | None = None,
+    rank: int | None = None,
+) -> None:  # fmt: skip
+    """Write a run's winner, its best candidate so far, or a member of its front: as a model, or, where a rank is given,
+    as an adapter of its base of that rank."""
+    plugins.load()
+    folder = RunFolder(run)
+    if not is_run(folder):
+        raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    recover(out)
+    check_free(out, overwrite)
+    if member is not None:
+        file = find_member(folder, member)
+        _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite, rank)
+        return
+    finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
+    if best_so_far and not (finished and folder.recipe.exists()):
+        _export_best_so_far(folder, out, dtype, overwrite, rank)
+        return
+    if not folder.recipe.exists():
+        if folder.params.exists():
+            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
+        more = "finish it with search … --resume, or pass --best-so-far"
+        raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
+    stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
+    card = read_regular(card_file, "a model card").decode(errors="replace") if card_file.exists() else None
+    _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
+
+
+def _export(
+    folder: RunFolder, stream: RecipeStream, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool,
+    rank: int | None,
+) -> None:  # fmt: skip
+    """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card` None: one that
+    shows just that."""
+    if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
+        check_masks(folder)
+    with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
+        searched = stream_plan.result.recipe.out_dtype
+        card = card_in_dtype(card or card_of_merge(out, stream_plan, text), searched, dtype)
+        write: Callable[..., RankError | None] = partial(merge_to, recipe=in_dtype(text, dtype))
+        if rank is not None:
+            base = prepare_adapter(stream_plan, rank)
+            write = partial(write_as_adapter, rank=rank, describe=partial(adapter_card, base=base, rank=rank))
+        keep = [*stream_plan.inputs, *folder.parts]
+        error = write_model(stream_plan, out, card, "exporting", overwrite, keep, write)
+    if error is not None:
+        console.print(str(error), highlight=False, soft_wrap=True)
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
+def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None) -> None:
+    """Write the best candidate that an unfinished run has saved, as every generation scored it."""
+    # Nobody else may go on with the run meanwhile.
+    with locked(folder.path, resume=True):
+        running, config = _stage_begun_last(folder)
+        check_inputs(running)
+        problem = build_problem(running.config, config, chained=True)
+        saved = Checkpoints(running).restore(say)
+        if saved is None:
+            raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
+        fitness = float(saved.arrays["fitness"][0])
+        if not math.isfinite(fitness):
+            raise Failed(
+                f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
+                "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
+            )
+        state = saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space)
+        problem = problem.within(context_of(problem.strategy, state))
+        text = recipe_text(problem, saved.arrays["genomes"][0])
+        stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
+        _export(folder, stream, text, None, out, dtype, overwrite, rank)
+    chosen_on = "whole search split" if problem.splits.validation is None else "validation split"
+    console.print(
+        f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
+        f"generation is scored on (a finished run chooses its winner on the {chosen_on})",
+        soft_wrap=True,
+    )
+
+
+def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
+    """The run folder of a search that was broken off, and its config; of a chain, those of the stage that was
+    running."""
+    document = load_yaml(folder.config)
+    for key in OF_A_RUN:
+        document.pop(key, None)
+    config: Config = parse(folder.config, document, Config)
+    if config.stages is None:
+        return folder, config
+    before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]
+    if folder.history.exists() or not before:
+        winner = str(before[-1].model) if before else None
+        return folder, stage_config(config, config.stages[-1], winner)
+    begun = [stage for stage in before if is_run(stage)]
+    if not begun:
+        raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
+    return _stage_begun_last(begun[-1])

@@ -1,0 +1,126 @@
+"""`evojax-merge merge`: one merge of a mergekit recipe, without a search."""
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from evojax_merge import plugins
+from evojax_merge.checkpoints.writer import (
+    MAX_SHARD_BYTES,
+    check_output,
+    require_space,
+)
+from evojax_merge.errors import print_warning
+from evojax_merge.file_system import check_free, recover
+from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.stages import StreamPlan, merge_stream, prepare_stream
+from evojax_merge.mergekit.streams import parse_stream, stream_warnings
+from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_unused_keys
+from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.references import resolve_reference
+from evojax_merge.report.card import merge_card
+from evojax_merge.report.notices import Log, print_warnings, say_unread
+from evojax_merge.report.progress import console, merge_bar, say
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.yaml_reader import load_documents, refuse_repeated
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How a recipe is merged, and what of the model is written.
+
+    `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
+    `allow_crimes`: see `prepare_stream`. `strict`: what mergekit passes over in a recipe, or reads as something else,
+    is refused, not told. `copy_tokenizer`: the first model's is written as well. `card`: so are a card and the recipe.
+    `max_shard_bytes`: the most in a file of weights."""
+
+    dtype: str | None = None
+    seed: int | None = None
+    overwrite: bool = False
+    allow_nonfinite: bool = False
+    allow_crimes: bool = False
+    strict: bool = False
+    copy_tokenizer: bool = True
+    card: bool = True
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+def merge(
+    recipe: Path, out: Path, options: MergeOptions, quiet: bool = False, without_meaning: Sequence[str] = ()
+) -> None:
+    """`without_meaning`: options that the command line has and that change nothing."""
+    usual, console.quiet = console.quiet, console.quiet or quiet
+    try:
+        if without_meaning:
+            print_warnings([f"{', '.join(without_meaning)}: mergekit's, without a meaning here; ignored"])
+        write_merge(recipe, out, options, say, print_warning)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    finally:
+        console.quiet = usual
+
+
+def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log: Log, warn: Log) -> None:
+    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model."""
+    plugins.load()
+    recover(out)
+    check_free(out, options.overwrite)
+    strict = options.strict
+    twice: list[str] = []
+    repeated = refuse_repeated if strict else lambda place, said: twice.append(f"{place}: {said}; the last counts")
+    if isinstance(recipe, Path):
+        path, given, text = recipe, load_documents(recipe, repeated), recipe.read_text(encoding="utf-8")
+        no_file: Path | None = None
+    else:
+        path, given, text = Path("recipe"), recipe, dump_documents(recipe)
+        no_file = path
+    documents, ignored = (given, []) if strict else without_unused_keys(path, given)
+    with ExitStack() as stack:
+        with blaming_slips([] if strict else given):
+            stream = parse_stream(path, documents)
+            planned = prepare_stream(
+                stream, out, options.dtype, options.seed, options.allow_nonfinite, resolve_reference,
+                options.copy_tokenizer, options.allow_crimes, strict,
+            )  # fmt: skip
+            stream_plan = stack.enter_context(planned)
+        said_twice = few_lines(path, twice, "more keys stand twice")
+        for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
+            warn(line)
+        say_unread(list(stream_plan.models.values()), log)
+        inputs = [path for path in stream_plan.inputs if path != no_file]
+        card = card_of_merge(out, stream_plan, text) if options.card else None
+        write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
+        write_model(stream_plan, out, card, "merging", options.overwrite, inputs, write)
+
+
+def write_model(
+    stream_plan: StreamPlan, out: Path, card: str | None, label: str, overwrite: bool, keep: Sequence[Path],
+    write: Callable[..., T],
+) -> T:  # fmt: skip
+    """Do planned merges and write the result, unless `out` may not be written to (see `check_output`) or the disk is
+    too full. `write`: see `merge_stream`."""
+    check = partial(check_output, out, [*keep, *_parts_of_runs(out)])
+    check()
+    require_space(out, stream_plan.peak_bytes)
+    bar = partial(merge_bar, label)
+    return merge_stream(stream_plan, out, write, card=card, overwrite=overwrite, check=check, bar=bar)
+
+
+def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
+    """The model card of a planned merge. text: its recipe as YAML."""
+    methods = list(dict.fromkeys(one.recipe.method.name for one in stream_plan.merges))
+    models = {model: folder.path for model, folder in stream_plan.models.items()}
+    return merge_card(out.name, methods, models, text)
+
+
+def _parts_of_runs(out: Path) -> list[Path]:
+    """What belongs to the runs in whose folders `out` would lie."""
+    # Parts of a run may be links.
+    above = {*Path(os.path.realpath(out)).parents, *Path(os.path.abspath(out)).parents}
+    runs = [RunFolder(folder) for folder in sorted(above)]
+    return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]

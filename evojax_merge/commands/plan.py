@@ -1,0 +1,67 @@
+"""`evojax-merge plan`: what a search would take, from headers alone."""
+
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from evojax_merge import plugins
+from evojax_merge.checkpoints.headers import HeaderFolders
+from evojax_merge.config import blamed_on_overrides
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
+from evojax_merge.evaluation.targets import Target, find_target, live_target
+from evojax_merge.file_system import atomic_write
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import (
+    build_problem,
+    read_config,
+    revision_warnings,
+    stage_configs,
+)
+from evojax_merge.references import resolve_headers
+from evojax_merge.report.notices import print_warnings
+from evojax_merge.report.plan import holds_plans
+from evojax_merge.report.progress import console, say
+from evojax_merge.stored_models import (
+    check_own_file,
+)
+
+
+def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
+    """Say what the search of a config file would take on a target; None: on the devices that are here. json_file: a
+    list of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
+    if json_file is not None:
+        check_own_file(json_file, "--json", "plan", holds_plans)
+    with blamed_on_overrides(path, overrides):
+        plugins.load()
+        config = read_config(path, overrides, None)
+        target = live_target() if target_name is None else find_target("--target", target_name)
+        with tempfile.TemporaryDirectory() as root:
+            folders, plans = HeaderFolders(Path(root)), []
+            resolve = partial(resolve_headers, folders)
+            for stage, config_of_stage in enumerate(stage_configs(config)):
+                problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
+                compiler = _compiler(target, config.evaluation.model)
+                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
+    print_warnings(revision_warnings(path, config))
+    for number, one in enumerate(plans, start=1):
+        if len(plans) > 1:
+            console.print(f"stage {number} of {len(plans)}")
+        for line in one.lines():
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(one.table())
+    if json_file is not None:
+        atomic_write(json_file, json.dumps([one.as_json() for one in plans], indent=1) + "\n")
+    for one in plans:
+        if not one.fits:
+            raise InputError(path, one.what_would_fit())
+
+
+def _compiler(target: Target, model: int) -> TargetCompiler | None:
+    """The target's compiler; where it is not installed a line says so."""
+    try:
+        return target_compiler(target, model)
+    except CompilerMissing as error:
+        say(str(error))
+        return None

@@ -1,0 +1,247 @@
+"""`evojax-merge search`: a config, its checks, the run folder, one search or a chain of them."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from evojax_merge import core, interrupts, plugins
+from evojax_merge.checkpoints.derived import parts_of
+from evojax_merge.checkpoints.writer import (
+    check_outside,
+    require_space,
+)
+from evojax_merge.config import Config, StageConfig, blamed_on_overrides
+from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
+from evojax_merge.evaluation.batched_tasks import BatchedTask, token_warnings
+from evojax_merge.evaluation.devices import barrier, unused_memory
+from evojax_merge.evaluation.memory import require_memory
+from evojax_merge.interrupts import defer_signals
+from evojax_merge.planning import advice, disk_bytes
+from evojax_merge.problem import (
+    SearchProblem,
+    build_problem,
+    read_config,
+    resolved_document,
+    resolved_space,
+    revision_warnings,
+    stage_config,
+    stage_configs,
+)
+from evojax_merge.report.notices import print_warnings, say_unread
+from evojax_merge.report.plan import shown_advice
+from evojax_merge.report.progress import OnGeneration, console, say
+from evojax_merge.schema import MAX_NAME_BYTES
+from evojax_merge.search.run_folder import (
+    Checkpoints,
+    check_place,
+    is_run,
+    locked,
+    open_run,
+    random_numbers,
+    removed_if_refused,
+)
+from evojax_merge.search.run_lock import check_not_in_use
+from evojax_merge.search.run_parts import RunFolder
+from evojax_merge.tasks.opening import overlaps
+from evojax_merge.tasks.splits import Splits
+
+
+class ResumeHint:
+    """The command that continues a search, printed wherever the search is broken off."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._folder: RunFolder | None = None
+
+    def on_started(self, command: str, folder: RunFolder) -> None:
+        """From here on `command` continues the search, whose run folder is there."""
+        self._command, self._folder = command, folder
+
+    @contextmanager
+    def on_exit(self) -> Iterator[None]:
+        """Print the command where a signal or the loss of another process ends the block."""
+        try:
+            yield
+        except BaseException as error:
+            if interrupts.received() or isinstance(error, PeerLostError):
+                with defer_signals():
+                    hint = printable(f"stopped; {self._saved()}. Continue with: {self._command}", LONGEST_LINE)
+                    print(hint, file=sys.stderr, flush=True)
+            raise
+
+    def _saved(self) -> str:
+        if self._folder is None:
+            return "nothing was searched yet"
+        count = len(self._folder.read_history())
+        return "1 generation is saved" if count == 1 else f"{count} generations are saved"
+
+
+def search(
+    path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
+    force: bool = False,
+) -> None:  # fmt: skip
+    """Search from a config file. A search that is broken off prints the command that continues it."""
+    options = [part for override in overrides for part in ("--set", override)]
+    options += [] if seed is None else ["--seed", str(seed)]
+    options += ["--distributed"] if jax.process_count() > 1 else []
+    options += ["--force"] if force else []
+    asked = ["--out", str(out)] if out else []
+    asked += ["--resume"] if resume else ["--overwrite"] if overwrite else []
+    resume_hint = ResumeHint(_command(path, *asked, *options))
+    with resume_hint.on_exit(), blamed_on_overrides(path, overrides):
+        plugins.load()
+        config = read_config(path, overrides, seed)
+        out = out or default_out(path, config)
+        on_started = partial(resume_hint.on_started, _command(path, "--out", str(out), *options, "--resume"))
+        run_search(path, config, out, resume=resume, overwrite=overwrite, on_started=on_started, force=force)
+
+
+def default_out(path: Path, config: Config) -> Path:
+    """The run folder of a config that is given none."""
+    return Path(config.out) if config.out else Path("runs") / path.stem
+
+
+def run_search(
+    path: Path,
+    config: Config,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    on_started: Callable[[RunFolder], None] = lambda folder: None,
+    on_generation: OnGeneration = lambda generation: None,
+    force: bool = False,
+) -> None:
+    """Search from a config to a model in the run folder `out`. `path` names the config in messages, and relative paths
+    start in its folder; `on_started` is called as soon as there is something to resume. Raises InputError where the
+    search cannot fit into memory, unless `force`."""
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in out.parts):
+        raise InputError(out, f"a name in it has over {MAX_NAME_BYTES} bytes; choose another run folder with --out")
+    if jax.process_index() == 0:
+        # Before the models and examples are opened, which can take minutes.
+        check_not_in_use(out)
+        check_place(out, resume=resume, overwrite=overwrite)
+    if config.stages is not None:
+        _run_chain(path, config, config.stages, out, resume, overwrite, on_started, on_generation, force)
+        return
+    problem = build_problem(path, config)
+    _check_outside(out, [problem])
+    batched_tasks = problem.batched_tasks()
+    require_space(out, disk_bytes(problem))
+    _require_bank(path, problem, force)
+    with _opened(out, resolved_document(problem), on_started, resume=resume, overwrite=overwrite) as folder:
+        _log_warnings(path, problem, batched_tasks)
+        core.search(folder, problem, batched_tasks, on_generation, force)
+
+
+def _command(path: Path, *options: str) -> str:
+    return shlex.join(["evojax-merge", "search", str(path), *options])
+
+
+@contextmanager
+def _opened(
+    path: Path, document: dict[str, Any], on_started: Callable[[RunFolder], None], *, resume: bool, overwrite: bool
+) -> Iterator[RunFolder]:
+    """The run folder, locked and opened by the one process that writes; the others wait, and print nothing.
+    `on_started` is called as soon as there is something to resume."""
+    console.quiet = console.quiet or jax.process_index() > 0
+    folder = RunFolder(path)
+    with ExitStack() as stack:
+        with defer_signals():
+            if jax.process_index() == 0:
+                stack.enter_context(locked(path, resume=resume))
+                open_run(path, document, resume=resume, overwrite=overwrite, say=print_warning)
+                if not resume:
+                    stack.enter_context(removed_if_refused(folder))
+            on_started(folder)
+        _check_checkpoints(folder)
+        yield folder
+
+
+def _check_checkpoints(folder: RunFolder) -> None:
+    """What cannot be continued is found before the models are loaded. All processes do this together."""
+    barrier("opened")
+    Checkpoints(folder).restore(say)
+
+
+def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
+    """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
+    them; on a CPU all devices hold theirs in the memory of the host."""
+    devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
+    nbytes = problem.candidates.held_bytes() * devices // problem.config.evaluation.model
+    what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
+    try:
+        require_memory(f"{path}: parents", what, nbytes, unused_memory())
+    except InputError as error:
+        if not force:
+            remedy = shown_advice(advice(problem, 0))
+            raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
+
+
+def _run_chain(
+    path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
+    on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
+) -> None:  # fmt: skip
+    """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
+    before have run folders of their own below `stages/`."""
+    # Every stage is checked before the first one runs.
+    problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(stage_configs(config))]
+    _check_outside(out, problems)
+    batched_tasks = [problem.batched_tasks() for problem in problems]
+    require_space(out, sum(map(disk_bytes, problems)))
+    for problem in problems:
+        _require_bank(path, problem, force)
+    document = resolved_document(problems[0])
+    for key in ("space", "data_flow", "search"):
+        document.pop(key)
+    document |= random_numbers(any(problem.candidates.is_random for problem in problems))
+    document["stages"] = [
+        stage.model_dump(mode="json") | {"space": resolved_space(problem)}
+        for stage, problem in zip(stages, problems, strict=True)
+    ]
+    with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
+        # All stages ask the same.
+        _log_warnings(path, problems[0], batched_tasks[0])
+        winner: str | None = None
+        for number, stage in enumerate(stages, start=1):
+            console.print(f"stage {number} of {len(stages)}")
+            problem = problems[0]
+            if winner is not None:
+                problem = build_problem(path, stage_config(config, stage, winner), chained=True)
+            if number == len(stages):
+                core.search(run, problem, batched_tasks[-1], on_generation, force)
+                return
+            folder = RunFolder((run.stages / f"stage-{number}").resolve())
+            if not (resume and folder.result.exists() and folder.model.exists()):
+                on_started(folder)
+                if jax.process_index() == 0:
+                    again = resume and is_run(folder)
+                    open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
+                _check_checkpoints(folder)
+                core.search(folder, problem, batched_tasks[number - 1], on_generation, force)
+            winner = str(folder.model)
+            on_started(run)
+
+
+def _log_warnings(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
+    """What a user should know of the models and the examples before a search."""
+    say_unread(problem.sources.folders)
+    print_warnings(revision_warnings(path, problem.config))
+    print_warnings(problem.sources.warnings)
+    examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]
+    print_warnings(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
+    print_warnings(overlaps(str(path), problem.config.tasks, problem.splits))
+
+
+def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
+    """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
+    models = [part for problem in problems for model in problem.references for part in parts_of(model)]
+    for place in (out, *RunFolder(out).parts):
+        check_outside(place, models)

@@ -1,0 +1,170 @@
+"""The main path: from a search that is checked to a winner in its run folder."""
+
+from functools import partial
+from typing import Any
+
+from evojax_merge import interrupts
+from evojax_merge.checkpoints.bank import bank_bytes
+from evojax_merge.checkpoints.derived import reference_to
+from evojax_merge.errors import InputError
+from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
+from evojax_merge.evaluation.devices import Devices, barrier, local_devices
+from evojax_merge.evaluation.diagnostics import warnings
+from evojax_merge.file_system import atomic_write
+from evojax_merge.mergekit.execute import merge_to
+from evojax_merge.mergekit.stages import merge_stream, prepare_stream
+from evojax_merge.mergekit.streams import read_stream
+from evojax_merge.planning import make_plan
+from evojax_merge.problem import (
+    SearchProblem,
+    failure_hint,
+)
+from evojax_merge.references import resolve_reference
+from evojax_merge.report.card import search_card
+from evojax_merge.report.comparison import Result, write_result
+from evojax_merge.report.picture import draw
+from evojax_merge.report.plan import Plan
+from evojax_merge.report.progress import OnGeneration, bytes_bar, console, merge_bar, passes_bar, say, search_bar
+from evojax_merge.report.tables import terminal_table
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.search.loop import evolve
+from evojax_merge.search.run_folder import (
+    Checkpoints,
+    EarlierWinner,
+    FolderStorage,
+    earlier_winners,
+    keep_winner,
+    read_result,
+    write_front,
+)
+from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, check_room, read_lines
+from evojax_merge.search.stopping import course_of, stopped
+from evojax_merge.search.successive_halving import describe_halving
+from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
+from evojax_merge.tasks.splits import Splits
+
+FORCE = "--force goes on all the same"
+
+
+def search(
+    folder: RunFolder,
+    problem: SearchProblem,
+    batched_tasks: Splits[list[BatchedTask]],
+    on_generation: OnGeneration,
+    force: bool,
+) -> None:
+    """Search, choose the winner, export it and report. A run that has done all this is left as it is."""
+    why_complete = _why_complete(folder, problem)
+    if why_complete is not None:
+        say(why_complete)
+        console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
+        return
+    check_room(folder, problem.search.generations)
+    devices = local_devices(problem.config.evaluation.model)
+    planned = make_plan(problem, batched_tasks)
+    _print_setup(problem, batched_tasks, devices, planned)
+    if planned.target.is_accelerator and not planned.fits and not force:
+        raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
+
+    with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
+        evaluators = open_evaluators(problem, batched_tasks, devices, progress, say)
+    with search_bar(problem.search.generations, on_generation) as reporter:
+        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
+        archive = evolve(
+            problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+            warnings, failure_hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
+        )  # fmt: skip
+    _print_work(folder, problem, evaluators)
+    with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
+        result = select_best(problem, evaluators, archive, progress)
+    if devices.is_main_process:
+        _write_winner(folder, problem.within(archive.context), result)
+    barrier("written")
+
+
+def _print_setup(
+    problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]], devices: Devices, planned: Plan
+) -> None:
+    """Print what is searched, and where: devices, models, batches, the plan."""
+    console.print(devices.describe(), highlight=False)
+    for role, model in problem.models:
+        console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
+    if problem.other_modules is not None:
+        where = reference_to(problem.other_modules)
+        console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
+    console.print(describe_batches([one for shard in batched_tasks.shards for one in shard]), highlight=False)
+    for line in planned.summary():
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]]) -> None:
+    """Print how candidates were scored, and what successive halving saved."""
+    used = [one.evaluator for one in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if one]
+    console.print(problem.candidates.describe_work(used), highlight=False)
+    if len(evaluators.shards) > 1:
+        examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
+        console.print(describe_halving(folder.read_history(), examples), highlight=False)
+
+
+def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
+    """One line, if a run folder holds all that a search of its saved generations ends with, and no more are wanted;
+    else None. All processes of a run ask this together."""
+    result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
+    if result is None or result.get("generations") != len(rows):
+        return None
+    written = [folder.recipe, folder.model, folder.picture, *([folder.front] if "members" in result else [])]
+    if not all(path.exists() for path in written):
+        return None
+    course = course_of(rows, read_lines(folder.timing))
+    ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
+    if ended is None and wanted > len(rows):
+        return None
+    saved = Checkpoints(folder).restore(say)
+    if saved is None or not saved.describes(len(rows), folder.history):
+        return None
+    if ended is None:
+        return f"{len(rows)} generations are saved, and {wanted} wanted: nothing to search"
+    return f"{len(rows)} generations are saved: nothing to search ({ended.describe()})"
+
+
+def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
+    """Export the winner, and report."""
+    interrupts.check()
+    check_replaceable_model(folder.model)
+    recipe, history = recipe_text(problem, result.genome), folder.read_history()
+    keep_winner(folder, recipe)
+    atomic_write(folder.recipe, recipe)
+    if result.members:
+        write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
+    card = search_card(folder.path.name, problem, result, recipe, len(history))
+    with prepare_stream(read_stream(folder.recipe), folder.model, find=resolve_reference) as stream_plan:
+        bar = partial(merge_bar, "exporting")
+        write = partial(merge_to, recipe=recipe)
+        check = partial(check_replaceable_model, folder.model)
+        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, check=check, bar=bar)
+    draw(result, history, folder.picture)
+    write_result(result, len(history), folder.result)
+    shown = result.report.terminal()
+    if shown is not None:
+        for line in shown.split("\n"):
+            console.print(line, highlight=False, soft_wrap=True)
+    console.print(terminal_table(result.rows, "Held-out scores"))
+    if result.members:
+        console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
+        console.print(f"members: {folder.front} (export --member NUMBER)", highlight=False, soft_wrap=True)
+    console.print(f"winner: {folder.model}", highlight=False, soft_wrap=True)
+    for sentence in (result.chosen_on(), *result.verdicts()):
+        console.print(sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+    for earlier in earlier_winners(folder):
+        line = _compared(earlier, len(history), result.winner.fitness)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
+    """One line on what going on has brought, on the examples that no search has seen."""
+    now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
+    verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
+    return (
+        f"held out, the winner of {generations} generations ({now}) is {verdict} that of {earlier.generations} "
+        f"({before}), which is kept in {earlier.path}"
+    )
