@@ -14,13 +14,14 @@ from merge_kernels import Method, Options, Parameter
 import evojax_merge as em
 
 
-def combine(options, sources, keep_keys, statistics, parameters):
+def combine(options, inputs):
     """b + lambda * sum_k w_k d_k where all the deltas d_k = x_k - b have one sign, and b elsewhere.
 
-    sources: the base and the K parents, arrays of one shape; parameters: weight float32[K], lambda float32[]. JAX
-    traces it; the result is float32.
+    inputs.sources: the base and the K parents, arrays of one shape; inputs.parameters: weight float32[K], lambda
+    float32[]. JAX traces the function; the result is float32.
     """
-    base, *parents = (x.astype(jnp.float32) for x in sources)
+    base, *parents = (x.astype(jnp.float32) for x in inputs.sources)
+    parameters = inputs.parameters
     deltas = [x - base for x in parents]
     agree = jnp.abs(sum(jnp.sign(delta) for delta in deltas)) == len(deltas)
     weighted = sum(weight * delta for weight, delta in zip(parameters["weight"], deltas, strict=True))

@@ -10,19 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from merge_kernels import Method
 
 from evojax_merge import pipeline, plugins, stored_models
+from evojax_merge.arguments import check_arguments
 from evojax_merge.checkpoints import bank as checkpoints_bank
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.config import MAX_SEED, Config, Numbers, TaskFile, parse
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, printable, shown
 from evojax_merge.evaluation.scores import Scores, score_matrix
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
@@ -33,7 +35,7 @@ from evojax_merge.references import resolve_reference
 from evojax_merge.report.progress import bytes_bar, console
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
-from evojax_merge.selection import open_evaluators, recipe_text
+from evojax_merge.selection import open_evaluator, recipe_text
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
 from evojax_merge.yaml_reader import parse_documents, parse_yaml
 
@@ -56,7 +58,7 @@ def _ignore(line: str) -> None:
 
 def _warn(line: str) -> None:
     # Of who called the function of this file.
-    warnings.warn(line, stacklevel=4)
+    warnings.warn(printable(line), stacklevel=4)
 
 
 def _as_yaml(where: str, value: Any) -> Any:
@@ -113,6 +115,7 @@ def merge(
     whose tensors agree. strict: refuse keys, parameters and values of the recipe that have no meaning, in place of a
     warning.
     """
+    check_arguments(merge, locals())
     _check_dtype(dtype)
     _check_seed(seed)
     if isinstance(recipe, str | PathLike):
@@ -140,8 +143,7 @@ def evaluate(
     of these tasks, with its seed, has in this split; `all`: all examples, and of a task with a second source of
     held-out ones, those.
     """
-    if split not in get_args(stored_models.Split):
-        raise InputError("split", f"{split!r}; expected {', '.join(get_args(stored_models.Split))}")
+    check_arguments(evaluate, locals())
     asked = [models] if isinstance(models, str | PathLike | Run) else list(models)
     if not asked:
         raise InputError("models", "is empty; expected folders or hub ids")
@@ -180,6 +182,7 @@ def evolve(
     what lies there. overrides: `key.path=value`, as --set takes them. on_generation is told of every generation. force:
     go on where the models or the passes do not fit into memory.
     """
+    check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
     folder = pipeline.default_out(path, parsed) if out is None else Path(out)
     with _bars_on_terminals():
@@ -198,6 +201,25 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
     return Path(config), read_config(Path(config), overrides, seed)
 
 
+def _genes(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
+    """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for anything
+    else, and for what is not finite in float32."""
+    expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
+    try:
+        given = np.asarray(value)
+    except (TypeError, ValueError):  # lists of unlike lengths
+        raise InputError(name, f"{shown(value)}; {expected}") from None
+    if given.dtype.kind not in "fiu" and not jnp.issubdtype(given.dtype, jnp.floating):
+        raise InputError(name, f"{shown(value)}; {expected}")
+    if given.ndim != len(shape) or any(a != b for a, b in zip(given.shape, shape, strict=True) if isinstance(b, int)):
+        raise InputError(name, f"shape {list(given.shape)}; {expected}")
+    with np.errstate(over="ignore"):
+        genes = given.astype(np.float32)
+    if not np.isfinite(genes).all():
+        raise InputError(name, "NaN or infinite in float32; expected finite numbers")
+    return genes
+
+
 class Evaluator:
     """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
 
@@ -212,22 +234,21 @@ class Evaluator:
         *,
         seed: int | None = None,
         overrides: Sequence[str] = (),
-        split: str = "search",
+        split: Literal["search", "validation", "heldout"] = "search",
     ) -> None:
+        check_arguments(Evaluator.__init__, locals())
         path, parsed = _config(config, seed, overrides)
-        if split not in ("search", "validation", "heldout"):
-            raise InputError("split", f"{split!r}; expected search, validation or heldout")
         if parsed.stages is not None:
             raise InputError("config", "has stages, each with a space of its own; give one with space or data_flow")
         self._problem = build_problem(path, parsed)
         for line in ignored_revisions((parsed.base, *parsed.parents, parsed.other_modules), path.parent):
-            warnings.warn(line, stacklevel=2)
-        splits = self._problem.by_split(self._problem.batched_tasks())
-        tasks = {"search": splits.full, "validation": splits.validation, "heldout": splits.heldout}[split]
+            warnings.warn(printable(line), stacklevel=2)
+        splits = self._problem.batched_tasks()
+        tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
             raise InputError("split", "validation; the config's search has no validation split (search.validation)")
         with _bars_on_terminals():
-            (self._evaluator,) = open_evaluators(self._problem, [tasks])
+            self._evaluator = open_evaluator(self._problem, tasks)
 
     @property
     def dims(self) -> int:
@@ -242,16 +263,16 @@ class Evaluator:
     def scores(self, genomes: Any) -> Scores:
         """The score matrix of genomes float32[P, D]; `.fitness` float64[P] is higher for better candidates, NaN for
         those that failed."""
-        genomes = np.asarray(genomes, np.float32)
-        if genomes.ndim != 2 or genomes.shape[1] != self.dims:
-            raise InputError("genomes", f"have shape {list(genomes.shape)}; expected [P, {self.dims}]")
+        genomes = _genes("genomes", genomes, ("P", self.dims))
+        if not len(genomes):
+            raise InputError("genomes", "are empty; expected 1 or more")
         tasks = self._evaluator.tasks
         return score_matrix(tasks, self._evaluator.score(genomes))
 
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = recipe_text(self._problem, np.asarray(genome, np.float32))
+        text = recipe_text(self._problem, _genes("genome", genome, (self.dims,)))
         return plain_recipe(parse_documents("recipe", text))
 
 
@@ -287,6 +308,7 @@ def load_bank(
     (DELLA's epsilon); normalize, rescale: its switches, None as it has them. seed: of the masks of random methods.
     export_dtype: what merges are rounded to.
     """
+    check_arguments(load_bank, locals())
     plugins.load()
     _check_dtype(export_dtype)
     _check_seed(seed)
@@ -298,7 +320,7 @@ def load_bank(
     paths = [resolve_reference(f"{where}: {name}", str(model), Path.cwd()) for name, model in named]
     sources, config = open_sources(paths)
     for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
-        warnings.warn(line, stacklevel=2)
+        warnings.warn(printable(line), stacklevel=2)
     with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 

@@ -13,7 +13,7 @@ import numpy as np
 from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.abstract_bank import Place, abstract_bank, abstract_stored
-from evojax_merge.checkpoints.bank import bytes_saved, held_bytes, load_bank, load_path_bank
+from evojax_merge.checkpoints.bank import bank_bytes, held_bytes, load_bank, load_path_bank
 from evojax_merge.checkpoints.parents import Sources
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator, Population, Progress
@@ -21,9 +21,9 @@ from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.pool import PoolBank, PoolEvaluator
 from evojax_merge.mergekit.write import lineage_documents, path_document, recipe_document
-from evojax_merge.models.bank import MergeSpec, take_candidate
+from evojax_merge.models.bank import Bank, MergeSpec, take_candidate
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.models.paths import PathSpec
+from evojax_merge.models.paths import PathBank, PathSpec
 from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.paths import PathReport
 from evojax_merge.report.pool import PoolReport
@@ -55,11 +55,12 @@ class Candidates(Protocol):
         """Bytes of the loaded bank."""
         ...
 
-    def open_evaluators(
-        self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
-    ) -> Sequence[CandidateEvaluator]:
-        """Load the bank, and evaluate candidates as each of `decoders` evaluates models. `progress` is told the bytes
-        that were loaded."""
+    def load_bank(self, devices: Devices, progress: Progress) -> Any:
+        """What candidates are made of, on the devices. `progress` is told the bytes that were loaded."""
+        ...
+
+    def evaluator(self, decoder: Evaluator, bank: Any) -> CandidateEvaluator:
+        """Evaluates candidates out of a bank as `decoder` evaluates models."""
         ...
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
@@ -118,14 +119,13 @@ class MergeCandidates:
         return self.spec.method.random
 
     def held_bytes(self) -> int:
-        expanded = held_bytes(self.sources, self.decoder, self.spec)
-        return expanded - bytes_saved(self.sources, self.decoder, self.spec.options.has_base)
+        return held_bytes(self.sources, self.decoder, self.spec)
 
-    def open_evaluators(
-        self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
-    ) -> list[MergeEvaluator]:
-        bank = load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
-        return [MergeEvaluator(decoder, bank, self.spec) for decoder in decoders]
+    def load_bank(self, devices: Devices, progress: Progress) -> Bank:
+        return load_bank(self.sources, self.decoder, self.spec, progress, devices.put)
+
+    def evaluator(self, decoder: Evaluator, bank: Bank) -> MergeEvaluator:
+        return MergeEvaluator(decoder, bank, self.spec)
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
@@ -176,16 +176,13 @@ class PathCandidates:
         return self.spec.export_dtype
 
     def held_bytes(self) -> int:
-        return held_bytes(self.sources, self.spec.configs[0], self.spec)
+        return bank_bytes(self.sources, self.spec.configs[0])
 
-    def open_evaluators(
-        self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
-    ) -> list[PathEvaluator]:
-        bank = load_path_bank(self.sources, self.spec, decoders[0].compute_dtype, progress)
-        return [
-            PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
-            for decoder in decoders
-        ]
+    def load_bank(self, devices: Devices, progress: Progress) -> PathBank:
+        return load_path_bank(self.sources, self.spec, progress)
+
+    def evaluator(self, decoder: Evaluator, bank: PathBank) -> PathEvaluator:
+        return PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         """One path, as deep as the first parent."""
@@ -254,12 +251,13 @@ class PoolCandidates:
         """Nothing is loaded: founders stay in their files, and bred members on the host."""
         return 0
 
-    def open_evaluators(
-        self, decoders: Sequence[Evaluator], devices: Devices, progress: Progress
-    ) -> list[PoolEvaluator]:
+    def load_bank(self, devices: Devices, progress: Progress) -> PoolBank:
         bank = self.bank
         bank.check_founders(progress)
-        return [PoolEvaluator(decoder, bank) for decoder in decoders]
+        return bank
+
+    def evaluator(self, decoder: Evaluator, bank: PoolBank) -> PoolEvaluator:
+        return PoolEvaluator(decoder, bank)
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         return _one_model(self.sources, self.decoder, evaluator.compute_dtype, place)

@@ -4,6 +4,7 @@ import io
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,9 @@ if __name__ == "__main__":  # Before click: an interruption should not find the 
 
 import click
 
-from evojax_merge.errors import Failed, InputError, PeerLostError, printable
+from evojax_merge.errors import LONGEST_LINE, Failed, InputError, PeerLostError, printable
 from evojax_merge.interrupts import INTERRUPTED
+from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -30,7 +32,7 @@ SEED = click.IntRange(min=0, max=2**63 - 1)
 def _starting() -> Iterator[None]:
     """Around the imports of a command. A search that is interrupted here is told how to go on, as it is later."""
     arguments = sys.argv[1:]
-    again = shlex.join(["evojax-merge", *arguments])
+    again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
     told = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
     with interrupts.nothing_begun(f"{told}interrupted\n"):
         _start_jax()
@@ -42,6 +44,7 @@ def _start_jax() -> None:
     counts first."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    check_environment()
     import jax
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge" / "compiled"
@@ -151,7 +154,7 @@ def merge(
     """
     if transformers_cache is not None:
         # Before anything imports huggingface_hub.
-        os.environ["HF_HUB_CACHE"] = str(transformers_cache.expanduser().resolve())
+        os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
     with _starting():
         from evojax_merge import pipeline
 
@@ -295,6 +298,12 @@ def _run(command: Callable[[], Any]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return FAILED
+    except RuntimeError as error:
+        # JAX starts its devices when they are first asked for.
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        print(f"error: {no_devices(error)}", file=sys.stderr)
+        return WRONG_INPUT
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         if isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
@@ -311,6 +320,9 @@ def _run(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     interrupts.install()
+    # Warnings are for developers, who ask for them (-W, PYTHONWARNINGS); users' messages are this program's own.
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     # A name that the terminal's encoding does not have is no reason to stop.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

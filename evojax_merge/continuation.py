@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from evojax_merge import interrupts
-from evojax_merge.errors import PeerLostError
+from evojax_merge.errors import LONGEST_LINE, PeerLostError, printable
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.search.run_folder import RunFolder
 
@@ -28,7 +28,8 @@ class Continuation:
         except BaseException as error:
             if interrupts.received() or isinstance(error, PeerLostError):
                 with defer_signals():
-                    print(f"stopped; {self._saved()}. Continue with: {self._command}", file=sys.stderr, flush=True)
+                    how = printable(f"stopped; {self._saved()}. Continue with: {self._command}", LONGEST_LINE)
+                    print(how, file=sys.stderr, flush=True)
             raise
 
     def _saved(self) -> str:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from evojax_merge.errors import InputError
+from evojax_merge.file_system import atomic_file
 
 
 class PackageUnavailable(InputError):
@@ -50,9 +51,7 @@ def cached_wheel(requirement: str, *options: str) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
-        with fetched_wheel(requirement, *options) as path:
-            # Renamed only when all of it is there: another process may be looking.
-            partial = folder / f"{path.name}.{os.getpid()}.part"
-            shutil.copyfile(path, partial)
-            partial.replace(folder / path.name)
+        # Another process may be looking.
+        with fetched_wheel(requirement, *options) as path, atomic_file(folder / path.name) as work:
+            shutil.copyfile(path, work)
     return min(folder.glob(pattern))

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,16 +21,13 @@ from evojax_merge.checkpoints.derived import ignored_revisions, parts_of, refere
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.writer import (
     MAX_SHARD_BYTES,
-    atomic_write,
-    check_free,
     check_output,
     check_outside,
-    recover,
     require_space,
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
 from evojax_merge.continuation import Continuation
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, print_warning
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, target_compiler
 from evojax_merge.evaluation.devices import barrier, local_devices, unused_memory
@@ -41,6 +37,7 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import sample_rows
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, find_target, live_target
+from evojax_merge.file_system import atomic_write, check_free, recover
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
 from evojax_merge.mergekit.execute import Progress, merge_to
@@ -59,6 +56,7 @@ from evojax_merge.problem import (
     stage_config,
 )
 from evojax_merge.references import resolve_headers, resolve_reference
+from evojax_merge.regular_file import read_regular
 from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card, search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.listings import architectures_table, keys_table, methods_table, strategies_table
@@ -69,16 +67,14 @@ from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passe
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import evolve, saved_strategy_state
+from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
     OF_A_RUN,
-    PARAMS,
     Checkpoints,
     EarlierWinner,
     FolderStorage,
-    RunFolder,
     check_inputs,
     check_masks,
-    check_not_in_use,
     check_place,
     earlier_winners,
     find_member,
@@ -87,12 +83,13 @@ from evojax_merge.search.run_folder import (
     locked,
     open_run,
     random_numbers,
-    read_lines,
     read_result,
     removed_if_refused,
     to_line,
     write_front,
 )
+from evojax_merge.search.run_lock import check_not_in_use
+from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, check_room, read_lines
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
 from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
@@ -106,6 +103,7 @@ from evojax_merge.stored_models import (
     score_table,
 )
 from evojax_merge.tasks.opening import overlaps
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.yaml_reader import load_documents, load_yaml, parse_documents, refuse_repeated
 
 T = TypeVar("T")
@@ -160,7 +158,7 @@ def run_search(
         _run_chain(path, config, config.stages, out, resume, overwrite, begun, on_generation, force)
         return
     problem = build_problem(path, config)
-    check_outside(out, _parts_of_models(problem))
+    _check_outside(out, [problem])
     batched_tasks = problem.batched_tasks()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
@@ -185,7 +183,7 @@ def _opened(
         with defer_signals():
             if jax.process_index() == 0:
                 stack.enter_context(locked(path, resume=resume))
-                open_run(path, document, resume=resume, overwrite=overwrite)
+                open_run(path, document, resume=resume, overwrite=overwrite, say=lambda line: _warn([line]))
                 if not resume:
                     stack.enter_context(removed_if_refused(folder))
             begun(folder)
@@ -196,8 +194,7 @@ def _opened(
 def _check_checkpoints(folder: RunFolder) -> None:
     """What cannot be continued is found before the models are loaded. All processes do this together."""
     barrier("opened")
-    with Checkpoints(folder) as checkpoints:
-        checkpoints.restore(say)
+    Checkpoints(folder).restore(say)
 
 
 _FORCE = "--force goes on all the same"
@@ -231,7 +228,7 @@ def _run_chain(
     before have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs.
     problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(_stage_configs(config))]
-    check_outside(out, [part for problem in problems for part in _parts_of_models(problem)])
+    _check_outside(out, problems)
     batched_tasks = [problem.batched_tasks() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
@@ -268,15 +265,14 @@ def _run_chain(
             begun(run)
 
 
-def _say_first(path: Path, problem: SearchProblem, batched_tasks: list[list[BatchedTask]]) -> None:
+def _say_first(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
     """What a user should know of the models and the examples before a search."""
     say_unread(problem.sources.folders)
     _warn(_of_revisions(path, problem.config))
     _warn(problem.sources.warnings)
-    splits = problem.by_split(batched_tasks)
-    examples = [*splits.full, *(splits.validation or []), *splits.heldout]
+    examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]
     _warn(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
-    _warn(overlaps(str(path), problem.config.tasks, problem.full, problem.heldout, problem.validation))
+    _warn(overlaps(str(path), problem.config.tasks, problem.splits))
 
 
 def _of_revisions(path: Path, config: Config) -> list[str]:
@@ -288,7 +284,7 @@ def _of_revisions(path: Path, config: Config) -> list[str]:
 def _search_into(
     folder: RunFolder,
     problem: SearchProblem,
-    batched_tasks: list[list[BatchedTask]],
+    batched_tasks: Splits[list[BatchedTask]],
     on_generation: OnGeneration,
     force: bool,
 ) -> None:
@@ -298,6 +294,7 @@ def _search_into(
         say(why_complete)
         console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
         return
+    check_room(folder, problem.search.generations)
     devices = local_devices(problem.config.evaluation.model)
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
@@ -305,35 +302,29 @@ def _search_into(
     if problem.other_modules is not None:
         where = reference_to(problem.other_modules)
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
-    searched = [one for shard in problem.by_split(batched_tasks).shards for one in shard]
-    console.print(describe_batches(searched), highlight=False)
-    minibatched = problem.batched_minibatches()
-    planned = make_plan(problem, batched_tasks, minibatched)
+    console.print(describe_batches([one for shard in batched_tasks.shards for one in shard]), highlight=False)
+    planned = make_plan(problem, batched_tasks)
     if not force:
         _require_passes(folder, planned)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
     with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        chosen_from = problem.batched_choice()
-        parts = [*chosen_from, *minibatched]
-        opened = open_evaluators(problem, [*parts, *batched_tasks], devices, progress, say, problem.final_splits)
-    choosable, minibatches = opened[: len(chosen_from)], opened[len(chosen_from) : len(parts)]
-    on = problem.by_split(opened[len(parts) :])
-    with search_bar(problem.search.generations, on_generation) as reporter, Checkpoints(folder) as checkpoints:
-        storage = FolderStorage(folder, checkpoints, is_main_process=devices.is_main_process)
+        on = open_evaluators(problem, batched_tasks, devices, progress, say)
+    with search_bar(problem.search.generations, on_generation) as reporter:
+        storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
         archive = evolve(
             problem.search, problem.config.seed, problem.strategy, problem.space, on.shards, storage, reporter,
-            warnings, failure_hint, minibatches, on.validation, problem.example_choice(choosable),
+            warnings, failure_hint, on.minibatches, on.validation, problem.example_choice(on),
         )  # fmt: skip
-    searched = [one.evaluator for one in (*choosable, *minibatches, *on.shards)]
+    searched = [one.evaluator for one in (on.choice, *on.minibatches, *on.shards) if one is not None]
     console.print(problem.candidates.describe_work(searched), highlight=False)
     if len(on.shards) > 1:
-        examples = sum(task.size for shard in problem.shards for task in shard if task.weight > 0)
+        examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
-    with passes_bar("scoring", passes_to_select(problem, on.full, on.heldout, on.validation)) as advance:
-        result = select_best(problem, on.full, on.heldout, archive, advance, on.validation)
+    with passes_bar("scoring", passes_to_select(problem, on)) as advance:
+        result = select_best(problem, on, archive, advance)
     if devices.is_main_process:
-        _write_winner(folder, problem, result)
+        _write_winner(folder, problem.within(archive.context), result)
     barrier("written")
 
 
@@ -350,8 +341,7 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
     ended = stopped(problem.search.stop, course, problem.strategy.population) if "stopped_by" in result else None
     if ended is None and wanted > len(rows):
         return None
-    with Checkpoints(folder) as checkpoints:
-        saved = checkpoints.restore(say)
+    saved = Checkpoints(folder).restore(say)
     if saved is None or not saved.describes(len(rows), folder.history):
         return None
     if ended is None:
@@ -361,12 +351,13 @@ def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
 
 def _warn(lines: Sequence[str]) -> None:
     for line in lines if jax.process_index() == 0 else ():
-        print(f"warning: {line}", file=sys.stderr)
+        print_warning(line)
 
 
 def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> None:
     """Export the winner, and report."""
     interrupts.check()
+    check_replaceable_model(folder.model)
     recipe, history = recipe_text(problem, result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
@@ -376,12 +367,14 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     with prepare_stream(read_stream(folder.recipe), folder.model, find=resolve_reference) as stream_plan:
         bar = partial(_merge_bar, "exporting")
         write = partial(merge_to, recipe=recipe)
-        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, bar=bar)
+        check = partial(check_replaceable_model, folder.model)
+        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, check=check, bar=bar)
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()
     if shown is not None:
-        console.print(shown, highlight=False, soft_wrap=True)
+        for line in shown.split("\n"):
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(terminal_table(result.rows, "Held-out scores"))
     if result.members:
         console.print(terminal_table(result.front(), "The front: no candidate is better in every task"))
@@ -419,8 +412,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             for stage, config_of_stage in enumerate(_stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
-                tasks, minibatches = problem.batched_tasks(), problem.batched_minibatches()
-                plans.append(make_plan(problem, tasks, minibatches, folders.download_bytes, compiler))
+                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
     _warn(_of_revisions(path, config))
     for number, one in enumerate(plans, start=1):
         if len(plans) > 1:
@@ -542,15 +534,18 @@ def _card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     return merge_card(out.name, methods, models, text)
 
 
-def _parts_of_models(problem: SearchProblem) -> list[Path]:
-    """The files and folders that a search's models are made of."""
-    return [part for model in problem.references for part in parts_of(model)]
+def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
+    """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
+    models = [part for problem in problems for model in problem.references for part in parts_of(model)]
+    for place in (out, *RunFolder(out).parts):
+        check_outside(place, models)
 
 
 def _parts_of_runs(out: Path) -> list[Path]:
     """What belongs to the runs in whose folders `out` would lie."""
-    place = Path(os.path.realpath(out))
-    runs = [RunFolder(folder) for folder in place.parents]
+    # Parts of a run may be links.
+    above = {*Path(os.path.realpath(out)).parents, *Path(os.path.abspath(out)).parents}
+    runs = [RunFolder(folder) for folder in sorted(above)]
     return [part for run in runs if run.config.exists() and run.history.exists() for part in run.parts]
 
 
@@ -615,12 +610,12 @@ def export(
         _export_best_so_far(folder, out, dtype, overwrite, rank)
         return
     if not folder.recipe.exists():
-        if (folder.recipe.parent / PARAMS).exists():
-            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{PARAMS}")
+        if folder.params.exists():
+            raise InputError(run, f"is a run of search_pytrees, whose winner is a pytree: best/{folder.params.name}")
         more = "finish it with search … --resume, or pass --best-so-far"
         raise InputError(run, f"has no winner yet (no best/recipe.yaml); {more}")
     stream, card_file = read_stream(folder.recipe), folder.model / "README.md"
-    card = card_file.read_text(encoding="utf-8", errors="replace") if card_file.exists() else None
+    card = read_regular(card_file, "a model card").decode(errors="replace") if card_file.exists() else None
     _export(folder, stream, folder.recipe.read_text(encoding="utf-8"), card, out, dtype, overwrite, rank)
 
 
@@ -653,8 +648,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
         running, config = _stage_begun_last(folder)
         check_inputs(running)
         problem = build_problem(running.config, config, chained=True)
-        with Checkpoints(running) as checkpoints:
-            saved = checkpoints.restore(say)
+        saved = Checkpoints(running).restore(say)
         if saved is None:
             raise InputError(folder.path, "has saved no generation yet; continue it with search … --resume")
         fitness = float(saved.arrays["fitness"][0])
@@ -663,12 +657,12 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
-        # What a genome means may depend on those before it, which the strategy's state has.
-        problem.strategy.finalists(saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space))
+        state = saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space)
+        problem = problem.within(context_of(problem.strategy, state))
         text = recipe_text(problem, saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
         _export(folder, stream, text, None, out, dtype, overwrite, rank)
-    chosen_on = "validation split" if problem.validation else "whole search split"
+    chosen_on = "whole search split" if problem.splits.validation is None else "validation split"
     console.print(
         f"the best candidate of {saved.generations} generations, fitness {fitness:.4f} on the examples that every "
         f"generation is scored on (a finished run chooses its winner on the {chosen_on})",

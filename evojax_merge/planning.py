@@ -34,6 +34,7 @@ from evojax_merge.search.loop import run_bytes
 from evojax_merge.search.protocols import gradient_generations
 from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.selection import candidates_to_select
+from evojax_merge.tasks.splits import Splits
 
 # What the program itself takes of the host: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
@@ -45,15 +46,14 @@ MOST_SHARDS = 64
 
 def make_plan(
     problem: SearchProblem,
-    batched_tasks: Sequence[Sequence[BatchedTask]],
-    minibatches: Sequence[Sequence[BatchedTask]] = (),
+    batched_tasks: Splits[list[BatchedTask]],
     download_bytes: int = 0,
     compiler: TargetCompiler | None = None,
 ) -> Plan:
-    """The plan of a search for its problem's target. batched_tasks, minibatches: as `problem.batched_tasks` and
-    `problem.batched_minibatches` give them; download_bytes: of the models that are not here; compiler: asked for the
+    """The plan of a search for its problem's target. batched_tasks: as `problem.batched_tasks` gives
+    them; download_bytes: of the models that are not here; compiler: asked for the
     memory of every pass."""
-    target, model, splits = problem.target, problem.config.evaluation.model, problem.by_split(batched_tasks)
+    target, model, splits = problem.target, problem.config.evaluation.model, batched_tasks
     groups, sizes = target.devices // model, device_sizes(problem, model)
     planner = planning_evaluator(problem, sizes.bank)
     # What the winner is chosen on may be computed in another dtype, in which fewer candidates fit into a pass.
@@ -92,14 +92,16 @@ def make_plan(
 
     scored = passes_on(splits.shards, whole, ask=True)
     known = population(whole).differentiable() is not None
-    differentiated = passes_on(minibatches, starts, planned_gradient_passes if known else planned_passes, ask=True)
-    share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(minibatches))
+    differentiated = passes_on(
+        splits.minibatches, starts, planned_gradient_passes if known else planned_passes, ask=True
+    )
+    share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(splits.minibatches))
     candidate, gradient = _cost(scored, target), _cost(differentiated, problem.target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
     counts = candidates_to_select(problem)
     selection = (
-        cost_on(splits.full, counts.full)
+        cost_on(splits.search, counts.search)
         + cost_on(splits.validation, counts.validation)
         + cost_on(splits.heldout, counts.heldout)
     )
@@ -107,7 +109,7 @@ def make_plan(
     run = followed + selection * (1 / groups)
     only_gradients = rounds == problem.search.generations
     rows = _rows([*([] if only_gradients else scored), *differentiated], target, model)
-    also = [] if final is planner else _rows(final_passes(splits.full), target, model)
+    also = [] if final is planner else _rows(final_passes(splits.search), target, model)
     jobs = 2 if planner.runs_two_jobs(0) else 1
     pass_bytes = max((jobs * row.needed_bytes for row in (*rows, *also)), default=0)
     fits = sizes.bank + pass_bytes <= target.memory
@@ -138,7 +140,7 @@ def make_plan(
 def disk_bytes(problem: SearchProblem) -> int:
     """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
     model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
-    examples, tasks = sum(task.size for shard in problem.shards for task in shard), len(problem.full)
+    examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
     return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
 
 

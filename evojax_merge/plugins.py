@@ -11,13 +11,14 @@ A package's pyproject.toml names an object to register, or a function without ar
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,65 @@ def register(kind: str, *arguments: Any) -> Any:
     """Register an object of a kind (see `REGISTRIES`). Raises InputError where it cannot be used or its name is
     taken."""
     try:
-        return REGISTRIES[kind].register(*arguments)
+        with _checking_methods():
+            return REGISTRIES[kind].register(*arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"register_{kind}", str(error)) from None
+
+
+@contextmanager
+def _checking_methods() -> Iterator[None]:
+    """Check the merge methods that the block registers. Raises ValueError, and none of them stays registered, where the
+    functions of one return something else than tensors."""
+    from merge_kernels import METHODS
+
+    before = set(METHODS)
+    yield
+    added = [METHODS[name] for name in METHODS if name not in before]
+    problems = [problem for problem in map(_wrong_result, added) if problem is not None]
+    if problems:
+        for method in added:
+            del METHODS[method.name]
+        raise ValueError(problems[0])
+
+
+def _wrong_result(method: Any) -> str | None:
+    """Call a method's functions on small tensors, without computing anything on a device. Returns the first result that
+    is of a wrong type or shape. What the functions raise is theirs, and shows where a merge calls them."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from merge_kernels import CombineInputs, Prepared, draw_row_keys, prepare
+
+    count = max(method.min_parents, min(2, method.max_parents or 2))
+    options = replace(method.options, has_base=method.uses_base(True))
+    rng, shape = np.random.default_rng(0), (4, 3)
+    sources = tuple(rng.uniform(0.1, 1.0, shape).astype(np.float32) for _ in range(count + options.has_base))
+    numbers = {
+        one.name: np.full(count if one.per_parent else (), 1 / count if one.default is None else one.default)
+        for one in method.parameters
+    }
+    results: list[Any] = []
+
+    def combine(inputs: CombineInputs) -> float:
+        results.append(method.combine(options, inputs))
+        return 0.0
+
+    try:
+        prepared = prepare(method, options, sources, numbers, lambda k: draw_row_keys(0, bytes([k]) * 32, shape))
+        if not isinstance(prepared, Prepared):
+            return f"merge method {method.name!r}: prepare returned {shown(prepared)}; expected a Prepared"
+        floats = {name: values.astype(np.float32) for name, values in numbers.items()}
+        arrays: tuple[Any, ...] = (sources, prepared.mask_keys, prepared.statistics, floats)
+        jax.eval_shape(combine, CombineInputs(*arrays))
+    except Exception:
+        return None
+    (merged,) = results
+    is_array = isinstance(merged, jax.Array | np.ndarray)
+    if is_array and merged.shape == shape and jnp.issubdtype(merged.dtype, jnp.floating):
+        return None
+    kind = f"{merged.dtype}{list(merged.shape)}" if is_array else shown(merged)
+    return f"merge method {method.name!r}: combine returned {kind}; expected float32{list(shape)}, as its sources"
 
 
 def load() -> None:
@@ -74,12 +131,13 @@ def _load(plugin: EntryPoint, kind: str) -> None:
     try:
         found = plugin.load()
         registry = REGISTRIES[kind]
-        if inspect.isfunction(found) and not inspect.signature(found).parameters:
-            found()
-        elif registry.named:
-            registry.register(plugin.name, found)
-        else:
-            registry.register(found)
+        with _checking_methods():
+            if inspect.isfunction(found) and not inspect.signature(found).parameters:
+                found()
+            elif registry.named:
+                registry.register(plugin.name, found)
+            else:
+                registry.register(found)
     # A package that leaves by itself is as broken as one that raises.
     except (Exception, SystemExit) as error:
         package = "an unknown package" if plugin.dist is None else f"{plugin.dist.name} {plugin.dist.version}"

@@ -7,7 +7,7 @@ tokenizers, then the place to write.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from merge_kernels import Method
@@ -35,19 +35,19 @@ from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.batched_tasks import BatchedTask, batch_tasks, suitable_tokens
 from evojax_merge.evaluation.memory import available_memory, require_memory
 from evojax_merge.evaluation.targets import Target, live_target
+from evojax_merge.genealogy import founding_genealogy
 from evojax_merge.mergekit.evolve_config import from_mergekit_evolve
 from evojax_merge.mergekit.schema import check_parent_count
 from evojax_merge.models.architecture import ROUTER, architecture_of, shared_leaves
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.pedigree import Pedigree
 from evojax_merge.plugins import source_files
 from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
-from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, SubsetEvaluator, differentiates
+from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
 from evojax_merge.search.run_folder import OF_A_RUN, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
@@ -67,6 +67,7 @@ from evojax_merge.spaces.search_parameters import (
     search_parameters_of,
 )
 from evojax_merge.tasks.opening import open_task, resolved_config
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
@@ -77,28 +78,6 @@ SMALLEST_POOL = 8
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Splits(Generic[T]):
-    """One of something for each split of the examples: the shards that every generation is scored on, the whole search
-    split, the validation split (None: there is none), and the held-out one."""
-
-    shards: list[T]
-    full: T
-    validation: T | None
-    heldout: T
-
-
-@dataclass(frozen=True)
-class ExamplesToChoose:
-    """The tasks that count on all examples that generations are scored on, and for each of them the strata that every
-    rung has its share of, int[n] each."""
-
-    tasks: list[Task]
-    strata: list[list[np.ndarray]]
-
 
 @dataclass(frozen=True)
 class SearchProblem:
@@ -106,11 +85,9 @@ class SearchProblem:
 
     `models`: (role, folder) of base and parents, in the order of the table; `references`: how recipes name each folder.
     `sources` are what the bank is made of: the base first where the method needs one. `other_modules`: the model whose
-    other modules the winner has, where text decoders of larger models are merged. `shards` are the tasks on the
-    examples that every generation is scored on, in as many parts as successive halving needs; `full` on the whole
-    search split, `validation` on what of it is kept back to choose the winner on (empty: nothing is), `heldout` on what
-    the search never sees. `minibatches`: of a strategy that is told gradients, what is differentiated, on the shards'
-    examples. `choice`: where rungs choose their examples, what from. `target`: the devices that it is made for.
+    other modules the winner has, where text decoders of larger models are merged. `splits`: the tasks on each split of
+    the examples. `strata`: where rungs choose their examples, for each task of `splits.choice` the strata that every
+    rung has its share of, int[n] each. `target`: the devices that it is made for.
     """
 
     config: Config
@@ -126,14 +103,10 @@ class SearchProblem:
     tokenizer: Any
     tokenizer_folder: Path
     other_modules: Path | None
-    shards: list[list[Task]]
-    full: list[Task]
-    validation: list[Task]
-    heldout: list[Task]
+    splits: Splits[list[Task]]
+    strata: list[list[np.ndarray]]
     context: int
     stop: tuple[int, ...]
-    minibatches: list[list[Task]]
-    choice: ExamplesToChoose | None
     target: Target
 
     @property
@@ -151,48 +124,27 @@ class SearchProblem:
         reported, on them."""
         return self.config.evaluation.final_compute_dtype or self.compute_dtype
 
-    @property
-    def final_splits(self) -> int:
-        """How many these are: the last of `batched_tasks`."""
-        return 3 if self.validation else 2
+    def batched_tasks(self) -> Splits[list[BatchedTask]]:
+        """The batches of the tasks on each split. Batches of all shards have the same shapes."""
+        splits = self.splits
+        scored = [*splits.shards, splits.search, *([] if splits.validation is None else [splits.validation])]
+        *searched, heldout = self._batch([*scored, splits.heldout])
+        searched = list(map(_weighted, searched))
+        validation = None if splits.validation is None else searched.pop()
+        *shards, search = searched
+        choice = None
+        if splits.choice is not None:
+            # In batches as the shards have, with room for whichever examples are chosen.
+            *_, everything = self._batch([*map(_weighted_tasks, splits.shards), splits.choice])
+            choice = [batched_task.for_any_examples() for batched_task in everything]
+        minibatches = self._batch(splits.minibatches) if splits.minibatches else []
+        return Splits(shards, search, validation, heldout, minibatches, choice)
 
-    def batched_tasks(self) -> list[list[BatchedTask]]:
-        """The batched tasks of each shard of the searched examples, of the whole search split, of the validation split
-        where there is one, and of the held-out one."""
-        splits = (*self.shards, self.full, *([self.validation] if self.validation else []), self.heldout)
-        *searched, heldout = self._batch(splits)
-        return [*map(_weighted, searched), heldout]
-
-    def by_split(self, values: Sequence[T]) -> Splits[T]:
-        """What there is one of for each split, in the order of `batched_tasks`."""
-        *searched, heldout = values
-        validation = searched.pop() if self.validation else None
-        *shards, full = searched
-        return Splits(shards, full, validation, heldout)
-
-    def batched_minibatches(self) -> list[list[BatchedTask]]:
-        """The batched tasks of each minibatch."""
-        if not self.minibatches:
-            return []
-        return self._batch(self.minibatches)
-
-    def batched_choice(self) -> list[list[BatchedTask]]:
-        """The batched tasks of the examples that rungs choose from, in batches as the shards have, with room for
-        whichever are chosen; none where the shards take turns."""
-        if self.choice is None:
-            return []
-        *_, everything = self._batch(
-            [*([task for task in one if task.weight > 0] for one in self.shards), self.choice.tasks]
-        )
-        return [[batched_task.for_any_examples() for batched_task in everything]]
-
-    def example_choice(self, opened: Sequence[SubsetEvaluator]) -> ExampleChoice | None:
-        """What rungs choose examples from; None where shards take turns. opened: what scores genomes on the batched
-        tasks of `batched_choice`."""
-        if self.choice is None:
+    def example_choice(self, evaluators: Splits[Any]) -> ExampleChoice | None:
+        """What rungs choose examples from; None where shards take turns. evaluators: of genomes, on each split."""
+        if evaluators.choice is None:
             return None
-        (evaluator,) = opened
-        return ExampleChoice(evaluator, self.choice.strata, len(self.shards))
+        return ExampleChoice(evaluators.choice, self.strata, len(self.splits.shards))
 
     def _batch(self, splits: Sequence[Sequence[Task]]) -> list[list[BatchedTask]]:
         decoder = self.decoder
@@ -200,6 +152,15 @@ class SearchProblem:
             splits, self.tokenizer, self.tokens_per_batch, self.context, self.stop, decoder.vocab,
             decoder.position_switch, self.target.merge_tokens,
         )  # fmt: skip
+
+    def within(self, context: Any) -> "SearchProblem":
+        """The problem once its strategy has a state that genomes refer to: `context` is what the state lends to the
+        space; None: genomes say everything."""
+        if context is None:
+            return self
+        assert isinstance(self.space, BreedingSpace) and isinstance(self.candidates, PoolCandidates)
+        space = self.space.within(context)
+        return replace(self, space=space, candidates=replace(self.candidates, space=space))
 
     @property
     def models(self) -> list[tuple[str, Path]]:
@@ -280,7 +241,7 @@ def build_problem(
         )
         if tokenizer_dir is None or tokenizer_dir not in [base, *parents]:
             raise InputError(where, "tokenizer_source: expected base or one of the parents")
-        if tokenizer_dir not in paths and (method is None or method.name == "slerp"):
+        if tokenizer_dir not in paths and (method is None or method.base_is_first_parent):
             # The base_model of its recipe is one of the parents.
             what = "a layer path" if method is None else method.name
             raise InputError(where, f"tokenizer_source: the base takes no part in {what}; take one of the parents")
@@ -317,9 +278,9 @@ def build_problem(
     elif config.pool is not None:
         _check_heads(where, sources)
         genes = genome_genes(bred_by, config.pool.split)
-        space = BreedingSpace(bred_by, decoder.layers, config.pool.split, Pedigree(len(parents), genes))
+        space = BreedingSpace(bred_by, decoder.layers, config.pool.split, founding_genealogy(len(parents), genes))
         size = config.pool.size or max(SMALLEST_POOL, 2 * len(parents))
-        pool_settings = PoolSettings(space.pedigree, len(bred_by), size, config.pool.selection, config.pool.replace)
+        pool_settings = PoolSettings(len(parents), len(bred_by), size, config.pool.selection, config.pool.replace)
         candidates = pooled = PoolCandidates(
             space, sources, decoder, has_base, base_reference if has_base else None, names, export_dtype, config.seed,
             config.pool.slots or size,
@@ -353,10 +314,7 @@ def build_problem(
         return example_lengths(task, tokenizer, context)
 
     shards = stratified_shards(f"{where}: search.rungs", searched, lengths, config.search.rungs, config.seed)
-    to_choose = None
-    if config.search.rung_examples == "item_response":
-        counted = [task for task in searched if task.weight > 0]
-        to_choose = ExamplesToChoose(counted, [length_strata(lengths(task), len(shards)) for task in counted])
+    choice = _weighted_tasks(searched) if config.search.rung_examples == "item_response" else None
     return SearchProblem(
         config=config,
         search=config.search,
@@ -371,14 +329,17 @@ def build_problem(
         tokenizer=tokenizer,
         tokenizer_folder=tokenizer_folder,
         other_modules=other_modules,
-        shards=shards,
-        full=full,
-        validation=validation,
-        heldout=[heldout for _, heldout in tasks],
+        splits=Splits(
+            shards=shards,
+            search=full,
+            validation=validation or None,
+            heldout=[heldout for _, heldout in tasks],
+            minibatches=_minibatches(where, config, strategy, searched, lengths),
+            choice=choice,
+        ),
+        strata=[length_strata(lengths(task), len(shards)) for task in choice or ()],
         context=context,
         stop=stop_tokens(tokenizer_folder, tokenizer),
-        minibatches=_minibatches(where, config, strategy, searched, lengths),
-        choice=to_choose,
         target=target,
     )
 
@@ -557,7 +518,9 @@ def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
         missing = np.flatnonzero(rows < 0)
         if missing.size:
             token = vocabulary.tokenizer.convert_ids_to_tokens(int(missing[0]))
-            raise InputError(folder, f"lacks {missing.size} of the tokens (such as {token!r}); cannot align its rows")
+            raise InputError(
+                folder, f"lacks {missing.size} of the tokens (such as {shown(token)}); cannot align its rows"
+            )
 
 
 def _method(where: str, config: Config, space: SpaceConfig) -> Method:
@@ -650,8 +613,12 @@ def build_space(
 
 
 def _weighted(batched_tasks: list[BatchedTask]) -> list[BatchedTask]:
-    """Those that are part of the fitness: a task of weight 0 is only shown in the held-out table."""
+    """The batches of tasks that are part of the fitness: a task of weight 0 is only shown in the held-out table."""
     return [batched_task for batched_task in batched_tasks if batched_task.task.weight > 0]
+
+
+def _weighted_tasks(tasks: Sequence[Task]) -> list[Task]:
+    return [task for task in tasks if task.weight > 0]
 
 
 def _limited(task: Task, limit: int | None) -> Task:
@@ -728,11 +695,11 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
         document["other_modules"] = reference_to(problem.other_modules)
     document["export_dtype"] = problem.candidates.export_dtype
     document["evaluation"]["compute_dtype"] = problem.compute_dtype
-    document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.full, problem.heldout))
-    files = {file for task in problem.full + problem.heldout for file in task.files}
+    document["tasks"] = list(map(resolved_config, problem.config.tasks, problem.splits.search, problem.splits.heldout))
+    files = {file for task in problem.splits.search + problem.splits.heldout for file in task.files}
     for _, folder in problem.models:
         files |= input_files(folder)
     architecture = architecture_of(problem.decoder)
-    files |= source_files([*problem.candidates.methods, problem.strategy, architecture, *problem.full])
+    files |= source_files([*problem.candidates.methods, problem.strategy, architecture, *problem.splits.search])
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(problem.candidates.is_random)

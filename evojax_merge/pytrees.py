@@ -18,23 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from merge_kernels import combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
+from merge_kernels import CombineInputs, combine_differentiable, draw_row_keys, look_up_differentiable, tabulate
 from pydantic import ValidationError
 
 from evojax_merge import plugins
-from evojax_merge.checkpoints.writer import atomic_write, atomic_write_bytes
+from evojax_merge.arguments import check_arguments, check_call
 from evojax_merge.config import MAX_SEED, Bounds, Numbers, SearchConfig, Section, explain
-from evojax_merge.errors import Failed, InputError
+from evojax_merge.errors import Failed, InputError, shown
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import live_target
-from evojax_merge.models.bank import MergeSpec
+from evojax_merge.file_system import atomic_write, atomic_write_bytes
+from evojax_merge.models.bank import LeafBank, MergeSpec
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.loop import Generation, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import Progress, differentiates
-from evojax_merge.search.run_folder import PARAMS, Checkpoints, FolderStorage, RunFolder, opened, random_numbers
+from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder, opened, random_numbers
+from evojax_merge.search.run_parts import check_room
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
@@ -59,6 +60,7 @@ class HostFitness:
 
 def host_callback(function: Callable[[Any], Any]) -> HostFitness:
     """Marks a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
+    check_arguments(host_callback, locals())
     return HostFitness(function)
 
 
@@ -135,6 +137,13 @@ def search_pytrees(
     Deterministic for a seed. Raises InputError for what cannot be merged or searched, and Failed in a generation of
     which no candidate has a finite fitness.
     """
+    check_arguments(search_pytrees, locals())
+    _check_examples(examples)
+    function = fitness.function if isinstance(fitness, HostFitness) else fitness
+    check_call(f"{WHERE}: fitness", function, ["merged", *([] if examples is None else ["examples"])])
+    check_call(f"{WHERE}: on_generation", on_generation, ["generation"])
+    if out is None and (resume or overwrite):
+        raise InputError(WHERE, f"{'resume' if resume else 'overwrite'}: there is no run folder; give it `out`")
     if not parents:
         raise InputError(WHERE, "parents: is empty")
     plugins.load()
@@ -169,14 +178,17 @@ def search_pytrees(
     options = options_of(WHERE, chosen, has_base, normalize, rescale)
     constants = tuple((name, values) for name, values in others if not chosen.parameter(name).searched)
     spec = MergeSpec(method, options, seed, "float32", constants)
-    bank = [
-        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else CopiedLeaf(leaf.sources[0])
+    bank: TreeBank = [
+        _prepare(leaf, path, spec, kinds.index(label)) if leaf.merged else leaf.sources[0]
         for leaf, path, label in zip(tree.leaves, tree.paths, labels, strict=True)
     ]
 
-    def merge(bank: Sequence[LeafBank | CopiedLeaf], genome: jax.Array) -> Any:
-        numbers = space.groups.parameters(genome)
-        return tree.structure.unflatten([leaf.merge(numbers) for leaf in bank])
+    def merge(bank: TreeBank, genome: jax.Array) -> Any:
+        parameters = space.groups.parameters(genome)
+        return tree.structure.unflatten(
+            _merge_leaf(spec, leaf, parameters, source.sources[0].shape) if source.merged else leaf
+            for leaf, source in zip(bank, tree.leaves, strict=True)
+        )
 
     first_genomes = seed_genomes(WHERE, search.seeds, space)
     settings = StrategySettings(
@@ -187,12 +199,14 @@ def search_pytrees(
     check_stop(WHERE, search.stop, chosen_strategy.population)
     check_gradient_options(WHERE, search, chosen_strategy)
     size = chosen_strategy.population
-    _check_examples(examples)
     score_on, count = (
         _score_on_host(fitness.function, merge, bank, space, examples)
         if isinstance(fitness, HostFitness)
         else _score_traced(fitness, merge, bank, space, size, _chunk(chunk, size), examples)
     )
+    given = count if examples is None else len(jax.tree.leaves(examples)[0])
+    if count not in (1, given):
+        raise InputError(f"{WHERE}: fitness", f"returned {count} numbers for {given} examples; expected one for each")
     everything = FitnessTask(tuple(range(count)))
 
     def evaluator_of(task: FitnessTask) -> PytreeEvaluator:
@@ -234,7 +248,8 @@ def search_pytrees(
                 | ({} if examples is None else {"examples": _digest_of(jax.tree.leaves(examples))}),
             } | random_numbers(chosen.random)  # fmt: skip
             folder = stack.enter_context(opened(FilePath(out), document, resume=resume, overwrite=overwrite))
-            storage = FolderStorage(folder, stack.enter_context(Checkpoints(folder)))
+            check_room(folder, search.generations)
+            storage = FolderStorage(folder, Checkpoints(folder))
         archive = evolve(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
@@ -288,7 +303,7 @@ def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
         for path, leaf in leaves
         if not jax.dtypes.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.extended)
     }
-    atomic_write_bytes(folder.recipe.parent / PARAMS, save(arrays))
+    atomic_write_bytes(folder.params, save(arrays))
     document = {
         "generations": len(found.history),
         "chosen_on": "search" if found.chosen_on is None else "validation",
@@ -307,7 +322,7 @@ def _valid(where: str, schema: type[Section], **values: Any) -> Any:
 
 
 def _bounds(name: str, value: Bounds | Mapping[str, Any]) -> Bounds:
-    return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **value)
+    return value if isinstance(value, Bounds) else _valid(f"parameters.{name}", Bounds, **dict(value))
 
 
 def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, tuple[float, ...]]]:
@@ -344,9 +359,18 @@ def _shown(path: Path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _flatten(name: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
+    """The leaves of an argument, with their paths, and its structure."""
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree)
+    # Keys that cannot be sorted, and a tree inside itself, which JAX finds by the depth of its own calls.
+    except (TypeError, ValueError, RecursionError, SystemError) as error:
+        raise InputError(f"{WHERE}: {name}", f"is no pytree ({error})") from None
+
+
 def _open(names: Sequence[str], sources: Sequence[Any]) -> Tree:
     """Check that the sources are alike. Raises InputError that names the first leaf that is not."""
-    flat = [jax.tree_util.tree_flatten_with_path(source) for source in sources]
+    flat = [_flatten(name, source) for name, source in zip(names, sources, strict=True)]
     paths: tuple[Path, ...] = tuple(path for path, _ in flat[0][0])
     structure: Any = flat[0][1]
     for name, (leaves, own) in zip(names[1:], flat[1:], strict=True):
@@ -389,7 +413,12 @@ def _leaf(names: Sequence[str], path: str, values: Sequence[Any]) -> Leaf:
 def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[str]:
     """The group of each leaf: what `groups` says, or the first key at which the paths part."""
     if groups is not None:
-        return [groups(_shown(path)) for path in paths]
+        check_call(f"{WHERE}: groups", groups, ["path"])
+        labels = [groups(_shown(path)) for path in paths]
+        for label, path in zip(labels, paths, strict=True):
+            if not isinstance(label, str):
+                raise InputError(f"{WHERE}: groups", f"returned {shown(label)} for {_shown(path)!r}; expected a text")
+        return labels
     depth = 0
     while len({path[depth : depth + 1] for path in paths}) == 1 and all(len(path) > depth + 1 for path in paths):
         depth += 1
@@ -400,40 +429,21 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 # Merging and scoring
 
 
-@struct.dataclass
-class LeafBank:
-    """One leaf of all S sources, `stack: [S, …]`, and what the method has to know of it: `keep_keys: [N, …]` and
-    `table` (see models.bank). `group` says whose parameters it is merged with."""
-
-    stack: jax.Array
-    keep_keys: jax.Array | None
-    table: dict[str, jax.Array]
-    group: int = struct.field(pytree_node=False)
-    shape: tuple[int, ...] = struct.field(pytree_node=False)
-    spec: MergeSpec = struct.field(pytree_node=False)
-
-    def merge(self, parameters: Mapping[str, jax.Array]) -> jax.Array:
-        """The merged leaf, in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
-        method, own = self.spec.method, {name: block[self.group] for name, block in parameters.items()}
-        numbers = () if self.keep_keys is None else self.keep_keys
-        statistics = look_up_differentiable(method, self.table, own)
-        merged = combine_differentiable(method, self.spec.options, self.stack, numbers, statistics, own)
-        return merged.astype(self.stack.dtype).reshape(self.shape)
+# A leaf that is merged, as the kernels take it, or one that no merge changes.
+TreeBank = list[LeafBank | Any]
 
 
-@struct.dataclass
-class CopiedLeaf:
-    """A leaf that no merge changes."""
-
-    value: Any
-
-    def merge(self, parameters: Mapping[str, jax.Array]) -> Any:
-        return self.value
+def _merge_leaf(spec: MergeSpec, leaf: LeafBank, parameters: Mapping[str, jax.Array], shape: tuple[int, ...]) -> Any:
+    """The merged leaf `[…]` in its own dtype. parameters: name -> float32[groups, K] or [groups]."""
+    of_group = {name: block[leaf.group] for name, block in parameters.items()}
+    statistics = look_up_differentiable(spec.method, leaf.statistics, of_group)
+    keys = () if leaf.mask_keys is None else leaf.mask_keys
+    merged = combine_differentiable(spec.method, spec.options, CombineInputs(leaf.sources, keys, statistics, of_group))
+    return merged.astype(leaf.sources.dtype).reshape(shape)
 
 
 def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     """Measure a leaf. Random numbers are fixed by the seed, a parent's content and the leaf's path."""
-    shape = leaf.sources[0].shape
     # To the kernels a single number is a vector of one.
     sources = [np.ascontiguousarray(np.atleast_1d(source)) for source in leaf.sources]
     has_base = int(spec.options.has_base)
@@ -446,10 +456,10 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(len(sources) - has_base), row_keys)
     return LeafBank(
         jnp.asarray(np.stack(sources)),
-        jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else None,
-        {name: jnp.asarray(values) for name, values in prepared.statistics.items()},
-        group, shape, spec,
-    )  # fmt: skip
+        mask_keys=jnp.asarray(np.stack(prepared.mask_keys)) if prepared.mask_keys else None,
+        statistics={name: jnp.asarray(values) for name, values in prepared.statistics.items()},
+        group=group,
+    )
 
 
 def _chunk(chunk: int | None, population: int) -> int:
@@ -461,7 +471,7 @@ def _chunk(chunk: int | None, population: int) -> int:
 
 # A genome's scores float32[P, N] for genomes float32[P, D].
 Score = Callable[[np.ndarray], np.ndarray]
-Merge = Callable[[Sequence[Any], jax.Array], Any]
+Merge = Callable[[TreeBank, jax.Array], Any]
 
 
 @dataclass(frozen=True)
@@ -545,10 +555,10 @@ class PytreeEvaluator:
     def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         rows = self.function(genomes)
         if rows.shape[1] != self.task.size:
-            raise TypeError(
-                f"the fitness returned {rows.shape[1]} numbers for a candidate; expected {self.task.size}, as before, "
-                "or one for each example"
-            )
+            raise InputError(
+                f"{WHERE}: fitness", f"returned {rows.shape[1]} numbers for a candidate; expected {self.task.size}, "
+                "as before, or one for each example",
+            )  # fmt: skip
         self.last.clear()
         self.last.update((genome.tobytes(), row) for genome, row in zip(genomes, rows, strict=True))
         progress(len(genomes))
@@ -570,7 +580,7 @@ class PytreeEvaluator:
 
 def _check_examples(examples: Any) -> None:
     """Raises InputError where they are not all as many."""
-    leaves = jax.tree.leaves(examples)
+    leaves = [leaf for _, leaf in _flatten("examples", examples)[0]]
     sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
     if examples is not None and (len(sizes) != 1 or not sizes[0]):
         raise InputError(WHERE, f"examples: leading axes of {sizes}; expected arrays with one number of examples")
@@ -598,7 +608,7 @@ def _is_key(leaf: Any) -> bool:
 def _score_traced(
     fitness: Callable[..., Any],
     merge: Merge,
-    bank: Sequence[Any],
+    bank: TreeBank,
     space: PytreeSpace,
     population: int,
     chunk: int,
@@ -607,9 +617,16 @@ def _score_traced(
     """Merges and scores in one program, compiled for a whole population, and for each rung of one: rows of the examples
     -> genomes' scores on them; and N, of all examples."""
 
-    def one(bank: Sequence[Any], genome: jax.Array, rest: Any) -> jax.Array:
-        return _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
+    def one(bank: TreeBank, genome: jax.Array, rest: Any) -> jax.Array:
+        return _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
 
+    for path, leaf in _flatten("examples", examples)[0]:
+        dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
+        if dtype.kind in "OSUMmV" and not jnp.issubdtype(dtype, jnp.floating):
+            raise InputError(
+                f"{WHERE}: examples", f"leaf {_shown(path)!r} is of {dtype}, which JAX has not; expected numbers, or a "
+                "fitness that is host_callback(fitness)",
+            )  # fmt: skip
     # What the function does wrong shows here, before the long work of compiling it with the merges.
     try:
         shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples))
@@ -621,7 +638,7 @@ def _score_traced(
         ) from error  # fmt: skip
 
     @jax.jit
-    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> jax.Array:
+    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> jax.Array:
         return jax.lax.map(lambda genome: one(bank, genome, rest), genomes, batch_size=chunk)
 
     sizes = sorted({rung_size(population, rung) for rung in range(population.bit_length())})
@@ -645,15 +662,15 @@ def _arguments(examples: Any) -> tuple[Any, ...]:
 
 
 def _differentiate(
-    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], chunk: int, examples: Any
+    fitness: Callable[..., Any], merge: Merge, bank: TreeBank, chunk: int, examples: Any
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Genomes float32[P, D] -> their scores float32[P, N], and the derivatives of the scores' mean, float32[P, D]."""
     rest = _arguments(examples)
 
     @jax.jit
-    def program(bank: Sequence[Any], genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
+    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
         def mean(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
-            row = _row(jnp.asarray(fitness(merge(bank, genome), *rest))).astype(jnp.float32)
+            row = _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
             return row.mean(), row
 
         def one(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -670,14 +687,14 @@ def _differentiate(
 
 
 def _score_on_host(
-    fitness: Callable[..., Any], merge: Merge, bank: Sequence[Any], space: PytreeSpace, examples: Any
+    fitness: Callable[..., Any], merge: Merge, bank: TreeBank, space: PytreeSpace, examples: Any
 ) -> tuple[Callable[[Any], Score], int]:
     """One merge and one call after the other: rows of the examples -> genomes' scores on them; and N, of all examples,
     which the first call, for the start, tells."""
     merged = jax.jit(merge)
 
     def call(examples: Any, genome: np.ndarray) -> np.ndarray:
-        return _row(np.asarray(fitness(merged(bank, genome), *_arguments(examples)))).astype(np.float32)
+        return _row(fitness(merged(bank, genome), *_arguments(examples)), np.asarray).astype(np.float32)
 
     start = space.start.tobytes()
     of_start = call(examples, space.start)
@@ -687,15 +704,24 @@ def _score_on_host(
         found = [known[genome.tobytes()] if genome.tobytes() in known else call(rows, genome) for genome in genomes]
         sizes = sorted({row.size for row in found})
         if len(sizes) > 1:
-            raise TypeError(f"the fitness returned {sizes[0]} numbers for one candidate and {sizes[1]} for another")
+            raise InputError(
+                f"{WHERE}: fitness", f"returned {sizes[0]} numbers for one candidate and {sizes[1]} for another"
+            )
         return np.stack(found)
 
     return lambda rows: partial(score, rows), of_start.size
 
 
-def _row(scores: Any) -> Any:
-    """A number or an array [N] as an array [N]. Raises TypeError for anything else."""
-    if scores.ndim > 1 or scores.size == 0 or not _is_real(scores.dtype):
-        found = f"{scores.dtype}{list(scores.shape)}"
-        raise TypeError(f"the fitness returned {found}; expected a real number, or one number per example")
-    return scores.reshape(-1)
+def _row(scores: Any, as_array: Callable[[Any], Any]) -> Any:
+    """The fitness's result, a number or an array [N], as an array [N]. Raises InputError for anything else."""
+    expected = "expected a real number, or one number per example"
+    try:
+        array = as_array(scores)
+    except jax.errors.JAXTypeError:
+        raise
+    except (TypeError, ValueError):
+        raise InputError(f"{WHERE}: fitness", f"returned {shown(scores)}; {expected}") from None
+    if array.ndim > 1 or array.size == 0 or not _is_real(array.dtype):
+        result = shown(scores) if array.dtype.kind in "OSU" else f"{array.dtype}{list(array.shape)}"
+        raise InputError(f"{WHERE}: fitness", f"returned {result}; {expected}")
+    return array.reshape(-1)

@@ -1,13 +1,16 @@
 """A run folder, for reading: what a search is doing, or has found."""
 
+import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from evojax_merge.arguments import check_arguments
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
-from evojax_merge.search.run_folder import PARAMS, RunFolder, is_run, read_lines, read_result
+from evojax_merge.search.run_folder import is_run, read_result
+from evojax_merge.search.run_parts import RunFolder, read_lines
 from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
@@ -17,6 +20,9 @@ class Run:
     what is not there yet is None, or empty."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        check_arguments(Run.__init__, vars(self))
 
     @property
     def _folder(self) -> RunFolder:
@@ -74,8 +80,7 @@ class Run:
     @property
     def params(self) -> Path | None:
         """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
-        file = self._folder.recipe.parent / PARAMS
-        return file if file.is_file() else None
+        return self._folder.params if self._folder.params.is_file() else None
 
     @property
     def figures(self) -> list[Path]:
@@ -85,7 +90,8 @@ class Run:
 
 def open_run(folder: str | PathLike[str]) -> Run:
     """The run folder of a search, finished or not. Raises InputError for any other folder."""
-    path = Path(folder).expanduser().absolute()
+    check_arguments(open_run, locals())
+    path = Path(os.path.expanduser(folder)).absolute()
     if not path.is_dir():
         raise InputError(folder, "no such folder; expected the run folder of a search")
     if not is_run(RunFolder(path)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,55 +26,60 @@ from evojax_merge.search.fronts import front_of
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front
+from evojax_merge.tasks.splits import Splits
 
 CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator] | SpaceEvaluator[PoolEvaluator]
 
 
 def open_evaluators(
     problem: SearchProblem,
-    splits: Sequence[list[BatchedTask]],
+    batched_tasks: Splits[list[BatchedTask]],
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
-    final_splits: int = 0,
-) -> list[SpaceEvaluator[Any]]:
-    """Load the bank; what scores genomes on each of `splits` (see `SearchProblem.batched_tasks`), on the last
-    `final_splits` of them in the final compute dtype. `progress` is told the bytes that were loaded, `log` what went
-    otherwise than planned."""
-    settings, searched = problem.config.evaluation, len(splits) - final_splits
-    dtypes = [problem.compute_dtype] * searched + [problem.final_compute_dtype] * final_splits
+) -> Splits[SpaceEvaluator[Any]]:
+    """Load the bank; score genomes on each of the splits, in the final compute dtype where no generation is scored.
+    `progress` is told the bytes that were loaded, `log` what went otherwise than planned."""
+    bank = problem.candidates.load_bank(devices, progress)
     # Batches of all splits have the same shapes, and so what fits one in a dtype fits all in it.
-    chunk_sizes: dict[str, dict[Any, int]] = {dtype: {} for dtype in dtypes}
-    decoders = [
-        Evaluator(
-            problem.decoder,
-            problem.tokenizer,
-            tasks,
-            dtype,
-            settings.chunk,
-            devices,
-            log,
-            chunk_sizes[dtype],
-            target=problem.target,
-        )
-        for tasks, dtype in zip(splits, dtypes, strict=True)
-    ]
-    evaluators = problem.candidates.open_evaluators(decoders, devices, progress)
-    return [SpaceEvaluator(problem.space, one, devices) for one in evaluators]
+    chunk_sizes: dict[str, dict[Any, int]] = {problem.compute_dtype: {}, problem.final_compute_dtype: {}}
+
+    def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
+        return partial(_evaluator, problem, bank, devices, log, chunk_sizes[dtype], dtype)
+
+    return batched_tasks.map(evaluator_in(problem.compute_dtype), evaluator_in(problem.final_compute_dtype))
+
+
+def open_evaluator(
+    problem: SearchProblem, batched_tasks: list[BatchedTask], devices: Devices = ONE_DEVICE
+) -> SpaceEvaluator[Any]:
+    """Load the bank; score genomes on the tasks of one split as generations are scored."""
+    bank = problem.candidates.load_bank(devices, lambda done: None)
+    return _evaluator(problem, bank, devices, lambda text: None, {}, problem.compute_dtype, batched_tasks)
+
+
+def _evaluator(
+    problem: SearchProblem, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int],
+    dtype: str, batched_tasks: list[BatchedTask],
+) -> SpaceEvaluator[Any]:  # fmt: skip
+    decoder = Evaluator(
+        problem.decoder, problem.tokenizer, batched_tasks, dtype, problem.config.evaluation.chunk, devices, log,
+        chunk_sizes, target=problem.target,
+    )  # fmt: skip
+    return SpaceEvaluator(problem.space, problem.candidates.evaluator(decoder, bank), devices)
 
 
 def select_best(
     problem: SearchProblem,
-    full: CandidateEvaluator,
-    heldout: CandidateEvaluator,
+    on: Splits[SpaceEvaluator[Any]],
     archive: Archive,
     progress: Callable[[int], None] = lambda done: None,
-    validation: CandidateEvaluator | None = None,
 ) -> Result:
     """Choose the winner among the finalists, on the validation split where there is one, else on the whole search
     split; then score everyone on the held-out split. Raises Failed where no finalist has finite scores."""
-    candidates = problem.candidates
-    finalists = rescore(problem.space, full if validation is None else validation, archive, progress)
+    problem, on = problem.within(archive.context), on.map(lambda evaluator: evaluator.within(archive.context))
+    candidates, heldout = problem.candidates, on.heldout
+    finalists = rescore(problem.space, on.deciding, archive, progress)
     if not finalists:
         raise Failed(_no_winner(problem, archive))
     best, (label, baselines) = finalists[0], problem.space.baselines()
@@ -81,13 +87,13 @@ def select_best(
     def fitness_on(evaluator: CandidateEvaluator, genomes: np.ndarray) -> np.ndarray:
         return fitness(evaluator.tasks, evaluator.score(genomes, progress))
 
-    values = fitness_on(full if validation is None else validation, baselines)
+    values = fitness_on(on.deciding, baselines)
     number = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))
     plain, value = baselines[number], float(values[number])
     searched, plain_searched, validated = best.fitness, value, None
-    if validation is not None:
+    if on.validation is not None:
         validated = (best.fitness, value)
-        searched, plain_searched = (float(fitness_on(full, genome[None])[0]) for genome in (best.genome, plain))
+        searched, plain_searched = (float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain))
     table = _table(problem, heldout, best.genome, plain, progress)
     return Result(
         genome=best.genome,
@@ -157,12 +163,12 @@ def _table(
 
 def _no_winner(problem: SearchProblem, archive: Archive) -> str:
     """Every generation had a candidate with finite scores, and none of them has on what the winner is chosen on."""
-    metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.full)
-    split = "validation split" if problem.validation else "whole search split"
+    metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.splits.search)
+    split = "whole search split" if problem.splits.validation is None else "validation split"
     return (
         f"no winner: after {archive.generations} generations of {problem.strategy.population} candidates, none of the "
         f"{problem.search.finalists} best, what the strategy proposed and the start has finite scores on the {split} "
-        f"of {metrics}. {failure_hint(problem.full[0])}"
+        f"of {metrics}. {failure_hint(problem.splits.search[0])}"
     )
 
 
@@ -178,23 +184,18 @@ def _stored_scores(
     return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
 
-def passes_to_select(
-    problem: SearchProblem,
-    full: CandidateEvaluator,
-    heldout: CandidateEvaluator,
-    validation: CandidateEvaluator | None = None,
-) -> int:
+def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) -> int:
     """How many steps of progress `select_best` reports at most."""
     counts = candidates_to_select(problem)
-    on_validation = 0 if validation is None else validation.passes(counts.validation)
-    return full.passes(counts.full) + on_validation + heldout.passes(counts.heldout)
+    on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
+    return on.search.passes(counts.search) + on_validation + on.heldout.passes(counts.heldout)
 
 
 @dataclass(frozen=True)
 class SelectionCounts:
     """How many models are scored on each split to choose the winner, at most."""
 
-    full: int
+    search: int
     validation: int
     heldout: int
 
@@ -206,7 +207,9 @@ def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
     # Beside the finalists what the strategy proposes, and the start.
     candidates = problem.search.finalists + 2 + len(baselines) + front
     heldout = len(problem.models) + 2 + front
-    return SelectionCounts(2, candidates, heldout) if problem.validation else SelectionCounts(candidates, 0, heldout)
+    if problem.splits.validation is None:
+        return SelectionCounts(candidates, 0, heldout)
+    return SelectionCounts(2, candidates, heldout)
 
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:

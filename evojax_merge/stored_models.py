@@ -1,7 +1,6 @@
 """Scoring stored models on tasks: what `evaluate` does, and where it may write."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.evaluation.targets import live_target
+from evojax_merge.file_system import check_writable
 from evojax_merge.problem import context_length, read_config, stop_tokens, stored_dtype
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
@@ -179,15 +179,12 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
 
 def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
     """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
-    if os.path.lexists(path) and not holds(path):
-        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
-    # Under the name that the file has until it is complete.
-    work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        work.touch()
-        work.unlink()
-    except OSError as error:
-        raise InputError(path, f"{option}: cannot be written ({error.strerror})") from None
+        check_writable(path)
+    except InputError as error:
+        raise InputError(path, f"{option}: {error.what}") from None
+    if path.exists() and not holds(path):
+        raise InputError(path, f"{option}: exists, and holds no {what} of an earlier evaluation; choose another name")
 
 
 def holds_table(path: Path) -> bool:

@@ -1,6 +1,5 @@
 """YAML from strangers: what would be lost in silence, or would never end, is refused."""
 
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import read_regular
 
 # libyaml where PyYAML was built with it: ten times as fast.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -38,21 +38,14 @@ def load_yaml(path: Path) -> Any:
     return parse_yaml(path, _read_text(path))
 
 
-def load_documents(path: Path, repeated: Repeated = refuse_repeated) -> list[Any]:
+def load_documents(path: Path, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """Parse all documents of a YAML file as `parse_documents` does, and raise InputError as `load_yaml` does."""
-    return parse_documents(path, _read_text(path), repeated)
+    return parse_documents(path, _read_text(path), repeated, loader)
 
 
 def _read_text(path: Path) -> str:
     try:
-        found = path.stat()
-        if stat.S_ISDIR(found.st_mode):
-            raise InputError(path, "is a folder; expected a YAML file")
-        if not stat.S_ISREG(found.st_mode):
-            raise InputError(path, "is not a regular file; expected a YAML file")
-        if found.st_size > MAX_BYTES:
-            raise InputError(path, f"has {found.st_size:,} bytes; expected a YAML file of at most {MAX_BYTES:,}")
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, "a YAML file", MAX_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise InputError(path, "no such file") from None
     except OSError as error:
@@ -74,13 +67,14 @@ def parse_yaml(where: object, text: str) -> Any:
         return yaml.load(text, Loader=LOADER)
 
 
-def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated) -> list[Any]:
+def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
     """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
     `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where
-    `repeated` does not refuse a key that a mapping has twice, the last counts."""
+    `repeated` does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that
+    knows more tags."""
     with _refusing(where):
         _check_events(where, text, repeated)
-        return list(yaml.load_all(text, Loader=LOADER))
+        return list(yaml.load_all(text, Loader=loader))
 
 
 @contextmanager

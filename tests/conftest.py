@@ -5,7 +5,6 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Generator, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import hostile
+import hypothesis
 import jax
 import pytest
-from helpers import Family, build_family
+from helpers import ALL, Family, build_family
+from hypothesis.internal.conjecture import providers as hypothesis_providers
 from jax._src import compiler as xla_compiler
 
-# Each day other kills (test_torture.py). The workers of a run take it over.
-SEED = os.environ.setdefault("EVOJAX_TEST_SEED", str(date.today().toordinal()))
+# Property tests draw the same examples in every run of one commit; `make test-all` draws others each time, and prints
+# what repeats a failure.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("random", deadline=None, derandomize=False, print_blob=True)
+hypothesis.settings.load_profile("random" if ALL else "fixed")
+if not ALL:
+    # Hypothesis also tries constants from the source of all local modules imported so far. Which modules these are
+    # depends on the tests that ran before on the same worker.
+    hypothesis_providers.is_local_module_file = lambda path: False
 DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 
 # They compile many programs that run for a moment, and take a third less time without the compiler's slow passes. All
@@ -107,11 +115,6 @@ def cpu_seconds() -> float:
     """Processor time of this process, of those that it has started, and of the server that forks commands."""
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in own) + hostile.server_seconds()
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    if not hasattr(session.config, "workerinput"):
-        session.config.get_terminal_writer().line(f"EVOJAX_TEST_SEED={SEED} repeats what is drawn at random today")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

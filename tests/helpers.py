@@ -52,18 +52,19 @@ EXPERTS = {
 torch.set_num_threads(1)
 
 T = TypeVar("T")
-# Whether every case of every kind is to run (`make test-all`).
+# Run every case of every kind (`make test-all`).
 ALL = "EVOJAX_TEST_ALL" in os.environ
 
 
-def daily(cases: Iterable[T], count: int) -> list[T]:
-    """Of many cases of one kind `count`, from all over their list, where those that are alike stand together; on each
-    day (EVOJAX_TEST_SEED) the next ones, so that all have their turn; with EVOJAX_TEST_ALL all of them."""
-    every = list(cases)
-    if ALL:
-        return every
-    first, count = int(os.environ["EVOJAX_TEST_SEED"]), min(count, len(every))
-    return [every[(first + i * len(every) // count) % len(every)] for i in range(count)]
+def sample(cases: Iterable[T], count: int) -> list[T]:
+    """Return at most `count` cases, evenly spaced over the list, or all of them with EVOJAX_TEST_ALL.
+
+    Similar cases stand next to each other in most lists. The sample depends on the list and on `count` alone.
+    """
+    cases = list(cases)
+    if ALL or count >= len(cases):
+        return cases
+    return [cases[(2 * i + 1) * len(cases) // (2 * count)] for i in range(count)]
 
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -291,9 +292,6 @@ def search_in(
 ) -> Archive:
     """A search of a config's strategy with evaluators of a test's own, kept in a run folder."""
     run, reporter = RunFolder(folder), reporter or Reporter()
-    with Checkpoints(run) as checkpoints:
-        objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, checkpoints)
-        strategy = build_strategy("search", config, space, objectives)
-        return evolve(
-            config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice
-        )  # fmt: skip
+    objectives, storage = sum(task.weight > 0 for task in shards[0].tasks), FolderStorage(run, Checkpoints(run))
+    strategy = build_strategy("search", config, space, objectives)
+    return evolve(config, seed, strategy, space, shards, storage, reporter, validation=validation, choice=choice)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from helpers import even_records, greedy_tokens, hidden_states, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
+from reference.decoder import toy_logits
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
@@ -127,36 +128,6 @@ def write_model(folder: Path, seed: int, settings: Mapping[str, Any] = SETTINGS)
     return folder
 
 
-def reference_logits(tensors: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
-    """float64 logits `[T, vocab]` of one sequence `[T]`."""
-    from scipy.special import erf
-
-    weights = {name.removeprefix("transformer."): values.astype(np.float64) for name, values in tensors.items()}
-    steps, heads = len(tokens), SIZES["n_head"]
-
-    def norm(x: np.ndarray, name: str) -> np.ndarray:
-        scaled = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    x = weights["wte.weight"][tokens] + weights["wpe.weight"][:steps]
-    depth = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-    for i in range(depth):
-        normed, own = norm(x, f"h.{i}.ln"), f"h.{i}"
-        q, k, v = (
-            (normed @ weights[f"{own}.attn.{name}.weight"].T).reshape(steps, heads, -1).transpose(1, 0, 2)
-            for name in ("q", "k", "v")
-        )
-        raw = q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1])
-        raw = np.where(np.tril(np.ones((steps, steps), bool)), raw, -np.inf)
-        shares = np.exp(raw - raw.max(-1, keepdims=True))
-        mixed = (shares / shares.sum(-1, keepdims=True)) @ v
-        up = normed @ weights[f"{own}.mlp.fc.weight"].T + weights[f"{own}.mlp.fc.bias"]
-        up = up * 0.5 * (1 + erf(up / np.sqrt(2)))
-        attention = mixed.transpose(1, 0, 2).reshape(steps, -1) @ weights[f"{own}.attn.proj.weight"].T
-        x = x + attention + up @ weights[f"{own}.mlp.proj.weight"].T
-    return norm(x, "ln_f") @ weights["wte.weight"].T
-
-
 def load(folder: Path) -> tuple[DecoderConfig, Any]:
     sources, config = open_sources([folder])
     return config, load_stored(sources, config)
@@ -183,7 +154,7 @@ def test_forward_is_that_of_the_reference(root: Path) -> None:
     tensors = load_file(root / "one/model.safetensors")
     found = np.asarray(logits(config, model, hidden_states(config, model, tokens)))
     for row, expected in zip(found, tokens, strict=True):
-        np.testing.assert_allclose(row, reference_logits(tensors, expected), atol=1e-4)
+        np.testing.assert_allclose(row, toy_logits(tensors, expected, SIZES["n_head"]), atol=1e-4)
     # Padded on the left, positions begin with the first token.
     padded = np.concatenate([np.zeros((2, 3), np.int32), tokens], axis=1)
     shifted = hidden_states(config, model, padded, np.full(2, 3))
@@ -199,7 +170,7 @@ def test_it_generates_with_a_cache(root: Path) -> None:
         for prompt, first, own in zip(prompts, (0, 2), found, strict=True):
             sequence = list(prompt[first:])
             for token in own:
-                assert token == reference_logits(tensors, np.array(sequence))[-1].argmax()
+                assert token == toy_logits(tensors, np.array(sequence), SIZES["n_head"])[-1].argmax()
                 sequence.append(token)
 
 
@@ -233,7 +204,7 @@ def test_a_search_of_merges_exports_what_it_scored(root: Path, capsys: pytest.Ca
     tokens = np.random.default_rng(2).integers(4, 64, (1, 9)).astype(np.int32)
     found = np.asarray(logits(config, model, hidden_states(config, model, tokens)))
     tensors = load_file(out / "best/model/model.safetensors")
-    np.testing.assert_allclose(found[0], reference_logits(tensors, tokens[0]), atol=1e-4)
+    np.testing.assert_allclose(found[0], toy_logits(tensors, tokens[0], SIZES["n_head"]), atol=1e-4)
 
 
 def test_a_search_of_layer_paths_exports_what_it_scored(root: Path) -> None:
@@ -302,7 +273,7 @@ def test_the_bank_holds_several_stacks(root: Path, tmp_path: Path, monkeypatch: 
     sources, config = open_sources([tmp_path / "one", tmp_path / "two"])
     spec = MergeSpec("linear", METHODS["linear"].options, 0, "float32")
     bank = load_bank(sources, config, spec)
-    assert {stack: {leaf.shape[:2] for leaf in leaves.values()} for stack, leaves in bank.stacks.items()} == {
+    assert {stack: {leaf.sources.shape[:2] for leaf in leaves.values()} for stack, leaves in bank.stacks.items()} == {
         LAYERS: {(3, 2)}, "deep": {(2, 2)},
     }  # fmt: skip
     # In the other stack's norms all of the second model, else half of each.

@@ -39,14 +39,12 @@ from evojax_merge.checkpoints.writer import (
     MARKER,
     ShardWriter,
     TensorSpec,
-    atomic_folder,
-    atomic_write,
     check_output,
-    recover,
     require_space,
     write_marker,
 )
 from evojax_merge.errors import Failed, InputError
+from evojax_merge.file_system import atomic_folder, atomic_write, recover
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
@@ -92,7 +90,7 @@ def test_bank_holds_every_tensor_of_every_source(tmp_path: Path) -> None:
     assert {name for _, name, _ in rows} == set(tensors[0])
     assert len(bank.stacks[LAYERS]) + len(bank.shared) == len({leaf for leaf, _, _ in rows})
     for leaf, name, layer in rows:
-        stacked = np.asarray(bank.shared[leaf] if layer is None else bank.stacks[LAYERS][leaf][layer])
+        stacked = np.asarray(bank.shared[leaf].sources if layer is None else bank.stacks[LAYERS][leaf].sources[layer])
         # bfloat16 and float32 together are stacked as float32, which holds both.
         assert stacked.dtype == np.float32
         for found, tensor in zip(stacked, tensors, strict=True):
@@ -107,7 +105,8 @@ def test_bank_keeps_the_sources_own_dtype(tmp_path: Path) -> None:
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((bank.stacks, bank.shared))} == {"bfloat16"}
     for k, folder in enumerate(folders):
         np.testing.assert_array_equal(
-            np.asarray(bank.stacks[LAYERS]["up"][1, k], np.float32), state(folder)["model.layers.1.mlp.up_proj.weight"]
+            np.asarray(bank.stacks[LAYERS]["up"].sources[1, k], np.float32),
+            state(folder)["model.layers.1.mlp.up_proj.weight"],
         )
 
 
@@ -115,9 +114,11 @@ def test_bank_of_float16_and_bfloat16_loses_nothing(tmp_path: Path) -> None:
     model = random_model(tiny_config())
     folders = [save(model.to(torch.float16), tmp_path / "a"), save(finetune(model, 1).bfloat16(), tmp_path / "b")]
     bank = load_bank(*open_sources(folders), spec_of("linear"))
-    assert bank.shared["embed"].dtype == jnp.float32
+    assert bank.shared["embed"].sources.dtype == jnp.float32
     for k, folder in enumerate(folders):
-        np.testing.assert_array_equal(np.asarray(bank.shared["embed"][k]), state(folder)["model.embed_tokens.weight"])
+        np.testing.assert_array_equal(
+            np.asarray(bank.shared["embed"].sources[k]), state(folder)["model.embed_tokens.weight"]
+        )
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties"])
@@ -130,22 +131,19 @@ def test_bank_measures_each_tensor(method: str, family: Family) -> None:
         ("embed", "model.embed_tokens.weight", 0),
     ):
         values = [tensor[name] for tensor in tensors]
-        scores, tables = (
-            (bank.shared_keep_keys, bank.shared_tables)
-            if leaf == "embed"
-            else (bank.stack_keep_keys[LAYERS], bank.stack_tables[LAYERS])
+        bank_of_tensor = (
+            bank.shared[leaf] if leaf == "embed" else jax.tree.map(lambda array: array[i], bank.stacks[LAYERS][leaf])  # noqa: B023
         )
         if method == "dare_ties":
             digests = [open_folder(folder).digest(name) for folder in family.parents]
             drawn = [draw_row_keys(5, digest, values[0].shape) for digest in digests]
-            np.testing.assert_array_equal(np.asarray(scores[leaf] if leaf == "embed" else scores[leaf][i]), drawn)
+            np.testing.assert_array_equal(np.asarray(bank_of_tensor.mask_keys), drawn)
         else:
             drawn = []
-            assert not scores
+            assert bank_of_tensor.mask_keys is None
         prepared = tabulate(METHODS[method], METHODS[method].options, values, {}, drawn.__getitem__)
         for statistic, expected in prepared.statistics.items():
-            table = tables[leaf][statistic]
-            np.testing.assert_array_equal(np.asarray(table if leaf == "embed" else table[i]), expected)
+            np.testing.assert_array_equal(np.asarray(bank_of_tensor.statistics[statistic]), expected)
 
 
 def test_progress_adds_up_to_the_bank(family: Family) -> None:
@@ -436,15 +434,16 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced_unasked(tmp_path: Path)
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from evojax_merge.checkpoints import writer
+from evojax_merge import file_system
 target, moment = Path(sys.argv[1]), sys.argv[2]
 kill = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 if moment == "swapping":
     rename, calls = os.rename, []
     os.rename = lambda *names: (kill() if calls else None, calls.append(1), rename(*names))
 if moment == "removing":
-    writer.recover, before = (lambda target: kill() if (target / "new").exists() else before(target)), writer.recover
-with writer.atomic_folder(target, overwrite=True) as work:
+    before = file_system.recover
+    file_system.recover = lambda target: kill() if (target / "new").exists() else before(target)
+with file_system.atomic_folder(target, overwrite=True) as work:
     (work / "new").write_text("new")
     if moment == "writing":
         kill()

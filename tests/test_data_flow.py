@@ -16,7 +16,6 @@ import torch
 import yaml
 from helpers import (
     build_family,
-    daily,
     even_records,
     finetune,
     greedy_tokens,
@@ -24,6 +23,7 @@ from helpers import (
     load_torch,
     random_model,
     random_records,
+    sample,
     save,
     state,
     tiny_config,
@@ -34,6 +34,7 @@ from helpers import (
 from hostile import run_command, start_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.layer_paths import torch_path_logits
 
 from evojax_merge.checkpoints.bank import load_path_bank, load_stored
 from evojax_merge.checkpoints.parents import open_decoders, open_sources
@@ -74,7 +75,7 @@ def make_parents(root: File, kind: str, depths: Sequence[int] = (3, 4)) -> list[
 def open_paths(folders: Sequence[File], dtype: str = "float32") -> tuple[PathBank, PathSpec]:
     sources, configs = open_decoders(folders)
     spec = PathSpec(tuple(configs), dtype)
-    return load_path_bank(sources, spec, "float32"), spec
+    return load_path_bank(sources, spec), spec
 
 
 def stored_logits(config: DecoderConfig, model: StackedWeights) -> np.ndarray:
@@ -86,7 +87,7 @@ def random_path(rng: np.random.Generator, layers: int, steps: int, ends: int = 0
     return LayerPath(tuple(map(int, rng.integers(0, layers, steps))), tuple(map(float, scales)), ends)
 
 
-@pytest.fixture(scope="module", params=daily(FAMILIES, 2))
+@pytest.fixture(scope="module", params=sample(FAMILIES, 2))
 def parents(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[File]:
     return make_parents(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -105,61 +106,17 @@ def test_a_parents_own_layers_give_its_logits_bit_for_bit(parents: list[File]) -
         np.testing.assert_array_equal(stored_logits(own, model), stored_logits(config, load_stored(sources, config)))
 
 
-def torch_path_logits(
-    folders: Sequence[File], path: LayerPath, origins: Sequence[tuple[int, int]], folded: bool
-) -> Any:
-    """A loop over torch's own layers: the state is multiplied before each (the paper's form), or what each adds is
-    divided by the product of the scales (the folded form)."""
-    models = [load_torch(folder) for folder in folders]
-    ends = models[path.embedding_parent]
-    calls: list[Any] = []
-
-    def remember(module: Any, args: Any, kwargs: Any) -> None:
-        calls.append(kwargs)
-
-    with torch.no_grad():
-        # What transformers hands to each layer: masks by kind of layer, rotary tables.
-        by_layer: dict[tuple[int, int], dict[str, Any]] = {}
-        for k, model in enumerate(models):
-            for i, layer in enumerate(model.model.layers):
-                calls.clear()
-                handle = layer.register_forward_pre_hook(remember, with_kwargs=True)
-                model(torch.tensor(TOKENS).long(), use_cache=False)
-                handle.remove()
-                by_layer[k, i] = dict(calls[0])
-        x = ends.model.embed_tokens(torch.tensor(TOKENS).long())
-        product = 1.0
-        for m, scale in zip(path.layers, path.scales, strict=True):
-            k, i = origins[m]
-            kwargs = {key: value for key, value in by_layer[k, i].items() if key != "hidden_states"}
-            product *= scale
-            if folded:
-                layer = models[k].model.layers[i]
-                kept = {name: values.clone() for name, values in layer.state_dict().items()}
-                for name, values in layer.named_parameters():
-                    if "o_proj" in name or "down_proj" in name:
-                        values.mul_(1 / product)
-                x = _hidden(layer(x, **kwargs))
-                layer.load_state_dict(kept)
-            else:
-                x = _hidden(models[k].model.layers[i](x * scale, **kwargs))
-        return ends.lm_head(ends.model.norm(x)).numpy()
-
-
-def _hidden(out: Any) -> Any:
-    return out[0] if isinstance(out, tuple) else out
-
-
 def test_random_paths_are_a_plain_loop_over_layers(parents: list[File], record_property: Any) -> None:
     bank, spec = open_paths(parents)
+    models = [load_torch(folder) for folder in parents]
     rng = np.random.default_rng(1)
     for ends in (0, 1):
         path = random_path(rng, len(spec.origins), 6, ends)
         model, config = materialise_path(bank, path, spec.configs[0])
         found = stored_logits(config, model)
-        np.testing.assert_allclose(found, torch_path_logits(parents, path, spec.origins, True), atol=1e-4)
+        np.testing.assert_allclose(found, torch_path_logits(models, TOKENS, path, spec.origins, True), atol=1e-4)
         # The paper's form differs by the norms' epsilon alone.
-        apart = np.abs(found - torch_path_logits(parents, path, spec.origins, False)).max()
+        apart = np.abs(found - torch_path_logits(models, TOKENS, path, spec.origins, False)).max()
         record_property("folded against the paper's form", float(apart))
         assert apart < 1e-2
 
@@ -234,7 +191,7 @@ def test_models_that_are_merged_and_walked_may_be_bfloat16(tmp_path: File) -> No
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_segments_walk_every_sequence_once(rows: list[list[int]]) -> None:
     """Following the walk gives each distinct sequence, and takes each shared beginning once."""
     sequences = list(dict.fromkeys(tuple((layer, 1.0) for layer in row) for row in rows))
@@ -274,7 +231,7 @@ class Setting:
         return PathEvaluator(self.evaluator(), self.bank, 12)
 
 
-@pytest.fixture(scope="module", params=daily([0, 40], 1))
+@pytest.fixture(scope="module", params=sample([0, 40], 1))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("setting"), request.param)
 
@@ -308,7 +265,7 @@ def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.Monkey
 
 def test_scores_are_those_of_the_stored_models(setting: Setting) -> None:
     rng = np.random.default_rng(0)
-    paths = [random_path(rng, 7, steps, steps % 2) for steps in daily((1, 3, 5, 8), 2)]
+    paths = [random_path(rng, 7, steps, steps % 2) for steps in sample((1, 3, 5, 8), 2)]
     found = setting.paths().evaluate(paths)
     for p, path in enumerate(paths):
         model, config = materialise_path(setting.bank, path, setting.spec.configs[0])
@@ -409,7 +366,7 @@ def test_moves_edit_the_first_parent(
 
 
 @given(st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_genome_is_a_path_or_none(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for space in (moves_space(), IndicatorSpace((3, 4), 2, "network", BOUNDS, 9, 1)):

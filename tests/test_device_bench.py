@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import daily
+from helpers import sample
 from merge_kernels import tabulate
 
 from evojax_merge.evaluation.targets import Target, live_target
@@ -49,7 +49,7 @@ def cpu() -> Target:
     return replace(live_target(), devices=1)
 
 
-@pytest.mark.parametrize("name", daily(ROWS, 1))
+@pytest.mark.parametrize("name", sample(ROWS, 1))
 def test_a_row_is_measured(name: str, small: None) -> None:
     section = device.measure(cpu(), "tiny", Only(name))
     lines = [line for line in section.splitlines() if line[:1] == "|"]
@@ -92,7 +92,8 @@ def test_a_random_bank_is_measured_as_its_weights_are(small: None, tmp_path: Pat
     bank, spec = device.random_bank(problem), problem.candidates.spec
     assert jax.tree.structure(bank) == jax.tree.structure(device.abstract_bank(problem.sources, problem.decoder, spec))
     (stack,) = bank.stacks
-    leaf, tables = (bank.stacks[stack]["gate"], bank.stack_tables[stack]["gate"])
+    gate = bank.stacks[stack]["gate"]
+    leaf, tables = gate.sources, gate.statistics
     assert leaf.shape[:2] == (2, 3) and not np.array_equal(leaf[0], leaf[1])
     measured = tabulate(spec.method, spec.options, list(np.asarray(leaf[1])), spec.prepared_for(2), lambda k: leaf)
     assert set(measured.statistics) == set(tables)

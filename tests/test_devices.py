@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, even_records, tiny_config, write_lines
+from helpers import Family, build_family, even_records, sample, tiny_config, write_lines
 from hostile import Running, run_command, run_python, start_command
 
-MESHES = ((1, 1), *daily(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
+MESHES = ((1, 1), *sample(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
 # Candidates a pass; on more than one device the first of them.
-CHUNKS = (2, *daily((1, 6), 1))
+CHUNKS = (2, *sample((1, 6), 1))
 
 # Scores of a population of merges, however they are spread, in a process with eight devices.
 MESH_PROGRAM = """
@@ -27,13 +27,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from evojax_merge.evaluation.devices import Devices
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 from evojax_merge.problem import build_problem, read_config
 from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
 problem = build_problem(path, read_config(path, [], None))
-batched = problem.batched_tasks()[:1]
+batched = problem.batched_tasks().shards[0]
 genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
 found = {}
 def keep(name, scores):
@@ -45,7 +45,7 @@ def keep(name, scores):
 for population, model in meshes:
     grid = np.array(jax.devices()[: population * model]).reshape(population, model)
     mesh = Mesh(grid, ("population", "model"), axis_types=(AxisType.Auto,) * 2) if population * model > 1 else None
-    (scorer,) = open_evaluators(problem, batched, Devices(mesh))
+    scorer = open_evaluator(problem, batched, Devices(mesh))
     for chunk in chunks if population * model == 1 else chunks[:1]:
         scorer.evaluator.evaluator.chunk = chunk
         scorer.evaluator.evaluator.chunk_sizes.clear()
@@ -96,45 +96,37 @@ import numpy as np
 from dataclasses import replace
 from merge_kernels import METHODS, draw_row_keys, tabulate
 from evojax_merge.evaluation.devices import Devices, mesh_of, shard_population
-from evojax_merge.models.bank import Bank, Factors, MergeSpec, Recipe
+from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec, Recipe
 from evojax_merge.models.sources import differentiable_merge, lazy_merge
 
 L, K, P, SHAPE, RANK = 2, 2, 4, (16, 16), 3
 AXES = {"norm": None, "rows": -2, "columns": -1, "final_norm": None, "embed": -2}
 rng = np.random.default_rng(0)
 
-def of_layers(parts):
-    return None if parts[0] is None else jax.tree.map(lambda *each: np.stack(each), *parts)
-
 def tensor(method, options, constants, low_rank, shape):
-    # Its sources, factors, keep keys and tables.
+    # The bank of one tensor, on the host.
     count = K + int(options.has_base)
     sources = rng.normal(size=(count, *shape)).astype(np.float32)
     factors = None
     if low_rank and len(shape) > 1:
-        factors = [rng.normal(size=(K, *one)).astype(np.float32) for one in ((RANK, shape[1]), (shape[0], RANK))]
-        sources[1:] = sources[0] + factors[1] @ factors[0]
+        shapes = (RANK, shape[1]), (shape[0], RANK)
+        factors = Factors(*(rng.normal(size=(K, *one)).astype(np.float32) for one in shapes))
+        sources[1:] = sources[0] + factors.b @ factors.a
     prepared = tabulate(method, options, list(sources), constants, lambda k: draw_row_keys(3, bytes([k] * 8), shape))
-    keys = np.stack(prepared.keep_keys) if prepared.keep_keys else None
-    return sources if factors is None else sources[:1], factors, keys, prepared.statistics or None
+    keys = np.stack(prepared.mask_keys) if prepared.mask_keys else None
+    return LeafBank(sources if factors is None else sources[:1], factors, keys, prepared.statistics)
 
 def bank_of(method, options, constants, low_rank, put):
-    stacks, shared = ({}, {}, {}, {}), ({}, {}, {}, {})
+    bank = Bank({"layers": {}}, {})
     for name, axis in AXES.items():
         shape = SHAPE[1:] if axis is None else SHAPE
         layers = [tensor(method, options, constants, low_rank, shape) for _ in range(L)]
-        of_stack = name in ("norm", "rows", "columns")
-        for into, part in zip(stacks if of_stack else shared, range(4)):
-            found = of_layers([layer[part] for layer in layers]) if of_stack else layers[0][part]
-            if part == 1 and found is not None:
-                found = Factors(*found)
-            if found is not None:
-                into[name] = jax.tree.map(lambda x: put(x, axis if part == 0 else None), found)
-    layers = [{"layers": part} for part in stacks]
-    components = (("norm", 1), ("rows", 0), ("columns", 0))
-    axes = tuple((name, axis) for name, axis in AXES.items() if axis is not None)
-    return Bank(layers[0], shared[0], layers[2], shared[2], layers[3], shared[3], components, layers[1], shared[1],
-                axes=axes)
+        in_stack = name in ("norm", "rows", "columns")
+        leaf = jax.tree.map(lambda *each: np.stack(each), *layers) if in_stack else layers[0]
+        leaf = replace(jax.tree.map(put, leaf), sources=put(leaf.sources, axis))
+        into = bank.stacks["layers"] if in_stack else bank.shared
+        into[name] = replace(leaf, group=int(name == "norm"), shard_axis=axis)
+    return bank
 
 def recipes_of(method, constants):
     def values(parameter, *shape):
@@ -232,11 +224,11 @@ def test_every_mesh_and_chunk_gives_what_one_candidate_after_the_other_does(fami
 
 
 def test_devices_merge_their_own_parts() -> None:
-    done = run_python(MERGE_PROGRAM, json.dumps(daily(MERGES, 1)), seconds=300)
+    done = run_python(MERGE_PROGRAM, json.dumps(sample(MERGES, 1)), seconds=300)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("model", daily((8, 4, 2, 1), 1))
+@pytest.mark.parametrize("model", sample((8, 4, 2, 1), 1))
 def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_path: Path) -> None:
     """Two sums of the residual stream in each layer, the embedding's rows, and what makes one likelihood, or one token,
     of the shards of a head: no weights and no caches, and nothing goes from every device to every other."""

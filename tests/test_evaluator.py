@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Family, build_family, daily, load_torch, tiny_config, word_tokenizer, words, write_lines
+from helpers import Family, build_family, load_torch, sample, tiny_config, word_tokenizer, words, write_lines
 from merge_kernels import METHODS
+from reference.torch_models import text_logprobs, torch_scores
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.parents import open_sources
@@ -132,40 +133,6 @@ def ties_scores(ties: Setting) -> TaskScores:
     return ties.evaluator(chunk=1).population(ties.bank, ties.spec, ties.recipes)
 
 
-def torch_log_probability(model: Any, prompt: str, target: str) -> tuple[float, int]:
-    """The target's total log-probability after the prompt, and its tokens, one text at a time."""
-    ids = [words().index(word) for word in (prompt + target).split()]
-    start = len(prompt.split())
-    with torch.no_grad():
-        rows = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
-    return float(sum(rows[i - 1, ids[i]] for i in range(start, len(ids)))), len(ids) - start
-
-
-def torch_scores(model: Any, tasks: list[TextTask]) -> dict[str, dict[str, np.ndarray]]:
-    """What the tasks' scores are, computed by transformers and torch, example by example."""
-    text, choice, generated = tasks
-    likelihood = [torch_log_probability(model, e.prompt, e.targets[0]) for e in text.examples]
-    margins = []
-    for example in choice.examples:
-        totals = np.array([torch_log_probability(model, example.prompt, target)[0] for target in example.targets])
-        margins.append(totals[example.answer] - np.delete(totals, example.answer).max())
-    right = []
-    for example in generated.examples:
-        prompt = torch.tensor([[words().index(word) for word in example.prompt.split()]])
-        with torch.no_grad():
-            whole = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=generated.max_new_tokens,
-                do_sample=False, eos_token_id=2, pad_token_id=0,
-            )[0, prompt.shape[1] :]  # fmt: skip
-        spoken = [words()[i] for i in whole.tolist() if words()[i].startswith("w")]
-        right.append(bool(spoken) and spoken[-1] == str(example.answer).strip())
-    return {
-        "text": {"log_probability": np.array([total / count for total, count in likelihood])},
-        "choice": {"accuracy": np.array(margins) > 0, "margin": np.array(margins)},
-        "words": {"accuracy": np.array(right)},
-    }
-
-
 def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: TaskScores, tmp_path: Path) -> None:
     """Each candidate written out and scored by transformers, one example after the other."""
     for p in range(POPULATION):
@@ -183,15 +150,15 @@ def test_population_scores_equal_models_on_disk(ties: Setting, ties_scores: Task
 
 @pytest.mark.parametrize(
     "method",
-    daily([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 4),
+    sample([name for name, one in METHODS.items() if name != "ties" and any(p.searched for p in one.parameters)], 4),
 )
 def test_other_methods_score_what_they_materialise(method: str, family: Family, tmp_path: Path) -> None:
     setting = Setting(family, method)
     scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
     model = setting.write(1, tmp_path / "model")
-    expected = [torch_log_probability(model, e.prompt, e.targets[0]) for e in setting.short.examples]
+    expected = [text_logprobs(model, e.prompt, e.targets[0]).mean() for e in setting.short.examples]
     found = scores.matrices["text"]["log_probability"][1]
-    np.testing.assert_allclose(found, [total / count for total, count in expected], atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
@@ -201,9 +168,9 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     assert "head" in setting.bank.shared
     scores = setting.evaluator([setting.short]).population(setting.bank, setting.spec, setting.recipes)
     model = setting.write(0, tmp_path / "model")
-    expected = [torch_log_probability(model, e.prompt, e.targets[0]) for e in setting.short.examples]
+    expected = [text_logprobs(model, e.prompt, e.targets[0]).mean() for e in setting.short.examples]
     found = scores.matrices["text"]["log_probability"][0]
-    np.testing.assert_allclose(found, [total / count for total, count in expected], atol=1e-4)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     assert open_sources([tmp_path / "model"])[0].entry(0, "lm_head.weight").dtype == jnp.bfloat16
     # Unrounded it would score otherwise, so that the equality above says something.
     wide = replace(setting.spec, export_dtype="float32")
@@ -416,7 +383,7 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", daily(FAMILIES, 1))
+@pytest.mark.parametrize("name", sample(FAMILIES, 1))
 def test_what_is_shared_is_computed_as_if_it_were_not(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ from evojax_merge.search.loop import Reporter
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.successive_halving import rung_shards, stratified_shards, successive_halving
 from evojax_merge.search.surrogate import append_candidates, empty_surrogate, predict_fitness
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 
 
 def sigmoid(logits: Any) -> Any:
@@ -317,8 +317,9 @@ CHOSEN = ["search.rung_examples=item_response"]
 def test_models_score_on_chosen_examples_as_on_all(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 3)
     problem = build_problem(path, read_config(path, CHOSEN, None))
-    (everything,), shards = problem.batched_choice(), problem.by_split(problem.batched_tasks()).shards
-    opened, *_ = open_evaluators(problem, [everything])
+    splits = problem.batched_tasks()
+    everything, shards = splits.choice, splits.shards
+    opened = open_evaluator(problem, everything)
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((3, problem.space.dims))
     genomes = genomes.astype(np.float32)
     whole = opened.score(genomes)

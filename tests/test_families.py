@@ -1,6 +1,6 @@
 """Every native family, checked alike: against transformers, packed, as a layer path, merged in a search, on a mesh.
 
-A family is a row of `FAMILIES`. Four of them have their turn on a day, and all with EVOJAX_TEST_ALL, as have those that
+A family is a row of `FAMILIES`. A sample of four runs. EVOJAX_TEST_ALL runs all of them, and also the families that
 the rest of the suite searches, walks and generates with."""
 
 import json
@@ -18,7 +18,6 @@ import transformers
 import yaml
 from helpers import (
     ALL,
-    daily,
     edit_json,
     finetune,
     greedy_tokens,
@@ -26,12 +25,14 @@ from helpers import (
     load_torch,
     logits,
     random_model,
+    sample,
     save,
     state,
     word_tokenizer,
     words,
     write_lines,
 )
+from reference.torch_models import text_logprobs, torch_logits, torch_tokens
 
 from evojax_merge.checkpoints.bank import load_path_bank, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
@@ -287,7 +288,7 @@ FAMILIES = {
 }  # fmt: skip
 # The text decoders of larger models, which are no models by themselves: tests/test_text_decoders.py.
 PARTS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"}
-RUN = daily([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 4)
+RUN = sample([name for name, row in FAMILIES.items() if ALL or not row.covered_elsewhere], 4)
 
 
 class Models:
@@ -344,28 +345,6 @@ def random_tokens(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, VOCAB, shape).astype(np.int32)
 
 
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens).long()).logits.numpy()
-
-
-def torch_tokens(model: Any, prompt: np.ndarray, new: int) -> list[int]:
-    ids = torch.tensor(prompt).long()[None]
-    with torch.no_grad():
-        whole = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
-        )  # fmt: skip
-    return whole[0, len(prompt) :].tolist()
-
-
-def token_logprobs(model: Any, prompt: str, target: str) -> np.ndarray:
-    """log p of each of the target's tokens, by transformers, of one whole text."""
-    before, own = ([int(word[1:]) for word in text.split()] for text in (prompt, target))
-    rows = torch.log_softmax(torch.tensor(torch_logits(model, np.array([[*before, *own]]))[0]).double(), -1)
-    return np.array([float(rows[len(before) - 1 + i, token]) for i, token in enumerate(own)])
-
-
 def load_reported(folder: Path) -> Any:
     """The folder as transformers reads it, with all of its tensors, and all that the model has."""
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -379,7 +358,7 @@ def assert_margins(scores: Any, model: Any, models: Models) -> None:
     """Scores behind a shared header, of packed choices, are those of whole texts, one by one."""
     expected = []
     for example in models.task().examples:
-        totals = [token_logprobs(model, example.prompt, target).sum() for target in example.targets]
+        totals = [text_logprobs(model, example.prompt, target).sum() for target in example.targets]
         expected.append(totals[example.answer] - np.delete(totals, example.answer).max())
     np.testing.assert_allclose(scores.matrices["choice"]["margin"][0], expected, atol=2e-4)
 
@@ -459,7 +438,7 @@ def test_a_search_exports_what_it_scored(models: Models) -> None:
     result = json.loads((out / "result.json").read_text())
     (winner,) = (row for row in result["table"] if row["role"] == "winner")
     records = [json.loads(line) for line in (models.root / "heldout.jsonl").read_text().splitlines()]
-    means = [token_logprobs(theirs, one["prompt"], one["target"]).mean() for one in records]
+    means = [text_logprobs(theirs, one["prompt"], one["target"]).mean() for one in records]
     assert winner["heldout_scores"] == {"text/log_probability": pytest.approx(np.mean(means), abs=1e-4)}
     # A merge, not one of the parents.
     merged = state(out / "best/model")
@@ -486,7 +465,7 @@ from jax.sharding import AxisType, Mesh
 from pathlib import Path
 from evojax_merge.evaluation.devices import Devices
 from evojax_merge.problem import build_problem, read_config
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 
 path = Path(sys.argv[1])
 problem = build_problem(path, read_config(path, [], None))
@@ -494,7 +473,7 @@ genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.flo
 shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
 found = []
 for mesh in (None, shared):
-    (scorer,) = open_evaluators(problem, problem.batched_tasks()[:1], Devices(mesh))
+    scorer = open_evaluator(problem, problem.batched_tasks().shards[0], Devices(mesh))
     (metrics,) = scorer.score(genomes).matrices.values()
     found.append([matrix.tolist() for matrix in metrics.values()])
 print(json.dumps(found))

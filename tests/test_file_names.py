@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import transformers
 import yaml
 from helpers import edit_json, finetune, load_torch, random_model, save, stored_logits, write_lines
+from reference.torch_models import torch_logits
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -30,11 +30,6 @@ def gpt2(**changes: Any) -> Any:
 
 def neox(**changes: Any) -> Any:
     return transformers.GPTNeoXConfig(**NEOX | SPECIAL | changes)
-
-
-def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return load_torch(folder)(torch.tensor(tokens).long()).logits.numpy()
 
 
 def tokens_of(seed: int) -> np.ndarray:
@@ -78,7 +73,7 @@ def command(*arguments: object) -> int:
 )
 def test_names_and_buffers_do_not_matter(config: Any, change: Any, tmp_path: Path) -> None:
     save(random_model(config, std=0.3), tmp_path)
-    expected = torch_logits(tmp_path, tokens_of(0))
+    expected = torch_logits(load_torch(tmp_path), tokens_of(0))
     np.testing.assert_allclose(stored_logits(tmp_path, tokens_of(0)), expected, atol=1e-4)
     change_tensors(tmp_path, change)
     np.testing.assert_allclose(stored_logits(tmp_path, tokens_of(0)), expected, atol=1e-4)
@@ -101,7 +96,7 @@ def test_the_names_are_those_of_the_first_models_file(first: str, tmp_path: Path
     assert merged.keys() == {name for name in parent if not name.endswith((".attn.bias", ".masked_bias"))}
     tokens = tokens_of(1)
     np.testing.assert_allclose(
-        stored_logits(tmp_path / "out", tokens), torch_logits(tmp_path / "out", tokens), atol=1e-4
+        stored_logits(tmp_path / "out", tokens), torch_logits(load_torch(tmp_path / "out"), tokens), atol=1e-4
     )
 
 

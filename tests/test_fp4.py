@@ -1,4 +1,4 @@
-"""Checkpoints of four-bit floats as models: packed here as their formats say, number by number, and read back."""
+"""Checkpoints of four-bit floats as models: packed by reference/quantisation.py and read back."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import edit_json, random_model, run_linear_merge, save, state, tiny_config
+from reference.quantisation import four_bit_floats
 from safetensors import torch as torch_files
 from safetensors.numpy import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -18,27 +19,7 @@ from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.cli import WRONG_INPUT
 from evojax_merge.errors import InputError
 
-# E2M1's magnitudes, in the order of the codes; a code from 8 on is the negative of that eight below.
-MAGNITUDES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 NAME = "model.layers.0.mlp.up_proj"
-
-
-def value(code: int) -> float:
-    return MAGNITUDES[code % 8] * (-1 if code >= 8 else 1)
-
-
-def quantise(shape: tuple[int, int], group: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes at random, two to a byte, the scales of groups, and the weight that they mean."""
-    codes = rng.integers(0, 16, shape)
-    packed = (codes[:, 0::2] + 16 * codes[:, 1::2]).astype(np.uint8)
-    if group == 16:
-        kept = rng.uniform(1, 400, (shape[0], shape[1] // group)).astype(ml_dtypes.float8_e4m3fn)
-        scales = kept.astype(np.float64)
-    else:
-        kept = rng.integers(118, 128, (shape[0], shape[1] // group)).astype(np.uint8)
-        scales = 2.0 ** (kept.astype(np.float64) - 127)
-    values = [[value(code) * scales[o, i // group] for i, code in enumerate(row)] for o, row in enumerate(codes)]
-    return packed, kept, np.array(values)
 
 
 def compressed(how: str, strategy: str, group: int) -> dict[str, Any]:
@@ -65,7 +46,7 @@ def quantised(base: Path, folder: Path, case: str) -> dict[str, np.ndarray]:
     shutil.copytree(base, folder)
     tensors, values, rng = load_file(base / "model.safetensors"), {}, np.random.default_rng(0)
     for name in [name for name in tensors if "proj" in name]:
-        codes, scales, meant = quantise(tensors.pop(name).shape, 32 if case == "MXFP4" else 16, rng)
+        codes, scales, meant = four_bit_floats(tensors.pop(name).shape, 32 if case == "MXFP4" else 16, rng)
         outer = rng.uniform(1000, 3000, 1).astype(np.float32)
         module = name.removesuffix(".weight")
         if case == "NVFP4 of Model Optimizer":
@@ -130,7 +111,7 @@ WRONG = {
         "MXFP4", "weight_scale", np.ones((96, 4), np.uint8), ("weight_scale", "found [96, 4]; expected [96, 2]"),
     ),
     "scales that are whole numbers": (
-        "MXFP4", "weight_scale", np.ones((96, 2), np.int32), ("weight_scale is int32", "eight bits"),
+        "MXFP4", "weight_scale", np.ones((96, 2), np.int32), ("weight_scale is int32", "uint8"),
     ),
     "codes in words": ("MXFP4", "weight_packed", np.ones((96, 32), np.int32), ("weight_packed is int32", "uint8")),
     "Model Optimizer's without the scale of all": (

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import build_family, daily, random_records, search_in, state, write_lines
+from helpers import build_family, random_records, sample, search_in, state, write_lines
 from hostile import run_command, start_command
 from pymoo.algorithms.moo.nsga2 import NSGA2
 from pymoo.indicators.hv import HV
@@ -39,7 +39,7 @@ from evojax_merge.search.protocols import keeps_front
 from evojax_merge.search.run_folder import open_run
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 from evojax_merge.tasks.gsm import GsmConfig
 from evojax_merge.tasks.task import Responses
 
@@ -157,7 +157,7 @@ def test_niches_keep_the_best_of_each_cell() -> None:
 
 
 @pytest.mark.parametrize("name", FRONT_STRATEGIES)
-@pytest.mark.parametrize("objectives", daily([2, 3], 1))
+@pytest.mark.parametrize("objectives", sample([2, 3], 1))
 def test_failures_ties_and_states(name: str, objectives: int) -> None:
     """What fails is never proposed; where all score alike the search goes on; states keep their structure."""
 
@@ -336,8 +336,7 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
     first, last = (state(tmp_path / f"model{one['member']}") for one in (members[0], members[-1]))
     assert any((first[name] != last[name]).any() for name in first)
     # And it has the scores of the table.
-    splits = problem.by_split(problem.batched_tasks())
-    (full,) = open_evaluators(problem, [splits.full])
+    full = open_evaluator(problem, problem.batched_tasks().search)
     means = full.score(genomes).matrices["one"]["margin"].mean(axis=1)
     np.testing.assert_allclose(means, [one["scores"]["one/margin"] for one in members], atol=1e-6)
 
@@ -441,7 +440,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
     document = yaml.safe_load(config_file.read_text())
     document["tasks"] = [sums, sums | {"name": "short", "metric": "brevity"}]
     problem = build_problem(config_file, Config.model_validate(document))
-    accuracy, short = problem.full
+    accuracy, short = problem.splits.search
     texts = [["w1 w2", "", "w1"], ["w3", "w4 w5 w6", " "]]
     task = short.subset([0, 1, 2])
     responses = Responses(np.zeros((2, 0)), np.zeros(0, int), np.zeros((2, 0), bool), texts)
@@ -450,7 +449,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
     assert short.companion() is None and short.extraction_failure([""]) is None
     assert not np.signbit(task.score(responses)["brevity"][0, 1])
     # What both ask alike is written once.
-    (full,) = open_evaluators(problem, [problem.by_split(problem.batched_tasks()).full])
+    full = open_evaluator(problem, problem.batched_tasks().search)
     asked: list[str] = []
     generate = Evaluator._generate
 

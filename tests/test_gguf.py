@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,23 @@ import torch
 import yaml
 from helpers import load_torch, random_model, state, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma3TextConfig, Phi3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+)
 
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.decoder_folder import decoder_of
-from evojax_merge.checkpoints.derived import open_model, resolve_model
+from evojax_merge.checkpoints.derived import SOURCES, TENSORS, open_model, resolve_model
 from evojax_merge.checkpoints.folder import open_folder
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import WRONG_INPUT, cli, run
+from evojax_merge.errors import InputError
 
 VOCAB = 320
 GEMMA = ("gemma2", "gemma3")
@@ -202,8 +213,6 @@ def gemma_config(family: str, sizes: dict[str, Any]) -> Any:
 
 
 def _merges(tokenizer: Tokenizer) -> list[list[str]]:
-    import json
-
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     return [pair if isinstance(pair, list) else pair.split(" ") for pair in merges]
 
@@ -411,7 +420,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "more experts than it has": (
         lambda path: write_gguf(path, "qwen3moe", change=change(qwen3moe__expert_count=4)),
-        ("ffn_gate_exps.weight has shape [3, 32, 64]", "[4, 32, 64]"),
+        ("ffn_gate_inp.weight has shape [3, 64]", "qwen3moe.expert_count", "[4, 64]"),
     ),
     "half of LongRoPE": (
         lambda path: write_gguf(path, "phi3, long", without="rope_factors_short.weight"),
@@ -451,3 +460,96 @@ def test_what_is_no_such_file_is_refused_by_name(case: str, tmp_path: Path, capf
     for text in ("tiny.gguf", *says):
         assert text in line, line
     assert not (tmp_path / "out").exists()
+
+
+def replace_with_link(folder: Path) -> None:
+    kept = folder.with_name("moved")
+    shutil.rmtree(kept, ignore_errors=True)
+    folder.rename(kept)
+    folder.symlink_to(kept)
+
+
+def replace_with_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+TAMPERED: dict[str, Callable[[Path], Any]] = {
+    "another config": lambda folder: edit_json(folder / "config.json", rope_parameters={"rope_theta": 7.0}),
+    "a tensor elsewhere": lambda folder: edit_json(folder / TENSORS, **{"model.norm.weight": {"start": 0}}),
+    "other sources": lambda folder: edit_json(folder / SOURCES, paths=["/etc/passwd"]),
+    "sources of another kind": lambda folder: edit_json(folder / SOURCES, kind=["gguf"]),
+    "no sources": lambda folder: (folder / SOURCES).unlink(),
+    "sources that are no JSON": lambda folder: (folder / SOURCES).write_text("{"),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "half a tokenizer": lambda folder: cut(folder / "tokenizer.json", 100),
+    "a file more": lambda folder: (folder / "added_tokens.json").write_text("{}"),
+    "a link for a file": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").symlink_to("x")),
+    "a file for the folder": replace_with_file,
+    "a link for the folder": replace_with_link,
+}
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_what_is_cached_of_a_file_is_made_again_where_it_is_another(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_gguf(tmp_path / "tiny.gguf", "llama")
+    folder = resolve_model("test", str(tmp_path / "tiny.gguf"), Path())
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    TAMPERED[case](folder)
+    assert resolve_model("test", str(tmp_path / "tiny.gguf"), Path()) == folder
+    assert not folder.is_symlink()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_messages_name_the_users_file_and_no_file_of_the_cache(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Errors of whatever looks at the folder that stands for the file, and warnings; of no great length."""
+    tokens = ["x" * 2**20, "a", "b", "ab", *(f"t{i}" for i in range(VOCAB - 4))]
+    changes = change(tokenizer__ggml__tokens=tokens, tokenizer__ggml__merges=["a b"])
+    write_gguf(tmp_path / "tiny.gguf", "llama", change=changes)
+    written = tmp_path / "written"
+    byte_level = resolve_model("test", str(tmp_path / "tiny.gguf"), Path())
+    with pytest.raises(InputError, match=r"tiny\.gguf: odd$") as caught:
+        raise InputError(byte_level / "config.json", "odd")
+    assert "evojax-merge/models" not in str(caught.value)
+    # Another tokenizer, and then another number of layers.
+    PreTrainedTokenizerFast(tokenizer_object=byte_level_tokenizer()).save_pretrained(written)
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("written", "tiny.gguf")],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    capfd.readouterr()
+    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "out") == 0
+    text = capfd.readouterr().err
+    assert f"{tmp_path / 'tiny.gguf'}: its tokenizer differs" in text and len(text) < 2000
+    random_model(tiny_config("llama")).save_pretrained(tmp_path / "narrow")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe).replace("written", "narrow"))
+    assert command("merge", tmp_path / "recipe.yaml", tmp_path / "other") == WRONG_INPUT
+    text += capfd.readouterr().err
+    assert "tiny.gguf" in text.splitlines()[-1] and "evojax-merge/models" not in text
+
+
+def test_an_adapter_of_a_gguf_file_is_named_by_its_own_parts(tmp_path: Path) -> None:
+    from test_adapters import adapter
+
+    write_gguf(tmp_path / "tiny.gguf", "llama").save_pretrained(tmp_path / "two")
+    lora, _ = adapter(tmp_path / "two", tmp_path / "lora", target_modules=["up_proj"])
+    for base, config in (("tiny.gguf", "tiny.gguf"), ("two", "two/config.json")):
+        folder = resolve_model("test", f"{tmp_path / base}+{lora}", Path())
+        assert str(InputError(folder / "config.json", "odd")) == f"{tmp_path / config}: odd"
+        assert str(InputError("recipe.yaml", f"see {folder}")) == f"recipe.yaml: see {tmp_path / base}+{lora}"
+        # A link that leads elsewhere is not followed.
+        target = (folder / "config.json").readlink()
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+        assert resolve_model("test", f"{tmp_path / base}+{lora}", Path()) == folder
+        assert (folder / "config.json").readlink() == target

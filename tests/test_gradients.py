@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Family, build_family, daily, tiny_config, write_lines
-from merge_kernels import METHODS, combine_differentiable, look_up_differentiable, on_grid, tabulate
+from helpers import Family, build_family, sample, tiny_config, write_lines
+from merge_kernels import METHODS, CombineInputs, combine_differentiable, look_up_differentiable, on_grid, tabulate
 from merge_kernels.gradients import HALF_WIDTH
 from test_evaluator import Setting, behind_header
-from test_kernels import draws_of, make_models, on_device, reference, sources_of
+from test_kernels import draws_of, expected_merge, make_models, on_device, sources_of
 
 import evojax_merge as em
 from evojax_merge.cli import cli, run
@@ -55,7 +55,7 @@ def numbers_of(name: str, parents: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("name", "parameter"), daily(SEARCHED, 12))
+@pytest.mark.parametrize(("name", "parameter"), sample(SEARCHED, 12))
 def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: str) -> None:
     """The derivative of a weighted sum of a merge's entries, along every entry of a searched parameter. Of a density
     the difference is taken as far apart as its derivative says."""
@@ -66,12 +66,12 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
     numbers = numbers_of(name, parents)
     sources = sources_of(options, models)
     prepared = tabulate(method, options, sources, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     def weighted(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        merged = combine_differentiable(method, options, tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
-        return jnp.sum(merged * cotangent)
+        inputs = CombineInputs(tuple(map(jnp.asarray, sources)), keys, statistics, parameters)
+        return jnp.sum(combine_differentiable(method, options, inputs) * cotangent)
 
     found = np.atleast_1d(jax.grad(weighted)(on_device(numbers))[parameter])
 
@@ -82,7 +82,7 @@ def test_gradients_equal_differences_of_float64_formulas(name: str, parameter: s
             value = np.array(np.atleast_1d(numbers[parameter]), np.float64)
             value[index] += by
             changed = numbers | {parameter: value if method.parameter(parameter).per_parent else value[0]}
-            return float((reference(name, options, models, changed, DRAWS) * cotangent).sum())
+            return float((expected_merge(name, options, models, changed, DRAWS) * cotangent).sum())
 
         expected = (moved(step) - moved(-step)) / (2 * step)
         np.testing.assert_allclose(found[index], expected, rtol=2e-3, atol=2e-3, err_msg=f"{name} {parameter}[{index}]")
@@ -97,13 +97,13 @@ def test_density_gradients_end_at_the_interval_s_ends() -> None:
 
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, method.options, sources, (), statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), (), statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, method.options, inputs)))
 
     slope = jax.grad(total)(on_device(numbers))["density"][0]
-    merged = reference("ties", method.options, models, numbers, DRAWS)
+    merged = expected_merge("ties", method.options, models, numbers, DRAWS)
     below = numbers | {"density": np.array([1 - HALF_WIDTH, 1.0])}
-    expected = (2 * merged * (merged - reference("ties", method.options, models, below, DRAWS))).sum() / HALF_WIDTH
+    expected = (2 * merged * (merged - expected_merge("ties", method.options, models, below, DRAWS))).sum() / HALF_WIDTH
     np.testing.assert_allclose(slope, expected, rtol=2e-3)
 
 
@@ -114,13 +114,13 @@ def test_a_density_outside_of_the_interval_changes_nothing(name: str) -> None:
     options = replace(method.options, rescale="density") if name == "dare_ties" else method.options
     numbers, density = numbers_of(name, 2), method.density.name if method.density is not None else ""
     prepared = tabulate(method, options, models, numbers, DRAWS)
-    keys, table = tuple(map(jnp.asarray, prepared.keep_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
+    keys, table = tuple(map(jnp.asarray, prepared.mask_keys)), jax.tree.map(jnp.asarray, prepared.statistics)
 
     @jax.jit
     def total(parameters: Any) -> jax.Array:
         statistics = look_up_differentiable(method, table, parameters)
-        sources = tuple(map(jnp.asarray, models))
-        return jnp.sum(jnp.square(combine_differentiable(method, options, sources, keys, statistics, parameters)))
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), keys, statistics, parameters)
+        return jnp.sum(jnp.square(combine_differentiable(method, options, inputs)))
 
     slopes = jax.jit(jax.grad(total))
     for outside, end in ((1.3, 1.0), (1.004, 1.0), (-0.2, 0.0)):
@@ -198,7 +198,7 @@ def test_gradients_of_recipes_equal_differences_of_scores(linear: Setting) -> No
     assert_gradients_close(take_candidate(gradients, 1), expected)
 
 
-@pytest.mark.parametrize("method", daily(["ties", "slerp"], 1))
+@pytest.mark.parametrize("method", sample(["ties", "slerp"], 1))
 def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     method: str, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +212,7 @@ def test_layers_merged_on_the_way_have_the_gradients_of_whole_candidates(
     assert_gradients_close(streamed, whole, 1e-3)
 
 
-@pytest.mark.parametrize("kind", daily(["mistral", "qwen3", "mixtral"], 1))
+@pytest.mark.parametrize("kind", sample(["mistral", "qwen3", "mixtral"], 1))
 def test_other_architectures_have_gradients(kind: str, tmp_path: Path) -> None:
     setting = Setting(build_family(tmp_path, tiny_config(kind)), "task_arithmetic")
     evaluator = setting.evaluator([setting.short])
@@ -289,7 +289,7 @@ def climb(strategy: Any, generations: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "schedule"), daily([(one, schedule) for one in OPTIMIZERS for schedule in ("cosine", "constant")], 6)
+    ("optimizer", "schedule"), sample([(one, schedule) for one in OPTIMIZERS for schedule in ("cosine", "constant")], 6)
 )
 def test_every_optimizer_takes_steps(optimizer: str, schedule: str) -> None:
     strategy = make("gradient", population=2, optimizer=optimizer, schedule=schedule, learning_rate=0.02)
@@ -383,7 +383,7 @@ def history(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(
     ("kind", "search"),
-    daily(
+    sample(
         [
             ("likelihood", {"strategy": "gradient", "population": 2, "gradient": {"minibatches": 3}}),
             ("multiple_choice", {"strategy": "gradient", "seeds": ["parents"]}),

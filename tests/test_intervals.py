@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.resampling import naive_bootstrap
 from rich.console import Console
 
 from evojax_merge.report import intervals
@@ -16,28 +17,7 @@ from evojax_merge.report.merges import MergeReport
 from evojax_merge.report.tables import markdown_table, terminal_table
 
 
-def naive_bootstrap(differences, weights, seed: int, resamples: int, confidence: float):
-    """One resample, one task and one example after the other."""
-    rng = np.random.default_rng(seed)
-    drawn = [[rng.integers(task.shape[1], size=task.shape[1]) for _ in range(resamples)] for task in differences]
-    ends = []
-    for k in range(len(differences[0])):
-        means = sorted(
-            sum(
-                weight * sum(task[k, i] for i in drawn[t][b]) / task.shape[1]
-                for t, (weight, task) in enumerate(zip(weights, differences, strict=True))
-            )
-            for b in range(resamples)
-        )
-        for share in ((1 - confidence) / 2, (1 + confidence) / 2):
-            place = share * (resamples - 1)
-            below = int(place)
-            above = min(below + 1, resamples - 1)
-            ends.append(means[below] + (place - below) * (means[above] - means[below]))
-    return np.array(ends).reshape(-1, 2)
-
-
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(2, 12), min_size=1, max_size=3),
     pairs=st.integers(1, 3),

@@ -1,10 +1,9 @@
-"""Merge kernels against float64 NumPy written from the methods' formulas, and against the installed mergekit."""
+"""Merge kernels against the float64 formulas of reference/merging.py, and against the installed mergekit."""
 
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,18 +12,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from helpers import ALL, daily
+from helpers import ALL, sample
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from merge_kernels import (
     DENSITY_STEPS,
     METHODS,
+    CombineInputs,
     Method,
     Options,
     add_low_rank,
     combine,
-    combine_population,
     draw_row_keys,
     grid_index,
     host_uniform,
@@ -35,6 +34,8 @@ from merge_kernels import (
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.sparsify import della_magprune
+from reference import merging
+from reference.merging import BAND, DARE, DELLA, ELECTED, MAGNITUDE, RAM, SPARSE, TASK_VECTORS, agreeing, rank_in_row
 
 Numbers = dict[str, Any]
 Draws = Callable[[int], np.ndarray]
@@ -43,18 +44,11 @@ Draws = Callable[[int], np.ndarray]
 SIZES = (((1,), 2), ((7,), 5), ((1, 1), 3), ((5, 9), 2), ((16, 32), 3), ((4, 3, 5), 4))
 # Two of them serve the other tests, so that little has to be compiled.
 SMALL, LARGE = (5, 9), (16, 32)
-# By what the field calls them, not by what the registry says.
-MAGNITUDE, BAND = ("ties",), ("breadcrumbs", "breadcrumbs_ties")
-DARE, DELLA = ("dare_linear", "dare_ties"), ("della", "della_linear")
-BERNOULLI, SPARSE = (*DARE, *DELLA), (*MAGNITUDE, *BAND, *DARE, *DELLA)
-TASK_VECTORS = ("task_arithmetic", *SPARSE)
-ELECTED = ("ties", "dare_ties", "della", "breadcrumbs_ties")
-RAM = ("ram", "ramplus_tl")
+BERNOULLI = (*DARE, *DELLA)
 BASED = (*TASK_VECTORS, *RAM, "model_stock", "sce", "nearswap", "arcee_fusion")
 SYMMETRIC = (*TASK_VECTORS, *RAM, "linear", "nuslerp", "multislerp", "karcher", "model_stock", "sce")
 NORMALIZED = ("linear", "nuslerp", "multislerp", *TASK_VECTORS)
 SEED = 11
-LEVELS = 2**16
 
 
 def digest(k: int, tensor: str = "tensor") -> bytes:
@@ -95,230 +89,17 @@ def merged(
     method, sources = METHODS[name], sources_of(options, models)
     prepared = prepare(method, options, sources, parameters, row_keys or draws_of(models[0].shape))
     tensors = tuple(jnp.asarray(x) for x in sources)
-    return np.asarray(
-        combine(method, options, tensors, prepared.keep_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
-    )
+    inputs = CombineInputs(tensors, prepared.mask_keys, prepared.statistics, on_device(parameters))  # type: ignore[arg-type]
+    return np.asarray(combine(method, options, inputs))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The formulas in float64
-
-
-def norm(x: np.ndarray) -> float:
-    return float(np.sqrt(np.square(x).sum()))
-
-
-def arc(
-    first: np.ndarray, second: np.ndarray, t: float, axis: int | None, straight_above: float, shortest: float
-) -> np.ndarray:
-    """Spherical interpolation of raw vectors: the whole tensors, or along an axis. Short lengths count as 1."""
-    if first.ndim < 2:
-        axis = None
-    length = [np.sqrt(np.square(x).sum(axis=axis, keepdims=True)) for x in (first, second)]
-    length = [np.where(x > shortest, x, 1.0) for x in length]
-    cosine = np.clip((first * second).sum(axis=axis, keepdims=True) / (length[0] * length[1]), -1, 1)
-    straight = np.abs(cosine) > straight_above
-    angle = np.arccos(np.where(straight, 0.0, cosine))
-    curved = (np.sin((1 - t) * angle) * first + np.sin(t * angle) * second) / np.sin(angle)
-    return np.where(straight, (1 - t) * first + t * second, curved)
-
-
-def multislerp(vectors: Sequence[np.ndarray], weight: np.ndarray, normalize: bool, eps: float) -> np.ndarray:
-    """Barycentric interpolation, with its step through the tangent space, which comes to nothing but cos(eps)."""
-    if len(vectors) == 1:
-        return vectors[0]
-    weight = weight / weight.sum() if normalize else weight
-    units = [x / (norm(x) + eps) for x in vectors]
-    mean = sum(w * u for w, u in zip(weight, units, strict=True))
-    if norm(mean) < eps:
-        chord = sum(w * x for w, x in zip(weight, vectors, strict=True))
-        return chord if len(vectors) == 2 else np.full_like(chord, np.nan)
-    direction = mean / norm(mean)
-    tangent = sum(w * (u - (u * direction).sum() * direction) for w, u in zip(weight, units, strict=True))
-    angle = norm(tangent) + eps
-    unit = np.cos(angle) * direction + np.sin(angle) / angle * tangent
-    return unit * sum(w * norm(x) for w, x in zip(weight, vectors, strict=True))
-
-
-def karcher(vectors: Sequence[np.ndarray], max_iter: int, tol: float) -> np.ndarray:
-    """The point of the sphere from which the tangents to all unit vectors cancel, times the mean norm."""
-    units = [x / norm(x) for x in vectors if norm(x) > tol]
-    if not units:
-        return np.zeros_like(vectors[0])
-    mean = np.mean(units, axis=0)
-    mean = units[0] if norm(mean) < tol else mean / norm(mean)
-    for _ in range(max_iter):
-        tangents = []
-        for unit in units:
-            cosine = np.clip((unit * mean).sum(), -1, 1)
-            angle = np.arccos(cosine)
-            tangents.append(0 * unit if angle < tol else angle / np.sin(angle) * (unit - cosine * mean))
-        step = np.mean(tangents, axis=0)
-        if norm(step) < tol:
-            break
-        mean = np.cos(norm(step)) * mean + np.sin(norm(step)) * step / norm(step)
-        mean = mean / norm(mean)
-    return mean * np.mean([norm(x) for x in vectors])
-
-
-def model_stock(base: np.ndarray, parents: Sequence[np.ndarray], by_row: bool) -> np.ndarray:
-    axis = -1 if by_row and base.ndim > 1 else None
-    deltas = [x - base for x in parents]
-    cosines = []
-    for one, two in itertools.combinations(deltas, 2):
-        lengths = [np.sqrt(np.square(x).sum(axis=axis, keepdims=True)) for x in (one, two)]
-        inner = (one * two).sum(axis=axis, keepdims=True)
-        cosines.append(np.clip(inner / np.maximum(lengths[0] * lengths[1], 1e-6), -1, 1))
-    cosine, n = np.mean(cosines, axis=0), len(parents)
-    denominator = 1 + (n - 1) * cosine
-    singular = np.abs(denominator) < 1e-6
-    t = np.where(singular, 0.0, n * cosine / np.where(singular, 1.0, denominator))
-    return t * np.mean(parents, axis=0) + (1 - t) * base
-
-
-def agreeing(stack: np.ndarray) -> np.ndarray:
-    """Where an entry has the sign of the sum over parents; a sum of 0 counts as +."""
-    return np.sign(stack) == np.where(stack.sum(axis=0) >= 0, 1.0, -1.0)
-
-
-def sce(base: np.ndarray, parents: Sequence[np.ndarray], select_topk: float) -> np.ndarray:
-    stack = np.stack([x - base for x in parents])
-    if select_topk < 1:
-        # From pairs of deltas, which is exactly 0 where they are equal.
-        variance = sum(np.square(one - two) for one, two in itertools.combinations(stack, 2)) + np.zeros(base.shape)
-        # Counted in float32, as mergekit counts here and nowhere else.
-        count = int(np.float32(np.count_nonzero(variance)) * np.float32(select_topk)) if select_topk > 0 else 0
-        kept = np.zeros(base.size, bool)
-        kept[np.argsort(-variance.ravel(), kind="stable")[:count]] = True
-        stack = stack * kept.reshape(base.shape)
-    squares = np.square(stack).reshape(len(stack), -1).mean(axis=1)
-    share = np.full(len(stack), 1 / len(stack)) if squares.sum() < 1e-6 else squares / squares.sum()
-    weight = share.reshape(-1, *[1] * base.ndim) * agreeing(stack)
-    return base + (stack * weight).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-6)
-
-
-def arcee_fusion(base: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Of each row's softmaxes the divergence, times the change: taken is what is far above the median."""
-    rows = [np.atleast_1d(x) for x in (other, base)]
-    own, first = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) + 1e-8 for x in rows)
-    importance = np.abs(rows[0] - rows[1]) * (own * np.log(own / first)).sum(axis=-1, keepdims=True)
-    low, median, high = np.quantile(importance, [0.25, 0.5, 0.75], method="lower")
-    return np.where((importance >= median + 1.5 * (high - low)).reshape(base.shape), other, base)
-
-
-def ram(base: np.ndarray, parents: Sequence[np.ndarray], epsilon: float, r: float, alpha: float) -> np.ndarray:
-    """Entries that several parents change get their mean change, those of one alone the more, the more it shares."""
-    deltas = np.stack([x - base for x in parents])
-    changed = np.abs(deltas) > epsilon
-    count = changed.sum(axis=0)
-    merged = base.copy()
-    for delta, own in zip(deltas, changed, strict=True):
-        shared, alone = int((own & (count > 1)).sum()), int((own & (count == 1)).sum())
-        ratio = shared / max(alone, epsilon) if shared else 0.0
-        factor = np.where(count > 1, 1 / np.maximum(count, 1), 1 + r * min(ratio, alpha))
-        merged = merged + np.where(own, factor * delta, 0.0)
-    return merged
-
-
-def kept_by_rank(magnitude: np.ndarray, first: int, count: int) -> np.ndarray:
-    """The entries of ascending ranks first … first + count - 1, and all that tie with one of them."""
-    ranked = np.sort(magnitude, axis=None)[first : first + count]
-    return np.isin(magnitude, ranked)
-
-
-def rank01(magnitude: np.ndarray) -> np.ndarray:
-    """The rank within the row, 0 … 1, smallest first: rows lie along axis 1, and a vector is one row."""
-    rows = magnitude if magnitude.ndim > 1 else magnitude[None]
-    ranks = np.argsort(np.argsort(rows, axis=1, kind="stable"), axis=1, kind="stable")
-    return (ranks / max(rows.shape[1] - 1, 1)).reshape(magnitude.shape)
-
-
-def kept_mask(name: str, delta: np.ndarray, parameters: Numbers, k: int, row_keys: Draws) -> np.ndarray:
-    size, magnitude, density = delta.size, np.abs(delta), float(parameters["density"][k])
-    if density >= 1:
-        return np.ones(delta.shape, bool)
-    if name in MAGNITUDE:
-        count = max(1, int(density * size)) if density > 0 else 0
-        return kept_by_rank(magnitude, size - count, count)
-    if name in BAND:
-        count = int(density * size)
-        return kept_by_rank(magnitude, max(0, size - count - int(parameters["gamma"][k] * size)), count)
-    # Probabilities are kept to 16 bits.
-    chance = np.full(delta.shape, round(density * LEVELS))
-    if name in DELLA and density > 0:
-        chance = chance + np.rint(parameters["epsilon"][k] * (2 * rank01(magnitude) - 1) * LEVELS)
-    return host_uniform(row_keys(k), delta.shape) < chance
-
-
-def task_vectors(
-    name: str,
-    options: Options,
-    base: np.ndarray,
-    parents: Sequence[np.ndarray],
-    parameters: Numbers,
-    row_keys: Draws,
-) -> np.ndarray:
-    weight = np.asarray(parameters["weight"], np.float64)
-    addends = []
-    for k, parent in enumerate(parents):
-        delta = parent - base
-        if name in SPARSE:
-            density = float(parameters["density"][k])
-            task_vectors = np.where(kept_mask(name, delta, parameters, k, row_keys), delta, 0.0)
-            before, after = np.abs(delta).sum(), np.abs(task_vectors).sum()
-            if options.rescale == "l1" and before >= 1e-7 and after >= 1e-7:
-                task_vectors = task_vectors * before / after
-            if options.rescale == "density" and density > 0:
-                task_vectors = task_vectors / density
-            delta = task_vectors
-        addends.append(weight[k] * delta)
-    stack = np.stack(addends)
-    if name in ELECTED:
-        agrees = agreeing(stack)
-        total, divisor = (stack * agrees).sum(0), (weight.reshape(-1, *[1] * base.ndim) * agrees).sum(0)
-        divisor = np.where(divisor == 0, 1.0, divisor)
-    else:
-        total, divisor = stack.sum(0), np.asarray(weight.sum())
-        divisor = np.where(np.abs(divisor) < 1e-8, 1.0, divisor)
-    return base + parameters["lambda"] * (total / divisor if options.normalize else total)
-
-
-def reference(
+def expected_merge(
     name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers, row_keys: Draws | None = None
 ) -> np.ndarray:
-    """One merge by its formula; ties at a threshold are all kept."""
-    base, *parents = [np.asarray(x, np.float64) for x in models]
-    weight = np.asarray(parameters.get("weight", ()), np.float64)
-    if name in TASK_VECTORS:
-        return task_vectors(name, options, base, parents, parameters, row_keys or draws_of(base.shape))
-    if name == "linear":
-        total = sum(w * x for w, x in zip(weight, parents, strict=True))
-        return np.asarray(total / weight.sum() if options.normalize else total)
-    if name == "slerp":
-        return arc(parents[0], parents[1], float(parameters["t"]), None, 0.9995, 1e-8)
-    if name == "karcher":
-        return karcher(parents, int(parameters["max_iter"]), float(parameters["tol"]))
-    if name == "model_stock":
-        return model_stock(base, parents, by_row=options.axis is not None)
-    if name == "sce":
-        return sce(base, parents, float(parameters["select_topk"]))
-    if name == "nearswap":
-        share = np.clip(parameters["t"] / np.maximum(np.abs(base - parents[0]), 1e-6), 0, 1)
-        return np.asarray(base + share * (parents[0] - base))
-    if name == "arcee_fusion":
-        return arcee_fusion(base, parents[0])
-    if name in RAM:
-        return ram(base, parents, *(float(parameters.get(key, 0)) for key in ("epsilon", "r", "alpha")))
-    if name == "passthrough":
-        return np.asarray(parameters["scale"][0] * parents[0])
-    # The two that take deltas where there is a base.
-    origin = base if options.has_base else np.zeros_like(base)
-    vectors = [x - origin for x in parents]
-    if name == "nuslerp":
-        t = 0.5 if abs(weight.sum()) < 1e-6 else weight[1] / weight.sum()
-        return origin + arc(vectors[0], vectors[1], t, options.axis, 1 - 1e-9, 0.0)
-    assert name == "multislerp"
-    return origin + multislerp(vectors, weight, options.normalize, float(parameters["eps"]))
+    """The same merge by its formula in float64, with the numbers that random methods draw from the row keys."""
+    shape = models[0].shape
+    keys = row_keys or draws_of(shape)
+    return merging.merge(name, options, models, parameters, lambda k: host_uniform(keys(k), shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,7 +127,7 @@ def masks_for_mergekit(
     for k, density in enumerate(parameters["density"]):
         # Nothing is drawn at density 1, nor at 0 by DELLA, which sees a vector as one row.
         if density < 1 and (density > 0 or name in DARE):
-            keys = prepared.keep_keys[k]
+            keys = prepared.mask_keys[k]
             numbers = host_uniform(keys, models[0].shape) if name in DARE else keys
             mask = numbers < int(prepared.statistics["threshold"][k])
             rows = mask[None] if name in DELLA and mask.ndim < 2 else mask
@@ -373,7 +154,7 @@ def of_mergekit(
 
 def check(name: str, options: Options, models: Sequence[np.ndarray], parameters: Numbers) -> None:
     """Kernel against formula and mergekit. Where there is no answer, the kernel's is not finite; mergekit refuses."""
-    found, expected = merged(name, options, models, parameters), reference(name, options, models, parameters)
+    found, expected = merged(name, options, models, parameters), expected_merge(name, options, models, parameters)
     assert found.dtype == np.float32
     assert found.shape == models[0].shape
     if np.isnan(expected).all():
@@ -476,7 +257,7 @@ def cases(name: str, parents: int) -> list[tuple[Options, Numbers]]:
     return rows
 
 
-@pytest.mark.parametrize(("shape", "parents"), daily(SIZES, 2), ids=str)
+@pytest.mark.parametrize(("shape", "parents"), sample(SIZES, 2), ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int, ...], parents: int) -> None:
     models = make_models(shape, count_of(name, parents))
@@ -484,12 +265,12 @@ def test_methods_equal_float64_formulas_and_mergekit(name: str, shape: tuple[int
         check(name, options, models, parameters)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_bfloat16_inputs_are_merged_in_float32(name: str) -> None:
     # The reference keeps every entry that ties at a threshold, as the kernels promise.
     models = make_models(LARGE, count_of(name, 3), ml_dtypes.bfloat16)
     for options, parameters in cases(name, len(models) - 1):
-        assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
+        assert_close(merged(name, options, models, parameters), expected_merge(name, options, models, parameters))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].max_parents != 1 and name != "slerp"])
@@ -508,14 +289,14 @@ def test_parents_equal_to_the_base_give_the_base(name: str) -> None:
         np.testing.assert_array_equal(merged(name, options, [base] * (parents + 1), parameters), base)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_identical_parents(name: str) -> None:
     base, parent = make_models(SMALL, 1)
     models = [base, *[parent] * count_of(name, 3)]
     for options, parameters in cases(name, len(models) - 1):
         if name == "sce":
             # The variance of equal numbers is not always 0 in torch.
-            assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
+            assert_close(merged(name, options, models, parameters), expected_merge(name, options, models, parameters))
         else:
             check(name, options, models, parameters)
 
@@ -533,7 +314,7 @@ def test_averages_of_identical_parents_are_that_parent(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*BASED[:-1], "slerp", "karcher"])
-@pytest.mark.parametrize("scale", daily([1e-9, 1e-8, 1e-5], 1))
+@pytest.mark.parametrize("scale", sample([1e-9, 1e-8, 1e-5], 1))
 def test_tiny_vectors(name: str, scale: float) -> None:
     """On both sides of the norms below which nothing is rescaled, divided or given a direction."""
     rng = np.random.default_rng(6)
@@ -568,7 +349,7 @@ def test_zero_vectors_have_no_direction() -> None:
             for options, parameters in cases(name, 2):
                 if not options.has_base:
                     found = merged(name, options, models, parameters)
-                    assert_close(found, reference(name, options, models, parameters))
+                    assert_close(found, expected_merge(name, options, models, parameters))
                     assert_close(found, of_mergekit(name, options, models, parameters))
 
 
@@ -618,13 +399,14 @@ def test_multislerp_of_one_parent_is_that_parent() -> None:
 def test_karcher_mean_is_where_the_tangents_cancel() -> None:
     """The defining property, on vectors far apart."""
     models = make_models(LARGE, 4, scale=1.0)
-    units = [x / norm(x) for x in np.asarray(models[1:], np.float64)]
+    parents = np.asarray(models[1:], np.float64)
+    units = [x / np.linalg.norm(x) for x in parents]
     found = merged("karcher", Options(), models, {"max_iter": 50, "tol": 1e-7}).astype(np.float64)
-    assert norm(found) == pytest.approx(np.mean([norm(x) for x in np.asarray(models[1:], np.float64)]), rel=1e-5)
-    mean = found / norm(found)
+    assert np.linalg.norm(found) == pytest.approx(np.mean([np.linalg.norm(x) for x in parents]), rel=1e-5)
+    mean = found / np.linalg.norm(found)
     angles = [np.arccos((unit * mean).sum()) for unit in units]
     tangents = [a / np.sin(a) * (u - np.cos(a) * mean) for a, u in zip(angles, units, strict=True)]
-    assert norm(np.mean(tangents, axis=0)) < 1e-5 * max(angles)
+    assert np.linalg.norm(np.mean(tangents, axis=0)) < 1e-5 * max(angles)
     assert min(angles) > 0.1
 
 
@@ -683,10 +465,10 @@ def test_prepared_arrays_are_as_many_as_the_method_says(name: str) -> None:
         return draw_row_keys(SEED, digest(k), SMALL)
 
     prepared = prepare(METHODS[name], options, sources, parameters, row_keys)
-    assert len(prepared.keep_keys) == METHODS[name].keep_keys(parents)
+    assert len(prepared.mask_keys) == METHODS[name].mask_keys(parents)
     expected = ((SMALL[0], 2), np.uint32) if name in DARE else (SMALL, np.uint16)
-    assert all((keys.shape, keys.dtype) == expected for keys in prepared.keep_keys)
-    assert METHODS[name].keep_key_array(SMALL) == expected
+    assert all((keys.shape, keys.dtype) == expected for keys in prepared.mask_keys)
+    assert METHODS[name].mask_key_array(SMALL) == expected
     assert sorted(drawn) == (list(range(parents)) if name in BERNOULLI else [])
     assert METHODS[name].random == (name in BERNOULLI)
 
@@ -755,7 +537,7 @@ def test_massively_tied_deltas(name: str) -> None:
         for normalize in (False, True):
             options = Options(normalize, has_base=True)
             found = merged(name, options, models, parameters)
-            assert_close(found, reference(name, options, models, parameters))
+            assert_close(found, expected_merge(name, options, models, parameters))
             # mergekit's choice among equals is arbitrary: away from the entries at a threshold.
             clear = np.ones(shape, bool)
             for k in range(2):
@@ -774,7 +556,7 @@ def test_density_option_divides_by_the_density() -> None:
         models, options = make_models(LARGE, 3), Options(rescale="density", has_base=True)
         density = np.array([0.2, 0.55, 1.0])
         parameters = {"weight": [0.4, 0.3, 0.5], "density": density, "lambda": 1.0} | constants_for(name, density, 0)
-        assert_close(merged(name, options, models, parameters), reference(name, options, models, parameters))
+        assert_close(merged(name, options, models, parameters), expected_merge(name, options, models, parameters))
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -799,7 +581,7 @@ def table_of(
 ) -> tuple[Sequence[np.ndarray], dict[str, jax.Array]]:
     never = {p.name: parameters[p.name] for p in method.parameters if not p.searched}
     prepared = tabulate(method, options, sources_of(options, models), never, draws_of(models[0].shape))
-    return prepared.keep_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
+    return prepared.mask_keys, {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
 
 
 def steps_for(name: str) -> tuple[int, ...]:
@@ -810,7 +592,7 @@ def steps_for(name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", TABULATED)
-@pytest.mark.parametrize("shape", daily([(1, 1), SMALL, LARGE], 1), ids=str)
+@pytest.mark.parametrize("shape", sample([(1, 1), SMALL, LARGE], 1), ids=str)
 def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int, ...]) -> None:
     method, parents = METHODS[name], 2
     models = make_models(shape, parents)
@@ -833,8 +615,8 @@ def test_table_equals_exact_preparation_on_the_grid(name: str, shape: tuple[int,
                 np.testing.assert_array_equal(np.asarray(found[key]), values)
             elif key != "threshold":
                 np.testing.assert_allclose(np.asarray(found[key]), values, rtol=1e-6)
-        tensors = tuple(map(jnp.asarray, models))
-        looked_up = combine(method, options, tensors, scores, found, on_device(parameters | given))  # type: ignore[arg-type]
+        inputs = CombineInputs(tuple(map(jnp.asarray, models)), scores, found, on_device(parameters | given))  # type: ignore[arg-type]
+        looked_up = combine(method, options, inputs)
         assert_close(np.asarray(looked_up), merged(name, options, models, parameters | given), 2e-6)
 
 
@@ -865,7 +647,7 @@ def test_grid_index_rounds_to_the_nearest_step_and_stays_inside() -> None:
     np.testing.assert_array_equal(np.asarray(grid_index(density)), [0, 0, 0, 1, 537, 1000, 1000, 1000])
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 10))
+@pytest.mark.parametrize("name", sample(METHODS, 10))
 def test_population_equals_one_by_one(name: str) -> None:
     """jit, vmap over candidates and the table give what single merges give."""
     method, parents = METHODS[name], count_of(name, 3)
@@ -890,26 +672,18 @@ def test_population_equals_one_by_one(name: str) -> None:
     def all_at_once(numbers: dict[str, jax.Array]) -> jax.Array:
         def one(numbers: dict[str, jax.Array]) -> jax.Array:
             everything = numbers | on_device(never)
-            return combine(method, options, tensors, scores, look_up(method, table, everything), everything)  # type: ignore[arg-type]
+            statistics = look_up(method, table, everything)
+            return combine(method, options, CombineInputs(tensors, scores, statistics, everything))  # type: ignore[arg-type]
 
         return jax.vmap(one)(numbers)
 
     found = np.asarray(all_at_once(on_device(population)))
     for p in range(6):
         alone = {key: values[p] for key, values in population.items() if key != "candidate"} | never
-        assert_close(found[p], reference(name, options, models, alone))
-
-    # Side by side, as `combine_population` makes them: the same numbers in another order.
-    searched = {key: values for key, values in on_device(population).items() if key != "candidate"}
-    if searched:
-        constant = {key: jnp.broadcast_to(value, (6, *value.shape)) for key, value in on_device(never).items()}
-        run = jax.jit(lambda numbers: combine_population(method, options, tensors, scores, table, numbers))
-        beside = np.asarray(run(searched | constant))
-        assert beside.shape == (LARGE[0], 6, *LARGE[1:])
-        np.testing.assert_allclose(beside.swapaxes(0, 1), found, rtol=1e-6, atol=1e-6)
+        assert_close(found[p], expected_merge(name, options, models, alone))
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 8))
+@pytest.mark.parametrize("name", sample(METHODS, 8))
 def test_rows_may_be_merged_alone(name: str) -> None:
     """With the whole tensor's statistics, some rows give those rows of the merged tensor."""
     method, parents = METHODS[name], count_of(name, 2)
@@ -924,10 +698,11 @@ def test_rows_may_be_merged_alone(name: str) -> None:
             key: values[rows] if options.axis == -1 and values.ndim == 2 else values
             for key, values in prepared.statistics.items()
         }
-        part = combine(
-            method, options, tuple(jnp.asarray(x[rows]) for x in sources),
-            tuple(jnp.asarray(s[rows]) for s in prepared.keep_keys), by_row, on_device(parameters),  # type: ignore[arg-type]
+        inputs = CombineInputs(
+            tuple(jnp.asarray(x[rows]) for x in sources),
+            tuple(jnp.asarray(s[rows]) for s in prepared.mask_keys), by_row, on_device(parameters),
         )  # fmt: skip
+        part = combine(method, options, inputs)
         np.testing.assert_allclose(np.asarray(part), merged(name, options, models, parameters)[rows], rtol=1e-6)
 
 
@@ -1010,7 +785,7 @@ def test_della_keeps_with_a_probability_that_rises_with_the_rank(density: float,
     theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
     parameters = {"weight": [1.0], "density": [density], "lambda": 1.0, "epsilon": [epsilon]}
     ours = merged("della_linear", Options(has_base=True), [base, parent], parameters) != 0
-    tenth = np.minimum((10 * rank01(np.abs(parent))).astype(int), 9)
+    tenth = np.minimum((10 * rank_in_row(np.abs(parent))).astype(int), 9)
     for decile in range(10):
         inside = tenth == decile
         tolerance = 4.5 * np.sqrt(2 * density * (1 - density) / inside.sum())
@@ -1026,7 +801,7 @@ def test_della_ranks_run_along_the_second_axis_of_any_tensor() -> None:
         ours = merged("della_linear", Options(has_base=True), [np.zeros(shape, np.float32), parent], parameters) != 0
         torch.manual_seed(1)
         theirs = della_magprune(torch.tensor(parent), density, epsilon).numpy() != 0
-        share = rank01(np.abs(parent))
+        share = rank_in_row(np.abs(parent))
         for mask in (ours, theirs):
             # Kept with probability p: the mean of mask - p along ranks has a spread of about 0.5/sqrt(n).
             for low in np.arange(10) / 10:
@@ -1094,7 +869,10 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
     parameters = {"weight": weight, "density": [1.0, 1.0], "lambda": 1.0}
     statistics = prepare(method, normalized, sources, parameters, draws_of((64, 32))).statistics
     numbers, tensors = on_device(parameters), tuple(map(jnp.asarray, sources))
-    run = partial(combine, method, normalized, tensors, (), {k: jnp.asarray(v) for k, v in statistics.items()})
+
+    def run(numbers: dict[str, jax.Array]) -> jax.Array:
+        return combine(method, normalized, CombineInputs(tensors, (), statistics, numbers))
+
     wide = np.stack([x.astype(np.float64) for x in sources[1:]])
     # Whichever of the two is positive is kept alone, and its weight divides out again.
     expected = wide.max(axis=0)
@@ -1108,7 +886,7 @@ def test_exact_cancellation_elects_plus(weight: tuple[float, float], ratio: floa
 # Zeros are common and equal magnitudes too: 1/256 is the step.
 tensors = arrays(np.float32, SMALL, elements=st.integers(-512, 512).map(lambda i: i / 256))
 weights = st.integers(1, 96).map(lambda i: i / 64)
-laws = settings(max_examples=200 if ALL else 30, deadline=None, derandomize=True)
+laws = settings(max_examples=200 if ALL else 30)
 
 
 @laws
@@ -1169,7 +947,8 @@ def test_swapping_two_parents_swaps_nothing_else(data: st.DataObject, name: str)
     options = data.draw(st.sampled_from(options_for(name)))
     if name in ("nuslerp", "multislerp", "karcher"):
         origin = base.astype(np.float64) if options.has_base else np.zeros(SMALL)
-        inner, lengths = ((one - origin) * (two - origin)).sum(), norm(one - origin) * norm(two - origin)
+        inner = ((one - origin) * (two - origin)).sum()
+        lengths = np.linalg.norm(one - origin) * np.linalg.norm(two - origin)
         # Opposite vectors have no great circle between them.
         assume(options.axis is None and inner > -0.99 * lengths)
     parameters = lawful_numbers(data, name)

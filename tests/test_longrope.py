@@ -18,6 +18,7 @@ from helpers import (
     words,
     write_lines,
 )
+from reference.torch_models import torch_logits, torch_logprobs
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
@@ -45,11 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(random_model(config, std=0.3), tmp_path_factory.mktemp("phi3"))
 
 
-def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return load_torch(folder)(torch.tensor(tokens).long()).logits.numpy()
-
-
 def random_tokens(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, 64, shape).astype(np.int32)
 
@@ -59,7 +55,7 @@ def test_the_length_of_a_sequence_says_which_factors(length: int, folder: Path) 
     config, model = load_decoder(folder)
     tokens = random_tokens(length, 2, length)
     found = logits(config, model, tokens)
-    np.testing.assert_allclose(found, torch_logits(folder, tokens), atol=1e-4)
+    np.testing.assert_allclose(found, torch_logits(load_torch(folder), tokens), atol=1e-4)
 
 
 def test_a_long_prompt_is_continued_with_the_long_factors(folder: Path) -> None:
@@ -103,15 +99,12 @@ def test_rows_on_both_sides_share_nothing(folder: Path, tmp_path: Path) -> None:
     tasks = [task(file, "multiple_choice", "margin")]
     batched = batch_tasks([tasks], tokenizer, 256, 160, (2,), 64, config.position_switch)[0]
     found = Evaluator(config, tokenizer, batched).stored(model).matrices["multiple_choice"]["margin"][0]
-    expected = []
+    model, expected = load_torch(folder), []
     for example in tasks[0].examples:
         totals = []
         for target in example.targets:
             prompt, own = ([ids[word] for word in text.split()] for text in (example.prompt, target))
-            # As the program reads it: the last token is predicted alone.
-            row = np.array([[*prompt, *own]])[:, :-1]
-            logits = torch.log_softmax(torch.tensor(torch_logits(folder, row))[0].double(), -1)
-            totals.append(float(sum(logits[len(prompt) - 1 + i, token] for i, token in enumerate(own))))
+            totals.append(torch_logprobs(model, prompt, own).sum())
         expected.append(totals[1] - max(totals[0], totals[2]))
     np.testing.assert_allclose(found, expected, atol=2e-4)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import daily
+from helpers import sample
 from merge_kernels import METHODS
 
 from evojax_merge.evaluation import passes
@@ -18,7 +18,7 @@ from evojax_merge.evaluation.evaluator import arrays_of
 from evojax_merge.evaluation.passes import LazyMergeFactory
 from evojax_merge.models import decoder
 from evojax_merge.models.architecture import COMPONENTS, LAYERS, Leaf, dimensions, shared_leaves, stack_leaves
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe
 from evojax_merge.models.config import NO_WINDOW, LlamaLikeConfig, RopeConfig
 from evojax_merge.tasks.batches import scoring_batches
 from evojax_merge.tasks.task import Row
@@ -42,27 +42,28 @@ def shape_of(leaf: Leaf, config: LlamaLikeConfig) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in leaf.shape)
 
 
-def abstract(config: LlamaLikeConfig, method: str, chunk: int) -> tuple[Bank, Recipe, MergeSpec]:
-    """Shapes of a bank of a base and two parents, and of a chunk of recipes."""
+def abstract(
+    config: LlamaLikeConfig, method: str, chunk: int, dtype: Any = jnp.float32
+) -> tuple[Bank, Recipe, MergeSpec]:
+    """Shapes of a bank of a base and two parents, of a dtype, and of a chunk of recipes."""
     spec = MergeSpec(method, METHODS[method].options, 0, "float32")
-    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.keep_keys(PARENTS)
+    sources, numbers = PARENTS + int(spec.options.has_base), spec.method.mask_keys(PARENTS)
     layers, shared = stack_leaves(config), shared_leaves(config)
     depth = config.layers
 
-    def keep_keys(leaf: Leaf, *axes: int) -> jax.ShapeDtypeStruct:
-        of_one, dtype = spec.method.keep_key_array(shape_of(leaf, config))
-        return array(*axes, *of_one, dtype=dtype)
+    def leaf_bank(leaf: Leaf, *axes: int) -> LeafBank:
+        shape = shape_of(leaf, config)
+        keys_shape, keys_dtype = spec.method.mask_key_array(shape)
+        return LeafBank(
+            array(*axes, sources, *shape, dtype=dtype),  # type: ignore[arg-type]
+            mask_keys=array(*axes, numbers, *keys_shape, dtype=keys_dtype) if numbers else None,  # type: ignore[arg-type]
+            statistics={name: array(*axes, *rest) for name, rest in statistics_of(spec).items()},  # type: ignore[misc]
+            group=COMPONENTS.index(leaf.component) if leaf.stack is not None else 0,
+        )
 
-    statistics = statistics_of(spec)
-    tables = {leaf.name: {name: array(depth, *rest) for name, rest in statistics.items()} for leaf in layers}
     bank = Bank(
-        {LAYERS: {leaf.name: array(depth, sources, *shape_of(leaf, config)) for leaf in layers}},
-        {leaf.name: array(sources, *shape_of(leaf, config)) for leaf in shared},
-        {LAYERS: {leaf.name: keep_keys(leaf, depth, numbers) for leaf in layers if numbers}},
-        {leaf.name: keep_keys(leaf, numbers) for leaf in shared if numbers},
-        {LAYERS: tables},
-        {leaf.name: {name: array(*rest) for name, rest in statistics.items()} for leaf in shared},
-        tuple((leaf.name, COMPONENTS.index(leaf.component)) for leaf in layers),
+        {LAYERS: {leaf.name: leaf_bank(leaf, depth) for leaf in layers}},
+        {leaf.name: leaf_bank(leaf) for leaf in shared},
     )
     parameters = spec.method.parameters
     recipe = Recipe(
@@ -94,9 +95,7 @@ def temporaries(
     config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS, dtype: Any = jnp.float32, prefetch: bool = False
 ) -> int:
     """Of a bank whose weights are of `dtype`."""
-    bank, recipe, spec = abstract(config, method, chunk)
-    weights = jax.tree.map(lambda leaf: array(*leaf.shape, dtype=dtype), (bank.stacks, bank.shared))
-    bank = replace(bank, stacks=weights[0], shared=weights[1])
+    bank, recipe, spec = abstract(config, method, chunk, dtype)
     tokens = np.random.default_rng(0).integers(0, config.vocab, (rows, WIDTH))
     (scoring,) = scoring_batches(
         [[Row(tuple(map(int, row)), 1, "row", i) for i, row in enumerate(tokens)]], rows * WIDTH
@@ -128,7 +127,7 @@ def bound(config: LlamaLikeConfig, method: str, chunk: int, rows: int = ROWS) ->
 
 @pytest.mark.parametrize(
     ("method", "chunk"),
-    daily([(method, chunk) for method in ("ties", "dare_ties", "linear", "slerp") for chunk in (1, 2)], 2),
+    sample([(method, chunk) for method in ("ties", "dare_ties", "linear", "slerp") for chunk in (1, 2)], 2),
 )
 def test_temporaries_are_a_few_layers(method: str, chunk: int) -> None:
     assert temporaries(LLAMA, method, chunk) <= bound(LLAMA, method, chunk)

@@ -154,11 +154,11 @@ def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path)
         fewshot_as_multiturn=False, random_seed=7, search={"generations": 3}, model_name="mine-1.0",
     )  # fmt: skip
     problem = open_problem(path, "search.population=4")
-    assert [(task.name, task.metric, task.weight) for task in problem.full] == [
+    assert [(task.name, task.metric, task.weight) for task in problem.splits.search] == [
         ("own_task/acc,none", "acc,none", 2.0), ("own_task/acc", "acc,none", 1.0),
     ]  # fmt: skip
     # Six examples to search with, or three, and a fifth of all held out.
-    sizes = [(full.size, held.size) for full, held in zip(problem.full, problem.heldout, strict=True)]
+    sizes = [(full.size, held.size) for full, held in zip(problem.splits.search, problem.splits.heldout, strict=True)]
     assert sizes == [(6, 2), (3, 1)]
     assert problem.config.out == "runs/mine-1.0"
     assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)

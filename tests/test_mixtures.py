@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, build_family, daily, edit_json, random_model, save, state, tiny_config, write_lines
+from helpers import Family, build_family, edit_json, random_model, sample, save, state, tiny_config, write_lines
 from merge_kernels import METHODS
+from reference.decoder import expert_outputs
 from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
 
@@ -59,17 +60,6 @@ def weights_of(config: MixtureConfig, seed: int) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def reference(weights: dict[str, np.ndarray], x: np.ndarray, experts: np.ndarray) -> np.ndarray:
-    """Float64, each token and expert by itself."""
-    wide = {name: values.astype(np.float64) for name, values in weights.items()}
-    found = np.zeros((*experts.shape, x.shape[1]))
-    for n, a in np.ndindex(experts.shape):
-        gate, up, down = (wide[name][experts[n, a]] for name in ("gate", "up", "down"))
-        opened = gate @ x[n]
-        found[n, a] = down @ (opened / (1 + np.exp(-opened)) * (up @ x[n]))
-    return found
-
-
 # What a CPU, a TPU, and a GPU by the number of tokens compute.
 COMPUTES = [blocked_experts, joined_ragged_experts, gathered_experts, every_expert]
 
@@ -77,7 +67,7 @@ COMPUTES = [blocked_experts, joined_ragged_experts, gathered_experts, every_expe
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "per_token", "crowded"),
-    daily([(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)], 2),
+    sample([(1, 4, 2, False), (5, 4, 1, True), (70, 4, 2, False), (150, 6, 2, True), (40, 3, 3, False)], 2),
 )
 def test_each_token_meets_its_experts(
     compute: Any, tokens: int, experts: int, per_token: int, crowded: bool, monkeypatch: pytest.MonkeyPatch
@@ -91,7 +81,7 @@ def test_each_token_meets_its_experts(
         chosen = np.stack([np.r_[0, 1 + rng.permutation(experts - 1)[: per_token - 1]] for _ in range(tokens)])
     x = rng.normal(size=(tokens, config.hidden)).astype(np.float32)
     both = [weights_of(config, seed) for seed in (0, 1)]
-    expected = [reference(weights, x, chosen) for weights in both]
+    expected = [expert_outputs(weights, x, chosen) for weights in both]
     run = jax.jit(lambda weights, x, chosen: compute(config, weights, x, chosen))
     np.testing.assert_allclose(run(both[0], x, chosen), expected[0], rtol=1e-4, atol=1e-4)
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *both)
@@ -147,7 +137,7 @@ def test_a_gpu_computes_little_in_vain(experts: int, per_token: int) -> None:
 # Merges
 
 
-@pytest.fixture(scope="module", params=daily(KINDS, 1))
+@pytest.fixture(scope="module", params=sample(KINDS, 1))
 def mixtures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Family:
     return build_family(tmp_path_factory.mktemp(request.param), tiny_config(request.param, num_hidden_layers=2))
 
@@ -177,7 +167,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
     return dict(stored_tensors(load_stored(sources, config), config))
 
 
-@pytest.mark.parametrize("name", daily(["ties", "dare_linear", "slerp"], 2))
+@pytest.mark.parametrize("name", sample(["ties", "dare_linear", "slerp"], 2))
 def test_each_experts_tensors_are_merged_by_themselves(name: str, mixtures: Family, tmp_path: Path) -> None:
     """The candidate out of the bank is what its recipe gives, tensor by tensor of the files."""
     evaluated, document = found_recipe(mixtures, name)
@@ -235,7 +225,7 @@ def test_a_router_may_go_with_another_component(components: list[str], groups: l
             build_space("space", config, METHODS["linear"], ["one", "two"], dense)
 
 
-@pytest.mark.parametrize(("compute", "mlp"), daily(list(zip(COMPUTES, (24, 28, 20, 16), strict=True)), 2))
+@pytest.mark.parametrize(("compute", "mlp"), sample(list(zip(COMPUTES, (24, 28, 20, 16), strict=True)), 2))
 def test_candidates_side_by_side_score_as_they_do_alone(
     compute: Any, mlp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +245,7 @@ def test_candidates_side_by_side_score_as_they_do_alone(
 # Files
 
 
-@pytest.mark.parametrize("kind", daily(KINDS, 1))
+@pytest.mark.parametrize("kind", sample(KINDS, 1))
 def test_packed_experts_are_those_of_one_file_each(kind: str, tmp_path: Path) -> None:
     """transformers has the experts of a layer packed in memory, and writes them so if it is told to."""
     model = random_model(tiny_config(kind, num_hidden_layers=2))

@@ -48,7 +48,7 @@ def spaces() -> st.SearchStrategy[MoveSpace]:
 
 
 @given(spaces(), st.integers(0, 2**31 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_genome_is_a_list_of_moves(space: MoveSpace, seed: int) -> None:
     """What is asked for is, gene by gene, what the space makes of the moves that it decodes to."""
     assert isinstance(space, HasMoves)

@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from helpers import daily, load_torch
+from helpers import load_torch, sample
+from reference.layer_paths import torch_likelihood_gradient
 from test_data_flow import BOUNDS, Setting, random_path, write_path
-from torch.func import functional_call
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.scores import fitness
@@ -22,7 +21,7 @@ from evojax_merge.search.successive_halving import empty_matrix, shard_parts
 from evojax_merge.spaces.layer_path import IndicatorSpace, LayerEdit, MoveSpace, PathSpace
 
 
-@pytest.fixture(scope="module", params=daily([0, 40], 1))
+@pytest.fixture(scope="module", params=sample([0, 40], 1))
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Two parents and a likelihood, behind a header of so many words that all rows share."""
     setting = Setting(tmp_path_factory.mktemp("setting"), request.param)
@@ -35,25 +34,12 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def in_torch(setting: Setting, path: LayerPath, out: Path) -> tuple[float, np.ndarray]:
-    """The fitness of a path and its derivative with respect to the scales, float64[T], by torch in float64: what its
-    layers write to the residual stream is divided by the product of the scales."""
+    """The fitness of a path and its derivative with respect to the scales, by torch."""
     plain = LayerPath(path.layers, (1.0,) * len(path.layers), path.embedding_parent)
     model = load_torch(write_path(plain, setting.spec, setting.folders, out)).double()
-    scales = torch.tensor(path.scales, dtype=torch.float64, requires_grad=True)
-    residual_scales = 1 / torch.cumprod(scales, 0)
-    weights = {
-        name: values * residual_scales[int(name.split(".")[2])] if "o_proj" in name or "down_proj" in name else values
-        for name, values in model.named_parameters()
-    }
     (batched_task,) = setting.evaluator().batched_tasks
-    scores = []
-    for row in batched_task.requests.scored:
-        logits = functional_call(model, weights, (torch.tensor([row.tokens]),)).logits[0, row.start - 1 : -1]
-        targets = torch.tensor(row.tokens[row.start :])
-        scores.append(torch.log_softmax(logits, -1).gather(1, targets[:, None]).mean())
-    value = torch.stack(scores).mean()
-    (gradient,) = torch.autograd.grad(value, scales)
-    return value.item(), gradient.numpy()
+    texts = [(row.tokens[: row.start], row.tokens[row.start :]) for row in batched_task.requests.scored]
+    return torch_likelihood_gradient(model, path.scales, texts)
 
 
 def test_gradients_are_those_of_torch_in_float64(setting: Setting, tmp_path: Path) -> None:

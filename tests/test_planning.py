@@ -385,7 +385,7 @@ def test_gradients_are_counted(family: Family, target: str) -> None:
     """A gradient computes each product three times, once more where a layer is computed again, and merges."""
     search = {"generations": 3, "strategy": "gradient", "population": 1}
     problem = problem_of(document(family, search=search), target)
-    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    plan = make_plan(problem, problem.batched_tasks())
     assert plan.gradient is not None
     assert 3 * plan.candidate.flops < plan.gradient.flops < 8 * plan.candidate.flops
     assert plan.generation == plan.gradient and plan.run.flops > 3 * plan.gradient.flops
@@ -396,7 +396,7 @@ def test_gradients_are_counted(family: Family, target: str) -> None:
 def test_generations_of_a_hybrid_search_are_of_two_kinds(family: Family) -> None:
     search = {"generations": 8, "strategy": "hybrid", "population": 4, "gradient": {"generations": 3, "starts": 2}}
     problem = problem_of(document(family, search=search))
-    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    plan = make_plan(problem, problem.batched_tasks())
     assert plan.gradient is not None and plan.gradient_generations == 3
     searched = 3 * 2 * plan.gradient.flops + 5 * 4 * plan.candidate.flops
     assert searched < plan.run.flops < searched + 20 * plan.candidate.flops
@@ -428,7 +428,7 @@ def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) ->
 def test_a_hybrid_search_plans_its_gradients_with_as_many_candidates_as_it_starts_from(family: Family) -> None:
     search = {"generations": 8, "strategy": "hybrid", "population": 8, "gradient": {"generations": 3, "starts": 2}}
     problem = problem_of(document(family, search=search), "h100")
-    plan = make_plan(problem, problem.batched_tasks(), problem.batched_minibatches())
+    plan = make_plan(problem, problem.batched_tasks())
     assert {row.chunk for row in plan.passes if row.name == "score"} == {8}
     assert {row.chunk for row in plan.passes if row.name == "gradient"} == {2}
 
@@ -469,7 +469,7 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
         return 10**9
 
     planner = planning_evaluator(problem, 0)
-    evaluator = replace(planner, batched_tasks=problem.batched_tasks()[0], temporary_bytes=temporaries)
+    evaluator = replace(planner, batched_tasks=problem.batched_tasks().shards[0], temporary_bytes=temporaries)
     population = problem.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
     assert 1 < evaluator.generation_chunk(population, evaluator.batched_tasks[0]) < 100
     (prefill,) = asked
@@ -494,8 +494,8 @@ def test_devices_that_share_a_candidate_hold_their_parts_of_it_once(family: Fami
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
     problem = problem_of(document(family))
     bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]
-    entries = sum(leaf.size // leaf.shape[1] for leaf in bank.stacks["layers"].values())
-    head = bank.shared["embed"].size // 3
+    entries = sum(leaf.sources.size // leaf.sources.shape[1] for leaf in bank.stacks["layers"].values())
+    head = bank.shared["embed"].sources.size // 3
     # Three float32 sources are read, and a bfloat16 merge is written.
     assert merge_bytes(bank, "bfloat16") == (entries + head) * (3 * 4 + 2)
 

@@ -17,8 +17,8 @@ from evojax_merge import cli, plugins
 MODULE = """
 from merge_kernels import Method, Parameter, register
 
-def combine(options, sources, keep_keys, statistics, parameters):
-    return sum(weight * source for weight, source in zip(parameters["weight"], sources))
+def combine(options, inputs):
+    return sum(weight * source for weight, source in zip(inputs.parameters["weight"], inputs.sources))
 
 SUM = Method("sum_up", (Parameter("weight", True, 1.0, low=0.0, high=2.0),), base="parent", combine=combine)
 

@@ -15,23 +15,34 @@ import yaml
 from helpers import build_family, random_records, state, tiny_config, write_lines
 from hostile import run_command, start_command
 from merge_kernels import METHODS
+from reference.merging import slerp
 
 from evojax_merge import cli
 from evojax_merge.config import Config
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores, fitness
+from evojax_merge.genealogy import (
+    FIRST,
+    GENES,
+    METHOD,
+    NONE,
+    NUMBER,
+    SECOND,
+    Genealogy,
+    founder_genomes,
+    founding_genealogy,
+)
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.architecture import tensors_of
-from evojax_merge.pedigree import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Pedigree, founder_genomes
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.report.pool import PoolReport
 from evojax_merge.search.loop import INIT_KEY, generation_key
 from evojax_merge.search.run_folder import Saved
 from evojax_merge.search.strategies.pool import Pool, attraction, keep_best, keep_competing, pool
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.breeding import BreedingSpace, genome_genes
 
 FOUNDERS, GENERATIONS, POPULATION = 3, 5, 6
@@ -43,7 +54,7 @@ RANDOM_METHODS = ["slerp", "dare_ties", "linear"]
 
 def space_of(methods: list[str], founders: int = 3, layers: int = 4, split: bool = False) -> BreedingSpace:
     known = tuple(METHODS[name] for name in methods)
-    return BreedingSpace(known, layers, split, Pedigree(founders, genome_genes(known, split)))
+    return BreedingSpace(known, layers, split, founding_genealogy(founders, genome_genes(known, split)))
 
 
 def child(space: BreedingSpace, number: int, parents: tuple[int, int], method: int, genes: list[float]) -> np.ndarray:
@@ -82,7 +93,7 @@ def test_a_lineage_may_be_long_and_is_in_order_of_birth():
     space = space_of(["slerp"])
     births = [child(space, 3, (0, 1), 0, [0.5])]
     births += [child(space, number, (number - 1, number % 3), 0, [0.5]) for number in range(4, 3004)]
-    space.pedigree.births = np.array(births[:-1])
+    space = space.within(np.array(births[:-1]))
     (last,) = space.decode(births[-1][None])
     assert [one.number for one in last.lineage()] == list(range(3, 3004))
     # A member is one object, however it is met.
@@ -98,8 +109,7 @@ def test_a_lineage_may_be_long_and_is_in_order_of_birth():
 
 def strategy_of(founders: int = 3, population: int = 4, size: int = 4, **settings: Any) -> Pool:
     given = {"selection": "complementary", "replace": "worst"} | settings
-    pedigree = Pedigree(founders, 2)
-    made = PoolSettings(pedigree=pedigree, methods=2, size=size, **given)
+    made = PoolSettings(founders=founders, methods=2, size=size, **given)
     return pool(StrategySettings(GENES + 2, population, 1 / 6, 10, pool=made))
 
 
@@ -181,7 +191,7 @@ def test_founders_come_first_however_many_they_are():
     assert (first[:, METHOD] == NONE).all() and second[2:, METHOD].min() >= 0
     # Every number is found again under itself.
     for number in (0, 5, 12, 13):
-        assert strategy.pool.pedigree.genome(number)[NUMBER] == number
+        assert Genealogy(founder_genomes(6, 2), strategy.context(state)).genome(number)[NUMBER] == number
 
 
 def test_who_fails_never_enters():
@@ -278,7 +288,7 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     """Members of the third generation of random breeding, by every method: their weights are those that their recipes
     give, to the bit, and so are their scores."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
     space, bank = problem.space, evaluator.evaluator.bank
     rng, births = np.random.default_rng(1), []
     for p in range(9):
@@ -286,8 +296,8 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
         parents = rng.choice(np.arange(max(0, number - 4), number), 2, replace=False)
         genes = rng.random(space.dims - GENES)
         births.append(child(space, number, tuple(parents), p % 3, genes.tolist()))
-    space.pedigree.births = np.array(births)
-    members = space.decode(np.array(births[-3:]))
+    problem, evaluator = problem.within(np.array(births)), evaluator.within(np.array(births))
+    members = problem.space.decode(np.array(births[-3:]))
     assert {one.method for one in members} == set(RANDOM_METHODS) and min(len(one.lineage()) for one in members) > 2
     assert any(0 < one.split < problem.decoder.layers for member in members for one in member.lineage())
     scores, folders = evaluator.score(np.array(births[-3:])), []
@@ -314,7 +324,7 @@ def _tasks(config_file: Path, folder: Path) -> Path:
 def test_a_child_between_its_parents(config_file):
     """SLERP of two founders, against float64; the first layers of one order, the last of the other."""
     problem = build_problem(config_file, read_config(config_file, ["pool.methods=[slerp]"], None))
-    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
     space = problem.space
     layers = problem.decoder.layers
     genome = child(space, FOUNDERS, (2, 0), 0, [0.25, 1.5 / (layers + 1)])
@@ -322,16 +332,15 @@ def test_a_child_between_its_parents(config_file):
     first, second = state(config_file.parent / "parent2"), state(config_file.parent / "parent0")
     for name, leaf, place in tensors_of(problem.decoder):
         early = place[0] < 1 if leaf.stack is not None else leaf.component == "embedding"
-        a, b = (np.asarray(own[name], np.float64) for own in ((first, second) if early else (second, first)))
-        angle = np.arccos((a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b))
-        expected = (np.sin(0.75 * angle) * a + np.sin(0.25 * angle) * b) / np.sin(angle)
+        ordered = [parent[name].astype(np.float64) for parent in ((first, second) if early else (second, first))]
+        expected = slerp(*ordered, 0.25)
         np.testing.assert_allclose(np.asarray(weights[name], np.float64), expected, rtol=2**-8, atol=1e-4)
 
 
 def test_a_child_that_no_recipe_could_give_has_failed(config_file):
     """Linear weights that sum to zero, beside a child that is right."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
     number = RANDOM_METHODS.index("linear")
     children = [child(problem.space, FOUNDERS + p, (0, 1), number, [weight, 0]) for p, weight in enumerate((0, 0.5))]
     found = fitness(evaluator.tasks, evaluator.score(np.array(children)))
@@ -343,12 +352,13 @@ def test_members_are_bred_again_where_they_were_not_kept(config_file):
     found = []
     for slots in (1, 8):
         problem = build_problem(config_file, read_config(config_file, [f"pool.slots={slots}"], None))
-        (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+        evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
         strategy, values = problem.strategy, []
         saved = strategy.init(generation_key(5, INIT_KEY), problem.space.start[None])
         for generation in range(3):
             genomes, asked = strategy.ask(generation_key(5, generation), saved)
-            scores = evaluator.score(np.asarray(genomes)).matrices["text"]["log_probability"]
+            bred = evaluator.within(strategy.context(asked))
+            scores = bred.score(np.asarray(genomes)).matrices["text"]["log_probability"]
             saved = strategy.tell(generation_key(5, generation), asked, genomes, scores_of(scores))
             values.append(scores)
         found.append((np.array(values), evaluator.evaluator.bank.bred))

@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from merge_kernels import METHODS
+from reference import merging
 from safetensors.numpy import load_file
 
 import evojax_merge as em
@@ -57,55 +59,24 @@ def same(one: Any, other: Any) -> bool:
 # What is merged
 
 
-def linear(base: Any, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
-    return (p["weight"][0] * x[0] + p["weight"][1] * x[1]) / sum(p["weight"])
-
-
-def task_arithmetic(base: np.ndarray, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
-    return base + 0.7 * (p["weight"][0] * (x[0] - base) + p["weight"][1] * (x[1] - base))
-
-
-def ties(base: np.ndarray, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
-    kept = []
-    for k in range(2):
-        delta = x[k] - base
-        count = 0 if p["density"][k] <= 0 else max(1, int(p["density"][k] * delta.size))
-        count = delta.size if p["density"][k] >= 1 else count
-        threshold = np.sort(np.abs(delta).ravel())[::-1][count - 1] if count else np.inf
-        kept.append(p["weight"][k] * np.where(np.abs(delta) >= threshold, delta, 0.0))
-    sign = np.where(kept[0] + kept[1] >= 0, 1, -1)
-    agree = [np.sign(d) == sign for d in kept]
-    total = sum(np.where(a, d, 0) for a, d in zip(agree, kept, strict=True))
-    weight = sum(np.where(a, w, 0) for a, w in zip(agree, p["weight"], strict=True))
-    return base + 0.7 * total / np.where(np.abs(weight) < 1e-8, 1, weight)
-
-
-def slerp(base: Any, x: list[np.ndarray], p: dict[str, Any]) -> np.ndarray:
-    (t,) = p["t"]
-    cosine = float(np.sum(x[0] * x[1]) / np.linalg.norm(x[0]) / np.linalg.norm(x[1]))
-    if abs(cosine) > 0.9995:
-        return (1 - t) * x[0] + t * x[1]
-    angle = np.arccos(cosine)
-    return (np.sin((1 - t) * angle) * x[0] + np.sin(t * angle) * x[1]) / np.sin(angle)
-
-
 @pytest.mark.parametrize(
-    ("reference", "settings"),
+    ("method", "settings"),
     [
-        (linear, {}),
-        (task_arithmetic, {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {"low": -1, "high": 2}}}),
-        (ties, {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {}, "density": {"start": 0.5}}}),
-        (slerp, {}),
+        ("linear", {}),
+        ("task_arithmetic", {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {"low": -1, "high": 2}}}),
+        ("ties", {"base": BASE, "fixed": {"lambda": 0.7}, "parameters": {"weight": {}, "density": {"start": 0.5}}}),
+        ("slerp", {}),
     ],
-    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_best_is_the_merge_by_its_parameters(reference: Callable[..., np.ndarray], settings: Any) -> None:
-    found = quick(method=reference.__name__, **settings)
+def test_best_is_the_merge_by_its_parameters(method: str, settings: Any) -> None:
+    found = quick(method=method, **settings)
     assert list(found.parameters) == ["decoder", "encoder"]
 
     def check(path: Any, merged: jax.Array, base: np.ndarray, *parents: np.ndarray) -> None:
-        wide = [np.asarray(x, np.float64) for x in parents]
-        expected = reference(np.asarray(base, np.float64), wide, found.parameters[path[0].key])
+        parameters = settings.get("fixed", {}) | found.parameters[path[0].key]
+        if method == "slerp":
+            (parameters["t"],) = parameters["t"]
+        expected = merging.merge(method, METHODS[method].options, [base, *parents], parameters)
         assert merged.dtype == np.float32 and merged.shape == base.shape
         np.testing.assert_allclose(merged, expected, atol=2e-6)
 
@@ -422,8 +393,8 @@ def changed(path: tuple[str, str], value: Any) -> Any:
          "validation: 0.01 of the 5 examples that fitness has to search on leaves none to validate on"),
         ({"validate_every": 2}, "search: validate_every: there is no validation split"),
         ({"stop": {"evaluations": 3}}, "stop.evaluations: 3 are fewer than the"),
-        ({"stop": {"target": "high"}}, "search: stop.target: expected a number that float32 holds, found 'high'"),
-        ({"stop": 5}, r"search: stop: expected a mapping \(of evaluations, .*\), found 5"),
+        ({"stop": {"target": "high"}}, "stop.target: 'high'; expected a number"),
+        ({"stop": 5}, r"stop: 5; expected a mapping"),
         ({"examples": {"x": np.ones(3), "y": np.ones(4)}}, r"examples: leading axes of \[3, 4\]"),
         ({"strategy": "cma-es"}, r"unknown strategy 'cma-es' \(did you mean 'cma_es'\?\)"),
     ],
@@ -436,7 +407,7 @@ def test_wrong_input_says_what_and_where(settings: dict[str, Any], said: str) ->
 
 @pytest.mark.parametrize("wrap", [lambda function: function, host_callback])
 def test_wrong_fitness_is_named(wrap: Any) -> None:
-    with pytest.raises(TypeError, match=r"the fitness returned float32\[5, 7\]; expected a real number"):
+    with pytest.raises(InputError, match=r"fitness: returned float32\[5, 7\]; expected a real number"):
         quick(fitness=wrap(lambda merged: merged["encoder"]["kernel"]))
     with pytest.raises(ZeroDivisionError):
         quick(fitness=wrap(lambda merged: 1 / 0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import yaml
-from helpers import daily, search_in, write_lines
+from helpers import sample, search_in, write_lines
 
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
@@ -22,7 +22,7 @@ from evojax_merge.search.successive_halving import (
     successive_halving,
 )
 from evojax_merge.search.surrogate import RIDGES, append_candidates, empty_surrogate, predict_fitness, regress
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator, open_evaluators
 from evojax_merge.tasks.text import Example, TextTask
 
 
@@ -243,7 +243,7 @@ def best_of(values: np.ndarray) -> int:
     return int(np.argmax(values))
 
 
-@pytest.mark.parametrize(("genes", "noise"), daily([(4, 0.0), (4, 0.2), (12, 0.1)], 1))
+@pytest.mark.parametrize(("genes", "noise"), sample([(4, 0.0), (4, 0.2), (12, 0.1)], 1))
 def test_relatives_rank_by_what_is_foreseen(genes, noise):
     """100 populations of 16 of which an eighth of 128 examples is seen: foresight finds the best more often than the
     mean on the examples does, and its errors are smaller."""
@@ -426,8 +426,9 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
     problem = build_problem(path, read_config(path, [], None))
     whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
-    *shards, full, _ = open_evaluators(problem, problem.batched_tasks())
-    (searched,) = open_evaluators(whole, whole.batched_tasks()[:1])
+    on = open_evaluators(problem, problem.batched_tasks())
+    shards, full = on.shards, on.search
+    searched = open_evaluator(whole, whole.batched_tasks().shards[0])
     assert len(shards) == 8 and [task.name for task in full.tasks] == ["text", "short"]
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
     genomes = genomes.astype(np.float32)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from helpers import Family, build_family, daily, finetune, load_torch, random_model, save, state, tiny_config, words
+from helpers import Family, build_family, finetune, load_torch, random_model, sample, save, state, tiny_config, words
 from merge_kernels import METHODS, Options
 
 from evojax_merge import pipeline
@@ -199,7 +199,7 @@ def random_document(family: Family, name: str, rng: np.random.Generator) -> dict
     return document
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 6))
+@pytest.mark.parametrize("name", sample(METHODS, 6))
 def test_documents_resolve_as_in_mergekit(name: str, family: Family, tmp_path: Path) -> None:
     """Random documents, both forms, settings at every level: the same tensors and the same parameters."""
     layouts = [layout(list(state(family.base)))] * 3
@@ -423,7 +423,7 @@ def found_recipe(family: Family, name: str, seed: int = 0) -> tuple[Recipe, Merg
     return recipe, spec, sources, decoder, document
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 6))
+@pytest.mark.parametrize("name", sample(METHODS, 6))
 def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, tmp_path: Path) -> None:
     """YAML and back: every tensor's parameters are the same float32 numbers, the switches and the seed too."""
     recipe, spec, sources, decoder, document = found_recipe(found_family, name)
@@ -455,7 +455,7 @@ def test_found_recipes_read_back_as_they_were(name: str, found_family: Family, t
     assert all((np.round(values, 3) == values).all() for values in densities)
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 6))
+@pytest.mark.parametrize("name", sample(METHODS, 6))
 def test_found_recipes_mean_the_same_to_mergekit(name: str, found_family: Family, tmp_path: Path) -> None:
     *_, document = found_recipe(found_family, name)
     path = tmp_path / "recipe.yaml"
@@ -484,7 +484,7 @@ def test_found_recipes_merge_the_same_in_mergekit(name: str, found_family: Famil
     assert_same_weights(merge(tmp_path, document), mergekit_merge(tmp_path, document))
 
 
-@pytest.mark.parametrize("name", daily(METHODS, 6))
+@pytest.mark.parametrize("name", sample(METHODS, 6))
 def test_what_was_evaluated_is_what_is_written(name: str, found_family: Family, tmp_path: Path) -> None:
     """The candidate out of the bank and its tables, and the streamed merge of its recipe."""
     recipe, spec, sources, decoder, document = found_recipe(found_family, name, seed=1)
@@ -693,7 +693,7 @@ def loading(model_class: Any, folder: Path) -> tuple[dict[str, torch.Tensor], di
     return dict(model.state_dict()), told
 
 
-@pytest.mark.parametrize("kind", daily(architectures(), 9))
+@pytest.mark.parametrize("kind", sample(architectures(), 9))
 def test_a_merge_loads_as_its_sources_do(kind: str, tmp_path: Path) -> None:
     """No weight is missing, left over or made up, and the config means what the sources' means."""
     torch.manual_seed(0)
@@ -718,7 +718,7 @@ def test_a_merge_loads_as_its_sources_do(kind: str, tmp_path: Path) -> None:
     assert config == {**source, "dtype": "float32"}
 
 
-@pytest.mark.parametrize("kind", daily(["gpt2", "gpt_neox", "bloom", "phi", "mixtral", "bert"], 3))
+@pytest.mark.parametrize("kind", sample(["gpt2", "gpt_neox", "bloom", "phi", "mixtral", "bert"], 3))
 def test_slices_write_the_depth_that_they_make(kind: str, tmp_path: Path) -> None:
     """Also of architectures that no decoder here knows."""
     torch.manual_seed(0)

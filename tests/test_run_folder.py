@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_racing import climb
 
@@ -60,10 +61,9 @@ def the_data(change: Callable[[Path], Any]) -> Callable[[Path], None]:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": each_file(halve),
     "emptied": each_file(lambda file: file.write_bytes(b"")),
-    "garbage": each_file(lambda file: file.write_bytes(os.urandom(300))),
+    "garbage": each_file(lambda file: file.write_bytes(np.random.default_rng(0).bytes(300))),
     "a bit of the data": the_data(flip),
     "an empty folder": lambda step: (shutil.rmtree(step), step.mkdir()),
-    "a file": lambda step: (shutil.rmtree(step), step.write_text("5")),
     "deleted": shutil.rmtree,
 }
 
@@ -73,11 +73,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, searched, run,
     damage(run / "checkpoints" / str(GENERATIONS))
     open_run(run, DOCUMENT, resume=True, overwrite=False)
     said: list[str] = []
-    with Checkpoints(RunFolder(run)) as checkpoints:
-        saved = checkpoints.restore(said.append)
+    saved = Checkpoints(RunFolder(run)).restore(said.append)
     assert saved is not None and saved.generations == GENERATIONS - 1
-    gone = damage in (DAMAGES["deleted"], DAMAGES["a file"])
-    assert gone or said == ["the checkpoint of generation 5 is damaged; going on from the one of generation 4"]
+    assert damage is DAMAGES["deleted"] or said == [
+        "the checkpoint of generation 5 is damaged; going on from the one of generation 4"
+    ]
     climb(run, GENERATIONS, resume=True)
     assert (run / "history.jsonl").read_bytes() == (searched / "history.jsonl").read_bytes()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "4", "5"}
@@ -111,13 +111,15 @@ def test_what_a_killed_process_left_is_removed_and_a_model_put_back(run):
     moved = run / "best/.model.evojax-merge-old.abcd1234"
     shutil.copytree(run / "checkpoints/5", moved)
     shutil.copytree(run / "checkpoints/5", run / "best/.model.evojax-merge-new.efgh5678")
-    for name in (".config.yaml.123", ".history.jsonl.7", ".report.png", "best/.recipe.yaml.77"):
+    halves = [f".{name}.evojax-merge-new.0123abcd" for name in ("config.yaml", "history.jsonl", "report.png")]
+    for name in (*halves, "best/.recipe.yaml.evojax-merge-new.0123abcd"):
         (run / name).write_text("half")
+    shutil.copytree(run / "checkpoints/4", run / "checkpoints/.2.evojax-merge-gone.0123abcd")
     (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()
     (run / ".config.yaml.swp").write_text("an editor's")
     before = {path.name for path in run.iterdir()}
     open_run(run, DOCUMENT, resume=True, overwrite=False)
-    assert {path.name for path in run.iterdir()} == before - {".config.yaml.123", ".history.jsonl.7", ".report.png"}
+    assert {path.name for path in run.iterdir()} == before - {*halves}
     assert [path.name for path in (run / "best").iterdir()] == ["model"] and (model / "state").is_dir()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"3", "4", "5"}
 
@@ -126,7 +128,7 @@ def test_what_a_killed_process_left_is_removed_and_a_model_put_back(run):
 def test_a_folder_that_was_only_begun_is_taken_over(resume, tmp_path):
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)
-    (run / ".config.yaml.4711").write_text("base: /mod")
+    (run / ".config.yaml.evojax-merge-new.0123abcd").write_text("base: /mod")
     (run / "lock").write_text("4711 on host\n")
     with locked(run, resume=resume):
         open_run(run, DOCUMENT, resume=resume, overwrite=not resume)
@@ -134,23 +136,25 @@ def test_a_folder_that_was_only_begun_is_taken_over(resume, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stage", ["result.json", "best", "history.jsonl", "checkpoints", "history.backup.jsonl", ".checkpoints.old"]
+    "stage", ["result.json", "recipe.yaml", "history.jsonl", "5", "4", "3", "history.backup.jsonl"]
 )
 def test_starting_again_can_be_killed_at_any_step(stage, searched, run, monkeypatch):
     """Afterwards the run is still the old one, or has not begun."""
-    from evojax_merge.search import run_folder
+    from evojax_merge.search import run_parts
 
-    remove = run_folder._remove
+    def killed_at(remove: Callable[[Path], None]) -> Callable[[Path], None]:
+        def killed(path: Path) -> None:
+            if path.name == stage and path.exists():
+                raise KeyboardInterrupt
+            remove(path)
 
-    def killed(path: Path) -> None:
-        if path.name == stage and path.exists():
-            raise KeyboardInterrupt
-        remove(path)
+        return killed
 
-    monkeypatch.setattr(run_folder, "_remove", killed)
-    if stage == "checkpoints":
-        monkeypatch.setattr(Path, "rename", lambda *_: killed(run / "checkpoints"))
+    for name in ("remove_file", "remove_folder"):
+        monkeypatch.setattr(run_parts, name, killed_at(getattr(run_parts, name)))
     (run / "result.json").write_text("{}")
+    (run / "best").mkdir(exist_ok=True)
+    (run / "best/recipe.yaml").write_text("{}")
     with pytest.raises(KeyboardInterrupt):
         open_run(run, DOCUMENT, resume=False, overwrite=True)
     monkeypatch.undo()

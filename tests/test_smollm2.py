@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import daily, greedy_tokens, hidden_states, load_torch, state
+from helpers import greedy_tokens, hidden_states, load_torch, sample, state
+from reference.torch_models import torch_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
@@ -64,12 +65,6 @@ def ours(base: Path) -> tuple[DecoderConfig, StackedWeights]:
 @pytest.fixture(scope="module")
 def theirs(base: Path) -> Any:
     return load_torch(base)
-
-
-def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
-    """float32[T, vocab] of one sequence, without padding."""
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +132,7 @@ def test_logits_are_those_of_torch(
 
     found = np.asarray(run(model))
     for got, ids in zip(found, rows, strict=True):
-        wanted = torch_logits(theirs, ids)
+        wanted = torch_logits(theirs, [ids])[0]
         # On a CPU, XLA's products keep one running float32 sum over the inner axis and torch's keep several, which
         # rounds less: that is most of the difference here, where logits reach 40.
         atol = (4e-6 if parts == 4 else 2e-5) * float(np.abs(wanted).max())
@@ -151,7 +146,7 @@ def test_greedy_generation_is_that_of_torch(
         found = [*own, tokenizer.eos_token_id] if len(own) < NEW_TOKENS else own
         # One pass of torch over what was generated: as long as each token is its best one, given those before, its
         # own greedy continuation is the same.
-        scores = torch_logits(theirs, prompt + found)[len(prompt) - 1 : -1]
+        scores = torch_logits(theirs, [prompt + found])[0, len(prompt) - 1 : -1]
         parted = np.flatnonzero(scores.argmax(axis=-1) != found)
         if len(parted):
             # They may part only where torch itself can hardly tell its two best tokens apart.
@@ -163,7 +158,7 @@ def test_worked_problems_are_written_as_transformers_writes_them(
     base: Path, ours: tuple[DecoderConfig, StackedWeights], theirs: Any, tokenizer: Any
 ) -> None:
     """The evaluator's outputs, text for text; they may part only where torch's two best logits are hardly apart."""
-    problems = daily(or_skip(lambda: read_symbolic("eng")).records[:50], 2)
+    problems = sample(or_skip(lambda: read_symbolic("eng")).records[:50], 2)
     prompts = [f"Q: {problem.fields['question']}\nA:" for problem in problems]
     examples = tuple(Example(prompt, ("",), "0", line) for line, prompt in enumerate(prompts))
     task = TextTask("problems", "exact_match", "accuracy", 1.0, "problems", examples, None, FIFTY_TOKENS, ())

@@ -83,7 +83,6 @@ def test_bounds_map_has_a_continuous_derivative() -> None:
     assert np.abs(slopes).max() <= 1 + 1e-9
 
 
-@settings(deadline=None, derandomize=True)
 @given(st.floats(0, 1))
 def test_from_unit_inverts_to_unit(value: float) -> None:
     free = float(from_unit(np.array(value)))
@@ -198,7 +197,7 @@ LAWFUL = make_space(layers=3)
 values_of = jax.jit(LAWFUL.values)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(max_examples=30)
 @given(st.data())
 def test_genome_of_the_values_of_a_genome_has_those_values(data: st.DataObject) -> None:
     space = LAWFUL

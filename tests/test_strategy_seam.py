@@ -135,7 +135,7 @@ def test_evolve_and_the_evaluator_of_the_public_api(config, tmp_path, capsys):
     assert heldout == pytest.approx(row["heldout_fitness"], abs=1e-5)
     merged = em.merge(evaluator.recipe(winner), tmp_path / "merged")
     assert (merged / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
-    with pytest.raises(em.InputError, match=r"genomes: have shape \[2\]; expected \[P, "):
+    with pytest.raises(em.InputError, match=r"genomes: shape \[2\]; expected numbers of shape \[P, "):
         evaluator.scores(np.zeros(2))
 
 

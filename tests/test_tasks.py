@@ -31,6 +31,7 @@ from evojax_merge.tasks.batches import (
 )
 from evojax_merge.tasks.opening import open_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
+from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
 from evojax_merge.tasks.text import (
@@ -251,7 +252,7 @@ def test_examples_that_are_searched_on_and_held_out_are_counted(
         TextConfig(name="o", kind="likelihood", file="other.jsonl", heldout=0.5),
     ]
     full, held = zip(*(open_task("config", config, tmp_path, 0) for config in configs), strict=True)
-    lines = overlaps("config", configs, full, held)
+    lines = overlaps("config", configs, Splits([list(full)], list(full), None, list(held)))
     assert [int(line.split()[2]) for line in lines if " repeat " in line] == [repeats] * bool(repeats)
     assert [int(line.split()[2]) for line in lines if "searched" in line] == [shared] * bool(shared)
     assert all(line.startswith("config: tasks[0].heldout: ") for line in lines)
@@ -391,7 +392,7 @@ def cells(lengths: list[int], widths: tuple[int, ...]) -> float:
     return sum(min((w for w in widths if w >= length), default=np.inf) for length in lengths)
 
 
-@settings(deadline=None, derandomize=True, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=25), st.integers(1, 4), st.sampled_from([1, 8]))
 def test_bucket_widths_have_the_least_padding(lengths: list[int], buckets: int, step: int) -> None:
     widths = bucket_widths(np.array(lengths), buckets, step)
@@ -463,7 +464,7 @@ def read_back(batch: ScoringBatch, header: np.ndarray) -> dict[int, tuple[tuple[
     return found
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows_strategy, st.integers(1, 300), st.sampled_from([0, 10, MIN_SHARED_PREFIX, 50]), st.booleans(),
     st.sampled_from([0, 100]),
@@ -511,7 +512,7 @@ def test_choices_share_their_question() -> None:
     assert sum(int((batch.segment_ids >= 0).sum()) for batch in alone.batches) == 30 + 31 + 32
 
 
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(max_examples=60)
 @given(rows_strategy, st.integers(1, 300), st.integers(1, 900), st.sampled_from([0, MIN_SHARED_PREFIX + 1]))
 def test_prompt_batches_end_every_prompt_in_the_last_column(
     sizes: list[Size], tokens_per_part: int, tokens_per_batch: int, header: int
@@ -541,7 +542,7 @@ def test_prompt_batches_end_every_prompt_in_the_last_column(
         assert len(batches.shared_prefix) >= header
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(max_examples=40)
 @given(rows_strategy, rows_strategy, st.integers(20, 300))
 def test_another_split_needs_no_other_shapes(first: list[Size], second: list[Size], tokens_per_batch: int) -> None:
     splits = make_rows(first), make_rows(second, seed=1)

@@ -10,6 +10,7 @@ import torch
 import transformers
 import yaml
 from helpers import ALL, edit_json, even_records, stored_logits, word_tokenizer, words, write_lines
+from reference.torch_models import torch_logits, torch_logprobs
 from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
@@ -152,11 +153,6 @@ def load_whole(folder: Path) -> Any:
     return model.eval()
 
 
-def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(tokens).long()).logits.numpy()
-
-
 def assert_kept(folder: Path, of: Path) -> None:
     """Every tensor outside of the decoder is what it is in another folder, to the byte."""
     found, expected = (decoder_of(open_folder(one)) for one in (folder, of))
@@ -243,8 +239,7 @@ def test_a_search_exports_the_larger_model_that_it_scored(space: str, tmp_path: 
     theirs, ids, means = load_whole(out), {word: i for i, word in enumerate(words(64))}, []
     for line in (tmp_path / "heldout.jsonl").read_text().splitlines():
         prompt, own = ([ids[word] for word in json.loads(line)[key].split()] for key in ("prompt", "target"))
-        rows = torch.log_softmax(torch.tensor(torch_logits(theirs, np.array([[*prompt, *own]]))[0]).double(), -1)
-        means.append(float(np.mean([rows[len(prompt) - 1 + i, token] for i, token in enumerate(own)])))
+        means.append(torch_logprobs(theirs, prompt, own).mean())
     assert scored == pytest.approx(float(np.mean(means)), abs=1e-4)
 
 

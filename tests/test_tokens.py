@@ -160,7 +160,9 @@ def test_a_head_with_fewer_rows_than_the_embedding_is_refused(llamas: Path) -> N
     file = llamas / "shorter" / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"][:62].clone()}, file, {"format": "pt"})
-    with pytest.raises(InputError, match=r"shorter: lm_head\.weight has 62 rows, but model\.embed_tokens\.weight 64;"):
+    with pytest.raises(
+        InputError, match=r"shorter: lm_head\.weight has shape \[62, 48\].*config\.json says \[64, 48\]"
+    ):
         ours(llamas, merge("base", "shorter", base_model="base", tokenizer_source="base"))
 
 

@@ -27,6 +27,7 @@ from evojax_merge.search.validation import (
     validation_split,
 )
 from evojax_merge.selection import open_evaluators
+from evojax_merge.tasks.splits import Splits
 
 # ---------------------------------------------------------------------------------------------------------------
 # The split
@@ -193,13 +194,13 @@ def files(out: Path) -> dict[str, bytes]:
 
 def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finished):
     problem = build_problem(config, read_config(config, [], None))
-    assert [[task.size for task in split] for split in (problem.full, problem.validation, problem.heldout)] == [
+    splits = problem.splits
+    assert [[task.size for task in split] for split in (splits.search, splits.validation, splits.heldout)] == [
         [9, 15], [6, 15], [5, 5],
     ]  # fmt: skip
-    on = problem.by_split(open_evaluators(problem, problem.batched_tasks()))
+    on = open_evaluators(problem, problem.batched_tasks())
     assert [task.name for task in on.validation.tasks] == ["text"]
-    with Checkpoints(RunFolder(finished)) as checkpoints:
-        arrays = checkpoints.restore(print).arrays
+    arrays = Checkpoints(RunFolder(finished)).restore(print).arrays
     document = json.loads((finished / "result.json").read_text())
     winner = np.array(document["genome"], np.float32)
     (uniform,) = problem.space.baselines()[1]
@@ -256,8 +257,9 @@ def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path,
     (row,) = RunFolder(tmp_path / "run").read_history()
     path.write_text(yaml.safe_dump(document))
     problem = build_problem(path, read_config(path, [], None))
-    full = problem.by_split(problem.batched_tasks()).full
-    (searched, final) = open_evaluators(problem, [full, full], final_splits=1)
+    full = problem.batched_tasks().search
+    on = open_evaluators(problem, Splits([full], full, None, full))
+    searched, final = on.shards[0], on.search
     genomes = np.array(row["genomes"], np.float32)
     in_bfloat16, in_float32 = (fitness(one.tasks, one.score(genomes)) for one in (searched, final))
     assert row["fitness"] == pytest.approx(in_bfloat16, abs=1e-6)
@@ -281,7 +283,7 @@ def test_the_report_says_which_split_and_how_sure(config, tmp_path, capsys):
 def test_the_search_never_sees_the_validation_split(config, finished, tmp_path):
     """Other targets there (of the same lengths, for the same batches) change its own column of the history alone."""
     problem = build_problem(config, read_config(config, [], None))
-    kept = {example.line for example in problem.validation[0].examples}
+    kept = {example.line for example in problem.splits.validation[0].examples}
     records = even_records(20)
     for line in kept:
         records[line - 1] = records[line - 1] | {"target": " ".join(["w7"] * len(records[line - 1]["target"].split()))}

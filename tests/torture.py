@@ -4,7 +4,8 @@
 
 A search that was never disturbed is the reference. Then the same search is started, killed (SIGKILL, SIGTERM, SIGINT),
 started again as it says itself, killed again, … and at last left alone: its files have to be those of the reference, to
-the byte, and no others may be there. Merges and exports over an existing model are killed too: at each instant the old
+the byte, and no others may be there. Of every second one the checkpoints and the winner lie on another disk, behind
+links, and a user's files beside them. Merges and exports over an existing model are killed too: at each instant the old
 model or the new one stands there as a whole.
 
 Half of the kills come at a random instant of a process's life, so that imports are met as well. The other half wait for
@@ -34,19 +35,26 @@ from pathlib import Path
 import yaml
 from hostile import run_command
 
+GENERATIONS = 4
+REFERENCE = "reference/run"
+# How the names of checkpoints begin while they are written.
+UNFINISHED = tuple(f"{generation}." for generation in range(1, GENERATIONS + 1))
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 # What a killed process may be in the middle of, by files of the run folder that are there just then.
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "start": lambda run: run.exists(),
-    "checkpoint": lambda run: any(not path.name.isdecimal() for path in _entries(run / "checkpoints")),
+    "checkpoint": lambda run: any(path.name.startswith(UNFINISHED) for path in _entries(run / "checkpoints")),
     "generation": lambda run: (run / "history.jsonl").exists(),
     "recipe": lambda run: (run / "best/recipe.yaml").exists(),
     "export": lambda run: any(path.name.startswith(".model") for path in _entries(run / "best")),
     "swap": lambda run: any("old." in path.name for path in _entries(run / "best")),
     "report": lambda run: (run / "best/model").exists(),
 }
-GENERATIONS = 4
-REFERENCE = "reference/run"
+
+
+# Parts of a run that may lie on another disk, and what a user keeps beside them.
+LINKED = ("checkpoints", "best")
+MINE = ("thesis/chapter.tex", "2024/data.csv", "9.orbax-checkpoint-tmp/notes.txt", ".recipe.yaml.swp", "result.json")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -54,6 +62,11 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except OSError:
         return []
+
+
+def _is_begun(run: Path) -> bool:
+    """Whether a search has written anything into a folder."""
+    return any(not path.is_symlink() for path in _entries(run))
 
 
 @dataclass
@@ -68,6 +81,7 @@ class Torture:
     kills: Counter = field(default_factory=Counter)
     ends: Counter = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    linked: bool = False
 
     def start(self, *arguments: object) -> subprocess.Popen:
         return subprocess.Popen(
@@ -125,26 +139,45 @@ class Torture:
 
     def search(self, kills: int) -> None:
         """One search, killed up to `kills` times and then left alone."""
-        run = self.root / "run"
+        run, disk = self.root / "run", self.root / "disk"
         begin = ["search", "config.yaml", "--out", "run"]
+        self.linked = not self.linked
+        for part in LINKED if self.linked else ():
+            (disk / part).mkdir(parents=True)
+            run.mkdir(exist_ok=True)
+            (run / part).symlink_to(f"../disk/{part}")
         for _ in range(kills):
-            command = [*begin, "--resume"] if _entries(run) else begin
+            command = [*begin, "--resume"] if _is_begun(run) else begin
             moment = self.rng.choice([None] * len(MOMENTS) + [*MOMENTS])
             stderr = self.kill(command, moment, run)
             if "Continue with: " in stderr:
                 again = shlex.split(stderr.split("Continue with: ")[1].splitlines()[0])
-                if ("--resume" in again) != bool(_entries(run)):
+                if ("--resume" in again) != _is_begun(run):
                     self.fault(f"it says {again}, where the folder has {sorted(map(str, _entries(run)))}", stderr)
-        self.whole(*([*begin, "--resume"] if _entries(run) else begin))
+            if (run / "config.yaml").exists():
+                for file in self._mine(disk):
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text("mine")
+        self.whole(*([*begin, "--resume"] if _is_begun(run) else begin))
         self._compare(run)
+        shutil.rmtree(run)
+        shutil.rmtree(disk, ignore_errors=True)
+
+    def _mine(self, disk: Path) -> list[Path]:
+        """A user's files beside the parts of a run that lie on another disk."""
+        return [disk / part / name for part in LINKED if self.linked for name in MINE]
 
     def _compare(self, run: Path) -> None:
+        mine = self._mine(run)
+        if any(file.exists() for file in mine) and not all(file.exists() for file in mine):
+            self.fault(f"{run.name}: of the user's files there are only {sorted(map(str, filter(Path.exists, mine)))}")
         reference, found = contents(self.root / REFERENCE), contents(run)
+        theirs = {str(file.relative_to(run)) for file in mine} | {f"checkpoints/{Path(n).parts[0]}" for n in MINE}
+        found = {name: digest for name, digest in found.items() if name not in theirs}
         for name in sorted({*reference} | {*found}):
             if reference.get(name) != found.get(name):
                 what = "missing" if name not in found else "left behind" if name not in reference else "different"
                 self.fault(f"{run.name}: {name} is {what}")
-        shutil.rmtree(run)
 
 
 def _phase(run: Path) -> str:
@@ -160,7 +193,8 @@ def _phase(run: Path) -> str:
 def contents(run: Path) -> dict[str, str]:
     """Every file of a run folder, by its digest; of what depends on the clock or on chance only that it is there."""
     found = {}
-    for path in sorted(run.rglob("*")):
+    walk = os.walk(run, followlinks=True)
+    for path in sorted(Path(above) / name for above, folders, files in walk for name in (*folders, *files)):
         name = str(path.relative_to(run))
         if name.startswith("checkpoints/"):
             if name.count("/") == 1:

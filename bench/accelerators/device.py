@@ -7,9 +7,9 @@ Merges of a base and two parents whose weights are random and are made on the de
 the largest of SHAPES that the program's own plan says fits (on a CPU one for which a few minutes are enough), in
 bfloat16 where the device multiplies it natively, else in float32. Of several devices the first is measured.
 
-- merging: 32 candidates of one tensor at once, as in bench/merging/kernels.py. Bytes are those that have to be moved:
-  every source is read once, and each candidate written in float32. The device's copy is of one addition to a large
-  array.
+- merging: 32 candidates of one tensor, one after the other, as in bench/merging/kernels.py. Bytes are those that have
+  to be moved: for each candidate every source is read, and a float32 result is read and written. The device's copy is
+  of one addition to a large array.
 - likelihood: a scoring pass of full batches, of a stored model and of TIES merges that are computed inside it, as a
   share of the best matrix product (see bench/evaluation/evaluate.py for what is counted).
 - decoding: greedy, a token of each prompt a step, without draft tokens, which random weights say nothing about; the
@@ -45,7 +45,6 @@ from bench.shared.scored_rows import of_rows, work
 from evojax_merge.candidates import MergeCandidates
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, abstract_stored
 from evojax_merge.checkpoints.parents import tensor_shapes
-from evojax_merge.checkpoints.writer import atomic_write
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.devices import tree_nbytes
@@ -54,7 +53,8 @@ from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import SharedModel
 from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target, live_target
-from evojax_merge.models.bank import Bank
+from evojax_merge.file_system import atomic_write
+from evojax_merge.models.bank import Bank, LeafBank
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
@@ -170,25 +170,22 @@ def random_bank(problem: SearchProblem) -> Bank:
     assert isinstance(problem.candidates, MergeCandidates)
     spec, dtype = problem.candidates.spec, problem.compute_dtype
     bank = abstract_bank(problem.sources, problem.decoder, spec)
-    assert not (bank.shared_keep_keys or any(bank.stack_keep_keys.values())), f"{spec.method_name} draws masks"
     sample = np.asarray(random_sources(key_of("sample"), (1 + PARENTS, 256, 256), dtype))
     measured = tabulate(spec.method, spec.options, list(sample), spec.prepared_for(PARENTS), lambda k: np.zeros(0))
 
-    def tables(abstract: Any) -> Any:
-        return {
-            leaf: {name: jnp.broadcast_to(measured.statistics[name], own.shape) for name, own in rows.items()}
-            for leaf, rows in abstract.items()
+    def random_leaf(name: str, leaf: LeafBank, draw: Callable[..., jax.Array]) -> LeafBank:
+        assert leaf.mask_keys is None, f"{spec.method_name} draws masks"
+        statistics = {
+            key: jnp.broadcast_to(measured.statistics[key], own.shape) for key, own in leaf.statistics.items()
         }
+        return replace(leaf, sources=draw(key_of(name), leaf.sources.shape, dtype), statistics=statistics)
 
-    return replace(
-        bank,
-        stacks={
-            stack: {name: random_stack(key_of(name), leaf.shape, dtype) for name, leaf in leaves.items()}
+    return Bank(
+        {
+            stack: {name: random_leaf(name, leaf, random_stack) for name, leaf in leaves.items()}
             for stack, leaves in bank.stacks.items()
         },
-        shared={name: random_sources(key_of(name), leaf.shape, dtype) for name, leaf in bank.shared.items()},
-        stack_tables={stack: tables(leaves) for stack, leaves in bank.stack_tables.items()},
-        shared_tables=tables(bank.shared_tables),
+        {name: random_leaf(name, leaf, random_sources) for name, leaf in bank.shared.items()},
     )
 
 
@@ -202,7 +199,7 @@ class Models:
     def __post_init__(self) -> None:
         problem = self.problem
         self.evaluator = Evaluator(
-            problem.decoder, problem.tokenizer, problem.batched_tasks()[0], problem.compute_dtype,
+            problem.decoder, problem.tokenizer, problem.batched_tasks().shards[0], problem.compute_dtype,
             target=problem.target,
         )  # fmt: skip
 
@@ -253,12 +250,12 @@ def merging(method: str, target: Target, dtype: str, copy: float) -> list[str]:
     x = jnp.asarray(problem.sources[0])
     seconds = medians(
         {
-            "ours": lambda: kernels.population(kernels.shared, kernels.candidates),
+            "ours": lambda: kernels.scan(kernels.shared, kernels.candidates),
             "one_add": lambda: kernels.one_add(x, kernels.constants),
         },
         REPEATS,
     )
-    moved = size * (len(problem.sources) * problem.sources[0].dtype.itemsize + 4 * CANDIDATES)
+    moved = CANDIDATES * size * (len(problem.sources) * problem.sources[0].dtype.itemsize + 2 * 4)
     rate = moved / seconds["ours"]
     return [
         f"{problem.parents}", f"{CANDIDATES * size / seconds['ours'] / 1e6:,.0f}", f"{rate / 1e9:,.1f}",

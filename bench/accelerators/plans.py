@@ -83,7 +83,7 @@ def anonymous_bytes(pid: int) -> int:
 
 def counted_flops(problem: SearchProblem) -> Iterator[tuple[str, float, float]]:
     """Each pass of a generation: its name, FLOPs by the plan's count, and by the compiler's."""
-    splits = problem.by_split(problem.batched_tasks())
+    splits = problem.batched_tasks()
     planner = planning_evaluator(problem, device_sizes(problem, 1).bank)
     population = problem.candidates.planned_population(planner, problem.strategy.population, anywhere)
     for tasks in splits.shards:

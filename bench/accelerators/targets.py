@@ -39,6 +39,7 @@ from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import device_sizes, make_plan
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import Plan, shown_bytes, shown_number, shown_seconds
+from evojax_merge.tasks.splits import Splits
 
 TARGETS = ("h100", "8xh100", "v5p-8", "v5e-16", "v6e-8")
 METHODS = ("linear", "ties", "dare_ties", "path")
@@ -82,10 +83,10 @@ def fitting_plan(
 
 
 # By what they depend on: the batches of searches on the same examples.
-_batches: dict[tuple[Any, ...], list[list[BatchedTask]]] = {}
+_batches: dict[tuple[Any, ...], Splits[list[BatchedTask]]] = {}
 
 
-def batched(problem: SearchProblem, mode: str) -> list[list[BatchedTask]]:
+def batched(problem: SearchProblem, mode: str) -> Splits[list[BatchedTask]]:
     """A search's batches, made once for all that differ in their methods and in how many devices share a candidate."""
     key = mode, problem.tokens_per_batch, problem.target.merge_tokens, problem.search.rungs
     if key not in _batches:
@@ -251,7 +252,7 @@ def share(value: float | None) -> str:
 
 def batch_tokens(problem: SearchProblem, mode: str) -> int:
     """The tokens of a batch that is scored, or of a group that is prefilled, on average."""
-    (searched,) = problem.by_split(batched(problem, mode)).shards[0]
+    (searched,) = batched(problem, mode).shards[0]
     if searched.scoring is not None:
         return round(searched.scoring.computed / len(searched.scoring.batches))
     assert searched.prompts is not None

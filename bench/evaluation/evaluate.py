@@ -42,7 +42,7 @@ from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.selection import open_evaluators, recipe_text
+from evojax_merge.selection import open_evaluator, recipe_text
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.yaml_reader import load_yaml
@@ -87,9 +87,9 @@ def problem_for(folder: Path, task: dict[str, Any], method: str, population: int
 
 
 def opened(problem: SearchProblem) -> tuple[SpaceEvaluator[MergeEvaluator], BatchedTask]:
-    batched_tasks = problem.batched_tasks()[:1]
-    (scorer,) = open_evaluators(problem, batched_tasks)
-    return scorer, batched_tasks[0][0]
+    batched_tasks = problem.batched_tasks().shards[0]
+    scorer = open_evaluator(problem, batched_tasks)
+    return scorer, batched_tasks[0]
 
 
 def genomes_for(problem: SearchProblem, count: int) -> np.ndarray:

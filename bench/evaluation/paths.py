@@ -36,7 +36,7 @@ from evojax_merge.models.paths import LayerPath
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.selection import open_evaluators
+from evojax_merge.selection import open_evaluator
 
 SPACES: dict[str, dict[str, Any]] = {
     "moves, scaled": {"form": "moves", "moves": 3, "window": 3},
@@ -56,7 +56,7 @@ def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> 
 
 
 def fresh_evaluator(problem: SearchProblem) -> SpaceEvaluator[PathEvaluator]:
-    (evaluator,) = open_evaluators(problem, problem.batched_tasks()[:1])
+    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
     return evaluator
 
 
@@ -85,7 +85,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
     states = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in problem.parents
     ]
-    batched_task = problem.batched_tasks()[0][0]
+    batched_task = problem.batched_tasks().shards[0][0]
     values, seconds = [], []
     for path in paths:
         start = time.perf_counter()

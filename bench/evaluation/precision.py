@@ -32,6 +32,7 @@ from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.loop import INIT_KEY, MemoryStorage, Reporter, evolve, generation_key
 from evojax_merge.selection import open_evaluators
+from evojax_merge.tasks.splits import Splits
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 DTYPES = ("float32", "bfloat16")
@@ -54,7 +55,7 @@ def mean_scores(model: Path, problem: SearchProblem) -> dict[tuple[str, str], np
     import torch
     from transformers import AutoModelForCausalLM
 
-    (tasks,) = problem.by_split(problem.batched_tasks()).shards
+    (tasks,) = problem.batched_tasks().shards
     (task,) = tasks
     rows = task.requests.scored
     counts = np.array([len(row.tokens) - row.start for row in rows])
@@ -123,8 +124,9 @@ def agreement(exact: np.ndarray, rounded: np.ndarray) -> Agreement:
 
 
 def row_of(name: str, problem: SearchProblem, genomes: np.ndarray) -> str:
-    (tasks,) = problem.by_split(problem.batched_tasks()).shards
-    searched, final = open_evaluators(problem, [tasks, tasks], final_splits=1)
+    (tasks,) = problem.batched_tasks().shards
+    on = open_evaluators(problem, Splits([tasks], tasks, None, tasks))
+    searched, final = on.shards[0], on.search
     exact, rounded = (fitness(one.tasks, one.score(genomes)) for one in (final, searched))
     finite = np.isfinite(exact) & np.isfinite(rounded)
     found, examples = agreement(exact[finite], rounded[finite]), sum(task.task.size for task in tasks)
@@ -143,7 +145,7 @@ def first_generation(problem: SearchProblem) -> np.ndarray:
 
 def last_generation(problem: SearchProblem) -> np.ndarray:
     """float32[P, D]: the candidates of the last generation of a search in float32."""
-    shards = problem.by_split(open_evaluators(problem, problem.batched_tasks())).shards
+    shards = open_evaluators(problem, problem.batched_tasks()).shards
     storage = MemoryStorage()
     evolve(problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter())
     return np.array(storage.read_history()[-1]["genomes"], np.float32)

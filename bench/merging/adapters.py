@@ -11,7 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from bench.shared.machine import describe
 from evojax_merge.checkpoints.adapters import write_adapter
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.models.architecture import COMPONENTS, EMBEDDING, LAYERS, architecture_of, tensors_of
-from evojax_merge.models.bank import Bank, MergeSpec, Recipe
+from evojax_merge.models.bank import Bank, LeafBank, MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, target_logprobs
 from evojax_merge.models.layers import padded_layout
@@ -76,12 +76,17 @@ def expanded(bank: Bank) -> Bank:
         return jnp.concatenate([leaf, over_parents(leaf[0], factors.a, factors.b)])
 
     stack = jax.jit(lambda leaf, factors: jax.lax.map(lambda own: all_sources(*own), (leaf, factors)))
-    stacks = {
-        name: {leaf: stack(values, bank.stack_factors[name].get(leaf)) for leaf, values in leaves.items()}
-        for name, leaves in bank.stacks.items()
-    }
-    shared = {leaf: all_sources(values, bank.shared_factors.get(leaf)) for leaf, values in bank.shared.items()}
-    return bank.replace(stacks=stacks, shared=shared, stack_factors={}, shared_factors={})  # type: ignore[attr-defined]
+
+    def expand(leaf: LeafBank, all_sources: Any) -> LeafBank:
+        return replace(leaf, sources=all_sources(leaf.sources, leaf.factors), factors=None)
+
+    return Bank(
+        {
+            stack_name: {name: expand(leaf, stack) for name, leaf in leaves.items()}
+            for stack_name, leaves in bank.stacks.items()
+        },
+        {name: expand(leaf, all_sources) for name, leaf in bank.shared.items()},
+    )
 
 
 def uniform_recipe(bank: Bank, spec: MergeSpec, parents: int) -> Recipe:
@@ -95,7 +100,7 @@ def uniform_recipe(bank: Bank, spec: MergeSpec, parents: int) -> Recipe:
             if p.searched
         }
 
-    (layers,) = {leaf.shape[0] for leaf in bank.stacks[LAYERS].values()}
+    (layers,) = {leaf.sources.shape[0] for leaf in bank.stacks[LAYERS].values()}
     return Recipe({LAYERS: parameters(layers, len(COMPONENTS))}, {name: parameters() for name in bank.shared})
 
 
@@ -113,8 +118,9 @@ def measure(bank: Bank, spec: MergeSpec, config: DecoderConfig, parents: int, re
     recipe = uniform_recipe(bank, spec, parents)
     found = float(score(bank, recipe))
     seconds = median(lambda: score(bank, recipe).block_until_ready(), repeats)
-    weights = (bank.stacks, bank.shared, bank.stack_factors, bank.shared_factors)
-    return Cost(sum(leaf.nbytes for leaf in jax.tree.leaves(weights)), seconds, found)
+    leaves = [*bank.shared.values(), *(leaf for stack in bank.stacks.values() for leaf in stack.values())]
+    weights = [(leaf.sources, leaf.factors) for leaf in leaves]
+    return Cost(sum(array.nbytes for array in jax.tree.leaves(weights)), seconds, found)
 
 
 def median(run: Callable[[], object], repeats: int) -> float:

@@ -1,40 +1,39 @@
-"""Parameters per second of every merge method, against mergekit and against the machine's memory (8 minutes).
+"""Parameters per second of every merge method as a search uses it, against mergekit and XLA's one add (8 minutes).
 
     python -m bench kernels [--sweep --plot bench/results/kernels.png]
 
 A parameter is one entry of one candidate's merged tensor. Measured in turn, in every repeat, so that a busy machine
 disturbs all alike (medians are shown):
 
-- *ours*: one compiled call of `combine_population` merges P candidates of one tensor, `[rows, P, 1024]` in float32.
-  What `tabulate` measures once per tensor is not in it and is shown apart, as *prepare*.
-- *in a scan*: the same candidates one after the other in a `lax.scan` whose carry, one tensor, takes each result: no
-  memory is written that was not written before, as where a search on a CPU merges a layer, uses it and drops it.
-- *XLA's one add*: P results of `x + c` in the form of ours, the least that any kernel with this output does. A large
-  result is fresh memory from the operating system, and mapping and clearing its pages can cost more than filling
-  them: the share of this figure says what the arithmetic adds, and *NumPy into mapped memory* what the pages cost.
+- *ours*: P candidates of one tensor `[rows, 1024]`, one after the other in a `lax.scan` whose carry, a float32 tensor,
+  takes each result: no memory is written that was not written before, as where a search merges a layer, uses it and
+  drops it. `tabulate`, which measures a tensor once, is shown apart, as *prepare*.
+- *XLA's one add*: the same scan over P constants c with `x + c` in place of the merge, the least that any kernel does.
+  The share of this figure says what the method's further sources and arithmetic cost.
 - *mergekit* in process, on the same tensors, with torch's own number of threads and with one (threads that wait for
   each other suffer on a busy machine): ours is divided by the faster. It makes one candidate at a time.
 
 Model Stock and Karcher have no parameter to search: the same merge is made P times. Ours is compared with
 candidates merged alone, and with mergekit where nothing is random, before anything is timed.
 
-What bounds a kernel. `--explain METHOD` prints what was compiled. TIES is two fusions, and P K floats between them are
-the only temporary: one gathers the thresholds, the other writes every candidate once and recomputes the K deltas in
-registers. The candidates stand beside each other at every row, so the K + 1 sources' rows, 4 (K + 1) bytes per entry
-in float32 (2 (K + 1) in bfloat16; DELLA reads 2 K bytes of numbers on top, DARE hashes its own in registers), come from
-memory once and for the other candidates from the nearest cache: what is left is the writing, 4 bytes per parameter.
+`--explain METHOD` prints the steps of a candidate as they are compiled: TIES looks its thresholds up, and all the rest
+is one fusion, which holds the K deltas in registers. A candidate reads the K + 1 sources, 4 (K + 1) bytes per entry in
+float32 (2 (K + 1) in bfloat16; DELLA reads 2 K bytes of numbers on top, DARE hashes its own in registers), and the
+carry is read and written, 8 bytes per entry.
 
-In the scan the sources pass a barrier. Without it XLA takes what does not depend on the candidate, the deltas and
-their magnitudes, out of the loop and stores them: more memory, and more to read per candidate than to recompute.
-Where a search scores candidates, merging each layer inside the scan over layers, it has no occasion to.
+The sources pass a barrier. Without it XLA takes the deltas and their magnitudes, which do not depend on the candidate,
+out of the loop and stores them: more memory, and more to read per candidate than to recompute. A search merges each
+layer inside the scan over layers, where XLA has no occasion to.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from merge_kernels import METHODS, Method, combine, combine_population, draw_row_keys, look_up, tabulate
+from merge_kernels import METHODS, CombineInputs, Method, combine, draw_row_keys, look_up, tabulate
 
 from bench.shared.machine import describe
 
@@ -86,9 +85,7 @@ class Row:
     parents: int
     candidates: int
     ours: float
-    scan: float
     one_add: float
-    mapped: float
     mergekit: float | None
     mergekit_one_thread: float | None
     prepare: float | None
@@ -160,44 +157,34 @@ class Kernels:
     def __init__(self, problem: SearchProblem, count: int) -> None:
         self.problem = problem
         prepared = self.tabulate()
-        self.is_prepared = bool(prepared.keep_keys or prepared.statistics)
+        self.is_prepared = bool(prepared.mask_keys or prepared.statistics)
         self.candidates = candidates_of(problem, prepared.statistics, count)
         table = prepared.statistics if problem.numbers else {}
         self.shared: Any = (
             tuple(map(jnp.asarray, problem.sources)),
-            tuple(map(jnp.asarray, prepared.keep_keys)),
+            tuple(map(jnp.asarray, prepared.mask_keys)),
             {name: jnp.asarray(rows) for name, rows in table.items()},
         )
         method, options = problem.method, problem.method.options
 
         def one(shared: Any, candidate: Any) -> jax.Array:
-            (sources, keep_keys, table), (parameters, own) = shared, candidate
+            (sources, mask_keys, table), (parameters, own) = shared, candidate
             statistics = look_up(method, {**table, **own}, parameters)
-            return combine(method, options, sources, keep_keys, statistics, parameters)
+            return combine(method, options, CombineInputs(sources, mask_keys, statistics, parameters))
 
-        def population(shared: Any, candidates: Any) -> jax.Array:
-            (sources, keep_keys, table), (parameters, own) = shared, candidates
-            if own:
-                return jax.vmap(one, in_axes=(None, 0), out_axes=1)(shared, candidates)
-            return combine_population(method, options, sources, keep_keys, table, parameters)
-
-        def scan(shared: Any, candidates: Any) -> jax.Array:
+        def scan(merge: Callable[[Any, Any], jax.Array], shared: Any, candidates: Any) -> jax.Array:
             # The largest of all results, entry by entry: each one is needed, and none has memory of its own.
             def step(carry: jax.Array, candidate: Any) -> tuple[jax.Array, None]:
-                merged = one(*jax.lax.optimization_barrier((shared, candidate)))
+                merged = merge(*jax.lax.optimization_barrier((shared, candidate)))
                 return jnp.maximum(carry, merged), None
 
             start = jnp.full(problem.sources[0].shape, -jnp.inf, jnp.float32)
             return jax.lax.scan(step, start, candidates)[0]
 
-        def one_add(x: jax.Array, constants: jax.Array) -> jax.Array:
-            return jax.vmap(lambda c: x.astype(jnp.float32) + c)(constants)
-
         self.one = jax.jit(one)
-        self.population = jax.jit(population).lower(self.shared, self.candidates).compile()
-        self.scan = jax.jit(scan).lower(self.shared, self.candidates).compile()
+        self.scan = jax.jit(partial(scan, one)).lower(self.shared, self.candidates).compile()
         self.constants = np.linspace(0, 1, count, dtype=np.float32)
-        self.one_add = jax.jit(one_add)
+        self.one_add = jax.jit(partial(scan, lambda x, c: x.astype(jnp.float32) + c))
 
     def tabulate(self) -> Any:
         problem = self.problem
@@ -208,14 +195,13 @@ class Kernels:
         )  # fmt: skip
 
     def check(self) -> None:
-        """The population, and the scan, give what candidates one by one give."""
-        merged = self.population(self.shared, self.candidates)
-        count = merged.shape[1]
-        for i in (0, count - 1):
-            alone = self.one(self.shared, jax.tree.map(lambda leaf, i=i: leaf[i], self.candidates))
-            require_equal(f"{self.problem.method.name}: candidate {i} in a population and alone", merged[:, i], alone)
+        """The scan gives the largest of the candidates' merges, each made alone."""
+        alone = [
+            np.asarray(self.one(self.shared, jax.tree.map(lambda leaf, i=i: leaf[i], self.candidates)))
+            for i in range(len(self.constants))
+        ]
         largest = self.scan(self.shared, self.candidates)
-        require_equal(f"{self.problem.method.name}: population and scan", merged.max(axis=1), largest)
+        require_equal(f"{self.problem.method.name}: in the scan and alone", largest, np.maximum.reduce(alone))
 
 
 def require_equal(what: str, found: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -274,18 +260,9 @@ def measure(name: str, size: int, parents: int, count: int, dtype: str, repeats:
     kernels = Kernels(problem, count)
     kernels.check()
     x = jnp.asarray(problem.sources[0])
-    plain = np.asarray(problem.sources[0], np.float32)
-    buffers = [np.empty_like(plain) for _ in range(count)]
-
-    def fill() -> None:
-        for constant, buffer in zip(kernels.constants, buffers, strict=True):
-            np.add(plain, constant, out=buffer)
-
     runs: dict[str, Callable[[], Any]] = {
-        "ours": lambda: kernels.population(kernels.shared, kernels.candidates),
+        "ours": lambda: kernels.scan(kernels.shared, kernels.candidates),
         "one_add": lambda: kernels.one_add(x, kernels.constants),
-        "scan": lambda: kernels.scan(kernels.shared, kernels.candidates),
-        "mapped": fill,
     }
     # Torch's threads may spin for a while after their work: what runs next is not threaded.
     peer = mergekit_call(problem)
@@ -299,11 +276,10 @@ def measure(name: str, size: int, parents: int, count: int, dtype: str, repeats:
     if kernels.is_prepared:
         runs["prepare"] = kernels.tabulate
     seconds = medians(runs, repeats)
-    population = ("ours", "scan", "one_add", "mapped")
-    rate = {key: (count if key in population else 1) * size / value / 1e6 for key, value in seconds.items()}
+    rate = {key: (count if key in ("ours", "one_add") else 1) * size / value / 1e6 for key, value in seconds.items()}
     return Row(
-        name, dtype, size, problem.parents, count, rate["ours"], rate["scan"], rate["one_add"], rate["mapped"],
-        rate.get("mergekit"), rate.get("mergekit_one_thread"), rate.get("prepare"),
+        name, dtype, size, problem.parents, count, rate["ours"], rate["one_add"], rate.get("mergekit"),
+        rate.get("mergekit_one_thread"), rate.get("prepare"),
     )  # fmt: skip
 
 
@@ -318,12 +294,12 @@ def _figure(value: float | None) -> str:
 def table(rows: Sequence[Row], label: str, key: Callable[[Row], str]) -> str:
     """A Markdown table, the first column `label` with `key(row)`; without mergekit's columns where it is missing."""
     peer = any(row.peer is not None for row in rows)
-    heads = [label, "ours, M/s", "in a scan, M/s", "ours / XLA's one add"]
+    heads = [label, "ours, M/s", "ours / XLA's one add"]
     heads += ["mergekit, M/s", "with one thread, M/s", "ours / mergekit"] if peer else []
     heads += ["prepare, M entries/s"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
-        cells = [key(row), _figure(row.ours), _figure(row.scan), f"{100 * row.ours / row.one_add:.0f}%"]
+        cells = [key(row), _figure(row.ours), f"{100 * row.ours / row.one_add:.0f}%"]
         if peer:
             ratio = None if row.peer is None else row.ours / row.peer
             cells += [_figure(row.mergekit), _figure(row.mergekit_one_thread), f"{_figure(ratio)}x"]
@@ -332,8 +308,7 @@ def table(rows: Sequence[Row], label: str, key: Callable[[Row], str]) -> str:
 
 
 def bounds(rows: Sequence[Row]) -> str:
-    one_add, mapped = (float(np.median([getattr(row, name) for row in rows])) for name in ("one_add", "mapped"))
-    return f"XLA, one add into fresh memory: {one_add:,.0f} M/s; NumPy, one add into mapped memory: {mapped:,.0f} M/s"
+    return f"XLA, one add: {np.median([row.one_add for row in rows]):,.0f} M/s"
 
 
 def plot(by_candidates: Sequence[Row], by_parents: Sequence[Row], path: Path) -> None:
@@ -349,14 +324,14 @@ def plot(by_candidates: Sequence[Row], by_parents: Sequence[Row], path: Path) ->
         for color, method in zip(("tab:blue", "tab:orange"), SWEPT, strict=True):
             own = [row for row in rows if row.method == method]
             places = [getattr(row, name) for row in own]
-            for field, style in (("ours", "o-"), ("scan", "s--"), ("peer", "x:")):
+            for field, style in (("ours", "o-"), ("peer", "x:")):
                 values = [getattr(row, field) for row in own]
                 if None not in values:
-                    title = {"scan": "in a scan", "peer": "mergekit"}.get(field, field)
+                    title = {"ours": "ours", "peer": "mergekit"}[field]
                     axis.plot(places, values, style, color=color, label=f"{method}, {title}")
             if method == SWEPT[0]:
                 values = [row.one_add for row in own]
-                axis.plot(places, values, color="grey", linewidth=0.8, label="XLA, one add into fresh memory")
+                axis.plot(places, values, color="grey", linewidth=0.8, label="XLA, one add")
         axis.set(xlabel=label, yscale="log")
         axis.set_xticks(sorted({getattr(row, name) for row in rows}))
         axis.grid(alpha=0.3)
@@ -369,15 +344,17 @@ def plot(by_candidates: Sequence[Row], by_parents: Sequence[Row], path: Path) ->
 
 
 def explain(name: str, size: int, parents: int, count: int, dtype: str) -> None:
-    """Print the steps that the population is compiled to, and the memory they need."""
+    """Print the steps that one candidate of the scan is compiled to, and the memory that the scan needs."""
     problem = build_problem(name, size, parents, count, dtype)
-    compiled = Kernels(problem, count).population
+    compiled = Kernels(problem, count).scan
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    entry = text.split("\nENTRY ", 1)[1].splitlines()[1:]
+    loop = re.search(r"body=(%[\w.-]+)", text)
+    assert loop is not None
+    step = text.split(f"\n{loop[1]} ", 1)[1].split("\n}", 1)[0].splitlines()[1:]
     print(f"{name}, P = {count}, K = {problem.parents}, {size:,} entries of {dtype}")
-    for line in entry:
-        if "=" in line and " parameter(" not in line:
+    for line in step:
+        if "=" in line and not re.search(r" (parameter|get-tuple-element|constant|tuple)\(", line):
             print("  " + line.strip().split(", metadata=")[0])
     print(
         f"bytes: arguments {memory.argument_size_in_bytes:,}, result {memory.output_size_in_bytes:,}, "

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from merge_kernels import combine, draw_row_keys, look_up, sums, tabulate
+from merge_kernels import CombineInputs, combine, draw_row_keys, look_up, sums, tabulate
 
 from bench.merging.kernels import build_problem, medians, mergekit_call, seed_of
 from bench.shared.machine import describe
@@ -100,14 +100,14 @@ def of_a_tensor(name: str, parents: int, written_out: int, repeats: int) -> Row:
         lambda k: draw_row_keys(0, seed_of(k), shape),
     )  # fmt: skip
 
-    def merge(sources: Any, keep_keys: Any, table: Any, parameters: Any) -> jax.Array:
+    def merge(sources: Any, mask_keys: Any, table: Any, parameters: Any) -> jax.Array:
         statistics = look_up(method, table, parameters)
-        return combine(method, method.options, sources, keep_keys, statistics, parameters)
+        return combine(method, method.options, CombineInputs(sources, mask_keys, statistics, parameters))
 
-    keep_keys = jnp.asarray(np.stack(prepared.keep_keys)) if prepared.keep_keys else ()
+    mask_keys = jnp.asarray(np.stack(prepared.mask_keys)) if prepared.mask_keys else ()
     table = {key: jnp.asarray(rows) for key, rows in prepared.statistics.items()}
     parameters = {key: jnp.asarray(value[0], jnp.float32) for key, value in problem.numbers.items()}
-    arguments = (jnp.asarray(np.stack(problem.sources)), keep_keys, table, parameters)
+    arguments = (jnp.asarray(np.stack(problem.sources)), mask_keys, table, parameters)
     row = measure(name, parents, merge, arguments, written_out, repeats)
     peer = mergekit_call(problem)
     if peer is None:

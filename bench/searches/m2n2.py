@@ -30,7 +30,7 @@ from merge_kernels import METHODS, merge_tensor
 from bench.shared.machine import describe
 from evojax_merge.config import SearchConfig
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.pedigree import Member, Pedigree
+from evojax_merge.genealogy import Member, founding_genealogy
 from evojax_merge.pytrees import search_pytrees
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve
@@ -192,9 +192,9 @@ def _no_noise(k: int) -> np.ndarray:
 
 def run_pool(experts: Sequence[Network], images: Images, evaluations: int, seed: int, course: Course) -> None:
     methods = (METHODS["slerp"],)
-    pedigree = Pedigree(len(experts), genome_genes(methods, split=True))
-    space = BreedingSpace(methods, BLOCKS, True, pedigree)
-    pool = PoolSettings(pedigree, len(methods), ARCHIVE, "complementary", "competition")
+    genealogy = founding_genealogy(len(experts), genome_genes(methods, split=True))
+    space = BreedingSpace(methods, BLOCKS, True, genealogy)
+    pool = PoolSettings(len(experts), len(methods), ARCHIVE, "complementary", "competition")
     config = SearchConfig(strategy="pool", population=10, generations=evaluations // 10)
     settings = StrategySettings(space.dims, config.population, config.sigma, config.generations, pool=pool)
     evaluator = SpaceEvaluator(space, NetworkEvaluator(experts, images, course))

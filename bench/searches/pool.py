@@ -39,16 +39,16 @@ class Found:
 
 def run(seed: int, overrides: list[str]) -> Found:
     problem = build_problem(CONFIG, read_config(CONFIG, overrides, seed))
-    on = problem.by_split(open_evaluators(problem, problem.batched_tasks()))
+    on = open_evaluators(problem, problem.batched_tasks())
     begun = time.perf_counter()
     archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, MemoryStorage(), Reporter())
     seconds = time.perf_counter() - begun
-    winner = rescore(problem.space, on.full, archive, lambda done: None)[0].genome
+    winner = rescore(problem.space, on.search, archive, lambda done: None)[0].genome
     candidates = problem.candidates
     assert isinstance(candidates, PoolCandidates)
-    genomes = np.concatenate([winner[None], candidates.space.pedigree.founders])
-    scores: TaskScores = on.heldout.score(genomes)
-    lineage = candidates.space.member(winner).lineage()
+    genomes = np.concatenate([winner[None], candidates.space.genealogy.founders])
+    scores: TaskScores = on.heldout.within(archive.context).score(genomes)
+    lineage = candidates.space.within(archive.context).member(winner).lineage()
     accuracy = means(on.heldout.tasks, scores)[0][SHOWN]
     return Found(fitness(on.heldout.tasks, scores), accuracy, len(lineage), seconds)
 

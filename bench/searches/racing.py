@@ -31,7 +31,7 @@ import numpy as np
 
 from bench.shared.machine import describe
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores
-from evojax_merge.problem import ExamplesToChoose, SearchProblem, build_problem, read_config
+from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples, length_strata
 from evojax_merge.search.loop import Archive, MemoryStorage, Reporter, evolve, rescore
 from evojax_merge.search.protocols import GenomeEvaluator, Progress, State
@@ -222,12 +222,14 @@ def run_seed(
     def lengths(task: Task) -> np.ndarray:
         return example_lengths(task, problem.tokenizer, problem.context)
 
-    shards = stratified_shards("rungs", problem.full, lengths, rungs, seed)
-    (counted,) = (task for task in problem.full if task.weight > 0)
+    shards = stratified_shards("rungs", problem.splits.search, lengths, rungs, seed)
+    (counted,) = (task for task in problem.splits.search if task.weight > 0)
     strata = length_strata(lengths(counted), len(shards))
-    halved = replace(problem, shards=shards, choice=ExamplesToChoose([counted], [strata]))
-    choosable, *racing, _, _ = open_evaluators(halved, [*halved.batched_choice(), *halved.batched_tasks()])
-    searched, full, heldout = open_evaluators(problem, problem.batched_tasks())
+    halved = replace(problem, splits=replace(problem.splits, shards=shards, choice=[counted]), strata=[strata])
+    on_halves, on = (open_evaluators(one, one.batched_tasks()) for one in (halved, problem))
+    choosable, racing = on_halves.choice, on_halves.shards
+    (searched,), full, heldout = on.shards, on.search, on.heldout
+    assert choosable is not None
     kept = Recorded(searched, [])
     choices: dict[str, Choice] = {}
     (task,) = searched.tasks

@@ -215,7 +215,8 @@ def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[
             other = next(iter(experiments.values()))
             searched, heldout = (replace(one, space=problem.space) for one in (other.searched, other.heldout))
         else:
-            searched, heldout = open_evaluators(problem, [problem.batched_tasks()[i] for i in (0, -1)])
+            on = open_evaluators(problem, problem.batched_tasks())
+            searched, heldout = on.shards[0], on.heldout
         experiments[name] = Experiment(family.config, problem, searched, heldout)
     return experiments
 
@@ -234,11 +235,10 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
         decoder = replace(merges.evaluator, batched_tasks=tasks, chunk_sizes={}, lookup_corpus={})
         return SpaceEvaluator(problem.space, replace(merges, evaluator=decoder))
 
-    *shards, _, _ = problem.batched_tasks()
+    evaluators = problem.batched_tasks().map(on)
     evolve(
-        problem.search, problem.config.seed, problem.strategy, problem.space, list(map(on, shards)), storage, reporter,
-        minibatches=list(map(on, problem.batched_minibatches())),
-        choice=problem.example_choice(list(map(on, problem.batched_choice()))),
+        problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+        minibatches=evaluators.minibatches, choice=problem.example_choice(evaluators),
     )  # fmt: skip
 
 
@@ -277,8 +277,8 @@ def run_pso_merging_search(experiment: Experiment, population: int, seed: int, t
     best = -np.inf
 
     def source(s: int) -> Any:
-        stacks = {name: {leaf: values[:, s] for leaf, values in own.items()} for name, own in bank.stacks.items()}
-        whole = StackedWeights(stacks, {leaf: values[s] for leaf, values in bank.shared.items()})
+        stacks = {name: {name: leaf.sources[:, s] for name, leaf in own.items()} for name, own in bank.stacks.items()}
+        whole = StackedWeights(stacks, {name: leaf.sources[s] for name, leaf in bank.shared.items()})
         return jax.tree.map(lambda values: np.asarray(values, np.float32), whole)
 
     def scored(decoder: Evaluator, model: Any) -> TaskScores:
@@ -683,9 +683,8 @@ def overhead(arguments: argparse.Namespace, names: Sequence[str]) -> None:
             problem = search_problem(experiment, search_config(row), 0)
             folder = open_run(Path(work) / f"run-{number}", resolved_document(problem), resume=False, overwrite=False)
             clock = Clock()
-            with Checkpoints(folder) as checkpoints:
-                storage = TimedStorage(folder, checkpoints)
-                run(experiment, problem, storage, clock)
+            storage = TimedStorage(folder, Checkpoints(folder))
+            run(experiment, problem, storage, clock)
             # The first generation compiles, and is not counted.
             whole = float(np.mean(np.diff(clock.ended)))
             evaluating, saving = (float(np.mean(part[1:])) for part in (clock.evaluating_seconds, storage.seconds))

@@ -1,16 +1,17 @@
 """The shapes of a bank, by headers alone: what a search is planned with before any weight is read, or downloaded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from merge_kernels import draw_row_keys, tabulate
 
-from evojax_merge.checkpoints.bank import common_dtype, common_rank, component_rows, cut_axes, keep_key_axis
+from evojax_merge.checkpoints.bank import bank_of, leaf_layout
 from evojax_merge.checkpoints.parents import Sources
-from evojax_merge.models.architecture import depths, leaf_tensors, leaves_of, tensor_grid
-from evojax_merge.models.bank import Bank, Factors, MergeSpec
+from evojax_merge.models.architecture import Leaf, depths, leaf_tensors, leaves_of, tensor_grid
+from evojax_merge.models.bank import Bank, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 
@@ -27,40 +28,17 @@ def anywhere(shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None
 
 
 def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, place: Place = anywhere) -> Bank:
-    """What `load_bank` would make of the sources, as abstract arrays."""
-    layers, count = depths(config), len(sources.folders)
-    parents = count - int(spec.options.has_base)
-    numbers = spec.method.keep_keys(parents)
-    # Weights, factors, keep keys and tables by the leaf's name.
-    shared: tuple[dict[str, Any], ...] = ({}, {}, {}, {})
-    stacks: dict[str, tuple[dict[str, Any], ...]] = {stack: ({}, {}, {}, {}) for stack in layers}
-    for leaf in leaves_of(config):
-        grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
-        shape, rank = sources.shape(0, names[0]), common_rank(sources, names)
-        parts = shared if leaf.stack is None else stacks[leaf.stack]
+    """The bank that `load_bank` would make of the sources, as abstract arrays."""
 
-        def several(
-            number: int, own: tuple[int, ...], dtype: Any, cut: int | None, grid: tuple[int, ...] = grid
-        ) -> jax.ShapeDtypeStruct:
-            return place((*grid[:1], number, *grid[1:], *own), dtype, cut)
+    def abstract_leaf(leaf: Leaf) -> LeafBank:
+        layout = leaf_layout(sources, config, spec, leaf)
+        arrays = jax.tree.map(lambda array: place(array.shape, array.dtype, array.shard_axis), layout)
+        grid, shape = tensor_grid(config, leaf), sources.shape(0, leaf_tensors(config, leaf)[0])
+        measured = _statistics(spec, len(sources.folders), shape)
+        statistics = {name: place((*grid, *one.shape), one.dtype, None) for name, one in measured.items()}
+        return replace(arrays, statistics=statistics)
 
-        parts[0][leaf.name] = several(count if rank is None else 1, shape, common_dtype(sources, names[0]), axis)
-        if rank is not None:
-            a = several(parents, (rank, shape[1]), np.float32, axis if axis == -1 else None)
-            b = several(parents, (shape[0], rank), np.float32, axis if axis == -2 else None)
-            parts[1][leaf.name] = Factors(a, b)  # type: ignore[arg-type]
-        if numbers:
-            of_one, dtype = spec.method.keep_key_array(shape)
-            parts[2][leaf.name] = several(numbers, of_one, dtype, keep_key_axis(spec, sources, config, leaf))
-        measured = _statistics(spec, count, shape)
-        if measured:
-            parts[3][leaf.name] = {name: place((*grid, *own.shape), own.dtype, None) for name, own in measured.items()}
-    weights, factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
-    experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
-    return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), factors, shared[1],
-        experts, cut_axes(config),
-    )  # fmt: skip
+    return bank_of(config, abstract_leaf)
 
 
 def abstract_stored(

@@ -57,7 +57,8 @@ class AdapterConfig:
 
     base: the model that it was trained on, as whoever trained it called it. ranks, alphas: by pattern of module names,
     for those that have others than `rank` and `alpha`. targets: modules that are adapted: names or ends of names, or
-    one regular expression. base_head_tied: the adapter's embedding is the head as well where the base's is.
+    one regular expression. ties_weights: the adapter's embedding is the head as well where the base's is. is_dora:
+    every adapted weight has a magnitude.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class AdapterConfig:
     rank_stabilised: bool
     fan_in_fan_out: bool
     ties_weights: bool
+    is_dora: bool
 
     def rank_of(self, module: str) -> int:
         return self._by_pattern("rank_pattern", self.ranks, module, self.rank)
@@ -139,10 +141,18 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         },
         targets=targets,
         saved_modules=_names(path, "modules_to_save", raw.get("modules_to_save") or ()),
-        rank_stabilised=raw.get("use_rslora") is True,
-        fan_in_fan_out=raw.get("fan_in_fan_out") is True,
-        ties_weights=raw.get("ensure_weight_tying") is True,
+        rank_stabilised=_switch(path, raw, "use_rslora"),
+        fan_in_fan_out=_switch(path, raw, "fan_in_fan_out"),
+        ties_weights=_switch(path, raw, "ensure_weight_tying"),
+        is_dora=_switch(path, raw, "use_dora"),
     )
+
+
+def _switch(path: Path, raw: Mapping[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(path, f"{key}: {shown(value)}; expected true or false")
+    return value is True
 
 
 def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
@@ -299,7 +309,7 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         names[decoder.in_memory(head)] = decoder.names.in_file(head)
         in_file[decoder.names.in_file(head)] = decoder.entries[_embedding(decoder)]
     base = kind(base.path, in_file)
-    replaced: dict[str, Tensor] = {}
+    replaced, saved = dict[str, Tensor](), dict[str, str]()
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if not is_float(tensor.dtype):
@@ -307,11 +317,19 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
         inner = key.removeprefix(PREFIX)
         part = PART.fullmatch(inner)
         if part is not None:
-            modules.setdefault(part["module"], {})[part["linear"] or part["embedding"] or part["magnitude"]] = tensor
+            module, kind_of_part = part["module"], part["linear"] or part["embedding"] or part["magnitude"]
+            if kind_of_part in modules.setdefault(module, {}):
+                raise InputError(tensor.file, f"holds {PREFIX}{module}.{kind_of_part} twice, also as {key}")
+            modules[module][kind_of_part] = tensor
         elif "lora_" in inner:
             raise InputError(tensor.file, f"{key}: a part of an adapter that is not known; expected lora_A and lora_B")
         else:
             name = _find(base, names, tensor, key, inner.replace(".base_layer.", "."))
+            if name in saved:
+                raise InputError(
+                    tensor.file, f"holds {name} twice: as {saved[name]} and as {key}; expected one of them"
+                )
+            saved[name] = key
             _check_saved(base, config, name, tensor, key)
             # peft also saves what it only wraps, such as an embedding with an adapter.
             if ".base_layer." not in inner or not _equal(tensor, base.entries[name]):
@@ -420,9 +438,15 @@ def _adapted(
     config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor], is_transposed: bool
 ) -> Tensor:
     """One weight with its adapter. Raises InputError where the parts do not fit each other or the weight."""
-    embedding = any(part.startswith("lora_embedding") for part in parts)
+    of_tokens = sorted(part for part in parts if part.startswith("lora_embedding"))
+    of_layer = sorted(part for part in parts if part in ("lora_A", "lora_B"))
+    embedding, file = bool(of_tokens), next(iter(parts.values())).file
+    if of_tokens and of_layer:
+        raise InputError(
+            file, f"{PREFIX}{module}.{of_tokens[0]}: is of an embedding, and {of_layer[0]} of the same module is of "
+            "another layer; expected the factors of one of them",
+        )  # fmt: skip
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-    file = next(iter(parts.values())).file
     missing = [part for part in (a_name, b_name) if part not in parts]
     if missing:
         raise InputError(file, f"{PREFIX}{module}: has no {missing[0]}; expected {a_name} and {b_name}")
@@ -446,6 +470,12 @@ def _adapted(
             )  # fmt: skip
     adapted = AdaptedTensor(base, parts[a_name], parts[b_name], config.scale(module), transposed)
     magnitude = parts.get("lora_magnitude_vector")
+    if (magnitude is not None) != config.is_dora:
+        what = "no such tensor" if magnitude is None else "a tensor"
+        raise InputError(
+            file, f"{PREFIX}{module}.lora_magnitude_vector: found {what}, but {config.path.name} says use_dora: "
+            f"{str(config.is_dora).lower()}; expected one for each adapted weight of DoRA, and no other",
+        )  # fmt: skip
     return adapted if magnitude is None else DoraTensor(adapted, magnitude)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import Folder, open_folder
 from evojax_merge.checkpoints.quantised import (
+    FLOATS,
+    WORDS,
     QuantisedTensor,
     checked_setting,
     dequantised_dtype,
@@ -65,9 +67,12 @@ def open_awq(path: Path, quantised: Path) -> Folder:
         inputs, words = packed.shape
         group = inputs if size is None else size
         groups = -(-inputs // group)
-        shapes = {"qzeros": (groups, words), "scales": (groups, words * PER_WORD)}
-        parts = (packed, *(part_of(stored, packed, f"{module}.{part}", shape) for part, shape in shapes.items()))
-        for part in shapes:
+        parts = (
+            packed,
+            part_of(stored, packed, f"{module}.qzeros", WORDS, (groups, words)),
+            part_of(stored, packed, f"{module}.scales", FLOATS, (groups, words * PER_WORD)),
+        )
+        for part in ("qzeros", "scales"):
             del entries[f"{module}.{part}"]
         shape = (words * PER_WORD, inputs)
         entries[f"{module}.weight"] = QuantisedTensor(dtype, shape, parts, InterleavedOutputs(group))

@@ -6,7 +6,8 @@ needs more than the bank and one tensor. What a method has to measure is measure
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from evojax_merge.models.architecture import (
     tensor_grid,
     tensors_of,
 )
-from evojax_merge.models.bank import Bank, Factors, MergeSpec
+from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.layers import layer_kinds
 from evojax_merge.models.paths import PathBank, PathSpec
@@ -36,8 +37,8 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# Leaves, factors, keep keys and tables by the leaf's name.
-_Parts = tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]
+# (array, the axis counted from its end that is cut where devices share a model) -> the array where it belongs.
+Put = Callable[[np.ndarray, int | None], jax.Array]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -61,112 +62,121 @@ def put(array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
     return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
 
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of a bank before it is there. shard_axis: the axis, counted from the end, that is cut where devices
+    share a model; None: each device has the whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    shard_axis: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
+    """A bank of the leaves of a model, each made by `make`."""
+    bank = Bank({stack: {} for stack in depths(config)}, {})
+    for leaf in leaves_of(config):
+        leaves = bank.shared if leaf.stack is None else bank.stacks[leaf.stack]
+        leaves[leaf.name] = make(leaf)
+    return bank
+
+
+def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
+    """The arrays of a leaf's bank, as ArraySpecs, but for its statistics, which are measured."""
+    grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
+    shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.has_row_keys
+    parents = len(sources.folders) - int(spec.options.has_base)
+
+    def array(number: int, each: tuple[int, ...], dtype: Any, axis: int | None) -> Any:
+        """`number` arrays behind the layers and before the experts."""
+        return ArraySpec((*grid[:1], number, *grid[1:], *each), np.dtype(dtype), axis)
+
+    # Row keys are cut with their rows; where columns are cut each device has the keys of all rows.
+    keys_axis = axis if not has_row_keys else -2 if axis == -len(shape) else None
+    keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape)
+    return LeafBank(
+        sources=array(len(sources.folders) if rank is None else 1, shape, common_dtype(sources, names[0]), axis),
+        # `a` has the weight's inputs, `b` its outputs.
+        factors=None
+        if rank is None
+        else Factors(
+            array(parents, (rank, shape[1]), np.float32, axis if axis == -1 else None),
+            array(parents, (shape[0], rank), np.float32, axis if axis == -2 else None),
+        ),
+        mask_keys=array(keys, keys_shape, keys_dtype, keys_axis) if keys else None,
+        group=0 if leaf.stack is None else architecture_of(config).components.index(leaf.component),
+        shard_axis=axis,
+        has_experts=leaf.has_experts,
+    )
+
+
 def load_bank(
     sources: Sources,
     config: DecoderConfig,
     spec: MergeSpec,
     progress: Progress = lambda done: None,
-    put: Callable[..., jax.Array] = put,
+    put: Put = put,
 ) -> Bank:
     """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor;
-    `put` brings an array to where it belongs, and is told the axis that is cut where devices share a model.
+    `put` brings an array to where it belongs.
 
     `sources` must hold the base first where deltas are taken from one. Where all of them are adapters of one base, or
     that base, the bank has each weight of the base once, and the adapters' factors.
     """
-    layers = depths(config)
-    shared: _Parts = ({}, {}, {}, {})
-    stacks: dict[str, _Parts] = {stack: ({}, {}, {}, {}) for stack in layers}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for leaf in leaves_of(config):
-            loaded = _load_leaf(leaf, config, sources, spec, pool, progress)
-            parts, axis = shared if leaf.stack is None else stacks[leaf.stack], leaf.sharded_axis
-            # What was measured of a leaf has no axes of its own.
-            for i, cut in ((0, axis), (2, keep_key_axis(spec, sources, config, leaf)), (3, None)):
-                if loaded[i] is not None:
-                    parts[i][leaf.name] = jax.tree.map(partial(put, sharded_axis=cut), loaded[i])
-            factors = loaded[1]
-            if factors is not None:
-                # `a` has the weight's inputs, `b` its outputs.
-                cuts = (axis if axis == end else None for end in (-1, -2))
-                a, b = (put(one, sharded_axis=cut) for one, cut in zip(factors, cuts, strict=True))
-                parts[1][leaf.name] = Factors(a, b)
-    weights, all_factors, keep_keys, tables = ({stack: parts[i] for stack, parts in stacks.items()} for i in range(4))
-    experts = frozenset(leaf.name for leaf in leaves_of(config) if leaf.has_experts)
-    return Bank(
-        weights, shared[0], keep_keys, shared[2], tables, shared[3], component_rows(config), all_factors, shared[1],
-        experts, cut_axes(config),
-    )  # fmt: skip
-
-
-def keep_key_axis(spec: MergeSpec, sources: Sources, config: DecoderConfig, leaf: Leaf) -> int | None:
-    """The axis, counted from the end, at which a leaf's keep keys are cut where devices share a model. Row keys are cut
-    with their rows; where columns are cut each device has those of all rows."""
-    if not spec.method.keyed_by_row:
-        return leaf.sharded_axis
-    rows = -len(sources.shape(0, leaf_tensors(config, leaf)[0]))
-    return -2 if leaf.sharded_axis == rows else None
-
-
-def component_rows(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
-    """The row of the component axis of each leaf of a stack."""
-    row = architecture_of(config).components.index
-    return tuple((leaf.name, row(leaf.component)) for leaf in leaves_of(config) if leaf.stack is not None)
-
-
-def cut_axes(config: DecoderConfig) -> tuple[tuple[str, int], ...]:
-    """The axis at which each leaf that devices share is cut, where they can."""
-    return tuple((leaf.name, leaf.sharded_axis) for leaf in leaves_of(config) if leaf.sharded_axis is not None)
+        return bank_of(config, lambda leaf: _load_leaf(leaf, config, sources, spec, pool, progress, put))
 
 
 def _load_leaf(
-    leaf: Leaf, config: DecoderConfig, sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None, np.ndarray | None, dict[str, np.ndarray] | None]:
-    """One leaf: weights `[S, …]`, `[L, S, …]` or `[L, S, E, …]`, keep keys alike, and tables `[…]`, `[L, …]` or
-    `[L, E, …]`. Of low-rank sources the weights are the base's, 1 in the place of S, and there are factors (see
-    `Factors`)."""
-    grid, names = tensor_grid(config, leaf), leaf_tensors(config, leaf)
-    rank = common_rank(sources, names)
-    count, shape = len(sources.folders), sources.shape(0, names[0])
-    stored = count if rank is None else 1
-    stack = aligned_empty((*grid[:1], stored, *grid[1:], *shape), common_dtype(sources, names[0]))
-    first_parent = int(spec.options.has_base)
-    factors = None
-    if rank is not None:
-        each, (outputs, inputs) = (*grid[:1], count - first_parent, *grid[1:]), shape
-        factors = np.zeros((*each, rank, inputs), np.float32), np.zeros((*each, outputs, rank), np.float32)
+    leaf: Leaf, config: DecoderConfig, sources: Sources, spec: MergeSpec, pool: ThreadPoolExecutor, progress: Progress,
+    put: Put,
+) -> LeafBank:  # fmt: skip
+    layout, grid, names = (
+        leaf_layout(sources, config, spec, leaf),
+        tensor_grid(config, leaf),
+        leaf_tensors(config, leaf),
+    )
+    arrays = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), layout)
+    weights, factors, mask_keys = arrays.sources, arrays.factors, arrays.mask_keys
+    if factors is not None:
+        # A parent of lower rank leaves the rest of its factors as they are.
+        factors.a[:], factors.b[:] = 0, 0
+    count, stored = len(sources.folders), weights.shape[len(grid[:1])]
+    shape, first_parent = sources.shape(0, names[0]), int(spec.options.has_base)
     constants = spec.prepared_for(count - first_parent)
-    numbers = spec.method.keep_keys(count - first_parent)
-    of_one, dtype = spec.method.keep_key_array(shape)
-    keep_keys = aligned_empty((*grid[:1], numbers, *grid[1:], *of_one), dtype) if numbers else None
 
-    def one(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
+    def load_tensor(place: tuple[int, ...], name: str) -> dict[str, np.ndarray]:
         layer, expert = place[:1], place[1:]
-        own = [stack[(*layer, s, *expert)] for s in range(stored)]
+        tensors = [weights[(*layer, s, *expert)] for s in range(stored)]
         if factors is None:
-            for s, tensor in enumerate(own):
+            for s, tensor in enumerate(tensors):
                 sources.read_into(s, name, tensor)
         else:
-            sources.read_core_into(name, own[0])
+            sources.read_core_into(name, tensors[0])
             for k in range(count - first_parent):
                 a, b = sources.finite_factors(first_parent + k, name)
                 of_parent = (*layer, k, *expert)
-                factors[0][of_parent][: len(a)], factors[1][of_parent][:, : len(a)] = a, b
+                factors.a[of_parent][: len(a)], factors.b[of_parent][:, : len(a)] = a, b
             # Only to be measured are they all there, one tensor at a time.
-            own = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
+            tensors = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
 
         def row_keys(k: int) -> np.ndarray:
             return draw_row_keys(spec.seed, sources.digest(first_parent + k, name), shape)
 
-        prepared = tabulate(spec.method, spec.options, own, constants, row_keys)
-        for number, values in enumerate(prepared.keep_keys):
-            keep_keys[(*layer, number, *expert)] = values  # type: ignore[index]
-        progress(stack.nbytes // len(names) * count // stored)
+        prepared = tabulate(spec.method, spec.options, tensors, constants, row_keys)
+        for number, values in enumerate(prepared.mask_keys):
+            mask_keys[(*layer, number, *expert)] = values
+        progress(weights.nbytes // len(names) * count // stored)
         return prepared.statistics
 
-    rows = list(pool.map(one, np.ndindex(grid), names))
-    tables = {key: np.stack([row[key] for row in rows]).reshape((*grid, *rows[0][key].shape)) for key in rows[0]}
-    return stack, factors, keep_keys, tables or None
+    rows = list(pool.map(load_tensor, np.ndindex(grid), names))
+    statistics = {key: np.stack([row[key] for row in rows]).reshape((*grid, *rows[0][key].shape)) for key in rows[0]}
+    loaded: LeafBank = jax.tree.map(lambda spec, array: put(array, spec.shard_axis), layout, arrays)
+    return replace(loaded, statistics={name: put(values, None) for name, values in statistics.items()})
 
 
 def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
@@ -177,9 +187,7 @@ def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
     return max(sources.entry(s, name).rank for name in names for s in range(len(sources.folders)))
 
 
-def load_path_bank(
-    sources: Sources, spec: PathSpec, compute_dtype: str, progress: Progress = lambda done: None
-) -> PathBank:
+def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> PathBank:
     """Load all layers of all sources in one series, in their own dtypes. `progress` is told the bytes."""
     origins, layers, config = spec.origins, {}, spec.configs[0]
     for leaf in stack_leaves(config, LAYERS):
@@ -196,7 +204,7 @@ def load_path_bank(
         progress(sum(values.nbytes for values in shared[leaf.name]))
     kinds = jax.tree.map(lambda *each: jnp.concatenate(each), *map(layer_kinds, spec.configs))
     outputs = tuple((leaf.name, leaf.gain_offset) for leaf in stack_leaves(config, LAYERS) if leaf.writes_residual)
-    return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype, compute_dtype)
+    return PathBank(layers, shared, kinds, origins, outputs, spec.export_dtype)
 
 
 def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:
@@ -211,27 +219,10 @@ def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
     )
 
 
-def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec | PathSpec) -> int:
-    """Bytes that a loaded bank takes: all sources, and the keep keys that a method prepares."""
-    count = len(sources.folders)
-    keep_keys = (
-        len(names) * spec.keep_key_bytes(count, sources.shape(0, names[0]))
-        for names in (leaf_tensors(config, leaf) for leaf in leaves_of(config))
-    )
-    return bank_bytes(sources, config) + sum(keep_keys)
-
-
-def bytes_saved(sources: Sources, config: DecoderConfig, has_base: bool) -> int:
-    """Bytes by which a bank of low-rank sources is smaller than one of all their weights."""
-    count, saved = len(sources.folders), 0
-    for leaf in leaves_of(config):
-        names = leaf_tensors(config, leaf)
-        rank = common_rank(sources, names)
-        if rank is not None:
-            weights = _entries(sources, leaf, config) * common_dtype(sources, names[0]).itemsize
-            factors = (count - int(has_base)) * len(names) * rank * sum(sources.shape(0, names[0]))
-            saved += (count - 1) * weights - factors * np.dtype(np.float32).itemsize
-    return saved
+def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec) -> int:
+    """Bytes of a loaded bank: all sources or their factors, and mask keys. Statistics are little beside them."""
+    arrays = jax.tree.leaves(bank_of(config, lambda leaf: leaf_layout(sources, config, spec, leaf)))
+    return sum(array.nbytes for array in arrays)
 
 
 def load_stored(

@@ -20,7 +20,15 @@ from typing import Any
 import numpy as np
 
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
-from evojax_merge.checkpoints.quantised import QuantisedTensor, check_dequantised, dequantised_dtype, part_of
+from evojax_merge.checkpoints.quantised import (
+    BYTES,
+    FLOATS,
+    QuantisedTensor,
+    check_dequantised,
+    check_matrix,
+    dequantised_dtype,
+    part_of,
+)
 from evojax_merge.errors import InputError, shown
 
 SCALES = ".SCB"
@@ -72,6 +80,8 @@ def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
         weight = f"{name.removesuffix(SCALES)}.weight" if eight else name.partition(STATE)[0]
         if weight not in stored:
             raise InputError(stored[name].file, f"{name}: there is no {weight}, which it is a part of")
+        if isinstance(entries.get(weight), QuantisedTensor):
+            raise InputError(stored[name].file, f"{name}: a second SCB or quant_state of {weight}; expected one")
         made = _eight_bits(stored, weight, dtype) if eight else _four_bits(stored, weight, name, dtype)
         module = weight.removesuffix(".weight")
         parts = (name, f"{module}{LAYOUT}") if eight else [one for one in stored if one.startswith(f"{weight}.")]
@@ -84,12 +94,11 @@ def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
 
 def _eight_bits(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
     weight, module = stored[name], name.removesuffix(".weight")
-    if weight.dtype != np.int8 or len(weight.shape) != 2:
-        raise InputError(weight.file, f"{name} is {weight.dtype}{list(weight.shape)}; expected a matrix of int8")
+    check_matrix(name, weight, np.dtype(np.int8))
     layout = stored.get(f"{module}{LAYOUT}")
     if layout is not None and layout.read().any():
         raise InputError(weight.file, f"{module}{LAYOUT}: expected 0, rows of outputs; save it again with transformers")
-    scales = part_of(stored, weight, f"{module}{SCALES}", (weight.shape[0],))
+    scales = part_of(stored, weight, f"{module}{SCALES}", FLOATS, (weight.shape[0],))
     return QuantisedTensor(dtype, weight.shape, (weight, scales), RowScales())
 
 
@@ -102,23 +111,23 @@ def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: 
     blocks = -(-count // block)
     parts = [
         weight,
-        part_of(stored, weight, f"{name}.quant_map", (CODES,)),
-        part_of(stored, weight, f"{name}.absmax", (blocks,)),
+        part_of(stored, weight, f"{name}.quant_map", FLOATS, (CODES,)),
+        part_of(stored, weight, f"{name}.absmax", BYTES if "nested_blocksize" in state else FLOATS, (blocks,)),
     ]
     if "nested_blocksize" not in state:
         return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block))
     nested = state["nested_blocksize"]
     parts += [
-        part_of(stored, weight, f"{name}.nested_quant_map", (2**8,)),
-        part_of(stored, weight, f"{name}.nested_absmax", (-(-blocks // nested),)),
+        part_of(stored, weight, f"{name}.nested_quant_map", FLOATS, (2**8,)),
+        part_of(stored, weight, f"{name}.nested_absmax", FLOATS, (-(-blocks // nested),)),
     ]
-    if parts[2].dtype != np.uint8:
-        raise InputError(weight.file, f"{name}.absmax is {parts[2].dtype}; expected uint8, quantised in turn")
     return QuantisedTensor(dtype, shape, tuple(parts), CodedBlocks(shape, block, nested, state["nested_offset"]))
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
     """The settings of a matrix of four bits, as the bytes of a tensor."""
+    if tensor.dtype not in BYTES:
+        raise InputError(tensor.file, f"{name} is {tensor.dtype}; expected uint8, the bytes of JSON")
     try:
         state = json.loads(tensor.read().tobytes())
         sizes = [*state["shape"], *(state[key] for key in ("blocksize", "nested_blocksize") if key in state)]

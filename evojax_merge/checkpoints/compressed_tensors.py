@@ -25,11 +25,19 @@ import numpy as np
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
 from evojax_merge.checkpoints.quantised import (
+    BYTES,
     EXPONENT,
+    FLOATS,
+    FP8,
+    INDICES,
     OF_ACTIVATIONS,
     WITH_FP8,
+    WORDS,
     QuantisedTensor,
     check_dequantised,
+    check_groups,
+    check_matrix,
+    check_once,
     checked_setting,
     dequantised_dtype,
     group_size,
@@ -41,7 +49,13 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.patterns import begins
 
 MIXED, PACKED = "mixed-precision", "pack-quantized"
-PLAIN = ("int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized")
+INT8 = np.dtype(np.int8)
+# The dtypes of weights that are kept as they are.
+PLAIN = {
+    "int-quantized": (INT8,), "float-quantized": (FP8,), "naive-quantized": (INT8, FP8), "mxfp8-quantized": (FP8,),
+}  # fmt: skip
+# The format whose scales are exponents.
+MXFP8 = "mxfp8-quantized"
 # How many inputs have a scale in common, and what the scale of all does to it.
 FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
     "mxfp4-pack-quantized": (MXFP4_GROUP, None),
@@ -107,14 +121,20 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
         module = name.removesuffix(SCALE)
         group = group_of(quantised, groups, module)
         how = group.how
-        own = {key: entries.pop(key, None) for key in (f"{module}.weight{one}" for one in _SUFFIXES)}
-        kept = own[f"{module}.weight" if how in PLAIN else f"{module}.weight_packed"]
-        if kept is None or len(kept.shape) != 2:
+        for one in _SUFFIXES:
+            entries.pop(f"{module}.weight{one}", None)
+        kept_name, other = f"{module}.weight", f"{module}.weight_packed"
+        if how not in PLAIN:
+            kept_name, other = other, kept_name
+        if kept_name not in stored:
             raise InputError(stored[name].file, f"{name}: expected the matrix that it scales, as {how} keeps it")
+        kept = stored[kept_name]
+        check_once(stored, kept_name, other)
         if how in FOUR_BITS:
             parts = [f"{module}.weight{part}" for part in ("_packed", "_scale", "_global_scale")]
             entries[f"{module}.weight"] = four_bit_matrix(stored, parts, *FOUR_BITS[how], dtype)
             continue
+        check_matrix(kept_name, kept, *(WORDS if how == PACKED else PLAIN[how]))
         shape = _packed_shape(stored, kept, module, group.bits) if group.bits else (kept.shape[0], kept.shape[1])
         entries[f"{module}.weight"] = _dequantised(quantised, stored, kept, module, shape, group, dtype)
     check_dequantised(entries, "weight_scale")
@@ -169,9 +189,9 @@ def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
     """The shape of a packed matrix, of which the last words may be filled up."""
-    found = part_of(stored, packed, f"{module}{SHAPE}", (2,)).read()
+    found = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).read()
     rows, columns = (int(size) for size in found)
-    if packed.dtype != np.int32 or packed.shape != (rows, -(-columns * bits // 32)):
+    if packed.shape != (rows, -(-columns * bits // 32)):
         raise InputError(
             packed.file, f"{module}.weight_packed is {packed.dtype}{list(packed.shape)}; {module}.weight_shape says "
             f"[{rows}, {columns}], of {bits} bits",
@@ -203,17 +223,20 @@ def _dequantised(
     grid = (-(-rows // step[0]), -(-columns // step[1]))
     # One value may have no axis, or one.
     shapes = (grid, *(((), (1,)) if grid == (1, 1) else ()), *((grid[:1],) if grid[1] == 1 else ()))
-    parts = [kept, part_of(stored, kept, f"{module}{SCALE}", *shapes)]
+    dtypes = (EXPONENT, *BYTES) if group.how == MXFP8 else FLOATS
+    parts = [kept, part_of(stored, kept, f"{module}{SCALE}", dtypes, *shapes)]
     zeros, packed = stored.get(f"{module}.weight_zero_point"), False
     if zeros is not None:
         packed = bool(bits) and zeros.dtype == np.int32
         expected = ((-(-grid[0] * bits // 32), grid[1]),) if packed else shapes
-        parts.append(part_of(stored, kept, f"{module}.weight_zero_point", *expected))
-    indices = stored.get(f"{module}.weight_g_idx")
-    # -1 throughout: inputs are grouped in their order.
-    if indices is not None and strategy == "group" and indices.shape == (columns,) and indices.read().min() >= 0:
-        if indices.read().max() >= grid[1]:
-            raise InputError(indices.file, f"{module}.weight_g_idx: expected the numbers of {grid[1]} groups")
-        parts.append(indices)
+        kinds = WORDS if packed else (INT8, FP8)
+        parts.append(part_of(stored, kept, f"{module}.weight_zero_point", kinds, *expected))
+    name = f"{module}.weight_g_idx"
+    if name in stored and strategy == "group":
+        indices = part_of(stored, kept, name, INDICES, (columns,))
+        # -1 throughout: inputs are grouped in their order.
+        if (indices.read() != -1).any():
+            check_groups(name, indices, grid[1])
+            parts.append(indices)
     formula = Scales(shape, step, bits, zeros is not None, packed)
     return QuantisedTensor(dtype, shape, tuple(parts), formula)

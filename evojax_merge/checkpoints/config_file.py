@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.checkpoints.json_files import read_json_object
-from evojax_merge.errors import InputError, shown
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.models.architecture import Architecture, find_architecture, known_architecture
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.config_keys import Expected
 
+# The dtypes that a model's weights may have by its config.json, in torch's words.
+TORCH_DTYPES = (
+    "bfloat16", "double", "float", "float16", "float32", "float64", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2",
+    "float8_e5m2fnuz", "half", "int8", "uint8",
+)  # fmt: skip
 NO_CONFIG = "expected a Hugging Face model folder with a config.json"
 # Attributes that classes declare, or that every trainer leaves, and that say nothing about the forward pass.
 IGNORED_KEYS = {
@@ -180,6 +185,10 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
         config = architecture.read_config(values)
     except ValueError as error:
         raise InputError(path, str(error)) from None
+    if not isinstance(config, DecoderConfig):
+        raise InputError(
+            path, f"the architecture {architecture.model_type} read it as {shown(config)}; expected a DecoderConfig"
+        )
     for key, neutral in _neutral(config.head_dim, config.hidden, config.layers).items():
         if key not in architecture.keys and not _is_neutral(raw.get(key), neutral):
             raise InputError(
@@ -202,6 +211,7 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
         return values
     import transformers
 
+    check_dtype(path, raw)
     config_class = getattr(transformers, architecture.config_class)
     try:
         # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
@@ -214,6 +224,15 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
             path, f"not a valid {architecture.model_type} config: {' '.join(str(error).split())[:300]}"
         ) from None
     return {key: getattr(hf, key) for key in keys if hasattr(hf, key)}
+
+
+def check_dtype(path: object, config: Mapping[str, Any]) -> None:
+    """Raises InputError where a config.json names a dtype that torch has not: transformers takes whatever attribute of
+    torch has the name."""
+    for key in ("dtype", "torch_dtype"):
+        dtype = config.get(key)
+        if isinstance(dtype, list) or (isinstance(dtype, str) and dtype not in TORCH_DTYPES):
+            raise InputError(path, f"{key}: unknown dtype {shown(dtype)}{did_you_mean(str(dtype), TORCH_DTYPES)}")
 
 
 def _check_declared(path: object, raw: Mapping[str, Any], architecture: Architecture) -> None:

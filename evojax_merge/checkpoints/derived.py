@@ -3,7 +3,7 @@
 `base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and a quantised folder
 are such models. In the user's cache folder each of them has a folder with everything but weights (config and tokenizer:
 links to the base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody
-else handles that folder like any other model's.
+else handles that folder like any other model's; messages name what it was made of.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from evojax_merge.checkpoints.folder import (
     INDEX_FILE,
     SMALL_FILES,
     Folder,
+    file_hash,
     ignored_revision,
     local_path,
     open_folder,
@@ -46,15 +47,17 @@ from evojax_merge.checkpoints.gguf_file import (
 from evojax_merge.checkpoints.gptq import open_gptq
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.mlx import open_mlx
-from evojax_merge.checkpoints.quantised import dequantised_config, quantisation
+from evojax_merge.checkpoints.quantised import check_no_parts, dequantised_config, quantisation
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
-from evojax_merge.checkpoints.writer import MARKER, atomic_folder
+from evojax_merge.checkpoints.writer import MARKER
 from evojax_merge.data_packages import cache_folder
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, name_in_messages
+from evojax_merge.file_system import atomic_folder
+from evojax_merge.models.config_keys import TEXTS
 
 SOURCES = "evojax_merge_sources.json"
 # Of what is written into these folders: whoever changes it counts it up.
-VERSION = 4
+VERSION = 5
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -76,8 +79,15 @@ def _open_adapted(path: Path, paths: Sequence[Path]) -> Folder:
     return open_adapted(path, open_model(base), adapter)
 
 
-def _of_one(open_one: Callable[[Path, Path], Folder]) -> Callable[[Path, Sequence[Path]], Folder]:
-    return lambda path, paths: open_one(path, *paths)
+def _of_quantised_folder(
+    method: str, open_one: Callable[[Path, Path], Folder]
+) -> Callable[[Path, Sequence[Path]], Folder]:
+    def open_whole(path: Path, paths: Sequence[Path]) -> Folder:
+        folder = open_one(path, *paths)
+        check_no_parts(folder.entries, method)
+        return folder
+
+    return open_whole
 
 
 # Quantised folders, by the quant_method that their config names.
@@ -96,21 +106,32 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
 # (the folder that stands for the model, what its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": _open_adapted,
-    "gguf": _of_one(open_gguf),
-    **{method: _of_one(open_one) for method, open_one in QUANTISED.items()},
+    "gguf": lambda path, paths: open_gguf(path, *paths),
+    **{method: _of_quantised_folder(method, open_one) for method, open_one in QUANTISED.items()},
 }
 
 
 def _sources(path: Path) -> SourcesFile | None:
     """What the weights of a model are made of; None where they lie in its folder. A stranger's folder is not asked."""
-    found = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
-    return SourcesFile(found["kind"], tuple(found["paths"])) if found else None
+    document = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
+    if not document:
+        return None
+    kind, paths = document.get("kind"), document.get("paths")
+    if not (isinstance(kind, str) and kind in KINDS and TEXTS.accepts(paths)):
+        raise InputError(path / SOURCES, "damaged; expected a file that evojax-merge wrote; remove its folder")
+    return SourcesFile(kind, tuple(document["paths"]))
 
 
 def open_model(path: Path) -> Folder:
-    """Open a model by its headers. Raises InputError as `open_folder` does, and where sources do not fit each other."""
+    """Open a model by its headers. Raises InputError as `open_folder` does, where sources do not fit each other, and
+    where parts of quantised matrices are left."""
     sources = _sources(path)
-    return open_folder(path) if sources is None else KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    if sources is not None:
+        return KINDS[sources.kind](path, list(map(Path, sources.paths)))
+    folder = open_folder(path)
+    if folder.config:
+        check_no_parts(folder.entries, None)
+    return folder
 
 
 def reference_to(path: Path) -> str:
@@ -294,16 +315,43 @@ def _of_gguf(found: Path) -> Path:
 
 def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path], None]) -> Path:
     """The folder in the cache that stands for a model of these sources in this state: written where it is not there
-    yet."""
+    yet, or not as it was written. Messages call its files by the names of those that they are made of."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()
     folder = cache_folder() / "models" / f"{name[:80]}-{key[:16]}"
-    if not folder.is_dir():
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    if not _is_intact(folder, sources):
+        is_damaged = folder.is_dir()
         try:
-            with atomic_folder(folder) as work:
+            with atomic_folder(folder, overwrite=is_damaged) as work:
                 write(work)
-                (work / SOURCES).write_text(json.dumps(asdict(sources), indent=2) + "\n", encoding="utf-8")
+                document = {**asdict(sources), "files": _contents(work)}
+                (work / SOURCES).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         except InputError:
             # Another process may have made it meanwhile.
-            if not folder.is_dir():
+            if is_damaged or not folder.is_dir():
                 raise
+    source = Path(sources.paths[0])
+    name_in_messages(folder, sources.reference)
+    for file in folder.iterdir():
+        made_of = os.readlink(file) if file.is_symlink() else source / file.name if source.is_dir() else source
+        name_in_messages(file, made_of)
     return folder
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """The files below a folder by their names: where links lead, and the hashes of all else."""
+    return {
+        file.relative_to(folder).as_posix(): f"-> {os.readlink(file)}" if file.is_symlink() else file_hash(file)
+        for file in sorted(folder.rglob("*"))
+        if file.name != SOURCES and (file.is_symlink() or file.is_file())
+    }
+
+
+def _is_intact(folder: Path, sources: SourcesFile) -> bool:
+    """Whether a folder holds what was written into it, for these sources."""
+    try:
+        document = read_json_object(folder / SOURCES, missing={})
+        return document == json.loads(json.dumps({**asdict(sources), "files": _contents(folder)}))
+    except (InputError, OSError):
+        return False

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_model_folder, check_regular, open_regular
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -241,9 +242,13 @@ def resolve(where: object, reference: str, relative_to: Path, *, weights: bool =
 
 
 def local_model(reference: str, relative_to: Path) -> Path | None:
-    """What of this machine a model's reference names; None: nothing."""
-    # What lies here has no revisions, but its name may have an @.
-    return local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
+    """The path of a model on this machine, by its reference; None where nothing of that name is here. Raises InputError
+    for a folder that `check_model_folder` refuses."""
+    # A local path has no revisions, but its name may have an @.
+    path = local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
+    if path is not None:
+        check_model_folder(path)
+    return path
 
 
 def ignored_revision(reference: str, relative_to: Path) -> str | None:
@@ -338,10 +343,10 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
     other. It reads no tensor for that. What it lets pass is checked here: a name that is there twice.
     """
     try:
-        if not file.is_file():
-            what = "is not a file" if file.exists() else "is a link to nothing" if file.is_symlink() else "is missing"
+        if not file.exists():
+            what = "is a link to nothing" if file.is_symlink() else "is missing"
             raise InputError(file, f"{what}; expected a safetensors file")
-        size = file.stat().st_size
+        size = check_regular(file, "a safetensors file")
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > size - 8:
@@ -504,5 +509,5 @@ def _open_shards(index: Path, dtypes: Mapping[str, np.dtype]) -> dict[str, Entry
 
 def file_hash(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
-    with path.open("rb") as handle:
+    with open_regular(path, "a file whose content can be compared") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

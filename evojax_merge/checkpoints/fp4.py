@@ -16,12 +16,16 @@ import numpy as np
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp8 import scaled_matrices
 from evojax_merge.checkpoints.quantised import (
+    BYTES,
     EXPONENT,
+    FLOATS,
     FP8,
     OF_ACTIVATIONS,
     WITH_FP8,
     Formula,
     QuantisedTensor,
+    check_matrix,
+    check_once,
     checked_setting,
     dequantised_dtype,
     part_of,
@@ -77,16 +81,14 @@ def four_bit_matrix(
     """The matrix of these tensors: codes, scales and, unless `outer` is None, the scale of all. Raises InputError where
     they do not fit each other."""
     codes = stored[names[0]]
-    if len(codes.shape) != 2 or codes.dtype != np.uint8 or codes.shape[1] * 2 % group:
-        raise InputError(
-            codes.file, f"{names[0]} is {codes.dtype}{list(codes.shape)}; expected a matrix of uint8, two codes each, "
-            f"in groups of {group}",
-        )  # fmt: skip
+    check_matrix(names[0], codes, *BYTES)
     outputs, inputs = codes.shape[0], 2 * codes.shape[1]
-    scales = part_of(stored, codes, names[1], (outputs, inputs // group))
-    if scales.dtype not in (FP8, EXPONENT, np.uint8):
-        raise InputError(scales.file, f"{names[1]} is {scales.dtype}; expected scales of eight bits")
-    parts = [codes, scales] + ([] if outer is None else [part_of(stored, codes, names[2], (), (1,))])
+    if inputs % group:
+        raise InputError(codes.file, f"{names[0]} has {inputs} codes in a row; expected groups of {group}")
+    dtypes = (EXPONENT, *BYTES) if group == MXFP4_GROUP else (FP8,)
+    parts = [codes, part_of(stored, codes, names[1], dtypes, (outputs, inputs // group))]
+    if outer is not None:
+        parts.append(part_of(stored, codes, names[2], FLOATS, (), (1,)))
     return QuantisedTensor(dtype, (outputs, inputs), tuple(parts), GroupScales(group, outer))
 
 
@@ -149,8 +151,9 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
     for name in [name for name in entries if name.endswith(OF_INPUTS)]:
         weight, scale = f"{name.removesuffix(OF_INPUTS)}.weight", entries.pop(name)
         whole = entries.get(weight)
-        if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:]:
-            raise InputError(scale.file, f"{name} is {list(scale.shape)}; expected one for each input of {weight}")
+        if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
+            found = f"{scale.dtype}{list(scale.shape)}"
+            raise InputError(scale.file, f"{name} is {found}; expected a float for each input of a quantised {weight}")
         formula = OfScaledInputs(whole.formula)
         entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), formula)
     return Folder(path, entries)
@@ -159,15 +162,16 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
 def _pairs_of_outputs(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) -> QuantisedTensor:
     """A matrix of four bits by AWQ. Raises InputError where its parts do not fit each other."""
     packed, scale = stored[name], stored.get(f"{name}_scale")
+    check_matrix(name, packed, *BYTES)
     groups = 0 if scale is None or len(scale.shape) != 2 else scale.shape[1]
-    if len(packed.shape) != 2 or groups == 0 or packed.shape[1] % groups:
+    if groups == 0 or packed.shape[1] % groups:
         found = "no such tensor" if scale is None else str(list(scale.shape))
         raise InputError(
             packed.file, f"{name}_scale: found {found}; expected the scales of groups of {name}'s inputs, "
             f"uint8{list(packed.shape)}",
         )  # fmt: skip
     outputs = 2 * packed.shape[0]
-    parts = (packed, part_of(stored, packed, f"{name}_scale", (outputs, groups)))
+    parts = (packed, part_of(stored, packed, f"{name}_scale", FLOATS, (outputs, groups)))
     return QuantisedTensor(dtype, (outputs, packed.shape[1]), parts, PairsOfOutputs())
 
 
@@ -178,14 +182,14 @@ def open_mxfp4(path: Path, quantised: Path) -> Folder:
     entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
     for name in [name for name in stored if name.endswith("_blocks")]:
         blocks, whole = entries.pop(name), name.removesuffix("_blocks")
-        if blocks.dtype != np.uint8 or len(blocks.shape) != 4 or blocks.shape[3] * 2 != MXFP4_GROUP:
+        is_grouped = len(blocks.shape) == 4 and 0 not in blocks.shape and blocks.shape[3] * 2 == MXFP4_GROUP
+        if blocks.dtype != np.uint8 or not is_grouped:
             raise InputError(
                 blocks.file, f"{name} is {blocks.dtype}{list(blocks.shape)}; expected uint8[experts, outputs, groups, "
                 f"{MXFP4_GROUP // 2}]",
             )  # fmt: skip
-        scales = part_of(stored, blocks, f"{whole}_scales", blocks.shape[:3])
-        if scales.dtype != np.uint8:
-            raise InputError(scales.file, f"{whole}_scales is {scales.dtype}; expected uint8")
+        scales = part_of(stored, blocks, f"{whole}_scales", BYTES, blocks.shape[:3])
+        check_once(stored, name, whole)
         entries.pop(f"{whole}_scales")
         experts, outputs, groups, _ = blocks.shape
         shape = (experts, groups * MXFP4_GROUP, outputs)

@@ -15,13 +15,17 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.quantised import (
+    EXPONENT,
+    FLOATS,
     FP8,
     KEYS,
     OF_ACTIVATIONS,
     WITH_FP8,
     QuantisedTensor,
     check_dequantised,
+    check_matrix,
     dequantised_dtype,
+    part_of,
     quantisation,
 )
 from evojax_merge.errors import InputError, shown
@@ -57,18 +61,20 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
     entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
     for name in [name for name, tensor in entries.items() if tensor.dtype == FP8 and not name.endswith(SCALES)]:
         weight = entries[name]
-        scale = next((entries.pop(f"{name}{end}") for end in SCALES if f"{name}{end}" in entries), None)
-        entries[name] = QuantisedTensor(dtype, weight.shape, *_scaled(name, weight, scale, block))
+        scale = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), None)
+        entries[name] = QuantisedTensor(dtype, weight.shape, *_scaled(name, weight, entries, scale, block))
+        if scale is not None:
+            del entries[scale]
     check_dequantised(entries, "weight_scale")
     return entries
 
 
 def _scaled(
-    name: str, weight: Tensor, scale: Tensor | None, block: tuple[int, int] | None
+    name: str, weight: Tensor, stored: Mapping[str, Tensor], scale: str | None, block: tuple[int, int] | None
 ) -> tuple[tuple[Tensor, ...], BlockScales]:
-    """The parts of a matrix and their formula. Raises InputError where they do not fit each other."""
-    if len(weight.shape) != 2:
-        raise InputError(weight.file, f"{name} is quantised (F8_E4M3), {list(weight.shape)}; expected matrices")
+    """The parts of a matrix, of which `scale` names the scales, and their formula. Raises InputError where they
+    do not fit each other."""
+    check_matrix(name, weight, FP8)
     rows, columns = weight.shape
     if block is not None:
         grid = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
@@ -77,11 +83,12 @@ def _scaled(
         of_outputs, of_all = (1, columns), (rows, columns)
         shapes = {(rows,): of_outputs, (rows, 1): of_outputs, (): of_all, (1,): of_all, (1, 1): of_all}
         words = f"one scale, or one for each output, {[rows, 1]}"
-    if scale is None or scale.shape not in shapes:
-        found = "no such tensor" if scale is None else str(list(scale.shape))
+    if scale is None or stored[scale].shape not in shapes:
+        found = "no such tensor" if scale is None else str(list(stored[scale].shape))
         end = SCALES[0] if block is not None else SCALES[1]
         raise InputError(weight.file, f"{name} is quantised (F8_E4M3): found {found} for {name}{end}; expected {words}")
-    return (weight, scale), BlockScales(*shapes[scale.shape])
+    scales = part_of(stored, weight, scale, (*FLOATS, EXPONENT), *shapes)
+    return (weight, scales), BlockScales(*shapes[scales.shape])
 
 
 def _block(quantised: Path, block: Any) -> tuple[int, int] | None:

@@ -6,8 +6,10 @@ Hugging Face calls it. What llama.cpp changes in a family's weights when it writ
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES, BytesOfFile, Folder, MappedFile
+from evojax_merge.checkpoints.gguf_header import read_gguf_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import (
@@ -26,6 +29,19 @@ from evojax_merge.models.architecture import (
     tensors_of,
 )
 from evojax_merge.models.config import DecoderConfig
+from evojax_merge.models.config_keys import (
+    CONTEXT,
+    DEPTH,
+    EPSILON,
+    SIZE,
+    SWITCH,
+    TEXT,
+    TEXTS,
+    Expected,
+    above,
+    is_number,
+    whole,
+)
 
 SUFFIX = ".gguf"
 # In the folder that stands for a GGUF file: where its tensors lie. A large vocabulary takes many seconds to walk past.
@@ -50,6 +66,39 @@ O200K = _CASED % {"contraction": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p
 # not say whether, and take a word that is a token whole, whatever their merges.
 OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 WHOLE_WORDS = (*OF_LLAMA3, "tekken")
+# The keys of a file's metadata, behind its architecture's name, by what a Hugging Face config and its class call them.
+CONFIG_KEYS = {
+    "hidden_size": ".embedding_length", "hidden size": ".embedding_length", "head_dim": ".attention.key_length",
+    "intermediate_size": ".feed_forward_length", "num_hidden_layers": ".block_count",
+    "num_attention_heads": ".attention.head_count", "number of attention heads": ".attention.head_count",
+    "num_key_value_heads": ".attention.head_count_kv", "max_position_embeddings": ".context_length",
+    "original_max_position_embeddings": ".rope.scaling.original_context_length",
+    "partial_rotary_factor": ".rope.dimension_count", "rope_theta": ".rope.freq_base", "factor": ".rope.scaling.factor",
+    "sliding_window": ".attention.sliding_window", "num_experts": ".expert_count", "num_local_experts": ".expert_count",
+    "num_experts_per_tok": ".expert_used_count", "moe_intermediate_size": ".expert_feed_forward_length",
+}  # fmt: skip
+# The keys that say the sizes in which the shapes of an architecture's leaves are written, of those that a file has.
+SIZE_KEYS = {
+    "hidden": (".embedding_length",), "queries": (".attention.head_count", ".attention.key_length"),
+    "keys": (".attention.head_count_kv", ".attention.head_count", ".attention.key_length"),
+    "queries_keys_values": (".attention.head_count", ".attention.head_count_kv", ".attention.key_length"),
+    "head_dim": (".attention.key_length", ".attention.head_count"), "gate_up": (".feed_forward_length",),
+    "mlp": (".feed_forward_length", ".expert_feed_forward_length"), "experts": (".expert_count",),
+    "shared_mlp": (".expert_shared_feed_forward_length",), "vocab": ("tokenizer.ggml.tokens",),
+}  # fmt: skip
+EMBEDDING = "token_embd.weight"
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+# SentencePiece trains no longer pieces: longer tokens are added ones, and no pairs of others make them. To look for
+# such pairs takes time by the square of the length.
+LONGEST_PIECE = 512
+# Rules for a file's values, beside those for a config's.
+FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
+SCORES = Expected(
+    lambda value: isinstance(value, list) and all(is_number(one) and one == one for one in value), "a list of numbers"
+)
+TOKEN_TYPES = Expected(
+    lambda value: isinstance(value, list) and all(type(one) is int for one in value), "a list of whole numbers"
+)
 # What files hold for the positions, which a Hugging Face model has in its config.
 OF_POSITIONS = ("rope_freqs.weight", LONG_FACTORS, SHORT_FACTORS)
 
@@ -109,7 +158,9 @@ class GgufTensor(BytesOfFile):
     def read(self) -> np.ndarray:
         gguf = import_gguf(self.file)
         raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
-        values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
+        # Scales that are not finite make values that are none, which whoever reads them refuses by name.
+        with np.errstate(all="ignore"):
+            values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
         values = (values - np.float32(self.offset) if self.offset else values).astype(self.dtype, copy=False)
         return halves_apart(values, self.heads) if self.heads else values
 
@@ -134,16 +185,71 @@ class GgufFile:
             return MIXTRAL
         return FAMILIES[self.architecture]
 
-    def value(self, key: str, kind: type, default: Any = None) -> Any:
-        """The metadata of a key, behind the architecture's name where it begins with a dot. Raises InputError where it
-        is missing and has no default, or is of another kind."""
-        name = f"{self.architecture}{key}" if key.startswith(".") else key
-        found = self.metadata.get(name, default)
-        if found is None:
-            raise InputError(self.path, f"{name}: missing; expected {kind.__name__} for this architecture")
-        if not isinstance(found, kind) or isinstance(found, bool) != (kind is bool):
-            raise InputError(self.path, f"{name}: {shown(found)}; expected {kind.__name__}")
-        return found
+    def key(self, name: str) -> str:
+        """A key of the metadata: `name`, behind the architecture's name where it begins with a dot."""
+        return f"{self.architecture}{name}" if name.startswith(".") else name
+
+    def value(self, name: str, expected: Expected, default: Any = None) -> Any:
+        """The metadata of `key(name)`. Raises InputError where it is missing and has no default, or is not what is
+        expected."""
+        value = self.metadata.get(self.key(name), default)
+        if value is None:
+            raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
+        if not expected.accepts(value):
+            raise InputError(self.path, f"{self.key(name)}: {shown(value)}; expected {expected.words}")
+        return value
+
+    @property
+    def embedding(self) -> GgufTensor:
+        """That of the tokens, `[vocab, hidden]`."""
+        tensor = self.tensors.get(EMBEDDING)
+        if tensor is None:
+            raise InputError(self.path, f"has no tensor {EMBEDDING}; expected a whole model")
+        if len(tensor.shape) != 2:
+            raise InputError(self.path, f"{EMBEDDING} has shape {list(tensor.shape)}; expected a matrix")
+        return tensor
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        """The token of each row of the embedding."""
+        name, rows = "tokenizer.ggml.tokens", self.embedding.shape[0]
+        tokens: list[str] = self._for_each_row(name, TEXTS, rows)
+        if len(set(tokens)) < rows:
+            first: dict[str, int] = {}
+            i, token = next((i, token) for i, token in enumerate(tokens) if first.setdefault(token, i) != i)
+            raise InputError(
+                self.path, f"{name}: {shown(token)} is there twice, as {first[token]} and {i}; expected each token once"
+            )
+        return tokens
+
+    def for_each_token(self, name: str, expected: Expected) -> list[Any]:
+        """A list in the metadata with an entry for each token."""
+        return self._for_each_row(name, expected, len(self.tokens))
+
+    def _for_each_row(self, name: str, expected: Expected, rows: int) -> list[Any]:
+        values: list[Any] = self.value(name, expected)
+        if len(values) != rows:
+            raise InputError(
+                self.path,
+                f"{name}: has {len(values):,} entries; expected one for each of the {rows:,} rows of {EMBEDDING}",
+            )
+        return values
+
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """The numbers of the special tokens that the file names, by the short names that transformers has for them."""
+        keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in SPECIAL_TOKENS.items()}
+        a_token = whole(0, len(self.tokens) - 1)
+        return {name: self.value(key, a_token) for name, key in keys.items() if key in self.metadata}
+
+    def refused(self, reason: object) -> InputError:
+        """The error for what is wrong with the config that was made of this file, in the file's own words."""
+        names = "|".join(sorted(CONFIG_KEYS, key=len, reverse=True))
+        text = " ".join(str(reason).split())[:300]
+        return InputError(
+            self.path,
+            re.sub(rf"(?:rope_parameters\.)?\b({names})\b", lambda match: self.key(CONFIG_KEYS[match[1]]), text),
+        )
 
 
 def import_gguf(where: object) -> Any:
@@ -158,30 +264,47 @@ def read_gguf(path: Path) -> GgufFile:
     """Walk through a GGUF file; no tensor is read. Raises InputError where it is damaged or truncated, or of a family
     that is not known."""
     gguf = import_gguf(path)
-    try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except Exception as error:  # whatever a file that ends too soon, or is none, makes of the reader
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(path, f"not a GGUF file, or damaged or truncated ({reason or type(error).__name__})") from None
-    family = metadata.get("general.architecture")
-    if family not in FAMILIES:
-        raise InputError(path, f"general.architecture: {shown(family)}; expected one of {', '.join(FAMILIES)}")
-    matrices = [tensor for tensor in reader.tensors if len(tensor.shape) > 1 and ROUTER not in tensor.name]
-    kinds = {tensor.tensor_type for tensor in matrices}
+    header = read_gguf_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    architecture = header.metadata.get("general.architecture")
+    if architecture is None:
+        raise InputError(path, f"general.architecture: missing; expected one of {', '.join(FAMILIES)}")
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(FAMILIES)}")
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        raise InputError(
+            path, f"split.count: {shown(parts)}; expected a whole model: join its parts (llama-gguf-split --merge)"
+        )
+    _check_kinds(path, {place.kind: name for name, place in header.tensors.items()})
+
+    def is_matrix(name: str) -> bool:
+        return len(header.tensors[name].shape) > 1 and ROUTER not in name
+
+    kinds = {place.kind for name, place in header.tensors.items() if is_matrix(name)}
     kind_of, single = gguf.GGMLQuantizationType, np.dtype(np.float32)
     # One dtype for all matrices: what is quantised is a product and a sum of halves that no shorter float holds.
     halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
     dtype = halves.get(next(iter(kinds)), single) if len(kinds) == 1 else single
-    mapped, tensors = MappedFile(path), {}
-    for tensor in reader.tensors:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        start = int(tensor.data_offset)
-        own = dtype if len(shape) > 1 and ROUTER not in tensor.name else single
-        tensors[tensor.name] = GgufTensor(
-            mapped, own, shape, start, start + int(tensor.n_bytes), int(tensor.tensor_type)
-        )
-    return GgufFile(path, metadata, tensors)
+    mapped = MappedFile(path)
+    tensors = {
+        name: GgufTensor(mapped, dtype if is_matrix(name) else single, place.shape, place.start, place.stop, place.kind)
+        for name, place in header.tensors.items()
+    }
+    return GgufFile(path, header.metadata, tensors)
+
+
+def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
+    """Raises InputError where the package gguf does not dequantise a kind of tensor. names: a tensor of each kind."""
+    gguf = import_gguf(path)
+    for number, name in names.items():
+        kind = gguf.GGMLQuantizationType(number)
+        _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+        except NotImplementedError:
+            raise InputError(
+                path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,33 +318,27 @@ def write_config(file: GgufFile, folder: Path) -> None:
     family = file.family
     architecture = find_architecture(family.model_type)
     assert architecture.config_class is not None
-    if file.metadata.get(f"{file.architecture}.expert_count") and not family.experts_key:
+    if file.value(".expert_count", COUNT, 0) and not family.experts_key:
         raise InputError(file.path, f"{file.architecture}.expert_count: expected no experts in this architecture")
-    hidden, heads = file.value(".embedding_length", int), file.value(".attention.head_count", int)
-    per_head = hidden // max(heads, 1)
-    rotated = per_head if family.long_rope else file.value(".rope.dimension_count", int, per_head)
-    head_dim = file.value(".attention.key_length", int, rotated)
-    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    ends = {key: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
-    ends = {key: value for key, value in ends.items() if value is not None}
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InputError(file.path, "has no tensor token_embd.weight; expected a whole model")
+    hidden, heads = file.value(".embedding_length", SIZE), file.value(".attention.head_count", SIZE)
+    head_dim = _head_dim(file, hidden, heads)
+    ends = {f"{name}_token_id": file.special_ids.get(name) for name in ("bos", "eos", "pad")}
+    ends = {key: number for key, number in ends.items() if number is not None}
     values: dict[str, Any] = {
         "architectures": [architecture.config_class.removesuffix("Config").removesuffix("Text") + "ForCausalLM"],
-        "vocab_size": embedding.shape[0],
+        "vocab_size": file.embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": file.value(".feed_forward_length", int),
-        "num_hidden_layers": file.value(".block_count", int),
+        "intermediate_size": file.value(".feed_forward_length", SIZE),
+        "num_hidden_layers": file.value(".block_count", DEPTH),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.value(".attention.head_count_kv", int, heads),
+        "num_key_value_heads": file.value(".attention.head_count_kv", SIZE, heads),
         "head_dim": head_dim,
-        "max_position_embeddings": file.value(".context_length", int),
+        "max_position_embeddings": file.value(".context_length", CONTEXT),
         # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
-        "rms_norm_eps": float(str(np.float32(file.value(".attention.layer_norm_rms_epsilon", float)))),
+        "rms_norm_eps": float(str(np.float32(file.value(".attention.layer_norm_rms_epsilon", EPSILON)))),
         "rope_parameters": (_phi_rope if family.long_rope else _rope_parameters)(file, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "dtype": str(embedding.dtype),
+        "dtype": str(file.embedding.dtype),
     }
     if family.norm_offset:
         values |= _gemma_settings(file, values)
@@ -231,7 +348,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
         values |= {
             "original_max_position_embeddings": _first_length(file),
             # 0 where there is no window.
-            "sliding_window": file.value(".attention.sliding_window", int, 0) or None,
+            "sliding_window": file.value(".attention.sliding_window", COUNT, 0) or None,
         }
     biased = "blk.0.attn_q.bias" in file.tensors
     if "attention_bias" in architecture.keys and biased:
@@ -241,8 +358,26 @@ def write_config(file: GgufFile, folder: Path) -> None:
     try:
         getattr(transformers, architecture.config_class)(**values, **ends).save_pretrained(folder)
         transformers.GenerationConfig(**ends).save_pretrained(folder)
-    except (ValueError, TypeError) as error:
-        raise InputError(file.path, f"its settings make no config ({' '.join(str(error).split())[:200]})") from None
+    except Exception as error:  # whatever transformers' own validation raises is about the file
+        raise file.refused(f"its settings make no {family.model_type} config ({error})") from None
+
+
+def _head_dim(file: GgufFile, hidden: int, heads: int) -> int:
+    """The entries of each head. A file that says how many of them are rotated says all, but for a LongRoPE's family."""
+    rotated = file.key(".rope.dimension_count")
+    if rotated in file.metadata and not file.family.long_rope:
+        head_dim: int = file.value(".attention.key_length", SIZE, file.value(".rope.dimension_count", SIZE))
+        if file.metadata[rotated] != head_dim:
+            raise InputError(
+                file.path, f"{rotated}: {file.metadata[rotated]}; expected all {head_dim} entries of a head"
+            )
+        return head_dim
+    if hidden % heads and file.key(".attention.key_length") not in file.metadata:
+        raise InputError(
+            file.path, f"{file.key('.attention.head_count')}: {heads:,}; expected a divisor of "
+            f"{file.key('.embedding_length')}, {hidden:,}",
+        )  # fmt: skip
+    return file.value(".attention.key_length", SIZE, hidden // heads)
 
 
 def _gemma_settings(file: GgufFile, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,18 +387,18 @@ def _gemma_settings(file: GgufFile, common: Mapping[str, Any]) -> dict[str, Any]
     per_head = common["hidden_size"] // max(common["num_attention_heads"], 1)
     values: dict[str, Any] = {"query_pre_attn_scalar": per_head if is_large else common["head_dim"]}
     keys = {
-        "attn_logit_softcapping": (".attn_logit_softcapping", float),
-        "final_logit_softcapping": (".final_logit_softcapping", float),
-        "sliding_window": (".attention.sliding_window", int),
+        "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
+        "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
+        "sliding_window": (".attention.sliding_window", SIZE),
     }
-    for name, (key, kind) in keys.items():
-        if f"{file.architecture}{key}" in file.metadata:
-            values[name] = file.value(key, kind)
+    for name, (key, expected) in keys.items():
+        if file.key(key) in file.metadata:
+            values[name] = file.value(key, expected)
     if file.architecture == "gemma3":
-        pattern = file.value(".attention.sliding_window_pattern", int, WINDOW_PATTERN)
+        pattern = file.value(".attention.sliding_window_pattern", SIZE, WINDOW_PATTERN)
         kinds = ("sliding_attention", "full_attention")
         values["layer_types"] = [kinds[(i + 1) % pattern == 0] for i in range(common["num_hidden_layers"])]
-        local = {"rope_type": "default", "rope_theta": file.value(".rope.freq_base_swa", float, LOCAL_THETA)}
+        local = {"rope_type": "default", "rope_theta": file.value(".rope.freq_base_swa", THETA, LOCAL_THETA)}
         values["rope_parameters"] = {"full_attention": common["rope_parameters"], "sliding_attention": local}
     return values
 
@@ -272,29 +407,29 @@ def _mixture_settings(file: GgufFile) -> dict[str, Any]:
     """What a mixture's config says besides. Widths that older files do not name are those of their tensors."""
     family = file.family
     values: dict[str, Any] = {
-        family.experts_key: file.value(".expert_count", int),
-        "num_experts_per_tok": file.value(".expert_used_count", int),
+        family.experts_key: file.value(".expert_count", SIZE),
+        "num_experts_per_tok": file.value(".expert_used_count", SIZE),
     }
     if family.weights_sum_to_one is None:
         return values
     own, shared = (file.tensors.get(f"blk.0.ffn_gate_{kind}.weight") for kind in ("exps", "shexp"))
     width = own.shape[-2] if own is not None and len(own.shape) == 3 else None
-    values["moe_intermediate_size"] = file.value(".expert_feed_forward_length", int, width)
-    values["norm_topk_prob"] = file.value(".expert_weights_norm", bool, family.weights_sum_to_one)
+    values["moe_intermediate_size"] = file.value(".expert_feed_forward_length", SIZE, width)
+    values["norm_topk_prob"] = file.value(".expert_weights_norm", SWITCH, family.weights_sum_to_one)
     if shared is not None:
         key = ".expert_shared_feed_forward_length"
-        values["shared_expert_intermediate_size"] = file.value(key, int, shared.shape[0])
+        values["shared_expert_intermediate_size"] = file.value(key, SIZE, shared.shape[0])
     return values
 
 
 def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
-    theta = file.value(".rope.freq_base", float, 10000.0)
-    scaling = file.value(".rope.scaling.type", str, "none")
-    if "rope_freqs.weight" in file.tensors:
-        found = file.tensors["rope_freqs.weight"].read()
-        for factor in LLAMA3_FACTORS:
-            expected = _llama3_factors(theta, head_dim, factor)
-            if found.shape == expected.shape and np.allclose(found, expected, rtol=1e-4):
+    theta = file.value(".rope.freq_base", THETA, 10000.0)
+    scaling = file.value(".rope.scaling.type", TEXT, "none")
+    frequencies = file.tensors.get("rope_freqs.weight")
+    if frequencies is not None:
+        factors = LLAMA3_FACTORS if frequencies.shape == (-(-head_dim // 2),) else ()
+        for factor in factors:
+            if np.allclose(frequencies.read(), _llama3_factors(theta, head_dim, factor), rtol=1e-4):
                 return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
         raise InputError(
             file.path, "rope_freqs.weight: not the factors of Llama 3.1 or 3.2; expected a RoPE scaling that is known"
@@ -305,26 +440,28 @@ def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
         raise InputError(
             file.path, f"{file.architecture}.rope.scaling.type: {shown(scaling)}; expected none, linear or yarn"
         )
-    rope = {"rope_type": scaling, "rope_theta": theta, "factor": file.value(".rope.scaling.factor", float)}
+    rope = {"rope_type": scaling, "rope_theta": theta, "factor": file.value(".rope.scaling.factor", FACTOR)}
     if scaling == "yarn":
-        rope["original_max_position_embeddings"] = file.value(".rope.scaling.original_context_length", int)
+        rope["original_max_position_embeddings"] = file.value(".rope.scaling.original_context_length", CONTEXT)
     return rope
 
 
 def _first_length(file: GgufFile) -> int:
     """The length of the texts that a model was first trained on."""
-    return file.value(".rope.scaling.original_context_length", int, file.value(".context_length", int))
+    length: int = file.value(".rope.scaling.original_context_length", CONTEXT, file.value(".context_length", CONTEXT))
+    return length
 
 
 def _phi_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     """RoPE of a part of each head, or LongRoPE, whose factors lie in tensors, float32."""
-    scaling = file.value(".rope.scaling.type", str, "none")
+    scaling = file.value(".rope.scaling.type", TEXT, "none")
     if scaling not in ("none", "longrope"):
         raise InputError(file.path, f"phi3.rope.scaling.type: {shown(scaling)}; expected none or longrope")
+    rotated = file.value(".rope.dimension_count", whole(1, head_dim), head_dim)
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": file.value(".rope.freq_base", float, 10000.0),
-        "partial_rotary_factor": file.value(".rope.dimension_count", int, head_dim) / max(head_dim, 1),
+        "rope_theta": file.value(".rope.freq_base", THETA, 10000.0),
+        "partial_rotary_factor": rotated / head_dim,
     }
     found = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
     missing = [name for name in found.values() if name not in file.tensors]
@@ -332,12 +469,18 @@ def _phi_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
         return rope
     if missing:
         raise InputError(file.path, f"has no tensor {missing[0]}; expected LongRoPE's factors, long and short")
-    context, original = file.value(".context_length", int), _first_length(file)
+    for name in found.values():
+        if file.tensors[name].shape != (rotated // 2,):
+            raise InputError(
+                file.path, f"{name} has shape {list(file.tensors[name].shape)}; by {file.key('.rope.dimension_count')} "
+                f"it would be {[rotated // 2]}",
+            )  # fmt: skip
+    context, original = file.value(".context_length", CONTEXT), _first_length(file)
     rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     rope |= {key: file.tensors[name].read().tolist() for key, name in found.items()}
     # What the lengths say already is left to them: the file's is rounded.
     stretched = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
-    told = file.value(".rope.scaling.attn_factor", float, stretched)
+    told = file.value(".rope.scaling.attn_factor", FACTOR, stretched)
     return rope if math.isclose(told, stretched, rel_tol=1e-6) else rope | {"attention_factor": told}
 
 
@@ -359,51 +502,54 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     """Write the tokenizer as Hugging Face's files. Raises InputError for one of a kind that is not known."""
     import transformers
 
-    model = file.value("tokenizer.ggml.model", str)
+    model = file.value("tokenizer.ggml.model", TEXT)
     kinds = {"gpt2": _byte_level, "llama": _sentencepiece}
     if model not in kinds:
         raise InputError(file.path, f"tokenizer.ggml.model: {shown(model)}; expected one of {', '.join(kinds)}")
-    tokens = file.value("tokenizer.ggml.tokens", list)
-    backend = kinds[model](file, tokens)
-    _add_marked(file, backend, tokens)
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {}
-    for name, key in keys.items():
-        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if number is not None and not (isinstance(number, int) and 0 <= number < len(tokens)):
-            raise InputError(file.path, f"tokenizer.ggml.{key}_token_id: {shown(number)}; expected a token's number")
-        if number is not None:
-            special[f"{name}_token"] = tokens[number]
+    try:
+        backend = kinds[model](file)
+        _add_marked(file, backend)
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(file.path, f"tokenizer.ggml.tokens: they make no tokenizer ({reason})") from None
     # Not all files say that texts begin with a token: those of SentencePiece and of Llama 3 do.
     begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
-    if file.value("tokenizer.ggml.add_bos_token", bool, begins) and "bos_token" in special:
-        _begin_with(backend, special["bos_token"])
+    if file.value("tokenizer.ggml.add_bos_token", SWITCH, begins) and "bos" in file.special_ids:
+        _begin_with(backend, file.tokens, file.special_ids["bos"])
+    template = "tokenizer.chat_template"
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        **special,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
-        model_max_length=file.value(".context_length", int),
+        **{f"{name}_token": file.tokens[number] for name, number in file.special_ids.items()},
+        chat_template=file.value(template, TEXT) if template in file.metadata else None,
+        model_max_length=file.value(".context_length", CONTEXT),
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    merges = [pair.partition(" ") for pair in file.value("tokenizer.ggml.merges", list)]
-    odd = next((first + space + second for first, space, second in merges if not second or " " in second), None)
-    if odd is not None:
-        raise InputError(file.path, f"tokenizer.ggml.merges: {shown(odd)}; expected pairs of tokens")
-    return [(first, second) for first, _, second in merges]
+    """The pairs of tokens that make another one, of those that the file has."""
+    known, pairs = set(file.tokens), list[tuple[str, str]]()
+    for merge in file.value("tokenizer.ggml.merges", TEXTS):
+        first, _, second = merge.partition(" ")
+        if first not in known or second not in known or first + second not in known:
+            raise InputError(
+                file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
+            )
+        pairs.append((first, second))
+    return pairs
 
 
-def _byte_level(file: GgufFile, tokens: list[str]) -> Any:
+def _byte_level(file: GgufFile) -> Any:
     """Byte-level BPE, over words that are split as `tokenizer.ggml.pre` says."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     splits = _word_splits()
-    pre = file.value("tokenizer.ggml.pre", str, "default")
+    pre = file.value("tokenizer.ggml.pre", TEXT, "default")
     if pre not in splits:
         raise InputError(file.path, f"tokenizer.ggml.pre: {shown(pre)}; expected one of {', '.join(splits)}")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    vocabulary = {token: i for i, token in enumerate(file.tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, _merges(file), ignore_merges=pre in WHOLE_WORDS))
     if splits[pre] is splits["qwen2"]:
         tokenizer.normalizer = normalizers.NFC()
@@ -440,40 +586,44 @@ def _word_splits() -> dict[str, list[Any]]:
     }
 
 
-def _sentencepiece(file: GgufFile, tokens: list[str]) -> Any:
+def _sentencepiece(file: GgufFile) -> Any:
     """SentencePiece's BPE with byte fallback. Its merges are those that the scores of its tokens imply."""
     import transformers
     from transformers.tokenization_utils_base import generate_merges
 
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    scores = dict(zip(tokens, file.value("tokenizer.ggml.scores", list), strict=False))
-    spaced = file.value("tokenizer.ggml.add_space_prefix", bool, True)
+    vocabulary = {token: i for i, token in enumerate(file.tokens)}
+    scores = zip(file.tokens, file.for_each_token("tokenizer.ggml.scores", SCORES), strict=True)
+    merged = {token: score for token, score in scores if len(token) <= LONGEST_PIECE}
+    spaced = file.value("tokenizer.ggml.add_space_prefix", SWITCH, True)
     tokenizer = transformers.LlamaTokenizer(
-        vocab=vocabulary, merges=generate_merges(vocabulary, scores), add_prefix_space=spaced
+        vocab=vocabulary, merges=generate_merges(vocabulary, merged), add_prefix_space=spaced
     )
     return tokenizer.backend_tokenizer
 
 
-def _add_marked(file: GgufFile, backend: Any, tokens: list[str]) -> None:
+def _add_marked(file: GgufFile, backend: Any) -> None:
     """Tokens that are never split: control tokens, as special ones, and those that a user added."""
     import gguf
     from tokenizers import AddedToken
 
-    kinds = file.value("tokenizer.ggml.token_type", list)
-    marked = list(zip(tokens, kinds, strict=False))
+    marked = list(zip(file.tokens, file.for_each_token("tokenizer.ggml.token_type", TOKEN_TYPES), strict=True))
     control = [token for token, kind in marked if kind == gguf.TokenType.CONTROL]
     added = [token for token, kind in marked if kind == gguf.TokenType.USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
 
 
-def _begin_with(backend: Any, token: str) -> None:
+def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
+    """Have texts begin with a token. Its name may hold what separates the parts of a template that is written as a
+    text: so another one stands for it there."""
     from tokenizers import processors
 
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1",
-        special_tokens=[(token, backend.token_to_id(token))],
-    )  # fmt: skip
+    template = processors.TemplateProcessing(
+        single="first:0 $A:0", pair="first:0 $A:0 first:1 $B:1", special_tokens=[("first", number)]
+    )
+    state = template.__getstate__().replace(b'"first"', json.dumps(tokens[number]).encode())
+    template.__setstate__(state)
+    backend.post_processor = template
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -491,21 +641,24 @@ def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
     try:
         decoder = decoder_config(config)
     except InputError as error:
-        raise InputError(file.path, error.what) from None
+        raise file.refused(error.what) from None
+    # Before the package makes names for as many layers as the file says, which takes seconds for thousands.
+    last = f"blk.{decoder.layers - 1}."
+    if not any(name.startswith(last) for name in file.tensors):
+        raise InputError(file.path, f"has no tensor {last}*; {file.key('.block_count')} says {decoder.layers:,} layers")
     names = gguf.get_tensor_name_map(numbers[file.architecture], decoder.layers)
-    leaves = {name: leaf for name, leaf, _ in tensors_of(decoder)}
-    places = {name: _place_in_file(file, names, name, leaf, place) for name, leaf, place in tensors_of(decoder)}
-    missing = [(own, name) for name, (own, _) in places.items() if own not in file.tensors]
-    if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise InputError(file.path, f"has no tensor {missing[0][0]} ({missing[0][1]}){more}")
-    used = {own for own, _ in places.values()}
+    found, used = dict[str, GgufTensor](), set[str]()
+    # The first one that is missing, or of another shape, ends this: else a number of layers and experts would say how
+    # long it takes.
+    for name, leaf, place in tensors_of(decoder):
+        own, expert = _place_in_file(file, names, name, leaf, place)
+        if own not in file.tensors:
+            raise InputError(file.path, f"has no tensor {own} ({name})")
+        found[name] = _named(file, decoder, leaf, name, own, expert)
+        used.add(own)
     extra = [name for name in file.tensors if name not in used and name not in OF_POSITIONS]
     if extra:
         raise InputError(file.path, f"holds a tensor that its architecture does not have: {extra[0]}")
-    for own in used:
-        _check_kind(file, own)
-    found = {name: _named(file, decoder, leaf, name, places[name]) for name, leaf in leaves.items()}
     return dict(sorted(found.items(), key=lambda row: row[1].start))
 
 
@@ -522,44 +675,37 @@ def _place_in_file(file: GgufFile, names: Any, name: str, leaf: Leaf, place: tup
     return (packed, expert) if packed in file.tensors or alone not in file.tensors else (alone, None)
 
 
-def _named(file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, place: tuple[str, int | None]) -> GgufTensor:
-    """The tensor of a place in the file, which is of a leaf and has a name in the model. Raises InputError where a
-    tensor of all experts has another shape than the config says."""
-    family, (own, expert) = file.family, place
+def _named(file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, own: str, expert: int | None) -> GgufTensor:
+    """The tensor that the file calls `own`, or an expert's part of it, which is of a leaf and has a name in the model.
+    Raises InputError where it has another shape than the metadata say."""
     tensor, shape = file.tensors[own], tensor_shape(decoder, leaf)
-    if expert is not None:
-        expected = (tensor_grid(decoder, leaf)[1], *shape)
-        if tensor.shape != expected:
-            raise InputError(
-                file.path, f"{own} has shape {list(tensor.shape)}; {file.architecture}.expert_count and the sizes of "
-                f"its layers say {list(expected)}",
-            )  # fmt: skip
-        nbytes = (tensor.stop - tensor.start) // expected[0]
-        start = tensor.start + expert * nbytes
-        tensor = replace(tensor, shape=shape, start=start, stop=start + nbytes)
-    elif shape == (1, *tensor.shape):
-        # llama.cpp leaves out axes of one entry where it quantises a file.
-        tensor = replace(tensor, shape=shape)
-    heads = file.value(".attention.head_count", int)
-    interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", int, heads)}
+    expected = shape if expert is None else (tensor_grid(decoder, leaf)[1], *shape)
+    # llama.cpp leaves out axes of one entry where it quantises a file.
+    if tensor.shape not in (expected, expected[1:] if expected[0] == 1 else expected):
+        axes = leaf.shape if expert is not None or not leaf.has_experts else leaf.shape[1:]
+        raise InputError(file.path, _other_shape(file, own, axes, expected))
+    nbytes = (tensor.stop - tensor.start) // (1 if expert is None else expected[0])
+    start = tensor.start + (expert or 0) * nbytes
+    heads = file.value(".attention.head_count", SIZE)
+    interleaved = {"attn_q": heads, "attn_k": file.value(".attention.head_count_kv", SIZE, heads)}
     return replace(
         tensor,
-        heads=interleaved.get(own.split(".")[-2], 0) if family.interleaved else 0,
-        offset=family.norm_offset if name.endswith("norm.weight") else 0.0,
+        shape=shape,
+        start=start,
+        stop=start + nbytes,
+        heads=interleaved.get(own.split(".")[-2], 0) if file.family.interleaved else 0,
+        offset=file.family.norm_offset if name.endswith("norm.weight") else 0.0,
     )
 
 
-def _check_kind(file: GgufFile, name: str) -> None:
-    """Raises InputError where the package gguf does not dequantise a tensor of this kind."""
-    gguf = import_gguf(file.path)
-    kind = gguf.GGMLQuantizationType(file.tensors[name].kind)
-    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    try:
-        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
-    except NotImplementedError:
-        raise InputError(
-            file.path, f"{name} is quantised as {kind.name}, which the package gguf does not dequantise"
-        ) from None
+def _other_shape(file: GgufFile, name: str, axes: tuple[str, ...], expected: tuple[int, ...]) -> str:
+    """The message for a tensor whose shape is not the expected one. axes: the names of its sizes."""
+    shape = file.tensors[name].shape
+    sizes = shape if len(shape) == len(expected) else (0,) * len(expected)
+    differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
+    keys = dict.fromkeys(file.key(key) for axis in differing for key in SIZE_KEYS.get(axis, ()))
+    says = " and ".join(key for key in keys if key in file.metadata) or "its metadata"
+    return f"{name} has shape {list(shape)}; by {says} it would be {list(expected)}"
 
 
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:

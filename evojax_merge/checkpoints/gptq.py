@@ -16,7 +16,11 @@ import numpy as np
 from evojax_merge.checkpoints.config_file import decoder_settings, read_decoder_config
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.quantised import (
+    FLOATS,
+    INDICES,
+    WORDS,
     QuantisedTensor,
+    check_groups,
     checked_setting,
     dequantised_config,
     dequantised_dtype,
@@ -26,7 +30,6 @@ from evojax_merge.checkpoints.quantised import (
     quantisation,
     unpack,
 )
-from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture, tensors_of
 
 SUFFIX = ".qweight"
@@ -68,23 +71,20 @@ def open_gptq(path: Path, quantised: Path) -> Folder:
         inputs, outputs = packed.shape[0] * 32 // bits, packed.shape[1]
         group = inputs if size is None else size
         groups = -(-inputs // group)
-        shapes = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs)}
-        parts = [packed, *(part_of(stored, packed, f"{module}.{part}", shape) for part, shape in shapes.items())]
-        if f"{module}.g_idx" in stored:
-            parts.append(_group_indices(part_of(stored, packed, f"{module}.g_idx", (inputs,)), module, groups))
+        parts = [
+            packed,
+            part_of(stored, packed, f"{module}.qzeros", WORDS, (groups, outputs * bits // 32)),
+            part_of(stored, packed, f"{module}.scales", FLOATS, (groups, outputs)),
+        ]
+        indices = f"{module}.g_idx"
+        if indices in stored:
+            parts.append(part_of(stored, packed, indices, INDICES, (inputs,)))
+            check_groups(indices, parts[-1], groups)
         for part in ("qzeros", "scales", "g_idx"):
             entries.pop(f"{module}.{part}", None)
         formula = InputGroups(bits, group, 1 if kept == "gptq" else 0)
         entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), tuple(parts), formula)
     return Folder(path, _without_padding_biases(quantised, entries))
-
-
-def _group_indices(tensor: Tensor, module: str, groups: int) -> Tensor:
-    """The groups of inputs. Raises InputError where one is of a group that there is not."""
-    found = tensor.read()
-    if found.dtype.kind not in "iu" or found.min() < 0 or found.max() >= groups:
-        raise InputError(tensor.file, f"{module}.g_idx: expected the numbers of {groups} groups")
-    return tensor
 
 
 def _without_padding_biases(quantised: Path, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them."""
 
 import json
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.regular_file import read_regular
 
 # The index of the largest checkpoints is some 20 MB; what is larger is no description of a model.
 LIMIT_BYTES = 64 << 20
@@ -24,12 +24,7 @@ def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[st
     or not JSON, that nests deeper than `LIMIT_DEPTH`, that is no object, or that gives one key two values.
     """
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device read for ever
-            raise InputError(path, "not a file; expected a JSON file")
-        if found.st_size > LIMIT_BYTES:
-            raise InputError(path, f"has {found.st_size:,} bytes; expected a JSON file of at most {LIMIT_BYTES:,}")
-        raw = path.read_bytes()
+        raw = read_regular(path, "a JSON file", LIMIT_BYTES)
     except (FileNotFoundError, NotADirectoryError):  # or `path` lies "in" a single file of weights
         if isinstance(missing, str):
             raise InputError(path, f"not found; {missing}") from None

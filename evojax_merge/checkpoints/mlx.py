@@ -14,6 +14,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import DTYPES, Folder, open_folder
 from evojax_merge.checkpoints.quantised import (
+    FLOATS,
     QuantisedTensor,
     checked_setting,
     dequantised_dtype,
@@ -62,7 +63,7 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
         module = name.removesuffix(SCALES)
         bits, size = _of_module(quantised, settings, module)
         packed, scales = stored.get(f"{module}.weight"), stored[name]
-        matrix = packed is not None and len(packed.shape) == 2 and packed.dtype == np.uint32
+        matrix = packed is not None and len(packed.shape) == 2 and 0 not in packed.shape and packed.dtype == np.uint32
         if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
             found = "no such tensor" if packed is None else f"{packed.dtype}{list(packed.shape)}"
             raise InputError(
@@ -71,7 +72,7 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
             )  # fmt: skip
         outputs, inputs = packed.shape[0], packed.shape[1] * 32 // bits
         groups = (outputs, inputs // size)
-        parts = (packed, *(part_of(stored, packed, f"{module}{part}", groups) for part in (SCALES, BIASES)))
+        parts = (packed, *(part_of(stored, packed, f"{module}{part}", FLOATS, groups) for part in (SCALES, BIASES)))
         for part in (SCALES, BIASES):
             del entries[f"{module}{part}"]
         entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, Affine(bits))

@@ -26,11 +26,29 @@ FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # A power of two alone, 2^(byte - 127).
 EXPONENT = np.dtype(ml_dtypes.float8_e8m0fnu)
 WITH_FP8 = DTYPES | {"F8_E4M3": FP8, "F8_E8M0": EXPONENT}
+# Dtypes of parts: scales and biases, packed words, codes, numbers of groups and sizes.
+FLOATS = (*FLOAT_DTYPES.values(), np.dtype(np.float64))
+WORDS = (np.dtype(np.int32),)
+BYTES = (np.dtype(np.uint8),)
+EIGHT_BITS = (FP8, np.dtype(np.int8), *BYTES)
+INDICES = (np.dtype(np.int32), np.dtype(np.int64))
 # What says how activations and caches are quantised, and belongs to no weight.
 OF_ACTIVATIONS = (
     ".activation_scale", ".input_global_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".k_scale",
     ".kv_scale", ".output_scale", ".output_zero_point", ".q_scale", ".v_scale",
 )  # fmt: skip
+# Ends of names that tensors of quantised matrices alone have, by the formats that have them.
+ENDS_OF_PARTS = {
+    "GPTQ and AWQ": (".qweight", ".qzeros", ".g_idx"),
+    "bitsandbytes": (
+        ".SCB", ".weight.absmax", ".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map",
+        ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4",
+    ),
+    "compressed-tensors": (
+        ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale",
+    ),
+    "FP8 and four-bit floats": (".weight_scale", ".weight_scale_inv", ".weight_scale_2", ".pre_quant_scale"),
+}  # fmt: skip
 
 
 class Formula(Protocol):
@@ -103,14 +121,16 @@ def dequantised_dtype(path: Path, default: str) -> np.dtype:
 
 
 def checked_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> Any:
-    """The value of a setting. Raises InputError, with the folder's config as the place, for none of the known ones."""
-    if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known):
-        expected = ", ".join(str(one) for one in known)
-        raise InputError(
-            path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
-            "the unquantised model",
-        )  # fmt: skip
-    return value
+    """The one of the known values that a setting equals. Raises InputError, with the folder's config as the place, for
+    none of them."""
+    for one in known:
+        if value == one and isinstance(value, bool) == isinstance(one, bool):
+            return one
+    expected = ", ".join(str(one) for one in known)
+    raise InputError(
+        path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
+        "the unquantised model",
+    )  # fmt: skip
 
 
 def group_size(path: Path, value: Any) -> int | None:
@@ -126,33 +146,73 @@ def group_size(path: Path, value: Any) -> int | None:
 # Stored tensors
 
 
-def part_of(stored: Mapping[str, Tensor], whole: Tensor, name: str, *shapes: tuple[int, ...]) -> Tensor:
-    """The tensor of that name, of one of the shapes. Raises InputError, naming the file of the matrix `whole` that it
-    is a part of, where there is none."""
+def check_matrix(name: str, tensor: Tensor, *dtypes: np.dtype) -> None:
+    """Raises InputError unless a tensor is a matrix of one of the dtypes, with rows and columns."""
+    if len(tensor.shape) != 2 or 0 in tensor.shape or tensor.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise InputError(tensor.file, f"{name} is {tensor.dtype}{list(tensor.shape)}; expected a matrix of {expected}")
+
+
+def part_of(
+    stored: Mapping[str, Tensor], whole: Tensor, name: str, dtypes: Sequence[np.dtype], *shapes: tuple[int, ...]
+) -> Tensor:
+    """The tensor of that name, of one of the dtypes and of the shapes. Raises InputError, naming the file of the matrix
+    `whole` that it is a part of, where there is none."""
     found = stored.get(name)
     if found is None or found.shape not in shapes:
         what = "no such tensor" if found is None else str(list(found.shape))
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise InputError(whole.file, f"{name}: found {what}; expected {expected}, to dequantise its matrix with")
+    if found.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise InputError(found.file, f"{name} is {found.dtype}; expected {expected}, to dequantise its matrix with")
     return found
+
+
+def check_groups(name: str, tensor: Tensor, groups: int) -> None:
+    """Raises InputError where one of the numbers that a tensor of `INDICES` holds is that of no group."""
+    numbers = tensor.read()
+    if numbers.min() < 0 or numbers.max() >= groups:
+        raise InputError(tensor.file, f"{name}: expected the numbers of {groups} groups, from 0 on")
 
 
 def packed_matrices(stored: Mapping[str, Tensor], suffix: str) -> Iterator[tuple[str, Tensor]]:
     """The modules whose weights are kept as words, in tensors of that suffix, and these. Raises InputError for one that
-    is no matrix of int32."""
+    is no matrix of int32, and for a module that has its weight besides."""
     for name, tensor in stored.items():
         if name.endswith(suffix):
-            if len(tensor.shape) != 2 or tensor.dtype != np.int32:
-                found = f"{tensor.dtype}{list(tensor.shape)}"
-                raise InputError(tensor.file, f"{name} is {found}; expected a matrix of int32")
-            yield name.removesuffix(suffix), tensor
+            check_matrix(name, tensor, *WORDS)
+            module = name.removesuffix(suffix)
+            check_once(stored, name, f"{module}.weight")
+            yield module, tensor
+
+
+def check_once(stored: Mapping[str, Tensor], packed: str, weight: str) -> None:
+    """Raises InputError where a folder holds a weight beside the tensor `packed` that it is packed into."""
+    if weight in stored:
+        raise InputError(stored[weight].file, f"holds {weight} and {packed}; expected one of them")
+
+
+def check_no_parts(entries: Mapping[str, Tensor], method: str | None) -> None:
+    """Raises InputError where a part of a quantised matrix is left that the quantisation which config.json names has
+    none of. method: its `quant_method`; None: config.json names none."""
+    for name, tensor in entries.items():
+        formats = next((formats for formats, ends in ENDS_OF_PARTS.items() if name.endswith(ends)), None)
+        if formats is None and method is not None and name.endswith(".weight") and tensor.dtype in EIGHT_BITS:
+            formats = "formats of eight bits"
+        if formats is not None:
+            says = "names no quantization_config" if method is None else f"says quant_method: {method}"
+            raise InputError(
+                tensor.file, f"{name} ({tensor.dtype}) is a part of a quantised matrix, as {formats} have it, and of "
+                f"none by config.json, which {says}; expected all parts of each matrix, and their quantization_config",
+            )  # fmt: skip
 
 
 def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
     """Raises InputError where a weight of eight bits, or of several numbers to a word, is left, for which there was no
     `part`."""
     for name, tensor in entries.items():
-        eight = name.endswith(".weight") and tensor.dtype in (FP8, np.int8, np.uint8)
+        eight = name.endswith(".weight") and tensor.dtype in EIGHT_BITS
         if eight or name.endswith(".weight_packed"):
             raise InputError(tensor.file, f"{name} is quantised ({tensor.dtype}), and there is no {part} of it")
 

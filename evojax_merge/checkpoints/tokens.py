@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from evojax_merge.checkpoints.config_file import check_dtype
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -82,6 +84,8 @@ def load_tokenizer(folder: Path) -> Any:
     if not has_tokenizer(folder):
         raise InputError(folder, "has no tokenizer (expected tokenizer.json or tokenizer.model)")
     _check_files(folder)
+    # A tokenizer's class may be known by the model's config alone.
+    check_dtype(folder / "config.json", read_json_object(folder / "config.json", missing={}))
     code = _wanted_code(folder)
     if _needs_code(folder):
         raise InputError(
@@ -112,9 +116,7 @@ def _check_files(folder: Path) -> None:
         file = folder / name
         if not file.exists():
             continue
-        if not file.is_file():
-            raise InputError(file, "is not a file; expected a tokenizer's")
-        size = file.stat().st_size
+        size = check_regular(file, "a tokenizer's")
         if size > TOKENIZER_BYTES:
             raise InputError(file, f"has {size:,} bytes; expected a tokenizer's of at most {TOKENIZER_BYTES:,}")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
@@ -173,7 +175,7 @@ def _tokens_of_rows(tokenizer: Any) -> dict[int, str]:
 
 
 def _named(token: str | None) -> str:
-    return "no token" if token is None else repr(token)
+    return "no token" if token is None else shown(token)
 
 
 def _fingerprint(folder: Path) -> tuple[str, ...]:
@@ -295,7 +297,7 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     named = [token for token, _ in tokens]
     nowhere = [token for number, token in enumerate(named) if fills.get(number) == () and token not in choice.rules]
     if nowhere:
-        some = f"{', '.join(map(repr, nowhere[:3]))}{' …' if len(nowhere) > 3 else ''}"
+        some = f"{', '.join(map(shown, nowhere[:3]))}{' …' if len(nowhere) > 3 else ''}"
         warnings.append(f"{folder}: no model has {len(nowhere):,} of its tokens ({some}); their rows are zero")
     padding = -len(tokens) % choice.pad_to_multiple_of
     return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
@@ -320,12 +322,12 @@ def _by_rule(
     folder, count = folders[rule.model], counts[rule.model]
     if isinstance(rule.token, int):
         if not 0 <= rule.token < count:
-            raise InputError(folder, f"token {token!r}: there is no row {rule.token} (the embedding has {count})")
+            raise InputError(folder, f"token {shown(token)}: there is no row {rule.token} (the embedding has {count})")
         return ((rule.model, rule.token),)
     wanted = token if rule.token is None else rule.token
     row = owned[rule.model].get(wanted, -1)
     if row < 0:
-        raise InputError(folder, f"token {token!r}: it has no token {wanted!r}")
+        raise InputError(folder, f"token {shown(token)}: it has no token {shown(wanted)}")
     return ((rule.model, row),)
 
 

@@ -1,18 +1,12 @@
-"""Writing model folders: streamed safetensors shards, folders that appear complete or not at all, and what they may
-replace.
-"""
+"""Writing model folders: streamed safetensors shards, and what a new folder may replace."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +16,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
 from evojax_merge.checkpoints.tokens import TOKENIZER_FILES
-from evojax_merge.errors import InputError, cannot_write
+from evojax_merge.errors import InputError
 from evojax_merge.version import __version__
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -46,156 +40,6 @@ USUAL_FILES = {
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Of a large file this many evenly spaced blocks tell whether it is the one that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
-# The hidden names, beside a folder, of what is going to take its name and of what had it.
-NEW, OLD = ".evojax-merge-new.", ".evojax-merge-old."
-
-
-@contextmanager
-def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
-
-    An existing `target` is refused, or, with `overwrite`, moved aside once the new one is complete and removed once
-    that stands; of a link what it points to. `check` is called before the block and before anything is moved, and
-    raises what forbids it. What a killed process left of a former call is put back or removed.
-    """
-    # Of a path such as `.` the name, and of a link what it points to.
-    place = Path(os.path.realpath(target))
-    recover(target)
-    check_free(target, overwrite)
-    check()
-    with hidden_folder(target) as work:
-        yield work
-        if place.exists():
-            # Else a power failure could take both.
-            _flush(work)
-        with _locked(place.parent):
-            check_free(target, overwrite)
-            check()
-            _swap(work, place)
-    recover(target)
-
-
-@contextmanager
-def hidden_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was renamed.
-    What a killed process leaves of it `recover` removes."""
-    place = Path(os.path.realpath(target))
-    made: list[Path] = []
-    try:
-        made = _make_folders(place.parent)
-        with _locked(place.parent):
-            work = Path(tempfile.mkdtemp(prefix=f".{place.name}{NEW}", dir=place.parent))
-            owner = _lock(work)
-        work.chmod(0o755)
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(target, f"cannot be written ({error.strerror})") from None
-    try:
-        yield work
-    except OSError as error:
-        raise cannot_write(target, error, "; nothing was left behind") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        _remove_empty(made)
-        if owner is not None:
-            os.close(owner)
-
-
-def check_free(target: Path, overwrite: bool) -> None:
-    """Raises InputError where `target` is there, unless it is a folder and `overwrite` is set, or cannot be made."""
-    if os.path.exists(target):
-        if not os.path.isdir(target):
-            raise InputError(target, "is a file; expected a folder name")
-        if not overwrite:
-            raise InputError(target, "exists already; choose another folder or pass --overwrite")
-    elif os.path.islink(target):
-        raise InputError(target, "is a link that leads nowhere; remove it or choose another folder")
-    else:
-        above = next(path for path in Path(os.path.realpath(target)).parents if os.path.exists(path))
-        if not os.path.isdir(above):
-            raise InputError(target, f"cannot be written ({above} is a file)")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise InputError(target, f"cannot be written ({above} is not writable for you)")
-
-
-def _swap(work: Path, place: Path) -> None:
-    """Give `work` the name `place`. What had it lies aside afterwards, or is back where this fails."""
-    if not place.exists():
-        os.rename(work, place)
-        return
-    old = place.with_name(f".{place.name}{OLD}{secrets.token_hex(4)}")
-    os.rename(place, old)
-    try:
-        os.rename(work, place)
-    except BaseException:
-        os.rename(old, place)
-        raise
-
-
-def recover(target: Path) -> None:
-    """Put back, or remove, what a process that was killed while it wrote `target` left beside it.
-
-    What a running process is writing is locked, and stays.
-    """
-    place = Path(os.path.realpath(target))
-    try:
-        with _locked(place.parent):
-            names = sorted(os.listdir(place.parent))
-            for name in names:
-                left = place.parent / name
-                if name.startswith(f".{place.name}{OLD}") and not os.path.lexists(place):
-                    # Killed between the two steps of a swap.
-                    os.rename(left, place)
-                elif name.startswith((f".{place.name}{OLD}", f".{place.name}{NEW}")):
-                    lock = _lock(left)
-                    if lock is not None:
-                        shutil.rmtree(left, ignore_errors=True)
-                        os.close(lock)
-    except OSError:
-        # A folder that is not there, or that is not ours to change: what is wrong with it is said by who writes.
-        return
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Other processes that create, swap or clean up in this folder wait; where it cannot be locked they do not."""
-    with ExitStack() as stack:
-        with suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _lock(folder: Path) -> int | None:
-    """A file descriptor that holds the folder's lock, which ends with the process; None where another has it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it that are missing; returns what was made, the uppermost first."""
-    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)][::-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    return missing
-
-
-def _remove_empty(folders: Sequence[Path]) -> None:
-    for folder in reversed(folders):
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -241,7 +85,7 @@ def check_output(target: Path, keep: Sequence[Path]) -> None:
             raise InputError(target, "is or holds the working directory; choose another folder")
         if os.path.ismount(place):
             raise InputError(target, "is a mount point, which cannot be replaced; choose a folder inside of it")
-        _check_ours(target)
+        check_ours(target)
 
 
 def check_outside(target: Path, keep: Sequence[Path]) -> None:
@@ -269,7 +113,7 @@ def _lineage(path: Path) -> set[tuple[int, int] | None]:
     return {_identity(one) for one in (real, *real.parents)} - {None}
 
 
-def _check_ours(folder: Path) -> None:
+def check_ours(folder: Path) -> None:
     """Raises InputError, naming the first file that this program did not write, or did not write so."""
     expected = _marked_files(folder)
     if expected is None:
@@ -323,23 +167,6 @@ def require_space(target: Path, nbytes: int) -> None:
         raise InputError(target, f"cannot be written: {folder} is on no disk; choose another place")
     if disk.free < nbytes:
         raise InputError(target, f"needs {nbytes / 1e6:,.1f} MB, but the disk has {disk.free / 1e6:,.1f} MB free")
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Write a text file that is either the old one or the complete new one."""
-    atomic_write_bytes(path, text.encode("utf-8"))
-
-
-def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is either the old one or the complete new one."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        work.write_bytes(content)
-        os.replace(work, path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    finally:
-        work.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.tasks.batches import (
     Batches,
@@ -209,8 +209,8 @@ def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
             token = tokenizer.convert_ids_to_tokens(number)
             raise InputError(
                 row.where,
-                f"token {token!r} has the number {number:,}, and the models' embedding {vocab:,} rows; expected the "
-                f"tokenizer that they were trained with, not that of {tokenizer.name_or_path}",
+                f"token {shown(token)} has the number {number:,}, and the models' embedding {vocab:,} rows; expected "
+                f"the tokenizer that they were trained with, not that of {tokenizer.name_or_path}",
             )
 
 
@@ -222,7 +222,7 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
     outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
     if outside:
         found.append(
-            f"{tokenizer.name_or_path}: {len(outside):,} tokens (such as {outside[0][1]!r}) are beyond the "
+            f"{tokenizer.name_or_path}: {len(outside):,} tokens (such as {shown(outside[0][1])}) are beyond the "
             f"{vocab:,} rows of the models' embedding; no example holds one"
         )
     unknown = tokenizer.unk_token_id
@@ -238,7 +238,7 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
         if share > UNKNOWN_SHARE:
             first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
             found.append(
-                f"{share:.0%} of the examples' tokens are unknown to the tokenizer ({tokenizer.unk_token!r}), "
+                f"{share:.0%} of the examples' tokens are unknown to the tokenizer ({shown(tokenizer.unk_token)}), "
                 f"first in {first}"
             )
     return found

@@ -6,6 +6,7 @@ and gather the scores: a generation costs a few numbers per candidate.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from evojax_merge.errors import InputError, PeerLostError
+from evojax_merge.errors import InputError, PeerLostError, shown
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
@@ -169,16 +170,26 @@ def init_distributed() -> None:
     address, *numbers = (os.environ.get(name, "").strip() for name in names)
     given: dict[str, Any] = {}
     if address:
+        _, _, port = address.rpartition(":")
+        if not re.fullmatch(r"[^\s/]+:[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
+            raise InputError(
+                "--distributed", f"{names[0]}: {shown(address)}; expected host:port, with a port from 1 to 65535"
+            )
         for name, number in zip(names[1:], numbers, strict=True):
-            if not number.isdecimal():
-                raise InputError("--distributed", f"{name}: {number!r}; expected a number beside {names[0]}")
-        given = {"coordinator_address": address, "num_processes": int(numbers[0]), "process_id": int(numbers[1])}
+            if not re.fullmatch("[0-9]{1,9}", number):
+                raise InputError("--distributed", f"{name}: {shown(number)}; expected a number beside {names[0]}")
+        count, process = map(int, numbers)
+        if process >= count:
+            raise InputError("--distributed", f"{names[2]}: {process}; expected a number below {names[1]}, {count}")
+        given = {"coordinator_address": address, "num_processes": count, "process_id": process}
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
+        # What recognises a cluster reads variables of many programs, and believes them.
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             "--distributed",
-            f"no other processes were found ({str(error).splitlines()[0]}); expected {', '.join(names)}",
+            f"no other processes were found ({said}); expected {', '.join(names)}",
         ) from None
 
 

@@ -9,7 +9,7 @@ the memory that the compiler reports; where that was too much, less is tried.
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from evojax_merge.errors import Failed
+from evojax_merge.errors import Failed, shown
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask, halve_batches
 from evojax_merge.evaluation.devices import (
@@ -81,10 +81,15 @@ def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[st
     """Metric -> float32[P, N]; NaN for candidates whose answers are not numbers. broken: bool[P], whose outputs are
     not."""
     failed = nonfinite | ~np.isfinite(answers.totals).all(axis=1)
-    return {
-        metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32)
-        for metric, matrix in task.score(answers).items()
-    }
+    scores: Any = task.score(answers)
+    if not isinstance(scores, Mapping) or task.metric not in scores:
+        raise Failed(f"task {task.name}: score returned {shown(scores)}; expected arrays by metric, {task.metric} too")
+    for metric, matrix in scores.items():
+        shape = (len(failed), task.size)
+        if np.shape(matrix) != shape or np.asarray(matrix).dtype.kind not in "fiub":
+            what = f"an array of shape {list(np.shape(matrix))}" if isinstance(matrix, np.ndarray) else shown(matrix)
+            raise Failed(f"task {task.name}: score returned {what} as {metric}; expected numbers {list(shape)}")
+    return {metric: np.where(failed[:, None], np.nan, matrix).astype(np.float32) for metric, matrix in scores.items()}
 
 
 def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ it through a chunk of candidates. Nothing is run, and nothing but headers need b
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -121,12 +121,13 @@ def planned_gradient_passes(
 def merge_bytes(bank: Bank, dtype: str) -> int:
     """Bytes that merging all layers and the head into `dtype` moves for a candidate: sources and what was prepared of
     them are read, the merge is written. (That products read it again is theirs.)"""
-    layers = [leaf for stack in bank.stacks.values() for leaf in stack.values()]
-    prepared = [leaf for stack in bank.stack_keep_keys.values() for leaf in stack.values()]
-    name = HEAD if HEAD in bank.shared else EMBEDDING
-    shared = [leaves[name] for leaves in (bank.shared, bank.shared_keep_keys) if name in leaves]
-    entries = sum(leaf.size // leaf.shape[1] for leaf in layers) + shared[0].size // shared[0].shape[0]
-    return tree_nbytes((layers, prepared, shared, bank.stack_factors)) + entries * jnp.dtype(dtype).itemsize
+    leaves = [leaf for stack in bank.stacks.values() for leaf in stack.values()]
+    head = replace(bank.shared[HEAD if HEAD in bank.shared else EMBEDDING], factors=None)
+    # A leaf of a stack has the sources behind its layers.
+    entries = sum(leaf.sources.size // leaf.sources.shape[1] for leaf in leaves)
+    entries += head.sources.size // head.sources.shape[0]
+    read = [replace(leaf, statistics={}) for leaf in (*leaves, head)]
+    return tree_nbytes(read) + entries * jnp.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from evojax_merge.checkpoints.parents import Sources, tensor_shapes
 from evojax_merge.evaluation.evaluator import MATERIALISE_FRACTION, Evaluator, Progress
 from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.genealogy import Member
 from evojax_merge.models.architecture import depths, leaves_of, tensor_grid, tensor_shape, tensors_of
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
-from evojax_merge.pedigree import Member
 from evojax_merge.tasks.task import Task
 
 # A bred member: its tensors by their names in a file, in the export dtype.

@@ -16,8 +16,9 @@ from evojax_merge.checkpoints.adapters import write_adapter
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder
 from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.checkpoints.folder import is_float
-from evojax_merge.checkpoints.writer import CARD, atomic_folder, write_marker
-from evojax_merge.errors import InputError, shown
+from evojax_merge.checkpoints.writer import CARD, write_marker
+from evojax_merge.errors import InputError, escaped_lines, shown
+from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.execute import MergePlan, Progress, merged_tensors
 from evojax_merge.mergekit.stages import StreamPlan
 from evojax_merge.models.architecture import ROUTER, find_architecture, known_architecture, model_types
@@ -173,7 +174,7 @@ def write_as_adapter(
         embedding = base.in_memory(merge_plan.sources.token_tensors.embedding)
         tied = bool(base.config.get("tie_word_embeddings", False))
         error = _rank_error(errors, embedding in errors and tied)
-        (folder / CARD).write_text(describe(card, error), encoding="utf-8")
+        (folder / CARD).write_text(escaped_lines(describe(card, error)), encoding="utf-8")
         write_marker(folder)
     return error
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from merge_kernels import METHODS
 from pydantic import Field, field_validator
 
 from evojax_merge.config import EvaluationConfig, SearchConfig, parse
@@ -17,6 +18,8 @@ from evojax_merge.models.families.llama_like import LEAVES
 from evojax_merge.schema import MAX_SEED, Form, Heldout, Location, Name, Real, Section, Text, Whole
 from evojax_merge.tasks.task import TaskConfig
 
+# mergekit-evolve's default of `normalize` for the methods that weigh parents.
+NORMALIZES = {"linear": True, "task_arithmetic": False, "ties": True, "dare_ties": True}
 # How many layers a filter is tried on, to see that it takes all of them or none.
 PROBED_LAYERS = 100
 HELDOUT: float = TaskConfig.model_fields["heldout"].default
@@ -100,35 +103,36 @@ def from_mergekit_evolve(path: Path, document: dict[str, Any]) -> dict[str, Any]
 
 def _space(path: Path, genome: Genome) -> tuple[dict[str, Any], str | None, list[str]]:
     """The space, the base that task vectors are taken from, and the parents."""
-    method, base, parents = genome.merge_method, genome.base_model, list(genome.models)
-    has_base = method in ("task_arithmetic", "ties", "dare_ties")
-    if has_base and base is None:
-        raise InputError(path, f"genome.base_model: missing; {method} takes task vectors from a base model")
-    if not has_base:
+    method, base, parents = METHODS[genome.merge_method], genome.base_model, list(genome.models)
+    if method.base == "required":
+        if base is None:
+            raise InputError(path, f"genome.base_model: missing; {method.name} takes task vectors from a base model")
+    else:
         if base is not None and base not in parents:
-            raise InputError(path, f"genome.base_model: {method} has no base; add it to models to merge it as well")
+            where = f"genome.base_model: {method.name} has no base"
+            raise InputError(path, f"{where}; add it to models to merge it as well")
         base = None
     # The base has no task vector of its own; as one of the models it only counts in the starting weight.
     parents = [model for model in parents if model != base]
     space: dict[str, Any] = {
-        "method": method,
+        "method": method.name,
         "layers_per_group": genome.layer_granularity if genome.layer_granularity > 0 else "all",
         "components": filter_components(path, genome.filters or []),
     }
-    if method == "slerp":
+    if method.interpolates is not None:
         for key in ("smooth", "filters"):
             if getattr(genome, key):
-                raise InputError(path, f"genome.{key}: not with slerp")
+                raise InputError(path, f"genome.{key}: not with {method.name}")
         if len(parents) != 2:
-            raise InputError(path, f"genome.models: slerp of {len(parents)} models; here it takes two")
-        return space | {"parameters": {"t": {}}}, base, parents
+            raise InputError(path, f"genome.models: {method.name} of {len(parents)} models; here it takes two")
+        return space | {"parameters": {method.interpolates: {}}}, base, parents
     weight: dict[str, Any] = {"start": 1 / len(genome.models)}
     if genome.allow_negative_weights:
         weight["low"] = -1.0
     parameters: dict[str, Any] = {"weight": weight}
-    if method in ("ties", "dare_ties"):
-        parameters["density"] = {"start": 1.0}
-    normalize = method != "task_arithmetic" if genome.normalize is None else genome.normalize
+    if method.density is not None:
+        parameters[method.density.name] = {"start": 1.0}
+    normalize = NORMALIZES[method.name] if genome.normalize is None else genome.normalize
     return space | {"parameters": parameters, "normalize": normalize, "smooth": genome.smooth}, base, parents
 
 

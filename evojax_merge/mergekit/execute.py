@@ -7,7 +7,6 @@ At most `WORKERS + 2` tensors are in flight, so that memory does not grow with t
 
 import json
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from evojax_merge.checkpoints.config_file import (
     is_larger_model,
     layer_types,
 )
+from evojax_merge.checkpoints.config_shapes import check_against_config
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, as_it_is, decoder_of, named_alike
 from evojax_merge.checkpoints.derived import Find, open_model, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import is_finite, is_float
@@ -49,16 +49,17 @@ from evojax_merge.checkpoints.writer import (
     RECIPE,
     ShardWriter,
     TensorSpec,
-    atomic_folder,
     write_marker,
 )
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, escaped_lines
+from evojax_merge.file_system import atomic_folder
 from evojax_merge.mergekit.modules import module_kind
 from evojax_merge.mergekit.plan import Layout, TensorPlan, evaluate_setting, layout, module_layouts, output_layers, plan
 from evojax_merge.mergekit.schema import RECIPE_DTYPES, RecipeFile, TokenizerSetting
 from evojax_merge.mergekit.templates import CHAT_TEMPLATES
 from evojax_merge.models.architecture import BUFFERS, LAYERS, Architecture, known_architecture
 from evojax_merge.models.paths import scale_gain
+from evojax_merge.regular_file import copy_regular
 
 Progress = Callable[[int], None]
 
@@ -341,6 +342,10 @@ def _open(
     layouts = [layout(own) for own in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)
+    # Where architectures are mixed, the others' configs are not those of their tensors' merge.
+    check_against_config(_decoder_of(first))
+    for folder in () if allow_crimes else folders[1:]:
+        check_against_config(_decoder_of(folder), lambda name: _mismatch(recipe, name) == "refuse")
     if choice is None:
         return sources, layouts, tied
     embedding = sources.token_tensors.embedding
@@ -353,6 +358,14 @@ def _open(
             )
     vocabulary = align(paths, [folder.entries[embedding].shape[0] for folder in folders], choice)
     return Sources(folders, vocabulary, (*strays, *vocabulary.warnings)), layouts, tied
+
+
+def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
+    """The decoder of a larger model that is merged as a whole; a folder whose decoder cannot be told apart as it is."""
+    try:
+        return decoder_of(folder.whole) if is_larger_model(folder.whole.config) else folder
+    except InputError:
+        return folder
 
 
 def _without_strays(
@@ -511,7 +524,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
                 if not is_finite(values):
                     where = sources.entry(s, name).file
                     raise InputError(where, f"{name} holds NaN or Inf; pass --allow-nonfinite to go on")
-        if row.copied or (method.name == "passthrough" and row.parameters["scale"][0] == 1):
+        scale = None if row.copied or method.copies is None else row.parameters[method.copies][0]
+        if row.copied or scale == 1:
             return np.array(tensors[0], dtype)
         first = int(row.options.has_base)
 
@@ -520,15 +534,16 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
             return draw_row_keys(merge_plan.recipe.seed, sources.digest(source, name), tensors[0].shape)
 
         if row.gain_offset:
-            scale = jnp.float32(row.parameters["scale"][0])
-            merged = np.asarray(scale_gain(jnp.asarray(tensors[0]), scale, row.gain_offset).astype(computed))
+            gain = scale_gain(jnp.asarray(tensors[0]), jnp.float32(scale), row.gain_offset)
+            merged = np.asarray(gain.astype(computed))
         else:
             merged = merge_kernels.merge_tensor(method, row.options, tensors, row.parameters, row_keys, computed)
         merged = merged.astype(dtype, copy=False)
         if not merge_plan.allow_nonfinite and not is_finite(merged):
             raise InputError(
                 merge_plan.recipe.where,
-                f"{row.name}: the merge is not finite in {dtype} (weights that cancel, or values beyond its range?); "
+                f"{row.name}: the merge by {method.name} is not finite in {dtype} (weights that cancel, or values "
+                "beyond its range?); "
                 "pass --allow-nonfinite to go on",
             )
         return merged
@@ -575,7 +590,7 @@ def merge_to(
     with atomic_folder(target, overwrite=overwrite, check=check) as folder:
         write_weights(merge_plan, folder, progress, max_shard_bytes)
         _write_small_files(merge_plan, folder)
-        for name, text in ((CARD, card), (RECIPE, recipe)):
+        for name, text in ((CARD, None if card is None else escaped_lines(card)), (RECIPE, recipe)):
             if text is not None:
                 (folder / name).write_text(text, encoding="utf-8")
         write_marker(folder)
@@ -605,10 +620,12 @@ def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)
     if (merge_plan.leader.path / "generation_config.json").exists():
-        shutil.copyfile(merge_plan.leader.path / "generation_config.json", folder / "generation_config.json")
+        copy_regular(
+            merge_plan.leader.path / "generation_config.json", folder / "generation_config.json", "a JSON file"
+        )
     for name in PROCESSOR_FILES:
         if (merge_plan.leader.path / name).exists():
-            shutil.copyfile(merge_plan.leader.path / name, folder / name)
+            copy_regular(merge_plan.leader.path / name, folder / name, "a processor's settings")
 
 
 def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
@@ -624,7 +641,7 @@ def _write_tokenizer(merge_plan: MergePlan, folder: Path) -> None:
         return
     for name in TOKENIZER_FILES:
         if (merge_plan.tokenizer / name).exists():
-            shutil.copyfile(merge_plan.tokenizer / name, folder / name)
+            copy_regular(merge_plan.tokenizer / name, folder / name, "a tokenizer's")
 
 
 def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> None:

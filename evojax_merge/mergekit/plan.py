@@ -269,8 +269,8 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         if too_few and (len(chosen) < len(pairs) or (has_base and len(pairs) == 1)):
             rows.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
             return
-        # SLERP runs from the base to the other model; elsewhere a base that is merged like a parent keeps its place.
-        ordered = base_first if method.base != "parent" or method.name == "slerp" else inputs
+        # A base that is merged like any parent keeps its place.
+        ordered = base_first if method.base != "parent" or method.base_is_first_parent else inputs
         merged = [(source, own) for source, own in ordered if (index[source.model], own) in chosen]
         options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t)
         offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)

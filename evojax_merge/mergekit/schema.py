@@ -177,7 +177,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     form = _form(where, top, FORMS)
     if form == "modules":
         rows = top["modules"]
-        if not isinstance(rows, dict):
+        if not isinstance(rows, dict) or not rows:
             raise InputError(where, "modules: expected a mapping from modules' names to their models or slices")
         modules = [_module(f"{where}: modules.{key}", str(key), row, method, base) for key, row in rows.items()]
     else:
@@ -251,7 +251,7 @@ def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
     """The model of a passthrough merge whose tensors outside of the layers are taken."""
     if top.get("ends") is None:
         return None
-    if method.name != "passthrough" or "slices" not in top:
+    if method.copies is None or "slices" not in top:
         raise InputError(where, "ends: only a passthrough merge of slices takes them from one model")
     return _reference(f"{where}: ends", top["ends"])
 
@@ -259,7 +259,7 @@ def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
 def _gain_offsets(where: str, top: dict[str, Any], method: Method) -> dict[str, float]:
     """Filters of tensors that hold a gain less the number given."""
     offsets = top.get("gain_offsets") or {}
-    if offsets and (method.name != "passthrough" or "slices" not in top):
+    if offsets and (method.copies is None or "slices" not in top):
         raise InputError(where, "gain_offsets: only a passthrough merge of slices has them")
     if not isinstance(offsets, dict):
         raise InputError(where, f"gain_offsets: {offsets!r}; expected a mapping of filters and numbers")
@@ -356,7 +356,7 @@ def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
     own = base if row.get("base_model") is None else _reference(f"{where}.base_model", row["base_model"])
-    needed = method.base != "parent" or method.name == "slerp"
+    needed = method.base != "parent" or method.base_is_first_parent
     if needed and own is not None and all(source.model != own for source in sources):
         raise InputError(where, f"sources: the base_model {own!r} is missing")
     return Slice(counts.pop(), tuple(sources), _settings(f"{where}.parameters", row.get("parameters"), method), own)

@@ -6,7 +6,6 @@ weights, and removes a model after the last merge that needs it.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import TypeVar
 
 from evojax_merge.checkpoints.derived import FindModel, parts_of, resolve_model
 from evojax_merge.checkpoints.folder import Folder
-from evojax_merge.checkpoints.writer import hidden_folder, recover
 from evojax_merge.errors import InputError, printable
+from evojax_merge.file_system import hidden_folder, recover, remove_folder
 from evojax_merge.mergekit.execute import MergePlan, Progress, prepare, write_outline, write_weights
 from evojax_merge.mergekit.streams import RecipeStream, stage_of
 
@@ -114,7 +113,7 @@ def prepare_stream(
             found = find(where, reference, relative_to, made=folders, weights=weights)
             if weights and stage_of(reference, folders) not in (None, reference):
                 # It stands for a stage with an adapter, and is of no use without the stage.
-                stack.callback(shutil.rmtree, found, ignore_errors=True)
+                stack.callback(remove_folder, found)
                 folders[reference] = found
             return found
 
@@ -164,6 +163,6 @@ def merge_stream(
             folder.close()
         for other, last in zip(stream_plan.stages, last_uses, strict=True):
             if last == i:
-                shutil.rmtree(other.folder)
+                remove_folder(other.folder)
     with bar(f"{count} of {count}" if count > 1 else "", stream_plan.result.nbytes) as progress:
         return write(stream_plan.result, target, card=card, overwrite=overwrite, check=check, progress=progress)

@@ -43,8 +43,25 @@ ADVICE = {
     "lora": "an adapter is said as MODEL+ADAPTER",
     "adapter": "an adapter is said as MODEL+ADAPTER",
 }
-# These draw their masks with the density as a probability, so that mergekit refuses one below 0 as well.
-PROBABILITIES = ("dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Slip:
+    """An unused key at a place of a recipe, and the `name` that was likely meant. model: the reference of the model
+    whose key it is, where it is a model's."""
+
+    name: str
+    place: str
+    model: Any
+
+    def explains(self, error: str) -> bool:
+        """Whether an error names what was meant: not as a part of a tensor's name, which may hold any word."""
+        return re.search(rf"(?<![\w.]){re.escape(self.name)}\b", error) is not None
+
+    def rank(self, error: str) -> tuple[bool, bool, bool]:
+        """Least for the slip that an error most likely comes from: the error is about that key, and that model."""
+        names_model = isinstance(self.model, str) and re.search(rf"(?<!\S){re.escape(self.model)}(?!\S)", error)
+        return not error.startswith(f"{self.name}: "), not names_model, self.model is not None
 
 
 @dataclass
@@ -52,11 +69,13 @@ class _Sieve:
     """Takes out of one document what a recipe of this method has no meaning for, and puts values as mergekit reads
     them. Whatever is not of the form that is expected stays, for the reading to refuse. `method`: None where it is not
     known; `told`: each unused key or changed value, and what is said of it once for all its places;
-    `slips`: what an unused key was likely meant to be, and the place of the first that was."""
+    `slips`: the unused keys that were likely meant to be others; `model`: the reference of the model whose keys are
+    being looked at."""
 
     method: Method | None
     told: dict[str, str] = field(default_factory=dict)
-    slips: dict[str, str] = field(default_factory=dict)
+    slips: list[Slip] = field(default_factory=list)
+    model: Any = None
 
     def document(self, value: Any) -> Any:
         top = self._known("", value, TOP_KEYS | {"name"}, "a recipe has no such key")
@@ -98,8 +117,11 @@ class _Sieve:
         """Of models, or of a slice's sources."""
 
         def one(place: str, value: Any) -> Any:
+            self.model = value.get("model") if isinstance(value, dict) else None
             row = self._known(place, value, known, "a model has no such key here")
-            return self._each(row, place, model=self.reference, parameters=self.own_settings)
+            sieved = self._each(row, place, model=self.reference, parameters=self.own_settings)
+            self.model = None
+            return sieved
 
         return lambda place, value: _listed(place, value, one)
 
@@ -137,11 +159,11 @@ class _Sieve:
         return [self._read(f"{place}[{i}]", row, _as_number(row)) for i, row in enumerate(value)]
 
     def _share(self, parameter: Parameter, value: Any) -> Any:
-        """A share of the entries: 1 or more are all of them, 0 or less none."""
+        """A share of the entries as mergekit reads it: 1 or more are all of them, 0 or less none."""
         share = read_number(value)
-        if not parameter.quantised or not isinstance(share, int | float) or self.method is None:
+        if not parameter.quantised or not isinstance(share, int | float):
             return value
-        if share > 1 or (share < 0 and self.method.name not in PROBABILITIES):
+        if share > 1 or (share < 0 and parameter.clipped_below):
             return 1 if share > 1 else 0
         return value
 
@@ -205,13 +227,14 @@ class _Sieve:
         if not isinstance(value, dict):
             return value
         for key in value:
-            if key not in known and str(key) not in self.told:
-                here = f"{place}.{key}" if place else str(key)
-                near = _meant(str(key), known)
-                advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
-                self.told[str(key)] = f"{here}: ignored; {why}" + ("" if advice is None else f" ({advice})")
-                if near is not None:
-                    self.slips.setdefault(near, here)
+            if key in known:
+                continue
+            here = f"{place}.{key}" if place else str(key)
+            near = _meant(str(key), known)
+            advice = ADVICE.get(str(key)) or (None if near is None else f"did you mean '{near}'?")
+            self.told.setdefault(str(key), f"{here}: ignored; {why}" + ("" if advice is None else f" ({advice})"))
+            if near is not None:
+                self.slips.append(Slip(near, here, self.model))
         return {key: one for key, one in value.items() if key in known}
 
     @staticmethod
@@ -275,11 +298,14 @@ def blaming_slips(documents: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        slips = {name: f"{place}{key}" for _, place, sieve in _sieved(documents) for name, key in sieve.slips.items()}
-        for name, key in slips.items():
-            if re.search(rf"\b{re.escape(name)}\b", error.what):
-                raise InputError(error.where, f"{error.what} ({key}: did you mean '{name}'?)") from None
-        raise
+        what = error.what
+        rows = [(document, slip) for _, document, sieve in _sieved(documents) for slip in sieve.slips]
+        rows = [row for row in rows if row[1].explains(what)]
+        if not rows:
+            raise
+        document, slip = min(rows, key=lambda row: row[1].rank(what))
+        meant = f"{document}{slip.place}: did you mean '{slip.name}'?"
+        raise InputError(error.where, f"{what} ({meant})") from None
 
 
 def few_lines(path: Path, lines: Sequence[str], more: str) -> list[str]:

@@ -12,11 +12,11 @@ import numpy as np
 import yaml
 from merge_kernels import METHODS, Method, Options
 
+from evojax_merge.genealogy import Member, member_name
 from evojax_merge.models.architecture import LAYERS, Architecture, architecture_of
 from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import LayerPath, PathSpec
-from evojax_merge.pedigree import Member, member_name
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def recipe_document(
     document: dict[str, Any] = {"merge_method": spec.method_name}
     if spec.options.has_base:
         document["base_model"] = base
-    elif spec.method_name == "slerp":
-        # Its base is where t = 0.
+    elif spec.method.base_is_first_parent:
         document["base_model"] = parents[0]
     document["slices"] = slices
     switches = _switches(spec.method, spec.options)
@@ -169,8 +168,8 @@ def _birth_document(
         return rows
 
     def first(parents: Sequence[Member]) -> dict[str, Any]:
-        """SLERP's base is where t = 0."""
-        given = own_base if method.name != "slerp" else member_name(parents[0], founders)
+        """The `base_model` of a merge of these parents, if it has one."""
+        given = member_name(parents[0], founders) if method.base_is_first_parent else own_base
         return {} if given is None else {"base_model": given}
 
     document: dict[str, Any] = {"merge_method": method.name}

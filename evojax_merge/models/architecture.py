@@ -220,6 +220,8 @@ def register_architecture(architecture: Architecture) -> Architecture:
     """Make an architecture known: checkpoints of its model_type are then searched, evaluated and merged like those of
     the families that come with the program. Raises ValueError where another has that model_type: what is compiled
     knows an architecture by it."""
+    if not isinstance(architecture, Architecture):
+        raise ValueError(f"architecture: {shown(architecture)}; expected an Architecture")
     if _registry().setdefault(architecture.model_type, architecture) is not architecture:
         raise ValueError(f"architecture {architecture.model_type!r} is registered already")
     return architecture

@@ -5,8 +5,8 @@ C components of a layer (attention, mlp, norm; router), E experts of a leaf of w
 the search grid.
 """
 
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,8 +15,6 @@ import numpy as np
 from flax import struct
 from merge_kernels import METHODS, Method, Options, add_low_rank
 
-Leaves = dict[str, jax.Array]
-Tables = dict[str, dict[str, jax.Array]]
 Parameters = dict[str, jax.Array]
 
 
@@ -35,11 +33,6 @@ class MergeSpec:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
-    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
-        """Bytes of what is prepared of a tensor's entries, or of its rows, in a bank of that many sources."""
-        of_one, dtype = self.method.keep_key_array(shape)
-        return self.method.keep_keys(sources - int(self.options.has_base)) * prod(of_one) * dtype.itemsize
-
     def prepared_for(self, parents: int) -> dict[str, Any]:
         """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
         method = self.method
@@ -57,11 +50,11 @@ class MergeSpec:
 
 @struct.dataclass
 class Factors:
-    """What tells parents apart whose weights are low-rank changes of one base: parent k's is `base + b[k] a[k]` (see
+    """Low-rank factors of parents that are LoRA adapters of one base: parent k is `base + b[k] a[k]` (see
     `merge_kernels.add_low_rank`).
 
-    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; of a leaf outside of the layers without L, of one of which
-    each expert has a tensor with E behind K. A parent of lower rank has zeros besides.
+    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; without L for a leaf outside of the layers, with E behind K
+    where each expert has a tensor. A parent of lower rank is filled up with zeros.
     """
 
     a: jax.Array
@@ -74,40 +67,44 @@ class Factors:
 
 
 @struct.dataclass
-class Bank:
-    """All sources' weights, in their own dtype, and what the method has to know of them.
+class LeafBank:
+    """One leaf of all S sources, in their own dtype, and what a method has to know of it.
 
-    stacks: stack -> leaf -> `[L, S, …]`, of the L layers that this stack has; shared: leaf -> `[S, …]`, outside of the
-    layers; what the kernels prepared: keep keys, `[L, N, …]` and `[N, …]` for the N arrays that the method has, each of
-    a number per entry or of two per row (see `merge_kernels.Prepared`), and tables, leaf -> statistic -> `[L, …]` and
-    `[…]` (with the density grid as last axis where the method has a density); without a leaf where the method prepares
-    nothing. components: each leaf's row of the component axis. axes: of leaves that devices share the axis at which
-    they are cut, counted from the end (`Leaf.sharded_axis`). expert_leaves: those of which each expert has a tensor,
-    `[L, S, E, …]`: they are measured and merged tensor by tensor, so that their tables are `[L, E, …]`.
+    A leaf of a stack has a leading axis L on every array, of which a scan takes one layer at a time.
 
-    factors: leaf -> factors, of leaves in which all parents are low-rank changes of one base: of these the bank has the
-    base alone, `[L, 1, …]` and `[1, …]`.
+    sources: `[S, …]`, or the base alone `[1, …]` where the parents are its low-rank changes (`factors`).
+    mask_keys: `[N, …]`, N arrays of a number per entry or of two per row (see `merge_kernels.Prepared`); None: the
+    method draws no masks. statistics: name -> `[…]`, with the grid of densities as last axis where the method has a
+    density, until `at` picks its point. group: the leaf's row among the groups of a recipe's parameters (the component
+    of a layer). shard_axis: the axis, counted from the end, at which devices that share a model cut the leaf.
+    has_experts: each expert has a tensor of its own: `[S, E, …]`, `[N, E, …]` and statistics `[E, …]`, measured and
+    merged tensor by tensor.
     """
 
-    stacks: dict[str, Leaves]
-    shared: Leaves
-    stack_keep_keys: dict[str, Leaves]
-    shared_keep_keys: Leaves
-    stack_tables: dict[str, Tables]
-    shared_tables: Tables
-    components: tuple[tuple[str, int], ...] = struct.field(pytree_node=False)
-    stack_factors: dict[str, dict[str, Factors]] = struct.field(default_factory=dict)
-    shared_factors: dict[str, Factors] = struct.field(default_factory=dict)
-    expert_leaves: frozenset[str] = struct.field(pytree_node=False, default=frozenset())
-    axes: tuple[tuple[str, int], ...] = struct.field(pytree_node=False, default=())
+    sources: jax.Array
+    factors: Factors | None = None
+    mask_keys: jax.Array | None = None
+    statistics: dict[str, jax.Array] = struct.field(default_factory=dict)
+    group: int = struct.field(pytree_node=False, default=0)
+    shard_axis: int | None = struct.field(pytree_node=False, default=None)
+    has_experts: bool = struct.field(pytree_node=False, default=False)
 
-    @property
-    def component_of(self) -> dict[str, int]:
-        return dict(self.components)
+    def rows(self, pick: Callable[[jax.Array], jax.Array]) -> "LeafBank":
+        """The same of some rows: `pick` takes them from `[S, n, …]`, for every array that has rows."""
+        return replace(
+            self,
+            sources=pick(self.sources),
+            factors=None if self.factors is None else Factors(self.factors.a, pick(self.factors.b)),
+            mask_keys=None if self.mask_keys is None else pick(self.mask_keys),
+        )
 
-    @property
-    def axis_of(self) -> dict[str, int]:
-        return dict(self.axes)
+
+@struct.dataclass
+class Bank:
+    """All sources' weights: the leaves of each stack of layers, and those outside of the layers, by their names."""
+
+    stacks: dict[str, dict[str, LeafBank]]
+    shared: dict[str, LeafBank]
 
 
 @struct.dataclass

@@ -33,8 +33,10 @@ def whole(low: int, high: int) -> Expected:
 
 
 def above(low: float) -> Expected:
-    # A comparison that NaN and infinity fail.
-    return Expected(lambda value: is_number(value) and low < value <= 1e30, f"a finite number above {low:g}")
+    # A comparison that NaN and infinity fail. Nothing so near to zero that float32 cannot divide by it.
+    return Expected(
+        lambda value: is_number(value) and max(low, 1e-30) < value <= 1e30, f"a finite number above {low:g}"
+    )
 
 
 def one_of(*names: str) -> Expected:

@@ -54,10 +54,6 @@ class PathSpec:
     export_dtype: str
     method_name = "path"
 
-    def keep_key_bytes(self, sources: int, shape: tuple[int, ...]) -> int:
-        """Bytes of what is prepared of a tensor's entries: none."""
-        return 0
-
     @property
     def origins(self) -> tuple[tuple[int, int], ...]:
         """Which parent's which layer each of the M layers is."""

@@ -6,6 +6,7 @@ weights for decoding, where every token would redo the merge.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from merge_kernels import (
+    CombineInputs,
     combine,
     combine_differentiable,
     is_looped,
@@ -23,12 +25,9 @@ from merge_kernels import (
 )
 
 from evojax_merge.models.architecture import EMBEDDING, FINAL_NORM, HEAD
-from evojax_merge.models.bank import Bank, Factors, MergeSpec, Parameters, Recipe, Tables
+from evojax_merge.models.bank import Bank, Factors, LeafBank, MergeSpec, Parameters, Recipe
 from evojax_merge.models.layers import Weights, without_upcast
 from evojax_merge.models.sharding import cut_at, map_shards, replicate, shard, shards_of, slice_shards
-
-# Sources, factors and scores of a leaf, or of some rows of it.
-Slices = tuple[jax.Array, Factors | None, jax.Array | None]
 
 
 class _MaterialisedWeights:
@@ -97,159 +96,152 @@ class UnstackedWeights(_MaterialisedWeights):
 class LazyMerge:
     """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
 
-    statistics: what the recipe's densities find in the bank's tables, of each stack and of shared leaves: leaf ->
-    statistic -> `[L, …]` and `[…]`. prefetch_layers: whether a pass loads the next layer's sources ahead, where that
-    takes little memory; an accelerator's compiler makes as fast code of a merge that picks its layer itself.
+    The statistics of `bank` are those at the recipe's densities. prefetch_layers: whether a pass loads the next layer's
+    sources ahead, where that takes little memory; an accelerator's compiler makes as fast code of a merge that picks
+    its layer itself.
     """
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine)
 
     bank: Bank
     recipe: Recipe
-    stack_statistics: dict[str, Tables]
-    shared_statistics: Tables
     spec: MergeSpec = struct.field(pytree_node=False)
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
     prefetch_layers: bool = struct.field(pytree_node=False, default=False)
 
     @property
-    def stacks(self) -> dict[str, Any]:
-        bank = self.bank
-        return {
-            stack: (
-                leaves, bank.stack_factors.get(stack, {}), bank.stack_keep_keys[stack], self.stack_statistics[stack],
-                self.recipe.stacks[stack],
-            )
-            for stack, leaves in bank.stacks.items()
-        }  # fmt: skip
+    def stacks(self) -> dict[str, tuple[dict[str, LeafBank], Parameters]]:
+        """What a scan over each stack slices: the leaves, and the recipe's parameters of its layers."""
+        return {stack: (leaves, self.recipe.stacks[stack]) for stack, leaves in self.bank.stacks.items()}
+
+    @property
+    def _stack_leaves(self) -> list[LeafBank]:
+        return [leaf for leaves in self.bank.stacks.values() for leaf in leaves.values()]
 
     @property
     def prefetch(self) -> bool:
         # A number per entry would take the memory of another layer. A loop over many parents is given the layer's
         # slices as a copy anyway.
-        is_small = self.spec.method.keyed_by_row or not any(self.bank.stack_keep_keys.values())
+        is_small = self.spec.method.has_row_keys or all(leaf.mask_keys is None for leaf in self._stack_leaves)
         return self.prefetch_layers and is_small and not is_looped(self.parents)
 
     @property
     def parents(self) -> int:
         """K."""
         # A gain is no matrix, so that the bank has it of every source.
-        sources = self.bank.shared[FINAL_NORM].shape[0]
+        sources = self.bank.shared[FINAL_NORM].sources.shape[0]
         return sources - int(self.spec.options.has_base)
 
-    def layer(self, slice_: Any) -> Weights:
+    def layer(self, slice_: tuple[dict[str, LeafBank], Parameters]) -> Weights:
         return {name: leaf.astype(jnp.dtype(self.compute_dtype)) for name, leaf in self.merge_layer(slice_).items()}
 
-    def merge_layer(self, slice_: Any) -> Weights:
+    def merge_layer(self, slice_: tuple[dict[str, LeafBank], Parameters]) -> Weights:
         """One layer's weights, rounded to the export dtype."""
-        leaves, factors, keep_keys, statistics, parameters = slice_
-        component, axes = self.bank.component_of, self.bank.axis_of
+        leaves, parameters = slice_
 
-        def merge(name: str, leaf: jax.Array) -> jax.Array:
-            own = _pick(parameters, component[name])
-            merge_tensor = partial(self._merge, parameters=own, axis=axes.get(name))
-            # Sources, factors and keep keys have the experts behind their own axis, statistics have them first.
-            each = jax.vmap(merge_tensor, in_axes=(1, 0)) if name in self.bank.expert_leaves else merge_tensor
-            return each((leaf, factors.get(name), keep_keys.get(name)), statistics.get(name, {}))
+        def merge(leaf: LeafBank) -> jax.Array:
+            merge_tensor = partial(self._merge, parameters=_pick(parameters, leaf.group))
+            if not leaf.has_experts:
+                return merge_tensor(leaf)
+            expert_axes = replace(jax.tree.map(lambda _: 1, leaf), statistics=dict.fromkeys(leaf.statistics, 0))
+            return jax.vmap(merge_tensor, in_axes=(expert_axes,))(leaf)
 
-        return {name: merge(name, leaf) for name, leaf in leaves.items()}
+        return {name: merge(leaf) for name, leaf in leaves.items()}
 
-    def _merge(
-        self, slices: Slices, statistics: Parameters, parameters: Parameters, axis: int | None = None
-    ) -> jax.Array:
-        """One tensor. axis: that at which devices that share a model cut it, counted from its end, where they can; each
-        of them then merges its own part."""
-        leaf, factors, keep_keys = slices
-        shape = leaf.shape[1:]
-        by_row, rows = self.spec.method.keyed_by_row, -len(shape)
+    def _merge(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
+        """One tensor. Devices that share a model each merge their own part, where the tensor can be cut."""
+        shape, axis = leaf.sources.shape[1:], leaf.shard_axis
+        has_row_keys, rows = self.spec.method.has_row_keys, -len(shape)
         if axis is None or axis < rows or shards_of(shape[axis]) == 1:
-            return self._merge_part(slices, statistics, parameters)
-        if by_row and axis > rows + 1:
+            return self._merge_part(leaf, parameters)
+        if has_row_keys and axis > rows + 1:
             # No device has columns that follow each other.
-            return self._merge_part(slices, statistics, parameters)
+            return self._merge_part(leaf, parameters)
 
-        def part(device: jax.Array, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
-            leaf, factors, keep_keys = slices
-            if keep_keys is not None and by_row and axis != rows:
-                keep_keys = keys_from_column(keep_keys, device * prod(leaf.shape[2:]))
-            return self._merge_part((leaf, factors, keep_keys), statistics, parameters)
+        def part(device: jax.Array, leaf: LeafBank, parameters: Parameters) -> jax.Array:
+            if leaf.mask_keys is not None and has_row_keys and axis != rows:
+                first_column = device * prod(leaf.sources.shape[2:])
+                leaf = replace(leaf, mask_keys=keys_from_column(leaf.mask_keys, first_column))
+            return self._merge_part(leaf, parameters)
 
-        cut: Any = cut_at(leaf.ndim, axis)
-        keys_cut: Any = None
-        factors_cut: Any = None
-        if keep_keys is not None:
-            keys_cut = cut if not by_row else cut_at(keep_keys.ndim, -2 if axis == rows else None)
-        if factors is not None:
+        def cut(array: jax.Array, at: int | None) -> Any:
+            return cut_at(array.ndim, at)
+
+        def cut_like_tensor(array: jax.Array) -> Any:
+            """Statistics of rows or of columns have the tensor's axes."""
+            return cut(array, axis if array.ndim >= len(shape) and array.shape[axis] == shape[axis] else None)
+
+        factors, keys = leaf.factors, leaf.mask_keys
+        cuts = replace(
+            leaf,
+            sources=cut(leaf.sources, axis),
             # `a` has the weight's inputs, `b` its outputs.
-            ends = (factors.a, -1), (factors.b, -2)
-            factors_cut = Factors(*(cut_at(one.ndim, axis if axis == end else None) for one, end in ends))  # type: ignore[arg-type]
-        # Those of rows or of columns have the tensor's axes.
-        statistics_cut = jax.tree.map(
-            lambda x: cut_at(x.ndim, axis if x.ndim >= len(shape) and x.shape[axis] == shape[axis] else None),
-            statistics,
+            factors=None
+            if factors is None
+            else Factors(*(cut(x, axis if axis == end else None) for x, end in ((factors.a, -1), (factors.b, -2)))),
+            mask_keys=None if keys is None else cut(keys, axis if not has_row_keys else -2 if axis == rows else None),
+            statistics=jax.tree.map(cut_like_tensor, leaf.statistics),
         )
-        cuts = ((cut, factors_cut, keys_cut), statistics_cut, jax.tree.map(lambda x: cut_at(x.ndim, None), parameters))
-        return map_shards(part, cuts, cut_at(len(shape), axis), slices, statistics, parameters)
+        whole = jax.tree.map(partial(cut, at=None), parameters)
+        return map_shards(part, (cuts, whole), cut_at(len(shape), axis), leaf, parameters)
 
-    def _merge_part(self, slices: Slices, statistics: Parameters, parameters: Parameters) -> jax.Array:
-        spec, (leaf, factors, keep_keys) = self.spec, slices
-        numbers = () if keep_keys is None else keep_keys
+    def _merge_part(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
+        spec, stored = self.spec, leaf.sources
+        numbers = () if leaf.mask_keys is None else leaf.mask_keys
         with jax.named_scope("merge"):
-            sources = leaf if factors is None else [*leaf[: int(spec.options.has_base)], *factors.expand(leaf)]
-            merged = self.combine(spec.method, spec.options, sources, numbers, statistics, parameters)
+            sources = (
+                stored
+                if leaf.factors is None
+                else [*stored[: int(spec.options.has_base)], *leaf.factors.expand(stored)]
+            )
+            inputs = CombineInputs(sources, numbers, leaf.statistics, parameters)
+            merged = self.combine(spec.method, spec.options, inputs)
         return spec.round_to_export(merged)
-
-    def _shared(self, name: str, rows: Callable[[jax.Array], jax.Array] = lambda leaf: leaf) -> Slices:
-        """A shared leaf's sources, factors and scores, or only the rows that `rows(leaf: [S, n, …])` picks."""
-        keep_keys, factors = self.bank.shared_keep_keys.get(name), self.bank.shared_factors.get(name)
-        if factors is not None:
-            factors = Factors(factors.a, rows(factors.b))
-        return rows(self.bank.shared[name]), factors, None if keep_keys is None else rows(keep_keys)
-
-    def _merge_shared(self, name: str, slices: Slices) -> jax.Array:
-        return self._merge(slices, *self._numbers(name), self.bank.axis_of.get(name))
-
-    def _numbers(self, name: str) -> tuple[Parameters, Parameters]:
-        """The statistics and the parameters of a shared leaf."""
-        return self.shared_statistics.get(name, {}), self.recipe.shared[name]
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
         # Every device has what is picked. In one row after the other: a TPU's compiler would copy what is picked of all
         # sources to lay it as `ids` are.
-        picked = self._merge_part(self._shared(name, lambda leaf: leaf[:, ids.reshape(-1)]), *self._numbers(name))
+        leaf = self.bank.shared[name].rows(lambda array: array[:, ids.reshape(-1)])
+        picked = self._merge_part(leaf, self.recipe.shared[name])
         return picked.reshape(*ids.shape, *picked.shape[1:]).astype(jnp.dtype(self.compute_dtype))
 
     def leaf(self, name: str) -> jax.Array:
-        return self._merge_shared(name, self._shared(name)).astype(jnp.dtype(self.compute_dtype))
+        merged = self._merge(self.bank.shared[name], self.recipe.shared[name])
+        return merged.astype(jnp.dtype(self.compute_dtype))
 
     @property
     def _head(self) -> str:
         return HEAD if HEAD in self.bank.shared else EMBEDDING
 
-    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> Slices:
-        return self._shared(self._head, lambda leaf: slice_shards(*without_upcast(leaf, start), rows, shards, axis=1))
+    def lm_head_rows(self, start: jax.Array | int, rows: int, shards: int) -> LeafBank:
+        return self.bank.shared[self._head].rows(
+            lambda array: slice_shards(*without_upcast(array, start), rows, shards, axis=1)
+        )
 
-    def head(self, slices: Slices) -> jax.Array:
-        return self._merge_shared(self._head, slices).astype(jnp.dtype(self.compute_dtype))
+    def head(self, slices: LeafBank) -> jax.Array:
+        return self._merge(slices, self.recipe.shared[self._head]).astype(jnp.dtype(self.compute_dtype))
 
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype."""
         # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
         # Of low-rank parents one after the other, lest all of them exist as a whole.
-        each = jax.lax.map if any(self.bank.stack_factors.values()) else _side_by_side
+        is_low_rank = any(leaf.factors is not None for leaf in self._stack_leaves)
+        each = jax.lax.map if is_low_rank else _side_by_side
         return self._materialise(lambda slices: each(self.merge_layer, slices))
 
     def _materialise(self, merge_layers: Callable[[Any], Weights]) -> StackedWeights:
         """merge_layers: merges all layers of a stack. What is merged lies as the sources do, and not as the compiler
         would like its results best."""
-        axes = self.bank.axis_of
 
-        def place(leaves: Weights) -> Weights:
-            return {name: shard(leaf, axes[name]) if name in axes else replicate(leaf) for name, leaf in leaves.items()}
+        def place(weights: Weights, leaves: dict[str, LeafBank]) -> Weights:
+            return {
+                name: replicate(array) if (axis := leaves[name].shard_axis) is None else shard(array, axis)
+                for name, array in weights.items()
+            }
 
-        shared = {name: self._merge_shared(name, self._shared(name)) for name in self.bank.shared}
-        stacks = {stack: place(merge_layers(slices)) for stack, slices in self.stacks.items()}
-        return StackedWeights(stacks, place(shared), self.compute_dtype)
+        shared = {name: self._merge(leaf, self.recipe.shared[name]) for name, leaf in self.bank.shared.items()}
+        stacks = {stack: place(merge_layers(slices), self.bank.stacks[stack]) for stack, slices in self.stacks.items()}
+        return StackedWeights(stacks, place(shared, self.bank.shared), self.compute_dtype)
 
 
 @struct.dataclass
@@ -279,36 +271,41 @@ def lazy_merge(
     bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32", prefetch_layers: bool = False
 ) -> LazyMerge:
     """The merge of `bank` by `recipe`."""
-    return LazyMerge(bank, recipe, *_statistics(look_up, bank, recipe, spec), spec, compute_dtype, prefetch_layers)
+    return LazyMerge(_at_densities(look_up, bank, recipe, spec), recipe, spec, compute_dtype, prefetch_layers)
 
 
 def differentiable_merge(
     bank: Bank, recipe: Recipe, spec: MergeSpec, compute_dtype: str = "float32"
 ) -> DifferentiableMerge:
     """The merge of `bank` by `recipe`, to be differentiated with respect to the recipe."""
-    return DifferentiableMerge(
-        bank, recipe, *_statistics(look_up_differentiable, bank, recipe, spec), spec, compute_dtype
+    return DifferentiableMerge(_at_densities(look_up_differentiable, bank, recipe, spec), recipe, spec, compute_dtype)
+
+
+def _at_densities(look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec: MergeSpec) -> Bank:
+    """The bank with its statistics at a recipe's densities. They are looked up once for all layers, not where a layer
+    is merged: the compiler would fuse the look-up into the merge and do it anew for every entry of the weights."""
+
+    def of_layer(leaf: LeafBank, parameters: Parameters) -> Any:
+        one = partial(look_up, spec.method, parameters=_pick(parameters, leaf.group))
+        return jax.vmap(one)(leaf.statistics) if leaf.has_experts else one(leaf.statistics)
+
+    def of_stack(leaf: LeafBank, parameters: Parameters) -> LeafBank:
+        if not leaf.statistics:
+            return leaf
+        return replace(leaf, statistics=jax.vmap(of_layer)(leaf, parameters))
+
+    def of_shared(leaf: LeafBank, parameters: Parameters) -> LeafBank:
+        if not leaf.statistics:
+            return leaf
+        return replace(leaf, statistics=look_up(spec.method, leaf.statistics, parameters))
+
+    return Bank(
+        {
+            stack: {name: of_stack(leaf, recipe.stacks[stack]) for name, leaf in leaves.items()}
+            for stack, leaves in bank.stacks.items()
+        },
+        {name: of_shared(leaf, recipe.shared[name]) for name, leaf in bank.shared.items()},
     )
-
-
-def _statistics(
-    look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec: MergeSpec
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """What a recipe's densities find in the bank's tables, of each stack and of shared leaves. It is looked up here,
-    not where a layer is merged: the compiler would fuse the look-up into the merge and do it anew for every entry of
-    the weights."""
-    component = bank.component_of
-
-    def of_layer(name: str, table: Parameters, parameters: Parameters) -> Any:
-        one = partial(look_up, spec.method, parameters=_pick(parameters, component[name]))
-        return jax.vmap(one)(table) if name in bank.expert_leaves else one(table)
-
-    stacks = {
-        stack: {name: jax.vmap(partial(of_layer, name))(table, recipe.stacks[stack]) for name, table in tables.items()}
-        for stack, tables in bank.stack_tables.items()
-    }
-    shared = {name: look_up(spec.method, table, recipe.shared[name]) for name, table in bank.shared_tables.items()}
-    return stacks, shared
 
 
 def _pick(parameters: Parameters, component: int) -> Parameters:

@@ -101,10 +101,12 @@ def _front_section(result: Result) -> str:
 
 def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
     """The card of a search's winner. generations: how many have been searched."""
+    splits = problem.splits
+    validation, heldout = splits.validation, splits.heldout
     tasks = "\n".join(
         f"- `{task.name}`: metric {task.metric}, weight {task.weight:g}, "
-        f"{_sizes(task, problem.validation[i] if problem.validation and task.weight else None, problem.heldout[i])}"
-        for i, task in enumerate(problem.full)
+        f"{_sizes(task, validation[i] if validation and task.weight else None, heldout[i])}"
+        for i, task in enumerate(problem.splits.search)
     )
     models = {problem.references[path]: path for path in problem.candidates.merged_from(result.genome)}
     return (

@@ -9,7 +9,7 @@ import numpy as np
 
 from evojax_merge.checkpoints.derived import parts_of
 from evojax_merge.checkpoints.folder import hub_id
-from evojax_merge.checkpoints.writer import atomic_write
+from evojax_merge.file_system import atomic_write
 from evojax_merge.report.intervals import Lead
 from evojax_merge.report.winner import WinnerReport
 

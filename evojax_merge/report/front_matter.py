@@ -12,7 +12,7 @@ import yaml
 
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.checkpoints.writer import CARD
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.yaml_reader import parse_yaml
 
 # Of a card this much is looked at; the hub's longest front matters (tables of benchmarks) are a tenth of it.
@@ -104,4 +104,7 @@ def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:
 
 
 def _dumped(header: Mapping[str, Any]) -> str:
-    return f"---\n{yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)}---\n"
+    text = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=True)
+    if escaped_lines(text) != text:
+        text = yaml.safe_dump(dict(header), sort_keys=False, allow_unicode=False)
+    return f"---\n{text}---\n"

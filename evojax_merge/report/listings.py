@@ -5,12 +5,12 @@ import inspect
 
 from merge_kernels import METHODS, Method, Parameter
 from rich.table import Table
-from rich.text import Text
 
 from evojax_merge.checkpoints.config_file import LARGER_MODELS
 from evojax_merge.config import Config, keys_of
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.models.architecture import model_types
+from evojax_merge.report.progress import cell
 from evojax_merge.search.strategies.registry import find_strategy, strategy_names
 
 BASES = {"required": "required", "optional": "optional", "parent": "one of the models"}
@@ -83,10 +83,10 @@ def _parameter(parameter: Parameter) -> str:
 def _table(*columns: str) -> Table:
     table = Table()
     for column in columns:
-        table.add_column(Text(column))
+        table.add_column(cell(column))
     return table
 
 
 def _row(table: Table, *cells: object) -> None:
     lines = ("\n".join(cell) if isinstance(cell, list | tuple) else str(cell) for cell in cells)
-    table.add_row(*map(Text, lines))
+    table.add_row(*map(cell, lines))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.errors import cannot_write
+from evojax_merge.file_system import atomic_file
 from evojax_merge.report.comparison import Result
 
 # Inches.
@@ -37,15 +37,11 @@ def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    work = path.with_name(f".{path.name}")
     try:
-        figure.savefig(work, dpi=120, format="png")
-        work.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
+        with atomic_file(path) as work:
+            figure.savefig(work, dpi=120, format="png")
     finally:
         plt.close(figure)
-        work.unlink(missing_ok=True)
 
 
 def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from evojax_merge.evaluation.targets import Target
+from evojax_merge.report.progress import cell
 
 _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and its gradient, on a minibatch"
 
@@ -171,8 +172,8 @@ class Plan:
             table.add_column(heading, justify="right")
         for row in self.passes:
             table.add_row(
-                row.task, row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}", shown_bytes(row.held_bytes),
-                shown_bytes(row.temporary_bytes),
+                cell(row.task), row.name, f"{row.chunk:,}", f"{row.runs:,}", f"{row.steps:,}",
+                shown_bytes(row.held_bytes), shown_bytes(row.temporary_bytes),
                 "" if row.reported_bytes is None else shown_bytes(row.reported_bytes), shown_number(row.flops).strip(),
                 shown_bytes(row.moved_bytes), shown_seconds(row.seconds),
             )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from evojax_merge.pedigree import FIRST, METHOD, NONE, NUMBER, SECOND, Member, member_name
+from evojax_merge.genealogy import FIRST, METHOD, NONE, NUMBER, SECOND, Member, member_name
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,11 +18,32 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from evojax_merge.errors import LONGEST_LINE, escaped_lines, printable
 from evojax_merge.search.loop import Generation, Reporter
 
-# Where the output is a file, lines are as long as a table needs. Nothing is markup: names and patterns of others are
-# printed as they are.
-console = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
+
+class Terminal(Console):
+    """The console, which prints each text as one line, escaped."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        lines = (printable(one, LONGEST_LINE) if isinstance(one, str) else one for one in objects)
+        super().print(*lines, **options)
+
+
+class PlainColumn(TextColumn):
+    """A column of a progress bar whose text is no markup, and is escaped."""
+
+    def render(self, task: Task) -> Text:
+        return Text(printable(self.text_format.format(task=task)))
+
+
+def cell(text: str, style: str = "") -> Text:
+    """The text of a table's cell, which may have several lines: no markup, and escaped."""
+    return Text(escaped_lines(text), style)
+
+
+# Where the output is a file, lines are as long as a table needs. Nothing is markup: `[/INST]` is a name.
+console = Terminal(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
 
 OnGeneration = Callable[[Generation], None]
 
@@ -30,7 +52,7 @@ OnGeneration = Callable[[Generation], None]
 def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes."""
     columns = (
-        TextColumn("{task.description}", markup=False),
+        PlainColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TimeElapsedColumn(),
@@ -44,7 +66,7 @@ def bytes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in candidate passes."""
     columns = (
-        TextColumn("{task.description}", markup=False),
+        PlainColumn("{task.description}"),
         BarColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -106,8 +128,8 @@ class SearchBar(Reporter):
 def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[SearchBar]:
     """A progress bar over the generations of a search."""
     columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), GenerationsColumn(),
-        TextColumn("{task.fields[info]}", markup=False), TimeElapsedColumn(),
+        PlainColumn("{task.description}"), BarColumn(), GenerationsColumn(),
+        PlainColumn("{task.fields[info]}"), TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield SearchBar(progress, generations, on_generation)

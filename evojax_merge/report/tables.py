@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from rich.table import Table
-from rich.text import Text
 
+from evojax_merge.errors import escaped
 from evojax_merge.report.comparison import Row
+from evojax_merge.report.progress import cell
 
 LEAD = "winner ahead by (95% interval)"
 
@@ -16,19 +17,19 @@ def score_columns(rows: Sequence[Row]) -> list[str]:
 
 def terminal_table(rows: Sequence[Row], title: str) -> Table:
     """Names stand in it as they are, whatever console prints it: `[/INST]` is a name, not markup."""
-    table = Table(title=Text(title, "table.title"), title_justify="left")
+    table = Table(title=cell(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
     leads = [LEAD] if any(row.lead is not None for row in rows) else []
     for column in leads:
         table.add_column(column, justify="right")
     for column in score_columns(rows):
-        table.add_column(Text(column), justify="right")
+        table.add_column(cell(column), justify="right")
     for row in rows:
         style = "bold" if row.role == "winner" else ""
         label = row.name if _says_its_role(row) else f"{row.role} {row.name}"
         numbers = [f"{row.scores[column]:.4f}" for column in score_columns(rows)]
-        table.add_row(Text(label), f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers, style=style)
+        table.add_row(cell(label), f"{row.fitness:.4f}", *(lead_cell(row) for _ in leads), *numbers, style=style)
     return table
 
 
@@ -59,5 +60,5 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def _cell(text: str) -> str:
-    """What stands in a cell of Markdown as it is."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """The text of a cell of Markdown."""
+    return escaped(text).replace("|", "\\|")

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
 from evojax_merge.evaluation.scores import TaskScores
-from evojax_merge.search.protocols import Evaluator, Progress, Space
+from evojax_merge.search.protocols import ContextSpace, Evaluator, Progress, Space
 
 E = TypeVar("E", bound=Evaluator)
 
@@ -53,6 +53,10 @@ class SpaceEvaluator(Generic[E]):
 
     def passes(self, population: int) -> int:
         return self.evaluator.passes(population)
+
+    def within(self, context: Any) -> "SpaceEvaluator[E]":
+        """Scores genomes that refer to what the strategy's state lends (see `context_of`); None: they do not."""
+        return self if context is None else replace(self, space=cast(ContextSpace, self.space).within(context))
 
     def subset(self, examples: Sequence[np.ndarray]) -> "SpaceEvaluator[E]":
         """Scores genomes on some of the examples: for each of the tasks int[M], ascending. Only of an evaluator that

@@ -19,6 +19,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.devices import tree_nbytes
 from evojax_merge.evaluation.scores import ScoredTask, TaskScores, fitness, score_matrix, task_weights
 from evojax_merge.mergekit.write import shortest_decimal
+from evojax_merge.search.answers import ask, finalists, metrics, tell
 from evojax_merge.search.example_choice import ExampleChoice, choose_examples
 from evojax_merge.search.gradients import value_and_gradient
 from evojax_merge.search.protocols import (
@@ -27,10 +28,12 @@ from evojax_merge.search.protocols import (
     Space,
     State,
     Strategy,
-    differentiates,
+    context_of,
     wants_gradients,
+    within,
 )
-from evojax_merge.search.run_folder import KEPT_CHECKPOINTS, Saved
+from evojax_merge.search.run_folder import Saved
+from evojax_merge.search.run_parts import KEPT_CHECKPOINTS
 from evojax_merge.search.stopping import Stopped, course_of, seconds_of, stopped
 from evojax_merge.search.successive_halving import (
     HalvingResult,
@@ -73,13 +76,15 @@ class Generation:
 @dataclass(frozen=True)
 class Archive:
     """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
-    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last."""
+    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last;
+    context: what the strategy's last state lends to the space."""
 
     genomes: np.ndarray
     fitness: np.ndarray
     proposed: np.ndarray
     generations: int
     stopped: Stopped | None = None
+    context: Any = None
 
 
 class Reporter:
@@ -191,8 +196,9 @@ def evolve(
     for number in range(first, config.generations):
         interrupts.check()
         key = generation_key(seed, number)
-        genomes, state_after_ask = strategy.ask(key, state["strategy"])
-        _check_genomes(strategy, space, genomes)
+        genomes, state_after_ask = ask(strategy, key, state["strategy"], space.dims)
+        context = context_of(strategy, state_after_ask)
+        shards = [within(shard, context) for shard in shards]
         ended = stopped(config.stop, course, len(genomes))
         if ended is not None:
             reporter.log(_ended_early(ended, number, number == first, config))
@@ -221,12 +227,12 @@ def evolve(
         if number == 0:
             for line in look_at(first_part.tasks, halved.first):
                 reporter.log(line)
-        told = strategy.tell(key, state_after_ask, genomes, halved.scores)
+        told = tell(strategy, key, state_after_ask, genomes, halved.scores)
         state = _next_state(told, np.asarray(genomes), halved, state)
-        metrics = strategy.metrics(told)
+        values = metrics(strategy, told)
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
-        row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, metrics)
+        row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
         if by_gradient and not is_fitness:
             row["companion"] = True
         each = seconds / len(genomes)
@@ -234,8 +240,9 @@ def evolve(
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
             started = time.perf_counter()
             best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
-            proposed = strategy.finalists(told)
-            row["validation"], state["peak"] = validate(validation, best, proposed, state["peak"])
+            proposed = finalists(strategy, told, space.dims)
+            evaluator = within(validation, context_of(strategy, told))
+            row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
             timing["validation_seconds"] = time.perf_counter() - started
         parted, course = course.trend.parted, course.after(row, seconds_of(timing))
         if course.trend.parted != parted:
@@ -251,7 +258,7 @@ def evolve(
                 mean=row["mean"],
                 best_so_far=row["best_so_far"],
                 failed=row["failed"],
-                metrics=metrics,
+                metrics=values,
                 seconds=seconds,
                 validation=row.get("validation", {}).get("best_so_far"),
             )
@@ -260,9 +267,10 @@ def evolve(
     return Archive(
         genomes=np.asarray(state["genomes"])[found],
         fitness=np.asarray(state["fitness"])[found],
-        proposed=strategy.finalists(state["strategy"]),
+        proposed=finalists(strategy, state["strategy"], space.dims),
         generations=done,
         stopped=ended,
+        context=context_of(strategy, state["strategy"]),
     )
 
 
@@ -287,16 +295,6 @@ def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluato
 
 def _goal(evaluator: GenomeEvaluator) -> list[tuple[str, str]]:
     return [(task.name, task.metric) for task, _ in task_weights(evaluator.tasks)]
-
-
-def _check_genomes(strategy: Strategy, space: Space, genomes: Any) -> None:
-    expected, shape = (strategy.population, space.dims), np.shape(genomes)
-    fewer = differentiates(strategy) is not None and len(shape) == 2 and 0 < shape[0] <= expected[0]
-    if shape != expected and not (fewer and shape[1] == expected[1]):
-        raise Failed(
-            f"the strategy {strategy.name} asked for genomes of shape {list(np.shape(genomes))}; expected "
-            f"{list(expected)}, its population and the search's dimensions"
-        )
 
 
 def _all_failed(
@@ -412,6 +410,7 @@ def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress
     """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
     is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
     out."""
+    evaluator = within(evaluator, archive.context)
     genomes = np.concatenate([archive.genomes, archive.proposed, space.start[None]])
     genomes = genomes[np.isfinite(genomes).all(axis=1)]
     _, kept = np.unique(genomes, axis=0, return_index=True)

@@ -1,7 +1,7 @@
 """What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 import numpy as np
@@ -112,6 +112,20 @@ def keeps_front(strategy: Strategy) -> bool:
     return isinstance(strategy, KeepsFront) and strategy.keeps_front
 
 
+@runtime_checkable
+class LendsContext(Protocol):
+    """A strategy whose genomes refer to its state, such as to the numbers of members that it has bred."""
+
+    def context(self, state: State) -> Any:
+        """What the space needs of a state to decode genomes, beside the genomes (see `ContextSpace`)."""
+        ...
+
+
+def context_of(strategy: Strategy, state: State) -> Any:
+    """What a strategy's state lends to the space; None: genomes say everything."""
+    return strategy.context(state) if isinstance(strategy, LendsContext) else None
+
+
 class Space(Protocol):
     """What a genome means."""
 
@@ -132,6 +146,14 @@ class Space(Protocol):
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: the genomes of merges that a search may begin with, by a name of `config.Seed`. Raises
         InputError where the space has none."""
+        ...
+
+
+class ContextSpace(Space, Protocol):
+    """A space whose genomes refer to the state of the strategy (see `LendsContext`)."""
+
+    def within(self, context: Any) -> "ContextSpace":
+        """The space of a search whose strategy lends `context`."""
         ...
 
 
@@ -168,6 +190,19 @@ class GenomeEvaluator(Protocol):
     def tasks(self) -> Sequence[ScoredTask]: ...
     def passes(self, population: int) -> int: ...
     def score(self, genomes: np.ndarray, progress: Progress = ...) -> TaskScores: ...
+
+
+class ContextEvaluator(GenomeEvaluator, Protocol):
+    """Scores genomes of a `ContextSpace`."""
+
+    def within(self, context: Any) -> "ContextEvaluator":
+        """The evaluator of a search whose strategy lends `context`."""
+        ...
+
+
+def within(evaluator: GenomeEvaluator, context: Any) -> GenomeEvaluator:
+    """An evaluator of genomes that refer to `context` (see `context_of`); None: genomes say everything."""
+    return evaluator if context is None else cast(ContextEvaluator, evaluator).within(context)
 
 
 class SubsetEvaluator(GenomeEvaluator, Protocol):

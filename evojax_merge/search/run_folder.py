@@ -17,19 +17,15 @@ continued; the next process to open it removes the rest.
 """
 
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
-import socket
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,109 +35,43 @@ import merge_kernels
 import numpy as np
 
 from evojax_merge.checkpoints.folder import file_hash
-from evojax_merge.checkpoints.writer import atomic_folder, atomic_write, recover
 from evojax_merge.errors import Failed, InputError, PeerLostError, cannot_write
 from evojax_merge.evaluation.devices import barrier, collective
+from evojax_merge.file_system import (
+    atomic_folder,
+    atomic_write,
+    is_unfinished,
+    link_or_copy,
+    remove_empty_folder,
+    remove_file,
+    remove_folder,
+)
 from evojax_merge.interrupts import defer_signals
 from evojax_merge.mergekit.write import dump_yaml
+from evojax_merge.search.run_lock import acquire, holder, release
+from evojax_merge.search.run_parts import (
+    CHECKPOINT_MARK,
+    RunFolder,
+    check_parts,
+    check_removable_step,
+    check_replaceable_front,
+    check_room,
+    clear,
+    entries,
+    prune,
+    read_lines,
+    sweep,
+)
 from evojax_merge.yaml_reader import load_yaml
 
 # May differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"), ("search", "stop"))
-KEPT_CHECKPOINTS = 3
-# In best/: the winner of `search_pytrees`, its leaves by their paths.
-PARAMS = "params.safetensors"
-# The checkpoints of a run that is started again, for the moment until they are deleted.
-CLEARED = ".checkpoints.old"
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
 OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
 # In config.yaml, beside the config: the hashes of input files, and how random masks are drawn where they are.
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
 OF_A_RUN = (INPUTS, RANDOM_NUMBERS)
-LOCK = re.compile(rb"(\d+) on (\S+)\n")
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.jsonl"
-
-    @property
-    def history_backup(self) -> Path:
-        return self.path / "history.backup.jsonl"
-
-    @property
-    def timing(self) -> Path:
-        return self.path / "timing.jsonl"
-
-    @property
-    def recipe(self) -> Path:
-        return self.path / "best" / "recipe.yaml"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "best" / "model"
-
-    @property
-    def front(self) -> Path:
-        return self.path / "best" / "front"
-
-    @property
-    def winners(self) -> Path:
-        return self.path / "winners"
-
-    @property
-    def result(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stages(self) -> Path:
-        return self.path / "stages"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "lock"
-
-    @property
-    def picture(self) -> Path:
-        return self.path / "report.png"
-
-    @property
-    def parts(self) -> list[Path]:
-        """The folders that belong to the run; what else lies beside them is its user's."""
-        return [self.path / "best", self.path / "checkpoints", self.path / "stages", self.winners]
-
-    def read_history(self) -> list[dict[str, Any]]:
-        return read_lines(self.history)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, from its start to the first that was cut short or is no JSON object with a
-    generation's number."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("generation"), int):
-            break
-        rows.append(row)
-    return rows
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -193,26 +123,42 @@ def restore_timing(folder: RunFolder, generations: int) -> None:
 # Opening
 
 
-def open_run(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> RunFolder:
+def open_run(
+    path: Path,
+    document: dict[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunFolder:
     """Create a run folder, or open one that was begun with the same config, and remove what a killed process left.
+    `say` is given a line for each part of a run that is started again in which a user's files stay.
 
     Raises InputError where it cannot be written, holds another run, or is not a run folder at all.
     """
     folder = RunFolder(path)
     occupied = check_place(path, resume=resume, overwrite=overwrite)
+    last_stage = (document.get("stages") or [document])[-1]
+    generations = last_stage.get("search", {}).get("generations", 0)
     if occupied and resume:
         _check_same_config(folder, document)
+        result = read_result(folder.result) or {}
+        finished = result.get("generations")
+        if not (isinstance(finished, int) and finished >= generations) and "stopped_by" not in result:
+            # Before long work.
+            check_room(folder, generations)
     if resume and "generations" in document.get("search", {}):
         # Fewer generations than are saved already cannot be asked for.
         wanted = max(document["search"]["generations"], len(folder.read_history()))
         document = document | {"search": document["search"] | {"generations": wanted}}
     try:
         path.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        sweep(folder)
         if occupied and not resume:
-            _clear(folder)
+            for line in clear(folder, generations):
+                say(line)
         atomic_write(folder.config, dump_yaml(document))
-        folder.recipe.parent.mkdir(exist_ok=True)
+        folder.best.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(path, f"cannot be written ({error.strerror})") from None
     return folder
@@ -233,15 +179,38 @@ def opened(path: Path, document: dict[str, Any], *, resume: bool, overwrite: boo
 
 
 @contextmanager
+def locked(path: Path, *, resume: bool) -> Iterator[None]:
+    """The run folder for this process alone, made where it is not there yet, and gone again where it stays empty.
+
+    Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
+    """
+    folder, is_new = RunFolder(path), not path.exists()
+    _check_place(folder, resume)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = acquire(folder)
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        release(folder, handle)
+        if is_new:
+            remove_empty_folder(path)
+
+
+@contextmanager
 def removed_if_refused(folder: RunFolder) -> Iterator[None]:
-    """Where the input turns out to be wrong (InputError) before anything of the search was saved, the folder goes
-    again: it holds its config alone, and the next attempt may have another."""
+    """Where the input turns out to be wrong (InputError) before anything of the search was saved, what was written of
+    it goes again: the next attempt may have another config. The folder itself goes with its lock."""
     try:
         yield
     except InputError:
-        files = [path for path in folder.path.rglob("*") if path.is_symlink() or not path.is_dir()]
-        if {path.name for path in files} <= {folder.config.name, folder.lock.name}:
-            shutil.rmtree(folder.path, ignore_errors=True)
+        others = {*entries(folder.path)} - {folder.config, folder.lock}
+        if all(path in folder.parts and not entries(path) for path in others):
+            for path in others:
+                remove_empty_folder(path)
+            remove_file(folder.config)
         raise
 
 
@@ -269,6 +238,7 @@ def _check_place(folder: RunFolder, resume: bool) -> bool:
         return False
     if not is_run(folder):
         raise InputError(path, "is not empty and not a run folder; choose another with --out")
+    check_parts(folder)
     return True
 
 
@@ -300,66 +270,10 @@ def _is_just_begun(folder: RunFolder) -> bool:
 
     def of_a_start(path: Path) -> bool:
         if path == folder.lock:
-            return path.is_file() and _holder(path) is not None
-        return _is_half(path, folder.config) or (path == folder.recipe.parent and path.is_dir() and not _entries(path))
+            return path.is_file() and holder(path) is not None
+        return is_unfinished(path, folder.config) or (path in folder.parts and path.is_dir() and not entries(path))
 
     return all(of_a_start(path) for path in folder.path.iterdir())
-
-
-def _is_half(path: Path, whole: Path) -> bool:
-    """Whether a killed process was writing `whole` under this name; see checkpoints.writer. An editor's are others."""
-    return re.fullmatch(rf"\.{re.escape(whole.name)}(\.\d+)?", path.name) is not None
-
-
-def _sweep(folder: RunFolder) -> None:
-    """Remove what killed processes left half-written; a model that was just being replaced gets its name back. Only
-    for who holds the lock."""
-    best = folder.recipe.parent
-    recover(folder.model)
-    recover(folder.front)
-    written = (
-        folder.config, folder.history, folder.history_backup, folder.timing, folder.result, folder.picture,
-        folder.recipe,
-    )  # fmt: skip
-    for path in (*_entries(folder.path), *_entries(best)):
-        if any(_is_half(path, whole) for whole in written if whole.parent == path.parent):
-            _remove(path)
-    # Copied to go to winners/ with the rest of best/.
-    for file in (folder.result, folder.picture):
-        _remove(best / file.name)
-    _remove(folder.path / CLEARED)
-    steps = sorted((path for path in _entries(folder.checkpoints) if _is_step(path)), key=lambda path: int(path.name))
-    for path in {*_entries(folder.checkpoints)} - {*steps[-KEPT_CHECKPOINTS:]}:
-        _remove(path)
-    for stage in _entries(folder.stages):
-        _sweep(RunFolder(stage))
-
-
-def _entries(path: Path) -> list[Path]:
-    return list(path.iterdir()) if path.is_dir() else []
-
-
-def _is_step(path: Path) -> bool:
-    return path.name.isdecimal() and path.is_dir() and not path.is_symlink()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _clear(folder: RunFolder) -> None:
-    """Delete what a search wrote, and nothing that a user put beside it. Until the checkpoints go, all at once, the run
-    could be continued, its history restored from the backup; afterwards it has not begun."""
-    folders = (folder.recipe.parent, folder.winners, folder.stages)
-    for path in (folder.result, folder.picture, *folders, folder.timing, folder.history):
-        _remove(path)
-    if folder.checkpoints.exists():
-        folder.checkpoints.rename(folder.path / CLEARED)
-    _remove(folder.history_backup)
-    _remove(folder.path / CLEARED)
 
 
 @dataclass(frozen=True)
@@ -374,42 +288,47 @@ class EarlierWinner:
 def read_result(file: Path) -> dict[str, Any] | None:
     """The document of a `result.json`, or None where there is none that can be read."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
 
 def keep_winner(folder: RunFolder, recipe: str) -> None:
-    """Move a finished run's winner to `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same.
-
-    One rename moves recipe, model, result and picture together: a kill leaves all of them in one place or the other.
+    """Keep a finished run's winner in `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same: recipe,
+    model, front, result and picture, all of them or none. Weights get a second name where their disk can give one.
     """
-    result, best = read_result(folder.result), folder.recipe.parent
+    result = read_result(folder.result)
     if result is None or not folder.model.exists() or not folder.recipe.exists():
         return
     if folder.recipe.read_text(encoding="utf-8") == recipe:
         return
-    for file in (folder.result, folder.picture):
-        if file.exists():
-            shutil.copyfile(file, best / file.name)
+    if any(read_result(winner / folder.result.name) == result for winner in folder.kept_winners()):
+        # A process was killed since.
+        return
     name = f"{result.get('generations', 0):03d}"
-    others = (folder.winners / f"{name}-{number}" for number in itertools.count(2))
-    folder.winners.mkdir(exist_ok=True)
-    os.rename(best, next(path for path in itertools.chain([folder.winners / name], others) if not path.exists()))
-    best.mkdir()
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    place = next(folder.winners / name for name in names if not os.path.lexists(folder.winners / name))
+    with atomic_folder(place) as work:
+        for path in (folder.recipe, folder.result, folder.picture):
+            if path.exists():
+                shutil.copyfile(path, work / path.name)
+        for path in (folder.model, folder.front):
+            if path.exists():
+                shutil.copytree(path, work / path.name, symlinks=True, copy_function=link_or_copy)
 
 
 def write_front(folder: RunFolder, recipes: Sequence[str]) -> None:
     """Write the recipe of each member of a front, in place of those that are there, all at once."""
-    with atomic_folder(folder.front, overwrite=True) as work:
+    check = partial(check_replaceable_front, folder.front)
+    with atomic_folder(folder.front, overwrite=True, check=check) as work:
         for number, recipe in enumerate(recipes, start=1):
             (work / f"member-{number}.yaml").write_text(recipe, encoding="utf-8")
 
 
 def find_member(folder: RunFolder, number: int) -> Path:
     """The recipe of a member of the front. Raises InputError where there is no such member."""
-    file, count = folder.front / f"member-{number}.yaml", len(_entries(folder.front))
+    file, count = folder.front / f"member-{number}.yaml", len(entries(folder.front))
     if not count:
         raise InputError(
             folder.path,
@@ -423,9 +342,9 @@ def find_member(folder: RunFolder, number: int) -> Path:
 def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
     """The winners that were kept, in the order of their generations."""
     found = []
-    for path in sorted(folder.winners.glob("*/")):
-        result = read_result(path / "result.json") or {"table": []}
-        fitness = [row["heldout_fitness"] for row in result["table"] if row["role"] == "winner"]
+    for path in folder.kept_winners():
+        result = read_result(path / folder.result.name) or {}
+        fitness = [row["heldout_fitness"] for row in result.get("table", ()) if row["role"] == "winner"]
         found += [EarlierWinner(path, result["generations"], value) for value in fitness]
     return found
 
@@ -482,111 +401,6 @@ def _short(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The lock
-
-
-@contextmanager
-def locked(path: Path, *, resume: bool) -> Iterator[None]:
-    """The run folder for this process alone, made where it is not there yet. The lock is the operating system's, on the
-    file `lock`, and goes with the process however it ends.
-
-    Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
-    """
-    folder, is_new = RunFolder(path), not path.exists()
-    _check_place(folder, resume)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = _lock(folder)
-    except OSError as error:
-        raise InputError(path, f"cannot be written ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        if handle in _held:
-            # While it is still locked: nobody else can have taken it.
-            folder.lock.unlink(missing_ok=True)
-            _held.remove(handle)
-            os.close(handle)
-            if is_new and not _entries(path):
-                with suppress(OSError):
-                    path.rmdir()
-
-
-def check_not_in_use(path: Path) -> None:
-    """Raises InputError where another process works in a run folder. One may come afterwards: `locked` keeps it out."""
-    folder = RunFolder(path)
-    try:
-        handle = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        # Nobody works here, or it is said by `locked` what is wrong with the folder.
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _in_use(folder) from None
-    except OSError:
-        return
-    finally:
-        os.close(handle)
-
-
-def _lock(folder: RunFolder) -> int:
-    """The open lock file."""
-    while True:
-        handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise _in_use(folder) from None
-        except OSError as error:
-            where = f"warning: {folder.path}: this file system knows no locks ({error.strerror})"
-            print(f"{where}; see to it that no other process works in this folder", file=sys.stderr)
-        # Who held it may have removed it since it was opened.
-        if folder.lock.exists() and os.path.samestat(os.fstat(handle), folder.lock.stat()):
-            break
-        os.close(handle)
-    if _holder(folder.lock) is None:
-        os.close(handle)
-        raise InputError(folder.lock, "is no lock of this program, which needs a file of this name; move it")
-    os.ftruncate(handle, 0)
-    os.write(handle, f"{os.getpid()} on {socket.gethostname()}\n".encode())
-    _held.add(handle)
-    return handle
-
-
-def _let_go() -> None:
-    for handle in _held:
-        os.close(handle)
-    _held.clear()
-
-
-# A forked child, which may outlive this process, would have the lock as well.
-_held: set[int] = set()
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _in_use(folder: RunFolder) -> InputError:
-    for _ in range(50):
-        holder = _holder(folder.lock) or b""
-        if holder:
-            break
-        # It has the lock, and is about to write its name into it.
-        time.sleep(0.01)
-    who = f"process {holder.decode(errors='replace')}" if holder else "another process"
-    return InputError(folder.path, f"is in use by {who}; wait until that has ended, or stop it")
-
-
-def _holder(lock: Path) -> bytes | None:
-    """`process id on host` from a lock file, empty where it is not written yet; None: it is something else."""
-    try:
-        content = lock.read_bytes()
-    except OSError:
-        return b""
-    return content.strip() if not content or LOCK.fullmatch(content) else None
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -640,17 +454,11 @@ class Checkpoints:
 
         # It reports what cannot be read at length; what matters is raised as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        policy = ocp.training.preservation_policies.LatestN(KEPT_CHECKPOINTS)
-        self._folder = folder
-        with defer_signals():
-            self._checkpointer = ocp.training.Checkpointer(
-                folder.checkpoints.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
-            )
+        self._folder, self._orbax = folder, ocp
 
     def latest(self) -> int | None:
         """How many generations the newest checkpoint has behind it, or None."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        return max(self._folder.steps(), default=None)
 
     def save(self, generations: int, state: Any, history_length: int, history_digest: bytes) -> None:
         """Every process has the same state, and all of them call this, with `defer_signals`; one writes."""
@@ -659,7 +467,14 @@ class Checkpoints:
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
         try:
             with collective():
-                self._checkpointer.save_pytree(generations, arrays | {"digest": _digest(arrays)})
+                # Orbax would also delete: entries of the folder that look unfinished or old to it, whoever made them.
+                self._orbax.save_pytree(
+                    self._folder.step(generations).resolve(),
+                    arrays | {"digest": _digest(arrays)},
+                    custom_metadata=CHECKPOINT_MARK,
+                )
+            if jax.process_index() == 0:
+                prune(self._folder)
         except PeerLostError:
             raise
         except Exception as error:
@@ -677,9 +492,8 @@ class Checkpoints:
 
         Raises InputError where none can be read though there was one, or where an older version wrote it.
         """
-        steps = sorted((int(path.name) for path in _entries(self._folder.checkpoints) if _is_step(path)), reverse=True)
         saved, damaged = None, []
-        for step in steps:
+        for step in reversed(self._folder.steps()):
             saved = self._load(step)
             if saved is not None:
                 break
@@ -692,12 +506,13 @@ class Checkpoints:
         if saved is None and len(self._folder.read_history()) > 1:
             raise InputError(self._folder.path, f"has a history but no checkpoint to continue from; {again}")
         if damaged:
+            for step in damaged:
+                check_removable_step(self._folder, step)
             barrier("read")
             if jax.process_index() == 0:
                 for step in damaged:
-                    _remove(self._folder.checkpoints / str(step))
+                    remove_folder(self._folder.step(step))
             barrier("removed")
-            self._checkpointer.reload()
             assert saved is not None
             say(
                 f"the checkpoint of generation {damaged[0]} is damaged; "
@@ -709,7 +524,7 @@ class Checkpoints:
         """A checkpoint, or None where it is damaged. Raises InputError where an older version wrote it."""
         try:
             with defer_signals():
-                loaded = self._checkpointer.load_pytree(generations)
+                loaded = self._orbax.load_pytree(self._folder.step(generations).resolve())
             arrays = {name: np.asarray(leaf) for name, leaf in loaded.items() if name != "digest"}
             if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
                 return None
@@ -721,15 +536,6 @@ class Checkpoints:
         length, digest = int(arrays.pop("history.length")), arrays.pop("history.digest").tobytes()
         state = {name.removeprefix("state."): array for name, array in arrays.items()}
         return Saved(generations, state, length, digest)
-
-    def __enter__(self) -> "Checkpoints":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        # Closing is done together; it would wait for a process that has gone. It raises again what a save has raised.
-        if kind is not PeerLostError:
-            with nullcontext() if kind is None else suppress(Exception):
-                self._checkpointer.close()
 
 
 class FolderStorage:

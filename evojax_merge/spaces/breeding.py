@@ -5,15 +5,15 @@ the layers before it are merged of the two parents in one order, those from it o
 gave to the early layers the second gives to the late ones.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
 from merge_kernels import Method
 
 from evojax_merge.errors import InputError
+from evojax_merge.genealogy import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Genealogy, Member
 from evojax_merge.mergekit.write import shortest_decimal
-from evojax_merge.pedigree import FIRST, GENES, METHOD, NONE, NUMBER, SECOND, Member, Pedigree
 from evojax_merge.spaces.parameter import uniform_start
 
 # A child's parents.
@@ -32,37 +32,41 @@ def genome_genes(methods: tuple[Method, ...], split: bool) -> int:
 
 @dataclass(frozen=True)
 class BreedingSpace:
-    """methods: which a child may be bred by, by number; layers: L; split: whether there is a split point. Parents are
-    looked up in the pedigree."""
+    """methods: which a child may be bred by, by number; layers: L; split: whether there is a split point; genealogy:
+    where parents are looked up."""
 
     methods: tuple[Method, ...]
     layers: int
     split: bool
-    pedigree: Pedigree
+    genealogy: Genealogy
     # By their genomes: a member is the same object wherever it is met.
     _members: dict[bytes, Member] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def dims(self) -> int:
         """D, the length of a genome."""
-        return self.pedigree.founders.shape[1]
+        return self.genealogy.founders.shape[1]
 
     @property
     def start(self) -> np.ndarray:
         """The first founder."""
-        first: np.ndarray = self.pedigree.founders[0]
+        first: np.ndarray = self.genealogy.founders[0]
         return first
 
     def baselines(self) -> tuple[str, np.ndarray]:
         """All founders as they are."""
-        return "best founder", self.pedigree.founders
+        return "best founder", self.genealogy.founders
 
     def seed_genomes(self, where: str, name: str) -> NoReturn:
         """A pool's first candidates are its founders."""
         raise InputError(where, f"{name}: the first candidates of a pool are its founders; leave seeds out")
 
+    def within(self, context: np.ndarray) -> "BreedingSpace":
+        """The space of a search that has bred `context: float32[M, D]`, as the strategy lends it."""
+        return replace(self, genealogy=replace(self.genealogy, offspring=context))
+
     def decode(self, genomes: np.ndarray) -> list[Member]:
-        """The members of genomes float32[P, D], whose parents are in the pedigree."""
+        """The members of genomes float32[P, D], whose parents are in the genealogy."""
         return [self.member(genome) for genome in np.asarray(genomes, np.float32)]
 
     def member(self, genome: np.ndarray) -> Member:
@@ -71,7 +75,7 @@ class BreedingSpace:
         while waiting:
             # Parents first: a lineage may be longer than calls can be nested.
             own = waiting[-1]
-            parents = [] if own[METHOD] == NONE else [self.pedigree.genome(int(own[i])) for i in (FIRST, SECOND)]
+            parents = [] if own[METHOD] == NONE else [self.genealogy.genome(int(own[i])) for i in (FIRST, SECOND)]
             unknown = [parent for parent in parents if parent.tobytes() not in self._members]
             waiting += unknown
             if not unknown:

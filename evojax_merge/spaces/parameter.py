@@ -121,17 +121,17 @@ class GroupSpace:
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: `uniform`: equal weights 1/K; `parents`: each parent alone, weight 1 for it and 0 for the
         others; `trimmed_parents`: these at density 0.2; `task_vectors`: all weights 1. The other parameters are where
-        the search starts, and what lies outside the bounds is moved to them. Of an interpolation (`t`), the ends are
-        the parents, and its middle is uniform.
+        the search starts, and what lies outside the bounds is moved to them. An interpolation between two parents has
+        them at its ends, and is uniform in its middle.
 
         Raises InputError where the parameter that this is about is not searched, and where parents that share a weight
         would have different ones.
         """
         values = {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
-        # Two models and a line between them: `t` says how much of the second.
-        shares = {"uniform": [0.5], "parents": [0.0, 1.0]}.get(name) if self.method.name == "slerp" else None
-        if shares is not None and "t" in values:
-            return self._clipped([values | {"t": np.array([share])} for share in shares])
+        shares = {"uniform": [0.5], "parents": [0.0, 1.0]}.get(name)
+        fraction = self.method.interpolates
+        if shares is not None and fraction in values:
+            return self._clipped([values | {fraction: np.array([share])} for share in shares])
         weights = {"uniform": np.full((1, 1), 1 / self.parents), "task_vectors": np.ones((1, 1))}.get(
             name, np.eye(self.parents)
         )

@@ -365,7 +365,7 @@ def _source_files(module: ModuleType, function: Callable[..., Any]) -> tuple[Pat
 
 
 def _file_module(where: str, place: str, folder: Path) -> ModuleType:
-    path = next((path for path in (folder / place, Path(place).expanduser()) if os.path.isfile(path)), None)
+    path = next((path for path in (folder / place, Path(os.path.expanduser(place))) if os.path.isfile(path)), None)
     if path is None:
         raise InputError(where, f"{place}: no such file")
     path = path.resolve()

@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,13 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.function import FunctionFailed, users_code
-from evojax_merge.tasks.patterns import LimitedRegex, TooSlow
+from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
 from evojax_merge.tasks.task import (
     Opening,
     Responses,
@@ -38,6 +39,7 @@ from evojax_merge.tasks.task import (
     TestSet,
     token_ids,
 )
+from evojax_merge.tasks.task_folders import Templates, check_is_data, read_folder, rendered_apart
 
 # What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
@@ -74,6 +76,9 @@ class HarnessConfig(TaskConfig):
         None, ge=0, le=10_000, description="how many examples are shown; default: the task's own"
     )
     include_path: Location | None = Field(None, description="a folder with task YAMLs of your own")
+    allow_code: bool = Field(
+        False, description="true: functions, scripts and templates that the YAMLs of include_path name are run"
+    )
     apply_chat_template: bool = Field(False, description="whether prompts go through the models' chat template")
     fewshot_as_multiturn: bool = Field(True, description="in a chat template: whether examples are turns of their own")
     system_instruction: Text | None = Field(None, description="as in lm-eval")
@@ -86,14 +91,21 @@ class HarnessConfig(TaskConfig):
         # One that is no name is said by its own key.
         return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
 
+    @model_serializer(mode="wrap")
+    def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A task that may run no code is the one that it was before there was the key."""
+        return {key: value for key, value in serialise(self).items() if (key, value) != ("allow_code", False)}
+
 
 @dataclass(frozen=True)
 class Options:
-    """How the harness is to build its requests. `docs`: only the first so many examples, its `--limit`; `split`
-    train: the training examples instead of those that the task is scored on; the others are as the harness has them.
+    """How the harness is to build its requests. `allow_code`: whether a task of `include_path` may run code; `docs`:
+    only the first so many examples, its `--limit`; `split` train: the training examples instead of those that the task
+    is scored on; the others are as the harness has them.
     """
 
     include_path: Path | None = None
+    allow_code: bool = False
     num_fewshot: int | None = None
     docs: int | None = None
     split: Literal["train"] | None = None
@@ -107,7 +119,8 @@ class Source:
     """A task of the harness, loaded once, whatever is asked of it and by how many candidates. `where` names it in
     messages.
 
-    `kept`: its requests by example, with the tokenizer whose chat template is in them. `rows`: how many rows of tokens
+    `templates`: what renders the templates of a task that may run no code; None: the harness does. `kept`: its requests
+    by example, with the tokenizer whose chat template is in them. `rows`: how many rows of tokens
     each request of an example became when it was last asked.
     """
 
@@ -116,6 +129,7 @@ class Source:
     options: Options
     files: tuple[Path, ...]
     size: int
+    templates: Templates | None = None
     kept: tuple[Any, list[list[Any]]] | None = None
     rows: dict[int, list[int]] = field(default_factory=dict)
 
@@ -125,6 +139,21 @@ class Source:
         if self.kept is None or self.kept[0] is not template:
             self.kept = (template, self._build(template))
         return self.kept[1]
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Around what the task makes of answers. Where it is data alone, its failure is one of the input."""
+        try:
+            with _running(self.where, self.templates):
+                yield
+        except InputError:
+            raise
+        except Exception as error:
+            if self.templates is None:
+                raise
+            if isinstance(error, TimeoutError):
+                raise InputError(self.where, f"takes more than {SECONDS:g} s to score an answer") from None
+            raise InputError(self.where, f"lm-eval cannot score an answer ({_line(error)})") from error
 
     def _build(self, tokenizer: Any) -> list[list[Any]]:
         options, chat = self.options, None
@@ -136,7 +165,7 @@ class Source:
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
-            with lm_eval_context(), users_code(self.where):
+            with lm_eval_context(), _running(self.where, self.templates):
                 self.task.build_all_requests(
                     limit=options.docs,
                     rank=0,
@@ -148,6 +177,8 @@ class Source:
                 )
         except ChatTemplateError as error:
             raise InputError(self.where, f"apply_chat_template: the models' chat template failed ({error})") from None
+        except InputError:
+            raise
         except Exception as error:
             # A task is a program of its makers, templates and functions included.
             raise InputError(self.where, f"lm-eval cannot build its requests ({_line(error)})") from error
@@ -253,7 +284,7 @@ class HarnessTask(TaskDefaults):
     def target(self, example: int) -> str | None:
         assert self.source.kept is not None, "asked before it is scored"
         task, doc = self.source.task, copy.copy(self.source.kept[1][self.examples[example]][0].doc)
-        with users_code(self.source.where):
+        with self.source.scoring():
             target = task.doc_to_target(doc)
             if isinstance(target, int) and task.get_config("doc_to_choice") is not None:
                 target = task.doc_to_choice(doc)[target]
@@ -284,7 +315,7 @@ class HarnessTask(TaskDefaults):
         filled = [replace(requests[i % len(requests)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
         if not filled:
             return []
-        with users_code(self.source.where):
+        with self.source.scoring():
             self._filter.apply(filled)
         found = [request.filtered_resps[self._filter.name] for request in filled]
         return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in found]
@@ -326,22 +357,21 @@ class HarnessTask(TaskDefaults):
         together = [request for group in filled for request in group]
         if not together:
             return
-        try:
-            with users_code(self.source.where):
-                for pipeline in self.source.task._filters:
-                    pipeline.apply(together)
-        except FunctionFailed as error:
-            if isinstance(error.__cause__, TooSlow):
-                raise error.__cause__ from None
-            raise
+        with self.source.scoring():
+            for pipeline in self.source.task._filters:
+                pipeline.apply(together)
         for group, found in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
-                with users_code(self.source.where):
+                with self.source.scoring(), self._limit():
                     # A task's own function may change the document that it is given.
                     metrics = self.source.task.process_results(
                         copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
                     )
                 found |= {f"{metric},{name}": value for metric, value in metrics.items()}
+
+    def _limit(self) -> contextlib.AbstractContextManager[None]:
+        """Around the scoring of one example: what a task that runs no code looks for has an end."""
+        return contextlib.nullcontext() if self.source.templates is None else time_limit(SECONDS)
 
     def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
         """object[P, N] of the harness's values -> scores, or None where they are not of single examples."""
@@ -367,11 +397,13 @@ def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
     """The task of the harness that the config names. Raises InputError for what config or harness do not have."""
     where, include = opening.where, None
     if config.include_path is not None:
-        include = (opening.folder / Path(config.include_path).expanduser()).resolve()
+        include = (opening.folder / os.path.expanduser(config.include_path)).resolve()
         if not include.is_dir():
             raise InputError(f"{where}.include_path", f"{config.include_path}: no such folder")
+    elif config.allow_code:
+        raise InputError(f"{where}.allow_code", "has no meaning without include_path; leave it out")
     options = Options(
-        include, config.num_fewshot, config.docs, config.split, config.apply_chat_template,
+        include, config.allow_code, config.num_fewshot, config.docs, config.split, config.apply_chat_template,
         config.fewshot_as_multiturn, config.system_instruction,
     )  # fmt: skip
     _, name = opening.source("lm_eval", config.lm_eval)
@@ -390,9 +422,9 @@ def open_harness(
     where: str, lm_eval: str, metric: str | None, name: str, weight: float, options: Options
 ) -> HarnessTask:
     """A task of the harness by its name there. Raises InputError for what it does not have."""
-    manager, entry = _find(where, lm_eval, options.include_path)
+    manager, files, templates = _find(where, lm_eval, options)
     try:
-        with lm_eval_context(), users_code(lm_eval):
+        with lm_eval_context(), _running(lm_eval, templates):
             (task,) = manager.load([lm_eval])["tasks"].values()
             # Else an expression that is none would be found when the first outputs are scored.
             for pipeline in task._filters:
@@ -401,6 +433,8 @@ def open_harness(
                 pipeline.filters = [
                     functools.partial(_limited, f"{where}: {lm_eval}", make) for make in pipeline.filters
                 ]
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(where, f"lm_eval: {lm_eval} cannot be loaded ({_line(error)})") from error
     if getattr(task, "MULTIMODAL", False):
@@ -417,7 +451,7 @@ def open_harness(
         size = len(task.eval_docs)
     size = size if options.docs is None else min(size, options.docs)
     chosen = _metric(f"{where}: metric", task, metric)
-    source = Source(f"{where}: {lm_eval}", task, options, _files(entry, task), size)
+    source = Source(f"{where}: {lm_eval}", task, options, _with_data(files, task), size, templates)
     return HarnessTask(name, chosen, weight, source, tuple(range(size)))
 
 
@@ -459,29 +493,43 @@ def default_task_manager() -> Any:
     return TaskManager()
 
 
-def _find(where: str, name: str, include_path: Path | None) -> tuple[Any, Any]:
-    """The manager that knows a task, and its entry in the index: of `include_path` first."""
+def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...], Templates | None]:
+    """The manager that knows a task, of `include_path` first; the files that the task is made of; and what renders its
+    templates, as for Source. Raises InputError for a task of `include_path` that may run no code, and would."""
     _harness(where)
     from lm_eval.tasks import TaskManager
 
-    known: list[str] = []
-    for manager in _managers(include_path, TaskManager):
-        entry = manager.task_index.get(name)
-        if entry is None:
-            known += manager.all_subtasks
-            continue
-        if entry.kind.name in ("GROUP", "TAG"):
-            raise InputError(where, f"lm_eval: {name} is a group of tasks; name them one by one{_members(entry)}")
-        return manager, entry
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    index, unreadable = ({}, {}) if options.include_path is None else read_folder(where, options.include_path)
+    if name in index:
+        entry = index[name]
+        _check_single(where, name, entry)
+        files, templates = tuple(_yaml_files(entry.yaml_path.resolve())), None
+        if not options.allow_code:
+            templates = Templates(f"{where}: lm_eval: {name}")
+            check_is_data(templates.where, entry.cfg)
+            # The harness takes what was looked at, and reads no file again.
+            entry = replace(entry, yaml_path=None)
+        manager = TaskManager(include_defaults=False)
+        manager.task_index[name] = entry
+        return manager, files, templates
+    if name in unreadable:
+        # YAMLs are mostly called as their tasks are.
+        raise unreadable[name]
+    manager = default_task_manager()
+    if name in manager.task_index:
+        entry = manager.task_index[name]
+        _check_single(where, name, entry)
+        return manager, () if entry.yaml_path is None else tuple(_yaml_files(Path(entry.yaml_path).resolve())), None
+    if unreadable:
+        raise next(iter(unreadable.values()))
+    near = difflib.get_close_matches(name, [*index, *manager.all_subtasks], n=1, cutoff=0.5)
     hint = f" (did you mean '{near[0]}'?)" if near else "; `lm-eval ls tasks` lists them"
     raise InputError(where, f"lm_eval: lm-eval has no task {name!r}{hint}")
 
 
-def _managers(include_path: Path | None, make: Any) -> Iterator[Any]:
-    if include_path is not None:
-        yield make(include_path=str(include_path), include_defaults=False)
-    yield default_task_manager()
+def _check_single(where: str, name: str, entry: Any) -> None:
+    if entry.kind.name in ("GROUP", "TAG"):
+        raise InputError(where, f"lm_eval: {name} is a group of tasks; name them one by one{_members(entry)}")
 
 
 def _members(entry: Any) -> str:
@@ -521,13 +569,12 @@ def _aggregation_name(task: Any, metric: str) -> str | None:
     return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
 
 
-def _files(entry: Any, task: Any) -> tuple[Path, ...]:
-    """The task's YAML with what it is made of, and the local files that its examples come from."""
+def _with_data(files: tuple[Path, ...], task: Any) -> tuple[Path, ...]:
+    """The task's files, and the local files that its examples come from."""
     named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
     texts = [named] if isinstance(named, (str, list)) else list(named.values())
     flat = [text for one in texts for text in (one if isinstance(one, list) else [one])]
-    yamls = [] if entry.yaml_path is None else _yaml_files(Path(entry.yaml_path).resolve())
-    return tuple(dict.fromkeys(path.resolve() for path in [*yamls, *map(Path, flat)] if path.is_file()))
+    return tuple(dict.fromkeys(path.resolve() for path in [*files, *map(Path, flat)] if path.is_file()))
 
 
 def _yaml_files(path: Path) -> list[Path]:
@@ -541,6 +588,19 @@ def _yaml_files(path: Path) -> list[Path]:
     # A relative path starts where the file is that names it.
     included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
     return [path, *modules, *(file for one in included for file in _yaml_files(one))]
+
+
+@contextlib.contextmanager
+def _running(name: str, templates: Templates | None) -> Iterator[None]:
+    """Around what a task runs: its code, or, of a task that may run none, its templates. Where these, or a pattern that
+    takes too long, are refused, nothing of the user's has failed."""
+    try:
+        with users_code(name), rendered_apart(templates):
+            yield
+    except FunctionFailed as error:
+        if isinstance(error.__cause__, InputError if templates is not None else TooSlow):
+            raise error.__cause__ from None
+        raise
 
 
 @contextlib.contextmanager
@@ -609,16 +669,23 @@ def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[
 
 def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, tuple[str, ...]]:
     """The most new tokens of a generation, and the texts that end it."""
-    if settings.get("do_sample") or (float(settings.get("temperature") or 0.0) > 0.0 and "do_sample" not in settings):
+    try:
+        temperature = float(settings.get("temperature") or 0.0)
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        new = next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(where, f"generation_kwargs: {error}; expected numbers") from None
+    if settings.get("do_sample") or (temperature > 0.0 and "do_sample" not in settings):
         raise InputError(where, "the task draws its outputs at random (do_sample); here they are greedy")
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    new = next((int(settings[name]) for name in names if settings.get(name) is not None), DEFAULT_NEW_TOKENS)
+    if new < 1:
+        raise InputError(where, f"generation_kwargs: asks for {new} new tokens; expected at least 1")
     until = settings.get("until") or []
-    stop = [until] if isinstance(until, str) else list(until)
+    stop = [until] if isinstance(until, str) else until
+    if not (isinstance(stop, (list, tuple)) and all(isinstance(text, str) for text in stop)):
+        raise InputError(where, f"generation_kwargs: until: {shown(until)}; expected texts")
     # The end-of-sequence token ends an output when it is spelled out, too.
-    if tokenizer.eos_token_id is not None:
-        stop.append(tokenizer.decode(tokenizer.eos_token_id))
-    return new, tuple(dict.fromkeys(text for text in stop if text))
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.decode(tokenizer.eos_token_id)]
+    return new, tuple(dict.fromkeys(text for text in [*stop, *ends] if text))
 
 
 def _chat(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from evojax_merge.errors import shown
 from evojax_merge.tasks import function, gsm, harness, text
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
@@ -14,6 +15,10 @@ def register_task(kind: TaskKind) -> TaskKind:
 
     Raises ValueError for a kind that no config could tell from others, or that has a name of a built-in one.
     """
+    if not isinstance(kind, TaskKind):
+        raise ValueError(f"kind: {shown(kind)}; expected a TaskKind")
+    if not (isinstance(kind.config, type) and issubclass(kind.config, TaskConfig)):
+        raise ValueError(f"kind.config: {shown(kind.config)}; expected a subclass of TaskConfig")
     tags = _tags(kind)
     if not tags:
         raise ValueError(

@@ -1,15 +1,15 @@
 """A task of the config -> its search split and its held-out split, whatever kind it is of."""
 
-import sys
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.tasks.kinds import kind_of
-from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, local_file
+from evojax_merge.tasks.splits import Splits
+from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, TaskKind, local_file
 
 
 def open_task(
@@ -31,9 +31,9 @@ def open_splits(
     kind, second = kind_of(config), config.heldout_source
     if second is not None and kind.source is None:
         raise InputError(f"{where}.heldout", f"{second}; a task of this kind has one source: expected a share")
-    task: Task = kind.open(config, Opening(where, folder, seed, None, find_file))
+    task = _open(kind, config, Opening(where, folder, seed, None, find_file))
     if second is not None:
-        return task, kind.open(config, Opening(where, folder, seed, second, find_file))
+        return task, _open(kind, config, Opening(where, folder, seed, second, find_file))
     if task.size < 2:
         raise InputError(
             task.files[0] if task.files else where, "holds one example; a held-out share needs at least two"
@@ -47,7 +47,17 @@ def open_whole_task(
     """A task on all its examples; where the config names a second source of held-out examples, on those."""
     kind = kind_of(config)
     second = None if kind.source is None else config.heldout_source
-    return kind.open(config, Opening(where, folder, seed, second, find_file))
+    return _open(kind, config, Opening(where, folder, seed, second, find_file))
+
+
+def _open(kind: TaskKind, config: TaskConfig, opening: Opening) -> Task:
+    task: Any = kind.open(config, opening)
+    lacking = [name for name in ("name", "metric", "weight", "size", "files", "subset") if not hasattr(task, name)]
+    if lacking:
+        name = " or ".join(kind.names) or kind.key
+        what = f"the kind of task {name} opened it as {shown(task)}"
+        raise InputError(opening.where, f"{what}; expected a Task, which has {', '.join(lacking)}")
+    return cast(Task, task)
 
 
 def split_task(task: Task, share: float, seed: int) -> tuple[Task, Task]:
@@ -76,7 +86,7 @@ def _check_fair(where: str, config: TaskConfig) -> None:
     if not found.meant:
         instead = f"take {found.instead} or examples of your own, or say on_test_set: true"
         raise InputError(where, f"on_test_set: {why}; {instead}")
-    print(f"warning: {where}: {why}", file=sys.stderr)
+    print_warning(f"{where}: {why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -86,17 +96,16 @@ def _check_fair(where: str, config: TaskConfig) -> None:
 def overlaps(
     where: str,
     tasks: Sequence[TaskConfig],
-    full: Sequence[Task],
-    heldout: Sequence[Task],
-    validation: Sequence[Task] = (),
+    splits: Splits[list[Task]],
 ) -> list[str]:
     """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
     once in its data, and for each of which held-out (or validation) examples are among those that are searched on.
-    `where` is the config; `full`, `heldout` and `validation`, where there is one, are the splits of its tasks."""
-    searched = {key for task in full if task.weight > 0 for key, _ in task.contents()}
+    `where` is the config, `splits` those of its tasks."""
+    validation = splits.validation or []
+    searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
     lines = []
-    for number, (config, search, held) in enumerate(zip(tasks, full, heldout, strict=True)):
+    for number, (config, search, held) in enumerate(zip(tasks, splits.search, splits.heldout, strict=True)):
         task = f"{where}: tasks[{number}]"
         # A task of weight 0 is not divided.
         kept_back = [validation[number]] if validation and config.weight > 0 else []

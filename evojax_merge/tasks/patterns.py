@@ -4,14 +4,13 @@ import contextlib
 import functools
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import regex
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.patterns import expression
 
 # Of processor time that one text may take. What an ordinary pattern needs for the longest output is a thousandth.
@@ -61,7 +60,7 @@ class OthersPattern:
         if text in self.slow:
             return None
         try:
-            with _time_limit(SECONDS):
+            with time_limit(SECONDS):
                 return self.compiled.findall(text)
         except TimeoutError:
             self.slow.add(text)
@@ -86,7 +85,7 @@ class LimitedRegex:
 
 
 @contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
+def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the block once the process has computed for so long. `re` looks out for signals while it
     matches; they come to the main thread alone, and in others there is no limit."""
     if threading.current_thread() is not threading.main_thread():
@@ -138,7 +137,7 @@ def _found(where: str, known: Pattern | OthersPattern, text: str) -> list[Any]:
         if len(known.slow) >= GIVE_UP_AFTER:
             raise TooSlow(where, f"{told}, and did so on {len(known.slow)} outputs")
         if not before:
-            print(f"warning: {where}: {told}; such an output counts as one without an answer", file=sys.stderr)
+            print_warning(f"{where}: {told}; such an output counts as one without an answer")
     return found or []
 
 

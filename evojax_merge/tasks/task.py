@@ -215,8 +215,8 @@ FindFile = Callable[[str, str, Path], Path]
 
 def local_file(where: str, reference: str, folder: Path) -> Path:
     """A file by its path. Raises InputError, with the key `where`, if there is none."""
-    for path in (Path(reference).expanduser(), folder / reference):
-        # Not the path's own method, which raises for a name that no file can have.
+    for path in (Path(os.path.expanduser(reference)), folder / reference):
+        # Not the path's own methods, which raise for a name that no file can have, and for a user that there is not.
         if os.path.exists(path):
             return path.resolve()
     raise InputError(where, f"{reference}: no such file")

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 import string
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,17 @@ def check_template(where: str, template: str) -> None:
         _parts(template)
     except ValueError as error:
         raise InputError(where, f"{error}; {EXPECTED}") from None
+
+
+def check_names_field(where: str, template: str, refuse: bool) -> None:
+    """A template that names no field gives every record the same text: raises InputError where that cannot be meant
+    (`refuse`), and warns of it otherwise. `where` is its key."""
+    if any(isinstance(part, tuple) for part in _parts(template)):
+        return
+    said = "names no field of the records, so that every one of them gives the same text"
+    if refuse:
+        raise InputError(where, f"{said}; {EXPECTED}")
+    print(f"warning: {where}: {said}", file=sys.stderr)
 
 
 def check_characters(where: str, text: str) -> None:

@@ -6,7 +6,6 @@ example, and higher is better.
 """
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, print_warning
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
 from evojax_merge.tasks.records import read_records
@@ -33,7 +32,7 @@ from evojax_merge.tasks.task import (
     brevity,
     token_ids,
 )
-from evojax_merge.tasks.templates import check_characters, check_stop, check_template, fill, look_up
+from evojax_merge.tasks.templates import check_characters, check_names_field, check_stop, check_template, fill, look_up
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 METRICS: dict[str, tuple[str, ...]] = {
@@ -172,11 +171,18 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
     fields = checked_fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
     check_stop(where, config.stop)
+    if config.prompt:
+        check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
+    if kind != "multiple_choice":
+        check_names_field(f"{where}.target", config.target, refuse=False)
     file = opening.file(*opening.source("file", config.file))
     task = TextTask(
         config.name, kind, metric, config.weight, str(file), tuple(read_examples(file, kind, fields)),
         config.pattern, config.max_new_tokens, tuple(config.stop),
     )  # fmt: skip
+    repeating = [one.line for one in task.examples if len(set(one.targets)) < len(one.targets)]
+    if repeating:
+        print_warning(f"{file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
         samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
         check_pattern(where, config.pattern, config.max_new_tokens, samples)
@@ -187,10 +193,9 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         if len(without) == len(answers):
             raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {told}")
         if len(without) > len(answers) / 2:
-            print(
-                f"warning: {where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold "
-                f"{told}; no output is right for these",
-                file=sys.stderr,
+            print_warning(
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {told}; no "
+                "output is right for these"
             )
     return task
 
@@ -239,6 +244,11 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
         raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected {expected} or a choice")
+    if choices.count(choices[chosen]) > 1:
+        raise InputError(
+            where, f"{fields.choices}: the right one, {_brief(choices[chosen])}, is there twice, and cannot win; "
+            "expected choices that differ"
+        )  # fmt: skip
     return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), chosen, line)
 
 

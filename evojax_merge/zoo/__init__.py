@@ -73,7 +73,7 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
 
 
 def _unpack(family: Path) -> None:
-    from evojax_merge.checkpoints.writer import atomic_folder
+    from evojax_merge.file_system import atomic_folder
     from evojax_merge.zoo.arithmetic import unpack_family
 
     try:
@@ -109,7 +109,7 @@ def train_family(family: Path, what: str, steps: int, make: Callable[..., None])
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from evojax_merge.checkpoints.writer import atomic_folder
+    from evojax_merge.file_system import atomic_folder
 
     console = Console(file=sys.stderr)
     console.print(f"zoo: training {what}, once, into {family}", soft_wrap=True, highlight=False)

@@ -26,9 +26,10 @@ from evojax_merge.checkpoints.bank import load_stored, stored_tensors
 from evojax_merge.checkpoints.gguf_file import named_tensors, read_gguf, write_config, write_tokenizer
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
-from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec, atomic_folder, atomic_write
+from evojax_merge.checkpoints.writer import ShardWriter, TensorSpec
 from evojax_merge.data_packages import opened_wheel
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.file_system import atomic_folder, atomic_write
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import SequenceLayout

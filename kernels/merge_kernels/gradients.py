@@ -9,22 +9,26 @@ first order in the loss. A density outside of [0, 1] keeps what the nearer end k
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from merge_kernels.methods import DENSITY_STEPS, Method, Options, combine, grid_index, look_up
-from merge_kernels.sums import Arrays
+from merge_kernels.apply import DENSITY_STEPS, combine, grid_index, look_up
+from merge_kernels.method import CombineInputs, Method, Options
 
-# In units of a density.
+# The distance, as a density, at which a density's difference quotient is taken on either side.
 HALF_WIDTH = 0.01
 
 
 class Neighbourhood(NamedTuple):
-    """Statistics `at` a candidate's densities, `below` and `above` them, and the densities there, `low` and `high`:
-    float32[K], or [] for a density that all parents share."""
+    """Statistics at a candidate's densities and on both sides of them.
+
+    at, below, above: arrays by name, as `look_up` returns them; low, high: the densities of `below` and `above`,
+    float32[K], or [] for a density that all parents share.
+    """
 
     at: Mapping[str, jax.Array]
     below: Mapping[str, jax.Array]
@@ -35,7 +39,7 @@ class Neighbourhood(NamedTuple):
 
 @jax.custom_jvp
 def on_grid(density: jax.Array) -> jax.Array:
-    """The nearest of the densities `0, 1/1000 … 1`, float32. Its derivative is that of the density itself (a
+    """Round a density to the nearest of `0, 1/1000 … 1`, float32. The derivative is that of the density itself (a
     straight-through estimator)."""
     return grid_index(density).astype(jnp.float32) / DENSITY_STEPS
 
@@ -48,7 +52,7 @@ def _on_grid_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple
 def look_up_differentiable(
     method: Method, table: Mapping[str, jax.Array], parameters: Mapping[str, jax.Array]
 ) -> Neighbourhood | Mapping[str, jax.Array]:
-    """What `combine_differentiable` takes of a table: a neighbourhood for a method with a density, else the table."""
+    """The statistics for `combine_differentiable`: a neighbourhood for a method with a density, else the table."""
     if method.density is None:
         return table
     name = method.density.name
@@ -58,38 +62,29 @@ def look_up_differentiable(
     return Neighbourhood(at, below, above, low, high)
 
 
-def combine_differentiable(
-    method: Method,
-    options: Options,
-    sources: Arrays,
-    keep_keys: Arrays,
-    statistics: Neighbourhood | Mapping[str, jax.Array],
-    parameters: Mapping[str, jax.Array],
-) -> jax.Array:
-    """`combine`, float32, with derivatives with respect to `parameters` (and to nothing else). statistics: as
-    `look_up_differentiable` returns them."""
-    if not isinstance(statistics, Neighbourhood):
-        return combine(method, options, sources, keep_keys, statistics, parameters)
-    return _combine(method, options, sources, keep_keys, statistics, dict(parameters))
+def combine_differentiable(method: Method, options: Options, inputs: CombineInputs) -> jax.Array:
+    """`combine`, float32, with derivatives with respect to `inputs.parameters` (and to nothing else).
+    `inputs.statistics` is the result of `look_up_differentiable`."""
+    if not isinstance(inputs.statistics, Neighbourhood):
+        return combine(method, options, inputs)
+    return _combine(method, options, replace(inputs, parameters=dict(inputs.parameters)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _combine(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
-) -> jax.Array:
-    return combine(method, options, sources, keep_keys, statistics.at, parameters)
+def _combine(method: Method, options: Options, inputs: CombineInputs) -> jax.Array:
+    return combine(method, options, replace(inputs, statistics=inputs.statistics.at))
 
 
-def _forward(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Neighbourhood, parameters: Any
-) -> tuple[jax.Array, Any]:
-    merged = combine(method, options, sources, keep_keys, statistics.at, parameters)
-    return merged, (sources, keep_keys, statistics, parameters)
+def _forward(method: Method, options: Options, inputs: CombineInputs) -> tuple[jax.Array, CombineInputs]:
+    return combine(method, options, replace(inputs, statistics=inputs.statistics.at)), inputs
 
 
-def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array) -> tuple[None, None, None, Any]:
-    sources, keep_keys, statistics, parameters = saved
-    _, pull_back = jax.vjp(lambda own: combine(method, options, sources, keep_keys, statistics.at, own), parameters)
+def _backward(method: Method, options: Options, inputs: CombineInputs, cotangent: jax.Array) -> tuple[CombineInputs]:
+    neighbourhood, parameters = inputs.statistics, inputs.parameters
+    at_densities = replace(inputs, statistics=neighbourhood.at)
+    _, pull_back = jax.vjp(
+        lambda numbers: combine(method, options, replace(at_densities, parameters=numbers)), parameters
+    )
     (gradients,) = pull_back(cotangent)
     assert method.density is not None
     name, per_parent = method.density.name, method.density.per_parent
@@ -101,20 +96,22 @@ def _backward(method: Method, options: Options, saved: Any, cotangent: jax.Array
 
     def effect(variant: tuple[Any, jax.Array]) -> jax.Array:
         """The merge with one density moved, weighed by the cotangent."""
-        own, value = variant
-        merged = combine(method, options, sources, keep_keys, own, parameters | {name: value})
+        statistics, value = variant
+        moved_inputs = replace(inputs, statistics=statistics, parameters={**parameters, name: value})
+        merged = combine(method, options, moved_inputs)
         return jnp.sum(cotangent * merged)
 
     # One after the other: unrolled, they would be most of what there is to compile.
     below, above = (
-        jax.lax.map(effect, (jax.tree.map(moved, dict(statistics.at), dict(side)), moved(density, value)))
-        for side, value in ((statistics.below, statistics.low), (statistics.above, statistics.high))
+        jax.lax.map(effect, (jax.tree.map(moved, dict(neighbourhood.at), dict(side)), moved(density, value)))
+        for side, value in ((neighbourhood.below, neighbourhood.low), (neighbourhood.above, neighbourhood.high))
     )
     inside = (density >= 0) & (density <= 1)
     # Further outside than HALF_WIDTH both are the same end.
-    width = jnp.where(inside, statistics.high - statistics.low, 1.0)
+    width = jnp.where(inside, neighbourhood.high - neighbourhood.low, 1.0)
     slopes = jnp.where(inside, (above - below) / width, 0.0)
-    return None, None, None, gradients | {name: slopes.reshape(density.shape)}
+    # None: no derivative.
+    return (CombineInputs(None, None, None, gradients | {name: slopes.reshape(density.shape)}),)  # type: ignore[arg-type]
 
 
 _combine.defvjp(_forward, _backward)

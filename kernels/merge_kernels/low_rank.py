@@ -1,4 +1,4 @@
-"""Weights that are a base and a product of two small matrices, as LoRA's are (Hu et al. 2022, arXiv:2106.09685)."""
+"""Weights that are a base plus a product of two small matrices, like LoRA's (Hu et al. 2022, arXiv:2106.09685)."""
 
 import jax
 import jax.numpy as jnp

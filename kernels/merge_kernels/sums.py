@@ -1,8 +1,8 @@
 """Sums over the parents: written out where they are few, a loop where they are many.
 
-Written out, a sum is one pass over memory, and a program that grows with the parents, as does the time that it takes to
-compile. The loop is a program of one size. It reads and writes the total once for every `BLOCK` of parents, and a
-compiler for CPUs makes a pass for each array of a total.
+A sum that is written out is one pass over memory, and a program that grows with the parents, as does the time that it
+takes to compile. The loop is a program of one size. It reads and writes the total once for every `BLOCK` of parents,
+and a compiler for CPUs makes a pass for each array of a total.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ import jax.numpy as jnp
 
 # Arrays of one shape, one after the other or stacked `[K, ...]`.
 Arrays = Sequence[jax.Array] | jax.Array
-# Up to so many parents are written out. On CPUs the loop of a sum with signs takes twice the time of what is written
-# out for 32 to 64 parents, and is as quickly compiled from 48 on.
+# The most parents that are written out. On CPUs the loop of a sum with signs takes twice the time of the other form
+# for 32 to 64 parents, and is as quickly compiled from 48 on.
 UNROLLED = 32
 # Parents that the loop adds up in one pass.
 BLOCK = 8
 
 
 def is_looped(parents: int) -> bool:
-    """Whether sums over so many parents are a loop. `sum_over` then calls its term with a traced k."""
+    """True if a sum over so many parents is a loop. `sum_over` then calls its term with a traced k."""
     return parents > UNROLLED
 
 
@@ -30,7 +30,7 @@ def sum_over(term: Callable[[Any], Any], parents: int) -> Any:
     """`term(0) + … + term(parents - 1)`, added up in this order.
 
     term: the number of a parent -> a pytree of arrays, of the same shapes for each. The derivative of the loop computes
-    the terms again, so that nothing is kept of each.
+    the terms again, so that it keeps nothing of each.
     """
     if not is_looped(parents):
         total = term(0)

@@ -1,13 +1,14 @@
-"""One merge of one tensor, from the sources to the dtype that it is written in, in pieces that stay in the cache."""
+"""The merge of one tensor, from the sources to the dtype that it is written in, in pieces that stay in the cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from merge_kernels.methods import Method, Numbers, Options, RowKeys, combine, prepare
+from merge_kernels.apply import combine, prepare
+from merge_kernels.method import CombineInputs, Method, Numbers, Options, Prepared, RowKeys
 
 # Entries that are combined at a time: pieces stay in the cache, and tensors of many sizes share a compiled shape.
 PIECE = 2**18
@@ -21,44 +22,40 @@ def merge_tensor(
     row_keys: RowKeys,
     dtype: np.dtype,
 ) -> np.ndarray:
-    """One merged tensor, `[...]` in `dtype`: measured exactly for these parameters (float64), merged in float32, cast.
+    """Merge one tensor: measure it exactly for these parameters (float64), merge in float32, cast to `dtype`.
 
-    sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`;
-    row_keys: see `prepare`. The same arguments give the same bits, whoever asks.
+    sources: arrays `[...]` of one shape, each in its own dtype, the base first where `options.has_base`; row_keys: see
+    `PrepareInputs`. The same arguments give the same bits in every caller.
     """
     prepared = prepare(method, options, sources, parameters, row_keys)
-    return _combine_in_pieces(method, options, sources, prepared.keep_keys, prepared.statistics, parameters, dtype)
+    return _combine_in_pieces(method, options, sources, prepared, parameters, dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6))
-def _combine(
-    method: Method, options: Options, sources: Any, keep_keys: Any, statistics: Any, parameters: Any, dtype: Any
-) -> jax.Array:
-    return combine(method, options, sources, keep_keys, statistics, parameters).astype(dtype)
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def _combine(method: Method, options: Options, inputs: CombineInputs, dtype: np.dtype) -> jax.Array:
+    return combine(method, options, inputs).astype(dtype)
 
 
 def _combine_in_pieces(
     method: Method,
     options: Options,
     sources: Sequence[np.ndarray],
-    keep_keys: tuple[np.ndarray, ...],
-    statistics: Mapping[str, np.ndarray],
-    parameters: Mapping[str, np.ndarray],
+    prepared: Prepared,
+    parameters: Numbers,
     dtype: np.dtype,
 ) -> np.ndarray:
-    """`combine` over pieces of the tensors: of whole rows where statistics or keep keys are by row, of flat runs
-    otherwise.
+    """`combine` over pieces of the tensors: whole rows where statistics or mask keys are by row, flat runs otherwise.
 
-    Tensors of more axes are matrices whose rows (or columns) are the vectors that were measured, or whose rows have the
+    A tensor of more axes is a matrix whose rows (or columns) are the vectors that were measured, or whose rows have the
     keys. The last piece is filled up, so that all pieces of all tensors (all of one width) have one shape.
     """
     shape = sources[0].shape
     by_vector = options.axis is not None and len(shape) > 1
-    by_row = by_vector or method.keyed_by_row
+    by_row = by_vector or method.has_row_keys
     width = 1 if not by_row else shape[-1] if options.axis == -1 else int(np.prod(shape[1:]))
     flat = (sources[0].size // max(width, 1), width) if by_row else (sources[0].size,)
     tensors = [x.reshape(flat) for x in sources]
-    numbers = [x.reshape((-1, 2) if method.keyed_by_row else flat) for x in keep_keys]
+    numbers = [x.reshape((-1, 2) if method.has_row_keys else flat) for x in prepared.mask_keys]
     total = tensors[0].shape[0]
     step = max(1, PIECE // max(width, 1))
     if total <= step // 16:
@@ -66,20 +63,21 @@ def _combine_in_pieces(
     merged = np.empty(tensors[0].shape, dtype)
     # Statistics of rows are cut like the rows; those of columns, or of everything, serve every piece.
     vectors = (-1, 1) if options.axis == -1 else (1, -1)
-    own = {name: x.reshape(vectors) if by_vector and x.ndim > 1 else x for name, x in statistics.items()}
-    numeric = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
+    statistics = {
+        name: x.reshape(vectors) if by_vector and x.ndim > 1 else x for name, x in prepared.statistics.items()
+    }
+    numeric: dict[str, Any] = {name: np.asarray(value, np.float32) for name, value in parameters.items()}
     for start in range(0, total, step):
         stop = min(start + step, total)
 
-        def cut(x: np.ndarray, start: int = start, stop: int = stop) -> np.ndarray:
+        def cut(x: np.ndarray, start: int = start, stop: int = stop) -> Any:
             part = x[start:stop]
             if stop - start == step:
                 return part
             return np.concatenate([part, np.zeros((step - (stop - start), *x.shape[1:]), x.dtype)])
 
-        rows = {name: cut(x) if by_vector and x.shape[:1] == (total,) else x for name, x in own.items()}
-        piece = _combine(
-            method, options, tuple(cut(x) for x in tensors), tuple(cut(x) for x in numbers), rows, numeric, dtype
-        )
+        rows = {name: cut(x) if by_vector and x.shape[:1] == (total,) else x for name, x in statistics.items()}
+        inputs = CombineInputs(tuple(map(cut, tensors)), tuple(map(cut, numbers)), rows, numeric)
+        piece = _combine(method, options, inputs, dtype)
         merged[start:stop] = np.asarray(piece)[: stop - start]
     return merged.reshape(shape)

@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -89,8 +90,9 @@ class Case:
 
     `change`: makes it, in a world; may return a tuple, the arguments of the command in place of `command`.
     `says`: texts that the one line on stderr must contain. `leaves`: files and folders, by their path in the world,
-    that may be there afterwards and were not before; all else must be as it was, to the byte. `seconds`: the time by
-    which the command has ended. `lines`: how many lines stderr may have (a user's traceback has more).
+    that may be there afterwards and were not before; `rewrites`: those that may be others afterwards, or gone; all else
+    must be as it was, to the byte. `seconds`: the time by which the command has ended. `lines`: how many lines stderr
+    may have (a user's traceback has more).
     """
 
     name: str
@@ -99,6 +101,7 @@ class Case:
     command: tuple[str, ...] = SEARCH
     status: int = 2
     leaves: tuple[str, ...] = ()
+    rewrites: tuple[str, ...] = ()
     seconds: float = 10.0
     lines: int = 1
     stdin: str = ""
@@ -265,6 +268,8 @@ def serve() -> None:
     import evojax_merge.pipeline  # noqa: F401
 
     _import_evosax()
+    with suppress(ImportError):
+        import lm_eval.tasks  # noqa: F401
     # No child looks through all of this for garbage, which would copy every page of it.
     gc.collect()
     gc.freeze()
@@ -333,7 +338,8 @@ def _become(request: dict[str, Any]) -> None:
 
     os.environ.clear()
     os.environ.update(request["environment"])
-    # JAX reads this one when it is imported: each command compiles as the module that runs it (tests/conftest.py).
+    # JAX reads these when it is imported: each command compiles as the module that runs it (tests/conftest.py).
+    jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS"))
     jax.config.update("jax_disable_most_optimizations", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1")
     first, *rest = request["arguments"] or [""]
     try:
@@ -389,8 +395,9 @@ def check(case: Case, world: World, server: Server) -> Done:
     for text in case.says:
         assert text in done.stderr, f"{text!r} is not in: {shown}"
     after = snapshot(world.root)
-    new = {name for name in set(after) - set(before) if not any(_within(name, allowed) for allowed in case.leaves)}
-    other = {name for name in before if before[name] != after.get(name)}
+    new, other = set(after) - set(before), {name for name in before if before[name] != after.get(name)}
+    new = {name for name in new if not any(_within(name, allowed) for allowed in (*case.leaves, *case.rewrites))}
+    other = {name for name in other if not any(_within(name, allowed) for allowed in case.rewrites)}
     assert not new and not other, f"left: {sorted(new)}; changed or gone: {sorted(other)}\n{shown}"
     return done
 

@@ -61,8 +61,8 @@ GOOD = (
 CASES: list[Case] = [
     case("a list", text("- 1\n"), "expected a mapping"),
     case("empty", text(""), "expected a mapping"),
-    case("a folder", folder, "is a folder"),
-    case("a pipe that nobody writes to", fifo, "not a regular file"),
+    case("a folder", folder, "but a folder"),
+    case("a pipe that nobody writes to", fifo, "is no regular file"),
     case("not UTF-8", text(b"merge_method: ties\xff\n"), "UTF-8", "byte 19"),
     case("UTF-16", text(GOOD.encode("utf-16")), "UTF-8"),
     case("NUL", text(GOOD + "dtype: fl\0oat32\n"), "not valid YAML"),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.scores import Scores
 
 
@@ -42,8 +42,13 @@ class EvosaxStrategy:
     params: Any
 
     def __post_init__(self) -> None:
+        from evosax.algorithms.base import EvolutionaryAlgorithm
         from evosax.algorithms.population_based.base import PopulationBasedAlgorithm
 
+        if not isinstance(self.algorithm, EvolutionaryAlgorithm):
+            raise InputError(
+                f"strategy {shown(self.name)}", f"algorithm: {shown(self.algorithm)}; expected an algorithm of evosax"
+            )
         if isinstance(self.algorithm, PopulationBasedAlgorithm):
             kind = type(self.algorithm).__name__
             raise InputError(

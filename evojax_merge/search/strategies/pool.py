@@ -1,7 +1,7 @@
 """A pool of models that breed: each generation's children are merges of two members, and take the place of others.
 
 The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member is known by its number and its genome (see
-evojax_merge.pedigree) and by its scores on every example. Two things are M2N2's. *Attraction* pairs members that are
+evojax_merge.genealogy) and by its scores on every example. Two things are M2N2's. *Attraction* pairs members that are
 good at different examples: the second parent b of a is the one with the largest
 
     g(a, b) = sum_j c_j / (z_j + eps) max(f_j(b) - f_j(a), 0)
@@ -23,7 +23,17 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.pedigree import FIRST, GENES, MAX_MEMBERS, METHOD, NONE, NUMBER, SECOND
+from evojax_merge.genealogy import (
+    FIRST,
+    GENES,
+    MAX_MEMBERS,
+    METHOD,
+    NONE,
+    NUMBER,
+    SECOND,
+    Genealogy,
+    founder_genomes,
+)
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
 
@@ -36,12 +46,12 @@ NEAR_PARENT = 0.5
 
 @struct.dataclass
 class PoolState:
-    """births: float32[M, D], the genomes of all children so far, by number (in the places of founders these);
+    """offspring: float32[M, D], the genomes of all children so far, by number (in the places of founders these);
     members: int32[S], the numbers of the pool's members, best first, -1 where there is none; scores: float32[S, N],
     theirs on every example; shares: float64[N], how much each example counts in the fitness, together 1; generation:
     int32[], how many were told. N and M are 0 before the first."""
 
-    births: np.ndarray
+    offspring: np.ndarray
     members: np.ndarray
     scores: np.ndarray
     shares: np.ndarray
@@ -61,7 +71,7 @@ class Pool:
     def init(self, key: jax.Array, genomes: np.ndarray) -> PoolState:
         size = self.pool.size
         return PoolState(
-            births=np.zeros((0, self.settings.dims), np.float32),
+            offspring=np.zeros((0, self.settings.dims), np.float32),
             members=np.full(size, NONE, np.int32),
             scores=np.zeros((size, 0), np.float32),
             shares=np.zeros(0),
@@ -71,22 +81,21 @@ class Pool:
     def ask(self, key: jax.Array, state: PoolState) -> tuple[jax.Array, PoolState]:
         """The founders that were not scored yet, and children of the pool's members; of founders, as long as fewer than
         two members have finite scores."""
-        pedigree, rng = self.pool.pedigree, generator(key)
-        pedigree.births = np.asarray(state.births)
-        founders, begun = pedigree.founders, int(state.generation) * self.population
+        rng, founders = generator(key), founder_genomes(self.pool.founders, self.settings.dims - GENES)
+        genealogy, begun = Genealogy(founders, np.asarray(state.offspring)), int(state.generation) * self.population
         genomes = np.zeros((self.population, self.settings.dims), np.float32)
-        known = founders[begun : begun + self.population]
-        genomes[: len(known)] = known
+        unscored = founders[begun : begun + self.population]
+        genomes[: len(unscored)] = unscored
         alive = np.asarray(state.members) != NONE
         members, scores = np.asarray(state.members)[alive], np.asarray(state.scores, np.float64)[alive]
         if len(members) < 2:
             members, scores = np.arange(len(founders)), np.zeros((len(founders), len(state.shares)))
         fitness = scores @ np.asarray(state.shares)
-        for p in range(len(known), self.population):
+        for p in range(len(unscored), self.population):
             pair = self._pair(rng, scores, np.asarray(state.shares), fitness)
             genomes[p, NUMBER] = len(founders) + begun + p
             genomes[p, [FIRST, SECOND]] = members[pair]
-            better = pedigree.genome(int(members[pair[np.argmax(fitness[pair])]]))
+            better = genealogy.genome(int(members[pair[np.argmax(fitness[pair])]]))
             genomes[p, METHOD:] = self._birth(rng, better)
         return jnp.asarray(genomes), state
 
@@ -117,11 +126,11 @@ class Pool:
         return np.concatenate([[method], genes])
 
     def tell(self, key: jax.Array, state: PoolState, genomes: jax.Array, scores: Scores) -> PoolState:
-        told, pool = np.asarray(genomes), self.pool
+        children, pool = np.asarray(genomes), self.pool
         shares = scores.weights[scores.task_of] / np.bincount(scores.task_of)[scores.task_of]
         alive, finite = np.asarray(state.members) != NONE, np.isfinite(scores.values).all(axis=1)
         # The older first: of equals they stay.
-        numbers = np.concatenate([np.asarray(state.members)[alive], told[finite, NUMBER].astype(np.int32)])
+        numbers = np.concatenate([np.asarray(state.members)[alive], children[finite, NUMBER].astype(np.int32)])
         values = np.asarray(scores.values)[finite]
         if alive.any():
             values = np.concatenate([np.asarray(state.scores)[alive], values])
@@ -129,22 +138,23 @@ class Pool:
         kept = survivors(values.astype(np.float64), shares, pool.size)
         members, rows = np.full(pool.size, NONE, np.int32), np.zeros((pool.size, values.shape[1]), np.float32)
         members[: len(kept)], rows[: len(kept)] = numbers[kept], values[kept]
-        births = np.concatenate([np.asarray(state.births), told])
-        pool.pedigree.births = births
-        return PoolState(births, members, rows, shares, np.int32(int(state.generation) + 1))
+        offspring = np.concatenate([np.asarray(state.offspring), children])
+        return PoolState(offspring, members, rows, shares, np.int32(int(state.generation) + 1))
 
     def finalists(self, state: PoolState) -> np.ndarray:
         """None beside the best candidates, among which the pool's best are."""
-        # Their parents are looked up there.
-        self.pool.pedigree.births = np.asarray(state.births)
         return np.zeros((0, self.settings.dims), np.float32)
+
+    def context(self, state: PoolState) -> np.ndarray:
+        """float32[M, D]: the genomes of all children so far, among which the space looks up parents."""
+        return np.asarray(state.offspring)
 
     def metrics(self, state: PoolState) -> dict[str, float]:
         """members: how many the pool has; founders: how many of them were not bred; pool_mean: their mean fitness."""
         members = np.asarray(state.members)
         alive = members != NONE
         fitness = np.asarray(state.scores, np.float64)[alive] @ np.asarray(state.shares)
-        founders = int((members[alive] < len(self.pool.pedigree.founders)).sum())
+        founders = int((members[alive] < self.pool.founders).sum())
         return {
             "members": int(alive.sum()),
             "founders": founders,
@@ -195,7 +205,7 @@ def pool(settings: StrategySettings) -> Pool:
     if given is None:
         raise InputError(where, "strategy: pool breeds models, and there is no section pool; add one, or choose cma_es")
     population = settings.population or POPULATION
-    members = len(given.pedigree.founders) + population * settings.generations
+    members = given.founders + population * settings.generations
     if members > MAX_MEMBERS:
         raise InputError(
             where, f"generations: {settings.generations:,} of {population:,} children are {members:,} members; "

@@ -1,5 +1,6 @@
 """Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -8,18 +9,16 @@ from typing import Literal
 import numpy as np
 
 from evojax_merge.config import GradientConfig
-from evojax_merge.errors import InputError, did_you_mean
-from evojax_merge.pedigree import Pedigree
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.search.protocols import Strategy, differentiates
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """What the strategy `pool` has to know of the members that it breeds. pedigree: the founders, and where the space
-    looks up parents; methods: how many there are to breed by; size: members that are kept; selection, replace: see
-    `config.PoolConfig`."""
+    """The members that the strategy `pool` breeds. founders: K; methods: how many there are to breed by; size: members
+    that are kept; selection, replace: see `config.PoolConfig`."""
 
-    pedigree: Pedigree
+    founders: int
     methods: int
     size: int
     selection: Literal["complementary", "tournament", "random"]
@@ -89,7 +88,11 @@ _registered: dict[str, StrategyFactory] = {}
 
 def register_strategy(name: str, factory: StrategyFactory) -> None:
     """Make `search.strategy: NAME` mean what `factory` makes; registered again, what the later one makes. Raises
-    ValueError for the name of a strategy that comes with the program."""
+    ValueError for the name of a strategy that comes with the program, and for what is no name or no function."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
+        raise ValueError(f"name: {shown(name)}; expected a word of letters, digits, _, . and -")
+    if not callable(factory):
+        raise ValueError(f"factory: {shown(factory)}; expected a function of StrategySettings that returns a strategy")
     if name in _BUILT_IN:
         raise ValueError(f"there is a strategy {name!r} already; choose another name")
     _registered[name] = factory
@@ -118,6 +121,8 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
     lacking = [member for member in members if not hasattr(strategy, member)]
     if lacking:
         raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
+    if type(strategy.population) is not int:
+        raise InputError(where, f"the strategy {name} has population {shown(strategy.population)}; expected an int")
     if settings.population is not None and strategy.population != settings.population:
         raise InputError(
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "

@@ -1,4 +1,4 @@
-"""The members of a pool: founders, and children that were bred of two members each. Knows no model and no search.
+"""The members of a pool: founders, and children that were bred of two members each.
 
 A member has a number: founders those from 0 to K - 1; child p of generation g (from 0) of P children is K + g P + p.
 Its genome, float32[4 + G], says how it came to be: its number, the numbers of its two parents, the number of the method
@@ -66,21 +66,29 @@ def member_name(member: Member, founders: Sequence[str]) -> str:
     return founders[member.number] if member.is_founder else f"member-{member.number}"
 
 
-class Pedigree:
-    """The genomes of all members that a search has bred so far, as its strategy's state has them: what a genome's
-    parents are is looked up here. `births`: float32[M, 4 + G], in order of their numbers, from K on."""
+@dataclass(frozen=True, eq=False)
+class Genealogy:
+    """The genomes of a pool's members by number, in which a child's parents are looked up.
 
-    def __init__(self, founders: int, genes: int) -> None:
-        self.founders = founder_genomes(founders, genes)
-        self.births = self.founders[:0]
+    founders: `float32[K, 4 + G]`; offspring: `float32[M, 4 + G]`, of the numbers from K on, as the strategy's state has
+    them."""
+
+    founders: np.ndarray
+    offspring: np.ndarray
 
     def genome(self, number: int) -> np.ndarray:
-        """float32[4 + G]: the genome of a member that was born. Raises InputError for any other number."""
-        own = number - len(self.founders)
-        if not -len(self.founders) <= own < len(self.births):
+        """float32[4 + G]: the genome of a member. Raises InputError for a number that no member has."""
+        founders = len(self.founders)
+        if not 0 <= number < founders + len(self.offspring):
             raise InputError(
-                "genomes", f"a parent is member {number}; expected founders (0 to {len(self.founders) - 1}) or members "
-                "that the search has bred",
+                "genomes", f"a parent is member {number}; expected founders (0 to {founders - 1}) or members that the "
+                "search has bred",
             )  # fmt: skip
-        genome: np.ndarray = self.founders[number] if own < 0 else self.births[own]
+        genome: np.ndarray = self.founders[number] if number < founders else self.offspring[number - founders]
         return genome
+
+
+def founding_genealogy(founders: int, genes: int) -> Genealogy:
+    """The genealogy of a pool that has bred nothing yet."""
+    genomes = founder_genomes(founders, genes)
+    return Genealogy(genomes, genomes[:0])

@@ -1,4 +1,4 @@
-"""The family of sparsified task vectors: a score and a threshold per entry, then a sum or a sign consensus.
+"""The family of task vectors, thinned out or not: a score and a threshold per entry, then a sum or a sign consensus.
 
 With deltas `d_k = x_k - b` an entry of parent k is kept where its score passes parent k's threshold:
 
@@ -10,21 +10,32 @@ With deltas `d_k = x_k - b` an entry of parent k is kept where its score passes 
 
 Thresholds and the scale that restores the L1 norm are measured once per tensor, for one density or for a grid.
 With thresholds all entries that tie at the threshold are kept: where bfloat16 checkpoints tie massively, more
-than `int(density * n)` entries survive, and which ones does not depend on the order of anything.
+than `int(density * n)` entries survive, and the choice does not depend on the order of anything.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from merge_kernels.noise import LEVELS
+from merge_kernels.method import (
+    WEIGHT,
+    CombineInputs,
+    Method,
+    Numbers,
+    Options,
+    Parameter,
+    Prepared,
+    PrepareInputs,
+    Statistics,
+)
+from merge_kernels.noise import LEVELS, device_uniform, host_uniform
+from merge_kernels.registry import register
 from merge_kernels.sums import sum_over
 
-Statistics = dict[str, np.ndarray]
 # Parent k's task vector, thinned out and weighted: k -> float32 `[...]`.
 Weighted = Callable[[Any], jax.Array]
 
@@ -36,14 +47,14 @@ BLOCK = 2**18
 
 @dataclass(frozen=True)
 class Sparsifier:
-    """How one parent's delta is thinned out.
+    """A way to thin out one parent's delta.
 
-    - `random`: whether a number of 16 bits is compared, the entry's keep key, where the others compare `|d|`.
-    - `stored_key(magnitudes, uniform, constants)`: the `uint16` keep key of every entry from `|d|` and uniform numbers
-      of the same shape; None: the uniform number itself, of which the row keys are stored.
-    - `measure(magnitudes, keep_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
+    - `random`: an entry is kept by its mask key, a number of 16 bits; False: by `|d|`.
+    - `stored_key(magnitudes, uniform, constants)`: the `uint16` mask key of every entry from `|d|` and uniform numbers
+      of the same shape; None: the uniform number itself, so that the row keys alone are stored.
+    - `measure(magnitudes, mask_key, densities, constants, with_l1)`: statistics `[G]` for `densities: float64[G]`, from
       flat arrays; `l1_scale` among them where `with_l1`. `magnitudes: float32[n]` is the callee's to reorder.
-    - `keep(delta, keep_key, statistics)`: the mask, on the device.
+    - `keep(delta, mask_key, statistics)`: the mask, on the device.
 
     `constants` are the method's parameters that are never searched (epsilon, gamma), this parent's.
     """
@@ -59,9 +70,9 @@ class Sparsifier:
 
 
 def kept_count(density: float, size: int) -> int:
-    """How many entries magnitude trimming keeps: `max(1, int(density n))` inside (0, 1), as mergekit counts.
+    """The number of entries that magnitude trimming keeps: `max(1, int(density n))` inside (0, 1), as mergekit counts.
 
-    In Python's float64: float32 arithmetic gives other counts.
+    Python counts in float64: float32 arithmetic gives other counts.
     """
     if density <= 0 or size == 0:
         return 0
@@ -80,7 +91,7 @@ def _order_statistic(magnitudes: np.ndarray, position: int) -> float:
 
 
 def _mass_between(ascending: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, np.ndarray]:
-    """Total of sorted magnitudes, and the mass of those in `[low, high]` (float[G] each)."""
+    """The total of sorted magnitudes, and the mass of the ones in `[low, high]` (float[G] each)."""
     below = np.concatenate([[0.0], np.cumsum(ascending, dtype=np.float64)])
     inside = below[np.searchsorted(ascending, high, side="right")] - below[np.searchsorted(ascending, low, side="left")]
     return float(below[-1]), np.where(low <= high, inside, 0.0)
@@ -116,7 +127,7 @@ def _measure_order(
 
 
 def measure_magnitude(
-    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold`: an order statistic of `|d|`; `inf` keeps nothing, 0 keeps all."""
     counts = np.array([kept_count(density, magnitudes.size) for density in densities], np.int64)
@@ -125,9 +136,9 @@ def measure_magnitude(
 
 
 def measure_band(
-    magnitudes: np.ndarray, keep_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: None, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
-    """`threshold` and `upper`: without the `int(gamma n)` largest entries, the `int(density n)` largest.
+    """`threshold` and `upper`: the `int(density n)` largest entries without the `int(gamma n)` largest.
 
     Fewer outliers are dropped where the density asks for it: ranks begin at
     `max(0, n - int(density n) - int(gamma n))`.
@@ -141,7 +152,7 @@ def measure_band(
 
 
 def measure_bernoulli(
-    magnitudes: np.ndarray, keep_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
+    magnitudes: np.ndarray, mask_key: np.ndarray, densities: np.ndarray, constants: Mapping[str, float], with_l1: bool
 ) -> Statistics:
     """`threshold = round(density 2^16)`: each entry is kept with that probability, to 16 bits."""
     threshold = np.rint(np.clip(densities, 0.0, 1.0) * LEVELS).astype(np.int32)
@@ -150,11 +161,11 @@ def measure_bernoulli(
     if len(densities) == 1:
         kept = total = 0.0
         for start in range(0, magnitudes.size, BLOCK):
-            block, keys = magnitudes[start : start + BLOCK], keep_key[start : start + BLOCK]
+            block, keys = magnitudes[start : start + BLOCK], mask_key[start : start + BLOCK]
             kept += float(block @ (keys < threshold[0]).astype(np.float32))
             total += float(block.sum())
         return {"threshold": threshold, "l1_scale": _l1_scale(total, np.array([kept]))}
-    l1_masses = np.bincount(keep_key, weights=magnitudes, minlength=LEVELS)
+    l1_masses = np.bincount(mask_key, weights=magnitudes, minlength=LEVELS)
     below = np.concatenate([[0.0], np.cumsum(l1_masses)])
     return {"threshold": threshold, "l1_scale": _l1_scale(float(below[-1]), below[threshold])}
 
@@ -177,17 +188,17 @@ def magprune_key(magnitudes: np.ndarray, uniform: np.ndarray, constants: Mapping
     return np.clip(folded, 0, LEVELS - 1).astype(np.uint16)
 
 
-def _below(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
-    assert keep_key is not None
-    return keep_key.astype(jnp.int32) < statistics["threshold"]
+def _below(delta: jax.Array, mask_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+    assert mask_key is not None
+    return mask_key.astype(jnp.int32) < statistics["threshold"]
 
 
-def _between(delta: jax.Array, keep_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
+def _between(delta: jax.Array, mask_key: jax.Array | None, statistics: Mapping[str, jax.Array]) -> jax.Array:
     size = jnp.abs(delta)
     return (size >= statistics["threshold"]) & (size <= statistics["upper"])
 
 
-MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, keep_key, row: jnp.abs(delta) >= row["threshold"])
+MAGNITUDE = Sparsifier(measure_magnitude, lambda delta, mask_key, row: jnp.abs(delta) >= row["threshold"])
 BAND = Sparsifier(measure_band, _between)
 BERNOULLI = Sparsifier(measure_bernoulli, _below, random=True)
 MAGPRUNE = Sparsifier(measure_bernoulli, _below, random=True, stored_key=magprune_key)
@@ -197,22 +208,8 @@ MAGPRUNE = Sparsifier(measure_bernoulli, _below, random=True, stored_key=magprun
 # Per candidate
 
 
-def kept_delta(
-    sparsifier: Sparsifier | None,
-    base: jax.Array,
-    parent: jax.Array,
-    keep_key: jax.Array | None,
-    statistics: Mapping[str, jax.Array],
-    factor: jax.Array,
-) -> jax.Array:
-    """`factor * (x - b)` where kept, else 0: float32 `[...]`. factor: float32 `[]`; statistics: `[]` each."""
-    delta = parent.astype(jnp.float32) - base.astype(jnp.float32)
-    scaled = factor * delta
-    return scaled if sparsifier is None else jnp.where(sparsifier.keep(delta, keep_key, statistics), scaled, 0.0)
-
-
 def plain_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Array:
-    """Task arithmetic (arXiv 2212.04089): `sum_k D_k`, divided by `sum w` (1 where it vanishes)."""
+    """`sum_k D_k`, divided by `sum w` with `normalize` (1 where it vanishes)."""
     total: jax.Array = sum_over(weighted, len(weight))
     if not normalize:
         return total
@@ -221,7 +218,7 @@ def plain_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Arr
 
 
 def elected_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.Array:
-    """TIES' sign election: the sum of the entries whose sign is the majority's by mass (+ on a tie).
+    """TIES' sign election: the sum of the entries that have the sign of the majority by mass (+ on a tie).
 
     The positive and the negative mass are summed apart and compared, so that entries which cancel exactly
     (they do in bfloat16 fine-tunes) cannot be decided by how a compiler fuses multiplications and additions.
@@ -244,3 +241,143 @@ def elected_sum(weighted: Weighted, weight: jax.Array, normalize: bool) -> jax.A
     up_weight, down_weight = weights
     divisor = jnp.where(positive, up_weight, down_weight)
     return total / jnp.where(divisor == 0, 1.0, divisor)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The methods
+
+
+LAMBDA = Parameter("lambda", per_parent=False, default=1.0, low=0.0, high=2.0)
+DENSITY = Parameter(
+    "density", per_parent=True, default=1.0, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, quantised=True
+)
+# DARE draws its masks with the density as a probability.
+DARE_DENSITY = replace(DENSITY, clipped_below=False)
+DELLA_DENSITY = replace(DENSITY, low=0.2, high=0.8, start=0.5)
+EPSILON = Parameter(
+    "epsilon", per_parent=True, default=0.15, low=0.0, high=0.5, valid_min=0.0, valid_max=0.5, searched=False
+)
+GAMMA = Parameter(
+    "gamma", per_parent=True, default=0.01, low=0.0, high=1.0, valid_min=0.0, valid_max=1.0, searched=False
+)
+
+
+PLAIN, NORMALIZED = Options(has_base=True), Options(normalize=True, has_base=True)
+RESCALED = Options(rescale="l1", has_base=True)
+
+
+def _validate_della(options: Options, parameters: Numbers) -> str | None:
+    for density, epsilon in zip(parameters["density"], parameters["epsilon"], strict=True):
+        if 0 < density < 1 and not 0 < density - epsilon <= density + epsilon < 1:
+            return f"density {density:g} ± epsilon {epsilon:g} leaves (0, 1)"
+    return None
+
+
+def _register(
+    name: str,
+    options: Options,
+    add: Callable[[Weighted, jax.Array, bool], jax.Array],
+    sparsifier: Sparsifier,
+    density: Parameter = DENSITY,
+    constants: tuple[Parameter, ...] = (),
+    validate: Callable[[Options, Numbers], str | None] = lambda options, parameters: None,
+) -> None:
+    """Register `b + lambda * S_k(w_k s_k (x_k - b))`, S the sum `add` of the entries that the sparsifier keeps, s_k the
+    rescaling. constants: the sparsifier's parameters, which are never searched."""
+    has_row_keys = sparsifier.random and sparsifier.stored_key is None
+
+    def prepare(options: Options, inputs: PrepareInputs) -> Prepared:
+        base = np.asarray(inputs.sources[0], np.float32)
+        buffer = np.empty_like(base)
+        mask_keys, rows = [], []
+        for k, parent in enumerate(inputs.sources[1:]):
+            parent_constants = {p.name: float(inputs.parameters[p.name][k]) for p in constants}
+            np.abs(np.subtract(parent, base, out=buffer, dtype=np.float32), out=buffer)
+            flat = None
+            if sparsifier.random:
+                keys = inputs.row_keys(k)
+                numbers = host_uniform(keys, base.shape)
+                if sparsifier.stored_key is not None:
+                    keys = numbers = sparsifier.stored_key(buffer, numbers, parent_constants)
+                mask_keys.append(keys)
+                flat = numbers.reshape(-1)
+            with_l1 = options.rescale == "l1"
+            rows.append(sparsifier.measure(buffer.reshape(-1), flat, inputs.densities[k], parent_constants, with_l1))
+        return Prepared(tuple(mask_keys), {name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def combine(options: Options, inputs: CombineInputs) -> jax.Array:
+        base, *_ = inputs.sources
+        factors = inputs.parameters["weight"]
+        if options.rescale == "l1":
+            factors = factors * inputs.statistics["l1_scale"]
+        elif options.rescale == "density":
+            factors = factors / jnp.clip(inputs.parameters["density"], 1.0 / LEVELS, 1.0)
+
+        def weighted(k: Any) -> jax.Array:
+            mask_key = None
+            if has_row_keys:
+                mask_key = device_uniform(inputs.mask_keys[k], base.shape)
+            elif sparsifier.random:
+                mask_key = inputs.mask_keys[k]
+            delta = inputs.sources[k + 1].astype(jnp.float32) - base.astype(jnp.float32)
+            statistics = {name: values[k] for name, values in inputs.statistics.items()}
+            return jnp.where(sparsifier.keep(delta, mask_key, statistics), factors[k] * delta, 0.0)
+
+        total = add(weighted, inputs.parameters["weight"], options.normalize)
+        return base.astype(jnp.float32) + inputs.parameters["lambda"] * total
+
+    register(
+        Method(
+            name,
+            (WEIGHT, density, LAMBDA, *constants),
+            base="required",
+            combine=combine,
+            prepare=prepare,
+            options=options,
+            random=sparsifier.random,
+            has_row_keys=has_row_keys,
+            mask_keys=lambda parents: parents if sparsifier.random else 0,
+            validate=validate,
+            yaml_options=("normalize", "rescale"),
+            ignored_settings=("int8_mask",),
+        )
+    )
+
+
+def _combine_task_arithmetic(options: Options, inputs: CombineInputs) -> jax.Array:
+    """Task arithmetic (arXiv 2212.04089): `b + lambda * sum_k w_k (x_k - b)`."""
+    base, weight = inputs.sources[0].astype(jnp.float32), inputs.parameters["weight"]
+
+    def weighted(k: Any) -> jax.Array:
+        return weight[k] * (inputs.sources[k + 1].astype(jnp.float32) - base)
+
+    return base + inputs.parameters["lambda"] * plain_sum(weighted, weight, options.normalize)
+
+
+register(
+    Method(
+        "task_arithmetic",
+        (WEIGHT, LAMBDA),
+        base="required",
+        combine=_combine_task_arithmetic,
+        options=PLAIN,
+        yaml_options=("normalize", "rescale"),
+        # To mergekit every method of this family has a density; here it would have nothing to thin out.
+        ignored_settings=("int8_mask", "density"),
+    )
+)
+_register("ties", NORMALIZED, elected_sum, MAGNITUDE)
+_register("dare_linear", RESCALED, plain_sum, BERNOULLI, DARE_DENSITY)
+_register("dare_ties", RESCALED, elected_sum, BERNOULLI, DARE_DENSITY)
+_register(
+    "della",
+    Options(normalize=True, rescale="l1", has_base=True),
+    elected_sum,
+    MAGPRUNE,
+    DELLA_DENSITY,
+    (EPSILON,),
+    _validate_della,
+)
+_register("della_linear", RESCALED, plain_sum, MAGPRUNE, DELLA_DENSITY, (EPSILON,), _validate_della)
+_register("breadcrumbs", PLAIN, plain_sum, BAND, constants=(GAMMA,))
+_register("breadcrumbs_ties", PLAIN, elected_sum, BAND, constants=(GAMMA,))

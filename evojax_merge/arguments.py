@@ -1,0 +1,121 @@
+"""Arguments of the public functions and what users' functions return: checked where they enter."""
+
+import inspect
+import os
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from evojax_merge.errors import InputError, shown
+from evojax_merge.schema import MAX_NAME_BYTES, Form
+
+# Characters of a path, on Linux.
+MAX_PATH = 4096
+STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+_WORDS = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    type(None): "None",
+    os.PathLike: "a path",
+    Sequence: "a list or a tuple",
+    Mapping: "a mapping with texts as keys",
+    Callable: "a function",
+}
+
+
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raise InputError, which names the argument, for a value that is not of the argument's annotated type: True is no
+    number, and a text no list. arguments: all of the function's, by name; others are passed over."""
+    where = function.__qualname__.removesuffix(".__init__")
+    for name, hint in _hints(function).items():
+        _check(f"{where}: {name}", hint, arguments[name])
+
+
+def _check(where: str, hint: Any, value: Any) -> None:
+    if hint is Any:
+        return
+    try:
+        _adapter(hint).validate_python(_plain(value))
+    except ValidationError:
+        # An item's own fault says more than the list's.
+        for origin, items in ((get_origin(one), get_args(one)) for one in _members(hint)):
+            if origin is Mapping and isinstance(value, Mapping):
+                for key, item in value.items():
+                    _check(f"{where}.{key}", items[-1], item)
+            elif origin is Sequence and isinstance(value, list | tuple):
+                for number, item in enumerate(value):
+                    _check(f"{where}[{number}]", items[0], item)
+        raise InputError(where, f"{shown(value)}; expected {_words(hint)}") from None
+    if isinstance(value, str | os.PathLike) and any(get_origin(one) is os.PathLike for one in _members(hint)):
+        _check_path(where, os.fspath(value))
+
+
+def _check_path(where: str, path: str) -> None:
+    """Raise InputError for a path that no file system takes."""
+    parts = path.split("/")
+    if "\0" in path or len(path) > MAX_PATH or any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in parts):
+        raise InputError(where, f"{shown(path)}; expected a path, without NUL, no part over {MAX_NAME_BYTES} bytes")
+
+
+def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -> None:
+    """Raise InputError where a function cannot be called with as many arguments; `names` says what they are."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # A function that is not written in Python need not say what it takes.
+    try:
+        signature.bind(*names)
+    except TypeError:
+        raise InputError(where, f"takes {signature}; it is called with ({', '.join(names)})") from None
+
+
+@cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=None if _is_section(hint) else STRICT)
+
+
+def _is_section(hint: Any) -> bool:
+    """Whether a type has a config of its own, beside which pydantic takes none."""
+    return isinstance(hint, type) and (issubclass(hint, BaseModel) or is_dataclass(hint))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; else the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers, and those in a mapping, as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _words(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        forms = [one.words for one in annotation.__metadata__ if isinstance(one, Form)]
+        return forms[0] if forms else _words(get_args(annotation)[0])
+    if len(_members(annotation)) > 1:
+        return " or ".join(dict.fromkeys(map(_words, _members(annotation))))
+    if origin is Literal:
+        return ", ".join(map(repr, get_args(annotation)))
+    if origin is Sequence:
+        (items,) = get_args(annotation)
+        return _WORDS[Sequence] if items is Any else f"a list of {_words(items).removeprefix('a ')}s"
+    kind = origin or annotation
+    return _WORDS.get(kind) or f"a {getattr(kind, '__name__', kind)}"

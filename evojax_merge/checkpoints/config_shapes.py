@@ -1,0 +1,215 @@
+"""A folder's tensors against its own config.json: a folder that contradicts itself cannot be loaded.
+
+A known architecture says every tensor's shape. In others the keys that most configs have, and the names that most
+tensors have, say some of them. A config with further keys of a kind (`moe_intermediate_size`) is not judged by that
+kind: such a model has several sizes of it.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder
+from evojax_merge.checkpoints.folder import Tensor, is_float
+from evojax_merge.checkpoints.parents import EMBEDDINGS, find_token_tensors, tensor_shapes
+from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import HEAD, known_architecture
+
+# The name of a layer's tensor, by the outermost list of layers.
+LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(?P<index>\d+)\.(?P<tail>.+)$")
+ATTENTION = re.compile(
+    r"(?:self_attn|self_attention|attention|attn)\.(?:self\.|attention\.)?"
+    r"(?P<kind>[qkvo]_proj|query|key|value|out_proj)\.weight"
+)
+MLP = re.compile(r"(?:mlp\.)?(?P<kind>gate_proj|up_proj|down_proj)\.weight")
+# The first matrix of an MLP of two, which some architectures keep transposed, and some widen for a gate.
+TWO_MATRICES = re.compile(r"(?:mlp\.)?(?:c_fc|fc1|fc_in|dense_h_to_4h)\.weight|intermediate\.dense\.weight")
+# Where larger models keep their text decoder, and its settings.
+TEXT = re.compile(r"(?:^|\.)(?:language_model|text_model)\.")
+# Classes whose models have a head.
+WITH_HEAD = ("ForCausalLM", "LMHeadModel")
+# Keys that say that layers differ, and that there are layers which `num_hidden_layers` does not count.
+LAYERS_DIFFER, MORE_LAYERS = re.compile(r"per_layer|layer_config|block_config"), re.compile(r"nextn|mtp")
+
+Size = tuple[int | None, ...]
+
+
+def check_against_config(folder: DecoderFolder, is_checked: Callable[[str], bool] = lambda name: True) -> None:
+    """Raises InputError where the folder's config.json implies a tensor that it lacks, or another shape than a tensor
+    has. is_checked: whether a tensor of that name is compared. A folder without a config is not checked."""
+    if not folder.whole.config:
+        return
+    shapes = _shapes_of_architecture(folder)
+    if shapes is None:
+        _check_depth(folder)
+        shapes = dict(_usual_shapes(folder))
+    for name, expected in shapes.items():
+        if is_checked(name):
+            _check(folder, name, expected)
+
+
+def _check(folder: DecoderFolder, name: str, expected: Size) -> None:
+    tensor, in_file = folder.entries.get(name), folder.names.in_file(name)
+    if tensor is None:
+        raise InputError(folder.path, f"has no tensor {in_file}, which its config.json asks for")
+    if not is_float(tensor.dtype):
+        raise InputError(tensor.file, f"{in_file} holds {tensor.dtype}; expected float weights (a quantised model?)")
+    fits = len(tensor.shape) == len(expected) and all(
+        size in (None, found) for size, found in zip(expected, tensor.shape, strict=True)
+    )
+    if not fits:
+        sizes = ", ".join("…" if size is None else str(size) for size in expected)
+        raise InputError(folder.path, f"{in_file} has shape {list(tensor.shape)}; its config.json says [{sizes}]")
+
+
+def _shapes_of_architecture(folder: DecoderFolder) -> Mapping[str, Size] | None:
+    """Shapes of all tensors by a known architecture; None where it is not known, and where its config has values that
+    no forward pass of this program reads: a merge does not run the model."""
+    architecture = known_architecture(folder.config.get("model_type"))
+    if architecture is None:
+        return None
+    try:
+        shapes = tensor_shapes(folder.decoder_config())
+    except InputError:
+        return None
+    head = architecture.leaf(HEAD)
+    classes = folder.whole.config.get("architectures")
+    has_head = isinstance(classes, list) and any(str(one).endswith(WITH_HEAD) for one in classes)
+    # A model that was saved without its head has none.
+    return {name: shape for name, shape in shapes.items() if head is None or name != head.tensor or has_head}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Architectures that are not known
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of one stack of layers, by the keys that most configs have."""
+
+    values: Mapping[str, Any]
+
+    def size(self, key: str, kind: str, alike: tuple[str, ...] = ()) -> int | None:
+        """The value of a key; None where it is no size, or where other keys than those `alike` speak of its `kind`."""
+        value = self.values.get(key)
+        others = (other for other in self.values if kind in other and other not in (key, *alike))
+        is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return value if is_size and next(others, None) is None else None
+
+    @property
+    def hidden(self) -> int | None:
+        return self.size("hidden_size", "hidden_size")
+
+    @property
+    def vocabulary(self) -> int | None:
+        return self.size("vocab_size", "vocab", ("type_vocab_size",))
+
+    @property
+    def mlp(self) -> int | None:
+        return self.size("intermediate_size", "intermediate")
+
+    @property
+    def embedding_widths(self) -> list[Any]:
+        """Widths that an embedding may have: some architectures project another one to the hidden size."""
+        return [value for key, value in self.values.items() if "emb" in key or key == "hidden_size"]
+
+    def attention_rows(self) -> tuple[int | None, int | None]:
+        """Rows of the projection of queries, and of those of keys and values."""
+        keys = ("num_attention_heads", "num_key_value_heads")
+        alike = (*keys, "head_dim")
+        heads = self.size(keys[0], "head", alike)
+        kv_heads = heads if self.values.get(keys[1]) is None else self.size(keys[1], "head", alike)
+        dim = self.size("head_dim", "head", alike)
+        if heads and self.hidden and self.values.get("head_dim") is None:
+            dim = self.hidden // heads
+        return heads and dim and heads * dim, kv_heads and dim and kv_heads * dim
+
+
+def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mapping[str, Tensor]], str] | None:
+    """Settings of a model's only stack of layers, or of its text decoder's; the tensors of each layer, by the ends of
+    their names; and the beginning of the stack's names. None where there are several stacks, where layers
+    differ, and for a config without a vocabulary."""
+    stacks: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, tensor in folder.entries.items():
+        match = LAYER.match(name)
+        if match is not None:
+            stacks.setdefault(match["stack"], {}).setdefault(int(match["index"]), {})[match["tail"]] = tensor
+    config: Any = folder.config
+    parts = [value for value in config.values() if isinstance(value, dict) and "hidden_size" in value]
+    if parts:
+        config = config.get("text_config")
+        stacks = {stack: layers for stack, layers in stacks.items() if TEXT.search(stack)}
+    # Encoders of images and sounds give these keys other meanings.
+    if not isinstance(config, dict) or "vocab_size" not in config or any(map(LAYERS_DIFFER.search, config)):
+        return None
+    if len(stacks) != 1:
+        return None
+    (stack, layers), *_ = stacks.items()
+    return Settings(config), layers, stack
+
+
+def _check_depth(folder: DecoderFolder) -> None:
+    """Raises InputError where config.json says another number of layers than the tensors."""
+    found = _text_settings(folder)
+    if found is None:
+        return
+    settings, layers, _ = found
+    depth = settings.size("num_hidden_layers", "num_hidden_layers")
+    # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
+    if depth is None or depth % len(layers) == 0 or settings.hidden is None:
+        return
+    if depth > len(layers) or not any(map(MORE_LAYERS.search, settings.values)):
+        raise InputError(folder.where, f"num_hidden_layers: {depth}, but its tensors are of {len(layers)}")
+
+
+def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
+    """Tensors of a folder with the shapes that the usual keys say; None in a shape: any size."""
+    found = _text_settings(folder)
+    if found is None:
+        return
+    settings, layers, stack = found
+    yield from _embedding_shapes(folder, settings, stack)
+    queries, keys = settings.attention_rows()
+    for index, tensors in layers.items():
+        for tail, tensor in tensors.items():
+            shape = _layer_shape(settings, tail, tensor, queries, keys) if len(tensor.shape) == 2 else None
+            if shape is not None:
+                yield f"{stack}{index}.{tail}", shape
+
+
+def _embedding_shapes(folder: DecoderFolder, settings: Settings, stack: str) -> Iterator[tuple[str, Size]]:
+    name = find_token_tensors(folder).embedding
+    tensor, is_part = folder.entries.get(name), TEXT.search(stack) is not None
+    is_named = name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
+    if tensor is None or len(tensor.shape) != 2 or not is_named or (is_part and not TEXT.search(name)):
+        return
+    rows, width = settings.vocabulary, None
+    # Larger models may have rows for images besides.
+    if is_part and rows is not None and tensor.shape[0] > rows:
+        rows = None
+    if tensor.shape[1] not in settings.embedding_widths:
+        width = settings.hidden
+    yield name, (rows, width)
+
+
+def _layer_shape(
+    settings: Settings, tail: str, tensor: Tensor, queries: int | None, keys: int | None
+) -> Size | None:  # fmt: skip
+    """The shape of a layer's matrix, whose name ends in `tail`; None: any."""
+    hidden, mlp = settings.hidden, settings.mlp
+    attention, gated = ATTENTION.fullmatch(tail), MLP.fullmatch(tail)
+    if attention is not None:
+        kind = attention["kind"]
+        if kind in ("o_proj", "out_proj"):
+            return hidden, queries
+        # A gate of the attention's output is kept beside the queries.
+        widened = kind == "q_proj" and queries is not None and tensor.shape[:1] == (2 * queries,)
+        rows = queries if kind in ("q_proj", "query") else keys
+        return None if widened else rows, hidden
+    if gated is not None:
+        return (hidden, mlp) if gated["kind"] == "down_proj" else (mlp, hidden)
+    if TWO_MATRICES.fullmatch(tail) and hidden and mlp:
+        fitting = ((mlp, hidden), (2 * mlp, hidden), (hidden, mlp))
+        return fitting[0] if tensor.shape not in fitting else None
+    return None

@@ -1,0 +1,302 @@
+"""Files and folders that appear complete or not at all, and all that this program deletes, renames or replaces.
+
+No other module calls what deletes, renames or replaces a file. Nothing in it follows a link in order to delete: who
+may delete in the folder that a link leads to resolves the link first, and names what there is the program's own.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from evojax_merge.errors import InputError, cannot_write
+
+# The hidden names, beside a file or folder, of what is going to take its name, of what had it and may get it back, and
+# of what is being deleted.
+NEW, OLD, GONE = ".evojax-merge-new.", ".evojax-merge-old.", ".evojax-merge-gone."
+_RANDOM = "[0-9a-z_]{8}"
+
+
+def resolved(path: Path) -> Path:
+    """A path without links, a name where it is `.` or the like."""
+    return Path(os.path.realpath(path))
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether a path is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _hidden_name(path: Path, mark: str) -> Path:
+    return path.with_name(f".{path.name}{mark}{secrets.token_hex(4)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def regular_file(path: Path) -> Path:
+    """Where a file is, or will be, once links are followed. Raises InputError where it cannot be replaced by another
+    file: a folder, pipe, socket or device, an open file of a process (/dev/stdout), a link that leads nowhere."""
+    place = path
+    for _ in range(40):
+        above = resolved(place.parent)
+        # A link below /proc leads to a file that a process has open.
+        if Path("/proc") in (above, *above.parents):
+            raise InputError(path, "is no regular file; expected the name of a file")
+        if not place.is_symlink():
+            break
+        place = place.parent / os.readlink(place)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise InputError(path, "is a link that leads nowhere; remove it or choose another name") from None
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    else:
+        if stat.S_ISDIR(mode):
+            raise InputError(path, "is a folder; expected the name of a file")
+        if not stat.S_ISREG(mode):
+            raise InputError(path, "is no regular file; expected the name of a file")
+    return resolved(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """The name of a new file, which takes the place of `path` when the block ends well and vanishes when it does not.
+    A link stays, and leads to the new file."""
+    place = regular_file(path)
+    work = _hidden_name(place, NEW)
+    try:
+        yield work
+        os.replace(work, place)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a text file that is either the old one or the complete new one."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file that is either the old one or the complete new one."""
+    with atomic_file(path) as work:
+        work.write_bytes(content)
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where `atomic_write` could not write a file."""
+    try:
+        work = _hidden_name(regular_file(path), NEW)
+        work.touch()
+        work.unlink()
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error.strerror})") from None
+
+
+def remove_file(file: Path) -> None:
+    """Remove a regular file, if it is there. A link, folder, pipe, socket or device stays."""
+    with suppress(FileNotFoundError):
+        if stat.S_ISREG(os.lstat(file).st_mode):
+            os.unlink(file)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, which the caller has made or has seen to be the program's own. Under its
+    name it is whole or gone. Raises OSError where it is a link; links in it go, and what they lead to stays."""
+    if folder.is_symlink():
+        raise NotADirectoryError(None, "is a link", str(folder))
+    work = _hidden_name(folder, GONE)
+    os.rename(folder, work)
+    shutil.rmtree(work)
+
+
+def remove_empty_folder(folder: Path) -> None:
+    """Remove a folder that holds nothing; any other, and a link, stays."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def is_unfinished(path: Path, file: Path) -> bool:
+    """Whether a killed process was writing `file` under another name."""
+    return re.fullmatch(rf"\.{re.escape(file.name)}{re.escape(NEW)}{_RANDOM}", path.name) is not None
+
+
+def remove_leftovers(folder: Path, files: Sequence[Path] = ()) -> None:
+    """Remove what killed processes left in a folder: folders that they were deleting, and these files as far as they
+    were written."""
+    for path in [*folder.iterdir()] if folder.is_dir() else ():
+        if re.fullmatch(rf"\..+{re.escape(GONE)}{_RANDOM}", path.name) and is_real_folder(path):
+            shutil.rmtree(path)
+        elif any(is_unfinished(path, file) for file in files):
+            remove_file(path)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; where its disk cannot, copy it."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+@contextmanager
+def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+    """A new folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
+
+    An existing `target` is refused, or, with `overwrite`, moved aside once the new one is complete and removed once
+    that stands; of a link what it points to. `check` is called before the block and before anything is moved, and
+    raises what forbids it. What a killed process left of a former call is put back or removed.
+    """
+    place = resolved(target)
+    recover(target)
+    check_free(target, overwrite)
+    check()
+    with hidden_folder(target) as work:
+        yield work
+        if place.exists():
+            # Else a power failure could take both.
+            _flush(work)
+        with _locked(place.parent):
+            check_free(target, overwrite)
+            check()
+            _swap(work, place)
+    recover(target)
+
+
+@contextmanager
+def hidden_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was renamed.
+    What a killed process leaves of it `recover` removes."""
+    place = resolved(target)
+    made: list[Path] = []
+    try:
+        made = _make_folders(place.parent)
+        with _locked(place.parent):
+            work = Path(tempfile.mkdtemp(prefix=f".{place.name}{NEW}", dir=place.parent))
+            owner = _lock(work)
+        work.chmod(0o755)
+    except OSError as error:
+        _remove_made(made)
+        raise InputError(target, f"cannot be written ({error.strerror})") from None
+    try:
+        yield work
+    except OSError as error:
+        raise cannot_write(target, error, "; nothing was left behind") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        _remove_made(made)
+        if owner is not None:
+            os.close(owner)
+
+
+def check_free(target: Path, overwrite: bool) -> None:
+    """Raises InputError where `target` is there, unless it is a folder and `overwrite` is set, or cannot be made."""
+    if os.path.exists(target):
+        if not os.path.isdir(target):
+            raise InputError(target, "is a file; expected a folder name")
+        if not overwrite:
+            raise InputError(target, "exists already; choose another folder or pass --overwrite")
+    elif os.path.islink(target):
+        raise InputError(target, "is a link that leads nowhere; remove it or choose another folder")
+    else:
+        above = next(path for path in resolved(target).parents if os.path.exists(path))
+        if not os.path.isdir(above):
+            raise InputError(target, f"cannot be written ({above} is a file)")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(target, f"cannot be written ({above} is not writable for you)")
+
+
+def _swap(work: Path, place: Path) -> None:
+    """Give `work` the name `place`. What had it lies aside afterwards, or is back where this fails."""
+    if not place.exists():
+        os.rename(work, place)
+        return
+    old = _hidden_name(place, OLD)
+    os.rename(place, old)
+    try:
+        os.rename(work, place)
+    except BaseException:
+        os.rename(old, place)
+        raise
+
+
+def recover(target: Path) -> None:
+    """Put back, or remove, what a process that was killed while it wrote `target` left beside it.
+
+    What a running process is writing is locked, and stays.
+    """
+    place = resolved(target)
+    half = re.compile(rf"\.{re.escape(place.name)}({re.escape(OLD)}|{re.escape(NEW)}){_RANDOM}")
+    try:
+        with _locked(place.parent):
+            for left in sorted(place.parent.iterdir()):
+                match = half.fullmatch(left.name)
+                if match is None or not is_real_folder(left):
+                    continue
+                if match[1] == OLD and not os.path.lexists(place):
+                    # Killed between the two steps of a swap.
+                    os.rename(left, place)
+                    continue
+                lock = _lock(left)
+                if lock is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
+    except OSError:
+        # A folder that is not there, or that is not ours to change: what is wrong with it is said by who writes.
+        return
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Other processes that create, swap or clean up in this folder wait; where it cannot be locked they do not."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds the folder's lock, which ends with the process; None where another has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it that are missing; returns what was made, the uppermost first."""
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_made(folders: Sequence[Path]) -> None:
+    for folder in reversed(folders):
+        remove_empty_folder(folder)
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

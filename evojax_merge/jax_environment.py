@@ -1,0 +1,56 @@
+"""The environment variables that JAX and XLA read, checked before either would end the process over one."""
+
+import os
+import re
+from pathlib import Path
+
+from evojax_merge.errors import InputError, shown
+
+FLAGS, PLATFORMS = "XLA_FLAGS", "JAX_PLATFORMS"
+MAX_FILE_BYTES = 2**20
+
+
+def check_environment() -> None:
+    """Import JAX. Raises InputError for variables that it, or XLA, cannot take."""
+    flags = os.environ.get(FLAGS, "").strip()
+    if flags and not flags.startswith("-"):
+        # XLA takes it for the name of a file of flags, and would read a device without end.
+        file = Path(flags)
+        if not os.path.isfile(file) or file.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(FLAGS, f"{shown(flags)}; expected flags that begin with --, or a file of them")
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise InputError("environment", f"JAX cannot be started ({error})") from None
+    if flags:
+        _try_flags()
+
+
+def _try_flags() -> None:
+    """XLA ends the process that parses flags which it does not know, so a child parses them first."""
+    from jax._src.lib import xla_client
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 2)
+        try:
+            _ = xla_client.CompileOptions().executable_build_options.debug_options
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, errors="replace") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        first = re.sub(r"^\w+ [\d:. ]+ \S+:\d+\] ", "", next(iter(said.splitlines()), "no reason given"))
+        raise InputError(FLAGS, f"XLA does not take them ({first})")
+
+
+def no_devices(error: RuntimeError) -> InputError:
+    """JAX's error for devices that it could not start, as one of the input."""
+    given = os.environ.get(PLATFORMS)
+    said = next(iter(str(error).splitlines()), "")
+    if not given:
+        return InputError("JAX", f"finds no devices ({said})")
+    return InputError(PLATFORMS, f"{shown(given)}; expected cpu, cuda or tpu, or leave it out ({said})")

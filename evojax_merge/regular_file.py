@@ -1,0 +1,59 @@
+"""Files of strangers are regular files: a pipe would be waited for, and a device read for ever."""
+
+import io
+import shutil
+import stat
+from pathlib import Path
+
+from evojax_merge.errors import InputError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def check_regular(path: Path, expected: str) -> int:
+    """The size of a regular file, or of what a link to one leads to. `expected` says in messages what it should be
+    ("a JSON file"). Raises InputError where anything else is there, and the error of `Path.stat` where nothing is."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "something else")
+        raise InputError(path, f"is no regular file but {kind}; expected {expected}")
+    return status.st_size
+
+
+def open_regular(path: Path, expected: str) -> io.BufferedReader:
+    """Open a regular file for reading. Raises as `check_regular` does."""
+    check_regular(path, expected)
+    return path.open("rb")
+
+
+def read_regular(path: Path, expected: str, max_bytes: int | None = None) -> bytes:
+    """The content of a regular file. Raises InputError where it has more than `max_bytes`, and as `check_regular`
+    does."""
+    with open_regular(path, expected) as handle:
+        # Files of the kernel tell a size of 0, and may have no end.
+        content = handle.read(-1 if max_bytes is None else max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
+        size = max(path.stat().st_size, len(content))
+        raise InputError(path, f"has {size:,} bytes; expected {expected} of at most {max_bytes:,}")
+    return content
+
+
+def copy_regular(source: Path, target: Path, expected: str) -> None:
+    """Copy a regular file. Raises as `check_regular` does."""
+    check_regular(source, expected)
+    shutil.copyfile(source, target)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises InputError where a model's folder holds a pipe, a socket or a device: the libraries that read a folder
+    open whatever has the name of a file that they look for."""
+    for place in (folder, folder / "chat_templates"):
+        for entry in sorted(place.iterdir()) if place.is_dir() else ():
+            if entry.exists() and not entry.is_dir():
+                check_regular(entry, "a file of a model")

@@ -1,0 +1,365 @@
+"""Where the files of a run folder lie, which of them are the search's own, and what goes when it is started again.
+
+`best/`, `checkpoints/`, `stages/` and `winners/` may be links to folders on another disk, and a user may keep files of
+their own in them, and beside them. A file is removed only where the search wrote it: under its name, in the form that
+it gives it. What else is found in a folder that would go as a whole is named, and stops whoever would replace it.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.checkpoints.writer import check_ours
+from evojax_merge.errors import InputError, shown
+from evojax_merge.file_system import (
+    check_free,
+    is_real_folder,
+    recover,
+    regular_file,
+    remove_empty_folder,
+    remove_file,
+    remove_folder,
+    remove_leftovers,
+    resolved,
+)
+
+KEPT_CHECKPOINTS = 3
+# In the metadata of a checkpoint: this program wrote it.
+CHECKPOINT_MARK = {"written_by": "evojax-merge"}
+_METADATA = "_CHECKPOINT_METADATA"
+_STEP = re.compile("[1-9][0-9]*")
+_UNFINISHED_STEP = re.compile(r"[1-9][0-9]*\.orbax-checkpoint-tmp(-[0-9]+)?")
+# The names, each at its depth, of the files and folders that orbax writes into a checkpoint.
+_ORBAX_NAME = re.compile(
+    r"(_[A-Z_]+|_sharding|_strings\.json|commit_success\.txt|orbax\.checkpoint|(state|pytree|default|metrics)"
+    r"(\.orbax-checkpoint-tmp(-[0-9]+)?)?|array_metadatas|process_[0-9]+|ocdbt\.process_[0-9]+|d|[0-9a-f]{32}"
+    r"|manifest\.ocdbt)(\.__lock)?"
+)
+_MEMBER = re.compile(r"member-[1-9][0-9]*\.yaml")
+_KEPT_WINNER = re.compile(r"[0-9]{3,}(-[0-9]+)?")
+_STAGE = re.compile(r"stage-[1-9][0-9]*")
+_ADVICE = "move it, or choose another folder with --out"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def history_backup(self) -> Path:
+        return self.path / "history.backup.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best"
+
+    @property
+    def recipe(self) -> Path:
+        return self.best / "recipe.yaml"
+
+    @property
+    def params(self) -> Path:
+        """The winner of `search_pytrees`, its leaves by their paths."""
+        return self.best / "params.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.best / "model"
+
+    @property
+    def front(self) -> Path:
+        return self.best / "front"
+
+    @property
+    def winners(self) -> Path:
+        return self.path / "winners"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def stages(self) -> Path:
+        return self.path / "stages"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "report.png"
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that a search writes, those of best/ included."""
+        history = [self.history, self.history_backup, self.timing]
+        return [self.config, *history, self.result, self.picture, self.recipe, self.params]
+
+    @property
+    def parts(self) -> list[Path]:
+        """The folders that belong to the run; what else lies beside them is its user's."""
+        return [self.best, self.checkpoints, self.stages, self.winners]
+
+    def read_history(self) -> list[dict[str, Any]]:
+        return read_lines(self.history)
+
+    def steps(self) -> list[int]:
+        """The generations of the run's checkpoints, in their order."""
+        last = max(len(read_lines(file)) for file in (self.history, self.history_backup))
+        return sorted(int(path.name) for path in entries(self.checkpoints) if _is_own_step(path, last))
+
+    def step(self, generation: int) -> Path:
+        return self.checkpoints / str(generation)
+
+    def kept_winners(self) -> list[Path]:
+        """What best/ was when the run had finished with fewer generations, in their order."""
+        named = (path for path in entries(self.winners) if _KEPT_WINNER.fullmatch(path.name))
+        return sorted(path for path in named if (path / self.recipe.name).is_file())
+
+    def begun_stages(self) -> list["RunFolder"]:
+        """The run folders of a chain's stages."""
+        named = (path for path in entries(self.stages) if _STAGE.fullmatch(path.name))
+        return [RunFolder(path) for path in sorted(named) if path.is_dir()]
+
+
+def entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file, from its start to the first that was cut short or is no JSON object with a
+    generation's number."""
+    rows: list[dict[str, Any]] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or not isinstance(row.get("generation"), int):
+            break
+        rows.append(row)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The search's own
+
+
+def _is_own_step(path: Path, last: int) -> bool:
+    """Whether a folder is a checkpoint of a run of which the history has `last` lines."""
+    if not (_STEP.fullmatch(path.name) and is_real_folder(path)):
+        return False
+    metadata = path / _METADATA
+    try:
+        custom = json.loads(metadata.read_bytes() if metadata.is_file() else b"")["custom_metadata"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        # It is damaged.
+        return _foreign_in_step(path) is None and (int(path.name) <= last or any(path.iterdir()))
+    # Earlier versions left no mark.
+    return bool(custom == CHECKPOINT_MARK) or int(path.name) <= last
+
+
+def _foreign_in_step(path: Path) -> str | None:
+    """The first entry of a checkpoint that orbax did not write."""
+    return next((name for name in _foreign_names(path, "") if name), None)
+
+
+def _foreign_names(folder: Path, above: str) -> Iterator[str]:
+    for path in sorted(folder.iterdir()):
+        name = f"{above}{path.name}"
+        if not _ORBAX_NAME.fullmatch(path.name):
+            yield name
+        elif is_real_folder(path):
+            yield from _foreign_names(path, f"{name}/")
+        elif path.is_symlink() or not path.is_file():
+            yield name
+
+
+def _foreign(folder: Path, name: str, advice: str = _ADVICE) -> InputError:
+    return InputError(folder, f"holds {shown(name)}, which evojax-merge did not write; {advice}")
+
+
+def check_replaceable_model(model: Path) -> None:
+    """Raises InputError where the winner's folder must not be replaced."""
+    check_free(model, overwrite=True)
+    if model.exists():
+        check_ours(model)
+
+
+def check_replaceable_front(front: Path) -> None:
+    """Raises InputError where the folder of a front's recipes must not be replaced."""
+    check_free(front, overwrite=True)
+    for path in entries(front):
+        if not _MEMBER.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            raise _foreign(front, path.name)
+
+
+def check_removable_step(folder: RunFolder, generation: int) -> None:
+    """Raises InputError where a checkpoint holds what is not the run's."""
+    name = _foreign_in_step(folder.step(generation))
+    if name is not None:
+        raise _foreign(folder.checkpoints, f"{generation}/{name}")
+
+
+def check_parts(folder: RunFolder) -> None:
+    """Raises InputError where a part of a run folder, or a file of it, cannot be what it is to be: a link that leads
+    nowhere or into another run, a pipe, a folder in the place of a file."""
+    places: dict[Path, Path] = {}
+    for part in folder.parts:
+        if not os.path.lexists(part):
+            continue
+        if not part.is_dir():
+            found = "a link that leads nowhere" if part.is_symlink() else "no folder"
+            raise InputError(folder.path, f"cannot be written ({part.name} is {found})")
+        place = resolved(part)
+        if place in places:
+            raise InputError(part, f"leads to the same folder as {places[place].name}; give each one of its own")
+        places[place] = part
+        for above in (place, *place.parents):
+            other = RunFolder(above)
+            if above not in resolved(folder.path).parents and above != resolved(folder.path) and _is_run(other):
+                raise InputError(part, f"leads into another run ({above}); give this one a folder of its own")
+    for file in folder.files:
+        regular_file(file)
+
+
+def _is_run(folder: RunFolder) -> bool:
+    return folder.config.is_file() and folder.history.is_file()
+
+
+def check_room(folder: RunFolder, generations: int) -> None:
+    """Raises InputError where something that a search of so many generations will write or replace is in the way, and
+    is not its own."""
+    check_parts(folder)
+    check_replaceable_model(folder.model)
+    check_replaceable_front(folder.front)
+    _check_names(folder, range(max(folder.steps(), default=0) + 1, generations + 1))
+
+
+def _check_names(folder: RunFolder, generations: range) -> None:
+    """Raises InputError where something else has the name of a checkpoint of these generations."""
+    steps = {folder.step(generation) for generation in folder.steps()}
+    for path in entries(folder.checkpoints):
+        if _STEP.fullmatch(path.name) and int(path.name) in generations and path not in steps:
+            raise _foreign(folder.checkpoints, path.name, f"generation {path.name} needs the name: {_ADVICE}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Removing
+
+
+def sweep(folder: RunFolder) -> None:
+    """Remove what killed processes left half-written; a model that was just being replaced gets its name back. Only
+    for who holds the lock."""
+    recover(folder.model)
+    recover(folder.front)
+    for winner in {path.name.split(".")[1] for path in entries(folder.winners) if path.name.startswith(".")}:
+        if _KEPT_WINNER.fullmatch(winner):
+            recover(folder.winners / winner)
+    for place in (folder.path, *folder.parts):
+        remove_leftovers(place)
+    for file in map(resolved, folder.files):
+        remove_leftovers(file.parent, [file])
+    for path in entries(folder.checkpoints):
+        if _UNFINISHED_STEP.fullmatch(path.name) and is_real_folder(path) and _foreign_in_step(path) is None:
+            remove_folder(path)
+    prune(folder)
+    for stage in folder.begun_stages():
+        sweep(stage)
+
+
+def prune(folder: RunFolder) -> None:
+    """Remove the checkpoints before the last ones; one in which a user keeps a file stays."""
+    for generation in folder.steps()[:-KEPT_CHECKPOINTS]:
+        if _foreign_in_step(folder.step(generation)) is None:
+            remove_folder(folder.step(generation))
+
+
+def clear(folder: RunFolder, generations: int) -> list[str]:
+    """Delete what a search wrote, and nothing that a user put beside it: a line names what stays of it in the run's
+    parts. Raises InputError, before anything is deleted, where a user's file lies in what would go as a whole, or has
+    the name of a checkpoint of a search of so many generations.
+
+    Until the last checkpoint goes the run could be continued, its history restored from the backup; afterwards it has
+    not begun."""
+    _check_clear(folder)
+    _check_names(folder, range(1, generations + 1))
+    for file in (folder.result, folder.picture, folder.recipe, folder.params):
+        remove_file(file)
+    stages = [stage.path for stage in folder.begun_stages()]
+    for path in (folder.model, folder.front, *folder.kept_winners(), *stages):
+        if path.exists():
+            remove_folder(path)
+    remove_file(folder.timing)
+    remove_file(folder.history)
+    # From the last to the first: one that is left has a history before it in the backup.
+    for generation in reversed(folder.steps()):
+        remove_folder(folder.step(generation))
+    remove_file(folder.history_backup)
+    lines = []
+    for part in folder.parts:
+        remove_empty_folder(part)
+        names = sorted(path.name for path in entries(part))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"{part}: {shown(names[0])}{more}, which evojax-merge did not write, stays")
+    return lines
+
+
+def _check_clear(folder: RunFolder) -> None:
+    stages = folder.begun_stages()
+    for path in (*folder.files, folder.model, folder.front, *folder.kept_winners(), *(one.path for one in stages)):
+        if path.is_symlink():
+            raise InputError(path, "is a link, which is not followed to delete what it leads to; remove it first")
+    check_replaceable_model(folder.model)
+    check_replaceable_front(folder.front)
+    for winner in folder.kept_winners():
+        _check_winner(folder, winner)
+    for generation in folder.steps():
+        check_removable_step(folder, generation)
+    for stage in stages:
+        _check_clear(stage)
+        _check_stage(stage)
+
+
+def _check_winner(folder: RunFolder, winner: Path) -> None:
+    files = {folder.recipe.name, folder.result.name, folder.picture.name}
+    for path in entries(winner):
+        if path.name == folder.model.name:
+            check_replaceable_model(path)
+        elif path.name == folder.front.name:
+            check_replaceable_front(path)
+        elif path.name not in files or path.is_symlink() or not path.is_file():
+            raise _foreign(winner, path.name)
+
+
+def _check_stage(stage: RunFolder) -> None:
+    """Raises InputError where a stage's run folder holds anything beside the run."""
+    own = {*stage.files, stage.lock, stage.model, stage.front, *stage.kept_winners(), *map(stage.step, stage.steps())}
+    for folder in (stage.path, *stage.parts):
+        for path in entries(folder):
+            if path not in own and path not in stage.parts:
+                raise _foreign(stage.path, str(path.relative_to(stage.path)))

@@ -1,0 +1,321 @@
+"""Tasks of the lm-eval harness from a folder (`include_path`): YAMLs of strangers, read as data.
+
+The harness would run what such a YAML names: functions, data set scripts, metrics that are programs, and templates
+without limits. Here a task that needs any of these is refused, unless its section of the config says `allow_code`.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from evojax_merge import jinja_process
+from evojax_merge.errors import InputError, shown
+from evojax_merge.patterns import expression
+from evojax_merge.tasks.records import check_parquet, read_bytes
+from evojax_merge.yaml_reader import LOADER, load_documents, take_last
+
+# The harness's own folder has 14,000 YAMLs of 10 MB together.
+MAX_ENTRIES, MAX_YAML_BYTES = 100_000, 32 * 2**20
+MAX_INCLUDES = 100
+# What `datasets` reads without running anything, and the arguments that say how.
+FORMATS = ("json", "csv", "parquet", "text")
+ARGUMENTS = ("data_files", "data_dir", "field", "sep", "delimiter", "column_names", "encoding", "revision", "split")
+MAX_DATA_FILES = 1000
+MAX_REPEATS = 100
+# Processor time of all of a task's templates together; a million of the usual ones take as long.
+TEMPLATE_SECONDS = 60
+ALLOW = "which is run only where the task says allow_code: true"
+
+
+class FunctionName(str):
+    """The text behind `!function`."""
+
+
+class TaskLoader(LOADER):
+    """A loader of plain data, for which `!function` is a name."""
+
+
+TaskLoader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
+
+
+def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, InputError]]:
+    """The harness's entries of a folder's tasks, groups and tags, by name; and why YAMLs could not be read, by their
+    names. An entry's `cfg` is its YAML, with what it includes, as plain data. Raises InputError where there is too much
+    to read."""
+    from lm_eval.tasks._index import TaskIndex
+
+    index: dict[str, Any] = {}
+    unreadable: dict[str, InputError] = {}
+    for path in _yaml_paths(where, folder):
+        try:
+            TaskIndex.process_cfg(_read(path.resolve(), []), path, index)
+        except InputError as error:
+            unreadable.setdefault(path.stem, error)
+        except Exception:
+            # It is a YAML of something else, or no text names its task: the harness passes over it as well.
+            continue
+    return index, unreadable
+
+
+def _yaml_paths(where: str, folder: Path) -> list[Path]:
+    paths: list[Path] = []
+    entries = size = 0
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in ("__pycache__", ".ipynb_checkpoints")]
+        entries += len(folders) + len(names)
+        found = [Path(root, name) for name in names if name.endswith(".yaml")]
+        size += sum(path.stat().st_size for path in found if path.is_file())
+        if entries > MAX_ENTRIES or size > MAX_YAML_BYTES:
+            amount = f"{MAX_ENTRIES:,} files" if entries > MAX_ENTRIES else f"{MAX_YAML_BYTES:,} bytes of YAML"
+            raise InputError(where, f"include_path: {folder} holds more than {amount}; expected a folder of task YAMLs")
+        paths += found
+    return sorted(paths, key=Path.as_posix)
+
+
+def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
+    """A task's YAML with what it includes, as lm_eval.tasks merges them: its own keys count first."""
+    if path in seen:
+        raise InputError(path, "include: includes itself, or is included twice")
+    if len(seen) > MAX_INCLUDES:
+        raise InputError(path, f"include: more than {MAX_INCLUDES} files")
+    seen.append(path)
+    documents = load_documents(path, take_last, TaskLoader)
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise InputError(path, "expected a mapping of keys, one task of lm-eval")
+    config: dict[str, Any] = documents[0]
+    included = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for name in included if isinstance(included, list) else [included]:
+        if not isinstance(name, str) or isinstance(name, FunctionName):
+            raise InputError(path, f"include: {shown(name)}; expected the name of a YAML file")
+        merged |= {key: value for key, value in _read((path.parent / name).resolve(), seen).items()
+                   if key != "task_list"}  # fmt: skip
+    return merged | config
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What would run code, or read without end
+
+
+def check_is_data(where: str, config: dict[str, Any]) -> None:
+    """Raises InputError for a task that the harness could only take by running code of its makers or of others, and for
+    data that have no end. `where` names the task."""
+    for key, value in _walk("", config):
+        if isinstance(value, FunctionName):
+            raise InputError(where, f"{key}: !function {str(value)[:200]} is code of the task's makers, {ALLOW}")
+    if "class" in config:
+        raise InputError(where, f"class: {shown(config['class'])} is code of the task's makers, {ALLOW}")
+    if config.get("unsafe_code"):
+        raise InputError(where, "unsafe_code: runs code that the model writes; not supported")
+    _check_prompt(where, config.get("use_prompt"))
+    _check_metrics(where, config.get("metric_list") or [])
+    _check_filters(where, config.get("filter_list") or [])
+    _check_data(where, config)
+    repeats = config.get("repeats", 1)
+    if not (isinstance(repeats, int) and 1 <= repeats <= MAX_REPEATS):
+        raise InputError(where, f"repeats: {shown(repeats)}; expected a number from 1 to {MAX_REPEATS}")
+
+
+def _walk(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield key, value
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield key, name
+            yield from _walk(f"{key}.{name}".removeprefix("."), part)
+    elif isinstance(value, (list, tuple, set)):
+        for number, part in enumerate(value):
+            yield from _walk(f"{key}[{number}]", part)
+
+
+def _check_prompt(where: str, name: Any) -> None:
+    from lm_eval.prompts import PROMPT_REGISTRY
+
+    if name is not None and str(name).partition(":")[0] not in PROMPT_REGISTRY:
+        raise InputError(where, f"use_prompt: {shown(name)} is a library of others, {ALLOW}")
+
+
+def _check_metrics(where: str, metrics: Any) -> None:
+    """A metric that the harness does not have is a program, which the package evaluate loads from a path or the hub."""
+    import lm_eval.api.metrics  # noqa: F401
+    from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+
+    for key, metric in _mappings(where, "metric_list", metrics):
+        name, aggregation = metric.get("metric"), metric.get("aggregation", "mean")
+        if not isinstance(name, str):
+            raise InputError(where, f"{key}.metric: {shown(name)}; expected the name of a metric of lm-eval")
+        if metric.get("hf_evaluate") or name not in METRIC_REGISTRY:
+            raise InputError(where, f"{key}.metric: {shown(name)} is no metric of lm-eval itself but code, {ALLOW}")
+        if not isinstance(aggregation, str) or aggregation not in AGGREGATION_REGISTRY:
+            raise InputError(where, f"{key}.aggregation: {shown(aggregation)}; lm-eval has no such aggregation")
+        _check_patterns(where, f"{key}.regexes_to_ignore", metric.get("regexes_to_ignore") or [])
+
+
+def _check_filters(where: str, filters: Any) -> None:
+    import lm_eval.filters  # noqa: F401
+    from lm_eval.api.registry import FILTER_REGISTRY
+
+    for key, pipeline in _mappings(where, "filter_list", filters):
+        for step_key, step in _mappings(where, f"{key}.filter", pipeline.get("filter") or []):
+            name = step.get("function")
+            if not isinstance(name, str) or name not in FILTER_REGISTRY:
+                raise InputError(where, f"{step_key}.function: {shown(name)}; lm-eval has no such filter")
+            if name == "custom":
+                raise InputError(where, f"{step_key}.function: custom is code of the task's makers, {ALLOW}")
+            _check_patterns(where, f"{step_key}.regex_pattern", step.get("regex_pattern", []))
+            _check_patterns(where, f"{step_key}.regexes_to_ignore", step.get("regexes_to_ignore") or [])
+
+
+def _mappings(where: str, key: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not isinstance(value, list):
+        raise InputError(where, f"{key}: {shown(value)}; expected a list")
+    for number, one in enumerate(value):
+        if not isinstance(one, dict):
+            raise InputError(where, f"{key}[{number}]: {shown(one)}; expected a mapping")
+        yield f"{key}[{number}]", one
+
+
+def _check_patterns(where: str, key: str, patterns: Any) -> None:
+    for pattern in patterns if isinstance(patterns, list) else [patterns]:
+        if not isinstance(pattern, str):
+            raise InputError(where, f"{key}: {shown(pattern)}; expected a regular expression")
+        try:
+            expression(pattern)
+        except ValueError as error:
+            raise InputError(where, f"{key}: {shown(pattern)} {error}") from None
+
+
+def _check_data(where: str, config: dict[str, Any]) -> None:
+    """Data lie in files of a plain format, each of a likely size, or on the hub."""
+    path, arguments = config.get("dataset_path"), config.get("dataset_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise InputError(where, f"dataset_kwargs: {shown(arguments)}; expected a mapping")
+    if arguments.get("trust_remote_code"):
+        raise InputError(where, f"dataset_kwargs.trust_remote_code: the data set is a script, {ALLOW}")
+    for key in arguments:
+        if key not in (*ARGUMENTS, "trust_remote_code"):
+            raise InputError(where, f"dataset_kwargs.{shown(key)}: is passed on {ALLOW.removeprefix('which is run ')}")
+    for key in ("sep", "delimiter"):
+        # A longer one would be a regular expression.
+        if len(str(arguments.get(key, ","))) != 1:
+            raise InputError(where, f"dataset_kwargs.{key}: {shown(arguments[key])}; expected one character")
+    if not isinstance(path, str) or (
+        path not in FORMATS and (os.path.exists(path) or not re.fullmatch(r"[\w.-]+(?:/[\w.-]+)?", path))
+    ):
+        raise InputError(
+            where, f"dataset_path: {shown(path)}; expected {', '.join(FORMATS)} with data_files, or a data set on the "
+            "hub; scripts and folders are taken only where the task says allow_code: true"
+        )  # fmt: skip
+    if path.endswith(".py") or ("/" not in path and path not in FORMATS and _is_packaged(path)):
+        raise InputError(where, f"dataset_path: {shown(path)} is code, {ALLOW}")
+    if path in FORMATS:
+        if arguments.get("data_dir") is not None:
+            raise InputError(where, "dataset_kwargs.data_dir: name the files under data_files")
+        for file in data_files(where, arguments.get("data_files")):
+            _check_file(where, path, file)
+
+
+def _is_packaged(name: str) -> bool:
+    """Whether `datasets` takes the name for one of its own readers: some open databases, or unpack archives."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return name in _PACKAGED_DATASETS_MODULES
+
+
+def data_files(where: str, named: Any) -> list[Path]:
+    """The local files under `data_files`. Raises InputError for what names none."""
+    by_split = list(named.values()) if isinstance(named, dict) else [named]
+    flat = [name for one in by_split for name in (one if isinstance(one, list) else [one])]
+    files: list[Path] = []
+    for name in flat:
+        if not isinstance(name, str) or not name:
+            raise InputError(where, f"data_files: {shown(name)}; expected the paths of files")
+        if re.match("(https?|hf)://", name) and "::" not in name:
+            continue
+        if "://" in name or "::" in name or glob.has_magic(os.path.dirname(name)):
+            raise InputError(where, f"data_files: {shown(name)}; expected the paths of files, or of URLs https://…")
+        matches = list(islice(glob.iglob(name), MAX_DATA_FILES + 1)) if glob.has_magic(name) else [name]
+        if len(matches) > MAX_DATA_FILES:
+            raise InputError(where, f"data_files: {shown(name)} names more than {MAX_DATA_FILES:,} files")
+        files += map(Path, matches)
+    return files
+
+
+def _check_file(where: str, kind: str, file: Path) -> None:
+    if not os.path.exists(file):
+        raise InputError(where, f"data_files: {file}: no such file")
+    if not file.is_file():
+        raise InputError(where, f"data_files: {file}: is not a regular file")
+    if kind == "parquet":
+        check_parquet(file)
+        return
+    read_bytes(file)
+    from datasets.utils.extract import Extractor
+
+    # A small archive may hold what fills the disk.
+    if Extractor.infer_extractor_format(str(file)) is not None:
+        raise InputError(where, f"data_files: {file}: is compressed; unpack it")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Templates
+
+
+@dataclass
+class Templates:
+    """Renders a task's templates for its records, each pair once. `where` names the task in messages; `seconds`: of
+    processor time that is left."""
+
+    where: str
+    seconds: float = TEMPLATE_SECONDS
+    texts: dict[bytes, str] = field(default_factory=dict)
+
+    def render(self, template: str, record: dict[str, Any]) -> str:
+        """The harness's `apply_template`, with limits. Raises InputError for a template that fails."""
+        # Equal records give equal texts, however often scoring asks for them.
+        key = sha256(json.dumps([template, record], default=str).encode()).digest()
+        if key not in self.texts:
+            try:
+                self.texts[key], seconds = jinja_process.render_record(template, record)
+            except jinja_process.TemplateError as error:
+                raise InputError(self.where, f"the template {shown(template)} failed ({error})") from None
+            self.seconds -= seconds
+            if self.seconds < 0:
+                raise InputError(self.where, f"its templates take more than {TEMPLATE_SECONDS} s altogether")
+        return self.texts[key]
+
+
+_templates: ContextVar[Templates | None] = ContextVar("templates", default=None)
+
+
+@contextmanager
+def rendered_apart(templates: Templates | None) -> Iterator[None]:
+    """In the block, the harness's templates are rendered by these; None: by the harness itself."""
+    from lm_eval import utils
+
+    if not getattr(utils.apply_template, "chooses", False):
+        utils.apply_template = _choosing(utils.apply_template)
+    token = _templates.set(templates)
+    try:
+        yield
+    finally:
+        _templates.reset(token)
+
+
+def _choosing(apply_template: Any) -> Any:
+    """The harness's `apply_template`, except in a block of `rendered_apart`."""
+
+    def choose(template: str, record: dict[str, Any]) -> str:
+        templates = _templates.get()
+        return str(apply_template(template, record) if templates is None else templates.render(template, record))
+
+    choose.chooses = True  # type: ignore[attr-defined]
+    return choose

@@ -1,0 +1,100 @@
+"""What is printed is escaped where it leaves the program: lines, tables, progress bars, warnings and cards."""
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import Family
+from rich.progress import Progress
+
+import evojax_merge as em
+from evojax_merge.errors import escaped_lines, nearest, print_warning, printable
+from evojax_merge.report.comparison import Row
+from evojax_merge.report.front_matter import changed_front_matter
+from evojax_merge.report.progress import PlainColumn, Terminal, cell
+from evojax_merge.report.tables import markdown_table, terminal_table
+
+UNSAFE = "a\u202eb\u200bc\x1b[31md\u2028e\x9bf\ud800g"
+SHOWN = "a\\u202eb\\u200bc\\x1b[31md\\u2028e\\x9bf\\ud800g"
+
+
+@pytest.fixture
+def terminal() -> Terminal:
+    return Terminal(file=io.StringIO(), width=200, markup=False, emoji=False, highlight=False)
+
+
+def text_of(terminal: Terminal) -> str:
+    assert isinstance(terminal.file, io.StringIO)
+    return terminal.file.getvalue()
+
+
+def test_a_line_is_one_line(terminal: Terminal) -> None:
+    terminal.print(f"wrote {UNSAFE}\nerror: none", soft_wrap=True)
+    assert text_of(terminal) == f"wrote {SHOWN}\\nerror: none\n"
+
+
+def test_names_of_any_script_are_printed_as_they_are() -> None:
+    for name in ("Modèle 混合 модель", "שלום", "مرحبا", "a b", "é"):
+        assert printable(name) == name
+
+
+def test_tables_show_escaped_names(terminal: Terminal) -> None:
+    rows = [Row("winner", UNSAFE, 1.0, {f"{UNSAFE}/accuracy": 1.0})]
+    terminal.print(terminal_table(rows, f"Scores on {UNSAFE}"))
+    lines = text_of(terminal).splitlines()
+    assert SHOWN in lines[0] and sum(SHOWN in line for line in lines) == 3
+    # Borders meet: the widths are those of what is shown.
+    assert len({len(line.rstrip()) for line in lines[1:]}) == 1
+    markdown = markdown_table(rows)
+    assert markdown.isascii() and markdown.count(SHOWN.replace("|", "\\|")) == 2 and len(markdown.splitlines()) == 3
+
+
+def test_cells_keep_their_lines() -> None:
+    assert cell(f"one\n{UNSAFE}").plain == f"one\n{SHOWN}"
+
+
+def test_bars_show_escaped_labels(terminal: Terminal) -> None:
+    with Progress(PlainColumn("{task.description}"), console=terminal) as progress:
+        progress.add_task(f"merging {UNSAFE} [bold]")
+    assert f"merging {SHOWN} [bold]" in text_of(terminal)
+
+
+def test_a_warning_is_one_line_of_bounded_length(capsys: pytest.CaptureFixture[str]) -> None:
+    print_warning(f"{UNSAFE}\n{'x' * 1_000_000}")
+    line = capsys.readouterr().err
+    assert line.startswith(f"warning: {SHOWN}\\nxxx") and line.count("\n") == 1 and len(line) < 2000
+
+
+def test_front_matter_keeps_its_meaning() -> None:
+    name = f"owner/{UNSAFE[:-2]}"
+    card = changed_front_matter("---\nlicense: mit\n---\n# Title\n", {"base_model": [name]})
+    assert escaped_lines(card) == card
+    assert yaml.safe_load(card.split("---\n")[1])["base_model"] == [name]
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "expected"),
+    [
+        ("foo", ("pool", "search"), None),
+        ("bar", ("base", "parents"), None),
+        ("hello", ("della", "ties"), None),
+        ("adam", ("random", "de"), None),
+        ("wieght", ("weight", "density"), "weight"),
+        ("lin", ("linear", "slerp"), "linear"),
+        ("model", ("model_stock", "della"), "model_stock"),
+        ("self_attn.q_porj", ("model.layers.0.self_attn.q_proj.weight",), "model.layers.0.self_attn.q_proj.weight"),
+        ("x" * 1_000_000, ("weight",), None),
+    ],
+)
+def test_only_near_names_are_suggested(word: str, names: tuple[str, ...], expected: str | None) -> None:
+    assert nearest(word, names) == expected
+
+
+def test_a_card_is_escaped_where_it_is_written(tmp_path: Path, family: Family) -> None:
+    models = [{"model": str(family.base), "parameters": {"weight": 1.0}}]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("# a\u202eb\u200bc\n" + yaml.safe_dump({"merge_method": "linear", "models": models}))
+    out = em.merge(recipe, tmp_path / "a\u202eb")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "\u202e" not in card and "a\\u202eb" in card
