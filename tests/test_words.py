@@ -43,7 +43,7 @@ LIBRARIES = {
 ALLOWED = {
     "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto", "JaxRuntimeError",
     "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax", "adapter_config",
-    "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "continue_final_message", "f_attention_scale",
+    "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg", "continue_final_message", "f_attention_scale",
     "generation_config", "inf", "merge_and_unload", "mgsm_ja", "mgsm_native_cot_ja", "mlp.experts.gate_up_proj",
     "nested_absmax", "nested_quant_map", "o_proj", "process_results", "quant_map", "quant_state.bitsandbytes__nf4",
     "qweight", "re.fullmatch", "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight",
@@ -54,7 +54,6 @@ ALLOWED = {
 INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
 # Names in docstrings that no longer exist, by file.
 STALE = {
-    "evojax_merge/checkpoints/adapters.py": {"base_head_tied"},
     "evojax_merge/config.py": {"load_config"},
     "evojax_merge/evaluation/devices.py": {"LostProcess"},
     "evojax_merge/evaluation/evaluator.py": {"broken", "score_states"},
@@ -144,8 +143,10 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[Documented, str]]:
 
 
 def plain_names(text: str) -> Iterator[str]:
-    """Names of a docstring that stand without backticks: `snake_case`, `CamelCase`, and `module.name`."""
-    yield from PLAIN.findall(FENCE.sub("", SPAN.sub("", text)))
+    """Names of a docstring that stand without backticks, also in the plural: `snake_case`, `CamelCase`, and
+    `module.name`."""
+    for name in PLAIN.findall(FENCE.sub("", SPAN.sub("", text))):
+        yield name if exists(name) else name.removesuffix("s")
 
 
 def undescribed(node: Documented, text: str) -> Iterator[str]:
