@@ -41,14 +41,15 @@ LIBRARIES = {
 }  # fmt: skip
 # Names of algorithms, other libraries, tensors and keys of files.
 ALLOWED = {
-    "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto", "JaxRuntimeError",
-    "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax", "adapter_config",
-    "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg", "continue_final_message",
-    "f_attention_scale", "generation_config", "inf", "merge_and_unload", "mgsm_ja", "mgsm_native_cot_ja",
-    "mlp.experts.gate_up_proj", "nested_absmax", "nested_quant_map", "o_proj", "process_results", "quant_map", "quant_state.bitsandbytes__nf4",
-    "qweight", "re.fullmatch", "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight",
-    "uint8", "use_dora", "weight_g_idx", "weight_global_scale", "weight_packed", "weight_scale_2", "weight_scale_inv",
-    "weight_shape", "weight_zero_point",
+    "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto",
+    "JaxRuntimeError", "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax",
+    "adapter_config", "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg",
+    "continue_final_message", "f_attention_scale", "generation_config", "inf", "merge_and_unload", "mgsm_ja",
+    "mgsm_native_cot_ja", "mlp.experts.gate_up_proj", "nested_absmax", "nested_quant_map", "o_proj",
+    "process_results", "quant_map", "quant_state.bitsandbytes__nf4", "qweight", "re.fullmatch",
+    "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight", "uint8", "use_dora",
+    "weight_g_idx", "weight_global_scale", "weight_packed", "weight_scale_2", "weight_scale_inv", "weight_shape",
+    "weight_zero_point",
 }  # fmt: skip
 # One letter, or `sum`, with an index: mathematics.
 INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
