@@ -41,20 +41,20 @@ LIBRARIES = {
 }  # fmt: skip
 # Names of algorithms, other libraries, tensors and keys of files.
 ALLOWED = {
-    "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto", "JaxRuntimeError",
-    "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax", "adapter_config",
-    "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "continue_final_message", "f_attention_scale",
-    "generation_config", "inf", "merge_and_unload", "mgsm_ja", "mgsm_native_cot_ja", "mlp.experts.gate_up_proj",
-    "nested_absmax", "nested_quant_map", "o_proj", "process_results", "quant_map", "quant_state.bitsandbytes__nf4",
-    "qweight", "re.fullmatch", "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight",
-    "uint8", "use_dora", "weight_g_idx", "weight_global_scale", "weight_packed", "weight_scale_2", "weight_scale_inv",
-    "weight_shape", "weight_zero_point",
+    "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto",
+    "JaxRuntimeError", "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax",
+    "adapter_config", "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg",
+    "continue_final_message", "f_attention_scale", "generation_config", "inf", "merge_and_unload", "mgsm_ja",
+    "mgsm_native_cot_ja", "mlp.experts.gate_up_proj", "nested_absmax", "nested_quant_map", "o_proj",
+    "process_results", "quant_map", "quant_state.bitsandbytes__nf4", "qweight", "re.fullmatch",
+    "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight", "uint8", "use_dora",
+    "weight_g_idx", "weight_global_scale", "weight_packed", "weight_scale_2", "weight_scale_inv", "weight_shape",
+    "weight_zero_point",
 }  # fmt: skip
 # One letter, or `sum`, with an index: mathematics.
 INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
 # Names in docstrings that no longer exist, by file.
 STALE = {
-    "evojax_merge/checkpoints/adapters.py": {"base_head_tied"},
     "evojax_merge/config.py": {"load_config"},
     "evojax_merge/evaluation/devices.py": {"LostProcess"},
     "evojax_merge/evaluation/evaluator.py": {"broken", "score_states"},
@@ -144,8 +144,11 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[Documented, str]]:
 
 
 def plain_names(text: str) -> Iterator[str]:
-    """Names of a docstring that stand without backticks: `snake_case`, `CamelCase`, and `module.name`."""
-    yield from PLAIN.findall(FENCE.sub("", SPAN.sub("", text)))
+    """Names of a docstring that stand without backticks, also in the plural: `snake_case`, `CamelCase`, and
+    `module.name`."""
+    for name in PLAIN.findall(FENCE.sub("", SPAN.sub("", text))):
+        singular = name.removesuffix("s")
+        yield singular if exists(singular) else name
 
 
 def undescribed(node: Documented, text: str) -> Iterator[str]:
