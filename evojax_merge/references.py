@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from evojax_merge.checkpoints.derived import NOTHING, reference_to, resolve_model
+from evojax_merge.checkpoints.derived import EMPTY, reference_to, resolve_model
 from evojax_merge.checkpoints.folder import hub_id, resolve
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.errors import InputError
@@ -13,7 +13,7 @@ from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
 
 def resolve_reference(
-    where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING, weights: bool = True
+    where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = EMPTY, weights: bool = True
 ) -> Path:
     """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where` says in
     messages who names it; made, weights: see `resolve_model`."""
