@@ -188,7 +188,7 @@ def _merged_config(
     recipe: RecipeFile, sources: Sources, leader: DecoderFolder, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
     """The leader's config, changed only in what the recipe changes. `tied`: whether the head is the embedding; None
-    where the model is no known decoder with a head, and its config stays."""
+    where the model is no known decoder with a head, so that the config's own value stays."""
     config = dict(leader.config)
     if not config:
         return {}

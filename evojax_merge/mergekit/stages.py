@@ -132,7 +132,7 @@ def prepare_stream(
 
 @contextmanager
 def _stages_named(folders: Mapping[str, Path]) -> Iterator[None]:
-    """Replace hidden folders by the names of their stages in the block's InputErrors."""
+    """Replace hidden folders by the names of their stages in an InputError of the block."""
     try:
         yield
     except InputError as error:
