@@ -29,7 +29,7 @@ def _named(where: object, reference: str, relative_to: Path, *, weights: bool = 
 
 def recipe_reference(reference: str, folder: Path) -> str:
     """A recipe's reference to the model that a config calls `reference` and that lies in `folder`, valid from any
-    place: `zoo:name` as it is, a hub id with the commit that was taken, anything else by full paths."""
+    place: `zoo:name` as it is, a hub id with the commit that was downloaded, any other model by full paths."""
     by_paths = reference_to(folder)
     if by_paths != str(folder):
         # A model of several parts, such as a base and an adapter.

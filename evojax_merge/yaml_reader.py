@@ -33,8 +33,8 @@ def take_last(place: str, said: str) -> None:
 
 
 def load_yaml(path: Path) -> Any:
-    """Parse a YAML file of one document. Raises InputError, with the line, for what `parse_yaml` refuses, and for what
-    is not a file of UTF-8 text."""
+    """Parse a YAML file of one document. Raises InputError, with the line, for content that `parse_yaml` refuses, and
+    for anything but a file of UTF-8 text."""
     return parse_yaml(path, _read_text(path))
 
 

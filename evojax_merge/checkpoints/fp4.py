@@ -36,7 +36,7 @@ from evojax_merge.errors import InputError
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
-# How the scale of a whole matrix changes the scales of its groups.
+# The effect of a whole matrix's scale on the scales of its groups.
 Outer = Literal["multiplies", "divides"]
 
 

@@ -159,8 +159,8 @@ def check_matrix(name: str, tensor: Tensor, *dtypes: np.dtype) -> None:
 def part_of(
     stored: Mapping[str, Tensor], whole: Tensor, name: str, dtypes: Sequence[np.dtype], *shapes: tuple[int, ...]
 ) -> Tensor:
-    """The tensor of that name, of one of the dtypes and of the shapes. Raises InputError, naming the file of the matrix
-    `whole` that it is a part of, where there is none."""
+    """The tensor of that name, with one of the dtypes and one of the shapes. Raises InputError where there is no such
+    tensor; the message names the file of `whole`, the matrix that the tensor is a part of."""
     part = stored.get(name)
     if part is None or part.shape not in shapes:
         what = "no such tensor" if part is None else str(list(part.shape))

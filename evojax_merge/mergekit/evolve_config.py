@@ -201,7 +201,7 @@ def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
         ours["name"] = f"{task.name}/{task.metric}"
     limit = theirs.limit if task.limit is None else task.limit
     if limit is not None:
-        # So many documents that a candidate is scored on `limit` of them, beside the held-out ones.
+        # Enough documents for `limit` of them to score a candidate, beside the held-out ones.
         share = 0.0 if isinstance(task.heldout, str) else task.heldout
         ours |= {"limit": limit, "docs": max(2, math.ceil(limit / (1 - share)))}
     return {key: value for key, value in ours.items() if value is not None}

@@ -129,16 +129,16 @@ def prepare(
     _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
     planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
-    rows = [replace(row, name=leader.names.in_file(row.name)) for row in planned]
+    tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
     wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
-    for row in rows:
-        _check_inputs(recipe, sources, row)
-        source, tensor = row.inputs[0]
-        dtypes = [sources.entry(s, name).dtype for s, name in row.inputs]
+    for tensor_plan in tensor_plans:
+        _check_inputs(recipe, sources, tensor_plan)
+        source, tensor = tensor_plan.inputs[0]
+        dtypes = [sources.entry(s, name).dtype for s, name in tensor_plan.inputs]
         # Without a dtype in the recipe, sources of unlike precision are merged into a dtype that holds all of them.
         common_dtype = reduce(jnp.promote_types, dtypes) if is_float(dtypes[0]) else dtypes[0]
-        specs[row.name] = TensorSpec(
+        specs[tensor_plan.name] = TensorSpec(
             sources.shape(source, tensor), wanted if wanted is not None and is_float(common_dtype) else common_dtype
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
@@ -166,7 +166,7 @@ def prepare(
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
-        recipe, sources, tuple(rows), specs, leader, tokenizer, template,
+        recipe, sources, tuple(tensor_plans), specs, leader, tokenizer, template,
         _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite,
     )  # fmt: skip
 
@@ -275,8 +275,8 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find)
     elif source not in ("union", "base"):
         source = models.index(source)
     rules = {
-        token: TokenRule(None if row.model is None else number(token, row.model), row.token, row.force)
-        for token, row in setting.tokens.items()
+        token: TokenRule(None if rule.model is None else number(token, rule.model), rule.token, rule.force)
+        for token, rule in setting.tokens.items()
     }
     base = None if recipe.base is None else models.index(recipe.base)
     return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of)
@@ -481,14 +481,14 @@ def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layo
             raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
 
 
-def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None:
+def _check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) -> None:
     """Raises InputError unless all sources of a tensor have one shape and one kind of numbers, floats or not."""
-    for s, key in row.inputs:
+    for s, key in tensor_plan.inputs:
         if sources.name_in(s, key) not in sources.folders[s].entries:
             raise InputError(sources.folders[s].path, f"has no tensor {key}")
         if sources.vocabulary is not None and sources.has_rows(key):
             _check_token_rows(sources, s, key)
-    (first, name), *others = row.inputs
+    (first, name), *others = tensor_plan.inputs
     expected = sources.shape(first, name)
     for s, key in others:
         if sources.shape(s, key) != expected:
@@ -564,7 +564,7 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
 
 def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
     """The merged tensors of these names, in their order, computed ahead of time by a few threads."""
-    by_name = {row.name: row for row in merge_plan.rows}
+    by_name = {tensor_plan.name: tensor_plan for tensor_plan in merge_plan.rows}
     others = merge_plan.leader.whole
 
     def make(name: str) -> np.ndarray:
@@ -624,7 +624,7 @@ def write_weights(
 
 def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
-    merged = [merge_plan.specs[row.name].dtype for row in merge_plan.rows]
+    merged = [merge_plan.specs[tensor_plan.name].dtype for tensor_plan in merge_plan.rows]
     dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)

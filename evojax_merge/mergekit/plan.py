@@ -245,22 +245,23 @@ Fitting = Callable[[str, Sequence[tuple[int, str]]], Sequence[tuple[int, str]]]
 def plan(
     recipe: RecipeFile, layouts: Sequence[Layout], fitting: Fitting = lambda name, inputs: inputs
 ) -> list[TensorPlan]:
-    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor.
+    """Match a recipe with the tensor names of its models (in the order of `recipe.models`), and return a plan per
+    output tensor.
 
     The merged model has the tensors of its first model, which is the base where there is one. `fitting` takes the name
     of each tensor and its inputs, the first model's first, and returns the inputs that are merged: the first, and any
     others. Where it returns the first alone, or too few for the method, the first is copied.
     """
-    rows: list[TensorPlan] = []
+    tensor_plans: list[TensorPlan] = []
     for module, module_layout in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
-        rows += _plan_module(recipe, module, module_layout, fitting)
-    return rows
+        tensor_plans += _plan_module(recipe, module, module_layout, fitting)
+    return tensor_plans
 
 
 def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], fitting: Fitting) -> list[TensorPlan]:
     index = {model: i for i, model in enumerate(recipe.models)}
     method = recipe.method
-    rows = []
+    tensor_plans = []
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
         base_first = sorted(inputs, key=lambda pair: pair[0].model != part.base)
@@ -270,7 +271,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         too_few = len(chosen) == 1 or len(chosen) - int(has_base) < method.min_parents
         # The base alone is the merge of the base with nothing.
         if too_few and (len(chosen) < len(pairs) or (has_base and len(pairs) == 1)):
-            rows.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
+            tensor_plans.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
             return
         # A base that is merged like any parent keeps its place.
         ordered = base_first if method.base != "parent" or method.base_is_first_parent else inputs
@@ -278,7 +279,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
         options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t)
         offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)
         inputs_by_index = tuple((index[source.model], tensor) for source, tensor in merged)
-        rows.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
+        tensor_plans.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
 
     if module.slices[0].count is None:
         part = module.slices[0]
@@ -294,7 +295,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
                 for tail in tails:
                     name = f"{head}{i}{tail}"
                     add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
-        return rows
+        return tensor_plans
 
     for name in layouts[index[recipe.ends or _first(module.slices[0]).model]].outside:
         part = module.slices[0] if BEFORE_LAYERS.search(name) else module.slices[-1]
@@ -313,7 +314,7 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
                 inputs = [(source, f"{head}{source.first + offset}{tail}") for source in part.sources]
                 add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
-    return rows
+    return tensor_plans
 
 
 def _places(outside: Sequence[str]) -> dict[str, float]:

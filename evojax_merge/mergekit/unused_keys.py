@@ -108,9 +108,9 @@ class _RecipeNormaliser:
 
     def slices(self, place: str, value: Any) -> Any:
         def normalised_slice(place: str, value: Any) -> Any:
-            row = self._known(place, value, SLICE_KEYS, "a slice has no such key")
+            section = self._known(place, value, SLICE_KEYS, "a slice has no such key")
             return self._each(
-                row, place, sources=self.rows(SOURCE_KEYS), parameters=self.settings, base_model=self.reference
+                section, place, sources=self.rows(SOURCE_KEYS), parameters=self.settings, base_model=self.reference
             )
 
         return _listed(place, value, normalised_slice)
@@ -120,8 +120,8 @@ class _RecipeNormaliser:
 
         def normalised_model(place: str, value: Any) -> Any:
             self.model = value.get("model") if isinstance(value, dict) else None
-            row = self._known(place, value, known, "a model has no such key here")
-            normalised = self._each(row, place, model=self.reference, parameters=self.own_settings)
+            section = self._known(place, value, known, "a model has no such key here")
+            normalised = self._each(section, place, model=self.reference, parameters=self.own_settings)
             self.model = None
             return normalised
 
@@ -130,8 +130,8 @@ class _RecipeNormaliser:
     def reference(self, place: str, value: Any) -> Any:
         if isinstance(value, dict) and "path" in value and "model" not in value:
             return self.path(place, value)
-        row = self._known(place, value, REFERENCE_KEYS, "a model has no such key")
-        return self._each(row, place, model=self.path, lora=self.path)
+        section = self._known(place, value, REFERENCE_KEYS, "a model has no such key")
+        return self._each(section, place, model=self.path, lora=self.path)
 
     def path(self, place: str, value: Any) -> Any:
         return self._known(place, value, PATH_KEYS, "a path has no such key")

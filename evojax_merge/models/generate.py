@@ -5,9 +5,9 @@ together, in several calls, so that the host can look for stop texts in between.
 or by the host's decision, are not extended.
 
 A decode step reads all weights to produce one token, and would read as much to produce a few. So every step takes
-`step_tokens` tokens: the last token and draft tokens after it, which are looked up in the texts that other candidates
-generated for the same prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them
-are computed side by side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding,
+`step_tokens` tokens: the last token and draft tokens after it, looked up in the texts that other candidates generated
+for the same prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them are
+computed side by side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding,
 arXiv 2211.17192, in its greedy form, with prompt lookup in place of a draft model). The text is the same as from steps
 of one token.
 """

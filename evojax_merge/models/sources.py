@@ -164,26 +164,28 @@ class LazyMerge:
                 leaf = replace(leaf, mask_keys=keys_from_column(leaf.mask_keys, first_column))
             return self._merge_part(leaf, parameters)
 
-        def cut(array: jax.Array, at: int | None) -> Any:
+        def spec_at(array: jax.Array, at: int | None) -> Any:
             return cut_at(array.ndim, at)
 
-        def cut_like_tensor(array: jax.Array) -> Any:
+        def spec_like_tensor(array: jax.Array) -> Any:
             """Statistics of rows or of columns have the tensor's axes."""
-            return cut(array, axis if array.ndim >= len(shape) and array.shape[axis] == shape[axis] else None)
+            return spec_at(array, axis if array.ndim >= len(shape) and array.shape[axis] == shape[axis] else None)
 
         factors, keys = leaf.factors, leaf.mask_keys
-        cuts = replace(
+        specs = replace(
             leaf,
-            sources=cut(leaf.sources, axis),
+            sources=spec_at(leaf.sources, axis),
             # `a` has the weight's inputs, `b` its outputs.
             factors=None
             if factors is None
-            else Factors(*(cut(x, axis if axis == end else None) for x, end in ((factors.a, -1), (factors.b, -2)))),
-            mask_keys=None if keys is None else cut(keys, axis if not has_row_keys else -2 if axis == rows else None),
-            statistics=jax.tree.map(cut_like_tensor, leaf.statistics),
+            else Factors(*(spec_at(x, axis if axis == end else None) for x, end in ((factors.a, -1), (factors.b, -2)))),
+            mask_keys=None
+            if keys is None
+            else spec_at(keys, axis if not has_row_keys else -2 if axis == rows else None),
+            statistics=jax.tree.map(spec_like_tensor, leaf.statistics),
         )
-        whole = jax.tree.map(partial(cut, at=None), parameters)
-        return map_shards(part, (cuts, whole), cut_at(len(shape), axis), leaf, parameters)
+        whole = jax.tree.map(partial(spec_at, at=None), parameters)
+        return map_shards(part, (specs, whole), cut_at(len(shape), axis), leaf, parameters)
 
     def _merge_part(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
         spec, stored = self.spec, leaf.sources
