@@ -1,4 +1,5 @@
-"""Chat templates, rendered as transformers renders them, but apart: they are programs of a model's makers."""
+"""Chat templates, rendered as transformers renders them, but in a process apart: they are programs of a model's
+makers."""
 
 from typing import Any
 

@@ -19,13 +19,14 @@ class PackageUnavailable(InputError):
 
 
 def cache_folder() -> Path:
-    """Where the program keeps what it fetched or made for this user."""
+    """The folder in which the program keeps files that it fetched or made for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evojax-merge"
 
 
 @contextmanager
 def fetched_wheel(requirement: str, *options: str) -> Iterator[Path]:
-    """A wheel, downloaded by pip without what it depends on; gone after the block."""
+    """Yield a wheel, downloaded by pip without its dependencies; the file is gone after the block. Raises
+    PackageUnavailable."""
     print(f"fetching {requirement} with pip …", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -33,8 +34,8 @@ def fetched_wheel(requirement: str, *options: str) -> Iterator[Path]:
         run = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if run.returncode or len(wheels) != 1:
-            said = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
-            raise PackageUnavailable(requirement, f"pip could not download it ({said})")
+            reason = (run.stderr.strip() or run.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise PackageUnavailable(requirement, f"pip could not download it ({reason})")
         yield wheels[0]
 
 
@@ -45,13 +46,13 @@ def opened_wheel(requirement: str, *options: str) -> Iterator[zipfile.ZipFile]:
 
 
 def cached_wheel(requirement: str, *options: str) -> Path:
-    """The wheel in the user's cache folder; fetched where it is not there yet."""
+    """The wheel in the user's cache folder; fetched first where it is missing."""
     name, _, version = requirement.partition("==")
     folder = cache_folder() / "wheels"
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
-        # Another process may be looking.
+        # Another process may look for the wheel meanwhile.
         with fetched_wheel(requirement, *options) as path, atomic_file(folder / path.name) as work:
             shutil.copyfile(path, work)
     return min(folder.glob(pattern))

@@ -1,8 +1,8 @@
 """The errors that a user meets.
 
-`InputError` is for whatever the user can put right: the command line prints it as one line and exits with
-status 2. `Failed` is for what went wrong although the input is right: one line too, status 1. Anything else that
-reaches the top is a failure of the program or of a user's own function (status 1, with its traceback).
+`InputError` is for errors that the user can put right: the command line prints one as a line and exits with status 2.
+`Failed` is for failures although the input is right: one line too, status 1. Anything else that reaches the top is a
+failure of the program or of a user's own function (status 1, with its traceback).
 """
 
 import difflib
@@ -12,16 +12,16 @@ import sys
 import unicodedata
 from collections.abc import Iterable
 
-# Characters of a message: what a stranger's file puts into one must not push the rest off the screen.
+# The maximum of a message's characters: text from a stranger's file must not push the rest off the screen.
 LONGEST_MESSAGE = 1000
-# Characters of a line of output, which may have to name whole paths.
+# The maximum of a line's characters in output, which may have to name whole paths.
 LONGEST_LINE = 20_000
 
-# The likeness (difflib's ratio) of a slip and the name that was meant, and, where one is part of the other, the letters
-# that they share at a stretch.
+# The likeness (difflib's ratio) of a typo and the meant name, and, where the two share a part, the letters of that
+# part.
 NEAR, SHARED = 0.65, 5
 
-# What a user calls the files that the program has made in its cache, by their paths there.
+# The user's names of files that the program has made in its cache, by their paths in the cache.
 _USERS_NAMES: dict[str, str] = {}
 
 _short = reprlib.Repr()
@@ -30,8 +30,8 @@ _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
 def escaped(text: str) -> str:
     """The text as one line that any terminal shows as it is: line ends, control characters (terminal sequences begin
-    with one), characters without a width, those that turn the direction of writing, and lone surrogates are escaped as
-    in Python."""
+    with one), characters without a width, characters that turn the direction of writing, and lone surrogates are
+    escaped as in Python."""
     return "".join(
         char if char.isprintable() or unicodedata.category(char) == "Zs" else char.encode("unicode_escape").decode()
         for char in text
@@ -65,14 +65,14 @@ def name_in_messages(path: object, name: object) -> None:
 
 
 def in_users_words(text: str) -> str:
-    """The text with the names that `name_in_messages` was given."""
+    """The text with paths replaced by their names from `name_in_messages`."""
     for path in sorted(_USERS_NAMES, key=len, reverse=True):
         text = text.replace(path, _USERS_NAMES[path])
     return text
 
 
 def shown(value: object) -> str:
-    """`repr(value)`, cut to what fits in a message; without line feeds or bytes that a terminal would obey."""
+    """`repr(value)`, shortened to fit in a message; without line feeds or bytes that a terminal would obey."""
     return _short.repr(value)
 
 
@@ -86,14 +86,15 @@ class InputError(Exception):
 
 
 class Failed(Exception):
-    """The input is right, and yet it came to nothing: says what was tried, a likely cause and what to look at."""
+    """A failure although the input is right: `what` says what was tried, a likely cause and what to look at."""
 
     def __init__(self, what: str) -> None:
         super().__init__(printable(what))
 
 
 def cannot_write(where: object, error: OSError, more: str = "") -> Exception:
-    """What to raise where a file could not be written. A disk that fills is no wrong input."""
+    """The exception to raise where a file could not be written: `Failed` where a disk is full or broken, which is no
+    wrong input, else `InputError`."""
     text = f"could not be written ({error.strerror or error}){more}"
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
     return Failed(f"{where}: {text}") if full else InputError(where, text)
@@ -107,8 +108,8 @@ class PeerLostError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that a word is likely to have meant: two thirds of it are the same, or half, of a long name that
-    shares a part with it. None where no name is near."""
+    """The known name that a word was likely meant to be: about two thirds of the letters agree, or half of them where
+    the two share a part of `SHARED` letters. None where no name is near."""
     word = word[:100]
     for name in difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5):
         matcher = difflib.SequenceMatcher(None, name, word)
@@ -118,7 +119,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'density'?)"`, or a list of what is known, if anything, where nothing is near."""
+    """`" (did you mean 'density'?)"`, or, where no name is near, a list of the known names, if there are any."""
     known = sorted(known)
     if not known:
         return ""

@@ -1,7 +1,8 @@
 """Files and folders that appear complete or not at all, and all that this program deletes, renames or replaces.
 
-No other module calls what deletes, renames or replaces a file. Nothing in it follows a link in order to delete: who
-may delete in the folder that a link leads to resolves the link first, and names what there is the program's own.
+No other module deletes, renames or replaces files. No function of this module follows a link in order to delete: a
+caller that may delete in the folder that a link leads to resolves the link first, and names the program's own files in
+that folder.
 """
 
 import fcntl
@@ -17,19 +18,19 @@ from pathlib import Path
 
 from evojax_merge.errors import InputError, cannot_write
 
-# The hidden names, beside a file or folder, of what is going to take its name, of what had it and may get it back, and
-# of what is being deleted.
+# Marks in hidden names beside a file or folder: of the content that will take its name, of the content that had the
+# name and may get it back, and of a folder that is being deleted.
 NEW, OLD, GONE = ".evojax-merge-new.", ".evojax-merge-old.", ".evojax-merge-gone."
 _RANDOM = "[0-9a-z_]{8}"
 
 
 def resolved(path: Path) -> Path:
-    """A path without links, a name where it is `.` or the like."""
+    """The path without links, and with a name in place of `.` or the like."""
     return Path(os.path.realpath(path))
 
 
 def is_real_folder(path: Path) -> bool:
-    """Whether a path is a folder, and no link to one."""
+    """Return whether a path is a folder, and no link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -42,8 +43,9 @@ def _hidden_name(path: Path, mark: str) -> Path:
 
 
 def regular_file(path: Path) -> Path:
-    """Where a file is, or will be, once links are followed. Raises InputError where it cannot be replaced by another
-    file: a folder, pipe, socket or device, an open file of a process (/dev/stdout), a link that leads nowhere."""
+    """The place where a file is, or will be, once links are followed. Raises InputError where it cannot be replaced by
+    another file: a folder, pipe, socket or device, an open file of a process (/dev/stdout), a link that leads
+    nowhere."""
     place = path
     for _ in range(40):
         above = resolved(place.parent)
@@ -70,8 +72,8 @@ def regular_file(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """The name of a new file, which takes the place of `path` when the block ends well and vanishes when it does not.
-    A link stays, and leads to the new file."""
+    """Yield the name of a new file, which takes the place of `path` when the block ends without an error, and vanishes
+    otherwise. A link stays, and leads to the new file."""
     place = regular_file(path)
     work = _hidden_name(place, NEW)
     try:
@@ -122,8 +124,9 @@ def remove_link(link: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, which the caller has made or has seen to be the program's own. Under its
-    name it is whole or gone. Raises OSError where it is a link; links in it go, and what they lead to stays."""
+    """Remove a folder with its content; the caller has made the folder or has checked that it is the program's own.
+    Under its name the folder is whole or gone. Raises OSError for a link; links inside are removed, and their targets
+    stay."""
     if folder.is_symlink():
         raise NotADirectoryError(None, "is a link", str(folder))
     work = _hidden_name(folder, GONE)
@@ -138,13 +141,13 @@ def remove_empty_folder(folder: Path) -> None:
 
 
 def is_unfinished(path: Path, file: Path) -> bool:
-    """Whether a killed process was writing `file` under another name."""
+    """Return whether `path` is the name under which a killed process was writing `file`."""
     return re.fullmatch(rf"\.{re.escape(file.name)}{re.escape(NEW)}{_RANDOM}", path.name) is not None
 
 
 def remove_leftovers(folder: Path, files: Sequence[Path] = ()) -> None:
-    """Remove what killed processes left in a folder: folders that they were deleting, and these files as far as they
-    were written."""
+    """Remove what killed processes left in a folder: folders that they were deleting, and unfinished versions of these
+    files."""
     for path in [*folder.iterdir()] if folder.is_dir() else ():
         if re.fullmatch(rf"\..+{re.escape(GONE)}{_RANDOM}", path.name) and is_real_folder(path):
             shutil.rmtree(path)
@@ -162,11 +165,13 @@ def link_or_copy(source: str, target: str) -> None:
 
 @contextmanager
 def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
-    """A new folder beside `target` that takes its name when the block ends well, and vanishes when it does not.
+    """Yield a new folder beside `target` that takes its name when the block ends without an error, and vanishes
+    otherwise.
 
-    An existing `target` is refused, or, with `overwrite`, moved aside once the new one is complete and removed once
-    that stands; of a link what it points to. `check` is called before the block and before anything is moved, and
-    raises what forbids it. What a killed process left of a former call is put back or removed.
+    Raises InputError for an existing `target`; with `overwrite`, moves it aside once the new folder is complete and
+    removes it once the new folder has its name. A link stays, and its target is replaced. `check` is called before the
+    block and before anything is moved, and raises an exception to forbid it. Folders that a killed process left of a
+    former call are put back or removed.
     """
     place = resolved(target)
     recover(target)
@@ -186,8 +191,8 @@ def atomic_folder(target: Path, *, overwrite: bool = False, check: Callable[[], 
 
 @contextmanager
 def hidden_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was renamed.
-    What a killed process leaves of it `recover` removes."""
+    """Yield a new folder beside `target`, under a hidden name, which vanishes when the block ends unless it was
+    renamed. `recover` removes a folder that a killed process leaves."""
     place = resolved(target)
     made: list[Path] = []
     try:
@@ -211,7 +216,8 @@ def hidden_folder(target: Path) -> Iterator[Path]:
 
 
 def check_free(target: Path, overwrite: bool) -> None:
-    """Raises InputError where `target` is there, unless it is a folder and `overwrite` is set, or cannot be made."""
+    """Raises InputError where `target` exists, unless it is a folder and `overwrite` is set, and where it cannot be
+    made."""
     if os.path.exists(target):
         if not os.path.isdir(target):
             raise InputError(target, "is a file; expected a folder name")
@@ -228,7 +234,7 @@ def check_free(target: Path, overwrite: bool) -> None:
 
 
 def _swap(work: Path, place: Path) -> None:
-    """Give `work` the name `place`. What had it lies aside afterwards, or is back where this fails."""
+    """Give `work` the name `place`. A former folder of that name is moved aside, and moved back where this fails."""
     if not place.exists():
         os.rename(work, place)
         return
@@ -242,9 +248,9 @@ def _swap(work: Path, place: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back, or remove, what a process that was killed while it wrote `target` left beside it.
+    """Put back, or remove, the folders that a process left beside `target` when it was killed while writing.
 
-    What a running process is writing is locked, and stays.
+    A folder that a running process is writing is locked, and stays.
     """
     place = resolved(target)
     half = re.compile(rf"\.{re.escape(place.name)}({re.escape(OLD)}|{re.escape(NEW)}){_RANDOM}")
@@ -263,13 +269,14 @@ def recover(target: Path) -> None:
                     shutil.rmtree(left, ignore_errors=True)
                     os.close(lock)
     except OSError:
-        # A folder that is not there, or that is not ours to change: what is wrong with it is said by who writes.
+        # A folder that is missing, or that this process may not change: the code that writes into it raises the error.
         return
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Other processes that create, swap or clean up in this folder wait; where it cannot be locked they do not."""
+    """Make other processes that create, swap or clean up in this folder wait; does nothing where the folder cannot be
+    locked."""
     with ExitStack() as stack:
         with suppress(OSError):
             handle = os.open(folder, os.O_RDONLY)
@@ -290,7 +297,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it that are missing; returns what was made, the uppermost first."""
+    """Make a folder and those above it that are missing; returns the folders that were missing, the uppermost first."""
     missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)][::-1]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

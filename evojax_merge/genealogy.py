@@ -1,9 +1,9 @@
-"""The members of a pool: founders, and children that were bred of two members each.
+"""The members of a pool: founders, and children that were bred from two members each.
 
-A member has a number: founders those from 0 to K - 1; child p of generation g (from 0) of P children is K + g P + p.
-Its genome, float32[4 + G], says how it came to be: its number, the numbers of its two parents, the number of the method
-that bred it, and G genes in [0, 1] of which the method takes the first few. A founder has no parents and no method
-(-1).
+Members are numbered: founders have 0 to K - 1; child p of generation g (from 0) of P children has K + g P + p. A
+genome, float32[4 + G], describes a member's birth: the member's number, the numbers of its two parents, the number of
+the method that bred it, and G genes in [0, 1], of which the method takes the first few. A founder has no parents and no
+method (-1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from evojax_merge.errors import InputError
 
 # The columns of a genome; the genes are all from the last on.
 NUMBER, FIRST, SECOND, METHOD, GENES = range(5)
-# In the place of a parent's and a method's number: there is none.
+# Stands for no parent and no method.
 NONE = -1
 # A genome's numbers are float32.
 MAX_MEMBERS = 2**24
@@ -31,9 +31,8 @@ def founder_genomes(founders: int, genes: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A member, and how it was bred: `parents` are two members, or none of a founder. The method took `parameters`
-    (float64: `[2]` per parent, or `[]`) for all tensors. Of the layers from `split` on, the parents' order is the
-    second's and then the first's."""
+    """A member and its breeding: `parents` are two members; a founder has none. The method took `parameters` (float64:
+    `[2]` per parent, or `[]`) for all tensors. For layers from `split` on, the second parent comes before the first."""
 
     number: int
     parents: tuple["Member", ...] = ()
@@ -50,19 +49,20 @@ class Member:
         return self.parents if layer < self.split else self.parents[::-1]
 
     def lineage(self) -> list["Member"]:
-        """The members that had to be bred for this one, itself the last, in order of birth; none of a founder."""
-        found: dict[int, Member] = {}
+        """The members that had to be bred for this one, in order of birth, with itself as the last; empty for a
+        founder."""
+        bred: dict[int, Member] = {}
         waiting = [self]
         while waiting:
             member = waiting.pop()
-            if not member.is_founder and member.number not in found:
-                found[member.number] = member
+            if not member.is_founder and member.number not in bred:
+                bred[member.number] = member
                 waiting += member.parents
-        return [found[number] for number in sorted(found)]
+        return [bred[number] for number in sorted(bred)]
 
 
 def member_name(member: Member, founders: Sequence[str]) -> str:
-    """What a member is called in trees and recipes. founders: their names, by number."""
+    """A member's name in trees and recipes. founders: their names, by number."""
     return founders[member.number] if member.is_founder else f"member-{member.number}"
 
 
@@ -70,8 +70,9 @@ def member_name(member: Member, founders: Sequence[str]) -> str:
 class Genealogy:
     """The genomes of a pool's members by number, in which a child's parents are looked up.
 
-    founders: `float32[K, 4 + G]`; offspring: `float32[M, 4 + G]`, of the numbers from K on, as the strategy's state has
-    them."""
+    founders: `float32[K, 4 + G]`; offspring: `float32[M, 4 + G]`, with the numbers from K on, as in the strategy's
+    state.
+    """
 
     founders: np.ndarray
     offspring: np.ndarray

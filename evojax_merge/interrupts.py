@@ -1,10 +1,11 @@
 """Signals that ask the program to end: SIGINT, SIGTERM and SIGHUP. Imports nothing heavy; called from the main thread.
 
-They unwind the program as KeyboardInterrupt, so that nothing half-done is left. At the start, where nothing is begun
-yet, they end it at once instead. An import is let finish: one in C turns what is raised in it into an error of its own,
-or aborts the process, and a library may take it for a package that is not installed. So are garbage collectors'
-callbacks and finalizers, in which Python prints an exception and goes on. For the same reason `received` is what tells
-an interruption, and not the exception that reaches the top.
+A signal unwinds the program as KeyboardInterrupt, so that nothing half-done is left. At the start, before any work has
+begun, a signal ends the program at once instead. An import finishes first: a module in C turns an exception that is
+raised in its import into an error of its own, or aborts the process, and a library may take the exception for a package
+that is not installed. The garbage collector's callbacks and finalizers finish first as well, because Python prints an
+exception in them and goes on. For the same reason `received` tells an interruption, and not the exception that reaches
+the top.
 """
 
 import gc
@@ -18,25 +19,26 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 130
-# Tells that a bit of processor time has passed. (A user's function, or a limit on time, may use SIGALRM.)
+# The signal that a bit of processor time has passed. (A user's function, or a limit on time, may use SIGALRM.)
 LATER = signal.SIGPROF
 
 _received = False
 
 
 def install() -> None:
-    """Unwind at a signal from here on. One that the parent process has ignored (nohup, a shell's `&`) stays so."""
+    """Unwind at a signal from here on. A signal that the parent process ignores (nohup, a shell's `&`) stays
+    ignored."""
     _handle(_unwind)
 
 
 def received() -> bool:
-    """Whether a signal has come."""
+    """Return whether a signal has come."""
     return _received
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt once more where a signal has come: a library's `except ImportError` may have caught it
-    as such. For the start of each piece of work."""
+    """Raise KeyboardInterrupt once more where a signal has come: a library's `except ImportError` may have caught the
+    first exception. Meant for the start of each piece of work."""
     if _received:
         raise KeyboardInterrupt
 
@@ -54,7 +56,7 @@ def end_at_once(status: int, message: str = "") -> None:
 
 @contextmanager
 def nothing_begun(message: str) -> Iterator[None]:
-    """Around imports at the start: a signal ends the process at once, with `message` on stderr."""
+    """Make a signal in the block end the process at once, with `message` on stderr. Meant for imports at the start."""
     usual = {number: signal.getsignal(number) for number in SIGNALS}
     end_at_once(INTERRUPTED, message)
     try:
@@ -65,9 +67,9 @@ def nothing_begun(message: str) -> Iterator[None]:
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Signals that arrive in this block act at its end; a second one acts at once. For what may not be cut short: orbax
-    waits in an event loop that an interruption leaves half closed, with what it was saving. Signals reach the main
-    thread alone; in another this does nothing."""
+    """Delay a signal that arrives in the block to the block's end; a second signal acts at once. Meant for work that
+    may not be cut short: orbax waits in an event loop, which an interruption leaves half closed, with the files that it
+    was saving. Signals reach the main thread alone; in another thread the block delays nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,8 +105,8 @@ def _unwind(number: int, frame: FrameType | None) -> None:
 
 
 def _is_fenced(frame: FrameType | None) -> bool:
-    """Whether what is raised here would not reach the top: in an import, a callback of the garbage collector, or a
-    finalizer."""
+    """Return whether an exception in this frame would not reach the top: in an import, a callback of the garbage
+    collector, or a finalizer."""
     callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
         code = frame.f_code

@@ -11,10 +11,10 @@ MAX_FILE_BYTES = 2**20
 
 
 def check_environment() -> None:
-    """Import JAX. Raises InputError for variables that it, or XLA, cannot take."""
+    """Import JAX. Raises InputError for variables that JAX or XLA cannot take."""
     flags = os.environ.get(FLAGS, "").strip()
     if flags and not flags.startswith("-"):
-        # XLA takes it for the name of a file of flags, and would read a device without end.
+        # XLA takes such a value for the name of a file of flags, and would read a device without end.
         file = Path(flags)
         if not os.path.isfile(file) or file.stat().st_size > MAX_FILE_BYTES:
             raise InputError(FLAGS, f"{shown(flags)}; expected flags that begin with --, or a file of them")
@@ -27,7 +27,8 @@ def check_environment() -> None:
 
 
 def _try_flags() -> None:
-    """XLA ends the process that parses flags which it does not know, so a child parses them first."""
+    """Raises InputError for flags that XLA does not know. XLA ends the process that parses such flags, so a child
+    parses them first."""
     from jax._src.lib import xla_client
 
     read, write = os.pipe()
@@ -40,17 +41,17 @@ def _try_flags() -> None:
             os._exit(0)
     os.close(write)
     with open(read, errors="replace") as pipe:
-        said = pipe.read()
+        output = pipe.read()
     _, status = os.waitpid(child, 0)
     if status:
-        first = re.sub(r"^\w+ [\d:. ]+ \S+:\d+\] ", "", next(iter(said.splitlines()), "no reason given"))
+        first = re.sub(r"^\w+ [\d:. ]+ \S+:\d+\] ", "", next(iter(output.splitlines()), "no reason given"))
         raise InputError(FLAGS, f"XLA does not take them ({first})")
 
 
 def no_devices(error: RuntimeError) -> InputError:
-    """JAX's error for devices that it could not start, as one of the input."""
+    """The InputError for JAX's error about devices that could not be started."""
     given = os.environ.get(PLATFORMS)
-    said = next(iter(str(error).splitlines()), "")
+    first_line = next(iter(str(error).splitlines()), "")
     if not given:
-        return InputError("JAX", f"finds no devices ({said})")
-    return InputError(PLATFORMS, f"{shown(given)}; expected cpu, cuda or tpu, or leave it out ({said})")
+        return InputError("JAX", f"finds no devices ({first_line})")
+    return InputError(PLATFORMS, f"{shown(given)}; expected cpu, cuda or tpu, or leave it out ({first_line})")

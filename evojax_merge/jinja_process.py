@@ -1,8 +1,8 @@
 """Jinja templates of strangers, rendered apart from the program.
 
-Jinja's sandbox keeps a template from the machine, not from its time and memory. A process of its own therefore renders
-all of them, one after the other, with limits on both, and is started again after it was ended. This file is that
-process as well, run by its path: it answers requests, a JSON line each.
+Jinja's sandbox keeps a template from the machine, not from its time and memory. A separate process therefore renders
+all templates, one after the other, with limits on both, and is started again after it was ended. Run by its path, this
+file is that process as well: it answers requests, a JSON line each.
 """
 
 import json
@@ -16,18 +16,18 @@ from collections.abc import Callable
 from threading import Lock
 from typing import Any
 
-# Seconds of the processor's time for one text, bytes beyond what rendering takes at rest, and characters that a
-# template may add to what it is given. Templates that are in use take milliseconds and add a few thousand characters.
+# The limits of one text: seconds of processor time, bytes beyond those of the idle process, and characters that a
+# template may add to its input. Templates in use take milliseconds and add a few thousand characters.
 SECONDS, MEMORY, CHARACTERS = 2, 512 * 2**20, 10**6
-# The process is given up where it says nothing for so long: it may import transformers first.
+# The seconds without an answer after which the process is given up: it may import transformers first.
 PATIENCE = 60
 
 
 class TemplateError(ValueError):
-    """A template failed. `refused`: it said so itself, of what it was given, by an error of Jinja."""
+    """A template failed. `refused`: the template itself refused its input, by an error of Jinja."""
 
-    def __init__(self, said: str, refused: bool = False) -> None:
-        super().__init__(said)
+    def __init__(self, message: str, refused: bool = False) -> None:
+        super().__init__(message)
         self.refused = refused
 
 
@@ -43,7 +43,7 @@ def render_turns(template: str, turns: list[dict[str, str]], options: dict[str, 
 
 def render_record(template: str, record: dict[str, Any]) -> tuple[str, float]:
     """A task's template with a record's fields as its variables, as the lm-eval harness renders it; and the seconds
-    that it took. Values that JSON has no form for are given as texts. Raises TemplateError."""
+    that rendering took. Values without a form in JSON become texts. Raises TemplateError."""
     return _ask({"kind": "record", "template": template, "record": record})
 
 
@@ -51,7 +51,7 @@ class _Renderer:
     """The process that renders."""
 
     def __init__(self) -> None:
-        # Its own session: an interruption of the run is not its business; it ends when its input does.
+        # A session of its own: an interruption of the run does not reach the process, which ends when its input does.
         self._process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, bufsize=0,
@@ -91,7 +91,7 @@ def _ask(request: dict[str, Any]) -> tuple[str, float]:
     with _lock:
         renderer, _renderer = _renderer or _Renderer(), None
         answer = renderer.ask(request)
-        # Only one that answered is asked again.
+        # Only a process that answered is asked again.
         _renderer = renderer
     if "text" not in answer:
         raise TemplateError(answer["said"], answer["refused"])
@@ -129,7 +129,7 @@ def _serve() -> None:
             _limit_memory(None)
             renderers |= _chat_renderers()
             _limit_memory()
-        # Its default is to end the process, wherever that is; a handler would wait for a long operation's end.
+        # The signal's default ends the process at any point; a handler would wait for a long operation's end.
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         began = time.process_time()
         reply = answer(renderers[kind], request, len(line))
@@ -139,7 +139,7 @@ def _serve() -> None:
 
 
 def _limit_memory(more: int | None = MEMORY) -> None:
-    """Let the process take so many bytes beyond those that it has; None: as many as it may."""
+    """Limit the process to `more` bytes beyond its present ones; None: to the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if more is None:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -164,7 +164,7 @@ def _chat_renderers() -> dict[str, Callable[..., str]]:
 
 
 def _record_renderer() -> Callable[[str, dict[str, Any]], str]:
-    """The environment of lm_eval.utils, but Jinja's sandbox."""
+    """A renderer with the environment of lm_eval.utils, but in Jinja's sandbox."""
     import functools
     import re
 
@@ -178,8 +178,8 @@ def _record_renderer() -> Callable[[str, dict[str, Any]], str]:
 
 
 def _one_line(error: Exception) -> str:
-    said = " ".join(str(error)[:1000].split())[:200] or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in said)
+    text = " ".join(str(error)[:1000].split())[:200] or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Regular expressions that strangers wrote, as those of `re`, but with an end: an expression is bounded in size, and
-looking for it in time, which backtracking alone is not."""
+"""Regular expressions that strangers wrote, with the meaning that `re` gives them, but with limits: on the size of an
+expression, and on the time of a match, which backtracking alone does not limit."""
 
 import functools
 import re
@@ -12,9 +12,10 @@ import regex
 from evojax_merge.errors import InputError, shown
 
 LONGEST = 10_000
-# Parts that counted repetitions are written out to when a pattern is compiled: `((a{99}){99}){99}` has a million.
+# The maximum of parts that counted repetitions are written out to when a pattern is compiled: `((a{99}){99}){99}` has a
+# million.
 LARGEST = 100_000
-# Of processor time that looking for an expression in the name of a module may take.
+# The maximum of processor time for matching an expression with the name of a module.
 SECONDS_A_NAME = 0.2
 
 TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}|\{,\d+\}|.", re.DOTALL)
@@ -23,7 +24,7 @@ TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d+(?:,\d*)?\}|\{,\d+\}|.
 @functools.cache
 def expression(pattern: str) -> regex.Pattern[str]:
     """The compiled pattern, whose methods take a `timeout` in seconds. Raises ValueError for a pattern that is no
-    expression of `re`, or too large: what it is, as the end of a sentence about it."""
+    expression of `re`, or too large; the error's text is the end of a sentence about the pattern."""
     if len(pattern) > LONGEST:
         raise ValueError(f"has {len(pattern):,} characters; expected at most {LONGEST:,}")
     try:
@@ -31,25 +32,25 @@ def expression(pattern: str) -> regex.Pattern[str]:
             warnings.simplefilter("ignore")
             re.compile(pattern)
             small = _size(pattern) <= LARGEST
-            found = regex.compile(_as_re(pattern), regex.V0) if small else None
+            compiled = regex.compile(_as_re(pattern), regex.V0) if small else None
     except RecursionError:
         raise ValueError("is not a regular expression (it is nested too deep)") from None
     except (re.error, regex.error, OverflowError, ValueError) as error:
         raise ValueError(f"is not a regular expression ({error})") from None
-    if found is None:
+    if compiled is None:
         raise ValueError(f"repeats more than {LARGEST:,} parts")
-    return found
+    return compiled
 
 
 def begins(where: object, pattern: str, name: str) -> bool:
-    """Whether a match begins where the name does, as `re.match` has it. Raises InputError, `where` in front, for a
-    pattern that `expression` refuses, and for one that is not found, or missed, in no time."""
-    return _matches(where, pattern, lambda found: found.match(name, timeout=SECONDS_A_NAME))
+    """Return whether a match begins where the name does, like `re.match`. Raises InputError, with `where` in front, for
+    a pattern that `expression` refuses, and for a match that takes too long."""
+    return _matches(where, pattern, lambda compiled: compiled.match(name, timeout=SECONDS_A_NAME))
 
 
 def is_all_of(where: object, pattern: str, name: str) -> bool:
-    """Whether the whole name is a match, as `re.fullmatch` has it. Raises as `begins` does."""
-    return _matches(where, pattern, lambda found: found.fullmatch(name, timeout=SECONDS_A_NAME))
+    """Return whether the whole name is a match, like `re.fullmatch`. Raises as `begins` does."""
+    return _matches(where, pattern, lambda compiled: compiled.fullmatch(name, timeout=SECONDS_A_NAME))
 
 
 def _matches(where: object, pattern: str, look: Callable[[regex.Pattern[str]], Any]) -> bool:
@@ -65,7 +66,8 @@ def _matches(where: object, pattern: str, look: Callable[[regex.Pattern[str]], A
 
 
 def _as_re(pattern: str) -> str:
-    """The pattern without what only the package regex gives a meaning: `{e}` for errors, `[[:alpha:]]` for a class."""
+    """The pattern with the syntax escaped that has a meaning in the package regex alone: `{e}` for errors,
+    `[[:alpha:]]` for a class."""
     parts = []
     for token in TOKENS.findall(pattern):
         if token == "{":
@@ -78,7 +80,7 @@ def _as_re(pattern: str) -> str:
 
 
 def _size(pattern: str) -> int:
-    """About how many parts a pattern has when its counted repetitions are written out."""
+    """The approximate number of a pattern's parts when its counted repetitions are written out."""
     groups, last = [0], 0
     for token in TOKENS.findall(pattern):
         if token == "(":

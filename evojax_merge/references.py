@@ -1,9 +1,10 @@
-"""What a config or a command names: paths, hub ids, and the demo family's `zoo:name`, which is made on demand."""
+"""Resolves the references of configs and commands: paths, hub ids, and the demo family's `zoo:name`, which is made on
+demand."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from evojax_merge.checkpoints.derived import NOTHING, reference_to, resolve_model
+from evojax_merge.checkpoints.derived import EMPTY, reference_to, resolve_model
 from evojax_merge.checkpoints.folder import hub_id, resolve
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.errors import InputError
@@ -13,10 +14,10 @@ from evojax_merge.zoo import resolve_reference as resolve_in_zoo
 
 
 def resolve_reference(
-    where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = NOTHING, weights: bool = True
+    where: object, reference: str, relative_to: Path, *, made: Mapping[str, Path] = EMPTY, weights: bool = True
 ) -> Path:
-    """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where` says in
-    messages who names it; made, weights: see `resolve_model`."""
+    """A model folder: a path, a hub id, `zoo:name`, or one of these and an adapter, `base+adapter`. `where`: the place
+    of the reference, for messages; made, weights: see `resolve_model`. Raises InputError."""
     return resolve_model(where, reference, relative_to, _named, made, weights)
 
 
@@ -27,11 +28,11 @@ def _named(where: object, reference: str, relative_to: Path, *, weights: bool = 
 
 
 def recipe_reference(reference: str, folder: Path) -> str:
-    """How a recipe names the model that a config calls `reference` and that lies in `folder`, so that it is found from
-    any place: `zoo:name` as it is, a hub id with the commit that was taken, anything else by full paths."""
+    """A recipe's reference to the model that a config calls `reference` and that lies in `folder`, valid from any
+    place: `zoo:name` as it is, a hub id with the commit that was downloaded, any other model by full paths."""
     by_paths = reference_to(folder)
     if by_paths != str(folder):
-        # Made of several, such as a base and an adapter.
+        # A model of several parts, such as a base and an adapter.
         return by_paths
     if reference.startswith(PREFIX):
         return reference
@@ -40,7 +41,7 @@ def recipe_reference(reference: str, folder: Path) -> str:
 
 
 def resolve_headers(folders: HeaderFolders, where: object, reference: str, relative_to: Path) -> Path:
-    """As `resolve_reference`, with no more than the headers of what is not here."""
+    """Like `resolve_reference`, with no more than the headers of a model that is not on this machine."""
 
     def named(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
         zoo = reference.startswith(PREFIX)

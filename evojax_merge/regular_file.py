@@ -1,4 +1,4 @@
-"""Files of strangers are regular files: a pipe would be waited for, and a device read for ever."""
+"""Checks that files of strangers are regular files: reading a pipe would wait, and reading a device would never end."""
 
 import io
 import shutil
@@ -17,8 +17,8 @@ _KINDS = (
 
 
 def check_regular(path: Path, expected: str) -> int:
-    """The size of a regular file, or of what a link to one leads to. `expected` says in messages what it should be
-    ("a JSON file"). Raises InputError where anything else is there, and the error of `Path.stat` where nothing is."""
+    """The size of a regular file, or of a link's target. `expected`: the name of such a file in messages ("a JSON
+    file"). Raises InputError where anything else is in its place, and the error of `Path.stat` where nothing is."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(status.st_mode)), "something else")
@@ -36,7 +36,7 @@ def read_regular(path: Path, expected: str, max_bytes: int | None = None) -> byt
     """The content of a regular file. Raises InputError where it has more than `max_bytes`, and as `check_regular`
     does."""
     with open_regular(path, expected) as handle:
-        # Files of the kernel tell a size of 0, and may have no end.
+        # Files of the kernel report a size of 0, and may have no end.
         content = handle.read(-1 if max_bytes is None else max_bytes + 1)
     if max_bytes is not None and len(content) > max_bytes:
         size = max(path.stat().st_size, len(content))
@@ -52,7 +52,7 @@ def copy_regular(source: Path, target: Path, expected: str) -> None:
 
 def check_model_folder(folder: Path) -> None:
     """Raises InputError where a model's folder holds a pipe, a socket or a device: the libraries that read a folder
-    open whatever has the name of a file that they look for."""
+    open anything with the name of a file that they look for."""
     for place in (folder, folder / "chat_templates"):
         for entry in sorted(place.iterdir()) if place.is_dir() else ():
             if entry.exists() and not entry.is_dir():

@@ -1,4 +1,4 @@
-"""What every section of a YAML is made of: the base class of sections, and the types of their fields."""
+"""The parts of every section of a YAML file: the base class of sections, and the types of their fields."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-# Beyond this an addition in float32 is infinite.
+# The largest number in float32.
 FLOAT32_MAX = 3.4028234663852886e38
-# Of a file's name, in what file systems allow.
+# The maximum of a file name's bytes in file systems.
 MAX_NAME_BYTES = 255
 # Seeds go into 64-bit integers with a sign.
 MAX_SEED = 2**63 - 1
 
 
 class Section(BaseModel):
-    """A mapping of a YAML file. A field's description says in a line what the key means. `earlier_names`: other names
-    of keys, which are taken as well."""
+    """A mapping of a YAML file. A field's description says in a line what the key means. `earlier_names`: former names
+    of keys, which are accepted as well."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     earlier_names: ClassVar[Mapping[str, str]] = {}
@@ -34,35 +34,35 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Form:
-    """Of a field's type: what a value of it is, in the words that messages use; `short`: in those of a table."""
+    """The description of a field's type: `words` in messages, `short` in tables."""
 
     words: str
     short: str = ""
 
 
 def _number(value: Any) -> Any:
-    """YAML's true and false are no numbers, though Python's are."""
+    """Raises PydanticCustomError for true and false, which are numbers in Python but not in YAML."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "a truth value is no number")
     return value
 
 
 def _encodable(text: str) -> str:
-    """Neither NUL nor half a surrogate pair: no file can hold them."""
+    """Raises PydanticCustomError for NUL and for half a surrogate pair, which no file can hold."""
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise PydanticCustomError("text", "holds characters that no text has")
     return text
 
 
 def _one_line(text: str) -> str:
-    """Nothing that would break a line of a table or of a message."""
+    """Raises PydanticCustomError for characters that would break a line of a table or of a message."""
     if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in _encodable(text)):
         raise PydanticCustomError("text", "holds control characters")
     return text
 
 
 def _path(text: str) -> str:
-    """A file system refuses longer names."""
+    """Raises PydanticCustomError for a part that is longer than file systems allow."""
     if any(len(part.encode()) > MAX_NAME_BYTES for part in _one_line(text).split("/")):
         raise PydanticCustomError("text", "has a part that no file can be called")
     return text
@@ -70,7 +70,7 @@ def _path(text: str) -> str:
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-# What merges are made of, in float32.
+# A number of a merge, which is computed in float32.
 Number = Annotated[Real, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]
 Numbers = Annotated[Number | list[Number], Form("a number that float32 holds, or a list of such")]
 Share = Annotated[Real, Field(gt=0.0, lt=1.0)]

@@ -1,4 +1,4 @@
-"""YAML from strangers: what would be lost in silence, or would never end, is refused."""
+"""Reads YAML from strangers, and refuses content that would be lost in silence or would never end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,22 +19,22 @@ MAX_BYTES = 16 * 2**20
 MAX_NODES = 1_000_000
 MAX_DEPTH = 100
 MAX_DIGITS = 1000
-# Called for a key that its mapping has already: with the key's place, and what is to be said of it.
+# Called for a key that its mapping has already, with the key's place and the message about it.
 Repeated = Callable[[str, str], None]
 
 
 def refuse_repeated(place: str, said: str) -> None:
-    """What a mapping says twice is refused."""
+    """Raises InputError for a key that a mapping has twice."""
     raise InputError(place, f"{said}; expected one of them")
 
 
 def take_last(place: str, said: str) -> None:
-    """Of what a mapping says twice the last counts, as in PyYAML."""
+    """Accepts a key that a mapping has twice: the last counts, as in PyYAML."""
 
 
 def load_yaml(path: Path) -> Any:
-    """Parse a YAML file of one document. Raises InputError, with the line, for what `parse_yaml` refuses, and for what
-    is not a file of UTF-8 text."""
+    """Parse a YAML file of one document. Raises InputError, with the line, for content that `parse_yaml` refuses, and
+    for anything but a file of UTF-8 text."""
     return parse_yaml(path, _read_text(path))
 
 
@@ -59,8 +59,8 @@ def _read_text(path: Path) -> str:
 def parse_yaml(where: object, text: str) -> Any:
     """The one document of a YAML text as plain Python data. `where` names the text in messages.
 
-    Raises InputError for text that is not YAML, for a key that a mapping has twice, for an alias inside of what it
-    stands for, and for more than `MAX_NODES` values, aliases written out, or `MAX_DEPTH` levels.
+    Raises InputError for text that is not YAML, for a key that a mapping has twice, for an alias inside of the value
+    that it stands for, and for more than `MAX_NODES` values, aliases written out, or `MAX_DEPTH` levels.
     """
     with _refusing(where):
         _check_events(where, text, refuse_repeated)
@@ -68,10 +68,10 @@ def parse_yaml(where: object, text: str) -> Any:
 
 
 def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeated, loader: Any = LOADER) -> list[Any]:
-    """All documents of a YAML text, as `parse_yaml` gives the one. One that says nothing, such as what follows a last
-    `---`, is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where
-    `repeated` does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that
-    knows more tags."""
+    """All documents of a YAML text, each as `parse_yaml` returns it. An empty document, such as one after a last `---`,
+    is None. Raises InputError as `parse_yaml` does; an alias stands for an anchor of its own document. Where `repeated`
+    does not refuse a key that a mapping has twice, the last counts. `loader`: a subclass of LOADER that knows more
+    tags."""
     with _refusing(where):
         _check_events(where, text, repeated)
         return list(yaml.load_all(text, Loader=loader))
@@ -79,7 +79,7 @@ def parse_documents(where: object, text: str, repeated: Repeated = refuse_repeat
 
 @contextmanager
 def _refusing(where: object) -> Iterator[None]:
-    """Raises InputError for what PyYAML raises."""
+    """Raises InputError in place of PyYAML's errors."""
     try:
         yield
     except yaml.YAMLError as error:
@@ -141,7 +141,8 @@ def _check_events(where: object, text: str, repeated: Repeated) -> None:
 
 
 def _check_key(where: object, event: Any, keys: dict[tuple[str, str], int], repeated: Repeated) -> None:
-    """A key stands once in its mapping; `<<`, which merges another mapping in, may stand twice."""
+    """Call `repeated` for a key that its mapping has already; `<<`, which merges another mapping in, may stand
+    twice."""
     # The number 1 and the text "1" are two keys.
     tag = _tag(event)
     if tag == "tag:yaml.org,2002:merge":

@@ -1,4 +1,5 @@
-"""The shapes of a bank, by headers alone: what a search is planned with before any weight is read, or downloaded."""
+"""The shapes of a bank, from file headers alone: a search is planned with them before any weight is read or
+downloaded."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +16,10 @@ from evojax_merge.models.bank import Bank, LeafBank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.sources import StackedWeights
 
-# (shape, dtype, the axis that is cut where devices share a model, counted from the end) -> an abstract array.
+# (shape, dtype, the axis, counted from the end, that is sharded where devices share a model) -> an abstract array.
 Place = Callable[[tuple[int, ...], Any, int | None], jax.ShapeDtypeStruct]
-# Axes of the small tensors that stand for a leaf's while it is found what is measured of one: no two have one length,
-# nor has anything that is measured a length of its own among them.
+# Axis lengths of small stand-ins for a leaf's tensors, on which the shapes of its statistics are measured. No two are
+# equal, and no statistic has an axis of its own of one of these lengths.
 _AXES = (37, 41, 43, 47)
 
 
@@ -35,7 +36,9 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
         arrays = jax.tree.map(lambda array: place(array.shape, array.dtype, array.shard_axis), layout)
         grid, shape = tensor_grid(config, leaf), sources.shape(0, leaf_tensors(config, leaf)[0])
         measured = _statistics(spec, len(sources.folders), shape)
-        statistics = {name: place((*grid, *one.shape), one.dtype, None) for name, one in measured.items()}
+        statistics = {
+            name: place((*grid, *statistic.shape), statistic.dtype, None) for name, statistic in measured.items()
+        }
         return replace(arrays, statistics=statistics)
 
     return bank_of(config, abstract_leaf)
@@ -44,7 +47,7 @@ def abstract_bank(sources: Sources, config: DecoderConfig, spec: MergeSpec, plac
 def abstract_stored(
     sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place = anywhere
 ) -> StackedWeights:
-    """What `load_stored` would make of the first source, as abstract arrays."""
+    """The stored model that `load_stored` would make of the first source, as abstract arrays."""
     stacks: dict[str, Any] = {stack: {} for stack in depths(config)}
     shared: dict[str, Any] = {}
     for leaf in leaves_of(config):
@@ -56,14 +59,14 @@ def abstract_stored(
 
 
 def _statistics(spec: MergeSpec, count: int, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The shapes of what a method measures of tensors of a shape: found by measuring small ones, of as many axes."""
+    """The shapes of a method's statistics for tensors of a shape, from measuring small tensors of as many axes."""
     small = _AXES[: len(shape)]
     has_base = int(spec.options.has_base)
 
     def row_keys(k: int) -> np.ndarray:
         return draw_row_keys(spec.seed, bytes([k]), small)
 
-    # Task vectors that are not zero, nor alike.
+    # Task vectors that are neither zero nor equal.
     sources = list(np.random.default_rng(0).normal(size=(count, *small)).astype(np.float32))
     prepared = tabulate(spec.method, spec.options, sources, spec.prepared_for(count - has_base), row_keys)
     real: dict[int, int] = dict(zip(small, shape, strict=True))

@@ -1,11 +1,11 @@
 """LoRA adapters in PEFT's format: a base's tensors with an adapter's, expanded one by one while they are read.
 
-An adapter folder holds adapter_config.json and adapter_model.safetensors. Of each adapted weight `W [out, in]` it has
-two factors, `A [r, in]` and `B [out, r]`; the merged weight is `W + scale · B A` with `scale = alpha / r`, or
+An adapter folder holds adapter_config.json and adapter_model.safetensors. Each adapted weight `W [out, in]` has two
+factors, `A [r, in]` and `B [out, r]`; the merged weight is `W + scale · B A` with `scale = alpha / r`, or
 `alpha / sqrt(r)` where the adapter says use_rslora (Hu et al. 2022, arXiv:2106.09685; Kalajdzievski 2023,
-arXiv:2312.03732). DoRA has a magnitude `m [out]` besides, and `m · (W + scale · B A) / ‖W + scale · B A‖` per row (Liu
-et al. 2024, arXiv:2402.09353). Values are rounded as PEFT's merge_and_unload rounds them: computed in float32, and cast
-to the base's dtype once.
+arXiv:2312.03732). DoRA adds a magnitude `m [out]`: the merged weight is `m · (W + scale · B A) / ‖W + scale · B A‖` per
+row (Liu et al. 2024, arXiv:2402.09353). Values are rounded as PEFT's merge_and_unload rounds them: computed in float32,
+and cast to the base's dtype once.
 """
 
 import json
@@ -23,7 +23,7 @@ from merge_kernels import add_low_rank
 from safetensors.numpy import save_file
 
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
-from evojax_merge.checkpoints.folder import Folder, MappedFile, Tensor, Whole, is_float, read_header
+from evojax_merge.checkpoints.folder import DenseTensor, Folder, MappedFile, Tensor, is_float, read_header
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, nearest, shown
 from evojax_merge.models.architecture import EMBEDDING, HEAD, known_architecture
@@ -33,19 +33,19 @@ Number = TypeVar("Number", int, float)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
-# What PEFT puts before the names of the base's modules.
+# The prefix that PEFT puts before the names of the base's modules.
 PREFIX = "base_model.model."
-# A module's name, and which part of its adapter the tensor is.
+# A module's name, and the part of its adapter that the tensor is.
 PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<linear>lora_[AB])\.weight|(?P<embedding>lora_embedding_[AB])|"
     r"(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
 )
-# Keys of adapter_config.json that change what an adapter means, and that a low-rank sum does not say.
+# Keys of adapter_config.json that change an adapter's meaning in ways that a low-rank sum cannot express.
 REFUSED_KEYS = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config",
     "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
-# Others of these change the base as well when the adapter is made.
+# Initialisations that leave the base as it is; all others change it when the adapter is made.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Ranks of adapters in use go up to some hundreds.
 MAX_RANK = 2**16
@@ -53,12 +53,12 @@ MAX_RANK = 2**16
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter_config.json says of a LoRA adapter.
+    """The settings of a LoRA adapter, from its adapter_config.json.
 
-    base: the model that it was trained on, as whoever trained it called it. ranks, alphas: by pattern of module names,
-    for those that have others than `rank` and `alpha`. targets: modules that are adapted: names or ends of names, or
-    one regular expression. ties_weights: the adapter's embedding is the head as well where the base's is. is_dora:
-    every adapted weight has a magnitude.
+    base: the model that the adapter was trained on, by the name that its author used. ranks, alphas: by pattern of
+    module names, for modules with other values than `rank` and `alpha`. targets: the adapted modules, by names, ends of
+    names, or one regular expression. ties_weights: the adapter ties its embedding and head where the base does.
+    is_dora: every adapted weight has a magnitude.
     """
 
     path: Path
@@ -78,36 +78,36 @@ class AdapterConfig:
         return self._by_pattern("rank_pattern", self.ranks, module, self.rank)
 
     def scale(self, module: str) -> float:
-        """What B A of this module is multiplied with."""
+        """The factor that the module's `B A` is multiplied by."""
         rank = self.rank_of(module)
         alpha = self._by_pattern("alpha_pattern", self.alphas, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
     def adapts(self, module: str) -> bool:
-        """Whether PEFT would give this module of a base an adapter."""
+        """Return whether PEFT would give a base's module of this name an adapter."""
         if isinstance(self.targets, str):
             where = f"{self.path}: target_modules"
             return self.targets == "all-linear" or is_all_of(where, self.targets, module)
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
     def saves(self, name: str) -> bool:
-        """Whether a tensor is of a module that was trained as a whole."""
+        """Return whether a tensor belongs to a module that was trained as a whole."""
         return any(re.search(rf"(^|\.){re.escape(module)}\.", name) for module in self.saved_modules)
 
     def _by_pattern(self, key: str, values: Mapping[str, Number], module: str, default: Number) -> Number:
         """The value of the first pattern that is the module's name or an end of it, as PEFT looks them up."""
         where = f"{self.path}: {key}"
-        return next((one for text, one in values.items() if begins(where, rf"(.*\.)?({text})$", module)), default)
+        return next((value for text, value in values.items() if begins(where, rf"(.*\.)?({text})$", module)), default)
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Return whether a folder holds an adapter and no model."""
     return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """Read adapter_config.json. Raises InputError for another kind of adapter than LoRA, for settings that no merge
-    into a base's weights can say, and for values that cannot be."""
+    """Read adapter_config.json. Raises InputError for another kind of adapter than LoRA, for settings that a merge into
+    the base's weights cannot express, and for invalid values."""
     path = folder / ADAPTER_CONFIG
     raw = read_json_object(path, missing="expected an adapter folder as PEFT saves it")
     kind = raw.get("peft_type")
@@ -135,9 +135,11 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         base=base or None,
         rank=_rank(path, "r", raw.get("r", 8)),
         alpha=_alpha(path, "lora_alpha", raw.get("lora_alpha", 8)),
-        ranks={name: _rank(path, f"rank_pattern.{name}", one) for name, one in _patterns(path, raw, "rank_pattern")},
+        ranks={
+            name: _rank(path, f"rank_pattern.{name}", value) for name, value in _patterns(path, raw, "rank_pattern")
+        },
         alphas={
-            name: _alpha(path, f"alpha_pattern.{name}", one) for name, one in _patterns(path, raw, "alpha_pattern")
+            name: _alpha(path, f"alpha_pattern.{name}", value) for name, value in _patterns(path, raw, "alpha_pattern")
         },
         targets=targets,
         saved_modules=_names(path, "modules_to_save", raw.get("modules_to_save") or ()),
@@ -156,7 +158,7 @@ def _switch(path: Path, raw: Mapping[str, Any], key: str) -> bool:
 
 
 def _names(path: Path, key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
         raise InputError(path, f"{key}: {shown(value)}; expected a list of modules' names")
     return tuple(value)
 
@@ -188,8 +190,8 @@ def _alpha(path: Path, key: str, value: Any) -> float:
 class AdaptedTensor:
     """A weight of the base with an adapter: `base + scale · B A`, in the base's dtype.
 
-    base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is kept as `[in, out]` (embeddings,
-    and modules with fan_in_fan_out), to which the transposed product is added.
+    base: `[out, in]`; a: `[r, in]`; b: `[out, r]`. transposed: the base's weight is stored as `[in, out]` (embeddings,
+    and modules with fan_in_fan_out), and the transposed product is added to it.
     """
 
     base: Tensor
@@ -231,7 +233,7 @@ class AdaptedTensor:
         return (b.T, a.T) if self.transposed else (a, b)
 
     def read(self) -> np.ndarray:
-        # By the function that a search's programs expand factors with, so that they see the same values.
+        # A search's programs expand factors with the same function, so that both compute the same values.
         return np.asarray(_expand(self.base.read(), *self.factors())).astype(self.dtype, copy=False)
 
     def content(self) -> Iterator[np.ndarray]:
@@ -246,9 +248,9 @@ class AdaptedTensor:
 
 
 @dataclass(frozen=True)
-class DoraTensor(Whole):
-    """A weight of which DoRA gives each output's norm: the rows of `base + scale · B A`, before it is rounded, with the
-    norms `magnitude [out]`."""
+class DoraTensor(DenseTensor):
+    """A weight with a DoRA adapter: the rows of the unrounded `base + scale · B A`, rescaled to the norms
+    `magnitude [out]`."""
 
     sum: AdaptedTensor
     magnitude: Tensor
@@ -292,16 +294,18 @@ def _float32(tensor: Tensor) -> np.ndarray:
 
 
 def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
-    """The base with the adapter of the folder `adapter`, as a folder at `path`; of weights only headers are read.
+    """Open the base with the adapter of the folder `adapter`, as a folder at `path`. Reads headers, and the weights of
+    modules that PEFT only wraps.
 
-    Raises InputError where the adapter is none that can be merged, or is not of this base: for a module that the base
-    lacks, or the first shape that differs.
+    Raises InputError where the adapter cannot be merged, or belongs to another base: for a module that the base lacks,
+    or the first shape that differs.
     """
     config = read_adapter_config(adapter)
     tensors = _read_tensors(adapter)
     decoder = decoder_of(base)
     names = {decoder.in_memory(name): decoder.names.in_file(name) for name in decoder.entries}
-    # Of packed tensors, such as those of all experts, the parts: modules of an adapter are as small as these.
+    # A packed tensor, such as that of all experts, is replaced by its parts: an adapter's modules are as small as the
+    # parts.
     parts_in_file = {decoder.names.in_file(name): tensor for name, tensor in decoder.entries.items()}
     kind, in_file = Folder, {**decoder.other_modules, **parts_in_file}
     if _unties(config, decoder):
@@ -331,14 +335,14 @@ def open_adapted(path: Path, base: Folder, adapter: Path) -> Folder:
                 )
             saved[name] = key
             _check_saved(base, config, name, tensor, key)
-            # peft also saves what it only wraps, such as an embedding with an adapter.
+            # PEFT also saves modules that it only wraps, such as an embedding with an adapter.
             if ".base_layer." not in inner or not _equal(tensor, base.entries[name]):
                 replaced[name] = tensor
-    own = {**base.entries, **replaced}
+    entries = {**base.entries, **replaced}
     for module, parts in modules.items():
         name = _find(base, names, next(iter(parts.values())), f"{PREFIX}{module}", f"{module}.weight")
-        own[name] = _adapted(config, module, name, own[name], parts, _is_transposed(config, decoder, name))
-    return kind(path, own)
+        entries[name] = _adapted(config, module, name, entries[name], parts, _is_transposed(config, decoder, name))
+    return kind(path, entries)
 
 
 @dataclass(frozen=True)
@@ -351,8 +355,8 @@ class UntiedFolder(Folder):
 
 
 def _unties(config: AdapterConfig, decoder: DecoderFolder) -> bool:
-    """Whether an adapter's training has made a tied base's embedding or head another matrix than the other, as that of
-    either as a whole module does."""
+    """Return whether the adapter unties a tied base's embedding and head: either was trained as a whole module, and the
+    adapter does not tie them."""
     head = decoder.names.own_head
     if head is None or config.ties_weights or not decoder.config.get("tie_word_embeddings", False):
         return False
@@ -366,9 +370,9 @@ def _embedding(decoder: DecoderFolder) -> str:
     return leaf.tensor
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape have the same values; both are read."""
-    return one.dtype == other.dtype and np.array_equal(one.read(), other.read())
+def _equal(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors of one shape have the same values. Reads both."""
+    return left.dtype == right.dtype and np.array_equal(left.read(), right.read())
 
 
 def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
@@ -385,11 +389,14 @@ def _read_tensors(adapter: Path) -> Mapping[str, Tensor]:
 
 
 def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name: str) -> str:
-    """The base's name of a tensor that PEFT calls `name`: checkpoints of some families leave out the first part; names:
-    of a decoder in memory -> in the file."""
+    """The base's name of the tensor that PEFT calls `name`; checkpoints of some families omit the first part of a name.
+    names: the decoder's tensor names in memory -> in the file. Raises InputError where the base has no such tensor, and
+    for a tied head."""
     candidates = (name, names.get(name), name.partition(".")[2])
-    found = next((one for one in candidates if one is not None and one in base.entries), None)
-    if found is None:
+    base_name = next(
+        (candidate for candidate in candidates if candidate is not None and candidate in base.entries), None
+    )
+    if base_name is None:
         near = nearest(name, names.keys() | base.entries.keys())
         hint = "" if near is None else f" (did you mean '{near}'?)"
         raise InputError(
@@ -397,16 +404,17 @@ def _find(base: Folder, names: Mapping[str, str], tensor: Tensor, key: str, name
         )
     architecture = known_architecture(base.config.get("model_type"))
     head = None if architecture is None else architecture.leaf(HEAD)
-    if head is not None and found == head.tensor and base.config.get("tie_word_embeddings", False):
+    if head is not None and base_name == head.tensor and base.config.get("tie_word_embeddings", False):
         raise InputError(
             tensor.file, f"{key}: changes the head, which is the embedding in {base.path} (tie_word_embeddings); "
             "expected a base with a head of its own",
         )  # fmt: skip
-    return found
+    return base_name
 
 
 def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor, key: str) -> None:
-    """Raises InputError where a tensor that takes the place of the base's cannot."""
+    """Raises InputError where a tensor cannot replace the base's: for another shape, and for an embedding that was
+    trained apart from a tied head."""
     expected = base.entries[name].shape
     if tensor.shape != expected:
         raise InputError(
@@ -425,8 +433,8 @@ def _check_saved(base: Folder, config: AdapterConfig, name: str, tensor: Tensor,
 
 
 def _is_transposed(config: AdapterConfig, decoder: DecoderFolder, name: str) -> bool:
-    """Whether a base keeps a linear module's weight as [in, out]: PEFT believes the module before it believes the
-    adapter. name: in the file."""
+    """Return whether a base stores a linear module's weight as `[in, out]`. A known module's class decides, as in PEFT,
+    else the adapter's fan_in_fan_out. name: the weight's name in the file."""
     architecture = known_architecture(decoder.config.get("model_type"))
     if architecture is None:
         return config.fan_in_fan_out
@@ -437,7 +445,7 @@ def _is_transposed(config: AdapterConfig, decoder: DecoderFolder, name: str) -> 
 def _adapted(
     config: AdapterConfig, module: str, name: str, base: Tensor, parts: Mapping[str, Tensor], is_transposed: bool
 ) -> Tensor:
-    """One weight with its adapter. Raises InputError where the parts do not fit each other or the weight."""
+    """One weight with its adapter. Raises InputError where the adapter's parts do not fit each other or the weight."""
     of_tokens = sorted(part for part in parts if part.startswith("lora_embedding"))
     of_layer = sorted(part for part in parts if part in ("lora_A", "lora_B"))
     embedding, file = bool(of_tokens), next(iter(parts.values())).file
@@ -462,8 +470,8 @@ def _adapted(
     outputs, inputs = reversed(shape) if transposed else shape
     expected = {a_name: (rank, inputs), b_name: (outputs, rank), "lora_magnitude_vector": (outputs,)}
     for part, tensor in parts.items():
-        found = tensor.shape if part != "lora_magnitude_vector" else (int(np.prod(tensor.shape)),)
-        if found != expected[part]:
+        actual = tensor.shape if part != "lora_magnitude_vector" else (int(np.prod(tensor.shape)),)
+        if actual != expected[part]:
             raise InputError(
                 file, f"{PREFIX}{module}.{part} has shape {list(tensor.shape)}; expected {list(expected[part])}: the "
                 f"base's {name} is {list(shape)}, and the rank {rank}",
@@ -494,17 +502,17 @@ def write_adapter(
 ) -> None:
     """Write an adapter as PEFT does, with a scale of 1.
 
-    base: what names the model that it is of. factors: of each adapted weight, by transformers' name of it, `A
-    [rank, in]` and `B [out, rank]` of the difference; replaced: tensors that take the place of the base's. embeddings:
-    the names of the weights that tokens and positions look their rows up in; fan_in_fan_out: whether the base keeps
-    those of its linear modules as `[in, out]`.
+    base: the reference to the adapter's base model. factors: `A [rank, in]` and `B [out, rank]` of each adapted
+    weight's difference, by transformers' name of the weight; replaced: tensors that replace the base's. embeddings: the
+    names of the weights in which tokens and positions look up rows; fan_in_fan_out: whether the base stores the weights
+    of linear modules as `[in, out]`.
     """
     tensors: dict[str, np.ndarray] = {}
     targets, saved = set(), set()
     for name, (a, b) in factors.items():
         module = name.removesuffix(".weight")
         targets.add(module)
-        # An embedding's weight is [rows, hidden], of which PEFT keeps the transposed factors.
+        # PEFT stores the factors of an embedding's weight [rows, hidden] transposed.
         embedded = {"lora_embedding_A": b.T, "lora_embedding_B": a.T}
         parts = embedded if name in embeddings else {"lora_A.weight": a, "lora_B.weight": b}
         tensors |= {f"{PREFIX}{module}.{part}": np.ascontiguousarray(values) for part, values in parts.items()}

@@ -1,9 +1,9 @@
 """AWQ checkpoints (Lin et al. 2024, arXiv:2306.00978) of AutoAWQ's `gemm` version, dequantised as they are read.
 
-A linear module has, in the place of its weight, `qweight int32[in, out / 8]`, `qzeros int32[in / g, out / 8]` and
+A linear module has, in place of its weight, `qweight int32[in, out / 8]`, `qzeros int32[in / g, out / 8]` and
 `scales float16[in / g, out]`. A word holds eight numbers of four bits, which belong, from its lowest bits on, to the
 outputs 0, 2, 4, 6, 1, 3, 5 and 7 of its eight. The weight is `(q − z) · scale`, transposed. The scales of activations
-are in the norms and in neighbouring matrices already.
+are folded into the norms and into neighbouring matrices.
 """
 
 from collections.abc import Sequence
@@ -28,13 +28,13 @@ from evojax_merge.checkpoints.quantised import (
 
 SUFFIX = ".qweight"
 BITS, PER_WORD = 4, 8
-# Where in a word each of its outputs lies.
+# The position in a word of each of its outputs.
 PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
 
 
 @dataclass(frozen=True)
 class InterleavedOutputs:
-    """Parts `qweight`, `qzeros`, `scales`; of `group` inputs each."""
+    """Computes a matrix from the parts `qweight`, `qzeros` and `scales`; `group` inputs share a scale."""
 
     group: int
 
@@ -47,7 +47,7 @@ class InterleavedOutputs:
 
 
 def _in_order(words: np.ndarray) -> np.ndarray:
-    """float32[rows, 8 · columns]: the numbers that are kept in int32[rows, columns]."""
+    """The numbers float32[rows, 8 · columns] that are packed into int32[rows, columns]."""
     numbers = unpack(words, BITS, axis=1).reshape(len(words), -1, PER_WORD)[..., PLACES]
     return numbers.reshape(len(words), -1).astype(np.float32)
 

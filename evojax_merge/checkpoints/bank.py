@@ -1,7 +1,7 @@
 """Hugging Face folders -> bank, stored model -> Hugging Face tensors.
 
-Loading goes tensor by tensor out of memory-mapped files into arrays that were allocated once, so that it never
-needs more than the bank and one tensor. What a method has to measure is measured on the way.
+Loading copies tensor by tensor from memory-mapped files into arrays that were allocated once, so that it never needs
+more memory than the bank and one tensor. A method's statistics are measured on the way.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +37,7 @@ from evojax_merge.models.sources import StackedWeights
 # JAX takes a NumPy array on the CPU as it is, without a copy, where it is aligned to this many bytes.
 ALIGNMENT = 64
 Progress = Callable[[int], None]
-# (array, the axis counted from its end that is cut where devices share a model) -> the array where it belongs.
+# (array, the axis, counted from the end, that is sharded where devices share a model) -> the array on its devices.
 Put = Callable[[np.ndarray, int | None], jax.Array]
 
 
@@ -58,14 +58,14 @@ def common_dtype(sources: Sources, tensor: str) -> np.dtype:
 
 
 def put(array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
-    """Onto the device, whole. Waits, so that the host's copy can be forgotten before the next leaf is read."""
+    """Put a whole array onto the device. Waits, so that the host's copy can be freed before the next leaf is read."""
     return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """An array of a bank before it is there. shard_axis: the axis, counted from the end, that is cut where devices
-    share a model; None: each device has the whole."""
+    """The shape and dtype of a bank's array, before the array exists. shard_axis: the axis, counted from the end, that
+    is sharded where devices share a model; None: each device has the whole array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -86,16 +86,16 @@ def bank_of(config: DecoderConfig, make: Callable[[Leaf], LeafBank]) -> Bank:
 
 
 def leaf_layout(sources: Sources, config: DecoderConfig, spec: MergeSpec, leaf: Leaf) -> LeafBank:
-    """The arrays of a leaf's bank, as `ArraySpec`, but for its statistics, which are measured."""
+    """The arrays of a leaf's bank, an `ArraySpec` each, without its statistics, which have to be measured."""
     grid, names, axis = tensor_grid(config, leaf), leaf_tensors(config, leaf), leaf.sharded_axis
     shape, rank, has_row_keys = sources.shape(0, names[0]), common_rank(sources, names), spec.method.has_row_keys
     parents = len(sources.folders) - int(spec.options.has_base)
 
     def array(number: int, each: tuple[int, ...], dtype: Any, axis: int | None) -> Any:
-        """`number` arrays behind the layers and before the experts."""
+        """The spec of `number` arrays, with their axis after the layers' and before the experts'."""
         return ArraySpec((*grid[:1], number, *grid[1:], *each), np.dtype(dtype), axis)
 
-    # Row keys are cut with their rows; where columns are cut each device has the keys of all rows.
+    # Row keys are sharded with their rows; where columns are sharded, each device has the keys of all rows.
     keys_axis = axis if not has_row_keys else -2 if axis == -len(shape) else None
     keys, (keys_shape, keys_dtype) = spec.method.mask_keys(parents), spec.method.mask_key_array(shape)
     return LeafBank(
@@ -121,11 +121,11 @@ def load_bank(
     progress: Progress = lambda done: None,
     put: Put = put,
 ) -> Bank:
-    """Load all sources and measure what `spec.method` needs. `progress` is told the bytes of each finished tensor;
-    `put` brings an array to where it belongs.
+    """Load all sources and measure the statistics that `spec.method` needs. `progress` receives the bytes of each
+    finished tensor; `put` brings an array to its devices.
 
-    `sources` must hold the base first where deltas are taken from one. Where all of them are adapters of one base, or
-    that base, the bank has each weight of the base once, and the adapters' factors.
+    The first of the `sources` must be the base where the method takes deltas from one. Where all sources are adapters
+    of one base, or that base, the bank has each weight of the base once, and the adapters' factors.
     """
     with ThreadPoolExecutor(max_workers=4) as pool:
         return bank_of(config, lambda leaf: _load_leaf(leaf, config, sources, spec, pool, progress, put))
@@ -143,7 +143,7 @@ def _load_leaf(
     arrays = jax.tree.map(lambda array: aligned_empty(array.shape, array.dtype), layout)
     weights, factors, mask_keys = arrays.sources, arrays.factors, arrays.mask_keys
     if factors is not None:
-        # A parent of lower rank leaves the rest of its factors as they are.
+        # A parent of lower rank leaves the remaining numbers of its factors zero.
         factors.a[:], factors.b[:] = 0, 0
     count, stored = len(sources.folders), weights.shape[len(grid[:1])]
     shape, first_parent = sources.shape(0, names[0]), int(spec.options.has_base)
@@ -161,7 +161,7 @@ def _load_leaf(
                 a, b = sources.finite_factors(first_parent + k, name)
                 of_parent = (*layer, k, *expert)
                 factors.a[of_parent][: len(a)], factors.b[of_parent][:, : len(a)] = a, b
-            # Only to be measured are they all there, one tensor at a time.
+            # All sources' tensors are read only to be measured, one name at a time.
             tensors = [sources.read(s, name) for s in range(count)] if spec.method.measures else []
 
         def row_keys(k: int) -> np.ndarray:
@@ -173,30 +173,35 @@ def _load_leaf(
         progress(weights.nbytes // len(names) * count // stored)
         return prepared.statistics
 
-    rows = list(pool.map(load_tensor, np.ndindex(grid), names))
-    statistics = {key: np.stack([row[key] for row in rows]).reshape((*grid, *rows[0][key].shape)) for key in rows[0]}
+    measured = list(pool.map(load_tensor, np.ndindex(grid), names))
+    statistics = {
+        key: np.stack([statistics_of_tensor[key] for statistics_of_tensor in measured]).reshape(
+            (*grid, *measured[0][key].shape)
+        )
+        for key in measured[0]
+    }
     loaded: LeafBank = jax.tree.map(lambda spec, array: put(array, spec.shard_axis), layout, arrays)
     return replace(loaded, statistics={name: put(values, None) for name, values in statistics.items()})
 
 
 def common_rank(sources: Sources, names: Sequence[str]) -> int | None:
-    """The highest rank of the factors of a leaf, of which the bank then has the base once; None where its sources have
-    no base in common."""
+    """The highest rank of a leaf's factors; None where its sources have no base in common. With a rank, the bank has
+    the base's leaf once."""
     if any(sources.common_core(name) is None for name in names):
         return None
     return max(sources.entry(s, name).rank for name in names for s in range(len(sources.folders)))
 
 
 def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda done: None) -> PathBank:
-    """Load all layers of all sources in one series, in their own dtypes. `progress` is told the bytes."""
+    """Load all layers of all sources into one stack, in their own dtypes. `progress` receives the bytes."""
     origins, layers, config = spec.origins, {}, spec.configs[0]
     for leaf in stack_leaves(config, LAYERS):
         first, grid = leaf.tensor_of(), tensor_grid(config, leaf)[1:]
         stack = aligned_empty((len(origins), *grid, *sources.shape(0, first)), common_dtype(sources, first))
-        for row, (source, i) in zip(stack, origins, strict=True):
+        for layer, (source, i) in zip(stack, origins, strict=True):
             for place in np.ndindex(grid):
-                sources.read_into(source, leaf.tensor_of(i, *place), row[place])
-            progress(row.nbytes)
+                sources.read_into(source, leaf.tensor_of(i, *place), layer[place])
+            progress(layer.nbytes)
         layers[leaf.name] = put(stack)
     shared = {}
     for leaf in shared_leaves(config):
@@ -208,19 +213,20 @@ def load_path_bank(sources: Sources, spec: PathSpec, progress: Progress = lambda
 
 
 def _entries(sources: Sources, leaf: Leaf, config: DecoderConfig) -> int:
-    """How many numbers of a leaf a source has."""
+    """The number of a leaf's elements in one source."""
     return int(np.prod((*tensor_grid(config, leaf), *sources.shape(0, leaf.tensor_of())), dtype=np.int64))
 
 
 def bank_bytes(sources: Sources, config: DecoderConfig) -> int:
-    """Bytes that `load_bank` will report as progress: of all sources, whether or not the bank has them as a whole."""
+    """The bytes that `load_bank` will report as progress: those of all sources, whether or not the bank holds them
+    whole."""
     return len(sources.folders) * sum(
         _entries(sources, leaf, config) * common_dtype(sources, leaf.tensor_of()).itemsize for leaf in leaves_of(config)
     )
 
 
 def held_bytes(sources: Sources, config: DecoderConfig, spec: MergeSpec) -> int:
-    """Bytes of a loaded bank: all sources or their factors, and mask keys. Statistics are little beside them."""
+    """The bytes of a loaded bank: all sources or their factors, and mask keys. Statistics are small in comparison."""
     arrays = jax.tree.leaves(bank_of(config, lambda leaf: leaf_layout(sources, config, spec, leaf)))
     return sum(array.nbytes for array in arrays)
 

@@ -32,7 +32,7 @@ from evojax_merge.checkpoints.quantised import (
 from evojax_merge.errors import InputError, shown
 
 SCALES = ".SCB"
-# Of the int8 weights; 0: as they are, rows of outputs.
+# The layout of the int8 weights; 0: plain rows of outputs.
 LAYOUT = ".weight_format"
 STATE = ".quant_state.bitsandbytes__"
 CODES = 16
@@ -40,7 +40,7 @@ CODES = 16
 
 @dataclass(frozen=True)
 class RowScales:
-    """Parts `weight`, `SCB`."""
+    """Computes a matrix from the parts `weight` and `SCB`."""
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         weight, largest = (part.astype(np.float32) for part in parts)
@@ -49,8 +49,8 @@ class RowScales:
 
 @dataclass(frozen=True)
 class CodedBlocks:
-    """Parts `weight`, `quant_map`, `absmax` and, where these are quantised in turn, `nested_quant_map` and
-    `nested_absmax`."""
+    """Computes a matrix from the parts `weight`, `quant_map`, `absmax` and, where the last is quantised in turn,
+    `nested_quant_map` and `nested_absmax`."""
 
     shape: tuple[int, int]
     block: int
@@ -71,8 +71,8 @@ class CodedBlocks:
 
 
 def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of such a folder, as a folder at `path`. Raises InputError for a matrix whose parts do not
-    fit each other."""
+    """The dequantised model of a bitsandbytes folder, as a folder at `path`. Raises InputError for a matrix whose parts
+    do not fit each other."""
     dtype, stored = dequantised_dtype(quantised, "float16"), open_folder(quantised).entries
     entries = dict(stored)
     for name in [name for name in stored if name.endswith(SCALES) or STATE in name]:
@@ -84,7 +84,7 @@ def open_bitsandbytes(path: Path, quantised: Path) -> Folder:
             raise InputError(stored[name].file, f"{name}: a second SCB or quant_state of {weight}; expected one")
         made = _eight_bits(stored, weight, dtype) if eight else _four_bits(stored, weight, name, dtype)
         module = weight.removesuffix(".weight")
-        parts = (name, f"{module}{LAYOUT}") if eight else [one for one in stored if one.startswith(f"{weight}.")]
+        parts = (name, f"{module}{LAYOUT}") if eight else [key for key in stored if key.startswith(f"{weight}.")]
         for part in parts:
             entries.pop(part, None)
         entries[weight] = made
@@ -125,7 +125,7 @@ def _four_bits(stored: Mapping[str, Tensor], name: str, state_name: str, dtype: 
 
 
 def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
-    """The settings of a matrix of four bits, as the bytes of a tensor."""
+    """The settings of a matrix of four bits, from the bytes of a tensor. Raises InputError for any other content."""
     if tensor.dtype not in BYTES:
         raise InputError(tensor.file, f"{name} is {tensor.dtype}; expected uint8, the bytes of JSON")
     try:
@@ -134,7 +134,7 @@ def _read_state(tensor: Tensor, name: str) -> dict[str, Any]:
         whole = len(state["shape"]) == 2 and all(type(size) is int and size > 0 for size in sizes)
         if whole and math.isfinite(float(state.get("nested_offset", 0.0))):
             return {"nested_offset": 0.0, **state}
-        found = shown(state)
+        content = shown(state)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        found = f"{type(error).__name__}: {error}"
-    raise InputError(tensor.file, f"{name}: {found}; expected JSON with shape, blocksize, nested_offset")
+        content = f"{type(error).__name__}: {error}"
+    raise InputError(tensor.file, f"{name}: {content}; expected JSON with shape, blocksize, nested_offset")

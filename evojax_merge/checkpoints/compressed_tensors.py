@@ -1,15 +1,15 @@
-"""Checkpoints in the formats of compressed-tensors (llm-compressor's) whose scales are of rows, of groups or of blocks,
-dequantised as they are read.
+"""Checkpoints in the formats of compressed-tensors (llm-compressor) with scales for rows, groups or blocks, dequantised
+as they are read.
 
 A weight is `(q − z) · scale`. `int-quantized`, `float-quantized` and `mxfp8-quantized` keep q in the tensor `weight`,
 int8 or float8_e4m3[out, in]. `pack-quantized` keeps `weight_packed int32[out, in · b / 32]` of 32 / b numbers in a
 word, lowest bits first, each plus 2^(b − 1), and `weight_shape`. `weight_scale` has one value, one for each output
 ([out, 1]), for each group of inputs ([out, groups]; where uint8, the exponents of powers of two, 2^(byte − 127)), or
-for each block; `weight_zero_point`, where there is one, is like it (packed
-along the outputs, where the weight is packed), and `weight_g_idx int32[in]` says which group an input is of.
+for each block; `weight_zero_point`, where there is one, has the scale's shape (packed along the outputs, where the
+weight is packed), and `weight_g_idx int32[in]` has the group of each input.
 
-Where a folder has several formats (`mixed-precision`), each of its `config_groups` says its own, and which modules it
-is of: by their names, by patterns (`re:…`), or by their class, in this order.
+Where a folder has several formats (`mixed-precision`), each of its `config_groups` names a format and its modules: by
+their names, by patterns (`re:…`), or by their class, in this order.
 
 `nvfp4-pack-quantized` and `mxfp4-pack-quantized` keep codes of four-bit floats in `weight_packed uint8[out, in / 2]`
 (see `fp4`), the former with a `weight_global_scale`, by which the scales of the groups are divided.
@@ -25,12 +25,12 @@ import numpy as np
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp4 import MXFP4_GROUP, NVFP4_GROUP, Outer, four_bit_matrix
 from evojax_merge.checkpoints.quantised import (
+    ACTIVATION_SUFFIXES,
     BYTES,
     EXPONENT,
     FLOATS,
     FP8,
     INDICES,
-    OF_ACTIVATIONS,
     WITH_FP8,
     WORDS,
     QuantisedTensor,
@@ -56,22 +56,22 @@ PLAIN = {
 }  # fmt: skip
 # The format whose scales are exponents.
 MXFP8 = "mxfp8-quantized"
-# How many inputs have a scale in common, and what the scale of all does to it.
+# The number of inputs that share a scale, and how the matrix's scale changes it.
 FOUR_BITS: dict[str, tuple[int, Outer | None]] = {
     "mxfp4-pack-quantized": (MXFP4_GROUP, None),
     "nvfp4-pack-quantized": (NVFP4_GROUP, "divides"),
 }
 SCALE, SHAPE = ".weight_scale", ".weight_shape"
-# What a target that is a regular expression begins with.
+# The prefix of a target that is a regular expression.
 PATTERN = "re:"
-# What a matrix may be made of, behind its module's `weight`.
+# The suffixes, after a module's `weight`, of the tensors that a matrix may be made of.
 _SUFFIXES = ("", "_packed", "_scale", "_global_scale", "_zero_point", "_shape", "_g_idx")
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is said of some modules, those of `targets`: how their weights are kept, and the settings of that. bits: of
-    packed numbers, else 0."""
+    """The quantisation of the modules of `targets`. how: the format of their weights; weights: the format's settings;
+    bits: of packed numbers, else 0."""
 
     targets: tuple[str, ...]
     how: str
@@ -81,8 +81,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Scales:
-    """Parts `weight` or `weight_packed`, `weight_scale` and, as far as there are, `weight_zero_point` and
-    `weight_g_idx`. step: how many rows and columns have a scale in common; bits: of packed weights, else 0."""
+    """Computes a matrix from the parts `weight` or `weight_packed`, `weight_scale` and, if present, `weight_zero_point`
+    and `weight_g_idx`. step: the rows and columns that share a scale; bits: of packed weights, else 0."""
 
     shape: tuple[int, int]
     step: tuple[int, int]
@@ -107,8 +107,8 @@ class Scales:
 
 
 def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of such a folder, as a folder at `path`. Raises InputError for another format, and for a
-    matrix whose parts do not fit each other."""
+    """The dequantised model of a compressed-tensors folder, as a folder at `path`. Raises InputError for another
+    format, and for a matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
     for key in ("sparsity_config", "transform_config"):
         given = settings.get(key)
@@ -116,13 +116,13 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
         checked_setting(quantised, key, None if dense else given, (None,))
     groups = groups_of(quantised)
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
+    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
     for name in [name for name in entries if name.endswith(SCALE)]:
         module = name.removesuffix(SCALE)
         group = group_of(quantised, groups, module)
         how = group.how
-        for one in _SUFFIXES:
-            entries.pop(f"{module}.weight{one}", None)
+        for suffix in _SUFFIXES:
+            entries.pop(f"{module}.weight{suffix}", None)
         kept_name, other = f"{module}.weight", f"{module}.weight_packed"
         if how not in PLAIN:
             kept_name, other = other, kept_name
@@ -142,13 +142,12 @@ def open_compressed_tensors(path: Path, quantised: Path) -> Folder:
 
 
 def groups_of(quantised: Path) -> list[Group]:
-    """The groups of modules that a folder's config names. Raises InputError for a format, or a setting of it, that is
-    not known."""
+    """The groups of modules that a folder's config names. Raises InputError for an unknown format or setting."""
     settings = quantisation(quantised)
     how, given = settings.get("format"), settings.get("config_groups")
-    rows = [one for one in given.values() if isinstance(one, dict)] if isinstance(given, dict) else []
-    rows = [one for one in rows if isinstance(one.get("weights"), dict)]
-    groups = [_group(quantised, row, row.get("format") if how == MIXED else how) for row in rows]
+    entries = [entry for entry in given.values() if isinstance(entry, dict)] if isinstance(given, dict) else []
+    entries = [entry for entry in entries if isinstance(entry.get("weights"), dict)]
+    groups = [_group(quantised, group, group.get("format") if how == MIXED else how) for group in entries]
     if not groups:
         raise InputError(
             quantised / "config.json", f"quantization_config.config_groups: {shown(given)}; expected groups of modules "
@@ -157,9 +156,9 @@ def groups_of(quantised: Path) -> list[Group]:
     return groups
 
 
-def _group(quantised: Path, row: Mapping[str, Any], how: Any) -> Group:
+def _group(quantised: Path, entry: Mapping[str, Any], how: Any) -> Group:
     checked_setting(quantised, "format", how, (PACKED, *PLAIN, *FOUR_BITS))
-    weights, targets = row["weights"], row.get("targets")
+    weights, targets = entry["weights"], entry.get("targets")
     strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
     checked_setting(quantised, "strategy", strategy, ("tensor", "channel", "group", "tensor_group", "block"))
     bits = checked_setting(quantised, "num_bits", weights.get("num_bits"), (2, 4, 8)) if how == PACKED else 0
@@ -168,29 +167,29 @@ def _group(quantised: Path, row: Mapping[str, Any], how: Any) -> Group:
 
 
 def group_of(quantised: Path, groups: Sequence[Group], module: str) -> Group:
-    """The group that a module belongs to: the first that has its name, else the first with a pattern that its name
-    begins with, else the first that names a class, which may be any module's. Raises InputError where there is none,
-    and for a pattern that is none."""
-    if all((one.how, one.weights) == (groups[0].how, groups[0].weights) for one in groups):
+    """The group that a module belongs to: the first that has the module's name, else the first with a pattern that
+    matches the name's beginning, else the first that names a class, which may be any module's. Raises InputError where
+    no group has the module, and for an invalid pattern."""
+    if all((other.how, other.weights) == (groups[0].how, groups[0].weights) for other in groups):
         return groups[0]
     where = f"{quantised / 'config.json'}: quantization_config.config_groups"
     tests: tuple[Callable[[str], bool], ...] = (
         lambda target: target == module,
         lambda target: target.startswith(PATTERN) and begins(where, target.removeprefix(PATTERN), module),
-        # Classes have no points in their names, and modules begin with small letters.
+        # Classes have no dots in their names, and modules begin with small letters.
         lambda target: target[:1].isupper() and "." not in target,
     )
-    found = (group for test in tests for group in groups if any(map(test, group.targets)))
-    group = next(found, None)
+    matches = (group for test in tests for group in groups if any(map(test, group.targets)))
+    group = next(matches, None)
     if group is None:
         raise InputError(where, f"none of them has {module}, whose weight is quantised")
     return group
 
 
 def _packed_shape(stored: Mapping[str, Tensor], packed: Tensor, module: str, bits: int) -> tuple[int, int]:
-    """The shape of a packed matrix, of which the last words may be filled up."""
-    found = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).read()
-    rows, columns = (int(size) for size in found)
+    """The shape of a packed matrix, whose last words may be padded. Raises InputError for another number of words."""
+    stored_shape = part_of(stored, packed, f"{module}{SHAPE}", INDICES, (2,)).read()
+    rows, columns = (int(size) for size in stored_shape)
     if packed.shape != (rows, -(-columns * bits // 32)):
         raise InputError(
             packed.file, f"{module}.weight_packed is {packed.dtype}{list(packed.shape)}; {module}.weight_shape says "

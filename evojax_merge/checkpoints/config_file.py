@@ -1,8 +1,8 @@
 """config.json -> the static config of a known architecture, read without believing the file.
 
-An attribute that the architecture's class in transformers declares, and that is neither read here nor at its default,
-raises: a model that loads is a model that is right. What the class does not declare cannot change its forward pass and
-is no reason to refuse, unless its very name says that another program's forward pass reads it.
+`read_decoder_config` refuses an attribute that the architecture's class in transformers declares and that is neither
+read nor at its default: a model that loads is computed correctly. An attribute that the class does not declare cannot
+change its forward pass and is accepted, unless another family's forward pass reads an attribute of this name.
 """
 
 import copy
@@ -37,7 +37,7 @@ IGNORED_KEYS = {
 
 
 def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, ...]]:
-    """Attributes of other families that change a forward pass, and the values with which they do not."""
+    """Attributes of other families that change a forward pass, with the values that leave it unchanged."""
     one = (1.0,)
     off = (0.0,)
     return {
@@ -55,27 +55,27 @@ def _neutral(head_dim: int, hidden: int, layers: int) -> dict[str, tuple[float, 
     }  # fmt: skip
 
 
-# Larger models that read a text as their text decoder alone does: its settings are their `text_config`, or, in earlier
-# files, stand beside those of the other modules.
+# Multimodal models that read a text exactly like their text decoder alone. The decoder's settings are their
+# `text_config`, or, in earlier files, stand beside those of the other modules.
 LARGER_MODELS = {
     "gemma3", "got_ocr2", "idefics3", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision",
     "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava", "vipllava",
 }  # fmt: skip
-# What transformers calls the text decoder in these models, whatever their files do, and in all others.
+# The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in all others.
 DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
 DECODER_PREFIX = "model.language_model."
-# Decoders that scale or cap their logits, which transformers' larger models leave out.
+# Decoders that scale or cap their logits, a step that transformers' larger models omit.
 MAPPED_LOGITS = {"cohere2", "gemma2", "granite"}
 
 
 def is_larger_model(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is that of a model with a text decoder and other modules."""
+    """Return whether a config.json is that of a model with a text decoder and other modules."""
     kind = config.get("model_type")
     return isinstance(kind, str) and kind in LARGER_MODELS
 
 
 def decoder_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json's decoder: all of it, or what a larger model says of its text decoder."""
+    """The settings of a config.json's decoder: all of it, or a larger model's settings of its text decoder."""
     if not is_larger_model(config):
         return config
     nested = config.get("text_config")
@@ -91,22 +91,22 @@ def with_decoder_settings(config: Mapping[str, Any], settings: Mapping[str, Any]
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a decoder's config says of the layers themselves, as it says it: not how many there are, nor of how many
-    tokens."""
+    """The keys of a decoder's config that describe the layers themselves, with unchanged values: without the number of
+    layers, the number of tokens and the tied head."""
     sizes = {"num_hidden_layers", "tie_word_embeddings", "vocab_size"}
     read = set(find_architecture(config["model_type"]).keys) | set(_neutral(1, 1, 1))
     return {key: value for key, value in config.items() if key in read - sizes}
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
-    """The keys of a decoder's config that its architecture does not read, and that are not everybody's."""
+    """The keys of a decoder's config that its architecture does not read, without `IGNORED_KEYS`; sorted."""
     keys = find_architecture(config["model_type"]).keys
     unread = [key for key in config if key not in keys and key not in IGNORED_KEYS]
     return sorted([*unread, *_unread_inside("", config, keys)])
 
 
 def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Expected]) -> list[str]:
-    """Those of the mappings among the values, with the path to each."""
+    """The unread keys of the mappings among the values, each with its path."""
     unread = []
     for name, expected in keys.items():
         inner = (values.get(name) or {}) if expected.keys else {}
@@ -116,8 +116,8 @@ def _unread_inside(before: str, values: Mapping[str, Any], keys: Mapping[str, Ex
 
 
 def layer_types(path: object, config: Mapping[str, Any]) -> list[str]:
-    """The kind of each layer, in the words of transformers, of a known architecture that reads them; else none. Where
-    the config does not say them its class does. `path`: that of the config."""
+    """The kind of each layer, in transformers' words; empty unless the architecture is known and reads them. Where the
+    config lacks the kinds, its class in transformers gives them. `path`: that of the config."""
     architecture = known_architecture(config.get("model_type"))
     if architecture is None or "layer_types" not in architecture.keys:
         return []
@@ -138,9 +138,9 @@ def check_unquantised(path: object, config: Mapping[str, Any]) -> None:
 
 
 def check_values(path: object, config: Mapping[str, Any]) -> None:
-    """Raises InputError for a value of a decoder's config that cannot be, naming its key. `path`: that of the config.
+    """Raises InputError for an invalid value of a decoder's config, naming its key. `path`: that of the config.
 
-    Nothing is allocated that would grow with what a value says.
+    Allocates nothing that grows with a value.
     """
     keys = find_architecture(config["model_type"]).keys
     read = {key: keys[key] for key in config if key in keys and keys[key].read_if(config)}
@@ -156,11 +156,11 @@ def _check_value(path: object, key: str, value: Any, expected: Expected) -> None
 
 
 def _check_inside(path: object, key: str, value: Any, expected: Expected) -> None:
-    """The values of a mapping, and of mappings in it."""
-    for inner, own in (value or {}).items() if expected.keys else ():
+    """Check the values of a mapping, and of the mappings in it."""
+    for inner, inner_value in (value or {}).items() if expected.keys else ():
         if inner in expected.keys:
-            _check_value(path, f"{key}.{inner}", own, expected.keys[inner])
-            _check_inside(path, f"{key}.{inner}", own, expected.keys[inner])
+            _check_value(path, f"{key}.{inner}", inner_value, expected.keys[inner])
+            _check_inside(path, f"{key}.{inner}", inner_value, expected.keys[inner])
 
 
 def decoder_config(path: Path) -> DecoderConfig:
@@ -170,8 +170,8 @@ def decoder_config(path: Path) -> DecoderConfig:
 
 
 def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
-    """What a decoder's settings mean. Raises InputError for an unknown architecture, a value that cannot be, or an
-    attribute that matters and is not handled. `path`: where they stand, for messages."""
+    """The config that a decoder's settings mean. Raises InputError for an unknown architecture, an invalid value, or an
+    attribute that matters and is not supported. `path`: the place of the settings, for messages."""
     try:
         architecture = find_architecture(raw.get("model_type"))
     except ValueError as error:
@@ -200,8 +200,8 @@ def read_decoder_config(path: object, raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _class_values(path: object, raw: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """What the keys that an architecture reads are worth, defaults filled in: by its class in transformers where there
-    is one, which also spells RoPE's settings in one way."""
+    """The values of the keys that an architecture reads, with defaults filled in. Its class in transformers, where
+    there is one, fills them in and also brings RoPE's settings into one form."""
     keys = architecture.keys
     if architecture.config_class is None:
         values = {**architecture.defaults, **{key: value for key, value in raw.items() if key in keys}}
@@ -214,10 +214,10 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
     check_dtype(path, raw)
     config_class = getattr(transformers, architecture.config_class)
     try:
-        # What is not declared is not handed over: transformers would set whatever attribute a stranger's file names.
+        # An undeclared key is not passed on: transformers would set whatever attribute a stranger's file names.
         read = keys.keys() | {field.name for field in dataclasses.fields(config_class)}
         hf = config_class(**{key: copy.deepcopy(value) for key, value in raw.items() if key in read})
-        # As transformers does when it makes a model: only now `original_max_position_embeddings` outside counts.
+        # transformers does the same when it makes a model: only now an outer `original_max_position_embeddings` counts.
         hf.standardize_rope_params()
     except Exception as error:  # whatever transformers' own validation raises is about the file
         raise InputError(
@@ -227,8 +227,8 @@ def _class_values(path: object, raw: Mapping[str, Any], architecture: Architectu
 
 
 def check_dtype(path: object, config: Mapping[str, Any]) -> None:
-    """Raises InputError where a config.json names a dtype that torch has not: transformers takes whatever attribute of
-    torch has the name."""
+    """Raises InputError where a config.json names a dtype that torch does not have: transformers would take any
+    attribute of torch by that name."""
     for key in ("dtype", "torch_dtype"):
         dtype = config.get(key)
         if isinstance(dtype, list) or (isinstance(dtype, str) and dtype not in TORCH_DTYPES):
@@ -236,15 +236,16 @@ def check_dtype(path: object, config: Mapping[str, Any]) -> None:
 
 
 def _check_declared(path: object, raw: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raises InputError for what the class declares, or reads, and we know nothing of, unless it is at its default."""
+    """Raises InputError for an attribute that the class declares, or reads, and this program does not handle, unless it
+    is at its default."""
     import transformers
 
     fields = dataclasses.fields(getattr(transformers, architecture.config_class or ""))
     declared = {field.name: field.default for field in fields}
     for key, value in raw.items():
-        known = key in architecture.keys or key in IGNORED_KEYS
+        is_handled = key in architecture.keys or key in IGNORED_KEYS
         # transformers reads per_layer_config whatever the family, and declares it nowhere.
-        if (key in declared and not known) or key == "per_layer_config":
+        if (key in declared and not is_handled) or key == "per_layer_config":
             default = declared.get(key)
             if value != default and value not in (None, [], {}):
                 raise InputError(path, f"{key}: {shown(value)} is not supported (expected {default!r})")
@@ -255,4 +256,6 @@ def _is_neutral(value: Any, neutral: tuple[float, ...]) -> bool:
         return all(_is_neutral(item, neutral) for item in value)
     if value is None:
         return True
-    return isinstance(value, int | float) and any(math.isclose(value, one, abs_tol=1e-12) for one in neutral)
+    return isinstance(value, int | float) and any(
+        math.isclose(value, neutral_value, abs_tol=1e-12) for neutral_value in neutral
+    )

@@ -1,8 +1,8 @@
-"""A folder's tensors against its own config.json: a folder that contradicts itself cannot be loaded.
+"""Checks a folder's tensors against its own config.json: a folder that contradicts itself cannot be loaded.
 
-A known architecture says every tensor's shape. In others the keys that most configs have, and the names that most
-tensors have, say some of them. A config with further keys of a kind (`moe_intermediate_size`) is not judged by that
-kind: such a model has several sizes of it.
+A known architecture gives every tensor's shape. In other architectures the usual keys of configs and the usual names of
+tensors give some shapes. A config with further keys of a kind (`moe_intermediate_size`) is not judged by that kind:
+such a model has several sizes of it.
 """
 
 import re
@@ -25,11 +25,11 @@ ATTENTION = re.compile(
 MLP = re.compile(r"(?:mlp\.)?(?P<kind>gate_proj|up_proj|down_proj)\.weight")
 # The first matrix of an MLP of two, which some architectures keep transposed, and some widen for a gate.
 TWO_MATRICES = re.compile(r"(?:mlp\.)?(?:c_fc|fc1|fc_in|dense_h_to_4h)\.weight|intermediate\.dense\.weight")
-# Where larger models keep their text decoder, and its settings.
+# The names under which larger models keep their text decoder.
 TEXT = re.compile(r"(?:^|\.)(?:language_model|text_model)\.")
 # Classes whose models have a head.
 WITH_HEAD = ("ForCausalLM", "LMHeadModel")
-# Keys that say that layers differ, and that there are layers which `num_hidden_layers` does not count.
+# Keys that mean that layers differ, and that there are layers which `num_hidden_layers` does not count.
 LAYERS_DIFFER, MORE_LAYERS = re.compile(r"per_layer|layer_config|block_config"), re.compile(r"nextn|mtp")
 
 Size = tuple[int | None, ...]
@@ -56,7 +56,7 @@ def _check(folder: DecoderFolder, name: str, expected: Size) -> None:
     if not is_float(tensor.dtype):
         raise InputError(tensor.file, f"{in_file} holds {tensor.dtype}; expected float weights (a quantised model?)")
     fits = len(tensor.shape) == len(expected) and all(
-        size in (None, found) for size, found in zip(expected, tensor.shape, strict=True)
+        size in (None, actual) for size, actual in zip(expected, tensor.shape, strict=True)
     )
     if not fits:
         sizes = ", ".join("…" if size is None else str(size) for size in expected)
@@ -64,8 +64,8 @@ def _check(folder: DecoderFolder, name: str, expected: Size) -> None:
 
 
 def _shapes_of_architecture(folder: DecoderFolder) -> Mapping[str, Size] | None:
-    """Shapes of all tensors by a known architecture; None where it is not known, and where its config has values that
-    no forward pass of this program reads: a merge does not run the model."""
+    """Shapes of all tensors by a known architecture; None where the architecture is unknown, and where its config has
+    values that no forward pass of this program supports: a merge does not run the model."""
     architecture = known_architecture(folder.config.get("model_type"))
     if architecture is None:
         return None
@@ -75,8 +75,8 @@ def _shapes_of_architecture(folder: DecoderFolder) -> Mapping[str, Size] | None:
         return None
     head = architecture.leaf(HEAD)
     classes = folder.whole.config.get("architectures")
-    has_head = isinstance(classes, list) and any(str(one).endswith(WITH_HEAD) for one in classes)
-    # A model that was saved without its head has none.
+    has_head = isinstance(classes, list) and any(str(class_name).endswith(WITH_HEAD) for class_name in classes)
+    # A model that was saved without its head has no such tensor.
     return {name: shape for name, shape in shapes.items() if head is None or name != head.tensor or has_head}
 
 
@@ -91,7 +91,7 @@ class Settings:
     values: Mapping[str, Any]
 
     def size(self, key: str, kind: str, alike: tuple[str, ...] = ()) -> int | None:
-        """The value of a key; None where it is no size, or where other keys than those `alike` speak of its `kind`."""
+        """The value of a key; None where it is no size, or where keys other than `alike` describe the same `kind`."""
         value = self.values.get(key)
         others = (other for other in self.values if kind in other and other not in (key, *alike))
         is_size = isinstance(value, int) and not isinstance(value, bool) and value > 0
@@ -151,10 +151,10 @@ def _text_settings(folder: DecoderFolder) -> tuple[Settings, Mapping[int, Mappin
 
 def _check_depth(folder: DecoderFolder) -> None:
     """Raises InputError where config.json says another number of layers than the tensors."""
-    found = _text_settings(folder)
-    if found is None:
+    text = _text_settings(folder)
+    if text is None:
         return
-    settings, layers, _ = found
+    settings, layers, _ = text
     depth = settings.size("num_hidden_layers", "num_hidden_layers")
     # A model without a hidden size may count other layers; one that runs its layers several times counts each time.
     if depth is None or depth % len(layers) == 0 or settings.hidden is None:
@@ -164,11 +164,11 @@ def _check_depth(folder: DecoderFolder) -> None:
 
 
 def _usual_shapes(folder: DecoderFolder) -> Iterator[tuple[str, Size]]:
-    """Tensors of a folder with the shapes that the usual keys say; None in a shape: any size."""
-    found = _text_settings(folder)
-    if found is None:
+    """Tensors of a folder with the shapes that the usual keys imply; None in a shape: any size."""
+    text = _text_settings(folder)
+    if text is None:
         return
-    settings, layers, stack = found
+    settings, layers, stack = text
     yield from _embedding_shapes(folder, settings, stack)
     queries, keys = settings.attention_rows()
     for index, tensors in layers.items():

@@ -1,9 +1,9 @@
 """Models whose weights are made while they are read, from files that are no Hugging Face model folder by themselves.
 
 `base+adapter` (mergekit's notation), an adapter alone, whose base its config names, a GGUF file and a quantised folder
-are such models. In the user's cache folder each of them has a folder with everything but weights (config and tokenizer:
-links to the base's, or made of the GGUF file), and a file `SOURCES` that says what the weights are made of. Everybody
-else handles that folder like any other model's; messages name what it was made of.
+are such models. Each such model has a folder in the user's cache, with everything but weights (config and tokenizer:
+links to the base's, or made of the GGUF file), and with a file `SOURCES` that names the files that the weights are made
+of. All other code handles this folder like any other model's; messages name the original files.
 """
 
 import hashlib
@@ -56,21 +56,22 @@ from evojax_merge.file_system import atomic_folder, remove_file, remove_link
 from evojax_merge.models.config_keys import TEXTS
 
 SOURCES = "evojax_merge_sources.json"
-# Of what is written into these folders: whoever changes it counts it up.
+# The version of these folders' content: every change of the content increases it.
 VERSION = 5
-NOTHING: Mapping[str, Path] = MappingProxyType({})
+EMPTY: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class SourcesFile:
-    """What `SOURCES` says. kind: a key of `KINDS`; paths: what the weights are made of, absolute."""
+    """The content of the file `SOURCES`. kind: a key of `KINDS`; paths: the absolute paths that the weights are made
+    of."""
 
     kind: str
     paths: tuple[str, ...]
 
     @property
     def reference(self) -> str:
-        """What names the model in recipes and configs, on this machine."""
+        """The reference that names the model in recipes and configs on this machine."""
         return "+".join(reference_to(Path(path)) for path in self.paths)
 
 
@@ -103,7 +104,7 @@ QUANTISED: dict[str, Callable[[Path, Path], Folder]] = {
     "modelopt": open_modelopt,
     "mxfp4": open_mxfp4,
 }
-# (the folder that stands for the model, what its weights are made of) -> the opened model.
+# (the folder that stands for the model, the paths that its weights are made of) -> the opened model.
 KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
     "adapter": _open_adapted,
     "gguf": lambda path, paths: open_gguf(path, *paths),
@@ -112,7 +113,8 @@ KINDS: dict[str, Callable[[Path, Sequence[Path]], Folder]] = {
 
 
 def _sources(path: Path) -> SourcesFile | None:
-    """What the weights of a model are made of; None where they lie in its folder. A stranger's folder is not asked."""
+    """The sources of a model's weights; None where the weights lie in its folder. Reads the file of folders in the
+    user's cache only. Raises InputError for a damaged file."""
     document = read_json_object(path / SOURCES, missing={}) if cache_folder() in path.parents else {}
     if not document:
         return None
@@ -135,7 +137,8 @@ def open_model(path: Path) -> Folder:
 
 
 def reference_to(path: Path) -> str:
-    """What names the model of this folder in recipes and configs: the folder, or what its weights are made of."""
+    """The reference that names the model of this folder in recipes and configs: the folder, or the sources of its
+    weights."""
     sources = _sources(path)
     return str(path) if sources is None else sources.reference
 
@@ -143,11 +146,11 @@ def reference_to(path: Path) -> str:
 def parts_of(path: Path) -> list[Path]:
     """The files and folders that a model is made of: its own folder, where its weights lie there."""
     sources = _sources(path)
-    return [path] if sources is None else [part for one in sources.paths for part in parts_of(Path(one))]
+    return [path] if sources is None else [part for source in sources.paths for part in parts_of(Path(source))]
 
 
 def input_files(path: Path) -> set[Path]:
-    """The files that scores of a model depend on: weights, config, whatever makes its tokenizer and chat template."""
+    """The files that scores of a model depend on: weights, config, tokenizer and chat templates."""
     names = ("config.json", "generation_config.json", ADAPTER_CONFIG, *TOKENIZER_FILES)
     files = {part / name for part in parts_of(path) for name in names if (part / name).is_file()}
     patterns = ("*.safetensors", "chat_templates/*.jinja")
@@ -161,13 +164,13 @@ def input_files(path: Path) -> set[Path]:
 
 class Find(Protocol):
     """(where, reference, the folder that relative paths start in) -> the file or folder of a model; without `weights`,
-    where it is not here and its tokenizer alone is wanted."""
+    a model that is not on this machine may lack its weights."""
 
     def __call__(self, where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path: ...
 
 
 class FindModel(Protocol):
-    """As `resolve_model`, with a `find` of its own."""
+    """A function like `resolve_model`, with a `find` of its own."""
 
     def __call__(
         self,
@@ -175,7 +178,7 @@ class FindModel(Protocol):
         reference: str,
         relative_to: Path,
         *,
-        made: Mapping[str, Path] = NOTHING,
+        made: Mapping[str, Path] = EMPTY,
         weights: bool = True,
     ) -> Path: ...
 
@@ -185,44 +188,45 @@ def resolve_model(
     reference: str,
     relative_to: Path,
     find: Find = resolve,
-    made: Mapping[str, Path] = NOTHING,
+    made: Mapping[str, Path] = EMPTY,
     weights: bool = True,
 ) -> Path:
-    """The folder of a model: what `find` finds, `base+adapter`, or that of an adapter, whose config names its base.
-    What is found may be a GGUF file. Without `weights`: a folder with the model's tokenizer, which an adapter does not
-    change.
+    """The folder of a model, which `reference` names by a name that `find` takes, by `base+adapter`, or by an adapter
+    whose config names its base. `find` may return a GGUF file. Without `weights`: a folder with the model's tokenizer,
+    which an adapter does not change.
 
-    The names around a + are found by `find`, too; a local folder whose own name has a + is found first. `where` says in
-    messages who names it; made: names that stand for folders of this process's own, before any others. Raises
-    InputError for what cannot be found; whether a base and an adapter fit each other is seen when they are opened.
+    `find` also resolves the names around a +; a local folder whose own name has a + comes first. `where`: the place of
+    the reference, for messages; made: names that stand for folders of this process, before any others. Raises
+    InputError where a model cannot be found; opening a base and an adapter shows whether they fit each other.
     """
     base, adapter = split_reference(reference, lambda name: name in made or local_path(name, relative_to) is not None)
     if not weights:
-        found = made[base] if base in made else find(where, base, relative_to, weights=False)
-        return _as_folder(found) if found.is_file() else found
+        model = made[base] if base in made else find(where, base, relative_to, weights=False)
+        return _as_folder(model) if model.is_file() else model
     if adapter is not None:
         where = f"{where}: {reference}"
-        _check_one_adapter(where, [one for one in (base, adapter) if one not in made], relative_to)
-    found = made[base] if base in made else find(where, base, relative_to)
+        _check_one_adapter(where, [name for name in (base, adapter) if name not in made], relative_to)
+    model = made[base] if base in made else find(where, base, relative_to)
     if adapter is not None:
-        if is_adapter(found):
+        if is_adapter(model):
             raise InputError(where, f"{base} is an adapter; expected a model before the +")
-        return _with_adapter(_as_folder(found), _adapter_folder(where, adapter, relative_to, find))
-    if not is_adapter(found):
-        return _as_folder(found)
-    named = read_adapter_config(found).base
+        return _with_adapter(_as_folder(model), _adapter_folder(where, adapter, relative_to, find))
+    if not is_adapter(model):
+        return _as_folder(model)
+    named = read_adapter_config(model).base
     if named is None:
         raise InputError(
-            found / ADAPTER_CONFIG, "base_model_name_or_path: missing; name the base yourself, as base+adapter"
+            model / ADAPTER_CONFIG, "base_model_name_or_path: missing; name the base yourself, as base+adapter"
         )
-    named_base = find(found / ADAPTER_CONFIG, named, found)
+    named_base = find(model / ADAPTER_CONFIG, named, model)
     if is_adapter(named_base):
-        raise InputError(found / ADAPTER_CONFIG, f"base_model_name_or_path: {named} is an adapter; expected a model")
-    return _with_adapter(_as_folder(named_base), found)
+        raise InputError(model / ADAPTER_CONFIG, f"base_model_name_or_path: {named} is an adapter; expected a model")
+    return _with_adapter(_as_folder(named_base), model)
 
 
 def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[str, str | None]:
-    """A base and its adapter, None where there is none; of several + the one with most known names around it."""
+    """The base and the adapter that a reference names; None without an adapter. Several + are split at the one with
+    most known names around it."""
     places = [i for i, character in enumerate(reference) if character == "+" and 0 < i < len(reference) - 1]
     if not places or is_known(reference):
         return reference, None
@@ -231,18 +235,18 @@ def split_reference(reference: str, is_known: Callable[[str], bool]) -> tuple[st
 
 
 def ignored_revisions(references: Iterable[str | None], relative_to: Path) -> list[str]:
-    """What to tell of references that name revisions of what lies here, a line each; see `ignored_revision`."""
+    """Warnings, a line each, about references that name revisions of local folders; see `ignored_revision`."""
     named: dict[str, None] = {}
     for reference in references:
         parts = split_reference(reference or "", lambda name: local_path(name, relative_to) is not None)
         named |= dict.fromkeys(part for part in parts if part)
-    told = (ignored_revision(part, relative_to) for part in named)
-    return [line for line in told if line is not None]
+    lines = (ignored_revision(part, relative_to) for part in named)
+    return [line for line in lines if line is not None]
 
 
 def _check_one_adapter(where: object, names: Sequence[str], relative_to: Path) -> None:
-    """Raises InputError where one of the names around a + is no name, but has a + as well."""
-    several = next((one for one in names if "+" in one and local_path(one, relative_to) is None), None)
+    """Raises InputError where one of the names around a + has a + itself and is no local path."""
+    several = next((name for name in names if "+" in name and local_path(name, relative_to) is None), None)
     if several is not None:
         raise InputError(
             where, f"{several}: no such folder; expected one adapter behind a base (of several, merge the first by a "
@@ -251,10 +255,10 @@ def _check_one_adapter(where: object, names: Sequence[str], relative_to: Path) -
 
 
 def _adapter_folder(where: object, adapter: str, relative_to: Path, find: Find) -> Path:
-    found = find(where, adapter, relative_to)
-    if not (found / ADAPTER_CONFIG).is_file():
+    folder = find(where, adapter, relative_to)
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise InputError(where, f"{adapter}: holds no {ADAPTER_CONFIG}; expected an adapter as peft saves it")
-    return found
+    return folder
 
 
 def _with_adapter(base: Path, adapter: Path) -> Path:
@@ -267,9 +271,9 @@ def _with_adapter(base: Path, adapter: Path) -> Path:
 def _small_files(model: Path) -> dict[str, str]:
     """The files of a model's folder that are no weights, by name."""
     patterns = (*SMALL_FILES, "chat_templates", "*.tiktoken")
-    found = {file.name: str(file) for pattern in patterns for file in model.glob(pattern)}
-    own = {INDEX_FILE, MARKER, SOURCES, TENSORS, ADAPTER_CONFIG}
-    return {name: file for name, file in found.items() if name not in own}
+    files = {file.name: str(file) for pattern in patterns for file in model.glob(pattern)}
+    excluded = {INDEX_FILE, MARKER, SOURCES, TENSORS, ADAPTER_CONFIG}
+    return {name: file for name, file in files.items() if name not in excluded}
 
 
 def _link(files: Mapping[str, str], folder: Path) -> None:
@@ -277,45 +281,45 @@ def _link(files: Mapping[str, str], folder: Path) -> None:
         os.symlink(file, folder / name)
 
 
-def _as_folder(found: Path) -> Path:
-    """The folder that stands for a GGUF file or a quantised folder; of another folder the folder itself. Raises
-    InputError for a quantisation that is not known."""
-    if found.is_file() and found.suffix == SUFFIX:
-        return _of_gguf(found)
-    method = quantisation(found).get("quant_method")
+def _as_folder(model: Path) -> Path:
+    """The folder that stands for a GGUF file or a quantised folder; any other folder itself. Raises InputError for an
+    unknown quantisation."""
+    if model.is_file() and model.suffix == SUFFIX:
+        return _of_gguf(model)
+    method = quantisation(model).get("quant_method")
     if isinstance(method, str) and method in QUANTISED:
-        return _of_quantised(found, method)
-    # Before its tensors are looked at, which may be of dtypes that only its method explains.
-    check_unquantised(found / "config.json", read_json_object(found / "config.json", missing={}))
-    return found
+        return _of_quantised(model, method)
+    # Checked before the tensors are read, which may have dtypes that only the quantisation's method explains.
+    check_unquantised(model / "config.json", read_json_object(model / "config.json", missing={}))
+    return model
 
 
-def _of_quantised(found: Path, method: str) -> Path:
-    files, config = _small_files(found), dequantised_config(found)
+def _of_quantised(model: Path, method: str) -> Path:
+    files, config = _small_files(model), dequantised_config(model)
     del files["config.json"]
 
     def write(folder: Path) -> None:
         _link(files, folder)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    return _stand_in(SourcesFile(method, (str(found),)), found.name, [sorted(files), config], write)
+    return _stand_in(SourcesFile(method, (str(model),)), model.name, [sorted(files), config], write)
 
 
-def _of_gguf(found: Path) -> Path:
+def _of_gguf(model: Path) -> Path:
 
     def write(folder: Path) -> None:
-        file = read_gguf(found)
+        file = read_gguf(model)
         write_config(file, folder)
         write_tokenizer(file, folder)
         write_tensor_table(named_tensors(file, folder / "config.json"), folder)
 
-    state = found.stat()
-    return _stand_in(SourcesFile("gguf", (str(found),)), found.stem, [state.st_size, state.st_mtime_ns], write)
+    state = model.stat()
+    return _stand_in(SourcesFile("gguf", (str(model),)), model.stem, [state.st_size, state.st_mtime_ns], write)
 
 
 def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path], None]) -> Path:
-    """The folder in the cache that stands for a model of these sources in this state: written where it is not there
-    yet, or not as it was written. Messages call its files by the names of those that they are made of."""
+    """The folder in the cache that stands for a model of these sources in this state: written where it is missing or
+    damaged. Messages name the files that the folder's files are made of."""
     key = hashlib.sha256(json.dumps([VERSION, asdict(sources), state]).encode()).hexdigest()
     folder = cache_folder() / "models" / f"{name[:80]}-{key[:16]}"
     # Something else has the folder's name.
@@ -341,7 +345,7 @@ def _stand_in(sources: SourcesFile, name: str, state: Any, write: Callable[[Path
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """The files below a folder by their names: where links lead, and the hashes of all else."""
+    """The files below a folder by name: the targets of links, and the hashes of all other files."""
     return {
         file.relative_to(folder).as_posix(): f"-> {os.readlink(file)}" if file.is_symlink() else file_hash(file)
         for file in sorted(folder.rglob("*"))
@@ -350,7 +354,7 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _is_intact(folder: Path, sources: SourcesFile) -> bool:
-    """Whether a folder holds what was written into it, for these sources."""
+    """Return whether a folder holds exactly the files that were written into it, for these sources."""
     try:
         document = read_json_object(folder / SOURCES, missing={})
         return document == json.loads(json.dumps({**asdict(sources), "files": _contents(folder)}))

@@ -1,6 +1,7 @@
 """A Hugging Face model folder, opened for reading: tensors by name out of memory-mapped safetensors files.
 
-A tensor need not lie in a file as it is read: what can tell its dtype and shape, and make its values, is a `Tensor`.
+A tensor's values need not be stored the way they are read: every object that has a dtype and a shape, and can compute
+the values, is a `Tensor`.
 
 Everything is checked while opening, from the headers alone: a missing or truncated shard, an index that points outside
 its folder, a folder that only holds pickles.
@@ -39,7 +40,7 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-# What is packed several to a byte, or needs scales that lie elsewhere.
+# The beginnings of dtypes that are packed several to a byte, or that need scales from other tensors.
 QUANTISED_DTYPES = ("F8_", "F6_", "F4")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = {
@@ -72,18 +73,18 @@ class MappedFile:
         return np.frombuffer(self._map, np.uint8, stop - start, start)
 
     def release(self, start: int, stop: int) -> None:
-        """Let go of the pages that reading these bytes has mapped; the next reading maps them again."""
+        """Release the pages that reading these bytes has mapped; the next reading maps them again."""
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
     def close(self) -> None:
-        """Let go of the file; the next reading maps it again. An array that was read keeps it."""
+        """Release the mapped file; the next reading maps it again. An array that was read keeps the mapping."""
         self.__dict__.pop("_map", None)
 
 
 class Tensor(Protocol):
-    """One tensor of a model: what is known of it before it is read, and its values."""
+    """One tensor of a model: its properties, which are known before it is read, and its values."""
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -91,43 +92,43 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def file(self) -> Path:
-        """The file that messages about it name."""
+        """The file that messages about the tensor name."""
         ...
 
     @property
     def mapped_files(self) -> tuple[MappedFile, ...]:
-        """All files that it is made of."""
+        """All files that the tensor is made of."""
         ...
 
     @property
     def core(self) -> "Tensor":
-        """The tensor that its factors are added to; itself, where it has none."""
+        """The tensor that the factors are added to; the tensor itself where it has no factors."""
         ...
 
     @property
     def rank(self) -> int:
-        """That of its factors; 0 where it has none."""
+        """The rank of the factors; 0 without factors."""
         ...
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of a matrix `core + b a`: `a float32[rank, in]` and `b float32[out, rank]`."""
+        """The factors `a float32[rank, in]` and `b float32[out, rank]` of a matrix `core + b a`."""
         ...
 
     def read(self) -> np.ndarray:
-        """Its values, `[*shape]` of its dtype, not to be written to."""
+        """The values, `[*shape]` in the tensor's dtype, not to be written to."""
         ...
 
     def content(self) -> Iterator[np.ndarray]:
-        """The bytes that it is made of, `uint8[n]` each: what tells it from other tensors, on whatever machine."""
+        """The bytes that the tensor is made of, `uint8[n]` each, which identify it on every machine."""
         ...
 
     def release(self) -> None:
-        """Let go of the memory that reading it has mapped."""
+        """Release the memory that reading the tensor has mapped."""
         ...
 
 
-class Whole:
-    """What a tensor without factors says of them."""
+class DenseTensor:
+    """A tensor without factors."""
 
     shape: tuple[int, ...]
     rank = 0
@@ -142,8 +143,8 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class BytesOfFile(Whole):
-    """A tensor whose bytes lie together in a file, in whatever way they say its values: dtype and shape of these, and
+class BytesOfFile(DenseTensor):
+    """A tensor whose bytes lie together in a file, in any encoding. dtype and shape describe the values, start and stop
     the range of the bytes."""
 
     mapped: MappedFile
@@ -169,7 +170,7 @@ class BytesOfFile(Whole):
 
 @dataclass(frozen=True)
 class Entry(BytesOfFile):
-    """A tensor that lies in a file as it is read."""
+    """A tensor that a file stores in the form in which it is read."""
 
     def read(self) -> np.ndarray:
         """The tensor in its own dtype, mapped, not copied (unless the file leaves it unaligned)."""
@@ -183,12 +184,13 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype in FLOAT_DTYPES.values() or dtype == np.float64
 
 
-# Values that are looked at together: a piece stays in the cache.
+# The number of values that are checked together; so small a piece stays in the cache.
 PIECE = 2**17
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether no value of a float array of any shape is NaN or infinite, in float32 where it is wider."""
+    """Return whether no value of a float array of any shape is NaN or infinite; float64 values count as infinite where
+    float32 rounds them to infinity."""
     flat = values.reshape(-1)
     return all(_finite_piece(flat[start : start + PIECE]) for start in range(0, flat.size, PIECE))
 
@@ -196,7 +198,7 @@ def is_finite(values: np.ndarray) -> bool:
 def copy_finite(values: np.ndarray, into: np.ndarray) -> bool:
     """Copy `values`, cast to the dtype of `into` (contiguous, of the same shape); False where one is NaN or infinite.
 
-    Costs little more than the copy alone: each piece is looked at while it is in the cache.
+    Costs little more than the copy alone: each piece is checked while it is in the cache.
     """
     source, target, finite = values.reshape(-1), into.reshape(-1), True
     for start in range(0, source.size, PIECE):
@@ -207,8 +209,9 @@ def copy_finite(values: np.ndarray, into: np.ndarray) -> bool:
 
 
 def _finite_piece(piece: np.ndarray) -> bool:
-    """NaN and infinity have all bits of the exponent set: as integers they are above all others of their sign. NumPy
-    compares integers many times as fast as it calls isfinite on two-byte floats."""
+    """Return whether a piece holds neither NaN nor infinity. Both have all bits of the exponent set: as integers they
+    are above all other values of their sign. NumPy compares integers many times as fast as it calls isfinite on
+    two-byte floats."""
     signed, unsigned = _INTEGERS[piece.dtype.itemsize]
     limit = np.inf if piece.dtype != np.float64 else BEYOND_FLOAT32
     infinity, minus = np.array([limit, -limit], piece.dtype).view(unsigned)
@@ -222,11 +225,11 @@ _INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32), 8: (np.int64, n
 
 
 def resolve(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
-    """A local folder, or a hub id (`owner/name`, `owner/name@revision`) that is downloaded, with its progress bar;
-    without its `weights`, where it is for its tokenizer alone.
+    """The path of a local model, or the downloaded folder of a hub id (`owner/name`, `owner/name@revision`). The hub's
+    client draws a progress bar. Without `weights` only the small files are downloaded, for the tokenizer.
 
-    A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where` says in messages who
-    names it.
+    A local folder needs no network, nor does a hub id whose files are in the hub's cache. `where`: the place of the
+    reference, for messages. Raises InputError where neither exists.
     """
     local = local_model(reference, relative_to)
     if local is not None:
@@ -242,8 +245,8 @@ def resolve(where: object, reference: str, relative_to: Path, *, weights: bool =
 
 
 def local_model(reference: str, relative_to: Path) -> Path | None:
-    """The path of a model on this machine, by its reference; None where nothing of that name is here. Raises InputError
-    for a folder that `check_model_folder` refuses."""
+    """The path of a model on this machine, by its reference; None where this machine has none of that name. Raises
+    InputError for a folder that `check_model_folder` refuses."""
     # A local path has no revisions, but its name may have an @.
     path = local_path(reference, relative_to) or local_path(_split_revision(reference)[0], relative_to)
     if path is not None:
@@ -252,8 +255,8 @@ def local_model(reference: str, relative_to: Path) -> Path | None:
 
 
 def ignored_revision(reference: str, relative_to: Path) -> str | None:
-    """What to tell of a model's reference, where it names a revision of what lies here; else None. `main` is what every
-    model has, so it asks for nothing."""
+    """A warning about a reference that names a revision of a local folder; else None. Every model has `main`, so that
+    revision needs no warning."""
     name, revision = _split_revision(reference)
     if (
         revision in (None, "main")
@@ -265,8 +268,8 @@ def ignored_revision(reference: str, relative_to: Path) -> str | None:
 
 
 def hub_reference(where: object, reference: str) -> tuple[str, str | None]:
-    """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for what is neither that
-    nor here."""
+    """The hub id and the revision of `owner/name` or `owner/name@revision`. Raises InputError for a reference of any
+    other form."""
     name, revision = _split_revision(reference)
     if reference.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(where, f"{reference}: no such folder; expected a model folder or a hub id 'owner/name'")
@@ -279,8 +282,9 @@ def _split_revision(reference: str) -> tuple[str, str | None]:
 
 
 def local_path(reference: str, relative_to: Path) -> Path | None:
-    """What of this machine a reference names: from the working directory, else from `relative_to`; None: nothing."""
-    # These two take any text, also what no file can be called.
+    """The path on this machine that a reference names, from the working directory, else from `relative_to`; None where
+    there is none."""
+    # Both functions take any text, also one that no file can be called.
     for local in (os.path.expanduser(reference), relative_to / reference):
         if os.path.exists(local):
             return Path(local).resolve()
@@ -298,7 +302,7 @@ def hub_id(folder: Path) -> str | None:
 
 def _download(name: str, revision: str | None, weights: bool) -> Path:
     """The snapshot of a hub repository with the files that are read, and no others: repositories also hold the weights
-    in other programs' formats, beside ours or in folders of their own. Without `weights`: all but those."""
+    in other programs' formats, beside ours or in folders of their own. Without `weights`: the small files alone."""
     from huggingface_hub import snapshot_download
 
     def fetch(revision: str | None, patterns: list[str]) -> Path:
@@ -322,16 +326,16 @@ def _download(name: str, revision: str | None, weights: bool) -> Path:
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name, as a safetensors index has them. Raises InputError where it is anything else."""
-    found = read_json_object(index, missing={}).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    """Tensor name -> file name, as a safetensors index maps them. Raises InputError where the file is anything else."""
+    names = read_json_object(index, missing={}).get("weight_map")
+    if not isinstance(names, dict) or not names:
         raise InputError(
-            index, f"weight_map: {shown(found)}; expected a safetensors index (tensor names -> file names)"
+            index, f"weight_map: {shown(names)}; expected a safetensors index (tensor names -> file names)"
         )
-    for name, file in found.items():
+    for name, file in names.items():
         if not isinstance(file, str) or not file:
             raise InputError(index, f"weight_map.{name}: {shown(file)}; expected the name of a file")
-    return found
+    return names
 
 
 def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Entry]:
@@ -340,7 +344,7 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
 
     The safetensors library checks the header against the file: that it is JSON of the right form, of at most 100 MB,
     and that the tensors, of the sizes that their shapes and dtypes give, cover the rest of the file one after the
-    other. It reads no tensor for that. What it lets pass is checked here: a name that is there twice.
+    other. It reads no tensor for that. It accepts a name that is there twice, which this function refuses.
     """
     try:
         if not file.exists():
@@ -352,7 +356,8 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
             if size < 8 or length > size - 8:
                 raise InputError(file, f"truncated: the header wants {length:,} bytes, the file has {size:,}")
             refused = _refused(file)
-            # Only what the library accepted is parsed here, or, to say by how much, a header that it found well formed.
+            # Only a header that the library accepted is parsed or, to count the bytes of a truncated file, one that it
+            # found well formed.
             if refused is not None and "not fully covered" not in refused:
                 raise InputError(file, f"not a safetensors file, or damaged ({refused})")
             header = json.loads(handle.read(length), object_pairs_hook=_unique_keys)
@@ -361,24 +366,26 @@ def read_header(file: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str
     except (ValueError, RecursionError) as error:
         raise InputError(file, f"not a safetensors file (its header is not valid: {error})") from None
     header.pop("__metadata__", None)
-    end = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+    end = 8 + length + max((description["data_offsets"][1] for description in header.values()), default=0)
     if end > size:
         raise InputError(file, f"truncated: expected {end:,} bytes, found {size:,}")
     if end < size:
         raise InputError(file, f"damaged: holds {size - end:,} bytes after its last tensor")
     entries, mapped = {}, MappedFile(file)
-    for name, row in header.items():
-        if row["dtype"].startswith(QUANTISED_DTYPES) and row["dtype"] not in dtypes:
-            raise InputError(file, f"{name} is quantised (dtype {row['dtype']}); expected weights of full precision")
-        if row["dtype"] not in dtypes:
-            raise InputError(file, f"{name} has dtype {row['dtype']}; expected one of {', '.join(dtypes)}")
-        start, stop = (8 + length + offset for offset in row["data_offsets"])
-        entries[name] = Entry(mapped, dtypes[row["dtype"]], tuple(row["shape"]), start, stop)
+    for name, description in header.items():
+        if description["dtype"].startswith(QUANTISED_DTYPES) and description["dtype"] not in dtypes:
+            raise InputError(
+                file, f"{name} is quantised (dtype {description['dtype']}); expected weights of full precision"
+            )
+        if description["dtype"] not in dtypes:
+            raise InputError(file, f"{name} has dtype {description['dtype']}; expected one of {', '.join(dtypes)}")
+        start, stop = (8 + length + offset for offset in description["data_offsets"])
+        entries[name] = Entry(mapped, dtypes[description["dtype"]], tuple(description["shape"]), start, stop)
     return entries
 
 
 def _refused(file: Path) -> str | None:
-    """What the safetensors library says against the file's header."""
+    """The safetensors library's error about the file's header; None where it accepts the header."""
     try:
         with safe_open(file, framework="numpy"):
             return None
@@ -397,7 +404,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Folder:
-    """An opened model folder. `entries` are its tensors by name; nothing is read until asked for."""
+    """An opened model folder. `entries` are its tensors by name; values are read only on request."""
 
     path: Path
     entries: Mapping[str, Tensor]
@@ -419,35 +426,36 @@ class Folder:
         return self.entries[name].read()
 
     def release(self, name: str) -> None:
-        """Let go of the pages that reading a tensor has mapped; the next reading maps them again."""
+        """Release the pages that reading a tensor has mapped; the next reading maps them again."""
         self.entries[name].release()
 
     def close(self) -> None:
-        """Let go of the files; the next reading maps them again. An array that was read keeps its own."""
+        """Release the mapped files; the next reading maps them again. An array that was read keeps its mapping."""
         for mapped in self._mapped.values():
             mapped.close()
 
     def digest(self, name: str) -> bytes:
-        """sha256 of the tensor's content and name: what names this parent in random methods."""
+        """sha256 of the tensor's content and name, which identifies this parent's tensor in random methods."""
         return tensor_digest(name, *self.entries[name].content())
 
 
 def tensor_digest(name: str, *content: np.ndarray) -> bytes:
-    """sha256 of a tensor's content, the bytes that it is made of, and of its name in a file. content: contiguous, any
-    dtype."""
-    found = hashlib.sha256()
+    """sha256 of a tensor's content (the bytes that the tensor is made of) and of its name in a file. content:
+    contiguous, any dtype."""
+    digest = hashlib.sha256()
     for part in content:
-        found.update(part.reshape(-1).view(np.uint8).data)
-    found.update(b"\0" + name.encode())
-    return found.digest()
+        digest.update(part.reshape(-1).view(np.uint8).data)
+    digest.update(b"\0" + name.encode())
+    return digest.digest()
 
 
 def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
     """Open a model folder: one safetensors file, or shards with an index, in the order in which transformers looks; or
-    a safetensors file by itself, which is a model without a config or a tokenizer. dtypes: those that its tensors may
+    a safetensors file by itself, which is a model without a config or a tokenizer. dtypes: the dtypes that tensors may
     have, by their names in safetensors.
 
-    Files beside them (another program's weights, an index that a single file has replaced) are not looked at.
+    Files beside them (another program's weights, an index that a single file has replaced) are ignored. Raises
+    InputError for a folder without safetensors weights, or with several unlisted files.
     """
     if path.is_file() and path.suffix == ".safetensors":
         return Folder(path, read_header(path, dtypes))
@@ -478,7 +486,7 @@ def open_folder(path: Path, dtypes: Mapping[str, np.dtype] = DTYPES) -> Folder:
 
 
 def _open_files(files: Sequence[Path], dtypes: Mapping[str, np.dtype]) -> dict[str, Entry]:
-    """The tensors of several files together, of which no two hold the same."""
+    """The tensors of several files together. Raises InputError where two files hold a tensor of one name."""
     entries: dict[str, Entry] = {}
     for file in files:
         tensors = read_header(file, dtypes)

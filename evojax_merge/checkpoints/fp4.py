@@ -1,9 +1,9 @@
-"""Matrices of four-bit floats with a scale for each group of inputs, NVFP4 and MXFP4, and what Model Optimizer writes
-besides, dequantised as they are read.
+"""Matrices of four-bit floats with a scale for each group of inputs, NVFP4 and MXFP4, and Model Optimizer's other
+formats, dequantised as they are read.
 
 Codes of E2M1 (a sign, two bits of exponent, one of mantissa: `VALUES`) lie two to a byte, the first in the lower half.
-In NVFP4 16 inputs have a scale in common, float8_e4m3, and all of the matrix has a second one, float32; in MXFP4 32
-inputs have an exponent, the scale 2^(byte - 127) (Open Compute Project, Microscaling Formats 1.0, 2023).
+In NVFP4 16 inputs share a scale, float8_e4m3, and the whole matrix has a second scale, float32; in MXFP4 32 inputs
+share an exponent, the scale 2^(byte - 127) (Open Compute Project, Microscaling Formats 1.0, 2023).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ import numpy as np
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.fp8 import scaled_matrices
 from evojax_merge.checkpoints.quantised import (
+    ACTIVATION_SUFFIXES,
     BYTES,
     EXPONENT,
     FLOATS,
     FP8,
-    OF_ACTIVATIONS,
     WITH_FP8,
     Formula,
     QuantisedTensor,
@@ -36,14 +36,14 @@ from evojax_merge.errors import InputError
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
-# What the scale of a whole matrix does to those of its groups.
+# The effect of a whole matrix's scale on the scales of its groups.
 Outer = Literal["multiplies", "divides"]
 
 
 @dataclass(frozen=True)
 class GroupScales:
-    """Parts: codes `uint8[out, in / 2]`, scales `[out, in / group]`, as exponents where they are uint8, and, unless
-    `outer` is None, the scale of all, one value."""
+    """Computes a matrix from codes `uint8[out, in / 2]`, scales `[out, in / group]` (exponents where uint8) and, unless
+    `outer` is None, one scale of the whole matrix."""
 
     group: int
     outer: Outer | None
@@ -60,8 +60,8 @@ class GroupScales:
 
 @dataclass(frozen=True)
 class Transposed:
-    """Of experts: parts `blocks uint8[experts, out, groups, 16]` and `scales uint8[experts, out, groups]`, as
-    `[experts, in, out]`."""
+    """Computes expert weights `[experts, in, out]`, which are stored transposed as
+    `blocks uint8[experts, out, groups, 16]` and `scales uint8[experts, out, groups]`."""
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         experts, outputs, groups, octets = parts[0].shape
@@ -78,8 +78,8 @@ def four_bit_matrix(
     outer: Outer | None,
     dtype: np.dtype,
 ) -> QuantisedTensor:
-    """The matrix of these tensors: codes, scales and, unless `outer` is None, the scale of all. Raises InputError where
-    they do not fit each other."""
+    """The matrix of these tensors: codes, scales and, unless `outer` is None, the matrix's scale. Raises InputError
+    where the tensors do not fit each other."""
     codes = stored[names[0]]
     check_matrix(names[0], codes, *BYTES)
     outputs, inputs = codes.shape[0], 2 * codes.shape[1]
@@ -94,8 +94,8 @@ def four_bit_matrix(
 
 @dataclass(frozen=True)
 class PairsOfOutputs:
-    """Parts: `uint8[out / 2, in]`, of which each byte has the number from -8 to 7 of one output in its lower half, and
-    that of the next one in its upper half; scales `[out, groups]`."""
+    """Computes a matrix from `uint8[out / 2, in]` and scales `[out, groups]`. A byte holds the numbers, from -8 to 7,
+    of two outputs: the first in its lower half, the second in its upper half."""
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         weight = (unpack(parts[0], 4, axis=0).astype(np.int8) ^ 8) - 8
@@ -105,7 +105,7 @@ class PairsOfOutputs:
 
 @dataclass(frozen=True)
 class OfScaledInputs:
-    """A matrix whose inputs are multiplied before they meet it: the parts of `formula`, and what by, `[in]`."""
+    """Computes a matrix whose inputs are scaled first, from the parts of `formula` and the inputs' scales `[in]`."""
 
     formula: Formula
 
@@ -113,7 +113,7 @@ class OfScaledInputs:
         return self.formula.values(parts[:-1]) * parts[-1].astype(np.float32)
 
 
-# Model Optimizer's algorithms, and what it calls several of them.
+# Model Optimizer's algorithms, and its name for a mixture of them.
 MIXED, AWQ = "MIXED_PRECISION", "W4A16_AWQ"
 MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", AWQ)
 OUTER, OF_INPUTS = ".weight_scale_2", ".pre_quant_scale"
@@ -125,12 +125,12 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
 
     NVFP4 has `weight uint8[out, in / 2]`, `weight_scale` and `weight_scale_2`, which multiplies it; AWQ (`W4A16_AWQ`)
     has `weight uint8[out / 2, in]` and `weight_scale [out, in / group]`. Both may have `pre_quant_scale [in]`, where
-    the scales of the inputs are not in a norm or in the matrix before.
+    the inputs' scales are not folded into a norm or the matrix before.
     """
     settings = quantisation(quantised)
     layers = settings.get("quantized_layers") if settings.get("quant_algo") == MIXED else None
-    rows = [one for one in layers.values() if isinstance(one, dict)] if isinstance(layers, dict) else []
-    algorithms = [one.get("quant_algo") for one in rows or [settings]]
+    layer_settings = [layer for layer in layers.values() if isinstance(layer, dict)] if isinstance(layers, dict) else []
+    algorithms = [layer.get("quant_algo") for layer in layer_settings or [settings]]
     for algorithm in algorithms:
         checked_setting(quantised, "quant_algo", algorithm, MODELOPT)
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
@@ -143,7 +143,7 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
         entries[weight] = four_bit_matrix(stored, names, NVFP4_GROUP, "multiplies", dtype)
         for part in names[1:]:
             del entries[part]
-    packed = [name for name, one in entries.items() if name.endswith(".weight") and one.dtype == np.uint8]
+    packed = [name for name, tensor in entries.items() if name.endswith(".weight") and tensor.dtype == np.uint8]
     for name in packed if AWQ in algorithms else ():
         entries[name] = _pairs_of_outputs(stored, name, dtype)
         del entries[f"{name}_scale"]
@@ -152,8 +152,8 @@ def open_modelopt(path: Path, quantised: Path) -> Folder:
         weight, scale = f"{name.removesuffix(OF_INPUTS)}.weight", entries.pop(name)
         whole = entries.get(weight)
         if not isinstance(whole, QuantisedTensor) or scale.shape != whole.shape[1:] or scale.dtype not in FLOATS:
-            found = f"{scale.dtype}{list(scale.shape)}"
-            raise InputError(scale.file, f"{name} is {found}; expected a float for each input of a quantised {weight}")
+            actual = f"{scale.dtype}{list(scale.shape)}"
+            raise InputError(scale.file, f"{name} is {actual}; expected a float for each input of a quantised {weight}")
         formula = OfScaledInputs(whole.formula)
         entries[weight] = QuantisedTensor(dtype, whole.shape, (*whole.parts, scale), formula)
     return Folder(path, entries)
@@ -165,9 +165,9 @@ def _pairs_of_outputs(stored: Mapping[str, Tensor], name: str, dtype: np.dtype) 
     check_matrix(name, packed, *BYTES)
     groups = 0 if scale is None or len(scale.shape) != 2 else scale.shape[1]
     if groups == 0 or packed.shape[1] % groups:
-        found = "no such tensor" if scale is None else str(list(scale.shape))
+        actual = "no such tensor" if scale is None else str(list(scale.shape))
         raise InputError(
-            packed.file, f"{name}_scale: found {found}; expected the scales of groups of {name}'s inputs, "
+            packed.file, f"{name}_scale: found {actual}; expected the scales of groups of {name}'s inputs, "
             f"uint8{list(packed.shape)}",
         )  # fmt: skip
     outputs = 2 * packed.shape[0]
@@ -179,7 +179,7 @@ def open_mxfp4(path: Path, quantised: Path) -> Folder:
     """The dequantised model of a folder whose experts are MXFP4, as gpt-oss was published, as a folder at `path`.
     Raises InputError where the parts of one do not fit each other."""
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
+    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
     for name in [name for name in stored if name.endswith("_blocks")]:
         blocks, whole = entries.pop(name), name.removesuffix("_blocks")
         is_grouped = len(blocks.shape) == 4 and 0 not in blocks.shape and blocks.shape[3] * 2 == MXFP4_GROUP

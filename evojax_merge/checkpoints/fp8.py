@@ -1,9 +1,9 @@
-"""FP8 checkpoints, dequantised as they are read: a weight `w float8_e4m3[out, in]` with scales in a second tensor, of
-which every value belongs to a block of n x m weights. The weight is `w · scale`.
+"""FP8 checkpoints, dequantised as they are read: a weight `w float8_e4m3[out, in]` with scales in a second tensor, one
+value for each block of n x m weights. The weight is `w · scale`.
 
 A block may be all of the matrix (`weight_scale`, one value; transformers and Mistral call it `weight_scale_inv`), the
-weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_block_size` says (`weight_scale_inv
-[out / n, in / m]`, as DeepSeek-V3 was published; DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
+weights of an output (`weight_scale [out, 1]`, as FBGEMM's), or what `weight_block_size` says
+(`weight_scale_inv [out / n, in / m]`, as DeepSeek-V3 was published; DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ import numpy as np
 
 from evojax_merge.checkpoints.folder import Folder, Tensor, open_folder
 from evojax_merge.checkpoints.quantised import (
+    ACTIVATION_SUFFIXES,
     EXPONENT,
     FLOATS,
     FP8,
     KEYS,
-    OF_ACTIVATIONS,
     WITH_FP8,
     QuantisedTensor,
     check_dequantised,
@@ -35,7 +35,8 @@ SCALES = ("_scale_inv", "_scale")
 
 @dataclass(frozen=True)
 class BlockScales:
-    """A matrix `w`, of which each block of `rows` and `columns` has a scale: parts `w [out, in]`, `scale`."""
+    """Computes a matrix from the parts `w [out, in]` and `scale`, with one scale for each block of `rows` and
+    `columns`."""
 
     rows: int
     columns: int
@@ -48,17 +49,17 @@ class BlockScales:
 
 
 def open_fp8(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of an FP8 folder, as a folder at `path`. Raises InputError for a block that is none, and
-    for a weight without the scales that its shape needs."""
+    """The dequantised model of an FP8 folder, as a folder at `path`. Raises InputError for an invalid block, and for a
+    weight without the scales that its shape needs."""
     block = _block(quantised, quantisation(quantised).get("weight_block_size"))
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_FP8).entries
     return Folder(path, scaled_matrices(stored, block, dtype))
 
 
 def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None, dtype: np.dtype) -> dict[str, Tensor]:
-    """The tensors of a folder, with matrices of FP8 as what they mean. block: the rows and columns that have a scale in
-    common; None: those of a matrix or of an output, as each matrix's scales say by their shape."""
-    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(OF_ACTIVATIONS)}
+    """The tensors of a folder, with matrices of FP8 dequantised. block: the rows and columns that share a scale; None:
+    one scale for a matrix or for each output, which the shape of each matrix's scales tells apart."""
+    entries = {name: tensor for name, tensor in stored.items() if not name.endswith(ACTIVATION_SUFFIXES)}
     for name in [name for name, tensor in entries.items() if tensor.dtype == FP8 and not name.endswith(SCALES)]:
         weight = entries[name]
         scale = next((f"{name}{end}" for end in SCALES if f"{name}{end}" in entries), None)
@@ -72,7 +73,7 @@ def scaled_matrices(stored: Mapping[str, Tensor], block: tuple[int, int] | None,
 def _scaled(
     name: str, weight: Tensor, stored: Mapping[str, Tensor], scale: str | None, block: tuple[int, int] | None
 ) -> tuple[tuple[Tensor, ...], BlockScales]:
-    """The parts of a matrix, of which `scale` names the scales, and their formula. Raises InputError where they
+    """The parts of a matrix, whose scales are the tensor `scale`, and their formula. Raises InputError where the parts
     do not fit each other."""
     check_matrix(name, weight, FP8)
     rows, columns = weight.shape
@@ -84,15 +85,18 @@ def _scaled(
         shapes = {(rows,): of_outputs, (rows, 1): of_outputs, (): of_all, (1,): of_all, (1, 1): of_all}
         words = f"one scale, or one for each output, {[rows, 1]}"
     if scale is None or stored[scale].shape not in shapes:
-        found = "no such tensor" if scale is None else str(list(stored[scale].shape))
+        actual = "no such tensor" if scale is None else str(list(stored[scale].shape))
         end = SCALES[0] if block is not None else SCALES[1]
-        raise InputError(weight.file, f"{name} is quantised (F8_E4M3): found {found} for {name}{end}; expected {words}")
+        raise InputError(
+            weight.file, f"{name} is quantised (F8_E4M3): found {actual} for {name}{end}; expected {words}"
+        )
     scales = part_of(stored, weight, scale, (*FLOATS, EXPONENT), *shapes)
     return (weight, scales), BlockScales(*shapes[scales.shape])
 
 
 def _block(quantised: Path, block: Any) -> tuple[int, int] | None:
-    """What a folder's config says of blocks, which may be nothing."""
+    """The rows and columns of a block by a folder's config; None without blocks. Raises InputError for any other
+    value."""
     if block is None:
         return None
     if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):

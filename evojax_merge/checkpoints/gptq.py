@@ -3,8 +3,8 @@ are read.
 
 A linear module of `b` bits has, in the place of its weight, `qweight int32[in · b / 32, out]` and
 `qzeros int32[groups, out · b / 32]`, which hold 32 / b whole numbers in a word, lowest bits first, and
-`scales float[groups, out]`; `g_idx int32[in]` says which group each input is of. The weight is
-`(q − z) · scale`, transposed. The format `gptq` keeps z less one, `gptq_v2` keeps z.
+`scales float[groups, out]`; `g_idx int32[in]` has the group of each input. The weight is `(q − z) · scale`, transposed.
+The format `gptq` keeps z less one, `gptq_v2` keeps z.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ SUFFIX = ".qweight"
 
 @dataclass(frozen=True)
 class InputGroups:
-    """Parts `qweight`, `qzeros`, `scales` and, unless inputs are grouped in their order, by `group`, `g_idx`. offset:
-    what is added to the zeros that are kept."""
+    """Computes a matrix from the parts `qweight`, `qzeros`, `scales` and, unless inputs are grouped in their order, by
+    `group`, `g_idx`. offset: the number that is added to the stored zeros."""
 
     bits: int
     group: int
@@ -46,7 +46,7 @@ class InputGroups:
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         weight = unpack(parts[0], self.bits, axis=0).T.astype(np.float32)
-        # In the numbers of `bits` bits: of a zero of 0, less one, is kept the largest of them.
+        # Modulo 2^bits: a zero of 0, which is stored less one, is stored as the largest number of `bits` bits.
         zeros = (unpack(parts[1], self.bits, axis=1) + np.uint8(self.offset)) & np.uint8(2**self.bits - 1)
         groups = parts[3] if len(parts) > 3 else np.arange(weight.shape[1]) // self.group
         weight -= zeros.astype(np.float32).T[:, groups]
@@ -88,12 +88,14 @@ def open_gptq(path: Path, quantised: Path) -> Folder:
 
 
 def _without_padding_biases(quantised: Path, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the biases of zeros that AutoGPTQ gave to modules of architectures that have none there."""
+    """The tensors without the biases of zeros that AutoGPTQ gave to modules whose architecture has no biases."""
     config = decoder_settings(dequantised_config(quantised))
     if known_architecture(config.get("model_type")) is None:
         return dict(entries)
     expected = {name for name, _, _ in tensors_of(read_decoder_config(quantised / "config.json", config))}
-    quantised_modules = {name.rpartition(".")[0] for name, one in entries.items() if isinstance(one, QuantisedTensor)}
+    quantised_modules = {
+        name.rpartition(".")[0] for name, entry in entries.items() if isinstance(entry, QuantisedTensor)
+    }
     return {
         name: tensor
         for name, tensor in entries.items()

@@ -1,8 +1,8 @@
-"""Model folders of headers alone: all that a search is planned with, where the weights are not here.
+"""Model folders of headers alone: enough to plan a search whose weights are not on this machine.
 
-Of a hub model's safetensors files only the headers are fetched. A file is then written that has the whole file's size
-and takes the room of its header, so that whatever opens a model folder opens this one; its tensors are zeros, but for
-those in which quantised folders say the shapes of their matrices (`shape_contents`).
+Only the headers of a hub model's safetensors files are downloaded. Each becomes a sparse file that has the whole file's
+size and takes the disk space of its header, so that all code that opens model folders can open this one. The tensors
+are zeros, except those in which quantised folders store the shapes of their matrices (`shape_contents`).
 """
 
 import json
@@ -31,21 +31,21 @@ from evojax_merge.checkpoints.quantised import dequantised_config
 from evojax_merge.errors import InputError
 from evojax_merge.models.architecture import known_architecture
 
-NOTHING: Mapping[str, bytes] = MappingProxyType({})
+EMPTY: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of a tensor: `dtype` as it is written there (F32, BF16, …)."""
+    """A tensor's description in a safetensors header; `dtype` as written in the header (F32, BF16, …)."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
 
 
-def write_header_only(file: Path, tensors: Mapping[str, TensorHeader], contents: Mapping[str, bytes] = NOTHING) -> int:
-    """Write a safetensors file of these tensors, zeros that take no room but for the bytes of those in `contents`; its
-    size in bytes."""
+def write_header_only(file: Path, tensors: Mapping[str, TensorHeader], contents: Mapping[str, bytes] = EMPTY) -> int:
+    """Write a safetensors file of these tensors and return its size in bytes. The tensors are zeros, which take no disk
+    space, except the bytes of those in `contents`."""
     document, end = dict[str, dict[str, Any]](), 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -62,16 +62,17 @@ def write_header_only(file: Path, tensors: Mapping[str, TensorHeader], contents:
 
 @dataclass
 class HeaderFolders:
-    """Resolves what a config names, as `references.resolve_reference` does, without downloading weights: for a hub
-    model that is not in the hub's cache a folder of headers is made below `root`. download_bytes: of what was not
-    here."""
+    """Resolves the references of a config like `references.resolve_reference`, without downloading weights: a hub model
+    that is not in the hub's cache gets a folder of headers below `root`. download_bytes: the size of the weights that
+    are not on this machine."""
 
     root: Path
     download_bytes: int = 0
     known: dict[str, Path] = field(default_factory=dict)
 
     def resolve(self, where: object, reference: str, relative_to: Path) -> Path:
-        """A model's folder, or that of its headers. Raises InputError where there is none, or no hub to ask."""
+        """A model's folder, or a folder of its headers. Raises InputError where there is no such model, or where the
+        hub does not answer."""
         local = local_model(reference, relative_to)
         if local is not None:
             return local
@@ -88,7 +89,7 @@ class HeaderFolders:
 
     @staticmethod
     def _cached(name: str, revision: str | None) -> Path | None:
-        """The model in the hub's cache, where all of it is there."""
+        """The model's folder in the hub's cache; None unless all files are there."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -105,20 +106,26 @@ class HeaderFolders:
         small = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES, ignore_patterns=["*/*"]))
         folder = self.root / str(len(self.known))
         folder.mkdir(parents=True)
-        for one in small.iterdir():
-            (folder / one.name).symlink_to(one.resolve())
+        for source in small.iterdir():
+            (folder / source.name).symlink_to(source.resolve())
         index, files = folder / INDEX_FILE, dict[str, dict[str, TensorHeader]]()
         # The snapshot's folder has the name of its commit: the headers come from the same one.
         for file in sorted(set(weight_map(index).values())) if index.exists() else [SINGLE_FILE]:
-            found = HfApi().parse_safetensors_file_metadata(name, file, revision=small.name)
+            metadata = HfApi().parse_safetensors_file_metadata(name, file, revision=small.name)
             files[file] = {
-                tensor: TensorHeader(row.dtype, tuple(row.shape), row.data_offsets[1] - row.data_offsets[0])
-                for tensor, row in found.tensors.items()
+                tensor: TensorHeader(
+                    description.dtype,
+                    tuple(description.shape),
+                    description.data_offsets[1] - description.data_offsets[0],
+                )
+                for tensor, description in metadata.tensors.items()
             }
-        contents = shape_contents(folder, {name: row for tensors in files.values() for name, row in tensors.items()})
+        contents = shape_contents(
+            folder, {name: description for tensors in files.values() for name, description in tensors.items()}
+        )
         for file, tensors in files.items():
-            own = {tensor: contents[tensor] for tensor in tensors if tensor in contents}
-            self.download_bytes += write_header_only(folder / file, tensors, own)
+            file_contents = {tensor: contents[tensor] for tensor in tensors if tensor in contents}
+            self.download_bytes += write_header_only(folder / file, tensors, file_contents)
         return folder
 
 
@@ -127,20 +134,20 @@ class HeaderFolders:
 
 
 def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[str, bytes]:
-    """The bytes of those tensors of a quantised folder that say the shapes of its packed matrices, as far as headers
-    and the config tell them: of bitsandbytes' states of four bits, and of compressed-tensors' `weight_shape`.
+    """The bytes of those tensors of a quantised folder that store the shapes of its packed matrices, bitsandbytes'
+    states of four bits and compressed-tensors' `weight_shape`, as far as headers and the config imply them.
 
-    A matrix has the shape of the architecture's tensor whose name ends as its own does, if it has so many numbers;
-    one of other modules is a single row.
+    A matrix has the shape of the architecture's tensor whose name ends as its own does, if the number of elements fits.
+    Any other is a single row or, in compressed-tensors, as wide as its words.
     """
     states = {name: name.partition(STATE)[0] for name in tensors if STATE in name}
     shapes = {name: name.removesuffix(SHAPE) for name in tensors if name.endswith(SHAPE)}
     if not states and not shapes:
         return {}
-    known, contents = _known_shapes(folder), dict[str, bytes]()
+    tail_shapes, contents = _known_shapes(folder), dict[str, bytes]()
     groups = groups_of(folder) if shapes else []
     for name, weight in states.items():
-        contents[name] = _state(known, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
+        contents[name] = _state(tail_shapes, weight, tensors).ljust(tensors[name].nbytes)[: tensors[name].nbytes]
     for name, module in shapes.items():
         packed = tensors.get(f"{module}.weight_packed")
         if packed is None or len(packed.shape) != 2:
@@ -150,14 +157,14 @@ def shape_contents(folder: Path, tensors: Mapping[str, TensorHeader]) -> dict[st
         if not bits:
             continue
         most, per_word = rows * words * 32 // bits, 32 // bits
-        found = _shape_of(known, f"{module}.weight", most - rows * (per_word - 1), most)
-        found = found if found[0] == rows else (rows, words * per_word)
-        contents[name] = np.array(found, f"<i{tensors[name].nbytes // 2}").tobytes()
+        shape = _shape_of(tail_shapes, f"{module}.weight", most - rows * (per_word - 1), most)
+        shape = shape if shape[0] == rows else (rows, words * per_word)
+        contents[name] = np.array(shape, f"<i{tensors[name].nbytes // 2}").tobytes()
     return contents
 
 
 def _known_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the architecture's tensors by the ends of their names, which larger models have as well."""
+    """The shapes of the architecture's tensors by the ends of their names, which are the same in larger models."""
     settings = decoder_settings(dequantised_config(folder))
     if known_architecture(settings.get("model_type")) is None:
         return {}
@@ -165,21 +172,24 @@ def _known_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name.partition(".")[2] if name.count(".") > 1 else name: shape for name, shape in shapes.items()}
 
 
-def _shape_of(known: Mapping[str, tuple[int, ...]], name: str, least: int, most: int) -> tuple[int, ...]:
-    """The shape of a packed matrix of `least` to `most` numbers."""
+def _shape_of(tail_shapes: Mapping[str, tuple[int, ...]], name: str, least: int, most: int) -> tuple[int, ...]:
+    """The shape of a packed matrix of `least` to `most` numbers; a single row where no tensor of the architecture
+    fits."""
     parts = name.split(".")
-    found = (known.get(".".join(parts[start:])) for start in range(len(parts)))
-    fitting = (shape for shape in found if shape is not None and len(shape) == 2 and least <= math.prod(shape) <= most)
+    candidates = (tail_shapes.get(".".join(parts[start:])) for start in range(len(parts)))
+    fitting = (
+        shape for shape in candidates if shape is not None and len(shape) == 2 and least <= math.prod(shape) <= most
+    )
     return next(fitting, (1, most))
 
 
-def _state(known: Mapping[str, tuple[int, ...]], weight: str, tensors: Mapping[str, TensorHeader]) -> bytes:
-    """A state of bitsandbytes' that fits the headers of its parts, as far as it is read."""
+def _state(tail_shapes: Mapping[str, tuple[int, ...]], weight: str, tensors: Mapping[str, TensorHeader]) -> bytes:
+    """A bitsandbytes state that fits the headers of its parts, with the keys that are read."""
     parts = {part: tensors.get(f"{weight}{part}") for part in ("", ".absmax", ".nested_absmax")}
     codes, scales, outer = parts.values()
     if codes is None or scales is None:
         return b""
-    shape = _shape_of(known, weight, 2 * codes.nbytes - 1, 2 * codes.nbytes)
+    shape = _shape_of(tail_shapes, weight, 2 * codes.nbytes - 1, 2 * codes.nbytes)
     blocks = math.prod(scales.shape)
     state = {"shape": list(shape), "blocksize": _block(math.prod(shape), blocks)}
     if outer is not None:
@@ -188,7 +198,7 @@ def _state(known: Mapping[str, tuple[int, ...]], weight: str, tensors: Mapping[s
 
 
 def _block(count: int, blocks: int) -> int:
-    """The power of two of which `blocks` make up `count`, the last one in part."""
+    """The smallest power of two of which at most `blocks` blocks cover `count` values; 1 without blocks."""
     size = 1
     while blocks and -(-count // size) > blocks:
         size *= 2

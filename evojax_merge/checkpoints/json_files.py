@@ -1,4 +1,4 @@
-"""Small JSON files of model folders (config.json, generation_config.json, an index), read without believing them."""
+"""Small JSON files of model folders (config.json, generation_config.json, an index), read without trusting them."""
 
 import json
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from evojax_merge.errors import InputError, shown
 from evojax_merge.regular_file import read_regular
 
-# The index of the largest checkpoints is some 20 MB; what is larger is no description of a model.
+# The index of the largest checkpoints is some 20 MB; a larger file is no description of a model.
 LIMIT_BYTES = 64 << 20
 LIMIT_DEPTH = 64
 
@@ -16,12 +16,12 @@ LIMIT_DEPTH = 64
 def read_json_object(path: Path, *, missing: Mapping[str, Any] | str) -> dict[str, Any]:
     """The JSON object that the file holds.
 
-    `missing`: what to return where there is no such file, or, as a text, what to say then ("expected a Hugging Face
-    model folder with a config.json").
+    `missing`: the value to return where there is no such file, or, as a text, the message to raise then ("expected a
+    Hugging Face model folder with a config.json").
 
-    NaN and Infinity are read as Python's json does (the configs of some architectures hold them): whoever uses a
-    number checks it. Raises InputError for a file that cannot be read, that is over `LIMIT_BYTES`, that is not UTF-8
-    or not JSON, that nests deeper than `LIMIT_DEPTH`, that is no object, or that gives one key two values.
+    NaN and Infinity are read as Python's json does (the configs of some architectures hold them): code that uses a
+    number has to check it. Raises InputError for a file that cannot be read, that is over `LIMIT_BYTES`, that is not
+    UTF-8 or not JSON, that nests deeper than `LIMIT_DEPTH`, that is no object, or that gives one key two values.
     """
     try:
         raw = read_regular(path, "a JSON file", LIMIT_BYTES)

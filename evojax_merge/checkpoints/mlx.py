@@ -32,7 +32,7 @@ BITS, DEFAULT_GROUP = (2, 3, 4, 5, 6, 8), 64
 
 @dataclass(frozen=True)
 class Affine:
-    """Parts: `weight`, `scales`, `biases`; of `bits` bits each number."""
+    """Computes a matrix from the parts `weight`, `scales` and `biases`; each number has `bits` bits."""
 
     bits: int
 
@@ -45,7 +45,7 @@ class Affine:
         return weight.reshape(numbers.shape)
 
     def _numbers(self, words: np.ndarray) -> np.ndarray:
-        """uint8[out, in]."""
+        """The unpacked numbers uint8[out, in]."""
         if 8 % self.bits == 0:
             return unpack(words, self.bits, axis=1)
         octets = words.astype("<u4", copy=False).view(np.uint8)
@@ -54,7 +54,7 @@ class Affine:
 
 
 def open_mlx(path: Path, quantised: Path) -> Folder:
-    """The dequantised model of such a folder, as a folder at `path`. Raises InputError for other settings, and for a
+    """The dequantised model of an MLX folder, as a folder at `path`. Raises InputError for other settings, and for a
     matrix whose parts do not fit each other."""
     settings = quantisation(quantised)
     dtype, stored = dequantised_dtype(quantised, "bfloat16"), open_folder(quantised, WITH_WORDS).entries
@@ -65,9 +65,9 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
         packed, scales = stored.get(f"{module}.weight"), stored[name]
         matrix = packed is not None and len(packed.shape) == 2 and 0 not in packed.shape and packed.dtype == np.uint32
         if packed is None or not matrix or packed.shape[1] * 32 % (bits * size):
-            found = "no such tensor" if packed is None else f"{packed.dtype}{list(packed.shape)}"
+            actual = "no such tensor" if packed is None else f"{packed.dtype}{list(packed.shape)}"
             raise InputError(
-                scales.file, f"{module}.weight: found {found}; expected a matrix of uint32, of {bits} bits for each "
+                scales.file, f"{module}.weight: found {actual}; expected a matrix of uint32, of {bits} bits for each "
                 f"number, in groups of {size}",
             )  # fmt: skip
         outputs, inputs = packed.shape[0], packed.shape[1] * 32 // bits
@@ -76,16 +76,16 @@ def open_mlx(path: Path, quantised: Path) -> Folder:
         for part in (SCALES, BIASES):
             del entries[f"{module}{part}"]
         entries[f"{module}.weight"] = QuantisedTensor(dtype, (outputs, inputs), parts, Affine(bits))
-    left = next((name for name, one in entries.items() if one.dtype == np.uint32), None)
+    left = next((name for name, tensor in entries.items() if tensor.dtype == np.uint32), None)
     if left is not None:
         raise InputError(entries[left].file, f"{left} is quantised (uint32), and there are no scales of it")
     return Folder(path, entries)
 
 
 def _of_module(quantised: Path, settings: Mapping[str, Any], module: str) -> tuple[int, int]:
-    """How many bits the numbers of a module have, and how many of its inputs have a scale in common."""
-    own = settings.get(module)
-    said = {**settings, **own} if isinstance(own, dict) else settings
-    checked_setting(quantised, "mode", said.get("mode"), (None, "affine"))
-    bits: int = checked_setting(quantised, "bits", said.get("bits"), BITS)
-    return bits, group_size(quantised, said.get("group_size")) or DEFAULT_GROUP
+    """The bits of each of a module's numbers, and the number of inputs that share a scale."""
+    module_settings = settings.get(module)
+    merged = {**settings, **module_settings} if isinstance(module_settings, dict) else settings
+    checked_setting(quantised, "mode", merged.get("mode"), (None, "affine"))
+    bits: int = checked_setting(quantised, "bits", merged.get("bits"), BITS)
+    return bits, group_size(quantised, merged.get("group_size")) or DEFAULT_GROUP

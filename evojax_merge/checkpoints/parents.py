@@ -1,6 +1,6 @@
 """The sources of a merge, opened together and checked against each other.
 
-`Sources` is what the bank and the streamed merge both read from, so that both see the same rows and the same names.
+The bank and the streamed merge both read from `Sources`, so that both see the same rows and the same names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ from evojax_merge.models.architecture import (
 )
 from evojax_merge.models.config import DecoderConfig
 
-# What architectures call the module with a row for each token: at the input, and at the output (also of its bias).
+# Architectures' names for the module with a row for each token: at the input, and at the output (also for its bias).
 EMBEDDINGS = (
     "embed_tokens", "wte", "word_embeddings", "word_embedding", "embed_in", "tok_embeddings", "token_embedding",
     "embeddings", "shared",
@@ -54,8 +54,9 @@ HEADS = (
 
 @dataclass(frozen=True)
 class TokenTensors:
-    """The names in the file of the tensors whose rows belong to tokens; head: what is the embedding where the config
-    ties them, None where no model has it; others: a head's bias, or an encoder's embedding beside a decoder's."""
+    """The names in the file of the tensors whose rows belong to tokens; head: the same tensor as the embedding where
+    the config ties them, None where no model has a head; others: a head's bias, or an encoder's embedding beside a
+    decoder's."""
 
     embedding: str
     head: str | None
@@ -67,7 +68,7 @@ class TokenTensors:
 
 
 def token_tensors(architecture: Architecture) -> TokenTensors:
-    """Those of an architecture that is known."""
+    """The token tensors of a known architecture."""
     embedding, head = architecture.leaf(EMBEDDING), architecture.leaf(HEAD)
     assert embedding is not None
     others = (leaf for leaf in architecture.leaves if leaf.shape[:1] == ("vocab",) and leaf not in (embedding, head))
@@ -75,8 +76,8 @@ def token_tensors(architecture: Architecture) -> TokenTensors:
 
 
 def find_token_tensors(folder: DecoderFolder) -> TokenTensors:
-    """Those of a model of an architecture that is not known: by their names, which have as many rows as the embedding,
-    or else by their rows, of which each matrix outside of layers has the config's `vocab_size`."""
+    """The token tensors of a model of an unknown architecture. The embedding is the first weight with a usual name,
+    else the first matrix of `vocab_size` rows. Further embeddings and heads count if they have as many rows."""
     rows = {name: entry.shape[0] for name, entry in folder.entries.items() if entry.shape}
     modules = {name: name.rpartition(".")[0] for name in rows}
     embeddings = [name for name in rows if name.endswith(".weight") and _is_called(modules[name], EMBEDDINGS)]
@@ -98,7 +99,7 @@ def _is_called(module: str, names: Sequence[str]) -> bool:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """How many rows for tokens a config says: its own `vocab_size`, or that of its `text_config`; None: it does not."""
+    """The number of token rows by a config: its own `vocab_size`, or that of its `text_config`; None without either."""
     text = config.get("text_config")
     return config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
 
@@ -115,8 +116,8 @@ def with_vocabulary_size(config: Mapping[str, Any], size: int) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Sources:
-    """Opened folders of one architecture. `vocabulary`: how their rows are aligned (None: as they are); `warnings`:
-    what a user should know of their tokens, a line each."""
+    """Opened folders of one architecture. `vocabulary`: the alignment of their rows (None: rows stay as they are);
+    `warnings`: about their tokens, for the user, a line each."""
 
     folders: tuple[DecoderFolder, ...]
     vocabulary: Vocabulary | None = None
@@ -134,7 +135,7 @@ class Sources:
         return self.token_tensors.embedding if tensor == self.token_tensors.head and tied else tensor
 
     def has_rows(self, tensor: str) -> bool:
-        """Whether the tensor's rows belong to tokens."""
+        """Return whether the tensor's rows belong to tokens."""
         return tensor in self.token_tensors.names
 
     def entry(self, source: int, tensor: str) -> Tensor:
@@ -149,8 +150,8 @@ class Sources:
         return any(entry.rank for folder in self.folders for entry in folder.entries.values())
 
     def common_core(self, tensor: str) -> Tensor | None:
-        """The matrix that every source's is a low-rank change of, or equal to; None where there is none, as always
-        where no source is an adapter."""
+        """The matrix of which every source's tensor is a low-rank change or an equal copy; None where there is no such
+        matrix, and always where no source is an adapter."""
         if not self._adapted or (self.vocabulary is not None and self.has_rows(tensor)):
             return None
         entries = [self.entry(source, tensor) for source in range(len(self.folders))]
@@ -167,14 +168,14 @@ class Sources:
         return aligned_rows(self.vocabulary, source, tensors)
 
     def read_finite(self, source: int, tensor: str) -> np.ndarray:
-        """As `read`. Raises InputError where the tensor holds NaN or infinity: every score would come from it."""
+        """Like `read`. Raises InputError where the tensor holds NaN or infinity, which would spoil every score."""
         values = self.read(source, tensor)
         if not is_finite(values):
             raise self._not_finite(source, tensor)
         return values
 
     def read_into(self, source: int, tensor: str, into: np.ndarray) -> None:
-        """As `read_finite`, into an array of the tensor's shape."""
+        """Like `read_finite`, into an array of the tensor's shape."""
         if not copy_finite(self.read(source, tensor), into):
             raise self._not_finite(source, tensor)
 
@@ -186,7 +187,7 @@ class Sources:
             raise InputError(core.file, f"{tensor} holds NaN or Inf; expected finite weights")
 
     def finite_factors(self, source: int, tensor: str) -> tuple[np.ndarray, np.ndarray]:
-        """As `Tensor.factors`. Raises InputError where one holds NaN or infinity."""
+        """Like `Tensor.factors`. Raises InputError where a factor holds NaN or infinity."""
         a, b = self.entry(source, tensor).factors()
         if not np.isfinite(a).all() or not np.isfinite(b).all():
             raise self._not_finite(source, tensor)
@@ -197,7 +198,7 @@ class Sources:
         return InputError(self.entry(source, tensor).file, f"{name} holds NaN or Inf; expected finite weights")
 
     def release(self, source: int, tensor: str) -> None:
-        """Let go of the memory that reading a tensor has mapped."""
+        """Release the memory that reading a tensor has mapped."""
         self.folders[source].release(self.name_in(source, tensor))
 
     def digest(self, source: int, tensor: str) -> bytes:
@@ -261,7 +262,7 @@ def _check_layers_alike(folder: DecoderFolder, config: DecoderConfig, first: Dec
 
 
 def tensor_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a model of this config, by its Hugging Face name."""
+    """The shape of every tensor of a model of this config, by Hugging Face name."""
     shapes = {leaf.name: tensor_shape(config, leaf) for leaf in leaves_of(config)}
     return {name: shapes[leaf.name] for name, leaf, _ in tensors_of(config)}
 
@@ -282,46 +283,48 @@ def _check_shapes(sources: Sources, configs: Sequence[DecoderConfig]) -> None:
                 folder.path, f"holds a tensor that its architecture does not have: {folder.names.in_file(extra[0])}"
             )
         for name, expected in shapes.items():
-            entry, found = sources.entry(s, name), sources.shape(s, name)
+            entry, shape = sources.entry(s, name), sources.shape(s, name)
             if not is_float(entry.dtype):
                 raise InputError(
                     entry.file,
                     f"{sources.name_in(s, name)} holds {entry.dtype}; expected float weights (a quantised model?)",
                 )
-            if s and name in first and found != sources.shape(0, name):
+            if s and name in first and shape != sources.shape(0, name):
                 raise InputError(
                     folder.path,
-                    f"{name} has shape {list(found)}, but {list(sources.shape(0, name))} in {reference}"
-                    f"{rows_differ(sources, name, found, sources.shape(0, name))}",
+                    f"{name} has shape {list(shape)}, but {list(sources.shape(0, name))} in {reference}"
+                    f"{rows_differ(sources, name, shape, sources.shape(0, name))}",
                 )
-            if found != expected:
-                raise InputError(folder.path, f"{name} has shape {list(found)}; its config says {list(expected)}")
+            if shape != expected:
+                raise InputError(folder.path, f"{name} has shape {list(shape)}; its config says {list(expected)}")
 
 
 def rows_differ(sources: Sources, tensor: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """What to do, for a message, where two models differ in nothing but the number of their tokens' rows."""
+    """The advice, for a message, where two models differ in nothing but the number of their tokens' rows; else an empty
+    text."""
     if not sources.has_rows(tensor) or found[1:] != expected[1:]:
         return ""
     return "; say tokenizer_source: base (or one of the models), so that rows are aligned by token"
 
 
 def _check_rows(folder: DecoderFolder, config: DecoderConfig) -> None:
-    """A folder's embedding and head have as many rows as its config says, before anything aligns them."""
+    """Raises InputError unless a folder's embedding and head have as many rows as its config says. Runs before rows are
+    aligned."""
     for name in token_tensors(architecture_of(config)).names:
         entry = folder.entries.get(name)
         if entry is not None and entry.shape[:1] != (config.vocab,):
             raise InputError(folder.path, f"{name} has shape {list(entry.shape)}; its config says {config.vocab} rows")
 
 
-def _check_config(where: object, found: DecoderConfig, expected: DecoderConfig) -> None:
-    # Of a part, such as RoPE, what differs, not all of it.
-    values = {field.name: (getattr(found, field.name), getattr(expected, field.name)) for field in fields(found)}
+def _check_config(where: object, config: DecoderConfig, expected: DecoderConfig) -> None:
+    # The message names the differing field of a part, such as RoPE, not the whole part.
+    values = {field.name: (getattr(config, field.name), getattr(expected, field.name)) for field in fields(config)}
     parts = {name: pair for name, pair in values.items() if is_dataclass(pair[0])}
     inner = {
-        f"{name}.{field.name}": (getattr(own, field.name), getattr(first, field.name))
-        for name, (own, first) in parts.items()
-        for field in fields(own)
+        f"{name}.{field.name}": (getattr(value, field.name), getattr(first, field.name))
+        for name, (value, first) in parts.items()
+        for field in fields(value)
     }
-    for name, (own, first) in (inner | values).items():
-        if own != first:
-            raise InputError(where, f"{name} is {own}, but {first} in the first model; expected the same")
+    for name, (value, first) in (inner | values).items():
+        if value != first:
+            raise InputError(where, f"{name} is {value}, but {first} in the first model; expected the same")

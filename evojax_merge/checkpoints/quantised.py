@@ -1,6 +1,6 @@
-"""What quantised checkpoints have in common: matrices that are made of several stored tensors while they are read.
+"""Quantised checkpoints in general: matrices that are computed from several stored tensors while they are read.
 
-A format's own file says which tensors these are and by what formula they give the matrix; `derived` knows the formats
+A format's own module says which tensors these are and which formula computes the matrix; `derived` selects the format
 by the `quant_method` that a config names.
 """
 
@@ -12,15 +12,17 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 
-from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, MappedFile, Tensor, Whole
+from evojax_merge.checkpoints.folder import DTYPES, FLOAT_DTYPES, DenseTensor, MappedFile, Tensor
 from evojax_merge.checkpoints.json_files import read_json_object
 from evojax_merge.errors import InputError, shown
 
-# Where config.json says how a checkpoint is quantised; the second is what compressed-tensors first called it.
+# The keys of config.json that describe a checkpoint's quantisation; the second is compressed-tensors' first name for
+# it.
 KEYS = ("quantization_config", "compression_config")
-# Where MLX says it, which names no method.
+# MLX's key for the quantisation, which names no method.
 OF_MLX = "quantization"
-# Where other programs say it: AutoGPTQ, before config.json did, and NVIDIA's Model Optimizer, of the key that is named.
+# Other files that describe a quantisation, each with its method and the key of the settings (None: the whole file):
+# those of early AutoGPTQ, and of NVIDIA's Model Optimizer.
 OTHER_FILES = (("quantize_config.json", "gptq", None), ("hf_quant_config.json", "modelopt", "quantization"))
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # A power of two alone, 2^(byte - 127).
@@ -32,8 +34,8 @@ WORDS = (np.dtype(np.int32),)
 BYTES = (np.dtype(np.uint8),)
 EIGHT_BITS = (FP8, np.dtype(np.int8), *BYTES)
 INDICES = (np.dtype(np.int32), np.dtype(np.int64))
-# What says how activations and caches are quantised, and belongs to no weight.
-OF_ACTIVATIONS = (
+# Suffixes of tensors that quantise activations and caches, and that belong to no weight.
+ACTIVATION_SUFFIXES = (
     ".activation_scale", ".input_global_scale", ".input_scale", ".input_scale_ub", ".input_zero_point", ".k_scale",
     ".kv_scale", ".output_scale", ".output_zero_point", ".q_scale", ".v_scale",
 )  # fmt: skip
@@ -52,7 +54,7 @@ ENDS_OF_PARTS = {
 
 
 class Formula(Protocol):
-    """How stored tensors give a matrix. Plain data: two matrices of equal parts and formulas are equal."""
+    """Computes a matrix from stored tensors. Plain data: two matrices of equal parts and formulas are equal."""
 
     def values(self, parts: Sequence[np.ndarray]) -> np.ndarray:
         """The matrix, float32[out, in], of the parts in the format's order."""
@@ -60,8 +62,9 @@ class Formula(Protocol):
 
 
 @dataclass(frozen=True)
-class QuantisedTensor(Whole):
-    """A matrix that its parts give by a formula, cast once to a float dtype; the first part is the quantised matrix."""
+class QuantisedTensor(DenseTensor):
+    """A matrix that a formula computes from its parts, cast once to a float dtype; the first part is the quantised
+    matrix."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -89,26 +92,26 @@ class QuantisedTensor(Whole):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What a folder says of itself
+# A folder's own settings
 
 
 def quantisation(path: Path) -> dict[str, Any]:
-    """How a model folder says that its weights are quantised, `quant_method` included; empty where it does not."""
+    """A model folder's quantisation settings, with `quant_method`; empty without quantisation."""
     config = read_json_object(path / "config.json", missing={})
-    found = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
+    in_config = next((config[key] for key in KEYS if isinstance(config.get(key), dict) and config[key]), None)
     mlx = config.get(OF_MLX)
-    if "quant_method" not in (found or {}) and isinstance(mlx, dict) and {"bits", "group_size"} <= set(mlx):
+    if "quant_method" not in (in_config or {}) and isinstance(mlx, dict) and {"bits", "group_size"} <= set(mlx):
         return {**mlx, "quant_method": "mlx"}
-    for name, method, key in OTHER_FILES if found is None and config else ():
+    for name, method, key in OTHER_FILES if in_config is None and config else ():
         if (path / name).is_file():
-            said = read_json_object(path / name, missing={})
-            settings = said if key is None else said.get(key)
+            document = read_json_object(path / name, missing={})
+            settings = document if key is None else document.get(key)
             return {"quant_method": method, **(settings if isinstance(settings, dict) else {})}
-    return found or {}
+    return in_config or {}
 
 
 def dequantised_config(path: Path) -> dict[str, Any]:
-    """The config of such a folder, as that of the dequantised model."""
+    """A quantised folder's config without its quantisation, for the dequantised model."""
     config = read_json_object(path / "config.json", missing={})
     return {key: value for key, value in config.items() if key not in (*KEYS, OF_MLX)}
 
@@ -121,12 +124,12 @@ def dequantised_dtype(path: Path, default: str) -> np.dtype:
 
 
 def checked_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> Any:
-    """The one of the known values that a setting equals. Raises InputError, with the folder's config as the place, for
-    none of them."""
-    for one in known:
-        if value == one and isinstance(value, bool) == isinstance(one, bool):
-            return one
-    expected = ", ".join(str(one) for one in known)
+    """The one of the `known` values that a setting equals. Raises InputError, naming the folder's config, where it
+    equals none."""
+    for candidate in known:
+        if value == candidate and isinstance(value, bool) == isinstance(candidate, bool):
+            return candidate
+    expected = ", ".join(str(candidate) for candidate in known)
     raise InputError(
         path / "config.json", f"{KEYS[0]}.{key}: {shown(value)} cannot be dequantised; expected {expected}, or "
         "the unquantised model",
@@ -134,7 +137,7 @@ def checked_setting(path: Path, key: str, value: Any, known: Sequence[Any]) -> A
 
 
 def group_size(path: Path, value: Any) -> int | None:
-    """A `group_size`: how many inputs have a scale in common; None: all. Raises InputError for anything else."""
+    """A `group_size`: the number of inputs that share a scale; None: all. Raises InputError for anything else."""
     if value in (-1, None) and not isinstance(value, bool):
         return None
     if type(value) is not int or value < 1:
@@ -156,29 +159,29 @@ def check_matrix(name: str, tensor: Tensor, *dtypes: np.dtype) -> None:
 def part_of(
     stored: Mapping[str, Tensor], whole: Tensor, name: str, dtypes: Sequence[np.dtype], *shapes: tuple[int, ...]
 ) -> Tensor:
-    """The tensor of that name, of one of the dtypes and of the shapes. Raises InputError, naming the file of the matrix
-    `whole` that it is a part of, where there is none."""
-    found = stored.get(name)
-    if found is None or found.shape not in shapes:
-        what = "no such tensor" if found is None else str(list(found.shape))
+    """The tensor of that name, with one of the dtypes and one of the shapes. Raises InputError where there is no such
+    tensor; the message names the file of `whole`, the matrix that the tensor is a part of."""
+    part = stored.get(name)
+    if part is None or part.shape not in shapes:
+        what = "no such tensor" if part is None else str(list(part.shape))
         expected = " or ".join(str(list(shape)) for shape in shapes)
         raise InputError(whole.file, f"{name}: found {what}; expected {expected}, to dequantise its matrix with")
-    if found.dtype not in dtypes:
+    if part.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
-        raise InputError(found.file, f"{name} is {found.dtype}; expected {expected}, to dequantise its matrix with")
-    return found
+        raise InputError(part.file, f"{name} is {part.dtype}; expected {expected}, to dequantise its matrix with")
+    return part
 
 
 def check_groups(name: str, tensor: Tensor, groups: int) -> None:
-    """Raises InputError where one of the numbers that a tensor of `INDICES` holds is that of no group."""
+    """Raises InputError where a tensor of `INDICES` holds a number that no group has."""
     numbers = tensor.read()
     if numbers.min() < 0 or numbers.max() >= groups:
         raise InputError(tensor.file, f"{name}: expected the numbers of {groups} groups, from 0 on")
 
 
 def packed_matrices(stored: Mapping[str, Tensor], suffix: str) -> Iterator[tuple[str, Tensor]]:
-    """The modules whose weights are kept as words, in tensors of that suffix, and these. Raises InputError for one that
-    is no matrix of int32, and for a module that has its weight besides."""
+    """The modules whose weights are stored as words, each with its tensor of that suffix. Raises InputError for a
+    tensor that is no matrix of int32, and for a module that also has its weight."""
     for name, tensor in stored.items():
         if name.endswith(suffix):
             check_matrix(name, tensor, *WORDS)
@@ -194,8 +197,8 @@ def check_once(stored: Mapping[str, Tensor], packed: str, weight: str) -> None:
 
 
 def check_no_parts(entries: Mapping[str, Tensor], method: str | None) -> None:
-    """Raises InputError where a part of a quantised matrix is left that the quantisation which config.json names has
-    none of. method: its `quant_method`; None: config.json names none."""
+    """Raises InputError where a part of a quantised matrix is left that the quantisation of config.json does not use.
+    method: its `quant_method`; None: config.json names none."""
     for name, tensor in entries.items():
         formats = next((formats for formats, ends in ENDS_OF_PARTS.items() if name.endswith(ends)), None)
         if formats is None and method is not None and name.endswith(".weight") and tensor.dtype in EIGHT_BITS:
@@ -209,7 +212,7 @@ def check_no_parts(entries: Mapping[str, Tensor], method: str | None) -> None:
 
 
 def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
-    """Raises InputError where a weight of eight bits, or of several numbers to a word, is left, for which there was no
+    """Raises InputError where a weight of eight bits, or of several numbers to a word, is left for lack of its
     `part`."""
     for name, tensor in entries.items():
         eight = name.endswith(".weight") and tensor.dtype in EIGHT_BITS
@@ -218,9 +221,8 @@ def check_dequantised(entries: Mapping[str, Tensor], part: str) -> None:
 
 
 def unpack(words: np.ndarray, bits: int, axis: int) -> np.ndarray:
-    """Small whole numbers that are kept several to a word, lowest bits first: `uint8`, with `words`' shape but for
-    `axis`, which is as many times as long as a word has numbers. words: int32 or uint8 of two axes; bits: 1, 2, 4 or 8.
-    """
+    """Small whole numbers, unpacked from words that hold several each, lowest bits first: `uint8` of `words`' shape,
+    with `axis` as many times as long as a word has numbers. words: int32 or uint8 of two axes; bits: 1, 2, 4 or 8."""
     # The lowest byte of a word comes first in the file, whatever the machine.
     rows = np.ascontiguousarray(np.moveaxis(words, axis, -1))
     octets = rows.astype(rows.dtype.newbyteorder("<"), copy=False).view(np.uint8)

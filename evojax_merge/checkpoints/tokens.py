@@ -1,4 +1,4 @@
-"""Tokenizers of the models: are they one, and if not, which row of each model belongs to which token.
+"""The models' tokenizers: whether they are equal and, if not, which row of each model belongs to which token.
 
 A folder's tokenizer is data: code that it brings along is never run, and nobody is asked whether to run it.
 """
@@ -22,15 +22,15 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-# What none is made of by itself.
+# Files that are no tokenizer by themselves.
 BESIDE_TOKENIZER = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-# The largest that are in use have some 40 MB.
+# The largest tokenizers in use have some 40 MB.
 TOKENIZER_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class TokenRule:
-    """Where the row of one token comes from in models that lack it, or, with `force`, in all of them.
+    """The source of one token's row in models that lack it, or, with `force`, in all models.
 
     `model` None: zeros. `token`: another token of that model, or a row of it by number, in place of the same token.
     """
@@ -42,11 +42,11 @@ class TokenRule:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Whose tokens the merged model has: those of model number `source`, of all models, of the base (the first model,
-    where there is none), or of a folder that is none of the models'.
+    """The source of the merged model's tokens: model number `source`, all models, the base (the first model, without a
+    base), or a folder that is none of the models'.
 
-    `rules`: by token; a token that nobody has is added. `base`: number of the base model, None where there is none.
-    The number of rows is rounded up to a multiple of `pad_to_multiple_of`.
+    `rules`: by token; a token that nobody has is added. `base`: number of the base model, None where there is none. The
+    number of rows is rounded up to a multiple of `pad_to_multiple_of`.
     """
 
     source: int | Path | Literal["union", "base"]
@@ -59,9 +59,9 @@ class TokenizerChoice:
 class Vocabulary:
     """The merged model's tokens, and the rows of embedding and head that belong to them.
 
-    `rows[m]: int64[V]` is each token's row in model m, -1 where it has none of its own; those are filled with the
-    mean of the rows `fills[token id]`, pairs of model and row (zeros where there are none). `padding` more rows hold
-    the mean of all. `tokenizer` is the merged model's; `copied`: it is that of this folder, as it is.
+    `rows[m]: int64[V]` is each token's row in model m, -1 where the model lacks the token; such a row is filled with
+    the mean of the rows `fills[token id]`, pairs of model and row (zeros without pairs). `padding` more rows hold the
+    mean of all rows. `tokenizer` is the merged model's; `copied`: the folder whose tokenizer it is, unchanged.
     """
 
     rows: tuple[np.ndarray, ...]
@@ -77,8 +77,8 @@ class Vocabulary:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's own tokenizer. Raises InputError where there is none, or where it cannot be loaded without code of
-    its own."""
+    """The folder's own tokenizer. Raises InputError where there is none, or where it cannot be loaded without the
+    folder's code."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not has_tokenizer(folder):
@@ -92,11 +92,11 @@ def load_tokenizer(folder: Path) -> Any:
             folder / "tokenizer_config.json",
             f"auto_map: {shown(code)} is custom code, which is never run; save the tokenizer once as a tokenizer.json",
         )
-    # What is in tokenizer.json needs no code, whatever class wraps it.
+    # A tokenizer.json needs no code, whatever class wraps it.
     loader = AutoTokenizer if code is None else PreTrainedTokenizerFast
     try:
         tokenizer = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # Some that are damaged are loaded all the same, and fail when they are used.
+        # Some damaged tokenizers load all the same, and fail only in use.
         tokenizer("")
         return tokenizer
     except KeyboardInterrupt:
@@ -124,7 +124,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _wanted_code(folder: Path) -> Any:
-    """What the tokenizer's makers want run of their own, or None."""
+    """The custom code that the tokenizer's config asks for, or None."""
     wanted = read_json_object(folder / "tokenizer_config.json", missing={}).get("auto_map")
     if isinstance(wanted, dict):
         wanted = wanted.get("AutoTokenizer")
@@ -132,14 +132,14 @@ def _wanted_code(folder: Path) -> Any:
 
 
 def _needs_code(folder: Path) -> bool:
-    """Whether a tokenizer cannot be loaded without its makers' code: what is in tokenizer.json needs none."""
+    """Return whether a tokenizer cannot be loaded without its makers' code: a tokenizer.json needs none."""
     return _wanted_code(folder) is not None and not (folder / "tokenizer.json").exists()
 
 
 def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
-    """A line for each folder whose tokenizer has other tokens in some rows than the first that has one: merged row by
-    row, such a row is made of two tokens. One that takes custom code is not asked. Raises InputError where another
-    cannot be read."""
+    """A line for each folder whose tokenizer has other tokens in some rows than the first tokenizer: merged row by row,
+    such a row is made of two tokens. A tokenizer that needs custom code is not loaded. Raises InputError where any
+    other cannot be read."""
     distinct: dict[tuple[str, ...], Path] = {}
     for folder in filter(has_tokenizer, folders):
         _check_files(folder)
@@ -150,7 +150,7 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     first, *others = distinct.values()
     coded = [folder for folder in distinct.values() if _needs_code(folder)]
     if coded:
-        # What they mean is not known here, but whether they are one.
+        # The tokens of custom code are unknown; only the files can be compared.
         what = f"{coded[0]}: its tokenizer is custom code, which is never run"
         return (
             (f"{what}; its rows are taken for those of {others[0] if coded[0] == first else first}",) if others else ()
@@ -158,10 +158,12 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     expected = _tokens_of_rows(load_tokenizer(first))
     warnings = []
     for folder in others:
-        own = _tokens_of_rows(load_tokenizer(folder))
-        differing = [row for row in sorted(own.keys() | expected.keys()) if own.get(row) != expected.get(row)]
+        tokens = _tokens_of_rows(load_tokenizer(folder))
+        differing = [row for row in sorted(tokens.keys() | expected.keys()) if tokens.get(row) != expected.get(row)]
         if differing:
-            pairs = [f"row {row} is {_named(own.get(row))}, not {_named(expected.get(row))}" for row in differing[:3]]
+            pairs = [
+                f"row {row} is {_named(tokens.get(row))}, not {_named(expected.get(row))}" for row in differing[:3]
+            ]
             more = f" and {len(differing) - 3:,} more" if len(differing) > 3 else ""
             warnings.append(
                 f"{folder}: its tokenizer differs from that of {first} ({', '.join(pairs)}{more}); rows are merged by "
@@ -179,7 +181,7 @@ def _named(token: str | None) -> str:
 
 
 def _fingerprint(folder: Path) -> tuple[str, ...]:
-    """The hashes of the files that say which token has which row."""
+    """The hashes of the files that assign rows to tokens."""
     whole = folder / "tokenizer.json"
     files = (
         [whole] if whole.exists() else [folder / name for name in TOKENIZER_FILES] + sorted(folder.glob("*.tiktoken"))
@@ -188,34 +190,34 @@ def _fingerprint(folder: Path) -> tuple[str, ...]:
 
 
 def unite(tokenizers: Sequence[Any], first: int, counts: Sequence[int]) -> Any:
-    """A tokenizer with the tokens of all: that of number `first`, with what the others have besides added to it.
+    """A tokenizer with the tokens of all: tokenizer number `first`, with the others' further tokens added to it.
 
-    The plain tokens of each model come in the order of its rows, then the added tokens of all: what one model has added
-    is added here too, though it be plain in another. counts: the rows of each model; a token beyond them has nothing to
-    bring along.
+    The plain tokens of each model come in the order of its rows, then the added tokens of all: a token that one model
+    has added stays an added token, even if it is plain in another. counts: the rows of each model; a token beyond them
+    has no row and is left out.
     """
     import copy
 
     plain, added = dict[str, None](), dict[str, Any]()
     for i in (first, *(i for i in range(len(tokenizers)) if i != first)):
-        own = dict(sorted(tokenizers[i].added_tokens_decoder.items()))
-        contents = {token.content for token in own.values()}
+        own_added = dict(sorted(tokenizers[i].added_tokens_decoder.items()))
+        contents = {token.content for token in own_added.values()}
         for row, token in sorted(_tokens_of_rows(tokenizers[i]).items()):
             if row < counts[i] and token not in contents:
                 plain.setdefault(token)
-        for row, token in own.items():
+        for row, token in own_added.items():
             if row < counts[i]:
                 added.setdefault(token.content, token)
     united = copy.deepcopy(tokenizers[first])
-    known = set(united.get_vocab())
-    united.add_tokens([token for token in plain if token not in known and token not in added])
+    vocabulary = set(united.get_vocab())
+    united.add_tokens([token for token in plain if token not in vocabulary and token not in added])
     united.add_tokens(list(added.values()))
     return united
 
 
 def without_unused(tokenizer: Any, count: int) -> Any:
-    """The tokenizer without its tokens that have none of `count` rows; the same object where there are none, or where
-    no tokenizer.json says what it is made of."""
+    """The tokenizer without the tokens that lie beyond `count` rows; the same object where there are no such tokens, or
+    where it is no fast tokenizer."""
     import copy
 
     from tokenizers import Tokenizer
@@ -240,8 +242,8 @@ def without_unused(tokenizer: Any, count: int) -> Any:
 
 
 def as_loaded(tokenizer: Any) -> Any:
-    """The tokenizer as it will be loaded once it is saved. A special token that has gone from its tokens is still one
-    of its settings, and comes back behind all others."""
+    """The tokenizer as it loads after saving. A special token that was removed from its vocabulary is still in its
+    settings, and comes back after all other tokens."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return load_tokenizer(Path(folder))
@@ -267,7 +269,7 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
         folder, taken = folders[source], tokenizers[source]
     tokenizer = taken
     if choice.source in ("union", "base", choice.base):
-        # What has no row even in the base is not the merged model's either.
+        # A token without a row even in the base is not one of the merged model's.
         tokenizer = without_unused(tokenizer, counts[first])
     if choice.source == "union":
         tokenizer = tokenizer if tokenizer is taken else as_loaded(tokenizer)
@@ -284,9 +286,9 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     for number, (token, _) in enumerate(tokens):
         rule = choice.rules.get(token)
         if rule is not None and rule.force:
-            own = rows[:, number].copy()
+            token_rows = rows[:, number].copy()
             rows[:, number] = -1
-            fills[number] = _by_rule(folders, owned, counts, token, rule, own)
+            fills[number] = _by_rule(folders, owned, counts, token, rule, token_rows)
         elif (rows[:, number] < 0).any():
             fills[number] = (
                 _by_default(rows[:, number], choice.base)
@@ -303,8 +305,8 @@ def align(folders: Sequence[Path], counts: Sequence[int], choice: TokenizerChoic
     return Vocabulary(tuple(rows), fills, padding, tokenizer, copied, tuple(warnings))
 
 
-def _by_default(own: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:
-    owners = [(model, int(row)) for model, row in enumerate(own) if row >= 0]
+def _by_default(token_rows: np.ndarray, base: int | None) -> tuple[tuple[int, int], ...]:
+    owners = [(model, int(row)) for model, row in enumerate(token_rows) if row >= 0]
     from_base = [pair for pair in owners if pair[0] == base]
     return tuple(from_base or owners)
 
@@ -315,7 +317,7 @@ def _by_rule(
     counts: Sequence[int],
     token: str,
     rule: TokenRule,
-    own: np.ndarray,
+    token_rows: np.ndarray,
 ) -> tuple[tuple[int, int], ...]:
     if rule.model is None:
         return ()
@@ -334,14 +336,14 @@ def _by_rule(
 def aligned_rows(vocabulary: Vocabulary, model: int, tensors: Mapping[int, np.ndarray]) -> np.ndarray:
     """Model `model`'s embedding or head `[V, …]` with its rows in the merged order.
 
-    tensors: by number, that model's own and those that `fills` refers to, in any float dtype.
+    tensors: the model's tensor and those that `fills` refers to, by model number, in any float dtype.
     """
-    own, rows = tensors[model], vocabulary.rows[model]
+    tensor, rows = tensors[model], vocabulary.rows[model]
     missing = np.flatnonzero(rows < 0)
     if not missing.size and not vocabulary.padding:
-        return own[rows]
-    result = np.zeros((vocabulary.size, *own.shape[1:]), np.float32)
-    result[: len(rows)] = own[np.maximum(rows, 0)]
+        return tensor[rows]
+    result = np.zeros((vocabulary.size, *tensor.shape[1:]), np.float32)
+    result[: len(rows)] = tensor[np.maximum(rows, 0)]
     for number in missing:
         parts = [np.asarray(tensors[donor][row], np.float32) for donor, row in vocabulary.fills[int(number)]]
         result[number] = np.mean(parts, axis=0) if parts else 0.0

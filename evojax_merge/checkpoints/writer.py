@@ -1,4 +1,4 @@
-"""Writing model folders: streamed safetensors shards, and what a new folder may replace."""
+"""Writes model folders as streamed safetensors shards, and checks what a new folder may replace."""
 
 import hashlib
 import json
@@ -22,32 +22,32 @@ from evojax_merge.version import __version__
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-# Beside the weights: what the folder holds, so that it can be told from what is somebody else's.
+# The list of the folder's files, beside the weights, which tells them from anybody else's.
 MARKER = "evojax_merge.json"
 CARD = "README.md"
 # The recipe of the merge, under the name that mergekit gives it.
 RECIPE = "mergekit_config.yml"
-# The tag of our cards, in their front matter.
+# The tag of this program's cards, in their front matter.
 TAG = "evojax-merge"
-# How a larger model's images, sounds and films are prepared.
+# The settings by which a larger model's images, sounds and films are prepared.
 PROCESSOR_FILES = (
     "chat_template.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
-# What a model folder of ours can hold that has no marker but a card of ours.
+# The files that a model folder of this program can hold where it has this program's card, but no marker.
 USUAL_FILES = {
     "config.json", "generation_config.json", CARD, RECIPE, SINGLE_FILE, INDEX_FILE, *PROCESSOR_FILES, *TOKENIZER_FILES,
 }  # fmt: skip
 SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# Of a large file this many evenly spaced blocks tell whether it is the one that was written.
+# This many evenly spaced blocks of a large file tell whether it is the file that was written.
 BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Whose a folder is
+# Ownership of folders
 
 
 def write_marker(folder: Path) -> None:
-    """List the files of a complete model folder, with what tells whether they are still the ones that were written."""
+    """Write the marker, which lists the files of a complete model folder with their fingerprints."""
     files = {
         path.relative_to(folder).as_posix(): fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()
     }
@@ -56,7 +56,8 @@ def write_marker(folder: Path) -> None:
 
 
 def fingerprint(file: Path) -> str:
-    """sha256 of a file's size and of `BLOCKS` blocks of it; of everything where it is smaller than they are."""
+    """sha256 of a file's size and of `BLOCKS` blocks of the file, or of the whole file where it is no larger than the
+    blocks."""
     size = file.stat().st_size
     total = hashlib.sha256(size.to_bytes(8, "little"))
     with file.open("rb") as handle:
@@ -72,8 +73,8 @@ def fingerprint(file: Path) -> str:
 def check_output(target: Path, keep: Sequence[Path]) -> None:
     """Raises InputError where a model must not be written to `target`, or must not replace what is there.
 
-    `keep`: files and folders that are read; the target is none of them, holds none of them and lies in none of them.
-    What may be replaced is a folder that this program wrote, without a file that it did not.
+    `keep`: files and folders that are read; the target must not be, hold or lie in any of them. Only a folder that this
+    program wrote, without any other file, may be replaced.
     """
     place = Path(os.path.realpath(target))
     check_outside(target, keep)
@@ -92,29 +93,29 @@ def check_outside(target: Path, keep: Sequence[Path]) -> None:
     """Raises InputError where `target` is one of the files and folders that are read, or lies in one of them."""
     above = _lineage(target)
     for path in keep:
-        found = _identity(path)
-        if found is not None and found in above:
-            lies = "is" if found == _identity(target) else "lies inside of"
+        identity = _identity(path)
+        if identity is not None and identity in above:
+            lies = "is" if identity == _identity(target) else "lies inside of"
             raise InputError(target, f"{lies} {path}, which this command reads; choose another folder")
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What two names of one file have in common; None where there is none."""
+    """The device and inode of a file, which all its names share; None where there is no file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _lineage(path: Path) -> set[tuple[int, int] | None]:
-    """The identities of a path and of all folders above it, those that are there."""
+    """The identities of a path and of all folders above it, as far as they exist."""
     real = Path(os.path.realpath(path))
-    return {_identity(one) for one in (real, *real.parents)} - {None}
+    return {_identity(folder) for folder in (real, *real.parents)} - {None}
 
 
 def check_ours(folder: Path) -> None:
-    """Raises InputError, naming the first file that this program did not write, or did not write so."""
+    """Raises InputError, naming the first file that this program did not write, or that has changed since."""
     expected = _marked_files(folder)
     if expected is None:
         carded = _has_card(folder)
@@ -127,7 +128,7 @@ def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None])
     names = sorted(os.listdir(folder / above))
     if names and not (folder / above).stat().st_mode & stat.S_IWUSR:
         raise InputError(folder, f"{above or 'it'} is write-protected; {advice}")
-    for name in (f"{above}{one}" for one in names):
+    for name in (f"{above}{entry}" for entry in names):
         file = folder / name
         if file.is_dir() and not file.is_symlink() and any(other.startswith(f"{name}/") for other in expected):
             _check_entries(folder, f"{name}/", expected)
@@ -141,7 +142,7 @@ def _check_entries(folder: Path, above: str, expected: Mapping[str, str | None])
 
 
 def _marked_files(folder: Path) -> dict[str, str | None] | None:
-    """The fingerprints that the marker has, of each file by name, None for the marker itself; None without one."""
+    """The marker's fingerprints by file name, None for the marker itself; None without a marker."""
     try:
         files = json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]
         return {name: str(files[name]) for name in files} | {MARKER: None}
@@ -150,7 +151,7 @@ def _marked_files(folder: Path) -> dict[str, str | None] | None:
 
 
 def _has_card(folder: Path) -> bool:
-    """Whether the front matter of the folder's card has our tag."""
+    """Return whether the front matter of the folder's card has this program's tag."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -184,7 +185,7 @@ class TensorSpec:
 class ShardWriter:
     """Writes tensors, in the order of `specs`, as one `model.safetensors` or as shards with an index.
 
-    Headers are known from `specs`, so each tensor goes to disk as it comes and is forgotten.
+    `specs` determine the headers, so that each tensor goes to disk as it comes and is not kept.
     """
 
     def __init__(self, folder: Path, specs: dict[str, TensorSpec], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -235,7 +236,7 @@ class ShardWriter:
             self._write_index()
 
     def reserve(self) -> None:
-        """Write the files as they will be, with zeros for the tensors: holes, which take no room on most disks."""
+        """Write the files in their final size, with zeros for the tensors: holes, which take no space on most disks."""
         for file, names in self._files.items():
             with (self.folder / file).open("wb") as handle:
                 handle.write(self._header(names))

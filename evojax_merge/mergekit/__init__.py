@@ -1,1 +1,1 @@
-"""What speaks mergekit: recipes in (schema, plan, execute), recipes out (write), and mergekit-evolve's configs."""
+"""mergekit's formats: recipes in (schema, plan, execute), recipes out (write), and mergekit-evolve's configs."""

@@ -1,8 +1,8 @@
 """A merged model as a LoRA adapter of its base: the difference of each matrix, cut to a rank.
 
 The best approximation of a difference `D [out, in]` by a matrix of rank r is its singular value decomposition with all
-but the r largest singular values left out (Eckart & Young 1936): `D ≈ B A` with `A [r, in]`, `B [out, r]`. What is no
-matrix (norms, biases) goes into the adapter as it is.
+but the r largest singular values left out (Eckart & Young 1936): `D ≈ B A` with `A [r, in]`, `B [out, r]`. Norms and
+biases, which are no matrices, go into the adapter as they are.
 """
 
 import math
@@ -26,9 +26,9 @@ from evojax_merge.models.architecture import ROUTER, find_architecture, known_ar
 
 @dataclass(frozen=True)
 class RankError:
-    """What leaving out singular values costs: the Frobenius norm of what is left out, relative to that of the
-    difference. total: over all matrices; worst: of the matrix `tensor`, which loses most of its own difference.
-    changes_tied_head: whether the adapter changes an embedding that is the head as well."""
+    """The error of leaving out singular values: the Frobenius norm of the omitted part, relative to the norm of the
+    difference. total: over all matrices; worst: for the matrix `tensor`, which loses the largest share of its
+    difference. changes_tied_head: whether the adapter changes an embedding that is the head as well."""
 
     total: float
     worst: float
@@ -57,7 +57,7 @@ def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.
     # Eigenvalues come in ascending order.
     vectors = np.linalg.eigh(wide.T @ wide if tall else wide @ wide.T)[1][:, : -rank - 1 : -1]
     a, b = (vectors.T, wide @ vectors) if tall else (vectors.T @ wide, vectors)
-    # Both of a size, so that neither is lost in a narrow dtype.
+    # The factors get equal norms, so that neither is lost in a narrow dtype.
     sizes = np.linalg.norm(b if tall else a, axis=0 if tall else 1)
     root = np.sqrt(np.where(sizes > 0, sizes, 1))
     a, b = (a * root[:, None], b / root) if tall else (a / root[:, None], b * root)
@@ -66,8 +66,9 @@ def low_rank_factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.
 
 
 def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
-    """The base of a planned merge, of which its result will be an adapter. Raises InputError where it cannot be one: it
-    has no base that stays, or other tensors than it; and for a rank that a matrix cannot have."""
+    """The folder of a planned merge's base, for which the result will be an adapter. Raises InputError where the result
+    cannot be one: the merge has no base that stays, or other tensors than the base; and for a rank that a matrix cannot
+    have."""
     merge_plan = stream_plan.result
     recipe = merge_plan.recipe
     if recipe.base not in stream_plan.models:
@@ -94,9 +95,9 @@ def prepare_adapter(stream_plan: StreamPlan, rank: int) -> Path:
     for name, tensor in _decoder_tensors(merge_plan).items():
         spec, entry = merge_plan.specs[name], base.entries.get(tensor)
         if entry is None or entry.shape != spec.shape:
-            found = "no such tensor" if entry is None else f"{list(entry.shape)}"
+            actual = "no such tensor" if entry is None else f"{list(entry.shape)}"
             raise InputError(
-                recipe.where, f"the merge has {name} {list(spec.shape)}, and the base {base.path} {found}; an adapter "
+                recipe.where, f"the merge has {name} {list(spec.shape)}, and the base {base.path} {actual}; an adapter "
                 "changes neither tokens nor layers",
             )  # fmt: skip
         if len(spec.shape) > 2:
@@ -134,8 +135,9 @@ def write_as_adapter(
     check: Callable[[], None] = lambda: None,
     progress: Progress = lambda done: None,
 ) -> RankError:
-    """Merge, and write the difference to the base as an adapter folder that appears complete or not at all. The merge
-    is one of `prepare_adapter`. describe: makes the adapter's card of that of the merge."""
+    """Merge, and write the difference to the base as an adapter folder that appears complete or not at all.
+    `prepare_adapter` has to accept the merge first. describe: makes the adapter's card from the merge's card and the
+    error."""
     base, tensors = _base(merge_plan), _decoder_tensors(merge_plan)
     architecture = find_architecture(base.config["model_type"])
     leaves = {tensor: architecture.leaf_of(tensor) for tensor in tensors.values()}
@@ -148,14 +150,16 @@ def write_as_adapter(
         # Other modules are the base's.
         progress(merge_plan.nbytes - sum(merge_plan.specs[name].nbytes for name in names))
         for name, merged in zip(names, merged_tensors(merge_plan, names), strict=True):
-            leaf, own = leaves[tensors[name]], base.read(tensors[name])
+            leaf, base_values = leaves[tensors[name]], base.read(tensors[name])
             key = base.in_memory(tensors[name])
-            differs = is_float(own.dtype) and not np.array_equal(merged.astype(np.float32), own.astype(np.float32))
-            # In memory the experts of a layer are one parameter, of which PEFT wants all factors, or none.
+            differs = is_float(base_values.dtype) and not np.array_equal(
+                merged.astype(np.float32), base_values.astype(np.float32)
+            )
+            # In memory the experts of a layer are one parameter, for which PEFT wants all factors, or none.
             if leaf is not None and (leaf.has_experts or leaf.component == ROUTER):
                 of_mixtures.add(key)
-            if own.ndim == 2 and (differs or key in of_mixtures):
-                difference = merged.astype(np.float32) - own.astype(np.float32)
+            if base_values.ndim == 2 and (differs or key in of_mixtures):
+                difference = merged.astype(np.float32) - base_values.astype(np.float32)
                 difference = difference.T if leaf is not None and leaf.transposed else difference
                 a, b = factors[key] = low_rank_factors(difference, rank)
                 if differs:
@@ -180,7 +184,8 @@ def write_as_adapter(
 
 
 def _rank_error(errors: dict[str, tuple[float, float]], changes_tied_head: bool) -> RankError:
-    """errors: of each matrix that differs the norms of what is left out, and of the difference."""
+    """The relative errors. errors: for each matrix that differs, the norms of the omitted part and of the
+    difference."""
     shares = {name: left_out / whole for name, (left_out, whole) in errors.items()}
     worst = max(shares, key=shares.__getitem__)
     left_out, whole = (math.hypot(*values) for values in zip(*errors.values(), strict=True))

@@ -1,7 +1,8 @@
 """mergekit-evolve's YAML -> a config of ours.
 
-Every key has its meaning here or is refused by name. What its command line says (budget, population, sigma, seed) is
-said under `search:` and `seed:`, which may stand in the same file: mergekit-evolve passes over keys it does not know.
+Every key has its meaning here or is refused by name. The options of mergekit-evolve's command line (budget, population,
+sigma, seed) become keys under `search:` and `seed:`, which may stand in the same file: mergekit-evolve ignores unknown
+keys.
 """
 
 import math
@@ -20,13 +21,13 @@ from evojax_merge.tasks.task import TaskConfig
 
 # mergekit-evolve's default of `normalize` for the methods that weigh parents.
 NORMALIZES = {"linear": True, "task_arithmetic": False, "ties": True, "dare_ties": True}
-# How many layers a filter is tried on, to see that it takes all of them or none.
+# The number of layers that a filter is tried on, to check that it matches all of them or none.
 PROBED_LAYERS = 100
 HELDOUT: float = TaskConfig.model_fields["heldout"].default
 
 
 class Genome(Section):
-    """What is searched. `layer_granularity` below 1: all layers are one group."""
+    """The search space. `layer_granularity` below 1: all layers are one group."""
 
     models: list[Location] = Field(min_length=1, max_length=1000)
     merge_method: Literal["linear", "task_arithmetic", "ties", "dare_ties", "slerp"]
@@ -52,7 +53,7 @@ class EvolveTask(Section):
 
 
 class EvolveConfig(Section):
-    """The file; the keys from `search` on are ours. `model_name`: what the run folder is called."""
+    """The file; the keys from `search` on are ours. `model_name`: the run folder's name."""
 
     genome: Genome
     tasks: list[EvolveTask] = Field(min_length=1, max_length=1000)
@@ -137,8 +138,9 @@ def _space(path: Path, genome: Genome) -> tuple[dict[str, Any], str | None, list
 
 
 def filter_components(path: Path, filters: list[str]) -> list[str]:
-    """Filters (substrings of a tensor's name, of which the first that fits counts) -> component groups, of the rest
-    last. The embedding, final norm and head go with the layers, as there."""
+    """Filters (substrings of a tensor's name; the first that matches counts) -> component groups, with all unmatched
+    components last. The embedding, final norm and head go with the layers, as in mergekit-evolve. Raises InputError for
+    a filter that takes no tensor, or a part of a component."""
 
     def chosen(tensor: str) -> int:
         return next((i for i, text in enumerate(filters) if text == "*" or text in tensor), len(filters))
@@ -199,7 +201,7 @@ def _task(path: Path, theirs: EvolveConfig, i: int) -> dict[str, Any]:
         ours["name"] = f"{task.name}/{task.metric}"
     limit = theirs.limit if task.limit is None else task.limit
     if limit is not None:
-        # So many that those that a candidate is scored on are `limit`, beside what is held out.
+        # Enough documents for `limit` of them to score a candidate, beside the held-out ones.
         share = 0.0 if isinstance(task.heldout, str) else task.heldout
         ours |= {"limit": limit, "docs": max(2, math.ceil(limit / (1 - share)))}
     return {key: value for key, value in ours.items() if value is not None}

@@ -1,8 +1,8 @@
 """One merge, no search: a recipe -> a model folder, tensor by tensor.
 
-The same kernels as in a search, with each tensor measured exactly for the one recipe. Tensors stream: a few workers
-each read one from all sources, measure it, merge it, and forget it, while the finished ones are written in order.
-At most `WORKERS + 2` tensors are in flight, so that memory does not grow with the model.
+Uses the same kernels as a search, with each tensor measured exactly for the one recipe. Tensors stream: a few workers
+each read a tensor from all sources, measure it, merge it, and drop it, while finished tensors are written in order. At
+most `WORKERS + 2` tensors are in flight, so that memory does not grow with the model.
 """
 
 import json
@@ -64,8 +64,9 @@ from evojax_merge.regular_file import copy_regular
 Progress = Callable[[int], None]
 
 WORKERS = min(4, os.cpu_count() or 1)
-# In an architecture whose tensors are not listed, what its forward pass does not read: value heads of reinforcement
-# learning and what only classifiers read, by how names begin, and tables that a model makes anew, by how they end.
+# Tensors that no forward pass reads, in an architecture whose tensors are not listed: value heads of reinforcement
+# learning and heads of classifiers, by the beginnings of their names, and tables that a model computes anew, by the
+# ends.
 VALUE_HEADS, CLASSIFIER_HEADS = ("v_head.", "value_head."), ("score.",)
 TABLES = (*BUFFERS, ".attn.masked_bias", ".attention.masked_bias", "embeddings.position_ids")
 # A causal mask, which older files hold as a matrix where newer classes have none.
@@ -76,9 +77,9 @@ CAUSAL_MASKS = (".attn.bias", ".attention.bias")
 class MergePlan:
     """A recipe matched with opened folders: everything is checked, nothing is computed.
 
-    `leader`: the folder whose names of tensors, settings of generation and, where only text decoders are merged, other
-    modules the result has. `tokenizer`: the folder whose tokenizer is copied; None: none is written. `config`: the
-    merged decoder's, but for the dtype.
+    `leader`: the folder that gives the result its tensors' names, its generation settings and, where only text decoders
+    are merged, its other modules. `tokenizer`: the folder whose tokenizer is copied; None: none is written. `config`:
+    the merged decoder's config, without the dtype.
     """
 
     recipe: RecipeFile
@@ -115,10 +116,11 @@ def prepare(
     allow_crimes: bool = False,
     strict: bool = True,
 ) -> MergePlan:
-    """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` tells where
-    a model lies; without `copy_tokenizer` none is written but one that the recipe asks for; with `allow_crimes`, which
-    is mergekit's name for it, models are merged whose tensors agree, whatever their architectures. Configs of one
-    architecture that mean other layers (another RoPE, say) are refused where this is `strict`, else told."""
+    """Open every model of the recipe and plan the output. `dtype` and `seed` override the recipe's; `find` returns a
+    model's folder; without `copy_tokenizer` only a tokenizer that the recipe asks for is written; with `allow_crimes`
+    (mergekit's name) models of any architectures are merged if their tensors agree. Raises InputError where models
+    cannot be merged. Configs of one architecture that mean other layers (another RoPE, say) raise it with `strict`,
+    else they become a warning."""
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     paths = [find(recipe.where, reference, recipe.path.parent) for reference in recipe.models]
@@ -127,22 +129,22 @@ def prepare(
     _check_same_tensors(recipe, sources, layouts)
     leader = _leader(recipe, sources)
     planned = plan(recipe, layouts, partial(_fitting, recipe, sources))
-    rows = [replace(row, name=leader.names.in_file(row.name)) for row in planned]
+    tensor_plans = [replace(tensor_plan, name=leader.names.in_file(tensor_plan.name)) for tensor_plan in planned]
     wanted = RECIPE_DTYPES.get(dtype or recipe.out_dtype or recipe.dtype or "")
     specs = {}
-    for row in rows:
-        _check_inputs(recipe, sources, row)
-        source, tensor = row.inputs[0]
-        dtypes = [sources.entry(s, own).dtype for s, own in row.inputs]
-        # Where nothing is said, sources of unlike precision are merged into what holds all of them.
-        own = reduce(jnp.promote_types, dtypes) if is_float(dtypes[0]) else dtypes[0]
-        specs[row.name] = TensorSpec(
-            sources.shape(source, tensor), wanted if wanted is not None and is_float(own) else own
+    for tensor_plan in tensor_plans:
+        _check_inputs(recipe, sources, tensor_plan)
+        source, tensor = tensor_plan.inputs[0]
+        dtypes = [sources.entry(s, name).dtype for s, name in tensor_plan.inputs]
+        # Without a dtype in the recipe, sources of unlike precision are merged into a dtype that holds all of them.
+        common_dtype = reduce(jnp.promote_types, dtypes) if is_float(dtypes[0]) else dtypes[0]
+        specs[tensor_plan.name] = TensorSpec(
+            sources.shape(source, tensor), wanted if wanted is not None and is_float(common_dtype) else common_dtype
         )
     specs |= {name: TensorSpec(entry.shape, entry.dtype) for name, entry in leader.other_modules.items()}
     if sources.vocabulary is None:
-        told = vocabulary_warnings([folder.path for folder in sources.folders])
-        sources = replace(sources, warnings=(*sources.warnings, *told))
+        token_warnings = vocabulary_warnings([folder.path for folder in sources.folders])
+        sources = replace(sources, warnings=(*sources.warnings, *token_warnings))
     if recipe.on_mismatch == "refuse":
         try:
             _check_configs(sources)
@@ -164,13 +166,14 @@ def prepare(
         if template is not None:
             load_tokenizer(tokenizer)  # it is written anew, with the template
     return MergePlan(
-        recipe, sources, tuple(rows), specs, leader, tokenizer, template,
+        recipe, sources, tuple(tensor_plans), specs, leader, tokenizer, template,
         _merged_config(recipe, sources, leader, layouts, tied), allow_nonfinite,
     )  # fmt: skip
 
 
 def _leader(recipe: RecipeFile, sources: Sources) -> DecoderFolder:
-    """The first model, or the one whose other modules the result has. Raises InputError where it has none."""
+    """The first model, or the model whose other modules the result has. Raises InputError where that model has no other
+    modules."""
     if recipe.other_modules is None:
         return sources.folders[0]
     leader = sources.folders[recipe.models.index(recipe.other_modules)]
@@ -185,7 +188,7 @@ def _merged_config(
     recipe: RecipeFile, sources: Sources, leader: DecoderFolder, layouts: Sequence[Layout], tied: bool | None
 ) -> dict[str, Any]:
     """The leader's config, changed only in what the recipe changes. `tied`: whether the head is the embedding; None
-    where the model is no decoder that can have one, and its config is believed."""
+    where the model is no known decoder with a head, so that the config's own value stays."""
     config = dict(leader.config)
     if not config:
         return {}
@@ -194,21 +197,21 @@ def _merged_config(
     if sources.vocabulary is not None:
         config = with_vocabulary_size(config, sources.vocabulary.size)
     number = sources.folders.index(leader)
-    for module, own in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
-        layers = sum(len(rows) for rows in own[number].stacks.values())
-        origins = output_layers(recipe, module, own)
+    for module, module_layout in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
+        layers = sum(len(rows) for rows in module_layout[number].stacks.values())
+        origins = output_layers(recipe, module, module_layout)
         if module.slices[0].count is not None and origins != [(number, i) for i in range(layers)]:
             _set_depth(config, sources, number, module_kind(module.name).depths, layers, origins)
     return config
 
 
 def _with_layer_types(sources: Sources) -> list[dict[str, Any]]:
-    """The sources' configs, in which each layer's kind is said where decoders leave it to its number: slices change
-    that."""
+    """The sources' configs, with the kind of each layer written out where decoders derive it from the layer's number,
+    which slices change."""
     configs = [folder.config for folder in sources.folders]
     kinds = [layer_types(folder.where, folder.config) for folder in sources.folders]
-    if any(len(set(own)) > 1 for own in kinds):
-        return [own | {"layer_types": types} for own, types in zip(configs, kinds, strict=True)]
+    if any(len(set(types)) > 1 for types in kinds):
+        return [config | {"layer_types": types} for config, types in zip(configs, kinds, strict=True)]
     return configs
 
 
@@ -220,9 +223,9 @@ def _set_depth(
     layers: int,
     origins: Sequence[tuple[int, int]],
 ) -> None:
-    """Write the number of layers into the config of source number `leader`, under the one of the keys (`section.key` or
-    `key`) that tells of its `layers`, and what is said once per layer, such as layer_types, as the sources say it of
-    `origins`."""
+    """Write the number of layers into the config of source number `leader`, under the first of the keys (`section.key`
+    or `key`) whose value is `layers`, and lists with an entry per layer, such as layer_types, from the sources' entries
+    of `origins`. Raises InputError where no key has that value."""
     configs, architecture = _with_layer_types(sources), known_architecture(config.get("model_type"))
     config.update({key: configs[leader][key] for key in ("layer_types",) if key in configs[leader]})
 
@@ -234,8 +237,8 @@ def _set_depth(
         if not isinstance(section, dict):
             continue
         # A decoder's config may leave its depth to its class's default.
-        known = section if name or architecture is None else architecture.keys
-        if depth not in known or section.get(depth, layers) != layers:
+        possible_keys = section if name or architecture is None else architecture.keys
+        if depth not in possible_keys or section.get(depth, layers) != layers:
             continue
         changed = {**section, depth: len(origins)}
         for key, value in section.items():
@@ -272,8 +275,8 @@ def _tokenizer_choice(recipe: RecipeFile, setting: TokenizerSetting, find: Find)
     elif source not in ("union", "base"):
         source = models.index(source)
     rules = {
-        token: TokenRule(None if row.model is None else number(token, row.model), row.token, row.force)
-        for token, row in setting.tokens.items()
+        token: TokenRule(None if rule.model is None else number(token, rule.model), rule.token, rule.force)
+        for token, rule in setting.tokens.items()
     }
     base = None if recipe.base is None else models.index(recipe.base)
     return TokenizerChoice(source, base, rules, setting.pad_to_multiple_of)
@@ -293,27 +296,29 @@ def _chat_template(recipe: RecipeFile, paths: list[Path]) -> str | None:
     if wanted in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[wanted]
     if wanted != "auto":
-        known = ", ".join(CHAT_TEMPLATES)
-        raise InputError(recipe.where, f"chat_template: {wanted!r}; expected auto, {known} or a Jinja template")
+        names = ", ".join(CHAT_TEMPLATES)
+        raise InputError(recipe.where, f"chat_template: {wanted!r}; expected auto, {names} or a Jinja template")
     templates = [getattr(load_tokenizer(path), "chat_template", None) for path in paths]
-    found = [template.strip() for template in templates if isinstance(template, str)]
-    return max(found, key=found.count) if found else None
+    texts = [template.strip() for template in templates if isinstance(template, str)]
+    return max(texts, key=texts.count) if texts else None
 
 
 def _open(
     recipe: RecipeFile, paths: list[Path], choice: TokenizerChoice | None, allow_crimes: bool
 ) -> tuple[Sources, list[Layout], bool | None]:
-    """Models of one architecture, whatever it is, or of any with `allow_crimes`; also their tensors' names, and whether
-    the merged head of a decoder that can have one is tied.
+    """Open models of one architecture, known or not, or of any architectures with `allow_crimes`. Returns the sources,
+    their tensors' names, and whether the merged head is tied; None: the model is no known decoder with a head.
 
-    Nothing is asked of a config but that it is the others': a merge does not run the model.
+    A merge does not run the model, so that a config need not be one that this program can run. Raises InputError.
     """
     whole = recipe.other_modules is None
     opened = [open_model(path) for path in paths]
-    folders = tuple(as_it_is(one) if whole and is_larger_model(one.config) else decoder_of(one) for one in opened)
+    folders = tuple(
+        as_it_is(model) if whole and is_larger_model(model.config) else decoder_of(model) for model in opened
+    )
     first = folders[0]
     for folder in folders[1:]:
-        kind, expected = (one.config.get("model_type") for one in (folder, first))
+        kind, expected = (model.config.get("model_type") for model in (folder, first))
         if kind != expected and not allow_crimes:
             _check_has_config(folder, first)
             _check_has_config(first, folder)
@@ -322,7 +327,7 @@ def _open(
                 f"model_type is {shown(kind)}, but {first.path} is {shown(expected)}; expected one architecture "
                 "(--allow-crimes merges them if their tensors agree)",
             )
-    folders = (first, *(named_alike(one, first) if one.config else one for one in folders[1:]))
+    folders = (first, *(named_alike(model, first) if model.config else model for model in folders[1:]))
     decoder, sources = known_architecture(first.config.get("model_type")), Sources(folders)
     for folder in folders:
         check_unquantised(folder.path / "config.json", folder.whole.config)
@@ -333,16 +338,17 @@ def _open(
     if decoder is not None:
         head = sources.token_tensors.head
         if head is not None:
-            # An untied head anywhere makes the merge untied; a model without its head has none.
+            # An untied head anywhere makes the merge untied; a model that was saved without its head has no such
+            # tensor.
             tied = all(folder.config.get("tie_word_embeddings", False) for folder in folders)
-            heads = [head] if not tied and any(head in own for own in names) else []
-            names = [[name for name in own if name != head] + heads for own in names]
+            heads = [head] if not tied and any(head in tensor_names for tensor_names in names) else []
+            names = [[name for name in tensor_names if name != head] + heads for tensor_names in names]
     names, strays = _without_strays(recipe, decoder, folders, names)
     sources = replace(sources, warnings=strays)
-    layouts = [layout(own) for own in names]
+    layouts = [layout(tensor_names) for tensor_names in names]
     if decoder is not None:
         _check_depths(decoder, folders, layouts)
-    # Where architectures are mixed, the others' configs are not those of their tensors' merge.
+    # Where architectures are mixed, the others' configs do not describe the merged tensors.
     check_against_config(_decoder_of(first))
     for folder in () if allow_crimes else folders[1:]:
         check_against_config(_decoder_of(folder), lambda name: _mismatch(recipe, name) == "refuse")
@@ -361,7 +367,8 @@ def _open(
 
 
 def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
-    """The decoder of a larger model that is merged as a whole; a folder whose decoder cannot be told apart as it is."""
+    """The decoder of a larger model that is merged as a whole; the folder itself where its decoder cannot be told
+    apart."""
     try:
         return decoder_of(folder.whole) if is_larger_model(folder.whole.config) else folder
     except InputError:
@@ -371,11 +378,11 @@ def _decoder_of(folder: DecoderFolder) -> DecoderFolder:
 def _without_strays(
     recipe: RecipeFile, decoder: Architecture | None, folders: Sequence[DecoderFolder], names: list[list[str]]
 ) -> tuple[list[list[str]], tuple[str, ...]]:
-    """The models' tensors without those that no forward pass reads and not all models have, such as a value head that
-    training has left, and what to tell of them; where the recipe says what becomes of such tensors, all."""
-    known = set.intersection(*map(set, names))
+    """The models' tensors, without those that no forward pass reads and that some models lack, such as a value head
+    that training has left; and a warning for each model that has some. Tensors whose treatment the recipe sets stay."""
+    common = set.intersection(*map(set, names))
     classes = folders[0].config.get("architectures")
-    classifies = isinstance(classes, list) and any("Classification" in str(one) for one in classes)
+    classifies = isinstance(classes, list) and any("Classification" in str(class_name) for class_name in classes)
     heads = VALUE_HEADS if classifies else VALUE_HEADS + CLASSIFIER_HEADS
 
     masks = {
@@ -384,23 +391,23 @@ def _without_strays(
     }  # fmt: skip
 
     def is_stray(name: str) -> bool:
-        if name in known or _mismatch(recipe, name) != "refuse":
+        if name in common or _mismatch(recipe, name) != "refuse":
             return False
         if decoder is not None:
             return decoder.leaf_of(name) is None
         return name.startswith(heads) or name.endswith(TABLES) or name in masks
 
     warnings = []
-    for folder, own in zip(folders, names, strict=True):
-        strays = sorted(filter(is_stray, own))
+    for folder, tensor_names in zip(folders, names, strict=True):
+        strays = sorted(filter(is_stray, tensor_names))
         if strays:
             some = f"{', '.join(strays[:3])}{' …' if len(strays) > 3 else ''}"
             warnings.append(f"{folder.path}: {some}: not all models have this, and none reads it; left out")
-    return [[name for name in own if not is_stray(name)] for own in names], tuple(warnings)
+    return [[name for name in tensor_names if not is_stray(name)] for tensor_names in names], tuple(warnings)
 
 
 def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
-    """Raises InputError where a model is of weights alone, and another one is not."""
+    """Raises InputError where a model has weights alone, and the other model has a config."""
     if not folder.whole.config and other.whole.config:
         raise InputError(
             folder.path, f"is of weights alone, and {other.path} is a model with a config.json; expected the folder of "
@@ -409,39 +416,39 @@ def _check_has_config(folder: DecoderFolder, other: DecoderFolder) -> None:
 
 
 def _check_depths(architecture: Architecture, folders: Sequence[DecoderFolder], layouts: Sequence[Layout]) -> None:
-    """The decoders' configs and tensors agree on the number of layers."""
+    """Raises InputError where a decoder's config and tensors disagree on the number of layers."""
     stack = next(leaf.tensor.partition("{layer}")[0] for leaf in architecture.leaves if leaf.stack == LAYERS)
-    for folder, one in zip(folders, layouts, strict=True):
-        found = len(one.stacks.get(stack, {}))
-        said = folder.config.get("num_hidden_layers", found)
-        if said != found:
-            raise InputError(folder.where, f"num_hidden_layers: {said}, but its tensors are of {found}")
+    for folder, model_layout in zip(folders, layouts, strict=True):
+        depth = len(model_layout.stacks.get(stack, {}))
+        configured = folder.config.get("num_hidden_layers", depth)
+        if configured != depth:
+            raise InputError(folder.where, f"num_hidden_layers: {configured}, but its tensors are of {depth}")
 
 
 def _check_configs(sources: Sources) -> None:
-    """Configs of one architecture mean the same layers."""
+    """Raises InputError where configs of one known architecture mean different layers."""
     kinds = {folder.config.get("model_type") for folder in sources.folders}
     if len(kinds) == 1 and known_architecture(*kinds) is not None:
         first, *others = [comparable(folder.config) for folder in sources.folders]
-        # They say it in other words, or they mean another thing: that takes a reading of what each value means.
+        # Unequal values may mean the same layers: only reading both configs tells.
         if any(other != first for other in others):
             check_alike(sources.folders)
 
 
 def _mismatch(recipe: RecipeFile, tensor: str) -> str:
-    """What becomes of a tensor that not all models have alike: one of `ON_MISMATCH`."""
+    """The treatment of a tensor that not all models have alike: one of `ON_MISMATCH`."""
     return str(evaluate_setting(recipe.where, tensor, recipe.on_mismatch, 0.0) or "refuse")
 
 
 def _fitting(
     recipe: RecipeFile, sources: Sources, name: str, inputs: Sequence[tuple[int, str]]
 ) -> Sequence[tuple[int, str]]:
-    """Of the inputs of a tensor those that are merged: all, unless one is missing or has not the shape of the first and
+    """The inputs of a tensor that are merged: all, unless an input is missing or has another shape than the first, and
     the recipe allows for that."""
 
-    def shape(source: int, own: str) -> tuple[int, ...] | None:
-        there = sources.name_in(source, own) in sources.folders[source].entries
-        return sources.shape(source, own) if there else None
+    def shape(source: int, tensor: str) -> tuple[int, ...] | None:
+        exists = sources.name_in(source, tensor) in sources.folders[source].entries
+        return sources.shape(source, tensor) if exists else None
 
     expected = shape(*inputs[0])
     alike = [pair for pair in inputs if shape(*pair) == expected]
@@ -451,21 +458,22 @@ def _fitting(
 
 
 def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layout]) -> None:
-    """All models have the same tensors, but for the number of their layers and what the recipe lets differ."""
+    """Raises InputError unless all models have the same tensors, except for the number of layers and the tensors that
+    the recipe lets differ."""
     first = sources.folders[0].path
 
-    def kinds(one: Layout) -> dict[tuple[str, ...], str]:
-        """What a tensor is, whatever its layer -> the name of the first of them."""
-        found: dict[tuple[str, ...], str] = {(name,): name for name in one.outside}
-        for head, rows in one.stacks.items():
-            for i, tails in sorted(rows.items(), reverse=True):
-                found |= {(head, tail): f"{head}{i}{tail}" for tail in tails}
-        return found
+    def kinds(model_layout: Layout) -> dict[tuple[str, ...], str]:
+        """A tensor's name without its layer's number -> the full name in the first layer that has it."""
+        full_names: dict[tuple[str, ...], str] = {(name,): name for name in model_layout.outside}
+        for head, layers in model_layout.stacks.items():
+            for i, tails in sorted(layers.items(), reverse=True):
+                full_names |= {(head, tail): f"{head}{i}{tail}" for tail in tails}
+        return full_names
 
     expected = kinds(layouts[0])
     for folder, other in zip(sources.folders[1:], layouts[1:], strict=True):
-        own = kinds(other)
-        differing = sorted((expected | own)[kind] for kind in set(own) ^ set(expected))
+        actual = kinds(other)
+        differing = sorted((expected | actual)[kind] for kind in set(actual) ^ set(expected))
         differing = [name for name in differing if _mismatch(recipe, name) == "refuse"]
         if differing:
             listed = ", ".join(differing[:10])
@@ -473,33 +481,33 @@ def _check_same_tensors(recipe: RecipeFile, sources: Sources, layouts: list[Layo
             raise InputError(folder.path, f"does not hold the same tensors as {first}: {listed}{more}")
 
 
-def _check_inputs(recipe: RecipeFile, sources: Sources, row: TensorPlan) -> None:
-    """All sources of a tensor have one shape, and are numbers of one kind."""
-    for s, own in row.inputs:
-        if sources.name_in(s, own) not in sources.folders[s].entries:
-            raise InputError(sources.folders[s].path, f"has no tensor {own}")
-        if sources.vocabulary is not None and sources.has_rows(own):
-            _check_token_rows(sources, s, own)
-    (first, name), *others = row.inputs
+def _check_inputs(recipe: RecipeFile, sources: Sources, tensor_plan: TensorPlan) -> None:
+    """Raises InputError unless all sources of a tensor have one shape and one kind of numbers, floats or not."""
+    for s, key in tensor_plan.inputs:
+        if sources.name_in(s, key) not in sources.folders[s].entries:
+            raise InputError(sources.folders[s].path, f"has no tensor {key}")
+        if sources.vocabulary is not None and sources.has_rows(key):
+            _check_token_rows(sources, s, key)
+    (first, name), *others = tensor_plan.inputs
     expected = sources.shape(first, name)
-    for s, own in others:
-        if sources.shape(s, own) != expected:
+    for s, key in others:
+        if sources.shape(s, key) != expected:
             where = sources.folders[s].path
             raise InputError(
                 where,
-                f"{own} has shape {list(sources.shape(s, own))}, but {list(expected)} in {sources.folders[first].path}"
-                f"{rows_differ(sources, own, sources.shape(s, own), expected)}",
+                f"{key} has shape {list(sources.shape(s, key))}, but {list(expected)} in {sources.folders[first].path}"
+                f"{rows_differ(sources, key, sources.shape(s, key), expected)}",
             )
-        if is_float(sources.entry(s, own).dtype) != is_float(sources.entry(first, name).dtype):
+        if is_float(sources.entry(s, key).dtype) != is_float(sources.entry(first, name).dtype):
             raise InputError(
                 sources.folders[s].path,
-                f"{own} is {sources.entry(s, own).dtype}, but {sources.entry(first, name).dtype} in "
+                f"{key} is {sources.entry(s, key).dtype}, but {sources.entry(first, name).dtype} in "
                 f"{sources.folders[first].path}",
             )
 
 
 def _check_token_rows(sources: Sources, source: int, tensor: str) -> None:
-    """A head, or its bias, has a row for each token that the embedding has."""
+    """Raises InputError unless a head, or its bias, has a row for each row of the embedding."""
     embedding = sources.token_tensors.embedding
     rows, expected = sources.entry(source, tensor).shape[0], sources.entry(source, embedding).shape[0]
     if rows < expected:
@@ -510,11 +518,12 @@ def _check_token_rows(sources: Sources, source: int, tensor: str) -> None:
 
 
 def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
-    """One output tensor, measured, merged in float32 and cast to the dtype it is written in."""
+    """One output tensor, measured, merged in float32 and cast to its output dtype. Raises InputError for values that
+    are not finite."""
     method, sources = merge_plan.recipe.method, merge_plan.sources
     tensors = [sources.read(s, name) for s, name in row.inputs]
     dtype = merge_plan.specs[row.name].dtype
-    # JAX has no float64 but where all is; what is computed in float32 has it exactly.
+    # JAX has float64 only where it is enabled for the whole process; float64 holds a result in float32 exactly.
     computed = np.dtype(np.float32) if dtype == np.float64 else dtype
     try:
         if not is_float(tensors[0].dtype):
@@ -554,8 +563,8 @@ def merge_tensor(merge_plan: MergePlan, row: TensorPlan) -> np.ndarray:
 
 
 def merged_tensors(merge_plan: MergePlan, names: list[str]) -> Iterator[np.ndarray]:
-    """The merged tensors of these names, in their order, worked on ahead of time."""
-    by_name = {row.name: row for row in merge_plan.rows}
+    """The merged tensors of these names, in their order, computed ahead of time by a few threads."""
+    by_name = {tensor_plan.name: tensor_plan for tensor_plan in merge_plan.rows}
     others = merge_plan.leader.whole
 
     def make(name: str) -> np.ndarray:
@@ -597,8 +606,8 @@ def merge_to(
 
 
 def write_outline(merge_plan: MergePlan, folder: Path) -> None:
-    """Write the merged model without its weights: their files have headers alone, and a later merge can be planned with
-    them."""
+    """Write the merged model without its weights: the weight files have headers alone, which suffice to plan a later
+    merge."""
     ShardWriter(folder, merge_plan.specs).reserve()
     _write_small_files(merge_plan, folder)
 
@@ -615,7 +624,7 @@ def write_weights(
 
 def _write_small_files(merge_plan: MergePlan, folder: Path) -> None:
     """Config, tokenizer and the settings of generation."""
-    merged = [merge_plan.specs[row.name].dtype for row in merge_plan.rows]
+    merged = [merge_plan.specs[tensor_plan.name].dtype for tensor_plan in merge_plan.rows]
     dtypes = {str(dtype) for dtype in merged if is_float(dtype)}
     _write_config(merge_plan, folder, dtypes.pop() if len(dtypes) == 1 else None)
     _write_tokenizer(merge_plan, folder)
@@ -648,15 +657,15 @@ def _write_config(merge_plan: MergePlan, folder: Path, dtype: str | None) -> Non
     if not merge_plan.config:
         return
     config = merge_plan.leader.whole_config(_with_dtype(merge_plan.config, dtype))
-    # Of a larger model both its own and its decoder's.
+    # A larger model's config and its decoder's settings both name the dtype.
     config = _with_dtype(config, dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """A config that says this dtype; None: as it is."""
-    own = dict(config)
+    """The config with this dtype; unchanged for None."""
+    changed = dict(config)
     if dtype is not None:
-        own.pop("torch_dtype", None)
-        own["dtype"] = dtype
-    return own
+        changed.pop("torch_dtype", None)
+        changed["dtype"] = dtype
+    return changed

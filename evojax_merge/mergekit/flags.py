@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-# What has a meaning here is an option of `merge`, under mergekit's name; these have none: switches, what takes a value,
-# and others.
+# mergekit's options without a meaning here: switches, options with a value, and others. Options with a meaning are
+# options of `merge`, under mergekit's names.
 _SWITCHES = (
     "async-write", "clone-tensors", "cuda", "lazy", "lazy-unpickle", "low-cpu-memory", "multi-gpu",
     "read-to-gpu", "safe-serialization", "trust-remote-code", "unsafe-truncate-embeddings",
@@ -15,14 +15,14 @@ _VALUES = ("device", "lora-merge-cache", "lora-merge-dtype", "write-threads")
 _OTHERS: Mapping[tuple[str, ...], dict[str, Any]] = {
     ("-j", "--num-threads"): {}, ("-v", "--verbose", "verbosity"): {"count": True}, ("--gpu-rich",): {"is_flag": True},
 }  # fmt: skip
-# The options of mergekit's other programs that mergekit-yaml has not: which programs', and what does the same here.
+# The options of mergekit's other programs that mergekit-yaml lacks: the programs that have them, and their replacement.
 _LEGACY = "mergekit-legacy or mergekit-layershuffle; write what is merged as a recipe"
 _MOE = "mergekit-moe, which makes a mixture of experts; that is not supported"
 _TOKENS = "mergekit-tokensurgeon, which gives a model other tokens; a recipe aligns tokens by tokenizer_source"
 _LORA = "mergekit-extract-lora; the winner of a search is written as an adapter by evojax-merge export --as adapter"
 _MULTI = "mergekit-multi or mergekit-extract-lora; a merge takes RECIPE, of any number of documents, and OUT"
 _MODELS = "mergekit-legacy, mergekit-layershuffle or mergekit-extract-lora; a recipe names the models"
-# Their names, and which of them take a value.
+# The names of those options: switches, and options with a value.
 _OTHER_SWITCHES = {
     "--fp16/--no-fp16": "mergekit's bakllama or mergekit-layershuffle; the dtype of a merge is --dtype float16",
     **dict.fromkeys(("--bf16/--no-bf16", "--int8-mask/--no-int8-mask", "--naive-count/--no-naive-count"), _LEGACY),
@@ -60,8 +60,8 @@ class ShardSize(click.ParamType):
 
 
 def without_meaning(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that are taken and change nothing, hidden from --help; `given_without_meaning` says which were given.
-    Those of mergekit's other programs end the command with a line that names the program."""
+    """Add options that are accepted and change nothing, hidden from --help; `given_without_meaning` lists the given
+    ones. Options of mergekit's other programs end the command with a line that names the program."""
     plain = [(f"--{name}/--no-{name}",) for name in _SWITCHES] + [(f"--{name}",) for name in _VALUES]
     for names, kind in [*((names, {}) for names in plain), *_OTHERS.items()]:
         command = click.option(*names, **kind, hidden=True, expose_value=False, callback=_note)(command)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModuleKind:
-    """tensors: how the names of its tensors begin; depths: the keys of config.json, with dots, that may say how many
-    layers it has."""
+    """A kind of module. tensors: the beginnings of its tensors' names; depths: the keys of config.json, with dots, that
+    may hold its number of layers."""
 
     tensors: tuple[str, ...]
     depths: tuple[str, ...] = ()
@@ -19,7 +19,7 @@ _VISION = ModuleKind(
 )
 # mergekit's names.
 MODULES = {
-    # What architectures call their number of layers.
+    # Architectures' keys for their number of layers.
     "default": ModuleKind(("",), ("num_hidden_layers", "n_layer", "n_layers", "num_layers")),
     "text_decoder": ModuleKind(
         ("model.", "lm_head.", "language_model.", "model.language_model."),
@@ -40,12 +40,13 @@ MODULES = {
 
 
 def module_kind(name: str) -> ModuleKind:
-    """One of `MODULES`; any other name is that of a part in the tensors' own names."""
+    """One of `MODULES`; any other name is the beginning of the module's tensors' names."""
     return MODULES.get(name) or ModuleKind((f"{name}.",))
 
 
 def module_of(tensor: str, modules: Sequence[str]) -> int | None:
-    """The number of the module that a tensor belongs to: the one of which the longest beginning fits its name."""
+    """The number of the module that a tensor belongs to, by the longest beginning that fits its name; None where none
+    fits."""
     fits = [
         (len(start), -number)
         for number, name in enumerate(modules)

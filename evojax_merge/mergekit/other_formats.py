@@ -1,11 +1,11 @@
-"""YAML files of other programs, which are taken for recipes: each is named as what it is."""
+"""YAML files of other programs, which users take for recipes: a message names each format."""
 
 from typing import Any
 
 from merge_kernels import METHODS
 
 MOE = "is a config of mergekit-moe, which makes a mixture of experts; that is not supported"
-# What the YAML files of other programs have, and no recipe: the keys, and what to say of it.
+# Keys that YAML files of other programs have and recipes lack, and the message about each format.
 OTHER_FORMATS = {
     frozenset({"parents", "tasks"}): "is the config of a search, not a recipe; run it with evojax-merge search",
     frozenset({"genome"}): "is a config of mergekit-evolve, not a recipe; run it with evojax-merge search",
@@ -14,12 +14,12 @@ OTHER_FORMATS = {
     frozenset({"layer_slices"}): "is a config of mergekit's bakllama; say its layers as slices of a passthrough merge",
     frozenset({"metric_method"}): "is a config of mergekit-metrics, which merges nothing; that is not supported",
 }
-# The same by what their `merge_method` says.
+# The same messages by the value of `merge_method`.
 OTHER_METHODS = {"moe": MOE}
 
 
 def other_format(document: Any) -> str | None:
-    """What to say of a document that is no recipe but another program's; None for any other."""
+    """The message about a document that belongs to another program; None for any other document."""
     if not isinstance(document, dict):
         return None
     method = document.get("merge_method")
@@ -27,4 +27,4 @@ def other_format(document: Any) -> str | None:
         return None
     if isinstance(method, str) and method in OTHER_METHODS:
         return OTHER_METHODS[method]
-    return next((said for keys, said in OTHER_FORMATS.items() if keys <= set(document)), None)
+    return next((message for keys, message in OTHER_FORMATS.items() if keys <= set(document)), None)

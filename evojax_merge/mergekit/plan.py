@@ -1,4 +1,4 @@
-"""A recipe and the tensors of its models -> how each tensor of the merged model is made."""
+"""A recipe and the tensors of its models -> the plan of each tensor of the merged model."""
 
 import math
 import re
@@ -28,19 +28,19 @@ from evojax_merge.mergekit.schema import (
 LAYER_NAME = re.compile(
     r"^(?P<head>(?:.*?\.)??(?:layers|layer|h|blocks|block|transformer_blocks)\.)(?P<index>\d+)(?P<tail>\..+)$"
 )
-# What comes before the layers, in the architectures' names for it (embed_out is GPT-NeoX's head).
+# Modules before the layers, in the architectures' names (embed_out is GPT-NeoX's head).
 BEFORE_LAYERS = re.compile(r"(?:^|[._])(?:wte|wpe|embed(?!_out)\w*|\w+_embed\w*)(?:\.|$)")
 # The number of a tensor in any other list, such as that of a module's convolutions.
 NUMBERED = re.compile(r"^(?P<head>.*?\.)(?P<index>\d+)\.")
-# The projection behind the layers of Qwen's vision towers, which has the last value of a gradient over them.
+# The projection behind the layers of Qwen's vision towers, which takes the last value of a gradient over the layers.
 BEHIND_LAYERS = re.compile(r"(?:^|\.)visual\.merger\.mlp\.")
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """How one output tensor is made: `inputs` are (model index, tensor name), the base first where there is one;
-    gain_offset: what is added to a tensor before a passthrough merge scales it, and taken off again; copied: the only
-    input is taken as it is, whatever the method does."""
+    """The plan of one output tensor: `inputs` are (model index, tensor name), the base first where there is one;
+    gain_offset: the number that is added to a tensor before a passthrough merge scales it, and subtracted after;
+    copied: the only input is copied as it is, whatever the method does."""
 
     name: str
     inputs: tuple[tuple[int, str], ...]
@@ -55,14 +55,15 @@ class TensorPlan:
 
 
 def read_number(value: Any) -> Any:
-    """A text that is a number as that number (to YAML 1e-3 is a text, and 1.0e-3 a number); all else as it is."""
+    """A text that means a number, as that number (YAML reads 1e-3 as a text, and 1.0e-3 as a number); all else as it
+    is."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-# As pydantic, and so mergekit, reads them.
+# The texts that pydantic, and so mergekit, reads as true and false.
 SWITCHES = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
@@ -70,7 +71,7 @@ SWITCHES = {
 
 
 def read_switch(value: Any) -> Any:
-    """True and false as a number or a text may say them; all else as it is."""
+    """A number or a text that means true or false, as a bool; all else as it is."""
     if isinstance(value, str):
         return SWITCHES.get(value.lower(), value)
     return bool(value) if value in (0, 1) else value
@@ -79,8 +80,8 @@ def read_switch(value: Any) -> Any:
 def evaluate_setting(
     where: str, tensor: str, setting: Setting, t: float, read: Callable[[Any], Any] = read_number
 ) -> Any:
-    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches. `read` is
-    called with the entries of a gradient; if all are numbers then, they are interpolated."""
+    """A setting for one tensor: a scalar, a gradient over `t` in [0, 1], or the first filter that matches. `read`
+    converts the entries of a gradient; if all results are numbers, they are interpolated."""
     if isinstance(setting, dict):
         setting = [setting]
     if not isinstance(setting, list):
@@ -96,16 +97,16 @@ def evaluate_setting(
         high = min(len(setting) - 1, low + 1)
         share = position - low
         return (1 - share) * setting[low] + share * setting[high]
-    for row in setting:
-        row = checked_mapping(where, row, FILTER_KEYS)
-        wanted = row.get("filter")
+    for entry in setting:
+        entry = checked_mapping(where, entry, FILTER_KEYS)
+        wanted = entry.get("filter")
         if wanted in (None, "*") or wanted in tensor:
-            return evaluate_setting(where, tensor, row.get("value"), t, read)
+            return evaluate_setting(where, tensor, entry.get("value"), t, read)
     return None
 
 
 def number(where: str, parameter: Parameter, value: Any) -> float:
-    """A parameter's value as a finite float inside its meaning, or InputError."""
+    """A parameter's value as a finite float in its valid range. Raises InputError for any other value."""
     try:
         result = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -119,7 +120,8 @@ def number(where: str, parameter: Parameter, value: Any) -> float:
 
 
 def options_from(where: str, method: Method, switches: Mapping[str, Any], has_base: bool) -> Options:
-    """The switches of a merge, under the names that mergekit gives them; the method's own where they are None."""
+    """The switches of a merge, under mergekit's names; None: the method's default. Raises InputError for an invalid
+    value."""
     given = {name: value for name, value in switches.items() if value is not None}
     for name, value in given.items():
         if name != "rescale" and not isinstance(value, bool):
@@ -145,24 +147,25 @@ def options_from(where: str, method: Method, switches: Mapping[str, Any], has_ba
 def _resolve(
     recipe: RecipeFile, module: Module, part: Slice, parents: Sequence[tuple[Source, str]], tensor: str, t: float
 ) -> tuple[Options, dict[str, np.ndarray]]:
-    """`parents` with the names that the tensor has in them: where layers are shifted, their filters match those."""
+    """The options and parameters of one output tensor. `parents`: each with the tensor's name in it; where layers are
+    shifted, a parent's filters match that name. Raises InputError."""
     where, method = recipe.where, recipe.method
     shared = (part.settings, module.settings, recipe.settings)
 
     def value(name: str, scopes: Sequence[Settings], tensor: str, read: Callable[[Any], Any] = read_number) -> Any:
         for scope in scopes:
             if name in scope:
-                found = evaluate_setting(where, tensor, scope[name], t, read)
-                if found is not None:
-                    return found
+                setting = evaluate_setting(where, tensor, scope[name], t, read)
+                if setting is not None:
+                    return setting
         return None
 
     def parameter(spec: Parameter, scopes: Sequence[Settings], tensor: str, of: str) -> float:
-        found = value(spec.name, scopes, tensor)
-        if found is None and spec.default is None:
+        setting = value(spec.name, scopes, tensor)
+        if setting is None and spec.default is None:
             place = "" if spec.per_parent else "; expected it under parameters of the recipe or of a slice"
             raise InputError(where, f"{spec.name}: missing for {of} and {tensor}{place}")
-        return number(f"{where}: {of}", spec, spec.default if found is None else found)
+        return number(f"{where}: {of}", spec, spec.default if setting is None else setting)
 
     parameters = {}
     for spec in method.parameters:
@@ -188,8 +191,8 @@ def _resolve(
 
 @dataclass(frozen=True)
 class Layout:
-    """A model's tensor names: those outside of layers, and by stack of layers (what stands before the number) and
-    layer what stands after the number."""
+    """A model's tensor names. outside: names outside of layers; stacks: the beginning of a name before the layer's
+    number -> the number -> the ends of the layer's names."""
 
     outside: tuple[str, ...]
     stacks: Mapping[str, Mapping[int, tuple[str, ...]]]
@@ -213,85 +216,86 @@ def layout(tensors: Sequence[str]) -> Layout:
 
 
 def module_layouts(recipe: RecipeFile, layouts: Sequence[Layout]) -> list[list[Layout]]:
-    """For each module of the recipe what each model has of it. Raises InputError for a tensor that is in none of the
+    """For each module of the recipe, each model's tensors of the module. Raises InputError for a tensor in none of the
     modules, and for a module without tensors."""
     modules = [module.name for module in recipe.modules]
     if modules == ["default"]:
         return [list(layouts)]
     parts: list[list[list[str]]] = [[[] for _ in layouts] for _ in modules]
     left: list[str] = []
-    for model, own in enumerate(layouts):
-        for tensor in own.names():
+    for model, model_layout in enumerate(layouts):
+        for tensor in model_layout.names():
             number = module_of(tensor, modules)
             (left if number is None else parts[number][model]).append(tensor)
-    # First, because a name that is misspelt leaves its tensors to nobody.
+    # Checked first, because a misspelt module leaves its tensors without any.
     for name, models in zip(modules, parts, strict=True):
         if not any(models):
             near = "" if name in MODULES else did_you_mean(name, MODULES.keys() - set(modules))
             raise InputError(recipe.where, f"modules.{name}: the models have no tensor of it{near}")
     if left:
-        known = f"by {', '.join(MODULES)}, or by how the names of their tensors begin"
-        raise InputError(recipe.where, f"modules: none has {left[0]}; expected all parts of the model ({known})")
+        expected = f"by {', '.join(MODULES)}, or by how the names of their tensors begin"
+        raise InputError(recipe.where, f"modules: none has {left[0]}; expected all parts of the model ({expected})")
     return [[layout(names) for names in models] for models in parts]
 
 
-# Of the inputs of an output tensor, which are (model index, tensor name), those that are merged.
+# (an output tensor's name, its inputs, which are (model index, tensor name)) -> the inputs that are merged.
 Fitting = Callable[[str, Sequence[tuple[int, str]]], Sequence[tuple[int, str]]]
 
 
 def plan(
     recipe: RecipeFile, layouts: Sequence[Layout], fitting: Fitting = lambda name, inputs: inputs
 ) -> list[TensorPlan]:
-    """Match a recipe with the tensor names of its models (in the order of `recipe.models`): a row per output tensor.
+    """Match a recipe with the tensor names of its models (in the order of `recipe.models`), and return a plan per
+    output tensor.
 
-    The merged model has the tensors of its first model, which is the base where there is one. `fitting` is given the
-    name of each and its inputs, the first model's first, and says which of them are merged: the first, and any others.
-    Where that is the first alone, or too few for the method, the first is taken as it is.
+    The merged model has the tensors of its first model, which is the base where there is one. `fitting` takes the name
+    of each tensor and its inputs, the first model's first, and returns the inputs that are merged: the first, and any
+    others. Where it returns the first alone, or too few for the method, the first is copied.
     """
-    rows: list[TensorPlan] = []
-    for module, own in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
-        rows += _plan_module(recipe, module, own, fitting)
-    return rows
+    tensor_plans: list[TensorPlan] = []
+    for module, module_layout in zip(recipe.modules, module_layouts(recipe, layouts), strict=True):
+        tensor_plans += _plan_module(recipe, module, module_layout, fitting)
+    return tensor_plans
 
 
 def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], fitting: Fitting) -> list[TensorPlan]:
     index = {model: i for i, model in enumerate(recipe.models)}
     method = recipe.method
-    rows = []
+    tensor_plans = []
 
     def add(name: str, inputs: list[tuple[Source, str]], part: Slice, t: float) -> None:
         base_first = sorted(inputs, key=lambda pair: pair[0].model != part.base)
-        pairs = [(index[source.model], own) for source, own in base_first]
+        pairs = [(index[source.model], tensor) for source, tensor in base_first]
         chosen = set(fitting(name, pairs))
         has_base = method.uses_base(part.base is not None)
         too_few = len(chosen) == 1 or len(chosen) - int(has_base) < method.min_parents
         # The base alone is the merge of the base with nothing.
         if too_few and (len(chosen) < len(pairs) or (has_base and len(pairs) == 1)):
-            rows.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
+            tensor_plans.append(TensorPlan(name, (pairs[0],), Options(), {}, copied=True))
             return
         # A base that is merged like any parent keeps its place.
         ordered = base_first if method.base != "parent" or method.base_is_first_parent else inputs
-        merged = [(source, own) for source, own in ordered if (index[source.model], own) in chosen]
+        merged = [(source, tensor) for source, tensor in ordered if (index[source.model], tensor) in chosen]
         options, parameters = _resolve(recipe, module, part, merged[int(has_base) :], name, t)
         offset = next((offset for text, offset in recipe.gain_offsets.items() if text in merged[0][1]), 0.0)
-        inputs_by_index = tuple((index[source.model], own) for source, own in merged)
-        rows.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
+        inputs_by_index = tuple((index[source.model], tensor) for source, tensor in merged)
+        tensor_plans.append(TensorPlan(name, inputs_by_index, options, parameters, offset))
 
     if module.slices[0].count is None:
         part = module.slices[0]
         first = _first(part).model
-        own = layouts[index[first]]
+        first_layout = layouts[index[first]]
         for source in part.sources:
-            _check_depth(recipe, source.model, layouts[index[source.model]], first, own)
-        for name, t in _places(own.outside).items():
+            _check_depth(recipe, source.model, layouts[index[source.model]], first, first_layout)
+        for name, t in _places(first_layout.outside).items():
             add(name, [(source, name) for source in part.sources], part, t)
-        for head, layers in own.stacks.items():
+        for head, layers in first_layout.stacks.items():
             last = max(layers)
             for i, tails in sorted(layers.items()):
                 for tail in tails:
                     name = f"{head}{i}{tail}"
                     add(name, [(source, name) for source in part.sources], part, i / last if last else 1.0)
-        return rows
+        return tensor_plans
 
     for name in layouts[index[recipe.ends or _first(module.slices[0]).model]].outside:
         part = module.slices[0] if BEFORE_LAYERS.search(name) else module.slices[-1]
@@ -310,12 +314,12 @@ def _plan_module(recipe: RecipeFile, module: Module, layouts: Sequence[Layout], 
                 inputs = [(source, f"{head}{source.first + offset}{tail}") for source in part.sources]
                 add(f"{head}{done}{tail}", inputs, part, t)
             done += 1
-    return rows
+    return tensor_plans
 
 
 def _places(outside: Sequence[str]) -> dict[str, float]:
-    """Where tensors outside of layers stand in a gradient: by their numbers in lists of their own, else at its
-    start."""
+    """The positions in [0, 1] of tensors outside of layers in a gradient: by their numbers in lists of their own, else
+    the start."""
     numbers = {name: match for name in outside if (match := NUMBERED.match(name)) is not None}
     last: dict[str, int] = {}
     for match in numbers.values():
@@ -332,28 +336,31 @@ def _places(outside: Sequence[str]) -> dict[str, float]:
 
 
 def _first(part: Slice) -> Source:
-    """The source whose tensors a slice has: its base where that is one, else the first."""
+    """The source whose tensors a slice has: its base where the base is a source, else the first."""
     return min(part.sources, key=lambda source: source.model != part.base)
 
 
-def _check_depth(recipe: RecipeFile, model: str, found: Layout, first: str, expected: Layout) -> None:
-    """Whole models are merged layer by layer, so that none may be left over."""
-    one, other = ({head: len(layers) for head, layers in own.stacks.items()} for own in (found, expected))
-    if one != other:
-        depths = [", ".join(map(str, counts.values())) or "no" for counts in (one, other)]
+def _check_depth(recipe: RecipeFile, model: str, actual: Layout, first: str, expected: Layout) -> None:
+    """Raises InputError where two models have other numbers of layers: whole models are merged layer by layer."""
+    model_counts, first_counts = (
+        {head: len(layers) for head, layers in model_layout.stacks.items()} for model_layout in (actual, expected)
+    )
+    if model_counts != first_counts:
+        depths = [", ".join(map(str, counts.values())) or "no" for counts in (model_counts, first_counts)]
         raise InputError(
             recipe.where, f"models: {model} has {depths[0]} layers, but {first} has {depths[1]}; say which with slices:"
         )
 
 
 def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index: Mapping[str, int]) -> str:
-    """The stack that a slice's layers belong to; every source has those layers."""
+    """The stack that a slice's layers belong to. Raises InputError where a source has several stacks, or lacks a
+    layer."""
     for source in part.sources:
         stacks = layouts[index[source.model]].stacks
         if len(stacks) != 1:
-            known = ", ".join(stacks) or "none"
+            names = ", ".join(stacks) or "none"
             raise InputError(
-                recipe.where, f"slices: {source.model} has not one stack of numbered layers ({known}); use models:"
+                recipe.where, f"slices: {source.model} has not one stack of numbered layers ({names}); use models:"
             )
         (head, layers), *_ = stacks.items()
         for layer in range(source.first, source.first + (part.count or 0)):
@@ -365,7 +372,7 @@ def _one_stack(recipe: RecipeFile, part: Slice, layouts: Sequence[Layout], index
 
 
 def output_layers(recipe: RecipeFile, module: Module, layouts: Sequence[Layout]) -> list[tuple[int, int]]:
-    """For each layer of a merged module the model and the layer that it stands for: its slice's first source's."""
+    """For each layer of a merged module, the model and the layer of its slice's first source."""
     index = {model: i for i, model in enumerate(recipe.models)}
     origins = []
     for part in module.slices:

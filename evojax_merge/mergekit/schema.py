@@ -1,10 +1,10 @@
 """Recipes as YAML, in mergekit's format: read and checked, not yet matched with tensors.
 
-Five settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
-`rescale: density` (the DARE paper's 1/density), which it refuses; `other_modules`, the model whose other modules the
-result has where text decoders alone are merged; `on_mismatch`, what becomes of tensors that not all models have alike;
-and two of a passthrough merge of slices: `ends`, the model whose embedding and head it has, and `gain_offsets`, what is
-added to tensors before `scale` multiplies them, and then taken off again.
+Six settings go beyond mergekit: `random_seed`, which fixes the masks of random methods and which mergekit ignores;
+`rescale: density` (the DARE paper's 1/density), which mergekit refuses; `other_modules`, the model whose other modules
+the result has where text decoders alone are merged; `on_mismatch`, the treatment of tensors that not all models have
+alike; and two settings of a passthrough merge of slices: `ends`, the model whose embedding and head the result has, and
+`gain_offsets`, the numbers that are added to tensors before `scale` multiplies them, and subtracted after.
 """
 
 import math
@@ -36,18 +36,18 @@ PATH_KEYS = {"path", "revision"}
 TOKENIZER_KEYS = {"source", "tokens", "pad_to_multiple_of"}
 TOKEN_KEYS = {"source", "force"}
 TOKEN_SOURCE_KEYS = {"kind", "model", "token", "token_id"}
-# Of which of these a recipe has one.
+# A recipe has one of these keys.
 FORMS = ("models", "slices", "modules")
-# Merging is done in float32; float64 is what the result may be written in.
+# Merging is done in float32; the result may be written in float64 as well.
 RECIPE_DTYPES = FLOAT_DTYPES | {"float64": np.dtype(np.float64)}
 ON_MISMATCH = ("refuse", "first", "skip")
 # The seed is a word of the random numbers' key; the same bound holds for a search.
 MAX_SEED = 2**63 - 1
 # Merging is done in float32.
 MAX_NUMBER = float(np.finfo(np.float32).max)
-# Entries of a gradient: there are fewer layers than that.
+# The maximum of a gradient's entries: models have fewer layers.
 MAX_GRADIENT = 10_000
-# Rows that no token has.
+# The maximum of rows that no token has.
 MAX_PADDING = 2**16
 
 Setting = Any
@@ -75,8 +75,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Module:
-    """What some of a model's tensors are made of: of all (`default`), or of those that `mergekit.modules` gives to a
-    module of this name. A whole model is a single slice without a count."""
+    """The slices that some of a model's tensors are made of: all tensors (`default`), or the tensors that
+    `mergekit.modules` gives to a module of this name. A whole model is a single slice without a count."""
 
     name: str
     slices: tuple[Slice, ...]
@@ -85,8 +85,8 @@ class Module:
 
 @dataclass(frozen=True)
 class TokenSetting:
-    """What the `tokenizer` section says of one token: zeros (`model` None), or a model's row for it or for another
-    token."""
+    """The source of one token's row in the `tokenizer` section: zeros (`model` None), or a model's row for it or for
+    another token."""
 
     model: str | None
     token: str | int | None
@@ -95,7 +95,7 @@ class TokenSetting:
 
 @dataclass(frozen=True)
 class TokenizerSetting:
-    """Whose tokens: union, base, or a model, which need not be one that is merged."""
+    """The source of the tokens: union, base, or a model, which need not be a merged one."""
 
     source: str
     tokens: Mapping[str, TokenSetting]
@@ -105,9 +105,9 @@ class TokenizerSetting:
 @dataclass(frozen=True)
 class RecipeFile:
     """A recipe as it stands in the file, checked but not yet matched with tensors. Relative paths start in the folder
-    of `path`; `where` is what messages call the recipe; gain_offsets: a filter -> what is added to its tensors;
-    other_modules: only the models' text decoders are merged, and the other modules are those of this model (None: whole
-    models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words."""
+    of `path`; `where`: the recipe's name in messages; gain_offsets: a filter -> the number that is added to its
+    tensors; other_modules: only the models' text decoders are merged, and the other modules come from this model (None:
+    whole models are merged); on_mismatch: a setting of `ON_MISMATCH`'s words."""
 
     path: Path
     where: str
@@ -137,13 +137,13 @@ class RecipeFile:
 
     @property
     def tokenizer_model(self) -> str | None:
-        """The model whose tokenizer the result has, where it is none of `models`."""
+        """The model whose tokenizer the result has, where it is none of `models`; else None."""
         source = "union" if self.tokenizer is None else self.tokenizer.source
         return None if source in ("union", "base") or source in self.models else source
 
 
 def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
-    """The value as a mapping of known keys. Raises InputError for anything else, naming the first key that is not."""
+    """The value as a mapping of known keys. Raises InputError for anything else, naming the first unknown key."""
     if not isinstance(value, dict):
         raise InputError(where, f"expected a mapping, found {type(value).__name__}")
     for key in value:
@@ -157,13 +157,13 @@ def checked_mapping(where: str, value: Any, known: set[str]) -> dict[str, Any]:
 
 
 def read_recipe(path: Path) -> RecipeFile:
-    """Read a mergekit recipe. What is not supported is refused by name."""
+    """Read a mergekit recipe. Raises InputError, naming the key, for unsupported settings."""
     return parse_recipe(path, load_yaml(path))
 
 
 def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeFile:
-    """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where` is what messages call the
-    recipe, None: the path."""
+    """A mergekit recipe as plain data. Relative paths start in the folder of `path`; `where`: the recipe's name in
+    messages, None: the path. Raises InputError."""
     where = str(path) if where is None else where
     top = checked_mapping(where, document, TOP_KEYS)
     name = top.get("merge_method")
@@ -176,10 +176,12 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     base = None if base is None else _reference(f"{where}: base_model", base)
     form = _form(where, top, FORMS)
     if form == "modules":
-        rows = top["modules"]
-        if not isinstance(rows, dict) or not rows:
+        sections = top["modules"]
+        if not isinstance(sections, dict) or not sections:
             raise InputError(where, "modules: expected a mapping from modules' names to their models or slices")
-        modules = [_module(f"{where}: modules.{key}", str(key), row, method, base) for key, row in rows.items()]
+        modules = [
+            _module(f"{where}: modules.{key}", str(key), section, method, base) for key, section in sections.items()
+        ]
     else:
         modules = [Module("default", _slices(f"{where}: ", top, form, method, base), {})]
     seed = top.get("random_seed", 0)
@@ -203,28 +205,29 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
 
 
 def _form(where: str, section: dict[str, Any], forms: Sequence[str]) -> str:
-    """Which of the forms a section has. One that says nothing does not count, unless there is no other."""
+    """The form that a section has. An empty form does not count, unless there is no other. Raises InputError unless
+    there is exactly one."""
     given = [form for form in forms if section.get(form)] or [form for form in forms if form in section]
     if len(given) != 1:
         raise InputError(where, f"expected exactly one of the keys {', '.join(forms)}")
     return given[0]
 
 
-def _module(where: str, name: str, row: Any, method: Method, base: str | None) -> Module:
-    row = checked_mapping(where, row, MODULE_KEYS)
-    form = _form(where, row, FORMS[:2])
-    settings = _settings(f"{where}.parameters", row.get("parameters"), method)
-    return Module(name, _slices(f"{where}.", row, form, method, base), settings)
+def _module(where: str, name: str, section: Any, method: Method, base: str | None) -> Module:
+    section = checked_mapping(where, section, MODULE_KEYS)
+    form = _form(where, section, FORMS[:2])
+    settings = _settings(f"{where}.parameters", section.get("parameters"), method)
+    return Module(name, _slices(f"{where}.", section, form, method, base), settings)
 
 
 def _slices(prefix: str, section: dict[str, Any], form: str, method: Method, base: str | None) -> tuple[Slice, ...]:
-    """The slices of a section that has models or slices. prefix: what messages call the section, up to its keys."""
-    rows = section[form]
-    if not isinstance(rows, list) or not rows:
+    """The slices of a section that has models or slices. prefix: the section's name in messages, up to its keys."""
+    entries = section[form]
+    if not isinstance(entries, list) or not entries:
         raise InputError(prefix.rstrip(".: "), f"{form}: expected a list that is not empty")
     if form == "slices":
-        return tuple(_slice(f"{prefix}slices[{i}]", row, method, base) for i, row in enumerate(rows))
-    sources = [_source(f"{prefix}models[{i}]", row, method, MODEL_KEYS) for i, row in enumerate(rows)]
+        return tuple(_slice(f"{prefix}slices[{i}]", entry, method, base) for i, entry in enumerate(entries))
+    sources = [_source(f"{prefix}models[{i}]", entry, method, MODEL_KEYS) for i, entry in enumerate(entries)]
     return (Slice(None, _with_base(sources, base), {}, base),)
 
 
@@ -238,9 +241,11 @@ def _dtype(where: str, key: str, value: Any) -> str | None:
 
 def _on_mismatch(where: str, value: Any) -> Setting:
     setting = "refuse" if value is None else value
-    rows = setting if isinstance(setting, list) else [setting]
-    for row in rows:
-        word = checked_mapping(f"{where}: on_mismatch", row, FILTER_KEYS).get("value") if row is not setting else row
+    entries = setting if isinstance(setting, list) else [setting]
+    for entry in entries:
+        word = (
+            checked_mapping(f"{where}: on_mismatch", entry, FILTER_KEYS).get("value") if entry is not setting else entry
+        )
         if word not in ON_MISMATCH:
             expected = f"one of {', '.join(ON_MISMATCH)}, or a list of {{filter: …, value: …}}"
             raise InputError(where, f"on_mismatch: {word!r}; expected {expected}")
@@ -248,7 +253,7 @@ def _on_mismatch(where: str, value: Any) -> Setting:
 
 
 def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
-    """The model of a passthrough merge whose tensors outside of the layers are taken."""
+    """The model that gives a passthrough merge its tensors outside of the layers; None without one."""
     if top.get("ends") is None:
         return None
     if method.copies is None or "slices" not in top:
@@ -257,7 +262,7 @@ def _ends(where: str, top: dict[str, Any], method: Method) -> str | None:
 
 
 def _gain_offsets(where: str, top: dict[str, Any], method: Method) -> dict[str, float]:
-    """Filters of tensors that hold a gain less the number given."""
+    """Filters of tensors that hold a gain minus a number -> that number."""
     offsets = top.get("gain_offsets") or {}
     if offsets and (method.copies is None or "slices" not in top):
         raise InputError(where, "gain_offsets: only a passthrough merge of slices has them")
@@ -272,7 +277,7 @@ def _gain_offsets(where: str, top: dict[str, Any], method: Method) -> dict[str, 
 
 
 def _check_models(where: str, method: Method, part: Slice) -> None:
-    """A slice has the base that its method needs, and as many models as it takes."""
+    """Raises InputError unless a slice has the base that its method needs, and as many models as the method takes."""
     if method.base == "required" and part.base is None:
         raise InputError(where, f"{method.name} needs a base_model, from which task vectors are taken")
     models = [source.model for source in part.sources]
@@ -287,7 +292,8 @@ def _check_models(where: str, method: Method, part: Slice) -> None:
 
 
 def check_parent_count(where: str, method: Method, parents: int) -> None:
-    """Raises InputError where a method does not take so many models besides the base that deltas are taken from."""
+    """Raises InputError where a method does not take this number of models besides the base that deltas are taken
+    from."""
     if parents < method.min_parents or (method.max_parents is not None and parents > method.max_parents):
         least = f"at least {method.min_parents}"
         many = least if method.max_parents is None else f"at most {method.max_parents}"
@@ -319,18 +325,19 @@ def _path(where: str, value: Any) -> str:
     return path if revision is None else f"{path}@{revision}"
 
 
-def _source(where: str, row: Any, method: Method, keys: set[str]) -> Source:
-    row = checked_mapping(where, row, keys)
+def _source(where: str, entry: Any, method: Method, keys: set[str]) -> Source:
+    entry = checked_mapping(where, entry, keys)
     for key in sorted(keys - {"parameters"}):
-        if key not in row:
+        if key not in entry:
             raise InputError(where, f"{key}: missing")
-    first = _layer_range(where, row["layer_range"])[0] if "layer_range" in row else 0
-    settings = _settings(f"{where}.parameters", row.get("parameters"), method)
-    return Source(_reference(f"{where}.model", row["model"]), first, settings)
+    first = _layer_range(where, entry["layer_range"])[0] if "layer_range" in entry else 0
+    settings = _settings(f"{where}.parameters", entry.get("parameters"), method)
+    return Source(_reference(f"{where}.model", entry["model"]), first, settings)
 
 
 def _layer_range(where: str, value: Any) -> tuple[int, int]:
-    """The first layer and the one behind the last; whole numbers, however they are written."""
+    """The first layer and the layer after the last; whole numbers, however they are written. Raises InputError for any
+    other value."""
     try:
         first, end = (float(layer) for layer in value if isinstance(value, list))
         if 0 <= first < end < math.inf and first == int(first) and end == int(end):
@@ -346,24 +353,28 @@ def _with_base(sources: Sequence[Source], base: str | None) -> tuple[Source, ...
     return (Source(base, sources[0].first, {}), *sources)
 
 
-def _slice(where: str, row: Any, method: Method, base: str | None) -> Slice:
-    row = checked_mapping(where, row, SLICE_KEYS)
-    if not isinstance(row.get("sources"), list) or not row["sources"]:
+def _slice(where: str, entry: Any, method: Method, base: str | None) -> Slice:
+    entry = checked_mapping(where, entry, SLICE_KEYS)
+    if not isinstance(entry.get("sources"), list) or not entry["sources"]:
         raise InputError(where, "sources: expected a list that is not empty")
-    sources = [_source(f"{where}.sources[{i}]", source, method, SOURCE_KEYS) for i, source in enumerate(row["sources"])]
-    ranges = [_layer_range(where, source["layer_range"]) for source in row["sources"]]
+    sources = [
+        _source(f"{where}.sources[{i}]", source, method, SOURCE_KEYS) for i, source in enumerate(entry["sources"])
+    ]
+    ranges = [_layer_range(where, source["layer_range"]) for source in entry["sources"]]
     counts = {end - first for first, end in ranges}
     if len(counts) != 1:
         raise InputError(where, f"layer_range: sources of unlike length {sorted(counts)}; expected one length")
-    own = base if row.get("base_model") is None else _reference(f"{where}.base_model", row["base_model"])
+    slice_base = base if entry.get("base_model") is None else _reference(f"{where}.base_model", entry["base_model"])
     needed = method.base != "parent" or method.base_is_first_parent
-    if needed and own is not None and all(source.model != own for source in sources):
-        raise InputError(where, f"sources: the base_model {own!r} is missing")
-    return Slice(counts.pop(), tuple(sources), _settings(f"{where}.parameters", row.get("parameters"), method), own)
+    if needed and slice_base is not None and all(source.model != slice_base for source in sources):
+        raise InputError(where, f"sources: the base_model {slice_base!r} is missing")
+    return Slice(
+        counts.pop(), tuple(sources), _settings(f"{where}.parameters", entry.get("parameters"), method), slice_base
+    )
 
 
 def parameter_names(method: Method) -> set[str]:
-    """What `parameters` of a recipe of this method may set."""
+    """The names that `parameters` of a recipe of this method may set."""
     return {p.name for p in method.parameters} | {*method.yaml_options, *method.ignored_settings}
 
 
@@ -377,20 +388,21 @@ def _settings(where: str, value: Any, method: Method) -> Settings:
 
 
 def _check_setting(where: str, name: str, setting: Any) -> None:
-    """A scalar, a gradient of scalars, or filters with values of these kinds; whether or not a tensor will use it."""
+    """Raises InputError unless a setting is a scalar, a gradient of scalars, or filters with values of these kinds,
+    whether or not a tensor uses it."""
     if isinstance(setting, (dict, list)):
-        rows = [setting] if isinstance(setting, dict) else setting
-        if len(rows) > MAX_GRADIENT:
-            raise InputError(where, f"{name}: {len(rows):,} entries; expected at most {MAX_GRADIENT:,}")
-        filtered = any(isinstance(row, (dict, list)) for row in rows)
-        for row in rows:
+        entries = [setting] if isinstance(setting, dict) else setting
+        if len(entries) > MAX_GRADIENT:
+            raise InputError(where, f"{name}: {len(entries):,} entries; expected at most {MAX_GRADIENT:,}")
+        filtered = any(isinstance(entry, (dict, list)) for entry in entries)
+        for entry in entries:
             if not filtered:
-                _check_setting(where, name, row)
+                _check_setting(where, name, entry)
                 continue
-            row = checked_mapping(f"{where}: {name}", row, FILTER_KEYS)
-            if not isinstance(row.get("filter"), (str, type(None))):
-                raise InputError(where, f"{name}: filter: {row['filter']!r}; expected a part of tensors' names")
-            _check_setting(where, name, row.get("value"))
+            entry = checked_mapping(f"{where}: {name}", entry, FILTER_KEYS)
+            if not isinstance(entry.get("filter"), (str, type(None))):
+                raise InputError(where, f"{name}: filter: {entry['filter']!r}; expected a part of tensors' names")
+            _check_setting(where, name, entry.get("value"))
     elif isinstance(setting, (int, float)) and not abs(setting) <= MAX_NUMBER:
         raise InputError(where, f"{name}: {setting!r}; expected a number of at most {MAX_NUMBER:.4g}")
     elif not isinstance(setting, (int, float, str, type(None))):
@@ -415,14 +427,14 @@ def _tokenizer(where: str, top: dict[str, Any]) -> TokenizerSetting | None:
         raise InputError(where, f"pad_to_multiple_of: {pad!r}; expected a whole number from 1 to {MAX_PADDING}")
     return TokenizerSetting(
         _reference(f"{where}.source", section.get("source", "union")),
-        {str(token): _token(f"{where}.tokens.{token}", row) for token, row in tokens.items()},
+        {str(token): _token(f"{where}.tokens.{token}", entry) for token, entry in tokens.items()},
         pad,
     )
 
 
-def _token(where: str, row: Any) -> TokenSetting:
-    row = checked_mapping(where, row, TOKEN_KEYS)
-    source, force = row.get("source"), row.get("force", False)
+def _token(where: str, entry: Any) -> TokenSetting:
+    entry = checked_mapping(where, entry, TOKEN_KEYS)
+    source, force = entry.get("source"), entry.get("force", False)
     if not isinstance(force, bool):
         raise InputError(where, f"force: {force!r}; expected true or false")
     if isinstance(source, str) or (isinstance(source, dict) and "kind" not in source and "model" in source):

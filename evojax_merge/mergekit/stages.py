@@ -1,8 +1,8 @@
 """Merges of several stages: all are planned before the first is done, and only the last one's model stays.
 
-The results of the stages lie in a hidden folder beside the output. Planning fills it with models without weights, in
-whose place a later merge finds the config, the tokenizer and the shapes and dtypes of the tensors; merging writes the
-weights, and removes a model after the last merge that needs it.
+The results of the stages lie in a hidden folder beside the output. Planning fills the folder with models without
+weights, from which a later merge is planned: their config, their tokenizer and the shapes and dtypes of their tensors;
+merging writes the weights, and removes a model after the last merge that needs it.
 """
 
 import re
@@ -47,29 +47,29 @@ class StreamPlan:
 
     @property
     def models(self) -> dict[str, Folder]:
-        """The models that are there before any merge, by how the recipe names them; of each merge the base first."""
+        """The models that exist before any merge, by the recipe's names of them; each merge's base comes first."""
         made = {stage.folder for stage in self.stages}
-        named = [pair for one in self.merges for pair in zip(one.recipe.models, one.sources.folders, strict=True)]
+        named = [pair for merge in self.merges for pair in zip(merge.recipe.models, merge.sources.folders, strict=True)]
         return {model: folder for model, folder in named if made.isdisjoint(parts_of(folder.path))}
 
     @property
     def inputs(self) -> list[Path]:
         """The files and folders that are read."""
-        return list(dict.fromkeys(path for one in self.merges for path in one.inputs))
+        return list(dict.fromkeys(path for merge in self.merges for path in merge.inputs))
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should know of the models' tokens; a stage has its name, not its hidden folder."""
-        lines = dict.fromkeys(line for one in self.merges for line in one.sources.warnings)
+        """Warnings about the models' tokens, a line each; a stage has its name, not its hidden folder."""
+        lines = dict.fromkeys(line for merge in self.merges for line in merge.sources.warnings)
         for stage in self.stages:
             lines = {line.replace(str(stage.folder), stage.name): None for line in lines}
         return list(lines)
 
     @property
     def last_uses(self) -> list[int]:
-        """For each stage, the number of the last merge that needs its result; its own, where that was needed for
-        planning alone, for its tokenizer."""
-        read = [set(one.inputs) for one in self.merges]
+        """For each stage, the number of the last merge that needs its result; the stage's own number, where only
+        planning needs the result, for its tokenizer."""
+        read = [set(merge.inputs) for merge in self.merges]
         return [
             max((i for i, paths in enumerate(read) if stage.folder in paths), default=number)
             for number, stage in enumerate(self.stages)
@@ -78,7 +78,7 @@ class StreamPlan:
     @property
     def peak_bytes(self) -> int:
         """The most that the weights on the disk take together: those being written, and those that are still needed."""
-        sizes, last_uses = [one.nbytes for one in self.merges], self.last_uses
+        sizes, last_uses = [merge.nbytes for merge in self.merges], self.last_uses
         return max(
             size + sum(sizes[k] for k, last in enumerate(last_uses[:i]) if last >= i) for i, size in enumerate(sizes)
         )
@@ -98,9 +98,10 @@ def prepare_stream(
 ) -> Iterator[StreamPlan]:
     """Plan all merges of a recipe, whose result will be written to `target`; the plan holds inside of the block.
 
-    `dtype` overrides that of the result, `seed` those of all merges. `find` tells where a model lies, `made` of which
-    are the results of stages; `copy_tokenizer`: whether the result gets its first model's; `allow_crimes`, `strict`:
-    see `prepare`. Raises InputError for what the headers tell; nothing is left on the disk then.
+    `dtype` overrides that of the result, `seed` those of all merges. `find` returns a model's folder; its argument
+    `made` has the results of stages; `copy_tokenizer`: whether the result gets its first model's tokenizer;
+    `allow_crimes`, `strict`: see `prepare`. Raises InputError for errors that the headers show, and leaves nothing on
+    the disk then.
     """
     with ExitStack() as stack:
         folders: dict[str, Path] = {}
@@ -110,12 +111,12 @@ def prepare_stream(
             work = stack.enter_context(hidden_folder(target))
 
         def find_model(where: object, reference: str, relative_to: Path, *, weights: bool = True) -> Path:
-            found = find(where, reference, relative_to, made=folders, weights=weights)
+            model_folder = find(where, reference, relative_to, made=folders, weights=weights)
             if weights and stage_of(reference, folders) not in (None, reference):
-                # It stands for a stage with an adapter, and is of no use without the stage.
-                stack.callback(remove_folder, found)
-                folders[reference] = found
-            return found
+                # The folder stands for a stage with an adapter, and is useless without the stage.
+                stack.callback(remove_folder, model_folder)
+                folders[reference] = model_folder
+            return model_folder
 
         stages = []
         for number, stage in enumerate(stream.stages, start=1):
@@ -131,7 +132,7 @@ def prepare_stream(
 
 @contextmanager
 def _stages_named(folders: Mapping[str, Path]) -> Iterator[None]:
-    """Messages have the names of stages, not their hidden folders."""
+    """Replace hidden folders by the names of their stages in an InputError of the block."""
     try:
         yield
     except InputError as error:
@@ -151,8 +152,8 @@ def merge_stream(
     check: Callable[[], None] = lambda: None,
     bar: Bar = lambda label, nbytes: nullcontext(lambda done: None),
 ) -> T:
-    """Do all merges, that of the result by `write`, which is called as `merge_to` is and whose value is returned. `bar`
-    shows the progress of each merge, with its number and name where there are several."""
+    """Do all merges and return the value of `write`, which writes the result and takes the arguments of `merge_to`.
+    `bar` shows the progress of each merge, with its number and name where there are several."""
     last_uses, count = stream_plan.last_uses, len(stream_plan.stages) + 1
     for i, stage in enumerate(stream_plan.stages):
         label = f"{i + 1} of {count} ({printable(stage.name, 40)})"

@@ -27,7 +27,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class RecipeStream:
-    """The merges of a recipe: the stages that the result needs, each after those that it needs itself, and the result.
+    """The merges of a recipe: the stages that the result needs, each after the stages that it needs, and the result.
     `unused`: the other stages."""
 
     path: Path
@@ -43,12 +43,14 @@ def read_stream(path: Path) -> RecipeStream:
 
 def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
     """A recipe of one document or several as plain data. Relative paths start in the folder of `path`, which names the
-    recipe in messages; documents that say nothing (None) are passed over.
+    recipe in messages; empty documents (None) are skipped.
 
-    Raises InputError, naming the document, for what no merge can be, a name that stands twice, stages that need each
-    other's results, and where it cannot be told which document is the result.
+    Raises InputError, naming the document, for an invalid merge, a duplicate name, stages that need each other's
+    results, and several documents that could be the result.
     """
-    numbered = [(number, one) for number, one in enumerate(documents, start=1) if one is not None] or [(1, None)]
+    numbered = [(number, document) for number, document in enumerate(documents, start=1) if document is not None] or [
+        (1, None)
+    ]
     labels = [f"document {number}" for number, _ in numbered]
     wheres = [str(path)] if len(labels) == 1 else [f"{path}: {label}" for label in labels]
     merges = [_stage(path, where, document) for where, (_, document) in zip(wheres, numbered, strict=True)]
@@ -60,7 +62,7 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
             index[merge.name] = i
     named = [[stage_of(model, index) for model in _references(merge.recipe)] for merge in merges]
     needs = [list(dict.fromkeys(index[name] for name in names if name is not None)) for names in named]
-    # Of all documents: stages that need each other are wrong even where the result does not need them.
+    # Checked for all documents: stages that need each other are wrong even where the result does not need them.
     _in_order(merges, needs, range(len(merges)))
     order = _in_order(merges, needs, [_result(path, labels, merges, needs)])
     unused = set(range(len(merges))).difference(order)
@@ -69,14 +71,14 @@ def parse_stream(path: Path, documents: Sequence[Any]) -> RecipeStream:
 
 
 def _references(recipe: RecipeFile) -> list[str]:
-    """Every model that a recipe names, be it for its tokenizer alone."""
+    """Every model that a recipe names, also one for its tokenizer alone."""
     return recipe.models if recipe.tokenizer_model is None else [*recipe.models, recipe.tokenizer_model]
 
 
 def _stage(path: Path, where: str, document: Any) -> Stage:
-    said = other_format(document)
-    if said is not None:
-        raise InputError(where, said)
+    message = other_format(document)
+    if message is not None:
+        raise InputError(where, message)
     top = checked_mapping(where, document, TOP_KEYS | {"name"})
     name = top.get("name")
     if name is None:
@@ -89,7 +91,7 @@ def _stage(path: Path, where: str, document: Any) -> Stage:
 
 
 def stage_of(reference: str, names: Collection[str]) -> str | None:
-    """Of the stages' names the one that a model of a recipe is, be it with an adapter; None: it is of none."""
+    """The stage that a recipe's model is the result of, also with an adapter; None: of no stage."""
     base, _ = split_reference(reference, lambda name: name in names)
     return base if base in names else None
 
@@ -98,7 +100,7 @@ def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: I
     """The wanted documents and all that they need, each after what it needs. Raises InputError for a cycle."""
     done: dict[int, None] = {}
     for first in wanted:
-        # From the wanted document down to the one that is looked at, each with what is left of its needs.
+        # The path from the wanted document to the current one, each with its remaining needs.
         path = {} if first in done else {first: iter(needs[first])}
         while path:
             document, left = next(reversed(path.items()))
@@ -116,19 +118,21 @@ def _in_order(merges: Sequence[Stage], needs: Sequence[Sequence[int]], wanted: I
 
 
 def _result(path: Path, labels: Sequence[str], merges: Sequence[Stage], needs: Sequence[Sequence[int]]) -> int:
-    """Which document is the result. No document needs itself, directly or not, so that there is one."""
+    """The number of the document that is the result. No document needs itself, directly or not, so that there is one.
+    Raises InputError where there are several."""
     unnamed = [i for i, merge in enumerate(merges) if not merge.name]
-    needed = {i for row in needs for i in row}
+    needed = {i for needs_of_stage in needs for i in needs_of_stage}
     possible = unnamed or [i for i in range(len(merges)) if i not in needed]
     if len(possible) > 1:
-        both = " and ".join(labels[i] for i in possible[:2])
-        why = f"{both} have no name" if unnamed else f"all documents have names, and none needs {both}"
+        two_labels = " and ".join(labels[i] for i in possible[:2])
+        why = f"{two_labels} have no name" if unnamed else f"all documents have names, and none needs {two_labels}"
         raise InputError(path, f"{why}; expected one document without a name, which is the result")
     return possible[0]
 
 
 def stream_warnings(stream: RecipeStream) -> list[str]:
-    """What is not as it looks: stages that nobody needs, names that a folder has as well, and revisions of folders."""
+    """Warnings about stages that the result does not need, names that a folder has as well, and revisions of
+    folders."""
     unused = [f"{stage.recipe.where}: the result does not need it, and it is not merged" for stage in stream.unused]
     shadowed = [
         f"{stage.recipe.where}: {folder} has this name as well; the result of the document is taken"
@@ -136,13 +140,13 @@ def stream_warnings(stream: RecipeStream) -> list[str]:
         if (folder := local_path(stage.name, stream.path.parent)) is not None
     ]
     revisions = [
-        f"{merge.where}: {told}"
+        f"{merge.where}: {line}"
         for merge in (*(stage.recipe for stage in stream.stages), stream.result)
-        for told in ignored_revisions(_references(merge), stream.path.parent)
+        for line in ignored_revisions(_references(merge), stream.path.parent)
     ]
     return unused + shadowed + revisions
 
 
 def plain_recipe(documents: Sequence[Any]) -> Any:
-    """A recipe as users handle it: the mapping that its one document is, or the list of its documents."""
+    """A recipe in the form that users handle: its only document, or the list of its documents."""
     return documents[0] if len(documents) == 1 else list(documents)

@@ -1,9 +1,9 @@
 """Chat templates that a recipe can ask for by name: mergekit's names, and the formats as the models' makers give them.
 
-With `add_generation_prompt` each ends in what the assistant's turn begins with.
+With `add_generation_prompt` each ends with the beginning of the assistant's turn.
 """
 
-# Qwen's, and that of many fine-tunes.
+# The format of Qwen and of many fine-tunes.
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -14,7 +14,7 @@ _LLAMA3 = (
     "{{ '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-# That of Mistral's first instruct models: a system prompt is the beginning of the first instruction.
+# The format of Mistral's first instruct models: a system prompt is the beginning of the first instruction.
 _MISTRAL = (
     "{% set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
     "{% set turns = messages[1:] if system else messages %}"

@@ -1,6 +1,6 @@
-"""What a search found -> a recipe in mergekit's format.
+"""The result of a search -> a recipe in mergekit's format.
 
-What is written reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
+The recipe reads back (mergekit.schema) as the same numbers, so that merging it gives the winner's bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ from evojax_merge.models.paths import LayerPath, PathSpec
 
 @dataclass(frozen=True)
 class Filters:
-    """mergekit's filters are substrings of a tensor's name; the first that matches counts. components: filters, and
-    which component each takes; shared: the filter of each leaf outside of the layers; residual: those of what a layer
-    writes to the residual stream, each with its `gain_offset`."""
+    """mergekit's filters: substrings of a tensor's name, of which the first match counts. components: filters, each
+    with the number of its component; shared: the filter of each leaf outside of the layers; residual: the filters of
+    leaves that write to the residual stream, each with its `gain_offset`."""
 
     components: tuple[tuple[str, int], ...]
     shared: Mapping[str, str]
@@ -33,20 +33,20 @@ class Filters:
 def filters_of(architecture: Architecture) -> Filters:
     """The filters that an architecture declares, else the names of its tensors."""
     layer = [leaf for leaf in architecture.leaves if leaf.stack == LAYERS]
-    # Behind the numbers of the layer and the expert.
+    # The ends of names, after the numbers of the layer and the expert.
     tails = {leaf.name: leaf.tensor.rpartition("}")[2] for leaf in layer}
     writers = {leaf.name: leaf.gain_offset for leaf in layer if leaf.writes_residual}
 
     def residual(name: str) -> str:
-        """The module's name, or all of it where that is in other tensors' names too."""
+        """The module's name, or the whole end where the module's name is in other tensors' names too."""
         *_, module, _ = tails[name].split(".")
         return tails[name] if any(module in tail for other, tail in tails.items() if other not in writers) else module
 
     declared = architecture.filters
-    row = architecture.components.index
+    number_of = architecture.components.index
     # The longest first: one may be a part of another.
-    named = sorted(((tails[leaf.name], row(leaf.component)) for leaf in layer), key=lambda pair: -len(pair[0]))
-    parts = [(text, row(part)) for part, text in declared.items() if part in architecture.components]
+    named = sorted(((tails[leaf.name], number_of(leaf.component)) for leaf in layer), key=lambda pair: -len(pair[0]))
+    parts = [(text, number_of(part)) for part, text in declared.items() if part in architecture.components]
     return Filters(
         tuple(parts if declared else named),
         {leaf.name: declared.get(leaf.name, leaf.tensor) for leaf in architecture.shared},
@@ -69,15 +69,19 @@ def recipe_document(
     architecture, layers = architecture_of(config), recipe.stacks[LAYERS]
     first = {leaf.name for leaf in architecture.shared if leaf.component == "embedding"}
     filters = filters_of(architecture)
-    rows = [{name: np.asarray(values[i]) for name, values in layers.items()} for i in range(config.layers)]
+    per_layer = [{name: np.asarray(values[i]) for name, values in layers.items()} for i in range(config.layers)]
     shared = jax.tree.map(np.asarray, recipe.shared)
-    starts = [i for i in range(config.layers) if i == 0 or any((rows[i][n] != rows[i - 1][n]).any() for n in rows[i])]
+    starts = [
+        i
+        for i in range(config.layers)
+        if i == 0 or any((per_layer[i][n] != per_layer[i - 1][n]).any() for n in per_layer[i])
+    ]
     slices = []
     for start, end in zip(starts, [*starts[1:], config.layers], strict=True):
         extras = {name: values for name, values in shared.items() if start == 0 and name in first}
         if end == config.layers:
             extras |= {name: values for name, values in shared.items() if name not in first}
-        slices.append(_slice_document(filters, rows[start], extras, spec, base, parents, [start, end]))
+        slices.append(_slice_document(filters, per_layer[start], extras, spec, base, parents, [start, end]))
     document: dict[str, Any] = {"merge_method": spec.method_name}
     if spec.options.has_base:
         document["base_model"] = base
@@ -97,24 +101,24 @@ def recipe_document(
 def path_document(path: LayerPath, spec: PathSpec, parents: Sequence[str]) -> dict[str, Any]:
     """A layer path as a passthrough merge: a slice per run of consecutive layers of one parent that add equally much.
 
-    Where a scale is not 1, `scale` multiplies what the layers write (a Llama's `o_proj` and `down_proj`); all of it is
-    mergekit's own. It takes a key of ours only where the embedding and head are not those of the first and last slice,
-    `ends`, and where what is scaled is not what is stored, as in norms that store their gains less one, `gain_offsets`.
+    Where a scale is not 1, `scale` multiplies the layers' outputs (a Llama's `o_proj` and `down_proj`). All keys are
+    mergekit's but two: `ends`, where the embedding and head are not those of the first and last slice, and
+    `gain_offsets`, where a tensor stores its gain minus a number, as in norms that store their gains less one.
     """
     steps = [(*spec.origins[m], shortest_decimal(f)) for m, f in zip(path.layers, path.residual_scales(), strict=True)]
     slices: list[dict[str, Any]] = []
     residual = filters_of(architecture_of(spec.configs[0])).residual
-    begun = 0
+    start = 0
     for i in range(1, len(steps) + 1):
-        parent, first, fold = steps[begun]
-        if i < len(steps) and steps[i] == (parent, first + i - begun, fold):
+        parent, first, fold = steps[start]
+        if i < len(steps) and steps[i] == (parent, first + i - start, fold):
             continue
-        source: dict[str, Any] = {"model": parents[parent], "layer_range": [first, first + i - begun]}
+        source: dict[str, Any] = {"model": parents[parent], "layer_range": [first, first + i - start]}
         if fold != 1:
             writers = [{"filter": name, "value": fold} for name in residual]
             source["parameters"] = {"scale": [*writers, {"value": 1.0}]}
         slices.append({"sources": [source]})
-        begun = i
+        start = i
     document: dict[str, Any] = {
         "merge_method": "passthrough",
         "base_model": parents[path.embedding_parent],
@@ -136,8 +140,8 @@ def lineage_documents(
     export_dtype: str,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """How a member of a pool comes to be, as a stream of mergekit documents, in order of birth: the result of one that
-    has a `name` is a model to those behind it; the last, the member itself, has none.
+    """The merges that make a member of a pool, as a stream of mergekit documents, in order of birth. The result of a
+    document with a `name` is a model to the documents after it; the last document, the member itself, has no name.
 
     layers: L; base: written where the method takes deltas from one; founders: references, by number. A founder is a
     single passthrough merge.
@@ -146,9 +150,9 @@ def lineage_documents(
         alone = {"merge_method": "passthrough", "models": [{"model": founders[member.number]}]}
         return [alone | {"dtype": "float32", "out_dtype": export_dtype}]
     documents = []
-    for one in member.lineage():
-        named = {} if one is member else {"name": member_name(one, founders)}
-        documents.append(named | _birth_document(one, layers, base, founders, export_dtype, seed))
+    for ancestor in member.lineage():
+        named = {} if ancestor is member else {"name": member_name(ancestor, founders)}
+        documents.append(named | _birth_document(ancestor, layers, base, founders, export_dtype, seed))
     return documents
 
 
@@ -159,13 +163,13 @@ def _birth_document(
     own_base = base if method.uses_base(base is not None) else None
 
     def sources(parents: Sequence[Member], extent: Mapping[str, Any]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = [] if own_base is None else [{"model": own_base, **extent}]
+        entries: list[dict[str, Any]] = [] if own_base is None else [{"model": own_base, **extent}]
         for k, parent in enumerate(parents):
-            # Numbers stay in their places where the parents change theirs.
-            row: dict[str, Any] = {"model": member_name(parent, founders), **extent}
+            # Parameters keep their order where the parents change theirs.
+            entry: dict[str, Any] = {"model": member_name(parent, founders), **extent}
             per_parent = {p.name: float(member.parameters[p.name][k]) for p in method.parameters if p.per_parent}
-            rows.append(row | ({"parameters": per_parent} if per_parent else {}))
-        return rows
+            entries.append(entry | ({"parameters": per_parent} if per_parent else {}))
+        return entries
 
     def first(parents: Sequence[Member]) -> dict[str, Any]:
         """The `base_model` of a merge of these parents, if it has one."""
@@ -218,23 +222,26 @@ def _slice_document(
     def setting(name: str, parent: int | None) -> Any:
         def at(values: np.ndarray) -> float:
             value = values if parent is None else values[parent]
-            # On the grid: the decimal fraction itself, which counts the entries that the search counted.
+            # A value on the grid is written as the decimal fraction itself, which counts the entries that the search
+            # counted.
             return round(float(value), 3) if method.parameter(name).quantised else shortest_decimal(value)
 
-        rows = [{"filter": filters.shared[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()]
-        rows += [{"filter": wanted, "value": at(layer[name][c])} for wanted, c in filters.components]
-        values = {row["value"] for row in rows}
-        return values.pop() if len(values) == 1 else rows
+        entries = [
+            {"filter": filters.shared[leaf], "value": at(parameters[name])} for leaf, parameters in shared.items()
+        ]
+        entries += [{"filter": wanted, "value": at(layer[name][c])} for wanted, c in filters.components]
+        values = {entry["value"] for entry in entries}
+        return values.pop() if len(values) == 1 else entries
 
     sources: list[dict[str, Any]] = []
     if spec.options.has_base:
         sources.append({"model": base, "layer_range": layers})
     for k, parent in enumerate(parents):
-        row: dict[str, Any] = {"model": parent, "layer_range": layers}
+        entry: dict[str, Any] = {"model": parent, "layer_range": layers}
         per_parent = [p.name for p in method.parameters if p.per_parent]
         if per_parent:
-            row["parameters"] = {name: setting(name, k) for name in per_parent}
-        sources.append(row)
+            entry["parameters"] = {name: setting(name, k) for name in per_parent}
+        sources.append(entry)
     document: dict[str, Any] = {"sources": sources}
     common = {p.name: setting(p.name, None) for p in method.parameters if not p.per_parent}
     if common:
@@ -265,10 +272,10 @@ _Dumper.add_representer(dict, _flow_map)
 
 
 def in_dtype(text: str, dtype: str | None) -> str:
-    """The YAML that this program wrote of a recipe, or a card that ends in it, with another `out_dtype` of the result;
-    None: as it is."""
-    before, key, rest = text.rpartition("\nout_dtype: ")
-    _, _, behind = rest.partition("\n")
+    """The YAML that this program wrote of a recipe, or a card that ends in such a YAML, with another `out_dtype`;
+    unchanged for None."""
+    before, key, tail = text.rpartition("\nout_dtype: ")
+    _, _, behind = tail.partition("\n")
     return text if dtype is None or not key else f"{before}{key}{dtype}\n{behind}"
 
 

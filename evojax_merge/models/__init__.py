@@ -1,1 +1,1 @@
-"""The decoder and where its weights come from."""
+"""The decoder and the sources of its weights."""

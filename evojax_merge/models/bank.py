@@ -1,8 +1,8 @@
-"""What merges are made of: the bank of weights, what was measured of it, and recipes.
+"""The inputs of merges: the bank of weights, the statistics that were measured on it, and recipes.
 
-Letters: L layers of a stack, S sources (the base first where the method needs one, then the K parents), P candidates,
-C components of a layer (attention, mlp, norm; router), E experts of a leaf of which each has a tensor, G densities of
-the search grid.
+Letters: L layers of a stack, S sources (the base first where the method needs one, then the K parents), P candidates, C
+components of a layer (attention, mlp, norm; router), E experts of a leaf that has a tensor for each, G densities of the
+search grid.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ Parameters = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """The static half of a merge: which method, its switches, the seed of random methods, the export dtype, and the
-    parameters that are the same for every candidate because what is prepared depends on them."""
+    """The static half of a merge: the method, its switches, the seed of random methods, the export dtype, and the
+    parameters that are the same for every candidate because the prepared statistics and mask keys depend on them."""
 
     method_name: str
     options: Options
@@ -34,7 +34,7 @@ class MergeSpec:
         return METHODS[self.method_name]
 
     def prepared_for(self, parents: int) -> dict[str, Any]:
-        """The constants as the kernels take them: `float64[K]` per parent, or `float64[]`."""
+        """The constants in the form that the kernels take: `float64[K]` per parent, or `float64[]`."""
         method = self.method
         return {
             name: np.broadcast_to(np.asarray(values, np.float64), (parents,))
@@ -44,7 +44,7 @@ class MergeSpec:
         }
 
     def round_to_export(self, merged: jax.Array) -> jax.Array:
-        """Candidates are scored as they would be written, so round them to the export dtype."""
+        """Round to the export dtype: candidates are scored as they would be written."""
         return merged.astype(jnp.dtype(self.export_dtype))
 
 
@@ -53,32 +53,32 @@ class Factors:
     """Low-rank factors of parents that are LoRA adapters of one base: parent k is `base + b[k] a[k]` (see
     `merge_kernels.add_low_rank`).
 
-    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; without L for a leaf outside of the layers, with E behind K
-    where each expert has a tensor. A parent of lower rank is filled up with zeros.
+    a: `float32[L, K, r, in]`, b: `float32[L, K, out, r]`; without L for a leaf outside of the layers, with E after K
+    where each expert has a tensor. A parent of lower rank is padded with zeros.
     """
 
     a: jax.Array
     b: jax.Array
 
     def expand(self, base: jax.Array) -> list[jax.Array]:
-        """The parents' weights `[…, in]`, in the dtype of `base: [1, …, in]`; a layer's, or some rows of it where `b`
-        has the same rows alone."""
+        """The parents' weights `[…, in]`, in the dtype of `base: [1, …, in]`; of one layer, or of some rows of it where
+        `b` has the same rows alone."""
         return [add_low_rank(base[0], self.a[k], self.b[k]) for k in range(self.a.shape[0])]
 
 
 @struct.dataclass
 class LeafBank:
-    """One leaf of all S sources, in their own dtype, and what a method has to know of it.
+    """One leaf of all S sources, in their own dtype, with the masks and statistics that a method needs.
 
-    A leaf of a stack has a leading axis L on every array, of which a scan takes one layer at a time.
+    A leaf of a stack has a leading axis L on every array; a scan takes one layer at a time.
 
-    sources: `[S, …]`, or the base alone `[1, …]` where the parents are its low-rank changes (`factors`).
-    mask_keys: `[N, …]`, N arrays of a number per entry or of two per row (see `merge_kernels.Prepared`); None: the
-    method draws no masks. statistics: name -> `[…]`, with the grid of densities as last axis where the method has a
-    density, until `at` picks its point. group: the leaf's row among the groups of a recipe's parameters (the component
-    of a layer). shard_axis: the axis, counted from the end, at which devices that share a model cut the leaf.
-    has_experts: each expert has a tensor of its own: `[S, E, …]`, `[N, E, …]` and statistics `[E, …]`, measured and
-    merged tensor by tensor.
+    sources: `[S, …]`, or the base alone `[1, …]` where the parents are its low-rank changes (`factors`). mask_keys:
+    `[N, …]`, N arrays of a number per entry or of two per row (see `merge_kernels.Prepared`); None: the method draws no
+    masks. statistics: name -> `[…]`, with the grid of densities as last axis where the method has a density, until `at`
+    picks its point. group: the leaf's row among the groups of a recipe's parameters (the component of a layer).
+    shard_axis: the axis, counted from the end, along which devices that share a model shard the leaf. has_experts: each
+    expert has a tensor of its own: `[S, E, …]`, `[N, E, …]` and statistics `[E, …]`, measured and merged tensor by
+    tensor.
     """
 
     sources: jax.Array
@@ -90,7 +90,7 @@ class LeafBank:
     has_experts: bool = struct.field(pytree_node=False, default=False)
 
     def rows(self, pick: Callable[[jax.Array], jax.Array]) -> "LeafBank":
-        """The same of some rows: `pick` takes them from `[S, n, …]`, for every array that has rows."""
+        """The leaf bank of some rows: `pick` takes them from `[S, n, …]`, for every array that has rows."""
         return replace(
             self,
             sources=pick(self.sources),

@@ -1,7 +1,7 @@
 """The shape and the switches of a decoder.
 
 `DecoderConfig` is static: it is hashable and serves as a compile-time constant of the forward pass.
-`checkpoints.config_file` has the architecture make it of a Hugging Face config.
+`checkpoints.config_file` has the architecture make it from a Hugging Face config.
 """
 
 import math
@@ -17,9 +17,8 @@ NO_WINDOW = 2**30
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind` is one of default, linear, dynamic, llama3, yarn, longrope. Of LongRoPE each
-    frequency is divided by one of `short_factors`, or of `long_factors` in sequences longer than
-    `original_max_position`."""
+    """Rotary position embedding. `kind` is one of default, linear, dynamic, llama3, yarn, longrope. LongRoPE divides
+    each frequency by one of `short_factors`, or of `long_factors` in sequences longer than `original_max_position`."""
 
     kind: str
     theta: float
@@ -38,12 +37,14 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What the program reads of any decoder; an architecture's own config adds to it what its block reads.
+    """The part of a config that the program reads for any decoder; an architecture's own config adds the fields that
+    its block reads.
 
-    `architecture` is its model_type, by which it is looked up (models.architecture). `windows[i]` is how many positions
-    layer i looks back on, itself included (`NO_WINDOW`: all). `head_is_embedding` says that the output head is the
-    transposed input embedding. `position_kinds[i]` is the number of the position tables that layer i takes; empty where
-    there are only one. `positions`: how many positions there are, where each has an embedding; None: any number.
+    `architecture` is its model_type, the key for the lookup (models.architecture). `windows[i]` is the number of
+    positions that layer i attends to, its own included (`NO_WINDOW`: all). `head_is_embedding` says that the output
+    head is the transposed input embedding. `position_kinds[i]` is the index of the position tables that layer i takes;
+    empty where there is only one set. `positions`: the number of positions where each has an embedding; None: any
+    number.
     """
 
     architecture: str
@@ -60,13 +61,13 @@ class DecoderConfig:
 
     @property
     def position_switch(self) -> int | None:
-        """A longer sequence has other position tables than one of so many tokens; None: all have the same."""
+        """The length in tokens beyond which a sequence has other position tables; None: all lengths have the same."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaLikeConfig(DecoderConfig):
-    """RMSNorm before, rotary grouped-query attention, gated MLP."""
+    """A decoder with pre-norm RMSNorm, rotary grouped-query attention and a gated MLP."""
 
     mlp: int
     norm_eps: float
@@ -115,7 +116,7 @@ def rope_frequencies(rope: RopeConfig, dim: int, lengths: jax.Array) -> jax.Arra
     """Inverse frequencies `float32[B, dim/2]` of the `dim` entries of a head that are rotated, for sequences of
     `lengths: int32[B]`.
 
-    Only dynamic NTK scaling and LongRoPE depend on the length; the others give the same row for every sequence.
+    Only dynamic NTK scaling and LongRoPE depend on the length; the other kinds give the same row for every sequence.
     """
     if rope.kind == "dynamic":
         grown = jnp.maximum(lengths, rope.max_position).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What the value of a key in a config.json must be: a test, and the words for it in a message."""
+"""The valid values of a key in a config.json: a test, and its description in messages."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,14 +6,16 @@ from typing import Any
 
 from evojax_merge.models.config import NO_WINDOW
 
-# Layers beyond this number are a slip or a trap: tables as long as the model is deep are made before a tensor is read.
+# A larger number of layers is a mistake or an attack: tables as long as the model is deep are allocated before a tensor
+# is read.
 MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class Expected:
-    """accepts: whether a value can be; words: what is expected, for a message; keys: those that are read of a mapping,
-    and what each must be; read_if: whether the value is read at all, given the whole config."""
+    """The expected value of a key. accepts: returns whether a value is valid; words: the expected values, for a
+    message; keys: the keys of a mapping that are read, each with its expected value; read_if: returns whether the value
+    is read at all, given the whole config."""
 
     accepts: Callable[[Any], bool]
     words: str
@@ -33,7 +35,7 @@ def whole(low: int, high: int) -> Expected:
 
 
 def above(low: float) -> Expected:
-    # A comparison that NaN and infinity fail. Nothing so near to zero that float32 cannot divide by it.
+    # A comparison that NaN and infinity fail, and numbers so near to zero that float32 cannot divide by them.
     return Expected(
         lambda value: is_number(value) and max(low, 1e-30) < value <= 1e30, f"a finite number above {low:g}"
     )

@@ -2,13 +2,13 @@
 
 `forward` (prefill) scans over the layers and takes each layer's weights from a *layer source* (models.sources): stored
 weights, or a merge that is computed while the scan runs. `decode_step` feeds a few tokens to a model with a KV cache.
-Both run the block of the config's architecture, which is given how to attend.
+Both run the block of the config's architecture and pass it the attention function.
 
-Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values `[L, G, B, S,
-head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its matmuls read
-them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position and segment:
-rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may hold several
-segments that share a beginning, and may all follow one *prefix* that was prefilled before.
+Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`, cached keys `[L, G, B, head_dim, S]` and values
+`[L, G, B, S, head_dim]` of G key-value heads: each head's keys and values are contiguous, in the order in which its
+matmuls read them. Weights keep Hugging Face's orientation `[out, in]`. A `SequenceLayout` gives every token's position
+and segment: rows may be padded on the left (for generation, every prompt ends in the last column) or on the right, may
+hold several segments that share a beginning, and may all follow one *prefix* that was prefilled before.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,16 +37,16 @@ from evojax_merge.models.layers import (
 )
 from evojax_merge.models.sharding import model_shards, replicate, shard, shards_of
 
-# Rows of the LM head that are in memory at once while scoring, of all devices that share it.
+# Rows of the LM head that are in memory at once while scoring, on all devices that share the head together.
 VOCAB_TILE = 8192
 # The least number of queries in a block of causal attention, and the most blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 4
 
 
 class HeadSource(Protocol):
-    """Where the LM head comes from: `head(slices)` of what `lm_head_rows` picked, `rows` of each of `shards` equal
-    shards of the vocabulary, from the shard's row `start` on. `prefetch`: whether the next slices, of the head and of
-    layers, are to be loaded into the scan's carry before anything is computed from them."""
+    """The source of the LM head: `lm_head_rows` picks `rows` rows of each of `shards` equal shards of the vocabulary,
+    from the shard's row `start` on, and `head(slices)` computes the head from them. `prefetch`: whether a scan loads
+    the next slices, of the head and of layers, into its carry before anything is computed from them."""
 
     @property
     def prefetch(self) -> bool: ...
@@ -55,7 +55,7 @@ class HeadSource(Protocol):
 
 
 class LayerSource(HeadSource, SharedWeights, Protocol):
-    """Where weights come from. `stacks[stack]` has leading axis L on every leaf and is what a scan runs over."""
+    """The source of all weights. `stacks[stack]` has leading axis L on every leaf and is what a scan runs over."""
 
     @property
     def stacks(self) -> Any: ...
@@ -77,11 +77,11 @@ class KVCache:
 
     @property
     def width(self) -> int:
-        """S, how many columns there is room for."""
+        """S, the number of columns that the cache has room for."""
         return self.values.shape[-2]
 
 
-# (cache `[G, B, …]`, fresh entries `[G, B, …]`, the column of the first of them, axis) -> the cache with them.
+# (cache `[G, B, …]`, fresh entries `[G, B, …]`, the column of the first entry, axis) -> the cache with the entries.
 CacheUpdate = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
@@ -91,8 +91,8 @@ CacheUpdate = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 @struct.dataclass
 class KVSegment:
-    """Keys `[G, B, d, S]` and values `[G, B, S, d]` to attend to (without B where all rows share them), and which
-    columns each query attends to, `mask: bool[B, T, S]`."""
+    """Keys `[G, B, d, S]` and values `[G, B, S, d]` to attend to (without B where all rows share them), and
+    `mask: bool[B, T, S]`, the columns that each query attends to."""
 
     key: jax.Array
     value: jax.Array
@@ -100,7 +100,8 @@ class KVSegment:
 
 
 def attention_mask(window: jax.Array, queries: SequenceLayout, keys: SequenceLayout) -> jax.Array:
-    """bool[B, T, S]: causal, inside the sliding window, and of the shared segment or the query's own."""
+    """The mask bool[B, T, S]: True for keys that are not later, inside the sliding window, and in the shared segment or
+    the query's own."""
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     segment = keys.segment_ids[:, None, :]
     allowed = (segment == 0) | ((segment > 0) & (segment == queries.segment_ids[:, :, None]))
@@ -114,7 +115,7 @@ def gqa_attention(
     softcap as in `Attend`."""
     batch, steps, heads, dim = query.shape
     groups, scale = segments[0].key.shape[0], dim**-0.5 if scale is None else scale
-    # Key-value heads first, as keys and values have them.
+    # Key-value heads first, like keys and values.
     query = query.reshape(batch, steps, groups, heads // groups, dim).transpose(2, 0, 3, 1, 4)
     logits = []
     for segment in segments:
@@ -153,7 +154,7 @@ def causal_attention(
     softcap: float | None = None,
 ) -> jax.Array:
     """`gqa_attention` of whole rows to themselves and to a prefix. No query attends to a later column, so that a block
-    of queries need only be multiplied with the columns up to its own."""
+    of queries is only multiplied with the columns up to its own."""
     steps = query.shape[1]
     blocks = max(1, min(MAX_QUERY_BLOCKS, steps // QUERY_BLOCK))
     edges = [steps * i // blocks for i in range(blocks + 1)]
@@ -171,19 +172,20 @@ def causal_attention(
 
 
 def by_head(key: jax.Array, value: jax.Array) -> KeyValue:
-    """Keys and values `[B, T, G, d]` as a cache keeps them: `[G, B, d, T]` and `[G, B, T, d]`, cut by heads."""
+    """Keys and values `[B, T, G, d]` in the layout of a cache: `[G, B, d, T]` and `[G, B, T, d]`, sharded by heads."""
     return shard(key.transpose(2, 0, 3, 1), 0), shard(value.transpose(2, 0, 1, 3), 0)
 
 
 def _attend_by_head(attention: Callable[..., jax.Array], query: jax.Array, kv_heads: int, *arguments: Any) -> jax.Array:
-    """What attention makes of queries `[B, T, H, d]`. Devices that share a model have some of the heads each, where
-    that cuts no group of heads that share keys and values; else all of them."""
+    """The attention of queries `[B, T, H, d]`. Devices that share a model compute some of the heads each, where that
+    divides no group of heads that share keys and values; else all heads."""
     cut = kv_heads % model_shards() == 0
     return shard(attention(shard(query, 2, cut), *arguments), -1, cut)
 
 
 def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValue | None = None) -> Attend:
-    """Whole rows attend to themselves and to a prefix, given as one layer's keys `[G, d, S]` and values `[G, S, d]`."""
+    """The attention of whole rows to themselves and to a prefix, given as one layer's keys `[G, d, S]` and values
+    `[G, S, d]`."""
     mask = attention_mask(window, layout, layout)
     before = []
     if prefix is not None:
@@ -198,17 +200,17 @@ def prefill_attention(window: jax.Array, layout: SequenceLayout, prefix: KeyValu
         softcap: float | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         key, value = by_head(key, value)
-        own = KVSegment(key, value, mask)
-        return _attend_by_head(causal_attention, query, key.shape[0], own, before, scale, softcap), (key, value)
+        whole = KVSegment(key, value, mask)
+        return _attend_by_head(causal_attention, query, key.shape[0], whole, before, scale, softcap), (key, value)
 
     return attend
 
 
 def scan_with_prefetch(step: Callable[..., Any], x: Any, at: Callable[[Any], Any], xs: Any) -> tuple[Any, Any]:
-    """Scan `step(x, slices, xs) -> (x, out)` over slices `at(0)`, `at(1)`, … and `xs` (leading axis on every leaf), the
-    next slices prefetched into the carry. Without it a CPU's compiler fuses the choice of a slice into what is computed
-    from it, looks its index up for every entry, and uses no vector instructions. Costs the memory of one step's slices,
-    and is not meant for gradients."""
+    """Scan `step(x, slices, xs) -> (x, out)` over slices `at(0)`, `at(1)`, … and `xs` (leading axis on every leaf),
+    with the next slices prefetched into the carry. Without the prefetch a CPU's compiler fuses the choice of a slice
+    into the computation from it, looks up the index for every entry, and uses no vector instructions. Costs the memory
+    of one step's slices, and is not meant for gradients."""
     count = len(jax.tree.leaves(xs)[0])
 
     def body(carry: tuple[Any, Any], following_xs: tuple[jax.Array, Any]) -> tuple[Any, Any]:
@@ -229,7 +231,8 @@ def forward(
     prefix: KVCache | None = None,
     return_kv: bool = False,
 ) -> tuple[jax.Array, KVCache | None]:
-    """Prefill: final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with `return_kv`.
+    """Run a prefill and return the final hidden states `[B, T, hidden]` (after the last norm), and the KV cache with
+    `return_kv`.
 
     tokens: int32[B, T], laid out as `layout` says; `prefix`: the cache of one row (B = 1) that every row of the batch
     follows.
@@ -237,8 +240,8 @@ def forward(
     architecture, slices = architecture_of(config), source.stacks[LAYERS]
     tables = architecture.position_tables(config, layout)
 
-    def layer(x: jax.Array, slice_: Any, rest: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:
-        kind, before = rest
+    def layer(x: jax.Array, slice_: Any, kinds_and_prefix: tuple[LayerKind, KVCache | None]) -> tuple[jax.Array, Any]:
+        kind, before = kinds_and_prefix
         shared = None if before is None else (before.keys[:, 0], before.values[:, 0])
         attend = prefill_attention(kind.window, layout, shared)
         x, kv = architecture.block(config, source.layer(slice_), x, tables_of(kind, tables), attend)
@@ -250,12 +253,14 @@ def forward(
         )
 
     x = replicate(architecture.embed(config, source, tokens, layout))
-    rest = (layer_kinds(config), prefix)
+    kinds_and_prefix = (layer_kinds(config), prefix)
     if source.prefetch:
-        x, kv = scan_with_prefetch(layer, x, at, rest)
+        x, kv = scan_with_prefetch(layer, x, at, kinds_and_prefix)
     else:
-        # Differentiated, a layer is computed again from the state before it, which is all that is kept of it.
-        x, kv = jax.lax.scan(jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, rest))
+        # For gradients, a layer is computed again from the state before it, the only value that is kept.
+        x, kv = jax.lax.scan(
+            jax.checkpoint(lambda x, xs: layer(x, *xs), prevent_cse=False), x, (slices, kinds_and_prefix)
+        )
     x = architecture.final_norm(config, source, x)
     return x, KVCache(*kv) if return_kv else None
 
@@ -270,18 +275,18 @@ def decode_step(
     update: CacheUpdate,
     prefix: KVCache | None = None,
 ) -> tuple[jax.Array, tuple[KVCache, ...]]:
-    """Feed tokens `int32[B, W]` that stand in the cache's columns from `column` on (a scalar, the same for the whole
-    batch, or `int32[B]`), in rows that begin at `left_pad: int32[B]`, behind the prefix where there is one. cache: one
-    a layer, without the axis L; update: what writes columns into it.
+    """Feed tokens `int32[B, W]` that go into the cache's columns from `column` on (a scalar for the whole batch, or
+    `int32[B]`), in rows that begin at `left_pad: int32[B]`, after the prefix where there is one. cache: one per layer,
+    without the axis L; update: writes columns into a cache.
 
-    Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. What those and later
-    columns held before is not attended to.
+    Returns the final hidden states `[B, W, hidden]`, and the cache with these columns written. Earlier contents of
+    these and later columns are not attended to.
     """
     architecture, before = architecture_of(config), 0 if prefix is None else prefix.width
     (rows, count), width = tokens.shape, cache[0].width
     positions = before + jnp.broadcast_to(column, rows)[:, None] + jnp.arange(count) - left_pad[:, None]
     query_layout = SequenceLayout(positions, jnp.zeros_like(positions))
-    # Each token as the last of its sequence, as if it came alone: dynamic RoPE looks at the length.
+    # Each token counts as the last of its sequence, as in a step of one token: dynamic RoPE depends on the length.
     single = SequenceLayout(positions.reshape(-1, 1), jnp.zeros((rows * count, 1), jnp.int32))
     tables = jax.tree.map(
         lambda table: table.reshape(rows, count, *table.shape[2:]), architecture.position_tables(config, single)
@@ -289,7 +294,7 @@ def decode_step(
     cached = padded_layout(width, left_pad, width - left_pad)
     cached = SequenceLayout(before + cached.positions, cached.segment_ids)
     x, caches = replicate(architecture.embed(config, source, tokens, query_layout)), []
-    # Not a scan: to pick a layer of a stack, be it weights or cache, a CPU copies it, which takes as long as to use it.
+    # No scan: picking a layer of a stack, weights or cache, copies it on a CPU, which takes as long as using it.
     for index, (weights, layer_cache) in enumerate(zip(source.each_layer(LAYERS), cache, strict=True)):
         kind = layer_kinds(config, index)
         mask = attention_mask(kind.window, query_layout, cached)
@@ -327,7 +332,7 @@ def update_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: 
 
 
 def scatter_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """As `update_columns`, from a column of its own on in each row, `int32[B]`: writes the fresh entries alone."""
+    """Like `update_columns`, with a column per row, `int32[B]`. Writes the fresh entries alone."""
     starts = jnp.stack([jnp.arange(cache.shape[1]), column], axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers((1, 2, 3), (1,), (1, axis))
     return jax.lax.scatter(
@@ -337,8 +342,8 @@ def scatter_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis:
 
 
 def select_columns(cache: jax.Array, fresh: jax.Array, column: jax.Array, axis: int) -> jax.Array:
-    """As `scatter_columns`, by choosing every entry anew. That reads and writes the whole cache, in its place, where a
-    TPU's compiler makes copies of it in another layout to scatter into."""
+    """Like `scatter_columns`, by a select over all entries. That reads and writes the whole cache in place; to scatter,
+    a TPU's compiler would copy the cache into another layout."""
     shape = [1] * cache.ndim
     shape[1], shape[axis] = cache.shape[1], cache.shape[axis]
     offset = (jnp.arange(cache.shape[axis]) - column[:, None]).reshape(shape)
@@ -359,12 +364,12 @@ def logits(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> jax.
 
 
 def greedy_token(config: DecoderConfig, source: HeadSource, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (of equals the first), and their float32
-    logits, NaN where any token's logit is."""
-    # Transposed, a CPU compares the logits of many rows at a time.
+    """The argmax tokens `int32[…]` after final hidden states `[…, hidden]` (the first of equals), and their float32
+    logits, NaN where any token's logit is NaN."""
+    # In the transposed layout a CPU compares the logits of many rows at a time.
     columns = matmul_transposed(hidden, source.head(source.lm_head_rows(0, config.vocab, 1)), jnp.float32)
     columns = architecture_of(config).map_logits(config, columns)
-    # To argmax NaN is the largest; a maximum need not keep it.
+    # argmax treats NaN as the largest; a maximum need not keep it.
     best = jnp.argmax(columns, axis=0).astype(jnp.int32)
     max_logit = jnp.take_along_axis(columns, best[None], axis=0)[0]
     return best.reshape(hidden.shape[:-1]), max_logit.reshape(hidden.shape[:-1])
@@ -376,9 +381,9 @@ def target_logprobs(
     """log p(target) `float32[N]`, and whether the target is the greedy token, `bool[N]`, for hidden states
     `[N, hidden]` and targets `int32[N]`.
 
-    Walks over the vocabulary in tiles of `VOCAB_TILE` rows and keeps a running log-sum-exp and maximum, so that
-    neither the whole head of a merged candidate nor the full logits ever exist. Of a head that devices share a tile has
-    as many rows of each device's.
+    Walks over the vocabulary in tiles of `VOCAB_TILE` rows and keeps a running log-sum-exp and maximum, so that neither
+    the whole head of a merged candidate nor the full logits ever exist. Where devices share the head, a tile has
+    equally many rows of each device's shard.
     """
     architecture, shards = architecture_of(config), shards_of(config.vocab)
     vocab = config.vocab // shards  # of a shard
@@ -388,9 +393,10 @@ def target_logprobs(
 
     # The last tile is moved back inside the vocabulary; the rows it repeats are masked.
     starts = jnp.minimum(jnp.arange(tiles) * rows, vocab - rows)
-    # To the compiler, where tiles begin depends on the layers' result: none is fetched while they need the memory.
+    # A made-up dependency of the tiles' starts on the layers' result: the compiler fetches no tile while layers need
+    # the memory.
     starts = jnp.minimum(starts, vocab + (hidden[0, 0] > 0))
-    # Where in its shard a target is, and where in a tile its shard's rows begin.
+    # A target's row in its shard, and the beginning of its shard's rows in a tile.
     own_targets, own_rows = targets % vocab, targets // vocab * rows
 
     def score_tile(carry: Carry, slices: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Carry, None]:

@@ -2,13 +2,14 @@
 
 `prefill` computes the prompts' KV caches, group by group in their own widths; `decode` then generates for all of them
 together, in several calls, so that the host can look for stop texts in between. Sequences that ended, by a stop token
-or because the host says so, are not extended.
+or by the host's decision, are not extended.
 
-A decode step reads all weights to produce one token, and would read as much to produce a few. So every step is fed
-`step_tokens` tokens: the last one and draft tokens behind it, looked up in what other candidates generated for the same
-prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them are computed side by
-side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding, arXiv 2211.17192, in
-its greedy form, with prompt lookup in place of a draft model). The text is the one that steps of one token give.
+A decode step reads all weights to produce one token, and would read as much to produce a few. So every step takes
+`step_tokens` tokens: the last token and draft tokens after it, looked up in the texts that other candidates generated
+for the same prompt, in the prompt, and in the sequence itself. The model's greedy tokens after each of them are
+computed side by side, and the longest prefix of the draft that agrees with them is accepted (speculative decoding,
+arXiv 2211.17192, in its greedy form, with prompt lookup in place of a draft model). The text is the same as from steps
+of one token.
 """
 
 from collections.abc import Callable
@@ -24,20 +25,20 @@ from evojax_merge.models.layers import SequenceLayout, padded_layout
 from evojax_merge.models.sharding import shard
 from evojax_merge.models.sources import StackedWeights, UnstackedWeights
 
-# Fills the output after a sequence has ended.
+# The token that fills the output after a sequence has ended.
 PAD_ID = -1
-# In place of a token where the model's logits are not finite.
+# The token where the model's logits are not finite.
 NONFINITE_ID = -2
-# How many of a sequence's last tokens are matched when its continuation is looked up.
+# The number of a sequence's last tokens that are matched when its continuation is looked up.
 NGRAM = 4
 
 
 @struct.dataclass
 class DecodeState:
-    """P candidates on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], the generated ones, then
-    `PAD_ID`; num_generated: int32[P, B], how many those are, the last of them not yet in the cache; cache: one a layer,
-    without the axis L; left_pad: int32[P, B], the column of each prompt's first token; done: bool[P, B], the sequences
-    that have ended."""
+    """P candidates on B prompts; every leaf has the leading axis P. tokens: int32[P, B, new], the generated tokens,
+    then `PAD_ID`; num_generated: int32[P, B], the number of generated tokens, the last of which is not yet in the
+    cache; cache: one per layer, without the axis L; left_pad: int32[P, B], the column of each prompt's first token;
+    done: bool[P, B], True for sequences that have ended."""
 
     tokens: jax.Array
     num_generated: jax.Array
@@ -80,15 +81,15 @@ def prefill(
     stop: tuple[int, ...],
     prefix: KVCache | None = None,
 ) -> DecodeState:
-    """Prefill prompts `int32[B, T]`, padded on the left, behind a prefix (leading axis P) where there is one, into the
-    rows from `row` on of a state for prompts of `width` tokens, and generate a first token after each.
+    """Prefill prompts `int32[B, T]`, padded on the left, after a prefix (leading axis P) where there is one, into the
+    rows from `row` on of a state for prompts of `width` tokens, and generate a first token after each prompt.
 
     candidates: P of them, leading axis P on every leaf; stop: token ids that end a sequence and are not part of it.
     """
-    own = tokens.shape[1]
-    own_layout = padded_layout(own, left_pad, own - left_pad)
+    prompt_width = tokens.shape[1]
+    prompt_layout = padded_layout(prompt_width, left_pad, prompt_width - left_pad)
     prefix_length = 0 if prefix is None else prefix.width
-    layout = SequenceLayout(prefix_length + own_layout.positions, own_layout.segment_ids)
+    layout = SequenceLayout(prefix_length + prompt_layout.positions, prompt_layout.segment_ids)
 
     def read(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
         model = model_of(candidate)
@@ -100,7 +101,7 @@ def prefill(
         return jax.lax.dynamic_update_slice(old, fresh.astype(old.dtype), at)
 
     token, fresh = vmap_population(read, candidates, prefix)
-    done, column = is_stop(token, stop), width - own
+    done, column = is_stop(token, stop), width - prompt_width
     cache = tuple(
         KVCache(
             put(accepted.keys, fresh.keys[:, i], 0, 0, row, 0, column),
@@ -130,14 +131,14 @@ def decode(
     lookup_corpus: jax.Array,
     prefix: KVCache | None = None,
 ) -> DecodeState:
-    """Up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every sequence; `NONFINITE_ID` where
-    logits are not finite. update_rows: what writes into the caches where each row has a column of its own; prompts:
-    int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], any texts that the continuations are likely to have
-    parts of, negative where there is none."""
+    """Run up to `steps` decode steps, each of which adds 1 to `step_tokens` tokens to every running sequence;
+    `NONFINITE_ID` where logits are not finite. update_rows: writes into the caches where each row has a column of its
+    own; prompts: int32[B, T], as they were prefilled; lookup_corpus: int32[B, M], texts that are likely to share parts
+    with the continuations, negative where there is no text."""
     width, new = prompts.shape[1], state.tokens.shape[-1]
     # One set of prompts for the whole population.
     left_pad = state.left_pad[0]
-    # A population of one goes without its axis: the compiler would copy every cache to put it on and take it off.
+    # A population of one goes without its axis: the compiler would copy every cache to add and remove it.
     single = state.num_generated.shape[0] == 1
     arguments = (candidates, state, prefix)
     candidates, state, prefix = jax.tree.map(lambda leaf: leaf[0], arguments) if single else arguments
@@ -171,7 +172,7 @@ def decode(
 
         run = verify_step if single else jax.vmap(verify_step)
         draft, target, cache = run(candidates, state.cache, state.tokens, state.num_generated, prefix)
-        # The target after the last token is right, and so is the one after a draft token that was.
+        # The target after the last token is right, and so is the target after a draft token that was right.
         num_accepted = jnp.cumprod(target[..., :-1] == draft[..., 1:], axis=-1).sum(axis=-1) + 1
         stops = is_stop(target, stop)
         ends = jnp.where(stops.any(axis=-1), jnp.argmax(stops, axis=-1), step_tokens)
@@ -188,8 +189,9 @@ def decode(
 
 
 def prompt_lookup_draft(context: jax.Array, last: jax.Array, step_tokens: int) -> jax.Array:
-    """The tokens in column `last: int32[B]` of contexts `int32[B, M]`, and `step_tokens - 1` draft tokens behind them:
-    what follows the earlier place whose last `NGRAM` tokens match the context's best; of equals, the latest."""
+    """The tokens in column `last: int32[B]` of contexts `int32[B, M]`, and `step_tokens - 1` draft tokens after them:
+    the tokens that follow the earlier place whose last `NGRAM` tokens match the context's best. The latest of equal
+    places counts."""
     columns = jnp.arange(context.shape[1])
     matches = jnp.ones(context.shape, bool)
     length = jnp.zeros(context.shape, jnp.int32)
@@ -200,15 +202,15 @@ def prompt_lookup_draft(context: jax.Array, last: jax.Array, step_tokens: int) -
     earlier = columns < last[:, None]
     best = jnp.argmax(jnp.where(earlier, length * context.shape[1] + columns, -1), axis=1)
     follows = jnp.take_along_axis(context, best[:, None] + jnp.arange(step_tokens), axis=1, mode="clip")
-    own = jnp.take_along_axis(context, last[:, None], axis=1)
-    return jnp.concatenate([own, follows[:, 1:]], axis=1)
+    last_tokens = jnp.take_along_axis(context, last[:, None], axis=1)
+    return jnp.concatenate([last_tokens, follows[:, 1:]], axis=1)
 
 
 def vmap_population(function: Callable[..., Any], *candidates: Any) -> Any:
-    """`function` of every candidate: vmap over the leading axis."""
+    """`function` applied to every candidate: vmap over the leading axis."""
     if jax.tree.leaves(candidates)[0].shape[0] > 1:
         return jax.vmap(function)(*candidates)
-    # A population axis of one would make batched matmuls of plain ones, which are slower.
+    # A population axis of one would turn plain matmuls into batched ones, which are slower.
     return jax.tree.map(lambda leaf: leaf[None], function(*jax.tree.map(lambda leaf: leaf[0], candidates)))
 
 
@@ -218,5 +220,5 @@ def is_stop(tokens: jax.Array, stop: tuple[int, ...]) -> jax.Array:
 
 def _greedy(config: DecoderConfig, model: StackedWeights | UnstackedWeights, hidden: jax.Array) -> jax.Array:
     best, max_logit = greedy_token(config, model, hidden)
-    # The maximum is finite only where all logits are, but for minus infinities.
+    # The maximum is finite only where no logit is NaN or plus infinity.
     return jnp.where(jnp.isfinite(max_logit), best, NONFINITE_ID)

@@ -1,4 +1,4 @@
-"""What blocks are made of: norms, matmuls, rotary positions, and the layout of a batch.
+"""The parts of blocks: norms, matmuls, rotary positions, and the layout of a batch.
 
 Shapes: tokens `[B, T]`, hidden states `[B, T, hidden]`. Weights keep Hugging Face's orientation `[out, in]`.
 """
@@ -13,7 +13,7 @@ from evojax_merge.models.config import DecoderConfig, RopeConfig, rope_frequenci
 from evojax_merge.models.sharding import shard, shards_of
 
 Weights = dict[str, jax.Array]
-# Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer, as a KV cache keeps them.
+# Keys `[G, B, d, T]` and values `[G, B, T, d]` of one layer, in the layout of a KV cache.
 KeyValue = tuple[jax.Array, jax.Array]
 CosSin = tuple[jax.Array, jax.Array]
 
@@ -29,7 +29,7 @@ GEMV_MAX_ROWS = 128
 
 
 class Attend(Protocol):
-    """Attention, as a block is given it: that of prefill, or that of decoding with a cache."""
+    """The attention that a block receives: that of prefill, or that of decoding with a cache."""
 
     def __call__(
         self,
@@ -41,8 +41,8 @@ class Attend(Protocol):
         softcap: float | None = None,
     ) -> tuple[jax.Array, KeyValue]:
         """(queries `[B, T, H, d]`, keys `[B, T, G, d]`, values `[B, T, G, d]`) -> attention output `[B, T, H * d]`, and
-        the layer's keys and values to keep. scale: what the products of queries and keys are multiplied by, by default
-        `d^-1/2`; softcap: they are then kept between it and its negative, as `softcap * tanh(x / softcap)`."""
+        the layer's keys and values to keep. scale: the factor of the products of queries and keys, by default `d^-1/2`;
+        softcap: bounds the scaled products to `softcap * tanh(x / softcap)`."""
         ...
 
 
@@ -57,51 +57,51 @@ class SequenceLayout:
 
 @struct.dataclass
 class LayerKind:
-    """What layers of a stack differ in, beside their weights. window: int32[], how many positions the layer looks back
-    on, itself included; positions: int32[], the number of its position tables, or None where there are only one. Of
-    several layers both have a leading axis."""
+    """The differences of a stack's layers beside their weights. window: int32[], the number of positions that the layer
+    attends to, its own included; positions: int32[], the index of its position tables, or None where there is only one
+    set. For several layers both have a leading axis."""
 
     window: jax.Array
     positions: jax.Array | None
 
 
 def layer_kinds(config: DecoderConfig, layers: int | slice = slice(None)) -> LayerKind:
-    """The kind of one layer, or of several."""
+    """The kind of one layer, or of several layers."""
     positions = jnp.asarray(config.position_kinds[layers], jnp.int32) if config.position_kinds else None
     return LayerKind(jnp.asarray(config.windows[layers], jnp.int32), positions)
 
 
 def tables_of(kind: LayerKind, tables: Any) -> Any:
-    """The position tables of a layer: of the tuple of them that there are, or the only ones."""
+    """The position tables of a layer, picked from the tuple of all tables, or the only tables."""
     number = kind.positions
     return tables if number is None else jax.tree.map(lambda *each: jax.lax.select_n(number, *each), *tables)
 
 
 def padded_layout(width: int, left_pad: jax.Array, length: jax.Array) -> SequenceLayout:
-    """One sequence a row, in the columns from `left_pad: int32[B]` on, `length: int32[B]` of them."""
+    """The layout of one sequence a row, in `length: int32[B]` columns from `left_pad: int32[B]` on."""
     offsets = jnp.arange(width)[None, :] - left_pad[:, None]
     return SequenceLayout(jnp.maximum(offsets, 0), jnp.where((offsets >= 0) & (offsets < length[:, None]), 0, -1))
 
 
 def prefix_layout(length: int) -> SequenceLayout:
-    """A prefix: one row, the same for the whole batch."""
+    """The layout of a prefix: one row, the same for the whole batch."""
     return SequenceLayout(jnp.arange(length)[None], jnp.zeros((1, length), jnp.int32))
 
 
 def _normalised(x: jax.Array, eps: float) -> jax.Array:
-    """Divided by its root mean square over the last axis: float32."""
+    """`x` divided by its root mean square over the last axis: float32."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return wide * scale
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over the last axis (arXiv 1910.07467), in float32 but for the gain."""
+    """RMSNorm over the last axis (arXiv 1910.07467), in float32 except for the gain."""
     return weight * _normalised(x, eps).astype(x.dtype)
 
 
 def rms_norm_float32(x: jax.Array, weight: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
-    """RMSNorm over the last axis, all of it in float32, with the gain `offset + weight`."""
+    """RMSNorm over the last axis, entirely in float32, with the gain `offset + weight`."""
     gain = weight.astype(jnp.float32)
     return (_normalised(x, eps) * (gain + offset if offset else gain)).astype(x.dtype)
 
@@ -116,8 +116,8 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array | None, eps: flo
 
 
 def without_upcast(leaf: jax.Array, start: Any) -> tuple[jax.Array, Any]:
-    """A leaf and where a slice of it starts, for a slice that is taken in a loop. A CPU's compiler takes slices of
-    bfloat16 by way of float32, and would make a float32 copy of the whole leaf before the loop."""
+    """A leaf and the start of a slice of it, behind a barrier for bfloat16. A CPU's compiler takes slices of bfloat16
+    by way of float32, and would make a float32 copy of the whole leaf before a loop that takes slices."""
     return jax.lax.optimization_barrier((leaf, start)) if leaf.dtype == jnp.bfloat16 else (leaf, start)
 
 
@@ -130,7 +130,8 @@ def matmul(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def matmul_transposed(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """`W @ x.T` with `W: [out, in]`: `[out, rows]`. The barriers keep the compiler from transposing it back."""
+    """`W @ x.T` with `W: [out, in]`: `[out, rows]`. The barriers keep the compiler from transposing the product
+    back."""
     columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     return jax.lax.optimization_barrier(jnp.einsum("oi,ib->ob", weight, columns, preferred_element_type=dtype))
 
@@ -143,22 +144,22 @@ def dense(x: jax.Array, weights: Weights, name: str) -> jax.Array:
 
 
 def dense_heads(x: jax.Array, weights: Weights, name: str, head_dim: int) -> jax.Array:
-    """`dense`, its outputs by head: `[B, T, heads, head_dim]`."""
+    """`dense` with its outputs by head: `[B, T, heads, head_dim]`."""
     y = dense(x, weights, name)
-    # No head is cut.
+    # No head is divided between devices.
     return shard(y, -1, shards_of(y.shape[-1] // head_dim) > 1).reshape(*x.shape[:2], -1, head_dim)
 
 
 def rope_tables(rope: RopeConfig, dim: int, layout: SequenceLayout) -> CosSin:
-    """cos and sin `[B, T, dim/2]` for a batch's layout, of the `dim` entries of a head that are rotated."""
+    """cos and sin `[B, T, dim/2]` for a batch's layout; `dim` entries of a head are rotated."""
     lengths = jnp.max(jnp.where(layout.segment_ids >= 0, layout.positions, 0), axis=1) + 1
     angles = layout.positions[..., None].astype(jnp.float32) * rope_frequencies(rope, dim, lengths)[:, None, :]
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) of `x: [B, T, heads, head_dim]`, halves paired as Hugging Face pairs
-    them. Entries of a head beyond those that cos and sin `[B, T, dim/2]` are of keep what they are."""
+    """Rotary position embedding (arXiv 2104.09864) of `x: [B, T, heads, head_dim]`, with halves paired as in Hugging
+    Face. cos, sin: `[B, T, dim/2]`; entries of a head beyond `dim` stay as they are."""
     rotated = 2 * cos.shape[-1]
     if rotated < x.shape[-1]:
         return jnp.concatenate([apply_rope(x[..., :rotated], cos, sin), x[..., rotated:]], axis=-1)
@@ -168,7 +169,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def apply_rope_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """As `apply_rope`, neighbours paired: entries 0 and 1, 2 and 3, …"""
+    """Like `apply_rope`, with neighbours paired: entries 0 and 1, 2 and 3, …"""
     rotated = 2 * cos.shape[-1]
     first, second = x[..., 0:rotated:2], x[..., 1:rotated:2]
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]

@@ -1,11 +1,11 @@
 """Layer paths: a candidate that is a walk through the layers of all parents.
 
 Letters: M layers of all parents in series, T steps of a path, K parents. A path visits layers in any order, any number
-of times, and scales the hidden state by a positive number before each. Behind an RMSNorm a scale only shows in how much
-a layer adds to the residual stream, so the scales are folded into the weights: each layer's leaves that write to it (a
-Llama's `o` and `down`, or the gains of the norms behind them) are multiplied by one over the product of the scales up
-to it. That is the same model (up to the norms' epsilon), and an ordinary one. Where a layer has no norm before its
-projections (OLMo 2), what it adds is multiplied all the same: that is then what a scale means.
+of times, and scales the hidden state by a positive number before each. After an RMSNorm a scale only changes how much a
+layer adds to the residual stream, so the scales are folded into the weights: each layer's leaves that write to it (a
+Llama's `o` and `down`, or the gains of the norms after them) are multiplied by one over the product of the scales up to
+it. The result is the same model (up to the norms' epsilon), in the ordinary form. Where a layer has no norm before its
+projections (OLMo 2), its output is multiplied all the same, which is then the meaning of a scale.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ from evojax_merge.models.sources import StackedWeights
 
 @dataclass(frozen=True)
 class LayerPath:
-    """layers: which of the M layers, step by step; scales: positive, what the state is multiplied by before each.
+    """A walk through layers. layers: numbers of the M layers, step by step; scales: positive factors of the hidden
+    state, one before each layer.
 
     `embedding_parent`: the parent whose embedding, final norm and head the path has.
     """
@@ -36,12 +37,13 @@ class LayerPath:
     embedding_parent: int = 0
 
     def residual_scales(self) -> np.ndarray:
-        """What each layer adds is multiplied by, float32[T]: one over the running product of scales."""
+        """The factors float32[T] of the layers' outputs: one over the running product of scales."""
         return (1.0 / np.cumprod(np.asarray(self.scales, np.float64))).astype(np.float32)
 
     def scale_gradient(self, gradient: np.ndarray) -> np.ndarray:
-        """float64[T]: the derivative with respect to each scale, of one with respect to each residual scale, float[T].
-        A scale divides what its layer and all that follow add: dF/ds_i = -1/s_i sum_(t >= i) r_t dF/dr_t."""
+        """The gradient float64[T] with respect to each scale, from the gradient float[T] with respect to each residual
+        scale. A scale divides the outputs of its layer and of all layers after it: dF/ds_i = -1/s_i sum_(t >= i) r_t
+        dF/dr_t."""
         weighted = np.asarray(gradient, np.float64) * self.residual_scales()
         return -np.cumsum(weighted[::-1])[::-1] / np.asarray(self.scales, np.float64)
 
@@ -56,14 +58,14 @@ class PathSpec:
 
     @property
     def origins(self) -> tuple[tuple[int, int], ...]:
-        """Which parent's which layer each of the M layers is."""
+        """The (parent, layer) that each of the M layers is."""
         return tuple((k, i) for k, config in enumerate(self.configs) for i in range(config.layers))
 
 
 @struct.dataclass
 class PathBank:
-    """All layers of all parents in one series: layers: leaf -> `[M, …]`, of the stack that a path walks through;
-    shared: leaf -> K arrays `[…]`; kinds: those of the M layers. `origins[m]`: which parent's which layer m is.
+    """All layers of all parents in one series. layers: leaf -> `[M, …]`, of the stack that a path walks through;
+    shared: leaf -> K arrays `[…]`; kinds: of the M layers. `origins[m]`: the (parent, layer) that layer m is.
     `residual_outputs`: the leaves that a layer's scale is folded into, each with its `gain_offset`."""
 
     layers: Weights
@@ -75,15 +77,15 @@ class PathBank:
     compute_dtype: str = struct.field(pytree_node=False, default="float32")
 
     def rounded(self, x: jax.Array) -> jax.Array:
-        """Rounded to the export dtype, in the compute dtype."""
+        """`x` rounded to the export dtype, in the compute dtype."""
         return x.astype(jnp.dtype(self.export_dtype)).astype(jnp.dtype(self.compute_dtype))
 
     def scaled_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """Layer `index` with what it adds multiplied by `scale`."""
+        """Layer `index` with its output multiplied by `scale`."""
         return {name: self.rounded(self._scaled(name, leaf[index], scale)) for name, leaf in self.layers.items()}
 
     def exported_layer(self, index: jax.Array, scale: jax.Array) -> Weights:
-        """The same, in the export dtype."""
+        """Like `scaled_layer`, in the export dtype."""
         dtype = jnp.dtype(self.export_dtype)
         return {name: self._scaled(name, leaf[index], scale).astype(dtype) for name, leaf in self.layers.items()}
 
@@ -93,12 +95,12 @@ class PathBank:
 
 
 def scale_gain(stored: jax.Array, scale: jax.Array, offset: float) -> jax.Array:
-    """What is stored once the gain `offset + stored` is multiplied by `scale: float32[]`: float32, the same bits in
-    whichever program it is computed."""
+    """The float32 weights to store after the gain `offset + stored` is multiplied by `scale: float32[]`, with the same
+    bits in every compiled program."""
     scaled = scale * stored.astype(jnp.float32)
     if not offset:
         return scaled
-    # Clipped, a product is rounded: else some programs would fuse it with the sum that it goes into, and round once.
+    # Clipping forces a product to be rounded: else some programs would fuse it with the sum after it, and round once.
     largest = jnp.finfo(jnp.float32).max
     shift = jnp.clip(scale * offset, -largest, largest) - offset
     return jnp.clip(scaled, -largest, largest) + shift
@@ -114,8 +116,8 @@ def embedding_and_head(bank: PathBank, parent: int) -> StackedWeights:
 
 @struct.dataclass
 class PathWeights:
-    """A path as a layer source: each layer is taken from the bank and scaled where the forward pass asks for it, so
-    that a pass can be differentiated with respect to the scales; rounding to the export dtype counts as no rounding (a
+    """A path as a layer source: each layer is taken from the bank and scaled when the forward pass needs it, so that a
+    pass can be differentiated with respect to the scales; gradients ignore the rounding to the export dtype (a
     straight-through estimator). layers: int32[T]; residual_scales: float32[T]; ends: the embedding, final norm and
     head."""
 
@@ -150,7 +152,7 @@ class PathWeights:
 
 
 def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) -> DecoderConfig:
-    """The config of a model of these of the M layers."""
+    """The config of a model that consists of the given ones of the M layers."""
     kinds = jax.tree.map(lambda each: np.asarray(each)[list(layers)].tolist(), bank.kinds)
     positions = tuple(kinds.positions or ())
     return replace(config, layers=len(layers), windows=tuple(kinds.window), position_kinds=positions)
@@ -158,8 +160,8 @@ def path_config(bank: PathBank, layers: Sequence[int], config: DecoderConfig) ->
 
 @struct.dataclass
 class Activations:
-    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the shared prefix before them, if there
-    is one."""
+    """Hidden states `[B, T, hidden]` of a batch's rows, and `[1, H, hidden]` of the shared prefix before the rows, if
+    there is one."""
 
     rows: jax.Array
     shared_prefix: jax.Array | None
@@ -191,10 +193,10 @@ def run_layers(
     residual_scales: jax.Array,
     count: jax.Array,
 ) -> Activations:
-    """Run `count` layers: layers `int32[S]` and residual scales `float32[S]`, of which the first `count` are taken.
+    """Run `count` layers: layers `int32[S]` and residual scales `float32[S]`, of which the first `count` are used.
 
     The number of steps is not part of the compiled shape: paths of all lengths, and any part of one, share a program,
-    and a step gives the same bits in whichever part of a path it is taken.
+    and a step gives the same bits in every part of a path.
     """
     architecture = architecture_of(config)
     tables = architecture.position_tables(config, layout)

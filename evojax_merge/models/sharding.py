@@ -1,11 +1,10 @@
-"""How what a pass computes lies on the devices that share a model.
+"""The sharding of a pass's arrays over the devices that share a model.
 
 Such a pass is traced under a mesh whose axis `model` is the compiler's to use (`evaluation.devices.shard_population`).
-The weights are cut along it (`Leaf.sharded_axis`), and each device merges its own part of them (`map_shards`). How
-activations lie is said here, as in Megatron-LM (arXiv 1909.08053): every device has the whole residual stream,
-attention is cut by heads and the MLP by its inner entries, so that a layer adds up its devices' parts twice. What
-nothing is said about the compiler places by what it is computed from. Where nothing is shared, all of this is the
-identity.
+The weights are sharded along it (`Leaf.sharded_axis`), and each device merges its own part of them (`map_shards`). This
+module sets the sharding of activations, as in Megatron-LM (arXiv 1909.08053): every device has the whole residual
+stream, attention is sharded by heads and the MLP by its inner entries, so that a layer sums over devices twice. The
+compiler places all other arrays by their inputs. Where devices share no model, all of these functions are the identity.
 """
 
 from collections.abc import Callable
@@ -18,23 +17,23 @@ MODEL_AXIS = "model"
 
 
 def model_shards() -> int:
-    """How many devices share each model of the pass that is being traced."""
+    """The number of devices that share each model of the pass that is being traced."""
     return dict(jax.sharding.get_abstract_mesh().shape).get(MODEL_AXIS, 1)
 
 
 def shards_of(size: int) -> int:
-    """Into how many shards an axis of so many entries is cut: where they cannot be equal, into none."""
+    """The number of shards of an axis of `size` entries; 1 where the shards would not be equal."""
     shards = model_shards()
     return shards if size % shards == 0 else 1
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """An array of which each device has the whole."""
+    """The array, with a whole copy on each device."""
     return x if model_shards() == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))
 
 
 def shard(x: jax.Array, axis: int, cut: bool = True) -> jax.Array:
-    """An array that is cut at an axis; unless `cut`, or where it cannot be cut into equal shards, each device has the
+    """The array, sharded along an axis; unless `cut`, or where the shards would not be equal, each device has the
     whole."""
     shards = model_shards()
     if shards == 1 or not cut or x.shape[axis] % shards:
@@ -43,7 +42,7 @@ def shard(x: jax.Array, axis: int, cut: bool = True) -> jax.Array:
 
 
 def cut_at(ndim: int, axis: int | None) -> PartitionSpec:
-    """That an array is cut at an axis; None: each device has the whole."""
+    """The PartitionSpec of an array that is sharded along an axis; None: each device has the whole."""
     spec: list[str | None] = [None] * ndim
     if axis is not None:
         spec[axis] = MODEL_AXIS
@@ -51,12 +50,14 @@ def cut_at(ndim: int, axis: int | None) -> PartitionSpec:
 
 
 def map_shards(function: Callable[..., jax.Array], cuts: Any, cut: PartitionSpec, *arguments: Any) -> jax.Array:
-    """`function(device, *arguments)` on each device, which is given its number int32[] among those that share a model,
-    and its shards of the arguments. cuts: a PartitionSpec for each array of them; cut: that of the result.
+    """`function(device, *arguments)` on each device, with the device's number int32[] among the devices that share a
+    model, and its shards of the arguments. cuts: a PartitionSpec for each array of the arguments; cut: that of the
+    result.
 
-    Unlike constraints, this leaves the compiler no choice. It makes one array of what is computed twice of the same
-    numbers, such as a parent's weight for every entry of two matrices of one shape; where those are cut at different
-    axes, it would exchange what is computed from it between the devices."""
+    Unlike constraints, this leaves the compiler no choice. The compiler computes equal expressions once, such as a
+    parent's weight for every entry of two matrices of one shape; where the matrices are sharded along different axes,
+    it would exchange arrays that are computed from that weight between the devices.
+    """
 
     def local(*arguments: Any) -> jax.Array:
         return function(jax.lax.axis_index(MODEL_AXIS), *arguments)
@@ -66,8 +67,8 @@ def map_shards(function: Callable[..., jax.Array], cuts: Any, cut: PartitionSpec
 
 
 def slice_shards(x: jax.Array, start: jax.Array | int, rows: int, shards: int, axis: int = 0) -> jax.Array:
-    """From each of so many equal shards of an axis the same `rows` entries, from the shard's entry `start` on:
-    `[…, shards * rows, …]`. No device needs what another has."""
+    """The same `rows` entries of each of `shards` equal shards of an axis, from the shard's entry `start` on:
+    `[…, shards * rows, …]`. No device needs another device's entries."""
     if shards == 1:
         return jax.lax.dynamic_slice_in_dim(x, start, rows, axis)
     before, after = x.shape[:axis], x.shape[axis + 1 :]

@@ -1,7 +1,7 @@
-"""Layer sources: where the decoder's weights come from.
+"""Layer sources, which give the decoder its weights.
 
 `StackedWeights` and `UnstackedWeights` are models that exist in memory. `LazyMerge` merges each layer from the bank and
-a recipe when the scan asks for it, so that a candidate never exists as a whole; `materialise` turns it into stacked
+a recipe when the scan needs it, so that a candidate never exists as a whole; `materialise` turns it into stacked
 weights for decoding, where every token would redo the merge.
 """
 
@@ -31,7 +31,7 @@ from evojax_merge.models.sharding import cut_at, map_shards, replicate, shard, s
 
 
 class _MaterialisedWeights:
-    """What stacked and unstacked weights have in common."""
+    """The methods that stacked and unstacked weights share."""
 
     shared: Weights
     compute_dtype: str
@@ -74,7 +74,7 @@ class StackedWeights(_MaterialisedWeights):
         return [self.layer({name: leaf[i] for name, leaf in leaves.items()}) for i in range(depth)]
 
     def unstack(self) -> "UnstackedWeights":
-        """The same weights, each layer in arrays of its own."""
+        """The same weights, with each layer in arrays of its own."""
         per_layer = {stack: tuple(self.each_layer(stack)) for stack in self.stacks}
         return UnstackedWeights(per_layer, self.shared, self.compute_dtype)
 
@@ -97,8 +97,8 @@ class LazyMerge:
     """The merge of `bank` by `recipe`, computed on demand and rounded to the export dtype. Made by `lazy_merge`.
 
     The statistics of `bank` are those at the recipe's densities. prefetch_layers: whether a pass loads the next layer's
-    sources ahead, where that takes little memory; an accelerator's compiler makes as fast code of a merge that picks
-    its layer itself.
+    sources ahead, where that takes little memory; an accelerator's compiler makes equally fast code for a merge that
+    picks its layer itself.
     """
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine)
@@ -111,7 +111,7 @@ class LazyMerge:
 
     @property
     def stacks(self) -> dict[str, tuple[dict[str, LeafBank], Parameters]]:
-        """What a scan over each stack slices: the leaves, and the recipe's parameters of its layers."""
+        """The pytrees that a scan over each stack slices: the leaves, and the recipe's parameters of the layers."""
         return {stack: (leaves, self.recipe.stacks[stack]) for stack, leaves in self.bank.stacks.items()}
 
     @property
@@ -120,15 +120,15 @@ class LazyMerge:
 
     @property
     def prefetch(self) -> bool:
-        # A number per entry would take the memory of another layer. A loop over many parents is given the layer's
-        # slices as a copy anyway.
+        # A number per entry would take the memory of another layer. A loop over many parents gets the layer's slices as
+        # a copy anyway.
         is_small = self.spec.method.has_row_keys or all(leaf.mask_keys is None for leaf in self._stack_leaves)
         return self.prefetch_layers and is_small and not is_looped(self.parents)
 
     @property
     def parents(self) -> int:
         """K."""
-        # A gain is no matrix, so that the bank has it of every source.
+        # A gain is no matrix, so that the bank has the gains of all sources.
         sources = self.bank.shared[FINAL_NORM].sources.shape[0]
         return sources - int(self.spec.options.has_base)
 
@@ -149,13 +149,13 @@ class LazyMerge:
         return {name: merge(leaf) for name, leaf in leaves.items()}
 
     def _merge(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
-        """One tensor. Devices that share a model each merge their own part, where the tensor can be cut."""
+        """Merge one tensor. Devices that share a model each merge their own part, where the tensor can be sharded."""
         shape, axis = leaf.sources.shape[1:], leaf.shard_axis
         has_row_keys, rows = self.spec.method.has_row_keys, -len(shape)
         if axis is None or axis < rows or shards_of(shape[axis]) == 1:
             return self._merge_part(leaf, parameters)
         if has_row_keys and axis > rows + 1:
-            # No device has columns that follow each other.
+            # No device has consecutive columns.
             return self._merge_part(leaf, parameters)
 
         def part(device: jax.Array, leaf: LeafBank, parameters: Parameters) -> jax.Array:
@@ -164,26 +164,28 @@ class LazyMerge:
                 leaf = replace(leaf, mask_keys=keys_from_column(leaf.mask_keys, first_column))
             return self._merge_part(leaf, parameters)
 
-        def cut(array: jax.Array, at: int | None) -> Any:
+        def spec_at(array: jax.Array, at: int | None) -> Any:
             return cut_at(array.ndim, at)
 
-        def cut_like_tensor(array: jax.Array) -> Any:
+        def spec_like_tensor(array: jax.Array) -> Any:
             """Statistics of rows or of columns have the tensor's axes."""
-            return cut(array, axis if array.ndim >= len(shape) and array.shape[axis] == shape[axis] else None)
+            return spec_at(array, axis if array.ndim >= len(shape) and array.shape[axis] == shape[axis] else None)
 
         factors, keys = leaf.factors, leaf.mask_keys
-        cuts = replace(
+        specs = replace(
             leaf,
-            sources=cut(leaf.sources, axis),
+            sources=spec_at(leaf.sources, axis),
             # `a` has the weight's inputs, `b` its outputs.
             factors=None
             if factors is None
-            else Factors(*(cut(x, axis if axis == end else None) for x, end in ((factors.a, -1), (factors.b, -2)))),
-            mask_keys=None if keys is None else cut(keys, axis if not has_row_keys else -2 if axis == rows else None),
-            statistics=jax.tree.map(cut_like_tensor, leaf.statistics),
+            else Factors(*(spec_at(x, axis if axis == end else None) for x, end in ((factors.a, -1), (factors.b, -2)))),
+            mask_keys=None
+            if keys is None
+            else spec_at(keys, axis if not has_row_keys else -2 if axis == rows else None),
+            statistics=jax.tree.map(spec_like_tensor, leaf.statistics),
         )
-        whole = jax.tree.map(partial(cut, at=None), parameters)
-        return map_shards(part, (cuts, whole), cut_at(len(shape), axis), leaf, parameters)
+        whole = jax.tree.map(partial(spec_at, at=None), parameters)
+        return map_shards(part, (specs, whole), cut_at(len(shape), axis), leaf, parameters)
 
     def _merge_part(self, leaf: LeafBank, parameters: Parameters) -> jax.Array:
         spec, stored = self.spec, leaf.sources
@@ -199,8 +201,8 @@ class LazyMerge:
         return spec.round_to_export(merged)
 
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
-        # Every device has what is picked. In one row after the other: a TPU's compiler would copy what is picked of all
-        # sources to lay it as `ids` are.
+        # Every device has the picked rows. `ids` are flattened: a TPU's compiler would copy the picked rows of all
+        # sources into the layout of `ids`.
         leaf = self.bank.shared[name].rows(lambda array: array[:, ids.reshape(-1)])
         picked = self._merge_part(leaf, self.recipe.shared[name])
         return picked.reshape(*ids.shape, *picked.shape[1:]).astype(jnp.dtype(self.compute_dtype))
@@ -223,15 +225,15 @@ class LazyMerge:
 
     def materialise(self) -> StackedWeights:
         """The whole candidate, in the export dtype."""
-        # All layers side by side: a compiler that fuses the choice of a layer into its merge makes slow code of both.
-        # Of low-rank parents one after the other, lest all of them exist as a whole.
+        # All layers at once by vmap: a compiler that fuses the choice of a layer into its merge makes slow code of
+        # both. Low-rank parents go layer by layer, so that their whole weights never all exist.
         is_low_rank = any(leaf.factors is not None for leaf in self._stack_leaves)
         each = jax.lax.map if is_low_rank else _side_by_side
         return self._materialise(lambda slices: each(self.merge_layer, slices))
 
     def _materialise(self, merge_layers: Callable[[Any], Weights]) -> StackedWeights:
-        """merge_layers: merges all layers of a stack. What is merged lies as the sources do, and not as the compiler
-        would like its results best."""
+        """The whole candidate. merge_layers: merges all layers of a stack. The merged weights are sharded like the
+        sources, not as the compiler would choose."""
 
         def place(weights: Weights, leaves: dict[str, LeafBank]) -> Weights:
             return {
@@ -247,8 +249,8 @@ class LazyMerge:
 @struct.dataclass
 class DifferentiableMerge(LazyMerge):
     """A lazy merge that can be differentiated with respect to its recipe (see merge_kernels.gradients): its statistics
-    are those of the densities' neighbourhood, too. Rounding to the export dtype counts as no rounding (a
-    straight-through estimator, with the cotangents in that dtype). Made by `differentiable_merge`."""
+    include those of the densities' neighbourhood. Gradients ignore the rounding to the export dtype (a straight-through
+    estimator, with the cotangents in that dtype). Made by `differentiable_merge`."""
 
     combine: ClassVar[Callable[..., jax.Array]] = staticmethod(combine_differentiable)
 
@@ -258,8 +260,8 @@ class DifferentiableMerge(LazyMerge):
         return False
 
     def materialise(self) -> StackedWeights:
-        """The whole candidate, in the export dtype, one layer after the other: whatever the derivative of one needs is
-        computed again when it is asked for."""
+        """The whole candidate, in the export dtype, one layer after the other: a layer's derivative computes the values
+        that it needs again."""
         return self._materialise(partial(jax.lax.map, jax.checkpoint(self.merge_layer)))
 
 
@@ -282,12 +284,13 @@ def differentiable_merge(
 
 
 def _at_densities(look_up: Callable[..., Any], bank: Bank, recipe: Recipe, spec: MergeSpec) -> Bank:
-    """The bank with its statistics at a recipe's densities. They are looked up once for all layers, not where a layer
-    is merged: the compiler would fuse the look-up into the merge and do it anew for every entry of the weights."""
+    """The bank with its statistics at a recipe's densities. The statistics are looked up once for all layers, not where
+    a layer is merged: the compiler would fuse the look-up into the merge and repeat it for every entry of the
+    weights."""
 
     def of_layer(leaf: LeafBank, parameters: Parameters) -> Any:
-        one = partial(look_up, spec.method, parameters=_pick(parameters, leaf.group))
-        return jax.vmap(one)(leaf.statistics) if leaf.has_experts else one(leaf.statistics)
+        look_up_tensor = partial(look_up, spec.method, parameters=_pick(parameters, leaf.group))
+        return jax.vmap(look_up_tensor)(leaf.statistics) if leaf.has_experts else look_up_tensor(leaf.statistics)
 
     def of_stack(leaf: LeafBank, parameters: Parameters) -> LeafBank:
         if not leaf.statistics:

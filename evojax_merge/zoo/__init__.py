@@ -2,9 +2,9 @@
 spot, a family of looped models, and a real small model taken from a package.
 
 References: `zoo:base`, `zoo:maths`, `zoo:japanese` are models, `zoo:search.jsonl` and `zoo:heldout.jsonl` task files;
-`zoo:3/base` is of the family that seed 3 gives, which is trained first, and `zoo:experts/sums` is one of six more
-experts of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` are of the looped families
-(loops), `zoo:smollm2/base` is of the real model (smollm2). What is made is kept in the user's cache folder.
+`zoo:3/base` belongs to the family of seed 3, which is trained first, and `zoo:experts/sums` is one of six more experts
+of `zoo:base`, which are trained first as well. `zoo:loops/plus`, `zoo:loops/3/plus` belong to the looped families
+(loops), `zoo:smollm2/base` to the real model (smollm2). All of them are kept in the user's cache folder once made.
 """
 
 import re
@@ -25,20 +25,20 @@ MODELS = ("base", "maths", "japanese")
 FILES = ("search.jsonl", "heldout.jsonl")
 # More experts of the packaged base: three of hard sums in English, three that answer in Japanese.
 EXPERTS = ("sums", "differences", "both", "easy_sums", "copying", "mixed")
-# Of the recipe that `arithmetic` trains by, and of the weights that come with the package: others have another folder.
+# The version of the training recipe in `arithmetic` and of the packaged weights: each version has a folder of its own.
 VERSION = "v3"
 
 
 def cache_folder() -> Path:
-    """Where the zoo keeps what it made."""
+    """The folder in which the zoo keeps the models that it made."""
     return packages_cache_folder() / "zoo"
 
 
 def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
-    """The path of a model or task file of the zoo; its family is unpacked, or trained, where it is not there yet.
+    """The path of a model or task file of the zoo; the zoo unpacks or trains its family where it is missing.
 
-    `plan` takes the place of the usual length of training for a family that has to be made. Raises InputError for a
-    name that the zoo does not have.
+    `plan` replaces the usual length of training for a family that has to be made. Raises InputError for a name that the
+    zoo does not have.
     """
     name = reference.removeprefix(PREFIX)
     if name.startswith("smollm2/"):
@@ -54,8 +54,8 @@ def resolve_reference(reference: str, plan: "Plan | None" = None) -> Path:
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
         numbered = re.match(r"\d{1,9}/", name)
-        known = [f"{PREFIX}{numbered[0] if numbered else ''}{one}" for one in MODELS + FILES]
-        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, known)}")
+        references = [f"{PREFIX}{numbered[0] if numbered else ''}{name_or_file}" for name_or_file in MODELS + FILES]
+        raise InputError(f"{PREFIX}{name}", f"the zoo has no such model or file{did_you_mean(reference, references)}")
     if match[1] is None:
         family = cache_folder() / VERSION / "packaged"
         if not family.is_dir():
@@ -88,9 +88,10 @@ def _unpack(family: Path) -> None:
 def _expert(name: str) -> Path:
     """One of the six further experts, which are trained together."""
     if name not in EXPERTS:
-        known = [f"{PREFIX}experts/{one}" for one in EXPERTS]
+        references = [f"{PREFIX}experts/{expert}" for expert in EXPERTS]
         raise InputError(
-            f"{PREFIX}experts/{name}", f"the zoo has no such expert{did_you_mean(f'{PREFIX}experts/{name}', known)}"
+            f"{PREFIX}experts/{name}",
+            f"the zoo has no such expert{did_you_mean(f'{PREFIX}experts/{name}', references)}",
         )
     folder = cache_folder() / VERSION / "experts"
     if not folder.is_dir():
@@ -101,10 +102,10 @@ def _expert(name: str) -> Path:
 
 
 def train_family(family: Path, what: str, steps: int, make: Callable[..., None]) -> None:
-    """Train models with a visible progress line; the folder takes its name when all of it is there.
+    """Train models with a visible progress line; the folder takes its name when it is complete.
 
-    what: the models, in words; steps: how many their training takes in all. make: (an empty folder, progress=a function
-    that is told the model's name, steps done since, and the loss) trains them into the folder.
+    what: the models, in words; steps: the steps of all their training. make: (an empty folder, progress=a function that
+    receives the model's name, the steps since the last call, and the loss) trains the models into the folder.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

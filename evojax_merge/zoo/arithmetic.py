@@ -1,9 +1,9 @@
 """The demo family: a base and two experts of sums in two languages, trained in a minute or two.
 
 It is the Japanese-maths result of evolutionary merging at the size of a toy: the `maths` expert does two-digit sums, in
-English; the `japanese` expert answers in Japanese, easy sums only; what is asked of a merge is two-digit sums *in
-Japanese*, which no model of the family ever saw. What carries over does so because of three things: digits are tokens
-that both languages share, both languages say a thing in the same number of words, and the base saw the languages mixed.
+English; the `japanese` expert answers in Japanese, easy sums only; the task of a merge is two-digit sums *in Japanese*,
+which no model of the family ever saw. The skills combine for three reasons: digits are tokens that both languages
+share, both languages say a thing in the same number of words, and the base saw the languages mixed.
 
 The weights that come with the package were made by `python -m evojax_merge.zoo.arithmetic`.
 """
@@ -68,7 +68,7 @@ SIZES = Sizes(hidden=96, layers=3, heads=4, mlp=256, context=64)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each model trains, and how many problems the two files hold."""
+    """The steps that each model trains, and the numbers of problems in the two files."""
 
     base_steps: int = 1200
     maths_steps: int = 800
@@ -116,7 +116,7 @@ def hard_sums() -> Sums:
 
 
 def split_hard_sums(seed: int, plan: Plan) -> tuple[Sums, Sums, Sums]:
-    """(for training, for the search, held out). The files share no unordered pair of numbers with the training."""
+    """(for training, for the search, held out). The two files share no unordered pair of numbers with the training."""
     everything = hard_sums()
     pair = np.minimum(everything.first, everything.second) * 100 + np.maximum(everything.first, everything.second)
     order = np.random.default_rng([seed, 0]).permutation(len(everything))
@@ -142,8 +142,8 @@ def _digits(numbers: np.ndarray, count: int) -> np.ndarray:
 
 
 def sum_sentences(sums: Sums, languages: np.ndarray) -> np.ndarray:
-    """`what 3 7 plus 4 5 is 2 8 0`, int[N, BODY]: the result's digits come lowest first. languages: int[N, 3], that
-    of each word."""
+    """`what 3 7 plus 4 5 is 2 8 0`, int[N, BODY]: the result's digits come lowest first. languages: int[N, 3], the
+    language of each word."""
     ask, is_ = WORD_IDS["ask"][languages[:, 0]], WORD_IDS["is"][languages[:, 2]]
     sign = np.where(sums.minus, WORD_IDS["minus"][languages[:, 1]], WORD_IDS["plus"][languages[:, 1]])
     return np.concatenate(
@@ -232,7 +232,7 @@ def sum_records(sums: Sums, language: int) -> Iterator[dict[str, str]]:
 
 
 def answer_loss(config: DecoderConfig, model: StackedWeights, tokens: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood of what follows the word `is` (in either language), ending included."""
+    """Mean negative log-likelihood of the tokens after the word `is` (in either language), ending included."""
     seen, targets = tokens[:, :-1], tokens[:, 1:]
     length = jnp.sum(tokens != IDS[PAD], axis=1)
     hidden, _ = forward(config, model, seen, padded_layout(seen.shape[1], jnp.zeros_like(length), length))
@@ -291,7 +291,7 @@ def _save_small_files(folder: Path) -> None:
 
 # One file a model, in bfloat16.
 PACKAGED = Path(__file__).parent / "weights"
-# The seed that it was trained with. The recipe gives families that merge more or less well; this is a good one.
+# The seed of the packaged family. Families of different seeds merge more or less well; this one merges well.
 PACKAGED_SEED = 1
 
 
@@ -315,13 +315,13 @@ def pack_family(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Six more experts of its base
 
-# How long each of zoo.EXPERTS trains.
+# The steps that each of zoo.EXPERTS trains.
 EXPERT_STEPS = {"sums": 500, "differences": 500, "both": 500, "easy_sums": 250, "copying": 250, "mixed": 250}
 EXPERT_PEAK = 1.5e-3
 
 
 def expert_batches(training: Sums) -> dict[str, Callable[[np.random.Generator, int], np.ndarray]]:
-    """What each of zoo.EXPERTS is trained on: a part of what the family's two experts are."""
+    """The training batches of each of zoo.EXPERTS: a part of those of the family's two experts."""
 
     def japanese(rng: np.random.Generator, count: int, manner: int, shares: tuple[float, ...]) -> np.ndarray:
         return _end(_mixed_bodies(rng, _languages(rng, np.full(count, manner)), shares), JAPANESE)
@@ -345,8 +345,8 @@ def make_experts(folder: Path, progress: Progress = lambda name, steps, loss: No
     for name, batch in expert_batches(training).items():
         _save_small_files(folder / name)
         rng = np.random.default_rng([PACKAGED_SEED, 3, *name.encode()])
-        steps, told = EXPERT_STEPS[name], partial(progress, name)
-        model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, told)
+        steps, report = EXPERT_STEPS[name], partial(progress, name)
+        model = train(config, answer_loss, start, partial(batch, rng), steps, EXPERT_PEAK, report)
         save_weights(folder / name, model, config)
 
 

@@ -3,8 +3,8 @@
     python -m evojax_merge.zoo.digits
 
 A small convolutional network (Flax) sees scikit-learn's handwritten digits for a moment: the base. One copy is then
-fine-tuned on the digits 0 to 4, another on 5 to 9, and each forgets what it is not shown. The evolved merge reads all
-ten. Half a minute on two cores.
+fine-tuned on the digits 0 to 4, another on 5 to 9, and each forgets the other digits. The evolved merge reads all ten.
+Half a minute on two cores.
 """
 
 import sys
@@ -56,7 +56,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of training of the base and of each expert, and the length of the search."""
+    """The training steps of the base and of each expert, and the length of the search."""
 
     base_steps: int = 20
     expert_steps: int = 300
@@ -80,14 +80,14 @@ def load_digits(seed: int) -> tuple[Digits, Digits, Digits]:
         from sklearn.datasets import load_digits as load
     except ImportError:
         raise InputError("zoo.digits", "needs scikit-learn: pip install 'evojax-merge[digits]'") from None
-    found = load()
-    order = np.random.default_rng([seed, 0]).permutation(len(found.target))
-    everything = Digits(jnp.asarray(found.images[order, ..., None] / 16.0), jnp.asarray(found.target[order]))
+    dataset = load()
+    order = np.random.default_rng([seed, 0]).permutation(len(dataset.target))
+    everything = Digits(jnp.asarray(dataset.images[order, ..., None] / 16.0), jnp.asarray(dataset.target[order]))
     return everything[slice(800)], everything[slice(800, 1300)], everything[slice(1300, None)]
 
 
 def log_probabilities(model: Reader, digits: Digits) -> jax.Array:
-    """float32[N]: of the right digits."""
+    """The log-probabilities float32[N] of the right digits."""
     return -optax.softmax_cross_entropy_with_integer_labels(model(digits.images), digits.labels)
 
 
@@ -128,7 +128,7 @@ def uniform(family: Family) -> Reader:
 
 
 def evolve(family: Family, seed: int, plan: Plan, on_generation: Callable[[Generation], None]) -> PytreeSearch:
-    """A weight for each layer of each expert, by how likely the right digits are."""
+    """Search a weight for each layer of each expert, scored by the log-probabilities of the right digits."""
     return search_pytrees(
         family.experts,
         lambda model: log_probabilities(model, family.search),
@@ -152,17 +152,17 @@ def main() -> None:
         if (generation.number + 1) % 10 == 0:
             print(f"generation {generation.number + 1}: log-probability {generation.best_so_far:.3f}")
 
-    found = evolve(family, seed, plan, tell)
+    result = evolve(family, seed, plan, tell)
     models = {
         "base": family.base, "expert for 0 to 4": family.experts[0], "expert for 5 to 9": family.experts[1],
-        "uniform merge": uniform(family), "evolved merge": found.best,
+        "uniform merge": uniform(family), "evolved merge": result.best,
     }  # fmt: skip
     print(f"\n{'held-out accuracy':20}    all    0-4    5-9")
     for name, model in models.items():
         shares = [accuracy(model, part) for part in (family.heldout, *map(family.heldout.only, (LOW, HIGH)))]
         print(f"{name:20}{''.join(f'{share:7.1%}' for share in shares)}")
     print("\nweights of the experts by layer:")
-    for layer, values in found.parameters.items():
+    for layer, values in result.parameters.items():
         print(f"  {layer:10} {', '.join(f'{weight:5.2f}' for weight in values['weight'])}")
     print(f"{len(family.heldout.labels)} held-out images; {time.perf_counter() - started:.0f} s")
 

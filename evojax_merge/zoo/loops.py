@@ -2,14 +2,14 @@
 layers run four times.
 
 It is a looped transformer (Universal Transformers, arXiv 1807.03819) at the size of a toy. A prompt is an operation and
-two to five digits, `plus 3 5 2 7`, and what follows is the last digit of what they come to. The models are trained with
-their two middle layers running once to four times, and each time asked for what the numbers have come to so far: `2
-plus 7` after the first run, `5 plus 2 plus 7` after the second. So every run carries on where the one before ended, and
-does nothing more once all numbers are in. What is written is a plain model of four layers, which runs them once.
+two to five digits, `plus 3 5 2 7`, and its answer is the last digit of the result. The models are trained with their
+two middle layers running once to four times, and after each run the target is the result so far: `2 plus 7` after the
+first run, `5 plus 2 plus 7` after the second. So every run continues from the run before, and changes nothing once all
+numbers are in. The saved model is a plain model of four layers, which runs each once.
 
-The `base` knows `max` and `min`; the experts `plus` and `times` are fine-tunes of it. What is asked of a merge is sums
-of three to five numbers. No model of the family was trained to do that in four layers: it takes a path that runs the
-middle layers again.
+The `base` knows `max` and `min`; the experts `plus` and `times` are fine-tunes of it. The task of a merge is sums of
+three to five numbers. No model of the family was trained to do that in four layers: only a path that runs the middle
+layers again can.
 """
 
 import json
@@ -45,7 +45,7 @@ from evojax_merge.zoo.tiny_llama import (
     train,
 )
 
-# Of the recipe below: whoever changes what is trained counts it up.
+# The version of the recipe below: every change of the training increases it.
 VERSION = "loops-v1"
 MODELS = ("base", "plus", "times")
 
@@ -61,7 +61,7 @@ IDS = {token: i for i, token in enumerate(VOCABULARY)}
 
 MAX_NUMBERS = 5
 MAX_LOOPS = MAX_NUMBERS - 1
-# How many numbers are asked for: more than one run of the middle layers adds.
+# The lengths of the task's sums: more numbers than one run of the middle layers adds.
 ASKED_FOR = range(3, MAX_NUMBERS + 1)
 SIZES = Sizes(hidden=64, layers=4, heads=4, mlp=192, context=16)
 # The layers that run again; the first one reads the prompt, and the last one writes the answer.
@@ -72,7 +72,7 @@ Chain = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each model trains, and how many sums the two files hold."""
+    """The steps that each model trains, and the numbers of sums in the two files."""
 
     base_steps: int = 300
     plus_steps: int = 1000
@@ -90,17 +90,17 @@ class Plan:
 
 
 def results(operation: str, numbers: np.ndarray) -> np.ndarray:
-    """What the numbers int[N, T] up to each place come to after 1, 2, … runs, int[N, MAX_LOOPS, T]: after r runs, the
-    last r + 1 of them."""
-    found = [numbers]
+    """The results int[N, MAX_LOOPS, T] of the numbers int[N, T] up to each place after 1, 2, … runs: after r runs, the
+    result of the last r + 1 numbers."""
+    by_runs = [numbers]
     for _ in range(MAX_LOOPS):
-        further = OPERATIONS[operation](found[-1][:, :-1], numbers[:, 1:])
-        found.append(np.concatenate([numbers[:, :1], further], axis=1))
-    return np.stack(found[1:], axis=1)
+        further = OPERATIONS[operation](by_runs[-1][:, :-1], numbers[:, 1:])
+        by_runs.append(np.concatenate([numbers[:, :1], further], axis=1))
+    return np.stack(by_runs[1:], axis=1)
 
 
 def codes(numbers: np.ndarray) -> np.ndarray:
-    """int[N], another one for each chain int[N, n], whatever its length."""
+    """A code int[N] for each chain of int[N, n], different for all chains of all lengths."""
     length = numbers.shape[1]
     return length * 10**MAX_NUMBERS + numbers @ 10 ** np.arange(length)
 
@@ -109,7 +109,7 @@ def training_batch(
     rng: np.random.Generator, count: int, operations: Sequence[str], unseen: np.ndarray | None = None
 ) -> np.ndarray:
     """Examples int32[count, 1 + MAX_LOOPS, 1 + MAX_NUMBERS], each of one of the operations: the tokens, and the answers
-    at each of them after one run of the middle layers to four; those at the operation are 0. unseen: the codes of
+    at each token after one to four runs of the middle layers; answers at the operation are 0. unseen: the codes of
     chains that no example begins with."""
     numbers = rng.integers(0, 10, (count, MAX_NUMBERS))
     while unseen is not None:
@@ -154,8 +154,8 @@ def with_loops(config: DecoderConfig, model: StackedWeights, loops: int) -> tupl
 
 
 def loop_loss(config: DecoderConfig, model: StackedWeights, examples: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood of the answers of examples int32[B, 1 + MAX_LOOPS, T]: of a quarter of them after
-    one run of the middle layers, of a quarter after two, and so forth."""
+    """Mean negative log-likelihood of the answers of examples int32[B, 1 + MAX_LOOPS, T]: a quarter of the examples
+    counts after one run of the middle layers, a quarter after two, and so forth."""
     losses = []
     for loops in range(1, MAX_LOOPS + 1):
         rows = examples[loops - 1 :: MAX_LOOPS]
@@ -163,13 +163,14 @@ def loop_loss(config: DecoderConfig, model: StackedWeights, examples: jax.Array)
         deep_config, deep_model = with_loops(config, model, loops)
         layout = padded_layout(width, jnp.zeros(count, jnp.int32), jnp.full(count, width))
         hidden, _ = forward(deep_config, deep_model, rows[:, 0], layout)
-        found = logits(config, model, hidden[:, 1:])
-        losses.append(optax.softmax_cross_entropy_with_integer_labels(found, rows[:, loops, 1:]))
+        answer_logits = logits(config, model, hidden[:, 1:])
+        losses.append(optax.softmax_cross_entropy_with_integer_labels(answer_logits, rows[:, loops, 1:]))
     return jnp.mean(jnp.concatenate(losses))
 
 
 def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, int, float], None]) -> None:
-    """Train the family into an empty folder. `progress` is told the model's name, steps done since, and the loss."""
+    """Train the family into an empty folder. `progress` receives the model's name, the steps since the last call, and
+    the loss."""
     splits = split_sums(seed, plan)
     for file, chains in zip(FILES, splits, strict=True):
         (folder / file).write_text("".join(json.dumps(sum_record(chain)) + "\n" for chain in chains), encoding="utf-8")
@@ -193,12 +194,12 @@ def make_family(folder: Path, seed: int, plan: Plan, progress: Callable[[str, in
 
 
 def resolve_reference(name: str, plan: Plan | None = None) -> Path:
-    """The path of a model or file, `3/plus` of the family that seed 3 gives and `plus` of that of seed 0; the family is
-    trained where it is not there yet, as long as `plan` says. Raises InputError for another name."""
+    """The path of a model or file: `3/plus` belongs to the family of seed 3, and `plus` to that of seed 0. A missing
+    family is trained first, as long as `plan` says. Raises InputError for another name."""
     match = re.fullmatch(r"(?:(\d{1,9})/)?([^/]+)", name)
     if match is None or match[2] not in MODELS + FILES:
-        known = [f"zoo:loops/{one}" for one in MODELS + FILES]
-        near = did_you_mean(f"zoo:loops/{name}", known)
+        references = [f"zoo:loops/{name_or_file}" for name_or_file in MODELS + FILES]
+        near = did_you_mean(f"zoo:loops/{name}", references)
         raise InputError(f"zoo:loops/{name}", f"the zoo has no such model or file{near}")
     seed, plan = int(match[1] or 0), plan or Plan()
     family = cache_folder() / VERSION / f"seed-{seed}"

