@@ -1,4 +1,4 @@
-"""What a strategy answers, which may be a user's own: checked, so that a wrong answer is told with its name."""
+"""Checks of the answers of a strategy, which may be a user's own: the message about a wrong one names the strategy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +46,7 @@ def finalists(strategy: Strategy, state: State, dims: int) -> np.ndarray:
 
 
 def metrics(strategy: Strategy, state: State) -> dict[str, float]:
-    """What the history says of the state."""
+    """The figures of the state for the history, by name."""
     answer = strategy.metrics(state)
     if not isinstance(answer, Mapping) or not all(
         isinstance(name, str) and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiub"
