@@ -56,11 +56,6 @@ INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
 STALE = {
     "evojax_merge/checkpoints/adapters.py": {"base_head_tied"},
     "evojax_merge/config.py": {"load_config"},
-    "evojax_merge/evaluation/devices.py": {"LostProcess"},
-    "evojax_merge/evaluation/evaluator.py": {"broken", "score_states"},
-    "evojax_merge/evaluation/passes.py": {"score_states"},
-    "evojax_merge/evaluation/paths.py": {"passes.score_states"},
-    "evojax_merge/search/surrogate.py": {"at", "worth"},
 }
 
 
