@@ -55,7 +55,6 @@ INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
 # Names in docstrings that no longer exist, by file.
 STALE = {
     "evojax_merge/checkpoints/adapters.py": {"base_head_tied"},
-    "evojax_merge/config.py": {"load_config"},
 }
 
 
