@@ -39,7 +39,7 @@ def open_evaluators(
     log: Callable[[str], None] = lambda text: None,
 ) -> Splits[SpaceEvaluator[Any]]:
     """Load the bank and open evaluators of genomes on each of the splits, in the final compute dtype where no
-    generation is scored. `progress` receives the bytes that were loaded, `log` each deviation from the plan."""
+    generation is scored. `progress` receives the bytes that were loaded, `log` the evaluators' notes."""
     bank = problem.candidates.load_bank(devices, progress)
     # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
     chunk_sizes: dict[str, dict[Any, int]] = {problem.compute_dtype: {}, problem.final_compute_dtype: {}}

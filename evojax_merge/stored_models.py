@@ -217,7 +217,7 @@ def holds_samples(path: Path) -> bool:
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
-    """The shortest ends of the models' paths that tell them apart."""
+    """The shortest ends of the models' paths that differ."""
     parts = [Path(model).parts for model in models]
     for length in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*path[-length:])) for path in parts]

@@ -242,7 +242,7 @@ def shard_population(mesh: AnyMesh, local: Callable[[Any, Any], Any], replicated
 
 
 def free_memory() -> int:
-    """Bytes that a pass may use on a device beyond what is loaded."""
+    """Bytes that a pass may use on a device beside the loaded arrays."""
     return int(MEMORY_SHARE * unused_memory())
 
 

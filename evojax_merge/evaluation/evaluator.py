@@ -808,8 +808,8 @@ class Evaluator:
         return [[text(ids) for ids in row] for row in tokens]
 
     def generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
-        """The number of materialised candidates that fit, with their caches; on a CPU and a TPU one, unless on a CPU
-        they are small."""
+        """The number of materialised candidates that fit a device, with their caches; on a CPU the number whose weights
+        its cache may hold, on a TPU one."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "texts", most)
         if key not in self.chunk_sizes:

@@ -35,7 +35,7 @@ def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
 
 
 def require_memory(where: object, what: str, nbytes: int, available: int) -> None:
-    """Raises InputError where `what` takes more than is available, with both figures."""
+    """Raises InputError where `what` takes more memory than there is, with both figures."""
     if nbytes > available:
         raise InputError(where, f"{what} takes {_shown(nbytes)} of memory, but {_shown(available)} are available")
 

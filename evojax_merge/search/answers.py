@@ -12,8 +12,8 @@ from evojax_merge.search.protocols import State, Strategy, differentiates
 
 
 def ask(strategy: Strategy, key: jax.Array, state: State, dims: int) -> tuple[Any, State]:
-    """The generation's genomes and the state to tell. Raises Failed unless there are as many finite genomes as the
-    population, or fewer where the strategy follows gradients."""
+    """The generation's genomes and the state after the ask. Raises Failed unless there are as many finite genomes as
+    the population, or fewer where the strategy follows gradients."""
     answer = strategy.ask(key, state)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise _wrong(strategy, "ask", answer, "a pair of genomes and a state")

@@ -85,9 +85,9 @@ def example_spread(surrogate: SurrogateData, task_of: np.ndarray) -> np.ndarray:
 
 
 def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """The n examples of a stratum in parts, int[m] each, those of a larger spread float64[n] sooner; and for how many
-    examples of the stratum each stands once the first part, two parts, and so forth were asked, float64[parts, n].
-    Parts are of equal size, the first ones of one example more where the examples cannot be divided."""
+    """The n examples of a stratum in parts, int[m] each, those of a larger spread float64[n] sooner; and the number of
+    examples of the stratum that each stands for once the first part, two parts, and so forth were asked, float64[parts,
+    n]. Parts are of equal size; where the examples cannot be divided, the first parts have one example more."""
     count, mean = len(spread), spread.mean()
     size = (1 - UNIFORM_SHARE) * spread / mean + UNIFORM_SHARE if mean > 0 else np.ones(count)
     order = np.argsort(rng.random(count) / size, kind="stable")

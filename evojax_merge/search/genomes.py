@@ -15,7 +15,7 @@ E = TypeVar("E", bound=Evaluator)
 
 @runtime_checkable
 class DifferentiableEvaluator(Protocol):
-    """An evaluator that differentiates the fitness with respect to what a space decodes genomes to."""
+    """An evaluator that differentiates the fitness with respect to the candidates that a space decodes genomes to."""
 
     def value_and_gradient(self, candidates: Any, progress: Progress = ...) -> tuple[TaskScores, Any]: ...
 
@@ -25,7 +25,7 @@ class DivisibleEvaluator(Protocol):
     """An evaluator that has others on some of its examples."""
 
     def subset(self, examples: Sequence[np.ndarray]) -> Any:
-        """For each of the tasks int[M], ascending, which of its examples."""
+        """An evaluator on some of the examples. examples: for each of the tasks int[M], ascending, their numbers."""
         ...
 
 

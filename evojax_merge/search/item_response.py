@@ -34,8 +34,8 @@ LEAST_DISPERSION = 1e-4
 @dataclass(frozen=True)
 class ItemModel:
     """Examples as the items of a test. items: float64[N, K + 1], each one's slopes and, last, its intercept; abilities:
-    float64[R, K], of the candidates that it was fitted to; scale: float64[N], the range of scores that responses from 0
-    to 1 stand for; dispersion: float64[N], how many times the binomial variance responses have."""
+    float64[R, K], of the candidates that the model was fitted to; scale: float64[N], the range of scores that responses
+    from 0 to 1 stand for; dispersion: float64[N], the variance of the responses over the binomial one."""
 
     items: np.ndarray
     abilities: np.ndarray
@@ -85,7 +85,7 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _ranges(scores: np.ndarray, task_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest score in each example's task, and how far from it the highest is; 1 where all are the same."""
+    """The lowest score in each example's task, and the distance of the highest from it; 1 where all are the same."""
     low, scale = np.zeros(len(task_of)), np.ones(len(task_of))
     for task in np.unique(task_of):
         of_task = scores[:, task_of == task]
@@ -105,8 +105,8 @@ def _first_abilities(responses: np.ndarray) -> np.ndarray:
 
 
 def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray) -> np.ndarray:
-    """The dispersion of each example, float64[N]: the responses' squared distance from what is expected over the
-    binomial variance, as if DISPERSION_PRIOR candidates more had that of the task."""
+    """The dispersion of each example, float64[N]: the responses' squared distance from the expected ones over the
+    binomial variance, with DISPERSION_PRIOR further candidates that have the dispersion of the task."""
     squared, binomial = ((responses - expected) ** 2).sum(axis=0), (expected * (1 - expected)).sum(axis=0)
     of_task = (np.bincount(task_of, squared) / np.maximum(np.bincount(task_of, binomial), 1e-300))[task_of]
     prior = DISPERSION_PRIOR / len(responses) * binomial

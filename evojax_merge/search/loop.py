@@ -104,8 +104,8 @@ class Storage(Protocol):
     """Keeps a run, generation by generation."""
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
-        """The state that was saved last, in the structure of `like`, and how many generations are behind it; `like`
-        and 0 where nothing was saved."""
+        """The last saved state, in the structure of `like`, and the number of generations behind it; `like` and 0 where
+        nothing was saved."""
         ...
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -324,8 +324,8 @@ def first_failed(tasks: Sequence[ScoredTask], scores: TaskScores) -> ScoredTask:
 
 
 def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: int, tasks: int) -> int:
-    """About how many bytes a search of `examples` examples in `tasks` tasks writes beside its model, at most:
-    checkpoints, one of them being written while the others are kept, and the history twice."""
+    """About the most bytes that a search of `examples` examples in `tasks` tasks writes beside its model: checkpoints,
+    one of them being written while the others are kept, and the history twice."""
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
     history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
@@ -410,7 +410,7 @@ class Finalist:
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
+    """The finalists (the best few of the search, the strategy's proposals, the start) on the examples that the winner
     is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
     out."""
     evaluator = within(evaluator, archive.context)

@@ -90,7 +90,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable[[str], None]) -> None:
-    """Make history.jsonl and its backup what they were when a checkpoint was saved: `length` bytes with this SHA-256.
+    """Restore history.jsonl and its backup to their content when a checkpoint was saved: `length` bytes with this
+    SHA-256.
 
     A line that was being written and those of a generation that was not saved go without a message; `say` reports any
     other difference. Where both files are damaged, only the lines before the damage are left."""
@@ -368,7 +369,7 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
 
 
 def check_inputs(folder: RunFolder) -> None:
-    """Raises InputError where a file that a run's scores depend on is no longer what it was."""
+    """Raises InputError where a file that a run's scores depend on has changed or is gone."""
     for file, digest in load_yaml(folder.config)[INPUTS].items():
         current = file_hash(Path(file)) if Path(file).is_file() else None
         if current != digest:
@@ -416,8 +417,8 @@ class Saved:
     history_digest: bytes
 
     def describes(self, generations: int, history: Path) -> bool:
-        """Return whether the checkpoint is of this number of generations, and a history is, to the byte, what it was
-        when the checkpoint was saved."""
+        """Return whether the checkpoint is of this number of generations, and a history is, to the byte, the one that
+        the checkpoint was saved with."""
         content = history.read_bytes()
         same = len(content) == self.history_length and hashlib.sha256(content).digest() == self.history_digest
         return same and self.generations == generations

@@ -274,7 +274,7 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 
 
 def sweep(folder: RunFolder) -> None:
-    """Remove what killed processes left half-written; a model that was just being replaced gets its name back. The
+    """Remove half-written files of killed processes; a model that was just being replaced gets its name back. The
     caller must hold the lock."""
     recover(folder.model)
     recover(folder.front)
