@@ -182,7 +182,7 @@ def _task(value: Any) -> TaskConfig:
         kind_name, key = value.get("kind"), "kind"
         names = kind_names()
         what = "missing"
-        slip = _slip_for_kind(value)
+        slip = _typo_for_kind(value)
         if slip is not None:
             key, what = slip
         elif isinstance(kind_name, str):
@@ -194,7 +194,7 @@ def _task(value: Any) -> TaskConfig:
     return (TaskConfig if kind is None else kind.config).model_validate(value)
 
 
-def _slip_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
+def _typo_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
     """For a task's section that names no kind: a key that no kind has and that was likely meant to name it, and the
     message about it."""
     if "kind" in section:
@@ -590,8 +590,8 @@ class Key:
 
 
 def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) -> Iterator[Key]:
-    """All keys of a section and of the sections in it, in their order; for tasks, those of every kind. Stages are left
-    out: they have the keys that a config has without them."""
+    """All keys of a section and of the sections in it, in their order; for tasks, those of every kind. The keys
+    inside of `stages` are left out: a config without stages has the same ones."""
     for name, field in schema.model_fields.items():
         annotation, _ = _parts(field.annotation)
         name_with_sections = f"{above}{name}"
@@ -673,7 +673,7 @@ def _section_of(annotation: Any, value: Any) -> Any:
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
     """The first error of a document, in one line: the key, the expected and the actual value."""
     details = error.errors(include_url=False)
-    first = _slip_for(schema, details, document) or details[0]
+    first = _typo_for(schema, details, document) or details[0]
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
@@ -693,7 +693,7 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
 
 
-def _slip_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
+def _typo_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
     """Where the first error is a missing key: the unknown key beside it that was likely meant to be it."""
     *above, missing = found[0]["loc"] or ("",)
     if found[0]["type"] != "missing":

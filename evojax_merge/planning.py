@@ -18,7 +18,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.costs import Cost
-from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of, is_cut
+from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of, is_sharded
 from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
@@ -248,7 +248,7 @@ def passes_of_task(
         return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
 
     try:
-        sized_passes: list[SizedPass] = evaluator.with_less(i, fitting, lambda done: None)
+        sized_passes: list[SizedPass] = evaluator.retry_on_oom(i, fitting, lambda done: None)
     except (_NothingFits, Failed):
         sized_passes = least()
     return sized_passes
@@ -344,7 +344,7 @@ class DeviceSizes:
     def place(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
         leaf = anywhere(shape, dtype)
         nbytes = leaf.size * leaf.dtype.itemsize
-        device_bytes = nbytes // self.model if is_cut(shape, sharded_axis, self.model) else nbytes
+        device_bytes = nbytes // self.model if is_sharded(shape, sharded_axis, self.model) else nbytes
         self.bank, self.largest_leaf = self.bank + device_bytes, max(self.largest_leaf, nbytes)
         self.by_dtype[str(leaf.dtype)] += device_bytes
         return leaf

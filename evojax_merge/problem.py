@@ -48,7 +48,7 @@ from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
-from evojax_merge.search.run_folder import OF_A_RUN, random_numbers
+from evojax_merge.search.run_folder import RUN_KEYS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
@@ -189,7 +189,7 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     if seed is not None:
         document["seed"] = seed
     # A run folder's config.yaml can be searched with again; the keys of that run are dropped.
-    for key in OF_A_RUN:
+    for key in RUN_KEYS:
         document.pop(key, None)
     return parse(path, document, Config)
 

@@ -24,7 +24,7 @@ from evojax_merge.file_system import check_writable
 from evojax_merge.problem import context_length, read_config, stop_tokens, stored_dtype
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
-from evojax_merge.report.notices import Log, say_unread
+from evojax_merge.report.notices import Log, log_unused_config_keys
 from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, is_run
 from evojax_merge.search.validation import validation_split
@@ -136,7 +136,7 @@ def score_models(
     rows = []
     for model, path, name in zip(models, paths, _short_names(models), strict=True):
         sources, evaluator = _open_evaluator(path, tasks, settings)
-        say_unread(sources.folders, log)
+        log_unused_config_keys(sources.folders, log)
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
             warn(line)
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())

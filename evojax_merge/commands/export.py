@@ -26,7 +26,7 @@ from evojax_merge.report.progress import console, say
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
-    OF_A_RUN,
+    RUN_KEYS,
     Checkpoints,
     check_inputs,
     check_masks,
@@ -125,7 +125,7 @@ def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
     """The run folder of a search that was broken off, and its config; for a chain, those of the stage that was
     running."""
     document = load_yaml(folder.config)
-    for key in OF_A_RUN:
+    for key in RUN_KEYS:
         document.pop(key, None)
     config: Config = parse(folder.config, document, Config)
     if config.stages is None:

@@ -23,7 +23,7 @@ from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card
-from evojax_merge.report.notices import Log, print_warnings, say_unread
+from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
 from evojax_merge.report.progress import console, merge_bar, say
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import load_documents, refuse_repeated
@@ -94,7 +94,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         said_twice = few_lines(path, twice, "more keys stand twice")
         for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
-        say_unread(list(stream_plan.models.values()), log)
+        log_unused_config_keys(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if path != no_file]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)

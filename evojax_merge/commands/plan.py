@@ -21,7 +21,7 @@ from evojax_merge.problem import (
 )
 from evojax_merge.references import resolve_headers
 from evojax_merge.report.notices import print_warnings
-from evojax_merge.report.plan import holds_plans
+from evojax_merge.report.plan import is_plan_file
 from evojax_merge.report.progress import console, say
 from evojax_merge.stored_models import (
     check_own_file,
@@ -32,7 +32,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
     """Print the cost of a config file's search on a target; None: on this machine's devices. json_file: receives a list
     of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
     if json_file is not None:
-        check_own_file(json_file, "--json", "plan", holds_plans)
+        check_own_file(json_file, "--json", "plan", is_plan_file)
     with blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, None)

@@ -34,8 +34,8 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
-from evojax_merge.report.notices import print_warnings, say_unread
-from evojax_merge.report.plan import shown_advice
+from evojax_merge.report.notices import log_unused_config_keys, print_warnings
+from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.run_folder import (
@@ -181,7 +181,7 @@ def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            remedy = shown_advice(advice(problem, 0))
+            remedy = format_advice(advice(problem, 0))
             raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 
@@ -234,7 +234,7 @@ def _run_chain(
 
 def _log_warnings(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
     """Print warnings about the models and the examples before a search."""
-    say_unread(problem.sources.folders)
+    log_unused_config_keys(problem.sources.folders)
     print_warnings(revision_warnings(path, problem.config))
     print_warnings(problem.sources.warnings)
     examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]

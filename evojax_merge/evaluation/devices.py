@@ -76,7 +76,7 @@ class Devices:
         if self.mesh is None:
             return None
         axes: list[str | None] = [None] * len(shape)
-        if sharded_axis is not None and is_cut(shape, sharded_axis, self.model):
+        if sharded_axis is not None and is_sharded(shape, sharded_axis, self.model):
             axes[sharded_axis] = "model"
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
@@ -130,7 +130,7 @@ def group_of(model: int) -> Devices:
     return Devices(AbstractMesh((1, model), ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))
 
 
-def is_cut(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
+def is_sharded(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
     """Return whether an array of the bank is cut into so many shards, at an axis counted from its end."""
     return sharded_axis is not None and -len(shape) <= sharded_axis < len(shape) and shape[sharded_axis] % shards == 0
 

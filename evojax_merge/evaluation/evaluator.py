@@ -351,7 +351,7 @@ class Evaluator:
         scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, population.candidates)
         for task, share in task_weights(self.tasks):
             i = self.tasks.index(task)
-            matrices, part = self.with_less(i, partial(self._gradient, population, share), progress)
+            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, share), progress)
             scores.matrices[task.name] = matrices
             gradient = jax.tree.map(np.add, gradient, part)
         return scores, gradient
@@ -377,13 +377,13 @@ class Evaluator:
         scores = TaskScores({})
         written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
         for i in range(len(self.batched_tasks)):
-            totals, greedy = self.with_less(i, partial(self._score, population), progress)
+            totals, greedy = self.retry_on_oom(i, partial(self._score, population), progress)
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
             # Requests that several tasks share, such as the accuracy and the brevity of one answer, are generated once.
             asked = (requests.prompts, requests.max_new_tokens, requests.stop)
             prompts = self.batched_tasks[i].prompts
             if asked not in written:
-                written[asked] = self.with_less(i, partial(self._generate, population), progress)
+                written[asked] = self.retry_on_oom(i, partial(self._generate, population), progress)
             elif prompts is not None:
                 progress(len(prompts.batches) * population.size)
             texts, nonfinite = written[asked]
@@ -395,7 +395,7 @@ class Evaluator:
                 scores.log_probabilities[task.name] = totals
         return scores
 
-    def with_less(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
+    def retry_on_oom(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
         """Run request i; where that is out of memory, with half the candidates or rows in a pass, until it fits. Raises
         Failed where one candidate and one row do not fit."""
         while True:

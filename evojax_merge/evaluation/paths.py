@@ -205,7 +205,7 @@ class PathEvaluator:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
             task, run = batched_task.task, partial(self._answers, fresh)
-            totals, greedy, texts, nonfinite = self.evaluator.with_less(i, run, progress)
+            totals, greedy, texts, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
             counts = np.array([len(row.tokens) - row.start for row in batched_task.requests.scored])
             matrices = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
             for k, key in enumerate(keys):

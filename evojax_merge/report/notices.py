@@ -21,7 +21,7 @@ def print_warnings(lines: Iterable[str]) -> None:
             print_warning(line)
 
 
-def say_unread(folders: Sequence[Folder], log: Log = say) -> None:
+def log_unused_config_keys(folders: Sequence[Folder], log: Log = say) -> None:
     """Log one line that names the keys of configs that no forward pass reads, if there are any."""
     keys = sorted(
         {

@@ -161,7 +161,7 @@ class Plan:
 
     def what_would_fit(self) -> str:
         """The verdict on a search that does not fit, and changes that would make it fit."""
-        return f"{self.verdict()}; {shown_advice(self.advice)}"
+        return f"{self.verdict()}; {format_advice(self.advice)}"
 
     def table(self) -> Table:
         """The passes, and the cost of each."""
@@ -181,11 +181,11 @@ class Plan:
         return table
 
 
-def shown_advice(advice: Sequence[str]) -> str:
+def format_advice(advice: Sequence[str]) -> str:
     return f"what would make it fit: {', or '.join(advice)}"
 
 
-def holds_plans(path: Path) -> bool:
+def is_plan_file(path: Path) -> bool:
     """Return whether a file is empty, or an output of `plan --json`."""
     try:
         if not path.is_file():

@@ -164,7 +164,7 @@ def evolve(
     shards: Sequence[GenomeEvaluator],
     storage: Storage,
     reporter: Reporter,
-    look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
+    diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = lambda task: "",
     minibatches: Sequence[GradientEvaluator] = (),
     validation: GenomeEvaluator | None = None,
@@ -174,7 +174,7 @@ def evolve(
     for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`: for a strategy
     that follows gradients, evaluators that differentiate the fitness or its companion, one for each part of the
     examples. `validation`: scores the validation split every `config.validate_every` generations. `choice`: the shards'
-    examples, from which each generation's rungs choose; None: the shards take turns. `look_at` returns notes on the
+    examples, from which each generation's rungs choose; None: the shards take turns. `diagnose` returns notes on the
     first generation's scores, which are logged; `hint` explains why all candidates may fail on a task.
 
     Raises Failed in the generation in which every candidate fails, and where a strategy asks for another number of
@@ -227,7 +227,7 @@ def evolve(
         if not np.isfinite(halved.fitness).any():
             raise Failed(_all_failed(number, len(genomes), first_part.tasks, halved.first, storage, hint))
         if number == 0:
-            for line in look_at(first_part.tasks, halved.first):
+            for line in diagnose(first_part.tasks, halved.first):
                 reporter.log(line)
         state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
         state = _next_state(state_after_tell, np.asarray(genomes), halved, state)

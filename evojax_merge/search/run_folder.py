@@ -71,7 +71,7 @@ OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAI
 OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
 # In config.yaml, beside the config: the hashes of input files, and how random masks are drawn where they are.
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
-OF_A_RUN = (INPUTS, RANDOM_NUMBERS)
+RUN_KEYS = (INPUTS, RANDOM_NUMBERS)
 
 
 def to_line(row: dict[str, Any]) -> str:
