@@ -1,6 +1,6 @@
-"""The kinds of candidates that a config can ask for, merges, layer paths and members of a pool: what each is made of,
-how it is evaluated, written and shown. Whatever depends on the kind is here; the search knows spaces and evaluators
-alone."""
+"""The kinds of candidates that a config can ask for: merges, layer paths and members of a pool. Each kind loads its
+models, and evaluates, writes and shows its candidates. This module holds all code that depends on the kind; the search
+knows only spaces and evaluators."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,9 +36,9 @@ CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 
 
 class Candidates(Protocol):
-    """A kind of candidates. `name`: what made them, in tables; `export_dtype`: what they are rounded to and written
-    in; `methods`: that merge them; `is_random`: whether random masks are drawn; `baseline_role`: the role of the
-    space's baseline in the table, None where the parents' rows say it already."""
+    """A kind of candidates. `name`: the method or kind, in tables; `export_dtype`: the dtype that they are rounded to
+    and written in; `methods`: the methods that merge them; `is_random`: whether random masks are drawn;
+    `baseline_role`: the role of the space's baseline in the table, None where the parents' rows show it already."""
 
     @property
     def name(self) -> str: ...
@@ -56,20 +56,21 @@ class Candidates(Protocol):
         ...
 
     def load_bank(self, devices: Devices, progress: Progress) -> Any:
-        """What candidates are made of, on the devices. `progress` is told the bytes that were loaded."""
+        """Load the arrays that candidates are made of on the devices. `progress` receives the bytes that were
+        loaded."""
         ...
 
     def evaluator(self, decoder: Evaluator, bank: Any) -> CandidateEvaluator:
-        """Evaluates candidates out of a bank as `decoder` evaluates models."""
+        """An evaluator of candidates from a bank, with the settings of `decoder`."""
         ...
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
-        """Candidates such as `evaluator` scores together, up to `size` of them, over abstract arrays that `place`
+        """A population that `evaluator` would score together, up to `size` of them, over abstract arrays that `place`
         makes: a search is planned with them before anything is loaded."""
         ...
 
     def describe(self) -> str:
-        """What a genome holds, in words."""
+        """The content of a genome, in words."""
         ...
 
     def describe_work(self, evaluators: Sequence[Any]) -> str:
@@ -81,17 +82,17 @@ class Candidates(Protocol):
         ...
 
     def merged_from(self, genome: np.ndarray) -> list[Path]:
-        """The folders of the models that a genome is made of, the base first."""
+        """The folders of the models that a genome's candidate is made of, the base first."""
         ...
 
     def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
-        """What is shown of a genome. parents: their short names."""
+        """The report of a genome's candidate. parents: their short names."""
         ...
 
 
 @dataclass(frozen=True)
 class MergeCandidates:
-    """Merges of all sources by a method. base: written in recipes; parents: in their order."""
+    """Merges of all sources by a method. base, parents: the references in recipes, the parents in their order."""
 
     space: ParameterSpace
     spec: MergeSpec
@@ -129,7 +130,7 @@ class MergeCandidates:
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
         shapes = jax.eval_shape(self.space.decode, jax.ShapeDtypeStruct((size, self.space.dims), jnp.float32))
-        # What recipes say makes no difference.
+        # The values of the recipes make no difference.
         recipes = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
         return evaluator.merges(abstract_bank(self.sources, self.decoder, self.spec, place), self.spec, recipes)
 
@@ -138,7 +139,7 @@ class MergeCandidates:
         return f"{self.space.dims} parameters ({names}; {len(self.space.groups)} groups)"
 
     def describe_work(self, evaluators: Sequence[MergeEvaluator]) -> str:
-        most = max((chunk for one in evaluators for chunk in one.evaluator.chunk_sizes.values()), default=0)
+        most = max((chunk for evaluator in evaluators for chunk in evaluator.evaluator.chunk_sizes.values()), default=0)
         few = {0: "no candidate", 1: "one candidate at a time"}.get(most, f"up to {most:,} candidates at a time")
         return f"each device scored {few}"
 
@@ -185,17 +186,17 @@ class PathCandidates:
         return PathEvaluator(decoder, replace(bank, compute_dtype=decoder.compute_dtype), self.space.max_length)
 
     def planned_population(self, evaluator: Evaluator, size: int, place: Place) -> Population:
-        """One path, as deep as the first parent."""
+        """One path, with the depth of the first parent."""
         return _one_model(self.sources, self.spec.configs[0], evaluator.compute_dtype, place)
 
     def describe(self) -> str:
         return f"{self.space.dims} numbers that say which layers follow each other"
 
     def describe_work(self, evaluators: Sequence[PathEvaluator]) -> str:
-        done = sum(one.work.steps_run for one in evaluators)
-        asked = sum(one.work.steps_requested for one in evaluators)
+        done = sum(evaluator.work.steps_run for evaluator in evaluators)
+        asked = sum(evaluator.work.steps_requested for evaluator in evaluators)
         saved = 0.0 if not asked else 1 - done / asked
-        distinct = {path for one in evaluators for path in one.work.paths}
+        distinct = {path for evaluator in evaluators for path in evaluator.work.paths}
         return (
             f"layer steps: {done:,} computed of {asked:,} asked for ({saved:.0%} were shared); "
             f"{len(distinct):,} distinct paths"
@@ -218,8 +219,8 @@ class PathCandidates:
 
 @dataclass(frozen=True)
 class PoolCandidates:
-    """Members of a pool. has_base: whether the sources begin with a base; base: written in recipes; founders:
-    references, by number; seed: of random methods; slots: how many bred members are kept in memory."""
+    """Members of a pool. has_base: whether the sources begin with a base; base: its reference in recipes; founders:
+    references, by number; seed: of random methods; slots: the number of bred members that are kept in memory."""
 
     space: BreedingSpace
     sources: Sources
@@ -248,7 +249,7 @@ class PoolCandidates:
         return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots)
 
     def held_bytes(self) -> int:
-        """Nothing is loaded: founders stay in their files, and bred members on the host."""
+        """0: founders stay in their files, and bred members on the host."""
         return 0
 
     def load_bank(self, devices: Devices, progress: Progress) -> PoolBank:
@@ -267,7 +268,7 @@ class PoolCandidates:
         return f"children of two members ({methods}; {len(self.founders)} founders)"
 
     def describe_work(self, evaluators: Sequence[PoolEvaluator]) -> str:
-        return f"{max((one.bank.bred for one in evaluators), default=0):,} children were bred, those again included"
+        return f"{max((pool.bank.bred for pool in evaluators), default=0):,} children were bred, those again included"
 
     def to_recipe(self, genome: np.ndarray) -> list[dict[str, Any]]:
         member = self.space.member(np.asarray(genome, np.float32))
@@ -277,8 +278,13 @@ class PoolCandidates:
         """The founders that a member descends from, and the base where one of its ancestors was bred with it."""
         member = self.space.member(np.asarray(genome, np.float32))
         lineage, first = member.lineage(), int(self.has_base)
-        founders = {parent.number for one in (*lineage, member) for parent in (one, *one.parents) if parent.is_founder}
-        with_base = any(METHODS[one.method].uses_base(self.has_base) for one in lineage)
+        founders = {
+            parent.number
+            for relative in (*lineage, member)
+            for parent in (relative, *relative.parents)
+            if parent.is_founder
+        }
+        with_base = any(METHODS[relative.method].uses_base(self.has_base) for relative in lineage)
         numbers = [0] * with_base + [first + number for number in sorted(founders)]
         return [self.sources.folders[number].path for number in numbers]
 
@@ -287,5 +293,5 @@ class PoolCandidates:
 
 
 def _one_model(sources: Sources, config: DecoderConfig, compute_dtype: str, place: Place) -> Population:
-    """A stored model, as planned: candidates that are scored one after the other."""
+    """A stored model as a planned population: candidates that are scored one after the other."""
     return Population(SharedModel(), abstract_stored(sources, config, compute_dtype, place), np.zeros(1))

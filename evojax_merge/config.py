@@ -1,6 +1,6 @@
-"""Everything that a search's YAML may say, as one typed schema.
+"""The schema of a search's YAML, typed, and the messages about documents that do not fit it.
 
-`load_config` reads, checks and resolves; every error names the file, the key and what was expected.
+`parse` checks a document; every error names the file, the key and what was expected.
 """
 
 import json
@@ -31,9 +31,9 @@ from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
 from evojax_merge.tasks.task import TaskConfig
 from evojax_merge.yaml_reader import load_yaml, parse_yaml
 
-# Steps of a layer path: some forty times as many as the deepest models have layers.
+# The most steps of a layer path: some forty times as many as the deepest models have layers.
 MAX_PATH_LAYERS = 10_000
-# Candidates of a generation: each has a line's entry in the history, and a genome in memory.
+# The most candidates of a generation: each has an entry in a line of the history, and a genome in memory.
 MAX_POPULATION = 100_000
 
 
@@ -50,7 +50,7 @@ class Bounds(Section):
 class SpaceConfig(Section):
     """The search space: the method, which of its parameters are searched, and how finely.
 
-    Of `components`, the router of a mixture of experts and the shared embed, final_norm and head may be joined to a
+    In `components`, the router of a mixture of experts and the shared embed, final_norm and head may be joined to a
     part of a layer with `+`, else router, embed and head have parameters of their own.
     """
 
@@ -94,7 +94,7 @@ class SpaceConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without those keys that have their defaults and that a space can do without: as in SearchConfig."""
+        """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
         for name in ("parent_groups", "active"):
             if getattr(self, name) == type(self).model_fields[name].default:
@@ -103,11 +103,11 @@ class SpaceConfig(Section):
 
 
 class DataFlowConfig(Section):
-    """A data-flow space: the path through the layers of all parents, from the first parent as it is.
+    """A data-flow space: the path through the layers of all parents, starting from the unchanged first parent.
 
     `form` moves: edits of the first parent, each of which scales, repeats or skips a block of layers, or takes it from
-    another parent. `form` indicator: as in the paper, all layers in series, with a gene for each. `scales`: what the
-    state is multiplied by.
+    another parent. `form` indicator: as in the paper, all layers in series, with a gene for each. `scales`: the factors
+    of the state between layers.
     """
 
     earlier_names: ClassVar[Mapping[str, str]] = {"ends": "embedding_parent"}
@@ -148,10 +148,10 @@ class DataFlowConfig(Section):
 class PoolConfig(Section):
     """A pool of models that breed: candidates are founders (the parents) and merges of two members each.
 
-    `selection`: who breeds. `complementary`: the better of two at random, and the member that is better than it on the
-    examples that few do well on; `tournament`: twice the better of two; `random`: any of the better half. `replace`:
-    who goes. `worst`: those of the lowest fitness; `competition`: those that get least where members share what each
-    example is worth.
+    `selection`: chooses the members that breed. `complementary`: the better of two at random, and the member that is
+    better than it on the examples that few do well on; `tournament`: twice the better of two; `random`: any of the
+    better half. `replace`: chooses the members that are replaced. `worst`: those of the lowest fitness; `competition`:
+    those that get least where members share each example's worth.
     """
 
     methods: list[Name] = Field(
@@ -174,29 +174,29 @@ class PoolConfig(Section):
 
 
 def _task(value: Any) -> TaskConfig:
-    """A task's section, by the kind that its keys tell."""
+    """A task's section, checked by the kind that its keys name."""
     if isinstance(value, TaskConfig):
         return value
     kind = find_kind(value)
     if isinstance(value, dict) and kind is None:
-        found, key = value.get("kind"), "kind"
-        known = kind_names()
+        kind_name, key = value.get("kind"), "kind"
+        names = kind_names()
         what = "missing"
-        slip = _slip_for_kind(value)
+        slip = _typo_for_kind(value)
         if slip is not None:
             key, what = slip
-        elif isinstance(found, str):
-            what = f"there is no kind of task {describe_value(found)}{did_you_mean(found, known)}"
+        elif isinstance(kind_name, str):
+            what = f"there is no kind of task {describe_value(kind_name)}{did_you_mean(kind_name, names)}"
         elif "kind" in value:
-            what = f"expected one of {', '.join(known)}, found {describe_value(found)}"
+            what = f"expected one of {', '.join(names)}, found {describe_value(kind_name)}"
         error = PydanticCustomError("task_kind", "{what}", {"what": what})
-        raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=(key,), input=found)])
+        raise ValidationError.from_exception_data("task", [InitErrorDetails(type=error, loc=(key,), input=kind_name)])
     return (TaskConfig if kind is None else kind.config).model_validate(value)
 
 
-def _slip_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
-    """Of a task's section that does not tell its kind: a key that no kind has and that was likely meant to, and what is
-    to be said of it."""
+def _typo_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
+    """For a task's section that names no kind: a key that no kind has and that was likely meant to name it, and the
+    message about it."""
     if "kind" in section:
         return None
     fields = {name for kind in kinds() for name in kind.config.model_fields}
@@ -211,12 +211,12 @@ def _slip_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
 
 
-# What a search may begin with: see configs/README.md.
+# The names of possible seeds of a search: see configs/README.md.
 Seed = Literal["uniform", "parents", "trimmed_parents", "task_vectors"]
 
 
 class StopConfig(Section):
-    """What ends a search before its last generation."""
+    """The criteria that end a search before its last generation."""
 
     evaluations: Whole | None = Field(
         None, ge=1, le=10**12, description="before a generation that would make it more evaluations of candidates"
@@ -241,12 +241,12 @@ class StopConfig(Section):
 
 # The strategies whose options `search.gradient` holds.
 FOLLOW_GRADIENTS = ("gradient", "hybrid")
-# What a strategy begins with where `search.seeds` is not given; others begin with nothing.
+# The seeds of a strategy where `search.seeds` is not given; others have none.
 DEFAULT_SEEDS: Mapping[str, Sequence[Seed]] = {"path_ga": ("parents",)}
 
 
 class GradientConfig(Section):
-    """How the strategies `gradient` and `hybrid` follow gradients."""
+    """The options of the strategies `gradient` and `hybrid`, which follow gradients."""
 
     optimizer: Name = Field("adam", description="one of optax's that needs a learning rate alone, by its name there")
     learning_rate: Real = Field(0.1, ge=1e-9, le=100.0, description="of the first step, in units of the bounds' range")
@@ -268,9 +268,10 @@ class GradientConfig(Section):
 class SearchConfig(Section):
     """The strategy and its budget.
 
-    `rungs` above 1: the candidates of a generation race. All are scored on a first part of the examples, the better
-    half on twice as many, and so forth; in so many rungs the last few are scored on all. `rung_examples`: which come
-    first: random parts of them in turn, or those that an item response model chooses for each generation.
+    `rungs` above 1: successive halving of a generation's candidates. All are scored on a first part of the examples,
+    the better half on twice as many, and so forth; in so many rungs the last few are scored on all. `rung_examples`:
+    the examples that come first: random parts of them in turn, or those that an item response model chooses for each
+    generation.
     """
 
     strategy: Name = Field("cma_es", description="one of `evojax-merge strategies`")
@@ -338,8 +339,7 @@ class SearchConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without those keys that have their defaults and that a search can do without: it is the one that it was
-        before there were such keys."""
+        """Leave out optional keys at their defaults, so that the document of a search without them stays the same."""
         document: dict[str, Any] = serialise(self)
         defaults = type(self)(strategy=self.strategy)
         for name in ("rung_examples", "seeds", "validation", "validate_every", "stop", "gradient"):
@@ -371,9 +371,9 @@ class StageConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How candidates are scored. Of prompts that are continued, four times `tokens_per_batch` go through a pass; by
-    default it is 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `compute_dtype` auto:
-    bfloat16 where all weights are and the devices multiply it natively, else float32."""
+    """Settings of the evaluation of candidates. A pass takes four times `tokens_per_batch` tokens of prompts that are
+    continued; the default is 2,048 on a CPU, 8,192 or 16,384 on others, or fewer where they do not fit. `compute_dtype`
+    auto: bfloat16 where all weights are and the devices multiply it natively, else float32."""
 
     chunk: Whole | None = Field(
         None,
@@ -397,7 +397,7 @@ class EvaluationConfig(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the key that a search can do without where it is not given: as in SearchConfig."""
+        """Leave out the optional key where it is not given (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
         if self.final_compute_dtype is None:
             document.pop("final_compute_dtype")
@@ -436,7 +436,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _pools_strategy(cls, document: Any) -> Any:
-        """A pool has one strategy, which need not be said."""
+        """Fill in the strategy of a pool, which has only one."""
         if not isinstance(document, dict) or document.get("pool") is None:
             return document
         search = {} if document.get("search") is None else document["search"]
@@ -444,7 +444,7 @@ class Config(Section):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without those keys that have their defaults and that a search can do without: as in SearchConfig."""
+        """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
         for name in ("pool", "other_modules"):
             if getattr(self, name) is None:
@@ -479,7 +479,7 @@ class Config(Section):
 
 
 class TaskFile(Section):
-    """The YAML that `evojax-merge evaluate --tasks` takes: `tasks:` as in a search, all examples are scored."""
+    """The YAML of `evojax-merge evaluate --tasks`: `tasks:` as in a search, all examples are scored."""
 
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -520,7 +520,7 @@ def _parts(annotation: Any) -> tuple[Any, list[Any]]:
     while True:
         if get_origin(annotation) is Annotated:
             annotation, *more = get_args(annotation)
-            # What is nearer to the field counts first.
+            # The metadata nearest to the field come first.
             metadata += reversed(
                 [one for item in more for one in (_flat(item) if isinstance(item, FieldInfo) else [item])]
             )
@@ -538,10 +538,10 @@ def _flat(field: FieldInfo) -> list[Any]:
 
 
 def _expected(annotation: Any, metadata: Sequence[Any], short: bool = False) -> str:
-    """In words, what a value of this annotation is; `short`: in those of a table."""
-    annotation, own = _parts(annotation)
-    metadata = [*metadata, *own]
-    form = next((one for one in metadata if isinstance(one, Form)), None)
+    """The expected values of an annotation, in words; `short`: in those of a table."""
+    annotation, more = _parts(annotation)
+    metadata = [*metadata, *more]
+    form = next((item for item in metadata if isinstance(item, Form)), None)
     if form is not None:
         return (short and form.short) or form.words
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -573,14 +573,14 @@ def _expected(annotation: Any, metadata: Sequence[Any], short: bool = False) -> 
 
 
 def _limit(metadata: Sequence[Any], name: str) -> Any:
-    return next((getattr(one, name) for one in metadata if getattr(one, name, None) is not None), None)
+    return next((getattr(item, name) for item in metadata if getattr(item, name, None) is not None), None)
 
 
 @dataclass(frozen=True)
 class Key:
     """A key that a config may have. name: with the keys that it is in, `[]` for each item of a list and NAME for any
-    name in a mapping; of: the kinds of tasks that have it (empty: it is none of a kind's own); takes: what its value
-    is; default: in YAML, "required" where it has to be given; meaning: a line."""
+    name in a mapping; of: the kinds of tasks that have it (empty: every kind, or no task); takes: its values, in words;
+    default: in YAML, "required" where it has to be given; meaning: a line."""
 
     name: str
     of: tuple[str, ...]
@@ -590,34 +590,34 @@ class Key:
 
 
 def keys_of(schema: type[BaseModel], above: str = "", of: tuple[str, ...] = ()) -> Iterator[Key]:
-    """All keys of a section and of the sections in it, in their order; of tasks, those of every kind. Stages have the
-    keys that a config has without them."""
+    """All keys of a section and of the sections in it, in their order; for tasks, those of every kind. The keys
+    inside of `stages` are left out: a config without stages has the same ones."""
     for name, field in schema.model_fields.items():
         annotation, _ = _parts(field.annotation)
-        here = f"{above}{name}"
+        name_with_sections = f"{above}{name}"
         takes = _expected(field.annotation, list(reversed(_flat(field))), short=True)
-        yield Key(here, of, takes, _default_of(field), field.description or "")
+        yield Key(name_with_sections, of, takes, _default_of(field), field.description or "")
         items = get_args(annotation)[-1] if get_origin(annotation) in (list, dict) else None
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from keys_of(annotation, f"{here}.")
+            yield from keys_of(annotation, f"{name_with_sections}.")
         elif items is Bounds:
-            yield from keys_of(Bounds, f"{here}.NAME.")
+            yield from keys_of(Bounds, f"{name_with_sections}.NAME.")
         elif items is not None and _parts(items)[0] is TaskConfig:
-            yield from _task_keys(f"{here}[].")
+            yield from _task_keys(f"{name_with_sections}[].")
 
 
 def _task_keys(above: str) -> Iterator[Key]:
-    """Those that every kind has, and then each kind's own, or with a meaning or default of its own."""
+    """The keys that every kind has, and then each kind's own, or keys with another meaning or default for it."""
     shared = list(keys_of(TaskConfig, above))
     yield from shared
     for kind in kinds():
         names = kind.names or (str(kind.key),)
-        known = [replace(key, of=names) for key in shared]
-        yield from (key for key in keys_of(kind.config, above, names) if key not in known)
+        shared_keys = [replace(key, of=names) for key in shared]
+        yield from (key for key in keys_of(kind.config, above, names) if key not in shared_keys)
 
 
 def _default_of(field: FieldInfo) -> str:
-    """A field's default as it would stand in the YAML; empty where nothing is, or a section of defaults."""
+    """A field's default in YAML; empty for None and for a section of defaults."""
     if field.is_required():
         return "required"
     value = field.default
@@ -631,8 +631,8 @@ def _default_of(field: FieldInfo) -> str:
 
 
 def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tuple[str, Any, list[Any], Any]:
-    """Where a location of pydantic's is: the key as it is in the YAML, the annotation and metadata there, and the
-    value. Parts of the location that are no keys (the members of a union) are left out."""
+    """The place of one of pydantic's locations in the YAML: its key, the annotation and metadata there, and the value.
+    Parts of the location that are no keys (the members of a union) are left out."""
     key, value = "", document
     annotation: Any = schema
     metadata: list[Any] = []
@@ -665,15 +665,15 @@ def _find(schema: type[BaseModel], location: Sequence[Any], document: Any) -> tu
 
 
 def _section_of(annotation: Any, value: Any) -> Any:
-    """The annotation; where it is that of any task, the section of the kind that the value is of."""
+    """The annotation; for that of any task, the section of the value's kind."""
     kind = find_kind(value) if _parts(annotation)[0] is TaskConfig else None
     return annotation if kind is None else kind.config
 
 
 def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> str:
-    """What is wrong with a document, in one line: the key, what was expected and what was found."""
-    found = error.errors(include_url=False)
-    first = _slip_for(schema, found, document) or found[0]
+    """The first error of a document, in one line: the key, the expected and the actual value."""
+    details = error.errors(include_url=False)
+    first = _typo_for(schema, details, document) or details[0]
     location, kind = first["loc"], first["type"]
     key, annotation, metadata, value = _find(schema, location, document)
     if kind in ("extra_forbidden", "invalid_key"):
@@ -693,27 +693,27 @@ def explain(schema: type[BaseModel], error: ValidationError, document: Any) -> s
     return f"{key}: expected {_expected(annotation, metadata)}, found {describe_value(value)}"
 
 
-def _slip_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
-    """Where the first that is wrong is a key that is missing: the unknown key beside it that it was likely meant by."""
+def _typo_for(schema: type[BaseModel], found: Sequence[ErrorDetails], document: Any) -> ErrorDetails | None:
+    """Where the first error is a missing key: the unknown key beside it that was likely meant to be it."""
     *above, missing = found[0]["loc"] or ("",)
     if found[0]["type"] != "missing":
         return None
     _, section, _, _ = _find(schema, above, document)
     fields = _parts(section)[0].model_fields
-    beside = [one for one in found if one["type"] == "extra_forbidden" and list(one["loc"][:-1]) == above]
-    return next((one for one in beside if nearest(str(one["loc"][-1]), fields) == missing), None)
+    beside = [detail for detail in found if detail["type"] == "extra_forbidden" and list(detail["loc"][:-1]) == above]
+    return next((detail for detail in beside if nearest(str(detail["loc"][-1]), fields) == missing), None)
 
 
 def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
     """`" (did you mean 'search.generations'?)"` for a key that one of the sections beside it has; else nothing."""
     above, dot, last = key.rpartition(".")
     sections = {name: _parts(field.annotation)[0] for name, field in fields.items()}
-    found = [
+    suggestions = [
         f"{above}{dot}{name}.{last}"
         for name, section in sections.items()
         if isinstance(section, type) and issubclass(section, BaseModel) and last in section.model_fields
     ]
-    return f" (did you mean '{found[0]}'?)" if len(found) == 1 else ""
+    return f" (did you mean '{suggestions[0]}'?)" if len(suggestions) == 1 else ""
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:
@@ -727,8 +727,8 @@ def parse(path: Path, document: Any, schema: type[Section]) -> Any:
 
 
 def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`key.path=value` pairs, values as YAML; list items by their number, from 0: `tasks.1.metric`, or as messages name
-    them, `tasks[1].metric`. Of a key that is set twice the last value counts."""
+    """Apply `key.path=value` pairs, values as YAML; list items by their number, from 0: `tasks.1.metric`, or
+    `tasks[1].metric` like in messages. The last value of a key that is set twice counts."""
     for override in overrides:
         key, separator, text = override.partition("=")
         parts = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
@@ -746,7 +746,7 @@ def apply_overrides(path: Path, document: dict[str, Any], overrides: list[str]) 
 
 
 def _position(part: str) -> int:
-    """The number of a list's item; ValueError for anything else, as for a number that counts from the end."""
+    """The number of a list's item; ValueError for anything else, including a number that counts from the end."""
     if not re.fullmatch(r"[0-9]{1,9}", part):
         raise ValueError
     return int(part)
@@ -754,13 +754,12 @@ def _position(part: str) -> int:
 
 @contextmanager
 def blamed_on_overrides(path: Path, overrides: Sequence[str]) -> Iterator[None]:
-    """Where the block finds fault with a key of the config that an override gave, the message names the override and
-    not the file."""
+    """In errors of the block about a key of the config that an override gave, name the override and not the file."""
     try:
         yield
     except InputError as error:
         text, prefix = f"{error.where}: {error.what}", f"{path}: "
-        # Of a key that is set twice the last value counts.
+        # The last value of a key that is set twice counts.
         for override in reversed(overrides) if text.startswith(prefix) else ():
             complaint = _complaint(path, override.partition("=")[0], text.removeprefix(prefix))
             if complaint is not None:
@@ -770,25 +769,27 @@ def blamed_on_overrides(path: Path, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _complaint(path: Path, key: str, text: str) -> str | None:
-    """What a message on the config (`space: parameters.weight: …`) says of a key, or None if it is of another one."""
-    found, rest = "", text
-    while match := re.match(r"([^\s:]+): ", rest):
-        found, rest = f"{found}.{match[1]}".lstrip("."), rest[match.end() :]
-        named = re.sub(r"\[(\d+)\]", r".\1", found)
+    """The part of a message on the config (`space: parameters.weight: …`) that concerns a key, or None if it is of
+    another one."""
+    named_key, message = "", text
+    while match := re.match(r"([^\s:]+): ", message):
+        named_key, message = f"{named_key}.{match[1]}".lstrip("."), message[match.end() :]
+        named = re.sub(r"\[(\d+)\]", r".\1", named_key)
         if named == key:
-            return rest
+            return message
         if named.startswith(f"{key}."):
-            return f"{named.removeprefix(f'{key}.')}: {rest}"
-        # The message is of what the key is a part of: it names that part, or the override has made the whole.
+            return f"{named.removeprefix(f'{key}.')}: {message}"
+        # The message is about a section that holds the key: it names the key in it, or the override has made the whole
+        # section.
         above, _, last = key.rpartition(".")
-        part_named = named == above and re.search(rf"\b{re.escape(last)}\b", rest)
+        part_named = named == above and re.search(rf"\b{re.escape(last)}\b", message)
         if part_named or (key.startswith(f"{named}.") and not _holds(path, named)):
-            return f"{found}: {rest}"
+            return f"{named_key}: {message}"
     return None
 
 
 def _holds(path: Path, key: str) -> bool:
-    """Whether a config file has a key."""
+    """Return whether a config file has a key."""
     value = load_yaml(path)
     for part in key.split("."):
         try:

@@ -1,4 +1,4 @@
-"""The main path: from a search that is checked to a winner in its run folder."""
+"""The main path: from a checked search to a winner in its run folder."""
 
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ def search(
     on_generation: OnGeneration,
     force: bool,
 ) -> None:
-    """Search, choose the winner, export it and report. A run that has done all this is left as it is."""
+    """Search, choose the winner, export it and report. A run that has done all this is left unchanged."""
     why_complete = _why_complete(folder, problem)
     if why_complete is not None:
         say(why_complete)
@@ -85,21 +85,27 @@ def search(
 def _print_setup(
     problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]], devices: Devices, planned: Plan
 ) -> None:
-    """Print what is searched, and where: devices, models, batches, the plan."""
+    """Print the search's devices, models, batches and plan."""
     console.print(devices.describe(), highlight=False)
     for role, model in problem.models:
         console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
     if problem.other_modules is not None:
         where = reference_to(problem.other_modules)
         console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
-    console.print(describe_batches([one for shard in batched_tasks.shards for one in shard]), highlight=False)
+    console.print(
+        describe_batches([batched_task for shard in batched_tasks.shards for batched_task in shard]), highlight=False
+    )
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]]) -> None:
-    """Print how candidates were scored, and what successive halving saved."""
-    used = [one.evaluator for one in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if one]
+    """Print how candidates were scored, and how much successive halving saved."""
+    used = [
+        evaluator.evaluator
+        for evaluator in (evaluators.choice, *evaluators.minibatches, *evaluators.shards)
+        if evaluator
+    ]
     console.print(problem.candidates.describe_work(used), highlight=False)
     if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
@@ -107,8 +113,8 @@ def _print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[Sp
 
 
 def _why_complete(folder: RunFolder, problem: SearchProblem) -> str | None:
-    """One line, if a run folder holds all that a search of its saved generations ends with, and no more are wanted;
-    else None. All processes of a run ask this together."""
+    """One line, if a run folder holds all the results of a search of its saved generations, and no more are wanted;
+    else None. All processes of a run call this together."""
     result, rows, wanted = read_result(folder.result), folder.read_history(), problem.search.generations
     if result is None or result.get("generations") != len(rows):
         return None
@@ -161,7 +167,7 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
 
 
 def _compared(earlier: EarlierWinner, generations: int, fitness: float) -> str:
-    """One line on what going on has brought, on the examples that no search has seen."""
+    """One line that compares the winner with an earlier one, on the examples that no search has seen."""
     now, before = f"{fitness:.4f}", f"{earlier.heldout_fitness:.4f}"
     verdict = "equal to" if now == before else "better than" if fitness > earlier.heldout_fitness else "WORSE than"
     return (

@@ -1,6 +1,6 @@
-"""What a search would take on a target, from headers alone: memory, arithmetic, traffic, time by the roofline, disk.
+"""The cost of a search on a target, from headers alone: memory, arithmetic, traffic, time by the roofline, disk.
 
-The passes are those that the search would run: the evaluator chooses them as it does then, over abstract arrays.
+The passes are those of the search itself: the same evaluator chooses them, over abstract arrays.
 """
 
 import math
@@ -18,7 +18,7 @@ from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.costs import Cost
-from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of, is_cut
+from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of, is_sharded
 from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
 from evojax_merge.evaluation.planned_passes import (
     JaxprReader,
@@ -36,11 +36,11 @@ from evojax_merge.search.successive_halving import rung_shards, rung_size
 from evojax_merge.selection import candidates_to_select
 from evojax_merge.tasks.splits import Splits
 
-# What the program itself takes of the host: the interpreter, JAX, the compiler at work.
+# Bytes of the host that the program itself takes: the interpreter, JAX, the compiler at work.
 PROCESS_BYTES = 700 * 10**6
-# Of a layer path, a gradient is planned as so many passes.
+# The number of passes that a gradient of a layer path is planned as.
 PATH_GRADIENT_PASSES = 4
-# Devices that a plan asks for at most, where one is not enough.
+# The most devices that a plan suggests, where one is not enough.
 MOST_SHARDS = 64
 
 
@@ -50,20 +50,20 @@ def make_plan(
     download_bytes: int = 0,
     compiler: TargetCompiler | None = None,
 ) -> Plan:
-    """The plan of a search for its problem's target. batched_tasks: as `problem.batched_tasks` gives
-    them; download_bytes: of the models that are not here; compiler: asked for the
-    memory of every pass."""
+    """The plan of a search for its problem's target. batched_tasks: the result of `problem.batched_tasks`;
+    download_bytes: of the models that are not on this machine; compiler: reports the memory of every pass; None:
+    estimates alone."""
     target, model, splits = problem.target, problem.config.evaluation.model, batched_tasks
     groups, sizes = target.devices // model, device_sizes(problem, model)
     planner = planning_evaluator(problem, sizes.bank)
-    # What the winner is chosen on may be computed in another dtype, in which fewer candidates fit into a pass.
+    # The winner may be chosen in another dtype, in which fewer candidates fit into a pass.
     final = planner
     if problem.final_compute_dtype != problem.compute_dtype:
         final = replace(planner, compute_dtype=problem.final_compute_dtype, chunk_sizes={})
     rounds, starts = gradient_generations(problem.strategy, problem.search.generations)
 
     def planned(evaluator: Evaluator, candidates: int) -> Population:
-        """As many candidates as each group of devices has of so many."""
+        """The candidates of one group of devices, where all groups have `candidates` together."""
         share = math.ceil(candidates / groups)
         return problem.candidates.planned_population(evaluator, share, evaluator.devices.abstract)
 
@@ -75,13 +75,16 @@ def make_plan(
         splits: Sequence[Sequence[BatchedTask]], candidates: int, plan_passes: PlanPasses = planned_passes,
         ask: bool = False,
     ) -> list[SizedPass]:  # fmt: skip
-        """Of a generation of so many candidates. ask: the compiler, of the passes of the first split."""
+        """The passes of a generation of so many candidates. ask: whether the compiler reports on the passes of the
+        first split."""
         each = math.ceil(candidates / groups)
         asked = partial(reports, problem, compiler, each) if compiler is not None and ask else None
         return [
-            one
+            sized_pass
             for number, tasks in enumerate(splits)
-            for one in _passes_of_tasks(planner, population(candidates), tasks, plan_passes, None if number else asked)
+            for sized_pass in _passes_of_tasks(
+                planner, population(candidates), tasks, plan_passes, None if number else asked
+            )
         ]
 
     def final_passes(tasks: Sequence[BatchedTask]) -> list[SizedPass]:
@@ -91,11 +94,11 @@ def make_plan(
         return _cost(final_passes(tasks), target) * count if tasks and count else Cost()
 
     scored = passes_on(splits.shards, whole, ask=True)
-    known = population(whole).differentiable() is not None
+    is_differentiable = population(whole).differentiable() is not None
     differentiated = passes_on(
-        splits.minibatches, starts, planned_gradient_passes if known else planned_passes, ask=True
+        splits.minibatches, starts, planned_gradient_passes if is_differentiable else planned_passes, ask=True
     )
-    share = (1 if known else PATH_GRADIENT_PASSES) / max(1, len(splits.minibatches))
+    share = (1 if is_differentiable else PATH_GRADIENT_PASSES) / max(1, len(splits.minibatches))
     candidate, gradient = _cost(scored, target), _cost(differentiated, problem.target) * share
     by_gradient = gradient * math.ceil(starts / groups)
     by_score = candidate * (_shard_passes(problem, len(splits.shards), groups) / len(splits.shards))
@@ -138,7 +141,7 @@ def make_plan(
 
 
 def disk_bytes(problem: SearchProblem) -> int:
-    """What a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
+    """Bytes that a run needs on the disk. Candidates need nothing; the winner is about as large as one parent."""
     model = bank_bytes(problem.sources, problem.decoder) // len(problem.merged_from)
     examples, tasks = sum(task.size for shard in problem.splits.shards for task in shard), len(problem.splits.search)
     return model + run_bytes(problem.search, problem.strategy, problem.space, examples, tasks)
@@ -149,14 +152,15 @@ def disk_bytes(problem: SearchProblem) -> int:
 
 
 PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
-# (the evaluator that has chosen chunks, what plans passes, a task) -> what the target's compiler says of the passes.
+# (the evaluator that has chosen chunks, a planner of passes, a task) -> the reports of the target's compiler on the
+# passes.
 AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list["Report"]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a target's compiler says of a pass. temporary_bytes: on a device, beside its arguments, its results
-    included; collectives: by kind how many it runs, and the bytes of their results together."""
+    """A target compiler's report on a pass. temporary_bytes: on a device, beside its arguments, its results included;
+    collectives: by kind their number, and the bytes of their results together."""
 
     temporary_bytes: int
     collectives: Mapping[str, tuple[int, int]]
@@ -164,7 +168,7 @@ class Report:
 
 @dataclass(frozen=True)
 class SizedPass:
-    """A planned pass, and the bytes on a device that it needs: held for it, its share of what a group of devices holds;
+    """A planned pass, and the bytes that it needs on a device: held for it, as the device's share of its group's;
     beside its arguments, its results included, as estimated; and its compiler's report (None: it was not asked, or
     refuses the pass however small it is)."""
 
@@ -175,16 +179,16 @@ class SizedPass:
 
     @property
     def needed_bytes(self) -> int:
-        """Beside the bank."""
+        """Bytes on a device, beside the bank."""
         return self.held_bytes + (self.temporary_bytes if self.report is None else self.report.temporary_bytes)
 
 
 def planning_evaluator(problem: SearchProblem, bank: int) -> Evaluator:
-    """An evaluator without tasks that chooses as one on the problem's target would, with `bank` bytes loaded on a
+    """An evaluator without tasks that makes the choices of one on the problem's target, with `bank` bytes loaded on a
     device."""
     settings, target = problem.config.evaluation, problem.target
     free = int(MEMORY_SHARE * max(0, target.memory - bank))
-    # Of what does not fit it is shown what one candidate takes.
+    # The plan of a search that does not fit shows the memory of one candidate.
     chunk = settings.chunk if bank < target.memory else 1
     devices = group_of(settings.model)
     return Evaluator(
@@ -198,36 +202,45 @@ def _passes_of_tasks(
     ask: AskCompiler | None,
 ) -> list[SizedPass]:  # fmt: skip
     evaluator = replace(planner, batched_tasks=list(tasks))
-    return [one for i in range(len(tasks)) for one in passes_of_task(evaluator, population, i, plan_passes, ask)]
+    return [
+        sized_pass
+        for i in range(len(tasks))
+        for sized_pass in passes_of_task(evaluator, population, i, plan_passes, ask)
+    ]
 
 
 def passes_of_task(
     evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
 ) -> list[SizedPass]:
     """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
-    and one row fit: those, which no compiler is asked for."""
+    and one row fit: the passes with these, which no compiler is asked about."""
     reader = JaxprReader(evaluator.target, evaluator.devices)
 
     def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
         planned = plan_passes(evaluator, population, task, reader)
         reports = [None] * len(planned) if ask is None else ask(evaluator, plan_passes, task)
         return [
-            SizedPass(one, evaluator.devices.share(one.held_bytes), reader.temporary_bytes(one.traced), report)
-            for one, report in zip(planned, reports, strict=True)
+            SizedPass(
+                planned_pass,
+                evaluator.devices.share(planned_pass.held_bytes),
+                reader.temporary_bytes(planned_pass.traced),
+                report,
+            )
+            for planned_pass, report in zip(planned, reports, strict=True)
         ]
 
     def fits(passes: Sequence[SizedPass]) -> bool:
-        most = max((one.needed_bytes for one in passes), default=0)
+        most = max((sized_pass.needed_bytes for sized_pass in passes), default=0)
         return not evaluator.target.is_accelerator or most <= evaluator.free_memory() / MEMORY_SHARE
 
     def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
-        found = sized(evaluator, task, ask)
-        if not fits(found):
-            # What is not enough for the least is not tried with half as much again and again.
+        sized_passes = sized(evaluator, task, ask)
+        if not fits(sized_passes):
+            # Where the least does not fit, halving again and again is in vain.
             if not fits(least()):
                 raise _NothingFits
             raise MemoryError
-        return found
+        return sized_passes
 
     @cache
     def least() -> list[SizedPass]:
@@ -235,10 +248,10 @@ def passes_of_task(
         return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
 
     try:
-        found: list[SizedPass] = evaluator.with_less(i, fitting, lambda done: None)
+        sized_passes: list[SizedPass] = evaluator.retry_on_oom(i, fitting, lambda done: None)
     except (_NothingFits, Failed):
-        found = least()
-    return found
+        sized_passes = least()
+    return sized_passes
 
 
 class _NothingFits(Exception):
@@ -246,11 +259,12 @@ class _NothingFits(Exception):
 
 
 def _cost(passes: Sequence[SizedPass], target: Target) -> Cost:
-    return sum((one.planned.cost(target) for one in passes), Cost())
+    return sum((sized.planned.cost(target) for sized in passes), Cost())
 
 
 def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
-    """How many passes of a candidate over a shard of the examples a generation has for each group of devices."""
+    """The number of passes of a candidate over a shard of the examples that a generation has for each group of
+    devices."""
     ends = rung_shards(shards)
     return sum(
         math.ceil(rung_size(problem.strategy.population, rung) / groups) * (end - begin)
@@ -259,21 +273,24 @@ def _shard_passes(problem: SearchProblem, shards: int, groups: int) -> int:
 
 
 def _rows(passes: Sequence[SizedPass], target: Target, model: int) -> tuple[PassPlan, ...]:
-    """One for all passes that are alike, whatever shards of the examples they are of."""
+    """One row for all passes that are alike, on whatever shards of the examples."""
     rows: dict[tuple[Any, ...], PassPlan] = {}
     for sized in passes:
-        one = sized.planned
-        cost, key = one.cost(target), (one.task, one.name, one.candidates, one.held_bytes, str(one.traced.out_info))
+        item = sized.planned
+        cost, key = (
+            item.cost(target),
+            (item.task, item.name, item.candidates, item.held_bytes, str(item.traced.out_info)),
+        )
         report = sized.report
         fresh = PassPlan(
-            one.task, one.name, one.candidates, one.runs, one.steps, sized.held_bytes, sized.temporary_bytes,
+            item.task, item.name, item.candidates, item.runs, item.steps, sized.held_bytes, sized.temporary_bytes,
             None if report is None else report.temporary_bytes, None if report is None else report.collectives,
             cost.flops, cost.nbytes, cost.seconds(target) / model,
         )  # fmt: skip
-        known = rows.get(key)
-        rows[key] = fresh if known is None else replace(
-            known, runs=known.runs + fresh.runs, flops=known.flops + fresh.flops,
-            moved_bytes=known.moved_bytes + fresh.moved_bytes, seconds=known.seconds + fresh.seconds,
+        earlier = rows.get(key)
+        rows[key] = fresh if earlier is None else replace(
+            earlier, runs=earlier.runs + fresh.runs, flops=earlier.flops + fresh.flops,
+            moved_bytes=earlier.moved_bytes + fresh.moved_bytes, seconds=earlier.seconds + fresh.seconds,
         )  # fmt: skip
     return tuple(rows.values())
 
@@ -282,11 +299,11 @@ def reports(
     problem: SearchProblem, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses,
     task: BatchedTask,
 ) -> list[Report]:  # fmt: skip
-    """What the compiler says of the passes of a task over a chunk of `size` candidates, chunked as `planned` has
-    chosen, in their order. Raises JaxRuntimeError where it refuses one because it does not fit."""
+    """The compiler's reports on the passes of a task over a chunk of `size` candidates, in the chunks that `planned`
+    has chosen, in their order. Raises JaxRuntimeError where it refuses one because it does not fit."""
     return [
-        Report(compiler.temporary_bytes(one.traced), collectives(compiler.compiled(one.traced)))
-        for one in compiled_passes(problem, compiler, size, planned, plan_passes, task)
+        Report(compiler.temporary_bytes(planned_pass.traced), collectives(compiler.compiled(planned_pass.traced)))
+        for planned_pass in compiled_passes(problem, compiler, size, planned, plan_passes, task)
     ]
 
 
@@ -294,8 +311,8 @@ def compiled_passes(
     problem: SearchProblem, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses,
     task: BatchedTask,
 ) -> list[PlannedPass]:  # fmt: skip
-    """The passes of a task over a population of which each group of devices has `size` candidates, chunked as `planned`
-    has chosen, traced for the compiler's devices."""
+    """The passes of a task over a population of which each group of devices has `size` candidates, in the chunks that
+    `planned` has chosen, traced for the compiler's devices."""
     evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
     population = problem.candidates.planned_population(
         evaluator, size * compiler.devices.population, compiler.place_leaf
@@ -317,7 +334,7 @@ def _work(cost: Cost, target: Target, model: int) -> Work:
 @dataclass
 class DeviceSizes:
     """Bytes of the loaded models on a device, and of the largest leaf, which is on the host as a whole while it is
-    loaded. A `place` of abstract arrays: it is told every leaf."""
+    loaded. Its `place` makes abstract arrays, and counts every leaf."""
 
     model: int
     bank: int = 0
@@ -327,26 +344,26 @@ class DeviceSizes:
     def place(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
         leaf = anywhere(shape, dtype)
         nbytes = leaf.size * leaf.dtype.itemsize
-        own = nbytes // self.model if is_cut(shape, sharded_axis, self.model) else nbytes
-        self.bank, self.largest_leaf = self.bank + own, max(self.largest_leaf, nbytes)
-        self.by_dtype[str(leaf.dtype)] += own
+        device_bytes = nbytes // self.model if is_sharded(shape, sharded_axis, self.model) else nbytes
+        self.bank, self.largest_leaf = self.bank + device_bytes, max(self.largest_leaf, nbytes)
+        self.by_dtype[str(leaf.dtype)] += device_bytes
         return leaf
 
 
 def device_sizes(problem: SearchProblem, model: int) -> DeviceSizes:
-    """What is loaded where groups of `model` devices share a candidate."""
+    """The sizes of the loaded models where groups of `model` devices share a candidate."""
     sizes = DeviceSizes(model)
     problem.candidates.planned_population(planning_evaluator(problem, 0), 1, sizes.place)
-    # Layer paths are planned as one model, and all of the parents' layers are loaded.
+    # Layer paths are planned as one model, but all of the parents' layers are loaded.
     sizes.bank = max(sizes.bank, problem.candidates.held_bytes() // model)
     return sizes
 
 
 def advice(problem: SearchProblem, pass_bytes: int, held_bytes: int = 0) -> tuple[str, ...]:
-    """What would make a search fit that does not. Bytes on a device: pass_bytes, of the largest pass; held_bytes: of
-    materialised candidates and caches, which are for no shorter batch less than for one row."""
+    """Changes that would make a search fit that does not. Bytes on a device: pass_bytes, of the largest pass;
+    held_bytes: of materialised candidates and caches, which no shorter batch makes smaller than those of one row."""
     target, model = problem.target, problem.config.evaluation.model
-    here = device_sizes(problem, model)
+    sizes = device_sizes(problem, model)
 
     def fits(bank: float, memory: float = target.memory, needed: float = pass_bytes) -> bool:
         return bank + needed <= memory
@@ -354,22 +371,22 @@ def advice(problem: SearchProblem, pass_bytes: int, held_bytes: int = 0) -> tupl
     def fits_shared(shards: int) -> bool:
         return fits(device_sizes(problem, shards).bank, needed=pass_bytes * model / shards)
 
-    found = []
+    remedies = []
     shards = [m for m in range(2 * model, MOST_SHARDS + 1, model) if m & (m - 1) == 0 or m == target.devices_per_host]
     enough = next(filter(fits_shared, shards), None)
     if enough is not None and target.is_accelerator:
         more = "" if target.devices_per_host % enough == 0 else f", on a host with {enough} such devices"
-        found.append(f"evaluation.model: {enough} (devices that share the models){more}")
+        remedies.append(f"evaluation.model: {enough} (devices that share the models){more}")
     whole = target.memory / gpu_memory_fraction() if target.platform == "gpu" else 0
-    if whole and fits(here.bank, 0.95 * whole):
-        found.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory")
-    masks = here.by_dtype["uint16"]
-    if masks and fits(here.bank - masks):
-        found.append("a method that stores no number per entry, such as ties or dare_ties")
+    if whole and fits(sizes.bank, 0.95 * whole):
+        remedies.append("the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, for more of the GPU's memory")
+    masks = sizes.by_dtype["uint16"]
+    if masks and fits(sizes.bank - masks):
+        remedies.append("a method that stores no number per entry, such as ties or dare_ties")
     count = len(problem.merged_from)
-    fewer = next((n for n in range(count - 1, 1, -1) if fits(here.bank * n / count)), None)
+    fewer = next((n for n in range(count - 1, 1, -1) if fits(sizes.bank * n / count)), None)
     if fewer is not None:
-        found.append(f"{count - fewer} fewer of the {count} models")
-    if here.bank + held_bytes < target.memory:
-        found.append(f"evaluation.tokens_per_batch below {problem.tokens_per_batch:,}, or shorter examples")
-    return tuple(found) or ("a device with more memory, or smaller models",)
+        remedies.append(f"{count - fewer} fewer of the {count} models")
+    if sizes.bank + held_bytes < target.memory:
+        remedies.append(f"evaluation.tokens_per_batch below {problem.tokens_per_batch:,}, or shorter examples")
+    return tuple(remedies) or ("a device with more memory, or smaller models",)

@@ -1,7 +1,7 @@
 """A config -> everything a search needs, checked before any long work.
 
-What a user can get wrong is found here, cheapest first: the space, the task files, the parents' headers, their
-tokenizers, then the place to write.
+A user's mistakes are found here, cheapest first: the space, the task files, the parents' headers, their tokenizers,
+then the run folder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +48,7 @@ from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
 from evojax_merge.search.protocols import Differentiates, HasMoves, Space, Strategy, differentiates
-from evojax_merge.search.run_folder import OF_A_RUN, random_numbers
+from evojax_merge.search.run_folder import RUN_KEYS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
@@ -71,9 +71,9 @@ from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task
 from evojax_merge.yaml_reader import load_yaml
 
-# Dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
+# The most dimensions of a search: a mean and a standard deviation of each are kept and saved in every generation.
 MAX_DIMS = 1_000_000
-# Members of a pool, at least, where its config does not say.
+# The least members of a pool, where its config does not say.
 SMALLEST_POOL = 8
 # Arrays of a population's genomes that a generation has at a time.
 GENOME_COPIES = 6
@@ -83,11 +83,11 @@ GENOME_COPIES = 6
 class SearchProblem:
     """A search, ready to run: opened sources, space, and the tasks' splits.
 
-    `models`: (role, folder) of base and parents, in the order of the table; `references`: how recipes name each folder.
-    `sources` are what the bank is made of: the base first where the method needs one. `other_modules`: the model whose
-    other modules the winner has, where text decoders of larger models are merged. `splits`: the tasks on each split of
-    the examples. `strata`: where rungs choose their examples, for each task of `splits.choice` the strata that every
-    rung has its share of, int[n] each. `target`: the devices that it is made for.
+    `models`: (role, folder) of base and parents, in the order of the table; `references`: each folder's name in
+    recipes. `sources`: the models of the bank, the base first where the method needs one. `other_modules`: the model
+    whose other modules the winner has, where text decoders of larger models are merged. `splits`: the tasks on each
+    split of the examples. `strata`: where rungs choose their examples, for each task of `splits.choice` the strata that
+    every rung has its share of, int[n] each. `target`: the devices that the search is made for.
     """
 
     config: Config
@@ -120,8 +120,7 @@ class SearchProblem:
 
     @property
     def final_compute_dtype(self) -> str:
-        """The dtype in which those splits are computed that no generation is scored on: the winner is chosen, and
-        reported, on them."""
+        """The dtype of the splits that no generation is scored on: the winner is chosen, and reported, on them."""
         return self.config.evaluation.final_compute_dtype or self.compute_dtype
 
     def batched_tasks(self) -> Splits[list[BatchedTask]]:
@@ -134,14 +133,14 @@ class SearchProblem:
         *shards, search = searched
         choice = None
         if splits.choice is not None:
-            # In batches as the shards have, with room for whichever examples are chosen.
+            # In batches like those of the shards, with room for any chosen examples.
             *_, everything = self._batch([*map(_weighted_tasks, splits.shards), splits.choice])
             choice = [batched_task.for_any_examples() for batched_task in everything]
         minibatches = self._batch(splits.minibatches) if splits.minibatches else []
         return Splits(shards, search, validation, heldout, minibatches, choice)
 
     def example_choice(self, evaluators: Splits[Any]) -> ExampleChoice | None:
-        """What rungs choose examples from; None where shards take turns. evaluators: of genomes, on each split."""
+        """The examples that rungs choose from; None where shards take turns. evaluators: of genomes, on each split."""
         if evaluators.choice is None:
             return None
         return ExampleChoice(evaluators.choice, self.strata, len(self.splits.shards))
@@ -154,8 +153,8 @@ class SearchProblem:
         )  # fmt: skip
 
     def within(self, context: Any) -> "SearchProblem":
-        """The problem once its strategy has a state that genomes refer to: `context` is what the state lends to the
-        space; None: genomes say everything."""
+        """The problem once its strategy has a state that genomes refer to: the state lends `context` to the space;
+        None: genomes are complete by themselves."""
         if context is None:
             return self
         assert isinstance(self.space, BreedingSpace) and isinstance(self.candidates, PoolCandidates)
@@ -189,14 +188,14 @@ def config_from(path: Path, document: dict[str, Any], overrides: Sequence[str], 
     document = apply_overrides(path, document, list(overrides))
     if seed is not None:
         document["seed"] = seed
-    # A run folder's config.yaml can be searched with again; what it says beside is of that run.
-    for key in OF_A_RUN:
+    # A run folder's config.yaml can be searched with again; the keys of that run are dropped.
+    for key in RUN_KEYS:
         document.pop(key, None)
     return parse(path, document, Config)
 
 
 def stage_config(config: Config, stage: StageConfig, winner: str | None) -> Config:
-    """The config of one stage of a chain; `winner`: the model that the stage before gave."""
+    """The config of one stage of a chain; `winner`: the model of the stage before."""
     parents = config.parents if winner is None else [winner, *config.parents]
     changes = {"stages": None, "space": stage.space, "data_flow": stage.data_flow, "search": stage.search}
     return config.model_copy(update=changes | {"parents": parents})
@@ -221,8 +220,8 @@ def build_problem(
 ) -> SearchProblem:  # fmt: skip
     """Check everything and open the sources. `path` is the config's file: relative paths start there.
 
-    `chained`: the first parent is the winner of the stage before, or stands for it. `target`: None: the devices that
-    are here. `resolve`: from what the config calls a model to its folder.
+    `chained`: the first parent is the winner of the stage before, or stands for it. `target`: None: this machine's
+    devices. `resolve`: finds the folder of a model from its reference in the config.
     """
     where, folder = str(path), path.parent
     target = target or live_target()
@@ -243,7 +242,7 @@ def build_problem(
     }
     base_reference = None if base is None else references[base]
     merges_by = bred_by if method is None else (method,)
-    has_base = any(one.uses_base(base is not None) for one in merges_by)
+    has_base = any(merge_method.uses_base(base is not None) for merge_method in merges_by)
     paths = [base, *parents] if base is not None and has_base else list(parents)
     tokenizer_dir = None
     if config.tokenizer_source is not None:
@@ -298,7 +297,7 @@ def build_problem(
             space, sources, decoder, has_base, base_reference if has_base else None, names, export_dtype, config.seed,
             config.pool.slots or size,
         )  # fmt: skip
-        # While a member is bred again, as many of its ancestors are there as the pool had members.
+        # While a member is bred again, at most as many of its ancestors are held as the pool had members.
         held = pooled.slots + size
         require_memory(
             f"{where}: pool", f"holding {held:,} bred members", held * pooled.bank.member_bytes(),
@@ -360,8 +359,8 @@ def build_problem(
 def _minibatches(
     where: str, config: Config, strategy: Strategy, searched: Sequence[Task], lengths: Callable[[Task], np.ndarray]
 ) -> list[list[Task]]:
-    """The tasks that a strategy differentiates, in minibatches of their examples; none of a strategy that is told no
-    gradients. Raises InputError for a space without a differentiable parameter, for a goal that is not differentiable,
+    """The tasks that a strategy differentiates, in minibatches of their examples; none for a strategy that follows no
+    gradient. Raises InputError for a space without a differentiable parameter, for a goal that is not differentiable,
     and where a minibatch has no example."""
     what = differentiates(strategy)
     if what is None:
@@ -404,8 +403,8 @@ def _smooth(where: str, task: Task, what: Differentiates, strategy: Strategy) ->
 
 
 def _check_distinct(where: str, base: Path | None, parents: Sequence[Path], names: Sequence[str], first: int) -> None:
-    """Raises InputError where a model is named twice, by whatever path: it would be given two weights, or none. Looked
-    at are the parents from the number `first` on."""
+    """Raises InputError where a model is named twice, by whatever path: it would have two weights, or none. Checks the
+    parents from the number `first` on."""
     named = {} if base is None else {base: "base"}
     for i, parent in enumerate(parents[first:], first):
         if parent in named:
@@ -422,10 +421,10 @@ def _other_modules(
     parents: Sequence[Path],
 ) -> Path | None:
     """The model whose other modules the winner has: the one that the config names, else the base or the first parent
-    that has any. None where all are decoders alone. Raises InputError for one that is not a model of the search, or
-    that has none."""
+    that has any. None where all are decoders alone. Raises InputError for a model that is not in the search, or that
+    has no other modules."""
     models = [*parents] if base is None else [base, *parents]
-    larger = [one.path for one in opened if one.other_modules]
+    larger = [opened_folder.path for opened_folder in opened if opened_folder.other_modules]
     if config.other_modules is None:
         return next((model for model in models if model in larger), None)
     named = base if config.other_modules == "base" else None
@@ -444,8 +443,8 @@ def _of_one_depth(paths: Sequence[Path], tokenizer: TokenizerChoice | None) -> t
 
 
 def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> PathSpace:
-    """The data-flow space of a config. Raises InputError for an end that no parent has, or a path that cannot be."""
-    depths = tuple(one.layers for one in spec.configs)
+    """The data-flow space of a config. Raises InputError for an end that no parent has, or an impossible path."""
+    depths = tuple(decoder.layers for decoder in spec.configs)
     if config.embedding_parent >= len(depths):
         raise InputError(
             where,
@@ -482,10 +481,10 @@ def build_path_space(where: str, config: DataFlowConfig, spec: PathSpec) -> Path
 def build_strategy(
     where: str, search: SearchConfig, space: Space, objectives: int = 1, pool: PoolSettings | None = None
 ) -> Strategy:
-    """The strategy of a config, with its seeds. objectives: how many tasks the fitness is made of; pool: of a search
-    over a pool's members. Raises InputError for an unknown one, for dimensions, objectives, a population or seeds that
-    it cannot have, for a search whose genomes do not fit into memory, or that nobody would see the end of, and for one
-    that would end before its first generation."""
+    """The strategy of a config, with its seeds. objectives: the number of tasks that the fitness is made of; pool: of a
+    search over a pool's members. Raises InputError for an unknown strategy, for dimensions, objectives, a population or
+    seeds that it cannot have, for a search whose genomes do not fit into memory, and for one that would end before its
+    first generation."""
     dims = space.dims
     if dims > MAX_DIMS:
         raise InputError(
@@ -523,7 +522,7 @@ def build_strategy(
 
 
 def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
-    """Every model of a search has every token: a row that was made up would be searched like one that was trained."""
+    """Raises InputError where a model of a search lacks a token: a made-up row would be searched like a trained one."""
     vocabulary = sources.vocabulary
     if vocabulary is None or not vocabulary.fills:
         return
@@ -545,7 +544,8 @@ def _method(where: str, config: Config, space: SpaceConfig) -> Method:
 
 
 def _breeding_methods(where: str, config: Config, pool: PoolConfig) -> tuple[Method, ...]:
-    """What a pool's children are bred by. Raises InputError for methods that cannot, and for a pool of one model."""
+    """The methods that breed a pool's children. Raises InputError for methods that cannot, and for a pool of one
+    model."""
     if len(config.parents) < PARENTS:
         raise InputError(where, f"parents: 1 model; a pool breeds from {PARENTS} or more")
     if config.tokenizer_source is not None:
@@ -578,20 +578,20 @@ def _check_heads(where: str, sources: Sources) -> None:
 
 
 def stored_dtype(sources: Sources, number: int) -> str:
-    """The dtype of a source's weights, by its embedding; float32 where it is none that a model is written in."""
+    """The dtype of a source's weights, by its embedding; float32 where that is no dtype that a model is written in."""
     dtype = sources.entry(number, sources.token_tensors.embedding).dtype
-    return next((name for name, known in FLOAT_DTYPES.items() if known == dtype), "float32")
+    return next((name for name, float_dtype in FLOAT_DTYPES.items() if float_dtype == dtype), "float32")
 
 
 def build_space(
     where: str, config: SpaceConfig, method: Method, parents: Sequence[str], decoder: DecoderConfig
 ) -> ParameterSpace:
-    """The parameter space of a config. parents: as the config calls them. Raises InputError for unknown parameters and
-    parents, and for bounds without a meaning."""
+    """The parameter space of a config. parents: their names in the config. Raises InputError for unknown parameters and
+    parents, and for meaningless bounds."""
     shared = [leaf.name for leaf in architecture_of(decoder).shared]
     components = architecture_of(decoder).components
     named = [name.strip() for part in config.components for name in part.split("+")]
-    # As shared leaves do, a router that is not named has parameters of its own.
+    # A router that is not named has parameters of its own, like shared leaves.
     alone = [ROUTER] if ROUTER in components and ROUTER not in named else []
     groups = component_groups([*config.components, *alone], components, shared)
     if groups is None:
@@ -600,8 +600,8 @@ def build_space(
             for name in named
             if name not in {*components, *shared}
         ]
-        found = unknown[0] if unknown else str(config.components)
-        raise InputError(where, f"components: {found}; expected each of {', '.join(components)} once (join with +)")
+        wrong = unknown[0] if unknown else str(config.components)
+        raise InputError(where, f"components: {wrong}; expected each of {', '.join(components)} once (join with +)")
     parent_groups = parent_groups_of(where, config.parent_groups, parents)
     search_parameters, constants = search_parameters_of(
         where, method, len(parents), config.parameters, config.fixed, parent_groups
@@ -639,8 +639,8 @@ def _limited(task: Task, limit: int | None) -> Task:
 
 
 def context_length(folders: Sequence[Folder], positions: int | None = None) -> int:
-    """The most tokens that all of these models take: what one of them was never trained on is asked of none.
-    positions: how many they have embeddings of, None: of none."""
+    """The most tokens that all of these models take: no model is asked for positions that it was not trained on.
+    positions: the number of embedded positions; None: positions are not embedded."""
     trained = min(int(folder.config.get("max_position_embeddings") or 2**30) for folder in folders)
     return trained if positions is None else min(trained, positions)
 
@@ -648,9 +648,10 @@ def context_length(folders: Sequence[Folder], positions: int | None = None) -> i
 def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     """The token ids that end a generation: of generation_config.json, else of config.json, and the tokenizer's own.
 
-    Raises InputError where a file gives anything but ids of the model's vocabulary; what else they say is not read.
+    Raises InputError where a file gives anything but ids of the model's vocabulary; other keys of the files are not
+    read.
     """
-    found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    eos_ids: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
         document = read_json_object(folder / name, missing={})
         ids = document.get("eos_token_id", decoder_settings(document).get("eos_token_id"))
@@ -659,18 +660,18 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
         ids = ids if isinstance(ids, list) else [ids]
         settings = decoder_settings(read_json_object(folder / "config.json", missing={}))
         rows = settings.get("vocab_size", len(tokenizer))
-        for one in ids:
-            if not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < rows:
+        for token_id in ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < rows:
                 raise InputError(
                     folder / name,
-                    f"eos_token_id: {shown(one)}; expected a token id from 0 to {rows - 1}, or a list of them",
+                    f"eos_token_id: {shown(token_id)}; expected a token id from 0 to {rows - 1}, or a list of them",
                 )
-        return tuple(sorted(found | set(ids)))
-    return tuple(sorted(found))
+        return tuple(sorted(eos_ids | set(ids)))
+    return tuple(sorted(eos_ids))
 
 
 def failure_hint(task: Task) -> str:
-    """What makes every candidate fail on a task."""
+    """Advice for a task on which every candidate fails."""
     return task.failure_hint() or (
         "Merges overflow where the bounds of their parameters are wide, and paths fail that have no layer or more than "
         "max_layers: narrow the bounds, lower search.sigma, or evaluate the parents by themselves"
@@ -678,7 +679,7 @@ def failure_hint(task: Task) -> str:
 
 
 def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
-    """The config's space as it is kept in the run folder: its groups of parents with absolute paths."""
+    """The config's space for the run folder: its groups of parents with absolute paths."""
     space = problem.config.space
     if space is None:
         return None
@@ -693,10 +694,9 @@ def resolved_space(problem: SearchProblem) -> dict[str, Any] | None:
 
 
 def resolved_document(problem: SearchProblem) -> dict[str, Any]:
-    """The config as it is kept in the run folder: absolute paths, defaults filled in, the hash of every file that
-    scores depend on (weights, the models' configs, whatever makes their tokenizers and chat templates, data,
-    functions, plugins), and how random masks are drawn.
-    """
+    """The config for the run folder: absolute paths, defaults filled in, the hash of every file that scores depend on
+    (weights, the models' configs, the files of their tokenizers and chat templates, data, functions, plugins), and the
+    scheme of random masks."""
     document = problem.config.model_dump(mode="json")
     document.pop("out")
     document["base"] = None if problem.base is None else reference_to(problem.base)

@@ -38,10 +38,10 @@ def open_evaluators(
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Splits[SpaceEvaluator[Any]]:
-    """Load the bank; score genomes on each of the splits, in the final compute dtype where no generation is scored.
-    `progress` is told the bytes that were loaded, `log` what went otherwise than planned."""
+    """Load the bank and open evaluators of genomes on each of the splits, in the final compute dtype where no
+    generation is scored. `progress` receives the bytes that were loaded, `log` the evaluators' notes."""
     bank = problem.candidates.load_bank(devices, progress)
-    # Batches of all splits have the same shapes, and so what fits one in a dtype fits all in it.
+    # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
     chunk_sizes: dict[str, dict[Any, int]] = {problem.compute_dtype: {}, problem.final_compute_dtype: {}}
 
     def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
@@ -53,7 +53,7 @@ def open_evaluators(
 def open_evaluator(
     problem: SearchProblem, batched_tasks: list[BatchedTask], devices: Devices = ONE_DEVICE
 ) -> SpaceEvaluator[Any]:
-    """Load the bank; score genomes on the tasks of one split as generations are scored."""
+    """Load the bank and open the evaluator of genomes on the tasks of one split, in the generations' compute dtype."""
     bank = problem.candidates.load_bank(devices, lambda done: None)
     return _evaluator(problem, bank, devices, lambda text: None, {}, problem.compute_dtype, batched_tasks)
 
@@ -76,7 +76,8 @@ def select_best(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Result:
     """Choose the winner among the finalists, on the validation split where there is one, else on the whole search
-    split; then score everyone on the held-out split. Raises Failed where no finalist has finite scores."""
+    split; then score the winner and the models that it is compared with on the held-out split. Raises Failed where no
+    finalist has finite scores."""
     problem, on = problem.within(archive.context), on.map(lambda evaluator: evaluator.within(archive.context))
     candidates, heldout = problem.candidates, on.heldout
     finalists = rescore(problem.space, on.deciding, archive, progress)
@@ -115,22 +116,22 @@ def _front(
 ) -> tuple[FrontMember, ...]:
     """The finalists that are the front on the examples that the winner is chosen on, from the best in the first task
     on; scored on the held-out split."""
-    objectives = np.stack([one.task_means for one in finalists])
+    objectives = np.stack([finalist.task_means for finalist in finalists])
     front = front_of(objectives)
     chosen = [finalists[i] for i in front[np.argsort(-objectives[front, 0], kind="stable")]]
     names = [f"{task.name}/{task.metric}" for task, _ in task_weights(heldout.tasks)]
-    scores = heldout.score(np.stack([one.genome for one in chosen]), progress)
+    scores = heldout.score(np.stack([finalist.genome for finalist in chosen]), progress)
     rows = zip(chosen, fitness(heldout.tasks, scores), means(heldout.tasks, scores), strict=True)
     return tuple(
         FrontMember(
             number=number,
-            genome=one.genome,
-            fitness=one.fitness,
-            scores=dict(zip(names, map(float, one.task_means), strict=True)),
+            genome=finalist.genome,
+            fitness=finalist.fitness,
+            scores=dict(zip(names, map(float, finalist.task_means), strict=True)),
             heldout_fitness=float(heldout_fitness),
             heldout_scores={name: table[name] for name in names},
         )
-        for number, (one, heldout_fitness, table) in enumerate(rows, start=1)
+        for number, (finalist, heldout_fitness, table) in enumerate(rows, start=1)
     )
 
 
@@ -141,16 +142,16 @@ def _table(
     plain: np.ndarray,
     progress: Callable[[int], None],
 ) -> list[Row]:
-    """Everyone on the held-out split: the stored models, the baseline where it is none of them, and the winner."""
+    """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner."""
     candidates, decoder = problem.candidates, heldout.evaluator.evaluator
     scored = [
         (role, model_name(path), 0, _stored_scores(problem, path, decoder, progress)) for role, path in problem.models
     ]
-    both = heldout.score(np.stack([winner, plain]), progress)
+    finals = heldout.score(np.stack([winner, plain]), progress)
     if candidates.baseline_role is not None:
         role = candidates.baseline_role
-        scored.append((role, f"{role} {candidates.name}", 1, both))
-    scored.append(("winner", f"evolved {candidates.name}", 0, both))
+        scored.append((role, f"{role} {candidates.name}", 1, finals))
+    scored.append(("winner", f"evolved {candidates.name}", 0, finals))
     weighted = task_weights(heldout.tasks)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores)[p]), means(heldout.tasks, scores)[p])
@@ -162,7 +163,8 @@ def _table(
 
 
 def _no_winner(problem: SearchProblem, archive: Archive) -> str:
-    """Every generation had a candidate with finite scores, and none of them has on what the winner is chosen on."""
+    """The message about a search without a winner: every generation had a candidate with finite scores, but none of the
+    finalists has on the examples that the winner is chosen on."""
     metrics = ", ".join(f"{task.name} ({task.metric})" for task in problem.splits.search)
     split = "whole search split" if problem.splits.validation is None else "validation split"
     return (
@@ -185,7 +187,7 @@ def _stored_scores(
 
 
 def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) -> int:
-    """How many steps of progress `select_best` reports at most."""
+    """The steps of progress that `select_best` reports at most."""
     counts = candidates_to_select(problem)
     on_validation = 0 if on.validation is None else on.validation.passes(counts.validation)
     return on.search.passes(counts.search) + on_validation + on.heldout.passes(counts.heldout)
@@ -193,7 +195,7 @@ def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) ->
 
 @dataclass(frozen=True)
 class SelectionCounts:
-    """How many models are scored on each split to choose the winner, at most."""
+    """The most models that are scored on each split to choose the winner."""
 
     search: int
     validation: int
@@ -201,10 +203,10 @@ class SelectionCounts:
 
 
 def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
-    """How many models `select_best` scores on each split, at most."""
+    """The most models that `select_best` scores on each split."""
     front = problem.strategy.population if keeps_front(problem.strategy) else 0
     _, baselines = problem.space.baselines()
-    # Beside the finalists what the strategy proposes, and the start.
+    # Besides the finalists: the strategy's proposal, and the start.
     candidates = problem.search.finalists + 2 + len(baselines) + front
     heldout = len(problem.models) + 2 + front
     if problem.splits.validation is None:
@@ -213,7 +215,7 @@ def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
 
 
 def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
-    """A genome's recipe as YAML, as `evojax-merge merge` and mergekit take it."""
+    """A genome's recipe as YAML, for `evojax-merge merge` and mergekit."""
     documents = problem.candidates.to_recipe(genome)
     if problem.sources.vocabulary is not None:
         documents = [_with_tokenizer(problem, document) for document in documents]
@@ -224,10 +226,10 @@ def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
 
 
 def _with_tokenizer(problem: SearchProblem, document: dict[str, Any]) -> dict[str, Any]:
-    """A document of a recipe that says whose tokens its merge has."""
+    """A document of a recipe with the source of its merge's tokenizer."""
     document = document | {"tokenizer_source": problem.references[problem.tokenizer_folder]}
     if problem.tokenizer_folder == problem.base:
-        # A method that takes no base leaves it out, but for the tokenizer.
+        # The recipe of a method that takes no base lacks it, but needs it for the tokenizer.
         base = problem.references[problem.tokenizer_folder]
         document = {"merge_method": document["merge_method"], "base_model": base} | document
     return document

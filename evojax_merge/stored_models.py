@@ -1,4 +1,4 @@
-"""Scoring stored models on tasks: what `evaluate` does, and where it may write."""
+"""Scoring stored models on tasks: the work of `evaluate`, and the checks of its output files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from evojax_merge.file_system import check_writable
 from evojax_merge.problem import context_length, read_config, stop_tokens, stored_dtype
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
-from evojax_merge.report.notices import Log, say_unread
+from evojax_merge.report.notices import Log, log_unused_config_keys
 from evojax_merge.report.progress import passes_bar
 from evojax_merge.search.run_folder import RunFolder, is_run
 from evojax_merge.search.validation import validation_split
@@ -34,9 +34,9 @@ from evojax_merge.yaml_reader import load_yaml
 
 Split = Literal["search", "validation", "heldout", "all"]
 
-# Of a row of the table that `evaluate --json` writes.
+# The keys of a row of the table that `evaluate --json` writes.
 TABLE_KEYS = {"model", "fitness", "scores"}
-# Bytes of a line that `evaluate --samples` wrote earlier, at most.
+# The most bytes of a line that `evaluate --samples` wrote earlier.
 LONGEST_SAMPLE = 2**26
 
 
@@ -47,7 +47,7 @@ class TaskSet:
     where: str
     tasks: list[Task]
     settings: EvaluationConfig
-    # In words, how many examples of which task are scored.
+    # In words, the number of scored examples of each task.
     sizes: tuple[str, ...]
 
 
@@ -63,30 +63,33 @@ def read_tasks(path: Path, split: Split = "all") -> TaskSet:
 
 
 def _validation_share(config: Config) -> float:
-    """The share of the search split that a search keeps back; of a chain, its last stage, which chooses the winner."""
+    """The share of the search split that a search keeps back; for a chain that of its last stage, which chooses the
+    winner."""
     return (config.search if config.stages is None else config.stages[-1].search).validation
 
 
 def open_tasks(
     where: str, file: TaskFile, folder: Path, split: Split = "all", seed: int = 0, validation: float = 0.0
 ) -> TaskSet:
-    """The tasks of a task file on the examples of a split; relative paths start in `folder`. seed: that of a search,
-    which its splits, and examples that are drawn, depend on; validation: the share of its search split that it keeps
-    back.
+    """The tasks of a task file on the examples of a split; relative paths start in `folder`. seed: that of a search, on
+    which its splits, and drawn examples, depend; validation: the share of its search split that it keeps back.
 
-    Of `all`, a task with a second source of held-out examples is on those, and any other on all that it has. Raises
-    InputError for a split that there is not.
+    With split `all`, a task with a second source of held-out examples is on those, and any other on all that it has.
+    Raises InputError for a split that does not exist.
     """
     if split != "all":
         tasks = _on_split(where, file, folder, split, seed, validation)
         words = "held-out" if split == "heldout" else split
         return TaskSet(
-            where, tasks, file.evaluation, tuple(f"the {one.size} {words} examples of {one.name}" for one in tasks)
+            where,
+            tasks,
+            file.evaluation,
+            tuple(f"the {split_task.size} {words} examples of {split_task.name}" for split_task in tasks),
         )
     tasks = [
         open_whole_task(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
     ]
-    # A second source of held-out examples is what is scored; a share of the only one is scored with the rest.
+    # A second source of held-out examples is scored alone; a share of the only source is scored with all others.
     sizes = tuple(
         f"the {task.size} held-out examples of {task.name}"
         if config.heldout_source is not None
@@ -97,11 +100,13 @@ def open_tasks(
 
 
 def _on_split(where: str, file: TaskFile, folder: Path, split: Split, seed: int, validation: float) -> list[Task]:
-    both = [open_splits(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)]
+    splits = [
+        open_splits(f"{where}: tasks[{i}]", task, folder, seed, resolve_file) for i, task in enumerate(file.tasks)
+    ]
     if split == "heldout":
-        return [heldout for _, heldout in both]
+        return [heldout for _, heldout in splits]
     searched, validated = validation_split(
-        f"{where}: search.validation", [search for search, _ in both], validation, seed
+        f"{where}: search.validation", [search for search, _ in splits], validation, seed
     )
     if split == "search":
         return searched
@@ -117,13 +122,13 @@ def score_models(
     warn: Log,
     on_scored: Callable[[str, Evaluator, TaskScores], None] = lambda model, evaluator, scores: None,
 ) -> list[Row]:
-    """Score stored models, or runs' winners, on all examples. `on_scored` is given each model's scores."""
+    """Score stored models, or runs' winners, on all examples. `on_scored` receives each model's scores."""
     tasks, settings = task_set.tasks, task_set.settings
     paths = [_model_folder(model) for model in models]
     for line in ignored_revisions(models, Path.cwd()):
         warn(line)
     for path in paths[1:]:
-        # Whatever is wrong with a later model is found before the first is scored.
+        # Errors of a later model show before the first is scored.
         _open_evaluator(path, tasks, settings)
     for i, task in enumerate(tasks):
         for line in repeated(f"{task_set.where}: tasks[{i}]", task):
@@ -131,7 +136,7 @@ def score_models(
     rows = []
     for model, path, name in zip(models, paths, _short_names(models), strict=True):
         sources, evaluator = _open_evaluator(path, tasks, settings)
-        say_unread(sources.folders, log)
+        log_unused_config_keys(sources.folders, log)
         for line in token_warnings(evaluator.batched_tasks, evaluator.tokenizer, evaluator.config.vocab):
             warn(line)
         require_memory(path, "the model", bank_bytes(sources, evaluator.config), unused_memory())
@@ -144,7 +149,7 @@ def score_models(
 
 
 def score_table(models: Sequence[str], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as plain data, with the models as they were asked for."""
+    """The rows as plain data, with the models by the names that were asked for."""
     return [{"model": m, "fitness": row.fitness, "scores": row.scores} for m, row in zip(models, rows, strict=True)]
 
 
@@ -164,7 +169,7 @@ def _model_folder(reference: str) -> Path:
 
 
 def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -> tuple[Sources, Evaluator]:
-    """A stored model, by its headers alone, and what scores it."""
+    """The sources of a stored model, by its headers alone, and its evaluator."""
     sources, decoder = open_sources([path])
     tokenizer = load_tokenizer(path)
     tokens = settings.tokens_per_batch or suitable_tokens(live_target())
@@ -178,7 +183,7 @@ def _open_evaluator(path: Path, tasks: list[Task], settings: EvaluationConfig) -
 
 
 def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], bool]) -> None:
-    """Raises InputError where a file cannot be written, or would take the place of anything but its like."""
+    """Raises InputError where a file cannot be written, or would replace a file of another kind."""
     try:
         check_writable(path)
     except InputError as error:
@@ -188,7 +193,7 @@ def check_own_file(path: Path, option: str, what: str, holds: Callable[[Path], b
 
 
 def holds_table(path: Path) -> bool:
-    """Whether a file is empty, or what `evaluate --json` writes."""
+    """Return whether a file is empty, or an output of `evaluate --json`."""
     try:
         if not path.is_file():
             return False
@@ -199,7 +204,7 @@ def holds_table(path: Path) -> bool:
 
 
 def holds_samples(path: Path) -> bool:
-    """Whether a file is empty, or begins as what `evaluate --samples` writes."""
+    """Return whether a file is empty, or begins like an output of `evaluate --samples`."""
     try:
         if not path.is_file():
             return False
@@ -212,10 +217,10 @@ def holds_samples(path: Path) -> bool:
 
 
 def _short_names(models: Sequence[str]) -> list[str]:
-    """The ends of the models' paths, as short as tells them apart."""
+    """The shortest ends of the models' paths that differ."""
     parts = [Path(model).parts for model in models]
     for length in range(1, max(map(len, parts)) + 1):
-        names = [str(Path(*one[-length:])) for one in parts]
+        names = [str(Path(*path[-length:])) for path in parts]
         if len(set(names)) == len(set(models)):
             return names
     return list(models)

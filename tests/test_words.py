@@ -53,16 +53,6 @@ ALLOWED = {
 }  # fmt: skip
 # One letter, or `sum`, with an index: mathematics.
 INDEXED = re.compile(r"([a-z]|sum)_[a-z]")
-# Names in docstrings that no longer exist, by file.
-STALE = {
-    "evojax_merge/config.py": {"load_config"},
-    "evojax_merge/evaluation/devices.py": {"LostProcess"},
-    "evojax_merge/evaluation/evaluator.py": {"broken", "score_states"},
-    "evojax_merge/evaluation/passes.py": {"score_states"},
-    "evojax_merge/evaluation/paths.py": {"passes.score_states"},
-    "evojax_merge/search/surrogate.py": {"at", "worth"},
-}
-
 
 TESTS = sorted([*ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py"), *ROOT.glob("docs/*.py")])
 
@@ -169,7 +159,7 @@ def test_names_in_docstrings_exist(path: Path) -> None:
     for node, text in docstrings(trees()[path]):
         missing |= {name for name in (*spans(text), *plain_names(text)) if not exists(name)}
         missing |= set(undescribed(node, text))
-    assert missing <= STALE.get(str(path.relative_to(ROOT)), set())
+    assert not missing
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

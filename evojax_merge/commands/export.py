@@ -26,7 +26,7 @@ from evojax_merge.report.progress import console, say
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
-    OF_A_RUN,
+    RUN_KEYS,
     Checkpoints,
     check_inputs,
     check_masks,
@@ -74,8 +74,8 @@ def _export(
     folder: RunFolder, stream: RecipeStream, text: str, card: str | None, out: Path, dtype: str | None, overwrite: bool,
     rank: int | None,
 ) -> None:  # fmt: skip
-    """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card` None: one that
-    shows just that."""
+    """Write the model of a run's recipe, or its adapter of a rank. `text`: the recipe as YAML; `card`: None makes one
+    from the recipe."""
     if any(recipe.method.random for recipe in (*(stage.recipe for stage in stream.stages), stream.result)):
         check_masks(folder)
     with prepare_stream(stream, out, dtype, find=resolve_reference) as stream_plan:
@@ -94,7 +94,7 @@ def _export(
 
 def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None) -> None:
     """Write the best candidate that an unfinished run has saved, as every generation scored it."""
-    # Nobody else may go on with the run meanwhile.
+    # The lock keeps any other process from going on with the run meanwhile.
     with locked(folder.path, resume=True):
         running, config = _stage_begun_last(folder)
         check_inputs(running)
@@ -122,10 +122,10 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
 
 
 def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
-    """The run folder of a search that was broken off, and its config; of a chain, those of the stage that was
+    """The run folder of a search that was broken off, and its config; for a chain, those of the stage that was
     running."""
     document = load_yaml(folder.config)
-    for key in OF_A_RUN:
+    for key in RUN_KEYS:
         document.pop(key, None)
     config: Config = parse(folder.config, document, Config)
     if config.stages is None:

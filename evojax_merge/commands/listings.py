@@ -11,7 +11,7 @@ from evojax_merge.report.progress import console
 
 
 def list_known(what: str, section: str | None = None) -> None:
-    """Print what the program knows: methods, strategies, architectures, or the keys of a config, all or a section's."""
+    """Print the tables of methods, strategies, architectures, or keys of a config, all or a section's."""
     plugins.load()
     tables: dict[str, Callable[[], Table]] = {
         "methods": methods_table,

@@ -23,7 +23,7 @@ from evojax_merge.mergekit.unused_keys import blaming_slips, few_lines, without_
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import merge_card
-from evojax_merge.report.notices import Log, print_warnings, say_unread
+from evojax_merge.report.notices import Log, log_unused_config_keys, print_warnings
 from evojax_merge.report.progress import console, merge_bar, say
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.yaml_reader import load_documents, refuse_repeated
@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a recipe is merged, and what of the model is written.
+    """Options of a merge and of the written model.
 
     `dtype`, `seed`: in place of the recipe's. `overwrite`: replace a model that evojax-merge wrote. `allow_nonfinite`,
-    `allow_crimes`: see `prepare_stream`. `strict`: what mergekit passes over in a recipe, or reads as something else,
-    is refused, not told. `copy_tokenizer`: the first model's is written as well. `card`: so are a card and the recipe.
-    `max_shard_bytes`: the most in a file of weights."""
+    `allow_crimes`: see `prepare_stream`. `strict`: an error, not a warning, where mergekit ignores a key of a recipe or
+    reads it as something else. `copy_tokenizer`: write the first model's tokenizer as well. `card`: write a card and
+    the recipe as well. `max_shard_bytes`: the most bytes in a file of weights."""
 
     dtype: str | None = None
     seed: int | None = None
@@ -54,7 +54,8 @@ class MergeOptions:
 def merge(
     recipe: Path, out: Path, options: MergeOptions, quiet: bool = False, without_meaning: Sequence[str] = ()
 ) -> None:
-    """`without_meaning`: options that the command line has and that change nothing."""
+    """Merge and report on the terminal. `without_meaning`: options that the command line accepts and that change
+    nothing."""
     usual, console.quiet = console.quiet, console.quiet or quiet
     try:
         if without_meaning:
@@ -66,13 +67,15 @@ def merge(
 
 
 def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log: Log, warn: Log) -> None:
-    """Do the merge of a recipe (a file, or the documents that its YAML says) and write the model."""
+    """Do the merge of a recipe (a file, or the documents of its YAML) and write the model."""
     plugins.load()
     recover(out)
     check_free(out, options.overwrite)
     strict = options.strict
     twice: list[str] = []
-    repeated = refuse_repeated if strict else lambda place, said: twice.append(f"{place}: {said}; the last counts")
+    repeated = (
+        refuse_repeated if strict else lambda place, key_note: twice.append(f"{place}: {key_note}; the last counts")
+    )
     if isinstance(recipe, Path):
         path, given, text = recipe, load_documents(recipe, repeated), recipe.read_text(encoding="utf-8")
         no_file: Path | None = None
@@ -91,7 +94,7 @@ def write_merge(recipe: Path | list[Any], out: Path, options: MergeOptions, log:
         said_twice = few_lines(path, twice, "more keys stand twice")
         for line in (*said_twice, *ignored, *stream_warnings(stream), *stream_plan.warnings):
             warn(line)
-        say_unread(list(stream_plan.models.values()), log)
+        log_unused_config_keys(list(stream_plan.models.values()), log)
         inputs = [path for path in stream_plan.inputs if path != no_file]
         card = card_of_merge(out, stream_plan, text) if options.card else None
         write = partial(merge_to, recipe=text if options.card else None, max_shard_bytes=options.max_shard_bytes)
@@ -113,13 +116,13 @@ def write_model(
 
 def card_of_merge(out: Path, stream_plan: StreamPlan, text: str) -> str:
     """The model card of a planned merge. text: its recipe as YAML."""
-    methods = list(dict.fromkeys(one.recipe.method.name for one in stream_plan.merges))
+    methods = list(dict.fromkeys(merge_plan.recipe.method.name for merge_plan in stream_plan.merges))
     models = {model: folder.path for model, folder in stream_plan.models.items()}
     return merge_card(out.name, methods, models, text)
 
 
 def _parts_of_runs(out: Path) -> list[Path]:
-    """What belongs to the runs in whose folders `out` would lie."""
+    """The parts of the runs in whose folders `out` would lie."""
     # Parts of a run may be links.
     above = {*Path(os.path.realpath(out)).parents, *Path(os.path.abspath(out)).parents}
     runs = [RunFolder(folder) for folder in sorted(above)]

@@ -1,4 +1,4 @@
-"""`evojax-merge plan`: what a search would take, from headers alone."""
+"""`evojax-merge plan`: the cost of a search, from headers alone."""
 
 import json
 import tempfile
@@ -21,7 +21,7 @@ from evojax_merge.problem import (
 )
 from evojax_merge.references import resolve_headers
 from evojax_merge.report.notices import print_warnings
-from evojax_merge.report.plan import holds_plans
+from evojax_merge.report.plan import is_plan_file
 from evojax_merge.report.progress import console, say
 from evojax_merge.stored_models import (
     check_own_file,
@@ -29,10 +29,10 @@ from evojax_merge.stored_models import (
 
 
 def plan(path: Path, target_name: str | None, json_file: Path | None, overrides: list[str]) -> None:
-    """Say what the search of a config file would take on a target; None: on the devices that are here. json_file: a
-    list of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
+    """Print the cost of a config file's search on a target; None: on this machine's devices. json_file: receives a list
+    of plans, one for each stage. Raises InputError, at the end, where one does not fit."""
     if json_file is not None:
-        check_own_file(json_file, "--json", "plan", holds_plans)
+        check_own_file(json_file, "--json", "plan", is_plan_file)
     with blamed_on_overrides(path, overrides):
         plugins.load()
         config = read_config(path, overrides, None)
@@ -45,17 +45,17 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
                 compiler = _compiler(target, config.evaluation.model)
                 plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
     print_warnings(revision_warnings(path, config))
-    for number, one in enumerate(plans, start=1):
+    for number, stage_plan in enumerate(plans, start=1):
         if len(plans) > 1:
             console.print(f"stage {number} of {len(plans)}")
-        for line in one.lines():
+        for line in stage_plan.lines():
             console.print(line, highlight=False, soft_wrap=True)
-        console.print(one.table())
+        console.print(stage_plan.table())
     if json_file is not None:
-        atomic_write(json_file, json.dumps([one.as_json() for one in plans], indent=1) + "\n")
-    for one in plans:
-        if not one.fits:
-            raise InputError(path, one.what_would_fit())
+        atomic_write(json_file, json.dumps([stage_plan.as_json() for stage_plan in plans], indent=1) + "\n")
+    for stage_plan in plans:
+        if not stage_plan.fits:
+            raise InputError(path, stage_plan.what_would_fit())
 
 
 def _compiler(target: Target, model: int) -> TargetCompiler | None:

@@ -34,8 +34,8 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
-from evojax_merge.report.notices import print_warnings, say_unread
-from evojax_merge.report.plan import shown_advice
+from evojax_merge.report.notices import log_unused_config_keys, print_warnings
+from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
 from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.run_folder import (
@@ -61,7 +61,7 @@ class ResumeHint:
         self._folder: RunFolder | None = None
 
     def on_started(self, command: str, folder: RunFolder) -> None:
-        """From here on `command` continues the search, whose run folder is there."""
+        """Remember the command that continues the search from now on, and its run folder."""
         self._command, self._folder = command, folder
 
     @contextmanager
@@ -104,7 +104,7 @@ def search(
 
 
 def default_out(path: Path, config: Config) -> Path:
-    """The run folder of a config that is given none."""
+    """The run folder of a config without one."""
     return Path(config.out) if config.out else Path("runs") / path.stem
 
 
@@ -166,7 +166,7 @@ def _opened(
 
 
 def _check_checkpoints(folder: RunFolder) -> None:
-    """What cannot be continued is found before the models are loaded. All processes do this together."""
+    """Find a run that cannot be continued before the models are loaded. All processes do this together."""
     barrier("opened")
     Checkpoints(folder).restore(say)
 
@@ -181,7 +181,7 @@ def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
         if not force:
-            remedy = shown_advice(advice(problem, 0))
+            remedy = format_advice(advice(problem, 0))
             raise InputError(error.where, f"{error.what}; {remedy} ({core.FORCE})") from None
 
 
@@ -189,10 +189,12 @@ def _run_chain(
     path: Path, config: Config, stages: list[StageConfig], out: Path, resume: bool, overwrite: bool,
     on_started: Callable[[RunFolder], None], on_generation: OnGeneration, force: bool,
 ) -> None:  # fmt: skip
-    """Stages one after the other: the winner of one is the first parent of the next. The last is the run itself, those
-    before have run folders of their own below `stages/`."""
+    """Search in stages, one after the other: the winner of one is the first parent of the next. The last stage is the
+    run itself, earlier ones have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs.
-    problems = [build_problem(path, one, chained=i > 0) for i, one in enumerate(stage_configs(config))]
+    problems = [
+        build_problem(path, config_of_stage, chained=i > 0) for i, config_of_stage in enumerate(stage_configs(config))
+    ]
     _check_outside(out, problems)
     batched_tasks = [problem.batched_tasks() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
@@ -207,7 +209,7 @@ def _run_chain(
         for stage, problem in zip(stages, problems, strict=True)
     ]
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
-        # All stages ask the same.
+        # All stages have the same examples.
         _log_warnings(path, problems[0], batched_tasks[0])
         winner: str | None = None
         for number, stage in enumerate(stages, start=1):
@@ -231,8 +233,8 @@ def _run_chain(
 
 
 def _log_warnings(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
-    """What a user should know of the models and the examples before a search."""
-    say_unread(problem.sources.folders)
+    """Print warnings about the models and the examples before a search."""
+    log_unused_config_keys(problem.sources.folders)
     print_warnings(revision_warnings(path, problem.config))
     print_warnings(problem.sources.warnings)
     examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]

@@ -24,19 +24,20 @@ from evojax_merge.tasks.batches import (
 )
 from evojax_merge.tasks.task import Task, TaskRequests
 
-# Tokens of a candidate in one pass: on a CPU as many as its caches like; on others as many as keep it busy, and so many
-# times as many as merging costs that it takes little of the time, from the least to the most.
+# Tokens of a candidate in one pass: on a CPU as many as fit its caches; on an accelerator, between the two bounds,
+# enough to keep it busy and MERGE_FACTOR times the cost of a merge, so that merging takes little of the time.
 CPU_TOKENS, ACCELERATOR_TOKENS, MERGE_FACTOR = 2048, (8192, 16384), 8
 # While decoding, prompts and generated tokens together may be so many times as many: each row is then few tokens of a
-# step.
+# The factor by which a batch may hold more tokens while decoding, prompts and generated tokens together: each row is
+# only a few tokens of a step.
 DECODE_BATCH_FACTOR = 4
-# Of an example's tokens so many may be unknown ones before it is worth a word.
+# The share of unknown tokens above which the user sees a warning.
 UNKNOWN_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class TaskShapes:
-    """The shapes of a task's batches of scored rows and of prompts; None: it has none of these."""
+    """The shapes of a task's batches of scored rows and of prompts; None: the task has none of these."""
 
     scoring: ScoringShapes | None
     prompts: PromptShapes | None
@@ -44,9 +45,9 @@ class TaskShapes:
 
 @dataclass(frozen=True)
 class BatchedTask:
-    """A task, what it asks, and the batches of its scored rows and of its prompts, which have these `shapes`. `stop`:
-    token ids that end a generation; `tokens_per_batch`, `merge_tokens`: what the batches were made for;
-    `share_prefixes`: whether rows share what they begin with."""
+    """A task, its requests, and the batches of its scored rows and of its prompts, which have these `shapes`. `stop`:
+    token ids that end a generation; `tokens_per_batch`, `merge_tokens`: the arguments that the batches were made for;
+    `share_prefixes`: true where rows share their common beginnings."""
 
     task: Task
     requests: TaskRequests
@@ -63,7 +64,7 @@ class BatchedTask:
         return sum(len(part.batches) for part in (self.scoring, self.prompts) if part is not None)
 
     def for_any_examples(self) -> "BatchedTask":
-        """The same with batches that have room for whichever of the examples `subset` puts there."""
+        """The same task in batches that have room for any examples that `subset` chooses."""
         if self.shapes.scoring is None:
             return self
         shapes = replace(self.shapes, scoring=self.shapes.scoring.for_any(self.requests.scored))
@@ -71,8 +72,8 @@ class BatchedTask:
         return replace(self, shapes=shapes, scoring=scoring, prompts=prompts)
 
     def subset(self, examples: np.ndarray) -> "BatchedTask":
-        """The task on some of its examples, int[M], ascending, in batches of the same shapes. Only of a task with room
-        for any examples."""
+        """The task on some of its examples, int[M], ascending, in batches of the same shapes. The batches must have
+        room for any examples."""
         requests = self.requests.subset(examples.tolist())
         scoring, prompts = _filled(requests, self.shapes)
         return replace(
@@ -81,7 +82,7 @@ class BatchedTask:
 
 
 def suitable_tokens(target: Target) -> int:
-    """How many tokens of a candidate go through a pass where nobody says."""
+    """The default number of a candidate's tokens in a pass."""
     if not target.is_accelerator:
         return CPU_TOKENS
     least, most = ACCELERATOR_TOKENS
@@ -99,7 +100,7 @@ def batch_tasks(
     merge_tokens: int = 0,
 ) -> list[list[BatchedTask]]:
     """Tokenise and batch several splits of the same tasks, in batches of the same shapes, made for the first split.
-    merge_tokens: as how many tokens merging costs, which each batch that is scored does anew.
+    merge_tokens: the cost of merging, which each scored batch does anew, in tokens.
 
     Raises InputError for an example that is longer than `context`, the model's, that holds a token beyond the `vocab`
     rows of its embedding, or whose generation could grow beyond `position_switch` tokens, where the model's position
@@ -112,7 +113,7 @@ def batch_tasks(
         if position_switch is not None:
             _check_switch(part, position_switch)
     by_task = [[split[i] for split in requests] for i in range(len(splits[0]))]
-    # What a short row shares with a long one would have the positions of one of them.
+    # A prefix that a short row shares with a long one would have the positions of one of them.
     shares = [position_switch is None or max(map(_longest, parts)) <= position_switch for parts in by_task]
     shapes = [
         _task_shapes(parts, tokens_per_batch, share, merge_tokens) for parts, share in zip(by_task, shares, strict=True)
@@ -139,7 +140,7 @@ def _task_shapes(splits: Sequence[TaskRequests], tokens_per_batch: int, share: b
     """The shapes of one task's batches, the same in every split."""
     scoring = prompts = None
     if splits[0].scored:
-        # A function of a row's logits may look at all of them, so no other row is laid beside it.
+        # A function of a row's logits may look at all of them, so no other row is packed beside it.
         pack = share and splits[0].logits_fn is None
         scoring = scoring_shapes([part.scored for part in splits], tokens_per_batch, pack, share, merge_tokens)
     if splits[0].prompts:
@@ -188,7 +189,7 @@ def _check_lengths(requests: TaskRequests, context: int) -> None:
 
 
 def _longest(requests: TaskRequests) -> int:
-    """The most tokens that are read of a row. The last one of a scored row is predicted alone."""
+    """The most tokens that a model reads of a row. The last one of a scored row is only predicted."""
     return max([0, *(len(row.tokens) - 1 for row in requests.scored), *(len(row.tokens) for row in requests.prompts)])
 
 
@@ -215,18 +216,18 @@ def _check_tokens(requests: TaskRequests, tokenizer: Any, vocab: int) -> None:
 
 
 def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: int) -> list[str]:
-    """One line each for what is amiss with the tokens of a model with `vocab` embedding rows: that the tokenizer has
-    some beyond the rows (trainers add such, and no example holds one, or `batch_tasks` had raised), and that many of
-    the examples' are unknown to it."""
-    found = []
+    """One line for each problem with the tokens of a model with `vocab` embedding rows: the tokenizer has tokens beyond
+    the rows (trainers add such, and no example holds one, or `batch_tasks` would have raised), or many of the examples'
+    tokens are unknown to it."""
+    lines = []
     outside = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= vocab)
     if outside:
-        found.append(
+        lines.append(
             f"{tokenizer.name_or_path}: {len(outside):,} tokens (such as {shown(outside[0][1])}) are beyond the "
             f"{vocab:,} rows of the models' embedding; no example holds one"
         )
     unknown = tokenizer.unk_token_id
-    # Where another token stands in for the unknown one, it is there for its own sake.
+    # A token that stands in for the unknown one is in the examples for its own sake.
     if unknown is not None and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         rows = [
             row
@@ -237,15 +238,15 @@ def token_warnings(batched_tasks: Sequence[BatchedTask], tokenizer: Any, vocab: 
         share = sum(counts) / max(1, sum(len(row.tokens) for row in rows))
         if share > UNKNOWN_SHARE:
             first = next(row.where for row, count in zip(rows, counts, strict=True) if count)
-            found.append(
+            lines.append(
                 f"{share:.0%} of the examples' tokens are unknown to the tokenizer ({shown(tokenizer.unk_token)}), "
                 f"first in {first}"
             )
-    return found
+    return lines
 
 
 def shared_and_padding(batched_tasks: Sequence[BatchedTask]) -> tuple[float, float]:
-    """The share of the tokens that are computed once for several rows, and of what is computed the share that is
+    """The share of the tokens that are computed once for several rows, and the share of the computed tokens that is
     padding."""
     parts = _batches(batched_tasks)
     computed, padding = sum(part.computed for part in parts), sum(part.padding for part in parts)
@@ -253,7 +254,7 @@ def shared_and_padding(batched_tasks: Sequence[BatchedTask]) -> tuple[float, flo
 
 
 def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
-    """One line: what is computed for each candidate."""
+    """One line: the tokens, batches and rows that are computed for each candidate."""
     parts = _batches(batched_tasks)
     rows = sum(len(batched_task.requests.scored) + len(batched_task.requests.prompts) for batched_task in batched_tasks)
     shapes = {(len(p.shared_prefix), shape) for p in parts for batch in p.batches for shape in batch.compiled_shapes}
@@ -267,7 +268,12 @@ def describe_batches(batched_tasks: Sequence[BatchedTask]) -> str:
 
 
 def _batches(batched_tasks: Sequence[BatchedTask]) -> list[Batches[Any]]:
-    return [part for one in batched_tasks for part in (one.scoring, one.prompts) if part is not None]
+    return [
+        part
+        for batched_task in batched_tasks
+        for part in (batched_task.scoring, batched_task.prompts)
+        if part is not None
+    ]
 
 
 def _counted(number: int, one: str, many: str) -> str:

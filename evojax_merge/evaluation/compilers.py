@@ -1,5 +1,5 @@
-"""Compilers of targets that are not here: libtpu compiles for TPUs on machines that have none, and XLA's CUDA compiler
-for GPUs. What they report of memory and collectives is what the chip would do."""
+"""Compilers for targets that this machine lacks: libtpu compiles for TPUs, and XLA's CUDA compiler for GPUs. The memory
+and the collectives that they report are those of the chip."""
 
 import os
 import re
@@ -22,10 +22,10 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 
 @dataclass(frozen=True)
 class _Gpu:
-    """What XLA's compiler has to know of a GPU, as NVIDIA's documents and XLA's own descriptions have it. Of each of
-    its `cores` (streaming multiprocessors): float32 `units`, resident `threads`, bytes of `shared` memory, of which a
-    block may have `block_shared`. cache: bytes of the second level; clock: GHz; memory: bytes; bandwidth: bytes a
-    second; capability: CUDA's."""
+    """A GPU as XLA's compiler needs it, from NVIDIA's documents and XLA's own descriptions. Each of its `cores`
+    (streaming multiprocessors) has float32 `units`, resident `threads`, bytes of `shared` memory, of which a block may
+    have `block_shared`. cache: bytes of the second level; clock: GHz; memory: bytes; bandwidth: bytes a second;
+    capability: CUDA's."""
 
     cores: int
     units: int
@@ -52,12 +52,12 @@ _GPUS = {
 }  # fmt: skip
 # The packages of `jax[cuda12]`, or of its successor, that have XLA's CUDA compiler.
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-# Kernels are not tried out: there is nothing to run them on.
+# No autotuning of kernels: it would have to run them.
 _CUDA_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
-# Of optimised HLO: where a computation begins, a collective (of an asynchronous one its start), a loop's trips where
-# they are known, and what an instruction calls.
+# Patterns of optimised HLO: the start of a computation, a collective (or the start of an asynchronous one), a loop's
+# trips where they are known, and the computations that an instruction calls.
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(COLLECTIVES) + r")(?:-start)?\(")
 _KNOWN_TRIPS = re.compile(r'"known_trip_count":\s*\{"n":"(\d+)"')
@@ -65,12 +65,11 @@ _CALLED = re.compile(r"(?:body|condition|calls|to_apply)=%?([\w.-]+)")
 
 
 class CompilerMissing(Exception):
-    """The compiler of a target is not here, or cannot be used: the text says why, and what installs it."""
+    """The compiler of a target is not installed, or cannot be used: the text says why, and what installs it."""
 
 
 def compile_devices(target: Target) -> list[Any]:
-    """The devices of one host of a target, which programs can be compiled for and cannot be run on. Raises
-    CompilerMissing."""
+    """The devices of one host of a target, for which programs can be compiled but not run. Raises CompilerMissing."""
     if target.platform == "cpu":
         return [jax.local_devices(backend="cpu")[0]]
     find, extra, packages = {
@@ -94,10 +93,10 @@ def compile_devices(target: Target) -> list[Any]:
 def _tpu_devices(target: Target) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    # Else libtpu asks a cloud's metadata server for the machine's TPUs; and several processes may compile at a time.
+    # Otherwise libtpu asks a cloud's metadata server for the machine's TPUs. Several processes may compile at a time.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Of a larger slice the compiler takes no part: it numbers devices by their places in the whole.
+    # The compiler takes no part of a larger slice: it numbers devices by their places in the whole.
     host = one_host(target)
     name, grid = f"{host.name.partition('-')[0]}:{host.topology}", [*map(int, host.topology.split("x")), 1]
     return topologies.get_topology_desc(platform="tpu", topology_name=name, chips_per_host_bounds=grid[:3]).devices
@@ -113,7 +112,7 @@ def _cuda_devices(target: Target) -> Sequence[Any]:
 
 
 def _gpu_description(kind: str) -> str:
-    """A GPU as XLA's compiler is told of it: a GpuTargetConfigProto in text form."""
+    """The description of a GPU for XLA's compiler: a GpuTargetConfigProto in text form."""
     gpu = _GPUS.get(kind)
     if gpu is None:
         raise NotImplementedError(f"{kind} is none of {', '.join(_GPUS)}")
@@ -139,9 +138,9 @@ class TargetCompiler:
     target: Target
     devices: Devices
     device: Any
-    # By the identity of a traced pass: it, and what it was compiled to.
+    # By the identity of a traced pass: the pass, and its compiled program.
     _compiled: dict[int, tuple[TracedPass, jax.stages.Compiled]] = field(default_factory=dict)
-    # By its text: what a lowered pass was compiled to, whichever search it is of.
+    # By the text of a lowered pass: its compiled program, which searches share.
     _programs: dict[str, jax.stages.Compiled] = field(default_factory=dict)
 
     def compiled(self, traced: TracedPass) -> jax.stages.Compiled:
@@ -156,7 +155,7 @@ class TargetCompiler:
         return self._compiled[id(traced)][1]
 
     def programs(self) -> list[jax.stages.Compiled]:
-        """What was compiled, in its order."""
+        """The compiled programs, in their order."""
         return list(self._programs.values())
 
     def temporary_bytes(self, traced: TracedPass) -> int:
@@ -181,7 +180,7 @@ class TargetCompiler:
         )
 
     def place_leaf(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
-        """An abstract array of the bank, as `Devices.put` would lay it."""
+        """An abstract array of the bank, placed like `Devices.put` places it."""
         sharding = self.devices.sharding(shape, sharded_axis) or SingleDeviceSharding(self.device)
         return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(dtype), sharding=sharding)
 
@@ -198,8 +197,8 @@ def target_compiler(target: Target, model: int) -> TargetCompiler:
 
 
 def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
-    """By kind: how many collectives a compiled program runs, and the bytes of their results together. One in a loop
-    counts as often as the loop runs, once where that is not told."""
+    """By kind: the number of collectives that a compiled program runs, and the bytes of their results together. A
+    collective in a loop counts once for each trip, or once where the number of trips is unknown."""
     lines: dict[str, list[str]] = {}
     entry = name = ""
     for line in (compiled.as_text() or "").splitlines():
@@ -207,33 +206,33 @@ def collectives(compiled: jax.stages.Compiled) -> dict[str, tuple[int, int]]:
             name = head[2]
             entry = name if head[1] else entry
         lines.setdefault(name, []).append(line)
-    found: Counter[tuple[str, int]] = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
 
     def count(computation: str, times: int) -> None:
         for line in lines.get(computation, ()):
             if collective := _COLLECTIVE.search(line):
-                found[collective[2], _result_bytes(collective[1])] += times
+                counts[collective[2], _result_bytes(collective[1])] += times
             for called in _CALLED.findall(line):
                 count(called, times * _trips(line, lines))
 
     count(entry, 1)
-    kinds = dict.fromkeys(kind for kind, _ in found)
+    kinds = dict.fromkeys(kind for kind, _ in counts)
     return {
         kind: (
-            sum(times for (one, _), times in found.items() if one == kind),
-            sum(times * nbytes for (one, nbytes), times in found.items() if one == kind),
+            sum(times for (key, _), times in counts.items() if key == kind),
+            sum(times * nbytes for (key, nbytes), times in counts.items() if key == kind),
         )
         for kind in kinds
     }
 
 
 def _trips(line: str, lines: Mapping[str, Sequence[str]]) -> int:
-    """How often an instruction runs what it calls: for a loop the number that the compiler knows, or to which its
-    condition counts, 1 where there is none. lines: of each computation."""
+    """The number of times that an instruction runs the computations that it calls: for a loop the number that the
+    compiler knows, or to which its condition counts, 1 where there is none. lines: of each computation."""
     if " while(" not in line:
         return 1
-    if known := _KNOWN_TRIPS.search(line):
-        return int(known[1])
+    if trip_count := _KNOWN_TRIPS.search(line):
+        return int(trip_count[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)
     text = "" if condition is None else "\n".join(lines.get(condition[1], ()))
     bounds = re.findall(r"= s32\[\]\S* constant\((\d+)\)", text)
@@ -242,8 +241,8 @@ def _trips(line: str, lines: Mapping[str, Sequence[str]]) -> int:
 
 
 def _result_bytes(text: str) -> int:
-    """Bytes of the largest array of a result's type, as HLO writes it: of an asynchronous one the operand is beside
-    it."""
+    """Bytes of the largest array of a result's type, as HLO writes it: the type of an asynchronous collective names its
+    operand as well."""
     sizes = [0]
     for dtype, shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", text):
         size = _BYTES.get(dtype, 0)

@@ -1,9 +1,9 @@
-"""What a program computes, moves and needs, read off its jaxpr: no compiler, no device, and whatever it computes.
+"""The arithmetic, traffic and memory of a program, read off its jaxpr: without a compiler or a device, for any program.
 
 A jaxpr says more plainly than a compiled program how often a loop's body runs, and is there in a fraction of the time.
-What it cannot say is what a compiler fuses. So this is an estimate: matrix products, reductions, gathers and loops are
-taken to read their operands from memory and to leave their results there, and everything elementwise to be fused into
-what uses it, unless that is a matrix product or a loop.
+It does not say what a compiler fuses. So this is an estimate: matrix products, reductions, gathers and loops are taken
+to read their operands from memory and to leave their results there, and everything elementwise to be fused into its
+uses, unless such a use is a matrix product or a loop.
 """
 
 from collections import Counter
@@ -20,17 +20,17 @@ from evojax_merge.evaluation.cut_axes import Axis, axis_of, cut_axes
 from evojax_merge.evaluation.targets import Platform, Target
 from evojax_merge.models.sharding import MODEL_AXIS
 
-# How often the body of a `scan` or `while` runs.
+# Returns how often the body of a `scan` or `while` runs.
 Trips = Callable[[Any], int]
 
-# Computed within what uses them, from operands that are as large: they move and rearrange values, and count as no
-# operation.
+# Primitives that are computed within their uses, from operands that are as large: they move and rearrange values, and
+# count as no operation.
 _MOVES = {
     "broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "slice", "dynamic_slice", "rev", "pad",
     "iota", "copy", "copy_p", "stop_gradient", "optimization_barrier", "split", "bitcast_convert_type",
     "sharding_constraint",
 }  # fmt: skip
-# One operation for each value of the result. The compiler counts none for the second kind.
+# One operation for each value of the result. The compiler counts none for the transcendental ones.
 _TRANSCENDENTAL = {
     "exp", "exp2", "expm1", "log", "log1p", "tanh", "logistic", "rsqrt", "sqrt", "cbrt", "sin", "cos", "tan", "erf",
     "erfc", "erf_inv", "pow", "atan2", "asin", "acos", "atan", "sinh", "cosh",
@@ -41,14 +41,14 @@ _ELEMENTWISE = {
     "square", "is_finite", "nextafter", "shift_left", "shift_right_logical", "shift_right_arithmetic",
 }  # fmt: skip
 _FUSED = _MOVES | _TRANSCENDENTAL | _ELEMENTWISE
-# Rather stored than computed once for each of several uses.
+# Primitives whose result is stored when it has several uses, not computed for each.
 _COMPUTED_ONCE = _TRANSCENDENTAL | {"div"}
-# They take fused operands as they are; all other kernels want theirs in memory.
+# Reductions take fused operands directly; all other kernels need theirs in memory.
 _REDUCTIONS = {
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin",
     "concatenate",
 }  # fmt: skip
-# Kernels that say by a jaxpr how two entries become one.
+# Kernels with a jaxpr that combines two entries into one.
 _COMBINING = ("scatter", "reduce", "select_and_scatter", "select_and_gather", "cumred")
 
 
@@ -67,8 +67,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Cost:
-    """What is computed and moved: matrix products and how often each is done, elementwise operations, and bytes that
-    are moved beside the products' own (merging: its sources and its results)."""
+    """Arithmetic and traffic: matrix products and how often each is done, elementwise operations, and bytes that are
+    moved beside the products' own (for merging: its sources and its results)."""
 
     products: Mapping[Product, float] = field(default_factory=dict)
     elementwise: float = 0.0
@@ -93,7 +93,8 @@ class Cost:
 
     def seconds(self, target: Target) -> float:
         """Device seconds by the roofline, one operation after the other: each matrix product takes the longer of its
-        arithmetic and its traffic, and merging its traffic. What is elementwise is taken to cost nothing beside."""
+        arithmetic and its traffic, and merging its traffic. Elementwise operations are taken to cost nothing beside
+        these."""
         products = sum(product.seconds(target) * count for product, count in self.products.items())
         return products + self.merge_seconds(target)
 
@@ -101,7 +102,7 @@ class Cost:
         return self.merge_bytes / target.bandwidth
 
     def compute_seconds(self, target: Target) -> float:
-        """Of the matrix products, those seconds in which arithmetic is what takes the time."""
+        """The seconds of the matrix products whose arithmetic takes longer than their traffic."""
         return sum(
             product.seconds(target) * count
             for product, count in self.products.items()
@@ -110,16 +111,16 @@ class Cost:
 
 
 def scan_length(eqn: Any) -> int:
-    """The trips of loops whose number of trips the program says; 1 for others."""
+    """The trips of a loop whose number of trips the program says; 1 for others."""
     return int(eqn.params["length"]) if eqn.primitive.name == "scan" else 1
 
 
 def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = None) -> Cost:
-    """What a closed jaxpr computes. Of branches the one with the most FLOPs counts; where what the program is compiled
-    for chooses, that of `platform`."""
+    """The cost of a closed jaxpr. Among branches the one with the most FLOPs counts; where the compilation target
+    selects the branch, that of `platform`."""
     products: Counter[Product] = Counter()
     elementwise = 0.0
-    rest = Cost()
+    inner_cost = Cost()
     for eqn in jaxpr.jaxpr.eqns:
         name = eqn.primitive.name
         inner = [cost_of(part, trips, platform) for part in _parts(eqn, platform)]
@@ -128,28 +129,28 @@ def cost_of(jaxpr: Any, trips: Trips = scan_length, platform: Platform | None = 
         elif name == "ragged_dot_general":
             products[_ragged_product(eqn)] += 1
         elif name == "cond":
-            rest += max(inner, key=lambda cost: cost.flops)
+            inner_cost += max(inner, key=lambda cost: cost.flops)
         elif inner:
             times = trips(eqn) if name in ("scan", "while") else 1
-            rest += sum(inner, Cost()) * times
+            inner_cost += sum(inner, Cost()) * times
         elif name in _ELEMENTWISE:
             elementwise += sum(_size(out.aval) for out in eqn.outvars)
         elif name.startswith(("reduce_", "arg", "cum")):
             elementwise += sum(_size(operand.aval) for operand in eqn.invars)
-    return Cost(products, elementwise) + rest
+    return Cost(products, elementwise) + inner_cost
 
 
 def temporary_bytes(
     jaxpr: Any, donated: Sequence[Any] = (), platform: Platform | None = None, cut: Sequence[Axis] = (), shards: int = 1
 ) -> int:
     """The most bytes that a program has in memory of a device at a time beside its arguments, its results included:
-    buffers live from where they are computed to their last use, in the order of the program, but for what is computed
-    of arguments alone, which compilers leave until it is needed. donated: the shapes and dtypes of arguments whose
-    places results of the same take. platform: whose compiler's habits count (see `_Setting`). cut: of each argument the
-    axis that `shards` devices cut, each of which has its part."""
+    buffers live from their computation to their last use, in the order of the program, except that compilers delay
+    operations on arguments alone until their results are needed. donated: the shapes and dtypes of arguments whose
+    buffers results of the same shape and dtype reuse. platform: whose compiler's habits count (see `_Setting`). cut:
+    for each argument the axis that `shards` devices cut, each of which has its part."""
     setting = _Setting(platform, shards)
     program = _flattened(jaxpr, cut, setting)
-    free = Counter((tuple(one.shape), str(one.dtype)) for one in donated)
+    free = Counter((tuple(argument.shape), str(argument.dtype)) for argument in donated)
     in_place = []
     for number, aval in zip(program.results, jaxpr.out_avals, strict=True):
         kind = tuple(aval.shape), str(aval.dtype)
@@ -160,7 +161,7 @@ def temporary_bytes(
 
 
 def result_axes(jaxpr: Any, cut: Sequence[Axis], shards: int) -> tuple[Axis, ...]:
-    """Of each result of a program the axis that the devices cut (see `temporary_bytes`)."""
+    """For each result of a program the axis that the devices cut (see `temporary_bytes`)."""
     return _flattened(jaxpr, cut, _Setting(None, shards)).axes
 
 
@@ -186,8 +187,8 @@ def _product(eqn: Any) -> Product:
 
 
 def _ragged_product(eqn: Any) -> Product:
-    """Of N rows in E groups: each row with its group's matrix, of which no more are read than there are rows; or, for
-    the derivative by the matrices, each group's rows with as many others."""
+    """The product of N rows in E groups: each row with its group's matrix, so that no more matrices are read than there
+    are rows; or, for the derivative by the matrices, each group's rows with as many others."""
     rows, right, sizes = (operand.aval for operand in eqn.invars)
     out, groups = eqn.outvars[0].aval, sizes.shape[-1]
     numbers = eqn.params["ragged_dot_dimension_numbers"]
@@ -201,18 +202,19 @@ def _ragged_product(eqn: Any) -> Product:
 
 
 def _parts(eqn: Any, platform: Platform | None) -> Iterator[Any]:
-    """The closed jaxprs that an equation runs on what it is given; not how a kernel, such as a scatter that adds,
-    combines two entries. Of branches that are for a platform each, the one for `platform`; for None the default."""
+    """The closed jaxprs that an equation runs on its operands; not the jaxpr with which a kernel, such as a scatter
+    that adds, combines two entries. Among branches for a platform each, only the one for `platform`; for None the
+    default."""
     if eqn.primitive.name.startswith(_COMBINING):
         return
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None:
         name = "cuda" if platform == "gpu" else platform
-        own = next((i for i, names in enumerate(platforms) if names is not None and name in names), -1)
-        yield _closed(eqn.params["branches"][own])
+        branch = next((i for i, names in enumerate(platforms) if names is not None and name in names), -1)
+        yield _closed(eqn.params["branches"][branch])
         return
     for name, value in eqn.params.items():
-        # Of a custom derivative only the function itself is run.
+        # A custom derivative runs only its function.
         for part in () if name.startswith(("jvp", "fwd", "bwd")) else value if isinstance(value, tuple) else (value,):
             if hasattr(part, "eqns") or hasattr(getattr(part, "jaxpr", None), "eqns"):
                 yield _closed(part)
@@ -223,22 +225,22 @@ def _closed(jaxpr: Any) -> Any:
 
 
 def _is_call(eqn: Any, parts: Sequence[Any]) -> bool:
-    """Whether an equation runs one jaxpr on its operands, and gives its results."""
+    """Return whether an equation runs one jaxpr on its operands, and gives its results."""
     if len(parts) != 1:
         return False
     inside = parts[0].jaxpr
     return len(inside.invars) == len(eqn.invars) and len(inside.outvars) == len(eqn.outvars)
 
 
-# A number that is no variable's.
+# The number of a value that is written out in the program.
 LITERAL = -1
 
 
 @dataclass(frozen=True)
 class _Step:
-    """An operation of a program without calls. Values are known by numbers; one that is written out in the program is
-    `LITERAL`. body: the most that its loop's body or its branches need beside what is here; is_batched: whether it is
-    several matrix products side by side; repeated: operands of fewer entries than the result."""
+    """An operation of a program without calls. Values are known by numbers; a value that is written out in the program
+    is `LITERAL`. body: the most bytes that its loop's body or its branches need beside the step's results; is_batched:
+    true for several matrix products side by side; repeated: operands of fewer entries than the result."""
 
     name: str
     operands: tuple[int, ...]
@@ -251,8 +253,8 @@ class _Step:
 
 @dataclass
 class _Program:
-    """A program's steps in their order, with calls written out. arguments: the numbers of what it is given, results: of
-    what it gives; axes: at which these are cut, sizes: their bytes on a device."""
+    """A program's steps in their order, with calls written out. arguments, results: the numbers of its arguments and
+    its results; axes, sizes: the results' sharded axes and their bytes on a device."""
 
     steps: list[_Step]
     arguments: tuple[int, ...]
@@ -263,53 +265,53 @@ class _Program:
 
 @dataclass(frozen=True)
 class _Setting:
-    """What programs are read for. shards: as in `temporary_bytes`."""
+    """The compiler and the devices that a program is read for. shards: see `temporary_bytes`."""
 
     platform: Platform | None = None
     shards: int = 1
 
     @property
     def widens(self) -> bool:
-        """Whether slices of bfloat16 are picked by way of float32, as XLA's compiler for CPUs does: a loop has a
-        float32 copy of what its trips pick slices of, unless a barrier stands before."""
+        """Return whether slices of bfloat16 are read through float32. XLA's compiler for CPUs does so: a loop has a
+        float32 copy of the arrays that its trips slice, unless a barrier stands before."""
         return self.platform == "cpu"
 
     @property
     def delays(self) -> bool:
-        """Whether what needs arguments alone, such as a layer that is picked or merged, is computed where it is needed
-        first, as XLA's compilers for accelerators order it."""
+        """Return whether operations on arguments alone, such as picking or merging a layer, wait for their first use.
+        XLA's compilers for accelerators order them so."""
         return self.platform in ("gpu", "tpu")
 
     @property
     def keeps_order(self) -> bool:
-        """Whether products side by side are laid as their operands are."""
+        """Return whether products side by side have the layout of their operands."""
         return self.platform == "gpu"
 
     @property
     def reuses_carried(self) -> bool:
-        """Whether a loop has other values where what it carries was, once nothing in a trip needs that."""
+        """Return whether a loop reuses the buffer of a carried value, once nothing in a trip needs that value."""
         return self.platform != "tpu"
 
     @property
     def shares_slices(self) -> bool:
-        """Whether slices that several candidates merge are copied first, those of a layer together, as XLA's compiler
-        for TPUs does to read ahead: else the merge of each would pick them anew."""
+        """Return whether slices that several candidates merge are copied first, those of a layer together. XLA's
+        compiler for TPUs does so to read ahead: otherwise the merge of each candidate would pick them anew."""
         return self.platform == "tpu"
 
     @property
     def copies_slices(self) -> bool:
-        """Whether a part of an argument that a kernel takes is copied first, even one whose place is known beforehand:
-        XLA's compiler for GPUs copies a layer of a stack."""
+        """Return whether a part of an argument that a kernel takes is copied first, even one whose place is known
+        beforehand: XLA's compiler for GPUs copies a layer of a stack."""
         return self.platform == "gpu"
 
     def nbytes(self, aval: Any, axis: Axis) -> int:
-        """On a device."""
+        """Bytes of a value on a device."""
         return _nbytes(aval) if axis is None else _nbytes(aval) // self.shards
 
 
 def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int = 0) -> _Program:
-    """A closed jaxpr with its calls written out. cut: its arguments' axes, all None where there are none. Its last
-    `sliced` arguments are slices of something larger."""
+    """A closed jaxpr with its calls written out. cut: its arguments' axes, all None where it is empty. Its last
+    `sliced` arguments are slices of larger arrays."""
     steps: list[_Step] = []
     counter = iter(range(10**9))
     axes: dict[int, Axis] = {LITERAL: None}
@@ -329,9 +331,11 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
                 continue
             results = tuple(next(counter) for _ in eqn.outvars)
             numbers |= dict(zip(eqn.outvars, results, strict=True))
-            own = [axes.get(operand) for operand in operands]
-            inside = [_flattened(part, given, setting, count) for part, given, count in _inside(eqn, parts, own)]
-            found = _results_axes(eqn, inside, own, setting.shards)
+            operand_axes = [axes.get(operand) for operand in operands]
+            inside = [
+                _flattened(part, given, setting, count) for part, given, count in _inside(eqn, parts, operand_axes)
+            ]
+            found = _results_axes(eqn, inside, operand_axes, setting.shards)
             axes.update(zip(results, found, strict=True))
             sizes = tuple(setting.nbytes(out.aval, axis) for out, axis in zip(eqn.outvars, found, strict=True))
             body, repeated = _body_bytes(eqn, inside, setting), _repeated(eqn, operands, inside)
@@ -346,7 +350,7 @@ def _flattened(jaxpr: Any, cut: Sequence[Axis], setting: _Setting, sliced: int =
         slices = tuple(next(counter) for _ in picked)
         axes.update(zip(slices, [axes[number] for number in given[-sliced:]], strict=True))
         for source, slice_, value in zip(given[-sliced:], slices, picked, strict=True):
-            # Which slice it is, a counter says.
+            # A counter gives the index of the slice.
             size = setting.nbytes(value.aval, axes[slice_])
             steps.append(_Step("dynamic_slice", (source, next(counter)), (slice_,), (size,)))
         inside = (*given[:-sliced], *slices)
@@ -364,51 +368,53 @@ def _repeated(eqn: Any, operands: Sequence[int], inside: Sequence[_Program]) -> 
     name = eqn.primitive.name
     if name == "shard_map":
         arguments = inside[0].arguments
-        found = _repeated_origins(inside[0], {number: frozenset({number}) for number in arguments})
-        return tuple(one for one, number in zip(operands, arguments, strict=True) if number in found)
+        repeated = _repeated_origins(inside[0], {number: frozenset({number}) for number in arguments})
+        return tuple(operand for operand, number in zip(operands, arguments, strict=True) if number in repeated)
     if name not in _ELEMENTWISE and name != "broadcast_in_dim":
         return ()
     count = _size(eqn.outvars[0].aval)
-    return tuple(one for one, value in zip(operands, eqn.invars, strict=True) if _size(value.aval) < count)
+    return tuple(operand for operand, value in zip(operands, eqn.invars, strict=True) if _size(value.aval) < count)
 
 
 def _repeated_origins(program: _Program, origins: Mapping[int, frozenset[int]]) -> frozenset[int]:
-    """Which origins have values made of them that are repeated, as for several candidates. origins: of each argument
+    """The origins whose values are repeated further on, for example for several candidates. origins: for each argument
     the values that it stands for; slices at places that are not known beforehand are origins of their own."""
-    known = dict(origins)
-    found: set[int] = set()
+    values = dict(origins)
+    repeated: set[int] = set()
     for step in program.steps:
         if step.name in _FUSED:
             is_slice = step.name == "dynamic_slice" and not origins
-            known |= dict.fromkeys(step.results, frozenset(step.results) if is_slice else _united(known, step.operands))
-        found |= _united(known, step.repeated)
-    return frozenset(found)
+            values |= dict.fromkeys(
+                step.results, frozenset(step.results) if is_slice else _united(values, step.operands)
+            )
+        repeated |= _united(values, step.repeated)
+    return frozenset(repeated)
 
 
 def _inside(eqn: Any, parts: Sequence[Any], own: Sequence[Axis]) -> Iterator[tuple[Any, Sequence[Axis], int]]:
-    """Each jaxpr of an equation, at which axes its arguments are cut, and how many of them are slices. own: of the
-    equation's operands."""
+    """Each jaxpr of an equation, the axes at which its arguments are cut, and how many of them are slices. own: the
+    axes of the equation's operands."""
     name = eqn.primitive.name
     if name == "scan":
         whole = eqn.params["num_consts"] + eqn.params["num_carry"]
-        # Of what is given there is a slice in every trip: without its first axis.
+        # A trip takes a slice of each operand: without its first axis.
         slices = [None if axis is None or axis == 0 else axis - 1 for axis in own[whole:]]
         yield parts[0], [*own[:whole], *slices], len(slices)
         return
     if name == "while":
-        # The condition and the body have constants of their own, and both what is carried.
+        # The condition and the body have constants of their own, and both take the carried values.
         first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         yield _closed(eqn.params["cond_jaxpr"]), [*own[:first], *own[first + second :]], 0
         yield _closed(eqn.params["body_jaxpr"]), own[first:], 0
         return
     operands = own[1:] if name == "cond" else own
     for part in parts:
-        count, known = len(part.jaxpr.invars), name in ("cond", "shard_map") and not _is_of_one_device(eqn)
-        yield part, operands if known and count == len(operands) else [None] * count, 0
+        count, carries_axes = len(part.jaxpr.invars), name in ("cond", "shard_map") and not _is_of_one_device(eqn)
+        yield part, operands if carries_axes and count == len(operands) else [None] * count, 0
 
 
 def _is_of_one_device(eqn: Any) -> bool:
-    """Whether an equation's jaxpr says what each of the devices that share a model does with its part."""
+    """Return whether an equation's jaxpr is the program of one of the devices that share a model, on its part."""
     return eqn.primitive.name == "shard_map" and MODEL_AXIS in eqn.params["newly_manual_axes"]
 
 
@@ -417,22 +423,23 @@ def _results_axes(eqn: Any, inside: Sequence[_Program], own: Sequence[Axis], sha
         return [None] * len(eqn.outvars)
     if not inside:
         return cut_axes(eqn, own, shards)
-    # Of a loop the body, which gives more than the condition.
-    found, name = max((program.axes for program in inside), key=len), eqn.primitive.name
+    # For a loop the axes of the body, which has more results than the condition.
+    axes, name = max((program.axes for program in inside), key=len), eqn.primitive.name
     if _is_of_one_device(eqn):
         return [axis_of(spec) for spec in eqn.params["out_specs"]]
-    if len(found) != len(eqn.outvars):
+    if len(axes) != len(eqn.outvars):
         return [None] * len(eqn.outvars)
     if name == "scan":
         carries = eqn.params["num_carry"]
-        # What each trip leaves is put together along a new first axis.
-        return [*found[:carries], *(None if axis is None else axis + 1 for axis in found[carries:])]
-    return found
+        # The results of all trips are stacked along a new first axis.
+        return [*axes[:carries], *(None if axis is None else axis + 1 for axis in axes[carries:])]
+    return axes
 
 
 def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
-    """What a loop's body, or the largest branch, needs at a time beside its results: what a loop carries from one trip
-    to the next, and what its trips leave, has one place, which is counted with the loop's results."""
+    """The most bytes that a loop's body, or the largest branch, needs at a time beside its results: the values that a
+    loop carries from one trip to the next, and the results of its trips, have one place, which is counted with the
+    loop's results."""
     name, copies = eqn.primitive.name, 0
     if name == "scan" and setting.widens:
         copies = _widened(eqn, inside[0], eqn.params["num_consts"], eqn.params["num_carry"])
@@ -449,7 +456,7 @@ def _body_bytes(eqn: Any, inside: Sequence[_Program], setting: _Setting) -> int:
 
 
 def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
-    """Bytes of float32 copies of what is bfloat16, the same in every trip, and picked from."""
+    """Bytes of float32 copies of the bfloat16 arrays that are the same in every trip and are sliced in it."""
     picked = {step.operands[0] for step in body.steps if step.name in ("dynamic_slice", "gather")}
     given = list(zip(body.arguments, scan.invars, strict=True))
     return sum(
@@ -462,7 +469,7 @@ def _widened(scan: Any, body: _Program, constants: int, carries: int) -> int:
 def _peak(
     program: _Program, in_place: Iterable[int], setting: _Setting, carried: Mapping[int, int] = MappingProxyType({})
 ) -> int:
-    """The most bytes at a time beside the arguments. in_place: results that take the place of something that is counted
+    """The most bytes at a time beside the arguments. in_place: results that take the place of a buffer that is counted
     elsewhere. carried: arguments that count until their last use, and their bytes."""
     shared = _repeated_origins(program, {}) if setting.shares_slices else frozenset()
     steps = _delayed(program, shared) if setting.delays else program.steps
@@ -475,8 +482,8 @@ def _peak(
         if step.name not in _FUSED or any(number in roots[number] for number in step.results):
             last_use |= dict.fromkeys(_united(roots, step.operands), i)
     last_use |= dict.fromkeys(_united(roots, program.results) | shared, len(steps))
-    # A result that is but rearranged is what it was before, under another name.
-    elsewhere = {one for number in in_place for one in _united(roots, [number]) if size[one] == size.get(number)}
+    # A result that is only rearranged is an earlier value under another name.
+    elsewhere = {root for number in in_place for root in _united(roots, [number]) if size[root] == size.get(number)}
     ends: dict[int, list[int]] = {}
     for number, i in last_use.items():
         ends.setdefault(i, []).append(number)
@@ -486,12 +493,12 @@ def _peak(
     for i, step in enumerate(steps):
         done = ends.get(i, [])
         if step.name in ("scan", "while", "dynamic_update_slice", "scatter"):
-            # They go on in the place of what they were given.
+            # These operations reuse the buffers of their operands.
             for number in done:
                 live.pop(number, None)
         elif step.name in _ELEMENTWISE or step.name in _TRANSCENDENTAL:
-            # Entry by entry, in the place of an operand of as many bytes that nothing else needs; of products side by
-            # side not where compilers lay their results in another order than their operands.
+            # Elementwise results take the place of an operand of as many bytes that nothing else needs; except products
+            # side by side, where compilers lay out results in another order than their operands.
             same = [n for n in done if n in live and size[n] in step.sizes]
             same = same if setting.keeps_order else [n for n in same if n not in batched]
             for number in same[:1]:
@@ -504,12 +511,12 @@ def _peak(
 
 
 def _delayed(program: _Program, kept: frozenset[int]) -> list[_Step]:
-    """The steps, those that are no kernels and need arguments alone only where the first of the others needs them.
-    kept: values that are computed where they are and count as arguments."""
+    """The steps, in which operations that are no kernels and need arguments alone come only where another step first
+    needs them. kept: values that are computed in their place and count as arguments."""
     steps = program.steps
     maker = {number: i for i, step in enumerate(steps) for number in step.results if number not in kept}
     waiting: set[int] = set()
-    found: list[_Step] = []
+    ordered: list[_Step] = []
 
     def release(numbers: Iterable[int]) -> None:
         needed, open_ = set(), [maker[number] for number in numbers if number in maker]
@@ -519,7 +526,7 @@ def _delayed(program: _Program, kept: frozenset[int]) -> list[_Step]:
                 waiting.discard(i)
                 needed.add(i)
                 open_ += [maker[operand] for operand in steps[i].operands if operand in maker]
-        found.extend(steps[i] for i in sorted(needed))
+        ordered.extend(steps[i] for i in sorted(needed))
 
     for i, step in enumerate(steps):
         is_free = step.name in _FUSED and kept.isdisjoint(step.results)
@@ -527,9 +534,9 @@ def _delayed(program: _Program, kept: frozenset[int]) -> list[_Step]:
             waiting.add(i)
         else:
             release(step.operands)
-            found.append(step)
+            ordered.append(step)
     release(program.results)
-    return found
+    return ordered
 
 
 def _united(roots: Mapping[int, frozenset[int]], numbers: Iterable[int]) -> frozenset[int]:
@@ -544,8 +551,8 @@ def _roots(
     carried: Iterable[int],
     kept: frozenset[int],
 ) -> dict[int, frozenset[int]]:
-    """Of each value that is computed the values in memory that it is made of, itself where it is left there: what
-    kernels compute and want, what several would compute again, the results, and what is `kept`. size: bytes of each
+    """For each computed value the values in memory that it is made of, itself where it is stored: results and operands
+    of kernels, values that several uses would compute again, the program's results, and `kept`. size: bytes of each
     value."""
     uses = Counter(operand for step in steps for operand in set(step.operands))
     wanted = {
@@ -554,26 +561,27 @@ def _roots(
         if step.name not in _FUSED and step.name not in _REDUCTIONS
         for operand in step.operands
     } | set(program.results)
-    found = {number: frozenset({number}) for number in carried}
-    # Of arguments, of what is in memory, or these but rearranged.
+    memory = {number: frozenset({number}) for number in carried}
+    # The values that are arguments, in memory, or only rearranged from these; and those that are arguments, or only
+    # rearranged from arguments.
     lying, moved = set(program.arguments), set(program.arguments)
     for step in steps:
         is_kernel = step.name not in _FUSED
-        # What is but rearranged lies where it lay; of slices only those whose place is known beforehand.
+        # A value that is only rearranged needs no buffer of its own; a slice only where its place is known beforehand.
         whole = step.operands[:1] if step.name == "dynamic_slice" else step.operands
         known_place = all(operand == LITERAL for operand in step.operands[len(whole) :])
         is_copied = setting.copies_slices and step.name == "slice" and whole[0] in moved
         rearranged = step.name in _MOVES - {"pad"} and known_place and not is_copied and lying.issuperset(whole)
-        own = [_united(found, [operand]) for operand in step.operands]
-        together = frozenset[int]().union(*own)
-        # A barrier gives each of its operands back.
-        passed = own if step.name == "optimization_barrier" else [together] * len(step.results)
+        operand_roots = [_united(memory, [operand]) for operand in step.operands]
+        together = frozenset[int]().union(*operand_roots)
+        # A barrier returns each of its operands.
+        passed = operand_roots if step.name == "optimization_barrier" else [together] * len(step.results)
         for number, roots in zip(step.results, passed, strict=True):
             # A sum of several values that goes on, such as the residual stream, takes the place of one of them.
-            is_sum = step.name in ("add", "add_any") and sum(size[one] >= size[number] for one in roots) > 1
+            is_sum = step.name in ("add", "add_any") and sum(size[root] >= size[number] for root in roots) > 1
             is_reused = uses[number] > 1 and (is_sum or step.name in _COMPUTED_ONCE)
             is_stored = is_kernel or (number in wanted and not rearranged) or is_reused or number in kept
-            found[number] = frozenset({number}) if is_stored else roots
+            memory[number] = frozenset({number}) if is_stored else roots
             lying |= {number} if is_stored or rearranged else set()
             moved |= {number} if rearranged and not is_stored and moved.issuperset(whole) else set()
-    return found
+    return memory

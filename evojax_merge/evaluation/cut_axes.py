@@ -1,7 +1,7 @@
-"""Which axis of what a program computes is cut where several devices share a model, read off its jaxpr.
+"""The axes of a program's values that are cut where several devices share a model, read off its jaxpr.
 
-Arguments are cut as they lie, and what is computed from them follows: along the axis that an operation keeps, as
-`models.sharding` says, or not at all. That is what XLA's partitioner does where it has no choice.
+Arguments are cut by their shardings, and values that are computed from them follow: along the axis that an operation
+keeps, as `models.sharding` says, or not at all. XLA's partitioner does the same where it has no choice.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def axis_of(spec: Sequence[Any]) -> Axis:
 
 
 def cut_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
-    """Of each result of an equation without jaxprs of its own. given: of its operands."""
+    """The axis of each result of an equation without jaxprs of its own. given: the axes of its operands."""
     name, results = eqn.primitive.name, [out.aval for out in eqn.outvars]
     if name == "sharding_constraint":
         return [axis_of(eqn.params["sharding"].spec)]
@@ -43,7 +43,9 @@ def cut_axes(eqn: Any, given: Sequence[Axis], shards: int) -> list[Axis]:
         return [_reshaped(aval.shape, axis, results[0].shape, shards)]
     removed = eqn.params.get("axes", ()) if name.startswith(("reduce_", "arg")) else eqn.params.get("dimensions", ())
     if name == "squeeze" or name.startswith(("reduce_", "arg")):
-        return [None if axis in removed else axis - sum(one < axis for one in removed) for _ in results]
+        return [
+            None if axis in removed else axis - sum(removed_axis < axis for removed_axis in removed) for _ in results
+        ]
     return [next((a for operand, a in cut if _keeps(operand, a, result)), None) for result in results]
 
 
@@ -52,13 +54,13 @@ def _names(entry: Any) -> tuple[str, ...]:
 
 
 def _keeps(operand: Any, axis: int, result: Any) -> bool:
-    """Whether a result has an operand's axis as it was."""
+    """Return whether a result has an operand's axis as it was."""
     return len(operand.shape) == len(result.shape) and operand.shape[axis] == result.shape[axis]
 
 
 def _gathered(eqn: Any, axis: Axis) -> Axis:
-    """Of what is picked from an operand: an axis that is taken as a whole stays; entries that are picked along the axis
-    of the shards are summed up over the devices, each of which then has them all."""
+    """The sharded axis of a gather's result: an axis that is taken as a whole stays; entries that are picked along the
+    axis of the shards are summed up over the devices, each of which then has them all."""
     operand, numbers = eqn.invars[0].aval, eqn.params["dimension_numbers"]
     if axis is None or eqn.params["slice_sizes"][axis] != operand.shape[axis]:
         return None
@@ -71,19 +73,19 @@ def _gathered(eqn: Any, axis: Axis) -> Axis:
 def _of_product(numbers: Any, operands: Sequence[tuple[Any, Axis]]) -> Axis:
     (contracted, batch), (left, right) = numbers, operands
     before = len(batch[0])
-    for (aval, axis), own, shared in zip((left, right), contracted, batch, strict=True):
-        free = [i for i in range(len(aval.shape)) if i not in own and i not in shared]
+    for (aval, axis), summed, shared in zip((left, right), contracted, batch, strict=True):
+        free = [i for i in range(len(aval.shape)) if i not in summed and i not in shared]
         if axis in shared:
             return list(shared).index(axis)
         if axis in free:
             return before + free.index(axis)
         before += len(free)
-    # What is summed over the shards each device has as a whole.
+    # Every device has the whole of a sum over the shards.
     return None
 
 
 def _reshaped(shape: Sequence[int], axis: int, result: Sequence[int], shards: int) -> Axis:
-    """Where a result has equal parts of the same entries; None where it has not."""
+    """The axis at which a result has equal parts of the same entries; None where it has none."""
     begins = prod(shape[:axis])
     return next(
         (i for i, length in enumerate(result) if prod(result[:i]) == begins and length > 1 and length % shards == 0),

@@ -1,8 +1,8 @@
 """The devices of a run: one mesh with axes population and model in every process, and processes that share candidates.
 
-Candidates go to the `population` axis; the bank, and with it every merge, is cut along `model`, for models that one
-device does not hold. Several processes (jax.distributed) each score their share of a population on their own devices
-and gather the scores: a generation costs a few numbers per candidate.
+Candidates are sharded along the `population` axis; the bank, and with it every merge, along `model`, for models that
+one device does not hold. Several processes (jax.distributed) each score their share of a population on their own
+devices and gather the scores: a generation costs a few numbers per candidate.
 """
 
 import os
@@ -22,12 +22,13 @@ from evojax_merge.evaluation.memory import available_memory
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.models.bank import take_candidate
 
-# What passes are traced for: a process's devices, or a number of devices on no machine in particular; None: one device.
+# The mesh that passes are traced for: a process's devices, or a number of devices on no machine in particular; None:
+# one device.
 AnyMesh = Mesh | AbstractMesh | None
 
 # Share of a device's free memory that a pass may take beyond the bank.
 MEMORY_SHARE = 0.8
-# Seconds after which a process that says nothing is taken to be dead.
+# Seconds without a heartbeat after which a process is taken to be dead.
 HEARTBEAT = 30
 
 
@@ -41,26 +42,26 @@ class Devices:
 
     @property
     def population(self) -> int:
-        """How many groups of devices score candidates side by side in this process."""
+        """The number of groups of devices that score candidates side by side in this process."""
         return 1 if self.mesh is None else self.mesh.shape["population"]
 
     @property
     def model(self) -> int:
-        """How many devices share each candidate."""
+        """The number of devices that share each candidate."""
         return 1 if self.mesh is None else self.mesh.shape["model"]
 
     def share(self, nbytes: int) -> int:
-        """Bytes on each device of what the devices of a group hold together for candidates: weights and caches are cut
-        along `model`, and what is not is little beside them."""
+        """Bytes on each device of arrays that the devices of a group hold together for candidates: weights and caches
+        are cut along `model`, and all else is little beside them."""
         return nbytes // self.model
 
     def candidate_bytes(self, tree: Any) -> int:
-        """Bytes on each device of what one candidate has, arrays or their shapes."""
+        """Bytes on each device of one candidate's arrays, or of their shapes."""
         return self.share(tree_nbytes(tree))
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes the run folder."""
+        """Return whether this is the process that writes the run folder."""
         return self.process == 0
 
     def describe(self) -> str:
@@ -70,31 +71,31 @@ class Devices:
         return f"devices: {len(jax.local_devices())} x {device.device_kind} ({shares}){others}"
 
     def sharding(self, shape: tuple[int, ...], sharded_axis: int | None = None) -> NamedSharding | None:
-        """How an array of the bank lies on the mesh: cut along `model`, at an axis counted from its end, where it can
-        be, else on each device. None without a mesh."""
+        """The sharding of an array of the bank on the mesh: along `model`, at an axis counted from its end, where its
+        length allows, else replicated. None without a mesh."""
         if self.mesh is None:
             return None
         axes: list[str | None] = [None] * len(shape)
-        if sharded_axis is not None and is_cut(shape, sharded_axis, self.model):
+        if sharded_axis is not None and is_sharded(shape, sharded_axis, self.model):
             axes[sharded_axis] = "model"
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def abstract(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
-        """An abstract array, as `put` would lay it."""
+        """An abstract array with the sharding of `put`."""
         return jax.ShapeDtypeStruct(
             shape, jax.dtypes.canonicalize_dtype(dtype), sharding=self.sharding(shape, sharded_axis)
         )
 
     def abstract_of_candidates(self, leaf: Any, axis: int | None) -> jax.ShapeDtypeStruct:
-        """An abstract array of the shape and dtype of a leaf that each candidate has (leading axis P), of which the
-        devices of a group cut an axis."""
+        """An abstract array of the shape and dtype of a leaf that each candidate has (leading axis P); the devices of a
+        group cut one of its axes."""
         if self.mesh is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         names = ("population", *("model" if i == axis else None for i in range(1, len(leaf.shape))))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, PartitionSpec(*names)))
 
     def put(self, array: np.ndarray, sharded_axis: int | None = None) -> jax.Array:
-        """An array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be forgotten before
+        """Put an array of the bank on the devices (see `sharding`). Waits, so that the host's copy can be freed before
         the next leaf is read."""
         sharding = self.sharding(array.shape, sharded_axis)
         if sharding is None:
@@ -102,7 +103,8 @@ class Devices:
         return jax.block_until_ready(jax.device_put(array, sharding))
 
     def local_indices(self, size: int) -> np.ndarray:
-        """Which of `size` candidates this process scores; the last one again where there are too few."""
+        """The indices of the `size` candidates that this process scores; the last one repeats where there are too
+        few."""
         each = -(-size // self.processes)
         return np.minimum(np.arange(self.process * each, (self.process + 1) * each), size - 1)
 
@@ -121,21 +123,22 @@ ONE_DEVICE = Devices()
 
 
 def group_of(model: int) -> Devices:
-    """`model` devices that share a candidate, on no machine in particular: what is run on one group of them can be
+    """`model` devices that share a candidate, on no machine in particular: programs for one group of them can be
     traced."""
     if model == 1:
         return ONE_DEVICE
     return Devices(AbstractMesh((1, model), ("population", "model"), axis_types=(AxisType.Auto, AxisType.Auto)))
 
 
-def is_cut(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
-    """Whether an array of the bank is cut into so many shards, at an axis counted from its end."""
+def is_sharded(shape: tuple[int, ...], sharded_axis: int | None, shards: int) -> bool:
+    """Return whether an array of the bank is cut into so many shards, at an axis counted from its end."""
     return sharded_axis is not None and -len(shape) <= sharded_axis < len(shape) and shape[sharded_axis] % shards == 0
 
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Around what all processes of a run do together. Raises LostProcess where one of them has gone."""
+    """Encloses an operation that all processes of a run do together. Raises PeerLostError where one of them has
+    gone."""
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
@@ -145,7 +148,7 @@ def collective() -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Until every process of the run has come here."""
+    """Wait until every process of the run has come here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -154,7 +157,7 @@ def barrier(name: str) -> None:
 
 
 def decided_by_main(value: int) -> int:
-    """A number as the main process has it: clocks and files of the others may say something else."""
+    """The main process's number: clocks and files of the others may differ."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -164,8 +167,8 @@ def decided_by_main(value: int) -> int:
 
 
 def init_distributed() -> None:
-    """Join the processes of one run. What runs them (SLURM, Open MPI, a TPU pod) is recognised by JAX; by hand they are
-    told by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Raises InputError where neither is there."""
+    """Join the processes of one run. JAX recognises clusters (SLURM, Open MPI, a TPU pod); by hand
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Raises InputError where neither is there."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = (os.environ.get(name, "").strip() for name in names)
     given: dict[str, Any] = {}
@@ -185,17 +188,17 @@ def init_distributed() -> None:
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT, **given)
     except Exception as error:
-        # What recognises a cluster reads variables of many programs, and believes them.
-        said = next(iter(str(error).splitlines()), type(error).__name__)
+        # JAX recognises clusters by variables of many programs, and believes them.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             "--distributed",
-            f"no other processes were found ({said}); expected {', '.join(names)}",
+            f"no other processes were found ({reason}); expected {', '.join(names)}",
         ) from None
 
 
 def local_devices(model: int = 1) -> Devices:
-    """All devices of this process, in groups of `model` that share a candidate. Raises InputError where they cannot be
-    divided so."""
+    """All devices of this process, in groups of `model` that share a candidate. Raises InputError where `model` does
+    not divide their number."""
     live_target().check_shards("evaluation.model", model)
     return Devices(mesh_of(jax.local_devices(), model), jax.process_index(), jax.process_count())
 
@@ -227,24 +230,24 @@ def vmap_sharded(mesh: AnyMesh, function: Callable[[Any, Any], Any], replicated:
 
 
 def shard_population(mesh: AnyMesh, local: Callable[[Any, Any], Any], replicated: Any, candidates: Any) -> Any:
-    """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates. How the
-    devices of a group share that is the compiler's choice, within what models.sharding says."""
+    """`local(replicated, candidates)` under shard_map: each group of devices runs it on its own candidates. The
+    compiler divides the work between the devices of a group, within the constraints of models.sharding."""
     if mesh is None:
         return local(replicated, candidates)
-    own = PartitionSpec("population")
+    spec = PartitionSpec("population")
     sharded = jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), own), out_specs=own, axis_names={"population"}, check_vma=False
+        local, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, axis_names={"population"}, check_vma=False
     )
     return sharded(replicated, candidates)
 
 
 def free_memory() -> int:
-    """Bytes that a pass may use on a device beyond what is loaded."""
+    """Bytes that a pass may use on a device beside the loaded arrays."""
     return int(MEMORY_SHARE * unused_memory())
 
 
 def unused_memory() -> int:
-    """Bytes of a device that nothing is in; on a CPU those of the host that this process may take."""
+    """Free bytes of a device; on a CPU those of the host that this process may take."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:

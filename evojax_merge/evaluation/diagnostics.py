@@ -1,4 +1,4 @@
-"""A first look at a population's scores: what is wrong with a task."""
+"""Warnings about the scores of a population: problems of a task."""
 
 from collections.abc import Sequence
 

@@ -2,9 +2,9 @@
 
 The result for a task is a score matrix `float32[P, N]`; fitness is a reduction of it. Scoring streams: a candidate's
 layers are merged inside the forward pass and never exist together, unless several passes would do the merge again and
-there is room to keep it. Generation materialises a chunk of candidates first, and drafts tokens from what earlier
-candidates generated. How many candidates go through a pass together (the *chunk*), and how many rows, is chosen from
-the memory that the compiler reports; where that was too much, less is tried.
+there is room to keep it. Generation materialises a chunk of candidates first, and drafts tokens from the outputs of
+earlier candidates. The number of candidates that share a pass (the *chunk*), and of rows, is chosen from the memory
+that the compiler reports; a pass that runs out of memory is retried with less.
 """
 
 import math
@@ -58,28 +58,28 @@ Result = TypeVar("Result")
 
 # Decode steps between two checks for stop texts.
 STOP_CHECK_INTERVAL = 32
-# Tokens of a sequence in one decode step, draft tokens included, at most; and the tokens of all sequences for which a
-# step does not take much longer than for one, where the target's peak and bandwidth do not say it.
+# The most tokens of a sequence in one decode step, draft tokens included; and the tokens of all sequences for which a
+# step does not take much longer than for one, where the target's peak and bandwidth do not give that number.
 MAX_STEP_TOKENS = 8
 CPU_STEP_TOKENS, ACCELERATOR_STEP_TOKENS = 8, 256
-# Candidates whose outputs are kept as the lookup corpus for the next ones' draft tokens.
+# The number of candidates whose outputs are kept as the lookup corpus for the next ones' draft tokens.
 LOOKUP_CANDIDATES = 2
 # Fraction of the free memory that materialised or unstacked candidates may take.
 MATERIALISE_FRACTION = 1 / 8
-# Materialised candidates that decode together on a CPU: as many as its cache may hold.
+# Bytes of the materialised candidates that decode together on a CPU: its cache may hold them.
 CPU_CACHE_BYTES = 32 * 2**20
 
 
 def compiled_temporary_bytes(traced: TracedPass) -> int | None:
-    """Bytes beyond its arguments and results that a pass needs on a device, as the compiler reports; None where it does
-    not."""
+    """Bytes beyond its arguments and results that a pass needs on a device, as the compiler reports; None where it
+    reports nothing."""
     memory = traced.lower().compile().memory_analysis()
     return None if memory is None else memory.temp_size_in_bytes
 
 
 def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[str, np.ndarray]:
-    """Metric -> float32[P, N]; NaN for candidates whose answers are not numbers. broken: bool[P], whose outputs are
-    not."""
+    """Metric -> float32[P, N]; NaN for candidates whose answers are not finite. nonfinite: bool[P], the candidates
+    whose generation had logits that are not finite. Raises Failed where the task's scores are of another form."""
     failed = nonfinite | ~np.isfinite(answers.totals).all(axis=1)
     scores: Any = task.score(answers)
     if not isinstance(scores, Mapping) or task.metric not in scores:
@@ -93,7 +93,7 @@ def score_task(task: Task, answers: Responses, nonfinite: np.ndarray) -> dict[st
 
 
 def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
-    """What a compiled pass takes of a batch."""
+    """The batch's arrays, by name, as arguments of a compiled pass."""
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
@@ -101,9 +101,9 @@ def _double_buffered(jobs: Iterable[Callable[[Event], Result]], threads: bool) -
     """The jobs' results, in their order; each job is started before the one before it is waited for, and no more, so
     that an interruption does not wait long.
 
-    An accelerator queues what it is asked, and needs only never to be idle. A CPU works through what one thread asks
-    one after the other, and leaves cores idle wherever there is little to do: with `threads` each job has its own. The
-    event that jobs are given is set when nobody waits for them any more.
+    An accelerator queues its work, and only has to be kept busy. A CPU runs the work of one thread one after the other,
+    and leaves cores idle wherever there is little to do: with `threads` each job has its own. The event that jobs are
+    given is set when nobody waits for them any more.
     """
     cancelled = Event()
     if not threads:
@@ -133,13 +133,13 @@ def _finished(job: Callable[[Event], Result], cancelled: Event) -> Result:
 
 
 def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, found: Any) -> None:
-    """Enter what a pass found for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
+    """Enter the values of a pass for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
     real = batch.rows >= 0
     matrix[np.ix_(rows, batch.rows[real])] = np.asarray(found)[: len(rows), real]
 
 
 def step_tokens(target: Target, batch: PromptBatch) -> int:
-    """How many tokens each sequence of a batch is given in a pass."""
+    """The number of tokens that a pass takes of each sequence of a batch."""
     tokens: float = CPU_STEP_TOKENS
     if target.is_accelerator:
         tokens = ACCELERATOR_STEP_TOKENS if math.isnan(target.tokens_per_step) else target.tokens_per_step
@@ -147,13 +147,14 @@ def step_tokens(target: Target, batch: PromptBatch) -> int:
 
 
 def row_update(target: Target) -> CacheUpdate:
-    """What writes into caches where each row has a column of its own."""
+    """The function that writes into caches where each row has a column of its own."""
     return select_columns if target.platform == "tpu" else scatter_columns
 
 
 @dataclass(frozen=True)
 class Population:
-    """P candidates: what they share, what each has (leading axis P, on the host), and how a model is made of it."""
+    """P candidates: their shared arrays, the arrays of each (leading axis P, on the host), and the factory that makes a
+    model of these."""
 
     factory: WeightsFactory
     replicated: Any
@@ -168,7 +169,7 @@ class Population:
         return self.factory, self.replicated
 
     def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
-        """Runs of `size` candidates: their numbers, and the members, filled up to one shape."""
+        """Runs of `size` candidates: their numbers, and their arrays, filled up to one shape."""
         for begin in range(0, self.size, size):
             rows = np.arange(begin, min(begin + size, self.size))
             yield rows, pad_chunk(self.candidates, rows, size)
@@ -178,7 +179,8 @@ class Population:
         return None
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        """Candidates that exist as a whole: how their models are made, what they share, and what each has."""
+        """Candidates that exist as a whole: the factory of their models, their shared arrays, and the arrays of
+        each."""
         return SharedModel(), self.replicated, candidates
 
     def traced_materialise(self, mesh: AnyMesh, candidates: Any) -> TracedPass | None:
@@ -186,7 +188,8 @@ class Population:
         return None
 
     def differentiable(self) -> "DifferentiablePopulation | None":
-        """The same candidates, to be differentiated with respect to what each has; None where that is no number."""
+        """The same candidates, to be differentiated with respect to the arrays of each; None where these are not
+        differentiable."""
         return None
 
 
@@ -208,22 +211,22 @@ class MergePopulation(Population):
 
     def differentiable(self) -> "DifferentiableMerges":
         """The same merges, to be differentiated with respect to their recipes."""
-        own = self.factory
-        factory = DifferentiableFactory(own.spec, own.compute_dtype, own.prefetch_layers)
+        lazy_factory = self.factory
+        factory = DifferentiableFactory(lazy_factory.spec, lazy_factory.compute_dtype, lazy_factory.prefetch_layers)
         return DifferentiableMerges(factory, self.replicated, self.candidates)
 
 
 @dataclass(frozen=True)
 class DifferentiablePopulation(Population):
-    """P candidates, to be differentiated with respect to what each has."""
+    """P candidates, to be differentiated with respect to the arrays of each."""
 
     def to_score(self) -> Population:
         """The same candidates, not to be differentiated."""
         return self
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Any:
-        """The derivative with respect to candidates, float32, of what has those `cotangents` with respect to what
-        `materialise` makes of them."""
+        """The derivative with respect to candidates, float32, of a function whose derivatives with respect to their
+        materialised weights are `cotangents`."""
         return cotangents
 
 
@@ -238,14 +241,14 @@ class DifferentiableMerges(DifferentiablePopulation):
         return MergePopulation(factory, self.replicated, self.candidates)
 
     def model_shape(self) -> Any:
-        """One candidate's shapes, in the dtype that it is computed in, as its gradient is."""
+        """One candidate's shapes, in the dtype of its computation, which is that of its gradient."""
         dtype = self.factory.compute_dtype
         return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.to_score().model_shape())
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        factory, replicated, own = self.to_score().materialise(mesh, candidates)
-        # Once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
-        return factory, replicated, passes.to_dtype(own, self.factory.compute_dtype)
+        factory, replicated, models = self.to_score().materialise(mesh, candidates)
+        # Cast once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
+        return factory, replicated, passes.to_dtype(models, self.factory.compute_dtype)
 
     def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Recipe:
         gradient: Recipe = passes.recipe_gradient(self.factory, mesh, self.replicated, candidates, cotangents)
@@ -279,9 +282,9 @@ def _out_of_memory(error: Exception) -> bool:
 class Evaluator:
     """Scores populations of merges of one bank, and stored models, on one set of requests.
 
-    `chunk`: how many candidates share a pass on a device; None chooses. `log` is told what was chosen. What depends on
-    the kind of device is chosen for `target`; `free_memory`: bytes that a pass may use on a device beyond what is
-    loaded; `temporary_bytes`: what a traced pass needs beyond its arguments.
+    `chunk`: the number of candidates that share a pass on a device; None chooses it. `log` receives each choice.
+    Choices that depend on the kind of device are made for `target`; `free_memory`: bytes that a pass may use on a
+    device beyond what is loaded; `temporary_bytes`: the bytes that a traced pass needs beyond its arguments.
     """
 
     config: DecoderConfig
@@ -293,7 +296,7 @@ class Evaluator:
     log: Callable[[str], None] = lambda text: None
     # By task and kind of pass: the chunk that was chosen.
     chunk_sizes: dict[Any, int] = field(default_factory=dict)
-    # By task: int32[N, …], what the last candidates wrote after each prompt.
+    # By task: int32[N, …], the last candidates' outputs after each prompt.
     lookup_corpus: dict[str, np.ndarray] = field(default_factory=dict)
     target: Target = field(default_factory=live_target)
     free_memory: Callable[[], int] = free_memory
@@ -308,25 +311,27 @@ class Evaluator:
         return not self.target.is_accelerator
 
     def passes(self, population: int) -> int:
-        """How many steps of progress an evaluation reports."""
+        """The steps of progress that an evaluation reports."""
         return sum(batched_task.batches for batched_task in self.batched_tasks) * population
 
     def subset(self, examples: Sequence[np.ndarray]) -> "Evaluator":
-        """The same on some of the examples: for each of the tasks int[M], ascending. The batches have the shapes of
-        these, so that nothing is compiled for them."""
-        chosen = [one.subset(own) for one, own in zip(self.batched_tasks, examples, strict=True)]
+        """The same on some of the examples: for each of the tasks int[M], ascending. The batches keep their shapes, so
+        that nothing is compiled for them."""
+        chosen = [
+            batched_task.subset(indices) for batched_task, indices in zip(self.batched_tasks, examples, strict=True)
+        ]
         return replace(self, batched_tasks=chosen, lookup_corpus={})
 
     def population(
         self, bank: Bank, spec: MergeSpec, recipes: Recipe, progress: Progress = lambda done: None
     ) -> TaskScores:
         """Score P recipes (leading axis P on every leaf)."""
-        # On the host they are cut into chunks without compiling anything.
+        # Recipes on the host are cut into chunks without compiling anything.
         recipes = jax.tree.map(np.asarray, recipes)
         return self._evaluate(self.merges(bank, spec, recipes), progress)
 
     def merges(self, bank: Bank, spec: MergeSpec, recipes: Recipe) -> MergePopulation:
-        """P merges as this evaluator scores them: recipes on the host, leading axis P on every leaf."""
+        """P merges in the form that this evaluator scores: recipes on the host, leading axis P on every leaf."""
         return MergePopulation(LazyMergeFactory(spec, self.compute_dtype, self._prefetch_layers), bank, recipes)
 
     def population_gradient(
@@ -340,13 +345,14 @@ class Evaluator:
     def differentiated(
         self, population: DifferentiablePopulation, progress: Progress = lambda done: None
     ) -> tuple[TaskScores, Any]:
-        """Score P candidates, and differentiate the fitness of each with respect to what it has, float32. Scores are
-        those of the tasks' fitness alone. NaN where a candidate failed. Every task that counts has a derivative."""
+        """Score P candidates, and differentiate the fitness of each with respect to its arrays, float32. The scores
+        are only those of the tasks' fitness. NaN where a candidate failed. Every task that counts must have a
+        derivative."""
         scores, gradient = TaskScores({}), jax.tree.map(np.zeros_like, population.candidates)
         for task, share in task_weights(self.tasks):
             i = self.tasks.index(task)
-            found, part = self.with_less(i, partial(self._gradient, population, share), progress)
-            scores.matrices[task.name] = found
+            matrices, part = self.retry_on_oom(i, partial(self._gradient, population, share), progress)
+            scores.matrices[task.name] = matrices
             gradient = jax.tree.map(np.add, gradient, part)
         return scores, gradient
 
@@ -371,13 +377,13 @@ class Evaluator:
         scores = TaskScores({})
         written: dict[Hashable, tuple[list[list[str]], np.ndarray]] = {}
         for i in range(len(self.batched_tasks)):
-            totals, greedy = self.with_less(i, partial(self._score, population), progress)
+            totals, greedy = self.retry_on_oom(i, partial(self._score, population), progress)
             task, requests = self.batched_tasks[i].task, self.batched_tasks[i].requests
-            # What several tasks ask alike, such as the accuracy and the brevity of one answer, is written once.
+            # Requests that several tasks share, such as the accuracy and the brevity of one answer, are generated once.
             asked = (requests.prompts, requests.max_new_tokens, requests.stop)
             prompts = self.batched_tasks[i].prompts
             if asked not in written:
-                written[asked] = self.with_less(i, partial(self._generate, population), progress)
+                written[asked] = self.retry_on_oom(i, partial(self._generate, population), progress)
             elif prompts is not None:
                 progress(len(prompts.batches) * population.size)
             texts, nonfinite = written[asked]
@@ -389,9 +395,9 @@ class Evaluator:
                 scores.log_probabilities[task.name] = totals
         return scores
 
-    def with_less(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
-        """`run` request i; where that is out of memory, with half of what went through a pass, until it fits. Raises
-        Failed where it does not fit however little that is."""
+    def retry_on_oom(self, i: int, run: Callable[[BatchedTask, Progress], Any], progress: Progress) -> Any:
+        """Run request i; where that is out of memory, with half the candidates or rows in a pass, until it fits. Raises
+        Failed where one candidate and one row do not fit."""
         while True:
             done = 0
 
@@ -410,7 +416,7 @@ class Evaluator:
                         f"{self.batched_tasks[i].task.name}: out of memory with one candidate and one row a pass "
                         f"({self.free_memory() / 1e6:,.0f} MB are free); take shorter examples or smaller models"
                     ) from error
-                # What is done again is not counted twice.
+                # Passes that run again are not counted twice.
                 progress(-done)
 
     def _halve(self, i: int) -> bool:
@@ -436,15 +442,15 @@ class Evaluator:
     def _score(
         self, population: Population, batched_task: BatchedTask, progress: Progress
     ) -> tuple[np.ndarray, np.ndarray]:
-        """float32[P, S] and bool[P, S]."""
+        """The rows' total log-probabilities float32[P, S], and whether they are greedy, bool[P, S]."""
         shape = (population.size, len(batched_task.requests.scored))
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if batched_task.scoring is None:
             return totals, greedy
-        for rows, batch, (found, is_greedy) in _double_buffered(
+        for rows, batch, (part, is_greedy) in _double_buffered(
             self._passes(population, batched_task), self.runs_two_jobs(0)
         ):
-            _enter_rows(totals, rows, batch, found)
+            _enter_rows(totals, rows, batch, part)
             _enter_rows(greedy, rows, batch, is_greedy)
             progress(len(rows))
         return totals, greedy
@@ -452,7 +458,8 @@ class Evaluator:
     def _passes(
         self, population: Population, batched_task: BatchedTask
     ) -> Iterator[Callable[[Event], tuple[np.ndarray, ScoringBatch, Any]]]:
-        """For each chunk and batch a job: which candidates and rows, and what score_states finds of them."""
+        """For each chunk and batch a job, which returns its candidates, its rows, and the results of `passes.score` for
+        them."""
         assert batched_task.scoring is not None
         mesh, logits_fn = self.devices.mesh, batched_task.requests.logits_fn
         chunk = self.scoring_chunk(population, batched_task)
@@ -460,10 +467,10 @@ class Evaluator:
 
         def job(rows: np.ndarray, source: Any, prefix: KVCache | None, batch: ScoringBatch, cancelled: Event) -> Any:
             factory, replicated, candidates = source
-            found = passes.score(
+            answers = passes.score(
                 self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)
             )
-            return rows, batch, found
+            return rows, batch, answers
 
         for rows, candidates in population.chunks(chunk * self.devices.population):
             source = (
@@ -478,14 +485,14 @@ class Evaluator:
         self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
     ) -> tuple[dict[str, np.ndarray], Any]:
         """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
-        respect to what the candidates have."""
+        respect to the candidates' arrays."""
         assert batched_task.scoring is not None
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
         shape = (population.size, len(counts))
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
         if task.derivative == "nonlinear":
-            # What a total counts for depends on the others, which may be in other batches.
+            # The weight of a total depends on the others, which may be in other batches.
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
         slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
@@ -493,8 +500,8 @@ class Evaluator:
         for rows, candidates in population.chunks(chunk * self.devices.population):
             weights = pad_chunk(slopes, rows, chunk * self.devices.population)
             part = self._chunk_gradient(population, batched_task, rows, candidates, weights, totals, greedy, progress)
-            for leaf, found in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
-                leaf[rows] = np.asarray(found)[: len(rows)]
+            for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
+                leaf[rows] = np.asarray(leaf_part)[: len(rows)]
         responses = Responses(totals, counts, greedy, [[]] * population.size)
         nobody = np.zeros(population.size, bool)
         return {task.metric: score_task(task, responses, nobody)[task.metric]}, gradient
@@ -510,27 +517,27 @@ class Evaluator:
         model = self.devices.candidate_bytes(population.model_shape())
         materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
         source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
-        factory, replicated, own = source
+        factory, replicated, models = source
         prefix = self._prefill_prefix(*source, scoring.shared_prefix)
 
         def job(batch: ScoringBatch, cancelled: Event) -> Any:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
-            found = passes.score_gradient(
-                self.config, factory, mesh, logits_fn, replicated, own, prefix, arrays_of(batch), real
+            answers = passes.score_gradient(
+                self.config, factory, mesh, logits_fn, replicated, models, prefix, arrays_of(batch), real
             )
-            return batch, found
+            return batch, answers
 
         gradient: Any = None
         jobs = (partial(job, batch) for batch in scoring.batches)
-        for batch, ((found, is_greedy), part) in _double_buffered(jobs, self.runs_two_jobs(model)):
-            _enter_rows(totals, rows, batch, found)
+        for batch, ((answers, is_greedy), part) in _double_buffered(jobs, self.runs_two_jobs(model)):
+            _enter_rows(totals, rows, batch, answers)
             _enter_rows(greedy, rows, batch, is_greedy)
             gradient = part if gradient is None else passes.add(gradient, part)
             progress(len(rows))
         gradient, cotangents = gradient
         if cotangents is not None:
             through = passes.prefix_gradient(
-                self.config, factory, mesh, replicated, own, scoring.shared_prefix, cotangents
+                self.config, factory, mesh, replicated, models, scoring.shared_prefix, cotangents
             )
             gradient = passes.add(gradient, through)
         if materialised:
@@ -538,7 +545,7 @@ class Evaluator:
         return gradient
 
     def gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
-        """As `scoring_chunk`, of passes that are differentiated."""
+        """The number of candidates that share a pass that is differentiated (see `scoring_chunk`)."""
         key = (batched_task.task.name, "gradients", self._share(population))
         if key not in self.chunk_sizes:
             temporaries = partial(self._gradient_temporaries, population, batched_task)
@@ -548,17 +555,17 @@ class Evaluator:
     def materialises_gradient(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, candidates: int
     ) -> bool:
-        """Whether so many candidates are materialised before they are differentiated: a layer that is merged on the way
-        is merged twice, and on a CPU slowly."""
+        """Return whether so many candidates are materialised before they are differentiated: a layer that is merged
+        inside the pass is merged twice, and on a CPU slowly."""
         assert batched_task.scoring is not None
         shape = population.model_shape()
         wanted = shape is not None and (len(batched_task.scoring.batches) > 1 or not self.target.is_accelerator)
-        own = candidates // self.devices.population * self.devices.candidate_bytes(shape)
-        return wanted and own <= MATERIALISE_FRACTION * self.free_memory()
+        nbytes = candidates // self.devices.population * self.devices.candidate_bytes(shape)
+        return wanted and nbytes <= MATERIALISE_FRACTION * self.free_memory()
 
     def runs_two_jobs(self, model: int) -> bool:
-        """Whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU, where
-        there is room for both. Processes that share their devices' passes must ask for them in the same order."""
+        """Return whether two jobs, for candidates that take `model` bytes each, run in threads of their own: on a CPU,
+        where there is room for both. Processes that share their devices' passes must ask for them in the same order."""
         alone = self.devices.mesh is None and not self.target.is_accelerator
         return alone and 2 * model <= MATERIALISE_FRACTION * self.free_memory()
 
@@ -572,17 +579,17 @@ class Evaluator:
         return factory, *factory.unstack(self.devices.mesh, replicated, candidates)
 
     def unstacks_layers(self, models: Any) -> bool:
-        """Whether materialised models (arrays or their shapes) are unstacked to decode."""
+        """Return whether materialised models (arrays or their shapes) are unstacked to decode."""
         return not self.target.is_accelerator and tree_nbytes(models) <= MATERIALISE_FRACTION * self.free_memory()
 
     def fits_materialised(self, population: Population, batched_task: BatchedTask, chunk: int) -> bool:
-        """Whether a chunk is materialised before it is scored: each pass would redo its merge, so where there are
-        several, and room for the chunk, it is done once."""
+        """Return whether a chunk is materialised before it is scored: each pass would redo its merge, so where there
+        are several, and room for the chunk, it is done once."""
         if batched_task.scoring is None or len(batched_task.scoring.batches) < 2:
             return False
         model = population.model_shape()
-        own = chunk * self.devices.candidate_bytes(model)
-        return model is not None and own <= MATERIALISE_FRACTION * self.free_memory()
+        nbytes = chunk * self.devices.candidate_bytes(model)
+        return model is not None and nbytes <= MATERIALISE_FRACTION * self.free_memory()
 
     def _prefill_prefix(
         self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
@@ -606,13 +613,14 @@ class Evaluator:
         return self.chunk_sizes[key]
 
     def _share(self, population: Population) -> int:
-        """How many candidates a device has, at most."""
+        """The most candidates that a device has."""
         return max(1, -(-population.size // self.devices.population))
 
     def _fitting_chunk(
         self, temporaries: Callable[[int], int | None], population: Population, batched_task: BatchedTask
     ) -> int:
-        """The config's chunk, else what fits of a device's candidates; `temporaries` as in `_largest_chunk`."""
+        """The config's chunk, else the largest part of a device's candidates that fits; `temporaries`: see
+        `_largest_chunk`."""
         if self.chunk is not None:
             return min(self.chunk, self._share(population))
         if not self.target.is_accelerator:
@@ -620,39 +628,41 @@ class Evaluator:
         return self._largest_chunk(temporaries, batched_task, self._share(population))
 
     def _largest_chunk(self, temporaries: Callable[[int], int | None], batched_task: BatchedTask, most: int) -> int:
-        """One and two candidates a pass tell what each takes (`temporaries`: bytes for a chunk, as the compiler
-        reports); the largest chunk that should fit is then compiled to see whether it does. Raises _TooLarge where one
-        does not fit and a batch has more than a row."""
+        """The largest chunk that fits: passes with one and with two candidates show how much each takes (`temporaries`:
+        bytes for a chunk, as the compiler reports); the largest chunk that should fit is then compiled to see whether
+        it does. Raises _TooLarge where one candidate does not fit and a batch has more than a row."""
         budget = self.free_memory()
-        one = temporaries(1)
-        if one is not None and one > budget and halve_batches(batched_task) is not None:
+        single = temporaries(1)
+        if single is not None and single > budget and halve_batches(batched_task) is not None:
             raise _TooLarge
-        if one is None or most < 2:
+        if single is None or most < 2:
             return 1
-        two = temporaries(2) or 2 * one
-        each = max(two - one, 1)
+        double = temporaries(2) or 2 * single
+        each = max(double - single, 1)
         chunk = 1
-        while chunk * 2 <= most and one + (2 * chunk - 1) * each <= budget:
+        while chunk * 2 <= most and single + (2 * chunk - 1) * each <= budget:
             chunk *= 2
         while chunk > 2 and (temporaries(chunk) or 0) > budget:
             chunk //= 2
-        return chunk if chunk > 1 and two <= budget else 1
+        return chunk if chunk > 1 and double <= budget else 1
 
     def _gradient_temporaries(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, chunk: int
     ) -> int | None:
-        """As `_temporaries`, of a pass that is differentiated."""
+        """Bytes beyond its arguments that the largest pass over a chunk that is differentiated needs on a device (see
+        `_temporaries`)."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
         weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
         return self._pass_bytes(trace(passes.score_gradient, *arguments, weights), prefix)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
-        """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where nobody says."""
+        """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where the compiler
+        reports nothing."""
         arguments, prefix = self._largest_pass(population, batched_task, chunk)
         return self._pass_bytes(trace(passes.score, *arguments), prefix)
 
     def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any]:
-        """What `passes.score` takes of the largest batch and a chunk, and the shape of the prefix among it."""
+        """The arguments of `passes.score` for the largest batch and a chunk, and the shape of the prefix among them."""
         assert batched_task.scoring is not None
         _, candidates = next(population.chunks(chunk * self.devices.population))
         batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
@@ -664,8 +674,8 @@ class Evaluator:
 
     def _pass_bytes(self, traced: TracedPass, prefix: Any) -> int | None:
         temporaries = self.temporary_bytes(traced)
-        own = 0 if prefix is None else self.devices.candidate_bytes(prefix) // self.devices.population
-        return None if temporaries is None else temporaries + own
+        prefix_bytes = 0 if prefix is None else self.devices.candidate_bytes(prefix) // self.devices.population
+        return None if temporaries is None else temporaries + prefix_bytes
 
     # -----------------------------------------------------------------------------------------------------------
     # Prompts
@@ -673,7 +683,7 @@ class Evaluator:
     def _generate(
         self, population: Population, batched_task: BatchedTask, progress: Progress
     ) -> tuple[list[list[str]], np.ndarray]:
-        """P lists of continuations, and bool[P], whose logits were not finite."""
+        """P lists of continuations, and bool[P], true for candidates whose logits were not finite."""
         texts = [[""] * len(batched_task.requests.prompts) for _ in range(population.size)]
         nonfinite = np.zeros(population.size, bool)
         if batched_task.prompts is None:
@@ -691,7 +701,7 @@ class Evaluator:
         return texts, nonfinite
 
     def lookup_corpus_of(self, batched_task: BatchedTask) -> np.ndarray:
-        """int32[N, M]: what the last candidates generated after each prompt, the latest last."""
+        """int32[N, M]: the last candidates' outputs after each prompt, the latest last."""
         nothing = np.full(
             (len(batched_task.requests.prompts), LOOKUP_CANDIDATES * batched_task.requests.max_new_tokens),
             PAD_ID,
@@ -702,12 +712,12 @@ class Evaluator:
     def _generation_jobs(
         self, population: Population, batched_task: BatchedTask, progress: Progress
     ) -> Iterator[Callable[[Event], tuple[np.ndarray, np.ndarray]]]:
-        """For each chunk a job: which candidates, and int32[P, N, new], what they generate after every prompt."""
+        """For each chunk a job, which returns its candidates and their outputs after every prompt, int32[P, N, new]."""
         assert batched_task.prompts is not None
         prompts, requests = batched_task.prompts, batched_task.requests
 
         def job(rows: np.ndarray, candidates: Any, lookup_corpus: np.ndarray, cancelled: Event) -> Any:
-            found = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
+            outputs = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
             source = population.materialise(self.devices.mesh, candidates)
             decode_weights = self._decode_weights(*source)
             prefix = self._prefill_prefix(*source, prompts.shared_prefix)
@@ -719,9 +729,9 @@ class Evaluator:
                     *decode_weights, prefix, batch, batched_task, state, lookup_corpus[batch.rows], cancelled
                 )
                 real = batch.rows >= 0
-                found[:, batch.rows[real]] = tokens[: len(rows), real]
+                outputs[:, batch.rows[real]] = tokens[: len(rows), real]
                 progress(len(rows))
-            return rows, found
+            return rows, outputs
 
         chunk = self.generation_chunk(population, batched_task) * self.devices.population
         for rows, candidates in population.chunks(chunk):
@@ -766,7 +776,7 @@ class Evaluator:
         requests, mesh = batched_task.requests, self.devices.mesh
         count = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
         tokens, done = np.asarray(state.tokens), np.asarray(state.done)
-        # Rows that fill up a part say nothing.
+        # Rows that fill up a batch do not matter.
         done = done | (batch.rows < 0)
         while not (done.all() or cancelled.is_set()):
             state = replace(state, done=jax.device_put(done, state.done.sharding))
@@ -780,26 +790,26 @@ class Evaluator:
         return tokens
 
     def _stopped(self, tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
-        """bool[P, B]: whether a text holds a stop text."""
+        """bool[P, B]: true where a text holds a stop text."""
         return np.array(
             [[any(word in text for word in requests.stop) for text in row] for row in self._decoded(tokens)]
         )
 
     def _decoded(self, tokens: np.ndarray) -> list[list[str]]:
         """tokens: int32[P, B, new]. Candidates often agree: each distinct output is decoded once."""
-        known: dict[bytes, str] = {}
+        texts: dict[bytes, str] = {}
 
         def text(ids: np.ndarray) -> str:
             key = ids.tobytes()
-            if key not in known:
-                known[key] = self.tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
-            return known[key]
+            if key not in texts:
+                texts[key] = self.tokenizer.decode(ids[ids >= 0], skip_special_tokens=True)
+            return texts[key]
 
         return [[text(ids) for ids in row] for row in tokens]
 
     def generation_chunk(self, population: Population, batched_task: BatchedTask) -> int:
-        """As many materialised candidates, with their caches, as fit; on a CPU one at a time unless they are small, and
-        on a TPU always."""
+        """The number of materialised candidates that fit a device, with their caches; on a CPU the number whose weights
+        its cache may hold, on a TPU one."""
         most = max(1, -(-population.size // self.devices.population))
         key = (batched_task.task.name, "texts", most)
         if key not in self.chunk_sizes:
@@ -811,20 +821,20 @@ class Evaluator:
         return self.chunk_sizes[key]
 
     def _generation_bytes(self, population: Population, batched_task: BatchedTask) -> tuple[int, int]:
-        """Bytes on a device of one materialised candidate, and of what it needs to decode the largest batch of
-        prompts."""
+        """Bytes on a device of one materialised candidate, and of the memory that it needs to decode the largest batch
+        of prompts."""
         assert batched_task.prompts is not None
         mesh, groups = self.devices.mesh, self.devices.population
 
-        def own(tree: Any) -> int:
+        def candidate_bytes(tree: Any) -> int:
             return self.devices.candidate_bytes(tree) // groups
 
-        # One for each group of devices.
+        # One candidate for each group of devices.
         _, candidates = next(population.chunks(groups))
         merging = population.traced_materialise(mesh, candidates)
         models = candidates if merging is None else abstract_results(merging, self.devices)
         if not self.target.is_accelerator:
-            return own(models), 0
+            return candidate_bytes(models), 0
         batch, shared_prefix = (
             max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
             batched_task.prompts.shared_prefix,
@@ -845,7 +855,7 @@ class Evaluator:
             self.config, factory, mesh, width, batched_task.stop, None, models, prefix, state, np.int32(0),
             *batch.prefill_group(group),
         )  # fmt: skip
-        return own(models), 2 * own(state) + (self.temporary_bytes(traced) or 0)
+        return candidate_bytes(models), 2 * candidate_bytes(state) + (self.temporary_bytes(traced) or 0)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How much memory of the host a process may still take, and what its end looks like. Imports errors alone.
+"""The host memory that a process may still take, and the errors that show that it has run out. Imports errors alone.
 
 A process in a container is killed at the limit of its control group, whatever the machine has free.
 """
@@ -11,31 +11,31 @@ from pathlib import Path
 from evojax_merge.errors import InputError
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Per version of control groups: the files with a limit, the file with what is used, and the line of memory.stat that
-# says how much of that are pages of files, which the kernel gives back before it kills.
+# Per version of control groups: the files with a limit, the file with the usage, and the line of memory.stat with the
+# pages of files in it, which the kernel gives back before it kills.
 CGROUP_FILES = {
     2: (("memory.max", "memory.high"), "memory.current", "inactive_file"),
     1: (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
 }
-# What XLA's CPU backend, its libraries and the C++ runtime say where memory has run out; an address space that is
+# Messages of XLA's CPU backend, its libraries and the C++ runtime where memory has run out; an address space that is
 # limited (ulimit -v) shows in the last three.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "bad_alloc", "YNNPACK operation failed",
                  "Cannot allocate memory", "failed to allocate")  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory has run out."""
+    """Return whether an exception says that memory has run out."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def available_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
-    """Bytes that this process can still take: what the machine has free or can free, within the limits of the control
-    groups that the process is in and of its address space (`ulimit -v`)."""
+    """Bytes that this process can still take: the memory that the machine has free or can free, within the limits of
+    the control groups that the process is in and of its address space (`ulimit -v`)."""
     return max(0, min(_machine(proc), _address_space(proc), *_groups(proc, cgroups)))
 
 
 def require_memory(where: object, what: str, nbytes: int, available: int) -> None:
-    """Raises InputError where `what` takes more than is available, with both figures."""
+    """Raises InputError where `what` takes more memory than there is, with both figures."""
     if nbytes > available:
         raise InputError(where, f"{what} takes {_shown(nbytes)} of memory, but {_shown(available)} are available")
 
@@ -64,23 +64,23 @@ def _address_space(proc: Path) -> int:
 
 
 def _groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What each control group with a limit leaves, from the process's own up to the root; in a container the files of
-    its own group lie at the root."""
+    """The bytes that each control group with a limit leaves, from the process's own up to the root; in a container the
+    files of its own group lie at the root."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return
     for line in lines:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
+        number, _, fields = line.partition(":")
+        controllers, _, path = fields.partition(":")
         if number == "0" and not controllers:
             version, root = 2, cgroups
         elif "memory" in controllers.split(","):
             version, root = 1, cgroups / "memory"
         else:
             continue
-        own = root / path.strip("/")
-        for folder in (own, *own.parents):
+        group = root / path.strip("/")
+        for folder in (group, *group.parents):
             yield from _left(folder, version)
             if folder == root:
                 break

@@ -1,7 +1,7 @@
 """The compiled passes over a chunk of candidates: prefill a shared prefix, score a batch, materialise, generate.
 
-A pass takes what all candidates share and what each has (leading axis P on every leaf); a static `factory` makes a
-layer source of the two.
+A pass takes arrays that all candidates share and arrays that each has (leading axis P on every leaf); a static
+`factory` makes a layer source of the two.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from evojax_merge.tasks.task import LogitsFn
 
 @dataclass(frozen=True)
 class TracedPass:
-    """A pass, traced. cut: of each of its arguments the axis that devices which share a model cut, None where each has
+    """A pass, traced. cut: for each of its arguments the axis that devices which share a model cut, None where each has
     the whole."""
 
     traced: jax.stages.Traced
@@ -64,18 +64,20 @@ class TracedPass:
 
 
 def trace(function: Any, *arguments: Any) -> TracedPass:
-    """A pass over arrays, or over abstract ones, which are cut as their shardings say."""
+    """Trace a pass over arrays, or over abstract ones, which are cut by their shardings."""
     leaves = [leaf for leaf in jax.tree.leaves(arguments) if hasattr(leaf, "dtype")]
     cut = [axis_of(leaf.sharding.spec) if _is_named(leaf) else None for leaf in leaves]
     return TracedPass(function.trace(*arguments), tuple(cut))
 
 
 def abstract_results(traced: TracedPass, devices: Devices) -> Any:
-    """What a pass gives, leading axis P on every leaf, as abstract arrays that lie on the devices as the pass leaves
-    them (see `costs.result_axes`)."""
+    """The results of a pass, leading axis P on every leaf, as abstract arrays with the shardings that the pass leaves
+    them in (see `costs.result_axes`)."""
     leaves, tree = jax.tree.flatten(traced.out_info)
     axes = result_axes(traced.jaxpr, traced.cut, devices.model)
-    return jax.tree.unflatten(tree, [devices.abstract_of_candidates(*one) for one in zip(leaves, axes, strict=True)])
+    return jax.tree.unflatten(
+        tree, [devices.abstract_of_candidates(*leaf_and_axis) for leaf_and_axis in zip(leaves, axes, strict=True)]
+    )
 
 
 def _is_named(leaf: Any) -> bool:
@@ -86,14 +88,14 @@ Materialised = TypeVar("Materialised", StackedWeights, UnstackedWeights)
 
 
 class WeightsFactory(Protocol):
-    """How a candidate's layer source is made. Hashable: part of what is compiled."""
+    """Makes a candidate's layer source. Hashable: part of the compiled program."""
 
     def __call__(self, replicated: Any, candidate: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
 class LazyMergeFactory:
-    """Candidates are recipes, over a shared bank. prefetch_layers: as in `LazyMerge`."""
+    """Candidates are recipes, over a shared bank. prefetch_layers: see `LazyMerge`."""
 
     spec: MergeSpec
     compute_dtype: str
@@ -105,7 +107,7 @@ class LazyMergeFactory:
 
 @dataclass(frozen=True)
 class DifferentiableFactory(LazyMergeFactory):
-    """As its parent, of merges that are differentiated with respect to their recipes."""
+    """Candidates are recipes, over a shared bank, to be differentiated with respect to the recipes."""
 
     def __call__(self, replicated: Bank, candidate: Recipe) -> DifferentiableMerge:
         return differentiable_merge(replicated, candidate, self.spec, self.compute_dtype)
@@ -115,7 +117,7 @@ class MaterialisedFactory(WeightsFactory, Protocol):
     """A factory of models that exist in memory."""
 
     def unstack(self, mesh: AnyMesh, replicated: Any, candidates: Any) -> tuple[Any, Any]:
-        """What candidates share, and what each has, with every layer in arrays of its own."""
+        """The candidates' shared arrays, and the arrays of each, with every layer in arrays of its own."""
         ...
 
 
@@ -144,18 +146,18 @@ class PerCandidateModel:
 def logprobs_from_hidden(
     config: DecoderConfig, source: HeadSource, hidden: jax.Array, batch: Any, logits_fn: LogitsFn | None
 ) -> tuple[jax.Array, jax.Array]:
-    """For each span of a batch its targets' total log-probability float32[R] and whether they are the greedy tokens
-    bool[R]; or what `logits_fn` makes of its logits. hidden: `[B, T, hidden]`, the final states; batch: a
+    """For each span of a batch its targets' total log-probability float32[R] and whether they are the greedy tokens,
+    bool[R]; or the result of `logits_fn` on its logits. hidden: `[B, T, hidden]`, the final states; batch: a
     ScoringBatch's arrays, as a dict."""
-    # Only positions that predict a target meet the head.
+    # Only positions that predict a target go through the head.
     picked = hidden.reshape(-1, hidden.shape[-1])[batch["predict_at"]]
     targets, spread_ = batch["targets"], batch["target_index"]
     if logits_fn is not None:
         return _apply_logits_fn(config, source, picked, batch, logits_fn)
-    found, is_greedy = target_logprobs(config, source, picked, targets)
+    logprobs, is_greedy = target_logprobs(config, source, picked, targets)
     inside = spread_ < targets.shape[0]
     index = jnp.minimum(spread_, targets.shape[0] - 1)
-    totals = jnp.where(inside, found[index], 0.0).sum(axis=-1)
+    totals = jnp.where(inside, logprobs[index], 0.0).sum(axis=-1)
     return totals, jnp.where(inside, is_greedy[index], True).all(axis=-1)
 
 
@@ -164,9 +166,9 @@ def _apply_logits_fn(
 ) -> tuple[jax.Array, jax.Array]:
     scores, targets = logits(config, source, picked), batch["targets"]
 
-    def one(own: jax.Array) -> jax.Array:
-        index = jnp.minimum(own, targets.shape[0] - 1)
-        return jnp.asarray(logits_fn(scores[index], targets[index], own < targets.shape[0]), jnp.float32).reshape(())
+    def one(span: jax.Array) -> jax.Array:
+        index = jnp.minimum(span, targets.shape[0] - 1)
+        return jnp.asarray(logits_fn(scores[index], targets[index], span < targets.shape[0]), jnp.float32).reshape(())
 
     # A padded span has no logits to look at.
     totals = jnp.where(batch["rows"] < 0, 0.0, jax.lax.map(one, batch["target_index"]))
@@ -185,10 +187,10 @@ def prefill_prefix(
     """The KV cache of a shared prefix int32[H] (one row) for each of P candidates."""
 
     def one(replicated: Any, candidate: Any) -> KVCache:
-        own_replicated, shared_prefix = replicated
+        shared, shared_prefix = replicated
         tokens = shared_prefix[None]
         _, cache = forward(
-            config, factory(own_replicated, candidate), tokens, prefix_layout(shared_prefix.shape[0]), return_kv=True
+            config, factory(shared, candidate), tokens, prefix_layout(shared_prefix.shape[0]), return_kv=True
         )
         assert cache is not None
         return cache
@@ -207,11 +209,11 @@ def score(
     prefix: KVCache | None,
     batch: Any,
 ) -> tuple[jax.Array, jax.Array]:
-    """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see score_states)."""
+    """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`)."""
 
     def one(replicated: Any, candidate: Any) -> tuple[jax.Array, jax.Array]:
-        (own_replicated, batch), (own, prefix) = replicated, candidate
-        source = factory(own_replicated, own)
+        (shared, batch), (arrays, prefix) = replicated, candidate
+        source = factory(shared, arrays)
         layout = SequenceLayout(batch["positions"], batch["segment_ids"])
         hidden, _ = forward(config, source, batch["tokens"], layout, prefix=prefix)
         return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
@@ -231,21 +233,21 @@ def score_gradient(
     batch: Any,
     weights: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """What `score` finds, and for each of P candidates the derivative of `sum_r weights[r] totals[r]` with respect to
-    the candidate and to its prefix, float32. weights: float32[P, R]."""
+    """The results of `score`, and for each of P candidates the derivative of `sum_r weights[r] totals[r]` with respect
+    to the candidate and to its prefix, float32. weights: float32[P, R]."""
 
     def one(replicated: Any, candidate: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        (own_replicated, batch), (own, prefix, weights) = replicated, candidate
+        (shared, batch), (arrays, prefix, weights) = replicated, candidate
         layout = SequenceLayout(batch["positions"], batch["segment_ids"])
 
-        def goal(own: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            source = factory(own_replicated, own)
+        def goal(arrays: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            source = factory(shared, arrays)
             hidden, _ = forward(config, source, batch["tokens"], layout, prefix=prefix)
             totals, is_greedy = logprobs_from_hidden(config, source, hidden, batch, logits_fn)
             return jnp.sum(weights * totals), (totals, is_greedy)
 
-        (_, found), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(own, prefix)
-        return found, to_float32(gradients)
+        (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(arrays, prefix)
+        return answers, to_float32(gradients)
 
     return vmap_sharded(mesh, one, (replicated, batch), (candidates, prefix, weights))
 
@@ -260,18 +262,18 @@ def prefix_gradient(
     shared_prefix: jax.Array,
     cotangents: KVCache,
 ) -> Any:
-    """The derivative with respect to each of P candidates of what depends on it through its prefix's cache, float32.
-    cotangents: the derivative with respect to the cache."""
+    """The derivative with respect to each of P candidates of a function that depends on it through its prefix's cache,
+    float32. cotangents: the derivative with respect to the cache."""
 
     def one(replicated: Any, candidate: Any) -> Any:
-        (own_replicated, shared_prefix), (own, cotangents) = replicated, candidate
+        (shared, shared_prefix), (arrays, cotangents) = replicated, candidate
 
-        def cache(own: Any) -> KVCache | None:
+        def cache(arrays: Any) -> KVCache | None:
             tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
-            return forward(config, factory(own_replicated, own), tokens, layout, return_kv=True)[1]
+            return forward(config, factory(shared, arrays), tokens, layout, return_kv=True)[1]
 
-        found, pull_back = jax.vjp(cache, own)
-        cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, found)
+        output, pull_back = jax.vjp(cache, arrays)
+        cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
         return to_float32(pull_back(cotangents)[0])
 
     return vmap_sharded(mesh, one, (replicated, shared_prefix), (candidates, cotangents))
@@ -281,14 +283,14 @@ def prefix_gradient(
 def recipe_gradient(
     factory: DifferentiableFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe, cotangents: StackedWeights
 ) -> Recipe:
-    """The derivative with respect to each of P recipes of what depends on it through its materialised candidate,
-    float32. cotangents: the derivative with respect to the candidate's weights."""
+    """The derivative with respect to each of P recipes of a function that depends on it through its materialised
+    candidate, float32. cotangents: the derivative with respect to the candidate's weights."""
 
     def local(bank: Bank, candidates: Any) -> Recipe:
         def one(candidate: Any) -> Recipe:
             recipe, cotangent = candidate
-            found, pull_back = jax.vjp(lambda own: factory(bank, own).materialise(), recipe)
-            cotangent = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), cotangent, found)
+            model, pull_back = jax.vjp(lambda varied_recipe: factory(bank, varied_recipe).materialise(), recipe)
+            cotangent = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), cotangent, model)
             gradient: Recipe = pull_back(cotangent)[0]
             return gradient
 
@@ -315,14 +317,14 @@ def to_float32(tree: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def materialise(factory: LazyMergeFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe) -> StackedWeights:
-    """Each candidate as a whole."""
+    """The whole weights of each candidate."""
 
     def local(bank: Bank, recipes: Recipe) -> StackedWeights:
         def one(recipe: Recipe) -> StackedWeights:
-            # Else the compiler takes the shared leaves' deltas, which no candidate changes, out of the loop and keeps
-            # them.
-            own, recipe = jax.lax.optimization_barrier((bank, recipe))
-            return factory(own, recipe).materialise()
+            # Without the barrier the compiler takes the shared leaves' deltas, which no candidate changes, out of the
+            # loop and keeps them.
+            held_bank, recipe = jax.lax.optimization_barrier((bank, recipe))
+            return factory(held_bank, recipe).materialise()
 
         if size_of(recipes) == 1:
             return jax.tree.map(lambda leaf: leaf[None], one(take_candidate(recipes, 0)))
@@ -354,7 +356,7 @@ def init_decode(
     new: int,
     step_tokens: int,
 ) -> DecodeState:
-    """Room for as many candidates as `candidates: [P]` has (see models.generate)."""
+    """The decode state for `candidates: [P]` candidates (see models.generate)."""
 
     def local(_: Any, candidates: Any) -> DecodeState:
         return generate.init_decode_state(config, dtype, size_of(candidates), rows, width, new, step_tokens)
@@ -380,9 +382,9 @@ def prefill(
     """Prefill prompts and generate a first token after each (see models.generate)."""
 
     def local(replicated: Any, candidates: Any) -> DecodeState:
-        (own_replicated, row, tokens, left_pad), (own, state, prefix) = replicated, candidates
+        (shared, row, tokens, left_pad), (arrays, state, prefix) = replicated, candidates
         return generate.prefill(
-            config, partial(factory, own_replicated), own, state, width, row, tokens, left_pad, stop, prefix
+            config, partial(factory, shared), arrays, state, width, row, tokens, left_pad, stop, prefix
         )
 
     return shard_population(mesh, local, (replicated, row, tokens, left_pad), (candidates, state, prefix))
@@ -407,11 +409,11 @@ def decode(
     """`steps` further passes (see models.generate)."""
 
     def local(replicated: Any, candidates: Any) -> DecodeState:
-        (own_replicated, tokens, lookup_corpus), (own, state, prefix) = replicated, candidates
+        (shared, tokens, lookup_corpus), (arrays, state, prefix) = replicated, candidates
         return generate.decode(
             config,
-            partial(factory, own_replicated),
-            own,
+            partial(factory, shared),
+            arrays,
             state,
             steps,
             step_tokens,

@@ -1,8 +1,8 @@
-"""Scoring layer paths: what candidates share is computed once.
+"""Scoring layer paths: shared beginnings of candidates are computed once.
 
 A population of paths is a trie: candidates that begin with the same (layer, fold) steps share those nodes. A batch of
-tokens walks the trie depth first, one compiled call per run of steps between branches, and meets the LM head once per
-distinct path. Scores of a path are kept for the whole run, so that a path that comes again costs nothing.
+tokens walks the trie depth first, one compiled call per run of steps between branches, and goes through the LM head
+once per distinct path. Scores of a path are kept for the whole run, so that a path that comes again costs nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,13 +45,13 @@ Key = tuple[tuple[Step, ...], int]
 
 
 def key_of(path: LayerPath) -> Key:
-    """What a path computes: two with the same key are the same model."""
+    """The steps and the embedding of a path: two paths with the same key are the same model."""
     return tuple(zip(path.layers, (float(f) for f in path.residual_scales()), strict=True)), path.embedding_parent
 
 
 @dataclass
 class Trie:
-    """Distinct step sequences, branching where they part. `terminal`: which of them stops at this node."""
+    """Distinct step sequences, branching where they part. `terminal`: the sequence that stops at this node."""
 
     children: dict[Step, "Trie"] = field(default_factory=dict)
     terminal: int | None = None
@@ -68,8 +68,8 @@ def build_trie(sequences: Sequence[tuple[Step, ...]]) -> Trie:
 
 
 def segments(root: Trie) -> Iterator[tuple[int, list[Step], int | None]]:
-    """The trie depth first, as runs of steps without a branch: (how many states were kept before, steps, which path
-    ends after them). Each run starts from the state with that number; its own state is kept after it."""
+    """The trie depth first, as runs of steps without a branch: (the number of states kept before, the steps, the path
+    that ends after them). Each run starts from the state with that number; its own state is kept after it."""
     stack: list[tuple[int, Trie, list[Step]]] = [(0, child, [step]) for step, child in reversed(root.children.items())]
     while stack:
         depth, node, steps = stack.pop()
@@ -84,7 +84,7 @@ def segments(root: Trie) -> Iterator[tuple[int, list[Step], int | None]]:
 def _score(
     config: DecoderConfig, logits_fn: LogitsFn | None, source: StackedWeights, rows: jax.Array, batch: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """What passes.score_states makes of the states after the last layer."""
+    """The results of `passes.logprobs_from_hidden` on the states after the last layer."""
     hidden = architecture_of(config).final_norm(config, source, rows)
     return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
 
@@ -99,8 +99,8 @@ class PathFactory:
 
 @dataclass
 class PathWork:
-    """What an evaluator of paths, and those on some of its examples, did since the start. steps_run: layer steps;
-    steps_requested: those that would have been run one candidate after the other; paths: the distinct ones."""
+    """The work of an evaluator of paths, and of those on some of its examples, since the start. steps_run: layer steps;
+    steps_requested: the steps that would have been run one candidate after the other; paths: the distinct ones."""
 
     steps_run: int = 0
     steps_requested: int = 0
@@ -109,8 +109,8 @@ class PathWork:
 
 @dataclass
 class PathEvaluator:
-    """Scores populations of paths over one bank, on the requests of an evaluator. `max_length`: how many steps a path
-    has at most; `by_config`: what differentiates models of a config."""
+    """Scores populations of paths over one bank, on the requests of an evaluator. `max_length`: the most steps that a
+    path has; `by_config`: the evaluators that differentiate models, by their config."""
 
     evaluator: Evaluator
     bank: PathBank
@@ -128,7 +128,7 @@ class PathEvaluator:
         return self.evaluator.passes(population)
 
     def subset(self, examples: Sequence[np.ndarray]) -> "PathEvaluator":
-        """The same on some of the examples: for each of the tasks int[M], ascending. It knows no scores yet."""
+        """The same on some of the examples: for each of the tasks int[M], ascending. Its cache of scores is empty."""
         return replace(self, evaluator=self.evaluator.subset(examples), score_cache={}, outputs={}, by_config={})
 
     def evaluate(self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None) -> TaskScores:
@@ -165,11 +165,11 @@ class PathEvaluator:
         self, paths: Sequence[LayerPath | None], progress: Progress = lambda done: None
     ) -> tuple[TaskScores, list[np.ndarray | None]]:
         """Score P paths on the metrics that the fitness is made of, and differentiate the fitness of each with respect
-        to its scales: float64[T], NaN where a candidate failed. None, a candidate without a path, scores NaN and has
-        none.
+        to its scales: float64[T], NaN where a candidate failed. None, a candidate without a path, scores NaN and has no
+        gradient.
 
-        Which layers a path takes is no number that could be differentiated. Paths through the same layers go through
-        a pass together, a layer at a time, each computed again from the state before it.
+        The layers of a path are discrete, so there is no derivative with respect to them. Paths through the same layers
+        go through a pass together, a layer at a time, each computed again from the state before it.
         """
         tasks = [task for task, _ in task_weights(self.tasks)]
         matrices = {task.name: {task.metric: np.full((len(paths), task.size), np.nan, np.float32)} for task in tasks}
@@ -180,18 +180,18 @@ class PathEvaluator:
             if path is not None:
                 through.setdefault((path.layers, path.embedding_parent), []).append(p)
         for (layers, parent), members in through.items():
-            own = [path for p in members if (path := paths[p]) is not None]
-            scales = np.stack([path.residual_scales() for path in own])
+            same_layers = [path for p in members if (path := paths[p]) is not None]
+            scales = np.stack([path.residual_scales() for path in same_layers])
             replicated = (self.bank, embedding_and_head(self.bank, parent), jnp.asarray(layers, jnp.int32))
             config = path_config(self.bank, layers, self.evaluator.config)
             if config not in self.by_config:
-                # How many candidates and rows fit into a pass depends on how deep the path is.
+                # The number of candidates and rows that fit into a pass depends on the depth of the path.
                 self.by_config[config] = replace(self.evaluator, config=config, devices=ONE_DEVICE, chunk_sizes={})
             population = DifferentiablePopulation(PathFactory(), replicated, scales)
-            scores, found = self.by_config[config].differentiated(population, progress)
+            scores, scale_gradients = self.by_config[config].differentiated(population, progress)
             for task in tasks:
                 matrices[task.name][task.metric][members] = scores.matrices[task.name][task.metric]
-            for p, path, gradient in zip(members, own, found, strict=True):
+            for p, path, gradient in zip(members, same_layers, scale_gradients, strict=True):
                 gradients[p] = path.scale_gradient(gradient)
             steps = len(layers) * self.passes(len(members))
             self.work.steps_run += steps
@@ -205,7 +205,7 @@ class PathEvaluator:
             self.score_cache[key], self.outputs[key] = {}, {}
         for i, batched_task in enumerate(self.evaluator.batched_tasks):
             task, run = batched_task.task, partial(self._answers, fresh)
-            totals, greedy, texts, nonfinite = self.evaluator.with_less(i, run, progress)
+            totals, greedy, texts, nonfinite = self.evaluator.retry_on_oom(i, run, progress)
             counts = np.array([len(row.tokens) - row.start for row in batched_task.requests.scored])
             matrices = score_task(task, Responses(totals, counts, greedy, texts), nonfinite)
             for k, key in enumerate(keys):
@@ -215,15 +215,15 @@ class PathEvaluator:
     def _answers(
         self, fresh: dict[Key, LayerPath], batched_task: BatchedTask, progress: Progress
     ) -> tuple[np.ndarray, np.ndarray, list[list[str]], np.ndarray]:
-        """What P distinct paths make of a request: float32[P, S] and bool[P, S] of its scored rows, P lists of outputs,
-        and bool[P], whose logits were not finite."""
+        """The answers of P distinct paths to a request: float32[P, S] and bool[P, S] of its scored rows, P lists of
+        outputs, and bool[P], true for paths whose logits were not finite."""
         keys = list(fresh)
         totals = np.zeros((len(keys), len(batched_task.requests.scored)), np.float32)
         greedy = np.zeros(totals.shape, bool)
         for batch in batched_task.scoring.batches if batched_task.scoring is not None else ():
             real = batch.rows >= 0
-            found, is_greedy = self._walk(keys, batch, batched_task, progress)
-            totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = found[:, real], is_greedy[:, real]
+            values, is_greedy = self._walk(keys, batch, batched_task, progress)
+            totals[:, batch.rows[real]], greedy[:, batch.rows[real]] = values[:, real], is_greedy[:, real]
         texts, nonfinite = [[""] * len(batched_task.requests.prompts) for _ in keys], np.zeros(len(keys), bool)
         if batched_task.prompts is not None:
             for k, key in enumerate(keys):
@@ -249,8 +249,8 @@ class PathEvaluator:
                 states.append(self._run_layers(config, states[depth], layout, steps))
                 self.work.steps_run += len(steps)
                 if ended is not None:
-                    found = _score(config, batched_task.requests.logits_fn, source, states[-1].rows, arrays)
-                    totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in found)
+                    answers = _score(config, batched_task.requests.logits_fn, source, states[-1].rows, arrays)
+                    totals[members[ended]], greedy[members[ended]] = (np.asarray(part) for part in answers)
                     progress(1)
         return totals, greedy
 

@@ -1,7 +1,7 @@
-"""The compiled passes that an evaluation would run, traced with abstract arrays: what they compute, move and need.
+"""The compiled passes that an evaluation would run, traced with abstract arrays: their arithmetic, traffic and memory.
 
-The evaluator itself says how many candidates share a pass and whether they are materialised first; what is here follows
-it through a chunk of candidates. Nothing is run, and nothing but headers need be there.
+The evaluator itself decides how many candidates share a pass and whether they are materialised first; this module
+follows its decisions through a chunk of candidates. Nothing is run, and only headers need be there.
 """
 
 from collections import Counter
@@ -38,18 +38,18 @@ CAST, GRADIENT, PREFIX_GRADIENT, RECIPE_GRADIENT = "cast", "gradient", "prefix g
 
 
 class PassReader(Protocol):
-    """What tells of a traced pass: its jaxpr, or the compiler of its target."""
+    """Reads the memory and the results of a traced pass: from its jaxpr, or from the compiler of its target."""
 
     def temporary_bytes(self, traced: TracedPass) -> int:
-        """Bytes that it needs on a device beside its arguments, its results included."""
+        """Bytes that the pass needs on a device beside its arguments, its results included."""
         ...
 
     def outputs(self, traced: TracedPass) -> Any:
-        """What it gives, as abstract arrays, where they then are."""
+        """The pass's results, as abstract arrays with their shardings."""
         ...
 
     def place(self, candidates: Any) -> Any:
-        """What each candidate has (leading axis P), where it is when a pass takes it."""
+        """The arrays that each candidate has (leading axis P), with the shardings that a pass takes."""
         ...
 
 
@@ -61,7 +61,7 @@ class JaxprReader:
     devices: Devices
 
     def temporary_bytes(self, traced: TracedPass) -> int:
-        donated = [one for one in jax.tree.leaves(traced.args_info) if one.donated]
+        donated = [argument for argument in jax.tree.leaves(traced.args_info) if argument.donated]
         return temporary_bytes(traced.jaxpr, donated, self.target.platform, traced.cut, self.devices.model)
 
     def outputs(self, traced: TracedPass) -> Any:
@@ -75,9 +75,10 @@ class JaxprReader:
 class PlannedPass:
     """A pass over a chunk of candidates.
 
-    task: whose; candidates: how many of them; runs: how often for such a chunk; steps: how often the body of its
-    `while` loop runs, at most; merge_bytes: what merging moves for a candidate in a run: the sources' and the merge's
-    bytes; held_bytes: what must be in memory for it beside the bank and its temporaries, of all its candidates.
+    task: the task's name; candidates: the size of the chunk; runs: how often the pass runs for such a chunk; steps: how
+    often the body of its `while` loop runs, at most; merge_bytes: the traffic of merging for a candidate in a run, the
+    sources' and the merge's bytes; held_bytes: the memory that it needs beside the bank and its temporaries, for all
+    its candidates.
     """
 
     task: str
@@ -90,8 +91,8 @@ class PlannedPass:
     held_bytes: int = 0
 
     def cost(self, target: Target) -> Cost:
-        """Of all its runs, for one candidate."""
-        # How many blocks of a mixture's tokens a CPU computes, the program finds: counted is each token once.
+        """The cost of all its runs, for one candidate."""
+        # On a CPU the program finds how many blocks of a mixture's tokens it computes: each token counts once.
         platform = None if target.platform == "cpu" else target.platform
 
         def trips(eqn: Any) -> int:
@@ -104,7 +105,7 @@ class PlannedPass:
 def planned_passes(
     evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
-    """What evaluating one chunk of a population on a task's batches runs, on one group of devices."""
+    """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
     return [
         *_scoring(evaluator, population, batched_task, reader),
         *_generating(evaluator, population, batched_task, reader),
@@ -114,13 +115,13 @@ def planned_passes(
 def planned_gradient_passes(
     evaluator: Evaluator, population: MergePopulation, batched_task: BatchedTask, reader: PassReader
 ) -> list[PlannedPass]:
-    """What differentiating one chunk of a population on a task's batches runs, on one group of devices."""
+    """The passes that differentiate one chunk of a population on a task's batches, on one group of devices."""
     return list(_differentiating(evaluator, population, batched_task, reader))
 
 
 def merge_bytes(bank: Bank, dtype: str) -> int:
-    """Bytes that merging all layers and the head into `dtype` moves for a candidate: sources and what was prepared of
-    them are read, the merge is written. (That products read it again is theirs.)"""
+    """Bytes that merging all layers and the head into `dtype` moves for a candidate: sources and their prepared arrays
+    are read, the merge is written. (Products that read it again count that themselves.)"""
     leaves = [leaf for stack in bank.stacks.values() for leaf in stack.values()]
     head = replace(bank.shared[HEAD if HEAD in bank.shared else EMBEDDING], factors=None)
     # A leaf of a stack has the sources behind its layers.
@@ -132,8 +133,8 @@ def merge_bytes(bank: Bank, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class _Source:
-    """A chunk of candidates as a pass takes it: how models are made, what they share, what each has; what merging moves
-    for each of them in every pass; and the bytes of what was materialised of them."""
+    """A chunk of candidates as arguments of a pass: the factory of models, the shared arrays, and the arrays of each;
+    the traffic of merging for each of them in every pass; and the bytes of their materialised weights."""
 
     factory: Any
     replicated: Any
@@ -149,7 +150,7 @@ class _Source:
 def _materialised(
     evaluator: Evaluator, population: Population, candidates: Any, task: str, reader: PassReader
 ) -> tuple[list[PlannedPass], _Source]:
-    """The pass that materialises a chunk, if there has to be one, and the chunk after it."""
+    """The pass that materialises a chunk, if there has to be one, and the chunk after that pass."""
     traced = population.traced_materialise(evaluator.devices.mesh, candidates)
     if traced is None:
         return [], _Source(*population.materialise(evaluator.devices.mesh, candidates))
@@ -184,13 +185,13 @@ def _scoring(
     if scoring is None:
         return
     mesh, chunk = evaluator.devices.mesh, evaluator.scoring_chunk(population, batched_task)
-    _, own = next(population.chunks(chunk * evaluator.devices.population))
-    candidates = reader.place(own)
+    _, chunk_candidates = next(population.chunks(chunk * evaluator.devices.population))
+    candidates = reader.place(chunk_candidates)
     if evaluator.fits_materialised(population, batched_task, chunk):
         once, source = _materialised(evaluator, population, candidates, task, reader)
         yield from once
     else:
-        # What is not in memory as a whole is merged inside the pass.
+        # Candidates that are not in memory as a whole are merged inside the pass.
         merged = population.model_shape() is not None
         moved = merge_bytes(population.replicated, evaluator.compute_dtype) if merged else 0
         source = _Source(*population.source, candidates, moved)
@@ -212,12 +213,12 @@ def _differentiating(
     scoring, task, mesh = batched_task.scoring, batched_task.task.name, evaluator.devices.mesh
     assert scoring is not None
     if batched_task.task.derivative == "nonlinear":
-        # What a total counts for is known by all of them.
+        # The weight of each total depends on all of them.
         yield from _scoring(evaluator, population, batched_task, reader)
     differentiable = population.differentiable()
     chunk = evaluator.gradient_chunk(differentiable, batched_task) * evaluator.devices.population
-    _, own = next(population.chunks(chunk))
-    recipes, size = reader.place(own), size_of(own)
+    _, chunk_recipes = next(population.chunks(chunk))
+    recipes, size = reader.place(chunk_recipes), size_of(chunk_recipes)
     materialised = evaluator.materialises_gradient(differentiable, batched_task, size)
     if materialised:
         once, source = _materialised(evaluator, population, recipes, task, reader)
@@ -228,7 +229,7 @@ def _differentiating(
             models = reader.outputs(traced)
             source = _Source(PerCandidateModel(), None, models, held_bytes=tree_nbytes(models))
     else:
-        # Merged, merged again by the derivative, which then reads the sources once more.
+        # Merged, and merged again by the derivative, which then reads the sources once more.
         moved = 3 * merge_bytes(population.replicated, evaluator.compute_dtype)
         source = _Source(differentiable.factory, population.replicated, recipes, moved)
     read, prefix = _prefix(evaluator, source, scoring.shared_prefix, task, reader)
@@ -242,7 +243,7 @@ def _differentiating(
             arrays_of(batch), weights,
         )  # fmt: skip
         _, gradient = reader.outputs(traced)
-        # Beside the sum of those of the batches before.
+        # The sum of the earlier batches' gradients is held beside this one.
         total = tree_nbytes(gradient) if len(scoring.batches) > 1 else 0
         yield PlannedPass(task, GRADIENT, traced, size, runs, 1, source.merge_bytes, held + total)
     assert gradient is not None
@@ -263,7 +264,7 @@ def _differentiating(
         traced = trace(
             passes.recipe_gradient, differentiable.factory, mesh, population.replicated, recipes, of_candidates
         )
-        # Each layer is merged again, and its derivative reads its sources and what it is told of the merge.
+        # Each layer is merged again, and its derivative reads its sources and the merge's cotangents.
         moved = 2 * (tree_nbytes(population.replicated) + tree_nbytes(of_candidates) // size)
         yield PlannedPass(task, RECIPE_GRADIENT, traced, size, 1, 1, moved, with_gradient)
 
@@ -276,8 +277,8 @@ def _generating(
         return
     config, mesh, stop, new = evaluator.config, evaluator.devices.mesh, batched_task.stop, requests.max_new_tokens
     chunk = evaluator.generation_chunk(population, batched_task) * evaluator.devices.population
-    _, own = next(population.chunks(chunk))
-    candidates = reader.place(own)
+    _, chunk_candidates = next(population.chunks(chunk))
+    candidates = reader.place(chunk_candidates)
     once, source = _materialised(evaluator, population, candidates, task, reader)
     yield from once
     read, prefix = _prefix(evaluator, source, prompts.shared_prefix, task, reader)
@@ -315,12 +316,12 @@ def _generating(
             config, decoding.factory, mesh, check, tokens, row_update(evaluator.target), stop, *decoding.arguments,
             state, prefix, batch.tokens, lookup_corpus,
         )  # fmt: skip
-        # The first token comes of the prefill; each further one takes a step, unless draft tokens are accepted.
+        # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
         yield PlannedPass(task, DECODE, traced, size, runs, max(1, new - 1), held_bytes=with_state)
 
 
 def _distinct(items: Any, shape: Callable[[Any], str]) -> list[tuple[Any, int]]:
-    """The first item of each shape, and how many have it."""
+    """The first item of each shape, and the number of items with that shape."""
     counts = Counter(map(shape, items))
     first: dict[str, Any] = {}
     for item in items:

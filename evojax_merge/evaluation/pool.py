@@ -1,9 +1,9 @@
 """Scoring members of a pool: founders, and children that are bred when they are asked for.
 
 A member is its tensors, in host memory, made as `evojax-merge merge` makes them of its recipe: each measured exactly,
-merged in float32 and cast to the export dtype, with random masks drawn by the parents' content. What is scored is
-therefore what its lineage of recipes gives, to the bit. Founders are read from their files whenever they are needed.
-Of the bred members some are kept; any other is bred again from those that it descends from.
+merged in float32 and cast to the export dtype, with random masks drawn by the parents' content. The scored weights are
+therefore, to the bit, the result of the member's lineage of recipes. Founders are read from their files whenever they
+are needed. Some bred members are kept; any other is bred again from its ancestors.
 """
 
 from collections import Counter, OrderedDict
@@ -37,8 +37,8 @@ WORKERS = 4
 class PoolBank:
     """The founders' files and the weights of bred members.
 
-    sources: the base first where `has_base`, then the founders by number; seed: of random methods; export_dtype: what
-    members are rounded to; slots: how many bred members are kept, those that were parents last.
+    sources: the base first where `has_base`, then the founders by number; seed: of random methods; export_dtype: the
+    dtype that members are rounded to; slots: the number of bred members that are kept, the most recent parents.
     """
 
     sources: Sources
@@ -48,7 +48,7 @@ class PoolBank:
     export_dtype: str
     slots: int
     _kept: OrderedDict[Member, Weights] = field(default_factory=OrderedDict)
-    # How many children were bred, those again included.
+    # The number of children that were bred, repetitions included.
     bred: int = 0
 
     @property
@@ -61,7 +61,8 @@ class PoolBank:
         return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes) * self.dtype.itemsize
 
     def check_founders(self, progress: Progress) -> None:
-        """Raises InputError where a founder or the base holds NaN or infinity. `progress` is told the bytes."""
+        """Raises InputError where a founder or the base holds NaN or infinity. `progress` receives the bytes that were
+        read."""
         for s in range(len(self.sources.folders)):
             for name, _, _ in tensors_of(self.config):
                 progress(self.sources.read_finite(s, name).nbytes)
@@ -71,8 +72,8 @@ class PoolBank:
     def weights(self, members: Sequence[Member]) -> Iterator[Weights]:
         """The tensors of each of the members, in their order, one after the other.
 
-        Whatever they descend from and is not there is bred first, in order of birth, and let go after its last child:
-        besides those asked for no more is held at any time than the pool had members.
+        Ancestors that are not in memory are bred first, in order of birth, and freed after their last child: besides
+        the members asked for, no more are held at any time than the pool had members.
         """
         missing: set[Member] = set()
         waiting = [*members]
@@ -123,10 +124,10 @@ class PoolBank:
         method = METHODS[child.method]
         has_base = method.uses_base(self.has_base)
         options = replace(method.options, has_base=has_base)
-        # A recipe with such numbers would be refused.
+        # Export would refuse a recipe with such numbers.
         is_meaningless = method.validate(options, child.parameters) is not None
 
-        def one(name: str, layer: int) -> np.ndarray:
+        def merged(name: str, layer: int) -> np.ndarray:
             parents = child.ordered(layer)
             tensors = [self._read(parent, name, held) for parent in parents]
             if is_meaningless:
@@ -138,12 +139,12 @@ class PoolBank:
 
             return merge_tensor(method, options, sources, child.parameters, row_keys, self.dtype)
 
-        # Outside of the layers, what comes before them goes with the first, all else with the last.
+        # Tensors outside of the layers: the embedding goes with the first layer, all else with the last.
         placed = {
             name: place[0] if place else 0 if leaf.component == "embedding" else self.config.layers - 1
             for name, leaf, place in tensors_of(self.config)
         }
-        return dict(zip(placed, pool.map(one, placed, placed.values()), strict=True))
+        return dict(zip(placed, pool.map(merged, placed, placed.values()), strict=True))
 
     def _read(self, member: Member, name: str, held: dict[Member, Weights]) -> np.ndarray:
         if member.is_founder:
@@ -171,8 +172,8 @@ class PoolEvaluator:
         return self.evaluator.passes(population)
 
     def evaluate(self, members: Sequence[Member], progress: Progress = lambda done: None) -> TaskScores:
-        """As many members are bred and scored together as fit into memory. One with a weight that is not finite has
-        failed, whether or not the examples meet it: its recipe would be refused."""
+        """Score the members, as many bred and scored together as fit into memory. A member with a weight that is not
+        finite has failed, whether or not the examples meet it: export would refuse its recipe."""
         size = max(1, int(MATERIALISE_FRACTION * available_memory()) // self.bank.member_bytes())
         weights, parts = self.bank.weights(members), []
         for begin in range(0, len(members), size):
@@ -190,15 +191,15 @@ class PoolEvaluator:
             shape = (count, *tensor_grid(config, leaf), *tensor_shape(config, leaf))
             (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name] = aligned_empty(shape, bank.dtype)
         finite = np.zeros(count, bool)
-        for p, own in enumerate(islice(weights, count)):
-            finite[p] = all(map(is_finite, own.values()))
+        for p, member in enumerate(islice(weights, count)):
+            finite[p] = all(map(is_finite, member.values()))
             for name, leaf, place in tensors_of(config):
-                (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name][(p, *place)] = own[name]
+                (shared if leaf.stack is None else stacks[leaf.stack])[leaf.name][(p, *place)] = member[name]
         return StackedWeights(stacks, shared, self.evaluator.compute_dtype), finite  # type: ignore[arg-type]
 
 
 def _where(finite: np.ndarray, scores: TaskScores) -> TaskScores:
-    """The scores, NaN for members of which `finite: bool[P]` is not said."""
+    """The scores, NaN for members that are not in `finite: bool[P]`."""
     return replace(
         scores,
         matrices={
@@ -209,7 +210,7 @@ def _where(finite: np.ndarray, scores: TaskScores) -> TaskScores:
 
 
 def _joined(parts: Sequence[TaskScores]) -> TaskScores:
-    """The scores of populations that follow each other, as of one."""
+    """The scores of consecutive populations as those of one."""
     first = parts[0]
     return TaskScores(
         {

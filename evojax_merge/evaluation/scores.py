@@ -1,4 +1,4 @@
-"""Scores: what tasks make of a population's answers, and the matrix that a search works with.
+"""Scores: the results of tasks on a population's answers, and the matrix that a search works with.
 
 Letters: P candidates, N examples, T tasks. Higher is better, everywhere. A candidate whose scores are not finite has
 failed.
@@ -27,13 +27,13 @@ class TaskScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """A population's score matrix, as a strategy is told it.
+    """A population's score matrix, which a strategy receives.
 
-    values: float32[P, N], each candidate's score on each example, NaN where it was not evaluated; evaluated:
-    bool[P, N]; task_of: int[N], the task of each example; tasks: the T tasks' names; weights: float64[T], how much
-    each counts, together 1; predicted: float64[P], the fitness on all examples where some were left out, NaN for a
-    candidate that failed; None: fitness is that on what was evaluated. gradients: float32[P, D], the derivatives of the
-    candidates' fitness with respect to their genomes, where the strategy wants them.
+    values: float32[P, N], each candidate's score on each example, NaN where it was not evaluated; evaluated: bool[P,
+    N]; task_of: int[N], the task of each example; tasks: the T tasks' names; weights: float64[T], the share of each in
+    the fitness, together 1; predicted: float64[P], the fitness on all examples where some were left out, NaN for a
+    candidate that failed; None: fitness is the mean over the evaluated examples. gradients: float32[P, D], the
+    derivatives of the candidates' fitness with respect to their genomes, where the strategy wants them.
     """
 
     values: np.ndarray
@@ -50,7 +50,7 @@ class Scores:
         means = np.full((len(self.values), len(self.tasks)), np.nan)
         for t in range(len(self.tasks)):
             columns = np.flatnonzero(self.task_of == t)
-            # Not a product with the mask, in which what was not evaluated would be NaN.
+            # A product with the mask would be NaN for examples that were not evaluated.
             counted = np.take(self.evaluated, columns, axis=1)
             values = np.where(counted, np.take(self.values, columns, axis=1), 0)
             counts = counted.sum(axis=1)
@@ -60,7 +60,7 @@ class Scores:
 
     @property
     def fitness(self) -> np.ndarray:
-        """float64[P]: what was predicted, else the weighted mean over tasks of the mean over examples; NaN for a
+        """float64[P]: the predicted fitness, else the weighted mean over tasks of the mean over examples; NaN for a
         candidate that failed."""
         if self.predicted is not None:
             return self.predicted
@@ -69,8 +69,8 @@ class Scores:
 
 
 def task_weights(tasks: Sequence[T]) -> list[tuple[T, float]]:
-    """The tasks that the fitness is made of, and how much each counts; together 1. Tasks of weight 0 take no part,
-    unless there are no others: then all count alike."""
+    """The tasks that the fitness is made of, and the share of each; together 1. Tasks of weight 0 take no part, unless
+    there are no others: then all have the same share."""
     weights = [task.weight for task in tasks] if any(task.weight for task in tasks) else [1.0] * len(tasks)
     return [(task, weight / sum(weights)) for task, weight in zip(tasks, weights, strict=True) if weight > 0]
 

@@ -1,8 +1,8 @@
-"""What a search runs on: the devices that are here, or ones that are named, so that a search can be planned for them.
+"""The devices of a search: those of this machine, or named ones, so that a search can be planned for them.
 
-Whatever depends on the kind of device (how many tokens go through a pass, how many candidates share one, whether the
-next layer is prefetched) is chosen by a `Target`. None of it asks JAX which devices are here while a program is traced:
-a program may be compiled for others.
+A `Target` makes every choice that depends on the kind of device (how many tokens go through a pass, how many candidates
+share one, whether the next layer is prefetched). No choice asks JAX for this machine's devices while a program is
+traced: a program may be compiled for others.
 """
 
 import math
@@ -19,13 +19,14 @@ import jax
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.memory import available_memory
 
-# What JAX takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+# The share of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_MEMORY_FRACTION = 0.75
-# What merging moves for each parameter: the base, three parents and the merge in bfloat16, which a product then reads.
+# Bytes that merging moves for each parameter: the base, three parents and the merge in bfloat16, which a product then
+# reads.
 MERGE_BYTES = 12
 # A CPU core, nominally: cycles a second, and bytes a second from memory.
 CPU_CLOCK, CPU_CORE_BANDWIDTH = 3e9, 10e9
-# Its float32 operations in a cycle, by the widest vector instructions: two fused multiply-adds.
+# Float32 operations of a core in a cycle, by the widest vector instructions: two fused multiply-adds.
 CPU_FLOPS_PER_CYCLE = {"avx512f": 64, "avx2": 32, "asimd": 16}
 
 Platform = Literal["cpu", "gpu", "tpu"]
@@ -33,14 +34,14 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 @dataclass(frozen=True)
 class Target:
-    """Devices of one kind. `kind`: as JAX names it (`Device.device_kind`).
+    """Devices of one kind. `kind`: JAX's name for it (`Device.device_kind`).
 
-    Of each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
+    For each device: `memory`, the bytes that programs may use; `bandwidth`, bytes a second to and from it; `bfloat16`
     and `float32`, the peak FLOP/s of matrix products of operands of these dtypes, as JAX computes them by default
-    (float32: on NVIDIA as `float32_products` says, on a TPU one pass of bfloat16). NaN where they are not known.
+    (float32: see `float32_products`; on a TPU one pass of bfloat16). NaN where they are not known.
 
-    `devices`: how many, in `hosts` machines together; `topology`: of a TPU slice, as its compiler calls it;
-    `native_bfloat16`: whether an accelerator multiplies it faster than float32.
+    `devices`: the number of devices, in `hosts` machines together; `topology`: of a TPU slice, in its compiler's
+    notation; `native_bfloat16`: whether an accelerator multiplies it faster than float32.
     """
 
     name: str
@@ -65,29 +66,29 @@ class Target:
 
     @property
     def tokens_per_step(self) -> float:
-        """How many tokens' products with 16-bit weights take as long as reading the weights: fewer in a decode step are
-        nearly free. NaN where it is not known."""
+        """The number of tokens whose products with 16-bit weights take as long as reading the weights: fewer tokens in
+        a decode step are nearly free. NaN where it is not known."""
         # Two FLOPs for each parameter and token, two bytes for each parameter.
         return self.bfloat16 / self.bandwidth
 
     @property
     def decodes_together(self) -> bool:
-        """Whether several candidates decode in one program without copies of their weights. TPUs' compiler makes one of
-        all of them, in another layout, and a step takes longer than one for each candidate."""
+        """Return whether several candidates decode in one program without copies of their weights. TPUs' compiler makes
+        one array of all of them, in another layout, and a step takes longer than one for each candidate."""
         return self.platform != "tpu"
 
     @property
     def merge_tokens(self) -> int:
-        """As how many tokens of a forward pass merging costs, which each scored batch does anew: its traffic of about
-        12 bytes for each parameter against 2 FLOPs for each parameter and token, in bfloat16. 0 on a CPU, whose
-        arithmetic is the slower."""
-        known = self.is_accelerator and not math.isnan(self.bandwidth)
-        return int(MERGE_BYTES * self.bfloat16 / (2 * self.bandwidth)) if known else 0
+        """The cost of merging, which each scored batch does anew, in tokens of a forward pass: its traffic of about 12
+        bytes for each parameter against 2 FLOPs for each parameter and token, in bfloat16. 0 on a CPU, whose arithmetic
+        is slower than its traffic."""
+        is_known = self.is_accelerator and not math.isnan(self.bandwidth)
+        return int(MERGE_BYTES * self.bfloat16 / (2 * self.bandwidth)) if is_known else 0
 
     @property
     def float32_products(self) -> str:
-        """What products of float32 are called: NVIDIA's GPUs that multiply bfloat16 natively, from Ampere on, compute
-        them in TF32."""
+        """The name of the format that products of float32 are computed in: NVIDIA's GPUs that multiply bfloat16
+        natively, from Ampere on, compute them in TF32."""
         has_tf32 = self.platform == "gpu" and self.kind.startswith("NVIDIA") and self.native_bfloat16
         return "TF32" if has_tf32 else "float32"
 
@@ -96,8 +97,8 @@ class Target:
         return self.float32 if dtype == "float32" else self.bfloat16
 
     def compute_dtype(self, setting: str, weights: Iterable[str]) -> str:
-        """What a config's `compute_dtype` means on these devices for weights of these dtypes: `auto` is bfloat16 where
-        all of them are bfloat16 and the devices multiply it natively, else float32."""
+        """The dtype that a config's `compute_dtype` means on these devices for weights of these dtypes: `auto` is
+        bfloat16 where all of them are bfloat16 and the devices multiply it natively, else float32."""
         if setting != "auto":
             return setting
         native = self.is_accelerator and self.native_bfloat16
@@ -110,8 +111,8 @@ class Target:
 
 
 GB, GIB, TERA = 10**9, 2**30, 1e12
-# By what `--target` calls them. Memory, bandwidth and peaks without sparsity are those of the vendors' data sheets; of
-# memory what is left beside the driver, and on TPUs what their compiler lets programs have.
+# By their `--target` name. Memory, bandwidth and peaks without sparsity are those of the vendors' data sheets; memory
+# is that which is left beside the driver, and on TPUs that which their compiler gives programs.
 _GPUS = {
     "a100": Target("a100", "gpu", "NVIDIA A100-SXM4-80GB", 85 * GB, 2.039 * TERA, 312 * TERA, 156 * TERA),
     "h100": Target("h100", "gpu", "NVIDIA H100 80GB HBM3", 85 * GB, 3.352 * TERA, 989 * TERA, 494 * TERA),
@@ -123,7 +124,7 @@ _TPUS = {
     "v5p": Target("v5p", "tpu", "TPU v5", int(95.74 * GIB), 2.765 * TERA, 459 * TERA, 459 * TERA),
     "v6e": Target("v6e", "tpu", "TPU v6 lite", int(31.25 * GIB), 1.64 * TERA, 918 * TERA, 918 * TERA),
 }
-# The size in a slice's name -> its topology, and how many hosts it has. v5p counts two cores to a chip.
+# The size in a slice's name -> its topology, and its number of hosts. v5p counts two cores to a chip.
 _SLICES = {
     "v5e": {1: ("1x1", 1), 4: ("2x2", 1), 8: ("2x4", 1), 16: ("4x4", 4), 32: ("4x8", 8), 64: ("8x8", 16)},
     "v5p": {8: ("2x2x1", 1), 16: ("2x2x2", 2), 32: ("2x2x4", 4), 64: ("2x4x4", 8)},
@@ -133,13 +134,13 @@ _GPU_COUNTS = (1, 2, 4, 8)
 
 
 def target_names() -> list[str]:
-    """What `find_target` knows."""
+    """The names that `find_target` takes."""
     gpus = [chip if count == 1 else f"{count}x{chip}" for chip in _GPUS for count in _GPU_COUNTS]
     return ["cpu", *gpus, *(f"{chip}-{size}" for chip, sizes in _SLICES.items() for size in sizes)]
 
 
 def _chip(name: str) -> str:
-    """The chip of a target's name: what stands behind a number of GPUs, or before a slice's size."""
+    """The chip of a target's name: the part behind a number of GPUs, or before a slice's size."""
     return re.sub(r"^\d+x|-\d+$", "", name)
 
 
@@ -151,12 +152,16 @@ def find_target(where: str, name: str) -> Target:
     if name not in target_names():
         # The number of GPUs stands before their name.
         turned = re.sub(r"^(\w*?[a-z]\d+)[x*:-](\d+)$", r"\2x\1", name.lower())
-        of_the_chip = [known for known in target_names() if known != "cpu" and _chip(known) == _chip(turned)]
+        of_the_chip = [
+            target_name
+            for target_name in target_names()
+            if target_name != "cpu" and _chip(target_name) == _chip(turned)
+        ]
         other_size = bool(of_the_chip) and turned not in of_the_chip
         hint = f"; expected one of {', '.join(of_the_chip)}" if other_size else did_you_mean(turned, target_names())
         raise InputError(where, f"there is no target {name!r}{hint}")
-    if found := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
-        count, chip = int(found[1] or 1), _GPUS[found[2]]
+    if match := re.fullmatch(r"(?:(\d+)x)?([a-z]+\d+)", name):
+        count, chip = int(match[1] or 1), _GPUS[match[2]]
         return replace(chip, name=name, devices=count, memory=int(gpu_memory_fraction() * chip.memory))
     chip_name, _, size = name.partition("-")
     topology, hosts = _SLICES[chip_name][int(size)]
@@ -165,12 +170,16 @@ def find_target(where: str, name: str) -> Target:
 
 
 def one_host(target: Target) -> Target:
-    """One host's part of a named TPU slice, as a slice of its own; another target as it is."""
+    """One host's part of a named TPU slice, as a slice of its own; any other target unchanged."""
     if target.platform != "tpu" or target.hosts == 1:
         return target
     chip = target.name.partition("-")[0]
     names = (f"{chip}-{size}" for size, (_, hosts) in _SLICES[chip].items() if hosts == 1)
-    return next(one for one in map(partial(find_target, "target"), names) if one.devices == target.devices_per_host)
+    return next(
+        candidate
+        for candidate in map(partial(find_target, "target"), names)
+        if candidate.devices == target.devices_per_host
+    )
 
 
 def gpu_memory_fraction() -> float:
@@ -188,22 +197,22 @@ def live_target() -> Target:
     kind, count = devices[0].device_kind, len(devices) * hosts
     if devices[0].platform == "cpu":
         return replace(cpu_target(), devices=count, hosts=hosts)
-    known = next((chip for chip in (*_GPUS.values(), *_TPUS.values()) if chip.kind == kind), None)
-    if known is None:
+    chip_target = next((chip for chip in (*_GPUS.values(), *_TPUS.values()) if chip.kind == kind), None)
+    if chip_target is None:
         platform: Literal["gpu", "tpu"] = "tpu" if devices[0].platform == "tpu" else "gpu"
-        known = Target(kind, platform, kind, 0, math.nan, math.nan, math.nan)
+        chip_target = Target(kind, platform, kind, 0, math.nan, math.nan, math.nan)
     stats = devices[0].memory_stats() or {}
-    # Of NVIDIA's GPUs those of an older architecture than Ampere emulate it; devices of others name no such version.
+    # NVIDIA's GPUs of an older architecture than Ampere emulate bfloat16; other vendors' devices give no such version.
     version = re.fullmatch(r"(\d+)\.\d+", str(getattr(devices[0], "compute_capability", "")))
     return replace(
-        known, name=kind, memory=int(stats.get("bytes_limit", known.memory)), devices=count, hosts=hosts,
+        chip_target, name=kind, memory=int(stats.get("bytes_limit", chip_target.memory)), devices=count, hosts=hosts,
         native_bfloat16=version is None or int(version[1]) >= 8,
     )  # fmt: skip
 
 
 def cpu_target() -> Target:
-    """This machine's CPU as one device: what of its memory this process may take, and nominal rates of the cores that
-    it may use."""
+    """This machine's CPU as one device: the part of its memory that this process may take, and nominal rates of the
+    cores that it may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")))

@@ -1,4 +1,4 @@
-"""Model cards: what was merged, how, with which scores."""
+"""Model cards: the merged models, the recipe, and the scores."""
 
 import itertools
 import os
@@ -21,62 +21,70 @@ from evojax_merge.zoo import PREFIX
 
 
 def public_names(folders: Sequence[Path], taken: Collection[str] = ()) -> list[str]:
-    """What models are called where others read it: by their hub ids, else by their folders' (or runs') names. Of one
-    name, or of one that is taken, folders are numbered, and revisions on the hub told apart by their commits."""
+    """The public names of models: their hub ids, else the names of their folders (or runs). Folders that share a name,
+    or whose name is taken, are numbered; revisions on the hub are distinguished by their commits."""
     names: list[str] = []
     for folder in folders:
         name = model_name(folder)
         if name in names and hub_id(folder) is not None:
             name = f"{name}@{folder.name}"
         others = (f"{name}-{number}" for number in itertools.count(2))
-        names.append(next(one for one in itertools.chain([name], others) if one not in names and one not in taken))
+        names.append(
+            next(
+                unused_name
+                for unused_name in itertools.chain([name], others)
+                if unused_name not in names and unused_name not in taken
+            )
+        )
     return names
 
 
 def _public_documents(documents: Sequence[Any], references: Mapping[str, str]) -> list[Any]:
-    """A recipe's documents in which models that lie on this machine have the names that others know them by."""
+    """A recipe's documents in which models that lie on this machine have their public names."""
 
     def replaced(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: replaced(one) for key, one in value.items()}
+            return {key: replaced(part) for key, part in value.items()}
         if isinstance(value, list):
-            return [replaced(one) for one in value]
+            return [replaced(part) for part in value]
         if not isinstance(value, str):
             return value
-        # Whatever else names a place of this machine, be it behind a stage's name and a +, says no more to others than
-        # its last part.
+        # Any other path of this machine, alone or behind a stage's name and a +, is cut to its last part, for the rest
+        # of it says nothing to others.
         parts = [value] if os.path.lexists(value) else value.split("+")
-        own = [Path(one).name if os.path.isabs(one) and os.path.lexists(one) else one for one in parts]
-        return references.get(value, "+".join(own))
+        names = [Path(part).name if os.path.isabs(part) and os.path.lexists(part) else part for part in parts]
+        return references.get(value, "+".join(names))
 
     return [replaced(document) for document in documents]
 
 
 def _hub_ids(model: Path) -> list[str]:
-    """The hub ids of what a model is made of; none where some of it has none."""
+    """The hub ids of a model's parts; none where a part has no id."""
     ids = [hub_id(part) for part in parts_of(model)]
-    return [one for one in ids if one is not None] if None not in ids else []
+    return [hub_name for hub_name in ids if hub_name is not None] if None not in ids else []
 
 
 def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], recipe: str) -> str:
-    """The card of a merge. methods: those of its stages, the last one's last; models: where each model of the recipe
-    lies, by its reference there, the base first; recipe: its YAML, which is shown as it was written unless it names
-    places of this machine."""
+    """The card of a merge. methods: those of its stages, the last one's last; models: the folder of each model of the
+    recipe, by its reference there, the base first; recipe: its YAML, shown unchanged unless it names paths of this
+    machine."""
     documents = parse_documents("recipe", recipe, take_last)
     stages = {document["name"] for document in documents if isinstance(document, dict) and "name" in document}
     names = dict(zip(models, public_names(list(models.values()), stages), strict=True))
-    # Others have the hub, with its revisions, and the zoo as well.
+    # Readers of the card can resolve the hub's models, with their revisions, and those of the zoo.
     local = {
-        reference: own
-        for reference, own in names.items()
-        if reference.partition("@")[0] != own and not reference.startswith(PREFIX)
+        reference: model
+        for reference, model in names.items()
+        if reference.partition("@")[0] != model and not reference.startswith(PREFIX)
     }
-    linked = dict.fromkeys(one for reference, own in names.items() for one in _hub_ids(models[reference]) or [own])
-    listed = "\n".join(f"- `{own}`" for own in names.values())
+    linked = dict.fromkeys(
+        linked_name for reference, model in names.items() for linked_name in _hub_ids(models[reference]) or [model]
+    )
+    listed = "\n".join(f"- `{model}`" for model in names.values())
     public = _public_documents(documents, local)
     text = (recipe if public == documents else dump_documents(public)).rstrip()
     made_by = " and ".join(f"`{method}`" for method in methods)
-    # A longer fence than any in the text, or that would end it.
+    # A longer fence than any in the text, which could end it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return (
         f"{front_matter(list(linked), list(models.values()))}\n# {name}\n\nA merge of\n\n{listed}\n\n"
@@ -85,7 +93,7 @@ def merge_card(name: str, methods: Sequence[str], models: Mapping[str, Path], re
 
 
 def _sizes(task: Task, validation: Task | None, heldout: Task) -> str:
-    """In words, how many examples of a task are in each split."""
+    """In words, the number of a task's examples in each split."""
     searched = f"{task.size} search" if validation is None else f"{task.size} search, {validation.size} validation"
     return f"{searched} and {heldout.size} held-out examples"
 
@@ -100,7 +108,7 @@ def _front_section(result: Result) -> str:
 
 
 def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, generations: int) -> str:
-    """The card of a search's winner. generations: how many have been searched."""
+    """The card of a search's winner. generations: the number of searched generations."""
     splits = problem.splits
     validation, heldout = splits.validation, splits.heldout
     tasks = "\n".join(
@@ -122,7 +130,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
 
 
 def card_in_dtype(card: str, searched: str | None, dtype: str | None) -> str:
-    """The card of a winner that is written in another dtype than the one that it was searched in; None: the same."""
+    """The card of a winner that is written in another dtype than that of its search; None: the same."""
     if dtype is None or dtype == searched:
         return card
     note = f"Written in {dtype}. It was searched, and scored, in {searched}: scores of this model may differ a little."
@@ -144,6 +152,6 @@ def adapter_card(card: str, error: RankError, *, base: Path, rank: int) -> str:
 
 def _with_note(card: str, note: str) -> str:
     """A card with a paragraph behind its title; at its end where it has none."""
-    before, mark, rest = card.partition("\n# ")
-    title, _, rest = rest.partition("\n")
-    return f"{before}{mark}{title}\n\n**{note}**\n{rest}" if mark else f"{card}\n**{note}**\n"
+    before, mark, text = card.partition("\n# ")
+    title, _, text = text.partition("\n")
+    return f"{before}{mark}{title}\n\n**{note}**\n{text}" if mark else f"{card}\n**{note}**\n"

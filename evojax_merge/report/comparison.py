@@ -16,8 +16,8 @@ from evojax_merge.report.winner import WinnerReport
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: held-out scores of a model. lead: how far the winner is ahead of it; None where
-    there is no winner, or nothing to be said."""
+    """One line of the final table: held-out scores of a model. lead: the winner's lead over it; None where there is no
+    winner, or no interval."""
 
     role: str
     name: str
@@ -29,7 +29,8 @@ class Row:
 @dataclass(frozen=True)
 class FrontMember:
     """A member of the front, by its `number` from 1 on; genome: float32[D]. fitness, and `scores`, `task/metric` ->
-    mean for the tasks that count: on the examples that the winner was chosen on; the others on the held-out ones."""
+    mean for the tasks that count: on the examples that the winner was chosen on; `heldout_fitness` and
+    `heldout_scores`: on the held-out ones."""
 
     number: int
     genome: np.ndarray
@@ -41,15 +42,15 @@ class FrontMember:
 
 @dataclass(frozen=True)
 class Result:
-    """The winner and what it was compared with.
+    """The winner and its comparison with other models.
 
     `baseline`: the candidate that nobody searched for (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
-    which founder. `rows`: the held-out table. `report`: what is shown of the winner. `validation`: the winner's
-    fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
-    search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of
-    a strategy that keeps one. `compute_dtype`: what all of these scores were computed in; `search_compute_dtype`: what
-    those of the generations were.
+    the founder's name. `rows`: the held-out table. `report`: shows the winner. `validation`: the winner's fitness and
+    the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the search split.
+    `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of a strategy
+    that keeps one. `compute_dtype`: the dtype that all of these scores were computed in; `search_compute_dtype`: the
+    dtype of the generations' scores.
     """
 
     genome: np.ndarray
@@ -70,8 +71,8 @@ class Result:
 
     @property
     def rivals(self) -> list[Row]:
-        """What a search has to beat on held-out data: the base, the best parent, and the uniform merge, as far as there
-        are such."""
+        """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge, as
+        far as they exist."""
         parents = [row for row in self.rows if row.role == "parent"]
         best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
         return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
@@ -82,21 +83,21 @@ class Result:
         return f"{self.baseline[0]} {self.baseline_name}".rstrip()
 
     def chosen_on(self) -> str:
-        """A sentence: on which split the winner was chosen, what it scored there, and in which dtype where that is not
-        the generations'."""
-        label, searched, found = self.baseline_label, self.baseline[1], self.search_fitness
+        """A sentence: the split that the winner was chosen on, its score there, and the dtype where that is not the
+        generations'."""
+        label, searched, search_fitness = self.baseline_label, self.baseline[1], self.search_fitness
         dtypes = ""
         if self.compute_dtype != self.search_compute_dtype:
             dtypes = f" (computed in {self.compute_dtype}, the generations in {self.search_compute_dtype})"
         if self.validation is None:
             return (
-                f"The winner was chosen on the search split: there it scored {found:.4f}, the {label} "
+                f"The winner was chosen on the search split: there it scored {search_fitness:.4f}, the {label} "
                 f"{searched:.4f}{dtypes}."
             )
         winner, baseline = self.validation
         return (
             f"The winner was chosen on the validation split, on which no generation was scored: there it scored "
-            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {found:.4f}, the {label} "
+            f"{winner:.4f}, the {label} {baseline:.4f}; on the search split {search_fitness:.4f}, the {label} "
             f"{searched:.4f}{dtypes}."
         )
 
@@ -115,8 +116,8 @@ class Result:
 
     def verdicts(self) -> list[str]:
         """A sentence for each rival: by how much the winner is better on held-out data, and whether that is more than
-        noise; where it is not, or not so that it shows, both figures. None where it is better and no more can be
-        said."""
+        noise; where the winner is not better, or by less than the printed digits, both figures. No sentence for a rival
+        that the winner beats by an unknown margin."""
         return [sentence for row in self.rivals if (sentence := self._verdict(row)) is not None]
 
     def _verdict(self, row: Row) -> str | None:
@@ -154,20 +155,21 @@ def _interval(lead: Lead) -> str:
 
 
 def model_name(path: Path) -> str:
-    """What a model is called in tables: its hub id, else its folder, or its run where a search made it; of what is made
-    of several, the names of all."""
+    """A model's name in tables: its hub id, else its folder, or its run where a search made it; for a model of several
+    parts, the names of all."""
     return "+".join(map(_part_name, parts_of(path)))
 
 
 def _part_name(path: Path) -> str:
-    known = hub_id(path)
-    if known is not None:
-        return known
+    name = hub_id(path)
+    if name is not None:
+        return name
     return path.parent.parent.name if path.parts[-2:] == ("best", "model") else path.name
 
 
 def write_result(result: Result, generations: int, file: Path) -> None:
-    """`result.json`: the table and the winner. Nothing in it depends on the clock, but where that ended the search."""
+    """Write `result.json`: the table and the winner. Nothing in it depends on the clock, except where the clock ended
+    the search."""
 
     def plain(row: Row) -> dict[str, Any]:
         return {
@@ -210,10 +212,11 @@ def write_result(result: Result, generations: int, file: Path) -> None:
         "search_fitness": dict(zip(compared, (result.search_fitness, result.baseline[1]), strict=True)),
         **validated,
         **({"best_founder": result.baseline_name} if result.baseline_name else {}),
-        # Of every score here; `history.jsonl` has those of the generations, in the config's evaluation.compute_dtype.
+        # The dtype of every score in this file; `history.jsonl` has those of the generations, in the config's
+        # evaluation.compute_dtype.
         "compute_dtype": result.compute_dtype,
         **({} if result.stopped_by is None else {"stopped_by": result.stopped_by}),
-        # What no other is better than in all tasks; scores and fitness are on the examples of `chosen_on`.
+        # Candidates that no other beats in all tasks; scores and fitness are on the examples of `chosen_on`.
         **({"members": list(map(of_front, result.members))} if result.members else {}),
         **result.report.document(),
         "genome": [float(gene) for gene in result.genome],

@@ -1,6 +1,6 @@
-"""The front matter of model cards: what the cards of the merged models say, and what ours says of them.
+"""The front matter of model cards: reading it from the cards of the merged models, and writing ours.
 
-A card is a stranger's file: what is not of the expected form is as good as not there.
+A card is a stranger's file: a value that is not of the expected form is ignored.
 """
 
 import re
@@ -15,7 +15,7 @@ from evojax_merge.checkpoints.writer import CARD
 from evojax_merge.errors import InputError, escaped_lines
 from evojax_merge.yaml_reader import parse_yaml
 
-# Of a card this much is looked at; the hub's longest front matters (tables of benchmarks) are a tenth of it.
+# The bytes of a card that are read; the hub's longest front matters (tables of benchmarks) are a tenth of it.
 MAX_BYTES = 2**20
 MAX_LANGUAGES = 500
 FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
@@ -34,7 +34,7 @@ def read_front_matter(folder: Path) -> dict[str, Any]:
 
 
 def _split(card: str) -> tuple[dict[str, Any], str]:
-    """The front matter of a card and what is behind it; nothing and everything where none can be read."""
+    """The front matter of a card and the text behind it; nothing and everything where none can be read."""
     match = FRONT_MATTER.match(card)
     try:
         document = None if match is None else parse_yaml(CARD, match[1])
@@ -44,7 +44,7 @@ def _split(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _license(card: dict[str, Any]) -> dict[str, str] | None:
-    """A license of the hub's list by its name; one that is not on it, `other`, by its own name and link."""
+    """A license of the hub's list by its name; a license that is not on it, `other`, by its own name and link."""
     name = card.get("license")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,59}", name):
         return None
@@ -57,8 +57,8 @@ def _license(card: dict[str, Any]) -> dict[str, str] | None:
 
 
 def _languages(card: dict[str, Any]) -> dict[str, list[str]] | None:
-    found = card.get("language")
-    listed = found if isinstance(found, list) else [found]
+    language = card.get("language")
+    listed = language if isinstance(language, list) else [language]
     # YAML reads the code of Norwegian as false.
     codes: list[Any] = ["no" if code is False else code for code in listed]
     if not 0 < len(codes) <= MAX_LANGUAGES:
@@ -69,7 +69,7 @@ def _languages(card: dict[str, Any]) -> dict[str, list[str]] | None:
 
 
 def _agreed(cards: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], dict[str, Any] | None]) -> dict[str, Any]:
-    """What `read` finds, if it finds the same in every card."""
+    """The result of `read`, if it is the same for every card; else nothing."""
     first, *others = [read(card) for card in cards] or [None]
     return first if first is not None and all(other == first for other in others) else {}
 
@@ -84,8 +84,8 @@ def _writes_text(folder: Path) -> bool:
 
 
 def front_matter(names: Sequence[str], folders: Sequence[Path]) -> str:
-    """The front matter of a merge of these models, as the hub reads it. License and languages are those that all of
-    their cards agree on."""
+    """The front matter of a merge of these models, in the hub's form. License and languages are those that all of their
+    cards agree on."""
     cards = [read_front_matter(folder) for folder in folders]
     header: dict[str, Any] = {}
     if names:
@@ -98,9 +98,9 @@ def front_matter(names: Sequence[str], folders: Sequence[Path]) -> str:
 
 
 def changed_front_matter(card: str, changes: Mapping[str, Any]) -> str:
-    """A card with other values of some keys of its front matter; as it is where none can be read."""
-    header, rest = _split(card)
-    return _dumped({**header, **changes}) + rest if header else card
+    """A card with other values of some keys of its front matter; unchanged where none can be read."""
+    header, text = _split(card)
+    return _dumped({**header, **changes}) + text if header else card
 
 
 def _dumped(header: Mapping[str, Any]) -> str:

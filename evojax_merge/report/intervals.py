@@ -1,4 +1,4 @@
-"""How sure a difference on the held-out examples is: a paired bootstrap interval."""
+"""The uncertainty of a difference on the held-out examples: a paired bootstrap interval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES, CONFIDENCE = 10_000, 0.95
-# Of the random numbers of a seed, those that examples are drawn with here.
+# The stream of a seed's random numbers that examples are drawn with here.
 BOOTSTRAP_STREAM = 2
 # Entries of a block of drawn examples: its differences stay in a core's cache.
 BLOCK = 2**16
@@ -14,8 +14,8 @@ BLOCK = 2**16
 
 @dataclass(frozen=True)
 class Lead:
-    """How far one model is ahead of another in fitness, and the interval that holds this difference with 95%
-    confidence, as far as the choice of the examples goes."""
+    """The lead of one model over another in fitness, and its 95% interval, as far as the choice of the examples
+    goes."""
 
     difference: float
     low: float
@@ -23,29 +23,31 @@ class Lead:
 
     @property
     def within_noise(self) -> bool:
-        """Whether other examples of the same kind may well have said the opposite."""
+        """Return whether other examples of the same kind may well have shown the opposite."""
         return self.low <= 0 <= self.high
 
 
 def leads_over(
     ours: Sequence[np.ndarray], others: Sequence[Sequence[np.ndarray]], weights: Sequence[float], seed: int
 ) -> list[Lead | None]:
-    """How far a model is ahead of each of the others. ours: for each task its scores float32[N]; others: for each model
-    the same; weights: how much each task counts in the fitness. The same for a seed.
+    """The lead of a model over each of the others. ours: for each task its scores float32[N]; others: for each model
+    the same; weights: the weight of each task in the fitness. Deterministic for a seed.
 
-    None where a score is not finite, or where a task has one example only, which says nothing of others.
+    None where a score is not finite, or where a task has only one example, which says nothing of others.
     """
     differences = [[a.astype(np.float64) - b for a, b in zip(ours, scores, strict=True)] for scores in others]
-    known = [k for k, row in enumerate(differences) if all(task.size > 1 and np.isfinite(task).all() for task in row)]
-    found: list[Lead | None] = [None] * len(others)
-    if known:
-        stacked = [np.stack([differences[k][t] for k in known]) for t in range(len(ours))]
+    finite = [
+        k for k, by_task in enumerate(differences) if all(task.size > 1 and np.isfinite(task).all() for task in by_task)
+    ]
+    leads: list[Lead | None] = [None] * len(others)
+    if finite:
+        stacked = [np.stack([differences[k][t] for k in finite]) for t in range(len(ours))]
         means = sum(weight * task.mean(axis=1) for weight, task in zip(weights, stacked, strict=True))
         rng = np.random.default_rng([seed, BOOTSTRAP_STREAM])
         lows, highs = bootstrap(stacked, weights, rng)
-        for k, mean, low, high in zip(known, np.asarray(means), lows, highs, strict=True):
-            found[k] = Lead(float(mean), float(low), float(high))
-    return found
+        for k, mean, low, high in zip(finite, np.asarray(means), lows, highs, strict=True):
+            leads[k] = Lead(float(mean), float(low), float(high))
+    return leads
 
 
 def bootstrap(
@@ -68,10 +70,10 @@ def bootstrap(
         taken = np.empty((rows, examples))
         for begin in range(0, resamples, rows):
             size = min(rows, resamples - begin)
-            # The numbers that are drawn do not depend on the size of a block.
+            # The drawn numbers do not depend on the size of a block.
             chosen = rng.integers(examples, size=(size, examples))
             for k in range(pairs):
-                # Nothing is out of range; this mode alone writes to `out` without a copy.
+                # No index is out of range; only this mode writes to `out` without a copy.
                 np.take(task[k], chosen, out=taken[:size], mode="clip")
                 drawn[k, begin : begin + size] += weight * taken[:size].mean(axis=1)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=1)

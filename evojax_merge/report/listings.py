@@ -1,5 +1,4 @@
-"""What the program knows, as tables for the terminal: merge methods, search strategies, architectures, the keys of a
-config."""
+"""Tables for the terminal: merge methods, search strategies, architectures, the keys of a config."""
 
 import inspect
 
@@ -17,21 +16,21 @@ BASES = {"required": "required", "optional": "optional", "parent": "one of the m
 
 
 def methods_table() -> Table:
-    """Each method, what it takes, and its parameters with the bounds that a search has by default."""
+    """Each method: its base and models, and its parameters with the bounds that a search has by default."""
     table = _table("method", "base", "models", "searched parameters [low, high] default", "fixed", "options")
     for method in METHODS.values():
-        searched = [_parameter(one) for one in method.parameters if one.searched]
-        fixed = [_parameter(one) for one in method.parameters if not one.searched]
+        searched = [_parameter(parameter) for parameter in method.parameters if parameter.searched]
+        fixed = [_parameter(parameter) for parameter in method.parameters if not parameter.searched]
         _row(table, method.name, BASES[method.base], _models(method), searched, fixed, method.yaml_options)
     return table
 
 
 def strategies_table() -> Table:
-    """Each strategy, by the name that `search.strategy` takes, and what its maker says of it."""
+    """Each strategy, by the name that `search.strategy` takes, with the first paragraph of its maker's docstring."""
     table = _table("strategy", "what it is")
     for name in strategy_names():
-        said = inspect.getdoc(find_strategy("strategies", name)) or ""
-        _row(table, name, " ".join(said.split("\n\n")[0].split()))
+        description = inspect.getdoc(find_strategy("strategies", name)) or ""
+        _row(table, name, " ".join(description.split("\n\n")[0].split()))
     return table
 
 
@@ -45,8 +44,8 @@ def architectures_table() -> Table:
 
 
 def keys_table(section: str | None) -> Table:
-    """Every key that a search's config may have, what it takes, its default and its meaning; of a section, that key and
-    those in it. Raises InputError for a section that there is not."""
+    """Every key that a search's config may have, its type, its default and its meaning; with a section, only that key
+    and the keys in it. Raises InputError for an unknown section."""
     keys = list(keys_of(Config))
     if section is not None:
         chosen = [key for key in keys if key.name == section or key.name.startswith((f"{section}.", f"{section}["))]

@@ -21,10 +21,15 @@ def print_warnings(lines: Iterable[str]) -> None:
             print_warning(line)
 
 
-def say_unread(folders: Sequence[Folder], log: Log = say) -> None:
-    """One line that names what configs hold and no forward pass reads, if anything."""
+def log_unused_config_keys(folders: Sequence[Folder], log: Log = say) -> None:
+    """Log one line that names the keys of configs that no forward pass reads, if there are any."""
     keys = sorted(
-        {key for one in folders if known_architecture(one.config.get("model_type")) for key in unread_keys(one.config)}
+        {
+            key
+            for folder in folders
+            if known_architecture(folder.config.get("model_type"))
+            for key in unread_keys(folder.config)
+        }
     )
     if keys:
         more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""

@@ -22,8 +22,8 @@ class PathReport:
         return {"path": {"layers": list(self.path.layers), "scales": list(self.path.scales)}}
 
     def terminal(self) -> str | None:
-        """A row per step: the layer that it visits, marked with its parent's letter, and what it adds, if not all of
-        it."""
+        """A row per step: the layer that it visits, marked with its parent's letter, and the share that it adds, if not
+        all of it."""
         origins, deepest = self.spec.origins, max(config.layers for config in self.spec.configs)
         letters = [LETTERS[k % len(LETTERS)] for k in range(len(self.parents))]
         legend = ", ".join(f"{letter} = {name}" for letter, name in zip(letters, self.parents, strict=True))
@@ -35,7 +35,7 @@ class PathReport:
         return "\n".join(rows)
 
     def card_section(self) -> str:
-        """Which layers come from where, a line per run of layers, and the same as a picture."""
+        """The origin of the layers, a line per run of layers, and the same as a picture."""
         lines = describe_path(self.path, self.spec.origins, dict(enumerate(self.parents)))
         listed = "\n".join(f"- {line}" for line in lines)
         return f"\n## Layers\n\n{listed}\n\n```\n{self.terminal()}\n```\n"
@@ -44,7 +44,8 @@ class PathReport:
         return [1.6], 13, 5
 
     def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
-        """Layer index against step, coloured by parent; above each step what it adds, where that is not all of it."""
+        """Draw layer index against step, coloured by parent; above each step the share that it adds, where that is not
+        all of it."""
         (axis,) = axes
         origins = [self.spec.origins[layer] for layer in self.path.layers]
         for parent, name in enumerate(self.parents):

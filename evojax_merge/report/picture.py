@@ -19,7 +19,7 @@ def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Names are not formulas, whatever dollars they hold.
+    # Names are not formulas, even where they contain dollars.
     with plt.rc_context({"text.parse_math": False}):
         widths, width, height = result.report.panels()
         front = [1.6] if result.members else []
@@ -47,7 +47,7 @@ def _save(figure: Any, path: Path) -> None:
 def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    # What a companion of the fitness scores is on another scale.
+    # A companion of the fitness has another scale.
     history = [row for row in history if "companion" not in row]
     generations = [row["generation"] for row in history]
     for key, style in (("best_so_far", "-"), ("best", "."), ("mean", "--")):
@@ -64,14 +64,14 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
 
 
 def _draw_front(axis: Any, result: Result) -> None:
-    """The members by the first two tasks: where the winner was chosen, and held out."""
+    """Draw the members by the first two tasks: on the split that the winner was chosen on, and held out."""
     first, second, *others = result.members[0].scores
     split = "search" if result.validation is None else "validation"
     for label, marker, scores in (
         (split, "o", [member.scores for member in result.members]),
         ("held out", "x", [member.heldout_scores for member in result.members]),
     ):
-        axis.plot([one[first] for one in scores], [one[second] for one in scores], marker, label=label)
+        axis.plot([means[first] for means in scores], [means[second] for means in scores], marker, label=label)
     for member in result.members:
         place = member.scores[first], member.scores[second]
         axis.annotate(str(member.number), place, textcoords="offset points", xytext=(4, 4), fontsize="small")

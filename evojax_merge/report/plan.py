@@ -1,4 +1,4 @@
-"""What a search would take, and how that is shown.
+"""The cost of a search, and its tables and lines.
 
 Seconds are a lower bound, by the roofline: every matrix product at the device's peak or at its memory's bandwidth,
 whichever takes longer, and merging at the bandwidth, one after the other.
@@ -21,11 +21,11 @@ _CANDIDATE, _GRADIENT = "a candidate on all search examples", "a candidate and i
 
 @dataclass(frozen=True)
 class PassPlan:
-    """A compiled pass of a search. chunk: how many candidates share it on a device; runs: how often it is run for them
-    in a generation that is scored on all search examples; steps: of one run, at most (decode steps). Bytes on a device:
-    held, of materialised candidates and caches; temporaries, estimated, and reported by the target's compiler (None: it
-    was not asked). collectives: what it says of one run, by kind how many and the bytes of their results together.
-    flops, moved_bytes and seconds: for one candidate, of all runs."""
+    """A compiled pass of a search. chunk: the number of candidates that share it on a device; runs: how often it is run
+    for them in a generation that is scored on all search examples; steps: of one run, at most (decode steps). Bytes on
+    a device: held, of materialised candidates and caches; temporaries, estimated, and reported by the target's compiler
+    (None: it was not asked). collectives: the compiler's report on one run, by kind their number and the bytes of their
+    results together. flops, moved_bytes and seconds: for one candidate, of all runs."""
 
     task: str
     name: str
@@ -42,13 +42,13 @@ class PassPlan:
 
     @property
     def needed_bytes(self) -> int:
-        """On a device, beside the models: by the compiler's report where there is one."""
+        """Bytes on a device, beside the models: by the compiler's report where there is one."""
         return self.held_bytes + (self.temporary_bytes if self.reported_bytes is None else self.reported_bytes)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one group of devices that share a candidate has to do: FLOPs and bytes of them all, and seconds by the
+    """The work of one group of devices that share a candidate: FLOPs and bytes of them all, and seconds by the
     roofline: of everything, of merging, and of the matrix products that arithmetic bounds."""
 
     flops: float
@@ -59,7 +59,7 @@ class Work:
 
     @property
     def bound(self) -> str:
-        """What takes the most time, in words."""
+        """The part that takes the most time, in words."""
         reading = self.seconds - self.merge_seconds - self.compute_seconds
         parts = {"arithmetic": self.compute_seconds, "merging": self.merge_seconds, "reading weights": reading}
         return max(parts, key=lambda part: parts[part])
@@ -67,13 +67,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search would take.
+    """The cost of a search.
 
-    Bytes of the bank and of passes are those of a device; `pass_bytes` of the largest pass: its temporaries and what is
-    held for it. `groups`: groups of `model` devices each that score candidates side by side. candidate: one on all
-    search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed); generation, run:
-    what each group of devices does for them. gradient_generations: how many generations follow gradients; `generation`
-    is one of those that do not, where there are both. advice: what would make it fit, where it does not.
+    Bytes of the bank and of passes are those of a device; `pass_bytes` of the largest pass: its temporaries and the
+    arrays that are held for it. `groups`: groups of `model` devices each that score candidates side by side. candidate:
+    one on all search examples; gradient: one with its gradient, on a minibatch (None: no gradient is followed);
+    generation, run: the work of each group of devices for them. gradient_generations: the number of generations that
+    follow gradients; `generation` is one of those that do not, where there are both. advice: changes that would make it
+    fit, where it does not.
     """
 
     target: Target
@@ -99,7 +100,7 @@ class Plan:
         return self.bank_bytes + self.pass_bytes <= self.target.memory
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as plain data; rates that are not known are null."""
+        """The plan as plain data; rates that are not known are null."""
         target = {
             key: None if isinstance(value, float) and math.isnan(value) else value
             for key, value in asdict(self.target).items()
@@ -107,7 +108,7 @@ class Plan:
         return asdict(self) | {"target": target, "fits": self.fits}
 
     def summary(self) -> list[str]:
-        """Two lines: what is in memory, and what is to be done."""
+        """Two lines: the memory, and the work."""
         what, work = _CANDIDATE, self.candidate
         if self.gradient is not None:
             what, work = _GRADIENT, self.gradient
@@ -119,7 +120,7 @@ class Plan:
         ]
 
     def verdict(self) -> str:
-        """Whether it fits, with the figures."""
+        """Say whether the search fits, with the figures."""
         total, memory = self.bank_bytes + self.pass_bytes, self.target.memory
         return (
             f"{'fits' if self.fits else 'does not fit'}: {shown_bytes(total)} of {shown_bytes(memory)} on each device "
@@ -127,7 +128,7 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """All of it but the passes' table."""
+        """The plan as lines, without the passes' table."""
         target = self.target
         rates = (
             f"{shown_bytes(target.memory)}, {shown_number(target.bandwidth)}B/s, {shown_number(target.bfloat16)}FLOP/s "
@@ -135,7 +136,7 @@ class Plan:
         )
         nominal = "" if target.is_accelerator else ", nominal"
         hosts = "" if target.hosts == 1 else f", {target.devices_per_host} to each of {target.hosts} hosts"
-        found = [
+        printed = [
             f"target {target.name}: {target.devices} x {target.kind}{hosts} ({rates} each{nominal}), in {self.groups} "
             f"group{'s' if self.groups > 1 else ''} of {self.model}",
             self.verdict(),
@@ -149,21 +150,21 @@ class Plan:
         ):
             if work is None:
                 continue
-            found.append(
+            printed.append(
                 f"{name}: {shown_number(work.flops)}FLOP, {shown_number(work.moved_bytes)}B moved, "
                 f"{shown_seconds(work.seconds)} by the roofline, bound by {work.bound} "
                 f"({_share(work.merge_seconds, work.seconds)} merging)"
             )
         download = f", {shown_bytes(self.download_bytes)} to download" if self.download_bytes else ""
         host = f"host: {shown_bytes(self.host_bytes)} of memory, {shown_bytes(self.disk_bytes)} of disk{download}"
-        return [*found, host]
+        return [*printed, host]
 
     def what_would_fit(self) -> str:
-        """The verdict on what does not fit, and what would make it fit."""
-        return f"{self.verdict()}; {shown_advice(self.advice)}"
+        """The verdict on a search that does not fit, and changes that would make it fit."""
+        return f"{self.verdict()}; {format_advice(self.advice)}"
 
     def table(self) -> Table:
-        """The passes, and what each takes."""
+        """The passes, and the cost of each."""
         table = Table(title="Passes: bytes on a device, seconds for a candidate", title_justify="left")
         for heading in ("task", "pass"):
             table.add_column(heading)
@@ -180,12 +181,12 @@ class Plan:
         return table
 
 
-def shown_advice(advice: Sequence[str]) -> str:
+def format_advice(advice: Sequence[str]) -> str:
     return f"what would make it fit: {', or '.join(advice)}"
 
 
-def holds_plans(path: Path) -> bool:
-    """Whether a file is empty, or what `plan --json` writes."""
+def is_plan_file(path: Path) -> bool:
+    """Return whether a file is empty, or an output of `plan --json`."""
     try:
         if not path.is_file():
             return False

@@ -33,7 +33,7 @@ class PoolReport:
         }
 
     def terminal(self) -> str:
-        """The family tree, indented. What a member descends from is shown where it is met first."""
+        """The family tree, indented. A member's ancestors are shown where it first appears."""
         lines: list[str] = []
         shown: set[Member] = set()
         waiting = [(self.member, 0)]
@@ -51,7 +51,9 @@ class PoolReport:
             return ""
         if again:
             return " (as above)"
-        numbers = {name: " ".join(f"{x:.3g}" for x in np.atleast_1d(own)) for name, own in member.parameters.items()}
+        numbers = {
+            name: " ".join(f"{x:.3g}" for x in np.atleast_1d(values)) for name, values in member.parameters.items()
+        }
         settings = ", ".join(f"{name} {text}" for name, text in numbers.items())
         place = f", parents change places at layer {member.split}" if member.split < self.layers else ""
         return f": {member.method}{' of ' * bool(settings)}{settings}{place}"
@@ -63,9 +65,8 @@ class PoolReport:
         return [1.6], 13, 5
 
     def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:
-        """Every member's fitness at the generation of its birth, coloured by it, with lines to its parents; those of
-        the members that the winner descends from stand out. Children that are worse than any founder lie below the
-        picture."""
+        """Draw every member's fitness at the generation of its birth, coloured by it, with lines to its parents; those
+        of the winner's ancestors stand out. Children that are worse than any founder lie below the picture."""
         from matplotlib.ticker import MaxNLocator
 
         (axis,) = axes

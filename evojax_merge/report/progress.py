@@ -26,7 +26,7 @@ class Terminal(Console):
     """The console, which prints each text as one line, escaped."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        lines = (printable(one, LONGEST_LINE) if isinstance(one, str) else one for one in objects)
+        lines = (printable(text, LONGEST_LINE) if isinstance(text, str) else text for text in objects)
         super().print(*lines, **options)
 
 
@@ -42,7 +42,7 @@ def cell(text: str, style: str = "") -> Text:
     return Text(escaped_lines(text), style)
 
 
-# Where the output is a file, lines are as long as a table needs. Nothing is markup: `[/INST]` is a name.
+# Lines in a file are as long as a table needs. Nothing is markup: `[/INST]` is a name.
 console = Terminal(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False, highlight=False)
 
 OnGeneration = Callable[[Generation], None]
@@ -82,15 +82,15 @@ def passes_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 class GenerationsColumn(ProgressColumn):
-    """Generations done of those wanted, `5/50`; within a generation with its fraction, `5.3/50`."""
+    """Completed generations of the requested ones, `5/50`; within a generation with its fraction, `5.3/50`."""
 
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:.1f}".removesuffix(".0") + f"/{task.total:.0f}")
 
 
 class SearchBar(Reporter):
-    """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation` is
-    told of each generation as well."""
+    """The search's progress bar: generations in full, passes of the running one as its fraction. `on_generation`
+    receives each generation as well."""
 
     def __init__(self, progress: Progress, generations: int, on_generation: OnGeneration) -> None:
         self._progress, self._on_generation = progress, on_generation
@@ -141,5 +141,5 @@ def search_bar(generations: int, on_generation: OnGeneration) -> Iterator[Search
 
 
 def say(text: str) -> None:
-    """One line on the terminal, as it is."""
+    """Print one line on the terminal, unchanged."""
     console.print(text, highlight=False)

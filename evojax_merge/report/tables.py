@@ -16,7 +16,7 @@ def score_columns(rows: Sequence[Row]) -> list[str]:
 
 
 def terminal_table(rows: Sequence[Row], title: str) -> Table:
-    """Names stand in it as they are, whatever console prints it: `[/INST]` is a name, not markup."""
+    """A table of scores. Names stand in it unchanged, whichever console prints it: `[/INST]` is a name, not markup."""
     table = Table(title=cell(title, "table.title"), title_justify="left")
     table.add_column("model")
     table.add_column("fitness", justify="right")
@@ -34,7 +34,7 @@ def terminal_table(rows: Sequence[Row], title: str) -> Table:
 
 
 def lead_cell(row: Row) -> str:
-    """How far the winner is ahead of a row's model; `noise` where the interval holds 0."""
+    """The winner's lead over a row's model; `noise` where the interval holds 0."""
     if row.lead is None:
         return ""
     interval = f"{row.lead.difference:+.4f} ({row.lead.low:.4f} to {row.lead.high:.4f})"
@@ -42,8 +42,8 @@ def lead_cell(row: Row) -> str:
 
 
 def _says_its_role(row: Row) -> bool:
-    """Whether the name needs no role before it: `evolved ties`, a model that is called `base`, or one of several that
-    are compared."""
+    """Return whether the name needs no role before it: `evolved ties`, a model that is called `base`, or one of several
+    that are compared."""
     return row.role in ("winner", "uniform", "model", row.name)
 
 

@@ -1,4 +1,4 @@
-"""What a report shows of a winner, whatever kind of candidate it is."""
+"""The protocol for showing a winner, whatever kind of candidate it is."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ class WinnerReport(Protocol):
         ...
 
     def terminal(self) -> str | None:
-        """What the terminal shows above the table of scores, if anything."""
+        """The text that the terminal shows above the table of scores, if any."""
         ...
 
     def card_section(self) -> str:
@@ -20,7 +20,8 @@ class WinnerReport(Protocol):
         ...
 
     def panels(self) -> tuple[Sequence[float], float, float]:
-        """Of its panels in the picture: their relative widths, and the width and height of the whole in inches."""
+        """The relative widths of the winner's panels in the picture, and the width and height of the whole in
+        inches."""
         ...
 
     def draw(self, figure: Any, axes: Sequence[Any], history: Sequence[dict[str, Any]]) -> None:

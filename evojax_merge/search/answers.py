@@ -1,4 +1,4 @@
-"""What a strategy answers, which may be a user's own: checked, so that a wrong answer is told with its name."""
+"""Checks of the answers of a strategy, which may be a user's own: the message about a wrong one names the strategy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +12,8 @@ from evojax_merge.search.protocols import State, Strategy, differentiates
 
 
 def ask(strategy: Strategy, key: jax.Array, state: State, dims: int) -> tuple[Any, State]:
-    """The generation's genomes and the state to tell. Raises Failed unless there are as many finite genomes as the
-    population, or fewer where the strategy follows gradients."""
+    """The generation's genomes and the state after the ask. Raises Failed unless there are as many finite genomes as
+    the population, or fewer where the strategy follows gradients."""
     answer = strategy.ask(key, state)
     if not isinstance(answer, tuple) or len(answer) != 2:
         raise _wrong(strategy, "ask", answer, "a pair of genomes and a state")
@@ -46,7 +46,7 @@ def finalists(strategy: Strategy, state: State, dims: int) -> np.ndarray:
 
 
 def metrics(strategy: Strategy, state: State) -> dict[str, float]:
-    """What the history says of the state."""
+    """The figures of the state for the history, by name."""
     answer = strategy.metrics(state)
     if not isinstance(answer, Mapping) or not all(
         isinstance(name, str) and np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiub"

@@ -1,12 +1,13 @@
-"""Which examples the rungs of a generation ask first: those on which candidates are predicted to differ most.
+"""The choice of the examples that the rungs of a generation ask first: those on which candidates are predicted to
+differ most.
 
 Each generation draws an order of the examples by sequential Poisson sampling (Ohlsson, 1998): by u / s, with u uniform
-in [0, 1] and s the spread of an example's scores between candidates that an item response model predicts
-(search.item_response), fitted to the latest candidates that were evaluated on all examples. However many examples are
+in [0, 1] and s the spread of an example's scores between candidates. An item response model (search.item_response),
+fitted to the latest candidates that were evaluated on all examples, predicts the spread. However many examples are
 asked, each of them then has a probability to be among them that is proportional to its spread, or 1; so examples that
 all candidates get right, or all wrong, are asked last. A score that was asked stands for as many as one over this
 probability (Horvitz and Thompson, 1952), so that the sum of the weighted scores estimates that of all scores without
-bias, whatever the model says; the probabilities are those of an order of many examples, and nearly those of few.
+bias, whatever the model predicts. The probabilities are exact in the limit of many examples, and approximate for few.
 
 Examples are drawn by strata of similar length, of which every rung has its share: whatever is chosen, a rung's examples
 fill batches of about the same shapes.
@@ -24,17 +25,18 @@ from evojax_merge.search.surrogate import SurrogateData
 
 # Examples of a stratum in each part.
 STRATUM_SHARE = 4
-# The share of an example's probability to be asked that does not depend on its spread. What a model takes for decided
-# is asked sometimes, and no weight is larger than one over this share of the average.
+# The share of an example's probability to be asked that does not depend on its spread. It lets an example that the
+# model takes for decided be asked sometimes, and bounds weights by one over this share of the average.
 UNIFORM_SHARE = 0.2
-# Of the random numbers of a seed, those that examples are drawn with.
+# The stream of a seed's random numbers that examples are drawn with.
 CHOICE_STREAM = 2
 
 
 @dataclass(frozen=True)
 class ExampleChoice:
-    """What a search chooses examples from. evaluator: scores genomes on any of them, of tasks that all count; strata:
-    for each task the strata of its examples, int[n] each; parts: into how many parts a generation divides them."""
+    """The examples that a search chooses from. evaluator: scores genomes on any of them, of tasks that all count;
+    strata: for each task the strata of its examples, int[n] each; parts: the number of parts that a generation divides
+    the examples into."""
 
     evaluator: SubsetEvaluator
     strata: Sequence[Sequence[np.ndarray]]
@@ -68,24 +70,24 @@ def choose_examples(choice: ExampleChoice, surrogate: SurrogateData, seed: int, 
         chosen.append([np.sort(np.concatenate(part)) for part in zip(*drawn, strict=True)])
     parts = []
     for examples in zip(*chosen, strict=True):
-        numbers = {task.name: begin + own for task, begin, own in zip(tasks, begins, examples, strict=False)}
+        numbers = {task.name: begin + indices for task, begin, indices in zip(tasks, begins, examples, strict=False)}
         parts.append(Part(choice.evaluator.subset(examples), numbers))
     return ExampleOrder(tuple(parts), counts)
 
 
 def example_spread(surrogate: SurrogateData, task_of: np.ndarray) -> np.ndarray:
-    """How much the scores on each example are predicted to differ between candidates, float64[N]; 1 where nothing is
-    known. task_of: int[N]."""
-    known = surrogate.contributions[np.isfinite(surrogate.contributions).all(axis=1)].astype(np.float64)
-    if len(known) < 2:
+    """The predicted spread of the scores on each example between candidates, float64[N]; 1 without two candidates that
+    were evaluated on all examples. task_of: int[N], the task of each example."""
+    complete = surrogate.contributions[np.isfinite(surrogate.contributions).all(axis=1)].astype(np.float64)
+    if len(complete) < 2:
         return np.ones(len(task_of))
-    return predicted_spread(fit_item_model(known, task_of))
+    return predicted_spread(fit_item_model(complete, task_of))
 
 
 def draw_order(spread: np.ndarray, parts: int, rng: np.random.Generator) -> tuple[list[np.ndarray], np.ndarray]:
-    """The n examples of a stratum in parts, int[m] each, those of a larger spread float64[n] sooner; and for how many
-    examples of the stratum each stands once the first part, two parts, and so forth were asked, float64[parts, n].
-    Parts are of equal size, the first ones of one example more where the examples cannot be divided."""
+    """The n examples of a stratum in parts, int[m] each, those of a larger spread float64[n] sooner; and the number of
+    examples of the stratum that each stands for once the first part, two parts, and so forth were asked, float64[parts,
+    n]. Parts are of equal size; where the examples cannot be divided, the first parts have one example more."""
     count, mean = len(spread), spread.mean()
     size = (1 - UNIFORM_SHARE) * spread / mean + UNIFORM_SHARE if mean > 0 else np.ones(count)
     order = np.argsort(rng.random(count) / size, kind="stable")
@@ -104,6 +106,6 @@ def inclusion_probabilities(size: np.ndarray, asked: int) -> np.ndarray:
         return np.ones(len(size))
     # The larger ones are certain, as many as would have a probability above 1.
     descending = np.sort(size)[::-1]
-    rest = np.cumsum(descending[::-1])[::-1]
-    certain = next(c for c in range(asked) if descending[c] * (asked - c) <= rest[c] * (1 + 1e-9))
-    return np.minimum(1.0, size * (asked - certain) / rest[certain])
+    remaining = np.cumsum(descending[::-1])[::-1]
+    certain = next(c for c in range(asked) if descending[c] * (asked - c) <= remaining[c] * (1 + 1e-9))
+    return np.minimum(1.0, size * (asked - certain) / remaining[certain])

@@ -15,7 +15,7 @@ E = TypeVar("E", bound=Evaluator)
 
 @runtime_checkable
 class DifferentiableEvaluator(Protocol):
-    """An evaluator that differentiates the fitness with respect to what a space decodes genomes to."""
+    """An evaluator that differentiates the fitness with respect to the candidates that a space decodes genomes to."""
 
     def value_and_gradient(self, candidates: Any, progress: Progress = ...) -> tuple[TaskScores, Any]: ...
 
@@ -25,7 +25,7 @@ class DivisibleEvaluator(Protocol):
     """An evaluator that has others on some of its examples."""
 
     def subset(self, examples: Sequence[np.ndarray]) -> Any:
-        """For each of the tasks int[M], ascending, which of its examples."""
+        """An evaluator on some of the examples. examples: for each of the tasks int[M], ascending, their numbers."""
         ...
 
 
@@ -34,8 +34,8 @@ class DifferentiableSpace(Space, Protocol):
     """A space whose candidates depend differentiably on genomes."""
 
     def pull_back(self, genomes: np.ndarray, cotangents: Any) -> np.ndarray:
-        """float32[P, D], the derivatives with respect to genomes float32[P, D] of what has those `cotangents` with
-        respect to the candidates."""
+        """float32[P, D], the derivatives with respect to genomes float32[P, D] of a function whose derivatives with
+        respect to the candidates are `cotangents`."""
         ...
 
 
@@ -55,26 +55,27 @@ class SpaceEvaluator(Generic[E]):
         return self.evaluator.passes(population)
 
     def within(self, context: Any) -> "SpaceEvaluator[E]":
-        """Scores genomes that refer to what the strategy's state lends (see `context_of`); None: they do not."""
+        """Scores genomes that refer to members that the strategy's state lends (see `context_of`); None: they refer to
+        none."""
         return self if context is None else replace(self, space=cast(ContextSpace, self.space).within(context))
 
     def subset(self, examples: Sequence[np.ndarray]) -> "SpaceEvaluator[E]":
-        """Scores genomes on some of the examples: for each of the tasks int[M], ascending. Only of an evaluator that
-        is divisible."""
+        """Scores genomes on some of the examples: for each of the tasks int[M], ascending. The evaluator must be
+        divisible."""
         assert isinstance(self.evaluator, DivisibleEvaluator)
         return replace(self, evaluator=self.evaluator.subset(examples))
 
     def value_and_gradient(
         self, genomes: np.ndarray, progress: Progress = lambda done: None
     ) -> tuple[TaskScores, np.ndarray]:
-        """genomes: float32[P, D]. The scores, and the derivatives of the fitness, float32[P, D]. Only of a space and an
-        evaluator that are differentiable."""
+        """genomes: float32[P, D]. Return the scores, and the derivatives of the fitness, float32[P, D]. The space and
+        the evaluator must be differentiable."""
         genomes, devices, space, evaluator = np.asarray(genomes), self.devices, self.space, self.evaluator
         assert isinstance(space, DifferentiableSpace) and isinstance(evaluator, DifferentiableEvaluator)
         size, share = len(genomes), devices.local_indices(len(genomes))
-        own = genomes if devices.processes == 1 else genomes[share]
-        scores, cotangents = evaluator.value_and_gradient(space.decode(own), progress)
-        gradients = space.pull_back(own, cotangents)
+        local_genomes = genomes if devices.processes == 1 else genomes[share]
+        scores, cotangents = evaluator.value_and_gradient(space.decode(local_genomes), progress)
+        gradients = space.pull_back(local_genomes, cotangents)
         if devices.processes == 1:
             return scores, gradients
         return self._gathered(scores, size), devices.gather(gradients, size)
@@ -85,13 +86,13 @@ class SpaceEvaluator(Generic[E]):
         if devices.processes == 1:
             return self.evaluator.evaluate(self.space.decode(genomes), progress)
         size, share = len(genomes), devices.local_indices(len(genomes))
-        own = self.evaluator.evaluate(self.space.decode(genomes[share]), progress)
-        matrices = self._gathered(own, size).matrices
+        local_scores = self.evaluator.evaluate(self.space.decode(genomes[share]), progress)
+        matrices = self._gathered(local_scores, size).matrices
         outputs: dict[str, list[list[str]]] = {}
-        for task, texts in own.outputs.items():
+        for task, texts in local_scores.outputs.items():
             outputs[task] = [[] for _ in range(size)]
-            for row, written in zip(share, texts, strict=True):
-                outputs[task][row] = written
+            for index, written in zip(share, texts, strict=True):
+                outputs[task][index] = written
         return TaskScores(matrices, outputs)
 
     def _gathered(self, own: TaskScores, size: int) -> TaskScores:

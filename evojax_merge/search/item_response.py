@@ -1,12 +1,12 @@
-"""Item response theory: what earlier candidates scored says how hard each example is, and how well it tells candidates
-apart.
+"""Item response theory: from the scores of earlier candidates, how hard each example is and how well it tells
+candidates apart.
 
 The model is the two-parameter logistic one, in several dimensions: a candidate of ability t in R^K is expected to score
 sigmoid(a . t + d) on an example of slopes a in R^K (its discrimination) and intercept d (how easy it is). It is fitted
 to the candidates' scores by joint maximum a posteriori, with a Newton step for all examples and for all candidates in
 turn. MERGE3 (arXiv 2502.10436) has such a model of merges.
 
-Scores that are not 0 or 1, such as log-probabilities, are taken to [0, 1] by the range that they have in their task,
+Scores that are not 0 or 1, such as log-probabilities, are mapped to [0, 1] by the range that they have in their task,
 and the same likelihood is then a quasi-likelihood (the fractional logit of Papke and Wooldridge, 1996): the mean of a
 score is modelled, and its variance is the binomial one times a number for each example, the dispersion.
 
@@ -25,7 +25,7 @@ STEPS = 12
 LONGEST_STEP = 1.0
 # Normal priors: slopes around 1 in the first dimension and around 0 in the others, intercepts and abilities around 0.
 SLOPE_SD, INTERCEPT_SD, ABILITY_SD = 1.0, 3.0, 1.0
-# How many candidates a task's dispersion counts for beside an example's own.
+# The weight of a task's dispersion beside an example's own, in candidates.
 DISPERSION_PRIOR = 8
 # Dispersions are taken to be no less: with none, an ability would be known exactly.
 LEAST_DISPERSION = 1e-4
@@ -34,8 +34,8 @@ LEAST_DISPERSION = 1e-4
 @dataclass(frozen=True)
 class ItemModel:
     """Examples as the items of a test. items: float64[N, K + 1], each one's slopes and, last, its intercept; abilities:
-    float64[R, K], of the candidates that it was fitted to; scale: float64[N], the range of scores that responses from 0
-    to 1 stand for; dispersion: float64[N], how many times the binomial variance responses have."""
+    float64[R, K], of the candidates that the model was fitted to; scale: float64[N], the range of scores that responses
+    from 0 to 1 stand for; dispersion: float64[N], the variance of the responses over the binomial one."""
 
     items: np.ndarray
     abilities: np.ndarray
@@ -48,7 +48,7 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
     low, scale = _ranges(scores, task_of)
     responses = (scores - low) / scale
     abilities = _first_abilities(responses)
-    # As if half a candidate more had scored 1, and half a one 0.
+    # Half a candidate more with score 1, and half a one with score 0, keep the logits finite.
     mean = (responses.sum(axis=0) + 0.5) / (len(responses) + 1)
     items = np.zeros((len(task_of), DIMENSIONS + 1))
     items[:, -1] = np.log(mean / (1 - mean))
@@ -67,14 +67,14 @@ def fit_item_model(scores: np.ndarray, task_of: np.ndarray) -> ItemModel:
 
 
 def expected_responses(items: np.ndarray, abilities: np.ndarray) -> np.ndarray:
-    """The responses float64[R, N] in [0, 1] to items float64[N, K + 1] that are expected of candidates of the abilities
+    """The expected responses float64[R, N] in [0, 1] to items float64[N, K + 1], of candidates of the abilities
     float64[R, K]."""
     return _sigmoid(abilities @ items[:, :-1].T + items[:, -1])
 
 
 def predicted_spread(model: ItemModel) -> np.ndarray:
-    """The standard deviation float64[N] that the scores on each example are predicted to have between candidates such
-    as the model was fitted to: of the expected scores, and of scores around them."""
+    """The predicted standard deviation, float64[N], of the scores on each example between candidates like those that
+    the model was fitted to: that of the expected scores, and that of scores around them."""
     expected = expected_responses(model.items, model.abilities)
     around = model.dispersion * (expected * (1 - expected)).mean(axis=0)
     return model.scale * np.sqrt(expected.var(axis=0) + around)
@@ -85,12 +85,12 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _ranges(scores: np.ndarray, task_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest score in each example's task, and how far from it the highest is; 1 where all are the same."""
+    """The lowest score in each example's task, and the distance of the highest from it; 1 where all are the same."""
     low, scale = np.zeros(len(task_of)), np.ones(len(task_of))
     for task in np.unique(task_of):
-        own = scores[:, task_of == task]
-        low[task_of == task] = own.min()
-        scale[task_of == task] = float(own.max()) - float(own.min()) or 1.0
+        of_task = scores[:, task_of == task]
+        low[task_of == task] = of_task.min()
+        scale[task_of == task] = float(of_task.max()) - float(of_task.min()) or 1.0
     return low, scale
 
 
@@ -99,14 +99,14 @@ def _first_abilities(responses: np.ndarray) -> np.ndarray:
     vectors, _, items = np.linalg.svd(responses - responses.mean(axis=0), full_matrices=False)
     count = min(DIMENSIONS, vectors.shape[1])
     signs = np.where(items[:count].sum(axis=1) < 0, -1.0, 1.0)
-    found = np.zeros((len(responses), DIMENSIONS))
-    found[:, :count] = vectors[:, :count] * signs * np.sqrt(len(responses)) * ABILITY_SD
-    return found
+    abilities = np.zeros((len(responses), DIMENSIONS))
+    abilities[:, :count] = vectors[:, :count] * signs * np.sqrt(len(responses)) * ABILITY_SD
+    return abilities
 
 
 def _dispersion(responses: np.ndarray, expected: np.ndarray, task_of: np.ndarray) -> np.ndarray:
-    """The dispersion of each example, float64[N]: the responses' squared distance from what is expected over the
-    binomial variance, as if DISPERSION_PRIOR candidates more had that of the task."""
+    """The dispersion of each example, float64[N]: the responses' squared distance from the expected ones over the
+    binomial variance, with DISPERSION_PRIOR further candidates that have the dispersion of the task."""
     squared, binomial = ((responses - expected) ** 2).sum(axis=0), (expected * (1 - expected)).sum(axis=0)
     of_task = (np.bincount(task_of, squared) / np.maximum(np.bincount(task_of, binomial), 1e-300))[task_of]
     prior = DISPERSION_PRIOR / len(responses) * binomial

@@ -53,10 +53,10 @@ INIT_KEY = 2**31 - 1
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation showed. number: from 1; fitness: float64[P], each candidate's mean over the examples that it
-    was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
-    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: how long the evaluation took.
-    validation: the fitness of the best so far on the validation split, where a look was taken at it."""
+    """The results of one generation. number: from 1; fitness: float64[P], each candidate's mean over the examples that
+    it was evaluated on, NaN where it failed; best, mean: of this generation, and best_so_far of all, on all examples
+    (None: no such candidate yet); metrics: the strategy's, such as sigma; seconds: the duration of the evaluation;
+    validation: the fitness of the best so far on the validation split, in generations that are validated."""
 
     number: int
     fitness: np.ndarray
@@ -75,9 +75,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Archive:
-    """What a search leaves: its best genomes, best first, float32[A, D], their fitness float64[A], and what else the
-    strategy proposes, float32[F, D]. generations: how many were searched; stopped: what ended it before the last;
-    context: what the strategy's last state lends to the space."""
+    """The result of a search: its best genomes, best first, float32[A, D], their fitness float64[A], and further
+    genomes that the strategy proposes, float32[F, D]. generations: how many were searched; stopped: the criterion that
+    ended the search before its last generation; context: what the strategy's last state lends to the space."""
 
     genomes: np.ndarray
     fitness: np.ndarray
@@ -88,7 +88,8 @@ class Archive:
 
 
 class Reporter:
-    """Told of progress; the command line draws it. Every method may be left as it is."""
+    """Receives progress. The default methods do nothing, but for `warn`, which logs; the command line overrides
+    these."""
 
     def evaluating(self, generation: int, passes: int) -> None: ...
     def advanced(self, passes: int) -> None: ...
@@ -100,11 +101,11 @@ class Reporter:
 
 
 class Storage(Protocol):
-    """Where a run is kept, generation by generation."""
+    """Keeps a run, generation by generation."""
 
     def restore(self, like: State, log: Callable[[str], None]) -> tuple[State, int]:
-        """The state that was saved last, in the structure of `like`, and how many generations are behind it; `like`
-        and 0 where nothing was saved."""
+        """The last saved state, in the structure of `like`, and the number of generations behind it; `like` and 0 where
+        nothing was saved."""
         ...
 
     def save(self, generation: int, state: State, row: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -120,7 +121,7 @@ class Storage(Protocol):
         ...
 
     def describe(self, generations: int) -> str:
-        """In words, what of the first `generations` is kept, and where."""
+        """Say which of the first `generations` are kept, and where."""
         ...
 
 
@@ -149,7 +150,8 @@ class MemoryStorage:
 
 
 def generation_key(seed: int, generation: int) -> jax.Array:
-    """The random key of a generation, from 0 on. Of a seed JAX takes the lower 32 bits alone."""
+    """The random key of a generation, from 0 on. JAX takes only the lower 32 bits of a seed; the higher ones are folded
+    in."""
     key, high = jax.random.key(seed % 2**32), seed // 2**32
     return jax.random.fold_in(jax.random.fold_in(key, high) if high else key, generation)
 
@@ -162,21 +164,21 @@ def evolve(
     shards: Sequence[GenomeEvaluator],
     storage: Storage,
     reporter: Reporter,
-    look_at: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
+    diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
     hint: Callable[[Any], str] = lambda task: "",
     minibatches: Sequence[GradientEvaluator] = (),
     validation: GenomeEvaluator | None = None,
     choice: ExampleChoice | None = None,
 ) -> Archive:
-    """Search from where the storage stands (the start, or the last saved generation) to the config's end. `shards`:
-    one evaluator for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`:
-    of a strategy that is told gradients, what differentiates the fitness or its companion on each part of the examples.
-    `validation`: of the validation split, at which `config.validate_every` looks. `choice`: of the shards' examples,
-    from which each generation's rungs choose; None: the shards take turns. `look_at` finds what is to be said of the
-    first generation's scores; `hint` says what makes all candidates fail on a task.
+    """Search from the storage's last saved generation (or from the start) to the config's end. `shards`: one evaluator
+    for each shard of the examples; with one, every candidate is evaluated on everything. `minibatches`: for a strategy
+    that follows gradients, evaluators that differentiate the fitness or its companion, one for each part of the
+    examples. `validation`: scores the validation split every `config.validate_every` generations. `choice`: the shards'
+    examples, from which each generation's rungs choose; None: the shards take turns. `diagnose` returns notes on the
+    first generation's scores, which are logged; `hint` explains why all candidates may fail on a task.
 
-    Raises Failed in the generation in which every candidate fails, and where a strategy asks for something else than
-    its population.
+    Raises Failed in the generation in which every candidate fails, and where a strategy asks for another number of
+    genomes than its population.
     """
     reporter.log(
         f"{strategy.name}: {space.dims} dimensions, population {strategy.population}, {config.generations} "
@@ -225,11 +227,11 @@ def evolve(
         if not np.isfinite(halved.fitness).any():
             raise Failed(_all_failed(number, len(genomes), first_part.tasks, halved.first, storage, hint))
         if number == 0:
-            for line in look_at(first_part.tasks, halved.first):
+            for line in diagnose(first_part.tasks, halved.first):
                 reporter.log(line)
-        told = tell(strategy, key, state_after_ask, genomes, halved.scores)
-        state = _next_state(told, np.asarray(genomes), halved, state)
-        values = metrics(strategy, told)
+        state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
+        state = _next_state(state_after_tell, np.asarray(genomes), halved, state)
+        values = metrics(strategy, state_after_tell)
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
         row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
@@ -240,13 +242,13 @@ def evolve(
         if validation is not None and config.validate_every and (number + 1) % config.validate_every == 0:
             started = time.perf_counter()
             best = np.asarray(state["genomes"])[:1][np.isfinite(state["fitness"][:1])]
-            proposed = finalists(strategy, told, space.dims)
-            evaluator = within(validation, context_of(strategy, told))
+            proposed = finalists(strategy, state_after_tell, space.dims)
+            evaluator = within(validation, context_of(strategy, state_after_tell))
             row["validation"], state["peak"] = validate(evaluator, best, proposed, state["peak"])
             timing["validation_seconds"] = time.perf_counter() - started
         parted, course = course.trend.parted, course.after(row, seconds_of(timing))
         if course.trend.parted != parted:
-            # Before it is saved: what is saved has been said.
+            # Warn before saving: a warning about a saved generation was already given.
             reporter.warn(course.trend.describe())
         storage.save(number + 1, state, row, timing)
         done = number + 1
@@ -263,10 +265,10 @@ def evolve(
                 validation=row.get("validation", {}).get("best_so_far"),
             )
         )
-    found = np.isfinite(state["fitness"])
+    finite = np.isfinite(state["fitness"])
     return Archive(
-        genomes=np.asarray(state["genomes"])[found],
-        fitness=np.asarray(state["fitness"])[found],
+        genomes=np.asarray(state["genomes"])[finite],
+        fitness=np.asarray(state["fitness"])[finite],
         proposed=finalists(strategy, state["strategy"], space.dims),
         generations=done,
         stopped=ended,
@@ -275,16 +277,16 @@ def evolve(
 
 
 def _ended_early(ended: Stopped, generations: int, is_saved: bool, config: SearchConfig) -> str:
-    """One line; is_saved: all of these generations are of an earlier process."""
+    """One line; is_saved: an earlier process searched all of these generations."""
     if is_saved:
         return f"{generations} generations are saved: nothing to search ({ended.describe()})"
     return f"stopped after generation {generations} of {config.generations} ({ended.describe()})"
 
 
 def _now_scored_on(generation: int, evaluator: GenomeEvaluator, fitness_evaluator: GenomeEvaluator) -> str:
-    """What a generation's figures mean, where they are the companion's first and then the fitness's."""
+    """One line: the metrics of a generation's figures, where the companion is scored first and then the fitness."""
     shown, wanted = (
-        ", ".join(f"{task} {metric}" for task, metric in _goal(one)) for one in (evaluator, fitness_evaluator)
+        ", ".join(f"{task} {metric}" for task, metric in _goal(scorer)) for scorer in (evaluator, fitness_evaluator)
     )
     if shown == wanted:
         return f"from generation {generation} on candidates are scored on the fitness itself: {shown}"
@@ -305,8 +307,8 @@ def _all_failed(
     storage: Storage,
     hint: Callable[[Any], str],
 ) -> str:
-    """A generation of which nothing can be learned: what failed, and where to look. It is not saved, so that a
-    continuation tries it again."""
+    """The message about a generation in which every candidate failed: what failed, and where to look. The generation is
+    not saved, so that a continuation tries it again."""
     failed = first_failed(tasks, scores)
     return (
         f"generation {number + 1}: all {population} candidates failed, their scores for task {failed.name} are not "
@@ -315,14 +317,15 @@ def _all_failed(
 
 
 def first_failed(tasks: Sequence[ScoredTask], scores: TaskScores) -> ScoredTask:
-    """The first task of the fitness for which no candidate's scores are finite, else for which one's are not."""
+    """The first task of the fitness for which no candidate's scores are finite, else the task with the fewest finite
+    candidates."""
     rows = [(task, np.isfinite(scores.matrices[task.name][task.metric]).all(axis=1)) for task, _ in task_weights(tasks)]
-    return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda row: row[1].sum())[0])
+    return next((task for task, finite in rows if not finite.any()), min(rows, key=lambda pair: pair[1].sum())[0])
 
 
 def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: int, tasks: int) -> int:
-    """About how many bytes a search of `examples` examples in `tasks` tasks writes beside its model, at most:
-    checkpoints, one of them being written while the others are kept, and the history twice."""
+    """About the most bytes that a search of `examples` examples in `tasks` tasks writes beside its model: checkpoints,
+    one of them being written while the others are kept, and the history twice."""
     state = strategy.init(generation_key(0, INIT_KEY), space.start[None])
     arrays = 4 * HISTORY * (space.dims + examples) + 4 * config.finalists * space.dims + tree_nbytes(state)
     history = config.generations * (400 + strategy.population * (45 + 14 * space.dims + 25 * tasks))
@@ -341,7 +344,7 @@ def _init_state(
 
 
 def saved_strategy_state(saved: Saved, seed: int, strategy: Strategy, space: Space) -> State:
-    """The strategy's state of a checkpoint. Raises InputError where it is that of another strategy."""
+    """The strategy's state of a checkpoint. Raises InputError where another strategy saved the checkpoint."""
     like = {"strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None])}
     return saved.part("strategy").state(like)["strategy"]
 
@@ -349,7 +352,7 @@ def saved_strategy_state(saved: Saved, seed: int, strategy: Strategy, space: Spa
 def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
     # A mean over fewer examples says too little to stand in the archive.
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
-    # Stable: of equals, the one that was found first stays.
+    # A stable sort: among equals, the earliest candidate stays.
     best = np.argsort(-every, kind="stable")[: len(state["fitness"])]
     return state | {
         "strategy": told,
@@ -407,7 +410,7 @@ class Finalist:
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
-    """The finalists (the best few of the search, what the strategy proposes, the start) on the examples that the winner
+    """The finalists (the best few of the search, the strategy's proposals, the start) on the examples that the winner
     is chosen on, the full search split or the validation split, best first. Candidates that are not finite are left
     out."""
     evaluator = within(evaluator, archive.context)

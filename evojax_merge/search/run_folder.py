@@ -1,19 +1,19 @@
-"""The run folder: what a search leaves behind and continues from.
+"""The run folder: the files that a search leaves behind and continues from.
 
 config.yaml      the resolved config, with the hash of every input file
 history.jsonl    one line a generation; nothing in it depends on the clock
 history.backup.jsonl  the same, from which a damaged history is restored
 timing.jsonl     seconds a generation
 checkpoints/     the state after each generation (orbax), the last three kept
-best/            recipe.yaml and model/; of a strategy that keeps a front, front/ with the recipe of each member
-winners/         what best/ was when the run had finished with fewer generations, with its result.json and report.png
+best/            recipe.yaml and model/; for a strategy that keeps a front, front/ with the recipe of each member
+winners/         best/ as it was when the run had finished with fewer generations, with its result.json and report.png
 stages/          run folders of the stages before the last, in a chain
 result.json      held-out scores of the winner, the parents and the uniform merge
 report.png       fitness over generations, and the winner's parameters
 lock             while a process works here: its id and host
 
-The process may be killed at any instant. What it leaves is a folder that holds nothing but a lock, or one that can be
-continued; the next process to open it removes the rest.
+The process may be killed at any instant. It leaves a folder that holds nothing but a lock, or one that can be
+continued; the next process that opens the folder removes whatever was half-written.
 """
 
 import errno
@@ -64,14 +64,14 @@ from evojax_merge.search.run_parts import (
 )
 from evojax_merge.yaml_reader import load_yaml
 
-# May differ between a run and its continuation.
+# Keys that may differ between a run and its continuation.
 EXTENDABLE = (("search", "generations"), ("search", "stop"))
 _START_AGAIN = "cannot be continued by this one; pass --overwrite to start again, or choose another folder with --out"
 OTHER_VERSION = f"was begun by another version of this program, and {_START_AGAIN}"
 OTHER_MASKS = f"was begun by a version of this program that drew other random masks, and {_START_AGAIN}"
 # In config.yaml, beside the config: the hashes of input files, and how random masks are drawn where they are.
 INPUTS, RANDOM_NUMBERS = "inputs", "random_numbers"
-OF_A_RUN = (INPUTS, RANDOM_NUMBERS)
+RUN_KEYS = (INPUTS, RANDOM_NUMBERS)
 
 
 def to_line(row: dict[str, Any]) -> str:
@@ -90,12 +90,13 @@ def append_line(path: Path, line: str) -> None:
 
 
 def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable[[str], None]) -> None:
-    """Make history.jsonl and its backup what they were when a checkpoint was saved: `length` bytes with this SHA-256.
+    """Restore history.jsonl and its backup to their content when a checkpoint was saved: `length` bytes with this
+    SHA-256.
 
-    A line that was being written and those of a generation that was not saved go without a word; where anything else is
-    different, that is said. Where both are damaged, the lines before the damage are all there is."""
-    found = [path.read_bytes() if path.is_file() else b"" for path in (folder.history, folder.history_backup)]
-    whole = next((one[:length] for one in found if hashlib.sha256(one[:length]).digest() == digest), None)
+    A line that was being written and those of a generation that was not saved go without a message; `say` reports any
+    other difference. Where both files are damaged, only the lines before the damage are left."""
+    contents = [path.read_bytes() if path.is_file() else b"" for path in (folder.history, folder.history_backup)]
+    whole = next((text[:length] for text in contents if hashlib.sha256(text[:length]).digest() == digest), None)
     if whole is None:
         lines = [read_lines(path) for path in (folder.history, folder.history_backup)]
         longest = max(lines, key=len)
@@ -104,9 +105,9 @@ def restore_history(folder: RunFolder, length: int, digest: bytes, say: Callable
             f"{folder.history.name} is damaged, and so is its backup: the lines of generations after {len(longest)} "
             "are lost; the search itself goes on as it would have"
         )
-    elif found[0][:length] != whole:
+    elif contents[0][:length] != whole:
         say(f"{folder.history.name} was not as it had been written; it is restored from its backup")
-    for path, before in zip((folder.history, folder.history_backup), found, strict=True):
+    for path, before in zip((folder.history, folder.history_backup), contents, strict=True):
         if before != whole:
             atomic_write(path, whole.decode())
 
@@ -132,9 +133,9 @@ def open_run(
     say: Callable[[str], None] = lambda line: None,
 ) -> RunFolder:
     """Create a run folder, or open one that was begun with the same config, and remove what a killed process left.
-    `say` is given a line for each part of a run that is started again in which a user's files stay.
+    `say` receives a line for each part of a run that is started again in which a user's files stay.
 
-    Raises InputError where it cannot be written, holds another run, or is not a run folder at all.
+    Raises InputError where the folder cannot be written, holds another run, or is no run folder at all.
     """
     folder = RunFolder(path)
     occupied = check_place(path, resume=resume, overwrite=overwrite)
@@ -166,8 +167,8 @@ def open_run(
 
 @contextmanager
 def opened(path: Path, document: dict[str, Any], *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """A run folder, locked for this process and opened as `open_run` does. It goes again where it is refused before
-    anything of the search was saved."""
+    """A run folder, locked for this process and opened by `open_run`. The folder is removed again where it is refused
+    before the search has saved anything."""
     folder = RunFolder(path)
     with ExitStack() as stack:
         with defer_signals():
@@ -180,7 +181,7 @@ def opened(path: Path, document: dict[str, Any], *, resume: bool, overwrite: boo
 
 @contextmanager
 def locked(path: Path, *, resume: bool) -> Iterator[None]:
-    """The run folder for this process alone, made where it is not there yet, and gone again where it stays empty.
+    """Lock the run folder for this process, create it where there is none, and remove it again where it stays empty.
 
     Raises InputError where another process has it, where the folder is none of a run, or holds none to `resume`.
     """
@@ -201,8 +202,8 @@ def locked(path: Path, *, resume: bool) -> Iterator[None]:
 
 @contextmanager
 def removed_if_refused(folder: RunFolder) -> Iterator[None]:
-    """Where the input turns out to be wrong (InputError) before anything of the search was saved, what was written of
-    it goes again: the next attempt may have another config. The folder itself goes with its lock."""
+    """Remove what was written to a run folder where the input turns out to be wrong (InputError) before the search has
+    saved anything: the next attempt may have another config. The folder itself goes with its lock."""
     try:
         yield
     except InputError:
@@ -215,8 +216,8 @@ def removed_if_refused(folder: RunFolder) -> Iterator[None]:
 
 
 def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Whether a run lies at a path. Raises InputError where it is neither to be resumed nor to be overwritten, where
-    something else lies there, or nothing that could be resumed."""
+    """Return whether a run lies at a path. Raises InputError where a run is neither to be resumed nor to be
+    overwritten, where something else lies there, or where there is nothing to resume."""
     occupied = _check_place(RunFolder(path), resume)
     if occupied and not resume and not overwrite:
         raise InputError(path, "holds a run already; pass --resume to continue it or --overwrite to start again")
@@ -224,7 +225,8 @@ def check_place(path: Path, *, resume: bool, overwrite: bool) -> bool:
 
 
 def _check_place(folder: RunFolder, resume: bool) -> bool:
-    """Whether a run lies here. Raises InputError where something else does, or nothing that could be resumed."""
+    """Return whether a run lies in a folder. Raises InputError where something else does, or where there is nothing to
+    resume."""
     path = folder.path
     if path.exists() and not path.is_dir():
         raise InputError(path, "is a file; expected a run folder")
@@ -243,7 +245,7 @@ def _check_place(folder: RunFolder, resume: bool) -> bool:
 
 
 def is_run(folder: RunFolder) -> bool:
-    """Whether a search made this folder: its config.yaml lists the hashes of its inputs."""
+    """Return whether a search made this folder: its config.yaml lists the hashes of its inputs."""
     if not folder.config.exists():
         return False
     document = load_yaml(folder.config)
@@ -251,7 +253,7 @@ def is_run(folder: RunFolder) -> bool:
 
 
 def random_numbers(is_random: bool) -> dict[str, str]:
-    """What a run's config.yaml says of random masks, where there are any."""
+    """The entry of a run's config.yaml on random masks, where the run draws any."""
     return {RANDOM_NUMBERS: merge_kernels.SCHEME} if is_random else {}
 
 
@@ -266,7 +268,7 @@ def check_masks(folder: RunFolder) -> None:
 
 
 def _is_just_begun(folder: RunFolder) -> bool:
-    """Whether a process was killed here before it had written config.yaml."""
+    """Return whether a process was killed in a folder before it had written config.yaml."""
 
     def of_a_start(path: Path) -> bool:
         if path == folder.lock:
@@ -278,7 +280,8 @@ def _is_just_begun(folder: RunFolder) -> bool:
 
 @dataclass(frozen=True)
 class EarlierWinner:
-    """The winner of a run that had finished before it went on: where it is kept, and what `result.json` said of it."""
+    """The winner of a run that had finished before it went on: its folder, and its generations and held-out fitness
+    from `result.json`."""
 
     path: Path
     generations: int
@@ -296,15 +299,14 @@ def read_result(file: Path) -> dict[str, Any] | None:
 
 def keep_winner(folder: RunFolder, recipe: str) -> None:
     """Keep a finished run's winner in `winners/GENERATIONS`, unless `recipe`, the new winner's, is the same: recipe,
-    model, front, result and picture, all of them or none. Weights get a second name where their disk can give one.
-    """
+    model, front, result and picture, all of them or none. Weights are hard links where their disk allows it."""
     result = read_result(folder.result)
     if result is None or not folder.model.exists() or not folder.recipe.exists():
         return
     if folder.recipe.read_text(encoding="utf-8") == recipe:
         return
     if any(read_result(winner / folder.result.name) == result for winner in folder.kept_winners()):
-        # A process was killed since.
+        # A process was killed after it had kept this winner.
         return
     name = f"{result.get('generations', 0):03d}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
@@ -319,7 +321,7 @@ def keep_winner(folder: RunFolder, recipe: str) -> None:
 
 
 def write_front(folder: RunFolder, recipes: Sequence[str]) -> None:
-    """Write the recipe of each member of a front, in place of those that are there, all at once."""
+    """Write the recipe of each member of a front, in place of the recipes in its folder, all at once."""
     check = partial(check_replaceable_front, folder.front)
     with atomic_folder(folder.front, overwrite=True, check=check) as work:
         for number, recipe in enumerate(recipes, start=1):
@@ -341,12 +343,12 @@ def find_member(folder: RunFolder, number: int) -> Path:
 
 def earlier_winners(folder: RunFolder) -> list[EarlierWinner]:
     """The winners that were kept, in the order of their generations."""
-    found = []
+    winners = []
     for path in folder.kept_winners():
         result = read_result(path / folder.result.name) or {}
         fitness = [row["heldout_fitness"] for row in result.get("table", ()) if row["role"] == "winner"]
-        found += [EarlierWinner(path, result["generations"], value) for value in fitness]
-    return found
+        winners += [EarlierWinner(path, result["generations"], value) for value in fitness]
+    return winners
 
 
 def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
@@ -367,11 +369,11 @@ def _check_same_config(folder: RunFolder, document: dict[str, Any]) -> None:
 
 
 def check_inputs(folder: RunFolder) -> None:
-    """Raises InputError where a file that a run's scores depend on is no longer what it was."""
+    """Raises InputError where a file that a run's scores depend on has changed or is gone."""
     for file, digest in load_yaml(folder.config)[INPUTS].items():
-        found = file_hash(Path(file)) if Path(file).is_file() else None
-        if found != digest:
-            raise _other_input(folder, file, digest, found)
+        current = file_hash(Path(file)) if Path(file).is_file() else None
+        if current != digest:
+            raise _other_input(folder, file, digest, current)
 
 
 def _other_input(folder: RunFolder, file: str, old: str | None, new: str | None) -> InputError:
@@ -384,7 +386,7 @@ def _other_input(folder: RunFolder, file: str, old: str | None, new: str | None)
 
 
 def _differences(one: Any, other: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-    """Where two documents differ: key by key, and the value that each has there."""
+    """The differences of two documents: each key that differs, and its values."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in sorted(set(one) | set(other), key=str):
             yield from _differences(one.get(name), other.get(name), (*key, name))
@@ -406,7 +408,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: how many generations are behind it, the state's arrays by path, and the length in bytes and the
+    """A checkpoint: the number of generations behind it, the state's arrays by path, and the length in bytes and the
     SHA-256 of the history so far."""
 
     generations: int
@@ -415,18 +417,19 @@ class Saved:
     history_digest: bytes
 
     def describes(self, generations: int, history: Path) -> bool:
-        """Whether so many generations are behind it, and a history is, to the byte, what it was when this was saved."""
+        """Return whether the checkpoint is of this number of generations, and a history is, to the byte, the one that
+        the checkpoint was saved with."""
         content = history.read_bytes()
         same = len(content) == self.history_length and hashlib.sha256(content).digest() == self.history_digest
         return same and self.generations == generations
 
     def part(self, name: str) -> "Saved":
-        """What was saved of one part of the state, a mapping."""
-        return replace(self, arrays={path: own for path, own in self.arrays.items() if path.startswith(f"{name}.")})
+        """The saved arrays of one part of the state, a mapping."""
+        return replace(self, arrays={path: array for path, array in self.arrays.items() if path.startswith(f"{name}.")})
 
     def state(self, like: Any) -> Any:
-        """The state, in the structure of `like`, of which an axis of length 0 is one that grows. Raises InputError
-        where it is another."""
+        """The state, in the structure of `like`, in which an axis of length 0 stands for one that grows. Raises
+        InputError where the saved structure is another."""
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
         expected = {_name(path): leaf for path, leaf in paths}
         if self.arrays.keys() != expected.keys() or not all(
@@ -442,8 +445,8 @@ class Saved:
 class Checkpoints:
     """The state after each generation. A process killed in the middle of a save leaves the last one intact.
 
-    The length and the digest of the history lie beside the state: a damaged history.jsonl is told, and a resumed one
-    never differs. A digest over all tells a damaged checkpoint.
+    The length and the digest of the history lie beside the state: a damaged history.jsonl is noticed, and a resumed one
+    never differs. A digest over all arrays shows that a checkpoint is damaged.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -452,16 +455,17 @@ class Checkpoints:
         with defer_signals():
             from orbax.checkpoint import v1 as ocp
 
-        # It reports what cannot be read at length; what matters is raised as well.
+        # Orbax logs at length about files that it cannot read; whatever matters is raised as well.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._folder, self._orbax = folder, ocp
 
     def latest(self) -> int | None:
-        """How many generations the newest checkpoint has behind it, or None."""
+        """The number of generations behind the newest checkpoint, or None."""
         return max(self._folder.steps(), default=None)
 
     def save(self, generations: int, state: Any, history_length: int, history_digest: bytes) -> None:
-        """Every process has the same state, and all of them call this, with `defer_signals`; one writes."""
+        """Save a checkpoint. Every process has the same state, and all of them call this, with `defer_signals`; one
+        writes."""
         arrays = {f"state.{_name(path)}": np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
         arrays["history.length"] = np.asarray(history_length, np.int64)
         arrays["history.digest"] = np.frombuffer(history_digest, np.uint8)
@@ -487,10 +491,10 @@ class Checkpoints:
             ) from None
 
     def restore(self, say: Callable[[str], None]) -> Saved | None:
-        """The newest checkpoint that can be read; those that cannot are removed, and that is said. None: there is none
-        because nothing was saved yet. Every process of a run calls this.
+        """The newest checkpoint that can be read; damaged ones are removed, which `say` reports. None: nothing was
+        saved yet. Every process of a run calls this.
 
-        Raises InputError where none can be read though there was one, or where an older version wrote it.
+        Raises InputError where there are checkpoints but none can be read, or where an older version wrote them.
         """
         saved, damaged = None, []
         for step in reversed(self._folder.steps()):
@@ -529,7 +533,7 @@ class Checkpoints:
             if "digest" in loaded and not np.array_equal(loaded["digest"], _digest(arrays)):
                 return None
         except Exception:
-            # Whatever its reader makes of bytes that it did not write.
+            # Orbax raises anything for bytes that it did not write.
             return None
         if not {"digest", "history.length", "history.digest"} <= loaded.keys():
             raise InputError(self._folder.path, OTHER_VERSION)
@@ -539,8 +543,8 @@ class Checkpoints:
 
 
 class FolderStorage:
-    """A run folder as the place where a search keeps its generations, for one process or several. A generation's line
-    stands in the history before its checkpoint is saved, so that the checkpoint can say what it must be."""
+    """Keeps a search's generations in a run folder, for one process or several. A generation's line stands in the
+    history before its checkpoint is saved, so that the checkpoint can hold the history's digest."""
 
     def __init__(self, folder: RunFolder, checkpoints: Checkpoints, *, is_main_process: bool = True) -> None:
         self._folder, self._checkpoints, self._is_main_process = folder, checkpoints, is_main_process
@@ -589,9 +593,9 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _fits(array: np.ndarray, like: Any) -> bool:
-    """Whether a saved array is of the dtype and shape of `like`, but for axes that had no length there."""
+    """Return whether a saved array has the dtype and shape of `like`, whose axes of length 0 stand for any length."""
     expected = np.shape(like)
-    same = len(expected) == array.ndim and all(n in (0, own) for n, own in zip(expected, array.shape, strict=True))
+    same = len(expected) == array.ndim and all(n in (0, size) for n, size in zip(expected, array.shape, strict=True))
     return same and array.dtype == np.asarray(like).dtype
 
 

@@ -1,4 +1,4 @@
-"""The lock of a run folder, in which one process works at a time. It is the operating system's, on the file `lock`, and
+"""The lock of a run folder, in which one process works at a time: an operating system's lock on the file `lock`, which
 goes with the process however it ends."""
 
 import fcntl
@@ -16,12 +16,13 @@ LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
 def check_not_in_use(path: Path) -> None:
-    """Raises InputError where another process works in a run folder. One may come afterwards: `locked` keeps it out."""
+    """Raises InputError where another process works in a run folder. A process may come afterwards: `locked` keeps it
+    out."""
     folder = RunFolder(path)
     try:
         handle = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        # Nobody works here, or it is said by `locked` what is wrong with the folder.
+        # Nobody works in the folder, or `locked` will say what is wrong with it.
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -47,7 +48,7 @@ def acquire(folder: RunFolder) -> int:
                 f"{folder.path}: this file system knows no locks ({error.strerror}); see to it that no other process "
                 "works in this folder"
             )
-        # Who held it may have removed it since it was opened.
+        # The process that held the lock may have removed the file since it was opened.
         if folder.lock.exists() and os.path.samestat(os.fstat(handle), folder.lock.stat()):
             break
         os.close(handle)
@@ -63,7 +64,7 @@ def acquire(folder: RunFolder) -> int:
 def release(folder: RunFolder, handle: int) -> None:
     """Give the lock back, where this process still has it."""
     if handle in _held:
-        # While it is still locked: nobody else can have taken it.
+        # The file is removed before the lock is released: nobody else can have taken it.
         remove_file(folder.lock)
         _held.remove(handle)
         os.close(handle)
@@ -85,7 +86,7 @@ def _in_use(folder: RunFolder) -> InputError:
         name = holder(folder.lock) or b""
         if name:
             break
-        # It has the lock, and is about to write its name into it.
+        # The other process has the lock, and is about to write its id into the file.
         time.sleep(0.01)
     who = f"process {name.decode(errors='replace')}" if name else "another process"
     return InputError(folder.path, f"is in use by {who}; wait until that has ended, or stop it")

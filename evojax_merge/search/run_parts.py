@@ -1,8 +1,10 @@
-"""Where the files of a run folder lie, which of them are the search's own, and what goes when it is started again.
+"""The paths of a run folder's files, the check that they are the search's own, and their removal when a search starts
+again.
 
 `best/`, `checkpoints/`, `stages/` and `winners/` may be links to folders on another disk, and a user may keep files of
 their own in them, and beside them. A file is removed only where the search wrote it: under its name, in the form that
-it gives it. What else is found in a folder that would go as a whole is named, and stops whoever would replace it.
+the search gives it. Any other file in a folder that would go as a whole stops the replacement, with a message that
+names the file.
 """
 
 import json
@@ -118,7 +120,7 @@ class RunFolder:
 
     @property
     def parts(self) -> list[Path]:
-        """The folders that belong to the run; what else lies beside them is its user's."""
+        """The folders that belong to the run; anything else beside them is its user's."""
         return [self.best, self.checkpoints, self.stages, self.winners]
 
     def read_history(self) -> list[dict[str, Any]]:
@@ -133,7 +135,7 @@ class RunFolder:
         return self.checkpoints / str(generation)
 
     def kept_winners(self) -> list[Path]:
-        """What best/ was when the run had finished with fewer generations, in their order."""
+        """The folders of earlier winners, kept when the run had finished with fewer generations, in their order."""
         named = (path for path in entries(self.winners) if _KEPT_WINNER.fullmatch(path.name))
         return sorted(path for path in named if (path / self.recipe.name).is_file())
 
@@ -169,14 +171,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_own_step(path: Path, last: int) -> bool:
-    """Whether a folder is a checkpoint of a run of which the history has `last` lines."""
+    """Return whether a folder is a checkpoint of a run whose history has `last` lines."""
     if not (_STEP.fullmatch(path.name) and is_real_folder(path)):
         return False
     metadata = path / _METADATA
     try:
         custom = json.loads(metadata.read_bytes() if metadata.is_file() else b"")["custom_metadata"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        # It is damaged.
+        # The metadata are damaged.
         return _foreign_in_step(path) is None and (int(path.name) <= last or any(path.iterdir()))
     # Earlier versions left no mark.
     return bool(custom == CHECKPOINT_MARK) or int(path.name) <= last
@@ -218,22 +220,22 @@ def check_replaceable_front(front: Path) -> None:
 
 
 def check_removable_step(folder: RunFolder, generation: int) -> None:
-    """Raises InputError where a checkpoint holds what is not the run's."""
+    """Raises InputError where a checkpoint holds a file that is not the run's."""
     name = _foreign_in_step(folder.step(generation))
     if name is not None:
         raise _foreign(folder.checkpoints, f"{generation}/{name}")
 
 
 def check_parts(folder: RunFolder) -> None:
-    """Raises InputError where a part of a run folder, or a file of it, cannot be what it is to be: a link that leads
-    nowhere or into another run, a pipe, a folder in the place of a file."""
+    """Raises InputError where a part of a run folder, or a file of it, is of the wrong type: a link that leads nowhere
+    or into another run, a pipe, a folder in the place of a file."""
     places: dict[Path, Path] = {}
     for part in folder.parts:
         if not os.path.lexists(part):
             continue
         if not part.is_dir():
-            found = "a link that leads nowhere" if part.is_symlink() else "no folder"
-            raise InputError(folder.path, f"cannot be written ({part.name} is {found})")
+            problem = "a link that leads nowhere" if part.is_symlink() else "no folder"
+            raise InputError(folder.path, f"cannot be written ({part.name} is {problem})")
         place = resolved(part)
         if place in places:
             raise InputError(part, f"leads to the same folder as {places[place].name}; give each one of its own")
@@ -251,8 +253,8 @@ def _is_run(folder: RunFolder) -> bool:
 
 
 def check_room(folder: RunFolder, generations: int) -> None:
-    """Raises InputError where something that a search of so many generations will write or replace is in the way, and
-    is not its own."""
+    """Raises InputError where a file that is not the search's own is in the way of one that a search of so many
+    generations will write or replace."""
     check_parts(folder)
     check_replaceable_model(folder.model)
     check_replaceable_front(folder.front)
@@ -272,8 +274,8 @@ def _check_names(folder: RunFolder, generations: range) -> None:
 
 
 def sweep(folder: RunFolder) -> None:
-    """Remove what killed processes left half-written; a model that was just being replaced gets its name back. Only
-    for who holds the lock."""
+    """Remove half-written files of killed processes; a model that was just being replaced gets its name back. The
+    caller must hold the lock."""
     recover(folder.model)
     recover(folder.front)
     for winner in {path.name.split(".")[1] for path in entries(folder.winners) if path.name.startswith(".")}:
@@ -299,9 +301,9 @@ def prune(folder: RunFolder) -> None:
 
 
 def clear(folder: RunFolder, generations: int) -> list[str]:
-    """Delete what a search wrote, and nothing that a user put beside it: a line names what stays of it in the run's
-    parts. Raises InputError, before anything is deleted, where a user's file lies in what would go as a whole, or has
-    the name of a checkpoint of a search of so many generations.
+    """Delete what a search wrote, and nothing that a user put beside it: a line names the files that stay in the run's
+    parts. Raises InputError, before anything is deleted, where a user's file lies in a folder that would go as a whole,
+    or has the name of a checkpoint of a search of so many generations.
 
     Until the last checkpoint goes the run could be continued, its history restored from the backup; afterwards it has
     not begun."""
@@ -315,7 +317,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
             remove_folder(path)
     remove_file(folder.timing)
     remove_file(folder.history)
-    # From the last to the first: one that is left has a history before it in the backup.
+    # From the last to the first: a checkpoint that is left has its history in the backup.
     for generation in reversed(folder.steps()):
         remove_folder(folder.step(generation))
     remove_file(folder.history_backup)
@@ -358,8 +360,15 @@ def _check_winner(folder: RunFolder, winner: Path) -> None:
 
 def _check_stage(stage: RunFolder) -> None:
     """Raises InputError where a stage's run folder holds anything beside the run."""
-    own = {*stage.files, stage.lock, stage.model, stage.front, *stage.kept_winners(), *map(stage.step, stage.steps())}
+    allowed = {
+        *stage.files,
+        stage.lock,
+        stage.model,
+        stage.front,
+        *stage.kept_winners(),
+        *map(stage.step, stage.steps()),
+    }
     for folder in (stage.path, *stage.parts):
         for path in entries(folder):
-            if path not in own and path not in stage.parts:
+            if path not in allowed and path not in stage.parts:
                 raise _foreign(stage.path, str(path.relative_to(stage.path)))

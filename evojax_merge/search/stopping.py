@@ -13,9 +13,9 @@ from evojax_merge.search.validation import Check, Trend
 
 @dataclass(frozen=True)
 class Course:
-    """What of the generations so far a search's end and its warnings depend on. evaluations: how many candidates were
-    evaluated; best: the best fitness on all search examples; stale: how many generations since could have bettered it;
-    seconds: how long evaluations have taken."""
+    """The figures of the generations so far on which a search's end and its warnings depend. evaluations: the number of
+    evaluated candidates; best: the best fitness on all search examples; stale: the number of generations since that
+    could have bettered it; seconds: the duration of all evaluations."""
 
     evaluations: int = 0
     best: float = -math.inf
@@ -24,13 +24,13 @@ class Course:
     trend: Trend = field(default_factory=Trend)
 
     def after(self, row: dict[str, Any], seconds: float) -> "Course":
-        """After another generation: its row of the history, and its seconds."""
+        """The course after another generation: its row of the history, and its seconds."""
         best, look = row["best_so_far"], row.get("validation")
         course = replace(self, evaluations=row["evaluations"], seconds=self.seconds + seconds)
         if best is not None and best > self.best:
             course = replace(course, best=best, stale=0)
         elif row["best"] is not None:
-            # Of no candidate of the others is it known what it scores on all examples.
+            # In the other generations no candidate was evaluated on all examples.
             course = replace(course, stale=self.stale + 1)
         if best is None or look is None or look["best_so_far"] is None:
             return course
@@ -47,13 +47,13 @@ def course_of(rows: Sequence[dict[str, Any]], timing: Sequence[dict[str, Any]]) 
 
 
 def seconds_of(timing: dict[str, Any]) -> float:
-    """How long the evaluations of a generation took, by its line of the clock."""
+    """The duration of a generation's evaluations in seconds, from its line of the clock."""
     return float(timing["seconds"]) + float(timing.get("validation_seconds", 0.0))
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """What ended a search early: the criterion, as a config calls it, and how it was met."""
+    """The criterion, by its config key, that ended a search early, and how it was met."""
 
     criterion: str
     reason: str
@@ -63,8 +63,8 @@ class Stopped:
 
 
 def stopped(stop: StopConfig, course: Course, population: int) -> Stopped | None:
-    """What ends a search before a generation of so many candidates; None: it goes on. All processes of a run do this
-    together."""
+    """The criterion that ends a search before a generation of `population` candidates; None: the search goes on. All
+    processes of a run call this together."""
     if stop == StopConfig():
         return None
     met = criteria_met(stop, course, population)
@@ -74,23 +74,23 @@ def stopped(stop: StopConfig, course: Course, population: int) -> Stopped | None
 
 
 def criteria_met(stop: StopConfig, course: Course, population: int) -> dict[str, str]:
-    """Which criteria are met before a generation of so many candidates, and what is to be said of each. What depends on
-    the clock comes last."""
-    found = {}
+    """The criteria that are met before a generation of `population` candidates, each with its reason. The criterion
+    that depends on the clock comes last."""
+    met = {}
     if stop.target is not None and course.best >= stop.target:
-        found["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
+        met["target"] = f"the best fitness, {course.best:.6g}, has reached {stop.target:g}"
     if stop.evaluations is not None and course.evaluations + population > stop.evaluations:
-        found["evaluations"] = (
+        met["evaluations"] = (
             f"{course.evaluations:,} candidates were evaluated, and {population:,} more would be over "
             f"{stop.evaluations:,}"
         )
     if stop.stagnation is not None and course.stale >= stop.stagnation:
-        found["stagnation"] = (
+        met["stagnation"] = (
             f"the best fitness has not risen for {course.stale:,} generations, of {stop.stagnation:,} at most"
         )
     if stop.seconds is not None and course.seconds >= stop.seconds:
-        found["seconds"] = f"evaluations have taken {course.seconds:.1f} s, of {stop.seconds:g} s"
-    return found
+        met["seconds"] = f"evaluations have taken {course.seconds:.1f} s, of {stop.seconds:g} s"
+    return met
 
 
 def check_stop(where: str, stop: StopConfig, population: int) -> None:

@@ -22,11 +22,11 @@ from evojax_merge.tasks.task import Task
 
 
 def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
-    """How many tokens each example's requests have, int[N]."""
-    requests, found = task.requests(tokenizer, context), np.zeros(task.size, int)
+    """The number of tokens of each example's requests, int[N]."""
+    requests, lengths = task.requests(tokenizer, context), np.zeros(task.size, int)
     for row in (*requests.scored, *requests.prompts):
-        found[row.example] += len(row.tokens)
-    return found
+        lengths[row.example] += len(row.tokens)
+    return lengths
 
 
 class SplittableTask(ScoredTask, Protocol):
@@ -52,8 +52,8 @@ def stratified_shards(
 
 
 def stratified_parts(tasks: Sequence[T], length: Callable[[T], np.ndarray], shards: int, seed: int) -> list[list[T]]:
-    """The tasks' examples in so many parts, stratified by task and by length. The same for a seed. Tasks of weight 0
-    are not divided."""
+    """The tasks' examples in so many parts, stratified by task and by length. The parts depend on the seed alone. Tasks
+    of weight 0 are not divided."""
     if shards == 1:
         return [list(tasks)]
     assigned = [
@@ -83,12 +83,12 @@ def assign_by_length(example_lengths: np.ndarray, shards: int, rng: np.random.Ge
 
 
 def rung_shards(shards: int) -> list[int]:
-    """On how many shards a candidate has been evaluated after each rung."""
+    """The number of shards that a candidate has been evaluated on after each rung."""
     return [2**rung for rung in range(shards.bit_length())]
 
 
 def rung_size(population: int, rung: int) -> int:
-    """How many candidates a rung has."""
+    """The number of candidates of a rung."""
     return -(-population // 2**rung)
 
 
@@ -124,7 +124,7 @@ class Part:
 @dataclass(frozen=True)
 class ExampleOrder:
     """All N examples in parts, in the order in which the rungs of a generation take them. counts: float64[rungs, N],
-    for how many examples of its task each example stands that was asked by the end of a rung: one over the probability
+    the number of examples of its task that each asked example stands for by the end of a rung: one over the probability
     with which it was to be asked by then."""
 
     parts: tuple[Part, ...]
@@ -144,7 +144,7 @@ def shard_parts(shards: Sequence[GenomeEvaluator]) -> tuple[Part, ...]:
 
 
 def order_shards(shards: Sequence[GenomeEvaluator], order: Sequence[int]) -> ExampleOrder:
-    """The examples of shards that are taken in `order`. All examples of a task are as likely to be asked."""
+    """The examples of shards that are taken in `order`. All examples of a task are equally likely to be asked."""
     parts = shard_parts(shards)
     ordered, ends = tuple(parts[number] for number in order), rung_shards(len(parts))
     counts = np.zeros((len(ends), sum(part.columns.size for part in parts)))
@@ -157,11 +157,11 @@ def order_shards(shards: Sequence[GenomeEvaluator], order: Sequence[int]) -> Exa
 
 @dataclass(frozen=True)
 class HalvingResult:
-    """What a generation of P candidates showed. fitness: float64[P], on the examples that each one was evaluated on,
-    NaN where it failed; examples: int[P], how many those are; complete: bool[P], who was evaluated on all. scores: the
-    matrix of all examples, by their numbers; its `predicted` is the fitness on all examples, predicted for those that
-    are not complete. scores_of_best: the best one's, `task/metric` -> mean. first: everyone's scores on the first part.
-    surrogate: the data for the next generation's predictions."""
+    """The results of a generation of P candidates. fitness: float64[P], on the examples that each candidate was
+    evaluated on, NaN where it failed; examples: int[P], their number; complete: bool[P], the candidates that were
+    evaluated on all. scores: the matrix of all examples, by their numbers; its `predicted` is the fitness on all
+    examples, predicted for candidates that are not complete. scores_of_best: the best candidate's, `task/metric` ->
+    mean. first: everyone's scores on the first part. surrogate: the data for the next generation's predictions."""
 
     fitness: np.ndarray
     examples: np.ndarray
@@ -174,8 +174,8 @@ class HalvingResult:
 
 @dataclass(frozen=True)
 class PartialScores:
-    """Scores of candidates on some of the examples. candidates: int[S], their numbers; the rest as `predict_fitness`
-    takes it: contributions: float32[S, M]; evaluated: int[M]; counts: float[M]."""
+    """Scores of candidates on some of the examples. candidates: int[S], their numbers; the other fields are arguments
+    of `predict_fitness`: contributions: float32[S, M]; evaluated: int[M]; counts: float[M]."""
 
     candidates: np.ndarray
     contributions: np.ndarray
@@ -226,10 +226,10 @@ def successive_halving(
         stopped.append(PartialScores(running[left], partial.contributions[left], partial.evaluated, partial.counts))
         running, evaluated, begin = running[best], [_rows(scores, best) for scores in evaluated], end
     complete = np.isfinite(values) & (examples == sum(part.size for part in parts))
-    # Those that were evaluated on everything tell most of their own generation.
+    # Candidates of this generation that were evaluated on everything predict its other candidates best.
     for group in stopped:
-        there = np.isfinite(values[group.candidates])
-        predicted[group.candidates] = np.where(there, _predicted(surrogate, genomes, group), np.nan)
+        finite = np.isfinite(values[group.candidates])
+        predicted[group.candidates] = np.where(finite, _predicted(surrogate, genomes, group), np.nan)
     leader = int(np.argmax(np.where(np.isfinite(values), values, -np.inf)[running]))
     matrix = replace(matrix, predicted=predicted)
     return HalvingResult(values, examples, complete, matrix, means(tasks, joined)[leader], first, surrogate)
@@ -248,14 +248,15 @@ def empty_matrix(parts: Sequence[Part], population: int) -> Scores:
 
 
 def enter_scores(matrix: Scores, part: Part, candidates: np.ndarray, scores: TaskScores) -> None:
-    """Enter what the candidates of the numbers int[S] scored on a part."""
+    """Enter the scores on a part of the candidates with the numbers int[S]."""
     place = np.ix_(candidates, part.columns)
     matrix.values[place] = part.scores_of(scores)
     matrix.evaluated[place] = True
 
 
 def _partial_scores(matrix: Scores, candidates: np.ndarray, counts: np.ndarray) -> PartialScores:
-    """The candidates of the numbers int[S], which were evaluated on the same examples; counts: float64[N]."""
+    """The partial scores of the candidates with the numbers int[S], which were evaluated on the same examples; counts:
+    float64[N]."""
     evaluated = np.flatnonzero(matrix.evaluated[candidates[0]])
     worth = example_worth(matrix.weights, matrix.task_of)[evaluated]
     contributions = np.take(matrix.values[candidates], evaluated, axis=1) * worth
@@ -263,8 +264,8 @@ def _partial_scores(matrix: Scores, candidates: np.ndarray, counts: np.ndarray) 
 
 
 def example_worth(weights: np.ndarray, task_of: np.ndarray) -> np.ndarray:
-    """How much a score on each example counts in the fitness, float32[N]. weights: float64[T], of the tasks; task_of:
-    int[N], the task of each example."""
+    """The share of each example in the fitness, float32[N]. weights: float64[T], of the tasks; task_of: int[N], the
+    task of each example."""
     return (weights / np.bincount(task_of, minlength=len(weights)))[task_of].astype(np.float32)
 
 
@@ -273,7 +274,7 @@ def _predicted(surrogate: SurrogateData, genomes: np.ndarray, group: PartialScor
 
 
 def halving_passes(order: ExampleOrder, population: int) -> int:
-    """How many steps of progress a generation reports where no candidate fails."""
+    """The steps of progress that a generation reports where no candidate fails."""
     ends = rung_shards(len(order.parts))
     return sum(
         part.evaluator.passes(rung_size(population, rung))
@@ -283,14 +284,15 @@ def halving_passes(order: ExampleOrder, population: int) -> int:
 
 
 def describe_rungs(shards: Sequence[GenomeEvaluator], population: int) -> str:
-    """One line: how many candidates of a generation are evaluated on how many examples."""
+    """One line: the number of candidates of each rung, and of examples that they are evaluated on."""
     sizes = np.cumsum([sum(task.size for task in shard.tasks) for shard in shards])
     rungs = [f"{rung_size(population, r)} on {sizes[end - 1]}" for r, end in enumerate(rung_shards(len(shards)))]
     return f"successive halving: {', '.join(rungs)} examples"
 
 
 def describe_halving(history: Sequence[dict[str, Any]], examples: int) -> str:
-    """One line: what successive halving saved over a run's history of evaluating every candidate on all `examples`."""
+    """One line: the evaluations that successive halving saved over a run's history, compared with every candidate on
+    all `examples`."""
     done = sum(sum(row["examples"]) for row in history)
     total = sum(len(row["examples"]) for row in history) * examples
     saved = f"{1 - done / total:.0%} saved"
@@ -304,8 +306,8 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _joined(parts: Sequence[Part], evaluated: Sequence[TaskScores]) -> TaskScores:
-    """The scores of the same candidates on the first of the parts, side by side in the order of the examples' numbers:
-    a candidate's fitness on all of them does not depend on which of them came first."""
+    """The scores of the same candidates on the first parts, side by side in the order of the examples' numbers: a
+    candidate's fitness on all of them does not depend on the order of the parts."""
 
     def joined(task: str, metric: str) -> np.ndarray:
         columns = np.concatenate([scores.matrices[task][metric] for scores in evaluated], axis=1)

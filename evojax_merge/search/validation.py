@@ -1,7 +1,7 @@
 """The validation split: examples of the search split that no generation is scored on, and that the winner is chosen on.
 
-A search that scores thousands of candidates on a few examples ends with one that suits these examples. Which of the
-finalists is good beyond them is told by others; how good it is, by the held-out split, which decides nothing.
+A search that scores thousands of candidates on a few examples ends with one that suits these examples. The validation
+split shows which of the finalists is good beyond them; the held-out split, which decides nothing, shows how good it is.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from evojax_merge.evaluation.scores import fitness, task_weights
 from evojax_merge.search.protocols import GenomeEvaluator
 from evojax_merge.search.successive_halving import T
 
-# Of the random numbers of a seed, those that this split is drawn with.
+# The stream of a seed's random numbers that this split is drawn with.
 VALIDATION_STREAM = 1
 # At so many rises of the search fitness in a row, the validation fitness has to be so many standard errors below its
 # highest, to be no accident.
@@ -23,9 +23,9 @@ PARTING_FALLS, CLEAR_ERRORS = 3, 2.0
 
 
 def validation_split(where: str, tasks: Sequence[T], share: float, seed: int) -> tuple[list[T], list[T]]:
-    """The tasks on what is searched on, and on a random `share` of each one's examples to validate on. The same for a
-    seed, and for tasks of one file, whose examples would otherwise be searched on by another of them. Tasks of weight 0
-    are not divided; share 0: all is searched on, and there is no validation split.
+    """The tasks on their search examples, and on a random `share` of each one's examples to validate on. The split
+    depends on the seed, and is the same for tasks of one file: otherwise a task would search on another's validation
+    examples. Tasks of weight 0 are not divided; share 0: all is searched on, and there is no validation split.
 
     Raises InputError where a task would have no example on one of the two sides.
     """
@@ -55,8 +55,8 @@ def validation_split(where: str, tasks: Sequence[T], share: float, seed: int) ->
 
 
 def init_peak(validation: GenomeEvaluator) -> dict[str, np.ndarray]:
-    """What is remembered of the look with the highest validation fitness, before there was one: that fitness,
-    float64[], and the candidate's scores on the examples, float32[N], task by task."""
+    """The record of the check with the highest validation fitness, before any check: that fitness, float64[], and the
+    candidate's scores on the examples, float32[N], task by task."""
     examples = sum(task.size for task, _ in task_weights(validation.tasks))
     return {"fitness": np.array(-np.inf), "scores": np.zeros(examples, np.float32)}
 
@@ -64,11 +64,11 @@ def init_peak(validation: GenomeEvaluator) -> dict[str, np.ndarray]:
 def validate(
     validation: GenomeEvaluator, best: np.ndarray, proposed: np.ndarray, peak: dict[str, np.ndarray]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Look at the best candidate so far, float32[1, D] or [0, D] where there is none, and at those that the strategy
+    """Score the best candidate so far, float32[1, D] or [0, D] where there is none, and those that the strategy
     proposes, float32[F, D].
 
-    Their validation fitness, None where it is not finite, with the standard error of the best one's difference from the
-    highest look before, paired by example; and the highest look from now on.
+    Return their validation fitness, None where it is not finite, with the standard error of the best candidate's
+    difference from the highest check before, paired by example; and the highest check from now on.
     """
     genomes = np.concatenate([best, proposed])
     values, finite = np.full(len(genomes), np.nan), np.isfinite(genomes).all(axis=1)
@@ -87,7 +87,8 @@ def validate(
 
 
 def _standard_error(validation: GenomeEvaluator, differences: np.ndarray, peak: dict[str, np.ndarray]) -> float | None:
-    """Of the weighted mean of differences float32[N]; None before the first look, and where a task has one example."""
+    """The standard error of the weighted mean of differences float32[N]; None before the first check, and where a task
+    has one example."""
     weighted = task_weights(validation.tasks)
     if not np.isfinite(peak["fitness"]) or any(task.size < 2 for task, _ in weighted):
         return None
@@ -98,8 +99,8 @@ def _standard_error(validation: GenomeEvaluator, differences: np.ndarray, peak: 
 
 @dataclass(frozen=True)
 class Check:
-    """What was the best candidate after a generation: its fitness on the searched examples, and on those of the
-    validation split; error: the standard error of the latter's difference from the highest check before, if known."""
+    """The best candidate after a generation: its fitness on the searched examples, and on those of the validation
+    split; error: the standard error of the latter's difference from the highest check before, if known."""
 
     generation: int
     search: float
@@ -109,9 +110,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Trend:
-    """Where search and validation go. peak: the check with the highest validation fitness; last: the last at which the
-    search fitness had risen; falls: how many of these in a row, up to that one, were clearly below the peak; parted:
-    the generation since which there have been enough of them; None: search and validation go together."""
+    """The course of search and validation fitness. peak: the check with the highest validation fitness; last: the last
+    check at which the search fitness had risen; falls: the number of consecutive such checks, up to that one, that were
+    clearly below the peak; parted: the generation of the peak since which there have been enough of them; None: search
+    and validation go together."""
 
     peak: Check | None = None
     last: Check | None = None

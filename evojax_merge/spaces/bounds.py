@@ -1,8 +1,8 @@
 """The map between a free genome and values inside bounds. Imports JAX alone.
 
-As pycma's boundary transformation: the identity inside, quadratic edges of width `EDGE` outside which it is
-mirrored. It is continuously differentiable and reaches both bounds at finite genomes (a sigmoid would put a
-density of 1 at infinity). Everything is in units of the range: 0 is the lower bound, 1 the upper.
+It is pycma's boundary transformation: the identity inside, quadratic edges of width `EDGE`, and mirrored outside of
+these. It is continuously differentiable and reaches both bounds at finite genomes (a sigmoid would put a density of 1
+at infinity). Everything is in units of the range: 0 is the lower bound, 1 the upper.
 """
 
 import jax
@@ -14,7 +14,7 @@ LEAST_SLOPE = 0.25
 
 
 def to_unit(free: jax.Array) -> jax.Array:
-    """Any real -> [0, 1]. `-EDGE` gives 0, `1 + EDGE` gives 1, and between EDGE and 1 - EDGE nothing changes."""
+    """Any real -> [0, 1]. `-EDGE` gives 0, `1 + EDGE` gives 1, and between EDGE and 1 - EDGE it is the identity."""
     span = 1 + 2 * EDGE
     folded = jnp.mod(free + EDGE, 2 * span)
     x = jnp.where(folded > span, 2 * span - folded, folded) - EDGE
@@ -25,8 +25,8 @@ def to_unit(free: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def to_unit_with_slope(free: jax.Array) -> jax.Array:
-    """`to_unit`, with a derivative that leads away from the bounds: at them, where it vanishes, that of the edges is
-    `LEAST_SLOPE` all the same. A step along the gradient then still is one uphill."""
+    """`to_unit`, with a derivative that leads away from the bounds: at them, where the true derivative vanishes, it is
+    `LEAST_SLOPE`, so that a step along the gradient is still one uphill."""
     return to_unit(free)
 
 
@@ -37,7 +37,7 @@ def _with_slope(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[
     folded = jnp.mod(free + EDGE, 2 * span)
     # A gene at the upper bound is not taken for one beyond it, however it was rounded.
     mirrored = folded > span + 1e-4
-    # From the nearer bound, in units of the range.
+    # The distance from the nearer bound, in units of the range.
     inside = jnp.minimum(jnp.where(mirrored, 2 * span - folded, folded), jnp.abs(span - folded))
     slope = jnp.clip(inside / (2 * EDGE), LEAST_SLOPE, 1.0)
     return to_unit(free), jnp.where(mirrored, -slope, slope) * tangent

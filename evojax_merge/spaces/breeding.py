@@ -1,8 +1,8 @@
 """The space of children: a genome names two members of a pool, the method that merges them, and its parameters.
 
 The parameters are the same for all tensors, as in model breeding by hand. With a split point (M2N2, arXiv 2508.16204)
-the layers before it are merged of the two parents in one order, those from it on in the other: what the first parent
-gave to the early layers the second gives to the late ones.
+the layers before it are merged of the two parents in one order, those from it on in the other: the roles of the parents
+are exchanged at the split.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,25 +21,25 @@ PARENTS = 2
 
 
 def genes_of(method: Method) -> int:
-    """How many genes a method's parameters take."""
+    """The number of genes that a method's parameters take."""
     return sum(PARENTS if parameter.per_parent else 1 for parameter in method.parameters if parameter.searched)
 
 
 def genome_genes(methods: tuple[Method, ...], split: bool) -> int:
-    """G, how many genes a genome has: as many as the method with the most parameters takes, and that of the split."""
+    """G, the number of a genome's genes: those of the method with the most parameters, and that of the split."""
     return max(map(genes_of, methods)) + int(split)
 
 
 @dataclass(frozen=True)
 class BreedingSpace:
-    """methods: which a child may be bred by, by number; layers: L; split: whether there is a split point; genealogy:
-    where parents are looked up."""
+    """methods: the methods that a child may be bred by, by number; layers: L; split: whether there is a split point;
+    genealogy: where parents are looked up."""
 
     methods: tuple[Method, ...]
     layers: int
     split: bool
     genealogy: Genealogy
-    # By their genomes: a member is the same object wherever it is met.
+    # By their genomes: equal members are one object.
     _members: dict[bytes, Member] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -54,15 +54,15 @@ class BreedingSpace:
         return first
 
     def baselines(self) -> tuple[str, np.ndarray]:
-        """All founders as they are."""
+        """All founders, unmerged."""
         return "best founder", self.genealogy.founders
 
     def seed_genomes(self, where: str, name: str) -> NoReturn:
-        """A pool's first candidates are its founders."""
+        """Raises InputError: a pool's first candidates are its founders."""
         raise InputError(where, f"{name}: the first candidates of a pool are its founders; leave seeds out")
 
     def within(self, context: np.ndarray) -> "BreedingSpace":
-        """The space of a search that has bred `context: float32[M, D]`, as the strategy lends it."""
+        """The space of a search that has bred `context: float32[M, D]`, which the strategy lends it."""
         return replace(self, genealogy=replace(self.genealogy, offspring=context))
 
     def decode(self, genomes: np.ndarray) -> list[Member]:
@@ -74,14 +74,18 @@ class BreedingSpace:
         waiting = [genome]
         while waiting:
             # Parents first: a lineage may be longer than calls can be nested.
-            own = waiting[-1]
-            parents = [] if own[METHOD] == NONE else [self.genealogy.genome(int(own[i])) for i in (FIRST, SECOND)]
+            descendant = waiting[-1]
+            parents = (
+                []
+                if descendant[METHOD] == NONE
+                else [self.genealogy.genome(int(descendant[i])) for i in (FIRST, SECOND)]
+            )
             unknown = [parent for parent in parents if parent.tobytes() not in self._members]
             waiting += unknown
             if not unknown:
                 waiting.pop()
-                known = tuple(self._members[parent.tobytes()] for parent in parents)
-                self._members.setdefault(own.tobytes(), self._bred(own, known))
+                bred_parents = tuple(self._members[parent.tobytes()] for parent in parents)
+                self._members.setdefault(descendant.tobytes(), self._bred(descendant, bred_parents))
         return self._members[genome.tobytes()]
 
     def _bred(self, genome: np.ndarray, parents: tuple[Member, ...]) -> Member:
@@ -94,8 +98,8 @@ class BreedingSpace:
 
 
 def _parameters(method: Method, genes: np.ndarray) -> dict[str, np.ndarray]:
-    """The parameters that genes float32[G] in [0, 1] mean, from bound to bound; what is never searched has its default.
-    They are decimal fractions that a recipe can say, densities with three digits."""
+    """The parameters that genes float32[G] in [0, 1] mean, from bound to bound; a parameter that is never searched has
+    its default. The values are decimal fractions that a recipe can hold, densities with three digits."""
     values, taken = {}, 0
     for parameter in method.parameters:
         count = PARENTS if parameter.per_parent else 1
@@ -103,8 +107,8 @@ def _parameters(method: Method, genes: np.ndarray) -> dict[str, np.ndarray]:
             shares = genes[taken : taken + count].astype(np.float64)
             taken += count
             numbers = parameter.low + (parameter.high - parameter.low) * shares
-            said = [round(float(x), 3) if parameter.quantised else shortest_decimal(x) for x in numbers]
+            decimals = [round(float(x), 3) if parameter.quantised else shortest_decimal(x) for x in numbers]
         else:
-            said = list(uniform_start(method, parameter.name, PARENTS))
-        values[parameter.name] = np.asarray(said if parameter.per_parent else said[0], np.float64)
+            decimals = list(uniform_start(method, parameter.name, PARENTS))
+        values[parameter.name] = np.asarray(decimals if parameter.per_parent else decimals[0], np.float64)
     return values

@@ -1,19 +1,19 @@
 """The data-flow spaces: one genome is a path through the layers of all parents.
 
-Two forms, both starting from the first parent as it is:
+Two forms, both starting from the unchanged first parent:
 
 - *indicator* (Evolutionary Optimization of Model Merging Recipes, arXiv 2403.13187): all M layers in series, the
   series repeated r times, a gene for each of the M r places that says whether the layer is on, and scales for going
   from layer i to layer j, as an M x M matrix or as a small network of (i, j, place);
 - *moves*: a few edits of the first parent: a block of its layers adds more or less, is repeated, skipped, or replaced
   by the same block of another parent. A scale only matters where its move is on, and there are few numbers to find.
-  Scaled moves start as blocks of the first parent that add what they always added: from there a search can go by
-  small steps, where every other edit of a trained model is a leap.
+  Scaled moves start as blocks of the first parent with unchanged scales: from there a search can go by small steps,
+  where every other edit of a trained model is a leap.
 
 Genomes are decoded on the host: a path is plain data. Everything is in units of the bounds, as in spaces.parameter.
 
 Scales are differentiable, and a derivative with respect to a path's scales is pulled back to the genes that they come
-from. Which layers a path takes is a step function of the other genes: their derivative is 0.
+from. The layers of a path are a step function of the other genes: their derivative is 0.
 """
 
 import math
@@ -29,7 +29,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.spaces.bounds import from_unit, to_unit, to_unit_with_slope
 
-# Hidden units of the scale network, of one hidden layer; and how wide the range is, around 0, that its weights lie in.
+# Hidden units of the scale network, of one hidden layer; and the width of the range, around 0, of its weights.
 NETWORK_WIDTH, NETWORK_SLOPE = 8, 8
 _to_unit = jax.jit(to_unit)
 _slope = jax.jit(jax.vmap(jax.grad(to_unit_with_slope)))
@@ -41,7 +41,7 @@ def _inside(genomes: np.ndarray) -> np.ndarray:
 
 
 def _slopes(genes: np.ndarray) -> np.ndarray:
-    """The derivative of `_inside`, that leads away from the bounds (see `to_unit_with_slope`)."""
+    """The derivative of `_inside`, which leads away from the bounds (see `to_unit_with_slope`)."""
     flat = jnp.asarray(genes, jnp.float32).ravel()
     return np.asarray(_slope(flat), np.float64).reshape(np.shape(genes))
 
@@ -110,10 +110,10 @@ class IndicatorSpace:
         indicators = np.where(on, 0.75, 0.25)
         if self.scales == "matrix":
             matrix = np.ones((self.layers, self.layers)) if scales is None else scales
-            rest = from_unit(self.bounds.unit(np.asarray(matrix, np.float64))).ravel()
+            scale_genes = from_unit(self.bounds.unit(np.asarray(matrix, np.float64))).ravel()
         else:
-            rest = np.full(self.scale_dims, 0.5)
-        return np.concatenate([from_unit(indicators), rest]).astype(np.float32)
+            scale_genes = np.full(self.scale_dims, 0.5)
+        return np.concatenate([from_unit(indicators), scale_genes]).astype(np.float32)
 
     @property
     def start(self) -> np.ndarray:
@@ -121,12 +121,12 @@ class IndicatorSpace:
         return self.genome(np.arange(self.num_indicators) < self.depths[0])
 
     def baselines(self) -> tuple[str, np.ndarray]:
-        """The first parent as it is."""
+        """The unchanged first parent."""
         return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: each parent's layers once, scales 1, between the first and last leaves of the parent that all
-        paths have these of; the first parent, and those whose layers are not too many."""
+        """float32[S, D]: each parent's layers once, scales 1, between the first and last leaves of the parent that
+        gives these to all paths; the first parent, and the others whose layers are not too many."""
         places = np.arange(self.num_indicators)
         ends = np.cumsum(self.depths)
         fits = [(end - depth, end) for depth, end in zip(self.depths, ends, strict=True) if depth <= self.max_steps]
@@ -138,22 +138,23 @@ class IndicatorSpace:
         return [self._path(unit) for unit in units]
 
     def pull_back(self, genomes: np.ndarray, cotangents: Sequence[np.ndarray | None]) -> np.ndarray:
-        """float32[P, D]: the derivatives with respect to genomes float32[P, D], of which exist those with respect to
-        the scales' genes; 0 elsewhere. cotangents: with respect to each path's scales, float[T]."""
-        found = np.zeros(np.shape(genomes))
+        """float32[P, D]: the derivatives with respect to genomes float32[P, D]: with respect to the scales' genes, and
+        0 elsewhere. cotangents: with respect to each path's scales, float[T]."""
+        derivatives = np.zeros(np.shape(genomes))
         for row, genome, unit, path, cotangent in zip(
-            found, genomes, _inside(genomes), self.decode(genomes), cotangents, strict=True
+            derivatives, genomes, _inside(genomes), self.decode(genomes), cotangents, strict=True
         ):
             if path is not None and cotangent is not None and len(path.layers) > 1 and self.scale_dims:
                 in_logs = (np.asarray(cotangent) * path.scales)[1:]
                 on = np.flatnonzero(unit[: self.num_indicators] > 0.5)
                 row[self.num_indicators :] = self._pull_back(unit[self.num_indicators :], on, in_logs)
                 row[self.num_indicators :] *= _slopes(genome[self.num_indicators :])
-        return found.astype(np.float32)
+        return derivatives.astype(np.float32)
 
     def _pull_back(self, unit: np.ndarray, on: np.ndarray, cotangents: np.ndarray) -> np.ndarray:
-        """float64[S]: the derivative with respect to the scales' genes `unit`, in [0, 1], of what has those
-        `cotangents`, float64[T - 1], with respect to the logarithms of the scales between the T places `on`."""
+        """float64[S]: the derivative with respect to the scales' genes `unit`, in [0, 1], of a function whose
+        derivatives with respect to the logarithms of the scales between the T places `on` are `cotangents`, float64[T -
+        1]."""
         if self.scales == "matrix":
             layers, matrix = on % self.layers, np.zeros((self.layers, self.layers))
             np.add.at(matrix, (layers[:-1], layers[1:]), self.bounds.log_range * cotangents)
@@ -177,8 +178,8 @@ class IndicatorSpace:
         )
 
     def _scales(self, unit: np.ndarray, on: np.ndarray) -> np.ndarray:
-        """float[T]: that of going from each step's layer to the next; the first layer is entered with 1. on: int[T],
-        the places of the series that are on."""
+        """float64[T]: the scale of going from each step's layer to the next; the first layer is entered with 1. on:
+        int[T], the places of the series that are on."""
         layers = on % self.layers
         if self.scales == "none" or len(on) == 1:
             return np.ones(len(on))
@@ -187,7 +188,7 @@ class IndicatorSpace:
             return np.concatenate([[1.0], matrix[layers[:-1], layers[1:]]])
         into, out = self._network(unit)
         value = np.tanh(np.tanh(self._network_inputs(on) @ into.T) @ out[:-1] + out[-1])
-        # Within the bounds, and 1 where the network says 0.
+        # Within the bounds, and 1 where the network gives 0.
         return np.concatenate([[1.0], np.where(value >= 0, self.bounds.high**value, self.bounds.low ** (-value))])
 
     def _network(self, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +198,7 @@ class IndicatorSpace:
         return weights[: 4 * NETWORK_WIDTH].reshape(NETWORK_WIDTH, 4), weights[4 * NETWORK_WIDTH :]
 
     def _network_inputs(self, on: np.ndarray) -> np.ndarray:
-        """float64[T - 1, 4]: of each step but the first (from, to, place), each in [-1, 1], and 1."""
+        """float64[T - 1, 4]: (from, to, place) of each step but the first, each in [-1, 1], and 1."""
         layers, last = on % self.layers, max(self.layers - 1, 1)
         inputs = np.stack(
             [layers[:-1] / last, layers[1:] / last, on[1:] / max(self.num_indicators - 1, 1), np.ones(len(on) - 1)],
@@ -207,18 +208,18 @@ class IndicatorSpace:
         return inputs
 
 
-# What a move can do; splices follow, one per other parent. Without scales there is nothing to scale by.
+# The kinds of moves; splices follow, one per other parent. Without scales there is no `scale`.
 MOVES = ("scale", "repeat", "skip")
-# Genes of one move: whether it is on, what it does, where it begins, how many layers, how it scales.
+# Genes of one move: whether it is on, its kind, its first layer, its number of layers, its scale.
 GENES = ("on", "what", "where", "length", "scale")
 
 
 @dataclass(frozen=True)
 class LayerEdit:
     """One edit of the first parent: `layers` of its layers from `first` on are scaled, repeated, skipped, or replaced
-    by those of parent `donor` at the same relative depth. The state is multiplied by `scale` before the block that
-    this is about (what is put there; the block itself where it is scaled) and divided by it behind, so that the block
-    adds 1/scale as much and what follows is as it was."""
+    by those of parent `donor` at the same relative depth. The state is multiplied by `scale` before the block of the
+    edit (the inserted one; the block itself where it is scaled) and divided by it behind, so that the block adds
+    1/scale as much and later layers see the state unchanged."""
 
     what: str
     first: int
@@ -230,8 +231,8 @@ class LayerEdit:
 # A repeat of repeats doubles a path: past so many steps no further move is applied, and the path counts as too long.
 MOST_STEPS = 100_000
 
-# A step of an edited path: the layer of the first parent that it stands for, the layer of the series, and which moves
-# have scaled it, by their numbers.
+# A step of an edited path: the layer of the first parent that it stands for, the layer of the series, and the numbers
+# of the moves that have scaled it.
 Step = tuple[int, int, tuple[int, ...]]
 
 
@@ -249,9 +250,9 @@ class MoveSpace:
 
     @cached_property
     def kinds(self) -> list[tuple[str, int]]:
-        """What a move can do, and from which parent."""
-        own = MOVES if self.scaled else [name for name in MOVES if name != "scale"]
-        return [(name, 0) for name in own] + [("splice", parent) for parent in range(1, len(self.depths))]
+        """The kinds of moves, each with the parent that it takes layers from."""
+        names = MOVES if self.scaled else [name for name in MOVES if name != "scale"]
+        return [(name, 0) for name in names] + [("splice", parent) for parent in range(1, len(self.depths))]
 
     @property
     def genes(self) -> tuple[str, ...]:
@@ -259,7 +260,7 @@ class MoveSpace:
 
     @property
     def move_genes(self) -> tuple[int, ...]:
-        """How many values each gene has, in the order of `genes`; the scale is continuous."""
+        """The number of values of each gene, in the order of `genes`; the scale is continuous."""
         return (2, len(self.kinds), self.depths[0], self.window, 0)[: len(self.genes)]
 
     @property
@@ -271,7 +272,7 @@ class MoveSpace:
         return min(self.max_steps, self.depths[0] + self.count * max(self.window, max(self.depths)))
 
     def genome(self, moves: Sequence[LayerEdit]) -> np.ndarray:
-        """A genome that means these moves (at most `count`), the rest off."""
+        """A genome that means these moves (at most `count`), the others off."""
         rows = np.full((self.count, len(self.genes)), 0.5)
         rows[:, 0] = 0.25
         for row, move in zip(rows, moves, strict=False):
@@ -305,29 +306,31 @@ class MoveSpace:
 
     def moves(self, genome: np.ndarray) -> list[LayerEdit]:
         """The moves that are on, in their order."""
-        found = []
+        edits = []
         for row in self._on(genome)[1]:
             what, donor = self.kinds[min(int(row[1] * len(self.kinds)), len(self.kinds) - 1)]
             first = min(int(row[2] * self.depths[0]), self.depths[0] - 1)
             layers = min(int(row[3] * self.window) + 1, self.window, self.depths[0] - first)
             scale = float(self.bounds.scale(row[4])) if self.scaled else 1.0
-            found.append(LayerEdit(what, first, layers, scale, donor))
-        return found
+            edits.append(LayerEdit(what, first, layers, scale, donor))
+        return edits
 
     def _on(self, genome: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Which moves are on, int[N], and their genes in [0, 1], float64[N, G]."""
+        """The numbers of the moves that are on, int[N], and their genes in [0, 1], float64[N, G]."""
         rows = _inside(genome[None])[0].reshape(self.count, -1)
         on = np.flatnonzero(rows[:, 0] > 0.5)
         return on, rows[on]
 
     def pull_back(self, genomes: np.ndarray, cotangents: Sequence[np.ndarray | None]) -> np.ndarray:
-        """As that of `IndicatorSpace`: what exists are the derivatives with respect to the moves' scales."""
-        found = np.zeros(np.shape(genomes))
-        for row, genome, cotangent in zip(found, genomes, cotangents, strict=True):
+        """float32[P, D]: the derivatives with respect to genomes float32[P, D]: with respect to the moves' scales, and
+        0 elsewhere. cotangents: with respect to each path's scales, float[T]."""
+        derivatives = np.zeros(np.shape(genomes))
+        for row, genome, cotangent in zip(derivatives, genomes, cotangents, strict=True):
             path = self.path(moves := self.moves(genome))
             if path is None or cotangent is None or not self.scaled:
                 continue
-            # How often each move has scaled each step, int[T + 1, N]: none of them what is before the first.
+            # How often each move has scaled each step, int[T + 1, N]: no move has scaled the state before the first
+            # step.
             counts = np.zeros((len(path.layers) + 1, len(moves)))
             for t, (_, _, scaled_by) in enumerate(self._steps(moves), 1):
                 np.add.at(counts[t], list(scaled_by), 1)
@@ -336,17 +339,18 @@ class MoveSpace:
             on, _ = self._on(genome)
             slopes = _slopes(genome.reshape(self.count, -1)[on, GENES.index("scale")])
             scales[on] = self.bounds.log_range * in_logs * slopes
-        return found.astype(np.float32)
+        return derivatives.astype(np.float32)
 
     def baselines(self) -> tuple[str, np.ndarray]:
-        """The first parent as it is."""
+        """The unchanged first parent."""
         return "first parent", self.start[None]
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: the first parent, and each one as deep whose layers the moves can put in the place of its."""
+        """float32[S, D]: the first parent, and each parent of the same depth whose layers the moves can put in the
+        place of all its layers."""
         depth = self.depths[0]
         firsts = range(0, depth, self.window)
-        donors = [k for k, own in enumerate(self.depths) if k and own == depth and len(firsts) <= self.count]
+        donors = [k for k, layers in enumerate(self.depths) if k and layers == depth and len(firsts) <= self.count]
         moves = [
             [LayerEdit("splice", first, min(self.window, depth - first), 1.0, donor) for first in firsts]
             for donor in donors
@@ -367,7 +371,7 @@ class MoveSpace:
         return LayerPath(tuple(layer for _, layer, _ in steps), tuple(scales), self.embedding_parent)
 
     def _steps(self, moves: Sequence[LayerEdit]) -> list[Step]:
-        """What moves make of the first parent's layers; no longer all of them once there are more than MOST_STEPS."""
+        """Apply the moves to the first parent's layers. Stops once there are more than MOST_STEPS steps."""
         offsets = np.concatenate([[0], np.cumsum(self.depths)])
         steps: list[Step] = [(i, i, ()) for i in range(self.depths[0])]
         for number, move in enumerate(moves):

@@ -26,8 +26,8 @@ TRIMMED_DENSITY = 0.2
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def keep_largest(weights: jax.Array, count: int) -> jax.Array:
     """The `count` weights of each row that are furthest from 0, float32[rows, columns], and 0 in place of the others.
-    What ties with the least of them is kept. The derivative is that of the weights themselves (a straight-through
-    estimator)."""
+    Weights that tie with the least of them are kept as well. The derivative is that of the weights themselves (a
+    straight-through estimator)."""
     size = jnp.abs(weights)
     return jnp.where(size >= jax.lax.top_k(size, count)[0][:, -1:], weights, 0.0)
 
@@ -39,7 +39,7 @@ def _keep_largest_jvp(count: int, primals: tuple[jax.Array], tangents: tuple[jax
 
 @dataclass(frozen=True)
 class SearchParameter:
-    """A searched parameter: its bounds and where the search starts (a value per gene of a group, or one in a tuple)."""
+    """A searched parameter: its bounds and the start of the search (a value per gene of a group, or one in a tuple)."""
 
     name: str
     low: float
@@ -49,10 +49,10 @@ class SearchParameter:
 
 @dataclass(frozen=True)
 class GroupSpace:
-    """The parameters of a merge for groups of tensors, whatever the groups are: what a genome holds, in their order.
+    """The parameters of a merge for groups of tensors, whatever the groups are; a genome holds them in their order.
 
     `parent_groups`: the number of each parent's group, of parents that share their searched parameters; (): each parent
-    has its own. `active`: how many of a group of tensors' weights count, the largest; None: all.
+    has its own. `active`: the number of a group's weights that count, the largest; None: all.
     """
 
     method: Method
@@ -64,7 +64,7 @@ class GroupSpace:
     active: int | None = None
 
     def columns(self, name: str) -> int:
-        """How many genes a group of tensors has for a searched parameter."""
+        """The number of genes that a group of tensors has for a searched parameter."""
         if not self.method.parameter(name).per_parent:
             return 1
         return max(self.parent_groups) + 1 if self.parent_groups else self.parents
@@ -76,7 +76,7 @@ class GroupSpace:
 
     def values(self, genome: jax.Array) -> dict[str, jax.Array]:
         """The searched parameters in their units: name -> float32[groups, K] per parent, or [groups, 1]. Densities are
-        on the grid, and of the weights those that are not active are 0."""
+        on the grid, and weights that are not active are 0."""
         result, start = {}, 0
         for searched in self.search_parameters:
             shape = (len(self.groups), self.columns(searched.name))
@@ -93,7 +93,7 @@ class GroupSpace:
         return result
 
     def parameters(self, genome: jax.Array) -> dict[str, jax.Array]:
-        """All parameters, searched and fixed, as the kernels take them: name -> float32[groups, K] or [groups]."""
+        """All parameters, searched and fixed, in the kernels' form: name -> float32[groups, K] or [groups]."""
         values = self.values(genome)
         for name, constants in self.constants:
             columns = self.parents if self.method.parameter(name).per_parent else 1
@@ -103,7 +103,7 @@ class GroupSpace:
         }
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
+        """The genome of given parameter values, name -> `[groups, columns]` (or arrays that broadcast to it)."""
         blocks = []
         for searched in self.search_parameters:
             shape = (len(self.groups), self.columns(searched.name))
@@ -121,10 +121,10 @@ class GroupSpace:
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: `uniform`: equal weights 1/K; `parents`: each parent alone, weight 1 for it and 0 for the
         others; `trimmed_parents`: these at density 0.2; `task_vectors`: all weights 1. The other parameters are where
-        the search starts, and what lies outside the bounds is moved to them. An interpolation between two parents has
+        the search starts, and values outside of the bounds are moved to them. An interpolation between two parents has
         them at its ends, and is uniform in its middle.
 
-        Raises InputError where the parameter that this is about is not searched, and where parents that share a weight
+        Raises InputError where a parameter that the seed sets is not searched, and where parents that share a weight
         would have different ones.
         """
         values = {searched.name: np.asarray(searched.start, np.float64) for searched in self.search_parameters}
@@ -156,9 +156,9 @@ class ParameterSpace:
     """Static description of the space. `components` partitions `names` (the components of a layer).
 
     It may name shared leaves, too: the embedding then goes with that component of the first layers, the final norm and
-    head of the last; what is named without a component has one group of its own. `smooth`: what a layer gets is
-    interpolated between the groups of layers, the first and last of which stand for the first and last layer; shared
-    leaves go with the first. `parent_groups`, `active`: see GroupSpace.
+    head of the last; shared leaves that are named without a component have one group of their own. `smooth`: a layer's
+    parameters are interpolated between the groups of layers, the first and last of which stand for the first and last
+    layer; shared leaves go with the first. `parent_groups`, `active`: see GroupSpace.
     """
 
     method: Method
@@ -265,8 +265,8 @@ class ParameterSpace:
         return _recipes(self, jnp.asarray(genomes))
 
     def pull_back(self, genomes: np.ndarray, cotangents: Recipe) -> np.ndarray:
-        """Derivatives with respect to genomes, float32[P, D], of what has those `cotangents` with respect to their
-        recipes."""
+        """Derivatives with respect to genomes, float32[P, D], of a function whose derivatives with respect to their
+        recipes are `cotangents`."""
         return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
 
     def baselines(self) -> tuple[str, np.ndarray]:
@@ -292,7 +292,7 @@ class ParameterSpace:
         return on_grid(values) if self.method.parameter(name).quantised else values
 
     def genome(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The genome of given parameter values, name -> `[groups, columns]` (or what broadcasts to it)."""
+        """The genome of given parameter values, name -> `[groups, columns]` (or arrays that broadcast to it)."""
         return self.group_space.genome(values)
 
     @property
@@ -320,18 +320,18 @@ def _pull_back(space: ParameterSpace, genomes: jax.Array, cotangents: Recipe) ->
 
 
 def uniform_start(method: Method, name: str, parents: int) -> tuple[float, ...]:
-    """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default, or where a search
-    starts if it has none."""
+    """A parameter's value in the uniform merge: weight 1/K, everything else at the method's default, or at the start of
+    a search if there is none."""
     parameter = method.parameter(name)
-    known = (value for value in (parameter.default, parameter.start) if value is not None)
-    return (next(known, 1.0 / parents),) * (parents if parameter.per_parent else 1)
+    defaults = (value for value in (parameter.default, parameter.start) if value is not None)
+    return (next(defaults, 1.0 / parents),) * (parents if parameter.per_parent else 1)
 
 
 def component_groups(
     text: Sequence[str], names: Sequence[str], shared: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], ...] | None:
-    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names`. Of `shared` each may be in
-    one of them."""
+    """`["attention", "mlp+norm"]` -> groups, or None where they do not partition `names`. Each name of `shared` may be
+    in one of them."""
     groups = tuple(tuple(part.strip() for part in entry.split("+")) for entry in text)
     given = [name for group in groups for name in group]
     others = [name for name in given if name in shared]

@@ -1,4 +1,4 @@
-"""What is searched: a method's parameters with bounds, and its switches, checked."""
+"""The searched parameters of a method with their bounds, and its switches, checked."""
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ def find_method(where: str, name: str) -> Method:
 
 def method_with_base(where: str, name: str, is_base_given: bool, parents: int) -> tuple[Method, bool]:
     """The method of a Python call, and whether the base is among its sources. Raises InputError for an unknown method,
-    a base that is missing or not taken, and a number of parents that it cannot merge."""
+    a base that is missing or not accepted, and a number of parents that the method cannot merge."""
     method = find_method(f"{where}: method", name)
     has_base = method.uses_base(is_base_given)
     if has_base and not is_base_given:
@@ -36,13 +36,13 @@ def method_with_base(where: str, name: str, is_base_given: bool, parents: int) -
 
 
 def options_of(where: str, method: Method, has_base: bool, normalize: bool | None, rescale: Any) -> Options:
-    """The method's switches, as given; None: its own."""
+    """The method's switches; None: the method's default."""
     switches: dict[str, Any] = {}
     for name, value in (("normalize", normalize), ("rescale", rescale)):
-        own = "normalize_weights" if name == "normalize" and "normalize_weights" in method.yaml_options else name
-        if value is not None and own not in method.yaml_options:
+        switch = "normalize_weights" if name == "normalize" and "normalize_weights" in method.yaml_options else name
+        if value is not None and switch not in method.yaml_options:
             raise InputError(where, f"{name}: {method.name} has no such switch")
-        switches[own] = value
+        switches[switch] = value
     return options_from(where, method, switches, has_base)
 
 
@@ -50,8 +50,8 @@ def parent_groups_of(where: str, groups: Mapping[str, Sequence[str]], parents: S
     """The number of each parent's group: the named ones in their order, then one for each parent that is in none; ()
     where none is named.
 
-    groups: name -> parents, as they are called in `parents`, or patterns of such with `*`, `?` and `[…]`. Raises
-    InputError for what is no parent, and for a parent in two groups.
+    groups: name -> parents, by their names in `parents`, or patterns of such with `*`, `?` and `[…]`. Raises InputError
+    for a name that is no parent's, and for a parent in two groups.
     """
     group_of: dict[int, str] = {}
     for group, patterns in groups.items():
@@ -98,16 +98,18 @@ def search_parameters_of(
     fixed: Mapping[str, Numbers],
     parent_groups: tuple[int, ...] = (),
 ) -> tuple[tuple[SearchParameter, ...], Fixed]:
-    """The searched parameters, and the value of every other. parent_groups: of parents that share the searched ones, as
-    in GroupSpace. Raises InputError for unknown parameters and for bounds without a meaning."""
-    known = [parameter.name for parameter in method.parameters]
+    """The searched parameters, and the value of every other. parent_groups: of parents that share the searched ones
+    (see GroupSpace). Raises InputError for unknown parameters and for meaningless bounds."""
+    all_names = [parameter.name for parameter in method.parameters]
     for key, names in (("parameters", searched), ("fixed", fixed)):
         for name in names:
-            if name not in known:
-                raise InputError(where, f"{key}.{name}: {method.name} has no such parameter{did_you_mean(name, known)}")
-    both = sorted(set(searched) & set(fixed))
-    if both:
-        raise InputError(where, f"{both[0]}: is both searched and fixed")
+            if name not in all_names:
+                raise InputError(
+                    where, f"{key}.{name}: {method.name} has no such parameter{did_you_mean(name, all_names)}"
+                )
+    searched_and_fixed = sorted(set(searched) & set(fixed))
+    if searched_and_fixed:
+        raise InputError(where, f"{searched_and_fixed[0]}: is both searched and fixed")
     open_ = [parameter.name for parameter in method.parameters if parameter.searched]
     for name in searched:
         if name not in open_:
@@ -115,7 +117,7 @@ def search_parameters_of(
     if not open_:
         raise InputError(where, f"method: {method.name} has no parameter to search; use evojax-merge merge")
     if not searched:
-        # What a method is first of all about (weights, mostly), unless that is fixed.
+        # The main parameter of a method (weights, mostly), unless that is fixed.
         first = next((name for name in open_ if name not in fixed), None)
         if first is None:
             raise InputError(where, f"fixed: holds all that {method.name} has to search ({', '.join(open_)})")
@@ -138,13 +140,17 @@ def search_parameters_of(
 
 
 def constants_of(where: str, method: Method, parents: int, fixed: Mapping[str, Numbers]) -> Fixed:
-    """The parameters that what is prepared depends on, at the given values or their defaults."""
-    known = [parameter.name for parameter in method.parameters if not parameter.searched]
+    """The parameters that prepared arrays depend on, at the given values or their defaults."""
+    constants = [parameter.name for parameter in method.parameters if not parameter.searched]
     for name in fixed:
-        if name not in known:
-            raise InputError(where, f"fixed.{name}: {method.name} has no such constant{did_you_mean(name, known)}")
-    values = {name: _numbers(fixed[name]) if name in fixed else uniform_start(method, name, parents) for name in known}
-    return tuple((name, _checked(f"{where}: fixed", method, name, own, parents)) for name, own in values.items())
+        if name not in constants:
+            raise InputError(where, f"fixed.{name}: {method.name} has no such constant{did_you_mean(name, constants)}")
+    values = {
+        name: _numbers(fixed[name]) if name in fixed else uniform_start(method, name, parents) for name in constants
+    }
+    return tuple(
+        (name, _checked(f"{where}: fixed", method, name, numbers, parents)) for name, numbers in values.items()
+    )
 
 
 def _check_bounds(
@@ -154,10 +160,12 @@ def _check_bounds(
     fixed: dict[str, tuple[float, ...]],
     shares: Sequence[int],
 ) -> None:
-    """No corner of the bounds may have a value without a meaning (a DELLA density too near its epsilon, say). shares:
-    the gene of each parent."""
+    """Raises InputError where a corner of the bounds has a meaningless value (a DELLA density too near its epsilon,
+    say). shares: the gene of each parent."""
     parents = len(shares)
-    starts = {one.name: np.resize(one.start, max(shares) + 1)[np.array(shares)] for one in search_parameters}
+    starts = {
+        parameter.name: np.resize(parameter.start, max(shares) + 1)[np.array(shares)] for parameter in search_parameters
+    }
     for axis in search_parameters:
         if not method.parameter(axis.name).quantised:
             continue
@@ -182,13 +190,13 @@ def _checked(where: str, method: Method, name: str, values: tuple[float, ...], p
 
 
 def _axis(where: str, method: Method, name: str, bounds: Bounds, shares: Sequence[int]) -> SearchParameter:
-    """shares: the gene of each parent."""
+    """The searched parameter with its checked bounds and start. shares: the gene of each parent."""
     parameter, genes = method.parameter(name), max(shares) + 1
     low = parameter.low if bounds.low is None else bounds.low
     high = parameter.high if bounds.high is None else bounds.high
     for key, value in (("low", low), ("high", high)):
         number(f"{where}: parameters.{name}.{key}", parameter, value)
-    # As they are used: two numbers may be one in float32, and their difference none.
+    # Compared in float32, in which two numbers may be one, and their difference none.
     if not np.float32(low) < np.float32(high):
         raise InputError(where, f"parameters.{name}: low {low:g} is not below high {high:g}")
     if high - low > FLOAT32_MAX:

@@ -1,1 +1,2 @@
-"""Data files -> token batches, and what a model gave for them -> per-example scores. Knows no model and no search."""
+"""Data files -> token batches, and a model's responses to them -> per-example scores. Imports no model and no
+search."""

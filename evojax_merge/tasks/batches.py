@@ -1,10 +1,10 @@
 """Batching: rows of tokens -> arrays of a handful of shapes.
 
-What rows share is computed once. The *shared prefix* is the beginning that all rows of a task have in common (few-shot
-examples, say): it is prefilled once per candidate, and the batches hold what follows it. Scored rows of one example
-(the choices of a question) are packed into one row: their common prefix, and behind it each one's own tokens as a
-segment that attends to the prefix and to itself (tree attention). Packed rows are bucketed by length so that padding is
-least; inside a bucket all batches have one shape. The same batches serve every candidate of a run.
+Shared parts of rows are computed once. The *shared prefix* is the beginning that all rows of a task have in common
+(few-shot examples, say): it is prefilled once per candidate, and the batches hold the tokens behind it. Scored rows of
+one example (the choices of a question) are packed into one row: their common prefix, and behind it each one's own
+tokens as a segment that attends to the prefix and to itself (tree attention). Packed rows are bucketed by length so
+that padding is least; inside a bucket all batches have one shape. The same batches serve every candidate of a run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,16 +16,16 @@ import numpy as np
 
 from evojax_merge.tasks.task import Row
 
-# Buckets: as few as bring the padding below this share of the computed positions, between so few and so many.
+# Buckets: the least number, between these two, that brings the padding below this share of the computed positions.
 PADDING = 0.15
 BUCKETS = (4, 8)
-# Of prompts: a further bucket compiles their prefill once more, but not the decoding.
+# The share of padding for prompts: a further bucket compiles their prefill once more, but not the decoding.
 PROMPT_PADDING = 0.1
-# Widths are multiples of this; where rows are so short that it alone would be too much padding, of 1.
+# Widths are multiples of this step, or of 1 where rows are so short that the step alone would be too much padding.
 LENGTH_STEP = 8
 # A shorter shared prefix stays in the rows: prefilling it alone costs more.
 MIN_SHARED_PREFIX = 32
-# Padding: in segment_ids, and in a batch's row numbers.
+# Padding in segment_ids, and in a batch's row numbers.
 PAD = -1
 
 
@@ -41,7 +41,7 @@ class ScoredSpan:
 @dataclass(frozen=True)
 class PackedRow:
     """Rows that are computed together. positions: each token's position in its row, the shared prefix counted;
-    segment_ids: 0 for what all rows share, else the number of the row that it belongs to, from 1."""
+    segment_ids: 0 for tokens that all rows share, else the number of the token's row, from 1."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
@@ -57,9 +57,9 @@ class PackedRow:
 class ScoringBatch:
     """B packed rows with R = B x C scored spans. tokens, positions, segment_ids: int32[B, T].
 
-    Scored are `targets: int32[Q]`, predicted at `predict_at: int32[Q]`, columns of the flattened batch, where
-    `mask: bool[Q]`; `target_index: int32[R, S]`: which of the Q are a span's, Q where there is none. rows: int[R], the
-    number of each span's row.
+    Scored are `targets: int32[Q]`, predicted at `predict_at: int32[Q]`, columns of the flattened batch, where `mask:
+    bool[Q]`; `target_index: int32[R, S]`: the indices in Q of a span's targets, Q where there is none. rows: int[R],
+    the number of each span's row.
     """
 
     tokens: np.ndarray
@@ -78,12 +78,12 @@ class ScoringBatch:
 
     @property
     def padding(self) -> int:
-        """How many of them are padding."""
+        """The number of computed positions that are padding."""
         return int((self.segment_ids == PAD).sum())
 
     @property
     def compiled_shapes(self) -> list[Any]:
-        """The shapes of the program that is compiled for it."""
+        """The shapes of the program that is compiled for the batch."""
         return [tuple(array.shape for array in vars(self).values())]
 
 
@@ -113,17 +113,18 @@ class PromptBatch:
 
     @property
     def computed(self) -> int:
-        """Token positions that its prefill computes, padding included."""
+        """Token positions that the batch's prefill computes, padding included."""
         return sum((part.end - part.begin) * part.width for part in self.prefill_groups)
 
     @property
     def padding(self) -> int:
-        """How many of them are padding."""
+        """The number of computed positions that are padding."""
         return self.computed - int((self.tokens.shape[1] - self.left_pad[self.rows != PAD]).sum())
 
     @property
     def compiled_shapes(self) -> list[Any]:
-        """The shapes of the programs that are compiled for it: groups are prefilled, and all decoded together."""
+        """The shapes of the programs that are compiled for the batch: groups are prefilled, and all decoded
+        together."""
         return [self.tokens.shape, *((part.end - part.begin, part.width, "read") for part in self.prefill_groups)]
 
 
@@ -132,8 +133,8 @@ Batch = TypeVar("Batch", ScoringBatch, PromptBatch)
 
 @dataclass(frozen=True)
 class Batches(Generic[Batch]):
-    """shared_prefix: int32[H], the beginning of every row; tokens: how many a model would compute for the rows one by
-    one."""
+    """Batches of a task's rows. shared_prefix: int32[H], the beginning of every row; tokens: the number of tokens that
+    a model would compute for the rows one by one."""
 
     shared_prefix: np.ndarray
     batches: tuple[Batch, ...]
@@ -146,25 +147,25 @@ class Batches(Generic[Batch]):
 
     @property
     def padding(self) -> int:
-        """How many of them are padding."""
+        """The number of computed positions that are padding."""
         return sum(batch.padding for batch in self.batches)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What rows share
+# Shared parts of rows
 
 
 def common_prefix_length(rows: Sequence[tuple[int, ...]]) -> int:
-    """How many tokens all of them begin with."""
-    # Between the least and the greatest in order lie all others.
+    """The number of tokens that all rows begin with."""
+    # All others lie between the least and the greatest in order.
     low, high = min(rows), max(rows)
     same = (i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
     return next(same, min(len(low), len(high)))
 
 
 def shared_prefix_length(rows: Sequence[Row]) -> int:
-    """How much of their beginning all rows share; 0 where it would not pay. At least one token is left before the
-    first target, so that whatever is predicted is predicted at a column of the row itself."""
+    """The length of the beginning that all rows share; 0 where sharing it would not pay. At least one token is left
+    before the first target, so that every target is predicted at a column of its own row."""
     if len(rows) < 2:
         return 0
     length = min(common_prefix_length([row.tokens for row in rows]), min(row.start for row in rows) - 1)
@@ -175,19 +176,21 @@ def pack_rows(rows: Sequence[Row], shared_prefix: int, pack: bool = True) -> lis
     """Rows without their shared prefix, those of one example packed together; `pack` False: each alone."""
     numbered = list(enumerate(rows))
     if not pack:
-        return [_packed_row([one], shared_prefix) for one in numbered]
-    groups = [list(group) for _, group in groupby(numbered, key=lambda one: one[1].example)]
+        return [_packed_row([numbered_row], shared_prefix) for numbered_row in numbered]
+    groups = [list(group) for _, group in groupby(numbered, key=lambda numbered_row: numbered_row[1].example)]
     packed_rows = []
     for group in groups:
         shared = _example_prefix_length(group, shared_prefix)
         packed_rows += (
-            [_packed_row(group, shared_prefix)] if shared else [_packed_row([one], shared_prefix) for one in group]
+            [_packed_row(group, shared_prefix)]
+            if shared
+            else [_packed_row([numbered_row], shared_prefix) for numbered_row in group]
         )
     return packed_rows
 
 
 def _example_prefix_length(group: Sequence[tuple[int, Row]], shared_prefix: int) -> int:
-    """How many tokens behind the shared prefix a group of rows has in common, no target among them."""
+    """The number of tokens behind the shared prefix that a group of rows has in common, no target among them."""
     rows = [row for _, row in group]
     if len(rows) == 1:
         return rows[0].start - shared_prefix
@@ -200,14 +203,14 @@ def _packed_row(group: Sequence[tuple[int, Row]], shared_prefix: int) -> PackedR
     positions, segment_ids, spans = list(range(shared_prefix, shared_prefix + example_prefix)), [0] * example_prefix, []
     for segment, (number, row) in enumerate(group, start=1):
         # The last token is only predicted.
-        own = row.tokens[shared_prefix + example_prefix : -1]
+        suffix = row.tokens[shared_prefix + example_prefix : -1]
         # Token i of the row stands in this column.
-        columns = [*range(example_prefix), *range(len(tokens), len(tokens) + len(own))]
+        columns = [*range(example_prefix), *range(len(tokens), len(tokens) + len(suffix))]
         predicted_at = tuple(columns[i - shared_prefix - 1] for i in range(row.start, len(row.tokens)))
         spans.append(ScoredSpan(number, predicted_at, row.tokens[row.start :]))
-        tokens += own
+        tokens += suffix
         positions += range(shared_prefix + example_prefix, len(row.tokens) - 1)
-        segment_ids += [segment] * len(own)
+        segment_ids += [segment] * len(suffix)
     return PackedRow(tuple(tokens), tuple(positions), tuple(segment_ids), tuple(spans))
 
 
@@ -216,8 +219,8 @@ def _packed_row(group: Sequence[tuple[int, Row]], shared_prefix: int) -> PackedR
 
 
 def bucket_widths(lengths: np.ndarray, buckets: int, step: int) -> list[int]:
-    """At most `buckets` widths, multiples of `step`, into which rows of these lengths go with the least padding (exact,
-    by dynamic programming over the distinct widths)."""
+    """At most `buckets` widths, multiples of `step`, that pad rows of these lengths the least (exact, by dynamic
+    programming over the distinct widths)."""
     widths, counts = np.unique(-(-np.asarray(lengths) // step) * step, return_counts=True)
     total = np.concatenate([[0], np.cumsum(counts)])
     # best[i]: the least cells for the first i widths with the buckets so far, and where the last bucket began.
@@ -252,13 +255,13 @@ def batch_shapes(
     splits: Sequence[np.ndarray], tokens_per_batch: int, padding: float, most_rows: int | None = None,
     merge_tokens: int = 0,
 ) -> list[Shape]:  # fmt: skip
-    """Shapes for rows of the lengths of several splits, which then share what is compiled: batches of about
-    `tokens_per_batch` tokens and at most so many rows, of sizes that fill the batches of the first split best. As few
-    widths as keep its padding below this share, or those that come nearest to it; where every batch costs as much as
-    `merge_tokens` tokens besides, those that cost least."""
+    """Shapes for rows of the lengths of several splits, which then share compiled programs: batches of about
+    `tokens_per_batch` tokens and at most `most_rows` rows, of sizes that fill the batches of the first split best. The
+    fewest widths that keep its padding below this share, or those that come nearest to it; where every batch costs as
+    much as `merge_tokens` tokens besides, those that cost least."""
     everything, lengths = np.concatenate(splits), splits[0]
     numbers = range(1 if merge_tokens else BUCKETS[0], BUCKETS[1] + 1)
-    found = []
+    options = []
     for buckets, step in [(numbers[0], LENGTH_STEP), *((buckets, 1) for buckets in numbers)]:
         shapes, cells, above = [], 0, 0
         for width in bucket_widths(everything, buckets, step):
@@ -267,15 +270,15 @@ def batch_shapes(
             shapes.append(Shape(above, width, _full_size(max(1, count), most, merge_tokens / width)))
             cells += -(-count // shapes[-1].size) * (shapes[-1].size * width + merge_tokens)
             above = width
-        found.append((cells, shapes))
+        options.append((cells, shapes))
         if not merge_tokens and cells * (1 - padding) <= lengths.sum():
             break
-    return min(found, key=lambda one: one[0])[1]
+    return min(options, key=lambda option: option[0])[1]
 
 
 def _full_size(count: int, most: int, more_rows: float) -> int:
-    """The batch size, between half of `most` and `most`, with which `count` rows take the fewest, the room that is left
-    in the last batch counted, and `more_rows` for each batch."""
+    """The batch size, between half of `most` and `most`, with which `count` rows take the fewest rows in all, counting
+    the unused room in the last batch, and `more_rows` for each batch."""
     most = min(count, most)
     return min(range(most, most // 2, -1), key=lambda size: -(-count // size) * (size + more_rows))
 
@@ -294,26 +297,26 @@ def _grouped(lengths: np.ndarray, shapes: Sequence[Shape]) -> Iterator[tuple[Sha
 
 @dataclass(frozen=True)
 class ScoringShapes:
-    """What the batches of a task's scored rows are like. shared_prefix: how many tokens all rows begin with; pack:
-    whether rows of one example are packed together; limits: of each shape how many spans a packed row has, how many
-    targets a batch, and how many targets a span, at most."""
+    """The shapes of the batches of a task's scored rows. shared_prefix: the number of tokens that all rows begin with;
+    pack: whether rows of one example are packed together; limits: for each shape the most spans of a packed row, the
+    most targets of a batch, and the most targets of a span."""
 
     shared_prefix: int
     pack: bool
     limits: Mapping[Shape, tuple[int, int, int]]
 
     def for_any(self, rows: Sequence[Row]) -> "ScoringShapes":
-        """The same with room for whichever of the rows a batch holds."""
+        """The same shapes with room for any of the rows in a batch."""
         packed_rows = pack_rows(rows, self.shared_prefix, self.pack)
         lengths = np.array([len(packed.tokens) for packed in packed_rows])
         limits = {}
         for shape, (spans, scored, longest) in self.limits.items():
-            own = [packed_rows[i] for i in np.flatnonzero((lengths > shape.above) & (lengths <= shape.width))]
-            most = sum(sorted((packed.scored for packed in own), reverse=True)[: shape.size])
+            fitting = [packed_rows[i] for i in np.flatnonzero((lengths > shape.above) & (lengths <= shape.width))]
+            most = sum(sorted((packed.scored for packed in fitting), reverse=True)[: shape.size])
             limits[shape] = (
-                max([spans, *(len(packed.spans) for packed in own)]),
+                max([spans, *(len(packed.spans) for packed in fitting)]),
                 max(scored, _step_up(most)),
-                max([longest, *(len(span.columns) for packed in own for span in packed.spans)]),
+                max([longest, *(len(span.columns) for packed in fitting for span in packed.spans)]),
             )
         return replace(self, limits=limits)
 
@@ -322,8 +325,8 @@ def scoring_batches(
     splits: Sequence[Sequence[Row]], tokens_per_batch: int, pack: bool = True, share: bool = True,
     merge_tokens: int = 0,
 ) -> list[Batches[ScoringBatch]]:  # fmt: skip
-    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed
-    row; `share` False: nor a prefix. merge_tokens: as how many tokens each batch costs besides."""
+    """Scored rows of several splits of a task, in batches of the same shapes. `pack` False: no row shares a packed row;
+    `share` False: nor a prefix. merge_tokens: the cost of each batch besides, in tokens."""
     shapes = scoring_shapes(splits, tokens_per_batch, pack, share, merge_tokens)
     return [fill_scoring_batches(rows, shapes) for rows in splits]
 
@@ -391,19 +394,19 @@ def _scoring_batch(group: Sequence[PackedRow], shape: Shape, spans: int, scored:
         batch.tokens[b, :count], batch.positions[b, :count] = packed.tokens, packed.positions
         batch.segment_ids[b, :count] = packed.segment_ids
         for c, span in enumerate(packed.spans):
-            own = slice(filled, filled + len(span.columns))
-            filled = own.stop
-            batch.predict_at[own] = b * shape.width + np.array(span.columns)
-            batch.targets[own], batch.mask[own] = span.targets, True
-            batch.target_index[b * spans + c, : len(span.columns)] = range(own.start, own.stop)
+            span_slice = slice(filled, filled + len(span.columns))
+            filled = span_slice.stop
+            batch.predict_at[span_slice] = b * shape.width + np.array(span.columns)
+            batch.targets[span_slice], batch.mask[span_slice] = span.targets, True
+            batch.target_index[b * spans + c, : len(span.columns)] = range(span_slice.start, span_slice.stop)
             batch.rows[b * spans + c] = span.row
     return batch
 
 
 @dataclass(frozen=True)
 class PromptShapes:
-    """What the batches of a task's prompts are like. shared_prefix: how many tokens all prompts begin with; groups: the
-    shapes of what is prefilled together; size: how many rows a batch has."""
+    """The shapes of the batches of a task's prompts. shared_prefix: the number of tokens that all prompts begin with;
+    groups: the shapes of the groups that are prefilled together; size: the number of rows of a batch."""
 
     shared_prefix: int
     groups: tuple[Shape, ...]
@@ -429,7 +432,7 @@ def prompt_shapes(
     most = max(1, tokens_per_batch // (_step_up(max(int(count.max()) for count in lengths)) + new))
     shapes = batch_shapes(lengths, tokens_per_part, PROMPT_PADDING, most)
     first = list(_grouped(lengths[0], shapes))
-    # As many rows as fill the first split's batches best.
+    # The number of rows that fills the first split's batches best.
     size = max(shape.size for shape in shapes)
     while size < most and len(_packed(first, size)) > len(_packed(first, most)):
         size += 1
@@ -454,7 +457,7 @@ PromptGroup = tuple[Shape, np.ndarray]
 
 
 def _packed(prefill_groups: Sequence[PromptGroup], size: int) -> list[list[PromptGroup]]:
-    """Parts in groups of at most `size` rows, in their order."""
+    """Groups of rows in batches of at most `size` rows, in their order."""
     groups: list[list[PromptGroup]] = []
     room = 0
     for shape, members in prefill_groups:
@@ -480,7 +483,7 @@ def _prompt_batch(
     )
     for part, (_, members) in zip(batch.prefill_groups, group, strict=True):
         for b, r in enumerate(members, start=part.begin):
-            own = rows[r].tokens[shared_prefix:]
-            batch.tokens[b, width - len(own) :] = own
-            batch.left_pad[b], batch.rows[b] = width - len(own), r
+            tokens = rows[r].tokens[shared_prefix:]
+            batch.tokens[b, width - len(tokens) :] = tokens
+            batch.left_pad[b], batch.rows[b] = width - len(tokens), r
     return batch

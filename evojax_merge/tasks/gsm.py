@@ -49,11 +49,11 @@ NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Style:
-    """How a problem is put, and how its answer is found and compared.
+    """The prompt of a problem, and the extraction and comparison of its answer.
 
     `prompt` has `{question}` where the problem goes. `strict`: a regular expression whose first match is the answer.
-    `ignored`: what is taken out of both answers, one expression after the other, before they are compared. `labels`:
-    with which words a data set's own worked examples begin their questions and answers.
+    `ignored`: expressions whose matches are removed from both answers, one after the other, before they are compared.
+    `labels`: the words with which a data set's own worked examples begin their questions and answers.
     """
 
     prompt: str
@@ -98,8 +98,8 @@ STYLES = {
 class GsmConfig(TaskConfig):
     """Worked problems with a number as answer, as in GSM8K and MGSM.
 
-    `heldout` may name a second source. `style`: by the data's fields where there is none. None of the `num_fewshot`
-    examples is scored.
+    `heldout` may name a second source. `style`: chosen by the data's fields where there is none. The `num_fewshot`
+    examples are not scored.
     """
 
     kind: Literal["gsm"] = Field(description="the kind of task")
@@ -140,13 +140,14 @@ class GsmConfig(TaskConfig):
 
     @model_serializer(mode="wrap")
     def _without_default_metric(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without a metric that nobody asked for: the task is the one that it was before there were several."""
+        """Leave out the default metric, so that the section of a task without one stays the same."""
         return {key: value for key, value in serialise(self).items() if (key, value) != ("metric", "accuracy")}
 
 
 @dataclass(frozen=True)
 class WordProblem:
-    """`answer`: the worked answer, None where the data has none; `number`: the wanted number as it is written."""
+    """A problem. `answer`: the worked answer, None where the data has none; `number`: the wanted number as it is
+    written."""
 
     question: str
     answer: str | None
@@ -157,8 +158,8 @@ class WordProblem:
 @dataclass(frozen=True)
 class GsmTask(TaskDefaults):
     """A task (tasks.task) of worked problems. `fewshot_examples`: the problems that are shown with their answers before
-    every question, the same for all, as turns of the chat where `chat`. `system`: what a chat begins with.
-    `sources`: the config's keys that name sources, with these, files by their absolute paths."""
+    every question, the same for all, as turns of the chat where `chat`. `system`: the beginning of a chat. `sources`:
+    the config's keys that name sources, with these, files by their absolute paths."""
 
     name: str
     weight: float
@@ -215,8 +216,8 @@ class GsmTask(TaskDefaults):
         return token_ids(tokenizer, text, add_special_tokens=False)
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
-        """`strict` and `flexible`: is the number right; `language`, where one is wanted: is the output in it;
-        `accuracy`: all that is asked of an output; `brevity`, where that is the metric. float32[P, N] each."""
+        """`strict` and `flexible`: whether the number is right; `language`, where one is wanted: whether the output is
+        in it; `accuracy`: whether both are as asked; `brevity`, where that is the metric. float32[P, N] each."""
         wanted = [comparable(self.style, problem.number) for problem in self.problems]
         # Candidates often agree: each distinct output is judged once.
         outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
@@ -233,16 +234,16 @@ class GsmTask(TaskDefaults):
     def _judge(self, text: str, wanted: str) -> Mapping[str, bool]:
         right: dict[str, bool] = {}
         for match in MATCHES:
-            found = find_answer(self.style, match, text, f"task {self.name}")
-            right[match] = found is not None and comparable(self.style, found) == wanted
+            answer = find_answer(self.style, match, text, f"task {self.name}")
+            right[match] = answer is not None and comparable(self.style, answer) == wanted
         if self.language is None:
             return {**right, "accuracy": right[self.match]}
         language_ok = language_of(text) == self.language
         return {**right, "language": language_ok, "accuracy": right[self.match] and language_ok}
 
     def companion(self) -> TextTask | None:
-        """The likelihood of the worked answers, where the data have them. Not of a chat, whose turns a template
-        writes, nor for an output's length."""
+        """The likelihood of the worked answers, where the data have them. None for a chat, whose turns a template
+        writes, and for an output's length."""
         if self.metric != "accuracy" or self.chat or any(problem.answer is None for problem in self.problems):
             return None
         examples = [
@@ -268,7 +269,7 @@ class GsmTask(TaskDefaults):
         return find_answer(self.style, self.match, outputs[0], f"task {self.name}")
 
     def contents(self) -> list[tuple[tuple[str, str], Place]]:
-        return [((one.question, one.number), (one.where, 0)) for one in self.problems]
+        return [((problem.question, problem.number), (problem.where, 0)) for problem in self.problems]
 
     def paths(self) -> dict[str, str]:
         return dict(self.sources)
@@ -279,7 +280,7 @@ class GsmTask(TaskDefaults):
 
 
 def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
-    """The task on the problems of one source. Raises InputError for what config or sources cannot mean."""
+    """The task on the problems of one source. Raises InputError for a meaningless config or source."""
     where = opening.where
     if config.style is not None and config.style not in STYLES:
         raise InputError(f"{where}.style", f"unknown style {config.style!r}{did_you_mean(config.style, STYLES)}")
@@ -308,7 +309,7 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     check_stop(where, style.stop)
     for key, text in (("prompt", style.prompt), ("system_instruction", config.system_instruction)):
         check_characters(f"{where}.{key}", text or "")
-    # A problem whose answer is shown is none, wherever it comes from.
+    # A problem whose answer is shown is not scored, wherever it comes from.
     seen = {shot.question for shot in fewshot_examples}
     problems = tuple(p for p in map(read_problem, scored.records) if p.question not in seen)
     if not problems:
@@ -339,8 +340,8 @@ def read_problem(record: Record) -> WordProblem:
     fields = record.fields
     question, answer = fields.get("question"), fields.get("answer")
     if not isinstance(question, str) or not question.strip():
-        known = ", ".join(map(str, fields))
-        raise InputError(record.where, f"question: expected a text, found {question!r} (the record has {known})")
+        keys = ", ".join(map(str, fields))
+        raise InputError(record.where, f"question: expected a text, found {question!r} (the record has {keys})")
     if answer is not None and not isinstance(answer, str):
         raise InputError(record.where, f"answer: expected a worked answer that ends in '#### number', found {answer!r}")
     given = fields.get("answer_number")
@@ -357,7 +358,7 @@ def read_problem(record: Record) -> WordProblem:
 
 
 def _written(number: Any) -> str:
-    """parquet and pandas make floats of whole numbers where one is missing."""
+    """A number as text. Parquet and pandas make floats of whole numbers where one is missing."""
     return str(int(number)) if isinstance(number, float) and number.is_integer() else str(number).strip()
 
 
@@ -373,19 +374,19 @@ def first_worked(where: str, source: Source, count: int) -> tuple[WordProblem, .
 
 
 def is_test_set(source: str) -> bool:
-    """Whether models are compared by the source, so that a search on it makes the comparison worthless."""
+    """Return whether models are compared by the source, so that a search on it makes the comparison worthless."""
     return re.fullmatch(r"hub:.*gsm.*:test", source, re.IGNORECASE) is not None
 
 
 def style_of(records: Sequence[Record], language: str | None) -> str:
-    """The style that data ask for by their fields."""
+    """The style that the fields of the data ask for."""
     if "answer_number" not in records[0].fields:
         return "gsm8k"
     return f"mgsm_{language if language in MGSM else 'en'}"
 
 
 def format_question(style: Style, problem: WordProblem) -> str:
-    """A question as it is asked. MGSM's own worked examples bring the word for it along."""
+    """A question with its prompt. MGSM's own worked examples bring the word for it along."""
     prompt = style.prompt
     if style.labels is not None and problem.question.startswith(style.labels[0]):
         prompt = prompt.replace(f"{style.labels[0]} {{question}}", "{question}")
@@ -402,7 +403,7 @@ def format_solution(style: Style, problem: WordProblem) -> str:
 
 
 def _after(style: Style, problem: WordProblem) -> str:
-    """The worked answer as it follows the prompt."""
+    """The worked answer with the space that separates it from the prompt."""
     return format_solution(style, problem) if style.prompt[-1:].isspace() else f" {format_solution(style, problem)}"
 
 
@@ -411,20 +412,20 @@ def _after(style: Style, problem: WordProblem) -> str:
 
 
 def find_answer(style: Style, match: Match, text: str, where: str = "tasks") -> str | None:
-    """The answer in an output: of several groups of the pattern the first that is not empty. `where` names the task
+    """The answer in an output: among several groups of the pattern the first that is not empty. `where` names the task
     in messages."""
-    found = find_all(where, style.strict, text) if match == "strict" else list(re.finditer(FLEXIBLE, text))
-    if not found:
+    matches = find_all(where, style.strict, text) if match == "strict" else list(re.finditer(FLEXIBLE, text))
+    if not matches:
         return None
-    chosen = found[0 if match == "strict" else -1]
+    chosen = matches[0 if match == "strict" else -1]
     groups = chosen.groups("")
-    # One group that is empty is an answer, of several the first that is not, as in the harness.
+    # A single empty group is an answer; among several the first that is not empty is, as in the harness.
     answer = next((group for group in groups if group), None) if len(groups) > 1 else chosen[len(groups)]
     return None if answer is None else str(answer).strip()
 
 
 def comparable(style: Style, answer: str) -> str:
-    """What is left of an answer for the comparison."""
+    """An answer without the parts that the comparison ignores."""
     for pattern in style.ignored:
         answer = re.sub(pattern, "", answer)
     answer = answer.lower()

@@ -41,7 +41,7 @@ from evojax_merge.tasks.task import (
 )
 from evojax_merge.tasks.task_folders import Templates, check_is_data, read_folder, rendered_apart
 
-# What the harness's own command line seeds few-shot sampling with, and Python's and NumPy's generators.
+# The seeds of the harness's own command line for few-shot sampling, Python's and NumPy's generators.
 FEWSHOT_SEED, PYTHON_SEED, NUMPY_SEED = 1234, 0, 1234
 DEFAULT_NEW_TOKENS = 256
 
@@ -87,22 +87,25 @@ class HarnessConfig(TaskConfig):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        own = value.get("lm_eval") if isinstance(value, dict) else None
-        # One that is no name is said by its own key.
-        return {"name": own} | value if isinstance(own, str) and own.isprintable() and 0 < len(own) <= 200 else value
+        lm_eval = value.get("lm_eval") if isinstance(value, dict) else None
+        # A text that is no valid name is reported under its own key.
+        return (
+            {"name": lm_eval} | value
+            if isinstance(lm_eval, str) and lm_eval.isprintable() and 0 < len(lm_eval) <= 200
+            else value
+        )
 
     @model_serializer(mode="wrap")
     def _without_default(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A task that may run no code is the one that it was before there was the key."""
+        """Leave out the default, so that the section of a task that may run no code stays the same."""
         return {key: value for key, value in serialise(self).items() if (key, value) != ("allow_code", False)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the harness is to build its requests. `allow_code`: whether a task of `include_path` may run code; `docs`:
-    only the first so many examples, its `--limit`; `split` train: the training examples instead of those that the task
-    is scored on; the others are as the harness has them.
-    """
+    """The options with which the harness builds its requests. `allow_code`: whether a task of `include_path` may run
+    code; `docs`: only the first so many examples, its `--limit`; `split` train: the training examples instead of those
+    that the task is scored on; the others have the harness's meaning."""
 
     include_path: Path | None = None
     allow_code: bool = False
@@ -116,12 +119,11 @@ class Options:
 
 @dataclass
 class Source:
-    """A task of the harness, loaded once, whatever is asked of it and by how many candidates. `where` names it in
-    messages.
+    """A task of the harness, loaded once for all requests and candidates. `where` names it in messages.
 
-    `templates`: what renders the templates of a task that may run no code; None: the harness does. `kept`: its requests
-    by example, with the tokenizer whose chat template is in them. `rows`: how many rows of tokens
-    each request of an example became when it was last asked.
+    `templates`: renders the templates of a task that may run no code; None: the harness does. `kept`: its requests by
+    example, with the tokenizer whose chat template is in them. `rows`: the number of rows of tokens that each request
+    of an example became when it was last asked.
     """
 
     where: str
@@ -142,7 +144,7 @@ class Source:
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
-        """Around what the task makes of answers. Where it is data alone, its failure is one of the input."""
+        """Encloses the task's work on answers. A task that is data alone is an input: its failure raises InputError."""
         try:
             with _running(self.where, self.templates):
                 yield
@@ -159,8 +161,8 @@ class Source:
         options, chat = self.options, None
         if tokenizer is not None:
             if not tokenizer.chat_template:
-                said = "the models' tokenizer has no chat template; say apply_chat_template: false"
-                raise InputError(self.where, f"apply_chat_template: {said}")
+                problem = "the models' tokenizer has no chat template; say apply_chat_template: false"
+                raise InputError(self.where, f"apply_chat_template: {problem}")
             chat = functools.partial(_chat, tokenizer)
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
@@ -251,9 +253,9 @@ class HarnessTask(TaskDefaults):
         return TaskRequests(tuple(scored), tuple(prompts), new, stop)
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
-        """`metric,filter` -> float32[P, N]. What the harness wants low is negated. A perplexity is given as the
-        log-probability behind it, weighted so that the mean over examples is that of a word (or byte) of the set;
-        `bits_per_byte` is negated likewise."""
+        """`metric,filter` -> float32[P, N]. Metrics of which the harness wants low values are negated. A perplexity is
+        given as the log-probability behind it, weighted so that the mean over examples is that of a word (or byte) of
+        the set; `bits_per_byte` is negated likewise."""
         population = max(len(responses.totals), len(responses.texts))
         given = [self._given(responses, p) for p in range(population)]
         # Candidates often agree: every distinct set of answers to an example is scored once.
@@ -263,7 +265,7 @@ class HarnessTask(TaskDefaults):
                 if answer is not None:
                     distinct.setdefault((n, answer), {})
         self._process(distinct)
-        names = {self.metric: None} | {name: None for found in distinct.values() for name in found}
+        names = {self.metric: None} | {name: None for metrics in distinct.values() for name in metrics}
         values = {name: np.full((population, self.size), np.nan, object) for name in names}
         for p, row in enumerate(given):
             for n, answer in enumerate(row):
@@ -278,8 +280,8 @@ class HarnessTask(TaskDefaults):
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
         if self._fallback is None or self.source.kept is None or not texts:
             return None
-        found = self._filtered(self.examples, texts)
-        return f"the filter {self._filter.name}" if all(answer == self._fallback for answer in found) else None
+        answers = self._filtered(self.examples, texts)
+        return f"the filter {self._filter.name}" if all(answer == self._fallback for answer in answers) else None
 
     def target(self, example: int) -> str | None:
         assert self.source.kept is not None, "asked before it is scored"
@@ -291,8 +293,8 @@ class HarnessTask(TaskDefaults):
         return None if target is None else str(target)
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
-        found = self._filtered([self.examples[example]], outputs)
-        return None if not found or found[0] == self._fallback else str(found[0])
+        answers = self._filtered([self.examples[example]], outputs)
+        return None if not answers or answers[0] == self._fallback else str(answers[0])
 
     @property
     def _filter(self) -> Any:
@@ -302,30 +304,32 @@ class HarnessTask(TaskDefaults):
 
     @property
     def _fallback(self) -> Any:
-        """What the filter gives where it finds nothing; None: it always finds something."""
+        """The filter's result where it has no match; None: it always has one."""
         steps = [make() for make in self._filter.filters]
         return next((step.fallback for step in reversed(steps) if hasattr(step, "fallback")), None)
 
     def _filtered(self, examples: Sequence[int], texts: Sequence[str]) -> list[Any]:
-        """What the filter makes of outputs for these examples of the source, those of one candidate before the next's.
-        One that is alone in a list is taken out of it."""
+        """The filter's results on outputs for these examples of the source, those of one candidate before the next's. A
+        list of one result is replaced by that result."""
         assert self.source.kept is not None, "asked before it is scored"
         instances = self.source.kept[1]
-        requests = [one for e in examples for one in instances[e] if one.request_type == "generate_until"]
+        requests = [
+            instance for e in examples for instance in instances[e] if instance.request_type == "generate_until"
+        ]
         filled = [replace(requests[i % len(requests)], resps=[text], filtered_resps={}) for i, text in enumerate(texts)]
         if not filled:
             return []
         with self.source.scoring():
             self._filter.apply(filled)
-        found = [request.filtered_resps[self._filter.name] for request in filled]
-        return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in found]
+        answers = [request.filtered_resps[self._filter.name] for request in filled]
+        return [answer[0] if isinstance(answer, list) and len(answer) == 1 else answer for answer in answers]
 
     def paths(self) -> dict[str, str]:
         include = self.source.options.include_path
         return {} if include is None else {"include_path": str(include)}
 
     def _given(self, responses: Responses, p: int) -> list[tuple[Any, ...] | None]:
-        """Candidate p's answers by example, as the harness's models give them; None where one is not finite."""
+        """Candidate p's answers by example, in the form of the harness's models; None where an answer is not finite."""
         assert self.source.kept is not None, "asked before it is scored"
         totals, greedy = responses.totals[p], responses.greedy[p]
         rows, text, result = 0, 0, []
@@ -337,8 +341,8 @@ class HarnessTask(TaskDefaults):
                     text += 1
                     continue
                 total = float(totals[rows : rows + count].sum(dtype=np.float64))
-                one = request.request_type == "loglikelihood"
-                answer.append((total, bool(greedy[rows])) if one else total)
+                is_single = request.request_type == "loglikelihood"
+                answer.append((total, bool(greedy[rows])) if is_single else total)
                 rows += count
             numbers = [a[0] if isinstance(a, tuple) else a for a in answer if not isinstance(a, str)]
             result.append(tuple(answer) if np.isfinite(numbers).all() else None)
@@ -360,17 +364,17 @@ class HarnessTask(TaskDefaults):
         with self.source.scoring():
             for pipeline in self.source.task._filters:
                 pipeline.apply(together)
-        for group, found in zip(filled, distinct.values(), strict=True):
+        for group, values in zip(filled, distinct.values(), strict=True):
             for name in group[0].filtered_resps:
                 with self.source.scoring(), self._limit():
                     # A task's own function may change the document that it is given.
                     metrics = self.source.task.process_results(
                         copy.copy(group[0].doc), [request.filtered_resps[name] for request in group]
                     )
-                found |= {f"{metric},{name}": value for metric, value in metrics.items()}
+                values |= {f"{metric},{name}": value for metric, value in metrics.items()}
 
     def _limit(self) -> contextlib.AbstractContextManager[None]:
-        """Around the scoring of one example: what a task that runs no code looks for has an end."""
+        """Limits the time of scoring one example, where the task may run no code."""
         return contextlib.nullcontext() if self.source.templates is None else time_limit(SECONDS)
 
     def _matrix(self, metric: str, values: np.ndarray) -> np.ndarray | None:
@@ -394,7 +398,8 @@ class HarnessTask(TaskDefaults):
 
 
 def open_task(config: HarnessConfig, opening: Opening) -> HarnessTask:
-    """The task of the harness that the config names. Raises InputError for what config or harness do not have."""
+    """The task of the harness that the config names. Raises InputError for a task that the harness does not have, or
+    options that the task does not have."""
     where, include = opening.where, None
     if config.include_path is not None:
         include = (opening.folder / os.path.expanduser(config.include_path)).resolve()
@@ -421,12 +426,12 @@ KIND = TaskKind(HarnessConfig, open_task, source="lm_eval", key="lm_eval", test_
 def open_harness(
     where: str, lm_eval: str, metric: str | None, name: str, weight: float, options: Options
 ) -> HarnessTask:
-    """A task of the harness by its name there. Raises InputError for what it does not have."""
+    """A task of the harness by its name there. Raises InputError for an unknown task, metric or split."""
     manager, files, templates = _find(where, lm_eval, options)
     try:
         with lm_eval_context(), _running(lm_eval, templates):
             (task,) = manager.load([lm_eval])["tasks"].values()
-            # Else an expression that is none would be found when the first outputs are scored.
+            # Otherwise an invalid expression would only be noticed when the first outputs are scored.
             for pipeline in task._filters:
                 for make in pipeline.filters:
                     make()
@@ -442,7 +447,7 @@ def open_harness(
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(where, f"lm_eval: {lm_eval} runs code that the model writes; not supported")
     configured = task.get_config("num_fewshot")
-    # A task that says 0 itself keeps it, as in the harness.
+    # A task that sets 0 itself keeps it, as in the harness.
     task.set_config("num_fewshot", (configured or 0) if configured == 0 or options.num_fewshot is None
                     else options.num_fewshot)  # fmt: skip
     if options.split == "train":
@@ -456,8 +461,8 @@ def open_harness(
 
 
 def _limited(where: str, make: Callable[[], Any]) -> Any:
-    """A step of a filter. Where it is one of the harness's own that look for an expression, looking has an end, as for
-    the patterns of other tasks."""
+    """A step of a filter. The harness's own steps that look for an expression get a time limit, like the patterns of
+    other tasks."""
     step = make()
     if type(step).__module__ == "lm_eval.filters.extraction" and isinstance(getattr(step, "regex", None), re.Pattern):
         step.regex = LimitedRegex(where, step.regex)
@@ -465,12 +470,12 @@ def _limited(where: str, make: Callable[[], Any]) -> Any:
 
 
 def is_benchmark(lm_eval: str) -> bool:
-    """Whether models are compared by the task, so that a search on it makes the comparison worthless."""
+    """Return whether models are compared by the task, so that a search on it makes the comparison worthless."""
     return re.match(rf"({'|'.join(map(re.escape, BENCHMARKS))})(?![a-z])", lm_eval.lower()) is not None
 
 
 def _harness(where: str) -> None:
-    """Import the harness, without its chatter."""
+    """Import the harness, with its logs and progress bars off."""
     try:
         import datasets
         import lm_eval.tasks  # noqa: F401
@@ -494,8 +499,8 @@ def default_task_manager() -> Any:
 
 
 def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...], Templates | None]:
-    """The manager that knows a task, of `include_path` first; the files that the task is made of; and what renders its
-    templates, as for Source. Raises InputError for a task of `include_path` that may run no code, and would."""
+    """The manager that has a task, of `include_path` first; the files that the task is made of; and the renderer of its
+    templates (see Source). Raises InputError for a task of `include_path` that would run code and may not."""
     _harness(where)
     from lm_eval.tasks import TaskManager
 
@@ -507,13 +512,13 @@ def _find(where: str, name: str, options: Options) -> tuple[Any, tuple[Path, ...
         if not options.allow_code:
             templates = Templates(f"{where}: lm_eval: {name}")
             check_is_data(templates.where, entry.cfg)
-            # The harness takes what was looked at, and reads no file again.
+            # The harness takes the checked config, and reads no file again.
             entry = replace(entry, yaml_path=None)
         manager = TaskManager(include_defaults=False)
         manager.task_index[name] = entry
         return manager, files, templates
     if name in unreadable:
-        # YAMLs are mostly called as their tasks are.
+        # A YAML's name is mostly that of its task.
         raise unreadable[name]
     manager = default_task_manager()
     if name in manager.task_index:
@@ -539,7 +544,7 @@ def _members(entry: Any) -> str:
 
 
 def _train(where: str, name: str, task: Any) -> None:
-    """Let the task's examples be those of its training split, of which none is shown as an example for itself."""
+    """Let the task's examples be those of its training split; none is shown as a few-shot example for itself."""
     training = task.get_config("training_split")
     if training is None:
         raise InputError(where, f"split: {name} has no training split")
@@ -549,31 +554,31 @@ def _train(where: str, name: str, task: Any) -> None:
 
 
 def _metric(where: str, task: Any, wanted: str | None) -> str:
-    """`metric,filter` as wanted; without a filter the first of them, without either the first that there is."""
+    """The wanted `metric,filter`; without a filter the first filter, without either the first metric."""
     filters = [pipeline.name for pipeline in task._filters]
     metrics = [name for name in task.aggregation() if _aggregation_name(task, name) not in CORPUS_METRICS]
     if not metrics:
         raise InputError(where, "the task has only metrics of the whole set, none of single examples")
     metric, comma, chosen = (wanted or metrics[0]).partition(",")
     if metric not in metrics or (comma and chosen not in filters):
-        known = ", ".join(f'"{name},{pipeline}"' for name in metrics for pipeline in filters)
-        raise InputError(where, f"{wanted!r}; the task has {known}")
+        choices = ", ".join(f'"{name},{pipeline}"' for name in metrics for pipeline in filters)
+        raise InputError(where, f"{wanted!r}; the task has {choices}")
     return f"{metric},{chosen if comma else filters[0]}"
 
 
 def _aggregation_name(task: Any, metric: str) -> str | None:
-    """What the harness calls the function that makes one number of a metric's values; None for a task's own."""
+    """The harness's name of the function that aggregates a metric's values; None for a task's own."""
     from lm_eval.api.registry import AGGREGATION_REGISTRY
 
     function = task.aggregation().get(metric)
-    return next((name for name, known in AGGREGATION_REGISTRY.items() if known is function), None)
+    return next((name for name, registered in AGGREGATION_REGISTRY.items() if registered is function), None)
 
 
 def _with_data(files: tuple[Path, ...], task: Any) -> tuple[Path, ...]:
-    """The task's files, and the local files that its examples come from."""
+    """The task's files, and the local files of its examples."""
     named = (task.get_config("dataset_kwargs") or {}).get("data_files", [])
     texts = [named] if isinstance(named, (str, list)) else list(named.values())
-    flat = [text for one in texts for text in (one if isinstance(one, list) else [one])]
+    flat = [text for entry in texts for text in (entry if isinstance(entry, list) else [entry])]
     return tuple(dict.fromkeys(path.resolve() for path in [*files, *map(Path, flat)] if path.is_file()))
 
 
@@ -585,15 +590,15 @@ def _yaml_files(path: Path) -> list[Path]:
     functions = [event.value for event in events if isinstance(event, yaml.ScalarEvent) and event.tag == "!function"]
     modules = [path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py" for name in functions]
     named = load_yaml(path, resolve_func=False, recursive=False).get("include", [])
-    # A relative path starts where the file is that names it.
+    # A relative path starts in the folder of the file that names it.
     included = [(path.parent / name).resolve() for name in (named if isinstance(named, list) else [named])]
-    return [path, *modules, *(file for one in included for file in _yaml_files(one))]
+    return [path, *modules, *(file for included_file in included for file in _yaml_files(included_file))]
 
 
 @contextlib.contextmanager
 def _running(name: str, templates: Templates | None) -> Iterator[None]:
-    """Around what a task runs: its code, or, of a task that may run none, its templates. Where these, or a pattern that
-    takes too long, are refused, nothing of the user's has failed."""
+    """Encloses the code that a task runs, or, for a task that may run none, its templates. A refused template, or a
+    pattern that takes too long, raises its own error: no function of the user's has failed."""
     try:
         with users_code(name), rendered_apart(templates):
             yield
@@ -605,8 +610,8 @@ def _running(name: str, templates: Templates | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lm_eval_context() -> Iterator[None]:
-    """Without the harness's progress bars, and with random numbers seeded as its command line seeds them: some tasks
-    shuffle their choices with the global generators."""
+    """Turns the harness's progress bars off, and seeds random numbers like its command line: some tasks shuffle their
+    choices with the global generators."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)  # noqa: NPY002
@@ -627,11 +632,11 @@ def _line(error: Exception) -> str:
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What stands before a text that has no context."""
-    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if found is None:
+    """The token before a text that has no context."""
+    number = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if number is None:
         raise InputError(tokenizer.name_or_path, "its tokenizer has no token that begins or ends a text")
-    return int(found)
+    return int(number)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -648,7 +653,7 @@ def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], l
         return (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
     kept = context.rstrip()
     whole, before = encode(tokenizer, context + target), encode(tokenizer, kept)
-    # With the length of the context alone, even where the texts together give other tokens there.
+    # Cut at the length of the context alone, even where the texts together give other tokens there.
     return before, whole[len(before) :]
 
 
@@ -658,7 +663,7 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def rolling_windows(tokenizer: Any, text: str, context: int) -> list[tuple[list[int], list[int]]]:
-    """A whole text as pieces that fit the context, each token predicted once, with what is before it."""
+    """A whole text as pieces that fit the context, each token predicted once, after the tokens before it."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     windows = get_rolling_token_windows(
@@ -689,7 +694,8 @@ def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, 
 
 
 def _chat(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """A conversation as the tokenizer's template writes it; without the system's turn where it takes none."""
+    """A conversation in the form of the tokenizer's template; without the system's turn where the template refuses
+    it."""
     write = functools.partial(
         render_chat,
         tokenizer,

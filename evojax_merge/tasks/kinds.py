@@ -1,4 +1,4 @@
-"""The kinds of tasks: those of this folder, and those that others register."""
+"""The kinds of tasks: those of this folder, and registered ones."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ _registered: list[TaskKind] = []
 def register_task(kind: TaskKind) -> TaskKind:
     """Make a kind of task known to configs, in the place of an earlier one that was registered under its names.
 
-    Raises ValueError for a kind that no config could tell from others, or that has a name of a built-in one.
+    Raises ValueError for a kind that no config could distinguish from others, or that has a name of a built-in one.
     """
     if not isinstance(kind, TaskKind):
         raise ValueError(f"kind: {shown(kind)}; expected a TaskKind")
@@ -24,22 +24,22 @@ def register_task(kind: TaskKind) -> TaskKind:
         raise ValueError(
             f"{kind.config.__name__}: a kind of task needs a name; give the section a field `kind: Literal['mine']`"
         )
-    taken = sorted(tags & {tag for known in BUILT_IN for tag in _tags(known)})
+    taken = sorted(tags & {tag for other in BUILT_IN for tag in _tags(other)})
     if taken:
         raise ValueError(f"{kind.config.__name__}: {taken[0]!r} is a built-in kind of task; choose another name")
     if kind.source is not None and kind.source not in kind.config.model_fields:
         raise ValueError(f"{kind.config.__name__}: source: the section has no key {kind.source!r}")
-    _registered[:] = [known for known in _registered if not tags & _tags(known)] + [kind]
+    _registered[:] = [other for other in _registered if not tags & _tags(other)] + [kind]
     return kind
 
 
 def _tags(kind: TaskKind) -> set[str]:
-    """All that a section can tell the kind by."""
+    """The values of `kind:` and the key by which a section names the kind."""
     return {*kind.names, *([] if kind.key is None else [kind.key])}
 
 
 def kinds() -> tuple[TaskKind, ...]:
-    """All that are known, the built-in ones first."""
+    """All kinds, the built-in ones first."""
     return (*BUILT_IN, *_registered)
 
 
@@ -49,15 +49,15 @@ def kind_names() -> list[str]:
 
 
 def find_kind(section: Any) -> TaskKind | None:
-    """The kind that a task's section, as it stands in the YAML, is of; None where it is of none."""
+    """The kind of a task's section, unchecked from the YAML; None where it is of none."""
     if not isinstance(section, dict):
         return None
-    told = next((kind for kind in kinds() if kind.key is not None and kind.key in section), None)
+    by_key = next((kind for kind in kinds() if kind.key is not None and kind.key in section), None)
     name = section.get("kind")
-    # Whatever stands there need not be text.
-    return told or next((kind for kind in kinds() if isinstance(name, str) and name in kind.names), None)
+    # The value of `kind:` need not be text.
+    return by_key or next((kind for kind in kinds() if isinstance(name, str) and name in kind.names), None)
 
 
 def kind_of(config: TaskConfig) -> TaskKind:
-    """The kind that a checked section is of."""
+    """The kind of a checked section."""
     return next(kind for kind in kinds() if type(config) is kind.config)

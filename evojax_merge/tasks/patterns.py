@@ -1,4 +1,5 @@
-"""Looking for users' regular expressions in what models write: a match that backtracks without end is given up."""
+"""The search for users' regular expressions in the outputs of models: a match that backtracks without end is given
+up."""
 
 import contextlib
 import functools
@@ -13,16 +14,16 @@ import regex
 from evojax_merge.errors import InputError, print_warning
 from evojax_merge.patterns import expression
 
-# Of processor time that one text may take. What an ordinary pattern needs for the longest output is a thousandth.
+# Seconds of processor time that one text may take. An ordinary pattern needs a thousandth of it for the longest output.
 SECONDS = 2.0
-# Texts that may take as long; after them the pattern is refused, or it would take all of the run's time.
+# The number of such texts after which the pattern is refused: it would take all of the run's time.
 GIVE_UP_AFTER = 3
 # Examples of a task that a user's pattern is tried on before the search.
 PROBED = 50
 
 
 class Pattern:
-    """A compiled pattern. `slow`: the texts on which looking for it was given up."""
+    """A compiled pattern. `slow`: the texts on which the search for it was given up."""
 
     def __init__(self, pattern: str) -> None:
         self.text = pattern
@@ -30,7 +31,7 @@ class Pattern:
         self.slow: set[str] = set()
 
     def find_all(self, text: str) -> list[regex.Match[str]] | None:
-        """All matches; None where looking for them took too long."""
+        """All matches; None where the search for them took too long."""
         if text in self.slow:
             return None
         try:
@@ -48,7 +49,7 @@ class TooSlow(InputError):
 
 
 class OthersPattern:
-    """An expression that others compiled with `re`, whose matches are to be those of `re` in every detail. `slow` as in
+    """An expression that others compiled with `re`, whose matches are those of `re` in every detail. `slow`: see
     Pattern."""
 
     def __init__(self, compiled: re.Pattern[str]) -> None:
@@ -56,7 +57,7 @@ class OthersPattern:
         self.slow: set[str] = set()
 
     def find_all(self, text: str) -> list[Any] | None:
-        """As `findall`; None where looking for matches took too long."""
+        """The result of `findall`; None where the search for matches took too long."""
         if text in self.slow:
             return None
         try:
@@ -71,8 +72,8 @@ _others = functools.cache(OthersPattern)
 
 
 class LimitedRegex:
-    """Stands for a compiled expression of `re` in others' code: its `findall` gives up as `find_all` does, all else is
-    the expression's own. `where` names the task."""
+    """Stands for a compiled expression of `re` in others' code: its `findall` gives up where `find_all` does, all else
+    is the expression's own. `where` names the task."""
 
     def __init__(self, where: str, compiled: re.Pattern[str]) -> None:
         self._where, self._compiled = where, compiled
@@ -86,8 +87,8 @@ class LimitedRegex:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the block once the process has computed for so long. `re` looks out for signals while it
-    matches; they come to the main thread alone, and in others there is no limit."""
+    """Raise TimeoutError in the block once the process has computed for so long. `re` checks for signals while it
+    matches; only the main thread receives them, and in others there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,38 +108,38 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def check_pattern(where: str, pattern: str, longest: int, samples: Sequence[str] = ()) -> None:
-    """Raises InputError for what is no regular expression of `re`, is too large, or takes too long on the `samples`,
-    joined to one text of as many characters as `longest` tokens may have."""
+    """Raises InputError for a text that is no regular expression of `re`, is too large, or takes too long on the
+    `samples`, joined to one text of as many characters as `longest` tokens may have."""
     shown = _shown(pattern)
     if not pattern:
         raise InputError(
             where, "pattern: is empty, and matches nothing but empty text; leave the key out or fill it in"
         )
     try:
-        found = _compiled(pattern)
+        compiled = _compiled(pattern)
     except ValueError as error:
         raise InputError(where, f"pattern: {shown} {error}") from None
     sample = " ".join(samples)[: 4 * longest]
-    if found.find_all(sample) is None:
+    if compiled.find_all(sample) is None:
         raise InputError(where, f"pattern: {shown} {_too_slow(sample)}")
 
 
 def find_all(where: str, pattern: str, text: str) -> list[regex.Match[str]]:
-    """All matches in a model's output. Where looking for them takes too long there are none, which is said once;
+    """All matches in a model's output. Where the search takes too long there are none, and the user sees one warning;
     raises TooSlow if that happens again and again. `where` names the task."""
     return _found(where, _compiled(pattern), text)
 
 
 def _found(where: str, known: Pattern | OthersPattern, text: str) -> list[Any]:
     before = len(known.slow)
-    found = known.find_all(text)
-    if found is None and len(known.slow) > before:
-        told = f"pattern: {_shown(known.text)} {_too_slow(text)}"
+    matches = known.find_all(text)
+    if matches is None and len(known.slow) > before:
+        problem = f"pattern: {_shown(known.text)} {_too_slow(text)}"
         if len(known.slow) >= GIVE_UP_AFTER:
-            raise TooSlow(where, f"{told}, and did so on {len(known.slow)} outputs")
+            raise TooSlow(where, f"{problem}, and did so on {len(known.slow)} outputs")
         if not before:
-            print_warning(f"{where}: {told}; such an output counts as one without an answer")
-    return found or []
+            print_warning(f"{where}: {problem}; such an output counts as one without an answer")
+    return matches or []
 
 
 def _shown(pattern: str) -> str:

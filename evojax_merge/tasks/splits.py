@@ -10,14 +10,14 @@ U = TypeVar("U")
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
-    """One of something for each split of the examples.
+    """One value of a type (tasks, batches, an evaluator) for each split of the examples.
 
-    What generations are scored on: shards, the parts of the searched examples that successive halving goes through
-    (without rungs there is one); minibatches, the parts that a strategy differentiates the fitness on; choice, all
-    searched examples, where rungs choose theirs (None: the shards take turns).
+    Splits that generations are scored on: shards, the parts of the searched examples that successive halving goes
+    through (without rungs there is one); minibatches, the parts that a strategy differentiates the fitness on; choice,
+    all searched examples, where rungs choose theirs (None: the shards take turns).
 
-    What no generation is scored on: search, the whole search split; validation, the examples that are kept back to
-    choose the winner on (None: it is chosen on the search split); heldout, the examples that decide nothing.
+    Splits that no generation is scored on: search, the whole search split; validation, the examples that are kept back
+    to choose the winner on (None: it is chosen on the search split); heldout, the examples that decide nothing.
     """
 
     shards: list[T]
@@ -28,14 +28,14 @@ class Splits(Generic[T]):
     choice: T | None = None
 
     def map(self, function: Callable[[T], U], final: Callable[[T], U] | None = None) -> "Splits[U]":
-        """`function` of each; `final`, where given, of those that no generation is scored on."""
+        """`function` of each; `final`, where given, of the splits that no generation is scored on."""
         final = final or function
         return Splits(
-            shards=[function(one) for one in self.shards],
+            shards=[function(part) for part in self.shards],
             search=final(self.search),
             validation=None if self.validation is None else final(self.validation),
             heldout=final(self.heldout),
-            minibatches=[function(one) for one in self.minibatches],
+            minibatches=[function(part) for part in self.minibatches],
             choice=None if self.choice is None else function(self.choice),
         )
 

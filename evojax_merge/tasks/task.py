@@ -1,9 +1,9 @@
-"""What a task is to the rest of the program: what it asks of a model, and how it scores the answers.
+"""Tasks: their requests to a model, and the scoring of its answers.
 
-A task is a frozen dataclass with the members of `Task`; those that `TaskDefaults` has may be left to it. It turns its
-examples into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces
-the answers to scores per example, of which higher is better. A *kind* of task (`TaskKind`) is how a section of a YAML
-becomes a task.
+A task is a frozen dataclass with the members of `Task`; it may inherit those of `TaskDefaults`. It turns its examples
+into rows of tokens once for a whole run, the evaluator answers them for every candidate, and the task reduces the
+answers to scores per example, of which higher is better. A *kind* of task (`TaskKind`) makes a task of a section of a
+YAML.
 """
 
 import os
@@ -19,14 +19,14 @@ from pydantic import Field
 from evojax_merge.errors import InputError
 from evojax_merge.schema import Heldout, Name, Real, Section, Whole
 
-# (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: what a traced function makes of a row.
+# (logits float32[Q, V], targets int32[Q], mask bool[Q]) -> a number: a traced function's score of a row.
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tokens, of which those from `start` on are scored (for a prompt: generated). `example`: which of the task's
-    examples it belongs to; rows of one example may share their beginning. `where` names it in messages."""
+    """Tokens, of which those from `start` on are scored (for a prompt: generated). `example`: the number of the task's
+    example that it belongs to; rows of one example may share their beginning. `where` names it in messages."""
 
     tokens: tuple[int, ...]
     start: int
@@ -36,9 +36,9 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskRequests:
-    """What a task asks: rows whose targets are scored, and prompts that are continued greedily by at most
-    `max_new_tokens` tokens, or up to the first of the texts `stop`. `logits_fn`: what a scored row's logits are reduced
-    to; None: the targets' total log-probability."""
+    """A task's requests: rows whose targets are scored, and prompts that are continued greedily by at most
+    `max_new_tokens` tokens, or up to the first of the texts `stop`. `logits_fn`: reduces a scored row's logits to a
+    number; None: the targets' total log-probability."""
 
     scored: tuple[Row, ...] = ()
     prompts: tuple[Row, ...] = ()
@@ -47,7 +47,7 @@ class TaskRequests:
     logits_fn: LogitsFn | None = None
 
     def subset(self, examples: Sequence[int]) -> "TaskRequests":
-        """What is asked for some of the examples, ascending: `examples[i]` becomes example i."""
+        """The requests for some of the examples, ascending: `examples[i]` becomes example i."""
         places = {example: place for place, example in enumerate(examples)}
 
         def rows_of(rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -59,8 +59,8 @@ class TaskRequests:
 @dataclass(frozen=True)
 class Responses:
     """The responses of P candidates, in the order of `TaskRequests`. totals: float32[P, S], the scored rows' total
-    log-probabilities; counts: int[S], how many targets each has; greedy: bool[P, S], whether the targets are the greedy
-    tokens; texts: P lists of continuations, cut before the first stop text."""
+    log-probabilities; counts: int[S], the number of targets of each; greedy: bool[P, S], true where the targets are the
+    greedy tokens; texts: P lists of continuations, cut before the first stop text."""
 
     totals: np.ndarray
     counts: np.ndarray
@@ -68,13 +68,13 @@ class Responses:
     texts: list[list[str]]
 
 
-# How a score depends on total log-probabilities: linearly, or else.
+# The dependence of a score on total log-probabilities: linear, or not.
 Derivative = Literal["linear", "nonlinear"]
 
 
 class ScoredTask(Protocol):
-    """What fitness depends on: `metric`, which of a task's metrics is its score; `weight`, how much it counts; `size`,
-    how many examples it has."""
+    """The part of a task that fitness depends on: `metric`, the metric that is its score; `weight`, its weight in the
+    fitness; `size`, the number of its examples."""
 
     @property
     def name(self) -> str: ...
@@ -87,8 +87,8 @@ class ScoredTask(Protocol):
 
 
 class Task(ScoredTask, Protocol):
-    """A named task of N examples of one split. `metric`: which of its scores is its fitness; `weight`: its share in
-    the fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
+    """A named task of N examples of one split. `metric`: the score that is its fitness; `weight`: its share in the
+    fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
 
     @property
     def files(self) -> tuple[Path, ...]: ...
@@ -98,8 +98,8 @@ class Task(ScoredTask, Protocol):
         ...
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        """What is asked of a model that sees at most `context` tokens. Raises InputError for an example that
-        cannot be asked."""
+        """The requests to a model that sees at most `context` tokens. Raises InputError for an example that cannot be
+        asked."""
         ...
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
@@ -108,24 +108,24 @@ class Task(ScoredTask, Protocol):
 
     @property
     def derivative(self) -> Derivative | None:
-        """How the score of an example depends on its rows' total log-probabilities; None: not differentiably."""
+        """The dependence of an example's score on its rows' total log-probabilities; None: it is not differentiable."""
         ...
 
     def score_gradient(self, responses: Responses) -> np.ndarray:
-        """float32[P, S]: the derivative of each scored row's example's score with respect to the row's total. Where it
-        is linear, it depends on `responses.counts` alone. Only of a task with a derivative."""
+        """float32[P, S]: the derivative of each scored row's example's score with respect to the row's total. A linear
+        derivative depends on `responses.counts` alone. The task must have a derivative."""
         ...
 
     def companion(self) -> "Task | None":
-        """A task with a derivative on the same examples, whose score grows as this one's does; None: there is none."""
+        """A task with a derivative on the same examples, whose score grows with this one's; None: there is none."""
         ...
 
     def extraction_failure(self, texts: Sequence[str]) -> str | None:
-        """What was looked for in the outputs, if it is in none of them; else None."""
+        """The expression that scoring looks for, if no output contains it; else None."""
         ...
 
     def target(self, example: int) -> str | None:
-        """What the data have as the right answer to an example, as it is written there; None: nothing."""
+        """The right answer to an example, in the words of the data; None: the data have none."""
         ...
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
@@ -133,8 +133,8 @@ class Task(ScoredTask, Protocol):
         ...
 
     def contents(self) -> Sequence[tuple[Hashable, "Place"]]:
-        """Each example's content, to tell examples that are the same, and where it stands. Empty where the task does
-        not know its examples."""
+        """Each example's content, by which equal examples are recognised, and its place. Empty where the task does not
+        know its examples."""
         ...
 
     def paths(self) -> dict[str, str]:
@@ -143,7 +143,7 @@ class Task(ScoredTask, Protocol):
         ...
 
     def failure_hint(self) -> str | None:
-        """Where to look when the scores of every candidate are not finite; None: not at the task."""
+        """Advice for scores that are not finite for every candidate; None: the task is not the cause."""
         ...
 
 
@@ -188,7 +188,7 @@ Place = tuple[str, int]
 
 
 class TaskConfig(Section):
-    """What the section of every kind of task has."""
+    """The keys of every kind of task."""
 
     name: Name = Field(description="what the task is called in tables")
     heldout: Heldout = Field(
@@ -216,7 +216,7 @@ FindFile = Callable[[str, str, Path], Path]
 def local_file(where: str, reference: str, folder: Path) -> Path:
     """A file by its path. Raises InputError, with the key `where`, if there is none."""
     for path in (Path(os.path.expanduser(reference)), folder / reference):
-        # Not the path's own methods, which raise for a name that no file can have, and for a user that there is not.
+        # The path's own methods raise for a name that no file can have, and for a user that does not exist.
         if os.path.exists(path):
             return path.resolve()
     raise InputError(where, f"{reference}: no such file")
@@ -224,9 +224,9 @@ def local_file(where: str, reference: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Opening:
-    """What a task is opened with, beside its config. `where` names it in messages (`config.yaml: tasks[0]`); relative
-    paths start in `folder`; `seed` is the search's, for examples that are drawn at random. `heldout`: the second
-    source of examples, which is opened then; None: the first. `find_file` finds files."""
+    """The arguments, beside its config, that a task is opened with. `where` names it in messages (`config.yaml:
+    tasks[0]`); relative paths start in `folder`; `seed` is the search's, for examples that are drawn at random.
+    `heldout`: the second source of examples, if that one is opened; None: the first. `find_file` finds files."""
 
     where: str
     folder: Path
@@ -245,8 +245,8 @@ class Opening:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Examples that models are compared by. `name`: what they are called; `instead`: what to search on instead;
-    `meant`: whether the config says that a search may see them."""
+    """Examples that models are compared by. `name`: their name; `instead`: examples to search on instead; `meant`:
+    whether the config says that a search may see them."""
 
     __test__ = False  # Not for pytest, which collects classes of such names.
 
@@ -257,10 +257,10 @@ class TestSet:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """How a section under `tasks:` becomes a task.
+    """A kind of task: makes a task of a section under `tasks:`.
 
     `config`: the section's schema. The names of the kind are the values of its field `kind`, a Literal; or the kind has
-    no such field, and is told by its `key`, which no other kind has. `open`: (config, opening) -> the task on all
+    no such field, and is recognised by its `key`, which no other kind has. `open`: (config, opening) -> the task on all
     examples of one source. `source`: the key whose place `heldout` takes if it names a second source; None: `heldout`
     can only be a share. `test_set`: config -> the test set that a search with it would see, if any.
     """
@@ -282,13 +282,13 @@ class TaskKind:
 
 
 def token_ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
-    """The tokens of a text. Raises InputError where the tokenizer fails on it: one may lack a token for unknown words,
-    say."""
+    """The tokens of a text. Raises InputError where the tokenizer fails on it: a tokenizer may lack a token for unknown
+    words, say."""
     try:
         return list(tokenizer(text, **options)["input_ids"])
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(tokenizer.name_or_path, f"its tokenizer fails on {text[:80]!r} ({said})") from None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(tokenizer.name_or_path, f"its tokenizer fails on {text[:80]!r} ({reason})") from None
 
 
 def brevity(texts: Sequence[Sequence[str]]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Tasks of the lm-eval harness from a folder (`include_path`): YAMLs of strangers, read as data.
 
-The harness would run what such a YAML names: functions, data set scripts, metrics that are programs, and templates
-without limits. Here a task that needs any of these is refused, unless its section of the config says `allow_code`.
+The harness would run the code that such a YAML names: functions, data set scripts, metrics that are programs, and
+templates without limits. Here a task that needs any of these is refused, unless its section of the config says
+`allow_code`.
 """
 
 import glob
@@ -26,12 +27,12 @@ from evojax_merge.yaml_reader import LOADER, load_documents, take_last
 # The harness's own folder has 14,000 YAMLs of 10 MB together.
 MAX_ENTRIES, MAX_YAML_BYTES = 100_000, 32 * 2**20
 MAX_INCLUDES = 100
-# What `datasets` reads without running anything, and the arguments that say how.
+# Formats that `datasets` reads without running anything, and the arguments for them.
 FORMATS = ("json", "csv", "parquet", "text")
 ARGUMENTS = ("data_files", "data_dir", "field", "sep", "delimiter", "column_names", "encoding", "revision", "split")
 MAX_DATA_FILES = 1000
 MAX_REPEATS = 100
-# Processor time of all of a task's templates together; a million of the usual ones take as long.
+# Processor seconds of all of a task's templates together; a million of the usual ones take as long.
 TEMPLATE_SECONDS = 60
 ALLOW = "which is run only where the task says allow_code: true"
 
@@ -48,9 +49,9 @@ TaskLoader.add_constructor("!function", lambda loader, node: FunctionName(loader
 
 
 def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, InputError]]:
-    """The harness's entries of a folder's tasks, groups and tags, by name; and why YAMLs could not be read, by their
-    names. An entry's attribute "cfg" is its YAML, with what it includes, as plain data. Raises InputError where there is too much
-    to read."""
+    """The harness's entries of a folder's tasks, groups and tags, by name; and the errors of YAMLs that could not be
+    read, by their names. An entry has its YAML, with the YAMLs that it includes, as plain data. Raises InputError where
+    the folder is too large."""
     from lm_eval.tasks._index import TaskIndex
 
     index: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def read_folder(where: str, folder: Path) -> tuple[dict[str, Any], dict[str, Inp
         except InputError as error:
             unreadable.setdefault(path.stem, error)
         except Exception:
-            # It is a YAML of something else, or no text names its task: the harness passes over it as well.
+            # It is a YAML of something else, or no text names its task: the harness ignores it as well.
             continue
     return index, unreadable
 
@@ -72,17 +73,17 @@ def _yaml_paths(where: str, folder: Path) -> list[Path]:
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in ("__pycache__", ".ipynb_checkpoints")]
         entries += len(folders) + len(names)
-        found = [Path(root, name) for name in names if name.endswith(".yaml")]
-        size += sum(path.stat().st_size for path in found if path.is_file())
+        yaml_files = [Path(root, name) for name in names if name.endswith(".yaml")]
+        size += sum(path.stat().st_size for path in yaml_files if path.is_file())
         if entries > MAX_ENTRIES or size > MAX_YAML_BYTES:
             amount = f"{MAX_ENTRIES:,} files" if entries > MAX_ENTRIES else f"{MAX_YAML_BYTES:,} bytes of YAML"
             raise InputError(where, f"include_path: {folder} holds more than {amount}; expected a folder of task YAMLs")
-        paths += found
+        paths += yaml_files
     return sorted(paths, key=Path.as_posix)
 
 
 def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
-    """A task's YAML with what it includes, as lm_eval.tasks merges them: its own keys count first."""
+    """A task's YAML with the YAMLs that it includes, merged like in lm_eval.tasks: its own keys count first."""
     if path in seen:
         raise InputError(path, "include: includes itself, or is included twice")
     if len(seen) > MAX_INCLUDES:
@@ -103,7 +104,7 @@ def _read(path: Path, seen: list[Path]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What would run code, or read without end
+# Tasks that would run code, or read without end
 
 
 def check_is_data(where: str, config: dict[str, Any]) -> None:
@@ -144,7 +145,8 @@ def _check_prompt(where: str, name: Any) -> None:
 
 
 def _check_metrics(where: str, metrics: Any) -> None:
-    """A metric that the harness does not have is a program, which the package evaluate loads from a path or the hub."""
+    """Raises InputError for a metric that the harness does not have: it is a program, which the package evaluate loads
+    from a path or the hub."""
     import lm_eval.api.metrics  # noqa: F401
     from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 
@@ -177,10 +179,10 @@ def _check_filters(where: str, filters: Any) -> None:
 def _mappings(where: str, key: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list):
         raise InputError(where, f"{key}: {shown(value)}; expected a list")
-    for number, one in enumerate(value):
-        if not isinstance(one, dict):
-            raise InputError(where, f"{key}[{number}]: {shown(one)}; expected a mapping")
-        yield f"{key}[{number}]", one
+    for number, mapping in enumerate(value):
+        if not isinstance(mapping, dict):
+            raise InputError(where, f"{key}[{number}]: {shown(mapping)}; expected a mapping")
+        yield f"{key}[{number}]", mapping
 
 
 def _check_patterns(where: str, key: str, patterns: Any) -> None:
@@ -194,7 +196,7 @@ def _check_patterns(where: str, key: str, patterns: Any) -> None:
 
 
 def _check_data(where: str, config: dict[str, Any]) -> None:
-    """Data lie in files of a plain format, each of a likely size, or on the hub."""
+    """Raises InputError unless the data lie in files of a plain format, each of a likely size, or on the hub."""
     path, arguments = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(arguments, dict):
         raise InputError(where, f"dataset_kwargs: {shown(arguments)}; expected a mapping")
@@ -204,7 +206,7 @@ def _check_data(where: str, config: dict[str, Any]) -> None:
         if key not in (*ARGUMENTS, "trust_remote_code"):
             raise InputError(where, f"dataset_kwargs.{shown(key)}: is passed on {ALLOW.removeprefix('which is run ')}")
     for key in ("sep", "delimiter"):
-        # A longer one would be a regular expression.
+        # A longer separator would be a regular expression.
         if len(str(arguments.get(key, ","))) != 1:
             raise InputError(where, f"dataset_kwargs.{key}: {shown(arguments[key])}; expected one character")
     if not isinstance(path, str) or (
@@ -224,16 +226,16 @@ def _check_data(where: str, config: dict[str, Any]) -> None:
 
 
 def _is_packaged(name: str) -> bool:
-    """Whether `datasets` takes the name for one of its own readers: some open databases, or unpack archives."""
+    """Return whether `datasets` takes the name for one of its own readers: some open databases, or unpack archives."""
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     return name in _PACKAGED_DATASETS_MODULES
 
 
 def data_files(where: str, named: Any) -> list[Path]:
-    """The local files under `data_files`. Raises InputError for what names none."""
+    """The local files under `data_files`. Raises InputError for a value that names none."""
     by_split = list(named.values()) if isinstance(named, dict) else [named]
-    flat = [name for one in by_split for name in (one if isinstance(one, list) else [one])]
+    flat = [name for entry in by_split for name in (entry if isinstance(entry, list) else [entry])]
     files: list[Path] = []
     for name in flat:
         if not isinstance(name, str) or not name:
@@ -260,7 +262,7 @@ def _check_file(where: str, kind: str, file: Path) -> None:
     read_bytes(file)
     from datasets.utils.extract import Extractor
 
-    # A small archive may hold what fills the disk.
+    # A small archive may hold enough data to fill the disk.
     if Extractor.infer_extractor_format(str(file)) is not None:
         raise InputError(where, f"data_files: {file}: is compressed; unpack it")
 
@@ -271,7 +273,7 @@ def _check_file(where: str, kind: str, file: Path) -> None:
 
 @dataclass
 class Templates:
-    """Renders a task's templates for its records, each pair once. `where` names the task in messages; `seconds`: of
+    """Renders a task's templates for its records, each pair once. `where` names the task in messages; `seconds`: the
     processor time that is left."""
 
     where: str
@@ -298,7 +300,7 @@ _templates: ContextVar[Templates | None] = ContextVar("templates", default=None)
 
 @contextmanager
 def rendered_apart(templates: Templates | None) -> Iterator[None]:
-    """In the block, the harness's templates are rendered by these; None: by the harness itself."""
+    """Let these templates render the harness's ones in the block; None: the harness itself does."""
     from lm_eval import utils
 
     if not getattr(utils.apply_template, "chooses", False):

@@ -1,8 +1,8 @@
 """Templates that users write, such as `"Q: {question}\\nA:"`: text, and the names of a record's fields.
 
-They look like Python's format strings, of which they may have names alone: `{name}`, `{name[key]}` for a field of a
-field, `{{` and `}}` for braces. No attribute, conversion, width or format is followed: a template cannot reach what is
-not in the record.
+They look like Python's format strings, of which they may have only names: `{name}`, `{name[key]}` for a field of a
+field, `{{` and `}}` for braces. No attribute, conversion, width or format is followed: a template can reach nothing but
+the record.
 """
 
 import difflib
@@ -27,7 +27,7 @@ EXPECTED = "expected the names of fields in braces, such as {question}, and {{ }
 
 @functools.cache
 def _parts(template: str) -> tuple[Part, ...]:
-    """Raises ValueError that says what is no template."""
+    """The texts and fields of a template. Raises ValueError, with the invalid part, for a text that is no template."""
     parts: list[Part] = []
     for text, name, form, conversion in string.Formatter().parse(template):
         if text:
@@ -42,7 +42,7 @@ def _parts(template: str) -> tuple[Part, ...]:
 
 
 def check_template(where: str, template: str) -> None:
-    """Raises InputError for a template that is none; `where` is its key."""
+    """Raises InputError for an invalid template; `where` is its key."""
     check_characters(where, template)
     try:
         _parts(template)
@@ -51,14 +51,14 @@ def check_template(where: str, template: str) -> None:
 
 
 def check_names_field(where: str, template: str, refuse: bool) -> None:
-    """A template that names no field gives every record the same text: raises InputError where that cannot be meant
-    (`refuse`), and warns of it otherwise. `where` is its key."""
+    """Check that a template names a field: otherwise it gives every record the same text. Raises InputError where that
+    cannot be meant (`refuse`), and warns otherwise. `where` is its key."""
     if any(isinstance(part, tuple) for part in _parts(template)):
         return
-    said = "names no field of the records, so that every one of them gives the same text"
+    problem = "names no field of the records, so that every one of them gives the same text"
     if refuse:
-        raise InputError(where, f"{said}; {EXPECTED}")
-    print(f"warning: {where}: {said}", file=sys.stderr)
+        raise InputError(where, f"{problem}; {EXPECTED}")
+    print(f"warning: {where}: {problem}", file=sys.stderr)
 
 
 def check_characters(where: str, text: str) -> None:
@@ -69,7 +69,8 @@ def check_characters(where: str, text: str) -> None:
 
 
 def check_stop(where: str, stop: Sequence[str]) -> None:
-    """An empty text stands at the beginning of every output, and would leave nothing of it."""
+    """Raises InputError for an empty stop text, which stands at the beginning of every output and would leave nothing
+    of it."""
     for number, text in enumerate(stop):
         if not text:
             raise InputError(f"{where}.stop[{number}]", "is empty, and would end every output at once; leave it out")
@@ -77,8 +78,8 @@ def check_stop(where: str, stop: Sequence[str]) -> None:
 
 
 def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
-    """A template, filled from a record. Raises InputError where the record has not what it names, or no text or number
-    there. `where` is the record's place, `key` the template's own in the config."""
+    """Fill a template from a record. Raises InputError where the record lacks a field that it names, or has no text or
+    number there. `where` is the record's place, `key` the template's own in the config."""
     text = "".join(part if isinstance(part, str) else _value(where, key, part, record) for part in _parts(template))
     if len(text) > LONGEST:
         raise InputError(where, f"{key}: a text of {len(text):,} characters; expected at most {LONGEST:,}")
@@ -86,7 +87,7 @@ def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
 
 
 def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> Any:
-    """What a record has at a path of names. Raises InputError, with the names that it has, where there is nothing."""
+    """The value of a record at a path of names. Raises InputError, with the record's names, where there is none."""
     value: Any = record
     for depth, name in enumerate(path):
         if isinstance(value, Mapping) and name in value:
@@ -105,8 +106,8 @@ def _value(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any
         return value
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
-    found = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
-    raise InputError(where, f"the field {_shown(path)!r}, which {key} names, is {found}; expected a text or a number")
+    kind = "null" if value is None else f"{value}" if isinstance(value, float) else type(value).__name__
+    raise InputError(where, f"the field {_shown(path)!r}, which {key} names, is {kind}; expected a text or a number")
 
 
 def _shown(path: tuple[str, ...]) -> str:
@@ -114,8 +115,8 @@ def _shown(path: tuple[str, ...]) -> str:
 
 
 def _near(name: str, record: Mapping[str, Any]) -> str:
-    """A word on the field that may have been meant, if one is called nearly so."""
-    near = difflib.get_close_matches(name[:100], [str(known)[:100] for known in record], n=1, cutoff=0.5)
+    """A hint at a field with a similar name, if there is one."""
+    near = difflib.get_close_matches(name[:100], [str(field_name)[:100] for field_name in record], n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
 
 

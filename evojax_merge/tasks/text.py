@@ -1,4 +1,4 @@
-"""Tasks of text: examples from a JSONL file, what is asked of a model for them, and how the answers are scored.
+"""Tasks of text: examples from a JSONL file, their requests to a model, and the scoring of the answers.
 
 Three kinds: `likelihood` (mean log-probability of the target given the prompt), `multiple_choice` (the best choice by
 log-probability, and the margin it wins by), `exact_match` (the answer in a greedy continuation). Scores are per
@@ -46,7 +46,7 @@ NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
 class TextConfig(TaskConfig):
-    """A task of text: a JSONL file, and what its fields are called."""
+    """A task of text: a JSONL file, and the names of its fields."""
 
     kind: Kind = Field(description="the kind of task")
     file: Location = Field(description="JSON lines, or zoo:search.jsonl and its like")
@@ -72,7 +72,8 @@ class TextConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class Example:
-    """One example in text. `targets`: the one target, or the choices; `answer`: which choice, or the wanted text."""
+    """One example in text. `targets`: the one target, or the choices; `answer`: the number of the right choice, or the
+    wanted text."""
 
     prompt: str
     targets: tuple[str, ...]
@@ -130,7 +131,7 @@ class TextTask(TaskDefaults):
         return margin_gradient(self, responses.totals)
 
     def companion(self) -> "TextTask | None":
-        """Of wanted answers their likelihood, of choices the margin; of an output's length nothing."""
+        """The likelihood of wanted answers, or the margin of choices; None for an output's length."""
         if self.metric == "brevity":
             return None
         if self.kind == "multiple_choice":
@@ -145,15 +146,17 @@ class TextTask(TaskDefaults):
         return "a number" if self.pattern is None else f"the pattern {self.pattern!r}"
 
     def target(self, example: int) -> str:
-        """Of multiple choice, the text of the right choice."""
-        one = self.examples[example]
-        return one.targets[one.answer].strip() if isinstance(one.answer, int) else one.answer
+        """The wanted text; for multiple choice, the text of the right choice."""
+        record = self.examples[example]
+        return record.targets[record.answer].strip() if isinstance(record.answer, int) else record.answer
 
     def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
         return extract_answer(outputs[0], self.pattern, f"task {self.name}") if outputs else None
 
     def contents(self) -> list[tuple[tuple[Any, ...], Place]]:
-        return [((one.prompt, one.targets, one.answer), (self.file, one.line)) for one in self.examples]
+        return [
+            ((example.prompt, example.targets, example.answer), (self.file, example.line)) for example in self.examples
+        ]
 
     def paths(self) -> dict[str, str]:
         return {"file": self.file}
@@ -164,7 +167,7 @@ class TextTask(TaskDefaults):
 
 
 def open_text(config: TextConfig, opening: Opening) -> TextTask:
-    """The task on the examples of one file. Raises InputError for what config or file cannot mean."""
+    """The task on the examples of one file. Raises InputError for a meaningless config or file."""
     where, kind = opening.where, config.kind
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
@@ -180,21 +183,21 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         config.name, kind, metric, config.weight, str(file), tuple(read_examples(file, kind, fields)),
         config.pattern, config.max_new_tokens, tuple(config.stop),
     )  # fmt: skip
-    repeating = [one.line for one in task.examples if len(set(one.targets)) < len(one.targets)]
+    repeating = [example.line for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
         print_warning(f"{file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
-        samples = [f"{one.prompt} {''.join(one.targets)}" for one in task.examples[:PROBED]]
+        samples = [f"{example.prompt} {''.join(example.targets)}" for example in task.examples[:PROBED]]
         check_pattern(where, config.pattern, config.max_new_tokens, samples)
     elif kind == "exact_match":
-        answers = [str(one.answer) for one in task.examples]
+        answers = [str(example.answer) for example in task.examples]
         without = [answer for answer in answers if extract_answer(answer, None) is None]
-        told = f"a number, which is the answer without a pattern ({without[0][:100]!r})" if without else ""
+        what = f"a number, which is the answer without a pattern ({without[0][:100]!r})" if without else ""
         if len(without) == len(answers):
-            raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {told}")
+            raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {what}")
         if len(without) > len(answers) / 2:
             print_warning(
-                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {told}; no "
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {what}; no "
                 "output is right for these"
             )
     return task
@@ -205,8 +208,8 @@ KIND = TaskKind(TextConfig, open_text, source="file")
 
 @dataclass(frozen=True)
 class Fields:
-    """Where a record's parts are: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields.
-    `where` is the section of the config that says so."""
+    """The parts of a record: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields. `where` is
+    the section of the config that names them."""
 
     prompt: str
     target: str
@@ -232,7 +235,7 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
     prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record)
     if kind != "multiple_choice":
         target = fill(where, f"{fields.where}.target", fields.target, record)
-        # A white answer is never found; white text can be predicted.
+        # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
         return Example(prompt, (_joined(prompt, fields.delimiter, target),), target, line)
@@ -253,12 +256,12 @@ def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, field
 
 
 def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], list[str]]:
-    """The texts of a record's choices, and what they are called where the record says so, as ARC's do: `{"text": […],
+    """The texts of a record's choices, and their labels where the record has them, in ARC's form: `{"text": […],
     "label": […]}`."""
     texts, labels = value, []
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
-    if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(one, str) and one for one in texts)):
+    if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
         raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(value)}")
     if labels and not len(texts) == len(labels) == len(set(labels)):
         raise InputError(
@@ -268,7 +271,8 @@ def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], 
 
 
 def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int | None:
-    """Which choice an answer means: by its label, the choice itself, its index (also as a text), or its letter."""
+    """The number of the choice that an answer means: by its label, the choice itself, its index (also as a text), or
+    its letter."""
     if labels and str(answer) in labels:
         return labels.index(str(answer))
     if isinstance(answer, str):
@@ -289,19 +293,19 @@ def _brief(value: Any) -> str:
 
 
 def _joined(prompt: str, delimiter: str, target: str) -> str:
-    """The target with what joins it to the prompt, unless white space is there already."""
+    """The target with the delimiter before it, unless white space is there already."""
     return target if prompt[-1:].isspace() or target[0].isspace() else delimiter + target
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is asked
+# Requests
 
 
 def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], int]:
-    """Tokens of prompt and target together, and how many of them are the prompt's.
+    """Tokens of prompt and target together, and the number of the prompt's.
 
-    White space at the end of the prompt goes to the target, and both are encoded in one piece, so that the
-    tokens are those of the text as a model would write it (the convention of the lm-eval harness).
+    White space at the end of the prompt goes to the target, and both are encoded in one piece, so that the tokens are
+    those of the text as a model would write it (the convention of the lm-eval harness).
     """
     kept = prompt.rstrip(" ")
     target = prompt[len(kept) :] + target
@@ -348,7 +352,7 @@ def prompt_rows(task: TextTask, tokenizer: Any) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# How it is scored
+# Scores
 
 
 def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -360,7 +364,7 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
         choices = sums[:, rows]
         right = choices[:, int(example.answer)]
         others = np.delete(choices, int(example.answer), axis=1).max(axis=1)
-        # The first of equal choices counts as chosen, as argmax has it.
+        # The first of equal choices counts as chosen, like in argmax.
         accuracy.append(np.where(np.isfinite(right), choices.argmax(axis=1) == example.answer, np.nan))
         margin.append(right - others)
     return {
@@ -379,7 +383,7 @@ def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
 
 def margin_gradient(task: TextTask, sums: np.ndarray) -> np.ndarray:
     """The derivative of each example's margin with respect to its rows' sums, float32[P, rows]: 1 for the right choice,
-    -1 for the best of the others (of equals the first). sums: float32[P, rows]."""
+    -1 for the best of the others (the first of equals). sums: float32[P, rows]."""
     gradient, candidates = np.zeros(sums.shape, np.float32), np.arange(len(sums))
     for example, rows in _choices(task):
         others = sums[:, rows].copy()
@@ -395,10 +399,10 @@ def extract_answer(text: str, pattern: str | None, where: str = "tasks") -> str 
     if pattern is None:
         matches = re.findall(NUMBER, text.rsplit("####", 1)[-1]) or re.findall(NUMBER, text)
         return matches[-1].replace(",", "") if matches else None
-    found = [match for match in find_all(where, pattern, text) if match[0]]
-    if not found:
+    filled = [match for match in find_all(where, pattern, text) if match[0]]
+    if not filled:
         return None
-    taken = [group for group in found[-1].groups() if group is not None] if found[-1].re.groups else [found[-1][0]]
+    taken = [group for group in filled[-1].groups() if group is not None] if filled[-1].re.groups else [filled[-1][0]]
     return taken[0].strip() if taken else None
 
 
