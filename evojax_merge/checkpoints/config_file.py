@@ -64,8 +64,6 @@ LARGER_MODELS = {
 # What transformers calls the text decoder in these models, whatever their files do, and in all others.
 DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
 DECODER_PREFIX = "model.language_model."
-# Decoders that scale or cap their logits, which transformers' larger models leave out.
-MAPPED_LOGITS = {"cohere2", "gemma2", "granite"}
 
 
 def is_larger_model(config: Mapping[str, Any]) -> bool:
