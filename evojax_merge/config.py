@@ -241,8 +241,6 @@ class StopConfig(Section):
 
 # The strategies whose options `search.gradient` holds.
 FOLLOW_GRADIENTS = ("gradient", "hybrid")
-# The seeds of a strategy where `search.seeds` is not given; others have none.
-DEFAULT_SEEDS: Mapping[str, Sequence[Seed]] = {"path_ga": ("parents",)}
 
 
 class GradientConfig(Section):
@@ -294,8 +292,8 @@ class SearchConfig(Section):
     rung_examples: Literal["random", "item_response"] = Field(
         "random", description="which examples a race begins with: random ones, or those that tell candidates apart"
     )
-    seeds: list[Seed] = Field(
-        [], max_length=4, description="merges that the first generation begins with; default of path_ga: [parents]"
+    seeds: list[Seed] | None = Field(
+        None, max_length=4, description="merges that the first generation begins with; default of path_ga: [parents]"
     )
     validation: Annotated[Real, Form("a share from 0 to below 1")] = Field(
         0.0, ge=0.0, lt=1.0, description="share of the search split that is kept back, for the choice of the winner"
@@ -308,16 +306,10 @@ class SearchConfig(Section):
         GradientConfig(), description="how the strategies gradient and hybrid follow gradients"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _with_the_strategys_seeds(cls, document: Any) -> Any:
-        strategy = document.get("strategy") if isinstance(document, dict) else None
-        seeds = DEFAULT_SEEDS.get(strategy) if isinstance(strategy, str) else None
-        return document if seeds is None else {"seeds": list(seeds), **document}
-
     @model_validator(mode="after")
     def _has_each_seed_once(self) -> "SearchConfig":
-        twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
+        seeds = self.seeds or []
+        twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
         if twice is not None:
             raise ValueError(f"seeds: {twice} stands twice; expected each once")
         return self

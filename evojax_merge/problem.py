@@ -52,7 +52,7 @@ from evojax_merge.search.run_folder import RUN_KEYS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, find_strategy, make_strategy
+from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy, seeds_of
 from evojax_merge.search.successive_halving import example_lengths, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
@@ -492,7 +492,7 @@ def build_strategy(
             f"the search has {dims:,} dimensions; expected {MAX_DIMS:,} at most: let more layers share their "
             "parameters (layers_per_group), or take other scales",
         )  # fmt: skip
-    find_strategy(f"{where}.strategy", search.strategy)
+    named_seeds = seeds_of(f"{where}.strategy", search)
     population = search.population or default_population(dims)
     require_memory(
         where,
@@ -500,7 +500,7 @@ def build_strategy(
         GENOME_COPIES * 4 * dims * (population + search.finalists),
         available_memory(),
     )
-    seeds = seed_genomes(where, search.seeds, space)
+    seeds = seed_genomes(where, named_seeds, space)
     settings = StrategySettings(
         dims,
         search.population,

@@ -38,7 +38,7 @@ from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
 from evojax_merge.search.run_parts import check_room
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
-from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
+from evojax_merge.search.strategies.registry import StrategySettings, make_strategy, seeds_of
 from evojax_merge.search.successive_halving import rung_size, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
@@ -97,7 +97,7 @@ def search_pytrees(
     population: int | None = None,
     generations: int = 50,
     sigma: float = 1 / 6,
-    seeds: Sequence[str] = (),
+    seeds: Sequence[str] | None = None,
     rungs: int = 1,
     rung_examples: str = "random",
     validation: float = 0.0,
@@ -150,8 +150,8 @@ def search_pytrees(
     chosen, has_base = method_with_base(WHERE, method, base is not None, len(parents))
     search = _valid(
         "search", SearchConfig, strategy=strategy, population=population, generations=generations, sigma=sigma,
-        finalists=FINALISTS if validation else 1, seeds=list(seeds), rungs=rungs, rung_examples=rung_examples,
-        validation=validation, validate_every=validate_every,
+        finalists=FINALISTS if validation else 1, seeds=None if seeds is None else list(seeds), rungs=rungs,
+        rung_examples=rung_examples, validation=validation, validate_every=validate_every,
         stop={} if stop is None else dict(stop) if isinstance(stop, Mapping) else stop,
         gradient={} if gradient is None else gradient,
     )  # fmt: skip
@@ -190,7 +190,7 @@ def search_pytrees(
             for leaf, source in zip(bank, tree.leaves, strict=True)
         )
 
-    first_genomes = seed_genomes(WHERE, search.seeds, space)
+    first_genomes = seed_genomes(WHERE, seeds_of(WHERE, search), space)
     settings = StrategySettings(
         space.dims, search.population, search.sigma, search.generations, from_unit, len(first_genomes),
         search.gradient, WHERE,

@@ -1,12 +1,14 @@
 """An architecture from outside: GPT-like, with attention and MLP side by side, LayerNorm, learned positions, an MLP
 without gate, a head that is always tied, and tensors and config keys of its own. It has no class in transformers."""
 
+import ast
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
+from evojax_merge.checkpoints.derived import resolve_model
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.cli import cli
 from evojax_merge.cli import run as run_command
@@ -30,8 +33,14 @@ from evojax_merge.models.bank import MergeSpec, Recipe
 from evojax_merge.models.config import NO_WINDOW, DecoderConfig
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE
 from evojax_merge.models.decoder import logits
+from evojax_merge.models.gguf import Gguf, GgufFile
 from evojax_merge.models.layers import dense, dense_heads
 from evojax_merge.models.sources import lazy_merge
+
+# A model_type that means something else: kinds of tokenizers, ways to split words, a chat template of mergekit's.
+OTHER_MEANINGS = {
+    ("gguf_file.py", "gpt2"), ("gguf_file.py", "llama"), ("gguf_file.py", "qwen2"), ("templates.py", "mistral"),
+}  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # The architecture
@@ -75,6 +84,29 @@ LAYER = (
     Leaf("up_bias", "transformer.h.{layer}.mlp.fc.bias", "mlp", ("mlp",), LAYERS),
     Leaf("down", "transformer.h.{layer}.mlp.proj.weight", "mlp", ("hidden", "mlp"), LAYERS, -1, True),
 )
+
+
+def read_gguf_settings(file: GgufFile) -> dict[str, Any]:
+    return {
+        "width": file.value(".embedding_length", SIZE), "n_layer": file.value(".block_count", DEPTH),
+        "n_head": file.value(".attention.head_count", SIZE), "vocab_size": file.embedding.shape[0],
+        "max_position_embeddings": file.value(".context_length", CONTEXT),
+    }  # fmt: skip
+
+
+GGUF = Gguf(
+    "toy-ggml",
+    read_gguf_settings,
+    names={
+        "norm": "blk.{layer}.toy_norm.weight", "norm_bias": "blk.{layer}.toy_norm.bias",
+        **{name: f"blk.{{layer}}.attn_{name}.weight" for name in ("q", "k", "v", "o")}, "up": "blk.{layer}.up.weight",
+        "up_bias": "blk.{layer}.up.bias", "down": "blk.{layer}.down.weight", "embed": "token_embd.weight",
+        "positions": "position_embd.weight", "final_norm": "output_norm.weight", "final_norm_bias": "output_norm.bias",
+    },
+    setting_tensors=("toy_table",),
+    config_keys={"n_head": ".attention.head_count"},
+    size_keys={"mlp": (".embedding_length",)},
+)  # fmt: skip
 TOY = Architecture(
     model_type="toy",
     leaves=(
@@ -95,6 +127,7 @@ TOY = Architecture(
     position_tables=lambda c, layout: None,
     block=block,
     final_norm=lambda c, source, x: layer_norm(x, source.leaf("final_norm"), source.leaf("final_norm_bias"), c.eps),
+    gguf=GGUF,
 )  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -221,7 +254,7 @@ def test_a_paths_scales_are_in_what_its_layers_write() -> None:
     assert filters_of(TOY).residual == {"proj": 0.0}
     longer = Leaf("projector", "transformer.h.{layer}.attn.projector.weight", "attention", SQUARE, LAYERS)
     written = (".attn.proj.weight", ".mlp.proj.weight")
-    assert tuple(filters_of(replace(TOY, leaves=(*TOY.leaves, longer))).residual) == written
+    assert tuple(filters_of(replace(TOY, leaves=(*TOY.leaves, longer), gguf=None)).residual) == written
 
 
 def test_a_merge_of_two_is_theirs(root: Path, tmp_path: Path) -> None:
@@ -240,6 +273,66 @@ def test_a_merge_of_two_is_theirs(root: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(values, merged[name])
 
 
+def write_gguf(path: Path, model: Path, heads: int = 4, mlp: int = 128) -> None:
+    """The model in a folder as a GGUF file, its tensors by the toy's names in such files."""
+    architecture, tensors = "toy-ggml", load_file(model / "model.safetensors")
+    writer = gguf.GGUFWriter(path, architecture)
+    numbers = {
+        "embedding_length": 32, "block_count": 3, "attention.head_count": heads, "context_length": 40,
+    }  # fmt: skip
+    for key, number in numbers.items():
+        writer.add_uint32(f"{architecture}.{key}", number)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", [*words(61), "a", "b", "ab"])
+    writer.add_array("tokenizer.ggml.token_type", [1] * 64)
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
+    for leaf in TOY.leaves:
+        for i in range(3) if leaf.stack else [0]:
+            values = tensors[leaf.tensor_of(i)]
+            values = values[:mlp] if leaf.name == "up" else values
+            writer.add_tensor(GGUF.names[leaf.name].replace("{layer}", str(i)), values)
+    writer.add_tensor("toy_table", np.zeros(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_its_gguf_file_is_read_by_its_own_names(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "one.gguf", root / "one")
+    folder = resolve_model("test", str(tmp_path / "one.gguf"), Path())
+    sources, config = open_sources([folder])
+    assert config == replace(decoder_config(root / "one/config.json"))
+    expected = load_file(root / "one/model.safetensors")
+    assert set(sources.folders[0].entries) == set(expected)
+    for name, values in stored_tensors(load_stored(sources, config), config):
+        np.testing.assert_array_equal(values, expected[name])
+    # Messages speak of the file's own keys.
+    write_gguf(tmp_path / "heads.gguf", root / "one", heads=5)
+    with pytest.raises(InputError, match=r"heads\.gguf: .*32 is not a multiple of toy-ggml\.attention\.head_count"):
+        resolve_model("test", str(tmp_path / "heads.gguf"), Path())
+    write_gguf(tmp_path / "mlp.gguf", root / "one", mlp=96)
+    with pytest.raises(InputError, match=r"up\.weight has shape \[96, 32\]; by toy-ggml\.embedding_length it"):
+        resolve_model("test", str(tmp_path / "mlp.gguf"), Path())
+    # Without names it must be one that the package gguf knows.
+    nameless = replace(TOY, gguf=Gguf("toy-ggml", read_gguf_settings))
+    monkeypatch.setitem(registry._registry(), "toy", nameless)
+    write_gguf(tmp_path / "nameless.gguf", root / "two")
+    with pytest.raises(InputError, match=r"whose tensors the package gguf does not know; expected gguf\.names"):
+        resolve_model("test", str(tmp_path / "nameless.gguf"), Path())
+
+
+def test_no_architecture_is_named_outside_of_the_families() -> None:
+    package = Path(registry.__file__).resolve().parent.parent
+    families, named = package / "models/families", set[tuple[str, str]]()
+    model_types = {path for path in registry.model_types() if path != "toy"}
+    for file in set(package.rglob("*.py")) - set(families.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in model_types:
+                named.add((file.name, node.value))
+    assert named == OTHER_MEANINGS
+
+
 def test_what_an_architecture_must_say(root: Path) -> None:
     assert register_architecture(TOY) is TOY
     with pytest.raises(ValueError, match="'toy' is registered already"):
@@ -256,6 +349,8 @@ def test_what_an_architecture_must_say(root: Path) -> None:
     for said, leaves in wrong.items():
         with pytest.raises(ValueError, match=f"architecture toy: {said}"):
             replace(TOY, leaves=leaves)
+    with pytest.raises(ValueError, match=r"architecture toy: gguf\.names lacks the leaves k, v"):
+        replace(TOY, gguf=replace(GGUF, names={name: GGUF.names[name] for name in GGUF.names.keys() - {"k", "v"}}))
     with pytest.raises(ValueError, match="filters: expected one for each of attention, embed"):
         replace(TOY, filters={"attention": "attn"})
 
@@ -264,7 +359,7 @@ def test_the_bank_holds_several_stacks(root: Path, tmp_path: Path, monkeypatch: 
     """Of an architecture with a second stack, of another depth and with leaves of its own."""
     deep = Leaf("gain", "transformer.deep.{layer}.weight", "norm", HIDDEN, "deep")
     both = replace(TOY, model_type="both", leaves=(*TOY.leaves, deep), depths=lambda c: {LAYERS: 3, "deep": 2},
-                   read_config=lambda hf: replace(read_config(hf), architecture="both"))  # fmt: skip
+                   read_config=lambda hf: replace(read_config(hf), architecture="both"), gguf=None)  # fmt: skip
     monkeypatch.setitem(registry._registry(), "both", both)
     for seed, name in enumerate(("one", "two")):
         folder = write_model(tmp_path / name, seed, SETTINGS | {"model_type": "both"})
@@ -298,7 +393,7 @@ def test_an_unknown_model_type_is_told_the_nearest(root: Path, tmp_path: Path) -
     with pytest.raises(InputError) as raised:
         decoder_config(folder / "config.json")
     known = ", ".join(registry.model_types())
-    assert known.startswith("llama, mistral, ") and known.endswith(", toy")
+    assert known.startswith("cohere2, gemma2, ") and known.endswith(", toy")
     assert str(raised.value).endswith(
         f"config.json: model_type is 'toys' (did you mean 'toy'?); expected one of {known}"
     )

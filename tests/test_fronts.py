@@ -183,7 +183,7 @@ def test_failures_ties_and_states(name: str, objectives: int) -> None:
 def test_seeds_are_members_where_they_are_good(name: str) -> None:
     ends = np.array([[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]], np.float32)
     strategy = seeded(make(name), ends)
-    assert strategy.keeps_front
+    assert keeps_front(strategy)
     state = drive(strategy, zdt1, 6, 5)
     found = strategy.finalists(state)
     for end in ends:

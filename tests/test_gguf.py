@@ -355,14 +355,14 @@ def test_llama_3s_rope_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from evojax_merge.checkpoints.gguf_file import LLAMA3_ROPE, _llama3_factors
+    from evojax_merge.models.families.llama_like_gguf import LLAMA3_ROPE, llama3_factors
 
     for factor in (8.0, 32.0):
         rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, **LLAMA3_ROPE}
         config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
         plain = 5e5 ** (-np.arange(0, 128, 2) / 128)
-        np.testing.assert_allclose(plain / _llama3_factors(5e5, 128, factor), scaled.numpy(), rtol=1e-5)
+        np.testing.assert_allclose(plain / llama3_factors(5e5, 128, factor), scaled.numpy(), rtol=1e-5)
 
 
 def test_a_gguf_file_is_merged_and_adapted_like_a_folder(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from evojax_merge.zoo import VERSION
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS, METHOD_FILES = ROOT / "configs", ROOT / "kernels" / "merge_kernels" / "methods"
 # A method's name that means something else: how rotary positions are scaled.
-OTHER_MEANINGS = {("gguf_file.py", "linear"), ("llama_like.py", "linear")}
+OTHER_MEANINGS = {("llama_like_gguf.py", "linear"), ("llama_like.py", "linear")}
 
 
 def measure(options, inputs):

@@ -20,7 +20,7 @@ from evojax_merge.config import SearchConfig
 from evojax_merge.models.paths import LayerPath
 from evojax_merge.search.loop import INIT_KEY, Archive, Generation, Reporter, generation_key
 from evojax_merge.search.protocols import HasMoves
-from evojax_merge.search.strategies.registry import StrategySettings, make_strategy
+from evojax_merge.search.strategies.registry import StrategySettings, make_strategy, seeds_of
 from evojax_merge.spaces.bounds import from_unit
 from evojax_merge.spaces.layer_path import LayerEdit, MoveSpace, ScaleBounds
 
@@ -195,16 +195,14 @@ def test_a_search_begins_at_the_parents_and_continues_to_the_byte(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("named", "seeds", "written"),
-    [({}, ["parents"], False), ({"seeds": []}, [], True), ({"seeds": ["parents"]}, ["parents"], False)],
-    ids=str,
+    ("named", "seeds"), [({}, ["parents"]), ({"seeds": []}, []), ({"seeds": ["uniform"]}, ["uniform"])], ids=str
 )
-def test_seeds_are_the_parents_unless_others_are_named(named: dict[str, Any], seeds: list[str], written: bool) -> None:
+def test_seeds_are_the_parents_unless_others_are_named(named: dict[str, Any], seeds: list[str]) -> None:
     search = SearchConfig(strategy="path_ga", **named)
+    assert list(seeds_of("search.strategy", search)) == seeds
     document = search.model_dump(mode="json")
-    assert search.seeds == seeds and ("seeds" in document) == written
-    assert SearchConfig(**document) == search
-    assert SearchConfig().seeds == []
+    assert ("seeds" in document) == ("seeds" in named) and SearchConfig(**document) == search
+    assert list(seeds_of("search.strategy", SearchConfig(strategy="cma_es"))) == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from evojax_merge import search_pytrees
 from evojax_merge.config import SearchConfig
 from evojax_merge.errors import InputError
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.search.protocols import TakesInjected
+from evojax_merge.search.protocols import capabilities_of
 from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy, make_strategy
 from evojax_merge.search.strategies.restarts import MAX_MULTIPLE
@@ -313,7 +313,7 @@ def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str, optim
     start: the search goes to the optimum, and its step stays one."""
     dims, far = 10, np.stack([np.full(10, 1.0, np.float32), np.full(10, 0.0, np.float32)])
     strategy = seeded(make(name, dims, seeds=2), far)
-    assert isinstance(strategy.strategy, TakesInjected) == (name not in ("de", "pso", "ga"))
+    assert capabilities_of(strategy.strategy).takes_injected == (name not in ("de", "pso", "ga"))
     state = init(strategy, dims)
 
     def fitness(genomes: np.ndarray) -> np.ndarray:
@@ -324,7 +324,7 @@ def test_far_seeds_are_learned_from_and_do_not_blow_up_the_step(name: str, optim
     state = drive(strategy, state, fitness, 1)
     after = asked(strategy, state, 1)
     assert np.std(after, axis=0).mean() < 3 / 6
-    if isinstance(strategy.strategy, TakesInjected) and optimum == 0.95:
+    if capabilities_of(strategy.strategy).takes_injected and optimum == 0.95:
         np.testing.assert_array_equal(strategy.finalists(state)[0], far[0])
     # It converges as it would without. (Strategies that restart may then be elsewhere.)
     best = -np.inf

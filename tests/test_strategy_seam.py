@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,9 +19,11 @@ from evojax_merge import search_pytrees
 from evojax_merge.commands import search as search_command
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.problem import build_problem, read_config
+from evojax_merge.search.protocols import Capabilities, context_of, keeps_front
 from evojax_merge.search.run_folder import RunFolder
+from evojax_merge.search.seeding import seeded
 from evojax_merge.search.strategies.evosax import EvosaxStrategy
-from evojax_merge.search.strategies.registry import StrategySettings, register_strategy
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with, register_strategy
 from evojax_merge.yaml_reader import load_yaml
 
 
@@ -152,6 +155,44 @@ def test_the_example_of_an_own_strategy_runs(config, tmp_path):
     assert load_yaml(tmp_path / "run/config.yaml")["search"]["strategy"] == "snes"
 
 
+@pytest.mark.parametrize(("changes", "is_seeded"), [([], True), (["search.seeds=[]"], False)])
+def test_it_begins_with_its_own_seeds(config, tmp_path, changes, is_seeded):
+    register_strategy("seeded_climber", begin_with("task_vectors")(hill_climber))
+    changes = ["search.strategy=seeded_climber", "search.generations=1", *changes]
+    search_command.search(config, tmp_path / "run", False, False, None, changes)
+    (row,) = RunFolder(tmp_path / "run").read_history()
+    problem = build_problem(config, read_config(config, changes, None))
+    seeds = problem.space.seed_genomes("seeds", "task_vectors")
+    assert (np.array(row["genomes"], np.float32)[: len(seeds)] == seeds).all() == is_seeded
+
+
+def test_its_capabilities_are_data():
+    """Methods of the same names without `capabilities` are not asked; with it they are, seeded or not."""
+    calls = []
+
+    class Able(HillClimber):
+        def inject(self, state, genomes, count):
+            calls.append(count)
+            return genomes, state
+
+        def context(self, state):
+            return np.asarray(state.best)
+
+    class Saying(Able):
+        capabilities = Capabilities(keeps_front=True, takes_injected=True, lends_context=True)
+
+    # The seed is the worst of its generation.
+    key, scores = jax.random.key(0), SimpleNamespace(fitness=np.arange(4.0))
+    for strategy, count, able in ((Able(2, 4, 0.1), 0, False), (Saying(2, 4, 0.1), 1, True)):
+        with_seed = seeded(strategy, np.ones((1, 2), np.float32))
+        state = with_seed.init(key, np.zeros((1, 2), np.float32))
+        genomes, state = with_seed.ask(key, state)
+        state = with_seed.tell(key, state, genomes, scores)
+        assert calls == [1] * count and keeps_front(with_seed) == keeps_front(strategy) == able
+        lent = context_of(with_seed, state)
+        assert (lent == np.asarray(genomes)[3]).all() if able else lent is None
+
+
 def test_search_pytrees_takes_it():
     def fitness(merged):
         return -jnp.square(merged["w"] - 0.25).sum()
@@ -179,12 +220,20 @@ def test_what_a_strategy_cannot_be_is_told(config):
     with pytest.raises(InputError, match="the strategy empty lacks name, population, init, ask"):
         build_problem(config, read_config(config, ["search.strategy=empty"], None))
 
-    @dataclass(frozen=True)
-    class Differentiating(HillClimber):
-        differentiates: str = "fitness"
+    class Able(HillClimber):
+        capabilities: Any = None
 
-    register_strategy("half", lambda settings: Differentiating(settings.dims, 6, settings.sigma))
-    with pytest.raises(InputError, match="the strategy half lacks wants_gradients, gradient_generations;"):
+    register_strategy("half", lambda settings: Able(settings.dims, 6, settings.sigma))
+    lacking = {
+        "wants_gradients, gradient_generations": Capabilities(differentiates="companion"),
+        "inject": Capabilities(takes_injected=True),
+        "context": Capabilities(lends_context=True),
+    }
+    for members, Able.capabilities in lacking.items():
+        with pytest.raises(InputError, match=f"the strategy half lacks {members};"):
+            build_problem(config, read_config(config, ["search.strategy=half"], None))
+    Able.capabilities = {"takes_injected": True}
+    with pytest.raises(InputError, match=r"half has capabilities \{'takes_injected': True\}; expected a Capabilities"):
         build_problem(config, read_config(config, ["search.strategy=half"], None))
 
     from evosax.algorithms import PSO

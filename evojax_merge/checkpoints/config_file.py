@@ -64,8 +64,6 @@ LARGER_MODELS = {
 # The text decoder's prefix in transformers' memory, whatever the files use: in these models, and in all others.
 DECODER_PREFIXES = {"idefics3": "model.text_model.", "smolvlm": "model.text_model."}
 DECODER_PREFIX = "model.language_model."
-# Decoders that scale or cap their logits, a step that transformers' larger models omit.
-MAPPED_LOGITS = {"cohere2", "gemma2", "granite"}
 
 
 def is_larger_model(config: Mapping[str, Any]) -> bool:

@@ -18,7 +18,6 @@ import numpy as np
 from evojax_merge.checkpoints.config_file import (
     DECODER_PREFIX,
     DECODER_PREFIXES,
-    MAPPED_LOGITS,
     NO_CONFIG,
     check_unquantised,
     decoder_settings,
@@ -148,7 +147,8 @@ class DecoderFolder(Folder):
             read_json_object(self.path / "config.json", missing=NO_CONFIG)
         check_unquantised(self.path / "config.json", self.whole.config)
         kind = self.config.get("model_type")
-        if self.is_part and kind in MAPPED_LOGITS:
+        architecture = known_architecture(kind)
+        if self.is_part and architecture is not None and architecture.always_maps_logits:
             raise InputError(
                 self.where,
                 f"model_type is {shown(kind)}, whose logits transformers leaves unscaled in a larger model; expected "

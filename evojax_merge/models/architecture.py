@@ -1,8 +1,9 @@
 """What an architecture is: its tensors, what its config means, and its forward pass in three functions.
 
-An `Architecture` is plain data. The families that come with the program are in models.families, a file each; one from
-outside is made known with `register_architecture`. Everything else (the bank, the evaluator, generation, layer paths,
-recipes, the export) asks the architecture, and has no branch for any of them.
+An `Architecture` is plain data. The families that come with the program are in models.families, a file each, which the
+registry imports when it is first asked. One from outside is made known with `register_architecture`. Everything else
+(the bank, the evaluator, generation, layer paths, recipes, the export) asks the architecture, and has no branch for any
+of them.
 
 Letters: L layers of a stack, B rows of T tokens. Weights keep Hugging Face's orientation `[out, in]`.
 """
@@ -11,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +22,7 @@ import numpy as np
 from evojax_merge.errors import nearest, shown
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.config_keys import Expected
+from evojax_merge.models.gguf import Gguf
 from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
 
 # The stack of layers that the forward pass of a decoder runs through.
@@ -101,7 +105,9 @@ class Architecture:
     block: (config, a layer's weights, hidden states, its position tables, attend) -> the hidden states after it, and
     what `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm:
     (config, weights, hidden states) -> what the head's rows are multiplied with. map_logits: (config, those products,
-    float32) -> logits: an increasing function of each, such as a soft cap.
+    float32) -> logits: an increasing function of each, such as a soft cap. always_maps_logits: whether every model of
+    the family has such a function; transformers leaves it out inside of a larger model, so that a text decoder there
+    is refused.
 
     buffers: ends of the names of what earlier files hold beside the tensors, and no forward pass reads.
 
@@ -113,6 +119,8 @@ class Architecture:
     filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
     the layers; by default their whole names. Of components whose filters are in the name of a layer's tensor, the first
     has to be the tensor's own.
+
+    gguf: the form of its GGUF files; None: they are refused.
     """
 
     model_type: str
@@ -125,6 +133,7 @@ class Architecture:
     block: Callable[[Any, Weights, jax.Array, Any, Attend], tuple[jax.Array, KeyValue]]
     final_norm: Callable[[Any, SharedWeights, jax.Array], jax.Array]
     map_logits: Callable[[Any, jax.Array], jax.Array] = lambda config, products: products
+    always_maps_logits: bool = False
     config_class: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     depths: Callable[[Any], Mapping[str, int]] = lambda config: {LAYERS: config.layers}
@@ -132,9 +141,13 @@ class Architecture:
     buffers: tuple[str, ...] = BUFFERS
     no_adapter: str = ""
     packed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    gguf: Gguf | None = None
 
     def __post_init__(self) -> None:
         problem = _complaint(self.leaves, self.components, self.filters)
+        if problem is None and self.gguf is not None and self.gguf.names:
+            missing = sorted({leaf.name for leaf in self.leaves} - self.gguf.names.keys())
+            problem = f"gguf.names lacks the leaves {', '.join(missing)}" if missing else None
         if problem is not None:
             raise ValueError(f"architecture {self.model_type}: {problem}")
 
@@ -211,9 +224,10 @@ def _complaint_of_filters(
 
 @cache
 def _registry() -> dict[str, Architecture]:
-    from evojax_merge.models.families import FAMILIES
-
-    return {family.model_type: family for family in FAMILIES}
+    package = import_module("evojax_merge.models.families")
+    modules = [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+    public = [value for module in modules for name, value in vars(module).items() if not name.startswith("_")]
+    return {value.model_type: value for value in public if isinstance(value, Architecture)}
 
 
 def register_architecture(architecture: Architecture) -> Architecture:
@@ -230,6 +244,15 @@ def register_architecture(architecture: Architecture) -> Architecture:
 def model_types() -> tuple[str, ...]:
     """The model_type of every known architecture."""
     return tuple(_registry())
+
+
+def gguf_architectures() -> dict[str, list[Architecture]]:
+    """The architectures with GGUF files, by `general.architecture`: two where those with experts are another one."""
+    by_name: dict[str, list[Architecture]] = {}
+    for architecture in _registry().values():
+        if architecture.gguf is not None:
+            by_name.setdefault(architecture.gguf.name, []).append(architecture)
+    return dict(sorted(by_name.items()))
 
 
 def known_architecture(model_type: object) -> Architecture | None:

@@ -1,6 +1,7 @@
 """What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
@@ -52,9 +53,43 @@ class Strategy(Protocol):
         ...
 
 
-@runtime_checkable
+# A strategy differentiates the fitness itself, or else a smooth companion of it.
+Differentiates = Literal["fitness", "companion"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The abilities of a strategy beyond `Strategy`, as data: its attribute `capabilities`. A strategy without the
+    attribute has none.
+
+    differentiates: the strategy is told gradients of it (`UsesGradients`). keeps_front: the strategy compares the
+    candidates' means on the tasks that count (`Scores.task_means`), and its finalists are a Pareto front, whose members
+    are scored on all examples, shown, and can be exported. takes_injected: its `tell` takes genomes for those that
+    `ask` drew, and has to know which were not (`TakesInjected`). lends_context: its genomes refer to its state
+    (`LendsContext`).
+    """
+
+    differentiates: Differentiates | None = None
+    keeps_front: bool = False
+    takes_injected: bool = False
+    lends_context: bool = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the methods that a strategy of these capabilities has beside those of `Strategy`."""
+        gradients = ("wants_gradients", "gradient_generations") if self.differentiates is not None else ()
+        injected = ("inject",) if self.takes_injected else ()
+        return (*gradients, *injected, *(("context",) if self.lends_context else ()))
+
+
+def capabilities_of(strategy: Strategy) -> Capabilities:
+    """The strategy's `capabilities`; none where it has no such attribute."""
+    capabilities: Capabilities = getattr(strategy, "capabilities", Capabilities())
+    return capabilities
+
+
 class TakesInjected(Protocol):
-    """A strategy whose `tell` takes genomes for what `ask` drew, and that has to know which of them were not."""
+    """The method of a strategy with the capability `takes_injected`."""
 
     def inject(self, state: State, genomes: jax.Array, count: int) -> tuple[jax.Array, State]:
         """The genomes and the state to `tell` in the first generation, where the first `count` of the genomes,
@@ -62,16 +97,8 @@ class TakesInjected(Protocol):
         ...
 
 
-# What a strategy differentiates: the fitness itself, or else a smooth companion of it.
-Differentiates = Literal["fitness", "companion"]
-
-
-@runtime_checkable
 class UsesGradients(Protocol):
-    """A strategy that is told gradients. It may ask for fewer genomes than its population."""
-
-    @property
-    def differentiates(self) -> Differentiates | None: ...
+    """The methods of a strategy that differentiates. It may ask for fewer genomes than its population."""
 
     def wants_gradients(self, state: State) -> bool:
         """Whether the next generation is told `scores.gradients`, of some examples or of the companion."""
@@ -83,47 +110,40 @@ class UsesGradients(Protocol):
         ...
 
 
+class LendsContext(Protocol):
+    """The method of a strategy with the capability `lends_context`, whose genomes refer to its state, such as to the
+    numbers of members that it has bred."""
+
+    def context(self, state: State) -> Any:
+        """The part of a state that the space needs to decode genomes, beside the genomes (see `ContextSpace`)."""
+        ...
+
+
 def differentiates(strategy: Strategy) -> Differentiates | None:
     """What a strategy differentiates; None: nothing."""
-    return strategy.differentiates if isinstance(strategy, UsesGradients) else None
+    return capabilities_of(strategy).differentiates
 
 
 def wants_gradients(strategy: Strategy, state: State) -> bool:
     """Whether the next generation is told gradients. state: the strategy's own."""
-    return isinstance(strategy, UsesGradients) and strategy.wants_gradients(state)
+    return differentiates(strategy) is not None and cast(UsesGradients, strategy).wants_gradients(state)
 
 
 def gradient_generations(strategy: Strategy, generations: int) -> tuple[int, int]:
     """How many generations of a search of `generations` are told gradients, and of how many genomes each."""
-    return strategy.gradient_generations(generations) if isinstance(strategy, UsesGradients) else (0, 0)
-
-
-@runtime_checkable
-class KeepsFront(Protocol):
-    """A strategy for several objectives at once: the candidates' means on the tasks that count (`Scores.task_means`).
-    Its finalists are a Pareto front; what of them is one on all examples is kept, shown, and can be exported."""
-
-    @property
-    def keeps_front(self) -> bool: ...
+    if differentiates(strategy) is None:
+        return 0, 0
+    return cast(UsesGradients, strategy).gradient_generations(generations)
 
 
 def keeps_front(strategy: Strategy) -> bool:
     """Whether a strategy's finalists are a Pareto front."""
-    return isinstance(strategy, KeepsFront) and strategy.keeps_front
-
-
-@runtime_checkable
-class LendsContext(Protocol):
-    """A strategy whose genomes refer to its state, such as to the numbers of members that it has bred."""
-
-    def context(self, state: State) -> Any:
-        """What the space needs of a state to decode genomes, beside the genomes (see `ContextSpace`)."""
-        ...
+    return capabilities_of(strategy).keeps_front
 
 
 def context_of(strategy: Strategy, state: State) -> Any:
     """What a strategy's state lends to the space; None: genomes say everything."""
-    return strategy.context(state) if isinstance(strategy, LendsContext) else None
+    return cast(LendsContext, strategy).context(state) if capabilities_of(strategy).lends_context else None
 
 
 class Space(Protocol):

@@ -2,8 +2,8 @@
 arXiv 2508.19839)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ import numpy as np
 
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import (
-    Differentiates,
+    Capabilities,
     Space,
     State,
     Strategy,
     TakesInjected,
-    differentiates,
+    capabilities_of,
+    context_of,
     gradient_generations,
-    keeps_front,
     wants_gradients,
 )
 
@@ -56,18 +56,17 @@ class SeededStrategy:
         return self.strategy.population
 
     @property
-    def differentiates(self) -> Differentiates | None:
-        return differentiates(self.strategy)
-
-    @property
-    def keeps_front(self) -> bool:
-        return keeps_front(self.strategy)
+    def capabilities(self) -> Capabilities:
+        return replace(capabilities_of(self.strategy), takes_injected=False)
 
     def wants_gradients(self, state: Any) -> bool:
         return wants_gradients(self.strategy, state["strategy"])
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
         return gradient_generations(self.strategy, generations)
+
+    def context(self, state: Any) -> Any:
+        return context_of(self.strategy, state["strategy"])
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> State:
         return {"strategy": self.strategy.init(key, np.concatenate([genomes, self.seeds])), "told": np.int32(0)}
@@ -80,14 +79,14 @@ class SeededStrategy:
 
     def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> State:
         own, told = state["strategy"], int(state["told"])
-        if told == 0 and isinstance(self.strategy, TakesInjected):
+        if told == 0 and capabilities_of(self.strategy).takes_injected:
             values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
             best = int(np.argmax(values))
             if best < len(self.seeds) and np.isfinite(values[best]):
                 # What was drawn around the start tells nothing of the surroundings of a seed that is better.
                 begun = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
                 return {"strategy": begun, "told": np.int32(1)}
-            genomes, own = self.strategy.inject(own, genomes, len(self.seeds))
+            genomes, own = cast(TakesInjected, self.strategy).inject(own, genomes, len(self.seeds))
         return {"strategy": self.strategy.tell(key, own, genomes, scores), "told": np.int32(told + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:

@@ -92,4 +92,5 @@ COHERE2 = replace(
     block=block,
     final_norm=final_norm,
     map_logits=lambda config, products: products * config.logit_scale,
+    always_maps_logits=True,
 )

@@ -3,12 +3,14 @@ layer."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from evojax_merge.models.config_keys import above, or_null
 from evojax_merge.models.families import gemma_like
 from evojax_merge.models.families.gemma_like import GEMMA_KEYS, GemmaConfig, read_gemma
 from evojax_merge.models.families.llama_like import llama_like
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf
 
 
 def read(hf: Mapping[str, Any]) -> GemmaConfig:
@@ -23,4 +25,6 @@ GEMMA2 = replace(
     block=gemma_like.block,
     final_norm=gemma_like.final_norm,
     map_logits=gemma_like.map_logits,
+    always_maps_logits=True,
+    gguf=llama_like_gguf("gemma2", partial(gemma_like.gguf_settings, large=46), norm_offset=1.0),
 )

@@ -10,7 +10,12 @@ from evojax_merge.models.config_keys import SIZE, above, mapping, or_null
 from evojax_merge.models.families import gemma_like
 from evojax_merge.models.families.gemma_like import GEMMA_KEYS, GemmaConfig, read_gemma
 from evojax_merge.models.families.llama_like import ROPE, llama_like, rope_config, sliding_layers
+from evojax_merge.models.families.llama_like_gguf import THETA, llama_like_gguf
+from evojax_merge.models.gguf import GgufFile
 from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
+
+# In GGUF files: the base frequency of layers with a sliding window, which these are: all but every sixth.
+LOCAL_THETA, WINDOW_PATTERN = 10_000.0, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,17 @@ def read(hf: Mapping[str, Any]) -> Gemma3Config:
     return Gemma3Config(**own, local_rope=rope_config(ropes["sliding_attention"], positions, common.head_dim))
 
 
+def gguf_settings(file: GgufFile) -> dict[str, Any]:
+    """The config.json of a GGUF file."""
+    settings = gemma_like.gguf_settings(file, large=62)
+    pattern = file.value(".attention.sliding_window_pattern", SIZE, WINDOW_PATTERN)
+    kinds = ("sliding_attention", "full_attention")
+    settings["layer_types"] = [kinds[(i + 1) % pattern == 0] for i in range(settings["num_hidden_layers"])]
+    local = {"rope_type": "default", "rope_theta": file.value(".rope.freq_base_swa", THETA, LOCAL_THETA)}
+    settings["rope_parameters"] = {"full_attention": settings["rope_parameters"], "sliding_attention": local}
+    return settings
+
+
 GEMMA3 = replace(
     llama_like("gemma3_text", "Gemma3TextConfig", {}, read),
     leaves=gemma_like.LEAVES,
@@ -48,4 +64,5 @@ GEMMA3 = replace(
     block=gemma_like.block,
     final_norm=gemma_like.final_norm,
     map_logits=gemma_like.map_logits,
+    gguf=llama_like_gguf("gemma3", gguf_settings, norm_offset=1.0),
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from evojax_merge.models.architecture import SharedWeights
 from evojax_merge.models.config import LlamaLikeConfig
-from evojax_merge.models.config_keys import OFF, SWITCH, TEXTS, Expected, above, one_of, or_null
+from evojax_merge.models.config_keys import OFF, SIZE, SWITCH, TEXTS, Expected, above, one_of, or_null
 from evojax_merge.models.families.llama_like import (
     INNER_PROJECTIONS,
     KEYS,
@@ -21,6 +21,8 @@ from evojax_merge.models.families.llama_like import (
     norm_leaf,
     read_config,
 )
+from evojax_merge.models.families.llama_like_gguf import FACTOR, llama_settings
+from evojax_merge.models.gguf import GgufFile
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -111,3 +113,22 @@ def read_gemma(
         attention_softcap=attention_softcap,
         logit_softcap=hf["final_logit_softcapping"],
     )
+
+
+def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
+    """The config.json of a Gemma. Soft caps and windows that the file does not name are those of the config's class.
+    large: the number of layers of the model whose queries are scaled by the hidden size of each head, which no file
+    says (llama.cpp's `f_attention_scale`)."""
+    settings = llama_settings(file)
+    is_large = settings["num_hidden_layers"] == large
+    per_head = settings["hidden_size"] // max(settings["num_attention_heads"], 1)
+    settings["query_pre_attn_scalar"] = per_head if is_large else settings["head_dim"]
+    keys = {
+        "attn_logit_softcapping": (".attn_logit_softcapping", FACTOR),
+        "final_logit_softcapping": (".final_logit_softcapping", FACTOR),
+        "sliding_window": (".attention.sliding_window", SIZE),
+    }
+    for name, (key, expected) in keys.items():
+        if file.key(key) in file.metadata:
+            settings[name] = file.value(key, expected)
+    return settings

@@ -57,4 +57,5 @@ GRANITE = replace(
     embed=embed,
     block=block,
     map_logits=lambda config, products: products / config.logits_scaling,
+    always_maps_logits=True,
 )

@@ -1,10 +1,13 @@
 """Mixtral: a Mistral with a mixture of experts, whose weights add up to 1, in every layer (arXiv 2401.04088)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from evojax_merge.models.config_keys import SIZE
 from evojax_merge.models.families.llama_like import WINDOW, read_config
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
 from evojax_merge.models.families.mixture import MixtureConfig, expert_leaves, mixture_config, mixture_of_experts
 
 
@@ -18,13 +21,18 @@ def read(hf: Mapping[str, Any]) -> MixtureConfig:
     )
 
 
-MIXTRAL = mixture_of_experts(
-    "mixtral",
-    "MixtralConfig",
-    expert_leaves("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
-    # In the names of files as in those of transformers, which mergekit goes by.
-    {"router": "gate.weight", "mlp": "experts"},
-    {"gate.weight": ("router",)},
-    {"num_experts_per_tok": SIZE, "num_local_experts": SIZE, "sliding_window": WINDOW},
-    read,
+MIXTRAL = replace(
+    mixture_of_experts(
+        "mixtral",
+        "MixtralConfig",
+        expert_leaves("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
+        # In the names of files as in those of transformers, which mergekit goes by.
+        {"router": "gate.weight", "mlp": "experts"},
+        {"gate.weight": ("router",)},
+        {"num_experts_per_tok": SIZE, "num_local_experts": SIZE, "sliding_window": WINDOW},
+        read,
+    ),
+    gguf=llama_like_gguf(
+        "llama", partial(mixture_settings, experts_key="num_local_experts"), has_experts=True, interleaved=True
+    ),
 )

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.errors import InputError, shown
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config import LlamaLikeConfig, RopeConfig
-from evojax_merge.models.config_keys import CONTEXT, TEXT, Expected, above, is_number, mapping, or_null
+from evojax_merge.models.config_keys import CONTEXT, TEXT, Expected, above, is_number, mapping, or_null, whole
 from evojax_merge.models.families.llama_like import (
     PARTIAL_ROTARY,
     PROJECTIONS,
@@ -23,6 +24,15 @@ from evojax_merge.models.families.llama_like import (
     norm_leaf,
     read_config,
 )
+from evojax_merge.models.families.llama_like_gguf import (
+    COUNT,
+    FACTOR,
+    THETA,
+    common_settings,
+    head_size,
+    llama_like_gguf,
+)
+from evojax_merge.models.gguf import GgufFile
 from evojax_merge.models.layers import (
     ACTIVATIONS,
     Attend,
@@ -35,6 +45,9 @@ from evojax_merge.models.layers import (
     rms_norm,
     rope_tables,
 )
+
+# In GGUF files: LongRoPE's divisors of the frequencies, beyond the length of the first training and up to it.
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +157,54 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
     )
 
 
+def gguf_settings(file: GgufFile) -> dict[str, Any]:
+    """The config.json of a GGUF file."""
+    head_dim = head_size(file)
+    return common_settings(file, head_dim, _gguf_rope(file, head_dim)) | {
+        "original_max_position_embeddings": _first_length(file),
+        # 0 where there is no window.
+        "sliding_window": file.value(".attention.sliding_window", COUNT, 0) or None,
+    }
+
+
+def _first_length(file: GgufFile) -> int:
+    """The length of the texts that a model was first trained on."""
+    length: int = file.value(".rope.scaling.original_context_length", CONTEXT, file.value(".context_length", CONTEXT))
+    return length
+
+
+def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    """RoPE of a part of each head, or LongRoPE, whose factors lie in tensors, float32."""
+    scaling = file.value(".rope.scaling.type", TEXT, "none")
+    if scaling not in ("none", "longrope"):
+        raise InputError(file.path, f"{file.key('.rope.scaling.type')}: {shown(scaling)}; expected none or longrope")
+    rotated = file.value(".rope.dimension_count", whole(1, head_dim), head_dim)
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": file.value(".rope.freq_base", THETA, 10000.0),
+        "partial_rotary_factor": rotated / head_dim,
+    }
+    factors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    missing = [name for name in factors.values() if name not in file.tensors]
+    if len(missing) == len(factors):
+        return rope
+    if missing:
+        raise InputError(file.path, f"has no tensor {missing[0]}; expected LongRoPE's factors, long and short")
+    for name in factors.values():
+        if file.tensors[name].shape != (rotated // 2,):
+            raise InputError(
+                file.path, f"{name} has shape {list(file.tensors[name].shape)}; by {file.key('.rope.dimension_count')} "
+                f"it would be {[rotated // 2]}",
+            )  # fmt: skip
+    context, original = file.value(".context_length", CONTEXT), _first_length(file)
+    rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+    rope |= {key: file.tensors[name].read().tolist() for key, name in factors.items()}
+    # A factor that the lengths imply is left to them: the file's is rounded.
+    stretched = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
+    attention = file.value(".rope.scaling.attn_factor", FACTOR, stretched)
+    return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}
+
+
 PHI3 = replace(
     llama_like(
         "phi3",
@@ -160,4 +221,5 @@ PHI3 = replace(
     dimensions=own_dimensions,
     position_tables=position_tables,
     block=block,
+    gguf=llama_like_gguf("phi3", gguf_settings, setting_tensors=(LONG_FACTORS, SHORT_FACTORS)),
 )

@@ -3,11 +3,13 @@ of it as a gate of its own lets through."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from evojax_merge.models.architecture import LAYERS, Leaf
 from evojax_merge.models.config_keys import SIZE, SWITCH
 from evojax_merge.models.families.llama_like import QWEN_WINDOWS, read_config
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
 from evojax_merge.models.families.mixture import (
     QWEN_EXPERTS,
     MixtureConfig,
@@ -49,5 +51,13 @@ _QWEN2_MOE = mixture_of_experts(
     QWEN_EXPERTS | QWEN_WINDOWS | {"qkv_bias": SWITCH, "shared_expert_intermediate_size": SIZE},
     read,
 )  # fmt: skip
-# PEFT looks for a projection of the shared expert among the experts, whose projections have the same names.
-QWEN2_MOE = replace(_QWEN2_MOE, no_adapter="PEFT cannot tell its shared expert from its experts")
+QWEN2_MOE = replace(
+    _QWEN2_MOE,
+    # PEFT looks for a projection of the shared expert among the experts, whose projections have the same names.
+    no_adapter="PEFT cannot tell its shared expert from its experts",
+    gguf=llama_like_gguf(
+        "qwen2moe",
+        partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=False),
+        has_experts=True,
+    ),
+)

@@ -1,10 +1,13 @@
 """Qwen3-MoE: a Qwen3 with a mixture of experts in every layer, and one window for all layers where it has one."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from evojax_merge.models.config_keys import SWITCH
 from evojax_merge.models.families.llama_like import QWEN_WINDOWS, read_config
+from evojax_merge.models.families.llama_like_gguf import llama_like_gguf, mixture_settings
 from evojax_merge.models.families.mixture import (
     QWEN_EXPERTS,
     MixtureConfig,
@@ -25,13 +28,20 @@ def read(hf: Mapping[str, Any]) -> MixtureConfig:
     )
 
 
-QWEN3_MOE = mixture_of_experts(
-    "qwen3_moe",
-    "Qwen3MoeConfig",
-    expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
-    {"router": "mlp.gate.", "mlp": ".mlp."},
-    {},
-    QWEN_EXPERTS | {name: QWEN_WINDOWS[name] for name in ("sliding_window", "use_sliding_window")}
-    | {"attention_bias": SWITCH},
-    read,
+QWEN3_MOE = replace(
+    mixture_of_experts(
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        expert_leaves("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        {"router": "mlp.gate.", "mlp": ".mlp."},
+        {},
+        QWEN_EXPERTS | {name: QWEN_WINDOWS[name] for name in ("sliding_window", "use_sliding_window")}
+        | {"attention_bias": SWITCH},
+        read,
+    ),
+    gguf=llama_like_gguf(
+        "qwen3moe",
+        partial(mixture_settings, experts_key="num_experts", weights_sum_to_one=True),
+        has_experts=True,
+    ),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 
 from evojax_merge.errors import InputError, shown
 from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.protocols import Capabilities
 
 
 def losses(scores: Scores) -> np.ndarray:
@@ -40,6 +41,8 @@ class EvosaxStrategy:
     name: str
     algorithm: Any
     params: Any
+
+    capabilities = Capabilities(takes_injected=True)
 
     def __post_init__(self) -> None:
         from evosax.algorithms.base import EvolutionaryAlgorithm

@@ -13,7 +13,7 @@ from flax import struct
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.protocols import Differentiates
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.registry import StrategySettings
 
 # Those of optax that need a learning rate alone, and whose state is arrays of numbers.
@@ -49,7 +49,7 @@ class GradientStrategy:
     schedule: Callable[[Any], Any]
     sigma: float
 
-    differentiates: Differentiates = "fitness"
+    capabilities = Capabilities(differentiates="fitness")
 
     def wants_gradients(self, state: GradientState) -> bool:
         return True

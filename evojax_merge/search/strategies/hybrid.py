@@ -15,7 +15,7 @@ from flax import struct
 from evojax_merge.config import GradientConfig
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
-from evojax_merge.search.protocols import Differentiates
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import cma_es
 from evojax_merge.search.strategies.evosax import EvosaxStrategy, inject_steps
 from evojax_merge.search.strategies.gradient import GradientState, GradientStrategy, make_optimizer
@@ -49,7 +49,7 @@ class HybridStrategy:
     evolution: EvosaxStrategy
     steps: int
 
-    differentiates: Differentiates = "companion"
+    capabilities = Capabilities(differentiates="companion")
 
     @property
     def population(self) -> int:

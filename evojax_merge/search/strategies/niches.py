@@ -15,6 +15,7 @@ from flax import struct
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.fronts import check_objectives, front_metrics, front_of, objectives_of, worst_of
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around
 from evojax_merge.search.strategies.random_numbers import generator
@@ -54,7 +55,7 @@ class Niches:
     bins: int
 
     name = "niches"
-    keeps_front = True
+    capabilities = Capabilities(keeps_front=True)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> NichesState:
         tasks, dims = self.settings.objectives, self.settings.dims

@@ -17,6 +17,7 @@ from evojax_merge.search.fronts import (
     objectives_of,
     worst_of,
 )
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings
@@ -51,7 +52,7 @@ class NSGA2:
     population: int
 
     name = "pareto"
-    keeps_front = True
+    capabilities = Capabilities(keeps_front=True)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> ParetoState:
         objectives = np.full((self.population, self.settings.objectives), np.nan)

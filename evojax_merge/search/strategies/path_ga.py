@@ -18,7 +18,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.random_numbers import generator
-from evojax_merge.search.strategies.registry import StrategySettings
+from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
 # How many of the children have two parents.
 CROSSOVER_RATE = 0.5
@@ -204,6 +204,7 @@ class PathGA:
         return [gene for gene, count in enumerate(self.settings.move_genes) if count == 0]
 
 
+@begin_with("parents")
 def path_ga(settings: StrategySettings) -> PathGA:
     """A genetic algorithm of layer paths (data_flow, form: moves): whole moves are added, removed, changed and
     recombined, and the best of parents and children survive."""

@@ -34,6 +34,7 @@ from evojax_merge.genealogy import (
     Genealogy,
     founder_genomes,
 )
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
 
@@ -67,6 +68,7 @@ class Pool:
     population: int
 
     name = "pool"
+    capabilities = Capabilities(lends_context=True)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> PoolState:
         size = self.pool.size

@@ -1,16 +1,16 @@
 """Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from evojax_merge.config import GradientConfig
+from evojax_merge.config import GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
-from evojax_merge.search.protocols import Strategy, differentiates
+from evojax_merge.search.protocols import Capabilities, Strategy, capabilities_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class StrategySettings:
 
 
 StrategyFactory = Callable[[StrategySettings], Strategy]
+MakesStrategy = TypeVar("MakesStrategy", bound=StrategyFactory)
 
 # Our own, as module:function: evosax is imported where a strategy is made.
 _BUILT_IN = {
@@ -81,8 +82,6 @@ _BUILT_IN = {
 }
 # Of the protocol.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
-# Of one that says what it differentiates.
-_GRADIENT_MEMBERS = ("wants_gradients", "gradient_generations")
 _registered: dict[str, StrategyFactory] = {}
 
 
@@ -113,11 +112,33 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
     return factory
 
 
+def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
+    """Decorates a strategy's factory: its searches begin with these merges where `search.seeds` is not given."""
+
+    def decorate(factory: MakesStrategy) -> MakesStrategy:
+        factory.seeds = seeds  # type: ignore[attr-defined]
+        return factory
+
+    return decorate
+
+
+def seeds_of(where: str, search: SearchConfig) -> Sequence[Seed]:
+    """The merges that a search begins with: `search.seeds`, or its strategy's own. Raises InputError for an unknown
+    strategy."""
+    return getattr(find_strategy(where, search.strategy), "seeds", ()) if search.seeds is None else search.seeds
+
+
 def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
     """Raises InputError for an unknown name, where a strategy's population is not the one that was asked for, and where
     it cannot hold the seeds."""
     strategy = find_strategy(where, name)(settings)
-    members = (*_MEMBERS, *(_GRADIENT_MEMBERS if hasattr(strategy, "differentiates") else ()))
+    capabilities = capabilities_of(strategy)
+    if not isinstance(capabilities, Capabilities):
+        raise InputError(
+            where, f"the strategy {name} has capabilities {shown(capabilities)}; expected a Capabilities of "
+            "evojax_merge.search.protocols",
+        )  # fmt: skip
+    members = (*_MEMBERS, *capabilities.members)
     lacking = [member for member in members if not hasattr(strategy, member)]
     if lacking:
         raise InputError(where, f"the strategy {name} lacks {', '.join(lacking)}; see evojax_merge.search.protocols")
@@ -128,7 +149,7 @@ def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy
             where, f"population: {settings.population}; the strategy {name} has populations of {strategy.population} "
             "here; give that, or leave it out",
         )  # fmt: skip
-    if strategy.population < 2 and differentiates(strategy) is None:
+    if strategy.population < 2 and capabilities.differentiates is None:
         raise InputError(where, f"population: 1; the strategy {name} compares candidates; expected 2 or more")
     if settings.seeds > strategy.population:
         raise InputError(

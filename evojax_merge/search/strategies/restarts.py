@@ -16,6 +16,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, cma_algorithm, cma_params, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses, strongly_typed
 from evojax_merge.search.strategies.registry import StrategySettings
@@ -70,6 +71,8 @@ class RestartedCMAES:
     sigma: float
     range: tuple[float, float]
     small_runs: bool
+
+    capabilities = Capabilities(takes_injected=True)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> RestartState:
         start = jnp.asarray(genomes[0])

@@ -10,6 +10,7 @@ from flax import struct
 
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
+from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.cma_es import MAX_FULL_DIMS, default_population
 from evojax_merge.search.strategies.evosax import inject_steps, losses
 from evojax_merge.search.strategies.registry import StrategySettings
@@ -35,6 +36,7 @@ class XNES:
     sigma: float
 
     name = "xnes"
+    capabilities = Capabilities(takes_injected=True)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> NaturalState:
         return NaturalState(

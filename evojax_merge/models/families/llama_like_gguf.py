@@ -1,0 +1,146 @@
+"""How llama.cpp's GGUF files say the settings of a Llama and of the families that are like it."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from evojax_merge.errors import InputError, shown
+from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, TEXT, above, whole
+from evojax_merge.models.gguf import Gguf, GgufFile
+
+# Rules for a file's values, beside those for a config's.
+FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
+# The RoPE scalings of Llama 3.1 and 3.2, which GGUF keeps as a tensor of factors: all else than `factor` is the same.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_FACTORS = (8.0, 32.0)
+FREQUENCIES = "rope_freqs.weight"
+# "hidden size" and "number of attention heads" are the words of the config classes' own errors.
+CONFIG_KEYS = {
+    "hidden_size": ".embedding_length", "hidden size": ".embedding_length", "head_dim": ".attention.key_length",
+    "intermediate_size": ".feed_forward_length", "num_hidden_layers": ".block_count",
+    "num_attention_heads": ".attention.head_count", "number of attention heads": ".attention.head_count",
+    "num_key_value_heads": ".attention.head_count_kv", "max_position_embeddings": ".context_length",
+    "original_max_position_embeddings": ".rope.scaling.original_context_length",
+    "partial_rotary_factor": ".rope.dimension_count", "rope_theta": ".rope.freq_base", "factor": ".rope.scaling.factor",
+    "sliding_window": ".attention.sliding_window", "num_experts": ".expert_count", "num_local_experts": ".expert_count",
+    "num_experts_per_tok": ".expert_used_count", "moe_intermediate_size": ".expert_feed_forward_length",
+}  # fmt: skip
+SIZE_KEYS = {
+    "hidden": (".embedding_length",), "queries": (".attention.head_count", ".attention.key_length"),
+    "keys": (".attention.head_count_kv", ".attention.head_count", ".attention.key_length"),
+    "queries_keys_values": (".attention.head_count", ".attention.head_count_kv", ".attention.key_length"),
+    "head_dim": (".attention.key_length", ".attention.head_count"), "gate_up": (".feed_forward_length",),
+    "mlp": (".feed_forward_length", ".expert_feed_forward_length"), "experts": (".expert_count",),
+    "shared_mlp": (".expert_shared_feed_forward_length",), "vocab": ("tokenizer.ggml.tokens",),
+}  # fmt: skip
+
+
+def llama_settings(file: GgufFile) -> dict[str, Any]:
+    """The config.json of a Llama, all of whose heads' entries are rotated."""
+    rotated = file.key(".rope.dimension_count")
+    if rotated not in file.metadata:
+        head_dim = head_size(file)
+    else:
+        # A file that says how many entries of a head are rotated says how many there are.
+        head_dim = file.value(".attention.key_length", SIZE, file.value(".rope.dimension_count", SIZE))
+        if file.metadata[rotated] != head_dim:
+            raise InputError(
+                file.path, f"{rotated}: {file.metadata[rotated]}; expected all {head_dim} entries of a head"
+            )
+    return common_settings(file, head_dim, _rope_parameters(file, head_dim))
+
+
+def common_settings(file: GgufFile, head_dim: int, rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that the configs of all these families have. rope: `rope_parameters`."""
+    heads = file.value(".attention.head_count", SIZE)
+    return {
+        "vocab_size": file.embedding.shape[0],
+        "hidden_size": file.value(".embedding_length", SIZE),
+        "intermediate_size": file.value(".feed_forward_length", SIZE),
+        "num_hidden_layers": file.value(".block_count", DEPTH),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.value(".attention.head_count_kv", SIZE, heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": file.value(".context_length", CONTEXT),
+        # The shortest decimal that is this float32: 1e-05, not 9.999999747e-06.
+        "rms_norm_eps": float(str(np.float32(file.value(".attention.layer_norm_rms_epsilon", EPSILON)))),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **({"attention_bias": True} if "blk.0.attn_q.bias" in file.tensors else {}),
+    }
+
+
+def head_size(file: GgufFile) -> int:
+    """The number of entries of each head."""
+    hidden, heads = file.value(".embedding_length", SIZE), file.value(".attention.head_count", SIZE)
+    if hidden % heads and file.key(".attention.key_length") not in file.metadata:
+        raise InputError(
+            file.path, f"{file.key('.attention.head_count')}: {heads:,}; expected a divisor of "
+            f"{file.key('.embedding_length')}, {hidden:,}",
+        )  # fmt: skip
+    size: int = file.value(".attention.key_length", SIZE, hidden // heads)
+    return size
+
+
+def _rope_parameters(file: GgufFile, head_dim: int) -> dict[str, Any]:
+    theta = file.value(".rope.freq_base", THETA, 10000.0)
+    scaling = file.value(".rope.scaling.type", TEXT, "none")
+    frequencies = file.tensors.get(FREQUENCIES)
+    if frequencies is not None:
+        factors = LLAMA3_FACTORS if frequencies.shape == (-(-head_dim // 2),) else ()
+        for factor in factors:
+            if np.allclose(frequencies.read(), llama3_factors(theta, head_dim, factor), rtol=1e-4):
+                return {"rope_type": "llama3", "rope_theta": theta, "factor": factor, **LLAMA3_ROPE}
+        raise InputError(
+            file.path, f"{FREQUENCIES}: not the factors of Llama 3.1 or 3.2; expected a RoPE scaling that is known"
+        )
+    if scaling == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if scaling not in ("linear", "yarn"):
+        raise InputError(
+            file.path, f"{file.key('.rope.scaling.type')}: {shown(scaling)}; expected none, linear or yarn"
+        )
+    rope = {"rope_type": scaling, "rope_theta": theta, "factor": file.value(".rope.scaling.factor", FACTOR)}
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = file.value(".rope.scaling.original_context_length", CONTEXT)
+    return rope
+
+
+def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
+    """float64[head_dim / 2]: the divisor of each pair's frequency in Llama 3.1."""
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / (
+        2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    )
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / factor + share)
+
+
+def mixture_settings(file: GgufFile, experts_key: str, *, weights_sum_to_one: bool | None = None) -> dict[str, Any]:
+    """The config.json of a Llama with experts. experts_key: the config's key for their number. weights_sum_to_one:
+    whether the weights of a token's experts do where the file does not say it, which llama.cpp knows by the
+    architecture; None where the config has no such key. Widths that older files do not name are their tensors'."""
+    settings = llama_settings(file) | {
+        experts_key: file.value(".expert_count", SIZE),
+        "num_experts_per_tok": file.value(".expert_used_count", SIZE),
+    }
+    if weights_sum_to_one is None:
+        return settings
+    experts, shared = (file.tensors.get(f"blk.0.ffn_gate_{kind}.weight") for kind in ("exps", "shexp"))
+    width = experts.shape[-2] if experts is not None and len(experts.shape) == 3 else None
+    settings["moe_intermediate_size"] = file.value(".expert_feed_forward_length", SIZE, width)
+    settings["norm_topk_prob"] = file.value(".expert_weights_norm", SWITCH, weights_sum_to_one)
+    if shared is not None:
+        key = ".expert_shared_feed_forward_length"
+        settings["shared_expert_intermediate_size"] = file.value(key, SIZE, shared.shape[0])
+    return settings
+
+
+def llama_like_gguf(
+    name: str, read_settings: Callable[[GgufFile], dict[str, Any]] = llama_settings, **options: Any
+) -> Gguf:
+    """The GGUF files of an architecture like Llama's. options: further fields of `Gguf`."""
+    fields = {"setting_tensors": (FREQUENCIES,), "config_keys": CONFIG_KEYS, "size_keys": SIZE_KEYS} | options
+    return Gguf(name, read_settings, **fields)
