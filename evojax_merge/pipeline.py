@@ -49,6 +49,7 @@ from evojax_merge.planning import advice, disk_bytes, make_plan
 from evojax_merge.problem import (
     SearchProblem,
     build_problem,
+    config_from,
     failure_hint,
     read_config,
     resolved_document,
@@ -69,7 +70,6 @@ from evojax_merge.schema import MAX_NAME_BYTES
 from evojax_merge.search.loop import evolve, saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
-    OF_A_RUN,
     Checkpoints,
     EarlierWinner,
     FolderStorage,
@@ -111,11 +111,13 @@ T = TypeVar("T")
 
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
-    force: bool = False,
+    force: bool = False, plugin_names: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """The search of a config file, told with the command that continues it wherever it is broken off."""
+    """The search of a config file, told with the command that continues it wherever it is broken off. `plugin_names`:
+    of plugins that are loaded and that the config need not name."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
+    options += [part for name in plugin_names for part in ("--plugin", name)]
     options += ["--distributed"] if jax.process_count() > 1 else []
     options += ["--force"] if force else []
     asked = ["--out", str(out)] if out else []
@@ -599,6 +601,7 @@ def export(
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    plugins.load_named(f"{folder.config}: plugins", load_yaml(folder.config).get("plugins", []), folder.path)
     recover(out)
     check_free(out, overwrite)
     if member is not None:
@@ -673,10 +676,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
 def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
     """The run folder of a search that was broken off, and its config; of a chain, those of the stage that was
     running."""
-    document = load_yaml(folder.config)
-    for key in OF_A_RUN:
-        document.pop(key, None)
-    config: Config = parse(folder.config, document, Config)
+    config = config_from(folder.config, load_yaml(folder.config), [], None)
     if config.stages is None:
         return folder, config
     before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]
