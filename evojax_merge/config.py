@@ -488,7 +488,7 @@ class TaskFile(Section):
 
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
-    plugins: Plugins = []
+    plugins: Plugins = Field([])
 
     @model_validator(mode="after")
     def _fits(self) -> "TaskFile":

@@ -25,7 +25,7 @@ from evojax_merge.checkpoints.writer import (
     check_outside,
     require_space,
 )
-from evojax_merge.config import Config, StageConfig, blamed_on_overrides, parse
+from evojax_merge.config import Config, StageConfig, blamed_on_overrides
 from evojax_merge.continuation import Continuation
 from evojax_merge.errors import Failed, InputError, print_warning
 from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches, token_warnings

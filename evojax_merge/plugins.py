@@ -215,7 +215,7 @@ def _load(plugin: EntryPoint, kind: str) -> None:
 
 
 def source_files(objects: Iterable[object]) -> set[Path]:
-    """The Python files behind these objects, as far as they come from installed plugins: all of their packages, of which
+    """The Python files behind these objects, as far as they come from installed plugins: all of their packages, since
     one file may use another."""
     packages = {plugin.module.partition(".")[0] for plugin in _loaded}
     used = packages & {module.partition(".")[0] for one in objects for module in _modules(one)}

@@ -190,6 +190,22 @@ def test_the_api_page_has_the_parameters_of_each_function() -> None:
         assert "…" in parameters or signature == shown, (name, signature)
 
 
+def test_the_api_pages_study_runs(tmp_path: Path) -> None:
+    """Its first two examples, one after the other, with fewer generations."""
+    text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
+    blocks = [block for language, block in BLOCK.findall(text) if language == "python"]
+    script = "\n".join(blocks[:2])
+    for size, smaller in {"run(20,": "run(1,", "run(10)": "run(1)", "population=16": "population=4"}.items():
+        assert size in script
+        script = script.replace(size, smaller)
+    (tmp_path / "study.py").write_text(script + "print(study)\n")
+    done = run_script(tmp_path / "study.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Study(method='task_arithmetic', parents=['maths', 'japanese']")
+    for written in ("fitness.png", "out/best/model.safetensors", "out/by-hand/model.safetensors"):
+        assert (tmp_path / written).is_file()
+
+
 def test_every_benchmark_says_what_it_measures() -> None:
     listed = runpy.run_path(str(ROOT / "bench" / "__main__.py"))
     pages = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")

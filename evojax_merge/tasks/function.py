@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -8,6 +8,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
+from inspect import getattr_static
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def _content(value: Any, seen: set[int]) -> Iterator[object]:
         yield from (value.dtype.str, value.shape, sha256(np.ascontiguousarray(value).tobytes()).hexdigest())
     elif hasattr(value, "__wrapped__"):  # jax.jit and other wrappers
         yield from _content(value.__wrapped__, seen)
-    elif callable(value) and isinstance(call := getattr(type(value), "__call__", None), types.FunctionType):
+    elif callable(value) and isinstance(call := getattr_static(type(value), "__call__", None), types.FunctionType):
         yield from _content(call, seen)
         yield from _content(getattr(value, "__dict__", None), seen)
     else:
