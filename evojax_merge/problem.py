@@ -715,7 +715,9 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     for _, folder in problem.models:
         files |= input_files(folder)
     architecture = architecture_of(problem.decoder)
-    extensible = [*problem.candidates.methods, problem.strategy, architecture, *problem.splits.search]
+    factory = find_strategy("search.strategy", problem.search.strategy)
+    tasks = [*problem.config.tasks, *problem.splits.search]
+    extensible = [*problem.candidates.methods, factory, problem.strategy, architecture, *tasks]
     plugins = sorted({*problem.config.plugins, *named_plugins(extensible)})
     if plugins:
         document["plugins"] = plugins

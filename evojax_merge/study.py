@@ -301,16 +301,18 @@ class Study(Described):
         saved = len(self._saved_history())
         search = self._parsed.search.model_copy(update={"generations": saved + generations})
         config = self._parsed.model_copy(update={"search": search})
-
-        def started(folder: RunFolder) -> None:
-            self._resume, self._overwrite = True, False
-
-        with bars_on_terminals():
-            pipeline.run_search(
-                WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, begun=started,
-                on_generation=on_generation, force=force,
-            )  # fmt: skip
-        self._state = None
+        begun: list[RunFolder] = []
+        try:
+            with bars_on_terminals():
+                pipeline.run_search(
+                    WHERE, config, self.out, resume=self._resume, overwrite=self._overwrite, begun=begun.append,
+                    on_generation=on_generation, force=force,
+                )  # fmt: skip
+        finally:
+            self._state = None
+            if begun:
+                # A run that was refused leaves nothing to go on with.
+                self._resume, self._overwrite = is_run(RunFolder(self.out)), False
         return open_run(self.out)
 
     # -------------------------------------------------------------------------------------------------------------
@@ -322,8 +324,8 @@ class Study(Described):
         return np.asarray(genomes)
 
     def evaluate(self, genomes: Any, *, split: Split = "search") -> Scores:
-        """The scores of genomes float32[P, D] on all examples of a split; `.fitness` float64[P] is higher for better
-        candidates, NaN for those that failed."""
+        """The scores of genomes float32[P, D] on the examples of a split, of `search` on those that generations have.
+        `.fitness` float64[P] is higher for better candidates, NaN for those that failed."""
         check_arguments(Study.evaluate, locals())
         genomes = genome_array("genomes", genomes, ("P", self.space.dims))
         if not len(genomes):
@@ -332,7 +334,8 @@ class Study(Described):
         scores = evaluator.score(genomes)
         # The sum that a run makes, to the last bit.
         matrix = replace(score_matrix(evaluator.tasks, scores), predicted=fitness(evaluator.tasks, scores))
-        self._latest = matrix, scores
+        if split == "search":
+            self._latest = matrix, scores
         return matrix
 
     def tell(self, genomes: Any, scores: Any) -> None:
@@ -386,7 +389,9 @@ class Study(Described):
     def _evaluator(self, split: Split) -> SpaceEvaluator[Any]:
         if split not in self._evaluators:
             splits = self._batches
-            tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
+            # Generations are scored on a part of the search split where a task has a `limit`.
+            search = splits.shards[0] if len(splits.shards) == 1 else splits.search
+            tasks = {"search": search, "validation": splits.validation, "heldout": splits.heldout}[split]
             if tasks is None:
                 raise InputError("Study.evaluate: split", "validation; the study keeps none back (validation)")
             self._evaluators[split] = open_evaluator(self._problem, tasks, bank=self._bank)

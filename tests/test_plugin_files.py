@@ -93,6 +93,17 @@ def test_the_option_and_the_environment_name_plugins(
     assert done.returncode == 0, done.stderr
 
 
+def test_a_strategy_of_a_plugin_is_an_input(family: Family, folder: Path) -> None:
+    """Also where its objects are of a library's classes."""
+    search = {"strategy": "snes", "population": 4, "generations": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(document(family, search=search)))
+    plugin = CONFIGS / "own_strategy.py"
+    done = run_command("search", "config.yaml", "--out", "run", "--plugin", plugin, folder=folder)
+    assert done.returncode == 0, done.stderr
+    config = em.open_run(folder / "run").config
+    assert config["plugins"] == [str(plugin)] and str(plugin) in config["inputs"]
+
+
 def test_a_plugin_adds_a_kind_of_task(family: Family, folder: Path) -> None:
     task = {"name": "text", "kind": "mine", "file": str(family.tasks)}
     (folder / "tasks.yaml").write_text(yaml.safe_dump({"plugins": ["plugins/task.py"], "tasks": [task]}))
@@ -131,10 +142,15 @@ def test_a_plugin_that_cannot_be_used_is_one_line(source: str | None, named: str
         ("some/folder", "expected a Python file (NAME.py) or the name of a package"),
     ],
 )
-def test_a_plugin_that_is_not_there_is_one_line(name: str, named: str, family: Family, folder: Path) -> None:
+def test_a_plugin_that_is_not_there_is_one_line(
+    name: str, named: str, family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = run_command("search", write_config(folder, family, plugins=[name]), folder=folder)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
     assert f"plugins: {name}" in done.stderr
+    monkeypatch.setenv("EVOJAX_MERGE_PLUGINS", name)
+    done = run_command("keys", folder=folder)
+    assert done.returncode == 2 and f"EVOJAX_MERGE_PLUGINS: {name}: " in done.stderr
 
 
 @pytest.mark.parametrize("source", ["1 / 0", "int('x')", "import sys\nsys.exit()", "import no_such_module", "def"])

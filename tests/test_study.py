@@ -29,7 +29,7 @@ def make(family: Family, tasks: list[Any] | None = None, **changes: Any) -> em.S
     models = em.load_models(family.base, family.parents)
     space = em.MergeSpace(models, "ties", layers_per_group="all", parameters={"weight": {}, "density": {"low": 0.3}})
     tasks = tasks or [
-        em.tasks.Likelihood(name="text", file=family.tasks),
+        em.tasks.Likelihood(name="text", file=family.tasks, limit=5),
         em.tasks.MultipleChoice(name="choice", file=family.tasks, metric="margin", weight=0.3),
     ]
     options = {"strategy": em.strategies.cma_es(population=4), "seed": 3, "finalists": 2} | changes
@@ -118,6 +118,21 @@ def test_a_study_resumes(family: Family, study: em.Study, tmp_path: Path) -> Non
     for name in FILES:
         assert (study.out / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
     assert len(make(family, overwrite=True, **changes).run(1).history) == 1
+
+
+def test_a_run_that_was_refused_can_be_tried_again(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make(family, out=tmp_path / "run")
+
+    def refuse(*arguments: Any) -> None:
+        raise em.InputError("models", "refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evojax_merge.pipeline._search_into", refuse)
+        with pytest.raises(em.InputError, match="refused"):
+            study.run(1)
+    assert study.run(1).finished and len(study.history) == 1
 
 
 def test_the_best_is_the_winner(study: em.Study, tmp_path: Path) -> None:
