@@ -56,7 +56,7 @@ GROUPS = {
     "evojax_merge.architectures": "architecture",
     "evojax_merge.tasks": "task",
 }
-# Python files and packages to load, with the separator of PATH between them.
+# Python files and packages to load, separated as the folders of a search path.
 ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"
 # Ends a message that says that a name is unknown.
 HINT = f"; a plugin can add it (plugins: in a config, --plugin FILE, {ENVIRONMENT})"

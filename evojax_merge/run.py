@@ -104,7 +104,7 @@ class Run(Described):
         return self._folder.params if self._folder.params.is_file() else None
 
     def to_frame(self) -> Any:
-        """The history as a pandas DataFrame, a row for each candidate: `generation`, `candidate` (its number there,
+        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there,
         from 0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
         `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. Of a
         search in stages, the last one's. Names of parameters need the first parent's headers."""

@@ -465,7 +465,7 @@ class Study(Described):
         return self.out
 
     def to_frame(self) -> Any:
-        """The history as a pandas DataFrame, a row for each candidate: see `Run.to_frame`."""
+        """The history as a pandas table, a row for each candidate: see `Run.to_frame`."""
         space = self._problem.space
         assert isinstance(space, ParameterSpace)
         return history_frame(self.history, partial(space.named_values, parents=self.models.names))

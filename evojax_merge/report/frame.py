@@ -17,7 +17,7 @@ def gene_values(genomes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def history_frame(history: Sequence[Mapping[str, Any]], named_values: NamedValues) -> Any:
-    """A pandas DataFrame of a history's rows with a row for each candidate: its generation, its number in it, its
+    """A pandas table of a history's rows with a row for each candidate: its generation, its number in it, its
     fitness, how many examples it was evaluated on, its mean on each task, and what `named_values` makes of its genome.
     NaN where a candidate failed. Raises InputError where pandas is not installed."""
     try:
