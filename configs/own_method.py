@@ -1,9 +1,10 @@
 """A merge method of one's own: define it, register it, use it in a recipe.
 
     python configs/own_method.py            # merges the demo family, which comes with the package
+    evojax-merge merge configs/own_method.yaml runs/own_method --plugin configs/own_method.py
 
-A search takes it as well, as `space: {method: agreement}`, in a program that has registered it; kernels/README.md says
-more, and docs/guides/plugins.md how a package registers it for the commands.
+A search takes it as well, where its config says `plugins: [own_method.py]` and `space: {method: agreement}`;
+kernels/README.md says more, and docs/guides/plugins.md how a package registers it for the commands.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
 """A search strategy of one's own: evosax's SNES, first under a name that configs can give, then in a loop by hand.
 
+    evojax-merge search configs/own_strategy.yaml --out runs/own_strategy      # as a plugin of the config
     python configs/own_strategy.py configs/quickstart.yaml runs/own_strategy search.generations=30
 
-The arguments: a config, a run folder, and what to change of the config.
+The arguments of the second: a config, a run folder, and what to change of the config.
 """
 
 import sys
@@ -19,6 +20,9 @@ def snes(settings: em.StrategySettings) -> em.EvosaxStrategy:
     """Separable natural evolution strategy (Schaul et al., 2011)."""
     algorithm = SNES(settings.population or 16, jnp.zeros(settings.dims))
     return em.EvosaxStrategy("snes", algorithm, algorithm.default_params.replace(std_init=settings.sigma))
+
+
+em.register_strategy("snes", snes)
 
 
 def by_hand(config: str, overrides: list[str], generations: int = 2) -> np.ndarray:
@@ -38,7 +42,6 @@ def by_hand(config: str, overrides: list[str], generations: int = 2) -> np.ndarr
 
 if __name__ == "__main__":
     config, out, *overrides = sys.argv[1:]
-    em.register_strategy("snes", snes)
     run = em.evolve(config, out=out, overrides=[*overrides, "search.strategy=snes"], overwrite=True)
     for row in run.table or []:
         print(f"{row['name']}: {row['heldout_fitness']:.4f}")

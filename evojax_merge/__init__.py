@@ -11,6 +11,7 @@ from evojax_merge.torch_note import drop_in_our_imports
 from evojax_merge.version import __version__
 
 if TYPE_CHECKING:
+    from evojax_merge import strategies, tasks
     from evojax_merge.api import (
         Evaluator,
         evaluate,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from evojax_merge.search.loop import Generation
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
+    from evojax_merge.study import MergeSpace, Models, Study, Trial, load_models
 
 __all__ = [
     "Evaluator",
@@ -35,14 +37,19 @@ __all__ = [
     "Failed",
     "Generation",
     "InputError",
+    "MergeSpace",
+    "Models",
     "Run",
     "Scores",
     "StrategySettings",
+    "Study",
+    "Trial",
     "__version__",
     "evaluate",
     "evolve",
     "host_callback",
     "load_bank",
+    "load_models",
     "merge",
     "open_run",
     "register_architecture",
@@ -50,6 +57,8 @@ __all__ = [
     "register_strategy",
     "register_task",
     "search_pytrees",
+    "strategies",
+    "tasks",
 ]
 
 # Where the names that need more than this file come from, when they are first asked for.
@@ -71,16 +80,25 @@ _HOMES = {
     "StrategySettings": "search.strategies.registry",
     "Run": "run",
     "open_run": "run",
+    "MergeSpace": "study",
+    "Models": "study",
+    "Study": "study",
+    "Trial": "study",
+    "load_models": "study",
 }
+# Modules that are part of the public API.
+_MODULES = ("strategies", "tasks")
 
 drop_in_our_imports()
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -34,18 +34,22 @@ from evojax_merge.models.bank import Bank, MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.problem import build_problem, config_from, read_config
 from evojax_merge.references import resolve_reference
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.described import Described
 from evojax_merge.report.progress import bytes_bar, console
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
 from evojax_merge.selection import open_evaluator, recipe_text
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
+from evojax_merge.tasks.python_functions import reference_to
 from evojax_merge.yaml_reader import parse_documents, parse_yaml
 
 Location = str | PathLike[str]
 
 
 @contextmanager
-def _bars_on_terminals() -> Iterator[None]:
+def bars_on_terminals() -> Iterator[None]:
+    """Show progress bars on terminals and in notebooks alone."""
     usual = console.quiet
     console.quiet = usual or not (console.is_terminal or console.is_jupyter)
     try:
@@ -63,12 +67,16 @@ def _warn(line: str) -> None:
     warnings.warn(printable(line), stacklevel=4)
 
 
-def _as_yaml(where: str, value: Any) -> Any:
-    """What YAML would give for a document of mappings, lists, numbers, texts and paths."""
+def as_yaml(where: str, value: Any) -> Any:
+    """What YAML would give for a document of mappings, lists, numbers, texts and paths. A function stands in it by its
+    reference (tasks.python_functions) where a config names one."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: plain(one) for key, one in value.items()}
+            return {
+                key: reference_to(one) if key == "function" and callable(one) else plain(one)
+                for key, one in value.items()
+            }
         if isinstance(value, list | tuple):
             return [plain(one) for one in value]
         if isinstance(value, np.ndarray | np.generic):
@@ -123,8 +131,8 @@ def merge(
     if isinstance(recipe, str | PathLike):
         source: Path | list[Any] = Path(recipe)
     else:
-        source = _as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
-    with _bars_on_terminals():
+        source = as_yaml("recipe", [recipe] if isinstance(recipe, Mapping) else recipe)
+    with bars_on_terminals():
         options = MergeOptions(dtype, seed, overwrite, allow_nonfinite, allow_crimes, strict)
         write_merge(source, Path(out), options, _ignore, _warn)
     return Path(out)
@@ -155,9 +163,9 @@ def evaluate(
         task_set = stored_models.read_tasks(Path(tasks), split)
     else:
         plugins.load()
-        document = _as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
+        document = as_yaml("tasks", tasks if isinstance(tasks, Mapping) else {"tasks": tasks})
         task_set = stored_models.open_tasks("tasks", parse(Path("tasks"), document, TaskFile), Path.cwd(), split)
-    with _bars_on_terminals():
+    with bars_on_terminals():
         rows = stored_models.score_models(names, task_set, _ignore, _warn)
     return stored_models.score_table(names, rows)
 
@@ -187,7 +195,7 @@ def evolve(
     check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
     folder = default_out(path, parsed) if out is None else Path(out)
-    with _bars_on_terminals():
+    with bars_on_terminals():
         run_search(path, parsed, folder, resume=resume, overwrite=overwrite, on_generation=on_generation, force=force)
     return open_run(folder)
 
@@ -197,11 +205,11 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
     _check_seed(seed)
     if isinstance(config, Mapping):
         path = Path("config")
-        return path, config_from(path, _as_yaml("config", config), overrides, seed)
+        return path, config_from(path, as_yaml("config", config), overrides, seed)
     return Path(config), read_config(Path(config), overrides, seed)
 
 
-def _genes(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
+def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
     """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for anything
     else, and for what is not finite in float32."""
     expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
@@ -220,7 +228,7 @@ def _genes(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
     return genes
 
 
-class Evaluator:
+class Evaluator(Described):
     """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
 
     config, seed, overrides: as `evolve` takes them; the config's strategy and budget are not used. split: the examples
@@ -247,8 +255,18 @@ class Evaluator:
         tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
             raise InputError("split", "validation; the config's search has no validation split (search.validation)")
-        with _bars_on_terminals():
+        with bars_on_terminals():
             self._evaluator = open_evaluator(self._problem, tasks)
+
+    def facts(self) -> dict[str, Any]:
+        problem, tasks = self._problem, self._evaluator.tasks
+        return {
+            "method": problem.candidates.name,
+            "parents": model_names(problem.parents),
+            "dimensions": self.dims,
+            "tasks": [task.name for task in tasks],
+            "examples": sum(task.size for task in tasks),
+        }
 
     @property
     def dims(self) -> int:
@@ -263,7 +281,7 @@ class Evaluator:
     def scores(self, genomes: Any) -> Scores:
         """The score matrix of genomes float32[P, D]; `.fitness` float64[P] is higher for better candidates, NaN for
         those that failed."""
-        genomes = _genes("genomes", genomes, ("P", self.dims))
+        genomes = genome_array("genomes", genomes, ("P", self.dims))
         if not len(genomes):
             raise InputError("genomes", "are empty; expected 1 or more")
         tasks = self._evaluator.tasks
@@ -272,7 +290,7 @@ class Evaluator:
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = recipe_text(self._problem, _genes("genome", genome, (self.dims,)))
+        text = recipe_text(self._problem, genome_array("genome", genome, (self.dims,)))
         return plain_recipe(parse_documents("recipe", text))
 
 
@@ -321,7 +339,7 @@ def load_bank(
     sources, config = open_sources(paths)
     for line in (*ignored_revisions([str(model) for _, model in named], Path.cwd()), *sources.warnings):
         warnings.warn(printable(line), stacklevel=2)
-    with _bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
+    with bars_on_terminals(), bytes_bar("loading", checkpoints_bank.bank_bytes(sources, config)) as progress:
         return LoadedBank(checkpoints_bank.load_bank(sources, config, spec, progress), spec, config, tuple(paths))
 
 

@@ -28,15 +28,29 @@ DONE, FAILED, WRONG_INPUT = 0, 1, 2
 SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
+with_plugins = click.option(
+    "--plugin",
+    "plugin_names",
+    multiple=True,
+    metavar="FILE",
+    help="Load this Python file or package first: it may add methods, strategies, tasks, architectures; repeatable.",
+)
+
+
 @contextmanager
-def _starting() -> Iterator[None]:
-    """Around the imports of a command. A search that is interrupted here is told how to go on, as it is later."""
+def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
+    """Around the imports of a command. A search that is interrupted here is told how to go on, as it is later. The
+    plugins are loaded last."""
     arguments = sys.argv[1:]
     again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
     told = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
     with interrupts.nothing_begun(f"{told}interrupted\n"):
         _start_jax()
         yield
+    if plugin_names:
+        from evojax_merge import plugins
+
+        plugins.load_named("--plugin", plugin_names, Path.cwd())
 
 
 def _start_jax() -> None:
@@ -74,6 +88,7 @@ def cli() -> None:
 )
 @click.option("--distributed", is_flag=True, help="This is one of several processes that share the search.")
 @click.option("--force", is_flag=True, help="Go on where the models or the passes do not fit into memory.")
+@with_plugins
 def search(
     config: Path,
     out: Path | None,
@@ -83,18 +98,19 @@ def search(
     overrides: tuple[str, ...],
     distributed: bool,
     force: bool,
+    plugin_names: tuple[str, ...],
 ) -> None:
     """Search for the best merge that CONFIG describes, and export the winner."""
     if resume and overwrite:
         raise InputError("--resume", "cannot go with --overwrite")
-    with _starting():
+    with _starting(plugin_names):
         if distributed:
             from evojax_merge.evaluation.devices import init_distributed
 
             init_distributed()
         from evojax_merge.commands import search as command
 
-    command.search(config, out, resume, overwrite, seed, list(overrides), force)
+    command.search(config, out, resume, overwrite, seed, list(overrides), force, plugin_names)
 
 
 @cli.command(short_help="Say what a search would take: memory, work, time.")
@@ -102,10 +118,17 @@ def search(
 @click.option("--target", metavar="NAME", help="h100, 8xh100, v5p-8, v6e-8, cpu, … Default: the devices that are here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the plan here as well.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY.PATH=VALUE", help="Override one key of CONFIG.")
-def plan(config: Path, target: str | None, json_file: Path | None, overrides: tuple[str, ...]) -> None:
+@with_plugins
+def plan(
+    config: Path,
+    target: str | None,
+    json_file: Path | None,
+    overrides: tuple[str, ...],
+    plugin_names: tuple[str, ...],
+) -> None:
     """Say, from the models' headers alone, whether the search of CONFIG fits a target's memory, how much it computes
     and moves, and how long that takes at least."""
-    with _starting():
+    with _starting(plugin_names):
         from evojax_merge.commands import plan as command
 
     command.plan(config, target, json_file, list(overrides))
@@ -127,6 +150,7 @@ def plan(config: Path, target: str | None, json_file: Path | None, overrides: tu
 @click.option("--write-model-card/--no-write-model-card", default=True, help="Whether OUT gets a card and the recipe.")
 @click.option("--transformers-cache", type=click.Path(path_type=Path), help="Where models of the hub are kept.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
+@with_plugins
 @without_meaning
 @click.pass_context
 def merge(
@@ -144,6 +168,7 @@ def merge(
     write_model_card: bool,
     transformers_cache: Path | None,
     quiet: bool,
+    plugin_names: tuple[str, ...],
 ) -> None:
     """Do the merge that RECIPE (a mergekit YAML) describes and write the model to OUT.
 
@@ -155,7 +180,7 @@ def merge(
     if transformers_cache is not None:
         # Before anything imports huggingface_hub.
         os.environ["HF_HUB_CACHE"] = os.path.realpath(os.path.expanduser(transformers_cache))
-    with _starting():
+    with _starting(plugin_names):
         from evojax_merge.commands import merge as command
 
     options = command.MergeOptions(
@@ -183,16 +208,18 @@ def merge(
     show_default=True,
     help="Only the examples that a search of TASKS, with its seed, has in this split.",
 )
+@with_plugins
 def evaluate(
     models: tuple[str, ...],
     tasks: Path,
     json_file: Path | None,
     samples_file: Path | None,
     split: Literal["search", "validation", "heldout", "all"],
+    plugin_names: tuple[str, ...],
 ) -> None:
     """Score stored models on the examples of the tasks (a search's config can serve as the tasks file). A run folder
     stands for its winner."""
-    with _starting():
+    with _starting(plugin_names):
         from evojax_merge.commands import evaluate as command
 
     command.evaluate(list(models), tasks, json_file, samples_file, split)
@@ -238,15 +265,17 @@ def export(
 
 
 @cli.command(short_help="List the merge methods, with their parameters and bounds.")
-def methods() -> None:
+@with_plugins
+def methods(plugin_names: tuple[str, ...]) -> None:
     """List the merge methods: what they take, their parameters, and the bounds that a search has by default."""
-    _list("methods")
+    _list("methods", plugin_names=plugin_names)
 
 
 @cli.command(short_help="List the search strategies.")
-def strategies() -> None:
+@with_plugins
+def strategies(plugin_names: tuple[str, ...]) -> None:
     """List the search strategies."""
-    _list("strategies")
+    _list("strategies", plugin_names=plugin_names)
 
 
 @cli.command(short_help="List the architectures that can be searched and merged.")
@@ -263,8 +292,8 @@ def keys(section: str | None) -> None:
     _list("keys", section)
 
 
-def _list(what: str, section: str | None = None) -> None:
-    with _starting():
+def _list(what: str, section: str | None = None, plugin_names: tuple[str, ...] = ()) -> None:
+    with _starting(plugin_names):
         from evojax_merge.commands import listings as command
 
     command.list_known(what, section)

@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
+from evojax_merge import plugins
 from evojax_merge.errors import InputError, did_you_mean, nearest
 from evojax_merge.schema import FLOAT32_MAX, MAX_SEED, Form, Location, Name, Number, Numbers, Real, Section, Whole
 from evojax_merge.tasks.kinds import find_kind, kind_names, kinds
@@ -186,7 +187,7 @@ def _task(value: Any) -> TaskConfig:
         if slip is not None:
             key, what = slip
         elif isinstance(kind_name, str):
-            what = f"there is no kind of task {describe_value(kind_name)}{did_you_mean(kind_name, names)}"
+            what = f"there is no kind of task {describe_value(kind_name)}{did_you_mean(kind_name, names)}{plugins.HINT}"
         elif "kind" in value:
             what = f"expected one of {', '.join(names)}, found {describe_value(kind_name)}"
         error = PydanticCustomError("task_kind", "{what}", {"what": what})
@@ -209,6 +210,7 @@ def _typo_for_kind(section: Mapping[Any, Any]) -> tuple[str, str] | None:
 
 
 AnyTask = Annotated[SerializeAsAny[TaskConfig], PlainValidator(_task)]
+Plugins = Annotated[list[Location], Field(max_length=100)]
 
 
 # The names of possible seeds of a search: see configs/README.md.
@@ -424,6 +426,9 @@ class Config(Section):
     )
     seed: Whole = Field(0, ge=0, le=MAX_SEED, description="of everything that is drawn at random")
     out: Location | None = Field(None, description="the run folder; default: runs/, and the config's name")
+    plugins: Plugins = Field(
+        [], description="Python files and packages that add methods, strategies, tasks and architectures"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -438,8 +443,8 @@ class Config(Section):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out optional keys at their defaults (see SearchConfig)."""
         document: dict[str, Any] = serialise(self)
-        for name in ("pool", "other_modules"):
-            if getattr(self, name) is None:
+        for name in ("pool", "other_modules", "plugins"):
+            if not document[name]:
                 document.pop(name)
         return document
 
@@ -475,6 +480,7 @@ class TaskFile(Section):
 
     tasks: list[AnyTask] = Field(min_length=1, max_length=1000)
     evaluation: EvaluationConfig = EvaluationConfig()
+    plugins: Plugins = Field([])
 
     @model_validator(mode="after")
     def _fits(self) -> "TaskFile":
@@ -709,9 +715,13 @@ def _in_a_section(key: str, fields: Mapping[str, FieldInfo]) -> str:
 
 
 def parse(path: Path, document: Any, schema: type[Section]) -> Any:
-    """Check a parsed document against a schema; InputError names the first key that does not fit."""
+    """Check a parsed document against a schema; InputError names the first key that does not fit. The plugins that the
+    document names are loaded first, and have absolute paths afterwards: they add kinds of tasks."""
     if not isinstance(document, dict):
         raise InputError(path, f"expected a mapping, found {type(document).__name__}")
+    named = document.get("plugins")
+    if "plugins" in schema.model_fields and isinstance(named, list) and all(isinstance(name, str) for name in named):
+        document = document | {"plugins": plugins.load_named(f"{path}: plugins", named, path.parent)}
     try:
         return schema.model_validate(document)
     except ValidationError as error:

@@ -1,24 +1,32 @@
-"""What packages of others add: merge methods, search strategies, architectures and kinds of task, by entry points.
+"""Plugins: merge methods, search strategies, architectures and kinds of task that users and packages add.
 
-A package's pyproject.toml names an object to register, or a function without arguments that registers:
+A package adds them by entry points. Its pyproject.toml names an object to register, or a function without arguments
+that registers:
 
     [project.entry-points."evojax_merge.methods"]
     softmax = "my_package.merging:SOFTMAX"
+
+A config's `plugins`, the option `--plugin` and the environment variable EVOJAX_MERGE_PLUGINS name Python files and
+packages that register when they are imported.
 
 `load` is called where a command begins, and by the functions of the public API.
 """
 
 import inspect
+import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from evojax_merge.errors import InputError, shown
+from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,13 @@ GROUPS = {
     "evojax_merge.architectures": "architecture",
     "evojax_merge.tasks": "task",
 }
+# Python files and packages to load, separated as the folders of a search path.
+ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"
+# Ends a message that says that a name is unknown.
+HINT = f"; a plugin can add it (plugins: in a config, --plugin FILE, {ENVIRONMENT})"
 _loaded: set[EntryPoint] = set()
+# Those that were named, by their names from any folder.
+_named: dict[str, ModuleType] = {}
 
 
 def register(kind: str, *arguments: Any) -> Any:
@@ -117,14 +131,66 @@ def _wrong_result(method: Any) -> str | None:
 
 
 def load() -> None:
-    """Register what installed packages add, once in a process. Raises InputError for what cannot be imported or
-    registered, with the plugin's name, its package and its own error."""
+    """Register what installed packages and the environment variable's plugins add, once in a process. Raises InputError
+    for a package's entry point that cannot be imported or registered, with the plugin's name, its package and its own
+    error; for the others see `load_named`."""
     installed = entry_points()
     for group, kind in GROUPS.items():
         for plugin in installed.select(group=group):
             if plugin not in _loaded:
                 _load(plugin, kind)
                 _loaded.add(plugin)
+    load_named(ENVIRONMENT, [name for name in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if name], Path.cwd())
+
+
+def load_named(where: str, names: Sequence[str], folder: Path) -> list[str]:
+    """Import Python files, by paths that start in `folder`, and packages. Returns their names from any folder.
+
+    Raises InputError, with `where`, for what there is not, and for a plugin that registers a name that is taken or an
+    object that cannot be used. Whatever else a plugin raises is raised.
+    """
+    return [_load_named(f"{where}: {name}", name, folder) for name in names]
+
+
+def _load_named(where: str, name: str, folder: Path) -> str:
+    is_file = name.endswith(".py")
+    if not is_file and not all(part.isidentifier() for part in name.split(".")):
+        raise InputError(where, "expected a Python file (NAME.py) or the name of a package")
+    path = folder / os.path.expanduser(name)
+    if is_file and not os.path.isfile(path):
+        raise InputError(where, "no such file")
+    known_as = str(path.resolve()) if is_file else name
+    try:
+        with importing_from(path.resolve().parent if is_file else folder), _checking_methods():
+            _named[known_as] = _script(path.resolve()) or load_file(path.resolve()) if is_file else import_module(name)
+    except InputError as error:
+        raise InputError(where, str(error)) from None
+    except ModuleNotFoundError as error:
+        if is_file or not lacks_module(error, name):
+            raise
+        raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
+    except ValueError as error:
+        if not _raised_by_registry(error):
+            raise
+        raise InputError(where, str(error)) from None
+    except SystemExit as error:
+        raise RuntimeError(f"the plugin {name} ended the program (SystemExit: {error})") from error
+    return known_as
+
+
+def _script(path: Path) -> ModuleType | None:
+    """The script that the interpreter runs, if it is this file: what it registers is registered already."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    return main if file is not None and Path(file).resolve() == path else None
+
+
+def _raised_by_registry(error: ValueError) -> bool:
+    """Whether a registry refused an object. Any other ValueError is a plugin's own."""
+    refusing = {registry.register.__code__ for registry in REGISTRIES.values()}
+    refusing.add(inspect.unwrap(_checking_methods).__code__)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code in refusing
 
 
 def _load(plugin: EntryPoint, kind: str) -> None:
@@ -149,11 +215,26 @@ def _load(plugin: EntryPoint, kind: str) -> None:
 
 
 def source_files(objects: Iterable[object]) -> set[Path]:
-    """The Python files behind these objects, as far as they come from plugins: all of their packages, of which one file
-    may use another."""
+    """The Python files behind these objects, as far as they come from installed plugins: all of their packages, since
+    one file may use another."""
     packages = {plugin.module.partition(".")[0] for plugin in _loaded}
-    named = {module.partition(".")[0] for one in objects for module in _modules(one)}
-    return {file for package in packages & named for file in _files(package)}
+    used = packages & {module.partition(".")[0] for one in objects for module in _modules(one)}
+    return {file for package in used for file in _files(sys.modules[package])}
+
+
+def named_plugins(objects: Iterable[object]) -> list[str]:
+    """The named plugins that define these objects."""
+    defining = {module for one in objects for module in _modules(one)}
+    return [
+        name
+        for name, plugin in _named.items()
+        if any(module == plugin.__name__ or module.startswith(f"{plugin.__name__}.") for module in defining)
+    ]
+
+
+def files_of(names: Iterable[str]) -> set[Path]:
+    """The Python files of named plugins, of a package all."""
+    return {file for name in names for file in _files(_named[name])}
 
 
 def _modules(value: object) -> Iterator[str]:
@@ -165,8 +246,7 @@ def _modules(value: object) -> Iterator[str]:
                 yield module
 
 
-def _files(package: str) -> Iterator[Path]:
-    module = sys.modules[package]
+def _files(module: ModuleType) -> Iterator[Path]:
     folders = getattr(module, "__path__", None)
     if folders is not None:
         yield from (file for folder in folders for file in Path(folder).rglob("*.py"))

@@ -42,8 +42,9 @@ from evojax_merge.models.architecture import ROUTER, architecture_of, shared_lea
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.models.config import DecoderConfig
 from evojax_merge.models.paths import PathSpec
-from evojax_merge.plugins import source_files
+from evojax_merge.plugins import files_of, named_plugins, source_files
 from evojax_merge.references import recipe_reference, resolve_file, resolve_reference
+from evojax_merge.report.comparison import model_names
 from evojax_merge.search.example_choice import ExampleChoice, length_strata
 from evojax_merge.search.fronts import check_front_options
 from evojax_merge.search.gradients import check_gradient_options
@@ -52,7 +53,13 @@ from evojax_merge.search.run_folder import RUN_KEYS, random_numbers
 from evojax_merge.search.seeding import seed_genomes, seeded
 from evojax_merge.search.stopping import check_stop
 from evojax_merge.search.strategies.cma_es import default_population
-from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings, make_strategy, seeds_of
+from evojax_merge.search.strategies.registry import (
+    PoolSettings,
+    StrategySettings,
+    find_strategy,
+    make_strategy,
+    seeds_of,
+)
 from evojax_merge.search.successive_halving import example_lengths, stratified_parts, stratified_shards
 from evojax_merge.search.validation import validation_split
 from evojax_merge.spaces.bounds import from_unit
@@ -226,7 +233,10 @@ def build_problem(
     where, folder = str(path), path.parent
     target = target or live_target()
     target.check_shards(f"{where}: evaluation.model", config.evaluation.model)
-    method = None if config.space is None else _method(where, config, config.space)
+    method = None
+    if config.space is not None:
+        method = find_method(f"{where}: space.method", config.space.method)
+        check_models(where, method, config.base is not None, len(config.parents))
     bred_by = () if config.pool is None else _breeding_methods(where, config, config.pool)
     tasks = [
         open_task(f"{where}: tasks[{i}]", task, folder, config.seed, resolve_file)
@@ -535,12 +545,23 @@ def _check_tokens(folders: Sequence[Path], sources: Sources) -> None:
             )
 
 
-def _method(where: str, config: Config, space: SpaceConfig) -> Method:
-    method = find_method(f"{where}: space.method", space.method)
-    if method.base == "required" and config.base is None:
+def check_models(where: str, method: Method, has_base: bool, parents: int) -> None:
+    """Raises InputError for a base that is missing, and for a number of parents that the method cannot merge."""
+    if method.base == "required" and not has_base:
         raise InputError(where, f"base: missing; {method.name} takes task vectors from a base model")
-    check_parent_count(f"{where}: parents", method, len(config.parents))
-    return method
+    check_parent_count(f"{where}: parents", method, parents)
+
+
+def parameter_space(path: Path, config: Config) -> tuple[ParameterSpace, list[str]] | None:
+    """The parameter space of a config, and what its parents are called in tables; None where it searches something
+    else. Opens the first parent's headers alone."""
+    if config.space is None:
+        return None
+    names = [f"{path}: parents[{k}]" for k in range(len(config.parents))]
+    parents = [resolve_reference(name, one, path.parent) for name, one in zip(names, config.parents, strict=True)]
+    _, decoder = open_sources(parents[:1])
+    method = find_method(f"{path}: space.method", config.space.method)
+    return build_space(f"{path}: space", config.space, method, config.parents, decoder), model_names(parents)
 
 
 def _breeding_methods(where: str, config: Config, pool: PoolConfig) -> tuple[Method, ...]:
@@ -713,6 +734,12 @@ def resolved_document(problem: SearchProblem) -> dict[str, Any]:
     for _, folder in problem.models:
         files |= input_files(folder)
     architecture = architecture_of(problem.decoder)
-    files |= source_files([*problem.candidates.methods, problem.strategy, architecture, *problem.splits.search])
+    factory = find_strategy("search.strategy", problem.search.strategy)
+    tasks = [*problem.config.tasks, *problem.splits.search]
+    extensible = [*problem.candidates.methods, factory, problem.strategy, architecture, *tasks]
+    plugins = sorted({*problem.config.plugins, *named_plugins(extensible)})
+    if plugins:
+        document["plugins"] = plugins
+    files |= source_files(extensible) | files_of(plugins)
     document["inputs"] = {str(file): file_hash(file) for file in sorted(files)}
     return document | random_numbers(problem.candidates.is_random)

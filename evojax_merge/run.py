@@ -1,7 +1,9 @@
 """A run folder, for reading: what a search is doing, or has found."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,17 @@ from typing import Any
 from evojax_merge.arguments import check_arguments
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
+from evojax_merge.problem import config_from, parameter_space, stage_config
+from evojax_merge.report.comparison import model_names
+from evojax_merge.report.described import Described
+from evojax_merge.report.frame import NamedValues, gene_values, history_frame
 from evojax_merge.search.run_folder import is_run, read_result
 from evojax_merge.search.run_parts import RunFolder, read_lines
 from evojax_merge.yaml_reader import load_documents, load_yaml
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Described):
     """A search's run folder. Every property reads the files as they are now, so that a running search can be watched;
     what is not there yet is None, or empty."""
 
@@ -23,6 +29,21 @@ class Run:
 
     def __post_init__(self) -> None:
         check_arguments(Run.__init__, vars(self))
+
+    def facts(self) -> dict[str, Any]:
+        if not is_run(self._folder):
+            return {"folder": str(self.path)}
+        config, history = self.config, self.history
+        last = history[-1] if history else {}
+        return {
+            "folder": str(self.path),
+            "method": method_in(config),
+            "parents": model_names([Path(parent) for parent in config.get("parents", ())]),
+            "dimensions": len(last["genomes"][0]) if last else None,
+            "generations": len(history),
+            "best_fitness": last.get("best_so_far"),
+            "finished": self.finished,
+        }
 
     @property
     def _folder(self) -> RunFolder:
@@ -82,10 +103,36 @@ class Run:
         """The winner of `search_pytrees`: a safetensors file, its leaves by their paths."""
         return self._folder.params if self._folder.params.is_file() else None
 
+    def to_frame(self) -> Any:
+        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there,
+        from 0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
+        `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. Of a
+        search in stages, the last one's. Names of parameters need the first parent's headers."""
+        return history_frame(self.history, self._named_values())
+
+    def _named_values(self) -> NamedValues:
+        folder, document = self._folder, self.config
+        if "tasks" not in document:  # a run of search_pytrees
+            return gene_values
+        # Without the tasks, whose kinds and functions need not be known to this process.
+        tasks = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]
+        config = config_from(folder.config, document | {"tasks": tasks}, [], None)
+        if config.stages is not None:
+            winner = folder.stages / f"stage-{len(config.stages) - 1}" / folder.model.relative_to(folder.path)
+            config = stage_config(config, config.stages[-1], str(winner) if len(config.stages) > 1 else None)
+        opened = parameter_space(folder.config, config)
+        return gene_values if opened is None else partial(opened[0].named_values, parents=opened[1])
+
     @property
     def figures(self) -> list[Path]:
         """The pictures of the run."""
         return sorted(self.path.glob("*.png"))
+
+
+def method_in(config: Mapping[str, Any]) -> str:
+    """What makes the candidates of a config: a merge method, or the kind of its space."""
+    space = config.get("space") or config.get("search_pytrees") or {}
+    return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
 
 
 def open_run(folder: str | PathLike[str]) -> Run:

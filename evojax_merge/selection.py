@@ -51,10 +51,10 @@ def open_evaluators(
 
 
 def open_evaluator(
-    problem: SearchProblem, batched_tasks: list[BatchedTask], devices: Devices = ONE_DEVICE
+    problem: SearchProblem, batched_tasks: list[BatchedTask], devices: Devices = ONE_DEVICE, bank: Any = None
 ) -> SpaceEvaluator[Any]:
-    """Load the bank and open the evaluator of genomes on the tasks of one split, in the generations' compute dtype."""
-    bank = problem.candidates.load_bank(devices, lambda done: None)
+    """Score genomes on the tasks of one split as generations are scored. bank: None: it is loaded."""
+    bank = problem.candidates.load_bank(devices, lambda done: None) if bank is None else bank
     return _evaluator(problem, bank, devices, lambda text: None, {}, problem.compute_dtype, batched_tasks)
 
 

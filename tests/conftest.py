@@ -48,10 +48,12 @@ QUICKLY_COMPILED = {
     for name in (
         "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "device_bench",
         "devices", "docs", "evaluator", "example_choice", "families", "fronts", "function", "generate", "gradients",
-        "harness", "host_memory", "hostile", "longrope", "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite",
-        "method_seam", "mixtures", "parent_groups", "path_ga", "path_gradients", "plugins", "pool", "pytrees",
-        "racing", "reproducible", "run_folder", "search", "spaces", "stopping", "strategies", "strategies_bench",
-        "strategy_seam", "task_seam", "text_decoders", "tokens", "torture", "validation", "zoo",
+        "harness",
+        "host_memory", "hostile", "longrope", "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite",
+        "method_seam", "mixtures", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
+        "pool", "pytrees", "racing", "reproducible", "run_folder", "search", "spaces", "stopping", "strategies",
+        "strategies_bench", "strategy_seam", "study", "task_seam", "text_decoders", "tokens", "torture", "validation",
+        "zoo",
     )
 }  # fmt: skip
 SWITCH = "JAX_DISABLE_MOST_OPTIMIZATIONS"

@@ -179,16 +179,32 @@ def test_configs_in_pages_have_known_keys(page: Path) -> None:
 
 
 def test_the_api_page_has_the_parameters_of_each_function() -> None:
-    """Each row `name(parameters)` of the table, in the order of the signature."""
+    """Each function `name(parameters)` in the first column of a table, in the order of the signature."""
     text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    rows = [call for cell in cells for call in re.findall(r"`(\w+)\(([^`]*)\)`", cell)]
+    cells = re.findall(r"^\| ([^|]*) \|", text, re.MULTILINE)
+    rows = re.findall(r"`(\w+)\(([^`]*)\)`", "\n".join(cells))
     assert len(rows) >= 8
     for name, parameters in rows:
         shown = [one.partition("=")[0] for one in parameters.split(", ") if one not in ("*", "…")]
         signature = list(inspect.signature(getattr(evojax_merge, name)).parameters)
         assert [one for one in signature if one in shown] == shown, (name, signature)
         assert "…" in parameters or signature == shown, (name, signature)
+
+
+def test_the_api_pages_study_runs(tmp_path: Path) -> None:
+    """Its first two examples, one after the other, with fewer generations."""
+    text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
+    blocks = [block for language, block in BLOCK.findall(text) if language == "python"]
+    script = "\n".join(blocks[:2])
+    for size, smaller in {"run(20,": "run(1,", "run(10)": "run(1)", "population=16": "population=4"}.items():
+        assert size in script
+        script = script.replace(size, smaller)
+    (tmp_path / "study.py").write_text(script + "print(study)\n")
+    done = run_script(tmp_path / "study.py", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Study(method='task_arithmetic', parents=['maths', 'japanese']")
+    for written in ("fitness.png", "out/best/model.safetensors", "out/by-hand/model.safetensors"):
+        assert (tmp_path / written).is_file()
 
 
 def test_every_benchmark_says_what_it_measures() -> None:

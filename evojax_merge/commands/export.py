@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evojax_merge import plugins
 from evojax_merge.commands.merge import card_of_merge, write_model
-from evojax_merge.config import Config, parse
+from evojax_merge.config import Config
 from evojax_merge.errors import Failed, InputError
 from evojax_merge.file_system import check_free, recover
 from evojax_merge.mergekit.as_adapter import RankError, prepare_adapter, write_as_adapter
@@ -17,6 +17,7 @@ from evojax_merge.mergekit.streams import RecipeStream, parse_stream, read_strea
 from evojax_merge.mergekit.write import in_dtype
 from evojax_merge.problem import (
     build_problem,
+    config_from,
     stage_config,
 )
 from evojax_merge.references import resolve_reference
@@ -26,7 +27,6 @@ from evojax_merge.report.progress import console, say
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
 from evojax_merge.search.run_folder import (
-    RUN_KEYS,
     Checkpoints,
     check_inputs,
     check_masks,
@@ -50,6 +50,7 @@ def export(
     folder = RunFolder(run)
     if not is_run(folder):
         raise InputError(run, "is not a run folder of a search" if run.exists() else "no such folder")
+    plugins.load_named(f"{folder.config}: plugins", load_yaml(folder.config).get("plugins", []), folder.path)
     recover(out)
     check_free(out, overwrite)
     if member is not None:
@@ -124,10 +125,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
 def _stage_begun_last(folder: RunFolder) -> tuple[RunFolder, Config]:
     """The run folder of a search that was broken off, and its config; for a chain, those of the stage that was
     running."""
-    document = load_yaml(folder.config)
-    for key in RUN_KEYS:
-        document.pop(key, None)
-    config: Config = parse(folder.config, document, Config)
+    config = config_from(folder.config, load_yaml(folder.config), [], None)
     if config.stages is None:
         return folder, config
     before = [RunFolder(folder.stages / f"stage-{number}") for number in range(1, len(config.stages))]

@@ -85,11 +85,12 @@ class ResumeHint:
 
 def search(
     path: Path, out: Path | None, resume: bool, overwrite: bool, seed: int | None, overrides: list[str],
-    force: bool = False,
+    force: bool = False, plugin_names: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Search from a config file. A search that is broken off prints the command that continues it."""
     options = [part for override in overrides for part in ("--set", override)]
     options += [] if seed is None else ["--seed", str(seed)]
+    options += [part for name in plugin_names for part in ("--plugin", name)]
     options += ["--distributed"] if jax.process_count() > 1 else []
     options += ["--force"] if force else []
     asked = ["--out", str(out)] if out else []

@@ -18,6 +18,7 @@ from merge_kernels import METHODS, Method
 
 from evojax_merge.checkpoints.folder import FLOAT_DTYPES
 from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.plugins import HINT
 from evojax_merge.yaml_reader import load_yaml
 
 # The keys of each section.
@@ -170,7 +171,7 @@ def parse_recipe(path: Path, document: Any, where: str | None = None) -> RecipeF
     if not isinstance(name, str):
         raise InputError(where, f"merge_method: {name!r}; expected one of {', '.join(METHODS)}")
     if name not in METHODS:
-        raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}")
+        raise InputError(where, f"merge_method: unknown method {name!r}{did_you_mean(name, METHODS)}{HINT}")
     method = METHODS[name]
     base = top.get("base_model")
     base = None if base is None else _reference(f"{where}: base_model", base)

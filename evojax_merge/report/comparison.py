@@ -1,6 +1,7 @@
 """The final table: the winner beside the base, the parents and the uniform merge, on held-out examples."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,12 @@ def model_name(path: Path) -> str:
     """A model's name in tables: its hub id, else its folder, or its run where a search made it; for a model of several
     parts, the names of all."""
     return "+".join(map(_part_name, parts_of(path)))
+
+
+def model_names(paths: Sequence[Path]) -> list[str]:
+    """What several models are called; by their whole paths where names would be the same."""
+    names = list(map(model_name, paths))
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def _part_name(path: Path) -> str:

@@ -27,11 +27,23 @@ def draw(result: Result, history: list[dict[str, Any]], path: Path) -> None:
             1, 1 + len(front) + len(widths), figsize=(width + FRONT_WIDTH * len(front), height), squeeze=False,
             constrained_layout=True, width_ratios=[1.6, *front, *widths],
         )  # fmt: skip
-        _draw_history(axes[0, 0], history, result)
+        _draw_history(axes[0, 0], history)
+        axes[0, 0].axhline(result.baseline[1], color="grey", linewidth=0.8, label=result.baseline_label)
+        axes[0, 0].legend(loc="lower right", fontsize="small")
         if front:
             _draw_front(axes[0, 1], result)
         result.report.draw(figure, axes[0, 1 + len(front) :], history)
         _save(figure, path)
+
+
+def draw_history(history: list[dict[str, Any]]) -> Any:
+    """A matplotlib Figure of the fitness over generations: best so far, best, mean, and of the best so far on the
+    validation split where generations looked at it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    _draw_history(figure.subplots(), history)
+    return figure
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -44,7 +56,7 @@ def _save(figure: Any, path: Path) -> None:
         plt.close(figure)
 
 
-def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> None:
+def _draw_history(axis: Any, history: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     # A companion of the fitness has another scale.
@@ -57,7 +69,6 @@ def _draw_history(axis: Any, history: list[dict[str, Any]], result: Result) -> N
     if checks:
         values = [np.nan if value is None else value for _, value in checks]
         axis.plot([generation for generation, _ in checks], values, "o-", markersize=3, label="validation of best")
-    axis.axhline(result.baseline[1], color="grey", linewidth=0.8, label=result.baseline_label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="generation", ylabel="fitness (search split)", title="Fitness over generations")
     axis.legend(loc="lower right", fontsize="small")

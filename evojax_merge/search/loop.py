@@ -186,7 +186,7 @@ def evolve(
     )
     if len(shards) > 1:
         reporter.log(describe_rungs(shards, strategy.population))
-    state = _init_state(config, seed, strategy, space, shards)
+    state = init_state(config, seed, strategy, space, init_surrogate(shards, space.dims))
     if validation is not None and config.validate_every:
         state["peak"] = init_peak(validation)
     state, first = storage.restore(state, reporter.log)
@@ -230,11 +230,11 @@ def evolve(
             for line in diagnose(first_part.tasks, halved.first):
                 reporter.log(line)
         state_after_tell = tell(strategy, key, state_after_ask, genomes, halved.scores)
-        state = _next_state(state_after_tell, np.asarray(genomes), halved, state)
+        state = next_state(state_after_tell, np.asarray(genomes), halved, state)
         values = metrics(strategy, state_after_tell)
         if by_gradient and number == first and not np.any(halved.scores.gradients):
             reporter.warn("the gradient is 0 everywhere: nothing that is searched changes the scores, to first order")
-        row = _history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
+        row = history_row(number + 1, course.evaluations + len(genomes), np.asarray(genomes), halved, state, values)
         if by_gradient and not is_fitness:
             row["companion"] = True
         each = seconds / len(genomes)
@@ -332,14 +332,15 @@ def run_bytes(config: SearchConfig, strategy: Strategy, space: Space, examples: 
     return (KEPT_CHECKPOINTS + 1) * arrays + 2 * history + 2**20
 
 
-def _init_state(
-    config: SearchConfig, seed: int, strategy: Strategy, space: Space, shards: Sequence[GenomeEvaluator]
+def init_state(
+    config: SearchConfig, seed: int, strategy: Strategy, space: Space, surrogate: SurrogateData
 ) -> dict[str, Any]:
+    """A search's state before its first generation."""
     return {
         "strategy": strategy.init(generation_key(seed, INIT_KEY), space.start[None]),
         "genomes": np.zeros((config.finalists, space.dims), np.float32),
         "fitness": np.full(config.finalists, -np.inf),
-        "known": vars(init_surrogate(shards, space.dims)),
+        "known": vars(surrogate),
     }
 
 
@@ -349,7 +350,8 @@ def saved_strategy_state(saved: Saved, seed: int, strategy: Strategy, space: Spa
     return saved.part("strategy").state(like)["strategy"]
 
 
-def _next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
+def next_state(told: State, genomes: np.ndarray, halved: HalvingResult, state: dict[str, Any]) -> dict[str, Any]:
+    """A search's state after a generation; told: its strategy's."""
     # A mean over fewer examples says too little to stand in the archive.
     every = np.concatenate([state["fitness"], np.where(halved.complete, halved.fitness, -np.inf)])
     # A stable sort: among equals, the earliest candidate stays.
@@ -367,7 +369,7 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _history_row(
+def history_row(
     number: int,
     evaluations: int,
     genomes: np.ndarray,

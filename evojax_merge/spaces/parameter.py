@@ -250,6 +250,16 @@ class ParameterSpace:
         """The searched parameters in their units: see GroupSpace."""
         return self.group_space.values(genome)
 
+    def named_values(self, genomes: np.ndarray, parents: Sequence[str]) -> dict[str, np.ndarray]:
+        """The searched parameters of genomes float32[P, D] in their units: `weight[layers 0-3 attention][maths]` ->
+        float32[P], without the parent for a parameter that all parents share. parents: what they are called."""
+        columns = {}
+        for name, values in jax.vmap(self.values)(jnp.asarray(genomes)).items():
+            ends = [f"[{parent}]" for parent in parents] if self.method.parameter(name).per_parent else [""]
+            for (group, column), end in zip(np.ndindex(values.shape[1:]), ends * len(self.groups), strict=True):
+                columns[f"{name}[{self.groups[group]}]{end}"] = np.asarray(values[:, group, column])
+        return columns
+
     def recipe(self, genome: jax.Array) -> Recipe:
         """genome float32[D] -> Recipe. Traceable; vmap it for a population."""
         per_group, groups = self.group_space.parameters(genome), self.shared_groups

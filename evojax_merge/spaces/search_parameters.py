@@ -11,6 +11,7 @@ from evojax_merge.config import FLOAT32_MAX, Bounds, Numbers
 from evojax_merge.errors import InputError, did_you_mean
 from evojax_merge.mergekit.plan import number, options_from
 from evojax_merge.mergekit.schema import check_parent_count
+from evojax_merge.plugins import HINT
 from evojax_merge.spaces.parameter import ParameterSpace, SearchParameter, uniform_start
 
 Fixed = tuple[tuple[str, tuple[float, ...]], ...]
@@ -18,7 +19,7 @@ Fixed = tuple[tuple[str, tuple[float, ...]], ...]
 
 def find_method(where: str, name: str) -> Method:
     if name not in METHODS:
-        raise InputError(where, f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+        raise InputError(where, f"unknown method {name!r}{did_you_mean(name, METHODS)}{HINT}")
     return METHODS[name]
 
 

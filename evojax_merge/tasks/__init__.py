@@ -1,2 +1,45 @@
-"""Data files -> token batches, and a model's responses to them -> per-example scores. Imports no model and no
-search."""
+"""Data files -> token batches, and a model's responses to them -> per-example scores. Imports no model and no search.
+
+The functions of this module write down tasks for the Python API. Each returns a section of a config's `tasks`; its
+keywords are the section's keys. A kind of task that a plugin adds is such a mapping, with its `kind`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["GSM", "ExactMatch", "Function", "Harness", "Likelihood", "MultipleChoice"]
+
+
+def Likelihood(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+    """A task whose score is the log-probability of the target."""
+    return {"kind": "likelihood", "name": name, "file": file, **keys}
+
+
+def MultipleChoice(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+    """A task whose score says whether the right choice is the likeliest one."""
+    return {"kind": "multiple_choice", "name": name, "file": file, **keys}
+
+
+def ExactMatch(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+    """A task whose score says whether the text that a model writes is the target."""
+    return {"kind": "exact_match", "name": name, "file": file, **keys}
+
+
+def GSM(*, name: str, source: Any, **keys: Any) -> dict[str, Any]:
+    """Worked problems with a number as answer."""
+    return {"kind": "gsm", "name": name, "source": source, **keys}
+
+
+def Harness(lm_eval: str, **keys: Any) -> dict[str, Any]:
+    """A task of the lm-eval harness, by its name there."""
+    return {"lm_eval": lm_eval, **keys}
+
+
+def Function(function: Callable[..., Any] | str, *, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+    """A task that a function of one's own scores: the function itself, or `path/to/file.py:name`. `inputs` says what it
+    is called with."""
+    return {"kind": "function", "function": function, "name": name, "file": file, **keys}
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,17 +9,14 @@ function instead.
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import json
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -31,6 +28,7 @@ from pydantic import Field, model_validator
 
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean
 from evojax_merge.schema import Location, Text, Whole
+from evojax_merge.tasks import python_functions
 from evojax_merge.tasks.records import read_records
 from evojax_merge.tasks.task import (
     Derivative,
@@ -44,6 +42,7 @@ from evojax_merge.tasks.task import (
 )
 from evojax_merge.tasks.templates import check_stop
 from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_examples
+from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # What the function is called with.
@@ -327,8 +326,13 @@ def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
 
 
 def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> UserFunction:
-    """`module:name` or `path/to/file.py:name`, both looked for from `folder` on. Raises InputError where there is no
-    such function, or where it cannot be called with what it is to get."""
+    """`module:name` or `path/to/file.py:name`, both looked for from `folder` on, or the reference of a function that a
+    Python program has given. Raises InputError where there is no such function, or where it cannot be called with what
+    it is to get."""
+    if python_functions.is_reference(reference):
+        given = python_functions.find_function(where, reference)
+        _check_arguments(where, reference, given, inputs)
+        return UserFunction(reference, given, (), reference)
     place, separator, name = reference.rpartition(":")
     if not (separator and place and name.isidentifier()):
         raise InputError(where, f"{reference!r}; expected module:name or path/to/file.py:name")
@@ -369,23 +373,7 @@ def _file_module(where: str, place: str, folder: Path) -> ModuleType:
     if path is None:
         raise InputError(where, f"{place}: no such file")
     path = path.resolve()
-    # Named by its content, so that all tasks and splits share one module, and a changed file is another.
-    name = f"{path.stem}_{sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
-
-    def load() -> ModuleType:
-        if name in sys.modules:
-            return sys.modules[name]
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-        return module
-
-    return _import(where, place, path.parent, load)
+    return _import(where, place, path.parent, lambda: load_file(path))
 
 
 def _named_module(where: str, place: str, folder: Path) -> ModuleType:
@@ -393,24 +381,17 @@ def _named_module(where: str, place: str, folder: Path) -> ModuleType:
 
 
 def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]) -> ModuleType:
-    """Import with `folder` first on the path, as Python does for a script there; afterwards it stays on it, but last,
-    where it hides no library that is imported later."""
-    own = str(folder.resolve())
-    sys.path.insert(0, own)
+    """Import with `folder` on the path (see `importing_from`)."""
     try:
-        with users_code(place):
+        with importing_from(folder), users_code(place):
             return load()
     except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(f"{error.name}.")):
+        if lacks_module(error, place):
             raise InputError(where, f"there is no module {error.name!r} in {folder.resolve()} or on sys.path") from None
         raise InputError(where, f"{place} cannot be imported ({_told(error, place)})") from None
     except Exception as error:
         cause = (isinstance(error, FunctionFailed) and error.__cause__) or error
         raise InputError(where, f"{place} cannot be imported ({_told(cause, place)})") from None
-    finally:
-        sys.path.remove(own)
-        if own not in sys.path:
-            sys.path.append(own)
 
 
 def _told(error: BaseException, place: str) -> str:

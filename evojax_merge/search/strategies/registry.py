@@ -10,6 +10,7 @@ import numpy as np
 
 from evojax_merge.config import GradientConfig, SearchConfig, Seed
 from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.plugins import HINT
 from evojax_merge.search.protocols import Capabilities, Strategy, capabilities_of
 
 
@@ -106,7 +107,7 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
     if name in _registered:
         return _registered[name]
     if name not in _BUILT_IN:
-        raise InputError(where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}")
+        raise InputError(where, f"unknown strategy {name!r}{did_you_mean(name, strategy_names())}{HINT}")
     module, function = _BUILT_IN[name].split(":")
     factory: StrategyFactory = getattr(import_module(module), function)
     return factory

@@ -1,0 +1,47 @@
+"""Python files and packages of a user's, imported by path or by name."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a Python file once. The module's name contains a digest of the content, so that a file that has changed is
+    another module. Raises what the file raises."""
+    name = f"{path.stem}_{sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def importing_from(folder: Path) -> Iterator[None]:
+    """Put `folder` first on the path, as Python does for a script there. Afterwards it stays on it, but last, where it
+    hides no library that is imported later."""
+    entry = str(folder.resolve())
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+        if entry not in sys.path:
+            sys.path.append(entry)
+
+
+def lacks_module(error: ModuleNotFoundError, name: str) -> bool:
+    """Whether an import of `name` failed because it, or a package that it is in, is not there. Otherwise a module that
+    it imports is missing."""
+    return error.name is not None and (name == error.name or name.startswith(f"{error.name}."))

@@ -1,0 +1,182 @@
+"""Plugins that a config, `--plugin` or the environment names: they serve every command, and a broken one is told."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import Family, state
+from hostile import run_command, run_script
+from test_planning import document
+
+import evojax_merge as em
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+METHOD = """
+from merge_kernels import Method, Parameter
+import evojax_merge as em
+from helper_of_plugin import combine
+
+em.register_method(Method("sum_up", (Parameter("weight", True, 1.0, low=0.0, high=2.0),), base="parent",
+                          combine=lambda options, inputs: combine(inputs)))
+"""
+HELPER = """
+def combine(inputs):
+    return sum(weight * source for weight, source in zip(inputs.parameters["weight"], inputs.sources))
+"""
+TASK = """
+from typing import Literal
+from evojax_merge.tasks.kinds import register_task
+from evojax_merge.tasks.task import TaskKind
+from evojax_merge.tasks.text import TextConfig, open_text
+
+class MineConfig(TextConfig):
+    kind: Literal["mine"]
+
+register_task(TaskKind(MineConfig, lambda config, opening: open_text(
+    TextConfig(**(config.model_dump() | {"kind": "likelihood"})), opening), source="file"))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Plugins below `plugins/`, and a working directory that is another one."""
+    (tmp_path / "plugins").mkdir()
+    (tmp_path / "plugins" / "method.py").write_text(METHOD)
+    (tmp_path / "plugins" / "helper_of_plugin.py").write_text(HELPER)
+    (tmp_path / "plugins" / "task.py").write_text(TASK)
+    return tmp_path
+
+
+def write_config(folder: Path, family: Family, **changes: object) -> Path:
+    search = {"population": 4, "generations": 1}
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(document(family, space={"method": "sum_up"}, search=search) | changes))
+    return config
+
+
+def test_a_config_names_its_plugins(family: Family, folder: Path) -> None:
+    config, run = write_config(folder, family, plugins=["plugins/method.py"]), folder / "run"
+    done = run_command("search", config, "--out", run, folder=folder / "plugins")
+    assert done.returncode == 0, done.stderr
+    written = em.open_run(run).config
+    plugin = str(folder / "plugins" / "method.py")
+    assert written["plugins"] == [plugin] and plugin in written["inputs"]
+    # The run's own files find it again: the winner is exported, the config searched with from anywhere.
+    assert run_command("export", run, folder / "again").returncode == 0
+    assert state(folder / "again").keys() == state(run / "best" / "model").keys()
+    assert run_command("plan", run / "config.yaml", folder=folder).returncode == 0
+    done = run_command("search", config, "--out", run, "--resume", "--set", "search.generations=2")
+    assert done.returncode == 0, done.stderr
+    (folder / "plugins" / "method.py").write_text(METHOD + "# changed\n")
+    done = run_command("search", config, "--out", run, "--resume", "--set", "search.generations=3")
+    assert done.returncode == 2 and f"{plugin} has changed since the run was begun" in done.stderr
+
+
+def test_the_option_and_the_environment_name_plugins(
+    family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, option = write_config(folder, family), ("--plugin", "plugins/method.py")
+    for command in (["methods"], ["plan", "config.yaml"], ["search", "config.yaml", "--out", "run"]):
+        done = run_command(*command, *option, folder=folder)
+        assert done.returncode == 0, done.stderr
+    assert "sum_up" in run_command("methods", *option, folder=folder).stdout
+    assert em.open_run(folder / "run").config["plugins"] == [str(folder / "plugins" / "method.py")]
+    models = [{"model": str(parent), "parameters": {"weight": 1.0}} for parent in family.parents]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "sum_up", "models": models}))
+    assert run_command("merge", "recipe.yaml", "out", *option, folder=folder).returncode == 0
+    done = run_command("merge", "recipe.yaml", "other", folder=folder)
+    assert done.returncode == 2 and "unknown method 'sum_up'" in done.stderr and "--plugin FILE" in done.stderr
+    monkeypatch.setenv("EVOJAX_MERGE_PLUGINS", os.pathsep.join(["plugins/task.py", "plugins/method.py"]))
+    assert run_command("merge", "recipe.yaml", "other", folder=folder).returncode == 0
+    done = run_command("search", config, "--out", "run", "--resume", "--set", "search.generations=2", folder=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_strategy_of_a_plugin_is_an_input(family: Family, folder: Path) -> None:
+    """Also where its objects are of a library's classes."""
+    search = {"strategy": "snes", "population": 4, "generations": 1}
+    (folder / "config.yaml").write_text(yaml.safe_dump(document(family, search=search)))
+    plugin = CONFIGS / "own_strategy.py"
+    done = run_command("search", "config.yaml", "--out", "run", "--plugin", plugin, folder=folder)
+    assert done.returncode == 0, done.stderr
+    config = em.open_run(folder / "run").config
+    assert config["plugins"] == [str(plugin)] and str(plugin) in config["inputs"]
+
+
+def test_a_plugin_adds_a_kind_of_task(family: Family, folder: Path) -> None:
+    task = {"name": "text", "kind": "mine", "file": str(family.tasks)}
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"plugins": ["plugins/task.py"], "tasks": [task]}))
+    assert run_command("evaluate", family.base, "--tasks", folder / "tasks.yaml").returncode == 0
+    (folder / "tasks.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
+    done = run_command("evaluate", family.base, "--tasks", folder / "tasks.yaml")
+    assert done.returncode == 2 and "there is no kind of task 'mine'" in done.stderr and "plugins:" in done.stderr
+    option = ("--plugin", folder / "plugins" / "task.py")
+    assert run_command("evaluate", family.base, "--tasks", folder / "tasks.yaml", *option).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("import evojax_merge as em\nem.register_strategy('cma_es', print)", "there is a strategy 'cma_es' already"),
+        ("import merge_kernels as m\nm.register(m.METHODS['ties'])", "'ties': the name is registered already"),
+        ("import merge_kernels as m\nm.register(3)", "3 is no merge method"),
+        (None, "no such file"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_one_line(source: str | None, named: str, family: Family, folder: Path) -> None:
+    if source is not None:
+        (folder / "broken.py").write_text(source)
+    config = write_config(folder, family, plugins=["broken.py"])
+    for command in (["search", config], ["strategies", "--plugin", folder / "broken.py"]):
+        done = run_command(*command, folder=folder)
+        assert done.returncode == 2, done.stderr
+        [line] = done.stderr.splitlines()
+        assert line.startswith("error: ") and "broken.py" in line and named in line
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("no_such_package", "there is no module 'no_such_package'"),
+        ("some/folder", "expected a Python file (NAME.py) or the name of a package"),
+    ],
+)
+def test_a_plugin_that_is_not_there_is_one_line(
+    name: str, named: str, family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run_command("search", write_config(folder, family, plugins=[name]), folder=folder)
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.splitlines()) == 1
+    assert f"plugins: {name}" in done.stderr
+    monkeypatch.setenv("EVOJAX_MERGE_PLUGINS", name)
+    done = run_command("keys", folder=folder)
+    assert done.returncode == 2 and f"EVOJAX_MERGE_PLUGINS: {name}: " in done.stderr
+
+
+@pytest.mark.parametrize("source", ["1 / 0", "int('x')", "import sys\nsys.exit()", "import no_such_module", "def"])
+def test_a_plugin_that_raises_shows_where(source: str, folder: Path) -> None:
+    (folder / "broken.py").write_text(source)
+    done = run_command("methods", "--plugin", folder / "broken.py")
+    assert done.returncode == 1 and "Traceback" in done.stderr and 'broken.py", line' in done.stderr
+
+
+def test_the_examples_are_plugins(family: Family, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            document(family, space={"method": "agreement"}, search={"strategy": "snes", "population": 4})
+            | {"plugins": [str(CONFIGS / "own_method.py"), str(CONFIGS / "own_strategy.py")]}
+        )
+    )
+    done = run_command("search", config, "--set", "search.generations=1", "--out", "run", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (CONFIGS / "own_strategy.yaml").read_text()
+    assert yaml.safe_load(text)["plugins"] == ["own_strategy.py"]
+
+
+def test_the_script_that_runs_is_a_plugin_already(family: Family, folder: Path) -> None:
+    config = write_config(folder, family, plugins=["script.py"])
+    combine = f"{HELPER}\n{METHOD.replace('from helper_of_plugin import combine', '')}"
+    (folder / "script.py").write_text(f"{combine}\nif __name__ == '__main__': em.evolve({str(config)!r}, out='run')\n")
+    done = run_script(folder / "script.py", folder=folder)
+    assert done.returncode == 0, done.stderr
