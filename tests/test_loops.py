@@ -63,7 +63,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_trained_in_loops_is_a_path_of_the_written_model(family: Path) -> None:
     folder = family / "plus"
     sources, configs = open_decoders([folder])
-    bank = load_path_bank(sources, PathSpec(tuple(configs), "float32"), "float32")
+    bank = load_path_bank(sources, PathSpec(tuple(configs), "float32"))
     config = open_sources([folder])[1]
     model = load_stored(sources, config)
     tokens = loops.training_batch(np.random.default_rng(0), 6, ("plus",))[:, 0]

@@ -370,7 +370,7 @@ def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None
         shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
     scores = [
         one
-        for one in planned_passes(evaluator, population, batched[0][0], JaxprReader(problem.target, ONE_DEVICE))
+        for one in planned_passes(evaluator, population, batched.shards[0][0], JaxprReader(problem.target, ONE_DEVICE))
         if one.name == "score"
     ]
     for one in scores:

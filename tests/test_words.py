@@ -44,7 +44,7 @@ ALLOWED = {
     "AutoMerge", "AutoRound", "DeepSeek", "Device.device_kind", "GenProg", "GpuTargetConfigProto",
     "JaxRuntimeError", "LayerNorm", "NearSwap", "NumPy", "PyTorch", "SCB", "SentencePiece", "XLA_FLAGS", "absmax",
     "adapter_config", "adapter_model", "blk.0.attn_q.weight", "block_sparse_moe.gate", "cfg",
-    "continue_final_message", "f_attention_scale", "generation_config", "inf", "merge_and_unload", "mgsm_ja",
+    "continue_final_message", "f_attention_scale", "general.architecture", "generation_config", "inf", "merge_and_unload", "mgsm_ja",
     "mgsm_native_cot_ja", "mlp.experts.gate_up_proj", "nested_absmax", "nested_quant_map", "o_proj",
     "process_results", "quant_map", "quant_state.bitsandbytes__nf4", "qweight", "re.fullmatch",
     "rope.dimension_count", "timeout", "tokenizer.ggml.pre", "transformer.wte.weight", "uint8", "use_dora",
