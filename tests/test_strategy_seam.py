@@ -157,7 +157,7 @@ def test_the_example_of_an_own_strategy_runs(config, tmp_path):
 
 @pytest.mark.parametrize(("changes", "is_seeded"), [([], True), (["search.seeds=[]"], False)])
 def test_it_begins_with_its_own_seeds(config, tmp_path, changes, is_seeded):
-    register_strategy("seeded_climber", begin_with("task_vectors")(hill_climber))
+    register_strategy("seeded_climber", begin_with("task_vectors")(lambda settings: hill_climber(settings)))
     changes = ["search.strategy=seeded_climber", "search.generations=1", *changes]
     search_command.search(config, tmp_path / "run", False, False, None, changes)
     (row,) = RunFolder(tmp_path / "run").read_history()

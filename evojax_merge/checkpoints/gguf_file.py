@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp's format) as models: config, tokenizer, and tensors that are dequantised while they are read.
 
 A tensor's name in a GGUF file is that of its part in any family (`blk.0.attn_q.weight`); the package gguf, or the
-architecture itself, knows what Hugging Face calls it. The changes that llama.cpp makes to a family's weights when it
-writes them are undone here, as the architecture's `Gguf` says.
+architecture itself, knows its name in Hugging Face's models. This module undoes the changes that llama.cpp makes to a
+family's weights when it writes them, as the architecture's `Gguf` says.
 """
 
 import json

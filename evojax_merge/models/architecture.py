@@ -247,7 +247,7 @@ def model_types() -> tuple[str, ...]:
 
 
 def gguf_architectures() -> dict[str, list[Architecture]]:
-    """The architectures with GGUF files, by `general.architecture`: two where those with experts are another one."""
+    """The architectures with GGUF files, by general.architecture: two where those with experts are another one."""
     by_name: dict[str, list[Architecture]] = {}
     for architecture in _registry().values():
         if architecture.gguf is not None:

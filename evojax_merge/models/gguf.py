@@ -45,7 +45,7 @@ class GgufFile(Protocol):
 class Gguf:
     """The form of an architecture's GGUF files.
 
-    name: `general.architecture`; has_experts: whether the files with experts are this architecture's, where two
+    name: general.architecture; has_experts: whether the files with experts are this architecture's, where two
     architectures share a name. read_settings: a file -> the keys of config.json; those that the architecture does not
     read are left out.
 

@@ -101,12 +101,12 @@ class UsesGradients(Protocol):
     """The methods of a strategy that differentiates. It may ask for fewer genomes than its population."""
 
     def wants_gradients(self, state: State) -> bool:
-        """Whether the next generation is told `scores.gradients`, of some examples or of the companion."""
+        """Return whether the next generation is told `scores.gradients`, of some examples or of the companion."""
         ...
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
-        """How many generations of a search of `generations` are told gradients, and of how many genomes each: what a
-        plan of the search counts."""
+        """Return the number of generations, out of `generations`, that are told gradients, and of genomes in each. A
+        plan of the search counts them."""
         ...
 
 
@@ -120,29 +120,29 @@ class LendsContext(Protocol):
 
 
 def differentiates(strategy: Strategy) -> Differentiates | None:
-    """What a strategy differentiates; None: nothing."""
+    """Return the strategy's capability to differentiate; None: it is told no gradients."""
     return capabilities_of(strategy).differentiates
 
 
 def wants_gradients(strategy: Strategy, state: State) -> bool:
-    """Whether the next generation is told gradients. state: the strategy's own."""
+    """Return whether the next generation is told gradients. state: the strategy's own."""
     return differentiates(strategy) is not None and cast(UsesGradients, strategy).wants_gradients(state)
 
 
 def gradient_generations(strategy: Strategy, generations: int) -> tuple[int, int]:
-    """How many generations of a search of `generations` are told gradients, and of how many genomes each."""
+    """Return the number of generations, out of `generations`, that are told gradients, and of genomes in each."""
     if differentiates(strategy) is None:
         return 0, 0
     return cast(UsesGradients, strategy).gradient_generations(generations)
 
 
 def keeps_front(strategy: Strategy) -> bool:
-    """Whether a strategy's finalists are a Pareto front."""
+    """Return whether the strategy's finalists are a Pareto front."""
     return capabilities_of(strategy).keeps_front
 
 
 def context_of(strategy: Strategy, state: State) -> Any:
-    """What a strategy's state lends to the space; None: genomes say everything."""
+    """Return the part of the state that the space needs to decode genomes; None: genomes say everything."""
     return cast(LendsContext, strategy).context(state) if capabilities_of(strategy).lends_context else None
 
 
