@@ -1,8 +1,8 @@
 """GGUF files (llama.cpp's format) as models: config, tokenizer, and tensors that are dequantised while they are read.
 
-A tensor's name in a GGUF file is that of its part in any family (`blk.0.attn_q.weight`); the package gguf, or the
-architecture itself, knows its name in Hugging Face's models. This module undoes the changes that llama.cpp makes to a
-family's weights when it writes them, as the architecture's `Gguf` says.
+A tensor has the same name in the GGUF files of every family (`blk.0.attn_q.weight`); the package gguf, or the
+architecture's `Gguf`, maps it to the name in Hugging Face's models. This module undoes the changes that llama.cpp makes
+to a family's weights when it writes them; the architecture's `Gguf` lists these.
 """
 
 import json
@@ -43,12 +43,14 @@ from evojax_merge.models.config_keys import (
 from evojax_merge.models.gguf import Gguf
 
 SUFFIX = ".gguf"
-# In the folder that stands for a GGUF file: where its tensors lie. A large vocabulary takes many seconds to walk past.
+# In the folder that stands for a GGUF file: the positions of its tensors. Reading past a large vocabulary takes many
+# seconds.
 TENSORS = "evojax_merge_tensors.json"
-# In the names of routers and of the gates of shared experts, which files keep in float32 beside whatever matrices.
+# A part of the names of routers and of the gates of shared experts, which files store in float32 beside matrices of any
+# type.
 ROUTER = ".ffn_gate_inp"
-# How words are split where upper and lower case part them: Mistral's Tekken, and o200k, which keeps a contraction with
-# its word and up to three digits together.
+# Word patterns that split between lower and upper case: Mistral's Tekken, and o200k, which keeps a contraction with its
+# word, and up to three digits together.
 _CASED = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%(contraction)s"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%(contraction)s"
@@ -56,16 +58,16 @@ _CASED = (
 )
 TEKKEN = _CASED % {"contraction": "", "digits": r"\p{N}"}
 O200K = _CASED % {"contraction": "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "digits": r"\p{N}{1,3}"}
-# Tokenizers that split words as Llama 3's does. All of these and Tekken's begin texts with a token where a file does
-# not say whether, and take a word that is a token whole, whatever their merges.
+# Tokenizers that split words as Llama 3's does. All of these and Tekken begin texts with a token where a file does not
+# say, and keep a word that is a token whole, whatever the merges.
 OF_LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral")
 WHOLE_WORDS = (*OF_LLAMA3, "tekken")
 EMBEDDING = "token_embd.weight"
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-# SentencePiece trains no longer pieces: longer tokens are added ones, and no pairs of others make them. To look for
-# such pairs takes time by the square of the length.
+# The longest piece that SentencePiece trains: longer tokens were added, and are not merged from pairs. The search for
+# pairs takes time that is quadratic in the length.
 LONGEST_PIECE = 512
-# Rules for a file's values, beside those for a config's.
+# Rules for the values of files, beside the rules for configs.
 COUNT = whole(0, 2**31 - 1)
 SCORES = Expected(
     lambda value: isinstance(value, list) and all(is_number(one) and one == one for one in value), "a list of numbers"
@@ -85,8 +87,8 @@ def halves_apart(rows: np.ndarray, heads: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GgufTensor(BytesOfFile):
-    """A tensor of a GGUF file. kind: how its values are kept, a number of gguf.GGMLQuantizationType; heads: of
-    interleaved rows how many heads they are of, else 0; offset: what is taken off its values."""
+    """A tensor of a GGUF file. kind: the storage type of its values, a number of gguf.GGMLQuantizationType; heads: the
+    number of heads whose rows are interleaved, else 0; offset: the number that is subtracted from its values."""
 
     kind: int
     heads: int = 0
@@ -95,7 +97,7 @@ class GgufTensor(BytesOfFile):
     def read(self) -> np.ndarray:
         gguf = import_gguf(self.file)
         raw = self.mapped.read(self.start, self.stop).reshape(*self.shape[:-1], -1)
-        # Scales that are not finite make values that are none, which whoever reads them refuses by name.
+        # Scales that are not finite make values that are not; the callers refuse these with the tensor's name.
         with np.errstate(all="ignore"):
             values = gguf.dequantize(raw, gguf.GGMLQuantizationType(self.kind))
         values = (values - np.float32(self.offset) if self.offset else values).astype(self.dtype, copy=False)
@@ -104,8 +106,8 @@ class GgufTensor(BytesOfFile):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file that was walked through: what it says of its model, its tokenizer included, and its tensors by their
-    names there, with shapes in Hugging Face's order."""
+    """A GGUF file whose header was read: the metadata of the model and the tokenizer, and the tensors by their names in
+    the file, with shapes in Hugging Face's order."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -123,12 +125,12 @@ class GgufFile:
         return self.architecture.gguf
 
     def key(self, name: str) -> str:
-        """A key of the metadata: `name`, behind the architecture's name where it begins with a dot."""
+        """A key of the metadata: `name`, behind the architecture's name where `name` begins with a dot."""
         return f"{self.metadata['general.architecture']}{name}" if name.startswith(".") else name
 
     def value(self, name: str, expected: Expected, default: Any = None) -> Any:
-        """The metadata of `key(name)`. Raises InputError where it is missing and has no default, or is not what is
-        expected."""
+        """The metadata of `key(name)`. Raises InputError where the key is missing and has no default, or its value
+        breaks the rule `expected`."""
         value = self.metadata.get(self.key(name), default)
         if value is None:
             raise InputError(self.path, f"{self.key(name)}: missing; expected {expected.words} for this architecture")
@@ -138,7 +140,7 @@ class GgufFile:
 
     @property
     def embedding(self) -> GgufTensor:
-        """That of the tokens, `[vocab, hidden]`."""
+        """The tokens' embedding, `[vocab, hidden]`."""
         tensor = self.tensors.get(EMBEDDING)
         if tensor is None:
             raise InputError(self.path, f"has no tensor {EMBEDDING}; expected a whole model")
@@ -174,13 +176,13 @@ class GgufFile:
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
-        """The numbers of the special tokens that the file names, by the short names that transformers has for them."""
+        """The ids of the special tokens that the file names, by transformers' short names."""
         keys = {name: f"tokenizer.ggml.{key}_token_id" for name, key in SPECIAL_TOKENS.items()}
         a_token = whole(0, len(self.tokens) - 1)
         return {name: self.value(key, a_token) for name, key in keys.items() if key in self.metadata}
 
     def refused(self, reason: object) -> InputError:
-        """The error for what is wrong with the config that was made of this file, in the file's own words."""
+        """The error for a fault of the config that was made from this file, in the names of the file's keys."""
         keys, text = self.form.config_keys, " ".join(str(reason).split())[:300]
         names = "|".join(map(re.escape, sorted(keys, key=len, reverse=True)))
         pattern = rf"(?:rope_parameters\.)?\b({names})\b"
@@ -196,15 +198,15 @@ def import_gguf(where: object) -> Any:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Walk through a GGUF file; no tensor is read. Raises InputError where it is damaged or truncated, or of a family
-    that is not known."""
+    """Read a GGUF file's header, and no tensor. Raises InputError where the file is damaged or truncated, or its family
+    is not supported."""
     gguf = import_gguf(path)
     header = read_gguf_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
-    architecture, known = header.metadata.get("general.architecture"), gguf_architectures()
+    architecture, supported = header.metadata.get("general.architecture"), gguf_architectures()
     if architecture is None:
-        raise InputError(path, f"general.architecture: missing; expected one of {', '.join(known)}")
-    if not isinstance(architecture, str) or architecture not in known:
-        raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(known)}")
+        raise InputError(path, f"general.architecture: missing; expected one of {', '.join(supported)}")
+    if not isinstance(architecture, str) or architecture not in supported:
+        raise InputError(path, f"general.architecture: {shown(architecture)}; expected one of {', '.join(supported)}")
     parts = header.metadata.get("split.count", 1)
     if parts not in (0, 1):
         raise InputError(
@@ -217,7 +219,7 @@ def read_gguf(path: Path) -> GgufFile:
 
     kinds = {place.kind for name, place in header.tensors.items() if is_matrix(name)}
     kind_of, single = gguf.GGMLQuantizationType, np.dtype(np.float32)
-    # One dtype for all matrices: what is quantised is a product and a sum of halves that no shorter float holds.
+    # One dtype for all matrices: a quantised value is a product and a sum of halves, which no shorter float holds.
     halves = {kind_of.F16: np.dtype(np.float16), kind_of.BF16: np.dtype(ml_dtypes.bfloat16)}
     dtype = halves.get(next(iter(kinds)), single) if len(kinds) == 1 else single
     mapped = MappedFile(path)
@@ -229,7 +231,8 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
-    """Raises InputError where the package gguf does not dequantise a kind of tensor. names: a tensor of each kind."""
+    """Raises InputError where the package gguf cannot dequantise a kind of tensor. names: the name of one tensor of
+    each kind."""
     gguf = import_gguf(path)
     for number, name in names.items():
         kind = gguf.GGMLQuantizationType(number)
@@ -247,7 +250,8 @@ def _check_kinds(path: Path, names: Mapping[int, str]) -> None:
 
 
 def write_config(file: GgufFile, folder: Path) -> None:
-    """Write config.json and generation_config.json. Raises InputError for what the family's config cannot say."""
+    """Write config.json and generation_config.json. Raises InputError for metadata that the family's config has no form
+    for."""
     import transformers
 
     architecture = file.architecture
@@ -267,7 +271,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
             settings["architectures"] = [name.removesuffix("Config").removesuffix("Text") + "ForCausalLM"]
             getattr(transformers, name)(**settings, **ends).save_pretrained(folder)
         transformers.GenerationConfig(**ends).save_pretrained(folder)
-    except Exception as error:  # whatever transformers' own validation raises is about the file
+    except Exception as error:  # any error of transformers' validation is a fault of the file
         raise file.refused(f"its settings make no {architecture.model_type} config ({error})") from None
 
 
@@ -276,7 +280,7 @@ def write_config(file: GgufFile, folder: Path) -> None:
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """Write the tokenizer as Hugging Face's files. Raises InputError for one of a kind that is not known."""
+    """Write the tokenizer in Hugging Face's files. Raises InputError for a kind of tokenizer that is not supported."""
     import transformers
 
     model = file.value("tokenizer.ggml.model", TEXT)
@@ -291,7 +295,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(file.path, f"tokenizer.ggml.tokens: they make no tokenizer ({reason})") from None
-    # Not all files say that texts begin with a token: those of SentencePiece and of Llama 3 do.
+    # Some files do not say that texts begin with a token: texts of SentencePiece and of Llama 3 do.
     begins = model == "llama" or file.metadata.get("tokenizer.ggml.pre") in WHOLE_WORDS
     if file.value("tokenizer.ggml.add_bos_token", SWITCH, begins) and "bos" in file.special_ids:
         _begin_with(backend, file.tokens, file.special_ids["bos"])
@@ -306,11 +310,11 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
 
 
 def _merges(file: GgufFile) -> list[tuple[str, str]]:
-    """The pairs of tokens that make another one, of those that the file has."""
-    known, pairs = set(file.tokens), list[tuple[str, str]]()
+    """The file's merges: pairs of tokens that make another token."""
+    tokens, pairs = set(file.tokens), list[tuple[str, str]]()
     for merge in file.value("tokenizer.ggml.merges", TEXTS):
         first, _, second = merge.partition(" ")
-        if first not in known or second not in known or first + second not in known:
+        if first not in tokens or second not in tokens or first + second not in tokens:
             raise InputError(
                 file.path, f"tokenizer.ggml.merges: {shown(merge)}; expected two tokens that make a third, by a space"
             )
@@ -319,7 +323,7 @@ def _merges(file: GgufFile) -> list[tuple[str, str]]:
 
 
 def _byte_level(file: GgufFile) -> Any:
-    """Byte-level BPE, over words that are split as `tokenizer.ggml.pre` says."""
+    """Byte-level BPE, over the words into which `tokenizer.ggml.pre` splits text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     splits = _word_splits()
@@ -336,7 +340,7 @@ def _byte_level(file: GgufFile) -> Any:
 
 
 def _word_splits() -> dict[str, list[Any]]:
-    """How text is split into words, and these into bytes, by what `tokenizer.ggml.pre` calls it."""
+    """The steps that split text into words, and words into bytes, by their name in `tokenizer.ggml.pre`."""
     from tokenizers import Regex, pre_tokenizers
     from transformers.convert_slow_tokenizer import TikTokenConverter
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
@@ -355,16 +359,16 @@ def _word_splits() -> dict[str, list[Any]]:
         "gpt-2": [plain],
         "smollm": [pre_tokenizers.Digits(individual_digits=True), plain],
         **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), qwen2),
-        # Phi-4's vocabulary is of the same words as Llama 3's.
+        # Phi-4's vocabulary has the same word splits as Llama 3's.
         **dict.fromkeys(("dbrx", "smaug-bpe", *OF_LLAMA3), llama3),
-        # Phi-4-mini's is o200k.
+        # Phi-4-mini's splits are o200k's.
         **dict.fromkeys(("gpt-4o", "llama4"), o200k),
         "tekken": by_pattern(TEKKEN),
     }
 
 
 def _sentencepiece(file: GgufFile) -> Any:
-    """SentencePiece's BPE with byte fallback. Its merges are those that the scores of its tokens imply."""
+    """SentencePiece's BPE with byte fallback. The scores of its tokens imply its merges."""
     import transformers
     from transformers.tokenization_utils_base import generate_merges
 
@@ -379,7 +383,7 @@ def _sentencepiece(file: GgufFile) -> Any:
 
 
 def _add_marked(file: GgufFile, backend: Any) -> None:
-    """Tokens that are never split: control tokens, as special ones, and those that a user added."""
+    """Add the tokens that are never split: control tokens, marked special, and tokens that a user added."""
     import gguf
     from tokenizers import AddedToken
 
@@ -391,8 +395,8 @@ def _add_marked(file: GgufFile, backend: Any) -> None:
 
 
 def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
-    """Have texts begin with a token. Its name may hold what separates the parts of a template that is written as a
-    text: so another one stands for it there."""
+    """Make texts begin with a token. The token may contain a character that separates the parts of a template text, so
+    a placeholder stands for it in the template."""
     from tokenizers import processors
 
     template = processors.TemplateProcessing(
@@ -408,38 +412,38 @@ def _begin_with(backend: Any, tokens: list[str], number: int) -> None:
 
 
 def named_tensors(file: GgufFile, config: Path) -> dict[str, GgufTensor]:
-    """The tensors by Hugging Face's names, in the file's order; of tensors of all experts each one's part. config: the
-    config.json that was made of the file.
+    """The tensors by Hugging Face's names, in the file's order; a tensor of all experts becomes one tensor per expert.
+    config: the config.json that was made from the file.
 
-    Raises InputError where the model lacks one, or has one that its family does not have.
+    Raises InputError where the file lacks a tensor of the model, or has a tensor that its family does not have.
     """
     try:
         decoder = decoder_config(config)
     except InputError as error:
         raise file.refused(error.what) from None
-    # Before the package makes names for as many layers as the file says, which takes seconds for thousands.
+    # This check comes before the package makes names for every layer, which takes seconds for thousands of layers.
     last = f"blk.{decoder.layers - 1}."
     if not any(name.startswith(last) for name in file.tensors):
         raise InputError(file.path, f"has no tensor {last}*; {file.key('.block_count')} says {decoder.layers:,} layers")
     names = _tensor_names(file, decoder.layers)
-    found, used = dict[str, GgufTensor](), set[str]()
-    # The first one that is missing, or of another shape, ends this: else a number of layers and experts would say how
-    # long it takes.
+    tensors, used = dict[str, GgufTensor](), set[str]()
+    # The first tensor that is missing, or of another shape, ends the loop: otherwise the file's numbers of layers and
+    # experts would decide how long it takes.
     for name, leaf, place in tensors_of(decoder):
-        own, expert = _place_in_file(file, names, name, leaf, place)
-        if own not in file.tensors:
-            raise InputError(file.path, f"has no tensor {own} ({name})")
-        found[name] = _named(file, decoder, leaf, name, own, expert)
-        used.add(own)
+        file_name, expert = _place_in_file(file, names, name, leaf, place)
+        if file_name not in file.tensors:
+            raise InputError(file.path, f"has no tensor {file_name} ({name})")
+        tensors[name] = _named(file, decoder, leaf, name, file_name, expert)
+        used.add(file_name)
     extra = [name for name in file.tensors if name not in used and name not in file.form.setting_tensors]
     if extra:
         raise InputError(file.path, f"holds a tensor that its architecture does not have: {extra[0]}")
-    return dict(sorted(found.items(), key=lambda row: row[1].start))
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
 def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int, ...]], str]:
-    """(the tensor's name in the model, its leaf, its place in the leaf's grid) -> its name in the file, by the
-    architecture's own names or those of the package gguf."""
+    """(the tensor's name in the model, its leaf, its index in the leaf's grid) -> its name in the file, from the
+    architecture's `Gguf` or the package gguf."""
     if file.form.names:
         return lambda name, leaf, place: file.form.names[leaf.name].replace("{layer}", str(place[0] if place else ""))
     gguf = import_gguf(file.path)
@@ -455,8 +459,8 @@ def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int
     def name_in_file(name: str, leaf: Leaf, place: tuple[int, ...]) -> str:
         if leaf.has_experts:
             name = name.replace(f".experts.{place[1]}.", ".experts.")
-        found: str = packaged.get_name(name, try_suffixes=(".weight", ".bias"))
-        return found
+        packaged_name: str = packaged.get_name(name, try_suffixes=(".weight", ".bias"))
+        return packaged_name
 
     return name_in_file
 
@@ -464,25 +468,28 @@ def _tensor_names(file: GgufFile, layers: int) -> Callable[[str, Leaf, tuple[int
 def _place_in_file(
     file: GgufFile, names: Callable[[str, Leaf, tuple[int, ...]], str], name: str, leaf: Leaf, place: tuple[int, ...]
 ) -> tuple[str, int | None]:
-    """The file's name of a tensor, or of the tensor of all experts that it is a part of, and of which expert."""
+    """The file's name for a tensor and None; or, for an expert's part of a tensor of all experts, that tensor's name
+    and the expert."""
     if not leaf.has_experts:
         return names(name, leaf, place), None
     _, expert = place
     packed = names(name, leaf, place)
-    # Early files of Mixtral have a tensor for each expert.
+    # Early files of Mixtral have one tensor per expert.
     alone = packed.replace("_exps.", f".{expert}.")
     return (packed, expert) if packed in file.tensors or alone not in file.tensors else (alone, None)
 
 
-def _named(file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, own: str, expert: int | None) -> GgufTensor:
-    """The tensor that the file calls `own`, or an expert's part of it, which is of a leaf and has a name in the model.
-    Raises InputError where it has another shape than the metadata say."""
-    tensor, shape = file.tensors[own], tensor_shape(decoder, leaf)
+def _named(
+    file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, file_name: str, expert: int | None
+) -> GgufTensor:
+    """The file's tensor `file_name`, or an expert's part of it, as the leaf's tensor `name`. Raises InputError where
+    its shape is not the one that the metadata imply."""
+    tensor, shape = file.tensors[file_name], tensor_shape(decoder, leaf)
     expected = shape if expert is None else (tensor_grid(decoder, leaf)[1], *shape)
-    # llama.cpp leaves out axes of one entry where it quantises a file.
+    # llama.cpp drops axes of one entry when it quantises a file.
     if tensor.shape not in (expected, expected[1:] if expected[0] == 1 else expected):
         axes = leaf.shape if expert is not None or not leaf.has_experts else leaf.shape[1:]
-        raise InputError(file.path, _other_shape(file, own, axes, expected))
+        raise InputError(file.path, _other_shape(file, file_name, axes, expected))
     nbytes = (tensor.stop - tensor.start) // (1 if expert is None else expected[0])
     start = tensor.start + (expert or 0) * nbytes
     interleaved = dict[str, int]()
@@ -494,13 +501,13 @@ def _named(file: GgufFile, decoder: DecoderConfig, leaf: Leaf, name: str, own: s
         shape=shape,
         start=start,
         stop=start + nbytes,
-        heads=interleaved.get(own.split(".")[-2], 0),
+        heads=interleaved.get(file_name.split(".")[-2], 0),
         offset=file.form.norm_offset if name.endswith("norm.weight") else 0.0,
     )
 
 
 def _other_shape(file: GgufFile, name: str, axes: tuple[str, ...], expected: tuple[int, ...]) -> str:
-    """The message for a tensor whose shape is not the expected one. axes: the names of its sizes."""
+    """The message for a tensor whose shape is not `expected`. axes: the names of the shape's sizes."""
     shape = file.tensors[name].shape
     sizes = shape if len(shape) == len(expected) else (0,) * len(expected)
     differing = [axis for axis, size, right in zip(axes, sizes, expected, strict=True) if size != right]
@@ -510,7 +517,7 @@ def _other_shape(file: GgufFile, name: str, axes: tuple[str, ...], expected: tup
 
 
 def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
-    """Write where a GGUF file's tensors lie into the folder that stands for it."""
+    """Write the positions of a GGUF file's tensors into the folder that stands for the file."""
     table = {
         name: {
             "dtype": str(one.dtype), "shape": one.shape, "kind": one.kind, "start": one.start, "stop": one.stop,
@@ -522,7 +529,7 @@ def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
 
 
 def open_gguf(path: Path, file: Path) -> Folder:
-    """The GGUF file that the folder `path` stands for. Raises InputError where the file has gone."""
+    """The tensors of the GGUF file that the folder `path` stands for. Raises InputError where the file is gone."""
     if not file.is_file():
         raise InputError(file, "is missing; expected a GGUF file")
     table, mapped = read_json_object(path / TENSORS, missing={}), MappedFile(file)

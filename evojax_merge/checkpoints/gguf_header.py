@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata, and where its tensors lie, read without believing it.
+"""The header of a GGUF file: its metadata, and the positions of its tensors. Every number in it is checked.
 
-The reader of the package gguf takes the counts, lengths and offsets in a file at their word: a list of 2^60 entries in
-a file of a kilobyte is looped over, and an offset of nearly 2^64 wraps around. This one checks each of them against the
-file's size before it reads anything by it, so that its time and memory are bounded by the file and by the limits below.
+The reader of the package gguf trusts the counts, lengths and offsets in a file: it loops over a list of 2^60 entries in
+a file of a kilobyte, and an offset of nearly 2^64 wraps around. The reader here checks each number against the file's
+size before it uses the number, so that the file's size and the limits below bound its time and memory.
 """
 
 import math
@@ -24,17 +24,18 @@ MOST_KEYS = MOST_TENSORS = 2**16
 MOST_NAME_BYTES = 2**16 - 1  # of a key or a tensor, as the format says of keys
 MOST_NESTED, MOST_AXES = 4, 4
 DEFAULT_ALIGNMENT = 32
-# Values by the number of their type: those of one size, in struct's letters, and those that say their size themselves.
+# The numbers of the types of values: types of one size, with struct's letters, and types whose values begin with their
+# size.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
-# The least bytes of an entry of the metadata (a key's length, a type, a value) and of a tensor's description.
+# The fewest bytes of an entry of the metadata (a key's length, a type, a value) and of a tensor's description.
 LEAST_KEY, LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """kind: a number of gguf.GGMLQuantizationType; shape: the sizes of its axes in NumPy's order; start, stop: where
-    its bytes lie in the file."""
+    """The position of a tensor. kind: a number of gguf.GGMLQuantizationType; shape: the sizes of its axes in NumPy's
+    order; start, stop: the offsets of its bytes in the file."""
 
     kind: int
     shape: tuple[int, ...]
@@ -44,16 +45,17 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """The metadata by their keys, lists as lists, and the tensors by their names."""
+    """The metadata by key, and the tensors' positions by name."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorPlace]
 
 
 def read_gguf_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
-    """Read a file's header. block_sizes: how many entries a block of each kind of tensor has, and how many bytes.
+    """Read a file's header. block_sizes: the number of entries and of bytes of a block, for each kind of tensor.
 
-    Raises InputError where the file is none, is damaged or truncated, or has more in its header than any model needs.
+    Raises InputError where the file is not a GGUF file, is damaged or truncated, or has more in its header than any
+    model needs.
     """
     try:
         with path.open("rb") as handle:
@@ -67,8 +69,8 @@ def read_gguf_header(path: Path, block_sizes: Mapping[int, tuple[int, int]]) -> 
 
 @dataclass
 class _Reader:
-    """Reads one value after the other, none beyond the file's end. position: of the next one; entries: how many entries
-    lists had up to it."""
+    """Reads one value after the other, none beyond the file's end. position: the offset of the next value; entries: the
+    number of entries of all lists before it."""
 
     path: Path
     content: mmap.mmap
@@ -102,7 +104,7 @@ class _Reader:
         return GgufHeader(metadata, self._places(rows, _alignment(self.path, metadata), block_sizes))
 
     def _take(self, count: int, what: str) -> int:
-        """The position of the next `count` bytes, which are stepped over."""
+        """Step over the next `count` bytes, and return their position."""
         start, end = self.position, self.position + count
         if end > self.size:
             raise InputError(
@@ -158,8 +160,8 @@ class _Reader:
         return [self._value(f"{what}[{i}]", kind, depth + 1) for i in range(count)]
 
     def _texts(self, what: str, count: int) -> list[str]:
-        """A list of texts. Vocabularies have hundreds of thousands, so that their names and checks one by one take too
-        long: what a text would be refused for is found out by reading it again."""
+        """A list of texts. Vocabularies have hundreds of thousands, and naming and checking each text would take too
+        long: from a fault on, the texts are read one by one, for the message."""
         length_at, position, texts = struct.Struct("<Q").unpack_from, self.position, list[str]()
         try:
             for _ in range(count):
@@ -190,7 +192,8 @@ class _Reader:
         alignment: int,
         block_sizes: Mapping[int, tuple[int, int]],
     ) -> dict[str, TensorPlace]:
-        """Where the tensors lie: behind the header, within the file, none over another."""
+        """The positions of the tensors. Raises InputError unless they lie behind the header, within the file, and do
+        not overlap."""
         first, places = -(-self.position // alignment) * alignment, dict[str, TensorPlace]()
         for name, (kind, shape, offset) in rows.items():
             what = _name(name)
@@ -234,5 +237,5 @@ def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
 
 
 def _name(name: str) -> str:
-    """A key's or a tensor's name in a message: as it is, unless it is long."""
+    """A key's or a tensor's name for a message, shortened where it is long."""
     return name if len(name) <= 100 else shown(name)

@@ -1,9 +1,8 @@
-"""What an architecture is: its tensors, what its config means, and its forward pass in three functions.
+"""An architecture: its tensors, the meaning of its config, and its forward pass in three functions.
 
-An `Architecture` is plain data. The families that come with the program are in models.families, a file each, which the
-registry imports when it is first asked. One from outside is made known with `register_architecture`. Everything else
-(the bank, the evaluator, generation, layer paths, recipes, the export) asks the architecture, and has no branch for any
-of them.
+An `Architecture` is plain data. The families that come with the program are in models.families, one file each; the
+registry imports them at its first use. `register_architecture` adds one from outside. All other code (the bank, the
+evaluator, generation, layer paths, recipes, the export) asks the architecture, and has no branch for any family.
 
 Letters: L layers of a stack, B rows of T tokens. Weights keep Hugging Face's orientation `[out, in]`.
 """
@@ -27,9 +26,9 @@ from evojax_merge.models.layers import Attend, KeyValue, SequenceLayout, Weights
 
 # The stack of layers that the forward pass of a decoder runs through.
 LAYERS = "layers"
-# Ends of the names of what earlier files hold beside the tensors, in most architectures.
+# Suffixes of the names of buffers, which earlier files of most architectures hold beside the tensors.
 BUFFERS = ("rotary_emb.inv_freq",)
-# The components of a layer that every architecture has, and one that mixtures of experts have besides.
+# The components of a layer in every architecture, and one more of mixtures of experts.
 COMPONENTS = ("attention", "mlp", "norm")
 ROUTER = "router"
 # Leaves that every architecture has, and one that it may have: the LM head, where it is not the embedding.
@@ -38,19 +37,19 @@ EMBEDDING, FINAL_NORM, HEAD = "embed", "final_norm", "head"
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor, or one of each layer of a stack, or one of each expert of each layer.
+    """One tensor, or one per layer of a stack, or one per expert of each layer.
 
-    name: in the pytree; tensor: in the file, with `{layer}` where it is of a stack, and `{expert}` where each expert
-    has one; component: of a stack one of `COMPONENTS` or `ROUTER`, else embedding, norm or head; shape: in the names of
-    `Architecture.dimensions`, the experts first where each has a tensor; stack: which, None for a leaf outside of the
-    layers. sharded_axis: the axis of `[…, out, in]`, counted from its end, that is cut where
-    devices share a model (what a layer reads from the hidden state by its outputs, what it writes back by its inputs,
-    the vocabulary by its rows; None: each device has all of it). writes_residual: whether what a layer adds to the
-    residual stream is proportional to it (together with the others of whom that is said), so that a layer path's
-    scale can be folded into it: to an output projection, or to the gain of the norm behind it. gain_offset: what is
-    added to it before it multiplies; 1 for a norm that stores its gain less one, and it is that gain which is scaled.
-    transposed: whether it is a linear module's weight that is kept `[in, out]` (transformers' Conv1D). present_if:
-    whether a model of a config has it.
+    name: the leaf's name in the pytree; tensor: the tensor's name in the file, with `{layer}` in a stack and `{expert}`
+    where each expert has a tensor; component: one of `COMPONENTS` or `ROUTER` in a stack, else embedding, norm or head;
+    shape: the names of its axes in `Architecture.dimensions`, experts first where each has a tensor; stack: the name of
+    its stack, None for a leaf outside of the layers. sharded_axis: the axis of `[…, out, in]`, counted from the end,
+    that is sharded where devices share a model (the outputs of a matrix that reads the hidden state, the inputs of one
+    that writes it, the rows of the vocabulary); None: each device has the whole leaf. writes_residual: whether a
+    layer's contribution to the residual stream is proportional to this leaf (together with the other leaves that have
+    the flag), so that a layer path's scale can be folded into it: an output projection, or the gain of the norm behind
+    it. gain_offset: the number that is added to the leaf before it multiplies; 1 for a norm that stores its gain less
+    one; a scale multiplies the gain itself. transposed: whether the leaf is a linear module's weight stored `[in, out]`
+    (transformers' Conv1D). present_if: whether a model of a config has the leaf.
     """
 
     name: str
@@ -66,61 +65,61 @@ class Leaf:
 
     @property
     def has_experts(self) -> bool:
-        """Whether each expert has a tensor of its own in the file, of the leaf's shape without its first axis."""
+        """Return whether each expert has its own tensor in the file, of the leaf's shape without the first axis."""
         return "{expert}" in self.tensor
 
     def tensor_of(self, layer: int = 0, expert: int = 0) -> str:
-        """The tensor's name in the file, of a layer and of an expert, as far as it has them."""
+        """The tensor's name in the file, for a layer and an expert where the leaf has these."""
         return self.tensor.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
 class SharedWeights(Protocol):
-    """The leaves outside of the layers: in memory, or merged when they are asked for."""
+    """The leaves outside of the layers: in memory, or merged at each call."""
 
     def leaf(self, name: str) -> jax.Array: ...
     def rows(self, name: str, ids: jax.Array) -> jax.Array:
-        """`[…, *]`: the rows `ids: int32[…]` of a leaf `[n, *]`. Of a merge no others are computed."""
+        """`[…, *]`: the rows `ids: int32[…]` of a leaf `[n, *]`. A merge computes these rows alone."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Architecture:
-    """What the program has to know of a family of models.
+    """A family of models, as data.
 
-    model_type: as in config.json. leaves: all tensors; `embed` `[vocab, hidden]` and `final_norm` are among them, and
-    `head` `[vocab, hidden]` where it may be untied. A model whose head is the embedding (config.head_is_embedding) has
-    no `head`.
+    model_type: the key in config.json. leaves: all tensors; `embed` `[vocab, hidden]` and `final_norm` are among them,
+    and `head` `[vocab, hidden]` where it may be untied. A model whose head is the embedding (config.head_is_embedding)
+    has no `head`.
 
-    keys: the keys of config.json that its forward pass reads, and what each must be. config_class: the name of its
-    class in transformers, which then fills in defaults, and tells what else could matter; without one, defaults: the
-    values of keys that may be missing (beside a class that of tie_word_embeddings alone, where it is true: a merge
-    loads no class). read_config: those keys with their values -> the static config; raises ValueError, whose text is
-    shown behind the file's name.
+    keys: the keys of config.json that its forward pass reads, and the rule for each value. config_class: the name of
+    its class in transformers, which fills in defaults and lists the other keys that could matter. defaults: the values
+    of keys that may be missing, for an architecture without such a class (beside a class only tie_word_embeddings,
+    where it is true: a merge loads no class). read_config: the values of `keys`, by name -> the static config; raises
+    ValueError, whose text is shown behind the file's name.
 
-    dimensions: the sizes that the leaves' shapes are written in. depths: how many layers each stack has.
+    dimensions: the sizes that the leaves' shapes are written in. depths: the number of layers of each stack.
 
     embed: (config, weights, tokens int32[B, T], layout) -> the hidden states before the first layer. position_tables:
-    (config, layout) -> what positions give to every layer, computed once (any pytree; leaves have axes `[B, T, …]`); a
-    tuple of such, of one structure, where layers differ in it: `config.position_kinds` says which layer takes which.
-    block: (config, a layer's weights, hidden states, its position tables, attend) -> the hidden states after it, and
-    what `attend` kept; `attend` is prefill or decoding with a cache, so that a block is written once. final_norm:
-    (config, weights, hidden states) -> what the head's rows are multiplied with. map_logits: (config, those products,
-    float32) -> logits: an increasing function of each, such as a soft cap. always_maps_logits: whether every model of
-    the family has such a function; transformers leaves it out inside of a larger model, so that a text decoder there
-    is refused.
+    (config, layout) -> the layers' inputs that depend on positions, computed once (any pytree; leaves have axes `[B, T,
+    …]`); a tuple of such pytrees, of one structure, where layers differ: `config.position_kinds` is each layer's index
+    into it. block: (config, a layer's weights, hidden states, its position tables, attend) -> the hidden states after
+    the layer, and the keys and values that `attend` returned; `attend` is prefill or decoding with a cache, so that a
+    block is written once. final_norm: (config, weights, hidden states) -> the vectors that the head's rows are
+    multiplied with. map_logits: (config, the products of head and vectors, float32) -> logits: an increasing function
+    of each product, such as a soft cap. always_maps_logits: whether every model of the family has such a function;
+    transformers leaves it out inside of a larger model, so that a text decoder there is refused.
 
-    buffers: ends of the names of what earlier files hold beside the tensors, and no forward pass reads.
+    buffers: suffixes of the names of buffers that earlier files hold, and that no forward pass reads.
 
-    no_adapter: why PEFT has no adapters of all its matrices, where it has none.
+    no_adapter: the reason where PEFT has no adapters for all of its matrices.
 
-    packed: tensors of other files, by their names there, and the leaves that each of them holds, one above the other:
-    `[E, …]` for all experts where these have tensors of their own.
+    packed: the names of stacked tensors in other forms of the files, and the leaves that each of them holds, one above
+    the other: `[E, …]` for all experts where each expert has a tensor here.
 
-    filters: the substring of the tensors' names by which a recipe speaks of each component, and of each leaf outside of
-    the layers; by default their whole names. Of components whose filters are in the name of a layer's tensor, the first
-    has to be the tensor's own.
+    filters: the substring of tensor names that selects, in a recipe, each component and each leaf outside of the
+    layers; by default the whole names. Where several components' filters are in the name of a layer's tensor, the first
+    must be the tensor's component.
 
-    gguf: the form of its GGUF files; None: they are refused.
+    gguf: the form of its GGUF files; None: GGUF files are refused.
     """
 
     model_type: str
@@ -152,11 +151,11 @@ class Architecture:
             raise ValueError(f"architecture {self.model_type}: {problem}")
 
     def leaf(self, name: str) -> Leaf | None:
-        """The leaf of that name, if there is one."""
+        """The leaf with this name, or None."""
         return next((leaf for leaf in self.leaves if leaf.name == name), None)
 
     def leaf_of(self, tensor: str) -> Leaf | None:
-        """The leaf that a tensor of the file is of, by its name; None: of none."""
+        """The leaf that holds a tensor of the file, by the tensor's name; None: no leaf holds it."""
         return next((leaf for leaf in self.leaves if _pattern(leaf.tensor).fullmatch(tensor)), None)
 
     @property
@@ -173,12 +172,12 @@ class Architecture:
 
 @cache
 def _pattern(tensor: str) -> re.Pattern[str]:
-    """Of the names of a leaf's tensors."""
+    """The pattern of the names of a leaf's tensors."""
     return re.compile(re.sub(r"\\\{(?:layer|expert)\\\}", r"\\d+", re.escape(tensor)))
 
 
 def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: Mapping[str, str]) -> str | None:
-    """What is wrong with the leaves of an architecture, if anything."""
+    """The first fault of an architecture's leaves; None: there is none."""
     names = [leaf.name for leaf in leaves]
     double = next((name for name in names if names.count(name) > 1), None)
     if double is not None:
@@ -187,9 +186,9 @@ def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: M
     if missing is not None:
         return f"has no leaf {missing!r}"
     for leaf in leaves:
-        known = components if leaf.stack is not None else ("embedding", "norm", "head")
-        if leaf.component not in known:
-            return f"leaf {leaf.name!r}: component {leaf.component!r}; expected one of {', '.join(known)}"
+        expected = components if leaf.stack is not None else ("embedding", "norm", "head")
+        if leaf.component not in expected:
+            return f"leaf {leaf.name!r}: component {leaf.component!r}; expected one of {', '.join(expected)}"
         if (leaf.stack is None) == ("{layer}" in leaf.tensor):
             return (
                 f"leaf {leaf.name!r}: expected {{layer}} in the tensor's name where the leaf is of a stack, only there"
@@ -204,17 +203,17 @@ def _complaint(leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: M
 def _complaint_of_filters(
     leaves: tuple[Leaf, ...], components: tuple[str, ...], filters: Mapping[str, str]
 ) -> str | None:
-    """What is wrong with the filters that an architecture declares, if anything."""
+    """The first fault of the filters that an architecture declares; None: there is none."""
     shared = [leaf.name for leaf in leaves if leaf.stack is None]
     if filters.keys() != {*components, *shared}:
         return f"filters: expected one for each of {', '.join(sorted({*components, *shared}))}"
     # A recipe lists the filters of leaves outside of the layers first.
     listed = [*shared, *(name for name in filters if name in components)]
     for leaf in leaves:
-        order, own = (listed, leaf.component) if leaf.stack is not None else (shared, leaf.name)
-        found = next((name for name in order if filters[name] in leaf.tensor), None)
-        if found != own:
-            return f"filters: that of {found or 'nothing'} takes {leaf.tensor}, which is of {own}"
+        order, holder = (listed, leaf.component) if leaf.stack is not None else (shared, leaf.name)
+        first = next((name for name in order if filters[name] in leaf.tensor), None)
+        if first != holder:
+            return f"filters: that of {first or 'nothing'} takes {leaf.tensor}, which is of {holder}"
     return None
 
 
@@ -231,9 +230,9 @@ def _registry() -> dict[str, Architecture]:
 
 
 def register_architecture(architecture: Architecture) -> Architecture:
-    """Make an architecture known: checkpoints of its model_type are then searched, evaluated and merged like those of
-    the families that come with the program. Raises ValueError where another has that model_type: what is compiled
-    knows an architecture by it."""
+    """Register an architecture: checkpoints of its model_type are then searched, evaluated and merged like those of the
+    families that come with the program. Raises ValueError where another architecture has that model_type, by which
+    compiled programs identify it."""
     if not isinstance(architecture, Architecture):
         raise ValueError(f"architecture: {shown(architecture)}; expected an Architecture")
     if _registry().setdefault(architecture.model_type, architecture) is not architecture:
@@ -242,12 +241,13 @@ def register_architecture(architecture: Architecture) -> Architecture:
 
 
 def model_types() -> tuple[str, ...]:
-    """The model_type of every known architecture."""
+    """The model_type of every registered architecture."""
     return tuple(_registry())
 
 
 def gguf_architectures() -> dict[str, list[Architecture]]:
-    """The architectures with GGUF files, by general.architecture: two where those with experts are another one."""
+    """The architectures that have GGUF files, by general.architecture: two where files with experts belong to another
+    architecture."""
     by_name: dict[str, list[Architecture]] = {}
     for architecture in _registry().values():
         if architecture.gguf is not None:
@@ -256,18 +256,19 @@ def gguf_architectures() -> dict[str, list[Architecture]]:
 
 
 def known_architecture(model_type: object) -> Architecture | None:
-    """The architecture of a model_type, as a config gives it; None where there is none."""
+    """The architecture of a config's model_type; None where it is not registered."""
     return _registry().get(model_type) if isinstance(model_type, str) else None
 
 
 def find_architecture(model_type: object) -> Architecture:
-    """The architecture of a model_type, as a config gives it. Raises ValueError with the nearest known name."""
-    found = known_architecture(model_type)
-    if found is None:
+    """The architecture of a config's model_type. Raises ValueError, with the nearest name, where it is not
+    registered."""
+    architecture = known_architecture(model_type)
+    if architecture is None:
         near = nearest(model_type, model_types()) if isinstance(model_type, str) else None
         hint = "" if near is None else f" (did you mean '{near}'?)"
         raise ValueError(f"model_type is {shown(model_type)}{hint}; expected one of {', '.join(model_types())}")
-    return found
+    return architecture
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def dimensions(config: DecoderConfig) -> Mapping[str, int]:
 
 
 def depths(config: DecoderConfig) -> Mapping[str, int]:
-    """How many layers each stack has."""
+    """The number of layers of each stack."""
     return architecture_of(config).depths(config)
 
 
@@ -294,18 +295,18 @@ def leaves_of(config: DecoderConfig) -> list[Leaf]:
 
 
 def stack_leaves(config: DecoderConfig, stack: str = LAYERS) -> list[Leaf]:
-    """Those of a stack."""
+    """The leaves of a stack, in a model of this config."""
     return [leaf for leaf in leaves_of(config) if leaf.stack == stack]
 
 
 def shared_leaves(config: DecoderConfig) -> list[Leaf]:
-    """Those outside of the layers."""
+    """The leaves outside of the layers, in a model of this config."""
     return [leaf for leaf in leaves_of(config) if leaf.stack is None]
 
 
 def tensor_grid(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
-    """How a leaf's tensors are stacked: `(L,)` in a stack, `(L, E)` where each of E experts has a tensor, `()` outside
-    of the layers, where a leaf is one tensor."""
+    """The shape in which a leaf's tensors are stacked: `(L,)` in a stack, `(L, E)` where each of E experts has a
+    tensor, `()` outside of the layers, where a leaf is one tensor."""
     if leaf.stack is None:
         return ()
     layers = depths(config)[leaf.stack]
@@ -319,16 +320,16 @@ def tensor_shape(config: DecoderConfig, leaf: Leaf) -> tuple[int, ...]:
 
 
 def leaf_tensors(config: DecoderConfig, leaf: Leaf) -> list[str]:
-    """The names of all of a leaf's tensors in the file, in the order of its grid."""
+    """The names in the file of a leaf's tensors, in the order of its grid."""
     return [leaf.tensor_of(*place) for place in np.ndindex(tensor_grid(config, leaf))]
 
 
 def tensors_of(config: DecoderConfig) -> Iterator[tuple[str, Leaf, tuple[int, ...]]]:
-    """Every tensor of a model of this config: its name in the file, its leaf, and its place in the leaf's grid: the
-    layer, then the expert, as far as it has them. Those outside of the layers come first."""
+    """Every tensor of a model of this config: its name in the file, its leaf, and its index in the leaf's grid: the
+    layer, then the expert, where the leaf has these. Tensors outside of the layers come first."""
     yield from ((leaf.tensor, leaf, ()) for leaf in shared_leaves(config))
     for stack, depth in depths(config).items():
         grids = [(leaf, tensor_grid(config, leaf)[1:]) for leaf in stack_leaves(config, stack)]
         for i in range(depth):
             for leaf, grid in grids:
-                yield from ((leaf.tensor_of(i, *rest), leaf, (i, *rest)) for rest in np.ndindex(grid))
+                yield from ((leaf.tensor_of(i, *expert), leaf, (i, *expert)) for expert in np.ndindex(grid))

@@ -1,4 +1,4 @@
-"""How GGUF files (llama.cpp's format) keep the models of an architecture: plain data that an `Architecture` carries."""
+"""The form of an architecture's GGUF files (llama.cpp's format): plain data that an `Architecture` carries."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,8 +36,8 @@ class GgufFile(Protocol):
         ...
 
     def value(self, name: str, expected: Expected, default: Any = None) -> Any:
-        """The metadata of `key(name)`. Raises InputError where it is missing and has no default, or is not what is
-        expected."""
+        """The metadata of `key(name)`. Raises InputError where the key is missing and has no default, or its value
+        breaks the rule `expected`."""
         ...
 
 
@@ -45,17 +45,17 @@ class GgufFile(Protocol):
 class Gguf:
     """The form of an architecture's GGUF files.
 
-    name: general.architecture; has_experts: whether the files with experts are this architecture's, where two
-    architectures share a name. read_settings: a file -> the keys of config.json; those that the architecture does not
-    read are left out.
+    name: general.architecture; has_experts: whether this architecture reads the files with experts, where two
+    architectures share a name. read_settings: a file -> the keys of config.json; keys that the architecture does not
+    read are dropped.
 
     names: the tensor of each leaf, by the leaf's name, with `{layer}` where it has one; empty where the package gguf
-    knows the architecture's tensors. interleaved: whether rows of the query and key projections are kept in pairs.
-    norm_offset: how much more than Hugging Face's the norms' weights are. setting_tensors: tensors that hold settings,
-    and belong to no leaf.
+    knows the architecture's tensors. interleaved: whether the rows of the query and key projections are stored in
+    pairs. norm_offset: the number by which the norms' weights exceed Hugging Face's. setting_tensors: tensors that hold
+    settings, and belong to no leaf.
 
-    config_keys, size_keys: the metadata, as `GgufFile.value` takes it, behind each key of config.json, and behind each
-    of `Architecture.dimensions`: what messages name instead.
+    config_keys, size_keys: the metadata, in the form that `GgufFile.value` takes, behind each key of config.json, and
+    behind each of `Architecture.dimensions`: messages name the metadata instead.
     """
 
     name: str

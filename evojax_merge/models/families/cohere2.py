@@ -1,5 +1,5 @@
-"""Command R7B and Command A: attention and MLP side by side behind one LayerNorm without bias; layers with a sliding
-window have RoPE, with neighbours paired, those that look back on everything have no positions."""
+"""Command R7B and Command A: attention and MLP run side by side behind one LayerNorm without bias; layers with a
+sliding window have RoPE, with neighbours paired; layers with full attention have no positions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ from evojax_merge.models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class Cohere2Config(LlamaLikeConfig):
-    """logit_scale: what logits are multiplied by."""
+    """logit_scale: the factor of the logits."""
 
     logit_scale: float
 
@@ -57,7 +57,7 @@ COHERE_KEYS: dict[str, Expected] = {
 
 
 def position_tables(config: Cohere2Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
-    """Of layers that look back on everything, which rotate by nothing, and of those with a sliding window."""
+    """The tables of layers with full attention, which rotate by nothing, and of layers with a sliding window."""
     cos, sin = rope_tables(config.rope, config.head_dim, layout)
     return (jnp.ones_like(cos), jnp.zeros_like(sin)), (cos, sin)
 

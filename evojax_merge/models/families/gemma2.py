@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118): soft caps of the attention's products and of the logits, sliding windows in every other
+"""Gemma 2 (arXiv 2408.00118): soft caps on the attention's products and on the logits, sliding windows in every other
 layer."""
 
 from collections.abc import Mapping

@@ -14,19 +14,20 @@ from evojax_merge.models.families.llama_like_gguf import THETA, llama_like_gguf
 from evojax_merge.models.gguf import GgufFile
 from evojax_merge.models.layers import CosSin, SequenceLayout, rope_tables
 
-# In GGUF files: the base frequency of layers with a sliding window, which these are: all but every sixth.
+# In GGUF files: the base frequency of layers with a sliding window, and the period of layers without: all but every
+# sixth layer have a window.
 LOCAL_THETA, WINDOW_PATTERN = 10_000.0, 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(GemmaConfig):
-    """local_rope: that of layers with a sliding window."""
+    """local_rope: the RoPE of layers with a sliding window."""
 
     local_rope: RopeConfig
 
 
 def position_tables(config: Gemma3Config, layout: SequenceLayout) -> tuple[CosSin, CosSin]:
-    """Of layers that look back on everything, and of those with a sliding window."""
+    """The tables of layers with full attention, and of layers with a sliding window."""
     return rope_tables(config.rope, config.head_dim, layout), rope_tables(config.local_rope, config.head_dim, layout)
 
 
@@ -35,12 +36,12 @@ def read(hf: Mapping[str, Any]) -> Gemma3Config:
     common = read_gemma(
         "gemma3_text", {**hf, "rope_parameters": ropes["full_attention"]}, qk_norm=True, attention_softcap=None
     )
-    own = vars(common) | {"position_kinds": sliding_layers(hf)}
-    return Gemma3Config(**own, local_rope=rope_config(ropes["sliding_attention"], positions, common.head_dim))
+    settings = vars(common) | {"position_kinds": sliding_layers(hf)}
+    return Gemma3Config(**settings, local_rope=rope_config(ropes["sliding_attention"], positions, common.head_dim))
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:
-    """The config.json of a GGUF file."""
+    """The keys of config.json for a GGUF file."""
     settings = gemma_like.gguf_settings(file, large=62)
     pattern = file.value(".attention.sliding_window_pattern", SIZE, WINDOW_PATTERN)
     kinds = ("sliding_attention", "full_attention")

@@ -1,5 +1,6 @@
-"""What Gemma 2 and Gemma 3 share (arXiv 2408.00118, 2503.19786): RMSNorm before and behind attention and MLP, with
-gains that are stored less one; embeddings times the square root of the hidden size; a scale of attention of its own."""
+"""The common parts of Gemma 2 and Gemma 3 (arXiv 2408.00118, 2503.19786): RMSNorm before and behind attention and MLP,
+with gains that are stored less one; embeddings times the square root of the hidden size; an attention scale that the
+config sets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ from evojax_merge.models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class GemmaConfig(LlamaLikeConfig):
-    """query_scale: what products of queries and keys are multiplied by; attention_softcap and logit_softcap: between
-    which bounds they, and the logits, are kept (None: none)."""
+    """query_scale: the factor of the products of queries and keys; attention_softcap and logit_softcap: the bound of
+    these products' and of the logits' absolute values (None: no bound)."""
 
     query_scale: float
     attention_softcap: float | None
@@ -102,7 +103,7 @@ def map_logits(config: GemmaConfig, products: jax.Array) -> jax.Array:
 def read_gemma(
     model_type: str, hf: Mapping[str, Any], *, qk_norm: bool, attention_softcap: float | None
 ) -> GemmaConfig:
-    """The config of what the keys in `hf` are worth."""
+    """The config for the values `hf` of the keys of config.json."""
     bias = hf["attention_bias"]
     common = read_config(
         model_type, {**hf, "hidden_act": hf["hidden_activation"]}, qkv_bias=bias, o_bias=bias, qk_norm=qk_norm
@@ -116,9 +117,9 @@ def read_gemma(
 
 
 def gguf_settings(file: GgufFile, large: int) -> dict[str, Any]:
-    """The config.json of a Gemma. Soft caps and windows that the file does not name are those of the config's class.
-    large: the number of layers of the model whose queries are scaled by the hidden size of each head, which no file
-    says (llama.cpp's `f_attention_scale`)."""
+    """The keys of config.json for a Gemma's GGUF file. Soft caps and windows that the file does not name are left to
+    the defaults of the config's class. large: the number of layers of the model whose queries are scaled by the hidden
+    size of each head, which no file says (llama.cpp's `f_attention_scale`)."""
     settings = llama_settings(file)
     is_large = settings["num_hidden_layers"] == large
     per_head = settings["hidden_size"] // max(settings["num_attention_heads"], 1)

@@ -41,7 +41,7 @@ from evojax_merge.models.sharding import replicate
 
 @dataclass(frozen=True, kw_only=True)
 class Glm4Config(LlamaLikeConfig):
-    """rotary_dim: how many entries of a head are rotated."""
+    """rotary_dim: the number of entries of a head that are rotated."""
 
     rotary_dim: int
 
@@ -71,7 +71,7 @@ def block(
         x = x + rms_norm(dense(attn_out, weights, "o"), weights["post_attention_norm"], config.norm_eps)
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-        # One half of the devices has the gate's entries, the other what it opens.
+        # One half of the devices has the gate's entries, the other half the entries that the gate multiplies.
         gate, up = jnp.split(replicate(dense(normed, weights, "gate_up")), 2, axis=-1)
         down = dense(ACTIVATIONS[config.activation](gate) * up, weights, "down")
     return x + rms_norm(down, weights["post_mlp_norm"], config.norm_eps), kept
@@ -106,6 +106,6 @@ GLM4 = replace(
     dimensions=lambda config: dimensions(config) | {"gate_up": 2 * config.mlp},
     position_tables=position_tables,
     block=block,
-    # `self_attn` is in the name of a norm, too.
+    # The name of a norm contains `self_attn`, too.
     filters=FILTERS | {"attention": "self_attn."},
 )

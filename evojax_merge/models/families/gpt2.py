@@ -83,7 +83,7 @@ def conv1d(x: jax.Array, weights: Weights, name: str) -> jax.Array:
 
 def embed(config: GPT2Config, source: SharedWeights, tokens: jax.Array, layout: SequenceLayout) -> jax.Array:
     assert config.positions is not None
-    # A row of the model's whole context can be followed by draft tokens, which are never accepted.
+    # Draft tokens may follow a row that fills the whole context; they are never accepted.
     positions = jnp.minimum(layout.positions, config.positions - 1)
     return source.rows("embed", tokens) + source.rows("positions", positions)
 
@@ -94,7 +94,7 @@ def block(
     with jax.named_scope("attention"):
         normed = layer_norm(x, weights["attention_norm"], weights["attention_norm_bias"], config.norm_eps)
         with jax.named_scope("qkv"):
-            # Devices that share a model have parts of it that are not of the same heads.
+            # The shards of queries, keys and values on one device belong to different heads.
             qkv = replicate(conv1d(normed, weights, "qkv"))
             qkv = qkv.reshape(*x.shape[:2], 3, config.heads, config.head_dim)
         attn_out, kept = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
@@ -130,7 +130,7 @@ def read_config(hf: Mapping[str, Any]) -> GPT2Config:
     )
 
 
-# What the class reads besides, such as scale_attn_by_inverse_layer_idx, is refused unless it is at its default.
+# Any other key that the class reads, such as scale_attn_by_inverse_layer_idx, must have its default value.
 GPT2 = Architecture(
     model_type="gpt2",
     leaves=LEAVES,

@@ -28,8 +28,8 @@ from evojax_merge.models.layers import (
 
 @dataclass(frozen=True, kw_only=True)
 class GPTNeoXConfig(DecoderConfig):
-    """`rotary_dim`: how many entries of a head are rotated. `parallel_residual`: the MLP is given what attention is,
-    not what attention has added to it."""
+    """`rotary_dim`: the number of entries of a head that are rotated. `parallel_residual`: whether the MLP gets the
+    layer's input, as attention does, in place of attention's output."""
 
     mlp: int
     norm_eps: float
@@ -104,7 +104,7 @@ def block(
 
     with jax.named_scope("attention"):
         with jax.named_scope("qkv"):
-            # The file has queries, keys and values of one head together, head after head.
+            # In the file each head's queries, keys and values lie together, head after head.
             qkv = dense_heads(norm(x, "attention_norm"), weights, "qkv", 3 * config.head_dim)
             qkv = qkv.reshape(*x.shape[:2], config.heads, 3, config.head_dim)
             cos, sin = (table.astype(x.dtype) for table in rope)

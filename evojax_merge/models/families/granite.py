@@ -1,5 +1,5 @@
-"""Granite: a Llama with four multipliers, of embeddings, attention, what layers add, and logits (maximal update
-parametrisation, arXiv 2203.03466)."""
+"""Granite: a Llama with four multipliers: of embeddings, attention, the layers' contributions, and logits (maximal
+update parametrisation, arXiv 2203.03466)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,8 @@ MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "logits_scaling",
 
 @dataclass(frozen=True, kw_only=True)
 class GraniteConfig(LlamaLikeConfig):
-    """attention_multiplier: of products of queries and keys; logits_scaling: what logits are divided by."""
+    """attention_multiplier: the factor of the products of queries and keys; logits_scaling: the divisor of the
+    logits."""
 
     attention_multiplier: float
     embedding_multiplier: float

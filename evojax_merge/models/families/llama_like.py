@@ -1,7 +1,7 @@
-"""What Llama, Mistral and Qwen share: the tensors, the forward pass, and the reading of their configs.
+"""The common parts of Llama, Mistral and Qwen: the tensors, the forward pass, and the reading of their configs.
 
-RMSNorm before attention and MLP, rotary grouped-query attention (with a sliding window in some layers), gated MLP.
-Where the families differ their configs say it: biases, norms of queries and keys, windows.
+RMSNorm before attention and MLP, rotary grouped-query attention (with a sliding window in some layers), gated MLP. The
+families' configs hold their differences: biases, norms of queries and keys, windows.
 """
 
 import math
@@ -57,7 +57,7 @@ def norm_leaf(name: str, module: str, **more: Any) -> Leaf:
 
 
 def _projections() -> tuple[Leaf, ...]:
-    """What a layer has beside its norms of the hidden states."""
+    """The leaves of a layer except its norms of the hidden states."""
     attention, mlp, rows = f"{_LAYER}self_attn.", f"{_LAYER}mlp.", list[Leaf]()
     for name, out in (("q", "queries"), ("k", "keys"), ("v", "keys")):
         rows += [
@@ -91,7 +91,7 @@ def _projections() -> tuple[Leaf, ...]:
 
 
 PROJECTIONS = _projections()
-# Outside of the layers.
+# The leaves outside of the layers.
 SHARED = (
     Leaf("embed", "model.embed_tokens.weight", "embedding", ("vocab", "hidden"), sharded_axis=-2),
     Leaf("final_norm", "model.norm.weight", "norm", ("hidden",)),
@@ -104,9 +104,9 @@ LEAVES = (
     norm_leaf("attention_norm", "input_layernorm"), norm_leaf("mlp_norm", "post_attention_layernorm"), *PROJECTIONS,
     *SHARED,
 )  # fmt: skip
-# Those of layers whose contributions are normalised: their scale is that of the norm behind them.
+# For layers whose contributions are normalised: the norm behind a projection sets the contribution's scale.
 INNER_PROJECTIONS = tuple(replace(leaf, writes_residual=False) for leaf in PROJECTIONS)
-# As mergekit's users write them.
+# The filters that mergekit's users write.
 FILTERS = {
     "attention": "self_attn", "mlp": ".mlp.", "norm": "layernorm",
     "embed": "embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -158,7 +158,7 @@ def gated_mlp(config: LlamaLikeConfig, weights: Weights, x: jax.Array) -> jax.Ar
 def attention(
     config: LlamaLikeConfig, weights: Weights, x: jax.Array, rope: CosSin, attend: Attend
 ) -> tuple[jax.Array, KeyValue]:
-    """The hidden states with what attention adds to them, and what `attend` kept."""
+    """The hidden states plus attention's output, and the keys and values that `attend` returned."""
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], config.norm_eps)
         attn_out, kept = attend(*project_qkv(config, weights, normed, rope))
@@ -198,10 +198,10 @@ _ROPE: dict[str, Expected] = {
     "type": TEXT,
 }
 ROPE = or_null(mapping(_ROPE))
-# Where only some of a head's entries are rotated.
+# For families in which only some of a head's entries are rotated.
 PARTIAL_ROTARY = or_null(Expected(lambda value: is_number(value) and 0 < value <= 1, "a number above 0, up to 1"))
 PARTIAL_ROPE = or_null(mapping(_ROPE | {"partial_rotary_factor": PARTIAL_ROTARY}))
-# What the class of every family reads; `head_dim` and the spellings of RoPE count for all, declared or not.
+# Keys that the class of every family reads. `head_dim` and RoPE's spellings count for every family, declared or not.
 KEYS: dict[str, Expected] = {
     "head_dim": or_null(SIZE),
     "hidden_act": one_of(*ACTIVATIONS),
@@ -221,7 +221,7 @@ KEYS: dict[str, Expected] = {
     "vocab_size": SIZE,
 }
 WINDOW = or_null(SIZE)
-# Qwen's windows are not read where they are switched off.
+# Qwen's classes ignore windows that are switched off.
 QWEN_WINDOWS: dict[str, Expected] = {
     "layer_types": or_null(TEXTS),
     "max_window_layers": whole(0, 2**31 - 1),
@@ -229,7 +229,7 @@ QWEN_WINDOWS: dict[str, Expected] = {
     "use_sliding_window": SWITCH,
 }
 
-# By rope_type: the keys that are read, and those that may not be missing.
+# For each rope_type: the keys that are read, and the required keys.
 ROPE_KEYS = {
     "default": set[str](),
     "linear": {"factor"},
@@ -247,7 +247,7 @@ ROPE_NEEDED = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": set[str](),
 }
-# Keys of RoPE settings that change positions in programs that know them. Any other key is somebody's note.
+# Keys of RoPE settings that change positions in programs that know them. Any other key is ignored as a note.
 _ROPE_OF_OTHERS = {"alpha", "long_factor", "long_mscale", "mrope_section", "short_factor", "short_mscale"}
 
 
@@ -255,7 +255,8 @@ def read_config(
     model_type: str, hf: Mapping[str, Any], *, qkv_bias: bool, o_bias: bool = False, mlp_bias: bool = False,
     qk_norm: bool = False,
 ) -> LlamaLikeConfig:  # fmt: skip
-    """The config of what the keys in `hf` are worth. Raises ValueError for what cannot be."""
+    """The config for the values `hf` of the keys of config.json. Raises ValueError for values that no model can
+    have."""
     heads = hf["num_attention_heads"]
     kv_heads, head_dim = hf["num_key_value_heads"] or heads, hf.get("head_dim")
     if head_dim is None:
@@ -288,21 +289,21 @@ def read_config(
 
 
 def windows_of(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many positions each layer looks back on."""
+    """The number of positions that each layer attends to."""
     layers, window, kinds = hf["num_hidden_layers"], hf.get("sliding_window"), hf.get("layer_types")
     if kinds is None:  # Llama, and Mistral: one window for all layers
         return (min(window or NO_WINDOW, NO_WINDOW),) * layers
-    known = {"full_attention": NO_WINDOW, "sliding_attention": min(window or NO_WINDOW, NO_WINDOW)}
-    unknown = sorted(set(kinds) - set(known))
+    windows = {"full_attention": NO_WINDOW, "sliding_attention": min(window or NO_WINDOW, NO_WINDOW)}
+    unknown = sorted(set(kinds) - set(windows))
     if unknown or len(kinds) != layers:
-        found = f"{len(kinds)} of them" if len(kinds) != layers else shown(unknown[0])
-        raise ValueError(f"layer_types: {found}; expected {layers} of {', '.join(known)}")
-    return tuple(known[kind] for kind in kinds)
+        fault = f"{len(kinds)} of them" if len(kinds) != layers else shown(unknown[0])
+        raise ValueError(f"layer_types: {fault}; expected {layers} of {', '.join(windows)}")
+    return tuple(windows[kind] for kind in kinds)
 
 
 def sliding_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
-    """1 for a layer with a sliding window, 0 for one that looks back on everything. Raises ValueError where there is no
-    window."""
+    """1 for a layer with a sliding window, 0 for a layer with full attention. Raises ValueError where a layer has a
+    sliding window and the config gives no size."""
     sliding = tuple(int(kind == "sliding_attention") for kind in hf["layer_types"])
     if any(sliding) and hf["sliding_window"] is None:
         raise ValueError(f"sliding_window: null; expected {SIZE.words}, for layers with sliding_attention")
@@ -310,7 +311,7 @@ def sliding_layers(hf: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def rope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> RopeConfig:
-    """`settings` as transformers spells them; dim: how many entries of a head are rotated."""
+    """The RoPE of `settings`, in transformers' spelling; dim: the number of entries of a head that are rotated."""
     rope = {key: value for key, value in settings.items() if value is not None}
     kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     if kind not in ROPE_KEYS:
@@ -335,7 +336,7 @@ def rope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> Rop
         kind=kind,
         theta=float(theta),
         factor=factor,
-        # Only dynamic scaling looks at the longest position: elsewhere it must not make parents differ.
+        # Only dynamic scaling depends on the longest position: with other kinds it must not make parents differ.
         max_position=max_position if kind == "dynamic" else 0,
         original_max_position=original if kind in ("llama3", "yarn") else 0,
         low_freq_factor=float(rope.get("low_freq_factor") or 1.0),
@@ -361,8 +362,8 @@ def _yarn_attention_factor(rope: dict[str, Any], factor: float) -> float:
 
 
 def llama_like(model_type: str, config_class: str, keys: dict[str, Expected], read: Any) -> Architecture:
-    """An architecture of these tensors and this forward pass. keys: what its class reads beside `KEYS`; read: what
-    `read_config` is, given the keys' values."""
+    """An architecture with this module's tensors and forward pass. keys: the keys that its class reads beside `KEYS`;
+    read: its `Architecture.read_config`."""
     return Architecture(
         model_type=model_type,
         leaves=LEAVES,

@@ -1,4 +1,4 @@
-"""How llama.cpp's GGUF files say the settings of a Llama and of the families that are like it."""
+"""The settings of Llama-like models in llama.cpp's GGUF files."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,13 +10,13 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.models.config_keys import CONTEXT, DEPTH, EPSILON, SIZE, SWITCH, TEXT, above, whole
 from evojax_merge.models.gguf import Gguf, GgufFile
 
-# Rules for a file's values, beside those for a config's.
+# Rules for the values of files, beside the rules for configs.
 FACTOR, THETA, COUNT = above(0), above(1), whole(0, 2**31 - 1)
 # The RoPE scalings of Llama 3.1 and 3.2, which GGUF keeps as a tensor of factors: all else than `factor` is the same.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3_FACTORS = (8.0, 32.0)
 FREQUENCIES = "rope_freqs.weight"
-# "hidden size" and "number of attention heads" are the words of the config classes' own errors.
+# The errors of the config classes say "hidden size" and "number of attention heads".
 CONFIG_KEYS = {
     "hidden_size": ".embedding_length", "hidden size": ".embedding_length", "head_dim": ".attention.key_length",
     "intermediate_size": ".feed_forward_length", "num_hidden_layers": ".block_count",
@@ -38,12 +38,12 @@ SIZE_KEYS = {
 
 
 def llama_settings(file: GgufFile) -> dict[str, Any]:
-    """The config.json of a Llama, all of whose heads' entries are rotated."""
+    """The keys of config.json for a Llama in which every entry of a head is rotated."""
     rotated = file.key(".rope.dimension_count")
     if rotated not in file.metadata:
         head_dim = head_size(file)
     else:
-        # A file that says how many entries of a head are rotated says how many there are.
+        # Every entry of a head is rotated: the number of rotated entries is the head's size.
         head_dim = file.value(".attention.key_length", SIZE, file.value(".rope.dimension_count", SIZE))
         if file.metadata[rotated] != head_dim:
             raise InputError(
@@ -53,7 +53,7 @@ def llama_settings(file: GgufFile) -> dict[str, Any]:
 
 
 def common_settings(file: GgufFile, head_dim: int, rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that the configs of all these families have. rope: `rope_parameters`."""
+    """The keys that the configs of all these families share. rope: `rope_parameters`."""
     heads = file.value(".attention.head_count", SIZE)
     return {
         "vocab_size": file.embedding.shape[0],
@@ -119,9 +119,10 @@ def llama3_factors(theta: float, head_dim: int, factor: float) -> np.ndarray:
 
 
 def mixture_settings(file: GgufFile, experts_key: str, *, weights_sum_to_one: bool | None = None) -> dict[str, Any]:
-    """The config.json of a Llama with experts. experts_key: the config's key for their number. weights_sum_to_one:
-    whether the weights of a token's experts do where the file does not say it, which llama.cpp knows by the
-    architecture; None where the config has no such key. Widths that older files do not name are their tensors'."""
+    """The keys of config.json for a Llama with experts. experts_key: the config's key for the number of experts.
+    weights_sum_to_one: whether the weights of a token's experts sum to 1 where the file has no key for it (llama.cpp
+    decides by the architecture); None where the config has no such key. Widths that older files do not name are read
+    from the tensors' shapes."""
     settings = llama_settings(file) | {
         experts_key: file.value(".expert_count", SIZE),
         "num_experts_per_tok": file.value(".expert_used_count", SIZE),
@@ -141,6 +142,6 @@ def mixture_settings(file: GgufFile, experts_key: str, *, weights_sum_to_one: bo
 def llama_like_gguf(
     name: str, read_settings: Callable[[GgufFile], dict[str, Any]] = llama_settings, **options: Any
 ) -> Gguf:
-    """The GGUF files of an architecture like Llama's. options: further fields of `Gguf`."""
+    """The form of a Llama-like architecture's GGUF files. options: further fields of `Gguf`."""
     fields = {"setting_tensors": (FREQUENCIES,), "config_keys": CONFIG_KEYS, "size_keys": SIZE_KEYS} | options
     return Gguf(name, read_settings, **fields)

@@ -26,7 +26,7 @@ MIXTRAL = replace(
         "mixtral",
         "MixtralConfig",
         expert_leaves("block_sparse_moe.gate", "block_sparse_moe.experts", "w1", "w3", "w2"),
-        # In the names of files as in those of transformers, which mergekit goes by.
+        # Both the files' and transformers' tensor names contain these; mergekit matches the names.
         {"router": "gate.weight", "mlp": "experts"},
         {"gate.weight": ("router",)},
         {"num_experts_per_tok": SIZE, "num_local_experts": SIZE, "sliding_window": WINDOW},

@@ -1,7 +1,7 @@
-"""What mixtures of experts share: the tensors, the router, and the experts' forward pass.
+"""The common parts of mixtures of experts: the tensors, the router, and the experts' forward pass.
 
 A Llama-like decoder in which each layer has E gated MLPs (*experts*) in place of one. A router gives every token its A
-experts and their weights, and only those are computed. Letters: N tokens, E experts, A of them for each token.
+experts and their weights, and only these experts are computed. Letters: N tokens, E experts, A of them for each token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,10 @@ from evojax_merge.models.families import llama_like
 from evojax_merge.models.layers import ACTIVATIONS, Attend, CosSin, KeyValue, Weights, matmul, rms_norm
 from evojax_merge.models.sharding import MODEL_AXIS, cut_at, map_shards, shards_of
 
-# On a CPU blocks of one expert's tokens have one of so many sizes, which differ by multiples of so many rows.
+# On a CPU: the number of sizes of a block of one expert's tokens, and the least step in rows between them.
 SIZES, LEAST_STEP = 8, 32
-# On a GPU every expert is computed of up to so many tokens; of more, so many blocks of one expert's tokens at a time.
+# On a GPU: the largest number of tokens on which every expert runs, and, above it, the number of blocks (of one
+# expert's tokens each) that run at a time.
 FEW_TOKENS, BLOCKS_AT_ONCE = 1024, 16
 
 
@@ -30,7 +31,7 @@ FEW_TOKENS, BLOCKS_AT_ONCE = 1024, 16
 class MixtureConfig(LlamaLikeConfig):
     """A Llama-like decoder whose MLPs are mixtures; `mlp` is the width of an expert.
 
-    weights_sum_to_one: whether the weights of a token's experts are normalised to that. shared_mlp: the width of an
+    weights_sum_to_one: whether the weights of a token's experts are normalised to sum to 1. shared_mlp: the width of an
     expert that takes every token; 0: there is none.
     """
 
@@ -45,8 +46,8 @@ class MixtureConfig(LlamaLikeConfig):
 
 
 def expert_leaves(router: str, experts: str, gate: str, up: str, down: str) -> tuple[Leaf, ...]:
-    """The router's tensor `[E, hidden]`, and those of all experts. router, experts: modules of a layer, before which
-    `model.layers.{layer}.` stands; gate, up, down: modules of an expert."""
+    """The router's leaf `[E, hidden]`, and the leaves of the experts. router, experts: the names of a layer's modules,
+    without `model.layers.{layer}.`; gate, up, down: the names of an expert's modules."""
     layer = "model.layers.{layer}."
     expert = f"{layer}{experts}.{{expert}}."
     wide = ("experts", "mlp", "hidden")
@@ -70,8 +71,8 @@ def dimensions(config: MixtureConfig) -> dict[str, int]:
 
 
 def route(config: MixtureConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weights float32[N, A] of tokens `[N, hidden]` for their experts, and which these are, int32[N, A]: the A
-    largest of a softmax over all experts, in float32."""
+    """The weights float32[N, A] of each token's experts, for tokens `[N, hidden]`, and the experts' numbers,
+    int32[N, A]: the A largest of a softmax over all experts, in float32."""
     logits = matmul(x, weights["router"], jnp.float32)
     shares, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.experts_per_token)
     if config.weights_sum_to_one:
@@ -80,7 +81,8 @@ def route(config: MixtureConfig, weights: Weights, x: jax.Array) -> tuple[jax.Ar
 
 
 def ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """The tokens sorted by expert, and matmuls of their runs, for which TPUs have a kernel."""
+    """Sort the tokens by expert, and multiply each expert's run of tokens by its weights, for which TPUs have a
+    kernel."""
     chosen = experts.reshape(-1)
     order = jnp.argsort(chosen, stable=True)
     sizes = jnp.bincount(chosen, length=len(weights["gate"])).astype(jnp.int32)
@@ -100,7 +102,7 @@ def side_by_side(compute: Callable[..., Any]) -> Callable[..., Any]:
     """`compute(weights, x, experts, …)` of one candidate, whose vmap is one call for all P of them: their experts are
     P E experts, and their tokens P N tokens. (A ragged matmul of a TPU takes no batch of groups.)
 
-    All that it is given and finds has an axis of experts or of tokens in front.
+    All of its arguments and results have a leading axis of experts or of tokens.
     """
 
     @jax.custom_batching.custom_vmap
@@ -115,15 +117,15 @@ def side_by_side(compute: Callable[..., Any]) -> Callable[..., Any]:
         weights, x, experts, *rest = jax.tree.map(each, given, tuple(batched))
         experts = experts + weights["gate"].shape[1] * jnp.arange(candidates, dtype=experts.dtype)[:, None, None]
         joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (weights, x, experts, *rest))
-        found = jax.tree.map(lambda leaf: leaf.reshape(candidates, -1, *leaf.shape[1:]), run(*joined))
-        return found, jax.tree.map(lambda _: True, found)
+        results = jax.tree.map(lambda leaf: leaf.reshape(candidates, -1, *leaf.shape[1:]), run(*joined))
+        return results, jax.tree.map(lambda _: True, results)
 
     return run
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def joined_ragged_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """`ragged_experts`, of several candidates as of one with all of their experts."""
+    """`ragged_experts`, which treats several candidates as one candidate with all of their experts."""
     return side_by_side(partial(ragged_experts, config))(weights, x, experts)
 
 
@@ -133,7 +135,8 @@ def _joined_forward(config: MixtureConfig, weights: Weights, x: jax.Array, exper
 
 def _joined_backward(config: MixtureConfig, operands: Any, cotangent: jax.Array) -> Any:
     def backward(weights: Weights, x: jax.Array, experts: jax.Array, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
-        # A TPU's kernel is of the product alone: derivatives by the weights would be of every row with every expert.
+        # TPUs have a kernel for the product alone: derivatives by the weights would multiply every row with every
+        # expert.
         _, pull_back = jax.vjp(lambda weights, x: gathered_experts(config, weights, x, experts), weights, x)
         return pull_back(cotangent)
 
@@ -144,51 +147,52 @@ joined_ragged_experts.defvjp(_joined_forward, _joined_backward)
 
 
 def every_expert(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """Every expert of every token, of which those that it has are picked."""
-    found = jax.vmap(lambda own: llama_like.gated_mlp(config, own, x))(weights)
-    return found[experts, jnp.arange(len(x))[:, None]]
+    """Run every expert on every token, and pick the results of each token's experts."""
+    outputs = jax.vmap(lambda expert: llama_like.gated_mlp(config, expert, x))(weights)
+    return outputs[experts, jnp.arange(len(x))[:, None]]
 
 
 def gathered_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """The tokens sorted by expert, in blocks of one size of which each is one expert's, and batched matmuls of several
-    blocks with copies of their experts' weights.
+    """Sort the tokens by expert, cut them into blocks of one size, each of a single expert, and multiply several blocks
+    at a time by copies of their experts' weights.
 
-    On a GPU XLA computes a ragged matmul as one of every row with every expert, and the host waits for the device where
-    the number of a loop's steps is the program's to find. Here the blocks are as many as there may be: of half the size
-    of what an expert takes on average, one and a half times the rows.
+    On a GPU XLA multiplies every row with every expert in a ragged matmul, and the host waits for the device where the
+    program computes a loop's number of steps. The number of blocks here is the largest that may occur: with blocks of
+    half an expert's average number of rows, one and a half times the rows.
     """
     tokens, per_token = experts.shape
     chosen, total, count = experts.reshape(-1), experts.size, len(weights["gate"])
     size = max(LEAST_STEP, total // (2 * count))
     blocks = blocks_of(jnp.bincount(chosen, length=count), total, (size,))
     order = jnp.argsort(chosen, stable=True)
-    # Of each place in the blocks, which expert of which token is computed there; `total`: none.
+    # The pair of token and expert, by number, that is computed at each place of the blocks; `total`: none.
     within = jnp.arange(size)
     slots = jnp.where(
         within < blocks.rows[:, None], order[jnp.minimum(blocks.begin[:, None] + within, total - 1)], total
     )
 
-    @jax.checkpoint  # Else the derivative would keep the weights of all blocks.
+    @jax.checkpoint  # Without it the derivative would keep the weights of all blocks.
     def of_block(operands: tuple[jax.Array, jax.Array]) -> jax.Array:
         expert, slots = operands
-        own = {name: leaf[expert] for name, leaf in weights.items()}
-        return llama_like.gated_mlp(config, own, x[jnp.minimum(slots // per_token, tokens - 1)])
+        expert_weights = {name: leaf[expert] for name, leaf in weights.items()}
+        return llama_like.gated_mlp(config, expert_weights, x[jnp.minimum(slots // per_token, tokens - 1)])
 
-    found = jax.lax.map(of_block, (blocks.expert, slots), batch_size=min(len(slots), BLOCKS_AT_ONCE))
+    outputs = jax.lax.map(of_block, (blocks.expert, slots), batch_size=min(len(slots), BLOCKS_AT_ONCE))
     place = jnp.zeros(total, slots.dtype).at[slots.reshape(-1)].set(jnp.arange(slots.size), mode="drop")
-    return found.reshape(slots.size, -1)[place].reshape(tokens, per_token, -1)
+    return outputs.reshape(slots.size, -1)[place].reshape(tokens, per_token, -1)
 
 
 def gpu_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """Of few tokens every expert of each, for the weights of most experts are read anyway, and once."""
+    """With few tokens, run every expert on all of them: most experts' weights are read in any case, and this reads them
+    once."""
     compute = every_expert if len(x) <= FEW_TOKENS else gathered_experts
     return compute(config, weights, x, experts)
 
 
 def block_sizes(tokens: int, per_token: int, experts: int) -> tuple[int, ...]:
-    """How many rows a block of one expert's tokens may have, ascending: multiples of a sixth of what an expert takes on
-    average, up to a third more than that, so that most experts' tokens are one block, of which little is computed in
-    vain. Each size is a branch of the program."""
+    """The sizes in rows of a block of one expert's tokens, ascending: multiples of a sixth of an expert's average
+    number of rows, up to a third above the average, so that most experts' tokens are one block with little padding.
+    Each size is a branch of the program."""
     sixth = -(-tokens * per_token // (6 * experts))
     step = LEAST_STEP * -(-sixth // LEAST_STEP)
     return tuple(sorted({min(tokens, step * number) for number in range(1, SIZES + 1)}))
@@ -196,8 +200,9 @@ def block_sizes(tokens: int, per_token: int, experts: int) -> tuple[int, ...]:
 
 @struct.dataclass
 class Blocks:
-    """Runs of rows of one expert, ascending: `count` int32[] of the J that there may be. Of each, int32[J]: size, which
-    of the sizes it is computed in; its expert; begin, its first row; rows, how many of them are its expert's."""
+    """Runs of one expert's rows each, ascending: `count` int32[] of at most J blocks. The other fields are int32[J]:
+    size, the index of the block's size; expert; begin, the block's first row; rows, the number of its rows that are its
+    expert's."""
 
     count: jax.Array
     size: jax.Array
@@ -207,11 +212,11 @@ class Blocks:
 
 
 def blocks_of(loads: jax.Array, total: int, sizes: tuple[int, ...]) -> Blocks:
-    """The blocks of `total` rows that are sorted by expert. loads: int32[E], how many rows each expert has."""
+    """The blocks of `total` rows that are sorted by expert. loads: int32[E], each expert's number of rows."""
     experts, largest = len(loads), sizes[-1]
     first, blocks = jnp.cumsum(loads) - loads, (loads + largest - 1) // largest
     ends = jnp.cumsum(blocks)
-    # Each expert with a row may leave a block of which all rows but one are free.
+    # Each expert with a row may leave a block with one row in use.
     number = jnp.arange((total + min(experts, total) * (largest - 1)) // largest)
     expert = jnp.minimum(jnp.searchsorted(ends, number, side="right"), experts - 1)
     before = (number - (ends - blocks)[expert]) * largest
@@ -220,10 +225,10 @@ def blocks_of(loads: jax.Array, total: int, sizes: tuple[int, ...]) -> Blocks:
 
 
 def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, experts: jax.Array) -> jax.Array:
-    """The tokens sorted by expert, in blocks of which each is one expert's, one block after the other.
+    """Sort the tokens by expert, cut them into blocks of a single expert each, and run one block after the other.
 
-    On a CPU XLA computes a ragged matmul as one of every row with every expert. Here what is computed in vain is the
-    rest of each expert's last block.
+    On a CPU XLA multiplies every row with every expert in a ragged matmul. Here only the unused rows of each expert's
+    last block are computed in vain.
     """
     tokens, per_token = experts.shape
     chosen, total = experts.reshape(-1), experts.size
@@ -240,23 +245,24 @@ def blocked_experts(config: MixtureConfig, weights: Weights, x: jax.Array, exper
 def run_blocks(
     config: MixtureConfig, sizes: tuple[int, ...], weights: Weights, rows: jax.Array, blocks: Blocks
 ) -> jax.Array:
-    """What experts make of their rows, `[R, hidden]`; of the largest size many rows behind the last block are free.
+    """The experts' outputs for their rows, `[R, hidden]`. `rows` ends with as many unused rows as the largest block
+    has.
 
     Several candidates are computed one after the other: side by side each would compute its blocks in every size. The
-    derivative is written out, since a loop whose number of steps the program does not know has none.
+    derivative is written out, since JAX has none for a loop whose number of steps is computed.
     """
 
     @jax.custom_batching.sequential_vmap
     def forward(weights: Weights, rows: jax.Array, blocks: Blocks) -> jax.Array:
         def of_size(size: int, block: Blocks) -> jax.Array:
-            found = llama_like.gated_mlp(config, *_operands(weights, rows, block, size))
-            return jnp.pad(found, ((0, sizes[-1] - size), (0, 0)))
+            outputs = llama_like.gated_mlp(config, *_operands(weights, rows, block, size))
+            return jnp.pad(outputs, ((0, sizes[-1] - size), (0, 0)))
 
-        def step(number: jax.Array, found: jax.Array) -> jax.Array:
+        def step(number: jax.Array, outputs: jax.Array) -> jax.Array:
             block = _block(blocks, number)
             fresh = jax.lax.switch(block.size, [partial(of_size, size) for size in sizes], block)
-            # What it has behind its rows is the next blocks' place, who come later.
-            return jax.lax.dynamic_update_slice_in_dim(found, fresh, block.begin, 0)
+            # The block's padding lies where the next blocks' outputs will be written.
+            return jax.lax.dynamic_update_slice_in_dim(outputs, fresh, block.begin, 0)
 
         return jax.lax.fori_loop(0, blocks.count, step, jnp.zeros_like(rows))
 
@@ -276,15 +282,19 @@ def _run_blocks_backward(config: MixtureConfig, sizes: tuple[int, ...], operands
     def backward(weights: Weights, rows: jax.Array, blocks: Blocks, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
         def of_size(size: int, block: Blocks, cotangent: jax.Array) -> tuple[Weights, jax.Array]:
             _, pull_back = jax.vjp(partial(llama_like.gated_mlp, config), *_operands(weights, rows, block, size))
-            own, part = pull_back(cotangent[:size])
-            return own, jnp.pad(part, ((0, largest - size), (0, 0)))
+            weights_gradient, part = pull_back(cotangent[:size])
+            return weights_gradient, jnp.pad(part, ((0, largest - size), (0, 0)))
 
         def step(number: jax.Array, totals: tuple[Weights, jax.Array]) -> tuple[Weights, jax.Array]:
             (of_weights, of_rows), block = totals, _block(blocks, number)
             behind = jax.lax.dynamic_slice_in_dim(cotangent, block.begin, largest)
             behind = jnp.where(jnp.arange(largest)[:, None] < block.rows, behind, 0)
-            own, part = jax.lax.switch(block.size, [partial(of_size, size) for size in sizes], block, behind)
-            of_weights = {name: total.at[block.expert].add(own[name]) for name, total in of_weights.items()}
+            weights_gradient, part = jax.lax.switch(
+                block.size, [partial(of_size, size) for size in sizes], block, behind
+            )
+            of_weights = {
+                name: total.at[block.expert].add(weights_gradient[name]) for name, total in of_weights.items()
+            }
             return of_weights, jax.lax.dynamic_update_slice_in_dim(of_rows, part, block.begin, 0)
 
         return jax.lax.fori_loop(0, blocks.count, step, jax.tree.map(jnp.zeros_like, (weights, rows)))
@@ -296,52 +306,56 @@ run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
 
 
 def _block(blocks: Blocks, number: jax.Array) -> Blocks:
-    """One block, int32[] each."""
+    """The block with this number; its fields are int32[]."""
     of_each = (blocks.size, blocks.expert, blocks.begin, blocks.rows)
     return Blocks(blocks.count, *(leaf[number] for leaf in of_each))
 
 
 def _operands(weights: Weights, rows: jax.Array, block: Blocks, size: int) -> tuple[Weights, jax.Array]:
     """The weights of a block's expert, and the block's rows."""
-    own = {name: jax.lax.dynamic_index_in_dim(leaf, block.expert, keepdims=False) for name, leaf in weights.items()}
-    return own, jax.lax.dynamic_slice_in_dim(rows, block.begin, size)
+    expert_weights = {
+        name: jax.lax.dynamic_index_in_dim(leaf, block.expert, keepdims=False) for name, leaf in weights.items()
+    }
+    return expert_weights, jax.lax.dynamic_slice_in_dim(rows, block.begin, size)
 
 
 def weighted_experts(
     config: MixtureConfig, weights: Weights, x: jax.Array, shares: jax.Array, experts: jax.Array
 ) -> jax.Array:
-    """What the experts of each token make of `[N, hidden]`, by their weights float32[N, A], added up."""
-    # By what the program is compiled for, which need not be what is here.
-    found = jax.lax.platform_dependent(
+    """The sum of the outputs of each token's experts for `[N, hidden]`, weighted by `shares` float32[N, A]."""
+    # By the platform that the program is compiled for, which need not be this machine's.
+    outputs = jax.lax.platform_dependent(
         weights, x, experts, cpu=partial(blocked_experts, config), cuda=partial(gpu_experts, config),
         default=partial(joined_ragged_experts, config),
     )  # fmt: skip
-    # A batched product of a row with a matrix would not be fused with what picks the rows.
-    weighted = (shares[:, a, None] * found[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
+    # A batched product of a row with a matrix would not be fused with the gather of the rows.
+    weighted = (shares[:, a, None] * outputs[:, a].astype(jnp.float32) for a in range(shares.shape[1]))
     return sum(weighted, jnp.float32(0)).astype(x.dtype)
 
 
 def mixture(config: MixtureConfig, weights: Weights, x: jax.Array) -> jax.Array:
-    """What the experts of each token, and the one that takes every token, make of `[B, T, hidden]`, added up."""
+    """The sum of the outputs of each token's experts, and of the expert that takes every token, for `[B, T,
+    hidden]`."""
     rows = x.reshape(-1, x.shape[-1])
     with jax.named_scope("router"):
         shares, experts = route(config, weights, rows)
-    own = {name: weights[name] for name in ("gate", "up", "down")}
+    expert_weights = {name: weights[name] for name in ("gate", "up", "down")}
     with jax.named_scope("experts"):
         if shards_of(config.mlp) == 1:
-            total = weighted_experts(config, own, rows, shares, experts)
+            total = weighted_experts(config, expert_weights, rows, shares, experts)
         else:
-            # Each device has a part of every expert; left to itself the compiler adds up what it finds block by block.
+            # Each device has a shard of every expert; without map_shards the compiler would add up the devices' results
+            # for each block.
             cuts = {"gate": cut_at(3, -2), "up": cut_at(3, -2), "down": cut_at(3, -1)}, *[cut_at(2, None)] * 3
 
             def part(device: jax.Array, *operands: Any) -> jax.Array:
                 return jax.lax.psum(weighted_experts(config, *operands), MODEL_AXIS)
 
-            total = map_shards(part, cuts, cut_at(2, None), own, rows, shares, experts)
+            total = map_shards(part, cuts, cut_at(2, None), expert_weights, rows, shares, experts)
     if config.shared_mlp:
-        own = {name: weights[f"shared_{name}"] for name in ("gate", "up", "down")}
+        expert_weights = {name: weights[f"shared_{name}"] for name in ("gate", "up", "down")}
         open_ = jax.nn.sigmoid(matmul(rows, weights["shared_expert_gate"]))
-        total = total + open_ * llama_like.gated_mlp(config, own, rows)
+        total = total + open_ * llama_like.gated_mlp(config, expert_weights, rows)
     return total.reshape(x.shape)
 
 
@@ -355,12 +369,14 @@ def block(
 # ---------------------------------------------------------------------------------------------------------------
 # config.json
 
-# As transformers has the experts of all mixtures in memory, and writes them with `save_original_format=False`.
+# The form in which transformers has the experts of all mixtures in memory, and writes them with
+# `save_original_format=False`.
 PACKED = {"experts.gate_up_proj": ("gate", "up"), "experts.down_proj": ("down",)}
-# Experts of all layers beyond this number are a slip or a trap: each has names of its own before a tensor is read.
+# The most experts of all layers together. A larger number in a config is a mistake or an attack: the program makes
+# names for each expert before it reads a tensor.
 MOST_EXPERTS = 200_000
 DENSE_LAYERS = "layers without experts among those with are not supported"
-# How Qwen's configs may say that some layers are plain MLPs.
+# Keys by which Qwen's configs make some layers plain MLPs.
 ALL_SPARSE: dict[str, Expected] = {
     "decoder_sparse_step": Expected(lambda value: value == 1, f"1; {DENSE_LAYERS}"),
     "mlp_only_layers": Expected(lambda value: value in (None, []), f"null or an empty list; {DENSE_LAYERS}"),
@@ -377,7 +393,7 @@ QWEN_EXPERTS: dict[str, Expected] = ALL_SPARSE | {
 
 def mixture_config(dense: LlamaLikeConfig, *, mlp: int, experts: int, per_token: int, **rest: Any) -> MixtureConfig:
     """The config of a model whose attention and norms are `dense`'s. Raises ValueError where there are fewer experts
-    than a token is to have, or more in all layers than any model has."""
+    than `per_token`, or more than MOST_EXPERTS in all layers."""
     if per_token > experts:
         raise ValueError(f"num_experts_per_tok: {per_token}; expected at most the number of experts, {experts}")
     if experts * dense.layers > MOST_EXPERTS:
@@ -394,10 +410,10 @@ def mixture_of_experts(
     keys: dict[str, Expected],
     read: Callable[[Mapping[str, Any]], MixtureConfig],
 ) -> Architecture:
-    """An architecture of a Llama's attention and norms, and of these leaves of mixtures.
+    """An architecture with a Llama's attention and norms, and with mixtures of these leaves.
 
-    filters: of their components; the router's comes first, since a name that has it may have the other's, too. packed:
-    see Architecture; of modules of `mlp`, beside the experts.
+    filters: those of the mixtures' components; the router's comes first, since a name that contains it may contain the
+    other, too. packed: see Architecture; modules of `mlp` beside the experts.
     """
     return Architecture(
         model_type=model_type,

@@ -1,5 +1,5 @@
-"""Phi-3, Phi-3.5 and Phi-4: a Llama whose queries, keys and values are one projection, as are gate and up; only a part
-of each head is rotated in some, and those of long contexts have the positions of LongRoPE (arXiv 2402.13753)."""
+"""Phi-3, Phi-3.5 and Phi-4: a Llama whose queries, keys and values are one projection, as are gate and up; some models
+rotate only a part of each head, and models of long contexts use LongRoPE (arXiv 2402.13753)."""
 
 import math
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.we
 
 @dataclass(frozen=True, kw_only=True)
 class Phi3Config(LlamaLikeConfig):
-    """rotary_dim: how many entries of a head are rotated."""
+    """rotary_dim: the number of entries of a head that are rotated."""
 
     rotary_dim: int
 
@@ -136,7 +136,7 @@ def read(hf: Mapping[str, Any]) -> Phi3Config:
 
 
 def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) -> RopeConfig:
-    """LongRoPE, whose earlier names are su and yarn. dim: how many entries of a head are rotated."""
+    """LongRoPE, whose earlier names are su and yarn. dim: the number of entries of a head that are rotated."""
     missing = {"long_factor", "short_factor"} - settings.keys()
     if missing:
         raise ValueError(f"rope settings: {sorted(missing)} missing for rope_type 'longrope'")
@@ -151,14 +151,14 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
         theta=float(settings["rope_theta"]),
         original_max_position=original,
         attention_factor=float(settings.get("attention_factor") or stretched),
-        # As transformers computes with them, and as other files keep them.
+        # Float32: transformers computes with it, and GGUF files store it.
         short_factors=tuple(float(np.float32(one)) for one in settings["short_factor"]),
         long_factors=tuple(float(np.float32(one)) for one in settings["long_factor"]),
     )
 
 
 def gguf_settings(file: GgufFile) -> dict[str, Any]:
-    """The config.json of a GGUF file."""
+    """The keys of config.json for a GGUF file."""
     head_dim = head_size(file)
     return common_settings(file, head_dim, _gguf_rope(file, head_dim)) | {
         "original_max_position_embeddings": _first_length(file),
@@ -168,7 +168,7 @@ def gguf_settings(file: GgufFile) -> dict[str, Any]:
 
 
 def _first_length(file: GgufFile) -> int:
-    """The length of the texts that a model was first trained on."""
+    """The length in tokens of the texts of a model's first training."""
     length: int = file.value(".rope.scaling.original_context_length", CONTEXT, file.value(".context_length", CONTEXT))
     return length
 
@@ -199,7 +199,7 @@ def _gguf_rope(file: GgufFile, head_dim: int) -> dict[str, Any]:
     context, original = file.value(".context_length", CONTEXT), _first_length(file)
     rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
     rope |= {key: file.tensors[name].read().tolist() for key, name in factors.items()}
-    # A factor that the lengths imply is left to them: the file's is rounded.
+    # A factor that the lengths imply is computed from the lengths: the file's factor is rounded.
     stretched = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original > 1 else 1.0
     attention = file.value(".rope.scaling.attn_factor", FACTOR, stretched)
     return rope if math.isclose(attention, stretched, rel_tol=1e-6) else rope | {"attention_factor": attention}

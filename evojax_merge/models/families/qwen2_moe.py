@@ -1,5 +1,5 @@
-"""Qwen1.5-MoE and Qwen2-MoE: a Qwen2 with a mixture of experts, and beside it an expert that takes every token, as much
-of it as a gate of its own lets through."""
+"""Qwen1.5-MoE and Qwen2-MoE: a Qwen2 with a mixture of experts, and beside it an expert that takes every token, scaled
+by a gate."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,7 +53,7 @@ _QWEN2_MOE = mixture_of_experts(
 )  # fmt: skip
 QWEN2_MOE = replace(
     _QWEN2_MOE,
-    # PEFT looks for a projection of the shared expert among the experts, whose projections have the same names.
+    # PEFT confuses the shared expert's projections with the experts', which have the same names.
     no_adapter="PEFT cannot tell its shared expert from its experts",
     gguf=llama_like_gguf(
         "qwen2moe",

@@ -1,7 +1,7 @@
 """The text decoders of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: Qwen2 and Qwen3.
 
-Their M-RoPE (arXiv 2409.12191) gives time, height and width a position each; those of a text are the same, which makes
-it RoPE as it is.
+Their M-RoPE (arXiv 2409.12191) gives time, height and width a position each; for text the three are equal, which makes
+M-RoPE plain RoPE.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +14,8 @@ from evojax_merge.models.families.llama_like import QWEN_WINDOWS, llama_like, re
 
 
 def of_texts(read: Callable[[Mapping[str, Any]], LlamaLikeConfig], hf: Mapping[str, Any]) -> LlamaLikeConfig:
-    """What `read` makes of a config whose positions are those of texts. The larger model's config says whether the head
-    is the embedding."""
+    """The config that `read` makes for the text decoder, with plain RoPE. The whole model's config says whether the
+    head is the embedding."""
     rope = {key: value for key, value in hf["rope_parameters"].items() if key != "mrope_section"}
     tied = hf.get("tie_word_embeddings", False)
     return read({**hf, "rope_parameters": rope, "tie_word_embeddings": tied})
