@@ -29,7 +29,7 @@ def ask(strategy: Strategy, key: jax.Array, state: State, dims: int) -> tuple[An
 
 
 def tell(strategy: Strategy, key: jax.Array, state: State, genomes: Any, scores: Scores) -> State:
-    """The state after a generation. Raises Failed where it is of another structure than the one before."""
+    """The state after a generation. Raises Failed where its structure differs from the state's before."""
     answer = strategy.tell(key, state, genomes, scores)
     structures: list[Any] = [jax.tree.structure(answer), jax.tree.structure(state)]
     if structures[0] != structures[1]:

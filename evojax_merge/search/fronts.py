@@ -1,8 +1,8 @@
-"""Pareto fronts: how a search for several objectives at once compares its candidates.
+"""Pareto fronts: the comparison of candidates in a search for several objectives at once.
 
 Every objective is maximised. One candidate *dominates* another where it is worse in no objective and better in one; the
-front is what nothing dominates. A candidate with an objective that is NaN has failed: all others dominate it.
-Letters: P candidates, T objectives.
+front consists of the candidates that no other dominates. A candidate with an objective that is NaN has failed: all
+others dominate it. Letters: P candidates, T objectives.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Strategy, keeps_front
 
-# The hypervolume takes a time that is exponential in the objectives.
+# The time to compute the hypervolume is exponential in the objectives.
 MAX_HYPERVOLUME_OBJECTIVES = 3
 
 
@@ -37,7 +37,7 @@ def check_objectives(where: str, name: str, objectives: int) -> None:
 
 
 def objectives_of(scores: Scores) -> np.ndarray:
-    """float64[P, T]: each candidate's mean on each task that counts; NaN in all of them for one that failed."""
+    """float64[P, T]: each candidate's mean on each task that counts; NaN on all tasks for a candidate that failed."""
     return np.where(np.isfinite(scores.fitness)[:, None], scores.task_means, np.nan)
 
 
@@ -77,8 +77,8 @@ def crowding_distances(objectives: np.ndarray) -> np.ndarray:
 
 
 def crowded_order(objectives: np.ndarray) -> np.ndarray:
-    """int[P]: the candidates float64[P, T] by NSGA-II's crowded comparison, best first: by rank, in a rank those first
-    that have most room; of equals the earlier one."""
+    """int[P]: the order of the candidates float64[P, T] by NSGA-II's crowded comparison, best first: by rank, within a
+    rank by crowding distance, and among equals the earlier first."""
     ranks, room = nondominated_ranks(objectives), np.zeros(len(objectives))
     finite = np.isfinite(objectives).all(axis=1)
     for rank in np.unique(ranks[finite]):
@@ -88,8 +88,8 @@ def crowded_order(objectives: np.ndarray) -> np.ndarray:
 
 
 def front_of(objectives: np.ndarray, limit: int | None = None) -> np.ndarray:
-    """int[F]: which of the candidates float64[P, T] are the front, in their order; of those with the same objectives
-    the first alone, and of more than `limit` those that have most room."""
+    """int[F]: the candidates float64[P, T] on the front, ascending; only the first of candidates with the same
+    objectives, and at most `limit`, those with the largest crowding distances."""
     finite = np.flatnonzero(np.isfinite(objectives).all(axis=1))
     _, first = np.unique(objectives[finite], axis=0, return_index=True)
     distinct = finite[np.sort(first)]
@@ -114,16 +114,17 @@ def _volume(points: np.ndarray) -> float:
 
 
 def front_metrics(objectives: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    """What a history says of the candidates float64[P, T] that are kept. front: how many the front has; hypervolume:
-    above `reference`, with up to three objectives."""
+    """The figures for the history of the kept candidates float64[P, T]. front: the size of the front; hypervolume: the
+    hypervolume above `reference`, with up to three objectives."""
     front = front_of(objectives)
-    found: dict[str, float] = {"front": len(front)}
+    figures: dict[str, float] = {"front": len(front)}
     if len(reference) <= MAX_HYPERVOLUME_OBJECTIVES:
-        found["hypervolume"] = hypervolume(objectives[front], reference)
-    return found
+        figures["hypervolume"] = hypervolume(objectives[front], reference)
+    return figures
 
 
 def worst_of(objectives: np.ndarray) -> np.ndarray:
-    """float64[T]: the least of each objective of float64[P, T], those that failed left out; 0 where all did."""
+    """float64[T]: the least value of each objective of float64[P, T] among the candidates that did not fail; 0 where
+    all failed."""
     finite = objectives[np.isfinite(objectives).all(axis=1)]
     return finite.min(axis=0) if len(finite) else np.zeros(objectives.shape[1])

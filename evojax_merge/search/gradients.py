@@ -1,4 +1,4 @@
-"""A generation that is told gradients: every candidate on one minibatch of the examples."""
+"""A generation with gradients: every candidate is evaluated on one minibatch of the examples."""
 
 from collections.abc import Sequence
 from dataclasses import replace

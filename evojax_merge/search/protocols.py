@@ -1,4 +1,4 @@
-"""What a search is made of: a strategy, a space, an evaluator. The loop (search.loop) knows nothing else of them."""
+"""The parts of a search: a strategy, a space, an evaluator. The loop (search.loop) uses these interfaces alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ import numpy as np
 
 from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores
 
-# Told how many candidate passes are done.
+# Receives the number of candidate passes that are done.
 Progress = Callable[[int], None]
-# A strategy's state: any pytree of arrays, of the same structure in every generation. It is saved after each. An axis
-# that has no length before the first generation may grow.
+# A strategy's state: any pytree of arrays, of the same structure in every generation. The search saves it after each
+# generation. An axis of length 0 before the first generation may grow.
 State = Any
 
 
 class Strategy(Protocol):
     """A search algorithm that maximises fitness. D dimensions, P candidates a generation.
 
-    It holds its settings alone: what changes is in the state, so that a saved run continues to the bit. All its
-    randomness comes from the keys that it is given, one a generation, the same for `ask` and `tell`.
+    A strategy holds its settings alone; everything that changes is in the state, so that a saved run continues bit by
+    bit. All randomness comes from the keys, one a generation, the same for `ask` and `tell`.
     """
 
     @property
@@ -31,7 +31,7 @@ class Strategy(Protocol):
         ...
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> State:
-        """The state before the first generation. genomes: float32[A, D], known to be good; row 0 is the start."""
+        """The state before the first generation. genomes: float32[A, D], good candidates; row 0 is the start."""
         ...
 
     def ask(self, key: jax.Array, state: State) -> tuple[jax.Array, State]:
@@ -44,16 +44,16 @@ class Strategy(Protocol):
         ...
 
     def finalists(self, state: State) -> np.ndarray:
-        """float32[F, D]: what else than the best candidates may be the winner, such as a distribution's mean."""
+        """float32[F, D]: further genomes that may be the winner, such as a distribution's mean."""
         ...
 
     def metrics(self, state: State) -> dict[str, float]:
-        """What the history says of the state, by name; `sigma`, the standard deviation of a step, where there is
-        one."""
+        """The figures of the state for the history, by name; among them `sigma`, the standard deviation of a step,
+        where the strategy has one."""
         ...
 
 
-# A strategy differentiates the fitness itself, or else a smooth companion of it.
+# The function that a strategy differentiates: the fitness, or a smooth companion of it.
 Differentiates = Literal["fitness", "companion"]
 
 
@@ -62,10 +62,10 @@ class Capabilities:
     """The abilities of a strategy beyond `Strategy`, as data: its attribute `capabilities`. A strategy without the
     attribute has none.
 
-    differentiates: the strategy is told gradients of it (`UsesGradients`). keeps_front: the strategy compares the
+    differentiates: the function whose gradients `tell` gets (`UsesGradients`). keeps_front: the strategy compares the
     candidates' means on the tasks that count (`Scores.task_means`), and its finalists are a Pareto front, whose members
-    are scored on all examples, shown, and can be exported. takes_injected: its `tell` takes genomes for those that
-    `ask` drew, and has to know which were not (`TakesInjected`). lends_context: its genomes refer to its state
+    are scored on all examples, shown, and can be exported. takes_injected: its `tell` takes the genomes for draws of
+    `ask`, so it needs to know which were not drawn (`TakesInjected`). lends_context: its genomes refer to its state
     (`LendsContext`).
     """
 
@@ -76,7 +76,7 @@ class Capabilities:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The names of the methods that a strategy of these capabilities has beside those of `Strategy`."""
+        """The names of the methods that a strategy with these capabilities has beside the methods of `Strategy`."""
         gradients = ("wants_gradients", "gradient_generations") if self.differentiates is not None else ()
         injected = ("inject",) if self.takes_injected else ()
         return (*gradients, *injected, *(("context",) if self.lends_context else ()))
@@ -93,7 +93,7 @@ class TakesInjected(Protocol):
 
     def inject(self, state: State, genomes: jax.Array, count: int) -> tuple[jax.Array, State]:
         """The genomes and the state to `tell` in the first generation, where the first `count` of the genomes,
-        float32[P, D], are others than were asked for."""
+        float32[P, D], replace genomes that `ask` drew."""
         ...
 
 
@@ -101,18 +101,19 @@ class UsesGradients(Protocol):
     """The methods of a strategy that differentiates. It may ask for fewer genomes than its population."""
 
     def wants_gradients(self, state: State) -> bool:
-        """Return whether the next generation is told `scores.gradients`, of some examples or of the companion."""
+        """Return whether the next generation's scores have gradients, `scores.gradients`, of some examples or of the
+        companion."""
         ...
 
     def gradient_generations(self, generations: int) -> tuple[int, int]:
-        """Return the number of generations, out of `generations`, that are told gradients, and of genomes in each. A
-        plan of the search counts them."""
+        """Return the number of generations, out of `generations`, whose scores have gradients, and the number of
+        genomes in each. The plan of a search counts them."""
         ...
 
 
 class LendsContext(Protocol):
     """The method of a strategy with the capability `lends_context`, whose genomes refer to its state, such as to the
-    numbers of members that it has bred."""
+    numbers of members that the strategy has bred."""
 
     def context(self, state: State) -> Any:
         """The part of a state that the space needs to decode genomes, beside the genomes (see `ContextSpace`)."""
@@ -120,12 +121,12 @@ class LendsContext(Protocol):
 
 
 def differentiates(strategy: Strategy) -> Differentiates | None:
-    """Return the strategy's capability to differentiate; None: it is told no gradients."""
+    """Return the function that the strategy differentiates; None: it uses no gradients."""
     return capabilities_of(strategy).differentiates
 
 
 def wants_gradients(strategy: Strategy, state: State) -> bool:
-    """Return whether the next generation is told gradients. state: the strategy's own."""
+    """Return whether the next generation's scores have gradients. state: the strategy's state."""
     return differentiates(strategy) is not None and cast(UsesGradients, strategy).wants_gradients(state)
 
 
@@ -142,30 +143,30 @@ def keeps_front(strategy: Strategy) -> bool:
 
 
 def context_of(strategy: Strategy, state: State) -> Any:
-    """Return the part of the state that the space needs to decode genomes; None: genomes say everything."""
+    """Return the part of the state that the space needs to decode genomes; None: the space needs the genomes alone."""
     return cast(LendsContext, strategy).context(state) if capabilities_of(strategy).lends_context else None
 
 
 class Space(Protocol):
-    """What a genome means."""
+    """Decodes genomes into candidates."""
 
     @property
     def dims(self) -> int:
-        """D, how many numbers a genome has."""
+        """D, the number of genes of a genome."""
         ...
 
     @property
     def start(self) -> np.ndarray:
-        """float32[D], where a search begins."""
+        """float32[D], the genome with which a search begins."""
         ...
 
     def decode(self, genomes: np.ndarray) -> Any:
-        """The candidates that genomes float32[P, D] mean, as the space's evaluator takes them."""
+        """The candidates of genomes float32[P, D], in the form that the space's evaluator takes."""
         ...
 
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
-        """float32[S, D]: the genomes of merges that a search may begin with, by a name of `config.Seed`. Raises
-        InputError where the space has none."""
+        """float32[S, D]: the genomes of the merges with the name `name`, one of `config.Seed`, with which a search may
+        begin. Raises InputError where the space has none."""
         ...
 
 
@@ -179,14 +180,15 @@ class ContextSpace(Space, Protocol):
 
 @runtime_checkable
 class HasMoves(Protocol):
-    """A space whose genomes are lists of moves, which edit one thing one after the other: rows of as many genes each,
-    of which the first says whether the move is on. A genome whose moves are all off means what the space's start means.
+    """A space whose genomes are lists of moves, which edit one object one after the other: rows of equal length, whose
+    first gene says whether the move is on. A genome whose moves are all off means the same candidate as the space's
+    start.
     """
 
     @property
     def move_genes(self) -> tuple[int, ...]:
-        """How many values each gene of a move has, from bound to bound in equal parts: 2 of the first, off and on; 0 of
-        a gene that is continuous. Of the start, a continuous gene is where it changes nothing."""
+        """The number of values of each gene of a move, from bound to bound in equal parts: 2 for the first gene, off
+        and on; 0 for a continuous gene. In the start's genome, a continuous gene has the value that changes nothing."""
         ...
 
 
@@ -197,7 +199,7 @@ class Evaluator(Protocol):
     def tasks(self) -> Sequence[ScoredTask]: ...
 
     def passes(self, population: int) -> int:
-        """How many steps of progress the evaluation of so many candidates reports."""
+        """The number of steps of progress that the evaluation of `population` candidates reports."""
         ...
 
     def evaluate(self, candidates: Any, progress: Progress = ...) -> TaskScores: ...
@@ -221,15 +223,15 @@ class ContextEvaluator(GenomeEvaluator, Protocol):
 
 
 def within(evaluator: GenomeEvaluator, context: Any) -> GenomeEvaluator:
-    """An evaluator of genomes that refer to `context` (see `context_of`); None: genomes say everything."""
+    """The evaluator of genomes that refer to `context` (see `context_of`); None: `evaluator` itself."""
     return evaluator if context is None else cast(ContextEvaluator, evaluator).within(context)
 
 
 class SubsetEvaluator(GenomeEvaluator, Protocol):
-    """Scores genomes on whatever examples are asked for."""
+    """Scores genomes on any subset of the examples."""
 
     def subset(self, examples: Sequence[np.ndarray]) -> GenomeEvaluator:
-        """What scores genomes on some of the examples: for each of the tasks int[M], ascending."""
+        """The evaluator of a subset of the examples: for each task int[M], ascending."""
         ...
 
 

@@ -1,5 +1,5 @@
 """The lock of a run folder, in which one process works at a time: an operating system's lock on the file `lock`, which
-goes with the process however it ends."""
+is released however the process ends."""
 
 import fcntl
 import os
@@ -16,13 +16,13 @@ LOCK = re.compile(rb"(\d+) on (\S+)\n")
 
 
 def check_not_in_use(path: Path) -> None:
-    """Raises InputError where another process works in a run folder. A process may come afterwards: `locked` keeps it
-    out."""
+    """Raises InputError where another process works in a run folder. Another process may start afterwards: `locked`
+    keeps it out."""
     folder = RunFolder(path)
     try:
         handle = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        # Nobody works in the folder, or `locked` will say what is wrong with it.
+        # No process works in the folder, or `locked` reports its fault.
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -35,7 +35,8 @@ def check_not_in_use(path: Path) -> None:
 
 
 def acquire(folder: RunFolder) -> int:
-    """The open lock file. Raises InputError where another process has it, or where its name is another file's."""
+    """The open lock file. Raises InputError where another process has the lock, or where another kind of file has its
+    name."""
     while True:
         handle = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -62,9 +63,9 @@ def acquire(folder: RunFolder) -> int:
 
 
 def release(folder: RunFolder, handle: int) -> None:
-    """Give the lock back, where this process still has it."""
+    """Release the lock, where this process still has it."""
     if handle in _held:
-        # The file is removed before the lock is released: nobody else can have taken it.
+        # The file is removed before the lock is released: no other process can have taken the lock.
         remove_file(folder.lock)
         _held.remove(handle)
         os.close(handle)
@@ -76,7 +77,7 @@ def _let_go() -> None:
     _held.clear()
 
 
-# A forked child, which may outlive this process, would have the lock as well.
+# A forked child, which may outlive this process, would hold the lock as well.
 _held: set[int] = set()
 os.register_at_fork(after_in_child=_let_go)
 
@@ -93,7 +94,8 @@ def _in_use(folder: RunFolder) -> InputError:
 
 
 def holder(lock: Path) -> bytes | None:
-    """`process id on host` from a lock file, empty where it is not written yet; None: it is something else."""
+    """`process id on host` from a lock file, empty where the name is not written yet; None: the file holds something
+    else."""
     if lock.exists() and not lock.is_file():
         return None
     try:

@@ -2,9 +2,8 @@
 again.
 
 `best/`, `checkpoints/`, `stages/` and `winners/` may be links to folders on another disk, and a user may keep files of
-their own in them, and beside them. A file is removed only where the search wrote it: under its name, in the form that
-the search gives it. Any other file in a folder that would go as a whole stops the replacement, with a message that
-names the file.
+their own in them, and beside them. A file is removed only where the search wrote it: its name and its form are the
+search's. Any other file in a folder that would go as a whole stops the replacement, with a message that names the file.
 """
 
 import json
@@ -30,7 +29,7 @@ from evojax_merge.file_system import (
 )
 
 KEPT_CHECKPOINTS = 3
-# In the metadata of a checkpoint: this program wrote it.
+# A mark in a checkpoint's metadata: this program wrote the checkpoint.
 CHECKPOINT_MARK = {"written_by": "evojax-merge"}
 _METADATA = "_CHECKPOINT_METADATA"
 _STEP = re.compile("[1-9][0-9]*")
@@ -253,8 +252,8 @@ def _is_run(folder: RunFolder) -> bool:
 
 
 def check_room(folder: RunFolder, generations: int) -> None:
-    """Raises InputError where a file that is not the search's own is in the way of one that a search of so many
-    generations will write or replace."""
+    """Raises InputError where a file that is not the search's own is in the way of a file that a search of
+    `generations` generations will write or replace."""
     check_parts(folder)
     check_replaceable_model(folder.model)
     check_replaceable_front(folder.front)
@@ -305,8 +304,8 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
     parts. Raises InputError, before anything is deleted, where a user's file lies in a folder that would go as a whole,
     or has the name of a checkpoint of a search of so many generations.
 
-    Until the last checkpoint goes the run could be continued, its history restored from the backup; afterwards it has
-    not begun."""
+    Until the last checkpoint is deleted the run can be continued, with its history restored from the backup; afterwards
+    the folder is like that of a run that has not begun."""
     _check_clear(folder)
     _check_names(folder, range(1, generations + 1))
     for file in (folder.result, folder.picture, folder.recipe, folder.params):
@@ -317,7 +316,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
             remove_folder(path)
     remove_file(folder.timing)
     remove_file(folder.history)
-    # From the last to the first: a checkpoint that is left has its history in the backup.
+    # From the last to the first: the backup holds the history of every checkpoint that is left.
     for generation in reversed(folder.steps()):
         remove_folder(folder.step(generation))
     remove_file(folder.history_backup)

@@ -1,5 +1,4 @@
-"""Seeding: a first generation that holds merges which are known to be good, whatever the strategy (as PSO-Merging does,
-arXiv 2508.19839)."""
+"""Seeding: a first generation that holds good merges, with any strategy (after PSO-Merging, arXiv 2508.19839)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +23,8 @@ from evojax_merge.search.protocols import (
 
 
 def seed_genomes(where: str, names: Sequence[str], space: Space) -> np.ndarray:
-    """float32[S, D]: the genomes that `search.seeds` names, in its order, each once. Raises InputError for what the
-    space has not."""
+    """float32[S, D]: the genomes that `search.seeds` names, in its order, each once. Raises InputError for a seed that
+    the space does not have."""
     genomes = [np.zeros((0, space.dims), np.float32), *(space.seed_genomes(f"{where}: seeds", name) for name in names)]
     every = np.concatenate(genomes)
     _, kept = np.unique(every, axis=0, return_index=True)
@@ -39,10 +38,9 @@ def seeded(strategy: Strategy, seeds: np.ndarray) -> Strategy:
 
 @dataclass(frozen=True)
 class SeededStrategy:
-    """A strategy whose first generation is given in part: the genomes that were asked for are replaced before they are
-    evaluated, and the strategy is told of those that were evaluated instead. An evolution strategy begins anew at a
-    seed that is the best of its first generation. The state is the strategy's, and `told`, int32[]: how many
-    generations were."""
+    """A strategy whose first generation is given in part: seeds replace the first genomes that the strategy draws, and
+    the strategy's `tell` gets the genomes that were evaluated. An evolution strategy begins anew at a seed that is the
+    best of its first generation. The state is the strategy's, and `told`, int32[]: the number of generations."""
 
     strategy: Strategy
     seeds: np.ndarray
@@ -78,16 +76,16 @@ class SeededStrategy:
         return genomes, {"strategy": asked, "told": state["told"]}
 
     def tell(self, key: jax.Array, state: Any, genomes: jax.Array, scores: Scores) -> State:
-        own, told = state["strategy"], int(state["told"])
-        if told == 0 and capabilities_of(self.strategy).takes_injected:
+        inner, generation = state["strategy"], int(state["told"])
+        if generation == 0 and capabilities_of(self.strategy).takes_injected:
             values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
             best = int(np.argmax(values))
             if best < len(self.seeds) and np.isfinite(values[best]):
-                # What was drawn around the start tells nothing of the surroundings of a seed that is better.
-                begun = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
-                return {"strategy": begun, "told": np.int32(1)}
-            genomes, own = cast(TakesInjected, self.strategy).inject(own, genomes, len(self.seeds))
-        return {"strategy": self.strategy.tell(key, own, genomes, scores), "told": np.int32(told + 1)}
+                # Genomes that were drawn around the start hold no information about the surroundings of a better seed.
+                restarted = self.strategy.init(key, np.asarray(genomes)[best : best + 1])
+                return {"strategy": restarted, "told": np.int32(1)}
+            genomes, inner = cast(TakesInjected, self.strategy).inject(inner, genomes, len(self.seeds))
+        return {"strategy": self.strategy.tell(key, inner, genomes, scores), "told": np.int32(generation + 1)}
 
     def finalists(self, state: Any) -> np.ndarray:
         return self.strategy.finalists(state["strategy"])

@@ -10,7 +10,8 @@ import numpy as np
 from evojax_merge.search.strategies.evosax import EvosaxStrategy
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# A full covariance costs an eigendecomposition of D x D each generation; beyond this it would be what one waits for.
+# A full covariance costs an eigendecomposition of D x D each generation; beyond this size it would dominate a
+# generation's time.
 MAX_FULL_DIMS = 512
 
 
@@ -31,7 +32,7 @@ def ordinal_weights(population: jax.Array, fitness: jax.Array, state: Any, param
 
 @lru_cache(maxsize=16)
 def cma_algorithm(kind: str, dims: int, population: int) -> Any:
-    """Kept, because every new instance is compiled anew."""
+    """evosax's algorithm, cached because JAX compiles every new instance anew."""
     from evosax import algorithms
 
     return getattr(algorithms, kind)(population, jnp.zeros(dims), fitness_shaping_fn=ordinal_weights)
@@ -39,7 +40,8 @@ def cma_algorithm(kind: str, dims: int, population: int) -> Any:
 
 @lru_cache(maxsize=16)
 def cma_params(kind: str, dims: int, population: int) -> Any:
-    """evosax's parameters of an algorithm, which it would work out in fifty small computations wherever it is asked."""
+    """evosax's parameters of an algorithm, cached because evosax computes them in fifty small operations at each
+    call."""
     return cma_algorithm(kind, dims, population).default_params
 
 

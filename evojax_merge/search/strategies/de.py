@@ -10,7 +10,7 @@ from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.evosax import PopulationStrategy
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# The best member, two others, and the one that they may replace.
+# The best member, two others, and the member that their combination may replace.
 MIN_POPULATION = 4
 # Each member draws the others from a list of all of them: P x P numbers.
 MAX_POPULATION = 4096
@@ -21,11 +21,11 @@ def _algorithm(dims: int, population: int) -> Any:
     from evosax.algorithms import DifferentialEvolution
 
     class StrictDE(DifferentialEvolution):
-        """A member is replaced by what is better alone. With evosax's `<=` the population's spread is a random walk
-        where everything scores the same."""
+        """Replaces a member only by a better one. With evosax's `<=` the population's spread is a random walk where
+        everything scores the same."""
 
         def _tell(self, key: Any, population: Any, fitness: Any, state: Any, params: Any) -> Any:
-            # The first generation is the population, whatever of it could be scored.
+            # The first generation becomes the population, with the candidates that failed.
             taken = (fitness < state.fitness) | (state.generation_counter == 0)
             return state.replace(
                 population=jnp.where(taken[:, None], population, state.population),

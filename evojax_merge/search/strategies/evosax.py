@@ -1,6 +1,6 @@
 """Any algorithm of evosax as a strategy.
 
-Here, and only here, fitness changes its sign: evosax minimises.
+Fitness changes its sign in this module alone: evosax minimises.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ def losses(scores: Scores) -> np.ndarray:
 
 
 def strongly_typed(state: Any) -> Any:
-    """A first state with the types of all later ones: a Python number in evosax's initial state is weakly typed, and
-    what asks and tells would be compiled a second time in the second generation."""
+    """The first state with the types of all later states. A Python number in evosax's initial state is weakly typed, so
+    that JAX would compile ask and tell a second time in the second generation."""
 
     def strong(leaf: Any) -> Any:
         return jax.device_put(np.asarray(leaf)) if getattr(leaf, "weak_type", False) else leaf
@@ -36,7 +36,7 @@ def strongly_typed(state: Any) -> Any:
 @dataclass(frozen=True)
 class EvosaxStrategy:
     """A distribution-based algorithm of evosax (one whose state has a mean) with its parameters. Raises InputError for
-    one that is population-based."""
+    an algorithm that is population-based."""
 
     name: str
     algorithm: Any
@@ -74,7 +74,7 @@ class EvosaxStrategy:
         return state
 
     def inject(self, state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
-        """Steps of the injected genomes are shortened; see `inject_steps`."""
+        """Shorten the steps of the injected genomes; see `inject_steps`."""
         return inject_steps(state, genomes, count)
 
     def finalists(self, state: Any) -> np.ndarray:
@@ -87,13 +87,13 @@ class EvosaxStrategy:
 
 
 def inject_steps(state: Any, genomes: jax.Array, count: int) -> tuple[jax.Array, Any]:
-    """What an evolution strategy is told where the first `count` genomes of its first generation were not drawn.
+    """The genomes and the state to `tell` where the first `count` genomes of the first generation were not drawn.
 
     genomes: float32[P, D]. Their steps from the mean, in units of sigma (the first distribution is isotropic), are
     shortened to a length that a drawn step hardly exceeds: sqrt(D) + 2 D / (D + 2) (Hansen, Injecting external
     solutions into CMA-ES, arXiv 1110.4181). The path and covariance would take a far genome for a large step that
-    selection preferred. Where the state holds the normal numbers that the genomes were made of (`z`), it is given
-    those of the injected ones.
+    selection preferred. Where the state holds the normal numbers of the genomes (`z`), the injected genomes' numbers
+    replace the drawn ones.
     """
     if not hasattr(state, "std"):
         return genomes, state
@@ -140,7 +140,8 @@ class PopulationStrategy:
         return np.asarray(state.population, np.float32).mean(axis=0)[None]
 
     def metrics(self, state: Any) -> dict[str, float]:
-        """spread: the standard deviation of the population's genes; sigma: that of a mutation, where there is one."""
+        """spread: the standard deviation of the population's genes; sigma: the standard deviation of a mutation, where
+        the algorithm has one."""
         spread = {"spread": float(np.std(state.population, axis=0).mean())}
         return spread | ({"sigma": float(np.mean(state.std))} if hasattr(state, "std") else {})
 

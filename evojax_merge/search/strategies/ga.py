@@ -16,9 +16,8 @@ def _algorithm(dims: int, population: int, sigma: float) -> Any:
     from evosax.algorithms import SimpleGA
 
     class ElitistGA(SimpleGA):
-        """With survivors, and mutations that adapt: the best of parents and children stay, and sigma follows the rule
-        of one success in five. A candidate that scores what the median does is neither a success nor a failure, so that
-        ties leave sigma as it is."""
+        """Keeps the best of parents and children, and adapts the mutations' sigma by the rule of one success in five. A
+        candidate that scores the median is neither a success nor a failure, so that ties leave sigma as it is."""
 
         def _tell(self, key: Any, population: Any, fitness: Any, state: Any, params: Any) -> Any:
             loss = jnp.where(jnp.isnan(fitness), jnp.inf, fitness)

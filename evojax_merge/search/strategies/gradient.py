@@ -16,7 +16,7 @@ from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.protocols import Capabilities
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# Those of optax that need a learning rate alone, and whose state is arrays of numbers.
+# The optimisers of optax that need a learning rate alone, and whose state is arrays of numbers.
 OPTIMIZERS = (
     "adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "fromage",
     "lamb", "lars", "lion", "novograd", "radam", "rmsprop", "sgd", "sign_sgd", "signum", "yogi",
@@ -25,8 +25,8 @@ OPTIMIZERS = (
 
 @struct.dataclass
 class GradientState:
-    """genomes: float32[P, D], where the starts have come to; optimizer: optax's state, with a leading axis P; norms:
-    float32[P], of the last gradients; steps: int32[]."""
+    """genomes: float32[P, D], the starts' current points; optimizer: optax's state, with a leading axis P; norms:
+    float32[P], the norms of the last gradients; steps: int32[], the number of steps."""
 
     genomes: jax.Array
     optimizer: Any
@@ -36,11 +36,11 @@ class GradientState:
 
 @dataclass(frozen=True)
 class GradientStrategy:
-    """Each of P starts follows its own gradient. `schedule`: the step's number -> the learning rate; `sigma`: how far
-    from the first start the others are drawn.
+    """Each of P starts follows its own gradient. `schedule`: the step's number -> the learning rate; `sigma`: the
+    standard deviation with which the other starts are drawn around the first.
 
-    Genes are not kept within those of the bounds: beyond them they are mirrored, and a step that overshoots comes back.
-    Stopped at a bound they would stay there until the optimiser's momentum has turned.
+    Genes may leave the bounds: the decoder mirrors them there, and a step that overshoots comes back. Clipped genes
+    would stay at a bound until the optimiser's momentum turns.
     """
 
     name: str
@@ -73,11 +73,11 @@ class GradientStrategy:
         return _step(self.optimizer, self.sigma, key, state, genomes, scores.fitness, gradients)
 
     def finalists(self, state: GradientState) -> np.ndarray:
-        """Where the last step has led to, which no generation has evaluated."""
+        """The points after the last step, which no generation has evaluated."""
         return np.asarray(state.genomes, np.float32)
 
     def metrics(self, state: GradientState) -> dict[str, float]:
-        """gradient_norm: the mean over the starts; learning_rate: of the last step."""
+        """gradient_norm: the mean over the starts; learning_rate: the learning rate of the last step."""
         return {
             "gradient_norm": float(jnp.mean(state.norms)),
             "learning_rate": float(self.schedule(jnp.maximum(state.steps - 1, 0))),
@@ -89,11 +89,11 @@ def _step(
     optimizer: Any, sigma: float, key: jax.Array, state: GradientState, genomes: jax.Array,
     fitness: Any, gradients: jax.Array,
 ) -> GradientState:  # fmt: skip
-    """One ascent of every start. A start that failed (its fitness or gradient is not finite) goes on beside the best
-    one."""
+    """One ascent of every start. A start that failed (its fitness or gradient is not finite) continues near the best
+    start."""
     fine = jnp.isfinite(gradients).all(axis=1) & jnp.isfinite(fitness)
     ascent = jnp.where(fine[:, None], gradients, 0.0)
-    # optax descends.
+    # optax minimises.
     updates, moved = jax.vmap(optimizer.update)(-ascent, state.optimizer, genomes)
     best = genomes[jnp.argmax(jnp.where(fine, fitness, -jnp.inf))]
     beside = best + sigma * jax.random.normal(key, genomes.shape)
@@ -114,7 +114,8 @@ def gradient(settings: StrategySettings) -> GradientStrategy:
 
 
 def make_optimizer(where: str, config: GradientConfig, steps: int) -> tuple[Any, Callable[[Any], Any]]:
-    """optax's optimiser of a config, and its learning rates. Raises InputError for one that is none of OPTIMIZERS."""
+    """optax's optimiser of a config, and its learning rates. Raises InputError for an optimiser that is not in
+    OPTIMIZERS."""
     import optax
 
     schedule = (

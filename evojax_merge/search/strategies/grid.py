@@ -12,9 +12,9 @@ from evojax_merge.errors import InputError
 from evojax_merge.evaluation.scores import Scores
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# Values of a parameter, where no population says how many: 0, 0.1, ... 1 of its range.
+# The default number of values of a parameter: 0, 0.1, ... 1 of its range.
 VALUES = 11
-# In units of the range: from one value to the next, at least.
+# The least distance of neighbouring values, in units of the range.
 MIN_STEP = 1e-4
 
 
@@ -31,7 +31,7 @@ class GridState:
 
 @dataclass(frozen=True)
 class Grid:
-    """values: how many of each parameter."""
+    """values: the number of values of each parameter."""
 
     settings: StrategySettings
     values: int
@@ -55,8 +55,8 @@ class Grid:
         return jnp.asarray(self.settings.from_unit(self.points(state)), jnp.float32), state
 
     def tell(self, key: jax.Array, state: GridState, genomes: jax.Array, scores: Scores) -> GridState:
-        """The next grid lies between the neighbours of the best point, or is the same one where all points score the
-        same."""
+        """End a generation. The next grid lies between the neighbours of the best point, or stays the same where all
+        points score the same."""
         finite = scores.fitness[np.isfinite(scores.fitness)]
         if not finite.size or finite.min() == finite.max():
             return state
@@ -77,7 +77,7 @@ class Grid:
         return np.zeros((0, self.settings.dims), np.float32)
 
     def metrics(self, state: GridState) -> dict[str, float]:
-        """step: from one value to the next, in units of the range, of the next grid."""
+        """step: the distance of neighbouring values in the next grid, in units of the range."""
         return {"step": float(np.max(state.high - state.low)) / (self.values - 1)}
 
 

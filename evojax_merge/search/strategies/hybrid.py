@@ -21,16 +21,16 @@ from evojax_merge.search.strategies.evosax import EvosaxStrategy, inject_steps
 from evojax_merge.search.strategies.gradient import GradientState, GradientStrategy, make_optimizer
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# How many of the last points of the gradient phase tell its spread.
+# The number of last points of the gradient phase from which its spread is computed.
 WINDOW = 8
-# The least that the spread may shrink the first sigma to, as a share of it.
+# The least first sigma, as a share of the gradient phase's sigma.
 LEAST_SIGMA = 1 / 8
 
 
 @struct.dataclass
 class HybridState:
-    """gradient, run: the states of both parts; told: int32[], generations; points: float32[W, S, D], the last of the S
-    starts, the newest last."""
+    """gradient, run: the states of both parts; told: int32[], the number of generations; points: float32[W, S, D], the
+    last W points of the S starts, newest last."""
 
     gradient: GradientState
     run: Any
@@ -40,8 +40,8 @@ class HybridState:
 
 @dataclass(frozen=True)
 class HybridStrategy:
-    """`steps` generations of gradients, then CMA-ES with the mean where the best start has come to, and a first sigma
-    as wide as the last points are spread, at most that of `ascent`. The starts fit into the population of `evolution`.
+    """`steps` generations of gradients, then CMA-ES from the best start's last point, with a first sigma equal to the
+    spread of its last points, at most the sigma of `ascent`. The starts fit into the population of `evolution`.
     """
 
     name: str
@@ -73,43 +73,43 @@ class HybridStrategy:
         genomes, run = self.evolution.ask(key, state.run)
         if int(state.told) > self.steps:
             return genomes, state.replace(run=run)  # type: ignore[attr-defined]
-        # The points that the gradients have led to are candidates themselves.
+        # The points at which the gradient phase ended are candidates themselves.
         ends = state.gradient.genomes
         genomes = jnp.asarray(genomes).at[: len(ends)].set(ends)
         return genomes, state.replace(run=run)  # type: ignore[attr-defined]
 
     def tell(self, key: jax.Array, state: HybridState, genomes: jax.Array, scores: Scores) -> HybridState:
-        told = state.told + 1
+        generation = state.told + 1
         if not self.wants_gradients(state):
             run = state.run
             if int(state.told) == self.steps:
                 genomes, run = inject_steps(run, genomes, self.ascent.population)
             run = self.evolution.tell(key, run, genomes, scores)
-            return state.replace(run=run, told=told)  # type: ignore[attr-defined]
+            return state.replace(run=run, told=generation)  # type: ignore[attr-defined]
         ascent = self.ascent.tell(key, state.gradient, genomes, scores)
         points = jnp.concatenate([state.points[1:], ascent.genomes[None]])
         run = state.run
-        if int(told) == self.steps:
-            # Of the starts, the one that was best before its last step.
+        if int(generation) == self.steps:
+            # The start that was best before its last step.
             best = int(np.nanargmax(scores.fitness))
             spread = jnp.sqrt(jnp.mean(jnp.square(points[:, best] - points[:, best].mean(axis=0))))
             run = self.evolution.init(key, np.asarray(ascent.genomes)[best][None])
             run = run.replace(std=jnp.clip(spread, LEAST_SIGMA * self.ascent.sigma, self.ascent.sigma))
-        return HybridState(ascent, run, told, points)
+        return HybridState(ascent, run, generation, points)
 
     def finalists(self, state: HybridState) -> np.ndarray:
-        """The mean of the distribution, and where the gradients led to."""
+        """The mean of the distribution, and the last points of the gradient phase."""
         ends = self.ascent.finalists(state.gradient)
         return ends if self.wants_gradients(state) else np.concatenate([self.evolution.finalists(state.run), ends])
 
     def metrics(self, state: HybridState) -> dict[str, float]:
-        """gradient_norm and learning_rate while gradients are followed, then sigma."""
+        """gradient_norm and learning_rate in the gradient phase, then sigma."""
         in_ascent = int(state.told) <= self.steps
         return self.ascent.metrics(state.gradient) if in_ascent else self.evolution.metrics(state.run)
 
 
 def ascent_generations(config: GradientConfig, generations: int) -> int:
-    """How many of a search's generations follow gradients."""
+    """The number of a search's generations that follow gradients."""
     return max(1, generations // 4) if config.generations is None else config.generations
 
 

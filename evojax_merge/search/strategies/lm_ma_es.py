@@ -15,7 +15,8 @@ def _algorithm(dims: int, population: int) -> Any:
     from evosax.algorithms import LM_MA_ES
 
     class RankedLMMAES(LM_MA_ES):
-        """With direction vectors that follow the ranks: evosax's weigh candidates in the order they were drawn in."""
+        """Updates the direction vectors by rank: evosax's algorithm weighs candidates in the order in which they were
+        drawn."""
 
         def _tell(self, key: Any, population: Any, fitness: Any, state: Any, params: Any) -> Any:
             return super()._tell(key, population, fitness, state, params.replace(weights=fitness))
@@ -28,6 +29,6 @@ def lm_ma_es(settings: StrategySettings) -> EvosaxStrategy:
     a covariance, for thousands of dimensions."""
     algorithm = _algorithm(settings.dims, settings.population or default_population(settings.dims))
     params = algorithm.default_params
-    # Learning rates, P / (4^i D), that are made for D beyond P.
+    # The learning rates P / (4^i D) assume that D exceeds P.
     params = params.replace(std_init=jnp.float32(settings.sigma), c_c=jnp.minimum(params.c_c, 1.0))
     return EvosaxStrategy("lm_ma_es", algorithm, params)

@@ -1,8 +1,8 @@
-"""Niches: quality-diversity over the tasks that count, which take turns at being the quality, as in CycleQD (Kuroki et
-al., arXiv 2410.14735).
+"""Niches: quality-diversity over the tasks that count, each in turn the quality, after CycleQD (Kuroki et al., arXiv
+2410.14735).
 
-Each task has an archive: a grid over the means on the other tasks, in each cell of which the candidate stands that is
-best in the task itself. So MAP-Elites with two behaviours is the archive of one of three tasks.
+Each task has an archive: a grid over the means on the other tasks, whose cells hold the candidate that is best in the
+task itself. MAP-Elites with two behaviours is thus the archive of one of three tasks.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from evojax_merge.search.strategies.pareto import MAX_POPULATION, draw_around
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings
 
-# Cells along one task's mean, and of a whole archive, at most.
+# The most cells along one task's mean, and the most cells of a whole archive.
 MAX_BINS, MAX_CELLS = 15, 256
-# How many numbers all archives together may be: 256 MB, which are saved with every generation.
+# The most numbers in all archives together: 256 MB, saved with every generation.
 MAX_ROOM = 2**26
-# What the worst and the best in a task count for when parents are drawn, a factor for each task (CycleQD's).
+# The weights of the worst and the best in a task when parents are drawn, a factor for each task (CycleQD's).
 WORST_COUNTS, BEST_COUNTS = 0.5, 0.8
-# Of the differences between parents, the standard deviation of the part that is added to the first one; and that of the
-# noise on each gene, in units of the search's first step.
+# The standard deviation of the factor with which the parents' difference is added to the first parent; and the standard
+# deviation of the noise on each gene, in units of the search's first step.
 LINE, NOISE = 0.5, 0.1
 
 
 @struct.dataclass
 class NichesState:
-    """start: float32[D]; genomes: float32[T, C, D], the archive of each task by cell, and objectives: float64[T, C, T],
-    their means on the tasks, NaN where a cell is empty; reference: float64[T], the worst of the first generation, above
-    which the hypervolume is measured; told: int32[], how many generations were."""
+    """start: float32[D]; genomes: float32[T, C, D], the archive of each task by cell; objectives: float64[T, C, T], the
+    genomes' means on the tasks, NaN where a cell is empty; reference: float64[T], the worst means of the first
+    generation, above which the hypervolume is measured; told: int32[], the number of generations."""
 
     start: np.ndarray
     genomes: np.ndarray
@@ -47,8 +47,9 @@ class NichesState:
 
 @dataclass(frozen=True)
 class Niches:
-    """A generation's parents are drawn from the archive of the task whose turn it is, its children enter the archives
-    of all. Cells divide the range of the front's means: what lies below it shares the lowest ones. bins: along each."""
+    """A generation's parents are drawn from the archive of the task whose turn it is; its children enter the archives
+    of all tasks. Cells divide the range of the front's means; candidates below the range share the lowest cells. bins:
+    the number of cells along each task's mean."""
 
     settings: StrategySettings
     population: int
@@ -82,19 +83,19 @@ class Niches:
         return jnp.asarray(np.clip(first + along + noise, *self.settings.range), jnp.float32), state
 
     def tell(self, key: jax.Array, state: NichesState, genomes: jax.Array, scores: Scores) -> NichesState:
-        told, (tasks, _, dims) = objectives_of(scores), state.genomes.shape
+        new_objectives, (tasks, _, dims) = objectives_of(scores), state.genomes.shape
         every = np.concatenate([state.genomes.reshape(-1, dims), np.asarray(genomes, np.float32)])
-        objectives = np.concatenate([state.objectives.reshape(-1, tasks), told])
-        # Those that were there come first: of equals they stay.
-        there = np.flatnonzero(np.isfinite(objectives).all(axis=1))
+        objectives = np.concatenate([state.objectives.reshape(-1, tasks), new_objectives])
+        # Earlier members come first: among equals they stay.
+        finite = np.flatnonzero(np.isfinite(objectives).all(axis=1))
         archives, means = np.zeros_like(state.genomes), np.full_like(state.objectives, np.nan)
-        if len(there):
-            places = self._places(objectives[there])
+        if len(finite):
+            places = self._places(objectives[finite])
             for task in range(tasks):
-                best = elites(places[task], objectives[there, task])
+                best = elites(places[task], objectives[finite, task])
                 cell = places[task][best]
-                archives[task, cell], means[task, cell] = every[there[best]], objectives[there[best]]
-        reference = worst_of(told) if int(state.told) == 0 else state.reference
+                archives[task, cell], means[task, cell] = every[finite[best]], objectives[finite[best]]
+        reference = worst_of(new_objectives) if int(state.told) == 0 else state.reference
         return NichesState(state.start, archives, means, reference, np.int32(state.told + 1))
 
     def _places(self, objectives: np.ndarray) -> np.ndarray:
@@ -108,25 +109,25 @@ class Niches:
         return np.stack([np.ravel_multi_index(np.delete(bins, task, axis=1).T, shape) for task in range(tasks)])
 
     def members(self, state: NichesState) -> tuple[np.ndarray, np.ndarray]:
-        """float32[M, D] and float64[M, T]: who is in the archives, and their means on the tasks."""
+        """The genomes in the archives, float32[M, D], and their means on the tasks, float64[M, T]."""
         objectives = state.objectives.reshape(-1, self.settings.objectives)
-        there = np.isfinite(objectives).all(axis=1)
-        return state.genomes.reshape(-1, self.settings.dims)[there], objectives[there]
+        filled = np.isfinite(objectives).all(axis=1)
+        return state.genomes.reshape(-1, self.settings.dims)[filled], objectives[filled]
 
     def finalists(self, state: NichesState) -> np.ndarray:
-        """The front of all archives, the best in each task among them: as many as a population at most."""
+        """The front of all archives, at most as large as a population; it contains the best in each task."""
         genomes, objectives = self.members(state)
         return np.asarray(genomes[front_of(objectives, self.population)])
 
     def metrics(self, state: NichesState) -> dict[str, float]:
-        """The front's, and `filled`: the share of the cells that somebody stands in."""
+        """The front's figures, and `filled`: the share of the cells that hold a candidate."""
         filled = float(np.isfinite(state.objectives).all(axis=2).mean())
         return {"filled": filled, **front_metrics(self.members(state)[1], state.reference)}
 
 
 def elite_chances(objectives: np.ndarray) -> np.ndarray:
-    """float64[M]: how likely each member float64[M, T] of an archive is drawn: the better in every task the likelier
-    (CycleQD's elite sampling, equation 4)."""
+    """float64[M]: the probability with which each member float64[M, T] of an archive is drawn, larger for members that
+    are better in every task (CycleQD's elite sampling, equation 4)."""
     span = np.ptp(objectives, axis=0)
     share = np.divide(objectives - objectives.min(axis=0), span, out=np.ones_like(objectives), where=span > 0)
     weights = np.prod(WORST_COUNTS + (BEST_COUNTS - WORST_COUNTS) * share, axis=1)
@@ -134,8 +135,8 @@ def elite_chances(objectives: np.ndarray) -> np.ndarray:
 
 
 def elites(places: np.ndarray, quality: np.ndarray) -> np.ndarray:
-    """int[E]: of the candidates in the cells `places`, int[M], the best of each cell by float64[M]; of
-    equals the first."""
+    """int[E]: the best candidate of each cell by `quality` float64[M], the first among equals. places: int[M], each
+    candidate's cell."""
     order = np.argsort(-quality, kind="stable")
     _, first = np.unique(places[order], return_index=True)
     return np.asarray(order[first])

@@ -24,17 +24,19 @@ from evojax_merge.search.strategies.registry import StrategySettings
 
 # Candidates are compared in pairs: P x P numbers.
 MAX_POPULATION = 4096
-# How near children are to their parents, and mutants to what they were: the indices of both distributions (the paper's
-# are 20, for ten times as many evaluations as merges usually have); how likely a pair is crossed over, and each gene.
+# The indices of the distributions of crossover and mutation: larger values keep children nearer to their parents (the
+# paper's are 20, for ten times as many evaluations as merges usually have). The probabilities of crossing over a pair,
+# and each gene.
 CROSSOVER_INDEX, MUTATION_INDEX = 5.0, 20.0
 PAIR_CROSSED, GENE_CROSSED = 0.9, 0.5
 
 
 @struct.dataclass
 class ParetoState:
-    """genomes: float32[P, D], the population, at first the one that is to be evaluated; objectives: float64[P, T], its
-    means on the tasks, NaN where it failed or was not evaluated yet; reference: float64[T], the worst of the first
-    generation, above which the hypervolume is measured; told: int32[], how many generations were."""
+    """genomes: float32[P, D], the population, before the first generation its candidates; objectives: float64[P, T],
+    the genomes' means on the tasks, NaN where a candidate failed or was not evaluated yet; reference: float64[T], the
+    worst means of the first generation, above which the hypervolume is measured; told: int32[], the number of
+    generations."""
 
     genomes: np.ndarray
     objectives: np.ndarray
@@ -44,9 +46,9 @@ class ParetoState:
 
 @dataclass(frozen=True)
 class NSGA2:
-    """The best of parents and children survive: by their front, and in a front those that have most room. Parents are
-    the better of two, by the same order. Genes are crossed over and mutated between the bounds, as they are searched:
-    the map from genes to parameters bends near the bounds alone."""
+    """The best of parents and children survive: by front, and within a front by crowding distance. Each parent is the
+    better of two by the same order. Crossover and mutation act on the genes, between the bounds: the map from genes to
+    parameters is curved near the bounds alone."""
 
     settings: StrategySettings
     population: int
@@ -64,7 +66,7 @@ class NSGA2:
             return jnp.asarray(state.genomes), state
         rng, (low, high) = generator(key), self.settings.range
         order, pairs = crowded_order(state.objectives), -(-self.population // 2)
-        # Places in the order: of two contenders for each parent of each pair the smaller one.
+        # Places in the order: each parent of each pair is the better of two contenders.
         parents = order[rng.integers(self.population, size=(2, 2, pairs)).min(axis=0)]
         first, second = np.clip((state.genomes[parents].astype(np.float64) - low) / (high - low), 0, 1)
         children = np.concatenate(simulated_binary_crossover(rng, first, second))[: self.population]
@@ -72,16 +74,16 @@ class NSGA2:
         return jnp.asarray(children, jnp.float32), state
 
     def tell(self, key: jax.Array, state: ParetoState, genomes: jax.Array, scores: Scores) -> ParetoState:
-        is_first, told = int(state.told) == 0, objectives_of(scores)
+        is_first, new_objectives = int(state.told) == 0, objectives_of(scores)
         before = 0 if is_first else self.population
         every = np.concatenate([state.genomes[:before], np.asarray(genomes, np.float32)])
-        objectives = np.concatenate([state.objectives[:before], told])
-        # A copy of an earlier one brings nothing new, and comes after all others, as what failed does.
+        objectives = np.concatenate([state.objectives[:before], new_objectives])
+        # A copy of an earlier candidate adds nothing, and ranks last, like a candidate that failed.
         _, distinct = np.unique(every, axis=0, return_index=True)
         compared = np.full_like(objectives, np.nan)
         compared[distinct] = objectives[distinct]
         best = crowded_order(compared)[: self.population]
-        reference = worst_of(told) if is_first else state.reference
+        reference = worst_of(new_objectives) if is_first else state.reference
         return ParetoState(every[best], objectives[best], reference, np.int32(state.told + 1))
 
     def finalists(self, state: ParetoState) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A genetic algorithm over lists of moves, for layer paths.
 
-As patches evolve in genetic improvement (Le Goues et al., GenProg, 2012; Langdon and Harman, 2015): an individual is a
-list of edits of one thing; a mutation adds, removes or changes one of them, a crossover takes whole edits from two
-parents. Strategies that move all genes of a genome at once turn every edit into another one at each step.
+It follows genetic improvement (Le Goues et al., GenProg, 2012; Langdon and Harman, 2015): an individual is a list of
+edits of one object; a mutation adds, removes or changes one edit, a crossover takes whole edits from two parents.
+Strategies that move all genes of a genome at once would change every edit at each step.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import StrategySettings, begin_with
 
-# How many of the children have two parents.
+# The share of the children that have two parents.
 CROSSOVER_RATE = 0.5
-# How many of the added moves are copies of one that is there (gene duplication; Koza, 1995).
+# The share of the added moves that copy an existing move (gene duplication; Koza, 1995).
 DUPLICATION_RATE = 0.25
-# How often a continuous gene that is drawn or changed goes to where it changes nothing.
+# The probability that a continuous gene, when drawn or changed, gets the value that changes nothing.
 NEUTRAL_RATE = 0.5
-# How often a child that is known already is drawn again.
+# The most times that a child is drawn again where its genome has occurred before.
 MAX_DRAWS = 20
 
 # The genes of a move that is on.
@@ -35,8 +35,8 @@ Move = tuple[float, ...]
 
 @struct.dataclass
 class PathGAState:
-    """start: float32[D]; members: float32[P, D], the population, best first; fitness: float64[P], theirs, -inf of those
-    that have none; told: int32[], generations."""
+    """start: float32[D]; members: float32[P, D], the population, best first; fitness: float64[P], the members' fitness,
+    -inf where a member has none; told: int32[], the number of generations."""
 
     start: np.ndarray
     members: np.ndarray
@@ -46,8 +46,8 @@ class PathGAState:
 
 @dataclass(frozen=True)
 class PathGA:
-    """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Of two genomes that
-    score the same, the one with fewer moves is better."""
+    """Truncation selection of parents and children (mu + lambda), binary tournaments for parents. Between two genomes
+    that score the same, the one with fewer moves is better."""
 
     settings: StrategySettings
     population: int
@@ -56,20 +56,21 @@ class PathGA:
 
     @cached_property
     def _values(self) -> list[np.ndarray]:
-        """The genes that mean each value of a move's genes, float32[V] each; of a continuous gene, both bounds."""
-        found = []
+        """For each gene of a move, the gene values that stand for its V values, float32[V]; for a continuous gene, both
+        bounds."""
+        values = []
         for count in self.settings.move_genes:
             unit = (np.arange(count) + 0.5) / count if count else np.array([0.0, 1.0])
-            found.append(np.asarray(self.settings.from_unit(unit), np.float32))
-        return found
+            values.append(np.asarray(self.settings.from_unit(unit), np.float32))
+        return values
 
     @property
     def _capacity(self) -> int:
-        """How many moves a genome holds."""
+        """The number of moves in a genome."""
         return self.settings.dims // len(self.settings.move_genes)
 
     def init(self, key: jax.Array, genomes: np.ndarray) -> PathGAState:
-        """The first members are the start and mutants of the genomes that are known to be good."""
+        """The first members are the start and mutants of `genomes`."""
         rng, start = generator(key), np.asarray(genomes[0], np.float32)
         lists = [self._moves(genome, start) for genome in np.asarray(genomes, np.float32)]
 
@@ -99,35 +100,35 @@ class PathGA:
         return jnp.asarray(self._unknown(child, members, self.population)), state
 
     def tell(self, key: jax.Array, state: PathGAState, genomes: jax.Array, scores: Scores) -> PathGAState:
-        told, start = int(state.told), np.asarray(state.start)
-        # The first generation is the population, whatever has taken the place of its members.
-        known = slice(0, self.population if told else 0)
-        every = np.concatenate([np.asarray(state.members)[known], np.asarray(genomes, np.float32)])
+        generation, start = int(state.told), np.asarray(state.start)
+        # The first generation is the population, also where seeds have replaced members.
+        parents = slice(0, self.population if generation else 0)
+        every = np.concatenate([np.asarray(state.members)[parents], np.asarray(genomes, np.float32)])
         values = np.where(np.isfinite(scores.fitness), scores.fitness, -np.inf)
-        fitness = np.concatenate([np.asarray(state.fitness)[known], values])
+        fitness = np.concatenate([np.asarray(state.fitness)[parents], values])
         _, firsts = np.unique(every, axis=0, return_index=True)
         firsts = np.sort(firsts)
         lengths = np.array([len(self._moves(genome, start)) for genome in every[firsts]])
-        # Where there are not enough, the best come again.
+        # With too few distinct genomes, the best are repeated.
         order = np.resize(firsts[np.lexsort((lengths, -fitness[firsts]))], self.population)
-        return PathGAState(start, every[order], fitness[order], np.array(told + 1, np.int32))
+        return PathGAState(start, every[order], fitness[order], np.array(generation + 1, np.int32))
 
     def finalists(self, state: PathGAState) -> np.ndarray:
-        """Nothing: the best members are the search's best candidates."""
+        """No genomes: the best members are the search's best candidates."""
         return np.zeros((0, self.settings.dims), np.float32)
 
     def metrics(self, state: PathGAState) -> dict[str, float]:
-        """moves: how many the best member has."""
+        """moves: the number of moves of the best member."""
         return {"moves": float(len(self._moves(np.asarray(state.members)[0], np.asarray(state.start))))}
 
     def _moves(self, genome: np.ndarray, start: np.ndarray) -> list[Move]:
-        """The moves of a genome that are on; of the start none, which means the same."""
+        """The moves of a genome that are on; none for the start, which means the same candidate."""
         if np.array_equal(genome, start):
             return []
         return [tuple(row) for row in self._rows(genome).tolist() if row[0] > self._values[0].mean()]
 
     def _genome(self, moves: list[Move], start: np.ndarray) -> np.ndarray:
-        """float32[D]: these moves first, and the others off; the start where there is none."""
+        """float32[D]: the genome of these moves, with all further moves off; the start where there is no move."""
         if not moves:
             return start
         rows = self._rows(start).copy()
@@ -139,9 +140,10 @@ class PathGA:
     def _rows(self, genome: np.ndarray) -> np.ndarray:
         return genome.reshape(self._capacity, -1)
 
-    def _unknown(self, draw: Callable[[], np.ndarray], known: np.ndarray, count: int) -> np.ndarray:
-        """float32[count, D]: genomes that differ from each other and from those known, where draws find such."""
-        met, found = {genome.tobytes() for genome in known}, []
+    def _unknown(self, draw: Callable[[], np.ndarray], members: np.ndarray, count: int) -> np.ndarray:
+        """float32[count, D]: genomes that differ from each other and from `members`, as far as MAX_DRAWS draws each
+        find them."""
+        met, genomes = {genome.tobytes() for genome in members}, []
         for _ in range(count):
             genome = draw()
             for _ in range(MAX_DRAWS):
@@ -149,11 +151,11 @@ class PathGA:
                     break
                 genome = draw()
             met.add(genome.tobytes())
-            found.append(genome)
-        return np.stack(found)
+            genomes.append(genome)
+        return np.stack(genomes)
 
     def _recombined(self, rng: np.random.Generator, first: list[Move], second: list[Move]) -> list[Move]:
-        """What both parents have, and each move of one of them with probability 1/2."""
+        """The moves that both parents have, and each move of only one parent with probability 1/2."""
         moves = [move for move in first if move in second or rng.random() < 0.5]
         moves += [move for move in second if move not in first and rng.random() < 0.5]
         while len(moves) > self._capacity:
@@ -185,8 +187,8 @@ class PathGA:
         return tuple(genes)
 
     def _changed(self, rng: np.random.Generator, move: Move, start: np.ndarray) -> Move:
-        """The move with another value of one gene: a neighbour of its value, or any, with equal probability; of a
-        continuous gene, a normal step, or where it changes nothing."""
+        """The move with another value of one gene: a neighbour of its value, or any value, with equal probability; for
+        a continuous gene, a normal step, or the value that changes nothing."""
         gene, genes = int(rng.integers(1, len(move))), list(move)
         values, near = self._values[gene], rng.random() < 0.5
         if gene in self._continuous:

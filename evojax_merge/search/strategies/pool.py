@@ -1,17 +1,17 @@
 """A pool of models that breed: each generation's children are merges of two members, and take the place of others.
 
-The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member is known by its number and its genome (see
-evojax_merge.genealogy) and by its scores on every example. Two things are M2N2's. *Attraction* pairs members that are
-good at different examples: the second parent b of a is the one with the largest
+The loop of AutoMerge and of Sakana AI's M2N2 (arXiv 2508.16204). A member has a number and a genome (see
+evojax_merge.genealogy), and scores on every example. Two rules are M2N2's. *Attraction* pairs members that are good at
+different examples: the second parent b of a is the one with the largest
 
     g(a, b) = sum_j c_j / (z_j + eps) max(f_j(b) - f_j(a), 0)
 
-*Competition* has members share what an example is worth, so that one which alone solves some of them stays:
+*Competition* makes members share each example's worth, so that a member which alone solves some examples stays:
 
     F(i) = sum_j c_j / (z_j + eps) f_j(i)
 
 f_j(i) is the score of member i on example j, less the pool's lowest on that example (scores may be log-probabilities,
-and M2N2's are at least 0); z_j the sum of these over the pool; c_j how much the example counts in the fitness.
+and M2N2's are at least 0); z_j the sum of these over the pool; c_j the example's weight in the fitness.
 """
 
 from dataclasses import dataclass
@@ -39,18 +39,18 @@ from evojax_merge.search.strategies.random_numbers import generator
 from evojax_merge.search.strategies.registry import PoolSettings, StrategySettings
 
 POPULATION = 16
-# Of the sums that shares are divided by: where nobody is better than the worst there is nothing to share.
+# Keeps divisions by z_j finite where all members score the same on an example.
 EPS = 1e-9
-# How often a child is bred by parameters near those of its better parent, where that was bred by the same method.
+# The probability that a child's parameters lie near its better parent's, where the same method bred that parent.
 NEAR_PARENT = 0.5
 
 
 @struct.dataclass
 class PoolState:
-    """offspring: float32[M, D], the genomes of all children so far, by number (in the places of founders these);
-    members: int32[S], the numbers of the pool's members, best first, -1 where there is none; scores: float32[S, N],
-    theirs on every example; shares: float64[N], how much each example counts in the fitness, together 1; generation:
-    int32[], how many were told. N and M are 0 before the first."""
+    """offspring: float32[M, D], the genomes of all candidates so far, by number, founders included; members: int32[S],
+    the numbers of the pool's members, best first, -1 for an empty place; scores: float32[S, N], the members' scores on
+    every example; shares: float64[N], each example's weight in the fitness, with sum 1; generation: int32[], the number
+    of generations. N and M are 0 before the first generation."""
 
     offspring: np.ndarray
     members: np.ndarray
@@ -81,8 +81,8 @@ class Pool:
         )
 
     def ask(self, key: jax.Array, state: PoolState) -> tuple[jax.Array, PoolState]:
-        """The founders that were not scored yet, and children of the pool's members; of founders, as long as fewer than
-        two members have finite scores."""
+        """The founders that were not scored yet, and children of the pool's members; children of founders, as long as
+        fewer than two members have finite scores."""
         rng, founders = generator(key), founder_genomes(self.pool.founders, self.settings.dims - GENES)
         genealogy, begun = Genealogy(founders, np.asarray(state.offspring)), int(state.generation) * self.population
         genomes = np.zeros((self.population, self.settings.dims), np.float32)
@@ -114,7 +114,7 @@ class Pool:
         if self.pool.selection == "tournament":
             return np.array([first, _tournament(rng, others, fitness)])
         gains = attraction(scores, shares, first)[others]
-        # Where nobody is better at anything, anybody will do.
+        # Where no member is better on any example, any other member is chosen.
         return np.array([first, others[np.argmax(gains)] if gains.any() else rng.choice(others)])
 
     def _birth(self, rng: np.random.Generator, better: np.ndarray) -> np.ndarray:
@@ -131,7 +131,7 @@ class Pool:
         children, pool = np.asarray(genomes), self.pool
         shares = scores.weights[scores.task_of] / np.bincount(scores.task_of)[scores.task_of]
         alive, finite = np.asarray(state.members) != NONE, np.isfinite(scores.values).all(axis=1)
-        # The older first: of equals they stay.
+        # Older members come first: among equals they stay.
         numbers = np.concatenate([np.asarray(state.members)[alive], children[finite, NUMBER].astype(np.int32)])
         values = np.asarray(scores.values)[finite]
         if alive.any():
@@ -144,7 +144,7 @@ class Pool:
         return PoolState(offspring, members, rows, shares, np.int32(int(state.generation) + 1))
 
     def finalists(self, state: PoolState) -> np.ndarray:
-        """None beside the best candidates, among which the pool's best are."""
+        """No genomes: the pool's best are among the best candidates."""
         return np.zeros((0, self.settings.dims), np.float32)
 
     def context(self, state: PoolState) -> np.ndarray:
@@ -152,7 +152,8 @@ class Pool:
         return np.asarray(state.offspring)
 
     def metrics(self, state: PoolState) -> dict[str, float]:
-        """members: how many the pool has; founders: how many of them were not bred; pool_mean: their mean fitness."""
+        """members: the number of the pool's members; founders: the number of founders among them; pool_mean: the
+        members' mean fitness."""
         members = np.asarray(state.members)
         alive = members != NONE
         fitness = np.asarray(state.scores, np.float64)[alive] @ np.asarray(state.shares)
@@ -165,7 +166,7 @@ class Pool:
 
 
 def _tournament(rng: np.random.Generator, rows: np.ndarray, fitness: np.ndarray) -> int:
-    """The better of two of the rows (of one where there is one)."""
+    """The better of two random rows, or the only row."""
     drawn = rng.choice(rows, min(2, len(rows)), replace=False)
     return int(drawn[np.argmax(fitness[drawn])])
 
@@ -177,7 +178,7 @@ def example_worth(scores: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, n
 
 
 def attraction(scores: np.ndarray, shares: np.ndarray, first: int) -> np.ndarray:
-    """float64[S]: how much better each member is than `first` where it is better, g(first, ·)."""
+    """float64[S]: each member's lead over `first` where it leads, weighted by the examples' worth, g(first, ·)."""
     above, worth = example_worth(scores, shares)
     gains: np.ndarray = np.maximum(above - above[first], 0) @ worth
     return gains
@@ -189,13 +190,13 @@ def keep_best(scores: np.ndarray, shares: np.ndarray, size: int) -> np.ndarray:
 
 
 def keep_competing(scores: np.ndarray, shares: np.ndarray, size: int) -> np.ndarray:
-    """int[≤ size]: the rows that are left when the one that gets least of the examples' worth goes, one after the
-    other; those with the highest fitness first."""
+    """int[≤ size]: the rows that are left when the row with the smallest share of the examples' worth is removed, one
+    after the other; the rows with the highest fitness first."""
     left = np.arange(len(scores))
     while len(left) > size:
         above, worth = example_worth(scores[left], shares)
         gained = above @ worth
-        # Of equals the youngest goes.
+        # Among equals the youngest is removed.
         left = np.delete(left, len(left) - 1 - int(np.argmin(gained[::-1])))
     return left[np.argsort(-(scores[left] @ shares), kind="stable")]
 

@@ -1,4 +1,4 @@
-"""Random search: what every other strategy has to beat."""
+"""Random search: the baseline of every other strategy."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from evojax_merge.search.strategies.registry import StrategySettings
 
 @struct.dataclass
 class RandomState:
-    """start: float32[D], the first candidate of the first generation; generation: int32[], how many were told."""
+    """start: float32[D], the first candidate of the first generation; generation: int32[], the number of
+    generations."""
 
     start: jax.Array
     generation: jax.Array
@@ -22,7 +23,7 @@ class RandomState:
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Nothing is learned."""
+    """Draws candidates without learning from scores."""
 
     settings: StrategySettings
     population: int

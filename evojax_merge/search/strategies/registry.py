@@ -1,4 +1,4 @@
-"""Which strategies there are, by the name that a config gives. `register_strategy` adds one."""
+"""The search strategies, by their names in a config. `register_strategy` adds one."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from evojax_merge.search.protocols import Capabilities, Strategy, capabilities_o
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """The members that the strategy `pool` breeds. founders: K; methods: how many there are to breed by; size: members
-    that are kept; selection, replace: see `config.PoolConfig`."""
+    """The members that the strategy `pool` breeds. founders: K; methods: the number of methods to breed by; size: the
+    number of members that are kept; selection, replace: see `config.PoolConfig`."""
 
     founders: int
     methods: int
@@ -28,15 +28,16 @@ class PoolSettings:
 
 @dataclass(frozen=True)
 class StrategySettings:
-    """What a strategy is made from. dims: D; population: P, None for the strategy's own default; sigma: the first
-    standard deviation of a step, in units of the bounds' range; generations: how many will be searched.
+    """The settings that a strategy is made from. dims: D; population: P, None for the strategy's default; sigma: the
+    first standard deviation of a step, in units of the bounds' range; generations: the number of generations of the
+    search.
 
-    from_unit: float64[...] of [0, 1], from bound to bound -> the genes that mean it. Genes beyond those of 0 and 1 are
-    mirrored there. seeds: how many candidates of the first generation are given instead of drawn. gradient: how a
-    strategy that is told gradients follows them. where: the part of the config that messages name; a factory raises
-    InputError for what it cannot take. objectives: T, how many tasks the fitness is made of. move_genes: of a space of
-    moves, how many values each gene of a move has (see `HasMoves`); of others nothing. pool: of a search over a pool's
-    members, what breeds them.
+    from_unit: float64[...] in [0, 1], from bound to bound -> the genes that stand for it. Genes beyond the genes of 0
+    and 1 are mirrored there. seeds: the number of candidates of the first generation that are given instead of drawn.
+    gradient: the section `search.gradient`, for strategies that follow gradients. where: the part of the config that
+    messages name; a factory raises InputError for settings that it cannot take. objectives: T, the number of tasks in
+    the fitness. move_genes: the number of values of each gene of a move, in a space of moves (see `HasMoves`); empty in
+    other spaces. pool: the settings of breeding, in a search over a pool's members.
     """
 
     dims: int
@@ -61,7 +62,7 @@ class StrategySettings:
 StrategyFactory = Callable[[StrategySettings], Strategy]
 MakesStrategy = TypeVar("MakesStrategy", bound=StrategyFactory)
 
-# Our own, as module:function: evosax is imported where a strategy is made.
+# The built-in strategies as module:function: evosax is imported only where a strategy is made.
 _BUILT_IN = {
     "cma_es": "evojax_merge.search.strategies.cma_es:cma_es",
     "sep_cma_es": "evojax_merge.search.strategies.cma_es:sep_cma_es",
@@ -81,14 +82,15 @@ _BUILT_IN = {
     "grid": "evojax_merge.search.strategies.grid:grid",
     "pool": "evojax_merge.search.strategies.pool:pool",
 }
-# Of the protocol.
+# The members of the protocol `Strategy`.
 _MEMBERS = ("name", "population", "init", "ask", "tell", "finalists", "metrics")
 _registered: dict[str, StrategyFactory] = {}
 
 
 def register_strategy(name: str, factory: StrategyFactory) -> None:
-    """Make `search.strategy: NAME` mean what `factory` makes; registered again, what the later one makes. Raises
-    ValueError for the name of a strategy that comes with the program, and for what is no name or no function."""
+    """Make `search.strategy: NAME` mean the strategy that `factory` makes; a later factory of the same name replaces an
+    earlier one. Raises ValueError for the name of a strategy that comes with the program, and for a value that is no
+    name or no function."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,100}", name):
         raise ValueError(f"name: {shown(name)}; expected a word of letters, digits, _, . and -")
     if not callable(factory):
@@ -103,7 +105,7 @@ def strategy_names() -> list[str]:
 
 
 def find_strategy(where: str, name: str) -> StrategyFactory:
-    """Raises InputError for an unknown name, with the nearest known one."""
+    """The factory of a strategy. Raises InputError for an unknown name, with the nearest one that exists."""
     if name in _registered:
         return _registered[name]
     if name not in _BUILT_IN:
@@ -114,7 +116,7 @@ def find_strategy(where: str, name: str) -> StrategyFactory:
 
 
 def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
-    """Decorates a strategy's factory: its searches begin with these merges where `search.seeds` is not given."""
+    """Decorate a strategy's factory: its searches begin with these merges where `search.seeds` is not given."""
 
     def decorate(factory: MakesStrategy) -> MakesStrategy:
         factory.seeds = seeds  # type: ignore[attr-defined]
@@ -124,14 +126,14 @@ def begin_with(*seeds: Seed) -> Callable[[MakesStrategy], MakesStrategy]:
 
 
 def seeds_of(where: str, search: SearchConfig) -> Sequence[Seed]:
-    """The merges that a search begins with: `search.seeds`, or its strategy's own. Raises InputError for an unknown
-    strategy."""
+    """The merges that a search begins with: `search.seeds`, or the seeds of its strategy. Raises InputError for an
+    unknown strategy."""
     return getattr(find_strategy(where, search.strategy), "seeds", ()) if search.seeds is None else search.seeds
 
 
 def make_strategy(where: str, name: str, settings: StrategySettings) -> Strategy:
-    """Raises InputError for an unknown name, where a strategy's population is not the one that was asked for, and where
-    it cannot hold the seeds."""
+    """Make a strategy. Raises InputError for an unknown name, where the strategy's population is not the one in
+    `settings`, and where the population cannot hold the seeds."""
     strategy = find_strategy(where, name)(settings)
     capabilities = capabilities_of(strategy)
     if not isinstance(capabilities, Capabilities):

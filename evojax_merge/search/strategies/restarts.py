@@ -1,9 +1,9 @@
 """CMA-ES with restarts: IPOP and BIPOP.
 
-A restart takes a larger population, and a search evaluates the same number of candidates, P, in every generation, so
-that a population of m P is m generations: their candidates are drawn from one distribution, and collected until they
-are all there. m is 1 first, and `MAX_MULTIPLE` at most: the state has room for as many candidates from the start, and
-so one structure throughout.
+A restart takes a larger population, but a search evaluates the same number of candidates, P, in every generation. A
+population of m P therefore takes m generations: their candidates are drawn from one distribution, and collected until
+the population is complete. m is 1 first, and `MAX_MULTIPLE` at most: the state has room for so many candidates from the
+start, and keeps one structure throughout.
 """
 
 from dataclasses import dataclass
@@ -23,25 +23,26 @@ from evojax_merge.search.strategies.registry import StrategySettings
 
 # The largest population, in units of the first one: five doublings.
 MAX_MULTIPLE = 32
-# How many numbers that may be: 256 MB, which are saved with every generation.
+# The most numbers in such a population: 256 MB, saved with every generation.
 MAX_ROOM = 2**26
-# When a run has ended: the best losses of its last populations are this near; its longest axis is this small a part of
-# the search's first sigma (float32 genomes have steps of 6e-8), or this many times its own; or its axes are this far
-# apart, which is as far as a float32 covariance keeps them.
+# The limits at which a run ends: the range of the best losses of its last populations; the least length of its longest
+# axis as a part of the search's first sigma (float32 genomes have steps of 6e-8), and the greatest as a multiple of the
+# run's first sigma; and the largest ratio of its axes, beyond which a float32 covariance loses them.
 LOSS_RANGE, STEP_SHRUNK, STEP_GROWN, AXES_RATIO = 1e-12, 1e-5, 1e4, 5e3
 
 
 @struct.dataclass
 class RestartState:
-    """A run of CMA-ES, and what has been before.
+    """A run of CMA-ES, and the results of the runs before it.
 
     run: evosax's state; multiple: int32[], m, its population in units of P; sigma: float32[], its first step; genomes,
     float32[32 P, D], and losses, float32[32 P]: the candidates of the population that is being collected; collected:
-    int32[], how many generations of it are there; best_losses: float32[W], the best of each of the run's last
-    populations, newest last, NaN before the first; iterations: int32[], how many populations the run was told of;
-    loss, mean: of the best run before, its best loss and float32[D] its last mean; restarts: int32[]; large: int32[],
-    the population of the last run of the doubling regime, in units of P; spent: int32[2], generations spent in the
-    doubling regime and in that of small populations; limit: int32[], generations that the run may take, 0: no limit.
+    int32[], the number of its generations so far; best_losses: float32[W], the best loss of each of the run's last
+    populations, newest last, NaN before the first; iterations: int32[], the number of the run's populations so far;
+    loss, mean: the best loss of the best earlier run and its last mean, float32[D]; restarts: int32[], their number;
+    large: int32[], the population of the last run of the doubling regime, in units of P; spent: int32[2], generations
+    spent in the doubling regime and in the regime of small populations; limit: int32[], generations that the run may
+    take, 0: no limit.
     """
 
     run: Any
@@ -97,7 +98,7 @@ class RestartedCMAES:
     def ask(self, key: jax.Array, state: RestartState) -> tuple[jax.Array, RestartState]:
         size = self.dims, self.population
         genomes, asked = cma_algorithm("CMA_ES", *size).ask(key, state.run, cma_params("CMA_ES", *size))
-        # The rest of a population is drawn from the distribution as its first part saw it.
+        # All generations of a population are drawn from the same distribution.
         return genomes, state if int(state.collected) else state.replace(run=asked)  # type: ignore[attr-defined]
 
     def tell(self, key: jax.Array, state: RestartState, genomes: jax.Array, scores: Scores) -> RestartState:
@@ -111,19 +112,19 @@ class RestartedCMAES:
         )
         if int(collected.collected) < int(state.multiple):
             return collected
-        told = self._tell_population(key, collected)
-        return self._restart(key, told) if self._ended(told) else told
+        updated = self._tell_population(key, collected)
+        return self._restart(key, updated) if self._ended(updated) else updated
 
     def inject(self, state: RestartState, genomes: jax.Array, count: int) -> tuple[jax.Array, RestartState]:
         genomes, run = inject_steps(state.run, genomes, count)
         return genomes, state.replace(run=run)  # type: ignore[attr-defined]
 
     def finalists(self, state: RestartState) -> np.ndarray:
-        """The mean of the run, and that of the best run before."""
+        """The mean of the run, and the mean of the best earlier run."""
         return np.stack([np.asarray(state.run.mean, np.float32), np.asarray(state.mean, np.float32)])
 
     def metrics(self, state: RestartState) -> dict[str, float]:
-        """sigma: the standard deviation of a step; restarts: how many; multiple: the population in units of P."""
+        """sigma: the standard deviation of a step; restarts: their number; multiple: the population in units of P."""
         return {
             "sigma": float(state.run.std),
             "restarts": int(state.restarts),
@@ -131,7 +132,7 @@ class RestartedCMAES:
         }
 
     def _window(self, multiple: int) -> int:
-        """Of how many populations the best losses must be alike for a run to have ended (pycma's)."""
+        """The number of populations whose best losses must be alike for a run to end (pycma's)."""
         return int(10 + np.ceil(30 * self.dims / (multiple * self.population)))
 
     def _begin(self, key: jax.Array, mean: jax.Array, sigma: float) -> Any:
@@ -141,10 +142,10 @@ class RestartedCMAES:
 
     def _tell_population(self, key: jax.Array, state: RestartState) -> RestartState:
         size = int(state.multiple) * self.population
-        algorithm, told = cma_algorithm("CMA_ES", self.dims, size), state.losses[:size]
+        algorithm, population_losses = cma_algorithm("CMA_ES", self.dims, size), state.losses[:size]
         params = cma_params("CMA_ES", self.dims, size)
-        run, _ = algorithm.tell(key, state.genomes[:size], told, state.run, params)
-        best = jnp.min(jnp.where(jnp.isnan(told), jnp.inf, told))
+        run, _ = algorithm.tell(key, state.genomes[:size], population_losses, state.run, params)
+        best = jnp.min(jnp.where(jnp.isnan(population_losses), jnp.inf, population_losses))
         return state.replace(  # type: ignore[attr-defined]
             run=run,
             collected=jnp.int32(0),
@@ -158,7 +159,7 @@ class RestartedCMAES:
             return True
         axes = np.asarray(run.D, np.float64)
         step = float(run.std) * axes.max()
-        # NaN compares false: a run whose numbers are gone has ended as well.
+        # NaN compares false: a run with NaN in its state ends as well.
         if not STEP_SHRUNK * self.sigma < step < STEP_GROWN * float(state.sigma):
             return True
         if not axes.max() <= AXES_RATIO * axes.min():
@@ -168,8 +169,8 @@ class RestartedCMAES:
 
     def _restart(self, key: jax.Array, state: RestartState) -> RestartState:
         """A run from a place drawn between the bounds. IPOP (Auger and Hansen, 2005): twice the population. BIPOP
-        (Hansen, 2009): that, or, where less was spent on them, a small run of sigma and population drawn at random, for
-        at most half of what was spent on the large ones."""
+        (Hansen, 2009): the same, or, where small runs have taken fewer generations, a small run with random sigma and
+        population, for at most half of the generations of the large runs."""
         place, size, step = jax.random.split(jax.random.fold_in(key, 1), 3)
         large, sigma, limit = int(state.large), self.sigma, 0
         spent_large, spent_small = (int(spent) for spent in state.spent)

@@ -1,4 +1,5 @@
-"""Exponential natural evolution strategy. evosax's takes the exponential of each entry, and so has no covariances."""
+"""Exponential natural evolution strategy. evosax's version takes the exponential of each entry, and so has no
+covariances."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +72,8 @@ def _draw(key: jax.Array, state: NaturalState) -> tuple[jax.Array, NaturalState]
 
 @jax.jit
 def _update(state: NaturalState, loss: jax.Array) -> NaturalState:
-    """The natural gradient's step (Glasmachers et al., GECCO 2010, algorithm 2). Ties rank in the order that they were
-    drawn in; candidates that failed rank last."""
+    """The natural gradient's step (Glasmachers et al., GECCO 2010, algorithm 2). Ties rank in the order of drawing;
+    candidates that failed rank last."""
     population, dims = state.z.shape
     z = state.z[jnp.argsort(jnp.where(jnp.isnan(loss), jnp.inf, loss), stable=True)]
     utilities = jnp.maximum(0.0, np.log(population / 2 + 1) - jnp.log(jnp.arange(1, population + 1)))
