@@ -1,7 +1,7 @@
 """The public API, for notebooks and scripts of one's own: `import evojax_merge as em`.
 
 These functions raise `InputError` or `Failed` where the commands would print a line and end, and print nothing but
-progress bars on a terminal. What the commands warn of is a Python warning.
+progress bars on a terminal. The commands' warnings become Python warnings.
 """
 
 import warnings
@@ -59,17 +59,17 @@ def bars_on_terminals() -> Iterator[None]:
 
 
 def _ignore(line: str) -> None:
-    """For what the commands tell beside their result."""
+    """Drop a line that a command prints beside its result."""
 
 
 def _warn(line: str) -> None:
-    # Of who called the function of this file.
+    # The warning names the caller of this file's public function.
     warnings.warn(printable(line), stacklevel=4)
 
 
 def as_yaml(where: str, value: Any) -> Any:
-    """What YAML would give for a document of mappings, lists, numbers, texts and paths. A function stands in it by its
-    reference (tasks.python_functions) where a config names one."""
+    """The value that YAML would give for a document of mappings, lists, numbers, texts and paths. A reference
+    (tasks.python_functions) stands for a function where a config names one."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -118,12 +118,12 @@ def merge(
 ) -> Path:
     """Do the merge of a mergekit recipe, and write the model to the folder `out`, which is returned.
 
-    recipe: a YAML file, or what it would say as a mapping, or as a list of mappings where it has several documents;
-    relative paths then start in the working directory. dtype, seed: in place of the recipe's; of several documents, the
-    dtype of the result and the seed of all. overwrite: replace `out`, if it is a model that evojax-merge wrote.
+    recipe: a YAML file, or its content as a mapping, or as a list of mappings for several documents; relative paths
+    then start in the working directory. dtype, seed: replace the recipe's; with several documents, `dtype` is for the
+    result and `seed` for all documents. overwrite: replace `out`, if it is a model that evojax-merge wrote.
     allow_nonfinite: merge even where a parent holds NaN or Inf. allow_crimes: merge models of different architectures
-    whose tensors agree. strict: refuse keys, parameters and values of the recipe that have no meaning, in place of a
-    warning.
+    whose tensors agree. strict: raise InputError for keys, parameters and values of the recipe that have no meaning, in
+    place of a warning.
     """
     check_arguments(merge, locals())
     _check_dtype(dtype)
@@ -148,10 +148,10 @@ def evaluate(
     score on every task by the task's name.
 
     models: folders, hub ids, `zoo:` names, or runs (or their folders), which stand for their winners. tasks: a YAML
-    file with `tasks:` (a search's config has them, too), what it would say as a mapping, or the list of tasks alone;
-    relative paths then start in the working directory. split: `search`, `validation` or `heldout`, only what a search
-    of these tasks, with its seed, has in this split; `all`: all examples, and of a task with a second source of
-    held-out ones, those.
+    file with `tasks:` (such as a search's config), its content as a mapping, or the list of tasks alone; relative paths
+    then start in the working directory. split: `search`, `validation` or `heldout`, the examples that a search of these
+    tasks, with its seed, has in this split; `all`: all examples, or, for a task with a second source of held-out
+    examples, these.
     """
     check_arguments(evaluate, locals())
     asked = [models] if isinstance(models, str | PathLike | Run) else list(models)
@@ -187,10 +187,10 @@ def evolve(
 ) -> Run:
     """Search as `evojax-merge search` does, and return the run.
 
-    config: a YAML file, or what it would say as a mapping; relative paths then start in the working directory. out: the
-    run folder; None: the config's own, else runs/ and the file's name. resume, overwrite: continue, or start again,
-    what lies there. overrides: `key.path=value`, as --set takes them. on_generation is told of every generation. force:
-    go on where the models or the passes do not fit into memory.
+    config: a YAML file, or its content as a mapping; relative paths then start in the working directory. out: the run
+    folder; None: the config's `out`, else runs/ and the file's name. resume, overwrite: continue, or replace, the run
+    that lies there. overrides: `key.path=value`, in the form of --set. on_generation gets every generation. force:
+    continue where the models or the passes do not fit into memory.
     """
     check_arguments(evolve, locals())
     path, parsed = _config(config, seed, overrides)
@@ -210,8 +210,8 @@ def _config(config: Location | Mapping[str, Any], seed: int | None, overrides: S
 
 
 def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndarray:
-    """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for anything
-    else, and for what is not finite in float32."""
+    """An argument as float32 of this shape, in which a letter stands for any length. Raises InputError for any other
+    argument, and for values that are not finite in float32."""
     expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
     try:
         given = np.asarray(value)
@@ -231,9 +231,9 @@ def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndar
 class Evaluator(Described):
     """A config's space and tasks, for a search loop of one's own: genomes in, scores out.
 
-    config, seed, overrides: as `evolve` takes them; the config's strategy and budget are not used. split: the examples
-    that are scored on: `search`, `validation` (where the config keeps some back), or `heldout`, which no search should
-    see. The models are loaded at once.
+    config, seed, overrides: the same as for `evolve`; the config's strategy and budget are not used. split: the
+    examples to score on: `search`, `validation` (where the config keeps some back), or `heldout`, which no search
+    should see. The constructor loads the models.
     """
 
     def __init__(
@@ -270,12 +270,12 @@ class Evaluator(Described):
 
     @property
     def dims(self) -> int:
-        """D, how many numbers a genome has."""
+        """D, the number of genes of a genome."""
         return self._problem.space.dims
 
     @property
     def start(self) -> np.ndarray:
-        """float32[D]: where a search begins, in the middle of what is searched or at the uniform merge."""
+        """float32[D]: the genome with which a search begins, in the middle of the bounds or at the uniform merge."""
         return self._problem.space.start
 
     def scores(self, genomes: Any) -> Scores:
@@ -300,8 +300,8 @@ class Evaluator(Described):
 
 @dataclass(frozen=True)
 class LoadedBank:
-    """Models in memory, as a search holds them: `bank`, all their weights with what `spec.method` measured of them, and
-    the architecture's `config`. `models`: their folders, the base first where task vectors are taken from one."""
+    """Models in memory, in a search's form: `bank`, all their weights with the statistics that `spec.method` measures,
+    and the architecture's `config`. `models`: their folders, the base first where task vectors are taken from one."""
 
     bank: Bank
     spec: MergeSpec
@@ -320,11 +320,11 @@ def load_bank(
     seed: int = 0,
     export_dtype: str = "float32",
 ) -> LoadedBank:
-    """Load models of one architecture into stacked JAX arrays, and measure what a merge method needs of them.
+    """Load models of one architecture into stacked JAX arrays, and measure the statistics that a merge method needs.
 
     parents, base: folders, hub ids or `zoo:` names. fixed: values of the method's parameters that are never searched
-    (DELLA's epsilon); normalize, rescale: its switches, None as it has them. seed: of the masks of random methods.
-    export_dtype: what merges are rounded to.
+    (DELLA's epsilon); normalize, rescale: the method's switches, None for its defaults. seed: the seed of random
+    methods' masks. export_dtype: the dtype that merges are rounded to.
     """
     check_arguments(load_bank, locals())
     plugins.load()
@@ -348,21 +348,21 @@ def load_bank(
 
 
 def register_method(method: Method) -> Method:
-    """Make a merge method of your own known by its name; see kernels/README.md."""
+    """Register a merge method of your own under its name; see kernels/README.md."""
     registered: Method = plugins.register("method", method)
     return registered
 
 
 def register_strategy(name: str, factory: Callable[..., Any]) -> Any:
-    """Make a search strategy of your own known by a name."""
+    """Register a search strategy of your own under a name."""
     return plugins.register("strategy", name, factory)
 
 
 def register_architecture(architecture: Any) -> Any:
-    """Make an architecture of your own known by the `model_type` of its checkpoints."""
+    """Register an architecture of your own under the `model_type` of its checkpoints."""
     return plugins.register("architecture", architecture)
 
 
 def register_task(kind: Any) -> Any:
-    """Make a kind of task of your own known by its name."""
+    """Register a kind of task of your own under its name."""
     return plugins.register("task", kind)

@@ -1,4 +1,4 @@
-"""Arguments of the public functions and what users' functions return: checked where they enter."""
+"""Checks of the arguments of public functions and of the signatures of users' functions."""
 
 import inspect
 import os
@@ -33,7 +33,7 @@ _WORDS = {
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
     """Raise InputError, which names the argument, for a value that is not of the argument's annotated type: True is no
-    number, and a text no list. arguments: all of the function's, by name; others are passed over."""
+    number, and a text no list. arguments: the function's arguments by name; further names are ignored."""
     where = function.__qualname__.removesuffix(".__init__")
     for name, hint in _hints(function).items():
         _check(f"{where}: {name}", hint, arguments[name])
@@ -45,7 +45,7 @@ def _check(where: str, hint: Any, value: Any) -> None:
     try:
         _adapter(hint).validate_python(_plain(value))
     except ValidationError:
-        # An item's own fault says more than the list's.
+        # The message about an item is more specific than the message about its list.
         for origin, items in ((get_origin(one), get_args(one)) for one in _members(hint)):
             if origin is Mapping and isinstance(value, Mapping):
                 for key, item in value.items():
@@ -66,11 +66,12 @@ def _check_path(where: str, path: str) -> None:
 
 
 def check_call(where: str, function: Callable[..., Any], names: Sequence[str]) -> None:
-    """Raise InputError where a function cannot be called with as many arguments; `names` says what they are."""
+    """Raise InputError where a function cannot be called with as many positional arguments as `names`, which are their
+    names."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # A function that is not written in Python need not say what it takes.
+        return  # Functions that are not written in Python may have no signature.
     try:
         signature.bind(*names)
     except TypeError:
@@ -89,7 +90,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def _is_section(hint: Any) -> bool:
-    """Whether a type has a config of its own, beside which pydantic takes none."""
+    """Return whether a type has a pydantic config, beside which TypeAdapter takes no other."""
     return isinstance(hint, type) and (issubclass(hint, BaseModel) or is_dataclass(hint))
 
 
@@ -99,7 +100,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers, and those in a mapping, as Python's."""
+    """A value with NumPy's numbers, also those in a mapping, as Python's."""
     if isinstance(value, Mapping):
         return {key: _plain(one) for key, one in value.items()}
     return value.item() if isinstance(value, np.generic) else value

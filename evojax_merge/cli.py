@@ -24,7 +24,7 @@ from evojax_merge.jax_environment import check_environment, no_devices
 from evojax_merge.mergekit.flags import ShardSize, given_without_meaning, without_meaning
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
-# As config.MAX_SEED says; that file's imports are too heavy for --help.
+# The bound is config.MAX_SEED, repeated here: the imports of config are too heavy for --help.
 SEED = click.IntRange(min=0, max=2**63 - 1)
 
 
@@ -39,12 +39,12 @@ with_plugins = click.option(
 
 @contextmanager
 def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
-    """Around the imports of a command. A search that is interrupted here is told how to go on, as it is later. The
-    plugins are loaded last."""
+    """Run a command's imports in the block, then load the plugins. An interruption of a search during the imports
+    prints the command that continues it, as later interruptions do."""
     arguments = sys.argv[1:]
     again = printable(shlex.join(["evojax-merge", *arguments]), LONGEST_LINE)
-    told = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
-    with interrupts.nothing_begun(f"{told}interrupted\n"):
+    resume_hint = f"stopped before it began. Continue with: {again}\n" if arguments[:1] == ["search"] else ""
+    with interrupts.nothing_begun(f"{resume_hint}interrupted\n"):
         _start_jax()
         yield
     if plugin_names:
@@ -54,8 +54,8 @@ def _starting(plugin_names: tuple[str, ...] = ()) -> Iterator[None]:
 
 
 def _start_jax() -> None:
-    """Keep compiled programs across runs, in the user's own cache folder; what the environment says of JAX's cache
-    counts first."""
+    """Keep compiled programs across runs, in the user's cache folder; environment variables of JAX's cache take
+    precedence."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     check_environment()
@@ -300,11 +300,11 @@ def _list(what: str, section: str | None = None, plugin_names: tuple[str, ...] =
 
 
 def run(command: Callable[[], Any]) -> int:
-    """Run a command; turn what it raises into the exit status and one line on stderr."""
+    """Run a command; turn its exceptions into the exit status and one line on stderr."""
     try:
         return _run(command)
     except BaseException as error:
-        # What a signal breaks off may raise anything: an import in C makes an ImportError of it.
+        # Code that a signal interrupts may raise any exception: an import in C raises ImportError.
         if interrupts.received():
             interrupts.end_at_once(INTERRUPTED, "interrupted\n")
         elif not isinstance(error, (KeyboardInterrupt, click.Abort)):
@@ -328,7 +328,7 @@ def _run(command: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except RuntimeError as error:
-        # JAX starts its devices when they are first asked for.
+        # JAX initialises its devices at their first use.
         if not str(error).startswith("Unable to initialize backend"):
             raise
         print(f"error: {no_devices(error)}", file=sys.stderr)
@@ -352,7 +352,7 @@ def main() -> None:
     # Warnings are for developers, who ask for them (-W, PYTHONWARNINGS); users' messages are this program's own.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    # A name that the terminal's encoding does not have is no reason to stop.
+    # A character that the terminal's encoding lacks is escaped and must not end the program.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -360,19 +360,19 @@ def main() -> None:
         status = run(lambda: cli.main(standalone_mode=False))
     except PeerLostError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # An ordinary end would wait for the process that has gone.
+        # An ordinary exit would wait for the lost process.
         os._exit(FAILED)
     except Exception:
         import traceback
 
         traceback.print_exc()
         status = FAILED
-    # All is said and done: a signal that comes now only hastens the end.
+    # The work is done: from now on a signal only ends the program sooner.
     interrupts.end_at_once(status)
     try:
         sys.stdout.flush()
     except OSError:
-        # The interpreter would try again, and complain.
+        # The interpreter would flush again at exit, and print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 

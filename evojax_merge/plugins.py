@@ -31,8 +31,8 @@ from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 @dataclass(frozen=True)
 class Registry:
-    """Where the objects of an entry point's group go: a function of a module, which is imported when it is needed.
-    `named`: it takes the name first, which the object does not know."""
+    """The destination of an entry point group's objects: a function of a module, imported when needed. `named`: whether
+    the function takes the plugin's name first, for objects without a name."""
 
     module: str
     function: str
@@ -40,8 +40,8 @@ class Registry:
 
     @property
     def register(self) -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(self.module), self.function)
-        return found
+        register: Callable[..., Any] = getattr(import_module(self.module), self.function)
+        return register
 
 
 REGISTRIES = {
@@ -58,10 +58,10 @@ GROUPS = {
 }
 # Python files and packages to load, separated as the folders of a search path.
 ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"
-# Ends a message that says that a name is unknown.
+# The end of messages about an unknown name.
 HINT = f"; a plugin can add it (plugins: in a config, --plugin FILE, {ENVIRONMENT})"
 _loaded: set[EntryPoint] = set()
-# Those that were named, by their names from any folder.
+# The plugins that were named, by their names from any folder.
 _named: dict[str, ModuleType] = {}
 
 
@@ -77,8 +77,8 @@ def register(kind: str, *arguments: Any) -> Any:
 
 @contextmanager
 def _checking_methods() -> Iterator[None]:
-    """Check the merge methods that the block registers. Raises ValueError, and none of them stays registered, where the
-    functions of one return something else than tensors."""
+    """Check the merge methods that the block registers. Raises ValueError, and unregisters all of them, where a
+    method's functions return anything else than tensors."""
     from merge_kernels import METHODS
 
     before = set(METHODS)
@@ -93,7 +93,7 @@ def _checking_methods() -> Iterator[None]:
 
 def _wrong_result(method: Any) -> str | None:
     """Call a method's functions on small tensors, without computing anything on a device. Returns the first result that
-    is of a wrong type or shape. What the functions raise is theirs, and shows where a merge calls them."""
+    is of a wrong type or shape. An exception of the functions is ignored here: it appears where a merge calls them."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -132,8 +132,8 @@ def _wrong_result(method: Any) -> str | None:
 
 def load() -> None:
     """Register what installed packages and the environment variable's plugins add, once in a process. Raises InputError
-    for a package's entry point that cannot be imported or registered, with the plugin's name, its package and its own
-    error; for the others see `load_named`."""
+    for a package's entry point that cannot be imported or registered, with the plugin's name, its package and its
+    error; for the environment variable's plugins see `load_named`."""
     installed = entry_points()
     for group, kind in GROUPS.items():
         for plugin in installed.select(group=group):
@@ -146,8 +146,8 @@ def load() -> None:
 def load_named(where: str, names: Sequence[str], folder: Path) -> list[str]:
     """Import Python files, by paths that start in `folder`, and packages. Returns their names from any folder.
 
-    Raises InputError, with `where`, for what there is not, and for a plugin that registers a name that is taken or an
-    object that cannot be used. Whatever else a plugin raises is raised.
+    Raises InputError, with `where`, for a file or package that does not exist, and for a plugin that registers a name
+    that is taken or an object that cannot be used. All other exceptions of a plugin pass through.
     """
     return [_load_named(f"{where}: {name}", name, folder) for name in names]
 
@@ -179,14 +179,14 @@ def _load_named(where: str, name: str, folder: Path) -> str:
 
 
 def _script(path: Path) -> ModuleType | None:
-    """The script that the interpreter runs, if it is this file: what it registers is registered already."""
+    """The script that the interpreter runs, if it is this file: its objects are registered already."""
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     return main if file is not None and Path(file).resolve() == path else None
 
 
 def _raised_by_registry(error: ValueError) -> bool:
-    """Whether a registry refused an object. Any other ValueError is a plugin's own."""
+    """Return whether a registry refused an object. Any other ValueError is a plugin's own."""
     refusing = {registry.register.__code__ for registry in REGISTRIES.values()}
     refusing.add(inspect.unwrap(_checking_methods).__code__)
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -195,16 +195,16 @@ def _raised_by_registry(error: ValueError) -> bool:
 
 def _load(plugin: EntryPoint, kind: str) -> None:
     try:
-        found = plugin.load()
+        target = plugin.load()
         registry = REGISTRIES[kind]
         with _checking_methods():
-            if inspect.isfunction(found) and not inspect.signature(found).parameters:
-                found()
+            if inspect.isfunction(target) and not inspect.signature(target).parameters:
+                target()
             elif registry.named:
-                registry.register(plugin.name, found)
+                registry.register(plugin.name, target)
             else:
-                registry.register(found)
-    # A package that leaves by itself is as broken as one that raises.
+                registry.register(target)
+    # A package that exits is as broken as one that raises.
     except (Exception, SystemExit) as error:
         package = "an unknown package" if plugin.dist is None else f"{plugin.dist.name} {plugin.dist.version}"
         what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -233,12 +233,12 @@ def named_plugins(objects: Iterable[object]) -> list[str]:
 
 
 def files_of(names: Iterable[str]) -> set[Path]:
-    """The Python files of named plugins, of a package all."""
+    """The Python files of named plugins; for a package, all of its files."""
     return {file for name in names for file in _files(_named[name])}
 
 
 def _modules(value: object) -> Iterator[str]:
-    """The modules that an object and what it is made of are defined in."""
+    """The modules that define an object and its attributes."""
     for part in (value, *getattr(value, "__dict__", {}).values()):
         for owner in (part, type(part)):
             module = getattr(owner, "__module__", None)

@@ -1,7 +1,7 @@
 """Searching for a merge of any pytrees: Flax parameters, a whole nnx module, nested dicts and lists of arrays.
 
-The search is the one of checkpoints (search.loop); here is the space that a genome of group parameters lives in, and
-the evaluator that merges and scores every candidate of a generation inside one compiled program.
+The search is the one for checkpoints (search.loop). This module adds the space of group parameters, and the evaluator
+that merges and scores every candidate of a generation inside one compiled program.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ from evojax_merge.spaces.parameter import GroupSpace
 from evojax_merge.spaces.search_parameters import method_with_base, options_of, search_parameters_of
 
 WHERE = "search_pytrees"
-# Candidates that are compared on the validation split; without one, the best is the best.
+# The number of candidates that are compared on the validation split; without such a split the best candidate wins.
 FINALISTS = 5
 Path = tuple[Any, ...]
 
@@ -59,18 +59,18 @@ class HostFitness:
 
 
 def host_callback(function: Callable[[Any], Any]) -> HostFitness:
-    """Marks a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
+    """Mark a fitness that JAX cannot trace: a simulator, a metric of another library, an evaluation in batches."""
     check_arguments(host_callback, locals())
     return HostFitness(function)
 
 
 @dataclass(frozen=True)
 class PytreeSearch:
-    """What a search found: the best merge, its fitness and its scores per example (float32[N], one number where the
-    fitness is one) on what it was chosen on, by group the searched parameters (one per parent, or one), and how it
-    went: a row a generation, as in a run folder's history.jsonl. chosen_on: where there was a validation split, which
-    of the examples it has, and the fitness and the scores are of; stopped: what ended the search before its last
-    generation."""
+    """The result of a search. best: the best merge; fitness, scores: its fitness and its scores per example
+    (float32[N], N = 1 where the fitness is one number), on the examples that it was chosen on; parameters: by group,
+    the searched parameters (one per parent, or one); history: a mapping a generation, as in a run folder's
+    history.jsonl. chosen_on: the numbers of the validation split's examples, on which the winner was chosen; None
+    without such a split; stopped: the criterion that ended the search before its last generation."""
 
     best: Any = field(repr=False)
     fitness: float
@@ -113,29 +113,29 @@ def search_pytrees(
 ) -> PytreeSearch:
     """Search for the merge of `parents` with the highest fitness.
 
-    parents: pytrees of one structure, whose leaves have the same shapes; `base` one more, from which methods that need
-    it take task vectors. Floating-point leaves are merged; all others (counts, keys) are the base's, or the first
-    parent's. fitness: a merged pytree -> a number, or an array [N] of one per example, whose mean counts; higher is
-    better, and a candidate whose fitness is not finite has failed. It is traced, unless it is `host_callback(...)`.
-    examples: a pytree of arrays with a leading axis N; fitness is then called with the merged pytree and some rows of
-    it, and returns one number for each, so that candidates can be compared on few examples first (`rungs` above 1:
-    successive halving, as in a config; `rung_examples="item_response"`: on those that tell them apart).
+    parents: pytrees of one structure, whose leaves have the same shapes; `base` one more, for methods that take task
+    vectors. Floating-point leaves are merged; all others (counts, keys) are the base's, or the first parent's. fitness:
+    a merged pytree -> a number, or an array [N] with one number per example, whose mean counts; higher is better, and a
+    candidate whose fitness is not finite has failed. JAX traces it, unless it is `host_callback(...)`. examples: a
+    pytree of arrays with a leading axis N; fitness is then called with the merged pytree and some rows of it, and
+    returns one number for each, so that candidates can be compared on few examples first (`rungs` above 1: successive
+    halving, as in a config; `rung_examples="item_response"`: on the examples that best distinguish candidates).
 
     method: any of merge_kernels.METHODS. parameters: the searched ones, with `low`, `high` and `start` (None: the
     method's first, within its usual bounds); `fixed`, `normalize`, `rescale` as in a config's space. groups: a leaf's
-    path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of
-    the top level. strategy, population, generations, sigma, seeds, rungs, gradient: as in a config's search; the
-    strategies `gradient` and `hybrid` differentiate a traced fitness. validation: the share of the examples that no
-    generation is scored on, and that the winner is chosen on; validate_every: how many generations lie between two
-    looks at them. stop: what ends the search before its last generation, any of `evaluations`, `seconds`, `target` and
-    `stagnation`, as in a config. chunk: how many candidates are computed together; None: one after the other on a CPU,
-    else all.
+    path ("encoder/0/kernel") -> the name of the group whose parameters it shares; None: a group for each module of the
+    top level. strategy, population, generations, sigma, seeds, rungs, gradient: as in a config's search; the strategies
+    `gradient` and `hybrid` differentiate a traced fitness. validation: the share of the examples that is kept out of
+    the generations, and on which the winner is chosen; validate_every: the number of generations between two
+    evaluations on them. stop: the criteria that end the search before its last generation, any of `evaluations`,
+    `seconds`, `target` and `stagnation`, as in a config. chunk: the number of candidates that are computed together;
+    None: one on a CPU, else all.
 
     out: a run folder: history.jsonl, checkpoints, result.json and best/params.safetensors (leaves by their paths).
     resume continues a run there; overwrite starts it again.
 
-    Deterministic for a seed. Raises InputError for what cannot be merged or searched, and Failed in a generation of
-    which no candidate has a finite fitness.
+    Deterministic for a seed. Raises InputError for arguments that cannot be merged or searched, and Failed where no
+    candidate of a generation has a finite fitness.
     """
     check_arguments(search_pytrees, locals())
     _check_examples(examples)
@@ -258,11 +258,12 @@ def search_pytrees(
         )  # fmt: skip
         finalists = rescore(space, SpaceEvaluator(space, selection), archive, lambda done: None)
         if not finalists:
-            # Each generation had a candidate with a finite fitness: the function gives another one now.
+            # Each generation had a candidate with a finite fitness, so the function now returns another fitness, or the
+            # split differs.
             split = " on the validation split" if kept_back else " any more"
             raise Failed(f"{WHERE}: the best of {archive.generations} generations has no finite fitness{split}")
         winner = finalists[0]
-        found = PytreeSearch(
+        result = PytreeSearch(
             best=jax.jit(merge)(bank, winner.genome),
             fitness=winner.fitness,
             scores=selection.known(winner.genome),
@@ -272,8 +273,8 @@ def search_pytrees(
             stopped=None if archive.stopped is None else archive.stopped.describe(),
         )
         if folder is not None:
-            _write(folder, found, winner.genome)
-    return found
+            _write(folder, result, winner.genome)
+    return result
 
 
 HINT = "Look at what the fitness function returns for the parents, and at the bounds of the parameters"
@@ -289,15 +290,15 @@ class _Reporter(Reporter):
         self._on_generation(generation)
 
     def warn(self, text: str) -> None:
-        # Of who called `search_pytrees`.
+        # The warning names the caller of `search_pytrees`.
         warnings.warn(text, stacklevel=4)
 
 
-def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
-    """best/params.safetensors and result.json of a run folder."""
+def _write(folder: RunFolder, result: PytreeSearch, genome: np.ndarray) -> None:
+    """Write best/params.safetensors and result.json into a run folder."""
     from safetensors.numpy import save
 
-    leaves, _ = jax.tree_util.tree_flatten_with_path(found.best)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(result.best)
     arrays = {
         _shown(path) or "params": np.ascontiguousarray(np.asarray(leaf))
         for path, leaf in leaves
@@ -305,10 +306,10 @@ def _write(folder: RunFolder, found: PytreeSearch, genome: np.ndarray) -> None:
     }
     atomic_write_bytes(folder.params, save(arrays))
     document = {
-        "generations": len(found.history),
-        "chosen_on": "search" if found.chosen_on is None else "validation",
-        f"{'search' if found.chosen_on is None else 'validation'}_fitness": {"winner": found.fitness},
-        "parameters": found.parameters,
+        "generations": len(result.history),
+        "chosen_on": "search" if result.chosen_on is None else "validation",
+        f"{'search' if result.chosen_on is None else 'validation'}_fitness": {"winner": result.fitness},
+        "parameters": result.parameters,
         "genome": [float(gene) for gene in genome],
     }
     atomic_write(folder.result, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
@@ -339,7 +340,7 @@ def _by_group(space: GroupSpace, genome: np.ndarray) -> dict[str, dict[str, tupl
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of all sources, and whether it is merged (else it is the first source's)."""
+    """One leaf of all sources. merged: whether it is merged; otherwise the merge has the first source's leaf."""
 
     sources: tuple[Any, ...]
     merged: bool
@@ -347,7 +348,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Tree:
-    """All sources, leaf by leaf. paths: each leaf's keys; columns: each source's leaves, as they were given."""
+    """All sources, leaf by leaf. paths: each leaf's keys; columns: each source's leaves, unchanged."""
 
     paths: tuple[Path, ...]
     leaves: tuple[Leaf, ...]
@@ -363,25 +364,29 @@ def _flatten(name: str, tree: Any) -> tuple[list[tuple[Path, Any]], Any]:
     """The leaves of an argument, with their paths, and its structure."""
     try:
         return jax.tree_util.tree_flatten_with_path(tree)
-    # Keys that cannot be sorted, and a tree inside itself, which JAX finds by the depth of its own calls.
+    # These are raised for keys that cannot be sorted, and for a tree that contains itself, by the depth of JAX's calls.
     except (TypeError, ValueError, RecursionError, SystemError) as error:
         raise InputError(f"{WHERE}: {name}", f"is no pytree ({error})") from None
 
 
 def _open(names: Sequence[str], sources: Sequence[Any]) -> Tree:
-    """Check that the sources are alike. Raises InputError that names the first leaf that is not."""
+    """Flatten the sources, and check that their structures agree. Raises InputError, which names the first leaf that
+    differs."""
     flat = [_flatten(name, source) for name, source in zip(names, sources, strict=True)]
     paths: tuple[Path, ...] = tuple(path for path, _ in flat[0][0])
     structure: Any = flat[0][1]
-    for name, (leaves, own) in zip(names[1:], flat[1:], strict=True):
-        here = {_shown(path): None for path, _ in leaves}
-        there = {_shown(path): None for path in paths}
-        for one, other, holder, lacks in ((there, here, names[0], name), (here, there, name, names[0])):
-            missing = next((path for path in one if path not in other), None)
+    for name, (leaves, containers) in zip(names[1:], flat[1:], strict=True):
+        own_paths = {_shown(path): None for path, _ in leaves}
+        first_paths = {_shown(path): None for path in paths}
+        for paths_of_holder, paths_of_other, holder, lacks in (
+            (first_paths, own_paths, names[0], name),
+            (own_paths, first_paths, name, names[0]),
+        ):
+            missing = next((path for path in paths_of_holder if path not in paths_of_other), None)
             if missing is not None:
                 raise InputError(f"{WHERE}: {lacks}", f"has no leaf {missing!r}, which {holder} has")
-        if own != structure:
-            raise InputError(f"{WHERE}: {name}", f"has other containers than {names[0]}: {own} and {structure}")
+        if containers != structure:
+            raise InputError(f"{WHERE}: {name}", f"has other containers than {names[0]}: {containers} and {structure}")
     columns = [[leaf for _, leaf in leaves] for leaves, _ in flat]
     rows = tuple(_leaf(names, _shown(p), row) for p, *row in zip(paths, *columns, strict=True))
     return Tree(paths, rows, structure, tuple(columns))
@@ -411,7 +416,7 @@ def _leaf(names: Sequence[str], path: str, values: Sequence[Any]) -> Leaf:
 
 
 def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[str]:
-    """The group of each leaf: what `groups` says, or the first key at which the paths part."""
+    """The group of each leaf: the result of `groups`, or the first key at which the paths differ."""
     if groups is not None:
         check_call(f"{WHERE}: groups", groups, ["path"])
         labels = [groups(_shown(path)) for path in paths]
@@ -429,7 +434,7 @@ def _labels(paths: Sequence[Path], groups: Callable[[str], str] | None) -> list[
 # Merging and scoring
 
 
-# A leaf that is merged, as the kernels take it, or one that no merge changes.
+# Leaves that are merged, in the kernels' form, and leaves that no merge changes.
 TreeBank = list[LeafBank | Any]
 
 
@@ -444,7 +449,7 @@ def _merge_leaf(spec: MergeSpec, leaf: LeafBank, parameters: Mapping[str, jax.Ar
 
 def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
     """Measure a leaf. Random numbers are fixed by the seed, a parent's content and the leaf's path."""
-    # To the kernels a single number is a vector of one.
+    # The kernels take a single number as a vector of length 1.
     sources = [np.ascontiguousarray(np.atleast_1d(source)) for source in leaf.sources]
     has_base = int(spec.options.has_base)
 
@@ -463,20 +468,21 @@ def _prepare(leaf: Leaf, path: Path, spec: MergeSpec, group: int) -> LeafBank:
 
 
 def _chunk(chunk: int | None, population: int) -> int:
-    """Sharing a pass is slower than one candidate after the other on a CPU, and faster on what has more to share."""
+    """The number of candidates that are computed together. By default one on a CPU, where computing several together is
+    slower, and the whole population on an accelerator, where it is faster."""
     if chunk is None:
         return population if live_target().is_accelerator else 1
     return min(chunk, population)
 
 
-# A genome's scores float32[P, N] for genomes float32[P, D].
+# Genomes float32[P, D] -> their scores float32[P, N].
 Score = Callable[[np.ndarray], np.ndarray]
 Merge = Callable[[TreeBank, jax.Array], Any]
 
 
 @dataclass(frozen=True)
 class PytreeSpace:
-    """The parameters of the groups of leaves. Genomes go to the evaluator as they are: its program merges them."""
+    """The parameters of the groups of leaves. Genomes go to the evaluator unchanged: its program merges them."""
 
     groups: GroupSpace
 
@@ -500,7 +506,7 @@ class PytreeSpace:
 
 @dataclass(frozen=True)
 class FitnessTask:
-    """What the fitness function scores, as a task: `indices`, which of the examples."""
+    """A task that the fitness function scores, on the examples with these `indices`."""
 
     indices: tuple[int, ...]
     name: str = "fitness"
@@ -516,7 +522,7 @@ class FitnessTask:
 
 
 def _minibatches(parts: int, task: FitnessTask, has_examples: bool, seed: int) -> list[list[FitnessTask]]:
-    """Raises InputError where there are not as many examples as minibatches."""
+    """The task in `parts` minibatches. Raises InputError where there are fewer examples than minibatches."""
     if parts > 1 and not has_examples:
         raise InputError(WHERE, f"gradient.minibatches: {parts} are parts of the examples; give it `examples`")
     if parts > task.size:
@@ -525,14 +531,14 @@ def _minibatches(parts: int, task: FitnessTask, has_examples: bool, seed: int) -
 
 
 def _ones(task: FitnessTask) -> np.ndarray:
-    """Of no example is known how long it is."""
+    """The lengths of a task's examples, which are unknown: float64[N] of ones."""
     return np.ones(task.size)
 
 
 @dataclass(frozen=True)
 class PytreeEvaluator:
-    """Scores genomes with the fitness function on some of the examples, and differentiates their mean where `gradient`
-    is there. `divide`: what scores genomes on a task with fewer examples. Scores of the last population are kept."""
+    """Scores genomes with the fitness function on some of the examples, and differentiates their mean where it has a
+    `gradient`. `divide`: a task of fewer examples -> its evaluator. Caches the last population's scores."""
 
     task: FitnessTask
     function: Score
@@ -548,9 +554,9 @@ class PytreeEvaluator:
         return population
 
     def subset(self, examples: Sequence[np.ndarray]) -> "PytreeEvaluator":
-        """The same on some of the examples, int[M], ascending."""
-        (own,) = examples
-        return self.divide(self.task.subset(own.tolist()))
+        """The evaluator of a subset of the examples, int[M], ascending."""
+        (indices,) = examples
+        return self.divide(self.task.subset(indices.tolist()))
 
     def evaluate(self, genomes: np.ndarray, progress: Progress = lambda done: None) -> TaskScores:
         rows = self.function(genomes)
@@ -574,12 +580,12 @@ class PytreeEvaluator:
         return TaskScores({self.task.name: {self.task.metric: rows}}), gradients
 
     def known(self, genome: np.ndarray) -> np.ndarray:
-        """float32[N], the scores of a genome of the population that was evaluated last."""
+        """float32[N], the cached scores of a genome of the last population."""
         return self.last[genome.tobytes()]
 
 
 def _check_examples(examples: Any) -> None:
-    """Raises InputError where they are not all as many."""
+    """Raises InputError where the leaves do not have the same number of examples."""
     leaves = [leaf for _, leaf in _flatten("examples", examples)[0]]
     sizes = sorted({np.shape(leaf)[0] if np.ndim(leaf) else 0 for leaf in leaves})
     if examples is not None and (len(sizes) != 1 or not sizes[0]):
@@ -601,7 +607,7 @@ def _digest_of(leaves: Sequence[Any]) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of random keys, which are no numbers."""
+    """Return whether a leaf is an array of random keys, which are no numbers."""
     return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
@@ -614,8 +620,8 @@ def _score_traced(
     chunk: int,
     examples: Any,
 ) -> tuple[Callable[[Any], Score], int]:
-    """Merges and scores in one program, compiled for a whole population, and for each rung of one: rows of the examples
-    -> genomes' scores on them; and N, of all examples."""
+    """Merge and score in one program, compiled for a whole population and for each rung's size. Returns a function,
+    rows of the examples -> `Score` on them, and N, the number of all examples."""
 
     def one(bank: TreeBank, genome: jax.Array, rest: Any) -> jax.Array:
         return _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
@@ -627,13 +633,13 @@ def _score_traced(
                 f"{WHERE}: examples", f"leaf {_shown(path)!r} is of {dtype}, which JAX has not; expected numbers, or a "
                 "fitness that is host_callback(fitness)",
             )  # fmt: skip
-    # What the function does wrong shows here, before the long work of compiling it with the merges.
+    # Errors of the function appear here, before the long compilation with the merges.
     try:
         shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples))
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        said = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise InputError(
-            WHERE, f"fitness: JAX cannot trace it ({said}); pass host_callback(fitness), which is called with each "
+            WHERE, f"fitness: JAX cannot trace it ({reason}); pass host_callback(fitness), which is called with each "
             "merged pytree (from evojax_merge import host_callback)",
         ) from error  # fmt: skip
 
@@ -647,7 +653,7 @@ def _score_traced(
         rows = []
         for begin in range(0, len(genomes), population):
             part = genomes[begin : begin + population]
-            # Filled up to a size that is compiled already.
+            # Padded to a size for which the program is compiled.
             size = population if examples is None else next(size for size in sizes if size >= len(part))
             padded = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
             rows.append(np.asarray(program(bank, padded, _arguments(examples)))[: len(part)])
@@ -657,7 +663,7 @@ def _score_traced(
 
 
 def _arguments(examples: Any) -> tuple[Any, ...]:
-    """What a fitness is called with beside the merged pytree."""
+    """The arguments of a fitness beside the merged pytree."""
     return () if examples is None else (examples,)
 
 
@@ -679,18 +685,18 @@ def _differentiate(
 
         return jax.lax.map(one, genomes, batch_size=min(chunk, len(genomes)))
 
-    def both(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def differentiate(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, gradients = program(bank, jnp.asarray(genomes), rest)
         return np.asarray(rows), np.asarray(gradients)
 
-    return both
+    return differentiate
 
 
 def _score_on_host(
     fitness: Callable[..., Any], merge: Merge, bank: TreeBank, space: PytreeSpace, examples: Any
 ) -> tuple[Callable[[Any], Score], int]:
-    """One merge and one call after the other: rows of the examples -> genomes' scores on them; and N, of all examples,
-    which the first call, for the start, tells."""
+    """Merge and score one genome after the other. Returns a function, rows of the examples -> `Score` on them, and N,
+    the number of all examples, from the first call, for the start."""
     merged = jax.jit(merge)
 
     def call(examples: Any, genome: np.ndarray) -> np.ndarray:
@@ -700,14 +706,14 @@ def _score_on_host(
     of_start = call(examples, space.start)
 
     def score(rows: Any, genomes: np.ndarray) -> np.ndarray:
-        known = {start: of_start} if rows is examples else {}
-        found = [known[genome.tobytes()] if genome.tobytes() in known else call(rows, genome) for genome in genomes]
-        sizes = sorted({row.size for row in found})
+        cached = {start: of_start} if rows is examples else {}
+        scores = [cached[genome.tobytes()] if genome.tobytes() in cached else call(rows, genome) for genome in genomes]
+        sizes = sorted({row.size for row in scores})
         if len(sizes) > 1:
             raise InputError(
                 f"{WHERE}: fitness", f"returned {sizes[0]} numbers for one candidate and {sizes[1]} for another"
             )
-        return np.stack(found)
+        return np.stack(scores)
 
     return lambda rows: partial(score, rows), of_start.size
 

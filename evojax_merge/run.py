@@ -1,4 +1,4 @@
-"""A run folder, for reading: what a search is doing, or has found."""
+"""A run folder, for reading: a search's progress and results."""
 
 import os
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from evojax_merge.yaml_reader import load_documents, load_yaml
 
 @dataclass(frozen=True, repr=False)
 class Run(Described):
-    """A search's run folder. Every property reads the files as they are now, so that a running search can be watched;
-    what is not there yet is None, or empty."""
+    """A search's run folder. Every property reads the current files, so that a running search can be watched; a
+    property whose file does not exist yet is None, or empty."""
 
     path: Path
 
@@ -57,7 +57,7 @@ class Run(Described):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One mapping a generation: the fitness of every candidate, the best so far, and what the strategy says."""
+        """One mapping a generation: the fitness of every candidate, the best so far, and the strategy's metrics."""
         return self._folder.read_history()
 
     @property
@@ -67,7 +67,7 @@ class Run(Described):
 
     @property
     def finished(self) -> bool:
-        """Whether the search has chosen its winner after the last generation that is saved."""
+        """Return whether the search has chosen its winner after the last saved generation."""
         result = self.result or {}
         return (self.model or self.params) is not None and result.get("generations", -1) >= len(self.history)
 
@@ -83,14 +83,14 @@ class Run(Described):
 
     @property
     def front(self) -> list[dict[str, Any]]:
-        """The members of the front, of a strategy that keeps one, a mapping each: its number (`member`), its scores on
-        the examples that the winner was chosen on, and held out, and its genome."""
+        """The members of the front, for a strategy that keeps one, a mapping each: the member's number (`member`), its
+        scores on the examples that the winner was chosen on and on the held-out ones, and its genome."""
         return list((self.result or {}).get("members", []))
 
     @property
     def recipe(self) -> Any:
-        """The winner as a mergekit recipe that names the models so that they are found from any place: a mapping, or a
-        list of them where the recipe has several documents."""
+        """The winner as a mergekit recipe whose model paths are valid in any working directory: a mapping, or a list of
+        them where the recipe has several documents."""
         return plain_recipe(load_documents(self._folder.recipe)) if self._folder.recipe.is_file() else None
 
     @property
@@ -104,10 +104,10 @@ class Run(Described):
         return self._folder.params if self._folder.params.is_file() else None
 
     def to_frame(self) -> Any:
-        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there,
-        from 0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
-        `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. Of a
-        search in stages, the last one's. Names of parameters need the first parent's headers."""
+        """The history as a pandas table, a row for each candidate: `generation`, `candidate` (its number there, from
+        0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
+        `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
+        search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
         return history_frame(self.history, self._named_values())
 
     def _named_values(self) -> NamedValues:
@@ -130,7 +130,7 @@ class Run(Described):
 
 
 def method_in(config: Mapping[str, Any]) -> str:
-    """What makes the candidates of a config: a merge method, or the kind of its space."""
+    """The name of a config's merge method, or of the kind of its space."""
     space = config.get("space") or config.get("search_pytrees") or {}
     return space.get("method") or next((key for key in ("data_flow", "pool", "stages") if config.get(key)), "unknown")
 

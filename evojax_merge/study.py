@@ -45,15 +45,15 @@ from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import find_method, options_of
 from evojax_merge.yaml_reader import parse_documents
 
-# What messages call a study's document.
+# The name of a study's document in messages.
 WHERE = Path("Study")
 Split = Literal["search", "validation", "heldout"]
 
 
 @dataclass(frozen=True, repr=False)
 class Models(Described):
-    """Models of one architecture, by their headers: what a search merges. base, parents: as they were named; folders:
-    the parents', base_folder: the base's; decoder: the architecture's config."""
+    """Models of one architecture, by their headers, for a search to merge. base, parents: the names that were given;
+    folders: the parents' folders; base_folder: the base's; decoder: the architecture's config."""
 
     base: str | None
     parents: tuple[str, ...]
@@ -65,7 +65,7 @@ class Models(Described):
 
     @property
     def names(self) -> list[str]:
-        """What the parents are called in tables."""
+        """The parents' names in tables."""
         return model_names(self.folders)
 
     def document(self) -> dict[str, Any]:
@@ -90,9 +90,9 @@ def load_models(
 ) -> Models:
     """Open models for a search, by their headers alone.
 
-    base: the model that task vectors are taken from, None: there is none. base, parents: folders, GGUF files, hub ids,
-    adapters (`base+adapter`) or `zoo:` names; relative paths start in the working directory. tokenizer_source,
-    other_modules: as in a config.
+    base: the model that task vectors are taken from, or None. base, parents: folders, GGUF files, hub ids, adapters
+    (`base+adapter`) or `zoo:` names; relative paths start in the working directory. tokenizer_source, other_modules: as
+    in a config.
     """
     check_arguments(load_models, locals())
     plugins.load()
@@ -118,8 +118,8 @@ def load_models(
 
 
 class MergeSpace(Described):
-    """The parameters of a merge that a search looks for. keys: those of a config's `space`, such as `layers_per_group`,
-    `components`, `parameters` and `fixed`."""
+    """The parameters of a merge that a search optimises. keys: the keys of a config's `space`, such as
+    `layers_per_group`, `components`, `parameters` and `fixed`."""
 
     def __init__(self, models: Models, method: str, **keys: Any) -> None:
         check_arguments(MergeSpace.__init__, locals())
@@ -136,12 +136,12 @@ class MergeSpace(Described):
 
     @property
     def dims(self) -> int:
-        """D, how many numbers a genome has."""
+        """D, the number of genes of a genome."""
         return self._space.dims
 
     @property
     def start(self) -> np.ndarray:
-        """float32[D]: where a search begins."""
+        """float32[D]: the genome with which a search begins."""
         return self._space.start
 
     @property
@@ -172,9 +172,9 @@ def _parameters(space: ParameterSpace, genome: np.ndarray, parents: Sequence[str
 
 @dataclass(frozen=True, repr=False)
 class Trial(Described):
-    """A candidate of a study. generation: from 1, and candidate: its number there, from 0; both None for a winner that
-    no generation had. fitness: None where it failed; examples: how many it was evaluated on; scores: its mean on each
-    task; genome: float32[D]."""
+    """A candidate of a study. generation: the generation's number, from 1; candidate: its number in the generation,
+    from 0; both None for a winner that was in no generation. fitness: None where the candidate failed; examples: the
+    number of examples that it was evaluated on; scores: its mean on each task; genome: float32[D]."""
 
     generation: int | None
     candidate: int | None
@@ -207,12 +207,12 @@ class Trial(Described):
 class Study(Described):
     """A search for the best merge of models.
 
-    space: what is searched, of these models. tasks: what candidates are scored on, by `tasks.ExactMatch` and its like,
-    or mappings as a config has them. strategy: `strategies.cma_es(population=16)` and its like; None: CMA-ES with its
-    own population. out: the run folder, which `run` needs. seed: of everything that is drawn at random. validation: the
-    share of the examples that is kept back to choose the winner on. resume, overwrite: continue, or replace, the run
-    that lies in `out`. evaluation, export_dtype: as in a config. search: other keys of a config's `search`, such as
-    `finalists`, `rungs` and `stop`.
+    space: the searched parameters of merges of `models`. tasks: the tasks that candidates are scored on, made by
+    `tasks.ExactMatch` and its like, or mappings in a config's form. strategy: `strategies.cma_es(population=16)` and
+    its like; None: CMA-ES with its default population. out: the run folder, which `run` needs. seed: the seed of all
+    random numbers. validation: the share of the examples that is kept back to choose the winner on. resume, overwrite:
+    continue, or replace, the run that lies in `out`. evaluation, export_dtype: as in a config. search: other keys of a
+    config's `search`, such as `finalists`, `rungs` and `stop`.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Study(Described):
             raise InputError(f"Study: {'resume' if resume else 'overwrite'}", "there is no run folder; give `out`")
         if self.out is not None:
             check_place(self.out, resume=resume, overwrite=overwrite)
-        # Generations that were told by hand, and the state of the search after them.
+        # The generations that `tell` ended, and the state of the search after them.
         self._rows: list[dict[str, Any]] = []
         self._state: dict[str, Any] | None = None
         self._first = 0
@@ -284,10 +284,11 @@ class Study(Described):
         *,
         force: bool = False,
     ) -> Run:
-        """Search so many more generations in the run folder, choose the winner, write its model, and return the run.
+        """Search `generations` more generations in the run folder, choose the winner, write its model, and return the
+        run.
 
-        Called again, or with `resume`, it goes on from the last saved generation. on_generation gets every generation.
-        force: go on where the models or the passes do not fit into memory.
+        A second call, or a study with `resume`, continues from the last saved generation. on_generation gets every
+        generation. force: continue where the models or the passes do not fit into memory.
         """
         check_arguments(Study.run, locals())
         if generations < 1:
@@ -312,7 +313,7 @@ class Study(Described):
         finally:
             self._state = None
             if begun:
-                # A run that was refused leaves nothing to go on with.
+                # A run that was refused leaves nothing to continue.
                 self._resume, self._overwrite = is_run(RunFolder(self.out)), False
         return open_run(self.out)
 
@@ -320,27 +321,27 @@ class Study(Described):
     # A loop by hand, in memory
 
     def ask(self) -> np.ndarray:
-        """The next generation's genomes, float32[P, D]: the same ones until they are told."""
+        """The next generation's genomes, float32[P, D]. Every call returns the same genomes until `tell`."""
         genomes, _ = self._asked()
         return np.asarray(genomes)
 
     def evaluate(self, genomes: Any, *, split: Split = "search") -> Scores:
-        """The scores of genomes float32[P, D] on the examples of a split, of `search` on those that generations have.
-        `.fitness` float64[P] is higher for better candidates, NaN for those that failed."""
+        """The scores of genomes float32[P, D] on the examples of a split; on `search`, the examples that generations
+        use. `.fitness` float64[P] is higher for better candidates, NaN for those that failed."""
         check_arguments(Study.evaluate, locals())
         genomes = genome_array("genomes", genomes, ("P", self.space.dims))
         if not len(genomes):
             raise InputError("genomes", "are empty; expected 1 or more")
         evaluator = self._evaluator(split)
         scores = evaluator.score(genomes)
-        # The sum that a run makes, to the last bit.
+        # The sum is a run's, to the last bit.
         matrix = replace(score_matrix(evaluator.tasks, scores), predicted=fitness(evaluator.tasks, scores))
         if split == "search":
             self._latest = matrix, scores
         return matrix
 
     def tell(self, genomes: Any, scores: Any) -> None:
-        """End a generation. genomes: those that `ask` gave; scores: what `evaluate` gave for them, or a fitness of
+        """End a generation. genomes: the genomes from `ask`; scores: the result of `evaluate` for them, or a fitness of
         one's own, float[P], higher for better candidates and NaN for those that failed."""
         strategy, dims = self._problem.strategy, self.space.dims
         genomes = genome_array("genomes", genomes, (strategy.population, dims))
@@ -351,7 +352,7 @@ class Study(Described):
             raise Failed(f"generation {number + 1}: all {len(values)} candidates failed, none has a finite fitness")
         _, state_after_ask = self._asked()
         before, key = self._before(), generation_key(self.seed, number)
-        told = tell(strategy, key, state_after_ask, genomes, matrix)
+        strategy_state = tell(strategy, key, state_after_ask, genomes, matrix)
         examples = matrix.evaluated.sum(axis=1)
         complete = np.isfinite(values) & matrix.evaluated.all(axis=1)
         of_best: dict[str, float] = {}
@@ -361,9 +362,11 @@ class Study(Described):
         shown_by = HalvingResult(
             values, examples, complete, matrix, of_best, TaskScores({}), empty_surrogate(1, dims, 0)
         )
-        self._state = next_state(told, genomes, shown_by, before)
+        self._state = next_state(strategy_state, genomes, shown_by, before)
         evaluations = len(genomes) + (self.history[-1]["evaluations"] if number else 0)
-        self._rows.append(history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, told)))
+        self._rows.append(
+            history_row(number + 1, evaluations, genomes, shown_by, self._state, metrics(strategy, strategy_state))
+        )
 
     def _asked(self) -> tuple[Any, Any]:
         strategy, state = self._problem.strategy, self._before()["strategy"]
@@ -375,7 +378,8 @@ class Study(Described):
         return ask(strategy, generation_key(self.seed, self._generations), state, self.space.dims)
 
     def _before(self) -> dict[str, Any]:
-        """The state before the next generation: what was told last, what the run folder has saved, or the start."""
+        """The state before the next generation: the state after the last `tell`, the run folder's saved state, or the
+        first state."""
         if self._state is None:
             problem, surrogate = self._problem, empty_surrogate(1, self.space.dims, 0)
             state = init_state(problem.search, self.seed, problem.strategy, problem.space, surrogate)
@@ -416,7 +420,7 @@ class Study(Described):
 
     @property
     def _generations(self) -> int:
-        """How many generations are behind the next one that is asked for."""
+        """The number of generations before the next one."""
         self._before()
         return self._first + len(self._rows)
 
@@ -427,7 +431,8 @@ class Study(Described):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """One mapping a generation, as in `history.jsonl`; those of the run folder, then those that were told."""
+        """One mapping a generation, as in `history.jsonl`: the run folder's generations, then the generations that
+        `tell` ended."""
         saved = self._saved_history()
         return [*(saved[: self._first] if self._rows else saved), *self._rows]
 
@@ -494,7 +499,7 @@ class Study(Described):
 
 
 def _ignore(line: str) -> None:
-    """For what a checkpoint's reader tells."""
+    """Drop a message of a checkpoint's reader."""
 
 
 def _checked_scores(scores: Any, population: int) -> Scores:

@@ -1,7 +1,7 @@
 """transformers logs a note when it is imported without PyTorch: there will be no models, only tokenizers and configs.
 
-These two are all that this program takes from it, so the note is dropped where this program imports transformers, and
-stays where somebody else does.
+This program uses tokenizers and configs alone, so the note is dropped where this program imports transformers, and
+stays where other code does.
 """
 
 import logging
@@ -12,10 +12,10 @@ NOTES = ("PyTorch was not found", "None of PyTorch")
 
 
 def _is_ours() -> bool:
-    """Whether a module of this package is among the callers."""
+    """Return whether a module of this package is among the callers."""
     frame = sys._getframe().f_back
     while frame is not None:
-        # The package tells of a module that is run as a program, too.
+        # `__package__` identifies a module that is run as a program, too.
         package = str(frame.f_globals.get("__package__")).partition(".")[0]
         if package == __package__ and frame.f_globals.get("__name__") != __name__:
             return True

@@ -1,4 +1,4 @@
-"""Python files and packages of a user's, imported by path or by name."""
+"""Import of users' Python files and packages, by path or by name."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,8 @@ from types import ModuleType
 
 
 def load_file(path: Path) -> ModuleType:
-    """Import a Python file once. The module's name contains a digest of the content, so that a file that has changed is
-    another module. Raises what the file raises."""
+    """Import a Python file once. The module's name contains a digest of the content, so that a changed file is another
+    module. Exceptions of the file pass through."""
     name = f"{path.stem}_{sha256(str(path).encode() + path.read_bytes()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -29,8 +29,8 @@ def load_file(path: Path) -> ModuleType:
 
 @contextmanager
 def importing_from(folder: Path) -> Iterator[None]:
-    """Put `folder` first on the path, as Python does for a script there. Afterwards it stays on it, but last, where it
-    hides no library that is imported later."""
+    """Put `folder` first on sys.path, as Python does for a script in it. Afterwards the folder stays on the path, but
+    last, where it hides no library that is imported later."""
     entry = str(folder.resolve())
     sys.path.insert(0, entry)
     try:
@@ -42,6 +42,6 @@ def importing_from(folder: Path) -> Iterator[None]:
 
 
 def lacks_module(error: ModuleNotFoundError, name: str) -> bool:
-    """Whether an import of `name` failed because it, or a package that it is in, is not there. Otherwise a module that
-    it imports is missing."""
+    """Return whether an import of `name` failed because this module, or a package that contains it, is missing.
+    Otherwise a module that `name` imports is missing."""
     return error.name is not None and (name == error.name or name.startswith(f"{error.name}."))

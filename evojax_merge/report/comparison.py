@@ -17,8 +17,8 @@ from evojax_merge.report.winner import WinnerReport
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the final table: held-out scores of a model. lead: the winner's lead over it; None where there is no
-    winner, or no interval."""
+    """One line of the final table: held-out scores of a model. lead: the winner's lead over the model; None where there
+    is no winner, or no interval."""
 
     role: str
     name: str
@@ -45,12 +45,12 @@ class FrontMember:
 class Result:
     """The winner and its comparison with other models.
 
-    `baseline`: the candidate that nobody searched for (the uniform merge, the first parent as it is, or the best of a
+    `baseline`: the candidate that needs no search (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
     the founder's name. `rows`: the held-out table. `report`: shows the winner. `validation`: the winner's fitness and
     the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the search split.
-    `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, of a strategy
-    that keeps one. `compute_dtype`: the dtype that all of these scores were computed in; `search_compute_dtype`: the
+    `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, where the
+    strategy keeps one. `compute_dtype`: the dtype of the computation of all these scores; `search_compute_dtype`: the
     dtype of the generations' scores.
     """
 
@@ -72,8 +72,8 @@ class Result:
 
     @property
     def rivals(self) -> list[Row]:
-        """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge, as
-        far as they exist."""
+        """The models that a search has to beat on held-out data: the base, the best parent, and the uniform merge,
+        where these exist."""
         parents = [row for row in self.rows if row.role == "parent"]
         best = max(parents, key=lambda row: row.fitness if np.isfinite(row.fitness) else -np.inf)
         return [row for row in self.rows if row is best or row.role in ("base", "uniform")]
@@ -103,7 +103,8 @@ class Result:
         )
 
     def front(self) -> list[Row]:
-        """The members as rows of a table: each task on the examples that the winner was chosen on, and held out."""
+        """The members as rows of a table, with their scores on each task, on the examples that the winner was chosen on
+        and on the held-out ones."""
         split = "search" if self.validation is None else "validation"
 
         def row(member: FrontMember) -> Row:
@@ -162,7 +163,7 @@ def model_name(path: Path) -> str:
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:
-    """What several models are called; by their whole paths where names would be the same."""
+    """The names of several models in tables; their whole paths where two names would be equal."""
     names = list(map(model_name, paths))
     return names if len(set(names)) == len(names) else list(map(str, paths))
 
@@ -203,7 +204,8 @@ def write_result(result: Result, generations: int, file: Path) -> None:
     document = {
         "generations": generations,
         "table": [plain(row) for row in result.rows],
-        # By role: whether the winner is better on held-out data, both figures, and the 95% interval of the difference.
+        # For each rival's role: whether the winner is better on held-out data, both figures, and the 95% interval of
+        # the difference.
         "better_than": {
             row.role: {
                 "name": row.name,

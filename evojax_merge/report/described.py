@@ -1,4 +1,4 @@
-"""Objects of the public API that say in a prompt and in a notebook what they hold."""
+"""Display of the public API's objects in a prompt and in a notebook."""
 
 from collections.abc import Mapping
 from html import escape
@@ -11,7 +11,7 @@ class Described:
     """An object with a `repr` in one line and a small table for notebooks, both of its facts."""
 
     def facts(self) -> Mapping[str, Any]:
-        """What identifies the object and how far it is: a name -> a text, a number, a list of texts or None."""
+        """The object's identity and progress: a name -> a text, a number, a list of texts or None."""
         raise NotImplementedError
 
     def __repr__(self) -> str:

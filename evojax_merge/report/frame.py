@@ -12,14 +12,15 @@ NamedValues = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 def gene_values(genomes: np.ndarray) -> dict[str, np.ndarray]:
-    """The genes of genomes float32[P, D] by their numbers, of a space whose parameters have no names."""
+    """The genes of genomes float32[P, D] by their numbers, for a space whose parameters have no names."""
     return {f"gene[{number}]": column for number, column in enumerate(genomes.T)}
 
 
 def history_frame(history: Sequence[Mapping[str, Any]], named_values: NamedValues) -> Any:
-    """A pandas table of a history's rows with a row for each candidate: its generation, its number in it, its
-    fitness, how many examples it was evaluated on, its mean on each task, and what `named_values` makes of its genome.
-    NaN where a candidate failed. Raises InputError where pandas is not installed."""
+    """A pandas table of a history's rows with a row for each candidate: its generation, its number in the generation,
+    its fitness, the number of examples that it was evaluated on, its mean on each task, and the values that
+    `named_values` returns for its genome. NaN where a candidate failed. Raises InputError where pandas is not
+    installed."""
     try:
         import pandas
     except ImportError:

@@ -1,10 +1,9 @@
 """Tasks that a user's own Python function scores.
 
-The function gets one of three things: the `texts` that a candidate writes, the `log_probabilities` of the targets,
-or, compiled into the scoring pass, each row's `logits`. What it must not be is wrong without a word: it is imported
-and looked at before any long work, and whatever it returns is checked for its shape and type. It runs in this process,
-where it can use the devices that the search uses; what would end the process from inside it is a failure of the
-function instead.
+The function gets one of three things: the `texts` that a candidate writes, the `log_probabilities` of the targets, or,
+compiled into the scoring pass, each row's `logits`. A wrong function must not go unnoticed: the program imports and
+inspects it before any long work, and checks the shape and type of every result. The function runs in this process,
+where it can use the search's devices; an attempt to end the process is a failure of the function instead.
 """
 
 import contextlib
@@ -45,16 +44,16 @@ from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_example
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
-# What the function is called with.
+# The arguments of the function.
 ARGUMENTS: dict[Inputs, tuple[str, ...]] = {
     "texts": ("records", "texts"),
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
 }
 METRIC = "score"
-# What the command line takes for the end of the command, or for its user's mistake, when the program raises it.
+# Exceptions that mean, to the command line, the end of the command or its user's mistake.
 MEANT_FOR_THE_PROGRAM = (InputError, PeerLostError, click.ClickException, click.Abort)
-# What ends or replaces a process at once; all others of the family go through these.
+# The functions of os that end or replace a process at once; the rest of the family call these.
 ENDS = ("_exit", "execv", "execve")
 _OWN_ENDS = threading.RLock()
 
@@ -62,9 +61,10 @@ _OWN_ENDS = threading.RLock()
 class FunctionConfig(TaskConfig):
     """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
 
-    `inputs`: what the function is called with. `texts`: the records and what a candidate writes after each prompt. On
-    the other two it runs on the target given the prompt: `log_probabilities`: the records and each target's total
-    log-probability. `logits`: a row's logits, targets and mask, traced and compiled into the scoring pass.
+    `inputs`: the function's arguments. `texts`: the records and a candidate's text after each prompt. With the other
+    two a candidate is run on the target given the prompt: `log_probabilities`: the records and each target's total
+    log-probability; `logits`: a row's logits, targets and mask, with the function traced and compiled into the scoring
+    pass.
     """
 
     earlier_names: ClassVar[Mapping[str, str]] = {"gets": "inputs"}
@@ -90,8 +90,8 @@ class FunctionConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class UserFunction:
-    """A function that the config names. `reference` is that name; `files` are the source files that hold it; `place`:
-    the name from any folder, where a file is named."""
+    """A function that the config names. `reference` is that name; `files` are the source files that hold the function;
+    `place`: a name that is valid from any folder, where the config names a file."""
 
     reference: str
     call: Callable[..., Any]
@@ -101,8 +101,8 @@ class UserFunction:
 
 @dataclass(frozen=True)
 class Traced:
-    """A user's function as what a row's logits are reduced to. Equal for equal functions, so that all splits of a
-    task share one compiled pass."""
+    """A user's function as a reduction of a row's logits. Equal for equal functions, so that all splits of a task share
+    one compiled pass."""
 
     function: UserFunction
 
@@ -112,15 +112,15 @@ class Traced:
         with users_code(self.function.reference):
             result = jnp.asarray(self.function.call(logits, targets, mask))
         if result.shape or jnp.iscomplexobj(result):
-            found = f"{result.dtype.name}{list(result.shape)}"
-            raise TypeError(f"{self.function.reference} returned {found} for a row; expected one real number")
+            kind = f"{result.dtype.name}{list(result.shape)}"
+            raise TypeError(f"{self.function.reference} returned {kind} for a row; expected one real number")
         return result.astype(jnp.float32)
 
 
 @dataclass(frozen=True)
 class FunctionTask(TaskDefaults):
-    """A task (tasks.task) whose metric, `score`, a user's function gives. `text` says what is asked of a model, and
-    `records` are the examples as they stand in the file."""
+    """A task (tasks.task) whose metric, `score`, a user's function computes. `text` makes the requests to a model, and
+    `records` are the examples in the file's form."""
 
     text: TextTask
     records: tuple[dict[str, Any], ...]
@@ -162,22 +162,22 @@ class FunctionTask(TaskDefaults):
         if self.inputs == "logits":
             return {METRIC: responses.totals.astype(np.float32)}
         given: Any = responses.texts if self.inputs == "texts" else responses.totals
-        return {METRIC: np.stack([self._scores_of(own) for own in given])}
+        return {METRIC: np.stack([self._scores_of(candidate) for candidate in given])}
 
     @property
     def derivative(self) -> Derivative | None:
-        """What is traced is differentiated with the pass that it is part of."""
+        """A traced function is differentiated with its scoring pass; the others have no derivative."""
         return "linear" if self.inputs == "logits" else None
 
     def score_gradient(self, responses: Responses) -> np.ndarray:
         return np.ones(responses.totals.shape, np.float32)
 
-    def _scores_of(self, own: Any) -> np.ndarray:
-        """One candidate's scores, float32[N]. A candidate that failed is not shown to the function."""
-        if self.inputs == "log_probabilities" and not np.isfinite(own).all():
+    def _scores_of(self, inputs: Any) -> np.ndarray:
+        """One candidate's scores, float32[N]. The function is not called for a candidate that failed."""
+        if self.inputs == "log_probabilities" and not np.isfinite(inputs).all():
             return np.full(self.size, np.nan, np.float32)
         with users_code(self.function.reference):
-            return checked(self.function, self.function.call(list(self.records), own), self.size)
+            return checked(self.function, self.function.call(list(self.records), inputs), self.size)
 
     def target(self, example: int) -> str | None:
         return None if self.inputs == "texts" else self.text.target(example)
@@ -198,12 +198,12 @@ class FunctionTask(TaskDefaults):
 
 
 def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
-    """The task on the records of one file. Raises InputError for what config, function or file cannot mean."""
+    """The task on the records of one file. Raises InputError for a fault of the config, the function or the file."""
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     file = opening.file(*opening.source("file", config.file))
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    # What a right text is, the function knows: a record of texts needs no target, and this one is never read.
+    # The function judges the texts: a record needs no target, and this placeholder is never read.
     target = "-" if config.inputs == "texts" else config.target
     fields = checked_fields(where, config.prompt, target, "", "", config.delimiter)
     check_stop(where, config.stop)
@@ -222,19 +222,19 @@ KIND = TaskKind(FunctionConfig, open_function, source="file")
 
 
 class Ended(BaseException):
-    """A user's code called what ends or replaces its process."""
+    """A user's code called a function that ends or replaces its process."""
 
 
 class FunctionFailed(RuntimeError):
-    """A user's code failed by what would have ended the program; that is its cause."""
+    """A user's code failed with an exception that would have ended the program; the exception is the cause."""
 
 
 @contextlib.contextmanager
 def users_code(name: str) -> Iterator[None]:
-    """Around code of a user's: it fails, with FunctionFailed, where it would end the program (`sys.exit`, `os._exit`,
-    `os.exec…`) or interrupt it without that anyone asked. A SIGINT or SIGTERM in the block interrupts as always, even
-    where the code goes on. A process that the code forks off and that comes out of the block ends there: it would be a
-    second search."""
+    """Run a user's code in the block. Raises FunctionFailed where the code would end the program (`sys.exit`,
+    `os._exit`, `os.exec…`) or interrupt it without a signal. A SIGINT or SIGTERM in the block interrupts as always,
+    even where the code catches the interruption. A process that the code forks ends at the end of the block: it would
+    be a second search."""
     owner, interruptions = os.getpid(), list[BaseException]()
 
     def instead(end: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +255,7 @@ def users_code(name: str) -> Iterator[None]:
 
         return handle
 
-    # Signals come to the main thread alone, and only it can set who handles them.
+    # Only the main thread receives signals and can set their handlers.
     handlers: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         numbers = (signal.SIGINT, signal.SIGTERM)
@@ -296,7 +296,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
-    """What a function returned as float32[count]. Raises TypeError that says what was found and expected."""
+    """A function's result as float32[count]. Raises TypeError with the result's and the expected form."""
     expected = f"expected {count} numbers, one for each record"
     try:
         values = np.asarray(returned)
@@ -310,7 +310,7 @@ def checked(function: UserFunction, returned: Any, count: int) -> np.ndarray:
 
 
 def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
-    """Trace the function before anything is compiled with it: what it raises comes now, and alone."""
+    """Trace the function before anything is compiled with it, so that its exceptions come early, and alone."""
     import jax.numpy as jnp
 
     jax.eval_shape(
@@ -326,9 +326,9 @@ def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
 
 
 def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> UserFunction:
-    """`module:name` or `path/to/file.py:name`, both looked for from `folder` on, or the reference of a function that a
-    Python program has given. Raises InputError where there is no such function, or where it cannot be called with what
-    it is to get."""
+    """Import the function of a reference: `module:name` or `path/to/file.py:name`, both relative to `folder`, or the
+    reference of a function that a Python program has given. Raises InputError where there is no such function, or where
+    its signature does not accept the arguments of `inputs`."""
     if python_functions.is_reference(reference):
         given = python_functions.find_function(where, reference)
         _check_arguments(where, reference, given, inputs)
@@ -344,15 +344,15 @@ def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> U
     if not callable(function):
         raise InputError(where, f"{reference} is of type {type(function).__name__}; expected a function")
     _check_arguments(where, reference, function, inputs)
-    known = f"{Path(str(module.__file__)).resolve()}:{name}" if place.endswith(".py") else reference
-    return UserFunction(reference, function, _source_files(module, function), known)
+    absolute_reference = f"{Path(str(module.__file__)).resolve()}:{name}" if place.endswith(".py") else reference
+    return UserFunction(reference, function, _source_files(module, function), absolute_reference)
 
 
 def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: Inputs) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # A function that is not written in Python need not say what it takes.
+        return  # Functions that are not written in Python may have no signature.
     try:
         signature.bind(*ARGUMENTS[inputs])
     except TypeError:
@@ -395,10 +395,10 @@ def _import(where: str, place: str, folder: Path, load: Callable[[], ModuleType]
 
 
 def _told(error: BaseException, place: str) -> str:
-    """An exception in one line, with the line of the user's file that it came from."""
-    said = _one_line(error)
+    """An exception in one line, with the line number in the user's file where it was raised."""
+    message = _one_line(error)
     if isinstance(error, SyntaxError):
-        return said  # It names file and line by itself.
+        return message  # Its message names file and line.
     stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).stem == stem]
-    return f"line {lines[-1]}: {said}" if lines else said
+    return f"line {lines[-1]}: {message}" if lines else message

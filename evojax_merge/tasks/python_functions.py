@@ -19,14 +19,15 @@ PREFIX = "python:"
 # Characters of a qualified name and of a digest in a reference.
 MAX_NAME, DIGEST = 100, 16
 _functions: dict[str, Callable[..., Any]] = {}
-# By the identity of a function. `_referenced` keeps these functions alive, so that no other gets their identity.
+# References by the `id` of the function. `_referenced` keeps these functions alive, so that no other function gets
+# their `id`.
 _references: dict[int, str] = {}
 _referenced: list[Callable[..., Any]] = []
 
 
 def reference_to(function: Callable[..., Any]) -> str:
     """The text that stands for a function in a config, `python:QUALNAME@DIGEST`. It stays the same for one function
-    object, whatever becomes of the variables that the function uses."""
+    object, even if the variables that the function uses change."""
     if id(function) not in _references:
         name = getattr(function, "__qualname__", None) or type(function).__qualname__
         _references[id(function)] = f"{PREFIX}{name[:MAX_NAME]}@{digest(function)}"
