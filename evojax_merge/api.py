@@ -74,11 +74,11 @@ def as_yaml(where: str, value: Any) -> Any:
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {
-                key: reference_to(one) if key == "function" and callable(one) else plain(one)
-                for key, one in value.items()
+                key: reference_to(item) if key == "function" and callable(item) else plain(item)
+                for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [plain(one) for one in value]
+            return [plain(item) for item in value]
         if isinstance(value, np.ndarray | np.generic):
             return value.tolist()
         return str(value) if isinstance(value, PathLike) else value
@@ -214,15 +214,15 @@ def genome_array(name: str, value: Any, shape: tuple[str | int, ...]) -> np.ndar
     argument, and for values that are not finite in float32."""
     expected = f"expected numbers of shape [{', '.join(map(str, shape))}]"
     try:
-        given = np.asarray(value)
+        array = np.asarray(value)
     except (TypeError, ValueError):  # lists of unlike lengths
         raise InputError(name, f"{shown(value)}; {expected}") from None
-    if given.dtype.kind not in "fiu" and not jnp.issubdtype(given.dtype, jnp.floating):
+    if array.dtype.kind not in "fiu" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(name, f"{shown(value)}; {expected}")
-    if given.ndim != len(shape) or any(a != b for a, b in zip(given.shape, shape, strict=True) if isinstance(b, int)):
-        raise InputError(name, f"shape {list(given.shape)}; {expected}")
+    if array.ndim != len(shape) or any(a != b for a, b in zip(array.shape, shape, strict=True) if isinstance(b, int)):
+        raise InputError(name, f"shape {list(array.shape)}; {expected}")
     with np.errstate(over="ignore"):
-        genes = given.astype(np.float32)
+        genes = array.astype(np.float32)
     if not np.isfinite(genes).all():
         raise InputError(name, "NaN or infinite in float32; expected finite numbers")
     return genes

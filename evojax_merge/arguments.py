@@ -46,7 +46,7 @@ def _check(where: str, hint: Any, value: Any) -> None:
         _adapter(hint).validate_python(_plain(value))
     except ValidationError:
         # The message about an item is more specific than the message about its list.
-        for origin, items in ((get_origin(one), get_args(one)) for one in _members(hint)):
+        for origin, items in ((get_origin(member), get_args(member)) for member in _members(hint)):
             if origin is Mapping and isinstance(value, Mapping):
                 for key, item in value.items():
                     _check(f"{where}.{key}", items[-1], item)
@@ -54,7 +54,7 @@ def _check(where: str, hint: Any, value: Any) -> None:
                 for number, item in enumerate(value):
                     _check(f"{where}[{number}]", items[0], item)
         raise InputError(where, f"{shown(value)}; expected {_words(hint)}") from None
-    if isinstance(value, str | os.PathLike) and any(get_origin(one) is os.PathLike for one in _members(hint)):
+    if isinstance(value, str | os.PathLike) and any(get_origin(member) is os.PathLike for member in _members(hint)):
         _check_path(where, os.fspath(value))
 
 
@@ -102,14 +102,14 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _plain(value: Any) -> Any:
     """A value with NumPy's numbers, also those in a mapping, as Python's."""
     if isinstance(value, Mapping):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _words(annotation: Any) -> str:
     origin = get_origin(annotation)
     if origin is Annotated:
-        forms = [one.words for one in annotation.__metadata__ if isinstance(one, Form)]
+        forms = [form.words for form in annotation.__metadata__ if isinstance(form, Form)]
         return forms[0] if forms else _words(get_args(annotation)[0])
     if len(_members(annotation)) > 1:
         return " or ".join(dict.fromkeys(map(_words, _members(annotation))))

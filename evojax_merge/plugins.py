@@ -104,8 +104,10 @@ def _wrong_result(method: Any) -> str | None:
     rng, shape = np.random.default_rng(0), (4, 3)
     sources = tuple(rng.uniform(0.1, 1.0, shape).astype(np.float32) for _ in range(count + options.has_base))
     numbers = {
-        one.name: np.full(count if one.per_parent else (), 1 / count if one.default is None else one.default)
-        for one in method.parameters
+        parameter.name: np.full(
+            count if parameter.per_parent else (), 1 / count if parameter.default is None else parameter.default
+        )
+        for parameter in method.parameters
     }
     results: list[Any] = []
 
@@ -215,16 +217,16 @@ def _load(plugin: EntryPoint, kind: str) -> None:
 
 
 def source_files(objects: Iterable[object]) -> set[Path]:
-    """The Python files behind these objects, as far as they come from installed plugins: all of their packages, since
-    one file may use another."""
+    """The Python files of the installed plugins that define these objects: all files of their packages, since one file
+    may use another."""
     packages = {plugin.module.partition(".")[0] for plugin in _loaded}
-    used = packages & {module.partition(".")[0] for one in objects for module in _modules(one)}
+    used = packages & {module.partition(".")[0] for value in objects for module in _modules(value)}
     return {file for package in used for file in _files(sys.modules[package])}
 
 
 def named_plugins(objects: Iterable[object]) -> list[str]:
     """The named plugins that define these objects."""
-    defining = {module for one in objects for module in _modules(one)}
+    defining = {module for value in objects for module in _modules(value)}
     return [
         name
         for name, plugin in _named.items()

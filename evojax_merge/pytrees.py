@@ -204,9 +204,11 @@ def search_pytrees(
         if isinstance(fitness, HostFitness)
         else _score_traced(fitness, merge, bank, space, size, _chunk(chunk, size), examples)
     )
-    given = count if examples is None else len(jax.tree.leaves(examples)[0])
-    if count not in (1, given):
-        raise InputError(f"{WHERE}: fitness", f"returned {count} numbers for {given} examples; expected one for each")
+    example_count = count if examples is None else len(jax.tree.leaves(examples)[0])
+    if count not in (1, example_count):
+        raise InputError(
+            f"{WHERE}: fitness", f"returned {count} numbers for {example_count} examples; expected one for each"
+        )
     everything = FitnessTask(tuple(range(count)))
 
     def evaluator_of(task: FitnessTask) -> PytreeEvaluator:
@@ -240,7 +242,7 @@ def search_pytrees(
             document = {
                 "search_pytrees": {
                     "method": method, "seed": seed, "groups": list(kinds),
-                    "parameters": {one.name: [one.low, one.high, *one.start] for one in search_parameters},
+                    "parameters": {item.name: [item.low, item.high, *item.start] for item in search_parameters},
                     "constants": {name: list(values) for name, values in others}, "options": asdict(options),
                 },
                 "search": search.model_dump(mode="json"),
@@ -253,7 +255,7 @@ def search_pytrees(
         archive = evolve(
             search, seed, chosen_strategy, space, [SpaceEvaluator(space, shard) for shard in shards], storage,
             _Reporter(on_generation), hint=lambda task: HINT,
-            minibatches=[SpaceEvaluator(space, one) for one in minibatches],
+            minibatches=[SpaceEvaluator(space, item) for item in minibatches],
             validation=SpaceEvaluator(space, selection) if kept_back else None, choice=choice,
         )  # fmt: skip
         finalists = rescore(space, SpaceEvaluator(space, selection), archive, lambda done: None)
@@ -388,7 +390,7 @@ def _open(names: Sequence[str], sources: Sequence[Any]) -> Tree:
         if containers != structure:
             raise InputError(f"{WHERE}: {name}", f"has other containers than {names[0]}: {containers} and {structure}")
     columns = [[leaf for _, leaf in leaves] for leaves, _ in flat]
-    rows = tuple(_leaf(names, _shown(p), row) for p, *row in zip(paths, *columns, strict=True))
+    rows = tuple(_leaf(names, _shown(p), values) for p, *values in zip(paths, *columns, strict=True))
     return Tree(paths, rows, structure, tuple(columns))
 
 
@@ -566,7 +568,7 @@ class PytreeEvaluator:
                 "as before, or one for each example",
             )  # fmt: skip
         self.last.clear()
-        self.last.update((genome.tobytes(), row) for genome, row in zip(genomes, rows, strict=True))
+        self.last.update((genome.tobytes(), scores) for genome, scores in zip(genomes, rows, strict=True))
         progress(len(genomes))
         return TaskScores({self.task.name: {self.task.metric: rows}})
 
@@ -623,8 +625,8 @@ def _score_traced(
     """Merge and score in one program, compiled for a whole population and for each rung's size. Returns a function,
     rows of the examples -> `Score` on them, and N, the number of all examples."""
 
-    def one(bank: TreeBank, genome: jax.Array, rest: Any) -> jax.Array:
-        return _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
+    def merge_and_score(bank: TreeBank, genome: jax.Array, arguments: Any) -> jax.Array:
+        return _row(fitness(merge(bank, genome), *arguments), jnp.asarray).astype(jnp.float32)
 
     for path, leaf in _flatten("examples", examples)[0]:
         dtype = leaf.dtype if isinstance(leaf, jax.Array) else np.asarray(leaf).dtype
@@ -635,7 +637,9 @@ def _score_traced(
             )  # fmt: skip
     # Errors of the function appear here, before the long compilation with the merges.
     try:
-        shape = jax.eval_shape(one, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples))
+        shape = jax.eval_shape(
+            merge_and_score, bank, jax.ShapeDtypeStruct((space.dims,), jnp.float32), _arguments(examples)
+        )
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -644,8 +648,8 @@ def _score_traced(
         ) from error  # fmt: skip
 
     @jax.jit
-    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> jax.Array:
-        return jax.lax.map(lambda genome: one(bank, genome, rest), genomes, batch_size=chunk)
+    def program(bank: TreeBank, genomes: jax.Array, arguments: Any) -> jax.Array:
+        return jax.lax.map(lambda genome: merge_and_score(bank, genome, arguments), genomes, batch_size=chunk)
 
     sizes = sorted({rung_size(population, rung) for rung in range(population.bit_length())})
 
@@ -671,22 +675,22 @@ def _differentiate(
     fitness: Callable[..., Any], merge: Merge, bank: TreeBank, chunk: int, examples: Any
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Genomes float32[P, D] -> their scores float32[P, N], and the derivatives of the scores' mean, float32[P, D]."""
-    rest = _arguments(examples)
+    arguments = _arguments(examples)
 
     @jax.jit
-    def program(bank: TreeBank, genomes: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
+    def program(bank: TreeBank, genomes: jax.Array, arguments: Any) -> tuple[jax.Array, jax.Array]:
         def mean(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
-            row = _row(fitness(merge(bank, genome), *rest), jnp.asarray).astype(jnp.float32)
-            return row.mean(), row
+            scores = _row(fitness(merge(bank, genome), *arguments), jnp.asarray).astype(jnp.float32)
+            return scores.mean(), scores
 
-        def one(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
-            (_, row), gradient = jax.value_and_grad(mean, has_aux=True)(genome)
-            return row, gradient
+        def score_and_gradient(genome: jax.Array) -> tuple[jax.Array, jax.Array]:
+            (_, scores), gradient = jax.value_and_grad(mean, has_aux=True)(genome)
+            return scores, gradient
 
-        return jax.lax.map(one, genomes, batch_size=min(chunk, len(genomes)))
+        return jax.lax.map(score_and_gradient, genomes, batch_size=min(chunk, len(genomes)))
 
     def differentiate(genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, gradients = program(bank, jnp.asarray(genomes), rest)
+        rows, gradients = program(bank, jnp.asarray(genomes), arguments)
         return np.asarray(rows), np.asarray(gradients)
 
     return differentiate
@@ -708,7 +712,7 @@ def _score_on_host(
     def score(rows: Any, genomes: np.ndarray) -> np.ndarray:
         cached = {start: of_start} if rows is examples else {}
         scores = [cached[genome.tobytes()] if genome.tobytes() in cached else call(rows, genome) for genome in genomes]
-        sizes = sorted({row.size for row in scores})
+        sizes = sorted({example_scores.size for example_scores in scores})
         if len(sizes) > 1:
             raise InputError(
                 f"{WHERE}: fitness", f"returned {sizes[0]} numbers for one candidate and {sizes[1]} for another"

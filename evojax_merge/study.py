@@ -159,7 +159,7 @@ class MergeSpace(Described):
         return self._document
 
     def facts(self) -> dict[str, Any]:
-        searched = [one.name for one in self._space.search_parameters]
+        searched = [parameter.name for parameter in self._space.search_parameters]
         return {
             "method": self.method, "parents": self.models.names, "parameters": searched, "groups": len(self.groups),
             "dimensions": self.dims,

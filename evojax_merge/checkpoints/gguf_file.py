@@ -117,7 +117,10 @@ class GgufFile:
     def architecture(self) -> Architecture:
         candidates = gguf_architectures()[self.metadata["general.architecture"]]
         has_experts = bool(self.metadata.get(self.key(".expert_count")))
-        return next((one for one in candidates if one.gguf and one.gguf.has_experts == has_experts), candidates[0])
+        return next(
+            (candidate for candidate in candidates if candidate.gguf and candidate.gguf.has_experts == has_experts),
+            candidates[0],
+        )
 
     @property
     def form(self) -> Gguf:
@@ -520,10 +523,10 @@ def write_tensor_table(tensors: Mapping[str, GgufTensor], folder: Path) -> None:
     """Write the positions of a GGUF file's tensors into the folder that stands for the file."""
     table = {
         name: {
-            "dtype": str(one.dtype), "shape": one.shape, "kind": one.kind, "start": one.start, "stop": one.stop,
-            "heads": one.heads, "offset": one.offset,
+            "dtype": str(tensor.dtype), "shape": tensor.shape, "kind": tensor.kind, "start": tensor.start,
+            "stop": tensor.stop, "heads": tensor.heads, "offset": tensor.offset,
         }
-        for name, one in tensors.items()
+        for name, tensor in tensors.items()
     }  # fmt: skip
     (folder / TENSORS).write_text(json.dumps(table) + "\n", encoding="utf-8")
 
@@ -537,9 +540,9 @@ def open_gguf(path: Path, file: Path) -> Folder:
         path,
         {
             name: GgufTensor(
-                mapped, FLOAT_DTYPES[row["dtype"]], tuple(row["shape"]), row["start"], row["stop"], row["kind"],
-                row["heads"], row["offset"],
+                mapped, FLOAT_DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["start"], entry["stop"],
+                entry["kind"], entry["heads"], entry["offset"],
             )
-            for name, row in table.items()
+            for name, entry in table.items()
         },
     )  # fmt: skip

@@ -21,7 +21,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 MOST_HEADER_BYTES = 512 * 2**20
 MOST_ENTRIES = 2**22  # in all lists together
 MOST_KEYS = MOST_TENSORS = 2**16
-MOST_NAME_BYTES = 2**16 - 1  # of a key or a tensor, as the format says of keys
+MOST_NAME_BYTES = 2**16 - 1  # of a key or a tensor; the format's limit for keys
 MOST_NESTED, MOST_AXES = 4, 4
 DEFAULT_ALIGNMENT = 32
 # The numbers of the types of values: types of one size, with struct's letters, and types whose values begin with their
@@ -215,8 +215,8 @@ class _Reader:
                     self.path, f"damaged or truncated: {what} ends at byte {stop:,}; the file has {self.size:,}"
                 )
             places[name] = TensorPlace(kind, shape, start, stop)
-        for (before, one), (after, other) in pairwise(sorted(places.items(), key=lambda item: item[1].start)):
-            if one.stop > other.start:
+        for (before, place), (after, next_place) in pairwise(sorted(places.items(), key=lambda item: item[1].start)):
+            if place.stop > next_place.start:
                 raise InputError(self.path, f"damaged: the tensors {_name(before)} and {_name(after)} overlap")
         return places
 

@@ -50,9 +50,9 @@ class Gguf:
     read are dropped.
 
     names: the tensor of each leaf, by the leaf's name, with `{layer}` where it has one; empty where the package gguf
-    knows the architecture's tensors. interleaved: whether the rows of the query and key projections are stored in
-    pairs. norm_offset: the number by which the norms' weights exceed Hugging Face's. setting_tensors: tensors that hold
-    settings, and belong to no leaf.
+    has names for the architecture's tensors. interleaved: whether the rows of the query and key projections are stored
+    in pairs. norm_offset: the number by which the norms' weights exceed Hugging Face's. setting_tensors: tensors that
+    hold settings, and belong to no leaf.
 
     config_keys, size_keys: the metadata, in the form that `GgufFile.value` takes, behind each key of config.json, and
     behind each of `Architecture.dimensions`: messages name the metadata instead.

@@ -64,9 +64,9 @@ class Capabilities:
 
     differentiates: the function whose gradients `tell` gets (`UsesGradients`). keeps_front: the strategy compares the
     candidates' means on the tasks that count (`Scores.task_means`), and its finalists are a Pareto front, whose members
-    are scored on all examples, shown, and can be exported. takes_injected: its `tell` takes the genomes for draws of
-    `ask`, so it needs to know which were not drawn (`TakesInjected`). lends_context: its genomes refer to its state
-    (`LendsContext`).
+    are scored on all examples, shown, and can be exported. takes_injected: its `tell` assumes that `ask` drew the
+    genomes, so it needs to know which ones were not drawn (`TakesInjected`). lends_context: its genomes refer to its
+    state (`LendsContext`).
     """
 
     differentiates: Differentiates | None = None
@@ -131,7 +131,8 @@ def wants_gradients(strategy: Strategy, state: State) -> bool:
 
 
 def gradient_generations(strategy: Strategy, generations: int) -> tuple[int, int]:
-    """Return the number of generations, out of `generations`, that are told gradients, and of genomes in each."""
+    """Return the number of generations, out of `generations`, whose scores have gradients, and the number of genomes in
+    each."""
     if differentiates(strategy) is None:
         return 0, 0
     return cast(UsesGradients, strategy).gradient_generations(generations)

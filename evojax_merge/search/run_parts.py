@@ -156,12 +156,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return rows
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:
-            row = json.loads(line)
+            record = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or not isinstance(row.get("generation"), int):
+        if not isinstance(record, dict) or not isinstance(record.get("generation"), int):
             break
-        rows.append(row)
+        rows.append(record)
     return rows
 
 
@@ -332,7 +332,7 @@ def clear(folder: RunFolder, generations: int) -> list[str]:
 
 def _check_clear(folder: RunFolder) -> None:
     stages = folder.begun_stages()
-    for path in (*folder.files, folder.model, folder.front, *folder.kept_winners(), *(one.path for one in stages)):
+    for path in (*folder.files, folder.model, folder.front, *folder.kept_winners(), *(run.path for run in stages)):
         if path.is_symlink():
             raise InputError(path, "is a link, which is not followed to delete what it leads to; remove it first")
     check_replaceable_model(folder.model)

@@ -155,14 +155,14 @@ class FunctionTask(TaskDefaults):
         if self.inputs != "logits":
             return requests
         logits_fn = Traced(self.function)
-        _try_tracing(logits_fn, max(len(row.tokens) - row.start for row in requests.scored), len(tokenizer))
+        _try_tracing(logits_fn, max(len(request.tokens) - request.start for request in requests.scored), len(tokenizer))
         return replace(requests, logits_fn=logits_fn)
 
     def score(self, responses: Responses) -> dict[str, np.ndarray]:
         if self.inputs == "logits":
             return {METRIC: responses.totals.astype(np.float32)}
-        given: Any = responses.texts if self.inputs == "texts" else responses.totals
-        return {METRIC: np.stack([self._scores_of(candidate) for candidate in given])}
+        inputs: Any = responses.texts if self.inputs == "texts" else responses.totals
+        return {METRIC: np.stack([self._scores_of(candidate) for candidate in inputs])}
 
     @property
     def derivative(self) -> Derivative | None:
@@ -184,7 +184,7 @@ class FunctionTask(TaskDefaults):
 
     def contents(self) -> list[tuple[str, Place]]:
         contents = (json.dumps(record, sort_keys=True) for record in self.records)
-        return list(zip(contents, ((self.text.file, one.line) for one in self.text.examples), strict=True))
+        return list(zip(contents, ((self.text.file, example.line) for example in self.text.examples), strict=True))
 
     def paths(self) -> dict[str, str]:
         return self.text.paths() | {"function": self.function.place}
@@ -330,9 +330,9 @@ def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> U
     reference of a function that a Python program has given. Raises InputError where there is no such function, or where
     its signature does not accept the arguments of `inputs`."""
     if python_functions.is_reference(reference):
-        given = python_functions.find_function(where, reference)
-        _check_arguments(where, reference, given, inputs)
-        return UserFunction(reference, given, (), reference)
+        python_function = python_functions.find_function(where, reference)
+        _check_arguments(where, reference, python_function, inputs)
+        return UserFunction(reference, python_function, (), reference)
     place, separator, name = reference.rpartition(":")
     if not (separator and place and name.isidentifier()):
         raise InputError(where, f"{reference!r}; expected module:name or path/to/file.py:name")

@@ -27,7 +27,7 @@ class GPT2Config(DecoderConfig):
 
 def _layer_leaves() -> tuple[Leaf, ...]:
     layer = "transformer.h.{layer}."
-    rows = [
+    leaves = [
         Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
         for name, module in (("attention_norm", "ln_1"), ("mlp_norm", "ln_2"))
         for suffix, kind in (("", "weight"), ("_bias", "bias"))
@@ -38,14 +38,14 @@ def _layer_leaves() -> tuple[Leaf, ...]:
         ("mlp", "mlp.c_fc", "up", ("hidden", "mlp"), False),
         ("mlp", "mlp.c_proj", "down", ("mlp", "hidden"), True),
     ):
-        rows += [
+        leaves += [
             Leaf(
                 name, f"{layer}{module}.weight", component, shape, sharded_axis=-2 if writes else -1,
                 writes_residual=writes, transposed=True,
             ),
             Leaf(f"{name}_bias", f"{layer}{module}.bias", component, shape[1:], writes_residual=writes),
         ]  # fmt: skip
-    return tuple(replace(row, stack=LAYERS) for row in rows)
+    return tuple(replace(leaf, stack=LAYERS) for leaf in leaves)
 
 
 LEAVES = (

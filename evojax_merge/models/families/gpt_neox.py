@@ -42,7 +42,7 @@ class GPTNeoXConfig(DecoderConfig):
 
 def _layer_leaves() -> tuple[Leaf, ...]:
     layer = "gpt_neox.layers.{layer}."
-    rows = [
+    leaves = [
         Leaf(f"{name}{suffix}", f"{layer}{module}.{kind}", "norm", ("hidden",))
         for name, module in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"))
         for suffix, kind in (("", "weight"), ("_bias", "bias"))
@@ -54,7 +54,7 @@ def _layer_leaves() -> tuple[Leaf, ...]:
         ("down", "mlp.dense_4h_to_h", ("hidden", "mlp"), True),
     ):
         component = module.partition(".")[0]
-        rows += [
+        leaves += [
             Leaf(
                 name, f"{layer}{module}.weight", component, shape, sharded_axis=-1 if writes else -2,
                 writes_residual=writes,
@@ -64,7 +64,7 @@ def _layer_leaves() -> tuple[Leaf, ...]:
                 present_if=(lambda c: c.attention_bias) if component == "attention" else (lambda c: True),
             ),
         ]  # fmt: skip
-    return tuple(replace(row, stack=LAYERS) for row in rows)
+    return tuple(replace(leaf, stack=LAYERS) for leaf in leaves)
 
 
 LEAVES = (

@@ -58,13 +58,13 @@ def norm_leaf(name: str, module: str, **more: Any) -> Leaf:
 
 def _projections() -> tuple[Leaf, ...]:
     """The leaves of a layer except its norms of the hidden states."""
-    attention, mlp, rows = f"{_LAYER}self_attn.", f"{_LAYER}mlp.", list[Leaf]()
+    attention, mlp, leaves = f"{_LAYER}self_attn.", f"{_LAYER}mlp.", list[Leaf]()
     for name, out in (("q", "queries"), ("k", "keys"), ("v", "keys")):
-        rows += [
+        leaves += [
             Leaf(name, f"{attention}{name}_proj.weight", "attention", (out, "hidden"), sharded_axis=-2),
             Leaf(f"{name}_bias", f"{attention}{name}_proj.bias", "attention", (out,), present_if=lambda c: c.qkv_bias),
         ]
-    rows += [
+    leaves += [
         Leaf(
             "o", f"{attention}o_proj.weight", "attention", ("hidden", "queries"), sharded_axis=-1, writes_residual=True
         ),
@@ -76,18 +76,18 @@ def _projections() -> tuple[Leaf, ...]:
         Leaf("k_norm", f"{attention}k_norm.weight", "attention", ("head_dim",), present_if=lambda c: c.qk_norm),
     ]  # fmt: skip
     for name in ("gate", "up"):
-        rows += [
+        leaves += [
             Leaf(name, f"{mlp}{name}_proj.weight", "mlp", ("mlp", "hidden"), sharded_axis=-2),
             Leaf(f"{name}_bias", f"{mlp}{name}_proj.bias", "mlp", ("mlp",), present_if=lambda c: c.mlp_bias),
         ]
-    rows += [
+    leaves += [
         Leaf("down", f"{mlp}down_proj.weight", "mlp", ("hidden", "mlp"), sharded_axis=-1, writes_residual=True),
         Leaf(
             "down_bias", f"{mlp}down_proj.bias", "mlp", ("hidden",), writes_residual=True,
             present_if=lambda c: c.mlp_bias,
         ),
     ]  # fmt: skip
-    return tuple(replace(row, stack=LAYERS) for row in rows)
+    return tuple(replace(leaf, stack=LAYERS) for leaf in leaves)
 
 
 PROJECTIONS = _projections()
@@ -247,7 +247,7 @@ ROPE_NEEDED = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "yarn": set[str](),
 }
-# Keys of RoPE settings that change positions in programs that know them. Any other key is ignored as a note.
+# Keys of RoPE settings that change positions in programs that support them. Any other key is ignored as a note.
 _ROPE_OF_OTHERS = {"alpha", "long_factor", "long_mscale", "mrope_section", "short_factor", "short_mscale"}
 
 

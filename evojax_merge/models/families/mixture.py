@@ -106,15 +106,15 @@ def side_by_side(compute: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @jax.custom_batching.custom_vmap
-    def run(*given: Any) -> Any:
-        return compute(*given)
+    def run(*operands: Any) -> Any:
+        return compute(*operands)
 
     @run.def_vmap
-    def of_all(candidates: int, batched: Sequence[Any], *given: Any) -> Any:
+    def of_all(candidates: int, batched: Sequence[Any], *operands: Any) -> Any:
         def each(leaf: jax.Array, has_candidates: bool) -> jax.Array:
             return leaf if has_candidates else jnp.broadcast_to(leaf, (candidates, *leaf.shape))
 
-        weights, x, experts, *rest = jax.tree.map(each, given, tuple(batched))
+        weights, x, experts, *rest = jax.tree.map(each, operands, tuple(batched))
         experts = experts + weights["gate"].shape[1] * jnp.arange(candidates, dtype=experts.dtype)[:, None, None]
         joined = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (weights, x, experts, *rest))
         results = jax.tree.map(lambda leaf: leaf.reshape(candidates, -1, *leaf.shape[1:]), run(*joined))

@@ -152,8 +152,8 @@ def longrope_config(settings: Mapping[str, Any], max_position: int, dim: int) ->
         original_max_position=original,
         attention_factor=float(settings.get("attention_factor") or stretched),
         # Float32: transformers computes with it, and GGUF files store it.
-        short_factors=tuple(float(np.float32(one)) for one in settings["short_factor"]),
-        long_factors=tuple(float(np.float32(one)) for one in settings["long_factor"]),
+        short_factors=tuple(float(np.float32(divisor)) for divisor in settings["short_factor"]),
+        long_factors=tuple(float(np.float32(divisor)) for divisor in settings["long_factor"]),
     )
 
 

@@ -23,8 +23,8 @@ def default_population(dims: int) -> int:
 def ordinal_weights(population: jax.Array, fitness: jax.Array, state: Any, params: Any) -> jax.Array:
     """Recombination weights by ordinal rank; candidates that are not finite come last.
 
-    Averaged ranks of ties would make the weights sum to less than 1 and let sigma collapse where many candidates
-    score the same, as they do on accuracy.
+    Averaged ranks of ties would make the weights sum to less than 1 and let sigma collapse where many candidates score
+    the same, which is common for accuracy.
     """
     order = jnp.argsort(jnp.where(jnp.isfinite(fitness), fitness, jnp.inf), stable=True)
     return params.weights[jnp.argsort(order)]

@@ -125,7 +125,7 @@ class PathGA:
         """The moves of a genome that are on; none for the start, which means the same candidate."""
         if np.array_equal(genome, start):
             return []
-        return [tuple(row) for row in self._rows(genome).tolist() if row[0] > self._values[0].mean()]
+        return [tuple(genes) for genes in self._rows(genome).tolist() if genes[0] > self._values[0].mean()]
 
     def _genome(self, moves: list[Move], start: np.ndarray) -> np.ndarray:
         """float32[D]: the genome of these moves, with all further moves off; the start where there is no move."""

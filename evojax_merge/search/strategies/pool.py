@@ -84,9 +84,9 @@ class Pool:
         """The founders that were not scored yet, and children of the pool's members; children of founders, as long as
         fewer than two members have finite scores."""
         rng, founders = generator(key), founder_genomes(self.pool.founders, self.settings.dims - GENES)
-        genealogy, begun = Genealogy(founders, np.asarray(state.offspring)), int(state.generation) * self.population
+        genealogy, asked = Genealogy(founders, np.asarray(state.offspring)), int(state.generation) * self.population
         genomes = np.zeros((self.population, self.settings.dims), np.float32)
-        unscored = founders[begun : begun + self.population]
+        unscored = founders[asked : asked + self.population]
         genomes[: len(unscored)] = unscored
         alive = np.asarray(state.members) != NONE
         members, scores = np.asarray(state.members)[alive], np.asarray(state.scores, np.float64)[alive]
@@ -95,7 +95,7 @@ class Pool:
         fitness = scores @ np.asarray(state.shares)
         for p in range(len(unscored), self.population):
             pair = self._pair(rng, scores, np.asarray(state.shares), fitness)
-            genomes[p, NUMBER] = len(founders) + begun + p
+            genomes[p, NUMBER] = len(founders) + asked + p
             genomes[p, [FIRST, SECOND]] = members[pair]
             better = genealogy.genome(int(members[pair[np.argmax(fitness[pair])]]))
             genomes[p, METHOD:] = self._birth(rng, better)
@@ -204,14 +204,14 @@ def keep_competing(scores: np.ndarray, shares: np.ndarray, size: int) -> np.ndar
 def pool(settings: StrategySettings) -> Pool:
     """A pool of models that breed (AutoMerge; M2N2): children of two members each take the place of others. Only with
     the section pool."""
-    where, given = settings.where, settings.pool
-    if given is None:
+    where, breeding = settings.where, settings.pool
+    if breeding is None:
         raise InputError(where, "strategy: pool breeds models, and there is no section pool; add one, or choose cma_es")
     population = settings.population or POPULATION
-    members = given.founders + population * settings.generations
+    members = breeding.founders + population * settings.generations
     if members > MAX_MEMBERS:
         raise InputError(
             where, f"generations: {settings.generations:,} of {population:,} children are {members:,} members; "
             f"expected {MAX_MEMBERS:,} at most",
         )  # fmt: skip
-    return Pool(settings, given, population)
+    return Pool(settings, breeding, population)
