@@ -78,7 +78,7 @@ def register(kind: str, *arguments: Any) -> Any:
 @contextmanager
 def _checking_methods() -> Iterator[None]:
     """Check the merge methods that the block registers. Raises ValueError, and unregisters all of them, where a
-    method's functions return anything else than tensors."""
+    method's functions return a wrong type or shape."""
     from merge_kernels import METHODS
 
     before = set(METHODS)

@@ -40,8 +40,9 @@ class HybridState:
 
 @dataclass(frozen=True)
 class HybridStrategy:
-    """`steps` generations of gradients, then CMA-ES from the best start's last point, with a first sigma equal to the
-    spread of its last points, at most the sigma of `ascent`. The starts fit into the population of `evolution`.
+    """`steps` generations of gradients, then CMA-ES from the best start's last point, with the spread of its last
+    points as the first sigma, clipped to LEAST_SIGMA to 1 times the sigma of `ascent`. The starts fit into the
+    population of `evolution`.
     """
 
     name: str
