@@ -100,7 +100,6 @@ SEARCHES: list[tuple[dict[str, Any], str]] = [
     ({"sigma": NAN}, "sigma: "),
     ({"sigma": True}, "sigma: True; expected a number"),
     ({"seeds": "uniform"}, "seeds: 'uniform'; expected a list of texts"),
-    ({"seeds": None}, "seeds: None; expected a list of texts"),
     ({"seeds": [1]}, "seeds[0]: 1; expected a text"),
     ({"rungs": 2.0}, "rungs: 2.0; expected a whole number"),
     ({"validation": True}, "validation: True; expected a number"),

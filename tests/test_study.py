@@ -129,7 +129,7 @@ def test_a_run_that_was_refused_can_be_tried_again(
         raise em.InputError("models", "refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr("evojax_merge.pipeline._search_into", refuse)
+        patch.setattr("evojax_merge.core.search", refuse)
         with pytest.raises(em.InputError, match="refused"):
             study.run(1)
     assert study.run(1).finished and len(study.history) == 1
