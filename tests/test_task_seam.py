@@ -103,7 +103,10 @@ def test_examples_are_drawn_by_the_searchs_seed() -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (COPY | {"kind": "cpoy"}, r"tasks\[0\].kind: there is no kind of task 'cpoy' \(did you mean 'copy'\?\); a plugin can add it .*"),
+        (
+            COPY | {"kind": "cpoy"},
+            r"tasks\[0\].kind: there is no kind of task 'cpoy' \(did you mean 'copy'\?\); a plugin can add it .*",
+        ),
         (COPY | {"kind": 3}, r"tasks\[0\].kind: expected one of .*function, copy, found 3"),
         ({"name": "again"}, r"tasks\[0\].kind: missing"),
         ([], r"tasks\[0\]: expected a mapping .*, found an empty list"),
