@@ -141,10 +141,18 @@ def collective() -> Iterator[None]:
     gone."""
     try:
         yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if jax.process_count() == 1:
+    except Exception as error:
+        if jax.process_count() == 1 or not _concerns_peer(error):
             raise
         raise PeerLostError from error
+
+
+def _concerns_peer(error: BaseException | None) -> bool:
+    """Return True where JAX raised an error, or its cause, over another process. Orbax wraps such errors in its own."""
+    if error is None:
+        return False
+    is_jax_error = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return is_jax_error or "UNAVAILABLE: Task" in str(error) or _concerns_peer(error.__cause__ or error.__context__)
 
 
 def barrier(name: str) -> None:
