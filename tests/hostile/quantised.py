@@ -42,7 +42,7 @@ def packed(case: str, *changes: Change) -> Change:
 
 
 def four_bit_floats(case: str, *changes: Change) -> Change:
-    """As `packed`, in one of the formats of tests/test_fp4.py."""
+    """The folder of `packed`, in one of the formats of tests/test_fp4.py."""
 
     def change(world: World) -> None:
         from test_fp4 import quantised

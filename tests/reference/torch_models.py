@@ -1,4 +1,4 @@
-"""What transformers computes with torch: logits, log-probabilities and scores, one text at a time."""
+"""Results of transformers with torch: logits, log-probabilities and scores, one text at a time."""
 
 from collections.abc import Sequence
 from typing import Any
