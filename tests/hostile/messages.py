@@ -1,4 +1,4 @@
-"""Output that reaches the terminal: names that would turn it over, files that no reader may open, texts of any length, and
+"""Output on the terminal: names that would turn it over, files that no reader may open, texts of any length, and
 advice that names the right key."""
 
 import json
