@@ -39,7 +39,7 @@ from evojax_merge.report.described import Described
 from evojax_merge.report.progress import bytes_bar, console
 from evojax_merge.run import Run, open_run
 from evojax_merge.search.loop import Generation
-from evojax_merge.selection import open_evaluator, recipe_text
+from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.search_parameters import constants_of, method_with_base, options_of
 from evojax_merge.tasks.python_functions import reference_to
 from evojax_merge.yaml_reader import parse_documents, parse_yaml
@@ -251,7 +251,7 @@ class Evaluator(Described):
         self._problem = build_problem(path, parsed)
         for line in ignored_revisions((parsed.base, *parsed.parents, parsed.other_modules), path.parent):
             warnings.warn(printable(line), stacklevel=2)
-        splits = self._problem.batched_tasks()
+        splits = self._problem.prepare()
         tasks = {"search": splits.search, "validation": splits.validation, "heldout": splits.heldout}[split]
         if tasks is None:
             raise InputError("split", "validation; the config's search has no validation split (search.validation)")
@@ -261,7 +261,7 @@ class Evaluator(Described):
     def facts(self) -> dict[str, Any]:
         problem, tasks = self._problem, self._evaluator.tasks
         return {
-            "method": problem.candidates.name,
+            "method": problem.backend.name,
             "parents": model_names(problem.parents),
             "dimensions": self.dims,
             "tasks": [task.name for task in tasks],
@@ -290,7 +290,7 @@ class Evaluator(Described):
     def recipe(self, genome: Any) -> Any:
         """A genome float32[D] as a recipe, which `merge` makes into a model: a mapping, or a list of them where it has
         several documents."""
-        text = recipe_text(self._problem, genome_array("genome", genome, (self.dims,)))
+        text = self._problem.backend.recipe(genome_array("genome", genome, (self.dims,)))
         return plain_recipe(parse_documents("recipe", text))
 
 

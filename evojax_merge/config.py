@@ -36,6 +36,8 @@ from evojax_merge.yaml_reader import load_yaml, parse_yaml
 MAX_PATH_LAYERS = 10_000
 # The most candidates of a generation: each has an entry in a line of the history, and a genome in memory.
 MAX_POPULATION = 100_000
+# The least members of a pool, where its config does not say.
+SMALLEST_POOL = 8
 
 
 class Bounds(Section):
@@ -172,6 +174,10 @@ class PoolConfig(Section):
     slots: Whole | None = Field(
         None, ge=1, le=MAX_POPULATION, description="bred members that stay in memory between generations; default: size"
     )
+
+    def members(self, founders: int) -> int:
+        """The number of members that are kept of a pool with so many founders."""
+        return self.size or max(SMALLEST_POOL, 2 * founders)
 
 
 def _task(value: Any) -> TaskConfig:
@@ -403,6 +409,11 @@ class Config(Section):
 
     base: Location | None = Field(None, description="the model that task vectors are taken from")
     parents: list[Location] = Field(min_length=1, max_length=1000, description="the models that are merged")
+    backend: Name = Field(
+        "decoder",
+        description="what the models are: decoder (language models), function (pytrees of arrays), a plugin's, or "
+        "FILE.py:NAME",
+    )
     tokenizer_source: Location | None = Field(
         None, description="base, or a parent: rows of the vocabulary are aligned by token, with its tokenizer"
     )
@@ -446,6 +457,8 @@ class Config(Section):
         for name in ("pool", "other_modules", "plugins"):
             if not document[name]:
                 document.pop(name)
+        if self.backend == type(self).model_fields["backend"].default:
+            document.pop("backend")
         return document
 
     @model_validator(mode="after")

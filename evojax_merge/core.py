@@ -1,30 +1,22 @@
 """The main path: from a checked search to a winner in its run folder."""
 
-from functools import partial
 from typing import Any
 
 from evojax_merge import interrupts
-from evojax_merge.checkpoints.bank import bank_bytes
-from evojax_merge.checkpoints.derived import reference_to
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.batched_tasks import BatchedTask, describe_batches
 from evojax_merge.evaluation.devices import Devices, barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
 from evojax_merge.file_system import atomic_write
-from evojax_merge.mergekit.execute import merge_to
-from evojax_merge.mergekit.stages import merge_stream, prepare_stream
-from evojax_merge.mergekit.streams import read_stream
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
     SearchProblem,
     failure_hint,
 )
-from evojax_merge.references import resolve_reference
 from evojax_merge.report.card import search_card
 from evojax_merge.report.comparison import Result, write_result
 from evojax_merge.report.picture import draw
 from evojax_merge.report.plan import Plan
-from evojax_merge.report.progress import OnGeneration, bytes_bar, console, merge_bar, passes_bar, say, search_bar
+from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import evolve
@@ -40,7 +32,7 @@ from evojax_merge.search.run_folder import (
 from evojax_merge.search.run_parts import RunFolder, check_replaceable_model, check_room, read_lines
 from evojax_merge.search.stopping import course_of, stopped
 from evojax_merge.search.successive_halving import describe_halving
-from evojax_merge.selection import open_evaluators, passes_to_select, recipe_text, select_best
+from evojax_merge.selection import open_evaluators, passes_to_select, select_best
 from evojax_merge.tasks.splits import Splits
 
 FORCE = "--force goes on all the same"
@@ -49,7 +41,7 @@ FORCE = "--force goes on all the same"
 def search(
     folder: RunFolder,
     problem: SearchProblem,
-    batched_tasks: Splits[list[BatchedTask]],
+    prepared: Splits[list[Any]],
     on_generation: OnGeneration,
     force: bool,
 ) -> None:
@@ -60,14 +52,14 @@ def search(
         console.print(f"the run is complete; its winner: {folder.model}", highlight=False, soft_wrap=True)
         return
     check_room(folder, problem.search.generations)
-    devices = local_devices(problem.config.evaluation.model)
-    planned = make_plan(problem, batched_tasks)
-    _print_setup(problem, batched_tasks, devices, planned)
+    devices = local_devices(problem.backend.settings.model)
+    planned = make_plan(problem, prepared)
+    _print_setup(problem, prepared, devices, planned)
     if planned.target.is_accelerator and not planned.fits and not force:
         raise InputError(folder.path, f"{planned.what_would_fit()} ({FORCE})")
 
-    with bytes_bar("loading", bank_bytes(problem.sources, problem.decoder)) as progress:
-        evaluators = open_evaluators(problem, batched_tasks, devices, progress, say)
+    with bytes_bar("loading", problem.backend.stored_bytes()) as progress:
+        evaluators = open_evaluators(problem, prepared, devices, progress, say)
     with search_bar(problem.search.generations, on_generation) as reporter:
         storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
         archive = evolve(
@@ -82,31 +74,19 @@ def search(
     barrier("written")
 
 
-def _print_setup(
-    problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]], devices: Devices, planned: Plan
-) -> None:
+def _print_setup(problem: SearchProblem, prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
     """Print the search's devices, models, batches and plan."""
     console.print(devices.describe(), highlight=False)
-    for role, model in problem.models:
-        console.print(f"{role}: {reference_to(model)}", highlight=False, soft_wrap=True)
-    if problem.other_modules is not None:
-        where = reference_to(problem.other_modules)
-        console.print(f"other modules: those of {where}", highlight=False, soft_wrap=True)
-    console.print(
-        describe_batches([batched_task for shard in batched_tasks.shards for batched_task in shard]), highlight=False
-    )
+    for line in problem.backend.describe_inputs(prepared):
+        console.print(line, highlight=False, soft_wrap=True)
     for line in planned.summary():
         console.print(line, highlight=False, soft_wrap=True)
 
 
 def _print_work(folder: RunFolder, problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]]) -> None:
     """Print how candidates were scored, and how much successive halving saved."""
-    used = [
-        evaluator.evaluator
-        for evaluator in (evaluators.choice, *evaluators.minibatches, *evaluators.shards)
-        if evaluator
-    ]
-    console.print(problem.candidates.describe_work(used), highlight=False)
+    used = [evaluator for evaluator in (evaluators.choice, *evaluators.minibatches, *evaluators.shards) if evaluator]
+    console.print(problem.backend.describe_work(used), highlight=False)
     if len(evaluators.shards) > 1:
         examples = sum(task.size for shard in problem.splits.shards for task in shard if task.weight > 0)
         console.print(describe_halving(folder.read_history(), examples), highlight=False)
@@ -137,17 +117,13 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     """Export the winner, and report."""
     interrupts.check()
     check_replaceable_model(folder.model)
-    recipe, history = recipe_text(problem, result.genome), folder.read_history()
+    recipe, history = problem.backend.recipe(result.genome), folder.read_history()
     keep_winner(folder, recipe)
     atomic_write(folder.recipe, recipe)
     if result.members:
-        write_front(folder, [recipe_text(problem, member.genome) for member in result.members])
+        write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    with prepare_stream(read_stream(folder.recipe), folder.model, find=resolve_reference) as stream_plan:
-        bar = partial(merge_bar, "exporting")
-        write = partial(merge_to, recipe=recipe)
-        check = partial(check_replaceable_model, folder.model)
-        merge_stream(stream_plan, folder.model, write, card=card, overwrite=True, check=check, bar=bar)
+    problem.backend.export(folder.recipe, result.genome, folder.model, card)
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from evojax_merge.arguments import check_arguments
+from evojax_merge.backends.decoder.opening import parameter_space
 from evojax_merge.errors import InputError
 from evojax_merge.mergekit.streams import plain_recipe
-from evojax_merge.problem import config_from, parameter_space, stage_config
+from evojax_merge.problem import config_from, stage_config
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
 from evojax_merge.report.frame import NamedValues, gene_values, history_frame

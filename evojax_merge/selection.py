@@ -2,23 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evojax_merge.checkpoints.bank import load_stored
-from evojax_merge.checkpoints.parents import open_sources
-from evojax_merge.checkpoints.tokens import TokenizerChoice
+from evojax_merge.backends.backend import Backend
 from evojax_merge.errors import Failed
-from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.devices import ONE_DEVICE, Devices
-from evojax_merge.evaluation.evaluator import Evaluator, MergeEvaluator
-from evojax_merge.evaluation.paths import PathEvaluator
-from evojax_merge.evaluation.pool import PoolEvaluator
-from evojax_merge.evaluation.scores import TaskScores, fitness, means, task_weights
-from evojax_merge.mergekit.write import dump_documents
+from evojax_merge.evaluation.scores import fitness, means, task_weights
 from evojax_merge.problem import SearchProblem, failure_hint
 from evojax_merge.report.comparison import FrontMember, Result, Row, model_name
 from evojax_merge.report.intervals import leads_over
@@ -28,45 +19,26 @@ from evojax_merge.search.loop import Archive, Finalist, rescore
 from evojax_merge.search.protocols import keeps_front
 from evojax_merge.tasks.splits import Splits
 
-CandidateEvaluator = SpaceEvaluator[MergeEvaluator] | SpaceEvaluator[PathEvaluator] | SpaceEvaluator[PoolEvaluator]
-
 
 def open_evaluators(
     problem: SearchProblem,
-    batched_tasks: Splits[list[BatchedTask]],
+    prepared: Splits[list[Any]],
     devices: Devices = ONE_DEVICE,
     progress: Callable[[int], None] = lambda done: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Splits[SpaceEvaluator[Any]]:
-    """Load the bank and open evaluators of genomes on each of the splits, in the final compute dtype where no
-    generation is scored. `progress` receives the bytes that were loaded, `log` the evaluators' notes."""
-    bank = problem.candidates.load_bank(devices, progress)
-    # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
-    chunk_sizes: dict[str, dict[Any, int]] = {problem.compute_dtype: {}, problem.final_compute_dtype: {}}
-
-    def evaluator_in(dtype: str) -> Callable[[list[BatchedTask]], SpaceEvaluator[Any]]:
-        return partial(_evaluator, problem, bank, devices, log, chunk_sizes[dtype], dtype)
-
-    return batched_tasks.map(evaluator_in(problem.compute_dtype), evaluator_in(problem.final_compute_dtype))
+    """Load the bank and open evaluators of genomes on each of the splits. `progress` receives the bytes that were
+    loaded, `log` the evaluators' notes."""
+    backend: Backend = problem.backend
+    return backend.evaluators(backend.load(devices, progress), prepared, devices, log)
 
 
 def open_evaluator(
-    problem: SearchProblem, batched_tasks: list[BatchedTask], devices: Devices = ONE_DEVICE, bank: Any = None
+    problem: SearchProblem, tasks: list[Any], devices: Devices = ONE_DEVICE, bank: Any = None
 ) -> SpaceEvaluator[Any]:
-    """Score genomes on the tasks of one split as generations are scored. bank: None: it is loaded."""
-    bank = problem.candidates.load_bank(devices, lambda done: None) if bank is None else bank
-    return _evaluator(problem, bank, devices, lambda text: None, {}, problem.compute_dtype, batched_tasks)
-
-
-def _evaluator(
-    problem: SearchProblem, bank: Any, devices: Devices, log: Callable[[str], None], chunk_sizes: dict[Any, int],
-    dtype: str, batched_tasks: list[BatchedTask],
-) -> SpaceEvaluator[Any]:  # fmt: skip
-    decoder = Evaluator(
-        problem.decoder, problem.tokenizer, batched_tasks, dtype, problem.config.evaluation.chunk, devices, log,
-        chunk_sizes, target=problem.target,
-    )  # fmt: skip
-    return SpaceEvaluator(problem.space, problem.candidates.evaluator(decoder, bank), devices)
+    """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
+    backend: Backend = problem.backend
+    return backend.evaluator(backend.load(devices, lambda done: None) if bank is None else bank, tasks, devices)
 
 
 def select_best(
@@ -79,13 +51,13 @@ def select_best(
     split; then score the winner and the models that it is compared with on the held-out split. Raises Failed where no
     finalist has finite scores."""
     problem, on = problem.within(archive.context), on.map(lambda evaluator: evaluator.within(archive.context))
-    candidates, heldout = problem.candidates, on.heldout
+    backend, heldout = problem.backend, on.heldout
     finalists = rescore(problem.space, on.deciding, archive, progress)
     if not finalists:
         raise Failed(_no_winner(problem, archive))
     best, (label, baselines) = finalists[0], problem.space.baselines()
 
-    def fitness_on(evaluator: CandidateEvaluator, genomes: np.ndarray) -> np.ndarray:
+    def fitness_on(evaluator: SpaceEvaluator[Any], genomes: np.ndarray) -> np.ndarray:
         return fitness(evaluator.tasks, evaluator.score(genomes, progress))
 
     values = fitness_on(on.deciding, baselines)
@@ -102,17 +74,17 @@ def select_best(
         baseline=(label, plain_searched),
         baseline_name=model_name(problem.parents[number]) if len(baselines) > 1 else "",
         rows=table,
-        report=candidates.report(best.genome, [model_name(parent) for parent in problem.parents]),
+        report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
         validation=validated,
         stopped_by=None if archive.stopped is None else archive.stopped.criterion,
         members=_front(heldout, finalists, progress) if keeps_front(problem.strategy) else (),
-        compute_dtype=heldout.evaluator.evaluator.compute_dtype,
-        search_compute_dtype=problem.compute_dtype,
+        compute_dtype=backend.final_compute_dtype,
+        search_compute_dtype=backend.compute_dtype,
     )
 
 
 def _front(
-    heldout: CandidateEvaluator, finalists: Sequence[Finalist], progress: Callable[[int], None]
+    heldout: SpaceEvaluator[Any], finalists: Sequence[Finalist], progress: Callable[[int], None]
 ) -> tuple[FrontMember, ...]:
     """The finalists that are the front on the examples that the winner is chosen on, from the best in the first task
     on; scored on the held-out split."""
@@ -137,21 +109,21 @@ def _front(
 
 def _table(
     problem: SearchProblem,
-    heldout: CandidateEvaluator,
+    heldout: SpaceEvaluator[Any],
     winner: np.ndarray,
     plain: np.ndarray,
     progress: Callable[[int], None],
 ) -> list[Row]:
     """The rows of the held-out table: the stored models, the baseline where it is none of them, and the winner."""
-    candidates, decoder = problem.candidates, heldout.evaluator.evaluator
+    backend: Backend = problem.backend
     scored = [
-        (role, model_name(path), 0, _stored_scores(problem, path, decoder, progress)) for role, path in problem.models
+        (role, model_name(path), 0, backend.score_stored(path, heldout, progress)) for role, path in backend.compared
     ]
     finals = heldout.score(np.stack([winner, plain]), progress)
-    if candidates.baseline_role is not None:
-        role = candidates.baseline_role
-        scored.append((role, f"{role} {candidates.name}", 1, finals))
-    scored.append(("winner", f"evolved {candidates.name}", 0, finals))
+    if backend.baseline_role is not None:
+        role = backend.baseline_role
+        scored.append((role, f"{role} {backend.name}", 1, finals))
+    scored.append(("winner", f"evolved {backend.name}", 0, finals))
     weighted = task_weights(heldout.tasks)
     rows = [
         Row(role, name, float(fitness(heldout.tasks, scores)[p]), means(heldout.tasks, scores)[p])
@@ -172,18 +144,6 @@ def _no_winner(problem: SearchProblem, archive: Archive) -> str:
         f"{problem.search.finalists} best, what the strategy proposed and the start has finite scores on the {split} "
         f"of {metrics}. {failure_hint(problem.splits.search[0])}"
     )
-
-
-def _stored_scores(
-    problem: SearchProblem, path: Path, heldout: Evaluator, progress: Callable[[int], None]
-) -> TaskScores:
-    """A stored model's held-out scores."""
-    aligned = problem.sources.vocabulary is not None
-    sources, config = (
-        open_sources([path, problem.tokenizer_folder], TokenizerChoice(1)) if aligned else open_sources([path])
-    )
-    evaluator = replace(heldout, config=config)
-    return evaluator.stored(load_stored(sources, config, 0, evaluator.compute_dtype), progress)
 
 
 def passes_to_select(problem: SearchProblem, on: Splits[SpaceEvaluator[Any]]) -> int:
@@ -208,28 +168,7 @@ def candidates_to_select(problem: SearchProblem) -> SelectionCounts:
     _, baselines = problem.space.baselines()
     # Besides the finalists: the strategy's proposal, and the start.
     candidates = problem.search.finalists + 2 + len(baselines) + front
-    heldout = len(problem.models) + 2 + front
+    heldout = len(problem.backend.compared) + 2 + front
     if problem.splits.validation is None:
         return SelectionCounts(candidates, 0, heldout)
     return SelectionCounts(2, candidates, heldout)
-
-
-def recipe_text(problem: SearchProblem, genome: np.ndarray) -> str:
-    """A genome's recipe as YAML, for `evojax-merge merge` and mergekit."""
-    documents = problem.candidates.to_recipe(genome)
-    if problem.sources.vocabulary is not None:
-        documents = [_with_tokenizer(problem, document) for document in documents]
-    if problem.other_modules is not None:
-        named = problem.references[problem.other_modules]
-        documents = [document | {"other_modules": named} for document in documents]
-    return dump_documents(documents)
-
-
-def _with_tokenizer(problem: SearchProblem, document: dict[str, Any]) -> dict[str, Any]:
-    """A document of a recipe with the source of its merge's tokenizer."""
-    document = document | {"tokenizer_source": problem.references[problem.tokenizer_folder]}
-    if problem.tokenizer_folder == problem.base:
-        # The recipe of a method that takes no base lacks it, but needs it for the tokenizer.
-        base = problem.references[problem.tokenizer_folder]
-        document = {"merge_method": document["merge_method"], "base_model": base} | document
-    return document

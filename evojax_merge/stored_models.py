@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evojax_merge import plugins
+from evojax_merge.backends.decoder.backend import stored_dtype
+from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_stored
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.checkpoints.parents import Sources, open_sources
@@ -21,7 +23,7 @@ from evojax_merge.evaluation.samples import KEYS as SAMPLE_KEYS
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.evaluation.targets import live_target
 from evojax_merge.file_system import check_writable
-from evojax_merge.problem import context_length, read_config, stop_tokens, stored_dtype
+from evojax_merge.problem import read_config
 from evojax_merge.references import resolve_file, resolve_reference
 from evojax_merge.report.comparison import Row
 from evojax_merge.report.notices import Log, log_unused_config_keys

@@ -15,6 +15,7 @@ import numpy as np
 from evojax_merge import plugins
 from evojax_merge.api import Location, as_yaml, bars_on_terminals, genome_array, merge
 from evojax_merge.arguments import check_arguments
+from evojax_merge.backends.decoder.opening import build_space, check_models
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import TokenizerChoice
 from evojax_merge.commands.search import run_search
@@ -25,7 +26,7 @@ from evojax_merge.evaluation.scores import Scores, TaskScores, fitness, means, s
 from evojax_merge.mergekit.streams import plain_recipe
 from evojax_merge.mergekit.write import dump_yaml
 from evojax_merge.models.config import DecoderConfig
-from evojax_merge.problem import build_problem, build_space, check_models, config_from
+from evojax_merge.problem import build_problem, config_from
 from evojax_merge.references import resolve_reference
 from evojax_merge.report.comparison import model_names
 from evojax_merge.report.described import Described
@@ -40,7 +41,7 @@ from evojax_merge.search.run_folder import Checkpoints, check_place, is_run, rea
 from evojax_merge.search.run_parts import RunFolder
 from evojax_merge.search.successive_halving import HalvingResult
 from evojax_merge.search.surrogate import empty_surrogate
-from evojax_merge.selection import open_evaluator, recipe_text
+from evojax_merge.selection import open_evaluator
 from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.spaces.search_parameters import find_method, options_of
 from evojax_merge.yaml_reader import parse_documents
@@ -192,7 +193,7 @@ class Trial(Described):
     @property
     def recipe(self) -> Any:
         """The candidate as a mergekit recipe, which `merge` makes into a model."""
-        return plain_recipe(parse_documents("recipe", recipe_text(self._study._problem, self.genome)))
+        return plain_recipe(parse_documents("recipe", self._study._problem.backend.recipe(self.genome)))
 
     def export(self, out: Location, *, dtype: str | None = None, overwrite: bool = False) -> Path:
         """Write the candidate's model to the folder `out`, as it was scored unless `dtype` is another one."""
@@ -408,12 +409,12 @@ class Study(Described):
 
     @cached_property
     def _batches(self) -> Any:
-        return self._problem.batched_tasks()
+        return self._problem.prepare()
 
     @cached_property
     def _bank(self) -> Any:
         with bars_on_terminals():
-            return self._problem.candidates.load_bank(ONE_DEVICE, lambda done: None)
+            return self._problem.backend.load(ONE_DEVICE, lambda done: None)
 
     # -------------------------------------------------------------------------------------------------------------
     # Results

@@ -229,7 +229,9 @@ def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtyp
     def whole(evaluator: em.Evaluator) -> Any:
         problem, bank = evaluator._problem, evaluator._evaluator.evaluator.bank
         recipe = problem.space.recipe(jnp.asarray(genomes[0]))
-        return jax.jit(lambda bank, one: lazy_merge(bank, one, problem.candidates.spec).materialise())(bank, recipe)
+        return jax.jit(lambda bank, one: lazy_merge(bank, one, problem.backend.candidates.spec).materialise())(
+            bank, recipe
+        )
 
     small, large = opened(references), opened(folders)
     genomes = np.random.default_rng(0).random((3, small.dims)).astype(np.float32)
@@ -240,7 +242,7 @@ def test_adapters_of_one_base_are_held_as_factors(method: str, dtype: torch.dtyp
     assert all(leaf.factors is None for leaf in banks[1].shared.values())
     held = [sum(leaf.nbytes for leaf in jax.tree.leaves(one)) for one in banks]
     assert held[0] < 0.75 * held[1]
-    assert small._problem.candidates.held_bytes() - large._problem.candidates.held_bytes() == held[0] - held[1]
+    assert small._problem.backend.held_bytes() - large._problem.backend.held_bytes() == held[0] - held[1]
     np.testing.assert_array_equal(small.scores(genomes).values, large.scores(genomes).values)
     for first, second in zip(jax.tree.leaves(whole(small)), jax.tree.leaves(whole(large)), strict=True):
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))

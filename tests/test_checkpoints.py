@@ -31,6 +31,7 @@ from helpers import (
 from hostile import run_python
 from merge_kernels import METHODS, draw_row_keys, tabulate
 
+from evojax_merge.backends.decoder.opening import context_length, stop_tokens
 from evojax_merge.checkpoints.bank import bank_bytes, load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.folder import PIECE, copy_finite, is_finite, open_folder, resolve
 from evojax_merge.checkpoints.parents import open_sources, tensor_shapes
@@ -50,7 +51,6 @@ from evojax_merge.mergekit.execute import prepare as prepare_merge
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.models.architecture import LAYERS
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.problem import context_length, stop_tokens
 from evojax_merge.report.card import merge_card
 
 SHARDED: dict[str, Any] = {"max_shard_size": "40KB"}

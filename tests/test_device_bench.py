@@ -89,8 +89,8 @@ def test_a_row_that_does_not_fit_is_named() -> None:
 
 def test_a_random_bank_is_measured_as_its_weights_are(small: None, tmp_path: Path) -> None:
     _, problem = device.open_problem(tmp_path, cpu(), "tiny")
-    bank, spec = device.random_bank(problem), problem.candidates.spec
-    assert jax.tree.structure(bank) == jax.tree.structure(device.abstract_bank(problem.sources, problem.decoder, spec))
+    bank, spec, models = device.random_bank(problem), problem.backend.candidates.spec, problem.backend.models
+    assert jax.tree.structure(bank) == jax.tree.structure(device.abstract_bank(models.sources, models.decoder, spec))
     (stack,) = bank.stacks
     gate = bank.stacks[stack]["gate"]
     leaf, tables = gate.sources, gate.statistics

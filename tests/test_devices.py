@@ -33,7 +33,7 @@ from pathlib import Path
 
 path, meshes, chunks, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
 problem = build_problem(path, read_config(path, [], None))
-batched = problem.batched_tasks().shards[0]
+batched = problem.prepare().shards[0]
 genomes = np.random.default_rng(0).random((6, problem.space.dims)).astype(np.float32)
 found = {}
 def keep(name, scores):
@@ -77,7 +77,7 @@ from evojax_merge.problem import build_problem, read_config
 path, model = Path(sys.argv[1]), int(sys.argv[2])
 problem = build_problem(path, read_config(path, [f"evaluation.model={model}"], None), target=find_target("t", "v5e-8"))
 compiler = TargetCompiler(cpu_target(), Devices(mesh_of(jax.devices(), model)), jax.devices()[0])
-make_plan(problem, problem.batched_tasks(), compiler=compiler)
+make_plan(problem, problem.prepare(), compiler=compiler)
 names = {}
 for program in compiler.programs():
     name = program.as_text().split(",")[0].removeprefix("HloModule jit_")

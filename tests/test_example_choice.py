@@ -317,7 +317,7 @@ CHOSEN = ["search.rung_examples=item_response"]
 def test_models_score_on_chosen_examples_as_on_all(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 3)
     problem = build_problem(path, read_config(path, CHOSEN, None))
-    splits = problem.batched_tasks()
+    splits = problem.prepare()
     everything, shards = splits.choice, splits.shards
     opened = open_evaluator(problem, everything)
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((3, problem.space.dims))

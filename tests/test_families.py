@@ -473,7 +473,7 @@ genomes = np.random.default_rng(0).random((2, problem.space.dims)).astype(np.flo
 shared = Mesh(np.array(jax.devices()).reshape(1, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
 found = []
 for mesh in (None, shared):
-    scorer = open_evaluator(problem, problem.batched_tasks().shards[0], Devices(mesh))
+    scorer = open_evaluator(problem, problem.prepare().shards[0], Devices(mesh))
     (metrics,) = scorer.score(genomes).matrices.values()
     found.append([matrix.tolist() for matrix in metrics.values()])
 print(json.dumps(found))

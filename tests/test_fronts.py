@@ -318,8 +318,8 @@ def test_the_front_is_shown_wherever_the_winner_is(finished: Path) -> None:
 
 def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, config_file: Path, tmp_path: Path) -> None:
     problem = build_problem(config_file, read_config(config_file, [], None))
-    spec = problem.candidates.spec
-    bank = load_bank(problem.sources, problem.decoder, spec)
+    spec = problem.backend.candidates.spec
+    bank = load_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
     members = em.open_run(finished).front
     genomes = np.array([one["genome"] for one in members], np.float32)
     recipes = problem.space.decode(genomes)
@@ -329,14 +329,14 @@ def test_an_exported_member_is_what_was_scored_bit_for_bit(finished: Path, confi
         done = run_command("export", finished, tmp_path / f"model{number}", "--member", number)
         assert done.returncode == 0, done.stderr
         written = state(tmp_path / f"model{number}")
-        scored = dict(stored_tensors(materialise(take_candidate(recipes, number - 1)), problem.decoder))
+        scored = dict(stored_tensors(materialise(take_candidate(recipes, number - 1)), problem.backend.models.decoder))
         assert set(written) == set(scored)
         for name, values in written.items():
             np.testing.assert_array_equal(np.asarray(scored[name], np.float32), values, err_msg=name)
     first, last = (state(tmp_path / f"model{one['member']}") for one in (members[0], members[-1]))
     assert any((first[name] != last[name]).any() for name in first)
     # And it has the scores of the table.
-    full = open_evaluator(problem, problem.batched_tasks().search)
+    full = open_evaluator(problem, problem.prepare().search)
     means = full.score(genomes).matrices["one"]["margin"].mean(axis=1)
     np.testing.assert_allclose(means, [one["scores"]["one/margin"] for one in members], atol=1e-6)
 
@@ -449,7 +449,7 @@ def test_brevity_is_shown_where_it_is_asked_for(config_file: Path) -> None:
     assert short.companion() is None and short.extraction_failure([""]) is None
     assert not np.signbit(task.score(responses)["brevity"][0, 1])
     # What both ask alike is written once.
-    full = open_evaluator(problem, problem.batched_tasks().search)
+    full = open_evaluator(problem, problem.prepare().search)
     asked: list[str] = []
     generate = Evaluator._generate
 

@@ -18,6 +18,7 @@ import yaml
 from helpers import ALL, Family, random_model, save, tiny_config, words, write_lines
 from lm_eval.tasks import TaskManager
 
+from evojax_merge.backends.decoder.opening import stop_tokens
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
@@ -25,7 +26,7 @@ from evojax_merge.commands import evaluate as evaluate_command
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
-from evojax_merge.problem import build_problem, read_config, resolved_document, stop_tokens
+from evojax_merge.problem import build_problem, read_config, resolved_document
 from evojax_merge.tasks import harness, patterns
 from evojax_merge.tasks.harness import HarnessConfig, HarnessTask, Options, is_benchmark, open_harness
 from evojax_merge.tasks.opening import open_whole_task

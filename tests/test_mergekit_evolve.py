@@ -19,7 +19,6 @@ from evojax_merge.mergekit.evolve_config import filter_components
 from evojax_merge.mergekit.execute import merge_to, prepare
 from evojax_merge.mergekit.schema import read_recipe
 from evojax_merge.problem import SearchProblem, build_problem, read_config
-from evojax_merge.selection import recipe_text
 from evojax_merge.spaces.parameter import ParameterSpace
 from evojax_merge.tasks.harness import HarnessConfig
 
@@ -108,7 +107,7 @@ def test_a_point_is_the_merge_that_mergekit_makes_of_it(name: str, family4: Fami
         by_set = np.moveaxis(point[..., i], 1, 2)
         rows = [by_set[:, layered].reshape(-1, point.shape[1]), by_set[-1, alone].reshape(-1, point.shape[1])]
         values[parameter] = np.concatenate(rows)
-    (tmp_path / "recipe.yaml").write_text(recipe_text(problem, space.genome(values)))
+    (tmp_path / "recipe.yaml").write_text(problem.backend.recipe(space.genome(values)))
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
     assert ours.keys() == wanted.keys()
@@ -129,7 +128,7 @@ def test_slerp_reaches_the_merges_that_mergekit_does(family4: Family, tmp_path: 
     space = problem.space
     assert isinstance(space, ParameterSpace)
     t = 1 / (1 + np.exp(point[:, 0, 0, 0] - point[:, 1, 0, 0]))
-    (tmp_path / "recipe.yaml").write_text(recipe_text(problem, space.genome({"t": t[:, None]})))
+    (tmp_path / "recipe.yaml").write_text(problem.backend.recipe(space.genome({"t": t[:, None]})))
     merge_to(prepare(read_recipe(tmp_path / "recipe.yaml")), tmp_path / "ours", card="")
     ours, wanted = state(tmp_path / "ours"), state(tmp_path / "theirs")
     for tensor, array in wanted.items():
@@ -163,7 +162,7 @@ def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path)
     assert problem.config.out == "runs/mine-1.0"
     assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
     assert problem.search.sigma == pytest.approx(1 / 6)
-    assert problem.candidates.export_dtype == "bfloat16"
+    assert problem.backend.candidates.export_dtype == "bfloat16"
     first = problem.config.tasks[0]
     assert isinstance(first, HarnessConfig)
     assert (first.num_fewshot, first.apply_chat_template, first.fewshot_as_multiturn) == (2, False, False)

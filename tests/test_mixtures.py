@@ -16,6 +16,7 @@ from reference.decoder import expert_outputs
 from test_evaluator import Setting
 from test_recipes import WIDE, assert_same_weights, merge, mergekit_merge
 
+from evojax_merge.backends.decoder.opening import build_space
 from evojax_merge.checkpoints.bank import load_bank, load_stored, stored_tensors
 from evojax_merge.checkpoints.config_file import decoder_config
 from evojax_merge.checkpoints.parents import open_sources
@@ -36,7 +37,6 @@ from evojax_merge.models.families.mixture import (
     joined_ragged_experts,
 )
 from evojax_merge.models.sources import lazy_merge
-from evojax_merge.problem import build_space
 
 KINDS = ("mixtral", "qwen2_moe", "qwen3_moe")
 MODULES = {"mixtral": "block_sparse_moe", "qwen2_moe": "mlp", "qwen3_moe": "mlp"}

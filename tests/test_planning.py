@@ -18,7 +18,7 @@ from helpers import Family, random_model, save, tiny_config
 from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
-from evojax_merge.checkpoints.abstract_bank import abstract_bank
+from evojax_merge.checkpoints.abstract_bank import abstract_bank, anywhere
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.derived import open_model, resolve_model
 from evojax_merge.checkpoints.headers import HeaderFolders, TensorHeader, write_header_only
@@ -30,7 +30,7 @@ from evojax_merge.evaluation.devices import ONE_DEVICE
 from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
-from evojax_merge.planning import make_plan, planning_evaluator
+from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import resolve_headers
 from evojax_merge.report.plan import Plan
@@ -121,10 +121,10 @@ def test_products_are_bfloat16_where_all_weights_are_and_the_target_multiplies_i
     assert cpu.compute_dtype("auto", ["bfloat16"]) == h100.compute_dtype("float32", ["bfloat16"]) == "float32"
     base, *parents = map(str, header_models(family, tmp_path, SEVEN_B, ("base", "a", "b")))
     models = {"base": base, "parents": parents}
-    assert problem_of(document(family, **models), "v5p-8").compute_dtype == "bfloat16"
-    assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").compute_dtype == "float32"
-    assert problem_of(document(family, **models)).compute_dtype == "float32"
-    assert problem_of(document(family), "v5p-8").compute_dtype == "float32"
+    assert problem_of(document(family, **models), "v5p-8").backend.compute_dtype == "bfloat16"
+    assert problem_of(document(family, **models, export_dtype="float32"), "v5p-8").backend.compute_dtype == "float32"
+    assert problem_of(document(family, **models)).backend.compute_dtype == "float32"
+    assert problem_of(document(family), "v5p-8").backend.compute_dtype == "float32"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -360,14 +360,15 @@ def test_an_abstract_bank_has_the_shapes_of_the_loaded_one(family: Family, metho
 def test_a_plans_flops_and_temporaries_are_the_compilers(family: Family) -> None:
     """The compiler counts a loop's body once, so here the count is compared with every loop's body once."""
     problem = problem_of(document(family))
-    plan = make_plan(problem, batched := problem.batched_tasks())
+    plan = make_plan(problem, batched := problem.prepare())
     assert plan.fits and plan.candidate.flops > 0 and plan.run.flops > 3 * plan.generation.flops
     assert plan.generation.flops == pytest.approx(4 * plan.candidate.flops)
     from evojax_merge.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator(problem.decoder, problem.tokenizer, batched.shards[0], target=problem.target)
-    population = problem.candidates.planned_population(evaluator, 1, lambda shape, dtype, axis: jax.ShapeDtypeStruct(
-        shape, jax.dtypes.canonicalize_dtype(dtype)))  # fmt: skip
+    evaluator = Evaluator(
+        problem.backend.models.decoder, problem.backend.models.tokenizer, batched.shards[0], target=problem.target
+    )
+    population = problem.backend.candidates.planned_population(evaluator, 1, anywhere)
     scores = [
         one
         for one in planned_passes(evaluator, population, batched.shards[0][0], JaxprReader(problem.target, ONE_DEVICE))
@@ -385,7 +386,7 @@ def test_gradients_are_counted(family: Family, target: str) -> None:
     """A gradient computes each product three times, once more where a layer is computed again, and merges."""
     search = {"generations": 3, "strategy": "gradient", "population": 1}
     problem = problem_of(document(family, search=search), target)
-    plan = make_plan(problem, problem.batched_tasks())
+    plan = make_plan(problem, problem.prepare())
     assert plan.gradient is not None
     assert 3 * plan.candidate.flops < plan.gradient.flops < 8 * plan.candidate.flops
     assert plan.generation == plan.gradient and plan.run.flops > 3 * plan.gradient.flops
@@ -396,7 +397,7 @@ def test_gradients_are_counted(family: Family, target: str) -> None:
 def test_generations_of_a_hybrid_search_are_of_two_kinds(family: Family) -> None:
     search = {"generations": 8, "strategy": "hybrid", "population": 4, "gradient": {"generations": 3, "starts": 2}}
     problem = problem_of(document(family, search=search))
-    plan = make_plan(problem, problem.batched_tasks())
+    plan = make_plan(problem, problem.prepare())
     assert plan.gradient is not None and plan.gradient_generations == 3
     searched = 3 * 2 * plan.gradient.flops + 5 * 4 * plan.candidate.flops
     assert searched < plan.run.flops < searched + 20 * plan.candidate.flops
@@ -406,7 +407,7 @@ def test_generations_of_a_hybrid_search_are_of_two_kinds(family: Family) -> None
 def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) -> None:
     search = {"generations": 1, "population": 2, "finalists": 50}
     plans = [
-        make_plan(problem, problem.batched_tasks())
+        make_plan(problem, problem.prepare())
         for final in (None, "bfloat16", "float32")
         for problem in [
             problem_of(
@@ -428,7 +429,7 @@ def test_the_choice_of_the_winner_is_planned_in_its_own_dtype(family: Family) ->
 def test_a_hybrid_search_plans_its_gradients_with_as_many_candidates_as_it_starts_from(family: Family) -> None:
     search = {"generations": 8, "strategy": "hybrid", "population": 8, "gradient": {"generations": 3, "starts": 2}}
     problem = problem_of(document(family, search=search), "h100")
-    plan = make_plan(problem, problem.batched_tasks())
+    plan = make_plan(problem, problem.prepare())
     assert {row.chunk for row in plan.passes if row.name == "score"} == {8}
     assert {row.chunk for row in plan.passes if row.name == "gradient"} == {2}
 
@@ -437,14 +438,15 @@ def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(famil
     """Decoding needs a candidate's own weights beside the models; two devices that share it need half of both."""
     task = {"name": "text", "kind": "exact_match", "file": str(family.tasks), "heldout": 0.25, "max_new_tokens": 4}
     problem = problem_of(document(family, tasks=[task], evaluation={"chunk": 1}), "8xh100")
-    ample = make_plan(problem, tasks := problem.batched_tasks())
+    ample = make_plan(problem, tasks := problem.prepare())
     (held,) = {row.held_bytes for row in ample.passes if row.name == "decode"}
 
     def plan(model: int) -> Plan:
         target = replace(problem.target, memory=ample.bank_bytes + held // 2)
         evaluation = problem.config.evaluation.model_copy(update={"model": model})
         config = problem.config.model_copy(update={"evaluation": evaluation})
-        return make_plan(replace(problem, target=target, config=config), tasks)
+        backend = replace(problem.backend, target=target, config=config)
+        return make_plan(replace(problem, config=config, backend=backend), tasks)
 
     alone, shared = plan(1), plan(2)
     assert not alone.fits and shared.fits
@@ -454,7 +456,7 @@ def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(famil
 
 def test_a_plan_says_how_many_devices_a_host_of_several_has(family: Family) -> None:
     problem = problem_of(document(family), "v5e-16")
-    plan = make_plan(problem, problem.batched_tasks())
+    plan = make_plan(problem, problem.prepare())
     assert "16 x TPU v5 lite, 4 to each of 4 hosts" in plan.lines()[0]
 
 
@@ -468,9 +470,9 @@ def test_how_many_candidates_generate_together_is_asked_of_the_devices_that_shar
         asked.append(traced)
         return 10**9
 
-    planner = planning_evaluator(problem, 0)
-    evaluator = replace(planner, batched_tasks=problem.batched_tasks().shards[0], temporary_bytes=temporaries)
-    population = problem.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
+    planner = problem.backend.planner(0).evaluator
+    evaluator = replace(planner, batched_tasks=problem.prepare().shards[0], temporary_bytes=temporaries)
+    population = problem.backend.candidates.planned_population(evaluator, 100, evaluator.devices.abstract)
     assert 1 < evaluator.generation_chunk(population, evaluator.batched_tasks[0]) < 100
     (prefill,) = asked
     leaves = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(prefill.args_info)]
@@ -484,7 +486,7 @@ def test_devices_that_share_a_candidate_hold_their_parts_of_it_once(family: Fami
 
     def materialised(model: int) -> int:
         problem = problem_of(document(family, tasks=[task], evaluation={"model": model, "chunk": 1}), "2xh100")
-        plan = make_plan(problem, problem.batched_tasks())
+        plan = make_plan(problem, problem.prepare())
         (row,) = {row.temporary_bytes: row for row in plan.passes if row.name == "materialise"}.values()
         return row.temporary_bytes
 
@@ -493,7 +495,9 @@ def test_devices_that_share_a_candidate_hold_their_parts_of_it_once(family: Fami
 
 def test_merging_moves_every_source_and_writes_the_merge(family: Family) -> None:
     problem = problem_of(document(family))
-    bank = abstract_bank(problem.sources, problem.decoder, problem.candidates.spec)  # type: ignore[attr-defined]
+    bank = abstract_bank(
+        problem.backend.models.sources, problem.backend.models.decoder, problem.backend.candidates.spec
+    )  # type: ignore[attr-defined]
     entries = sum(leaf.sources.size // leaf.sources.shape[1] for leaf in bank.stacks["layers"].values())
     head = bank.shared["embed"].sources.size // 3
     # Three float32 sources are read, and a bfloat16 merge is written.

@@ -288,7 +288,7 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     """Members of the third generation of random breeding, by every method: their weights are those that their recipes
     give, to the bit, and so are their scores."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
+    evaluator = open_evaluator(problem, problem.prepare().shards[0])
     space, bank = problem.space, evaluator.evaluator.bank
     rng, births = np.random.default_rng(1), []
     for p in range(9):
@@ -299,12 +299,12 @@ def test_what_is_scored_is_what_the_lineage_gives(config_file, tmp_path):
     problem, evaluator = problem.within(np.array(births)), evaluator.within(np.array(births))
     members = problem.space.decode(np.array(births[-3:]))
     assert {one.method for one in members} == set(RANDOM_METHODS) and min(len(one.lineage()) for one in members) > 2
-    assert any(0 < one.split < problem.decoder.layers for member in members for one in member.lineage())
+    assert any(0 < one.split < problem.backend.models.decoder.layers for member in members for one in member.lineage())
     scores, folders = evaluator.score(np.array(births[-3:])), []
     for genome, weights in zip(births[-3:], bank.weights(members), strict=True):
-        folders.append(execute(problem.candidates.to_recipe(genome), tmp_path / str(len(folders))))
+        folders.append(execute(problem.backend.candidates.to_recipe(genome), tmp_path / str(len(folders))))
         written = state(folders[-1])
-        assert set(weights) == set(written) == {name for name, _, _ in tensors_of(problem.decoder)}
+        assert set(weights) == set(written) == {name for name, _, _ in tensors_of(problem.backend.models.decoder)}
         for name, values in weights.items():
             np.testing.assert_array_equal(np.asarray(values, np.float32), written[name], err_msg=name)
     run("evaluate", *folders, "--tasks", _tasks(config_file, tmp_path), "--json", tmp_path / "scores.json")
@@ -324,13 +324,13 @@ def _tasks(config_file: Path, folder: Path) -> Path:
 def test_a_child_between_its_parents(config_file):
     """SLERP of two founders, against float64; the first layers of one order, the last of the other."""
     problem = build_problem(config_file, read_config(config_file, ["pool.methods=[slerp]"], None))
-    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
+    evaluator = open_evaluator(problem, problem.prepare().shards[0])
     space = problem.space
-    layers = problem.decoder.layers
+    layers = problem.backend.models.decoder.layers
     genome = child(space, FOUNDERS, (2, 0), 0, [0.25, 1.5 / (layers + 1)])
     (weights,) = evaluator.evaluator.bank.weights(space.decode(genome[None]))
     first, second = state(config_file.parent / "parent2"), state(config_file.parent / "parent0")
-    for name, leaf, place in tensors_of(problem.decoder):
+    for name, leaf, place in tensors_of(problem.backend.models.decoder):
         early = place[0] < 1 if leaf.stack is not None else leaf.component == "embedding"
         ordered = [parent[name].astype(np.float64) for parent in ((first, second) if early else (second, first))]
         expected = slerp(*ordered, 0.25)
@@ -340,7 +340,7 @@ def test_a_child_between_its_parents(config_file):
 def test_a_child_that_no_recipe_could_give_has_failed(config_file):
     """Linear weights that sum to zero, beside a child that is right."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
+    evaluator = open_evaluator(problem, problem.prepare().shards[0])
     number = RANDOM_METHODS.index("linear")
     children = [child(problem.space, FOUNDERS + p, (0, 1), number, [weight, 0]) for p, weight in enumerate((0, 0.5))]
     found = fitness(evaluator.tasks, evaluator.score(np.array(children)))
@@ -352,7 +352,7 @@ def test_members_are_bred_again_where_they_were_not_kept(config_file):
     found = []
     for slots in (1, 8):
         problem = build_problem(config_file, read_config(config_file, [f"pool.slots={slots}"], None))
-        evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
+        evaluator = open_evaluator(problem, problem.prepare().shards[0])
         strategy, values = problem.strategy, []
         saved = strategy.init(generation_key(5, INIT_KEY), problem.space.start[None])
         for generation in range(3):

@@ -426,9 +426,9 @@ def test_models_in_a_race_score_as_on_everything(family, tmp_path, space):
     path = write_config(family, tmp_path, space, 4)
     problem = build_problem(path, read_config(path, [], None))
     whole = build_problem(path, read_config(path, ["search.rungs=1"], None))
-    on = open_evaluators(problem, problem.batched_tasks())
+    on = open_evaluators(problem, problem.prepare())
     shards, full = on.shards, on.search
-    searched = open_evaluator(whole, whole.batched_tasks().shards[0])
+    searched = open_evaluator(whole, whole.prepare().shards[0])
     assert len(shards) == 8 and [task.name for task in full.tasks] == ["text", "short"]
     genomes = problem.space.start + 0.3 * np.random.default_rng(0).standard_normal((8, problem.space.dims))
     genomes = genomes.astype(np.float32)

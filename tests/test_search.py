@@ -129,13 +129,14 @@ def test_run_folder_is_complete(finished):
 def test_winner_is_what_was_scored(finished, config_file):
     """The exported folder, in transformers, gives the logits of the candidate that the search scored."""
     problem = build_problem(config_file, read_config(config_file, [], None))
-    spec = problem.candidates.spec
-    bank = load_bank(problem.sources, problem.decoder, spec)
+    spec = problem.backend.candidates.spec
+    bank = load_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
     genome = json.loads((finished / "result.json").read_text())["genome"]
     recipes = jax.vmap(problem.space.recipe)(jnp.asarray([genome], jnp.float32))
     source = lazy_merge(bank, take_candidate(recipes, 0), spec)
-    tokens = np.random.default_rng(0).integers(4, problem.decoder.vocab, (3, 11)).astype(np.int32)
-    ours = np.asarray(logits(problem.decoder, source, hidden_states(problem.decoder, source, tokens)))
+    decoder = problem.backend.models.decoder
+    tokens = np.random.default_rng(0).integers(4, decoder.vocab, (3, 11)).astype(np.int32)
+    ours = np.asarray(logits(decoder, source, hidden_states(decoder, source, tokens)))
     with torch.no_grad():
         theirs = load_torch(finished / "best/model")(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)

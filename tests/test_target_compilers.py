@@ -107,7 +107,7 @@ def compile_passes(
     changes |= {"evaluation": settings | {"compute_dtype": "bfloat16"}, "export_dtype": "bfloat16"}
     config = config_from(Path("config.yaml"), document(family, base=base, parents=parents, **changes), [], None)
     problem = build_problem(Path("config.yaml"), config, target=target)
-    return make_plan(problem, problem.batched_tasks(), compiler=compiler), compiler.programs()
+    return make_plan(problem, problem.prepare(), compiler=compiler), compiler.programs()
 
 
 @pytest.mark.parametrize(("name", "model"), CASES)

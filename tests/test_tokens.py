@@ -139,9 +139,9 @@ def test_a_search_of_models_with_other_names_for_tokens_warns_and_takes_the_base
         "tasks": [{"name": "text", "kind": "likelihood", "file": "tasks.jsonl"}],
     }  # fmt: skip
     problem = build_problem(llamas / "config.yaml", config_from(llamas / "config.yaml", config, [], None))
-    (warning,) = problem.sources.warnings
+    (warning,) = problem.backend.models.sources.warnings
     assert "row 62 is '<|im_start|>', not 'w62'" in warning
-    assert problem.tokenizer.get_vocab() == load_tokenizer(llamas / "base").get_vocab()
+    assert problem.backend.models.tokenizer.get_vocab() == load_tokenizer(llamas / "base").get_vocab()
 
 
 def test_other_numbers_of_rows_are_refused_as_by_mergekit(llamas: Path, monkeypatch: pytest.MonkeyPatch) -> None:

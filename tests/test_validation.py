@@ -198,7 +198,7 @@ def test_the_winner_is_the_best_finalist_on_the_validation_split(config, finishe
     assert [[task.size for task in split] for split in (splits.search, splits.validation, splits.heldout)] == [
         [9, 15], [6, 15], [5, 5],
     ]  # fmt: skip
-    on = open_evaluators(problem, problem.batched_tasks())
+    on = open_evaluators(problem, problem.prepare())
     assert [task.name for task in on.validation.tasks] == ["text"]
     arrays = Checkpoints(RunFolder(finished)).restore(print).arrays
     document = json.loads((finished / "result.json").read_text())
@@ -257,7 +257,7 @@ def test_what_chooses_the_winner_has_a_dtype_of_its_own(config, space, tmp_path,
     (row,) = RunFolder(tmp_path / "run").read_history()
     path.write_text(yaml.safe_dump(document))
     problem = build_problem(path, read_config(path, [], None))
-    full = problem.batched_tasks().search
+    full = problem.prepare().search
     on = open_evaluators(problem, Splits([full], full, None, full))
     searched, final = on.shards[0], on.search
     genomes = np.array(row["genomes"], np.float32)

@@ -42,7 +42,7 @@ from bench.merging.kernels import Kernels, build_problem, medians
 from bench.shared.header_models import MISTRAL_7B, PROMPT, problem_for, write_examples, write_models
 from bench.shared.machine import copy_bandwidth, describe, device_name, matrix_peak, seconds_of
 from bench.shared.scored_rows import of_rows, work
-from evojax_merge.candidates import MergeCandidates
+from evojax_merge.backends.decoder.candidates import MergeCandidates
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, abstract_stored
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.errors import Failed
@@ -150,7 +150,10 @@ def key_of(name: str) -> jax.Array:
 
 def random_stored(problem: SearchProblem) -> StackedWeights:
     """One model of the problem's shapes."""
-    model, dtype = abstract_stored(problem.sources, problem.decoder, problem.compute_dtype), problem.compute_dtype
+    model, dtype = (
+        abstract_stored(problem.backend.models.sources, problem.backend.models.decoder, problem.backend.compute_dtype),
+        problem.backend.compute_dtype,
+    )
     stacks = {
         stack: {
             name: random_stack(key_of(name), (leaf.shape[0], 1, *leaf.shape[1:]), dtype).reshape(leaf.shape)
@@ -167,9 +170,9 @@ def random_stored(problem: SearchProblem) -> StackedWeights:
 def random_bank(problem: SearchProblem) -> Bank:
     """A bank as a search over models of the problem's shapes loads it. The method's statistics of a tensor are those of
     a small one with as large weights: order statistics and ratios, which are the same for all."""
-    assert isinstance(problem.candidates, MergeCandidates)
-    spec, dtype = problem.candidates.spec, problem.compute_dtype
-    bank = abstract_bank(problem.sources, problem.decoder, spec)
+    assert isinstance(problem.backend.candidates, MergeCandidates)
+    spec, dtype = problem.backend.candidates.spec, problem.backend.compute_dtype
+    bank = abstract_bank(problem.backend.models.sources, problem.backend.models.decoder, spec)
     sample = np.asarray(random_sources(key_of("sample"), (1 + PARENTS, 256, 256), dtype))
     measured = tabulate(spec.method, spec.options, list(sample), spec.prepared_for(PARENTS), lambda k: np.zeros(0))
 
@@ -199,7 +202,8 @@ class Models:
     def __post_init__(self) -> None:
         problem = self.problem
         self.evaluator = Evaluator(
-            problem.decoder, problem.tokenizer, problem.batched_tasks().shards[0], problem.compute_dtype,
+            problem.backend.models.decoder, problem.backend.models.tokenizer, problem.prepare().shards[0],
+            problem.backend.compute_dtype,
             target=problem.target,
         )  # fmt: skip
 
@@ -226,7 +230,7 @@ def open_problem(folder: Path, target: Target, shape: str | None) -> tuple[str, 
         problem = problem_for(
             folder, PARENTS, "ties", "likelihood", target, 1, dtype, population=POPULATION, generations=GENERATIONS
         )
-        if make_plan(problem, problem.batched_tasks()).fits:
+        if make_plan(problem, problem.prepare()).fits:
             break
     return name, problem
 
@@ -266,21 +270,21 @@ def merging(method: str, target: Target, dtype: str, copy: float) -> list[str]:
 def scoring(models: Models, merged: bool, peak: float) -> list[str]:
     evaluator, problem = models.evaluator, models.problem
     (own,) = evaluator.batched_tasks
-    tokens, length = problem.tokens_per_batch, max(len(row.tokens) for row in own.requests.scored)
+    tokens, length = problem.backend.tokens_per_batch, max(len(row.tokens) for row in own.requests.scored)
     rows = own.requests.scored[: max(1, tokens // length)]
     # As many passes of the stored model as of candidates, each of which has one.
     asked = of_rows(own, rows if merged else rows * PASSES, tokens)
     evaluator = replace(evaluator, batched_tasks=[asked], chunk_sizes={})
     if merged:
-        assert isinstance(problem.candidates, MergeCandidates)
+        assert isinstance(problem.backend.candidates, MergeCandidates)
         genomes = np.random.default_rng(0).uniform(0, 1, (PASSES, problem.space.dims)).astype(np.float32)
-        recipes = problem.candidates.space.decode(genomes)
-        run = partial(evaluator.population, models.bank, problem.candidates.spec, recipes)
+        recipes = problem.backend.candidates.space.decode(genomes)
+        run = partial(evaluator.population, models.bank, problem.backend.candidates.spec, recipes)
     else:
         run = partial(evaluator.stored, models.stored)
     require_finite("likelihood", run())
     seconds = float(np.median([seconds_of(run) for _ in range(REPEATS)])) / PASSES
-    flops = sum(work(problem.decoder, rows))
+    flops = sum(work(problem.backend.models.decoder, rows))
     return [
         f"{len(rows)} x {length}", f"{seconds:.3g}", f"{flops / seconds / 1e12:.3g}", f"{flops / seconds / peak:.0%}",
     ]  # fmt: skip
@@ -288,7 +292,11 @@ def scoring(models: Models, merged: bool, peak: float) -> list[str]:
 
 def decoding(models: Models, prompts: int, copy: float) -> list[str]:
     problem, target = models.problem, models.problem.target
-    config, dtype, new = problem.decoder, problem.compute_dtype, NEW_TOKENS if target.is_accelerator else CPU_NEW_TOKENS
+    config, dtype, new = (
+        problem.backend.models.decoder,
+        problem.backend.compute_dtype,
+        NEW_TOKENS if target.is_accelerator else CPU_NEW_TOKENS,
+    )
     factory, everyone, no_draft = SharedModel(), np.zeros(1), 1
     tokens = np.random.default_rng(0).integers(3, config.vocab, (prompts, PROMPT)).astype(np.int32)
     model, corpus, no_padding = models.stored, np.zeros((prompts, 0), np.int32), np.zeros(prompts, np.int32)
@@ -327,8 +335,10 @@ def decoding(models: Models, prompts: int, copy: float) -> list[str]:
 
 def searching(models: Models, peak: float) -> list[str]:
     problem = models.problem
-    assert isinstance(problem.candidates, MergeCandidates)
-    scorer = SpaceEvaluator(problem.space, MergeEvaluator(models.evaluator, models.bank, problem.candidates.spec))
+    assert isinstance(problem.backend.candidates, MergeCandidates)
+    scorer = SpaceEvaluator(
+        problem.space, MergeEvaluator(models.evaluator, models.bank, problem.backend.candidates.spec)
+    )
     ends = [time.perf_counter()]
 
     class Clock(Reporter):
@@ -338,7 +348,7 @@ def searching(models: Models, peak: float) -> list[str]:
     evolve(problem.search, 0, problem.strategy, problem.space, [scorer], MemoryStorage(), Clock())
     first, *others = np.diff(ends)
     rows, seconds = models.evaluator.batched_tasks[0].requests.scored, float(np.median(others))
-    flops = POPULATION * sum(work(problem.decoder, rows))
+    flops = POPULATION * sum(work(problem.backend.models.decoder, rows))
     return [
         f"{POPULATION}", f"{len(rows)}", f"{sum(len(row.tokens) for row in rows):,}", f"{seconds:.3g}",
         f"{seconds / POPULATION:.3g}", f"{flops / seconds / peak:.0%}", f"{first:.3g}",
@@ -369,7 +379,7 @@ def measure(target: Target, shape: str | None, budget: Budget) -> str:
     beside = other_work()
     with tempfile.TemporaryDirectory() as folder:
         name, problem = open_problem(Path(folder), target, shape)
-        dtype = problem.compute_dtype
+        dtype = problem.backend.compute_dtype
         models, copy, peak = Models(problem), copy_bandwidth(), matrix_peak(dtype)
         merged = [
             row for method in METHODS for row in budget.row(method, partial(merging, method, target, dtype, copy))
@@ -383,7 +393,7 @@ def measure(target: Target, shape: str | None, budget: Budget) -> str:
             for row in budget.row(name, partial(scoring, models, is_merged, peak))
         ]
         searched = budget.row("TIES, CMA-ES, by likelihood", partial(searching, models, peak))
-    parameters = sum(int(np.prod(own)) for own in tensor_shapes(problem.decoder).values())
+    parameters = sum(int(np.prod(own)) for own in tensor_shapes(problem.backend.models.decoder).values())
     said = (
         f"`make bench-device`: {describe()}{beside}. An addition to a large array moves {copy / 1e9:,.1f} GB/s, the "
         f"best matrix product in {dtype} does {peak / 1e12:.3g} TFLOP/s. The models are of the shape {name}, "

@@ -27,10 +27,10 @@ import yaml
 
 from bench.shared.machine import describe
 from bench.shared.random_family import write_random_family, write_rows
+from evojax_merge.backends.decoder.planner import passes_of_task
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.costs import cost_of
 from evojax_merge.evaluation.planned_passes import planned_passes
-from evojax_merge.planning import device_sizes, passes_of_task, planning_evaluator
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.report.plan import shown_bytes, shown_number
 
@@ -83,9 +83,9 @@ def anonymous_bytes(pid: int) -> int:
 
 def counted_flops(problem: SearchProblem) -> Iterator[tuple[str, float, float]]:
     """Each pass of a generation: its name, FLOPs by the plan's count, and by the compiler's."""
-    splits = problem.batched_tasks()
-    planner = planning_evaluator(problem, device_sizes(problem, 1).bank)
-    population = problem.candidates.planned_population(planner, problem.strategy.population, anywhere)
+    splits = problem.prepare()
+    planner = problem.backend.planner(problem.backend.device_sizes(1).bank).evaluator
+    population = problem.backend.candidates.planned_population(planner, problem.strategy.population, anywhere)
     for tasks in splits.shards:
         evaluator = replace(planner, batched_tasks=tasks)
         for i in range(len(tasks)):

@@ -36,7 +36,7 @@ from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
 from evojax_merge.evaluation.planned_passes import DECODE, MATERIALISE, PREFILL, SCORE
 from evojax_merge.evaluation.targets import Target, find_target
-from evojax_merge.planning import device_sizes, make_plan
+from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem
 from evojax_merge.report.plan import Plan, shown_bytes, shown_number, shown_seconds
 from evojax_merge.tasks.splits import Splits
@@ -69,7 +69,7 @@ def fitting_plan(
     shares = [model for model in range(1, target.devices_per_host + 1) if target.devices_per_host % model == 0]
     for model in shares:
         # What does not hold the models alone need not be planned.
-        if model < shares[-1] and device_sizes(alone, model).bank >= target.memory:
+        if model < shares[-1] and alone.backend.device_sizes(model).bank >= target.memory:
             continue
         evaluation = alone.config.evaluation.model_copy(update={"model": model})
         problem = replace(alone, config=alone.config.model_copy(update={"evaluation": evaluation}))
@@ -88,9 +88,9 @@ _batches: dict[tuple[Any, ...], Splits[list[BatchedTask]]] = {}
 
 def batched(problem: SearchProblem, mode: str) -> Splits[list[BatchedTask]]:
     """A search's batches, made once for all that differ in their methods and in how many devices share a candidate."""
-    key = mode, problem.tokens_per_batch, problem.target.merge_tokens, problem.search.rungs
+    key = mode, problem.backend.tokens_per_batch, problem.target.merge_tokens, problem.search.rungs
     if key not in _batches:
-        _batches[key] = problem.batched_tasks()
+        _batches[key] = problem.prepare()
     return _batches[key]
 
 
@@ -137,7 +137,7 @@ def read_rows(file: Path | None) -> dict[str, Row]:
 
 def figures(mode: str, problem: SearchProblem, plan: Plan) -> Row:
     work, merge_tokens = plan.candidate, problem.target.merge_tokens
-    tokens = problem.tokens_per_batch
+    tokens = problem.backend.tokens_per_batch
     merges = any(row.name == SCORE for row in plan.passes) and work.merge_seconds > 0
     return {
         "fits": plan.fits, "model": plan.model, "bank_bytes": plan.bank_bytes, "batch": batch_tokens(problem, mode),
@@ -298,10 +298,10 @@ def meshes(folder: Path, parents: int, targets: Sequence[str], method: str) -> I
                 if compiler is None:
                     return
                 problem = problem_for(folder, parents, method, mode, target, model)
-                make_plan(problem, problem.batched_tasks(), compiler=compiler)
+                make_plan(problem, problem.prepare(), compiler=compiler)
                 for program in compiler.programs():
                     # Of batches of other shapes there is nothing else to see.
-                    passes.setdefault(pass_name(program), mesh_cells(program, problem.decoder.layers))
+                    passes.setdefault(pass_name(program), mesh_cells(program, problem.backend.models.decoder.layers))
             for one in (SCORE, MATERIALISE, PREFILL, DECODE):
                 yield f"| {name} | {groups} x {model} | {one} | {' | '.join(passes[one])} |"
 

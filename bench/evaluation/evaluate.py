@@ -42,7 +42,7 @@ from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.references import resolve_reference
 from evojax_merge.search.genomes import SpaceEvaluator
 from evojax_merge.search.loop import INIT_KEY, generation_key
-from evojax_merge.selection import open_evaluator, recipe_text
+from evojax_merge.selection import open_evaluator
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.task import Row
 from evojax_merge.yaml_reader import load_yaml
@@ -87,7 +87,7 @@ def problem_for(folder: Path, task: dict[str, Any], method: str, population: int
 
 
 def opened(problem: SearchProblem) -> tuple[SpaceEvaluator[MergeEvaluator], BatchedTask]:
-    batched_tasks = problem.batched_tasks().shards[0]
+    batched_tasks = problem.prepare().shards[0]
     scorer = open_evaluator(problem, batched_tasks)
     return scorer, batched_tasks[0]
 
@@ -106,10 +106,12 @@ def torch_model(scorer: SpaceEvaluator[MergeEvaluator], problem: SearchProblem, 
 
     build = LazyMergeFactory(scorer.evaluator.spec, "float32")
     stored = take_candidate(materialise(build, None, scorer.evaluator.bank, scorer.space.decode(genome[None])), 0)
-    model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(problem.backend.models.sources.folders[0].path, dtype="float32").eval()
     import torch
 
-    tensors = {name: torch.from_numpy(values.copy()) for name, values in stored_tensors(stored, problem.decoder)}
+    tensors = {
+        name: torch.from_numpy(values.copy()) for name, values in stored_tensors(stored, problem.backend.models.decoder)
+    }
     model.load_state_dict(tensors, strict=False)
     return model
 
@@ -129,16 +131,16 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     before = matrix_peak()
     words = " ".join(problem.fields["question"] for problem in read_symbolic("eng").records)
     problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, "ties", 2)
-    ids = problem.tokenizer(words)["input_ids"]
+    ids = problem.backend.models.tokenizer(words)["input_ids"]
     rows = [Row(tuple(ids[i * 192 : (i + 1) * 192]), 97, f"row {i}", i) for i in range(8)]
-    model = AutoModelForCausalLM.from_pretrained(problem.merged_from[0], dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(problem.backend.models.sources.folders[0].path, dtype="float32").eval()
     seconds = {"transformers, stored model": median_seconds(partial(score_rows, model, rows), 3)}
     # As many passes of a stored model as of candidates, each of which has one.
     scorer, batched_task = opened(problem)
     evaluator = replace(
         scorer.evaluator.evaluator, batched_tasks=[of_rows(batched_task, rows * PASSES, TOKENS)], chunk_sizes={}
     )
-    stored = load_stored(*open_sources([problem.merged_from[0]]))
+    stored = load_stored(*open_sources([problem.backend.models.sources.folders[0].path]))
     seconds["stored model"] = median_seconds(partial(evaluator.stored, stored), 5) / PASSES
     for name, method in (("task arithmetic", "task_arithmetic"), ("TIES", "ties")):
         problem = problem_for(folder, {"kind": "likelihood", **text_files(folder, [("x", "y")] * 4)}, method, 2)
@@ -155,7 +157,7 @@ def peak_part(folder: Path, sizes: Sizes) -> None:
     )
     seconds[f"{name}, put together for {PASSES} passes"] = median_seconds(run, 5) / PASSES / 2
     # Of a machine whose speed drifts, the best of both ends.
-    peak, done = max(before, matrix_peak()), sum(work(problem.decoder, rows))
+    peak, done = max(before, matrix_peak()), sum(work(problem.backend.models.decoder, rows))
     print(f"\nmatrix product: {peak / 1e9:.0f} GFLOP/s\n\n| pass over 8 x 192 tokens | GFLOP/s | share of the peak |")
     print("| --- | ---: | ---: |")
     for name, taken in seconds.items():
@@ -250,7 +252,7 @@ def building_part(folder: Path, sizes: Sizes) -> None:
     ours = median_seconds(partial(scorer.score, genomes), 1) / sizes.candidates
     seconds = []
     for genome in genomes[: sizes.peers]:
-        (folder / "recipe.yaml").write_text(recipe_text(problem, genome))
+        (folder / "recipe.yaml").write_text(problem.backend.recipe(genome))
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         options = MergeOptions(quiet=True, write_model_card=False)
@@ -284,7 +286,9 @@ def writing_part(folder: Path, sizes: Sizes) -> None:
         pairs = [(f"Q: {record.fields['question']}\nA:", "1") for record in records[:prompts]]
         task = {"kind": "exact_match", "max_new_tokens": sizes.new, **text_files(folder, pairs)}
         # No token ends a text, so that both sides write as many.
-        problem = replace(problem_for(folder, task, "task_arithmetic", sizes.candidates), stop=())
+        problem = problem_for(folder, task, "task_arithmetic", sizes.candidates)
+        backend = replace(problem.backend, models=replace(problem.backend.models, stop=()))
+        problem = replace(problem, backend=backend)
         scorer, batched_task = opened(problem)
         state = problem.strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
         warm, genomes = (np.asarray(problem.strategy.ask(generation_key(0, i), state)[0]) for i in (0, 1))

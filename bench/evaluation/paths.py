@@ -29,7 +29,7 @@ import yaml
 from bench.shared.machine import describe
 from bench.shared.random_family import write_random_family, write_rows
 from bench.shared.torch_peer import mean_log_probability
-from evojax_merge.candidates import PathCandidates
+from evojax_merge.backends.decoder.candidates import PathCandidates
 from evojax_merge.evaluation.paths import PathEvaluator
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.models.paths import LayerPath
@@ -56,7 +56,7 @@ def problem_for(folder: File, parents: Sequence[str], space: dict[str, Any]) -> 
 
 
 def fresh_evaluator(problem: SearchProblem) -> SpaceEvaluator[PathEvaluator]:
-    evaluator = open_evaluator(problem, problem.batched_tasks().shards[0])
+    evaluator = open_evaluator(problem, problem.prepare().shards[0])
     return evaluator
 
 
@@ -81,11 +81,11 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    assert isinstance(problem.candidates, PathCandidates)
+    assert isinstance(problem.backend.candidates, PathCandidates)
     states = [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict() for folder in problem.parents
     ]
-    batched_task = problem.batched_tasks().shards[0][0]
+    batched_task = problem.prepare().shards[0][0]
     values, seconds = [], []
     for path in paths:
         start = time.perf_counter()
@@ -95,7 +95,7 @@ def time_peer(problem: SearchProblem, paths: Sequence[LayerPath]) -> tuple[np.nd
             model = AutoModelForCausalLM.from_config(config)
         tensors = {name: values for name, values in states[path.embedding_parent].items() if "layers." not in name}
         for step, (m, factor) in enumerate(zip(path.layers, path.residual_scales(), strict=True)):
-            parent, layer = problem.candidates.spec.origins[m]
+            parent, layer = problem.backend.candidates.spec.origins[m]
             for name, values_ in states[parent].items():
                 head, _, tail = name.partition(f"layers.{layer}.")
                 if tail:
@@ -125,8 +125,8 @@ def against_peer(folder: File, population: int, peers: int) -> None:
         strategy = problem.strategy
         state = strategy.init(generation_key(0, INIT_KEY), problem.space.start[None])
         genomes, _ = strategy.ask(generation_key(0, 0), state)
-        assert isinstance(problem.candidates, PathCandidates)
-        paths = [path for path in problem.candidates.space.decode(np.asarray(genomes)) if path is not None]
+        assert isinstance(problem.backend.candidates, PathCandidates)
+        paths = [path for path in problem.backend.candidates.space.decode(np.asarray(genomes)) if path is not None]
         found, ours, saved = time_ours(scorer, paths)
         expected, build, score = time_peer(problem, paths[:peers])
         if not np.allclose(found[: len(expected)], expected, atol=1e-3):

@@ -55,14 +55,14 @@ def mean_scores(model: Path, problem: SearchProblem) -> dict[tuple[str, str], np
     import torch
     from transformers import AutoModelForCausalLM
 
-    (tasks,) = problem.batched_tasks().shards
+    (tasks,) = problem.prepare().shards
     (task,) = tasks
     rows = task.requests.scored
     counts = np.array([len(row.tokens) - row.start for row in rows])
     sources, config = open_sources([model])
     found = {}
     for dtype in DTYPES:
-        evaluator = Evaluator(config, problem.tokenizer, tasks, dtype)
+        evaluator = Evaluator(config, problem.backend.models.tokenizer, tasks, dtype)
         scores = evaluator.stored(load_stored(sources, config, 0, dtype))
         found["ours", dtype] = scores.log_probabilities[task.task.name][0] / counts
         peer = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
@@ -76,7 +76,7 @@ def scores_part(options: argparse.Namespace) -> None:
         "\n| SmolLM2-135M-Instruct | rows | ours, bfloat16 - float32 | transformers, bfloat16 - float32 "
         "| ours - transformers, float32 | ours - transformers, bfloat16 |\n| --- | ---: | ---: | ---: | ---: | ---: |"
     )
-    for _, model in problem.models:
+    for _, model in problem.backend.compared:
         found = mean_scores(model, problem)
         pairs = [
             (("ours", "bfloat16"), ("ours", "float32")),
@@ -124,7 +124,7 @@ def agreement(exact: np.ndarray, rounded: np.ndarray) -> Agreement:
 
 
 def row_of(name: str, problem: SearchProblem, genomes: np.ndarray) -> str:
-    (tasks,) = problem.batched_tasks().shards
+    (tasks,) = problem.prepare().shards
     on = open_evaluators(problem, Splits([tasks], tasks, None, tasks))
     searched, final = on.shards[0], on.search
     exact, rounded = (fitness(one.tasks, one.score(genomes)) for one in (final, searched))
@@ -145,7 +145,7 @@ def first_generation(problem: SearchProblem) -> np.ndarray:
 
 def last_generation(problem: SearchProblem) -> np.ndarray:
     """float32[P, D]: the candidates of the last generation of a search in float32."""
-    shards = open_evaluators(problem, problem.batched_tasks()).shards
+    shards = open_evaluators(problem, problem.prepare()).shards
     storage = MemoryStorage()
     evolve(problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter())
     return np.array(storage.read_history()[-1]["genomes"], np.float32)

@@ -29,7 +29,7 @@ from merge_kernels import CombineInputs, combine, draw_row_keys, look_up, sums, 
 from bench.merging.kernels import build_problem, medians, mergekit_call, seed_of
 from bench.shared.machine import describe
 from bench.shared.random_family import problem_for, write_rows
-from evojax_merge.candidates import MergeCandidates
+from evojax_merge.backends.decoder.candidates import MergeCandidates
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.models.bank import take_candidate
 from evojax_merge.models.decoder import forward, target_logprobs
@@ -141,10 +141,10 @@ def write_family(folder: Path, parents: int) -> None:
 
 def of_a_search(folder: Path, parents: int, written_out: int, repeats: int) -> Row:
     problem = problem_for(folder, str(folder / "base"), [str(folder / str(k)) for k in range(parents)], 4)
-    candidates = problem.candidates
+    candidates = problem.backend.candidates
     assert isinstance(candidates, MergeCandidates)
-    spec, config, space = candidates.spec, problem.decoder, candidates.space
-    bank = load_bank(problem.sources, config, spec)
+    spec, config, space = candidates.spec, problem.backend.models.decoder, candidates.space
+    bank = load_bank(problem.backend.models.sources, config, spec)
     rng = np.random.default_rng(0)
     recipes = space.decode(rng.uniform(0, 1, (1, space.dims)).astype(np.float32))
     tokens, targets = (jnp.asarray(rng.integers(2, VOCAB, (ROWS, WIDTH)), jnp.int32) for _ in range(2))

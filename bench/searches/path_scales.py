@@ -79,7 +79,7 @@ def figures(result: Result) -> list[float]:
 def passes_of_a_gradient(family: Family, seed: int) -> float:
     """The time of a candidate's scores and gradient, as a multiple of that of its scores."""
     problem = family.problem_for(seed, gradient(family, 1))
-    (evaluator,) = open_evaluators(problem, problem.batched_tasks()).minibatches
+    (evaluator,) = open_evaluators(problem, problem.prepare()).minibatches
     genome, paths = problem.space.start[None], evaluator.evaluator.score_cache
 
     def scored() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.shared.machine import describe
-from evojax_merge.candidates import PoolCandidates
+from evojax_merge.backends.decoder.candidates import PoolCandidates
 from evojax_merge.evaluation.scores import TaskScores, fitness, means
 from evojax_merge.problem import build_problem, read_config
 from evojax_merge.search.loop import MemoryStorage, Reporter, evolve, rescore
@@ -39,12 +39,12 @@ class Found:
 
 def run(seed: int, overrides: list[str]) -> Found:
     problem = build_problem(CONFIG, read_config(CONFIG, overrides, seed))
-    on = open_evaluators(problem, problem.batched_tasks())
+    on = open_evaluators(problem, problem.prepare())
     begun = time.perf_counter()
     archive = evolve(problem.search, seed, problem.strategy, problem.space, on.shards, MemoryStorage(), Reporter())
     seconds = time.perf_counter() - begun
     winner = rescore(problem.space, on.search, archive, lambda done: None)[0].genome
-    candidates = problem.candidates
+    candidates = problem.backend.candidates
     assert isinstance(candidates, PoolCandidates)
     genomes = np.concatenate([winner[None], candidates.space.genealogy.founders])
     scores: TaskScores = on.heldout.within(archive.context).score(genomes)

@@ -220,13 +220,13 @@ def run_seed(
     generations = problem.search.generations
 
     def lengths(task: Task) -> np.ndarray:
-        return example_lengths(task, problem.tokenizer, problem.context)
+        return example_lengths(task, problem.backend.models.tokenizer, problem.backend.models.context)
 
     shards = stratified_shards("rungs", problem.splits.search, lengths, rungs, seed)
     (counted,) = (task for task in problem.splits.search if task.weight > 0)
     strata = length_strata(lengths(counted), len(shards))
     halved = replace(problem, splits=replace(problem.splits, shards=shards, choice=[counted]), strata=[strata])
-    on_halves, on = (open_evaluators(one, one.batched_tasks()) for one in (halved, problem))
+    on_halves, on = (open_evaluators(one, one.prepare()) for one in (halved, problem))
     choosable, racing = on_halves.choice, on_halves.shards
     (searched,), full, heldout = on.shards, on.search, on.heldout
     assert choosable is not None

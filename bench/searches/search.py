@@ -29,7 +29,7 @@ from bench.shared.torch_peer import mean_log_probability
 from evojax_merge.checkpoints.parents import tensor_shapes
 from evojax_merge.evaluation.scores import fitness
 from evojax_merge.problem import SearchProblem, resolve_reference
-from evojax_merge.selection import open_evaluator, recipe_text
+from evojax_merge.selection import open_evaluator
 from evojax_merge.yaml_reader import load_yaml
 
 
@@ -54,7 +54,7 @@ class Timing:
 
 def time_ours(problem: SearchProblem, genomes: np.ndarray) -> tuple[np.ndarray, float, float, float]:
     """(fitness, seconds per candidate, seconds to load and prepare the bank, seconds to compile)."""
-    batched_tasks = problem.batched_tasks().shards[0]
+    batched_tasks = problem.prepare().shards[0]
     start = time.perf_counter()
     scorer = open_evaluator(problem, batched_tasks)
     prepare = time.perf_counter() - start
@@ -78,10 +78,10 @@ def time_peer(problem: SearchProblem, genomes: np.ndarray, folder: Path) -> tupl
     from mergekit.options import MergeOptions
     from transformers import AutoModelForCausalLM
 
-    batched_task = problem.batched_tasks().shards[0][0]
+    batched_task = problem.prepare().shards[0][0]
     values, seconds = [], []
     for genome in genomes:
-        (folder / "recipe.yaml").write_text(recipe_text(problem, genome))
+        (folder / "recipe.yaml").write_text(problem.backend.recipe(genome))
         document = load_yaml(folder / "recipe.yaml")
         start = time.perf_counter()
         run_merge(
@@ -109,8 +109,8 @@ def measure(name: str, models: dict[str, str], tokens: int, length: int, populat
         theirs, peer = time_peer(problem, genomes[:peers], folder)
         # Among entries of bfloat16 many tie at a threshold: here all of them are kept, there the first ones.
         np.testing.assert_allclose(ours[:peers], theirs, rtol=0.02)
-        counted = sum(len(row.tokens) for row in problem.batched_tasks().shards[0][0].requests.scored)
-        size = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.decoder).values())
+        counted = sum(len(row.tokens) for row in problem.prepare().shards[0][0].requests.scored)
+        size = sum(int(np.prod(shape)) for shape in tensor_shapes(problem.backend.models.decoder).values())
         return Timing(name, size, counted, per_candidate, prepare, compile_seconds, *peer)
 
 

@@ -215,7 +215,7 @@ def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[
             other = next(iter(experiments.values()))
             searched, heldout = (replace(one, space=problem.space) for one in (other.searched, other.heldout))
         else:
-            on = open_evaluators(problem, problem.batched_tasks())
+            on = open_evaluators(problem, problem.prepare())
             searched, heldout = on.shards[0], on.heldout
         experiments[name] = Experiment(family.config, problem, searched, heldout)
     return experiments
@@ -235,7 +235,7 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
         decoder = replace(merges.evaluator, batched_tasks=tasks, chunk_sizes={}, lookup_corpus={})
         return SpaceEvaluator(problem.space, replace(merges, evaluator=decoder))
 
-    evaluators = problem.batched_tasks().map(on)
+    evaluators = problem.prepare().map(on)
     evolve(
         problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
         minibatches=evaluators.minibatches, choice=problem.example_choice(evaluators),

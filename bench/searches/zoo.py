@@ -26,7 +26,7 @@ from evojax_merge.search import loop
 from evojax_merge.search.loop import Reporter
 from evojax_merge.search.protocols import GenomeEvaluator
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, open_run
-from evojax_merge.selection import open_evaluator, open_evaluators, recipe_text, select_best
+from evojax_merge.selection import open_evaluator, open_evaluators, select_best
 from evojax_merge.spaces.layer_path import IndicatorSpace
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
@@ -69,7 +69,7 @@ def accuracies(evaluator: GenomeEvaluator, genomes: np.ndarray) -> np.ndarray:
 
 def start_accuracy(problem: SearchProblem) -> float:
     """Held-out exact match of the merge that the search would start from."""
-    heldout = open_evaluator(problem, problem.batched_tasks().heldout)
+    heldout = open_evaluator(problem, problem.prepare().heldout)
     return float(accuracies(heldout, problem.space.start[None])[0])
 
 
@@ -82,20 +82,20 @@ def random_frankenmerge(seed: int) -> float:
     on = np.zeros((len(chosen), problem.space.num_indicators), bool)
     for row, layers in zip(on, chosen, strict=True):
         row[layers] = True
-    heldout = open_evaluator(problem, problem.batched_tasks().heldout)
+    heldout = open_evaluator(problem, problem.prepare().heldout)
     return float(np.nanmean(accuracies(heldout, np.stack([problem.space.genome(row) for row in on]))))
 
 
 def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
     run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
-    on = open_evaluators(problem, problem.batched_tasks())
+    on = open_evaluators(problem, problem.prepare())
     archive = loop.evolve(
         problem.search, problem.config.seed, problem.strategy, problem.space, on.shards,
         FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
     )  # fmt: skip
     result = select_best(problem, on, archive)
-    run.recipe.write_text(recipe_text(problem, result.genome))
+    run.recipe.write_text(problem.backend.recipe(result.genome))
     merge_to(prepare(read_recipe(run.recipe), find=resolve_reference), run.model, card="")
     return result
 

@@ -36,7 +36,6 @@ from evojax_merge.search.run_folder import (
     read_result,
 )
 from evojax_merge.search.run_parts import RunFolder
-from evojax_merge.selection import recipe_text
 from evojax_merge.yaml_reader import load_yaml, parse_documents
 
 
@@ -111,7 +110,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
             )
         state = saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space)
         problem = problem.within(context_of(problem.strategy, state))
-        text = recipe_text(problem, saved.arrays["genomes"][0])
+        text = problem.backend.recipe(saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))
         _export(folder, stream, text, None, out, dtype, overwrite, rank)
     chosen_on = "whole search split" if problem.splits.validation is None else "validation split"

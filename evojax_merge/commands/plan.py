@@ -43,7 +43,7 @@ def plan(path: Path, target_name: str | None, json_file: Path | None, overrides:
             for stage, config_of_stage in enumerate(stage_configs(config)):
                 problem = build_problem(path, config_of_stage, chained=stage > 0, target=target, resolve=resolve)
                 compiler = _compiler(target, config.evaluation.model)
-                plans.append(make_plan(problem, problem.batched_tasks(), folders.download_bytes, compiler))
+                plans.append(make_plan(problem, problem.prepare(), folders.download_bytes, compiler))
     print_warnings(revision_warnings(path, config))
     for number, stage_plan in enumerate(plans, start=1):
         if len(plans) > 1:

@@ -19,7 +19,6 @@ from evojax_merge.checkpoints.writer import (
 )
 from evojax_merge.config import Config, StageConfig, blamed_on_overrides
 from evojax_merge.errors import LONGEST_LINE, InputError, PeerLostError, print_warning, printable
-from evojax_merge.evaluation.batched_tasks import BatchedTask, token_warnings
 from evojax_merge.evaluation.devices import barrier, unused_memory
 from evojax_merge.evaluation.memory import require_memory
 from evojax_merge.interrupts import defer_signals
@@ -29,12 +28,11 @@ from evojax_merge.problem import (
     build_problem,
     read_config,
     resolved_document,
-    resolved_space,
     revision_warnings,
     stage_config,
     stage_configs,
 )
-from evojax_merge.report.notices import log_unused_config_keys, print_warnings
+from evojax_merge.report.notices import print_warnings
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
 from evojax_merge.schema import MAX_NAME_BYTES
@@ -134,12 +132,12 @@ def run_search(
         return
     problem = build_problem(path, config)
     _check_outside(out, [problem])
-    batched_tasks = problem.batched_tasks()
+    prepared = problem.prepare()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
     with _opened(out, resolved_document(problem), on_started, resume=resume, overwrite=overwrite) as folder:
-        _log_warnings(path, problem, batched_tasks)
-        core.search(folder, problem, batched_tasks, on_generation, force)
+        _log_warnings(path, problem, prepared)
+        core.search(folder, problem, prepared, on_generation, force)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -176,8 +174,8 @@ def _require_bank(path: Path, problem: SearchProblem, force: bool) -> None:
     """Raises InputError, unless `force`, where the models cannot be in memory together. A device holds its share of
     them; on a CPU all devices hold theirs in the memory of the host."""
     devices = 1 if problem.target.is_accelerator else problem.target.devices_per_host
-    nbytes = problem.candidates.held_bytes() * devices // problem.config.evaluation.model
-    what = f"holding {len(problem.merged_from)} models" + ("" if devices == 1 else f" for {devices} devices")
+    nbytes = problem.backend.held_bytes() * devices // problem.backend.settings.model
+    what = f"holding {problem.backend.loaded} models" + ("" if devices == 1 else f" for {devices} devices")
     try:
         require_memory(f"{path}: parents", what, nbytes, unused_memory())
     except InputError as error:
@@ -197,21 +195,21 @@ def _run_chain(
         build_problem(path, config_of_stage, chained=i > 0) for i, config_of_stage in enumerate(stage_configs(config))
     ]
     _check_outside(out, problems)
-    batched_tasks = [problem.batched_tasks() for problem in problems]
+    prepared = [problem.prepare() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
         _require_bank(path, problem, force)
     document = resolved_document(problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
-    document |= random_numbers(any(problem.candidates.is_random for problem in problems))
+    document |= random_numbers(any(problem.backend.is_random for problem in problems))
     document["stages"] = [
-        stage.model_dump(mode="json") | {"space": resolved_space(problem)}
+        stage.model_dump(mode="json") | {"space": problem.backend.resolved()["space"]}
         for stage, problem in zip(stages, problems, strict=True)
     ]
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
         # All stages have the same examples.
-        _log_warnings(path, problems[0], batched_tasks[0])
+        _log_warnings(path, problems[0], prepared[0])
         winner: str | None = None
         for number, stage in enumerate(stages, start=1):
             console.print(f"stage {number} of {len(stages)}")
@@ -219,7 +217,7 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                core.search(run, problem, batched_tasks[-1], on_generation, force)
+                core.search(run, problem, prepared[-1], on_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -228,23 +226,20 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                core.search(folder, problem, batched_tasks[number - 1], on_generation, force)
+                core.search(folder, problem, prepared[number - 1], on_generation, force)
             winner = str(folder.model)
             on_started(run)
 
 
-def _log_warnings(path: Path, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]]) -> None:
+def _log_warnings(path: Path, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:
     """Print warnings about the models and the examples before a search."""
-    log_unused_config_keys(problem.sources.folders)
     print_warnings(revision_warnings(path, problem.config))
-    print_warnings(problem.sources.warnings)
-    examples = [*batched_tasks.search, *(batched_tasks.validation or []), *batched_tasks.heldout]
-    print_warnings(token_warnings(examples, problem.tokenizer, problem.decoder.vocab))
+    print_warnings(problem.backend.warnings(prepared))
     print_warnings(overlaps(str(path), problem.config.tasks, problem.splits))
 
 
 def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:
     """Raises InputError where a run folder, or a part of it that is a link, lies in a model of the search."""
-    models = [part for problem in problems for model in problem.references for part in parts_of(model)]
+    models = [part for problem in problems for model in problem.backend.references for part in parts_of(model)]
     for place in (out, *RunFolder(out).parts):
         check_outside(place, models)

@@ -5,19 +5,20 @@ follows its decisions through a chunk of candidates. Nothing is run, and only he
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation import passes
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.costs import Cost, cost_of, scan_length, temporary_bytes
-from evojax_merge.evaluation.devices import Devices, size_of, tree_nbytes
+from evojax_merge.evaluation.devices import Devices, is_sharded, size_of, tree_nbytes
 from evojax_merge.evaluation.evaluator import (
     STOP_CHECK_INTERVAL,
     Evaluator,
@@ -33,6 +34,8 @@ from evojax_merge.models.architecture import EMBEDDING, HEAD
 from evojax_merge.models.bank import Bank
 from evojax_merge.models.decoder import KVCache
 
+# The use of planned passes: the generations' scores, their gradients, or what chooses the winner.
+PlanUse = Literal["scores", "gradient", "final"]
 MATERIALISE, PREFIX, SCORE, PREFILL, DECODE = "materialise", "prefix", "score", "prefill", "decode"
 CAST, GRADIENT, PREFIX_GRADIENT, RECIPE_GRADIENT = "cast", "gradient", "prefix gradient", "recipe gradient"
 
@@ -327,3 +330,48 @@ def _distinct(items: Any, shape: Callable[[Any], str]) -> list[tuple[Any, int]]:
     for item in items:
         first.setdefault(shape(item), item)
     return [(first[key], count) for key, count in counts.items()]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A target compiler's report on a pass. temporary_bytes: on a device, beside its arguments, its results included;
+    collectives: by kind their number, and the bytes of their results together."""
+
+    temporary_bytes: int
+    collectives: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class SizedPass:
+    """A planned pass, and the bytes that it needs on a device: held for it, as the device's share of its group's;
+    beside its arguments, its results included, as estimated; and its compiler's report (None: it was not asked, or
+    refuses the pass however small it is)."""
+
+    planned: PlannedPass
+    held_bytes: int
+    temporary_bytes: int
+    report: Report | None
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes on a device, beside the bank."""
+        return self.held_bytes + (self.temporary_bytes if self.report is None else self.report.temporary_bytes)
+
+
+@dataclass
+class DeviceSizes:
+    """Bytes of the loaded models on a device, and of the largest leaf, which is on the host as a whole while it is
+    loaded. Its `place` makes abstract arrays, and counts every leaf."""
+
+    model: int
+    bank: int = 0
+    largest_leaf: int = 0
+    by_dtype: Counter[str] = field(default_factory=Counter)
+
+    def place(self, shape: tuple[int, ...], dtype: Any, sharded_axis: int | None = None) -> jax.ShapeDtypeStruct:
+        leaf = anywhere(shape, dtype)
+        nbytes = leaf.size * leaf.dtype.itemsize
+        device_bytes = nbytes // self.model if is_sharded(shape, sharded_axis, self.model) else nbytes
+        self.bank, self.largest_leaf = self.bank + device_bytes, max(self.largest_leaf, nbytes)
+        self.by_dtype[str(leaf.dtype)] += device_bytes
+        return leaf

@@ -116,11 +116,12 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         f"{_sizes(task, validation[i] if validation and task.weight else None, heldout[i])}"
         for i, task in enumerate(problem.splits.search)
     )
-    models = {problem.references[path]: path for path in problem.candidates.merged_from(result.genome)}
+    backend = problem.backend
+    models = {backend.references[path]: path for path in backend.merged_from(result.genome)}
     return (
-        merge_card(name, [problem.candidates.name], models, recipe)
+        merge_card(name, [backend.name], models, recipe)
         + result.report.card_section()
-        + f"\n## How it was found\n\n{problem.strategy.name} over {problem.candidates.describe()}, "
+        + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
         f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n"

@@ -1,6 +1,5 @@
-"""The kinds of candidates that a config can ask for: merges, layer paths and members of a pool. Each kind loads its
-models, and evaluates, writes and shows its candidates. This module holds all code that depends on the kind; the search
-knows only spaces and evaluators."""
+"""The kinds of candidates over language models: merges, layer paths and members of a pool. Each kind loads its models,
+and evaluates, writes and shows its candidates. This module holds all code that depends on the kind."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,8 +37,11 @@ CandidateEvaluator = MergeEvaluator | PathEvaluator | PoolEvaluator
 class Candidates(Protocol):
     """A kind of candidates. `name`: the method or kind, in tables; `export_dtype`: the dtype that they are rounded to
     and written in; `methods`: the methods that merge them; `is_random`: whether random masks are drawn;
-    `baseline_role`: the role of the space's baseline in the table, None where the parents' rows show it already."""
+    `baseline_role`: the role of the space's baseline in the table, None where the parents' rows show it already;
+    `gradient_passes`: the number of passes that a candidate's gradient is planned as."""
 
+    @property
+    def space(self) -> Any: ...
     @property
     def name(self) -> str: ...
     @property
@@ -50,6 +52,12 @@ class Candidates(Protocol):
     def is_random(self) -> bool: ...
     @property
     def baseline_role(self) -> str | None: ...
+    @property
+    def gradient_passes(self) -> int: ...
+
+    def within(self, context: Any) -> "Candidates":
+        """The candidates of a search whose strategy lends `context` to the space."""
+        ...
 
     def held_bytes(self) -> int:
         """Bytes of the loaded bank."""
@@ -102,6 +110,7 @@ class MergeCandidates:
     parents: tuple[str, ...]
 
     baseline_role = "uniform"
+    gradient_passes = 1
 
     @property
     def name(self) -> str:
@@ -118,6 +127,9 @@ class MergeCandidates:
     @property
     def is_random(self) -> bool:
         return self.spec.method.random
+
+    def within(self, context: Any) -> "MergeCandidates":
+        return self
 
     def held_bytes(self) -> int:
         return held_bytes(self.sources, self.decoder, self.spec)
@@ -165,6 +177,7 @@ class PathCandidates:
     parents: tuple[str, ...]
 
     baseline_role = None
+    gradient_passes = 4
     methods = ()
     is_random = False
 
@@ -175,6 +188,9 @@ class PathCandidates:
     @property
     def export_dtype(self) -> str:
         return self.spec.export_dtype
+
+    def within(self, context: Any) -> "PathCandidates":
+        return self
 
     def held_bytes(self) -> int:
         return bank_bytes(self.sources, self.spec.configs[0])
@@ -234,6 +250,7 @@ class PoolCandidates:
 
     name = "pool"
     baseline_role = None
+    gradient_passes = 1
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -247,6 +264,9 @@ class PoolCandidates:
     def bank(self) -> PoolBank:
         """A bank without bred members."""
         return PoolBank(self.sources, self.decoder, self.has_base, self.seed, self.export_dtype, self.slots)
+
+    def within(self, context: Any) -> "PoolCandidates":
+        return replace(self, space=self.space.within(context))
 
     def held_bytes(self) -> int:
         """0: founders stay in their files, and bred members on the host."""

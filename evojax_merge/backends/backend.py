@@ -1,0 +1,210 @@
+"""The protocol of a backend: what a model is, how it answers, and what is exported. The search knows this protocol and
+no backend.
+
+Letters: P candidates, D genes of a genome. B stands for a task as a backend evaluates it: tokenised batches, or arrays.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from evojax_merge.config import Config, EvaluationConfig
+from evojax_merge.evaluation.compilers import TargetCompiler
+from evojax_merge.evaluation.devices import Devices
+from evojax_merge.evaluation.planned_passes import DeviceSizes, PlanUse, SizedPass
+from evojax_merge.evaluation.scores import TaskScores
+from evojax_merge.evaluation.targets import Target
+from evojax_merge.report.winner import WinnerReport
+from evojax_merge.search.genomes import SpaceEvaluator
+from evojax_merge.tasks.splits import Splits
+
+Progress = Callable[[int], None]
+# (where, reference, folder) -> the path that a reference to a model means, looked for from `folder` on.
+Resolve = Callable[[object, str, Path], Path]
+
+
+class Planner(Protocol):
+    """Plans the passes of a search over abstract arrays."""
+
+    # The number of passes that a candidate's gradient is planned as.
+    gradient_passes: int
+
+    @property
+    def jobs(self) -> int:
+        """The number of passes that run side by side on a device."""
+        ...
+
+    def passes(
+        self, tasks: Sequence[Any], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
+    ) -> list[SizedPass]:
+        """The passes that evaluate the first chunk of `candidates` candidates, of all groups of devices together, on
+        tasks in the form B. compiler: reports the memory of every pass; None: estimates alone."""
+        ...
+
+
+class Backend(Protocol):
+    """The models of one search, opened by their headers.
+
+    space: decodes genomes into candidates; settings, target: how candidates are evaluated, and on which devices;
+    compared: (role, file or folder) of the models of the held-out table, the base first, then the parents; references:
+    the name of each model in recipes; loaded: the number of models in the bank; export_dtype: the dtype that candidates
+    are rounded to and written in; baseline_role: the role of the space's baseline in the table (None: the models show
+    it already); is_random: whether merges draw random masks.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name of the candidates in tables: a merge method, or a kind of candidates."""
+        ...
+
+    @property
+    def space(self) -> Any: ...
+    @property
+    def settings(self) -> EvaluationConfig: ...
+    @property
+    def target(self) -> Target: ...
+    @property
+    def compared(self) -> Sequence[tuple[str, Path]]: ...
+    @property
+    def references(self) -> Mapping[Path, str]: ...
+    @property
+    def loaded(self) -> int: ...
+    @property
+    def compute_dtype(self) -> str: ...
+    @property
+    def final_compute_dtype(self) -> str:
+        """The dtype of the splits that no generation is scored on: the winner is chosen, and reported, on them."""
+        ...
+
+    @property
+    def export_dtype(self) -> str: ...
+    @property
+    def baseline_role(self) -> str | None: ...
+    @property
+    def is_random(self) -> bool: ...
+
+    # ---- Before the search
+
+    def check_task(self, where: str, task: Any) -> None:
+        """Raises InputError for a task that asks for another kind of model."""
+        ...
+
+    def example_lengths(self, task: Any) -> np.ndarray:
+        """float64[N]: the relative cost of each of a task's examples."""
+        ...
+
+    def prepare(self, splits: Splits[list[Any]]) -> Splits[list[Any]]:
+        """The tasks of every split in the form B, on the host. Tasks of weight 0 are in the held-out split alone.
+        Raises InputError for an example that the models cannot be asked."""
+        ...
+
+    def describe(self) -> str:
+        """The content of a genome, in words."""
+        ...
+
+    def describe_inputs(self, prepared: Splits[list[Any]]) -> list[str]:
+        """Lines on the models and the batches of a search."""
+        ...
+
+    def warnings(self, prepared: Splits[list[Any]]) -> list[str]:
+        """Lines on the models and the examples that a user should see before the search."""
+        ...
+
+    def resolved(self) -> dict[str, Any]:
+        """The keys of the run folder's config whose values the backend has resolved."""
+        ...
+
+    def files(self) -> set[Path]:
+        """The models' files that scores depend on."""
+        ...
+
+    def extensions(self) -> Iterable[object]:
+        """The objects that plugins may have added: methods, the architecture, the backend itself."""
+        ...
+
+    # ---- The cost
+
+    def stored_bytes(self) -> int:
+        """Bytes of the models' files that `load` reads."""
+        ...
+
+    def held_bytes(self) -> int:
+        """Bytes of the loaded bank."""
+        ...
+
+    def device_sizes(self, shards: int) -> DeviceSizes:
+        """The bank's sizes where `shards` devices share it."""
+        ...
+
+    def planner(self, bank_bytes: int) -> Planner:
+        """A planner for the target, with `bank_bytes` loaded on each device."""
+        ...
+
+    def smaller_passes(self) -> str:
+        """The change of a config, in words, that makes passes smaller."""
+        ...
+
+    # ---- The search
+
+    def load(self, devices: Devices, progress: Progress) -> Any:
+        """Load the bank on the devices. `progress` receives the bytes that were loaded."""
+        ...
+
+    def evaluators(
+        self, bank: Any, prepared: Splits[list[Any]], devices: Devices, log: Callable[[str], None]
+    ) -> Splits[SpaceEvaluator[Any]]:
+        """Evaluators of genomes on each of the splits, in the final compute dtype where no generation is scored. `log`
+        receives the evaluators' notes."""
+        ...
+
+    def evaluator(self, bank: Any, tasks: list[Any], devices: Devices) -> SpaceEvaluator[Any]:
+        """An evaluator of genomes on the tasks of one split, as generations are scored."""
+        ...
+
+    def describe_work(self, evaluators: Sequence[SpaceEvaluator[Any]]) -> str:
+        """One line on how the candidates of a search were evaluated."""
+        ...
+
+    def within(self, context: Any) -> "Backend":
+        """The backend once the strategy's state lends `context` to the space; None: genomes are complete by
+        themselves."""
+        ...
+
+    # ---- The winner
+
+    def score_stored(self, model: Path, heldout: SpaceEvaluator[Any], progress: Progress) -> TaskScores:
+        """The scores of one of the compared models on the held-out split."""
+        ...
+
+    def report(self, genome: np.ndarray, parents: Sequence[str]) -> WinnerReport:
+        """The report of a genome's candidate. parents: their short names."""
+        ...
+
+    def merged_from(self, genome: np.ndarray) -> list[Path]:
+        """The models that a genome's candidate is made of, the base first."""
+        ...
+
+    def recipe(self, genome: np.ndarray) -> str:
+        """A genome's recipe as YAML, in mergekit's format."""
+        ...
+
+    def export(self, recipe: Path, genome: np.ndarray, out: Path, card: str) -> None:
+        """Write the candidate of a genome, whose recipe is in the file `recipe`, as the model `out`."""
+        ...
+
+
+class BackendKind(Protocol):
+    """A kind of models, by which a config names it: `backend: NAME`."""
+
+    def check(self, where: str, config: Config) -> None:
+        """Raises InputError for a config that cannot be searched, before any file is opened."""
+        ...
+
+    def open(
+        self, where: str, config: Config, folder: Path, target: Target, resolve: Resolve, chained: bool
+    ) -> Backend:
+        """Open the models of a config by their headers. Relative paths start in `folder`; `chained`: the first parent
+        is the winner of the stage before, or stands for it."""
+        ...

@@ -1,0 +1,1 @@
+"""Native language models as a backend."""

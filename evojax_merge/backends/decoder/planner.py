@@ -1,0 +1,159 @@
+"""Plans of searches over language models: the evaluator itself chooses the passes, over abstract arrays."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from evojax_merge.errors import Failed
+from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
+from evojax_merge.evaluation.compilers import TargetCompiler, collectives
+from evojax_merge.evaluation.devices import MEMORY_SHARE, group_of
+from evojax_merge.evaluation.evaluator import Evaluator, Population, Progress
+from evojax_merge.evaluation.planned_passes import (
+    JaxprReader,
+    PassReader,
+    PlannedPass,
+    PlanUse,
+    Report,
+    SizedPass,
+    planned_gradient_passes,
+    planned_passes,
+)
+
+if TYPE_CHECKING:
+    from evojax_merge.backends.decoder.backend import DecoderBackend
+
+PlanPasses = Callable[[Evaluator, Any, BatchedTask, PassReader], list[PlannedPass]]
+# (the evaluator that has chosen chunks, a planner of passes, a task) -> the reports of the target's compiler on the
+# passes.
+AskCompiler = Callable[[Evaluator, PlanPasses, BatchedTask], list[Report]]
+
+
+@dataclass
+class DecoderPlanner:
+    """Plans the passes of a search over language models; see `Planner`. bank_bytes: loaded on each device."""
+
+    backend: "DecoderBackend"
+    bank_bytes: int
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """An evaluator without tasks that makes the choices of one on the backend's target."""
+        backend, target = self.backend, self.backend.target
+        free = int(MEMORY_SHARE * max(0, target.memory - self.bank_bytes))
+        # The plan of a search that does not fit shows the memory of one candidate.
+        chunk = backend.settings.chunk if self.bank_bytes < target.memory else 1
+        devices = group_of(backend.settings.model)
+        return Evaluator(
+            backend.models.decoder, backend.models.tokenizer, [], backend.compute_dtype, chunk, devices, target=target,
+            free_memory=lambda: free, temporary_bytes=JaxprReader(target, devices).temporary_bytes,
+        )  # fmt: skip
+
+    @cached_property
+    def _final(self) -> Evaluator:
+        """The evaluator of the splits that no generation is scored on: in another dtype, fewer candidates may fit."""
+        if self.backend.final_compute_dtype == self.backend.compute_dtype:
+            return self.evaluator
+        return replace(self.evaluator, compute_dtype=self.backend.final_compute_dtype, chunk_sizes={})
+
+    @property
+    def jobs(self) -> int:
+        return 2 if self.evaluator.runs_two_jobs(0) else 1
+
+    @property
+    def gradient_passes(self) -> int:
+        return self.backend.candidates.gradient_passes
+
+    def passes(
+        self, tasks: Sequence[BatchedTask], candidates: int, use: PlanUse, compiler: TargetCompiler | None = None
+    ) -> list[SizedPass]:
+        is_final = use == "final"
+        ask = None if compiler is None else partial(self._reports, compiler, self._share(candidates))
+        evaluator = replace(self._final if is_final else self.evaluator, batched_tasks=list(tasks))
+        population = self._population(candidates, is_final)
+        follows = use == "gradient" and population.differentiable() is not None
+        plan_passes = planned_gradient_passes if follows else planned_passes
+        return [
+            sized_pass
+            for i in range(len(tasks))
+            for sized_pass in passes_of_task(evaluator, population, i, plan_passes, ask)
+        ]
+
+    def _share(self, candidates: int) -> int:
+        """The candidates of one group of devices, where all groups have `candidates` together."""
+        return math.ceil(candidates / (self.backend.target.devices // self.backend.settings.model))
+
+    @cached_property
+    def _population(self) -> Callable[..., Population]:
+        def population(candidates: int, is_final: bool) -> Population:
+            evaluator = self._final if is_final else self.evaluator
+            planned = self.backend.candidates.planned_population
+            return planned(evaluator, self._share(candidates), evaluator.devices.abstract)
+
+        return cache(population)
+
+    def _reports(
+        self, compiler: TargetCompiler, size: int, planned: Evaluator, plan_passes: PlanPasses, task: BatchedTask
+    ) -> list[Report]:
+        """The compiler's reports on the passes of a task over a chunk of `size` candidates for each group of devices,
+        in the chunks that `planned` has chosen, in their order. Raises JaxRuntimeError where it refuses one because it
+        does not fit."""
+        evaluator = replace(planned, devices=compiler.devices, temporary_bytes=compiler.temporary_bytes)
+        population = self.backend.candidates.planned_population(
+            evaluator, size * compiler.devices.population, compiler.place_leaf
+        )
+        return [
+            Report(compiler.temporary_bytes(planned_pass.traced), collectives(compiler.compiled(planned_pass.traced)))
+            for planned_pass in plan_passes(evaluator, population, task, compiler)
+        ]
+
+
+def passes_of_task(
+    evaluator: Evaluator, population: Population, i: int, plan_passes: PlanPasses, ask: AskCompiler | None = None
+) -> list[SizedPass]:
+    """The passes of the evaluator's task i over a chunk, with as much in a pass as fits. Where not even one candidate
+    and one row fit: the passes with these, which no compiler is asked about."""
+    reader = JaxprReader(evaluator.target, evaluator.devices)
+
+    def sized(evaluator: Evaluator, task: BatchedTask, ask: AskCompiler | None) -> list[SizedPass]:
+        planned = plan_passes(evaluator, population, task, reader)
+        reports = [None] * len(planned) if ask is None else ask(evaluator, plan_passes, task)
+        return [
+            SizedPass(
+                planned_pass,
+                evaluator.devices.share(planned_pass.held_bytes),
+                reader.temporary_bytes(planned_pass.traced),
+                report,
+            )
+            for planned_pass, report in zip(planned, reports, strict=True)
+        ]
+
+    def fits(passes: Sequence[SizedPass]) -> bool:
+        most = max((sized_pass.needed_bytes for sized_pass in passes), default=0)
+        return not evaluator.target.is_accelerator or most <= evaluator.free_memory() / MEMORY_SHARE
+
+    def fitting(task: BatchedTask, progress: Progress) -> list[SizedPass]:
+        sized_passes = sized(evaluator, task, ask)
+        if not fits(sized_passes):
+            # Where the least does not fit, halving again and again is in vain.
+            if not fits(least()):
+                raise _NothingFits
+            raise MemoryError
+        return sized_passes
+
+    @cache
+    def least() -> list[SizedPass]:
+        alone = replace(evaluator, chunk=1, chunk_sizes={})
+        return sized(alone, one_row_batches(evaluator.batched_tasks[i]), None)
+
+    try:
+        sized_passes: list[SizedPass] = evaluator.retry_on_oom(i, fitting, lambda done: None)
+    except (_NothingFits, Failed):
+        sized_passes = least()
+    return sized_passes
+
+
+class _NothingFits(Exception):
+    """Not even one candidate's pass over one row fits."""

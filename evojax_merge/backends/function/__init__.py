@@ -1,0 +1,1 @@
+"""Any pytree of arrays and a JAX function as a backend."""

@@ -1,0 +1,79 @@
+"""Backends by their names in a config."""
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from evojax_merge.backends.backend import BackendKind
+from evojax_merge.errors import InputError, did_you_mean, shown
+from evojax_merge.plugins import HINT
+from evojax_merge.user_modules import importing_from, lacks_module, load_file
+
+# The built-in kinds as module:object: a search imports only its own.
+_BUILT_IN = {
+    "decoder": "evojax_merge.backends.decoder.opening:KIND",
+    "function": "evojax_merge.backends.function.opening:KIND",
+}
+_registered: dict[str, BackendKind] = {}
+
+
+def register_backend(name: str, kind: BackendKind) -> None:
+    """Make `backend: NAME` mean models of this kind; a later kind of the same name replaces an earlier one. Raises
+    ValueError for the name of a backend that comes with the program, and for a value that is no name or no kind."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,100}", name):
+        raise ValueError(f"name: {shown(name)}; expected a word of letters, digits, _ and -")
+    if name in _BUILT_IN:
+        raise ValueError(f"there is a backend {name!r} already; choose another name")
+    lacking = _lacking(kind)
+    if lacking:
+        raise ValueError(f"kind: {shown(kind)} lacks {lacking}; expected a BackendKind, such as a FunctionBackendKind")
+    _registered[name] = kind
+
+
+def _lacking(kind: Any) -> str:
+    return ", ".join(member for member in ("check", "open") if not callable(getattr(kind, member, None)))
+
+
+def backend_names() -> list[str]:
+    return [*_BUILT_IN, *_registered]
+
+
+def find_backend(where: str, name: str, folder: Path) -> BackendKind:
+    """The kind of models with a name, or the object that `FILE.py:NAME` or `PACKAGE:NAME` names; a file's path starts
+    in `folder`. Raises InputError where there is none."""
+    if name in _registered:
+        return _registered[name]
+    if ":" in name:
+        return _imported(where, name, folder)
+    if name not in _BUILT_IN:
+        raise InputError(where, f"unknown backend {name!r}{did_you_mean(name, backend_names())}{HINT}")
+    module, attribute = _BUILT_IN[name].split(":")
+    kind: BackendKind = getattr(import_module(module), attribute)
+    return kind
+
+
+def _imported(where: str, name: str, folder: Path) -> BackendKind:
+    module_name, _, attribute = name.rpartition(":")
+    path = folder / os.path.expanduser(module_name)
+    if module_name.endswith(".py"):
+        if not os.path.isfile(path):
+            raise InputError(where, f"{module_name}: no such file")
+        with importing_from(path.resolve().parent):
+            module = load_file(path.resolve())
+    else:
+        try:
+            with importing_from(folder):
+                module = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not lacks_module(error, module_name):
+                raise
+            raise InputError(where, f"there is no module {module_name!r}") from None
+    kind = getattr(module, attribute, None)
+    lacking = _lacking(kind)
+    if lacking:
+        raise InputError(where, f"{name} is {shown(kind)}, which lacks {lacking}; expected a kind of backend")
+    assert kind is not None
+    result: BackendKind = kind
+    return result
