@@ -19,10 +19,12 @@ if TYPE_CHECKING:
         load_bank,
         merge,
         register_architecture,
+        register_backend,
         register_method,
         register_strategy,
         register_task,
     )
+    from evojax_merge.backends.function.opening import FunctionFactory
     from evojax_merge.evaluation.scores import Scores
     from evojax_merge.pytrees import host_callback, search_pytrees
     from evojax_merge.run import Run, open_run
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
     from evojax_merge.search.strategies.evosax import EvosaxStrategy
     from evojax_merge.search.strategies.registry import StrategySettings
     from evojax_merge.study import MergeSpace, Models, Study, Trial, load_models
+    from evojax_merge.tasks.arrays import ArrayTask
 
 __all__ = [
+    "ArrayTask",
     "Evaluator",
     "EvosaxStrategy",
     "Failed",
+    "FunctionFactory",
     "Generation",
     "InputError",
     "MergeSpace",
@@ -53,6 +58,7 @@ __all__ = [
     "merge",
     "open_run",
     "register_architecture",
+    "register_backend",
     "register_method",
     "register_strategy",
     "register_task",
@@ -69,6 +75,7 @@ _HOMES = {
     "load_bank": "api",
     "merge": "api",
     "register_architecture": "api",
+    "register_backend": "api",
     "register_method": "api",
     "register_strategy": "api",
     "register_task": "api",
@@ -79,6 +86,8 @@ _HOMES = {
     "EvosaxStrategy": "search.strategies.evosax",
     "StrategySettings": "search.strategies.registry",
     "Run": "run",
+    "ArrayTask": "tasks.arrays",
+    "FunctionFactory": "backends.function.opening",
     "open_run": "run",
     "MergeSpace": "study",
     "Models": "study",

@@ -366,3 +366,9 @@ def register_architecture(architecture: Any) -> Any:
 def register_task(kind: Any) -> Any:
     """Register a kind of task of your own under its name."""
     return plugins.register("task", kind)
+
+
+def register_backend(name: str, factory: Any) -> Any:
+    """Register a backend of your own: `backend: NAME` then opens a config's models with `factory`, such as a
+    `FunctionFactory`."""
+    return plugins.register("backend", name, factory)

@@ -1,11 +1,14 @@
 """The main path: from a checked search to a winner in its run folder."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from evojax_merge import interrupts
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.devices import Devices, barrier, local_devices
 from evojax_merge.evaluation.diagnostics import warnings
+from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.file_system import atomic_write
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import (
@@ -19,7 +22,7 @@ from evojax_merge.report.plan import Plan
 from evojax_merge.report.progress import OnGeneration, bytes_bar, console, passes_bar, say, search_bar
 from evojax_merge.report.tables import terminal_table
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.loop import evolve
+from evojax_merge.search.loop import Archive, Reporter, Storage, evolve
 from evojax_merge.search.run_folder import (
     Checkpoints,
     EarlierWinner,
@@ -62,16 +65,25 @@ def search(
         evaluators = open_evaluators(problem, prepared, devices, progress, say)
     with search_bar(problem.search.generations, on_generation) as reporter:
         storage = FolderStorage(folder, Checkpoints(folder), is_main_process=devices.is_main_process)
-        archive = evolve(
-            problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
-            warnings, failure_hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
-        )  # fmt: skip
+        archive = evolve_on(problem, evaluators, storage, reporter, warnings, failure_hint)
     _print_work(folder, problem, evaluators)
     with passes_bar("scoring", passes_to_select(problem, evaluators)) as progress:
         result = select_best(problem, evaluators, archive, progress)
     if devices.is_main_process:
         _write_winner(folder, problem.within(archive.context), result)
     barrier("written")
+
+
+def evolve_on(
+    problem: SearchProblem, evaluators: Splits[SpaceEvaluator[Any]], storage: Storage, reporter: Reporter,
+    diagnose: Callable[[Sequence[Any], TaskScores], Sequence[str]] = lambda tasks, scores: (),
+    hint: Callable[[Any], str] = failure_hint,
+) -> Archive:  # fmt: skip
+    """Evolve a problem's candidates (see `search.loop.evolve`)."""
+    return evolve(
+        problem.search, problem.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter, diagnose,
+        hint, evaluators.minibatches, evaluators.validation, problem.example_choice(evaluators),
+    )  # fmt: skip
 
 
 def _print_setup(problem: SearchProblem, prepared: Splits[list[Any]], devices: Devices, planned: Plan) -> None:
@@ -123,7 +135,8 @@ def _write_winner(folder: RunFolder, problem: SearchProblem, result: Result) -> 
     if result.members:
         write_front(folder, [problem.backend.recipe(member.genome) for member in result.members])
     card = search_card(folder.path.name, problem, result, recipe, len(history))
-    problem.backend.export(folder.recipe, result.genome, folder.model, card)
+    check = partial(check_replaceable_model, folder.model)
+    problem.backend.export(recipe, result.genome, folder.model, card, check)
     draw(result, history, folder.picture)
     write_result(result, len(history), folder.result)
     shown = result.report.terminal()

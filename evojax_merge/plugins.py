@@ -1,4 +1,4 @@
-"""Plugins: merge methods, search strategies, architectures and kinds of task that users and packages add.
+"""Plugins: merge methods, search strategies, architectures, kinds of task and backends that users and packages add.
 
 A package adds them by entry points. Its pyproject.toml names an object to register, or a function without arguments
 that registers:
@@ -49,12 +49,14 @@ REGISTRIES = {
     "strategy": Registry("evojax_merge.search.strategies.registry", "register_strategy", named=True),
     "architecture": Registry("evojax_merge.models.architecture", "register_architecture"),
     "task": Registry("evojax_merge.tasks.kinds", "register_task"),
+    "backend": Registry("evojax_merge.backends.registry", "register_backend", named=True),
 }
 GROUPS = {
     "evojax_merge.methods": "method",
     "evojax_merge.strategies": "strategy",
     "evojax_merge.architectures": "architecture",
     "evojax_merge.tasks": "task",
+    "evojax_merge.backends": "backend",
 }
 # Python files and packages to load, separated as the folders of a search path.
 ENVIRONMENT = "EVOJAX_MERGE_PLUGINS"

@@ -53,18 +53,16 @@ GENOME_COPIES = 6
 
 @dataclass(frozen=True)
 class SearchProblem:
-    """A search, ready to run. `splits`: the tasks on each split; `strata`: where rungs choose their examples, for each
-    task of `splits.choice` the strata that every rung has its share of, int[n] each."""
+    """A search, ready to run. `search`, `seed`: of its config; `backend`: a Backend, whose further attributes are for
+    code that knows which one it is; `splits`: the tasks on each split; `strata`: where rungs choose their examples, for
+    each task of `splits.choice` the strata that every rung has its share of, int[n] each."""
 
-    config: Config
-    backend: Any  # a Backend; its own attributes are for code that knows which one it is.
+    search: SearchConfig
+    seed: int
+    backend: Any
     strategy: Strategy
-    splits: Splits[list[Task]]
+    splits: Splits[list[Any]]
     strata: list[list[np.ndarray]]
-
-    @property
-    def search(self) -> SearchConfig:
-        return self.config.search
 
     @property
     def space(self) -> Any:
@@ -166,55 +164,62 @@ def build_problem(
             len(config.parents), len(pool.methods), pool.members(len(config.parents)), pool.selection, pool.replace
         ),
     )  # fmt: skip
-    full, validation = validation_split(
-        f"{where}: search.validation", [task for task, _ in tasks], config.search.validation, config.seed
-    )
-    searched = [_limited(task, section.limit) for task, section in zip(full, config.tasks, strict=True)]
-    lengths = backend.example_lengths
-    shards = stratified_shards(f"{where}: search.rungs", searched, lengths, config.search.rungs, config.seed)
-    choice = None
-    if config.search.rung_examples == "item_response":
-        choice = [task for task in searched if task.weight > 0]
-    return SearchProblem(
-        config=config,
-        backend=backend,
-        strategy=strategy,
-        splits=Splits(
-            shards=shards,
-            search=full,
-            validation=validation or None,
-            heldout=[heldout for _, heldout in tasks],
-            minibatches=_minibatches(where, config, strategy, searched, lengths),
-            choice=choice,
-        ),
-        strata=[length_strata(lengths(task), len(shards)) for task in choice or ()],
-    )
-
-
-def _minibatches(
-    where: str, config: Config, strategy: Strategy, searched: Sequence[Task], lengths: Callable[[Task], np.ndarray]
-) -> list[list[Task]]:
-    """The tasks that a strategy differentiates, in minibatches of their examples; none for a strategy that follows no
-    gradient. Raises InputError for a space without a differentiable parameter, for a goal that is not differentiable,
-    and where a minibatch has no example."""
-    what = differentiates(strategy)
-    if what is None:
-        return []
-    if config.data_flow is not None and config.data_flow.scales == "none":
+    if config.data_flow is not None and config.data_flow.scales == "none" and differentiates(strategy) is not None:
         raise InputError(
             f"{where}: search.strategy",
             f"{strategy.name}: which layers a path takes has no gradient, and scales: none leaves nothing that has "
             "one; take other scales, or path_ga (form: moves) or cma_es for the layers",
         )
+    return searchable(
+        where, config.search, config.seed, backend, strategy, tasks, [section.limit for section in config.tasks]
+    )
+
+
+def searchable(
+    where: str, search: SearchConfig, seed: int, backend: Any, strategy: Strategy, tasks: Sequence[tuple[Any, Any]],
+    limits: Sequence[int | None],
+) -> SearchProblem:  # fmt: skip
+    """The search of a strategy over a backend's models. tasks: each on its searched and its held-out examples (None: it
+    has none); limits: for each task the number of searched examples that generations are scored on, None: all.
+
+    Raises InputError where a split would have no example, and for a task that the strategy cannot differentiate."""
+    full, validation = validation_split(
+        f"{where}: search.validation", [task for task, _ in tasks], search.validation, seed
+    )
+    searched = [_limited(task, limit) for task, limit in zip(full, limits, strict=True)]
+    lengths = backend.example_lengths
+    shards = stratified_shards(f"{where}: search.rungs", searched, lengths, search.rungs, seed)
+    choice = [task for task in searched if task.weight > 0] if search.rung_examples == "item_response" else None
+    splits = Splits(
+        shards=shards,
+        search=full,
+        validation=validation or None,
+        heldout=[heldout for _, heldout in tasks if heldout is not None],
+        minibatches=_minibatches(where, search, seed, strategy, searched, lengths),
+        choice=choice,
+    )
+    strata = [length_strata(lengths(task), len(shards)) for task in choice or ()]
+    return SearchProblem(search, seed, backend, strategy, splits, strata)
+
+
+def _minibatches(
+    where: str, search: SearchConfig, seed: int, strategy: Strategy, searched: Sequence[Any],
+    lengths: Callable[[Any], np.ndarray],
+) -> list[list[Any]]:  # fmt: skip
+    """The tasks that a strategy differentiates, in minibatches of their examples; none for a strategy that follows no
+    gradient. Raises InputError for a goal that is not differentiable, and where a minibatch has no example."""
+    what = differentiates(strategy)
+    if what is None:
+        return []
     weighted = [(i, task) for i, task in enumerate(searched) if task.weight > 0]
     smooth = [_smooth(f"{where}: tasks[{i}]", task, what, strategy) for i, task in weighted]
-    parts, least = config.search.gradient.minibatches, min(task.size for task in smooth)
+    parts, least = search.gradient.minibatches, min(task.size for task in smooth)
     if parts > least:
         raise InputError(
             f"{where}: search.gradient.minibatches",
             f"{parts}; expected {least} at most, as many as the smallest task has examples to search on",
         )
-    return stratified_parts(smooth, lengths, parts, config.seed)
+    return stratified_parts(smooth, lengths, parts, seed)
 
 
 def _smooth(where: str, task: Task, what: Differentiates, strategy: Strategy) -> Task:
@@ -292,20 +297,20 @@ def failure_hint(task: Task) -> str:
     )
 
 
-def resolved_document(problem: SearchProblem) -> dict[str, Any]:
+def resolved_document(config: Config, problem: SearchProblem) -> dict[str, Any]:
     """The config for the run folder: absolute paths, defaults filled in, the hash of every file that scores depend on
     (weights, the models' configs, the files of their tokenizers and chat templates, data, functions, plugins), and the
     scheme of random masks."""
     backend, splits = problem.backend, problem.splits
-    document = problem.config.model_dump(mode="json") | backend.resolved()
+    document = config.model_dump(mode="json") | backend.resolved()
     document.pop("out")
     document["export_dtype"] = backend.export_dtype
     document["evaluation"]["compute_dtype"] = backend.compute_dtype
-    document["tasks"] = list(map(resolved_config, problem.config.tasks, splits.search, splits.heldout))
+    document["tasks"] = list(map(resolved_config, config.tasks, splits.search, splits.heldout))
     files = {file for task in splits.search + splits.heldout for file in task.files} | backend.files()
     factory = find_strategy("search.strategy", problem.search.strategy)
-    extensible = [*backend.extensions(), factory, problem.strategy, *problem.config.tasks, *splits.search]
-    plugins = sorted({*problem.config.plugins, *named_plugins(extensible)})
+    extensible = [*backend.extensions(), factory, problem.strategy, *config.tasks, *splits.search]
+    plugins = sorted({*config.plugins, *named_plugins(extensible)})
     if plugins:
         document["plugins"] = plugins
     files |= source_files(extensible) | files_of(plugins)

@@ -113,7 +113,7 @@ class Run(Described):
 
     def _named_values(self) -> NamedValues:
         folder, document = self._folder, self.config
-        if "tasks" not in document:  # a run of search_pytrees
+        if "tasks" not in document or "backend" in document:  # a run of search_pytrees, or not of language models
             return gene_values
         # Without the tasks, whose kinds and functions need not be known to this process.
         tasks = [{"name": "task", "kind": "likelihood", "file": "tasks.jsonl"}]

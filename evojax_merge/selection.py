@@ -30,7 +30,8 @@ def open_evaluators(
     """Load the bank and open evaluators of genomes on each of the splits. `progress` receives the bytes that were
     loaded, `log` the evaluators' notes."""
     backend: Backend = problem.backend
-    return backend.evaluators(backend.load(devices, progress), prepared, devices, log)
+    bank, population = backend.load(devices, progress), problem.strategy.population
+    return backend.evaluators(bank, prepared, population, devices, log)
 
 
 def open_evaluator(
@@ -38,7 +39,8 @@ def open_evaluator(
 ) -> SpaceEvaluator[Any]:
     """Score genomes on the prepared tasks of one split as generations are scored. bank: None: it is loaded."""
     backend: Backend = problem.backend
-    return backend.evaluator(backend.load(devices, lambda done: None) if bank is None else bank, tasks, devices)
+    bank = backend.load(devices, lambda done: None) if bank is None else bank
+    return backend.evaluator(bank, tasks, problem.strategy.population, devices)
 
 
 def select_best(
@@ -67,11 +69,12 @@ def select_best(
     if on.validation is not None:
         validated = (best.fitness, value)
         searched, plain_searched = (float(fitness_on(on.search, genome[None])[0]) for genome in (best.genome, plain))
-    table = _table(problem, heldout, best.genome, plain, progress)
+    table = [] if not problem.splits.heldout else _table(problem, heldout, best.genome, plain, progress)
     return Result(
         genome=best.genome,
         search_fitness=searched,
         baseline=(label, plain_searched),
+        scores=best.scores,
         baseline_name=model_name(problem.parents[number]) if len(baselines) > 1 else "",
         rows=table,
         report=backend.report(best.genome, [model_name(parent) for parent in problem.parents]),
@@ -130,7 +133,7 @@ def _table(
         for role, name, p, scores in scored
     ]
     examples = [[scores.matrices[task.name][task.metric][p] for task, _ in weighted] for _, _, p, scores in scored]
-    leads = leads_over(examples[-1], examples[:-1], [share for _, share in weighted], problem.config.seed)
+    leads = leads_over(examples[-1], examples[:-1], [share for _, share in weighted], problem.seed)
     return [*(replace(row, lead=lead) for row, lead in zip(rows[:-1], leads, strict=True)), rows[-1]]
 
 

@@ -595,7 +595,8 @@ def test_run_folder_of_another_config(models: Path, refused: Refusal) -> None:
     from evojax_merge.search.run_folder import open_run
 
     path, out = models / "config.yaml", models / "run"
-    document = resolved_document(build_problem(path, read_config(path, [], None)))
+    config = read_config(path, [], None)
+    document = resolved_document(config, build_problem(path, config))
     open_run(out, document, resume=False, overwrite=False)
     for override, differing in (
         ("seed=4", "seed"),

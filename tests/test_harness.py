@@ -506,7 +506,7 @@ def test_a_run_keeps_where_its_tasks_came_from(family: Family, harness_tasks: Pa
         8,
         2,
     )
-    kept = resolved_document(problem)
+    kept = resolved_document(problem.backend.config, problem)
     assert {str(harness_tasks / name) for name in ("own_choices.yaml", "test.jsonl")} <= set(kept["inputs"])
     assert kept["tasks"][0]["include_path"] == str(harness_tasks)
 

@@ -159,11 +159,11 @@ def test_tasks_and_limits_are_those_of_the_file(family4: Family, tmp_path: Path)
     # Six examples to search with, or three, and a fifth of all held out.
     sizes = [(full.size, held.size) for full, held in zip(problem.splits.search, problem.splits.heldout, strict=True)]
     assert sizes == [(6, 2), (3, 1)]
-    assert problem.config.out == "runs/mine-1.0"
-    assert (problem.config.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
+    assert problem.backend.config.out == "runs/mine-1.0"
+    assert (problem.seed, problem.search.generations, problem.search.population) == (7, 3, 4)
     assert problem.search.sigma == pytest.approx(1 / 6)
     assert problem.backend.candidates.export_dtype == "bfloat16"
-    first = problem.config.tasks[0]
+    first = problem.backend.config.tasks[0]
     assert isinstance(first, HarnessConfig)
     assert (first.num_fewshot, first.apply_chat_template, first.fewshot_as_multiturn) == (2, False, False)
 

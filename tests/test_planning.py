@@ -443,10 +443,10 @@ def test_candidates_that_no_device_holds_are_not_helped_by_shorter_batches(famil
 
     def plan(model: int) -> Plan:
         target = replace(problem.target, memory=ample.bank_bytes + held // 2)
-        evaluation = problem.config.evaluation.model_copy(update={"model": model})
-        config = problem.config.model_copy(update={"evaluation": evaluation})
+        evaluation = problem.backend.config.evaluation.model_copy(update={"model": model})
+        config = problem.backend.config.model_copy(update={"evaluation": evaluation})
         backend = replace(problem.backend, target=target, config=config)
-        return make_plan(replace(problem, config=config, backend=backend), tasks)
+        return make_plan(replace(problem, backend=backend), tasks)
 
     alone, shared = plan(1), plan(2)
     assert not alone.fits and shared.fits

@@ -71,8 +71,10 @@ def fitting_plan(
         # What does not hold the models alone need not be planned.
         if model < shares[-1] and alone.backend.device_sizes(model).bank >= target.memory:
             continue
-        evaluation = alone.config.evaluation.model_copy(update={"model": model})
-        problem = replace(alone, config=alone.config.model_copy(update={"evaluation": evaluation}))
+        config = alone.backend.config
+        evaluation = config.evaluation.model_copy(update={"model": model})
+        changed = config.model_copy(update={"evaluation": evaluation})
+        problem = replace(alone, backend=replace(alone.backend, config=changed))
         plan = make_plan(problem, batches)
         if plan.fits:
             break

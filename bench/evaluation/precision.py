@@ -138,7 +138,7 @@ def row_of(name: str, problem: SearchProblem, genomes: np.ndarray) -> str:
 
 def first_generation(problem: SearchProblem) -> np.ndarray:
     """float32[P, D]: what the strategy asks for first."""
-    seed = problem.config.seed
+    seed = problem.seed
     state = problem.strategy.init(generation_key(seed, INIT_KEY), problem.space.start[None])
     return np.asarray(problem.strategy.ask(generation_key(seed, 0), state)[0])
 
@@ -147,7 +147,7 @@ def last_generation(problem: SearchProblem) -> np.ndarray:
     """float32[P, D]: the candidates of the last generation of a search in float32."""
     shards = open_evaluators(problem, problem.prepare()).shards
     storage = MemoryStorage()
-    evolve(problem.search, problem.config.seed, problem.strategy, problem.space, shards, storage, Reporter())
+    evolve(problem.search, problem.seed, problem.strategy, problem.space, shards, storage, Reporter())
     return np.array(storage.read_history()[-1]["genomes"], np.float32)
 
 

@@ -54,7 +54,7 @@ def search_with(strategy: str, weights: Sequence[float] = (1.0, 1.0)) -> Search:
     """A search of the program."""
 
     def search(experiment: Experiment, population: int, generations: int, seed: int) -> np.ndarray:
-        config = experiment.problem.config
+        config = experiment.problem.backend.config
         tasks = [task.model_copy(update={"weight": w}) for task, w in zip(config.tasks, weights, strict=True)]
         settings = SearchConfig(strategy=strategy, population=population, generations=generations)
         changed = config.model_copy(update={"search": settings, "seed": seed, "tasks": tasks})

@@ -223,7 +223,7 @@ def open_experiments(family: Family, spaces: Sequence[str], overrides: Sequence[
 
 def search_problem(experiment: Experiment, search: SearchConfig, seed: int) -> SearchProblem:
     """The experiment with another search and seed."""
-    changed = experiment.problem.config.model_copy(update={"search": search, "seed": seed})
+    changed = experiment.problem.backend.config.model_copy(update={"search": search, "seed": seed})
     return build_problem(experiment.config, changed)
 
 
@@ -237,7 +237,7 @@ def run(experiment: Experiment, problem: SearchProblem, storage: Storage, report
 
     evaluators = problem.prepare().map(on)
     evolve(
-        problem.search, problem.config.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
+        problem.search, problem.seed, problem.strategy, problem.space, evaluators.shards, storage, reporter,
         minibatches=evaluators.minibatches, choice=problem.example_choice(evaluators),
     )  # fmt: skip
 
@@ -681,7 +681,12 @@ def overhead(arguments: argparse.Namespace, names: Sequence[str]) -> None:
             experiment = experiments[space]
             row = start_row(arguments, experiment, space, name, 0)
             problem = search_problem(experiment, search_config(row), 0)
-            folder = open_run(Path(work) / f"run-{number}", resolved_document(problem), resume=False, overwrite=False)
+            folder = open_run(
+                Path(work) / f"run-{number}",
+                resolved_document(problem.backend.config, problem),
+                resume=False,
+                overwrite=False,
+            )
             clock = Clock()
             storage = TimedStorage(folder, Checkpoints(folder))
             run(experiment, problem, storage, clock)

@@ -88,10 +88,10 @@ def random_frankenmerge(seed: int) -> float:
 
 def evolve(problem: SearchProblem, folder: Path) -> Result:
     """Search, and choose the winner; its model is written to `folder/best/model`."""
-    run = open_run(folder, resolved_document(problem), resume=False, overwrite=False)
+    run = open_run(folder, resolved_document(problem.backend.config, problem), resume=False, overwrite=False)
     on = open_evaluators(problem, problem.prepare())
     archive = loop.evolve(
-        problem.search, problem.config.seed, problem.strategy, problem.space, on.shards,
+        problem.search, problem.seed, problem.strategy, problem.space, on.shards,
         FolderStorage(run, Checkpoints(run)), Reporter(), minibatches=on.minibatches,
     )  # fmt: skip
     result = select_best(problem, on, archive)

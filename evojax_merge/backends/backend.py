@@ -79,7 +79,7 @@ class Backend(Protocol):
         ...
 
     @property
-    def export_dtype(self) -> str: ...
+    def export_dtype(self) -> str | None: ...
     @property
     def baseline_role(self) -> str | None: ...
     @property
@@ -153,13 +153,13 @@ class Backend(Protocol):
         ...
 
     def evaluators(
-        self, bank: Any, prepared: Splits[list[Any]], devices: Devices, log: Callable[[str], None]
+        self, bank: Any, prepared: Splits[list[Any]], population: int, devices: Devices, log: Callable[[str], None]
     ) -> Splits[SpaceEvaluator[Any]]:
-        """Evaluators of genomes on each of the splits, in the final compute dtype where no generation is scored. `log`
-        receives the evaluators' notes."""
+        """Evaluators of genomes on each of the splits, in the final compute dtype where no generation is scored.
+        population: of a generation; `log` receives the evaluators' notes."""
         ...
 
-    def evaluator(self, bank: Any, tasks: list[Any], devices: Devices) -> SpaceEvaluator[Any]:
+    def evaluator(self, bank: Any, tasks: list[Any], population: int, devices: Devices) -> SpaceEvaluator[Any]:
         """An evaluator of genomes on the tasks of one split, as generations are scored."""
         ...
 
@@ -190,13 +190,17 @@ class Backend(Protocol):
         """A genome's recipe as YAML, in mergekit's format."""
         ...
 
-    def export(self, recipe: Path, genome: np.ndarray, out: Path, card: str) -> None:
-        """Write the candidate of a genome, whose recipe is in the file `recipe`, as the model `out`."""
+    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+        """Write the candidate of a genome, whose recipe is the YAML `recipe`, as the model `out`. `check` raises an
+        exception where `out` must not be replaced."""
         ...
 
 
-class BackendKind(Protocol):
-    """A kind of models, by which a config names it: `backend: NAME`."""
+class BackendFactory(Protocol):
+    """Opens the models of a config of one kind: `backend: NAME`. merges_recipes: whether `merge` makes a candidate of
+    its recipe; otherwise the backend makes it of its genome."""
+
+    merges_recipes: bool
 
     def check(self, where: str, config: Config) -> None:
         """Raises InputError for a config that cannot be searched, before any file is opened."""

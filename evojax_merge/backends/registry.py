@@ -6,42 +6,45 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from evojax_merge.backends.backend import BackendKind
+from evojax_merge.backends.backend import BackendFactory
 from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.plugins import HINT
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
-# The built-in kinds as module:object: a search imports only its own.
+# The built-in factories as module:object: a search imports only its own.
 _BUILT_IN = {
-    "decoder": "evojax_merge.backends.decoder.opening:KIND",
-    "function": "evojax_merge.backends.function.opening:KIND",
+    "decoder": "evojax_merge.backends.decoder.opening:FACTORY",
+    "function": "evojax_merge.backends.function.opening:FACTORY",
 }
-_registered: dict[str, BackendKind] = {}
+_registered: dict[str, BackendFactory] = {}
 
 
-def register_backend(name: str, kind: BackendKind) -> None:
-    """Make `backend: NAME` mean models of this kind; a later kind of the same name replaces an earlier one. Raises
-    ValueError for the name of a backend that comes with the program, and for a value that is no name or no kind."""
+def register_backend(name: str, factory: BackendFactory) -> None:
+    """Make `backend: NAME` mean the models that `factory` opens; a later factory of the same name
+    replaces an earlier one. Raises ValueError for the name of a backend that comes with the program, and for a value
+    that is no name or no factory."""
     if not isinstance(name, str) or not re.fullmatch(r"[\w-]{1,100}", name):
         raise ValueError(f"name: {shown(name)}; expected a word of letters, digits, _ and -")
     if name in _BUILT_IN:
         raise ValueError(f"there is a backend {name!r} already; choose another name")
-    lacking = _lacking(kind)
+    lacking = _lacking(factory)
     if lacking:
-        raise ValueError(f"kind: {shown(kind)} lacks {lacking}; expected a BackendKind, such as a FunctionBackendKind")
-    _registered[name] = kind
+        raise ValueError(
+            f"factory: {shown(factory)} lacks {lacking}; expected a BackendFactory, such as a FunctionFactory"
+        )
+    _registered[name] = factory
 
 
-def _lacking(kind: Any) -> str:
-    return ", ".join(member for member in ("check", "open") if not callable(getattr(kind, member, None)))
+def _lacking(factory: Any) -> str:
+    return ", ".join(member for member in ("check", "open") if not callable(getattr(factory, member, None)))
 
 
 def backend_names() -> list[str]:
     return [*_BUILT_IN, *_registered]
 
 
-def find_backend(where: str, name: str, folder: Path) -> BackendKind:
-    """The kind of models with a name, or the object that `FILE.py:NAME` or `PACKAGE:NAME` names; a file's path starts
+def find_backend(where: str, name: str, folder: Path) -> BackendFactory:
+    """The factory of a name, or the object that `FILE.py:NAME` or `PACKAGE:NAME` names; a file's path starts
     in `folder`. Raises InputError where there is none."""
     if name in _registered:
         return _registered[name]
@@ -50,11 +53,11 @@ def find_backend(where: str, name: str, folder: Path) -> BackendKind:
     if name not in _BUILT_IN:
         raise InputError(where, f"unknown backend {name!r}{did_you_mean(name, backend_names())}{HINT}")
     module, attribute = _BUILT_IN[name].split(":")
-    kind: BackendKind = getattr(import_module(module), attribute)
-    return kind
+    factory: BackendFactory = getattr(import_module(module), attribute)
+    return factory
 
 
-def _imported(where: str, name: str, folder: Path) -> BackendKind:
+def _imported(where: str, name: str, folder: Path) -> BackendFactory:
     module_name, _, attribute = name.rpartition(":")
     path = folder / os.path.expanduser(module_name)
     if module_name.endswith(".py"):
@@ -70,10 +73,10 @@ def _imported(where: str, name: str, folder: Path) -> BackendKind:
             if not lacks_module(error, module_name):
                 raise
             raise InputError(where, f"there is no module {module_name!r}") from None
-    kind = getattr(module, attribute, None)
-    lacking = _lacking(kind)
+    factory = getattr(module, attribute, None)
+    lacking = _lacking(factory)
     if lacking:
-        raise InputError(where, f"{name} is {shown(kind)}, which lacks {lacking}; expected a kind of backend")
-    assert kind is not None
-    result: BackendKind = kind
+        raise InputError(where, f"{name} is {shown(factory)}, which lacks {lacking}; expected a BackendFactory")
+    assert factory is not None
+    result: BackendFactory = factory
     return result

@@ -5,7 +5,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from evojax_merge import plugins
+from evojax_merge.backends.backend import BackendFactory
+from evojax_merge.backends.registry import find_backend
+from evojax_merge.checkpoints.writer import check_output
 from evojax_merge.commands.merge import card_of_merge, write_model
 from evojax_merge.config import Config
 from evojax_merge.errors import Failed, InputError
@@ -22,7 +27,7 @@ from evojax_merge.problem import (
 )
 from evojax_merge.references import resolve_reference
 from evojax_merge.regular_file import read_regular
-from evojax_merge.report.card import adapter_card, card_in_dtype
+from evojax_merge.report.card import adapter_card, card_in_dtype, merge_card
 from evojax_merge.report.progress import console, say
 from evojax_merge.search.loop import saved_strategy_state
 from evojax_merge.search.protocols import context_of
@@ -52,11 +57,14 @@ def export(
     plugins.load_named(f"{folder.config}: plugins", load_yaml(folder.config).get("plugins", []), folder.path)
     recover(out)
     check_free(out, overwrite)
-    if member is not None:
+    if member is not None and _factory(folder).merges_recipes:
         file = find_member(folder, member)
         _export(folder, read_stream(file), file.read_text(encoding="utf-8"), None, out, dtype, overwrite, rank)
         return
     finished = (read_result(folder.result) or {}).get("generations", -1) >= len(folder.read_history())
+    if not _factory(folder).merges_recipes:
+        _export_genome(folder, out, dtype, overwrite, rank, best_so_far and not finished)
+        return
     if best_so_far and not (finished and folder.recipe.exists()):
         _export_best_so_far(folder, out, dtype, overwrite, rank)
         return
@@ -92,6 +100,36 @@ def _export(
     console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
 
+def _factory(folder: RunFolder) -> BackendFactory:
+    """The factory of a run's backend."""
+    name = load_yaml(folder.config).get("backend", Config.model_fields["backend"].default)
+    return find_backend(f"{folder.config}: backend", name, folder.path)
+
+
+def _export_genome(
+    folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None, best_so_far: bool
+) -> None:
+    """Write a run's winner, or its best candidate so far, whose backend makes candidates of genomes."""
+    for value, option in ((dtype, "--dtype"), (rank, "--as-adapter")):
+        if value is not None:
+            raise InputError(folder.path, f"{option}: is for language models, and this run has others; leave it out")
+    with locked(folder.path, resume=True):
+        check_inputs(folder)
+        problem = build_problem(folder.config, config_from(folder.config, load_yaml(folder.config), [], None))
+        result, saved = read_result(folder.result), Checkpoints(folder).restore(say)
+        if best_so_far and saved is not None:
+            genome = saved.arrays["genomes"][0]
+        elif result is not None and not best_so_far:
+            genome = np.array(result["genome"], np.float32)
+        else:
+            raise InputError(folder.path, "has no winner yet; finish it with search … --resume, or pass --best-so-far")
+        recipe = problem.backend.recipe(genome)
+        models = {problem.backend.references[model]: model for model in problem.backend.merged_from(genome)}
+        card = merge_card(out.name, [problem.backend.name], models, recipe)
+        problem.backend.export(recipe, genome, out, card, partial(check_output, out, folder.parts))
+    console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+
+
 def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwrite: bool, rank: int | None) -> None:
     """Write the best candidate that an unfinished run has saved, as every generation scored it."""
     # The lock keeps any other process from going on with the run meanwhile.
@@ -108,7 +146,7 @@ def _export_best_so_far(folder: RunFolder, out: Path, dtype: str | None, overwri
                 f"{folder.path}: of no candidate of {saved.generations} generations the fitness on all examples is "
                 "known (gradients on minibatches, or of a companion, do not tell it); continue the search with --resume"
             )
-        state = saved_strategy_state(saved, problem.config.seed, problem.strategy, problem.space)
+        state = saved_strategy_state(saved, problem.seed, problem.strategy, problem.space)
         problem = problem.within(context_of(problem.strategy, state))
         text = problem.backend.recipe(saved.arrays["genomes"][0])
         stream = parse_stream(running.recipe, parse_documents(running.recipe, text))

@@ -135,8 +135,8 @@ def run_search(
     prepared = problem.prepare()
     require_space(out, disk_bytes(problem))
     _require_bank(path, problem, force)
-    with _opened(out, resolved_document(problem), on_started, resume=resume, overwrite=overwrite) as folder:
-        _log_warnings(path, problem, prepared)
+    with _opened(out, resolved_document(config, problem), on_started, resume=resume, overwrite=overwrite) as folder:
+        _log_warnings(path, config, problem, prepared)
         core.search(folder, problem, prepared, on_generation, force)
 
 
@@ -191,15 +191,14 @@ def _run_chain(
     """Search in stages, one after the other: the winner of one is the first parent of the next. The last stage is the
     run itself, earlier ones have run folders of their own below `stages/`."""
     # Every stage is checked before the first one runs.
-    problems = [
-        build_problem(path, config_of_stage, chained=i > 0) for i, config_of_stage in enumerate(stage_configs(config))
-    ]
+    configs = stage_configs(config)
+    problems = [build_problem(path, of_stage, chained=i > 0) for i, of_stage in enumerate(configs)]
     _check_outside(out, problems)
     prepared = [problem.prepare() for problem in problems]
     require_space(out, sum(map(disk_bytes, problems)))
     for problem in problems:
         _require_bank(path, problem, force)
-    document = resolved_document(problems[0])
+    document = resolved_document(configs[0], problems[0])
     for key in ("space", "data_flow", "search"):
         document.pop(key)
     document |= random_numbers(any(problem.backend.is_random for problem in problems))
@@ -209,13 +208,14 @@ def _run_chain(
     ]
     with _opened(out, document, on_started, resume=resume, overwrite=overwrite) as run:
         # All stages have the same examples.
-        _log_warnings(path, problems[0], prepared[0])
+        _log_warnings(path, configs[0], problems[0], prepared[0])
         winner: str | None = None
         for number, stage in enumerate(stages, start=1):
             console.print(f"stage {number} of {len(stages)}")
-            problem = problems[0]
+            problem, of_stage = problems[0], configs[0]
             if winner is not None:
-                problem = build_problem(path, stage_config(config, stage, winner), chained=True)
+                of_stage = stage_config(config, stage, winner)
+                problem = build_problem(path, of_stage, chained=True)
             if number == len(stages):
                 core.search(run, problem, prepared[-1], on_generation, force)
                 return
@@ -224,18 +224,18 @@ def _run_chain(
                 on_started(folder)
                 if jax.process_index() == 0:
                     again = resume and is_run(folder)
-                    open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
+                    open_run(folder.path, resolved_document(of_stage, problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
                 core.search(folder, problem, prepared[number - 1], on_generation, force)
             winner = str(folder.model)
             on_started(run)
 
 
-def _log_warnings(path: Path, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:
+def _log_warnings(path: Path, config: Config, problem: SearchProblem, prepared: Splits[list[Any]]) -> None:
     """Print warnings about the models and the examples before a search."""
-    print_warnings(revision_warnings(path, problem.config))
+    print_warnings(revision_warnings(path, config))
     print_warnings(problem.backend.warnings(prepared))
-    print_warnings(overlaps(str(path), problem.config.tasks, problem.splits))
+    print_warnings(overlaps(str(path), config.tasks, problem.splits))
 
 
 def _check_outside(out: Path, problems: Sequence[SearchProblem]) -> None:

@@ -122,7 +122,7 @@ def search_card(name: str, problem: SearchProblem, result: Result, recipe: str, 
         merge_card(name, [backend.name], models, recipe)
         + result.report.card_section()
         + f"\n## How it was found\n\n{problem.strategy.name} over {backend.describe()}, "
-        f"{generations} generations, seed {problem.config.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
+        f"{generations} generations, seed {problem.seed}. Fitness is the weighted mean of\n\n{tasks}\n\n"
         f"{result.chosen_on()}\n\n## Held-out scores\n\nOn examples that the search never saw:\n\n"
         f"{markdown_table(result.rows)}\n"
         + _front_section(result)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ class Result:
 
     `baseline`: the candidate that needs no search (the uniform merge, the first parent as it is, or the best of a
     pool's founders, by the split that the winner was chosen on) and its fitness on the search split; `baseline_name`:
-    the founder's name. `rows`: the held-out table. `report`: shows the winner. `validation`: the winner's fitness and
-    the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the search split.
-    `stopped_by`: the criterion that ended the search before its last generation. `members`: the front, where the
-    strategy keeps one. `compute_dtype`: the dtype of the computation of all these scores; `search_compute_dtype`: the
-    dtype of the generations' scores.
+    the founder's name. `rows`: the held-out table, empty without held-out examples. `scores`: the winner's on the
+    examples that it was chosen on, float32[N], task by task. `report`: shows the winner. `validation`: the winner's
+    fitness and the baseline's on the validation split, where the winner was chosen on one; None: it was chosen on the
+    search split. `stopped_by`: the criterion that ended the search before its last generation. `members`: the front,
+    where the strategy keeps one. `compute_dtype`: the dtype of these scores' computation; `search_compute_dtype`: of
+    the generations'.
     """
 
     genome: np.ndarray
@@ -65,6 +66,7 @@ class Result:
     compute_dtype: str = "float32"
     search_compute_dtype: str = "float32"
     baseline_name: str = ""
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)
 
     @property
     def winner(self) -> Row:

@@ -404,11 +404,12 @@ def history_row(
 @dataclass(frozen=True)
 class Finalist:
     """A candidate, float32[D], its fitness on the examples that the winner is chosen on, and there its means on the
-    tasks that count, float64[T]."""
+    tasks that count, float64[T], and its scores, float32[N], task by task."""
 
     genome: np.ndarray
     fitness: float
     task_means: np.ndarray
+    scores: np.ndarray
 
 
 def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress: Any) -> list[Finalist]:
@@ -421,6 +422,9 @@ def rescore(space: Space, evaluator: GenomeEvaluator, archive: Archive, progress
     _, kept = np.unique(genomes, axis=0, return_index=True)
     genomes = genomes[np.sort(kept)]
     scores = evaluator.score(genomes, progress)
-    values, task_means = fitness(evaluator.tasks, scores), score_matrix(evaluator.tasks, scores).task_means
+    values, matrix = fitness(evaluator.tasks, scores), score_matrix(evaluator.tasks, scores)
+    task_means = matrix.task_means
     order = np.argsort(-np.where(np.isfinite(values), values, -np.inf), kind="stable")
-    return [Finalist(genomes[i], float(values[i]), task_means[i]) for i in order if np.isfinite(values[i])]
+    return [
+        Finalist(genomes[i], float(values[i]), task_means[i], matrix.values[i]) for i in order if np.isfinite(values[i])
+    ]

@@ -10,15 +10,15 @@ everything. Instead of shards that take turns, examples can be chosen for each g
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from evojax_merge.errors import InputError
-from evojax_merge.evaluation.scores import ScoredTask, Scores, TaskScores, fitness, means, task_weights
+from evojax_merge.evaluation.scores import Scores, TaskScores, fitness, means, task_weights
 from evojax_merge.search.protocols import GenomeEvaluator, Progress
 from evojax_merge.search.surrogate import HISTORY, SurrogateData, append_candidates, empty_surrogate, predict_fitness
-from evojax_merge.tasks.task import Task
+from evojax_merge.tasks.task import SplittableTask, Task
 
 
 def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
@@ -27,12 +27,6 @@ def example_lengths(task: Task, tokenizer: Any, context: int) -> np.ndarray:
     for row in (*requests.scored, *requests.prompts):
         lengths[row.example] += len(row.tokens)
     return lengths
-
-
-class SplittableTask(ScoredTask, Protocol):
-    def subset(self, examples: Sequence[int]) -> Any:
-        """The same task on some of its examples."""
-        ...
 
 
 T = TypeVar("T", bound=SplittableTask)

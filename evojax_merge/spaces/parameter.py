@@ -118,6 +118,15 @@ class GroupSpace:
         """The genome that the search starts from."""
         return self.genome({searched.name: np.asarray(searched.start) for searched in self.search_parameters})
 
+    def baselines(self) -> tuple[str, np.ndarray]:
+        """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
+        values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
+        for searched in self.search_parameters:
+            if searched.name == "weight":
+                uniform = uniform_start(self.method, "weight", self.parents)[:1]
+                values["weight"] = np.clip(uniform, searched.low, searched.high)
+        return "uniform merge", self.genome(values)[None]
+
     def seed_genomes(self, where: str, name: str) -> np.ndarray:
         """float32[S, D]: `uniform`: equal weights 1/K; `parents`: each parent alone, weight 1 for it and 0 for the
         others; `trimmed_parents`: these at density 0.2; `task_vectors`: all weights 1. The other parameters are where
@@ -280,13 +289,8 @@ class ParameterSpace:
         return np.asarray(_pull_back(self, jnp.asarray(genomes), cotangents))
 
     def baselines(self) -> tuple[str, np.ndarray]:
-        """The uniform merge: equal weights 1/K, the other searched parameters where the search starts."""
-        values = {searched.name: np.asarray(searched.start) for searched in self.search_parameters}
-        for searched in self.search_parameters:
-            if searched.name == "weight":
-                uniform = uniform_start(self.method, "weight", self.parents)[:1]
-                values["weight"] = np.clip(uniform, searched.low, searched.high)
-        return "uniform merge", self.genome(values)[None]
+        """See GroupSpace."""
+        return self.group_space.baselines()
 
     def _by_layer(self, name: str, block: jax.Array) -> jax.Array:
         """A parameter by group -> by layer and component group: float32[L, parts] or [L, parts, K]."""

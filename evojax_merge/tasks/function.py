@@ -45,10 +45,11 @@ from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
 # The arguments of the function.
-ARGUMENTS: dict[Inputs, tuple[str, ...]] = {
+ARGUMENTS: dict[str, tuple[str, ...]] = {
     "texts": ("records", "texts"),
     "log_probabilities": ("records", "log_probabilities"),
     "logits": ("logits", "targets", "mask"),
+    "arrays": ("model", "rows"),
 }
 METRIC = "score"
 # Exceptions that mean, to the command line, the end of the command or its user's mistake.
@@ -325,7 +326,7 @@ def _try_tracing(logits_fn: Traced, targets: int, vocabulary: int) -> None:
 # From its name to the function
 
 
-def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> UserFunction:
+def load_function(where: str, reference: str, inputs: str, folder: Path) -> UserFunction:
     """Import the function of a reference: `module:name` or `path/to/file.py:name`, both relative to `folder`, or the
     reference of a function that a Python program has given. Raises InputError where there is no such function, or where
     its signature does not accept the arguments of `inputs`."""
@@ -348,7 +349,7 @@ def load_function(where: str, reference: str, inputs: Inputs, folder: Path) -> U
     return UserFunction(reference, function, _source_files(module, function), absolute_reference)
 
 
-def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: Inputs) -> None:
+def _check_arguments(where: str, reference: str, function: Callable[..., Any], inputs: str) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

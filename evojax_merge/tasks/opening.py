@@ -2,14 +2,16 @@
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from evojax_merge.errors import InputError, print_warning, shown
 from evojax_merge.tasks.kinds import kind_of
 from evojax_merge.tasks.splits import Splits
-from evojax_merge.tasks.task import FindFile, Opening, Place, Task, TaskConfig, TaskKind, local_file
+from evojax_merge.tasks.task import FindFile, Opening, Place, SplittableTask, Task, TaskConfig, TaskKind, local_file
+
+T = TypeVar("T", bound=SplittableTask)
 
 
 def open_task(
@@ -60,7 +62,7 @@ def _open(kind: TaskKind, config: TaskConfig, opening: Opening) -> Task:
     return cast(Task, task)
 
 
-def split_task(task: Task, share: float, seed: int) -> tuple[Task, Task]:
+def split_task(task: T, share: float, seed: int) -> tuple[T, T]:
     """The search split, and a random `share` of the examples that the search never sees; both depend on the seed
     alone."""
     order = np.random.default_rng([seed, task.size]).permutation(task.size)

@@ -86,6 +86,12 @@ class ScoredTask(Protocol):
     def size(self) -> int: ...
 
 
+class SplittableTask(ScoredTask, Protocol):
+    def subset(self, examples: Sequence[int]) -> Any:
+        """The same task on some of its examples."""
+        ...
+
+
 class Task(ScoredTask, Protocol):
     """A named task of N examples of one split. `metric`: the score that is its fitness; `weight`: its share in the
     fitness of the whole, 0 for a task that is only shown; `files`: the input files that it was made from."""
@@ -266,7 +272,7 @@ class TaskKind:
     """
 
     config: type[TaskConfig]
-    open: Callable[[Any, Opening], Task]
+    open: Callable[[Any, Opening], Any]
     source: str | None = None
     key: str | None = None
     test_set: Callable[[Any], TestSet | None] = lambda config: None

@@ -31,7 +31,7 @@ from evojax_merge.evaluation.scores import TaskScores
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.mergekit.execute import merge_to
 from evojax_merge.mergekit.stages import merge_stream, prepare_stream
-from evojax_merge.mergekit.streams import read_stream
+from evojax_merge.mergekit.streams import parse_stream
 from evojax_merge.mergekit.write import dump_documents
 from evojax_merge.models.architecture import architecture_of
 from evojax_merge.models.config import DecoderConfig
@@ -40,11 +40,11 @@ from evojax_merge.report.notices import log_unused_config_keys
 from evojax_merge.report.progress import merge_bar
 from evojax_merge.report.winner import WinnerReport
 from evojax_merge.search.genomes import SpaceEvaluator
-from evojax_merge.search.run_parts import check_replaceable_model
 from evojax_merge.search.successive_halving import example_lengths
 from evojax_merge.spaces.search_parameters import parent_groups_of
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Task
+from evojax_merge.yaml_reader import parse_documents
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,12 @@ class DecoderBackend:
         return self.candidates.load_bank(devices, progress)
 
     def evaluators(
-        self, bank: Any, prepared: Splits[list[BatchedTask]], devices: Devices, log: Callable[[str], None]
+        self,
+        bank: Any,
+        prepared: Splits[list[BatchedTask]],
+        population: int,
+        devices: Devices,
+        log: Callable[[str], None],
     ) -> Splits[SpaceEvaluator[Any]]:
         # Batches of all splits have the same shapes, so a chunk that fits one split in a dtype fits all of them.
         chunk_sizes: dict[str, dict[Any, int]] = {self.compute_dtype: {}, self.final_compute_dtype: {}}
@@ -254,7 +259,7 @@ class DecoderBackend:
 
         return prepared.map(evaluator_in(self.compute_dtype), evaluator_in(self.final_compute_dtype))
 
-    def evaluator(self, bank: Any, tasks: list[BatchedTask], devices: Devices) -> SpaceEvaluator[Any]:
+    def evaluator(self, bank: Any, tasks: list[BatchedTask], population: int, devices: Devices) -> SpaceEvaluator[Any]:
         return self._evaluator(bank, devices, lambda text: None, {}, self.compute_dtype, tasks)
 
     def _evaluator(
@@ -310,10 +315,11 @@ class DecoderBackend:
             document = {"merge_method": document["merge_method"], "base_model": source} | document
         return document
 
-    def export(self, recipe: Path, genome: np.ndarray, out: Path, card: str) -> None:
-        with prepare_stream(read_stream(recipe), out, find=resolve_reference) as stream_plan:
-            write = partial(merge_to, recipe=recipe.read_text(encoding="utf-8"))
-            check = partial(check_replaceable_model, out)
+    def export(self, recipe: str, genome: np.ndarray, out: Path, card: str, check: Callable[[], None]) -> None:
+        # The recipe's models are named by absolute paths, so that its own place makes no difference.
+        stream = parse_stream(out.parent / "recipe.yaml", parse_documents(out.parent / "recipe.yaml", recipe))
+        with prepare_stream(stream, out, find=resolve_reference) as stream_plan:
+            write = partial(merge_to, recipe=recipe)
             bar = partial(merge_bar, "exporting")
             merge_stream(stream_plan, out, write, card=card, overwrite=True, check=check, bar=bar)
 

@@ -41,8 +41,10 @@ from evojax_merge.spaces.search_parameters import (
 )
 
 
-class DecoderKind:
+class DecoderFactory:
     """Language models: Hugging Face folders, GGUF files, adapters."""
+
+    merges_recipes = True
 
     def check(self, where: str, config: Config) -> None:
         if config.space is not None:
@@ -376,4 +378,4 @@ def stop_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(eos_ids))
 
 
-KIND = DecoderKind()
+FACTORY = DecoderFactory()

@@ -1,0 +1,154 @@
+"""Tasks whose examples are arrays, for models that are pytrees: a JAX function scores a model on some of the rows."""
+
+import zipfile
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from pydantic import Field
+
+from evojax_merge.errors import InputError, shown
+from evojax_merge.schema import Location
+from evojax_merge.tasks.function import load_function, users_code
+from evojax_merge.tasks.task import Derivative, Opening, Place, TaskConfig, TaskDefaults, TaskKind
+
+
+class ArraysConfig(TaskConfig):
+    """A task of models that are pytrees: a function scores a model on rows of arrays, (model, rows) -> float[N]."""
+
+    kind: Literal["arrays"] = Field(description="the kind of task")
+    file: Location = Field(description="an .npz file of arrays with one leading axis, an example each")
+    function: Location = Field(description="FILE.py:NAME or module:name, a function (model, rows) -> float[N]")
+    traced: bool = Field(True, description="whether JAX traces the function; false: it is called with each model")
+
+
+@dataclass(frozen=True)
+class ArrayTask(TaskDefaults):
+    """A task of models that are pytrees.
+
+    function: (model, rows) -> float[N], higher is better; (model,) -> a number or float[N] where there are no
+    `examples`, a pytree of arrays with a leading axis of examples. indices: the numbers of the task's examples, out of
+    `count`. traced: whether JAX traces the function. where: the task in messages; file: the examples' file.
+    """
+
+    name: str
+    examples: Any
+    function: Callable[..., Any]
+    indices: tuple[int, ...]
+    count: int
+    metric: str = "score"
+    weight: float = 1.0
+    traced: bool = True
+    where: str = "task"
+    untraced: str = "say traced: false, and it is called with each merged model"
+    files: tuple[Path, ...] = ()
+    places: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.indices)
+
+    def subset(self, examples: Sequence[int]) -> "ArrayTask":
+        return replace(self, indices=tuple(self.indices[i] for i in examples))
+
+    @cached_property
+    def rows(self) -> tuple[Any, ...]:
+        """The arguments of the function beside the model: the task's examples, if it has any."""
+        if self.examples is None:
+            return ()
+        if len(self.indices) == self.count:
+            return (self.examples,)
+        return (jax.tree.map(lambda leaf: leaf[np.asarray(self.indices)], self.examples),)
+
+    @property
+    def derivative(self) -> Derivative | None:
+        return "linear" if self.traced else None
+
+    def contents(self) -> Sequence[tuple[Hashable, Place]]:
+        if not self.files:
+            return ()
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(self.examples)]
+        return [(tuple(leaf[i].tobytes() for leaf in leaves), (str(self.files[0]), i + 1)) for i in self.indices]
+
+    def paths(self) -> dict[str, str]:
+        return dict(self.places)
+
+    def failure_hint(self) -> str:
+        return f"Look at what the function of task {self.name} returns"
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file. Raises InputError for any other file, and for arrays of anything but numbers."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(path, f"is no .npz file of numbers ({' '.join(str(error).split())[:200]})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise InputError(path, f"{name}: an array of {array.dtype}; expected numbers")
+    return arrays
+
+
+def read_examples(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, which share their leading axis. Raises InputError for any other file."""
+    arrays = read_npz(path)
+    sizes = sorted({array.shape[0] if array.ndim else 0 for array in arrays.values()})
+    if len(sizes) != 1 or not sizes[0]:
+        raise InputError(path, f"has arrays with leading axes of {sizes}; expected one number of examples")
+    return arrays
+
+
+def call_users(function: Callable[..., Any], reference: str, *arguments: Any) -> Any:
+    """Call a function of the user's, whose failures are its own."""
+    with users_code(reference):
+        return function(*arguments)
+
+
+def open_arrays(config: ArraysConfig, opening: Opening) -> ArrayTask:
+    """The task on the examples of one file. Raises InputError for a fault of the config, the function or the file."""
+    function = load_function(f"{opening.where}.function", config.function, "arrays", opening.folder)
+    key, reference = opening.source("file", config.file)
+    file = opening.file(key, reference)
+    examples = read_examples(file)
+    count = len(next(iter(examples.values())))
+    return ArrayTask(
+        config.name,
+        examples,
+        partial(call_users, function.call, function.reference),
+        tuple(range(count)),
+        count,
+        weight=config.weight,
+        traced=config.traced,
+        where=opening.where,
+        files=(file, *function.files),
+        places=(("file", str(file)), ("function", function.place)),
+    )
+
+
+KIND = TaskKind(ArraysConfig, open_arrays, source="file")
+
+
+def row_of(where: str, scores: Any, as_array: Callable[[Any], Any]) -> Any:
+    """A function's result, a number or an array [N], as an array [N]. Raises InputError for anything else."""
+    expected = "expected a real number, or one number per example"
+    try:
+        array = as_array(scores)
+    except jax.errors.JAXTypeError:
+        raise
+    except (TypeError, ValueError):
+        raise InputError(where, f"returned {shown(scores)}; {expected}") from None
+    if array.ndim > 1 or array.size == 0 or not is_real(array.dtype):
+        result = shown(scores) if array.dtype.kind in "OSU" else f"{array.dtype}{list(array.shape)}"
+        raise InputError(where, f"returned {result}; {expected}")
+    return array.reshape(-1)
+
+
+def is_real(dtype: Any) -> bool:
+    """Return whether a dtype is of real numbers, or of truth values."""
+    kinds = (jax.numpy.floating, jax.numpy.integer, jax.numpy.bool_)
+    return any(jax.numpy.issubdtype(dtype, kind) for kind in kinds)
