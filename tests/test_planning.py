@@ -18,6 +18,7 @@ from helpers import Family, random_model, save, tiny_config
 from huggingface_hub.errors import LocalEntryNotFoundError
 from merge_kernels import METHODS
 
+from evojax_merge.backends.decoder.planner import planned_passes
 from evojax_merge.checkpoints.abstract_bank import abstract_bank, anywhere
 from evojax_merge.checkpoints.bank import load_bank
 from evojax_merge.checkpoints.derived import open_model, resolve_model
@@ -27,7 +28,7 @@ from evojax_merge.cli import cli, run
 from evojax_merge.errors import InputError
 from evojax_merge.evaluation.costs import Cost, Product, cost_of, result_axes, temporary_bytes
 from evojax_merge.evaluation.devices import ONE_DEVICE
-from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes, planned_passes
+from evojax_merge.evaluation.planned_passes import JaxprReader, merge_bytes
 from evojax_merge.evaluation.targets import find_target, live_target, one_host, target_names
 from evojax_merge.models.bank import MergeSpec
 from evojax_merge.planning import make_plan

@@ -27,10 +27,9 @@ import yaml
 
 from bench.shared.machine import describe
 from bench.shared.random_family import write_random_family, write_rows
-from evojax_merge.backends.decoder.planner import passes_of_task
+from evojax_merge.backends.decoder.planner import passes_of_task, planned_passes
 from evojax_merge.checkpoints.abstract_bank import anywhere
 from evojax_merge.evaluation.costs import cost_of
-from evojax_merge.evaluation.planned_passes import planned_passes
 from evojax_merge.problem import SearchProblem, build_problem, read_config
 from evojax_merge.report.plan import shown_bytes, shown_number
 

@@ -34,7 +34,7 @@ import jax
 from bench.shared.header_models import MISTRAL_7B, problem_for, write_examples, write_models
 from evojax_merge.evaluation.batched_tasks import BatchedTask
 from evojax_merge.evaluation.compilers import CompilerMissing, TargetCompiler, collectives, target_compiler
-from evojax_merge.evaluation.planned_passes import DECODE, MATERIALISE, PREFILL, SCORE
+from evojax_merge.evaluation.programs import DECODE, MATERIALISE, PREFILL, SCORE
 from evojax_merge.evaluation.targets import Target, find_target
 from evojax_merge.planning import make_plan
 from evojax_merge.problem import SearchProblem

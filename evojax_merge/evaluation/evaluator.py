@@ -8,13 +8,10 @@ that the compiler reports; a pass that runs out of memory is retried with less.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Event
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -35,13 +32,32 @@ from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import (
     DifferentiableFactory,
     LazyMergeFactory,
-    MaterialisedFactory,
     PerCandidateModel,
     SharedModel,
     TracedPass,
     WeightsFactory,
     abstract_results,
     trace,
+)
+from evojax_merge.evaluation.planned_passes import JaxprReader, abstract_result, merge_bytes
+from evojax_merge.evaluation.programs import (
+    CAST,
+    DECODE,
+    GRADIENT,
+    MATERIALISE,
+    PREFILL,
+    PREFIX,
+    PREFIX_GRADIENT,
+    RECIPE_GRADIENT,
+    SCORE,
+    START,
+    SUM,
+    UNSTACK,
+    Each,
+    Evaluation,
+    Job,
+    Program,
+    execute,
 )
 from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target, live_target
@@ -54,7 +70,6 @@ from evojax_merge.tasks.batches import PromptBatch, ScoringBatch
 from evojax_merge.tasks.task import Responses, Task, TaskRequests, cut_at_stop
 
 Progress = Callable[[int], None]
-Result = TypeVar("Result")
 
 # Decode steps between two checks for stop texts.
 STOP_CHECK_INTERVAL = 32
@@ -97,45 +112,10 @@ def arrays_of(batch: ScoringBatch) -> dict[str, np.ndarray]:
     return vars(batch) | {"rows": batch.rows.astype(np.int32)}
 
 
-def _double_buffered(jobs: Iterable[Callable[[Event], Result]], threads: bool) -> Iterator[Result]:
-    """The jobs' results, in their order; each job is started before the one before it is waited for, and no more, so
-    that an interruption does not wait long.
-
-    An accelerator queues its work, and only has to be kept busy. A CPU runs the work of one thread one after the other,
-    and leaves cores idle wherever there is little to do: with `threads` each job has its own. The event that jobs are
-    given is set when nobody waits for them any more.
-    """
-    cancelled = Event()
-    if not threads:
-        under_way: deque[Result] = deque()
-        for job in jobs:
-            under_way.append(job(cancelled))
-            if len(under_way) > 1:
-                yield under_way.popleft()
-        yield from under_way
-        return
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(_finished, job, cancelled))
-                if len(waiting) > 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            cancelled.set()
-
-
-def _finished(job: Callable[[Event], Result], cancelled: Event) -> Result:
-    result: Result = jax.block_until_ready(job(cancelled))
-    return result
-
-
-def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, found: Any) -> None:
+def _enter_rows(matrix: np.ndarray, rows: np.ndarray, batch: ScoringBatch, values: Any) -> None:
     """Enter the values of a pass for the candidates `rows` and a batch, [>= len(rows), R], in `matrix: [P, S]`."""
     real = batch.rows >= 0
-    matrix[np.ix_(rows, batch.rows[real])] = np.asarray(found)[: len(rows), real]
+    matrix[np.ix_(rows, batch.rows[real])] = np.asarray(values)[: len(rows), real]
 
 
 def step_tokens(target: Target, batch: PromptBatch) -> int:
@@ -152,6 +132,31 @@ def row_update(target: Target) -> CacheUpdate:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A chunk of candidates as arguments of a program: the factory of their models, their shared arrays, and the arrays
+    of each. holds: the weights that were materialised for it; merge_bytes: see `Program`, of one that it is scored
+    by."""
+
+    factory: Any
+    replicated: Any
+    candidates: Any
+    holds: Any = ()
+    merge_bytes: Callable[[Any], int] = lambda results: 0
+
+    @property
+    def arguments(self) -> tuple[Any, Any]:
+        return self.replicated, self.candidates
+
+    @property
+    def size(self) -> int:
+        return size_of(self.candidates)
+
+
+# A generator that yields the programs that make a chunk's source, and returns it.
+Sourcing = Generator[Program, Any, Source]
+
+
+@dataclass(frozen=True)
 class Population:
     """P candidates: their shared arrays, the arrays of each (leading axis P, on the host), and the factory that makes a
     model of these."""
@@ -164,28 +169,32 @@ class Population:
     def size(self) -> int:
         return size_of(self.candidates)
 
-    @property
-    def source(self) -> tuple[WeightsFactory, Any]:
-        return self.factory, self.replicated
-
     def chunks(self, size: int) -> Iterator[tuple[np.ndarray, Any]]:
         """Runs of `size` candidates: their numbers, and their arrays, filled up to one shape."""
+        if size == self.size:
+            yield np.arange(size), self.candidates
+            return
         for begin in range(0, self.size, size):
             rows = np.arange(begin, min(begin + size, self.size))
             yield rows, pad_chunk(self.candidates, rows, size)
+
+    def first(self, size: int) -> Self:
+        """The first chunk of `size` candidates as a population."""
+        _, candidates = next(Population.chunks(self, size))
+        return replace(self, candidates=candidates)
+
+    def source(self, candidates: Any, compute_dtype: str) -> Source:
+        """A chunk that is scored without being materialised."""
+        return Source(self.factory, self.replicated, candidates)
 
     def model_shape(self) -> Any:
         """One candidate's shapes where it has to be materialised first; None where it is in memory."""
         return None
 
-    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        """Candidates that exist as a whole: the factory of their models, their shared arrays, and the arrays of
-        each."""
-        return SharedModel(), self.replicated, candidates
-
-    def traced_materialise(self, mesh: AnyMesh, candidates: Any) -> TracedPass | None:
-        """The pass that `materialise` runs; None where there is none."""
-        return None
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        """A chunk that exists as a whole."""
+        return Source(SharedModel(), self.replicated, candidates)
+        yield  # A generator without a program.
 
     def differentiable(self) -> "DifferentiablePopulation | None":
         """The same candidates, to be differentiated with respect to the arrays of each; None where these are not
@@ -199,21 +208,33 @@ class MergePopulation(Population):
 
     factory: LazyMergeFactory
 
+    def source(self, candidates: Any, compute_dtype: str) -> Source:
+        merged = partial(_merge_bytes, self.replicated, compute_dtype, 1)
+        return Source(self.factory, self.replicated, candidates, merge_bytes=merged)
+
     def model_shape(self) -> Any:
-        _, candidate = next(self.chunks(1))
+        _, candidate = next(Population.chunks(self, 1))
         return jax.eval_shape(partial(passes.materialise, self.factory, None), self.replicated, candidate)
 
-    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        return PerCandidateModel(), None, passes.materialise(self.factory, mesh, self.replicated, candidates)
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        size = size_of(candidates)
 
-    def traced_materialise(self, mesh: AnyMesh, candidates: Any) -> TracedPass:
-        return trace(passes.materialise, self.factory, mesh, self.replicated, candidates)
+        def moved(models: Any) -> int:
+            return tree_nbytes(self.replicated) + tree_nbytes(models) // size
+
+        arguments = (self.factory, mesh, self.replicated, candidates)
+        models = yield Program(MATERIALISE, passes.materialise, arguments, size, (3,), merge_bytes=moved)
+        return Source(PerCandidateModel(), None, models, models)
 
     def differentiable(self) -> "DifferentiableMerges":
         """The same merges, to be differentiated with respect to their recipes."""
         lazy_factory = self.factory
         factory = DifferentiableFactory(lazy_factory.spec, lazy_factory.compute_dtype, lazy_factory.prefetch_layers)
         return DifferentiableMerges(factory, self.replicated, self.candidates)
+
+
+def _merge_bytes(bank: Bank, compute_dtype: str, times: int, results: Any) -> int:
+    return times * merge_bytes(bank, compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -224,10 +245,11 @@ class DifferentiablePopulation(Population):
         """The same candidates, not to be differentiated."""
         return self
 
-    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Any:
+    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:
         """The derivative with respect to candidates, float32, of a function whose derivatives with respect to their
-        materialised weights are `cotangents`."""
+        materialised weights are `cotangents`. holds: what is in memory meanwhile."""
         return cotangents
+        yield  # A generator without a program.
 
 
 @dataclass(frozen=True)
@@ -240,19 +262,38 @@ class DifferentiableMerges(DifferentiablePopulation):
         factory = LazyMergeFactory(self.factory.spec, self.factory.compute_dtype, self.factory.prefetch_layers)
         return MergePopulation(factory, self.replicated, self.candidates)
 
+    def source(self, candidates: Any, compute_dtype: str) -> Source:
+        # Merged, and merged again by the derivative, which then reads the sources once more.
+        merged = partial(_merge_bytes, self.replicated, compute_dtype, 3)
+        return Source(self.factory, self.replicated, candidates, merge_bytes=merged)
+
     def model_shape(self) -> Any:
         """One candidate's shapes, in the dtype of its computation, which is that of its gradient."""
         dtype = self.factory.compute_dtype
         return jax.eval_shape(lambda model: passes.to_dtype(model, dtype), self.to_score().model_shape())
 
-    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        factory, replicated, models = self.to_score().materialise(mesh, candidates)
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        source = yield from self.to_score().materialise(mesh, candidates)
+        if self.factory.spec.export_dtype == self.factory.compute_dtype:
+            return source
         # Cast once, not in every pass; and derivatives are not rounded to the export dtype in each of them.
-        return factory, replicated, passes.to_dtype(models, self.factory.compute_dtype)
+        arguments = (source.candidates, self.factory.compute_dtype)
+        models = yield Program(CAST, passes.to_dtype, arguments, source.size, holds=source.holds)
+        return Source(source.factory, None, models, models)
 
-    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any) -> Recipe:
-        gradient: Recipe = passes.recipe_gradient(self.factory, mesh, self.replicated, candidates, cotangents)
-        return gradient
+    def pull_back(self, mesh: AnyMesh, candidates: Any, cotangents: Any, holds: Any) -> Job:
+        size = size_of(candidates)
+
+        def moved(gradient: Any) -> int:
+            # Each layer is merged again, and its derivative reads its sources and the merge's cotangents.
+            return 2 * (tree_nbytes(self.replicated) + tree_nbytes(cotangents) // size)
+
+        arguments = (self.factory, mesh, self.replicated, candidates, cotangents)
+        return (
+            yield Program(
+                RECIPE_GRADIENT, passes.recipe_gradient, arguments, size, (3,), holds=holds, merge_bytes=moved
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -266,8 +307,9 @@ class ModelPopulation(Population):
         for rows, models in super().chunks(size):
             yield rows, jax.device_put(models)
 
-    def materialise(self, mesh: AnyMesh, candidates: Any) -> tuple[MaterialisedFactory, Any, Any]:
-        return self.factory, self.replicated, candidates
+    def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
+        return Source(self.factory, self.replicated, candidates)
+        yield  # A generator without a program.
 
 
 class _TooLarge(Exception):
@@ -445,48 +487,62 @@ class Evaluator:
         """The rows' total log-probabilities float32[P, S], and whether they are greedy, bool[P, S]."""
         shape = (population.size, len(batched_task.requests.scored))
         totals, greedy = np.zeros(shape, np.float32), np.zeros(shape, bool)
-        if batched_task.scoring is None:
-            return totals, greedy
-        for rows, batch, (part, is_greedy) in _double_buffered(
-            self._passes(population, batched_task), self.runs_two_jobs(0)
-        ):
-            _enter_rows(totals, rows, batch, part)
-            _enter_rows(greedy, rows, batch, is_greedy)
-            progress(len(rows))
+        if batched_task.scoring is not None:
+            chunk = self.scoring_chunk(population, batched_task)
+            scoring = self.scoring(population, batched_task, chunk, totals, greedy, progress)
+            execute(scoring, self.runs_two_jobs(0))
         return totals, greedy
 
-    def _passes(
-        self, population: Population, batched_task: BatchedTask
-    ) -> Iterator[Callable[[Event], tuple[np.ndarray, ScoringBatch, Any]]]:
-        """For each chunk and batch a job, which returns its candidates, its rows, and the results of `passes.score` for
-        them."""
+    def scoring(
+        self, population: Population, batched_task: BatchedTask, chunk: int, totals: np.ndarray, greedy: np.ndarray,
+        progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        """Score a task's rows, `chunk` candidates on each device together; enters the results in `totals` and
+        `greedy`, [P, S]."""
         assert batched_task.scoring is not None
-        mesh, logits_fn = self.devices.mesh, batched_task.requests.logits_fn
-        chunk = self.scoring_chunk(population, batched_task)
+        scoring, mesh, logits_fn = batched_task.scoring, self.devices.mesh, batched_task.requests.logits_fn
         materialised = self.fits_materialised(population, batched_task, chunk)
-
-        def job(rows: np.ndarray, source: Any, prefix: KVCache | None, batch: ScoringBatch, cancelled: Event) -> Any:
-            factory, replicated, candidates = source
-            answers = passes.score(
-                self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)
-            )
-            return rows, batch, answers
-
         for rows, candidates in population.chunks(chunk * self.devices.population):
-            source = (
-                population.materialise(self.devices.mesh, candidates)
-                if materialised
-                else (*population.source, candidates)
+            source = population.source(candidates, self.compute_dtype)
+            if materialised:
+                source = yield from population.materialise(mesh, candidates)
+            prefix = yield from self._prefix(source, scoring.shared_prefix)
+
+            def job(batch: ScoringBatch, source: Source = source, prefix: KVCache | None = prefix) -> Job:
+                arguments = (
+                    self.config, source.factory, mesh, logits_fn, *source.arguments, prefix, arrays_of(batch),
+                )  # fmt: skip
+                answers = yield Program(
+                    SCORE, passes.score, arguments, source.size, (5,), holds=(source.holds, prefix),
+                    merge_bytes=source.merge_bytes,
+                )  # fmt: skip
+                return batch, answers
+
+            def read(result: Any, rows: np.ndarray = rows) -> None:
+                batch, (part, is_greedy) = result
+                _enter_rows(totals, rows, batch, part)
+                _enter_rows(greedy, rows, batch, is_greedy)
+                progress(len(rows))
+
+            yield Each(map(job, scoring.batches), read)
+
+    def _prefix(self, source: Source, shared_prefix: np.ndarray) -> Generator[Program, Any, KVCache | None]:
+        """The KV cache of the prefix that a task's rows share, if there is one."""
+        if not shared_prefix.size:
+            return None
+        arguments = (self.config, source.factory, self.devices.mesh, *source.arguments, shared_prefix)
+        return (
+            yield Program(
+                PREFIX, passes.prefill_prefix, arguments, source.size, (4,), holds=source.holds,
+                merge_bytes=source.merge_bytes,
             )
-            prefix = self._prefill_prefix(*source, batched_task.scoring.shared_prefix)
-            yield from (partial(job, rows, source, prefix, batch) for batch in batched_task.scoring.batches)
+        )  # fmt: skip
 
     def _gradient(
         self, population: DifferentiablePopulation, share: float, batched_task: BatchedTask, progress: Progress
     ) -> tuple[dict[str, np.ndarray], Any]:
         """A task's scores of the metric that counts, float32[P, N], and the derivative of `share` times their mean with
         respect to the candidates' arrays."""
-        assert batched_task.scoring is not None
         task, requests = batched_task.task, batched_task.requests
         counts = np.array([len(row.tokens) - row.start for row in requests.scored])
         shape = (population.size, len(counts))
@@ -496,52 +552,62 @@ class Evaluator:
             totals, greedy = self._score(population.to_score(), batched_task, lambda done: None)
         slopes = task.score_gradient(Responses(totals, counts, greedy, [])) * (share / task.size)
         gradient = jax.tree.map(np.zeros_like, population.candidates)
-        chunk = self.gradient_chunk(population, batched_task)
-        for rows, candidates in population.chunks(chunk * self.devices.population):
-            weights = pad_chunk(slopes, rows, chunk * self.devices.population)
-            part = self._chunk_gradient(population, batched_task, rows, candidates, weights, totals, greedy, progress)
+        model = self.devices.candidate_bytes(population.model_shape())
+        size = self.gradient_chunk(population, batched_task) * self.devices.population
+        for rows, candidates in population.chunks(size):
+            weights = pad_chunk(slopes, rows, size)
+            differentiating = self.differentiating(
+                population, batched_task, rows, candidates, weights, totals, greedy, progress
+            )
+            part = execute(differentiating, self.runs_two_jobs(model))
             for leaf, leaf_part in zip(jax.tree.leaves(gradient), jax.tree.leaves(part), strict=True):
                 leaf[rows] = np.asarray(leaf_part)[: len(rows)]
         responses = Responses(totals, counts, greedy, [[]] * population.size)
         nobody = np.zeros(population.size, bool)
         return {task.metric: score_task(task, responses, nobody)[task.metric]}, gradient
 
-    def _chunk_gradient(
+    def differentiating(
         self, population: DifferentiablePopulation, batched_task: BatchedTask, rows: np.ndarray, candidates: Any,
         weights: np.ndarray, totals: np.ndarray, greedy: np.ndarray, progress: Progress,
-    ) -> Any:  # fmt: skip
+    ) -> Evaluation:  # fmt: skip
         """The derivative of a chunk of candidates, float32, of the sum of its totals times `weights: float32[P, S]`;
-        fills in the candidates `rows` of `totals` and `greedy`."""
+        enters the results of the candidates `rows` in `totals` and `greedy`."""
         assert batched_task.scoring is not None
         mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
-        model = self.devices.candidate_bytes(population.model_shape())
         materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
-        source = population.materialise(mesh, candidates) if materialised else (*population.source, candidates)
-        factory, replicated, models = source
-        prefix = self._prefill_prefix(*source, scoring.shared_prefix)
+        source = population.source(candidates, self.compute_dtype)
+        if materialised:
+            source = yield from population.materialise(mesh, candidates)
+        prefix = yield from self._prefix(source, scoring.shared_prefix)
 
-        def job(batch: ScoringBatch, cancelled: Event) -> Any:
+        def job(batch: ScoringBatch) -> Job:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
-            answers = passes.score_gradient(
-                self.config, factory, mesh, logits_fn, replicated, models, prefix, arrays_of(batch), real
-            )
+            arguments = (
+                self.config, source.factory, mesh, logits_fn, *source.arguments, prefix, arrays_of(batch), real,
+            )  # fmt: skip
+            answers = yield Program(
+                GRADIENT, passes.score_gradient, arguments, source.size, (5, 8), (source.holds, prefix),
+                source.merge_bytes,
+            )  # fmt: skip
             return batch, answers
 
-        gradient: Any = None
-        jobs = (partial(job, batch) for batch in scoring.batches)
-        for batch, ((answers, is_greedy), part) in _double_buffered(jobs, self.runs_two_jobs(model)):
+        def read(result: Any) -> None:
+            batch, ((answers, is_greedy), _) = result
             _enter_rows(totals, rows, batch, answers)
             _enter_rows(greedy, rows, batch, is_greedy)
-            gradient = part if gradient is None else passes.add(gradient, part)
             progress(len(rows))
-        gradient, cotangents = gradient
-        if cotangents is not None:
-            through = passes.prefix_gradient(
-                self.config, factory, mesh, replicated, models, scoring.shared_prefix, cotangents
-            )
-            gradient = passes.add(gradient, through)
+
+        gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])
+        holds = (source.holds, prefix, gradient, cotangents)
+        if prefix is not None:
+            arguments = (self.config, source.factory, mesh, *source.arguments, scoring.shared_prefix, cotangents)
+            through = yield Program(
+                PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, (4,), holds=holds,
+                merge_bytes=source.merge_bytes,
+            )  # fmt: skip
+            gradient = yield Program(SUM, passes.add, (gradient, through), source.size, is_priced=False)
         if materialised:
-            gradient = population.pull_back(mesh, candidates, gradient)
+            gradient = yield from population.pull_back(mesh, candidates, gradient, holds)
         return gradient
 
     def gradient_chunk(self, population: DifferentiablePopulation, batched_task: BatchedTask) -> int:
@@ -569,14 +635,17 @@ class Evaluator:
         alone = self.devices.mesh is None and not self.target.is_accelerator
         return alone and 2 * model <= MATERIALISE_FRACTION * self.free_memory()
 
-    def _decode_weights(
-        self, factory: MaterialisedFactory, replicated: Any, candidates: Any
-    ) -> tuple[MaterialisedFactory, Any, Any]:
+    def _decode_weights(self, source: Source) -> Sourcing:
         """Materialised candidates laid out for decoding: a CPU copies each layer that it picks from a stack, every
         time, so the layers are unstacked once, where there is room."""
-        if not self.unstacks_layers((replicated, candidates)):
-            return factory, replicated, candidates
-        return factory, *factory.unstack(self.devices.mesh, replicated, candidates)
+        if not self.unstacks_layers(source.arguments):
+            return source
+        arguments = (self.devices.mesh, *source.arguments)
+        unstacked = yield Program(
+            UNSTACK, source.factory.unstack, arguments, source.size, holds=source.holds, is_priced=False
+        )
+        replicated, candidates = unstacked
+        return Source(source.factory, replicated, candidates, (source.holds, unstacked))
 
     def unstacks_layers(self, models: Any) -> bool:
         """Return whether materialised models (arrays or their shapes) are unstacked to decode."""
@@ -590,13 +659,6 @@ class Evaluator:
         model = population.model_shape()
         nbytes = chunk * self.devices.candidate_bytes(model)
         return model is not None and nbytes <= MATERIALISE_FRACTION * self.free_memory()
-
-    def _prefill_prefix(
-        self, factory: WeightsFactory, replicated: Any, candidates: Any, shared_prefix: np.ndarray
-    ) -> KVCache | None:
-        if not shared_prefix.size:
-            return None
-        return passes.prefill_prefix(self.config, factory, self.devices.mesh, replicated, candidates, shared_prefix)
 
     def scoring_chunk(self, population: Population, batched_task: BatchedTask) -> int:
         """The largest power of two of candidates whose temporaries, as the compiler reports them, fit a device; 1 on a
@@ -688,16 +750,10 @@ class Evaluator:
         nonfinite = np.zeros(population.size, bool)
         if batched_task.prompts is None:
             return texts, nonfinite
-        size = self.devices.candidate_bytes(population.model_shape())
-        for rows, tokens in _double_buffered(
-            self._generation_jobs(population, batched_task, progress), self.runs_two_jobs(size)
-        ):
-            self.lookup_corpus[batched_task.task.name] = np.concatenate(
-                [self.lookup_corpus_of(batched_task)[:, tokens.shape[2] :], tokens[-1]], 1
-            )
-            nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
-            for row, lookup_corpus in zip(rows, self._decoded(tokens), strict=True):
-                texts[row] = [cut_at_stop(text, batched_task.requests.stop) for text in lookup_corpus]
+        model = self.devices.candidate_bytes(population.model_shape())
+        chunk = self.generation_chunk(population, batched_task)
+        generating = self.generating(population, batched_task, chunk, texts, nonfinite, progress)
+        execute(generating, self.runs_two_jobs(model))
         return texts, nonfinite
 
     def lookup_corpus_of(self, batched_task: BatchedTask) -> np.ndarray:
@@ -709,85 +765,105 @@ class Evaluator:
         )
         return self.lookup_corpus.get(batched_task.task.name, nothing)
 
-    def _generation_jobs(
-        self, population: Population, batched_task: BatchedTask, progress: Progress
-    ) -> Iterator[Callable[[Event], tuple[np.ndarray, np.ndarray]]]:
-        """For each chunk a job, which returns its candidates and their outputs after every prompt, int32[P, N, new]."""
-        assert batched_task.prompts is not None
-        prompts, requests = batched_task.prompts, batched_task.requests
+    def generating(
+        self, population: Population, batched_task: BatchedTask, chunk: int, texts: list[list[str]],
+        nonfinite: np.ndarray, progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        """Continue a task's prompts, `chunk` candidates on each device together; enters the results in `texts` and
+        `nonfinite: bool[P]`."""
+        task, requests = batched_task.task, batched_task.requests
 
-        def job(rows: np.ndarray, candidates: Any, lookup_corpus: np.ndarray, cancelled: Event) -> Any:
-            outputs = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
-            source = population.materialise(self.devices.mesh, candidates)
-            decode_weights = self._decode_weights(*source)
-            prefix = self._prefill_prefix(*source, prompts.shared_prefix)
+        def read(result: tuple[np.ndarray, np.ndarray]) -> None:
+            rows, tokens = result
+            corpus = [self.lookup_corpus_of(batched_task)[:, tokens.shape[2] :], tokens[-1]]
+            self.lookup_corpus[task.name] = np.concatenate(corpus, 1)
+            nonfinite[rows] = (tokens == NONFINITE_ID).any(axis=(1, 2))
+            for row, outputs in zip(rows, self._decoded(tokens), strict=True):
+                texts[row] = [cut_at_stop(text, requests.stop) for text in outputs]
+
+        # The corpus of a chunk is made when its job begins.
+        jobs = (
+            self._generation_job(population, batched_task, rows, candidates, progress)
+            for rows, candidates in population.chunks(chunk * self.devices.population)
+        )
+        yield Each(jobs, read)
+
+    def _generation_job(
+        self, population: Population, batched_task: BatchedTask, rows: np.ndarray, candidates: Any, progress: Progress
+    ) -> Job:
+        """A job that returns its candidates `rows` and their outputs after every prompt, int32[P, N, new]."""
+        assert batched_task.prompts is not None
+        prompts, requests, lookup_corpus = (
+            batched_task.prompts,
+            batched_task.requests,
+            self.lookup_corpus_of(batched_task),
+        )
+        outputs = np.full((len(rows), len(requests.prompts), requests.max_new_tokens), PAD_ID, np.int32)
+
+        def job() -> Job:
+            source = yield from population.materialise(self.devices.mesh, candidates)
+            prefix = yield from self._prefix(source, prompts.shared_prefix)
+            decoding = yield from self._decode_weights(source)
             for batch in prompts.batches:
-                if cancelled.is_set():
-                    break
-                state = self._prefill_batch(*source, prefix, batch, batched_task)
-                tokens = self._decode_batch(
-                    *decode_weights, prefix, batch, batched_task, state, lookup_corpus[batch.rows], cancelled
-                )
-                real = batch.rows >= 0
-                outputs[:, batch.rows[real]] = tokens[: len(rows), real]
-                progress(len(rows))
+                state = yield from self._prefill_batch(source, decoding, prefix, batch, batched_task)
+
+                def read(state: DecodeState, batch: PromptBatch = batch) -> None:
+                    real = batch.rows >= 0
+                    outputs[:, batch.rows[real]] = np.asarray(state.tokens)[: len(rows), real]
+                    progress(len(rows))
+
+                yield self._decode(decoding, prefix, batch, batched_task, state, lookup_corpus[batch.rows], read)
             return rows, outputs
 
-        chunk = self.generation_chunk(population, batched_task) * self.devices.population
-        for rows, candidates in population.chunks(chunk):
-            yield partial(job, rows, candidates, self.lookup_corpus_of(batched_task))
+        return job()
 
     def _prefill_batch(
-        self,
-        factory: WeightsFactory,
-        replicated: Any,
-        candidates: Any,
-        prefix: KVCache | None,
-        batch: PromptBatch,
-        batched_task: BatchedTask,
-    ) -> DecodeState:
+        self, source: Source, decoding: Source, prefix: KVCache | None, batch: PromptBatch, batched_task: BatchedTask
+    ) -> Generator[Program, Any, DecodeState]:
         """Prefill a batch of prompts, group by group."""
         mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
-        new, everyone = batched_task.requests.max_new_tokens, np.zeros(size_of(candidates))
-        state = passes.init_decode(
-            self.config, self.compute_dtype, mesh, everyone, rows, width, new, step_tokens(self.target, batch)
-        )
+        new, everyone = batched_task.requests.max_new_tokens, np.zeros(source.size)
+        tokens = step_tokens(self.target, batch)
+        arguments: tuple[Any, ...] = (self.config, self.compute_dtype, mesh, everyone, rows, width, new, tokens)
+        state = yield Program(START, passes.init_decode, arguments, source.size, (3,), is_priced=False)
         for group in batch.prefill_groups:
-            state = passes.prefill(
-                self.config, factory, mesh, width, batched_task.stop, replicated, candidates, prefix, state,
+            arguments = (
+                self.config, source.factory, mesh, width, batched_task.stop, *source.arguments, prefix, state,
                 np.int32(group.begin), *batch.prefill_group(group),
             )  # fmt: skip
+            holds = (decoding.holds, prefix, state)
+            state = yield Program(PREFILL, passes.prefill, arguments, source.size, (6,), holds=holds)
         return state
 
-    def _decode_batch(
-        self,
-        factory: WeightsFactory,
-        replicated: Any,
-        candidates: Any,
-        prefix: KVCache | None,
-        batch: PromptBatch,
-        batched_task: BatchedTask,
-        state: DecodeState,
-        lookup_corpus: np.ndarray,
-        cancelled: Event,
-    ) -> np.ndarray:
-        """int32[P, B, new]: greedy continuations of a batch of prompts, up to a stop token or stop text; less, once
-        `cancelled` is set. lookup_corpus: int32[B, M], see models.generate."""
-        requests, mesh = batched_task.requests, self.devices.mesh
+    def _decode(
+        self, decoding: Source, prefix: KVCache | None, batch: PromptBatch, batched_task: BatchedTask,
+        start: DecodeState, lookup_corpus: np.ndarray, read: Callable[[DecodeState], None],
+    ) -> Program:  # fmt: skip
+        """The program that continues a batch of prompts greedily, up to a stop token or stop text. lookup_corpus:
+        int32[B, M], see models.generate."""
+        requests, target = batched_task.requests, self.target
         count = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
-        tokens, done = np.asarray(state.tokens), np.asarray(state.done)
-        # Rows that fill up a batch do not matter.
-        done = done | (batch.rows < 0)
-        while not (done.all() or cancelled.is_set()):
-            state = replace(state, done=jax.device_put(done, state.done.sharding))
-            state = passes.decode(
-                self.config, factory, mesh, count, step_tokens(self.target, batch), row_update(self.target),
-                batched_task.stop, replicated, candidates, state, prefix, batch.tokens, lookup_corpus,
+
+        def arguments(state: DecodeState) -> tuple[Any, ...]:
+            return (
+                self.config, decoding.factory, self.devices.mesh, count, step_tokens(target, batch), row_update(target),
+                batched_task.stop, *decoding.arguments, state, prefix, batch.tokens, lookup_corpus,
             )  # fmt: skip
-            tokens, done = np.array(state.tokens), np.asarray(state.done)
-            if requests.stop and not done.all():
-                done = done | self._stopped(tokens, requests)
-        return tokens
+
+        def again(state: DecodeState) -> tuple[Any, ...] | None:
+            # Rows that fill up a batch do not matter.
+            done = np.asarray(state.done) | (batch.rows < 0)
+            if requests.stop and state is not start and not done.all():
+                done = done | self._stopped(np.asarray(state.tokens), requests)
+            if done.all():
+                return None
+            return arguments(replace(state, done=jax.device_put(done, state.done.sharding)))
+
+        # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
+        return Program(
+            DECODE, passes.decode, arguments(start), decoding.size, (8,), holds=(decoding.holds, prefix, start),
+            loop=again, first=start, steps=max(1, requests.max_new_tokens - 1), read=read,
+        )  # fmt: skip
 
     def _stopped(self, tokens: np.ndarray, requests: TaskRequests) -> np.ndarray:
         """bool[P, B]: true where a text holds a stop text."""
@@ -831,8 +907,8 @@ class Evaluator:
 
         # One candidate for each group of devices.
         _, candidates = next(population.chunks(groups))
-        merging = population.traced_materialise(mesh, candidates)
-        models = candidates if merging is None else abstract_results(merging, self.devices)
+        reader = JaxprReader(self.target, self.devices)
+        models = abstract_result(population.materialise(mesh, candidates), reader).candidates
         if not self.target.is_accelerator:
             return candidate_bytes(models), 0
         batch, shared_prefix = (

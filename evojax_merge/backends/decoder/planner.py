@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from evojax_merge.errors import Failed
 from evojax_merge.evaluation.batched_tasks import BatchedTask, one_row_batches
 from evojax_merge.evaluation.compilers import TargetCompiler, collectives
@@ -18,8 +20,7 @@ from evojax_merge.evaluation.planned_passes import (
     PlanUse,
     Report,
     SizedPass,
-    planned_gradient_passes,
-    planned_passes,
+    plan,
 )
 
 if TYPE_CHECKING:
@@ -157,3 +158,46 @@ def passes_of_task(
 
 class _NothingFits(Exception):
     """Not even one candidate's pass over one row fits."""
+
+
+def _ignore(done: int) -> None:
+    """Drop the progress of what is not run."""
+
+
+_NOTHING = np.zeros(0)
+
+
+def planned_passes(
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+) -> list[PlannedPass]:
+    """The passes that evaluate one chunk of a population on a task's batches, on one group of devices."""
+    passes, groups, name = list[PlannedPass](), evaluator.devices.population, batched_task.task.name
+    if batched_task.scoring is not None:
+        chunk = evaluator.scoring_chunk(population, batched_task)
+        first = population.first(chunk * groups)
+        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
+    if batched_task.prompts is not None:
+        chunk = evaluator.generation_chunk(population, batched_task)
+        first = population.first(chunk * groups)
+        passes += plan(evaluator.generating(first, batched_task, chunk, [], _NOTHING, _ignore), name, reader)
+    return passes
+
+
+def planned_gradient_passes(
+    evaluator: Evaluator, population: Population, batched_task: BatchedTask, reader: PassReader
+) -> list[PlannedPass]:
+    """The passes that differentiate one chunk of a population on a task's batches, on one group of devices."""
+    name, passes, differentiable = batched_task.task.name, list[PlannedPass](), population.differentiable()
+    assert differentiable is not None
+    if batched_task.task.derivative == "nonlinear":
+        # The weight of each total depends on all of them.
+        chunk = evaluator.scoring_chunk(population, batched_task)
+        first = population.first(chunk * evaluator.devices.population)
+        passes += plan(evaluator.scoring(first, batched_task, chunk, _NOTHING, _NOTHING, _ignore), name, reader)
+    size = evaluator.gradient_chunk(differentiable, batched_task) * evaluator.devices.population
+    candidates = differentiable.first(size).candidates
+    weights = np.zeros((size, len(batched_task.requests.scored)), np.float32)
+    differentiating = evaluator.differentiating(
+        differentiable, batched_task, np.arange(size), candidates, weights, _NOTHING, _NOTHING, _ignore
+    )
+    return [*passes, *plan(differentiating, name, reader)]

@@ -20,9 +20,6 @@ from evojax_merge.evaluation.compilers import TargetCompiler, collectives
 from evojax_merge.evaluation.devices import ONE_DEVICE, AnyMesh, Devices, shard_population, tree_nbytes
 from evojax_merge.evaluation.passes import TracedPass, trace
 from evojax_merge.evaluation.planned_passes import (
-    GRADIENT,
-    MATERIALISE,
-    SCORE,
     DeviceSizes,
     JaxprReader,
     PlannedPass,
@@ -30,6 +27,7 @@ from evojax_merge.evaluation.planned_passes import (
     Report,
     SizedPass,
 )
+from evojax_merge.evaluation.programs import GRADIENT, MATERIALISE, SCORE
 from evojax_merge.evaluation.scores import TaskScores, task_weights
 from evojax_merge.evaluation.targets import Target
 from evojax_merge.file_system import atomic_folder, atomic_write
