@@ -192,8 +192,7 @@ def test_the_api_page_has_the_parameters_of_each_function() -> None:
 
 
 def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its first two examples, one after the other, with fewer generations; tiny models stand where the demo family would
-    be."""
+    """Its first two examples, one after the other, with fewer generations, on tiny models for the demo family."""
     stand_in_for_the_zoo(tmp_path / "cache", family)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
