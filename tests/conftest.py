@@ -17,7 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What the program caches (compiled programs, the demo family) stays out of the user's own cache.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xdg")
-# Commands that are run again and again compile nothing twice, not even what takes a moment.
+# Nothing is compiled twice, not even what takes a moment: neither by commands nor by the tests' own process, nor in the
+# next run of the suite.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(os.environ["XDG_CACHE_HOME"]) / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Else each operation of a program that is compiled names up to a hundred frames of the stack, most of them pytest's.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")

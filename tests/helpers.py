@@ -35,6 +35,7 @@ from evojax_merge.problem import build_strategy
 from evojax_merge.search.example_choice import ExampleChoice
 from evojax_merge.search.loop import Archive, Reporter, evolve
 from evojax_merge.search.run_folder import Checkpoints, FolderStorage, RunFolder
+from evojax_merge.zoo import MODELS, VERSION
 
 CONFIGS = {
     "llama": LlamaConfig, "mistral": MistralConfig, "mixtral": MixtralConfig, "qwen2": Qwen2Config,
@@ -269,6 +270,18 @@ def build_family(root: Path, config: Any = None, parents: int = 2, dtype: torch.
     folders = tuple(save(finetune(model, k + 1), root / f"parent{k}") for k in range(parents))
     tasks = write_lines(root / "tasks.jsonl", even_records(12, model.config.vocab_size))
     return Family(root, base, folders, tasks)
+
+
+def stand_in_for_the_zoo(cache: Path, family: Family) -> dict[str, Path]:
+    """Put a family's models and examples where a cache folder (XDG_CACHE_HOME) has the demo family's; the models by
+    their names."""
+    packaged = cache / "evojax-merge" / "zoo" / VERSION / "packaged"
+    packaged.mkdir(parents=True)
+    folders = dict(zip(MODELS, (family.base, *family.parents), strict=True))
+    files = dict.fromkeys(("search.jsonl", "heldout.jsonl"), family.tasks)
+    for name, target in (folders | files).items():
+        (packaged / name).symlink_to(target)
+    return folders
 
 
 def run_linear_merge(folder: Path, *models: object) -> int:

@@ -30,7 +30,7 @@ from helpers import (
     write_lines,
 )
 from hostile import config as search_config
-from hostile import recipe, run_command
+from hostile import recipe, run_command, run_python
 from safetensors.torch import load_file, save_file
 
 from evojax_merge.cli import WRONG_INPUT, cli, run
@@ -706,10 +706,11 @@ def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path: Path)
     before = contents(tmp_path)
     size = (root / "base" / "model.safetensors").stat().st_size
     limited = (
-        f"import os, resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
-        "os.execv(sys.executable, [sys.executable, '-m', 'evojax_merge.cli', *sys.argv[1:]])"
+        f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+        "import jax\njax.config.update('jax_enable_compilation_cache', False)\n"
+        "from evojax_merge.cli import main\nmain()"
     )
-    done = process("-c", limited, "merge", path, root / "out")
+    done = run_python(limited, "merge", path, root / "out")
     assert done.returncode == 1, done.stderr
     assert str(root / "out") in one_line(done.stderr)
     assert contents(tmp_path) == before

@@ -239,7 +239,8 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_too_large_a_pass_is_halved(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where half of the largest batch fits, scores are those of larger batches."""
     rng = np.random.default_rng(3)
-    paths = [random_path(rng, 7, steps, 0) for steps in (2, 4)]
+    # As long as those of other tests: each length is a program to compile.
+    paths = [random_path(rng, 7, steps, 0) for steps in (3, 4)]
     whole, begin, said = setting.paths().evaluate(paths), path_evaluation.embed_batch, []
 
     def small(config: DecoderConfig, source: Any, tokens: np.ndarray, *rest: Any) -> Any:
@@ -549,6 +550,6 @@ def test_the_papers_dimensions_take_a_separable_strategy_and_say_so(tmp_path: Fi
     save(finetune(model, 1), tmp_path / "parent1")
     write_lines(tmp_path / "tasks.jsonl", even_records(6))
     flow = {"form": "indicator", "repetitions": 2, "max_layers": 16}
-    config = write_config(tmp_path, data_flow=flow, search={"generations": 1, "population": 4})
+    config = write_config(tmp_path, data_flow=flow, search={"generations": 1, "population": 4}, tasks=TASKS[:1])
     done = run("search", config, "--out", tmp_path / "run")
     assert "sep_cma_es: 624 dimensions" in done.stdout

@@ -3,8 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from hostile import Running, run_command, run_python, start_command
 
 MESHES = ((1, 1), *sample(((8, 1), (4, 2), (2, 4), (1, 8)), 1))
 # Candidates a pass; on more than one device the first of them.
-CHUNKS = (2, *sample((1, 6), 1))
+CHUNKS = sample((1, 2, 6), 1)
 
 # Scores of a population of merges, however they are spread, in a process with eight devices.
 MESH_PROGRAM = """
@@ -240,8 +238,7 @@ def test_devices_that_share_a_model_exchange_activations_alone(model: int, tmp_p
     records = [{"prompt": "w5 w6 w7 w8 " * 10 + f"w{i} " * 5, "choices": ["w8", "w9"], "answer": 0, "target": "w8"}
                for i in range(10, 18)]  # fmt: skip
     write_lines(family.root / "tasks.jsonl", records)
-    command = [sys.executable, "-c", COLLECTIVES_PROGRAM, str(config), str(model)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_python(COLLECTIVES_PROGRAM, config, model)
     assert done.returncode == 0, done.stderr
     programs = json.loads(done.stdout.splitlines()[-1])
     # Of decoding one step counts, as how many there are the program does not say.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import finetune, random_model, save, tiny_config
+from helpers import Family, finetune, random_model, save, stand_in_for_the_zoo, tiny_config
 from hostile import run_command, run_script
 
 import evojax_merge
@@ -191,8 +191,10 @@ def test_the_api_page_has_the_parameters_of_each_function() -> None:
         assert "…" in parameters or signature == shown, (name, signature)
 
 
-def test_the_api_pages_study_runs(tmp_path: Path) -> None:
-    """Its first two examples, one after the other, with fewer generations."""
+def test_the_api_pages_study_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first two examples, one after the other, with fewer generations, on tiny models for the demo family."""
+    stand_in_for_the_zoo(tmp_path / "cache", family)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     text = (ROOT / "docs" / "reference" / "python-api.md").read_text(encoding="utf-8")
     blocks = [block for language, block in BLOCK.findall(text) if language == "python"]
     script = "\n".join(blocks[:2])

@@ -35,6 +35,9 @@ from evojax_merge.tasks.task import cut_at_stop
 from evojax_merge.tasks.text import Example, Fields, TextTask, read_examples
 
 POPULATION = 3
+# Candidates that share a pass, where more than one do: each size is a program to compile. It does not divide the
+# population.
+CHUNK = 2
 FIELDS = Fields("{prompt}", "{target}", "choices", "answer", " ")
 # Words of each example's prompt and target: the first half fits into 8 tokens, the others need 16.
 LENGTHS = ((3, 2), (5, 3), (4, 1), (2, 3), (10, 2), (12, 1), (11, 4), (9, 3))
@@ -178,13 +181,15 @@ def test_untied_biased_models_and_bfloat16_export(tmp_path: Path) -> None:
     assert np.abs(unrounded.matrices["text"]["log_probability"][0] - found).min() > 1e-4
 
 
-@pytest.mark.parametrize("chunk", [2, POPULATION + 6])
-def test_scores_do_not_depend_on_the_chunk(chunk: int, ties: Setting, ties_scores: TaskScores) -> None:
-    scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, ties.recipes)
-    assert scores.outputs == ties_scores.outputs
+@pytest.mark.parametrize(("chunk", "population"), [(CHUNK, POPULATION), (CHUNK + 6, CHUNK)])
+def test_scores_do_not_depend_on_the_chunk(chunk: int, population: int, ties: Setting, ties_scores: TaskScores) -> None:
+    """Neither where the last chunk is filled up, nor where there are fewer candidates than a chunk takes."""
+    recipes = jax.tree.map(lambda leaf: leaf[:population], ties.recipes)
+    scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
+    assert scores.outputs == {name: texts[:population] for name, texts in ties_scores.outputs.items()}
     for name, metrics in ties_scores.matrices.items():
         for metric, expected in metrics.items():
-            np.testing.assert_allclose(scores.matrices[name][metric], expected, atol=1e-5)
+            np.testing.assert_allclose(scores.matrices[name][metric], expected[:population], atol=1e-5)
 
 
 def test_scores_do_not_depend_on_the_batches(ties: Setting, ties_scores: TaskScores) -> None:
@@ -257,7 +262,7 @@ def test_failed_candidate_has_no_fitness_and_harms_no_other(ties: Setting, ties_
     recipes = jax.tree.map(np.copy, ties.recipes)
     recipes.stacks[LAYERS]["weight"][0, 1] = np.nan
     recipes.stacks[LAYERS]["lambda"][1] = 3e38
-    for chunk in (1, POPULATION):
+    for chunk in (1, CHUNK):
         scores = ties.evaluator(chunk=chunk).population(ties.bank, ties.spec, recipes)
         found, expected = fitness(ties.tasks, scores), fitness(ties.tasks, ties_scores)
         assert np.isfinite(expected).all()
@@ -293,7 +298,7 @@ def test_fitness_is_the_weighted_mean_of_the_tasks_metrics() -> None:
 
 
 def test_later_generations_compile_nothing(ties: Setting) -> None:
-    evaluator = ties.evaluator(chunk=2)
+    evaluator = ties.evaluator(chunk=CHUNK)
     compiled_passes = [passes.score, passes.materialise, passes.prefill, passes.decode]
     evaluator.population(ties.bank, ties.spec, ties.random_recipes(POPULATION, seed=1))
     compiled = [function._cache_size() for function in compiled_passes]
@@ -324,7 +329,7 @@ def test_other_splits_of_the_tasks_compile_nothing(ties: Setting) -> None:
 
 
 def test_progress_is_reported_once_per_candidate_and_batch(ties: Setting) -> None:
-    for chunk in (1, POPULATION):
+    for chunk in (1, CHUNK):
         evaluator, told = ties.evaluator(chunk=chunk), []
         evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
         assert sum(told) == evaluator.passes(POPULATION)
@@ -430,12 +435,12 @@ def test_a_stop_text_ends_an_output_and_the_generation(ties: Setting, monkeypatc
     rounds = []
     decode = passes.decode
     monkeypatch.setattr(passes, "decode", lambda *given: rounds.append(1) or decode(*given))
-    cut = ties.evaluator([replace(task, stop=stop)], chunk=POPULATION)
+    cut = ties.evaluator([replace(task, stop=stop)], chunk=CHUNK)
     found = cut.population(ties.bank, ties.spec, ties.recipes).outputs["words"]
     assert found == [[cut_at_stop(text, stop) for text in row] for row in whole]
     (request,) = cut.batched_tasks
     assert request.prompts is not None
-    assert len(rounds) == len(request.prompts.batches)
+    assert len(rounds) == -(-POPULATION // CHUNK) * len(request.prompts.batches)
 
 
 def out_of_memory() -> Exception:
@@ -459,7 +464,7 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: TaskScores, monk
 
     monkeypatch.setattr(passes, "score", small_score)
     monkeypatch.setattr(passes, "prefill", small_writing)
-    evaluator, told = ties.evaluator(chunk=POPULATION), []
+    evaluator, told = ties.evaluator(chunk=CHUNK), []
     expected_passes = evaluator.passes(POPULATION)
     evaluator.log = said.append
     scores = evaluator.population(ties.bank, ties.spec, ties.recipes, told.append)
@@ -481,4 +486,4 @@ def test_what_fits_nowhere_fails(ties: Setting, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(passes, "score", never)
     with pytest.raises(Failed, match="out of memory with one candidate and one row a pass"):
-        ties.evaluator(chunk=2).population(ties.bank, ties.spec, ties.recipes)
+        ties.evaluator(chunk=CHUNK).population(ties.bank, ties.spec, ties.recipes)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from helpers import Family, state
+from helpers import Family, stand_in_for_the_zoo, state
 from hostile import run_script
 from merge_kernels import METHODS, Method, Options, Parameter, Prepared, register
 from reference.merging import clipped_task_arithmetic
@@ -17,7 +17,6 @@ from reference.merging import clipped_task_arithmetic
 import evojax_merge as em
 from evojax_merge import cli
 from evojax_merge.spaces.parameter import GroupSpace, SearchParameter
-from evojax_merge.zoo import VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS, METHOD_FILES = ROOT / "configs", ROOT / "kernels" / "merge_kernels" / "methods"
@@ -232,11 +231,7 @@ def test_a_name_that_is_nearly_right(family: Family, tmp_path: Path) -> None:
 
 def test_the_example_in_configs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """configs/own_method.py, as a user runs it; tiny models stand where the demo family would be."""
-    zoo = tmp_path / "cache" / "evojax-merge" / "zoo" / VERSION / "packaged"
-    zoo.mkdir(parents=True)
-    folders = dict(zip(("base", "maths", "japanese"), (family.base, *family.parents), strict=True))
-    for name, folder in folders.items():
-        (zoo / name).symlink_to(folder)
+    folders = stand_in_for_the_zoo(tmp_path / "cache", family)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = run_script(CONFIGS / "own_method.py", folder=tmp_path)
     assert done.returncode == 0 and done.stdout == "wrote runs/own_method\n", done.stderr

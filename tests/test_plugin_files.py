@@ -77,10 +77,12 @@ def test_the_option_and_the_environment_name_plugins(
     family: Family, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, option = write_config(folder, family), ("--plugin", "plugins/method.py")
+    said = []
     for command in (["methods"], ["plan", "config.yaml"], ["search", "config.yaml", "--out", "run"]):
         done = run_command(*command, *option, folder=folder)
         assert done.returncode == 0, done.stderr
-    assert "sum_up" in run_command("methods", *option, folder=folder).stdout
+        said.append(done.stdout)
+    assert "sum_up" in said[0]
     assert em.open_run(folder / "run").config["plugins"] == [str(folder / "plugins" / "method.py")]
     models = [{"model": str(parent), "parameters": {"weight": 1.0}} for parent in family.parents]
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "sum_up", "models": models}))
@@ -91,17 +93,6 @@ def test_the_option_and_the_environment_name_plugins(
     assert run_command("merge", "recipe.yaml", "other", folder=folder).returncode == 0
     done = run_command("search", config, "--out", "run", "--resume", "--set", "search.generations=2", folder=folder)
     assert done.returncode == 0, done.stderr
-
-
-def test_a_strategy_of_a_plugin_is_an_input(family: Family, folder: Path) -> None:
-    """Also where its objects are of a library's classes."""
-    search = {"strategy": "snes", "population": 4, "generations": 1}
-    (folder / "config.yaml").write_text(yaml.safe_dump(document(family, search=search)))
-    plugin = CONFIGS / "own_strategy.py"
-    done = run_command("search", "config.yaml", "--out", "run", "--plugin", plugin, folder=folder)
-    assert done.returncode == 0, done.stderr
-    config = em.open_run(folder / "run").config
-    assert config["plugins"] == [str(plugin)] and str(plugin) in config["inputs"]
 
 
 def test_a_plugin_adds_a_kind_of_task(family: Family, folder: Path) -> None:
@@ -161,15 +152,16 @@ def test_a_plugin_that_raises_shows_where(source: str, folder: Path) -> None:
 
 
 def test_the_examples_are_plugins(family: Family, tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
+    """And inputs of the run, also where a strategy's objects are of a library's classes."""
+    method, strategy, config = CONFIGS / "own_method.py", CONFIGS / "own_strategy.py", tmp_path / "config.yaml"
+    search = {"strategy": "snes", "population": 4, "generations": 1}
     config.write_text(
-        yaml.safe_dump(
-            document(family, space={"method": "agreement"}, search={"strategy": "snes", "population": 4})
-            | {"plugins": [str(CONFIGS / "own_method.py"), str(CONFIGS / "own_strategy.py")]}
-        )
+        yaml.safe_dump(document(family, space={"method": "agreement"}, search=search) | {"plugins": [str(method)]})
     )
-    done = run_command("search", config, "--set", "search.generations=1", "--out", "run", folder=tmp_path)
+    done = run_command("search", config, "--out", "run", "--plugin", strategy, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    written = em.open_run(tmp_path / "run").config
+    assert set(written["plugins"]) == {str(method), str(strategy)} <= written["inputs"].keys()
     text = (CONFIGS / "own_strategy.yaml").read_text()
     assert yaml.safe_load(text)["plugins"] == ["own_strategy.py"]
 

@@ -42,7 +42,7 @@ from evojax_merge.search.strategies.cma_es import default_population
 from evojax_merge.search.strategies.registry import StrategySettings, find_strategy
 from evojax_merge.tasks.text import Example, TextTask
 
-GENERATIONS = 8
+GENERATIONS = 6
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess:
@@ -211,7 +211,7 @@ def _start_and_wait(config_file: Path, out: Path, lines: int, *options: str) -> 
 
 def test_killed_and_resumed_is_as_never_stopped(config_file, finished, tmp_path):
     out = tmp_path / "killed"
-    for lines, options in ((2, []), (5, ["--resume"])):
+    for lines, options in ((2, []), (4, ["--resume"])):
         process = _start_and_wait(config_file, out, lines, *options)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -392,13 +392,13 @@ def test_run_folder_of_another_run_is_refused(config_file, finished, arguments, 
     assert contents(finished) == before
 
 
-def test_overwrite_starts_again_and_keeps_what_is_not_its_own(config_file, finished, tmp_path):
-    out = shutil.copytree(finished, tmp_path / "run")
-    for name in contents(finished).keys() - {"config.yaml", "best/model/model.safetensors"}:
+def test_overwrite_starts_again_and_keeps_what_is_not_its_own(likelihood_file, finished_likelihood, tmp_path):
+    out = shutil.copytree(finished_likelihood, tmp_path / "run")
+    for name in contents(finished_likelihood).keys() - {"config.yaml", "best/model/model.safetensors"}:
         (out / name).write_text("another run's")
     (out / "notes.txt").write_text("mine")
-    run("search", config_file, "--out", out, "--overwrite")
-    assert contents(out) == contents(finished)
+    run("search", likelihood_file, "--out", out, "--overwrite")
+    assert contents(out) == contents(finished_likelihood)
     assert (out / "notes.txt").read_text() == "mine"
 
 

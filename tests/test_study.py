@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,13 @@ def test_digests_are_of_the_code(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Misuse
 
+
+@cache
+def untouched(family: Family) -> em.Study:
+    """A study of which nothing has been asked, and on which no refused call leaves a trace."""
+    return make(family)
+
+
 WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: em.load_models(3, ["a"]), "load_models: base: 3"),
     (lambda family, study: em.load_models(None, "a"), "load_models: parents: 'a'; expected a list"),
@@ -335,22 +343,28 @@ WRONG: list[tuple[Callable[[Family, em.Study], Any], str]] = [
     (lambda family, study: make(family, seed=True), "Study: seed: True"),
     (lambda family, study: make(family, resume=True), "Study: resume: there is no run folder; give `out`"),
     (lambda family, study: make(family, out=3), "Study: out: 3"),
-    (lambda family, study: make(family).run(1), "Study.run: out: missing"),
-    (lambda family, study: make(family).run(0), "Study.run: generations: 0"),
-    (lambda family, study: make(family).run(2.0), "Study.run: generations: 2.0; expected a whole number"),
-    (lambda family, study: make(family).best, "Study.best: there is no generation yet"),
-    (lambda family, study: make(family).evaluate(None), "genomes: None"),
-    (lambda family, study: make(family).evaluate(np.zeros((1, 2))), "genomes: shape [1, 2]"),
-    (lambda family, study: make(family).evaluate(study.ask(), split="all"), "Study.evaluate: split: 'all'"),
+    (lambda family, study: untouched(family).run(1), "Study.run: out: missing"),
+    (lambda family, study: untouched(family).run(0), "Study.run: generations: 0"),
+    (lambda family, study: untouched(family).run(2.0), "Study.run: generations: 2.0; expected a whole number"),
+    (lambda family, study: untouched(family).best, "Study.best: there is no generation yet"),
+    (lambda family, study: untouched(family).evaluate(None), "genomes: None"),
+    (lambda family, study: untouched(family).evaluate(np.zeros((1, 2))), "genomes: shape [1, 2]"),
+    (lambda family, study: untouched(family).evaluate(study.ask(), split="all"), "Study.evaluate: split: 'all'"),
     (
-        lambda family, study: make(family).evaluate(study.ask(), split="validation"),
+        lambda family, study: untouched(family).evaluate(study.ask(), split="validation"),
         "Study.evaluate: split: validation; the study keeps none back",
     ),
-    (lambda family, study: make(family).tell(np.zeros((1, 2)), [1.0]), "genomes: shape [1, 2]"),
-    (lambda family, study: make(family).tell(study.ask(), [1.0]), "scores: [1.0]; expected the Scores of 4 candidates"),
-    (lambda family, study: make(family).tell(study.ask(), "good"), "scores: 'good'"),
-    (lambda family, study: make(family).tell(study.ask(), None), "scores: None"),
-    (lambda family, study: make(family).tell(study.ask(), study.evaluate(study.ask()[:2])), "scores: are of 2 cand"),
+    (lambda family, study: untouched(family).tell(np.zeros((1, 2)), [1.0]), "genomes: shape [1, 2]"),
+    (
+        lambda family, study: untouched(family).tell(study.ask(), [1.0]),
+        "scores: [1.0]; expected the Scores of 4 candidates",
+    ),
+    (lambda family, study: untouched(family).tell(study.ask(), "good"), "scores: 'good'"),
+    (lambda family, study: untouched(family).tell(study.ask(), None), "scores: None"),
+    (
+        lambda family, study: untouched(family).tell(study.ask(), study.evaluate(study.ask()[:2])),
+        "scores: are of 2 cand",
+    ),
     (
         lambda family, study: make(family, strategy=em.strategies.gradient(population=1)).ask(),
         "Study.ask: the strategy gradient follows gradients",
