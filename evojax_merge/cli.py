@@ -73,6 +73,20 @@ def cli() -> None:
     """Evolve merges of open-weight models, on accelerators, in JAX."""
 
 
+@cli.command(short_help="Compare models before a merge: what they are, and how their weights differ.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
+@click.option("--base", metavar="MODEL", type=click.Path(), help="Which one is the base. Default: found by distances.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here as well.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw distances and task vectors (.png or .svg).")
+def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, picture: Path | None) -> None:
+    """Compare models before a merge: headers, tokenizers, which one is the base of the others, their task vectors,
+    and what that means for the choice of a method. Reads all weights, a few tensors at a time."""
+    with _starting():
+        from evojax_merge.commands import inspect as command
+
+    command.inspect(list(models), base, json_file, picture)
+
+
 @cli.command(short_help="Search for the best merge, and export the winner.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
