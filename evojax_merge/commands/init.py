@@ -5,6 +5,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import local_path
 from evojax_merge.checkpoints.headers import HeaderFolders
 from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer
-from evojax_merge.errors import InputError
+from evojax_merge.errors import InputError, shown
 from evojax_merge.file_system import atomic_write, check_writable
 from evojax_merge.first_config import (
     FirstConfig,
@@ -36,17 +37,21 @@ from evojax_merge.zoo import PREFIX
 YAML_ENDINGS = (".yaml", ".yml")
 
 
-def init(
-    path: Path,
-    base: str | None,
-    parents: Sequence[str],
-    data: str | None,
-    lm_eval: str | None,
-    method_name: str | None,
-    out: str | None,
-    generations: int,
-    overwrite: bool,
-) -> None:
+@dataclass(frozen=True)
+class Given:
+    """The answers on the command line: models, data (a file, hub:…) or a task of lm-eval, the method's name, and the
+    run folder; None: not given."""
+
+    base: str | None
+    parents: tuple[str, ...]
+    data: str | None
+    lm_eval: str | None
+    method: str | None
+    out: str | None
+    generations: int
+
+
+def init(path: Path, given: Given, overwrite: bool) -> None:
     """Write the config to `path`, once the program has parsed it and built its problem. Asks on a terminal for the
     parents, the base and the data where they are missing. Raises InputError where it cannot ask."""
     if path.suffix not in YAML_ENDINGS:
@@ -55,13 +60,14 @@ def init(
         raise InputError(path, "exists already; choose another name or pass --overwrite")
     check_writable(path)
     plugins.load()
-    parents = parents or shlex.split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
-    base = base or read_line("base, the model that task vectors are taken from (empty: none): ") or None
+    parents = given.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
+    base = given.base or read_line("base, the model that task vectors are taken from (empty: none): ") or None
+    data, lm_eval = given.data, given.lm_eval
     if data is None and lm_eval is None:
         answer = ask("--data or --lm-eval", "data, a JSONL file, hub:owner/dataset, or a task of lm-eval: ")
         is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
         data, lm_eval = (None, answer) if is_task else (answer, None)
-    method = find_method("--method", method_name or ("linear" if base is None else "ties"))
+    method = find_method("--method", given.method or ("linear" if base is None else "ties"))
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
@@ -91,8 +97,8 @@ def init(
             layers=decoder_of(open_model(parent_folders[0])).decoder_config().layers,
             task=task,
             examples=examples,
-            generations=generations,
-            out=out,
+            generations=given.generations,
+            out=given.out,
         )
         commands = [shlex.join(["evojax-merge", "plan", str(path)]), shlex.join(["evojax-merge", "search", str(path)])]
         text = config.text(commands)
@@ -123,6 +129,13 @@ def ask(flag: str, question: str) -> str:
     if not answer:
         raise InputError(flag, "missing; give it on the command line, or answer on a terminal")
     return answer
+
+
+def _split(names: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(names))
+    except ValueError as error:
+        raise InputError("--parents", f"{shown(names)}: {error}; expected names separated by spaces") from None
 
 
 def _valid_in(path: Path, reference: str, folder: Path) -> str:

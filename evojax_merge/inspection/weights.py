@@ -28,7 +28,7 @@ from functools import cache
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import Tensor, is_float
+from evojax_merge.checkpoints.folder import BEYOND_FLOAT32, Tensor, is_float
 from evojax_merge.inspection.models import Model, place_of
 
 # The median cosine of matrices below which two models are unrelated.
@@ -139,8 +139,8 @@ def _measure(name: str, place: tuple[int | None, str], held: np.ndarray, entries
 
 
 def _pieces(entries: Sequence[Tensor]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pieces of several tensors of one shape: `float64[K, rows, columns]`, in which entries that are not finite in any
-    of the tensors are 0, and their number in each tensor, `int64[K]`."""
+    """Pieces of several tensors of one shape: `float64[K, rows, columns]`, in which entries that float32 does not hold
+    in one of the tensors are 0, and the number of such entries in each tensor, `int64[K]`."""
     arrays = [entry.read() for entry in entries]
     columns = arrays[0].shape[-1] if arrays[0].ndim >= 2 else min(PIECE, arrays[0].size)
     if not arrays[0].size:
@@ -151,7 +151,7 @@ def _pieces(entries: Sequence[Tensor]) -> Iterator[tuple[np.ndarray, np.ndarray]
         pieces = [array[start : start + step].astype(np.float64) for array in flat]
         # The last piece of a vector is a shorter row.
         values = np.stack(pieces).reshape(len(pieces), -1, columns if pieces[0].size % columns == 0 else pieces[0].size)
-        finite = np.isfinite(values)
+        finite = np.abs(values) < BEYOND_FLOAT32
         bad = values[0].size - finite.sum(axis=(1, 2))
         if bad.any():
             values = np.where(finite.all(axis=0), values, 0.0)
