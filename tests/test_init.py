@@ -5,6 +5,7 @@ import builtins
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -288,3 +289,10 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_the_guides_config_is_the_one_that_init_writes(init: Init) -> None:
+    guide = (Path(__file__).parent.parent / "docs/guides/before-a-search.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^evojax-merge init (.*)$", guide, re.MULTILINE)
+    assert init(*command.split()) == 0
+    assert f"```yaml\n{Path('search.yaml').read_text(encoding='utf-8')}```" in guide
