@@ -133,7 +133,7 @@ def init(
         from evojax_merge.commands import init as command
 
     data = f"hub:{hub.removeprefix('hub:')}" if hub is not None else data
-    command.init(file, command.Given(base, parents, data, lm_eval, method, out, budget_generations), overwrite)
+    command.init(file, command.Choices(base, parents, data, lm_eval, method, out, budget_generations), overwrite)
 
 
 @cli.command(short_help="Print a script that completes commands in a shell.")

@@ -101,9 +101,11 @@ def check_figures(report: dict[str, Any], folders: list[Path], base: int) -> Non
     signs = np.sign(deltas)
     contested = (signs != 0).sum(axis=0) > 1
     conflicts = (signs > 0).any(axis=0) & (signs < 0).any(axis=0)
-    told = report["sign_conflicts"]
-    assert (told["size"], told["contested"]) == (flat[0].size, contested.sum())
-    assert told["conflicts"] == conflicts.sum() and told["share"] == pytest.approx(conflicts.sum() / contested.sum())
+    counts = report["sign_conflicts"]
+    assert (counts["size"], counts["contested"]) == (flat[0].size, contested.sum())
+    assert counts["conflicts"] == conflicts.sum() and counts["share"] == pytest.approx(
+        conflicts.sum() / contested.sum()
+    )
 
 
 def test_every_figure_is_that_of_numpy(inspect: Callable[..., Any], tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from merge_kernels import METHODS
+from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
 from evojax_merge.checkpoints.decoder_folder import decoder_of
@@ -38,9 +38,9 @@ YAML_ENDINGS = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
-class Given:
-    """The answers on the command line: models, data (a file, hub:…) or a task of lm-eval, the method's name, and the
-    run folder; None: not given."""
+class Choices:
+    """The choices of a first search, by flag: models, data (a file, hub:…) or a task of lm-eval, the method's name, and
+    the run folder; None: not made."""
 
     base: str | None
     parents: tuple[str, ...]
@@ -51,7 +51,7 @@ class Given:
     generations: int
 
 
-def init(path: Path, given: Given, overwrite: bool) -> None:
+def init(path: Path, choices: Choices, overwrite: bool) -> None:
     """Write the config to `path`, once the program has parsed it and built its problem. Asks on a terminal for the
     parents, the base and the data where they are missing. Raises InputError where it cannot ask."""
     if path.suffix not in YAML_ENDINGS:
@@ -60,55 +60,68 @@ def init(path: Path, given: Given, overwrite: bool) -> None:
         raise InputError(path, "exists already; choose another name or pass --overwrite")
     check_writable(path)
     plugins.load()
-    parents = given.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
-    base = given.base or read_line("base, the model that task vectors are taken from (empty: none): ") or None
-    data, lm_eval = given.data, given.lm_eval
+    commands = [shlex.join(["evojax-merge", name, str(path)]) for name in ("plan", "search")]
+    choices, method = complete(choices)
+    with tempfile.TemporaryDirectory() as root:
+        resolve = partial(resolve_headers, HeaderFolders(Path(root)))
+        text = first_config(path, choices, method, resolve).text(commands)
+        problem = build_problem(path, config_from(path, parse_yaml(path, text), [], None), resolve=resolve)
+    atomic_write(path, text)
+    say(f"{path}: {_summary(problem)}")
+    say("Next:")
+    for command in commands:
+        say(f"  {command}")
+
+
+def complete(choices: Choices) -> tuple[Choices, Method]:
+    """The choices with the answers of the terminal's user, and the method. Raises InputError for a choice that is
+    missing, for a method that cannot be searched, and for models that the method does not take."""
+    parents = choices.parents or _split(ask("--parents", "parents, the models that are merged, separated by spaces: "))
+    base = choices.base or read_line("base, the model that task vectors are taken from (empty: none): ") or None
+    data, lm_eval = choices.data, choices.lm_eval
     if data is None and lm_eval is None:
         answer = ask("--data or --lm-eval", "data, a JSONL file, hub:owner/dataset, or a task of lm-eval: ")
         is_task = is_file_name(answer) and not answer.startswith(PREFIX) and not Path(answer).suffix
         data, lm_eval = (None, answer) if is_task else (answer, None)
-    method = find_method("--method", given.method or ("linear" if base is None else "ties"))
+    method = find_method("--method", choices.method or ("linear" if base is None else "ties"))
     if not searched_parameters(method):
         able = ", ".join(name for name, other in METHODS.items() if searched_parameters(other))
         raise InputError("--method", f"{method.name} has no parameter to search; expected one of {able}")
     if base is None and method.base == "required":
         base = ask("--base", f"base, which {method.name} takes task vectors from: ")
     check_models("--parents", method, base is not None, len(parents))
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as root:
-        resolve = partial(resolve_headers, HeaderFolders(Path(root)))
-        parent_folders = [resolve("--parents", parent, here) for parent in parents]
-        base_folder = None if base is None else resolve("--base", base, here)
-        merged = [*parent_folders] if base_folder is None else [base_folder, *parent_folders]
-        parent_names = [_valid_in(path, *named) for named in zip(parents, parent_folders, strict=True)]
-        has_template = chat_template(merged[0]) is not None
-        if lm_eval is not None:
-            task, examples = task_of_harness(lm_eval, has_template), None
-        else:
-            assert data is not None
-            task, examples = _task_on(path, data, has_template)
-        # A base that takes no part in the merge has no rows to align.
-        tokenizer_source = "base" if method.uses_base(base is not None) else parent_names[0]
-        config = FirstConfig(
-            base=None if base is None or base_folder is None else _valid_in(path, base, base_folder),
-            parents=tuple(parent_names),
-            tokenizer_source=tokenizer_source if _tokens_differ(merged) else None,
-            method=method,
-            layers=decoder_of(open_model(parent_folders[0])).decoder_config().layers,
-            task=task,
-            examples=examples,
-            generations=given.generations,
-            out=given.out,
-        )
-        commands = [shlex.join(["evojax-merge", "plan", str(path)]), shlex.join(["evojax-merge", "search", str(path)])]
-        text = config.text(commands)
-        checked = config_from(path, parse_yaml(path, text), [], None)
-        problem = build_problem(path, checked, resolve=resolve)
-    atomic_write(path, text)
-    say(f"{path}: {_summary(problem)}")
-    say("Next:")
-    for command in commands:
-        say(f"  {command}")
+    return replace(choices, base=base, parents=parents, data=data, lm_eval=lm_eval), method
+
+
+def first_config(
+    path: Path, choices: Choices, method: Method, resolve: Callable[[object, str, Path], Path]
+) -> FirstConfig:
+    """The config that fits the models, by their headers and tokenizers, and the data, by their first record."""
+    folders = [resolve("--parents", parent, Path.cwd()) for parent in choices.parents]
+    parents = tuple(_valid_in(path, *named) for named in zip(choices.parents, folders, strict=True))
+    base, merged = None, folders
+    if choices.base is not None:
+        base_folder = resolve("--base", choices.base, Path.cwd())
+        base, merged = _valid_in(path, choices.base, base_folder), [base_folder, *folders]
+    has_template = chat_template(merged[0]) is not None
+    if choices.lm_eval is not None:
+        task, examples = task_of_harness(choices.lm_eval, has_template), None
+    else:
+        assert choices.data is not None
+        task, examples = _task_on(path, choices.data, has_template)
+    # A base that takes no part in the merge has no rows to align.
+    tokenizer_source = "base" if method.uses_base(base is not None) else parents[0]
+    return FirstConfig(
+        base=base,
+        parents=parents,
+        tokenizer_source=tokenizer_source if _tokens_differ(merged) else None,
+        method=method,
+        layers=decoder_of(open_model(folders[0])).decoder_config().layers,
+        task=task,
+        examples=examples,
+        generations=choices.generations,
+        out=choices.out,
+    )
 
 
 def read_line(question: str) -> str:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from evojax_merge import plugins
 from evojax_merge.checkpoints.derived import ignored_revisions
 from evojax_merge.errors import InputError
 from evojax_merge.file_system import atomic_write
@@ -33,15 +34,16 @@ def inspect(references: list[str], base: str | None, json_file: Path | None, pic
         if picture.suffix.lower() not in PICTURE_STARTS:
             raise InputError(picture, f"--picture: expected a name that ends in {' or '.join(PICTURE_STARTS)}")
         check_own_file(picture, "--picture", "picture", is_picture)
-    here = Path.cwd()
-    paths = [resolve_reference("MODEL", reference, here) for reference in references]
+    plugins.load()
+    folder = Path.cwd()
+    paths = [resolve_reference("MODEL", reference, folder) for reference in references]
     number = None
     if base is not None:
-        base_path = resolve_reference("--base", base, here)
+        base_path = resolve_reference("--base", base, folder)
         if base_path not in paths:
             references, paths = [base, *references], [base_path, *paths]
         number = paths.index(base_path)
-    print_warnings(ignored_revisions(references, here))
+    print_warnings(ignored_revisions(references, folder))
     models, names = read_models(references, paths), model_names(paths)
     comparison = compare_weights(models, number, bytes_bar)
     sentences = findings(models, names, comparison)

@@ -84,7 +84,7 @@ def differing_shapes(models: Sequence[Model]) -> list[str]:
 def differs_in_rows_alone(models: Sequence[Model], name: str) -> bool:
     """Return whether a tensor outside of the layers has the same shape in all models but for its first axis."""
     holders = [model for model in models if name in model.tensors]
-    layer, _ = place_of(holders[0].known, name)
+    layer, _ = place_of(holders[0].registered, name)
     return layer is None and len({model.tensors[name].shape[1:] for model in holders}) == 1
 
 
@@ -215,12 +215,12 @@ def _methods_of(parents: int, *, needs_base: bool) -> list[str]:
 
 
 def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
-    vectors = comparison.vectors
-    if comparison.verdict.base is None:
+    vectors, changes = comparison.vectors, comparison.changes
+    if comparison.verdict.base is None or changes is None:
         return
+    for vector, rank in zip(vectors, changes.ranks, strict=True):
+        yield from _about_one(names[vector.parent], vector, rank)
     moved = [vector for vector in vectors if vector.norm > 0]
-    for vector in moved:
-        yield from _about_one(names[vector.parent], vector)
     if len(moved) < 2:
         return
     largest, least = max(moved, key=lambda v: v.norm), min(moved, key=lambda v: v.norm)
@@ -246,8 +246,8 @@ def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterato
             "orthogonal", "The task vectors are nearly orthogonal: each can be added to the base without taking from "
             "the others (task_arithmetic with weights near 1; linear and slerp shrink each).",
         )  # fmt: skip
-    if comparison.conflicts is not None and comparison.conflicts.contested:
-        yield Finding("conflicts", _about_conflicts(comparison.conflicts))
+    if changes.conflicts.contested:
+        yield Finding("conflicts", _about_conflicts(changes.conflicts))
 
 
 def _about_conflicts(conflicts: SignConflicts) -> str:
@@ -265,10 +265,12 @@ def _about_conflicts(conflicts: SignConflicts) -> str:
     return f"{text}the parents agree more often than by chance, and plain sums (task_arithmetic, linear) are fine."
 
 
-def _about_one(name: str, vector: TaskVector) -> Iterator[Finding]:
-    if vector.rank is not None:
+def _about_one(name: str, vector: TaskVector, rank: int | None) -> Iterator[Finding]:
+    if vector.norm == 0:
+        return
+    if rank is not None:
         yield Finding(
-            "low_rank", f"{name} is a change of rank {vector.rank} at most in every matrix, as LoRA makes it: density "
+            "low_rank", f"{name} is a change of rank {rank} at most in every matrix, as LoRA makes it: density "
             "trims the product, not the factors, and a winner can be exported as an adapter (export --as adapter).",
         )  # fmt: skip
     if vector.unchanged > 0.5:

@@ -61,7 +61,7 @@ class Model:
         return {name: entry for name, entry in entries.items() if not (self.tied and name == head)}
 
     @property
-    def known(self) -> Architecture | None:
+    def registered(self) -> Architecture | None:
         return known_architecture(self.folder.config.get("model_type"))
 
 
@@ -89,7 +89,7 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
         if not (tied and name == folder.names.own_head):
             sizes[str(entry.dtype)] += int(np.prod(entry.shape, dtype=np.int64))
     layers = {place[0] for name in folder.entries if (place := place_of(None, name))[0] is not None}
-    compared = first_with_tokens is not None and has_tokenizer(path)
+    has_tokens = has_tokenizer(path)
     kind = config.get("model_type")
     return Model(
         reference=reference,
@@ -102,8 +102,8 @@ def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path |
         stored_as=stored_as(path),
         vocabulary=size if isinstance(size := vocabulary_size(config), int) else None,
         tied=tied,
-        tokenizer=has_tokenizer(path),
-        differing_tokens=count_differing_tokens(first_with_tokens, path) if compared and first_with_tokens else None,
+        tokenizer=has_tokens,
+        differing_tokens=count_differing_tokens(first_with_tokens, path) if first_with_tokens and has_tokens else None,
         chat_template=chat_template(path),
         unsearchable=_why_unsearchable(folder),
     )

@@ -28,7 +28,7 @@ from functools import cache
 
 import numpy as np
 
-from evojax_merge.checkpoints.folder import BEYOND_FLOAT32, Tensor, is_float
+from evojax_merge.checkpoints.folder import Tensor, is_float
 from evojax_merge.inspection.models import Model, place_of
 
 # The median cosine of matrices below which two models are unrelated.
@@ -36,7 +36,7 @@ UNRELATED = 0.1
 # The margin above which the base is clear.
 CLEAR = 0.1
 # The entries of a piece of a tensor, of each model.
-PIECE = 2**18
+PIECE = 2**16
 # The largest rank that is looked for, the further columns of a sketch, and the share of the largest singular value
 # below which the others are rounding.
 LARGEST_RANK, OVERSAMPLING, RANK_TOLERANCE = 64, 8, 1e-3
@@ -55,9 +55,8 @@ Bar = Callable[[str, int], AbstractContextManager[OnRead]]
 class TensorDistances:
     """One tensor of K models. held: bool[K], true for the models that have it, in the shape that most have;
     squared_norms: float64[K]; squared_distances: float64[K, K]; equal: int64[K, K], the entries that two models have in
-    common, to the bit of their values; ranks: int64[K, K], the rank of a low-rank difference, -1 for any other;
-    nonfinite: int64[K], the entries that are NaN or infinite, which all other figures leave out. Zero for models that
-    lack the tensor."""
+    common; nonfinite: int64[K], the entries that are NaN or infinite, which all other figures leave out. Models that
+    lack the tensor have zeros."""
 
     name: str
     layer: int | None
@@ -68,7 +67,6 @@ class TensorDistances:
     squared_norms: np.ndarray
     squared_distances: np.ndarray
     equal: np.ndarray
-    ranks: np.ndarray
     nonfinite: np.ndarray
 
 
@@ -95,7 +93,7 @@ def measure_distances(models: Sequence[Model], on_read: OnRead = lambda nbytes: 
         shapes = Counter(entries[name].shape for entries in tensors if name in entries)
         shape = shapes.most_common(1)[0][0]
         held = np.array([name in entries and entries[name].shape == shape for entries in tensors])
-        architecture = models[int(held.argmax())].known
+        architecture = models[int(held.argmax())].registered
         entries = [by_name[name] for by_name, holds in zip(tensors, held, strict=True) if holds]
         measured.append(_measure(name, place_of(architecture, name), held, entries))
         on_read(sum(_nbytes(by_name[name]) for by_name in tensors if name in by_name))
@@ -107,34 +105,21 @@ def _measure(name: str, place: tuple[int | None, str], held: np.ndarray, entries
     shape, size = entries[0].shape, int(np.prod(entries[0].shape, dtype=np.int64))
     norms, nonfinite = np.zeros(count), np.zeros(count, np.int64)
     distances, equal = np.zeros((count, count)), np.zeros((count, count), np.int64)
-    limit = min(LARGEST_RANK, min(shape) // 4) if len(shape) == 2 else 0
-    directions = _directions(shape[1], limit + OVERSAMPLING) if limit else None
-    grams = np.zeros((count, count, limit + OVERSAMPLING, limit + OVERSAMPLING)) if limit else None
     for values, bad in _pieces(entries):
         nonfinite[members] += bad
+        # einsum, because BLAS may sum so few numbers in several threads, which costs more than it saves.
         norms[members] += np.einsum("knm,knm->k", values, values)
-        sketches = values @ directions if directions is not None else None
         for a, i in enumerate(members):
             for b, j in enumerate(members[:a]):
                 difference = values[a] - values[b]
-                distances[i, j] += np.vdot(difference, difference)
+                distances[i, j] += np.einsum("nm,nm->", difference, difference)
                 equal[i, j] += difference.size - np.count_nonzero(difference)
-                if sketches is not None and grams is not None:
-                    sketch = sketches[a] - sketches[b]
-                    grams[i, j] += sketch.T @ sketch
     for entry in entries:
         entry.release()
-    ranks = np.full((count, count), -1, np.int64)
-    for i in members:
-        for j in members[members < i]:
-            if distances[i, j] == 0:
-                ranks[i, j] = 0
-            elif grams is not None:
-                ranks[i, j] = _rank(grams[i, j], limit)
     equal[members, members] = size
     return TensorDistances(
         name, *place, size, len(shape) >= 2, held, norms, distances + distances.T, equal + np.tril(equal, -1).T,
-        np.maximum(ranks, ranks.T), nonfinite,
+        nonfinite,
     )  # fmt: skip
 
 
@@ -148,29 +133,17 @@ def _pieces(entries: Sequence[Tensor]) -> Iterator[tuple[np.ndarray, np.ndarray]
     flat = [array.reshape(-1) for array in arrays]
     step = max(1, PIECE // columns) * columns
     for start in range(0, flat[0].size, step):
-        pieces = [array[start : start + step].astype(np.float64) for array in flat]
+        # A float64 number that float32 does not hold becomes infinite.
+        with np.errstate(over="ignore"):
+            piece = np.stack([array[start : start + step].astype(np.float32) for array in flat])
         # The last piece of a vector is a shorter row.
-        values = np.stack(pieces).reshape(len(pieces), -1, columns if pieces[0].size % columns == 0 else pieces[0].size)
-        finite = np.abs(values) < BEYOND_FLOAT32
-        bad = values[0].size - finite.sum(axis=(1, 2))
-        if bad.any():
-            values = np.where(finite.all(axis=0), values, 0.0)
-        yield values, bad
-
-
-@cache
-def _directions(columns: int, count: int) -> np.ndarray:
-    """`float64[columns, count]`: fixed random directions, in which a matrix of a smaller rank keeps its rank."""
-    return np.random.default_rng(0).standard_normal((columns, count))
-
-
-def _rank(gram: np.ndarray, limit: int) -> int:
-    """The numerical rank of a difference, by the Gram matrix of its sketch; -1 where it is above `limit`. Halko,
-    Martinsson, Tropp 2011 (arXiv:0909.4061). Weights that were rounded to 16 bits after a low-rank change differ in the
-    rounding, too, and have no low rank."""
-    squared = np.linalg.eigvalsh(gram)
-    rank = int((squared > RANK_TOLERANCE**2 * squared[-1]).sum())
-    return rank if rank <= limit else -1
+        values = piece.reshape(len(piece), -1, columns if piece.shape[1] % columns == 0 else piece.shape[1])
+        finite = np.isfinite(values)
+        bad = np.zeros(len(values), np.int64)
+        if not finite.all():
+            bad += values[0].size - np.count_nonzero(finite, axis=(1, 2))
+            values = np.where(finite.all(axis=0), values, np.float32(0.0))
+        yield values.astype(np.float64), bad
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -281,14 +254,12 @@ def total_distances(tensors: Sequence[TensorDistances], members: Sequence[int]) 
 @dataclass(frozen=True)
 class TaskVector:
     """A parent minus the base. norm: `‖d‖`; relative_norm: `‖d‖ / ‖w_b‖`; unchanged: the share of entries that equal
-    the base's; rank: the largest rank of a matrix's difference where every one is low, else None; by_place: the
-    relative norm in each layer (None: outside of the layers) and component."""
+    the base's; by_place: the relative norm in each layer (None: outside of the layers) and component."""
 
     parent: int
     norm: float
     relative_norm: float
     unchanged: float
-    rank: int | None
     by_place: Mapping[tuple[int | None, str], float]
 
 
@@ -303,19 +274,11 @@ def task_vectors(tensors: Sequence[TensorDistances], base: int, parents: Sequenc
             squared[tensor.layer, tensor.component] += tensor.squared_distances[parent, base]
             of_base[tensor.layer, tensor.component] += tensor.squared_norms[base]
         norm = float(np.sqrt(squared.total()))
-        changed = [
-            int(tensor.ranks[parent, base])
-            for tensor in tensors
-            if tensor.is_matrix and tensor.squared_distances[parent, base] > 0
-        ]
-        places = {
-            place: float(np.sqrt(squared[place] / of_base[place])) if of_base[place] else 0.0 for place in squared
-        }
+        places = {place: float(np.sqrt(squared[place] / (of_base[place] or np.inf))) for place in squared}
         vectors.append(
             TaskVector(
                 parent, norm, norm / base_norm if base_norm else 0.0,
-                float(sum(tensor.equal[parent, base] for tensor in tensors) / size),
-                max(changed) if changed and min(changed) > 0 else None, places,
+                float(sum(tensor.equal[parent, base] for tensor in tensors) / size), places,
             )
         )  # fmt: skip
     return vectors
@@ -351,33 +314,76 @@ class SignConflicts:
         return 1 - 2.0 ** (1 - len(self.pairs))
 
 
-def conflict_bytes(models: Sequence[Model], tensors: Sequence[TensorDistances], members: Sequence[int]) -> int:
-    """The bytes of the values that `measure_conflicts` reads."""
+@dataclass(frozen=True)
+class Changes:
+    """The changes of P parents, entry by entry. ranks: the largest rank of each parent's changes of matrices, where
+    every one is low; None for any other parent, and for one that changes no matrix."""
+
+    conflicts: SignConflicts
+    ranks: tuple[int | None, ...]
+
+
+def change_bytes(models: Sequence[Model], tensors: Sequence[TensorDistances], members: Sequence[int]) -> int:
+    """The bytes of the values that `measure_changes` reads."""
     return sum(_nbytes(models[member].tensors[tensor.name]) for tensor in tensors for member in members)
 
 
-def measure_conflicts(
+def measure_changes(
     models: Sequence[Model], tensors: Sequence[TensorDistances], base: int, parents: Sequence[int],
     on_read: OnRead = lambda nbytes: None,
-) -> SignConflicts:  # fmt: skip
-    """The sign conflicts of the parents' task vectors. Reads the tensors a second time."""
+) -> Changes:  # fmt: skip
+    """The sign conflicts of the parents' task vectors, and their ranks. Reads the tensors a second time."""
     size = contested = conflicts = 0
     pairs = np.zeros((len(parents), len(parents)), np.int64)
-    for tensor in tensors:
+    # -1: not low. A parent is sketched up to its first matrix of another rank, which is a small one.
+    ranks = [0] * len(parents)
+    for tensor in sorted(tensors, key=lambda tensor: tensor.size):
         entries = [models[member].tensors[tensor.name] for member in (base, *parents)]
+        shape = entries[0].shape
+        limit = min(LARGEST_RANK, min(shape) // 4) if len(shape) == 2 else 0
+        changed = [tensor.is_matrix and tensor.squared_distances[parent, base] > 0 for parent in parents]
+        sketched = [number for number, rank in enumerate(ranks) if rank >= 0 and changed[number]]
+        directions = _directions(shape[-1] if shape else 1, limit + OVERSAMPLING) if sketched else None
+        grams = {number: np.zeros((limit + OVERSAMPLING,) * 2) for number in sketched if limit}
         for values, _ in _pieces(entries):
             above, below = values[1:] > values[0], values[1:] < values[0]
             size += values[0].size
-            contested += int(np.count_nonzero((above | below).sum(axis=0, dtype=np.int32) > 1))
+            once = twice = np.zeros(values[0].shape, bool)
+            for differs in above | below:
+                twice, once = twice | (once & differs), once | differs
+            contested += int(np.count_nonzero(twice))
             conflicts += int(np.count_nonzero(above.any(axis=0) & below.any(axis=0)))
             for i in range(len(parents)):
                 for j in range(i):
                     pairs[i, j] += np.count_nonzero((above[i] & below[j]) | (below[i] & above[j]))
                     pairs[j, i] += np.count_nonzero((above[i] | below[i]) & (above[j] | below[j]))
+            for number, gram in grams.items():
+                sketch = ((values[number + 1] - values[0]).astype(np.float32) @ directions).astype(np.float64)
+                gram += sketch.T @ sketch
+        for number in sketched:
+            rank = _rank(grams[number], limit) if number in grams else -1
+            ranks[number] = max(ranks[number], rank) if rank >= 0 else -1
         for entry in entries:
             entry.release()
         on_read(sum(map(_nbytes, entries)))
-    return SignConflicts(size, contested, conflicts, pairs)
+    return Changes(
+        SignConflicts(size, contested, conflicts, pairs), tuple(rank if rank > 0 else None for rank in ranks)
+    )
+
+
+@cache
+def _directions(columns: int, count: int) -> np.ndarray:
+    """`float32[columns, count]`: fixed random directions, in which a matrix of a smaller rank keeps its rank."""
+    return np.random.default_rng(0).standard_normal((columns, count), np.float32)
+
+
+def _rank(gram: np.ndarray, limit: int) -> int:
+    """The numerical rank of a difference, by the Gram matrix of its sketch; -1 where it is above `limit`. Halko,
+    Martinsson, Tropp 2011 (arXiv:0909.4061). Weights that were rounded to 16 bits after a low-rank change differ in the
+    rounding, too, and have no low rank."""
+    squared = np.linalg.eigvalsh(gram)
+    rank = int((squared > RANK_TOLERANCE**2 * squared[-1]).sum())
+    return rank if rank <= limit else -1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -389,7 +395,7 @@ class Comparison:
     """The weights of K models, compared. families: the models in groups of related ones, the largest first, or that of
     a given base. tensors: those that all models of the first family hold. reference: the model that the others of this
     family are compared with: the base, or the first of two models; None where the family has one model. vectors,
-    cosines, conflicts: of the others; cosines `float64[P, P]`; conflicts: None with fewer than two of them."""
+    cosines, changes: of the others; cosines `float64[P, P]`."""
 
     measured: Sequence[TensorDistances]
     pairs: Sequence[Pair]
@@ -399,7 +405,7 @@ class Comparison:
     reference: int | None
     vectors: Sequence[TaskVector]
     cosines: np.ndarray
-    conflicts: SignConflicts | None
+    changes: Changes | None
 
 
 def compare_weights(models: Sequence[Model], base: int | None, bar: Bar) -> Comparison:
@@ -417,12 +423,10 @@ def compare_weights(models: Sequence[Model], base: int | None, bar: Bar) -> Comp
         return Comparison(measured, pairs, groups, tensors, verdict, None, (), np.zeros((0, 0)), None)
     place = 0 if verdict.base is None else verdict.base
     reference, parents = family[place], [model for model in family if model != family[place]]
-    conflicts = None
-    if len(parents) > 1:
-        with bar("sign conflicts", conflict_bytes(models, tensors, family)) as on_read:
-            conflicts = measure_conflicts(models, tensors, reference, parents, on_read)
+    with bar("changes", change_bytes(models, tensors, family)) as on_read:
+        changes = measure_changes(models, tensors, reference, parents, on_read)
     others = [number for number in range(len(family)) if number != place]
     return Comparison(
         measured, pairs, groups, tensors, verdict, reference, task_vectors(tensors, reference, parents),
-        task_vector_cosines(distances, place)[np.ix_(others, others)], conflicts,
+        task_vector_cosines(distances, place)[np.ix_(others, others)], changes,
     )  # fmt: skip

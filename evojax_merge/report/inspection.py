@@ -102,11 +102,12 @@ def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
     others = [names[vector.parent] for vector in comparison.vectors]
     for name in others if len(others) > 1 else ():
         table.add_column(cell(f"cosine with {name}"), justify="right")
-    for i, vector in enumerate(comparison.vectors):
+    assert comparison.changes is not None
+    for i, (vector, rank) in enumerate(zip(comparison.vectors, comparison.changes.ranks, strict=True)):
         cosines = (f"{comparison.cosines[i, j]:.3f}" for j in range(len(others) if len(others) > 1 else 0))
         table.add_row(
             cell(others[i]), f"{vector.norm:.4g}", f"{vector.relative_norm:.4g}", f"{vector.unchanged:.1%}",
-            "full" if vector.rank is None else f"≤ {vector.rank}", *cosines,
+            "full" if rank is None else f"≤ {rank}", *cosines,
         )  # fmt: skip
     return table
 
@@ -155,7 +156,9 @@ def as_json(
 ) -> dict[str, Any]:
     """The inspection as plain data, with models by the names of the report."""
     verdict, family = comparison.verdict, comparison.families[0]
-    conflicts = comparison.conflicts
+    changes = comparison.changes
+    ranks = () if changes is None else changes.ranks
+    conflicts = changes.conflicts if changes is not None and len(ranks) > 1 else None
     return {
         "models": [_model_json(model, name) for model, name in zip(models, names, strict=True)],
         "families": [[names[model] for model in group] for group in comparison.families],
@@ -173,7 +176,7 @@ def as_json(
         "task_vectors": [
             {
                 "model": names[vector.parent], "norm": vector.norm, "relative_norm": vector.relative_norm,
-                "unchanged": vector.unchanged, "rank": vector.rank,
+                "unchanged": vector.unchanged, "rank": rank,
                 "by_layer": [
                     {"layer": layer, "component": component, "relative_norm": value}
                     for (layer, component), value in vector.by_place.items()
@@ -183,7 +186,7 @@ def as_json(
                     for other, cosine in zip(comparison.vectors, row, strict=True)
                 },
             }
-            for vector, row in zip(comparison.vectors, comparison.cosines, strict=True)
+            for vector, row, rank in zip(comparison.vectors, comparison.cosines, ranks, strict=True)
         ],
         "sign_conflicts": None if conflicts is None else {
             "size": conflicts.size, "contested": conflicts.contested, "conflicts": conflicts.conflicts,
