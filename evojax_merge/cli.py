@@ -269,7 +269,7 @@ def merge(
 
 
 @cli.command(short_help="Score stored models on tasks.")
-@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True, type=click.Path())
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
 @click.option(

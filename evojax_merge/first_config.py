@@ -112,9 +112,9 @@ def _problems(source: str, records: Sequence[Record], has_chat_template: bool) -
     lines: list[Line] = [
         ("name", "problems", "what the task is called in tables"),
         ("kind", "gsm", "worked problems with a number as answer, as in GSM8K"),
-        ("source", source, ""),
+        ("source", source, "a file of JSON lines or parquet, or hub:owner/dataset"),
         ("heldout", 0.2, "this share is never searched on; or a second source"),
-        ("match", "strict" if worked else "flexible", "the number after ####; or flexible, the last of the output"),
+        ("match", "strict" if worked else "flexible", "strict: the number after ####; flexible: the last"),
     ]
     if has_chat_template:
         lines.append(("apply_chat_template", True, "problems are asked in the models' chat template"))

@@ -248,7 +248,7 @@ def test_a_real_terminal(family: Family, tmp_path: Path) -> None:
         stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
     )  # fmt: skip
     os.write(ours, f"{family.parents[0]} {family.parents[1]}\n{family.base}\n".encode())
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=300)
     os.close(ours)
     os.close(theirs)
     assert process.returncode == 0, errors

@@ -1,6 +1,7 @@
 """`evojax-merge inspect`: what several models are, how their weights differ, and what that means for a merge."""
 
 import json
+import os
 from pathlib import Path
 
 from evojax_merge import plugins
@@ -33,6 +34,8 @@ def inspect(references: list[str], base: str | None, json_file: Path | None, pic
     if picture is not None:
         if picture.suffix.lower() not in PICTURE_STARTS:
             raise InputError(picture, f"--picture: expected a name that ends in {' or '.join(PICTURE_STARTS)}")
+        if json_file is not None and os.path.realpath(json_file) == os.path.realpath(picture):
+            raise InputError(picture, "--picture: is the file of --json as well; choose another name")
         check_own_file(picture, "--picture", "picture", is_picture)
     plugins.load()
     folder = Path.cwd()

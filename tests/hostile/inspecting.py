@@ -145,6 +145,8 @@ CASES = [
                command=(*INSPECT, "--picture", "a.png")),
     inspecting("a picture in a folder that is not there", nothing, "--picture: cannot be written",
                command=(*INSPECT, "--picture", "plots/a.png")),
+    inspecting("one file for picture and JSON", nothing, "is the file of --json as well",
+               command=(*INSPECT, "--picture", "a.png", "--json", "./a.png")),
     inspecting("JSON in place of a model's config", nothing, "one/config.json: --json: exists",
                command=(*INSPECT, "--json", "one/config.json")),
     inspecting("JSON in place of a folder", nothing, "is a folder", command=(*INSPECT, "--json", "one")),
