@@ -321,6 +321,17 @@ def test_an_adapter_is_compared_as_the_model_that_it_makes(
     assert report["task_vectors"][0]["rank"] == 2
 
 
+def test_a_quantised_gguf_file_is_near_the_model_that_it_was_made_of(
+    inspect: Callable[..., Any], tmp_path: Path
+) -> None:
+    from test_gguf import KIND, write_gguf
+
+    write_gguf(tmp_path / "one.gguf", "llama", KIND.Q8_0)
+    report = inspect(tmp_path / "one.gguf", tmp_path / "written")
+    assert [model["stored_as"] for model in report["models"]] == ["gguf", None]
+    assert 0 < report["pairs"][0]["relative_distance"] < 0.02 and report["pairs"][0]["tensors"] == 2 * 9 + 2
+
+
 def test_a_single_model_is_described(inspect: Callable[..., Any], family: Family) -> None:
     report = inspect(family.base)
     assert report["pairs"] == [] and report["models"][0]["unsearchable"] is None and report["findings"] == []
