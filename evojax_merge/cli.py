@@ -73,6 +73,83 @@ def cli() -> None:
     """Evolve merges of open-weight models, on accelerators, in JAX."""
 
 
+@cli.command(short_help="Compare models before a merge: what they are, and how their weights differ.")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True, type=click.Path())
+@click.option("--base", metavar="MODEL", type=click.Path(), help="Which one is the base. Default: found by distances.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the report here as well.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw distances and task vectors (.png or .svg).")
+def inspect(models: tuple[str, ...], base: str | None, json_file: Path | None, picture: Path | None) -> None:
+    """Compare models before a merge: headers, tokenizers, which one is the base of the others, their task vectors,
+    and what that means for the choice of a method. Reads all weights, a few tensors at a time."""
+    with _starting():
+        from evojax_merge.commands import inspect as command
+
+    command.inspect(list(models), base, json_file, picture)
+
+
+class ParentsCommand(click.Command):
+    """A command whose option --parents takes every argument up to the next option."""
+
+    def parse_args(self, context: click.Context, arguments: list[str]) -> list[str]:
+        repeated: list[str] = []
+        inside = False
+        for argument in arguments:
+            inside = argument == "--parents" or (inside and not argument.startswith("-"))
+            repeated += ["--parents", argument] if inside and argument != "--parents" else [argument] * (not inside)
+        return super().parse_args(context, repeated)
+
+
+@cli.command(cls=ParentsCommand, short_help="Write the commented config of a first search.")
+@click.argument("file", type=click.Path(path_type=Path), default=Path("search.yaml"))
+@click.option("--base", metavar="MODEL", type=click.Path(), help="The model that task vectors are taken from.")
+@click.option(
+    "--parents", multiple=True, metavar="MODEL...", type=click.Path(), help="The models that are merged; after FILE."
+)
+@click.option("--data", metavar="FILE", type=click.Path(), help="JSON lines that candidates are scored on.")
+@click.option("--hub", metavar="OWNER/DATASET", help="Score on a data set of the hub: [/CONFIG][:SPLIT] may follow.")
+@click.option("--lm-eval", metavar="TASK", help="Score on a task of lm-eval.")
+@click.option("--method", metavar="NAME", help="One of `evojax-merge methods`. Default: ties; without a base, linear.")
+@click.option("--out", metavar="RUN", type=click.Path(), help="The run folder of the search.")
+@click.option("--budget-generations", type=click.IntRange(1, 1_000_000), default=50, show_default=True)
+@click.option("--overwrite", "--force", "overwrite", is_flag=True, help="Replace FILE where it exists.")
+def init(
+    file: Path,
+    base: str | None,
+    parents: tuple[str, ...],
+    data: str | None,
+    hub: str | None,
+    lm_eval: str | None,
+    method: str | None,
+    out: str | None,
+    budget_generations: int,
+    overwrite: bool,
+) -> None:
+    """Write the commented config of a first search to FILE (search.yaml), checked like one that is searched with. Asks
+    on a terminal for what is missing; the kind of task goes by the fields of the data's first record."""
+    given = [name for name, value in (("--data", data), ("--hub", hub), ("--lm-eval", lm_eval)) if value is not None]
+    if len(given) > 1:
+        raise InputError(given[1], f"cannot go with {given[0]}; expected one source of data")
+    with _starting():
+        from evojax_merge.commands import init as command
+
+    data = f"hub:{hub.removeprefix('hub:')}" if hub is not None else data
+    command.init(file, command.Choices(base, parents, data, lm_eval, method, out, budget_generations), overwrite)
+
+
+@cli.command(short_help="Print a script that completes commands in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print a script that completes evojax-merge's commands, options and paths in SHELL, for its startup file:
+
+    eval "$(evojax-merge completion bash)"
+    """
+    from click.shell_completion import get_completion_class
+
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(cli, {}, "evojax-merge", "_EVOJAX_MERGE_COMPLETE").source())
+
+
 @cli.command(short_help="Search for the best merge, and export the winner.")
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder. Default: the config's `out`, or runs/NAME.")
@@ -192,7 +269,7 @@ def merge(
 
 
 @cli.command(short_help="Score stored models on tasks.")
-@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL_OR_RUN...", nargs=-1, required=True, type=click.Path())
 @click.option("--tasks", required=True, type=click.Path(path_type=Path), help="YAML with `tasks:`, as in a search.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here as well.")
 @click.option(

@@ -16,6 +16,7 @@ from hostile import (
     checkpoints,
     configs,
     gguf,
+    inspecting,
     links,
     messages,
     outputs,
@@ -43,6 +44,7 @@ MODULES = (
     quantised,
     tasks_of_strangers,
     messages,
+    inspecting,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

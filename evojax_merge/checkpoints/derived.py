@@ -143,6 +143,12 @@ def reference_to(path: Path) -> str:
     return str(path) if sources is None else sources.reference
 
 
+def stored_as(path: Path) -> str | None:
+    """How the weights of a model are stored that are made while they are read: a key of `KINDS`; None: as they are."""
+    sources = _sources(path)
+    return None if sources is None else sources.kind
+
+
 def parts_of(path: Path) -> list[Path]:
     """The files and folders that a model is made of: its own folder, where its weights lie there."""
     sources = _sources(path)

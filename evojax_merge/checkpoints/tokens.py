@@ -16,7 +16,7 @@ from evojax_merge.checkpoints.config_file import check_dtype
 from evojax_merge.checkpoints.folder import file_hash
 from evojax_merge.checkpoints.json_files import read_json_object, shown
 from evojax_merge.errors import InputError
-from evojax_merge.regular_file import check_regular
+from evojax_merge.regular_file import check_regular, read_regular
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path) -> Any:
     # A tokenizer's class may be known by the model's config alone.
     check_dtype(folder / "config.json", read_json_object(folder / "config.json", missing={}))
     code = _wanted_code(folder)
-    if _needs_code(folder):
+    if needs_code(folder):
         raise InputError(
             folder / "tokenizer_config.json",
             f"auto_map: {shown(code)} is custom code, which is never run; save the tokenizer once as a tokenizer.json",
@@ -131,7 +131,7 @@ def _wanted_code(folder: Path) -> Any:
     return wanted or None
 
 
-def _needs_code(folder: Path) -> bool:
+def needs_code(folder: Path) -> bool:
     """Return whether a tokenizer cannot be loaded without its makers' code: a tokenizer.json needs none."""
     return _wanted_code(folder) is not None and not (folder / "tokenizer.json").exists()
 
@@ -148,7 +148,7 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
     if not distinct:
         return ()
     first, *others = distinct.values()
-    coded = [folder for folder in distinct.values() if _needs_code(folder)]
+    coded = [folder for folder in distinct.values() if needs_code(folder)]
     if coded:
         # The tokens of custom code are unknown; only the files can be compared.
         what = f"{coded[0]}: its tokenizer is custom code, which is never run"
@@ -170,6 +170,33 @@ def vocabulary_warnings(folders: Sequence[Path]) -> tuple[str, ...]:
                 "their number; say tokenizer_source: whose to take, so that they are aligned by token"
             )
     return tuple(warnings)
+
+
+def count_differing_tokens(first: Path, folder: Path) -> int | None:
+    """The number of rows that have other tokens in the tokenizers of two folders, or no token in one of them. None
+    where the files differ and a tokenizer needs custom code, which is never run. Raises InputError where a tokenizer
+    cannot be read."""
+    for path in (first, folder):
+        _check_files(path)
+    if _fingerprint(first) == _fingerprint(folder):
+        return 0
+    if needs_code(first) or needs_code(folder):
+        return None
+    expected, tokens = (_tokens_of_rows(load_tokenizer(path)) for path in (first, folder))
+    return sum(expected.get(row) != tokens.get(row) for row in expected.keys() | tokens.keys())
+
+
+def chat_template(folder: Path) -> str | None:
+    """A folder's default chat template, as transformers finds it: chat_template.jinja, else in tokenizer_config.json;
+    None where it has none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return read_regular(file, "a chat template", TOKENIZER_BYTES).decode(errors="replace")
+    named = read_json_object(folder / "tokenizer_config.json", missing={}).get("chat_template")
+    if isinstance(named, list):
+        templates = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
+        named = templates.get("default")
+    return named if isinstance(named, str) and named else None
 
 
 def _tokens_of_rows(tokenizer: Any) -> dict[int, str]:

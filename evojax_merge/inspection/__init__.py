@@ -1,0 +1,1 @@
+"""Measures of several models before a merge of them."""

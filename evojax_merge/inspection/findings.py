@@ -1,0 +1,287 @@
+"""The meaning of an inspection's figures for a merge, a sentence each."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from merge_kernels import METHODS
+
+from evojax_merge.inspection.models import Model, place_of
+from evojax_merge.inspection.weights import Comparison, Pair, SignConflicts, TaskVector
+
+# The cosine of matrices below which two related models are far apart.
+FAR_APART = 0.7
+# The ratio of two task vectors' norms above which the larger one drowns the other.
+UNEVEN = 3.0
+# The cosines of task vectors above which they share a direction, and below which they are nearly orthogonal.
+ALIKE, ORTHOGONAL = 0.5, 0.2
+# The multiple of the share by chance above which signs conflict more often than those of independent changes.
+PULLING_APART = 1.1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence. kind: its subject, the same in every run: `base`, `unrelated`, `tokenizer` and so forth."""
+
+    kind: str
+    text: str
+
+
+def findings(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> list[Finding]:
+    """All findings about the models, by their names in the report: whether they fit together, then whose base is whose,
+    then what their task vectors mean for the methods."""
+    fitting = [*_about_shapes(models, names), *_about_files(models, names)]
+    return [*fitting, *_about_relations(names, comparison), *_about_task_vectors(names, comparison)]
+
+
+def _about_shapes(models: Sequence[Model], names: Sequence[str]) -> Iterator[Finding]:
+    kinds = [model.architecture for model in models]
+    if len(set(kinds)) > 1:
+        each = ", ".join(f"{name} is {kind or 'without a config'}" for name, kind in zip(names, kinds, strict=True))
+        yield Finding(
+            "architecture", f"The architectures differ ({each}): no search takes these models together, neither for a "
+            "merge of weights nor for a layer path.",
+        )  # fmt: skip
+        return
+    depths = [model.layers for model in models]
+    if len(set(depths)) > 1:
+        each = ", ".join(f"{name} has {depth}" for name, depth in zip(names, depths, strict=True))
+        yield Finding(
+            "depth", f"The numbers of layers differ ({each}): weights cannot be merged; a layer path (data_flow) or a "
+            "passthrough recipe can take layers from all of them.",
+        )  # fmt: skip
+    differing = differing_shapes(models)
+    rows = [name for name in differing if differs_in_rows_alone(models, name)]
+    if rows:
+        yield Finding(
+            "rows", f"The embeddings have different numbers of rows ({rows[0]}): say tokenizer_source in the config or "
+            "the recipe, so that rows are aligned by token.",
+        )  # fmt: skip
+    widths = [name for name in differing if name not in rows]
+    if widths:
+        yield Finding(
+            "shapes", f"{len(widths)} tensors differ in shape (such as {widths[0]}): models of different widths cannot "
+            "be merged.",
+        )  # fmt: skip
+    partial = partly_held(models)
+    if partial and len(set(depths)) == 1:
+        holders = [name for name, model in zip(names, models, strict=True) if partial[0] in model.tensors]
+        yield Finding(
+            "tensors", f"{len(partial)} tensors are in some models alone (such as {partial[0]}, in "
+            f"{_listed(holders)}): a merge refuses models of different tensors, but for the head of a tied model.",
+        )  # fmt: skip
+
+
+def differing_shapes(models: Sequence[Model]) -> list[str]:
+    """The tensors that several models hold in different shapes."""
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for model in models:
+        for name, entry in model.tensors.items():
+            shapes.setdefault(name, set()).add(entry.shape)
+    return [name for name, forms in shapes.items() if len(forms) > 1]
+
+
+def differs_in_rows_alone(models: Sequence[Model], name: str) -> bool:
+    """Return whether a tensor outside of the layers has the same shape in all models but for its first axis."""
+    holders = [model for model in models if name in model.tensors]
+    layer, _ = place_of(holders[0].registered, name)
+    return layer is None and len({model.tensors[name].shape[1:] for model in holders}) == 1
+
+
+def partly_held(models: Sequence[Model]) -> list[str]:
+    """The tensors that some of the models have and others lack."""
+    names = dict.fromkeys(name for model in models for name in model.tensors)
+    return [name for name in names if not all(name in model.tensors for model in models)]
+
+
+def _about_files(models: Sequence[Model], names: Sequence[str]) -> Iterator[Finding]:
+    for model, name in zip(models, names, strict=True):
+        if model.unsearchable is not None:
+            yield Finding("search", f"{name} can be merged by a recipe, but not searched: {model.unsearchable}.")
+    if len({tuple(model.dtypes) for model in models}) > 1:
+        yield Finding(
+            "dtype", "The stored dtypes differ: merges are computed in float32 and rounded to export_dtype, by default "
+            "that of the first model.",
+        )  # fmt: skip
+    if len({model.tied for model in models}) > 1:
+        tied = [name for model, name in zip(models, names, strict=True) if model.tied]
+        yield Finding(
+            "tied", f"The head of {_listed(tied)} is the embedding, that of the others is not: a merge of them has a "
+            "head of its own.",
+        )  # fmt: skip
+    other = [
+        f"{model.differing_tokens:,} of {name}" for model, name in zip(models, names, strict=True)
+        if model.differing_tokens
+    ]  # fmt: skip
+    if other:
+        yield Finding(
+            "tokenizer", f"The tokenizers differ (rows with other tokens than in the first: {_listed(other)}): say "
+            "tokenizer_source: base, or one of the models, so that rows are aligned by token; the distances in this "
+            "report compare rows by their number.",
+        )  # fmt: skip
+    without = [name for model, name in zip(models, names, strict=True) if not model.tokenizer]
+    if without and len(without) < len(models):
+        yield Finding("tokenizer", f"{_listed(without)} has no tokenizer: its rows are taken for those of the others.")
+    templates = [model.chat_template for model in models]
+    if len(set(templates)) > 1:
+        having = [name for name, template in zip(names, templates, strict=True) if template is not None]
+        what = "differ" if len(having) == len(models) else f"are not everywhere: {_listed(having)} alone"
+        has = "" if len(having) == len(models) else " has one" if len(having) == 1 else " have one"
+        yield Finding(
+            "chat_template", f"The chat templates {what}{has}. Candidates and the winner take that of "
+            "tokenizer_source, else of the base, else of the first parent; a task in the form of a chat needs one.",
+        )  # fmt: skip
+
+
+def _about_relations(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
+    for number, name in enumerate(names):
+        bad = [tensor for tensor in comparison.measured if tensor.nonfinite[number]]
+        if bad:
+            count = sum(int(tensor.nonfinite[number]) for tensor in bad)
+            yield Finding(
+                "nonfinite", f"{name} holds {count:,} numbers that are NaN or infinite (in {bad[0].name}"
+                f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}): a search refuses it; the figures of "
+                "this report leave them out.",
+            )  # fmt: skip
+    groups = comparison.families
+    compared = {model for pair in comparison.pairs for model in (pair.first, pair.second)}
+    unrelated = [pair for pair in comparison.pairs if not _together(groups, pair)]
+    if unrelated:
+        parts = " | ".join(_listed([names[model] for model in group]) for group in groups if compared & {*group})
+        farthest = min(unrelated, key=lambda pair: pair.cosine or 0.0)
+        yield Finding(
+            "unrelated", f"These models are unrelated: {parts} (cosine of matrices {farthest.cosine:.2f}, distance "
+            f"{farthest.relative_distance:.2f} times their norm; independent initialisations have 0 and 1.41). No "
+            "merge of unrelated weights makes sense: linear, slerp and every method of task vectors give noise.",
+        )  # fmt: skip
+    distant = [
+        pair for pair in comparison.pairs
+        if _together(groups, pair) and pair.cosine is not None and pair.cosine < FAR_APART
+    ]  # fmt: skip
+    if distant:
+        pair = min(distant, key=lambda pair: pair.cosine or 0.0)
+        yield Finding(
+            "far_apart", f"{names[pair.first]} and {names[pair.second]} are far apart (cosine of matrices "
+            f"{pair.cosine:.2f}): interpolating between them may cross a barrier; start from one of them (seeds: "
+            "[parents]), or search a layer path.",
+        )  # fmt: skip
+    for pair in comparison.pairs:
+        if pair.relative_distance == 0:
+            yield Finding(
+                "equal", f"{names[pair.first]} and {names[pair.second]} have the same weights, to the bit: one of them "
+                "adds nothing.",
+            )  # fmt: skip
+    yield from _about_base(names, comparison)
+
+
+def _together(groups: Sequence[Sequence[int]], pair: Pair) -> bool:
+    return any(pair.first in group and pair.second in group for group in groups)
+
+
+def _about_base(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
+    verdict, family = comparison.verdict, comparison.families[0]
+    if comparison.reference is None:
+        return
+    needing = _listed(_methods_of(len(family) - 1, needs_base=True))
+    if verdict.base is None:
+        free = _listed(_methods_of(len(family), needs_base=False))
+        yield Finding(
+            "two_models", f"Distances cannot tell which of {names[family[0]]} and {names[family[1]]} is the base of "
+            f"the other: name it (--base), or add a model of the family. Methods without a base: {free}.",
+        )  # fmt: skip
+        return
+    base, rival = (names[family[place or 0]] for place in (verdict.base, verdict.rival))
+    if verdict.given:
+        yield Finding("base", f"{base} is the base, as given. Methods that take task vectors from it: {needing}.")
+    elif verdict.is_clear:
+        yield Finding(
+            "base", f"{base} is the base of the others: it is nearest to all of them (margin {verdict.margin:.2f} of "
+            f"1, least for {rival}). Methods that take task vectors from it: {needing}.",
+        )  # fmt: skip
+    else:
+        yield Finding(
+            "unsure_base", f"The base is unclear: {base} is nearest to the others, but {rival} nearly as much (margin "
+            f"{verdict.margin:.2f} of 1). Name the base (--base) if you know it.",
+        )  # fmt: skip
+
+
+def _methods_of(parents: int, *, needs_base: bool) -> list[str]:
+    """The methods that merge so many parents, with a base or without one."""
+    return [
+        method.name for method in METHODS.values()
+        if (method.base == "required") == needs_base
+        and method.min_parents <= parents <= (method.max_parents or parents)
+    ]  # fmt: skip
+
+
+def _about_task_vectors(names: Sequence[str], comparison: Comparison) -> Iterator[Finding]:
+    vectors, changes = comparison.vectors, comparison.changes
+    if comparison.verdict.base is None or changes is None:
+        return
+    for vector, rank in zip(vectors, changes.ranks, strict=True):
+        yield from _about_one(names[vector.parent], vector, rank)
+    moved = [vector for vector in vectors if vector.norm > 0]
+    if len(moved) < 2:
+        return
+    largest, least = max(moved, key=lambda v: v.norm), min(moved, key=lambda v: v.norm)
+    ratio = largest.norm / least.norm
+    if ratio > UNEVEN:
+        yield Finding(
+            "scale", f"The task vector of {names[largest.parent]} is {ratio:.1f} times that of {names[least.parent]}: "
+            "at equal weights it decides the merge. Give `weight` a bound above 1 (space.parameters.weight.high), so "
+            "that the smaller can count, or keep the larger's below 1.",
+        )  # fmt: skip
+    cosines = comparison.cosines
+    pairs = [(i, j) for i in range(len(vectors)) for j in range(i) if np.isfinite(cosines[i, j])]
+    alike = [(i, j) for i, j in pairs if cosines[i, j] > ALIKE]
+    if alike:
+        i, j = max(alike, key=lambda pair: cosines[pair])
+        yield Finding(
+            "alike", f"The task vectors of {names[vectors[j].parent]} and {names[vectors[i].parent]} point the same "
+            f"way (cosine {cosines[i, j]:.2f}): they have learnt the same, and adding both overshoots; let them share "
+            "a weight (space.parent_groups), or keep the sum of their weights near 1.",
+        )  # fmt: skip
+    if pairs and all(abs(cosines[pair]) < ORTHOGONAL for pair in pairs):
+        yield Finding(
+            "orthogonal", "The task vectors are nearly orthogonal: each can be added to the base without taking from "
+            "the others (task_arithmetic with weights near 1; linear and slerp shrink each).",
+        )  # fmt: skip
+    if changes.conflicts.contested:
+        yield Finding("conflicts", _about_conflicts(changes.conflicts))
+
+
+def _about_conflicts(conflicts: SignConflicts) -> str:
+    text = (
+        f"In {conflicts.share:.0%} of the entries that several parents change, their changes have opposite signs "
+        f"(independent signs: {conflicts.by_chance:.0%}): "
+    )
+    if conflicts.share > PULLING_APART * conflicts.by_chance:
+        return f"{text}the parents pull against each other, and sums cancel; ties, dare_ties and della elect a sign."
+    if conflicts.share > conflicts.by_chance / 2:
+        return (
+            f"{text}as independent changes do; plain sums (task_arithmetic) and methods that elect a sign (ties, "
+            "dare_ties, della) are both worth a search, and a density below 1 leaves fewer conflicts."
+        )
+    return f"{text}the parents agree more often than by chance, and plain sums (task_arithmetic, linear) are fine."
+
+
+def _about_one(name: str, vector: TaskVector, rank: int | None) -> Iterator[Finding]:
+    if vector.norm == 0:
+        return
+    if rank is not None:
+        yield Finding(
+            "low_rank", f"{name} is a change of rank {rank} at most in every matrix, as LoRA makes it: density "
+            "trims the product, not the factors, and a winner can be exported as an adapter (export --as adapter).",
+        )  # fmt: skip
+    if vector.unchanged > 0.5:
+        components = sorted({component for (_, component) in vector.by_place})
+        still = [
+            component for component in components
+            if all(value == 0 for (_, of), value in vector.by_place.items() if of == component)
+        ]  # fmt: skip
+        where = f"; {_listed(still)} as in the base, where its parameters change nothing" if still else ""
+        yield Finding("unchanged", f"{name} leaves {vector.unchanged:.0%} of the base's numbers unchanged{where}.")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

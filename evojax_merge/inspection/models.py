@@ -1,0 +1,135 @@
+"""The facts of models' headers and small files, side by side."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of, named_alike
+from evojax_merge.checkpoints.derived import open_model, stored_as
+from evojax_merge.checkpoints.folder import Tensor
+from evojax_merge.checkpoints.parents import vocabulary_size
+from evojax_merge.checkpoints.tokens import chat_template, count_differing_tokens, has_tokenizer, needs_code
+from evojax_merge.errors import InputError
+from evojax_merge.models.architecture import Architecture, known_architecture
+
+# The component of tensors that belong to none.
+OTHER = "other"
+# The components of layers of unknown architectures, by parts of their tensors' names.
+NAME_PARTS = (
+    ("norm", ("norm", "ln_")),
+    ("attention", ("attn", "attention")),
+    ("mlp", ("mlp", "ffn", "feed_forward", "experts", "fc1", "fc2")),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The facts of a model's headers and small files.
+
+    architecture: its model_type; None without a config. dtypes: stored dtype -> numbers of that dtype. stored_as: how
+    the weights are stored where they are made while they are read, such as gguf or adapter. vocabulary: rows of the
+    embedding by the config. differing_tokens: the rows that have other tokens in the first model's tokenizer; None
+    where the two cannot be compared. chat_template: the default template's text; None: it has none. unsearchable: the
+    reason why it can only be merged; None: it can be searched.
+    """
+
+    reference: str
+    path: Path
+    folder: DecoderFolder
+    architecture: str | None
+    layers: int
+    parameters: int
+    dtypes: Mapping[str, int]
+    stored_as: str | None
+    vocabulary: int | None
+    tied: bool
+    tokenizer: bool
+    differing_tokens: int | None
+    chat_template: str | None
+    unsearchable: str | None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name; without the copy of the embedding that some files of tied models hold as a head."""
+        entries = {**self.folder.other_modules, **self.folder.entries}
+        head = self.folder.names.own_head
+        return {name: entry for name, entry in entries.items() if not (self.tied and name == head)}
+
+    @property
+    def registered(self) -> Architecture | None:
+        return known_architecture(self.folder.config.get("model_type"))
+
+
+def read_models(references: Sequence[str], paths: Sequence[Path]) -> list[Model]:
+    """The models of these folders, by their headers. Raises InputError for a model that cannot be opened, and for one
+    that is given twice."""
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise InputError(references[number], "is given twice; expected models that differ")
+    folders = [decoder_of(open_model(path)) for path in paths]
+    if known_architecture(folders[0].config.get("model_type")) is None:
+        folders[1:] = [named_alike(folder, folders[0]) for folder in folders[1:]]
+    with_tokens = [path for path in paths if has_tokenizer(path)]
+    return [
+        _read_model(reference, folder, with_tokens[0] if with_tokens else None)
+        for reference, folder in zip(references, folders, strict=True)
+    ]
+
+
+def _read_model(reference: str, folder: DecoderFolder, first_with_tokens: Path | None) -> Model:
+    path, config = folder.path, folder.config
+    tied = bool(config.get("tie_word_embeddings", False))
+    sizes = Counter[str]()
+    for name, entry in {**folder.other_modules, **folder.entries}.items():
+        if not (tied and name == folder.names.own_head):
+            sizes[str(entry.dtype)] += int(np.prod(entry.shape, dtype=np.int64))
+    layers = {place[0] for name in folder.entries if (place := place_of(None, name))[0] is not None}
+    has_tokens = has_tokenizer(path)
+    kind = config.get("model_type")
+    return Model(
+        reference=reference,
+        path=path,
+        folder=folder,
+        architecture=kind if isinstance(kind, str) else None,
+        layers=len(layers),
+        parameters=sizes.total(),
+        dtypes=dict(sizes.most_common()),
+        stored_as=stored_as(path),
+        vocabulary=size if isinstance(size := vocabulary_size(config), int) else None,
+        tied=tied,
+        tokenizer=has_tokens,
+        differing_tokens=count_differing_tokens(first_with_tokens, path) if first_with_tokens and has_tokens else None,
+        chat_template=chat_template(path),
+        unsearchable=_why_unsearchable(folder),
+    )
+
+
+def _why_unsearchable(folder: DecoderFolder) -> str | None:
+    kind = folder.config.get("model_type")
+    if known_architecture(kind) is None:
+        return "no config.json" if kind is None else f"the architecture {kind} is not one of those that are searched"
+    try:
+        folder.decoder_config()
+    except InputError as error:
+        return error.what
+    if not has_tokenizer(folder.path):
+        return "no tokenizer"
+    return "its tokenizer is custom code" if needs_code(folder.path) else None
+
+
+def place_of(architecture: Architecture | None, name: str) -> tuple[int | None, str]:
+    """The layer of a tensor, None outside of the layers, and its component; an unknown architecture's by the words in
+    its name."""
+    number = re.search(r"\.(\d+)\.", f".{name}")
+    leaf = None if architecture is None else architecture.leaf_of(name)
+    if leaf is not None:
+        return (None, leaf.name) if leaf.stack is None else (int(number[1]) if number else None, leaf.component)
+    if architecture is not None or number is None:
+        return None, OTHER
+    component = next((component for component, parts in NAME_PARTS if any(part in name for part in parts)), OTHER)
+    return int(number[1]), component

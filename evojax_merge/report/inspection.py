@@ -1,0 +1,293 @@
+"""An inspection of models as tables on the terminal, as plain data, and as a picture."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from evojax_merge.file_system import atomic_file
+from evojax_merge.inspection.findings import Finding, differing_shapes, partly_held
+from evojax_merge.inspection.models import Model
+from evojax_merge.inspection.weights import Comparison
+from evojax_merge.report.progress import cell
+
+# The first bytes of the pictures that this program writes.
+PICTURE_STARTS = {".png": b"\x89PNG", ".svg": b"<?xml"}
+# The components that come first, in a layer and outside of the layers.
+ORDER = ("attention", "mlp", "norm", "router", "embed", "final_norm", "head")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def tables(models: Sequence[Model], names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
+    """The tables of an inspection: the models' headers, their distances, and their task vectors."""
+    yield _models_table(models, names)
+    if comparison.pairs:
+        yield _pairs_table(names, comparison)
+    if comparison.reference is not None:
+        yield _vectors_table(names, comparison)
+        yield from _places_tables(names, comparison)
+
+
+def _models_table(models: Sequence[Model], names: Sequence[str]) -> Table:
+    table = Table(title="Models", title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(cell(name), overflow="fold")
+    rows = {
+        "architecture": [model.architecture or "unknown (no config.json)" for model in models],
+        "parameters": [f"{model.parameters:,}" for model in models],
+        "layers": [str(model.layers) for model in models],
+        "stored dtype": list(map(_dtypes, models)),
+        "vocabulary": ["unknown" if model.vocabulary is None else f"{model.vocabulary:,}" for model in models],
+        "tokenizer": [_tokenizer(model, models) for model in models],
+        "chat template": [_chat_template(model, models) for model in models],
+        "head": ["the embedding" if model.tied else "its own" for model in models],
+    }
+    for label, values in rows.items():
+        table.add_row(label, *map(cell, values))
+    return table
+
+
+def _dtypes(model: Model) -> str:
+    more = "" if model.stored_as is None else f" (from {model.stored_as})"
+    return " + ".join(model.dtypes) + more
+
+
+def _tokenizer(model: Model, models: Sequence[Model]) -> str:
+    if not model.tokenizer:
+        return "none"
+    if model is next(other for other in models if other.tokenizer):
+        return "A"
+    if model.differing_tokens is None:
+        return "custom code, other files"
+    return "the tokens of A" if model.differing_tokens == 0 else f"{model.differing_tokens:,} rows unlike A"
+
+
+def _chat_template(model: Model, models: Sequence[Model]) -> str:
+    templates = list(dict.fromkeys(other.chat_template for other in models if other.chat_template is not None))
+    return "none" if model.chat_template is None else chr(ord("A") + templates.index(model.chat_template) % 26)
+
+
+def _pairs_table(names: Sequence[str], comparison: Comparison) -> Table:
+    table = Table(title="Distances of the weights", title_justify="left")
+    table.add_column("models")
+    for heading in ("cosine of matrices", "relative distance", "equal numbers", "tensors in common"):
+        table.add_column(heading, justify="right")
+    for pair in comparison.pairs:
+        table.add_row(
+            cell(f"{names[pair.first]} – {names[pair.second]}"),
+            "none" if pair.cosine is None else f"{pair.cosine:.4f}", f"{pair.relative_distance:.4f}",
+            f"{pair.equal_share:.1%}", f"{pair.tensors:,}",
+        )  # fmt: skip
+    return table
+
+
+def _subtracted(names: Sequence[str], comparison: Comparison) -> str:
+    assert comparison.reference is not None
+    name = names[comparison.reference]
+    return f"Task vectors from {name}" if comparison.verdict.base is not None else f"Differences from {name}"
+
+
+def _vectors_table(names: Sequence[str], comparison: Comparison) -> Table:
+    table = Table(title=cell(_subtracted(names, comparison), "table.title"), title_justify="left")
+    table.add_column("model")
+    for heading in ("norm", "relative norm", "unchanged", "rank"):
+        table.add_column(heading, justify="right")
+    others = [names[vector.parent] for vector in comparison.vectors]
+    for name in others if len(others) > 1 else ():
+        table.add_column(cell(f"cosine with {name}"), justify="right")
+    assert comparison.changes is not None
+    for i, (vector, rank) in enumerate(zip(comparison.vectors, comparison.changes.ranks, strict=True)):
+        cosines = (f"{comparison.cosines[i, j]:.3f}" for j in range(len(others) if len(others) > 1 else 0))
+        table.add_row(
+            cell(others[i]), f"{vector.norm:.4g}", f"{vector.relative_norm:.4g}", f"{vector.unchanged:.1%}",
+            "full" if rank is None else f"≤ {rank}", *cosines,
+        )  # fmt: skip
+    return table
+
+
+def _places_tables(names: Sequence[str], comparison: Comparison) -> Iterator[Table]:
+    """The relative norms of the task vectors by layer and component, and those outside of the layers."""
+    layers, components = _axes(comparison)
+    inner = [component for component in components if any(layer is not None for layer in layers[component])]
+    outer = [component for component in components if None in layers[component]]
+    if inner:
+        table = Table(title="Relative norm by layer", title_justify="left")
+        table.add_column("layer", justify="right")
+        for vector in comparison.vectors:
+            for component in inner:
+                table.add_column(cell(f"{names[vector.parent]}: {component}"), justify="right")
+        for number in sorted({layer for component in inner for layer in layers[component] if layer is not None}):
+            values = [vector.by_place.get((number, component)) for vector in comparison.vectors for component in inner]
+            table.add_row(str(number), *("" if value is None else f"{value:.4f}" for value in values))
+        yield table
+    if outer:
+        table = Table(title="Outside of the layers", title_justify="left")
+        table.add_column("model")
+        for component in outer:
+            table.add_column(cell(component), justify="right")
+        for vector in comparison.vectors:
+            shares = (f"{vector.by_place[None, component]:.4f}" for component in outer)
+            table.add_row(cell(names[vector.parent]), *shares)
+        yield table
+
+
+def _axes(comparison: Comparison) -> tuple[dict[str, list[int | None]], list[str]]:
+    """The layers in which each component stands (None: outside of the layers), and the components in order."""
+    layers: dict[str, list[int | None]] = {}
+    for layer, component in comparison.vectors[0].by_place:
+        layers.setdefault(component, []).append(layer)
+    order = {name: place for place, name in enumerate(ORDER)}
+    return layers, sorted(layers, key=lambda name: (order.get(name, len(order)), name))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Plain data
+
+
+def as_json(
+    models: Sequence[Model], names: Sequence[str], comparison: Comparison, sentences: Sequence[Finding]
+) -> dict[str, Any]:
+    """The inspection as plain data, with models by the names of the report."""
+    verdict, family = comparison.verdict, comparison.families[0]
+    changes = comparison.changes
+    ranks = () if changes is None else changes.ranks
+    conflicts = changes.conflicts if changes is not None and len(ranks) > 1 else None
+    return {
+        "models": [_model_json(model, name) for model, name in zip(models, names, strict=True)],
+        "families": [[names[model] for model in group] for group in comparison.families],
+        "pairs": [
+            {
+                "models": [names[pair.first], names[pair.second]], "cosine": pair.cosine,
+                "relative_distance": pair.relative_distance, "equal_share": pair.equal_share, "tensors": pair.tensors,
+            }
+            for pair in comparison.pairs
+        ],
+        "base": None if verdict.base is None else names[family[verdict.base]],
+        "base_is_clear": verdict.is_clear,
+        "base_margin": verdict.margin,
+        "compared_with": None if comparison.reference is None else names[comparison.reference],
+        "task_vectors": [
+            {
+                "model": names[vector.parent], "norm": vector.norm, "relative_norm": vector.relative_norm,
+                "unchanged": vector.unchanged, "rank": rank,
+                "by_layer": [
+                    {"layer": layer, "component": component, "relative_norm": value}
+                    for (layer, component), value in vector.by_place.items()
+                ],
+                "cosines": {
+                    names[other.parent]: float(cosine) if np.isfinite(cosine) else None
+                    for other, cosine in zip(comparison.vectors, row, strict=True)
+                },
+            }
+            for vector, row, rank in zip(comparison.vectors, comparison.cosines, ranks, strict=True)
+        ],
+        "sign_conflicts": None if conflicts is None else {
+            "size": conflicts.size, "contested": conflicts.contested, "conflicts": conflicts.conflicts,
+            "share": conflicts.share, "by_chance": conflicts.by_chance,
+        },
+        "tensors": {"in_some_models_alone": partly_held(models), "of_different_shapes": differing_shapes(models)},
+        "findings": [{"kind": finding.kind, "text": finding.text} for finding in sentences],
+    }  # fmt: skip
+
+
+def _model_json(model: Model, name: str) -> Mapping[str, Any]:
+    return {
+        "name": name, "reference": model.reference, "architecture": model.architecture, "layers": model.layers,
+        "parameters": model.parameters, "dtypes": dict(model.dtypes), "stored_as": model.stored_as,
+        "vocabulary": model.vocabulary, "tied_head": model.tied, "tokenizer": model.tokenizer,
+        "differing_tokens": model.differing_tokens, "chat_template": model.chat_template,
+        "unsearchable": model.unsearchable,
+    }  # fmt: skip
+
+
+def is_inspection_file(path: Path) -> bool:
+    """Return whether a file is empty, or an output of `inspect --json`."""
+    try:
+        if not path.is_file():
+            return False
+        document = json.loads(path.read_bytes() or "null")
+        return document is None or (isinstance(document, dict) and document.keys() >= {"models", "pairs", "findings"})
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The picture
+
+
+def draw(names: Sequence[str], comparison: Comparison, path: Path) -> None:
+    """Draw the distances of all pairs, and where there are task vectors their norms by layer and component and their
+    cosines, to `path` (PNG or SVG, by its ending)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    vectors = comparison.vectors
+    with plt.rc_context({"text.parse_math": False, "svg.hashsalt": "evojax-merge"}):
+        panels = 1 + len(vectors) + (len(vectors) > 1)
+        figure, axes = plt.subplots(1, panels, figsize=(4.2 * panels, 4.2), squeeze=False, constrained_layout=True)
+        distances = np.full((len(names), len(names)), np.nan)
+        np.fill_diagonal(distances, 0.0)
+        for pair in comparison.pairs:
+            distances[[pair.first, pair.second], [pair.second, pair.first]] = pair.relative_distance
+        _matrix(axes[0, 0], distances, names, "relative distance", "viridis")
+        largest = max((value for vector in vectors for value in vector.by_place.values()), default=0.0)
+        for axis, vector in zip(axes[0, 1:], vectors, strict=False):
+            layers, components = _axes(comparison)
+            for number, component in enumerate(components):
+                style: dict[str, Any] = {"label": component, "color": f"C{number % 10}"}
+                inside = sorted(layer for layer in layers[component] if layer is not None)
+                if inside:
+                    axis.plot(inside, [vector.by_place[layer, component] for layer in inside], ".-", **style)
+                if None in layers[component]:
+                    axis.axhline(vector.by_place[None, component], linewidth=0.8, linestyle=":", **style)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set(
+                title=f"{names[vector.parent]} – {names[comparison.reference or 0]}", xlabel="layer",
+                ylabel="relative norm", ylim=(0, 1.05 * largest or 1),
+            )  # fmt: skip
+            axis.legend(fontsize="small")
+        if len(vectors) > 1:
+            parents = [names[vector.parent] for vector in vectors]
+            _matrix(axes[0, -1], comparison.cosines, parents, "cosines of task vectors", "coolwarm", (-1.0, 1.0))
+        try:
+            with atomic_file(path) as work:
+                kind = path.suffix.lower().removeprefix(".")
+                figure.savefig(work, dpi=120, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        finally:
+            plt.close(figure)
+
+
+def _matrix(
+    axis: Any, values: np.ndarray, names: Sequence[str], title: str, colours: str,
+    limits: tuple[float | None, float | None] = (0.0, None),
+) -> None:  # fmt: skip
+    axis.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1])
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            box = {"facecolor": "white", "alpha": 0.6, "edgecolor": "none", "pad": 1}
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize="small", bbox=box)
+    axis.set(title=title)
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a file is empty, or begins like a picture of its ending."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as handle:
+            start = handle.read(8)
+        return not start or start.startswith(PICTURE_STARTS.get(path.suffix.lower(), b"\0"))
+    except OSError:
+        return False

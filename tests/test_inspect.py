@@ -1,0 +1,374 @@
+"""`evojax-merge inspect`: every figure against NumPy in float64, the base of families, and what it says of models that
+do not fit each other."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Family, edit_json, finetune, random_model, save, state, tiny_config, word_tokenizer, words
+from safetensors.torch import load_file, save_file
+
+from evojax_merge.checkpoints.adapters import write_adapter
+from evojax_merge.cli import cli, run
+from evojax_merge.data_packages import cache_folder
+from evojax_merge.inspection.weights import find_base
+from evojax_merge.zoo import smollm2
+
+LAYER_COMPONENTS = {"self_attn": "attention", "mlp": "mlp", "layernorm": "norm"}
+OUTSIDE = {"model.embed_tokens.weight": "embed", "model.norm.weight": "final_norm", "lm_head.weight": "head"}
+
+
+@pytest.fixture
+def inspect(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run the command; the JSON that it writes."""
+
+    def call(*models: object, options: tuple[str, ...] = ()) -> dict[str, Any]:
+        file = tmp_path / "report.json"
+        arguments = ["inspect", *map(str, models), "--json", str(file), *options]
+        assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+        document: dict[str, Any] = json.loads(file.read_text())
+        return document
+
+    return call
+
+
+def kinds(report: dict[str, Any]) -> set[str]:
+    return {finding["kind"] for finding in report["findings"]}
+
+
+def sentence(report: dict[str, Any], kind: str) -> str:
+    return next(finding["text"] for finding in report["findings"] if finding["kind"] == kind)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+
+
+def place(name: str) -> tuple[int | None, str]:
+    """The layer and component of a Llama's tensor."""
+    if name in OUTSIDE:
+        return None, OUTSIDE[name]
+    return int(name.split(".")[2]), next(v for k, v in LAYER_COMPONENTS.items() if k in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The figures
+
+
+def check_figures(report: dict[str, Any], folders: list[Path], base: int) -> None:
+    """Every figure of a report about models of one kind, against NumPy."""
+    weights = [{name: w.astype(np.float64) for name, w in state(folder).items()} for folder in folders]
+    names, flat = list(weights[0]), []
+    for tensors in weights:
+        flat.append(np.concatenate([tensors[name].ravel() for name in names]))
+    for pair, (i, j) in zip(report["pairs"], itertools.combinations(range(len(folders)), 2), strict=True):
+        cosines = [
+            np.vdot(weights[i][name], weights[j][name])
+            / (np.linalg.norm(weights[i][name]) * np.linalg.norm(weights[j][name]))
+            for name in names
+            if weights[i][name].ndim > 1
+        ]
+        assert pair["cosine"] == pytest.approx(np.median(cosines), rel=1e-9)
+        norm = np.sqrt((flat[i] @ flat[i] + flat[j] @ flat[j]) / 2)
+        assert pair["relative_distance"] == pytest.approx(np.linalg.norm(flat[i] - flat[j]) / norm, rel=1e-9)
+        assert pair["equal_share"] == pytest.approx(np.mean(flat[i] == flat[j]), abs=1e-12)
+        assert pair["tensors"] == len(names)
+    parents = [number for number in range(len(folders)) if number != base]
+    deltas = [flat[parent] - flat[base] for parent in parents]
+    for vector, parent, delta in zip(report["task_vectors"], parents, deltas, strict=True):
+        assert vector["norm"] == pytest.approx(np.linalg.norm(delta), rel=1e-9)
+        assert vector["relative_norm"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(flat[base]), rel=1e-9)
+        assert vector["unchanged"] == pytest.approx(np.mean(delta == 0), abs=1e-12)
+        cosines = [delta @ other / (np.linalg.norm(delta) * np.linalg.norm(other)) for other in deltas]
+        assert list(vector["cosines"].values()) == pytest.approx(cosines, abs=1e-9)
+        by_place: dict[tuple[int | None, str], list[str]] = {}
+        for name in names:
+            by_place.setdefault(place(name), []).append(name)
+        assert {(row["layer"], row["component"]) for row in vector["by_layer"]} == set(by_place)
+        for row in vector["by_layer"]:
+            inside = by_place[row["layer"], row["component"]]
+            change = np.sqrt(sum(np.sum((weights[parent][name] - weights[base][name]) ** 2) for name in inside))
+            of_base = np.sqrt(sum(np.sum(weights[base][name] ** 2) for name in inside))
+            assert row["relative_norm"] == pytest.approx(change / of_base, rel=1e-9)
+    signs = np.sign(deltas)
+    contested = (signs != 0).sum(axis=0) > 1
+    conflicts = (signs > 0).any(axis=0) & (signs < 0).any(axis=0)
+    counts = report["sign_conflicts"]
+    assert (counts["size"], counts["contested"]) == (flat[0].size, contested.sum())
+    assert counts["conflicts"] == conflicts.sum() and counts["share"] == pytest.approx(
+        conflicts.sum() / contested.sum()
+    )
+
+
+def test_every_figure_is_that_of_numpy(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    """Three parents, one of which changes some tensors alone, in pieces that do not divide the tensors."""
+    model = random_model(tiny_config(vocab_size=71))
+    folders = [save(model, tmp_path / "base")]
+    folders += [save(finetune(model, k, scale=0.01 * k), tmp_path / f"p{k}") for k in (1, 2, 3)]
+    original = load_file(folders[0] / "model.safetensors")
+    change_tensors(folders[1], lambda t: t.update({n: w for n, w in original.items() if "self_attn" in n}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evojax_merge.inspection.weights.PIECE", 1000)
+        report = inspect(*folders[1:], folders[0])
+    assert report["base"] == "base" and report["base_is_clear"]
+    assert [vector["model"] for vector in report["task_vectors"]] == ["p1", "p2", "p3"]
+    check_figures(report, [*folders[1:], folders[0]], 3)
+
+
+def test_the_demo_family_has_its_base(inspect: Callable[..., Any]) -> None:
+    from evojax_merge.zoo import resolve_reference
+
+    names = ["maths", "base", "japanese"]
+    report = inspect(*(f"zoo:{name}" for name in names))
+    assert report["base"] == "base" and report["base_is_clear"] and "unrelated" not in kinds(report)
+    assert "nearest to all" in sentence(report, "base") and "ties" in sentence(report, "base")
+    check_figures(report, [resolve_reference(f"zoo:{name}") for name in names], 1)
+    (model, *_) = report["models"]
+    assert (model["architecture"], model["layers"], model["parameters"]) == ("llama", 3, 337_824)
+    assert model["dtypes"] == {"float32": 337_824} and not model["tied_head"] and model["differing_tokens"] == 0
+
+
+def test_smollm2_is_the_base_of_its_fine_tunes(inspect: Callable[..., Any]) -> None:
+    folder = cache_folder() / "zoo" / smollm2.VERSION
+    if not all((folder / name).is_dir() for name in ("base", "maths", "japanese")):
+        pytest.skip("SmolLM2 and its fine-tunes are not in the cache")
+    report = inspect("zoo:smollm2/japanese", "zoo:smollm2/maths", "zoo:smollm2/base")
+    assert report["base"] == "base" and report["base_is_clear"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_base_is_clear_in_sixteen_bits_and_in_any_order(
+    inspect: Callable[..., Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = random_model(tiny_config()).to(dtype)
+    folders = [save(model, tmp_path / "base"), *(save(finetune(model, k), tmp_path / f"p{k}") for k in (1, 2))]
+    for order in itertools.permutations(folders):
+        report = inspect(*order)
+        assert report["base"] == "base" and report["base_is_clear"]
+    check_figures(report, list(order), order.index(folders[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The base
+
+
+def test_the_margin_is_that_of_its_formula() -> None:
+    """(S(p) − S(b)) / ((K − 2) ‖d_p‖²) is 1 less twice the mean product with the others over ‖d_p‖²."""
+    rng = np.random.default_rng(0)
+    deltas = [np.zeros(50), *(rng.standard_normal(50) + 0.3 for _ in range(3))]
+    distances = np.array([[np.sum((a - b) ** 2) for a in deltas] for b in deltas])
+    verdict = find_base(distances)
+    margins = {
+        p: 1 - 2 * sum(deltas[p] @ deltas[j] for j in (1, 2, 3) if j != p) / (2 * deltas[p] @ deltas[p])
+        for p in (1, 2, 3)
+    }
+    assert verdict.base == 0 and verdict.rival == min(margins, key=lambda p: margins[p])
+    assert verdict.margin == pytest.approx(min(margins.values()), rel=1e-9)
+
+
+def test_of_two_models_neither_is_called_the_base(inspect: Callable[..., Any], family: Family) -> None:
+    report = inspect(family.base, family.parents[0])
+    assert report["base"] is None and "two_models" in kinds(report) and report["sign_conflicts"] is None
+    assert report["compared_with"] == "base" and report["task_vectors"][0]["norm"] > 0
+    named = inspect(family.parents[0], options=("--base", str(family.base)))
+    assert named["base"] == "base" and named["base_is_clear"] and "as given" in sentence(named, "base")
+
+
+def test_parents_that_changed_alike_leave_the_base_unclear(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    common = finetune(model, 1)
+    folders = [save(model, tmp_path / "base")]
+    folders += [save(finetune(common, k, scale=0.03), tmp_path / f"p{k}") for k in (2, 3)]
+    report = inspect(*folders)
+    assert not report["base_is_clear"] and "unsure_base" in kinds(report) and "base" not in kinds(report)
+    named = inspect(*folders, options=("--base", str(folders[0])))
+    assert named["base"] == "base" and "unsure_base" not in kinds(named)
+
+
+def test_unrelated_models_are_called_so(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    folders = [save(random_model(tiny_config(), seed), tmp_path / f"m{seed}") for seed in (0, 1)]
+    report = inspect(*folders)
+    assert report["families"] == [["m0"], ["m1"]] and report["task_vectors"] == []
+    assert abs(report["pairs"][0]["cosine"]) < 0.05 and report["base"] is None
+    assert "m0 | m1" in sentence(report, "unrelated") and "noise" in sentence(report, "unrelated")
+
+
+def test_a_stranger_beside_a_family_is_named(inspect: Callable[..., Any], family: Family, tmp_path: Path) -> None:
+    stranger = save(random_model(tiny_config(tie_word_embeddings=True), 7), tmp_path / "stranger")
+    report = inspect(stranger, *family.parents, family.base)
+    assert report["families"] == [["parent0", "parent1", "base"], ["stranger"]]
+    assert report["base"] == "base" and report["base_is_clear"]
+    assert "stranger" in sentence(report, "unrelated")
+    check_figures(
+        report | {"pairs": report["pairs"][3:]}, [*family.parents, family.base], 2
+    )  # without the stranger's pairs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What does not fit
+
+
+def test_low_rank_changes_are_recognised(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    base = save(model, tmp_path / "base")
+    adapted, full = save(model, tmp_path / "adapted"), save(finetune(model, 1), tmp_path / "full")
+
+    def adapt(tensors: dict[str, torch.Tensor]) -> None:
+        torch.manual_seed(0)
+        for name, w in tensors.items():
+            if "self_attn" in name:
+                tensors[name] = w + 0.01 * torch.randn(w.shape[0], 3) @ torch.randn(3, w.shape[1])
+
+    change_tensors(adapted, adapt)
+    report = inspect(adapted, full, options=("--base", str(base)))
+    assert {vector["model"]: vector["rank"] for vector in report["task_vectors"]} == {"adapted": 3, "full": None}
+    assert "rank 3" in sentence(report, "low_rank")
+    assert "mlp" in sentence(report, "unchanged") and "attention" not in sentence(report, "unchanged")
+
+
+def test_the_larger_task_vector_is_named(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    folders = [save(model, tmp_path / "base")]
+    folders += [save(finetune(model, k, scale), tmp_path / f"p{k}") for k, scale in ((1, 0.05), (2, 0.005))]
+    report = inspect(*folders)
+    norms = [vector["norm"] for vector in report["task_vectors"]]
+    assert f"{norms[0] / norms[1]:.1f} times that of p2" in sentence(report, "scale")
+
+
+def test_signs_that_disagree_and_signs_that_agree(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    base, one = save(model, tmp_path / "base"), save(finetune(model, 1), tmp_path / "one")
+    start, step = load_file(base / "model.safetensors"), load_file(one / "model.safetensors")
+    against, along = save(model, tmp_path / "against"), save(model, tmp_path / "along")
+    change_tensors(against, lambda t: t.update({n: start[n] - 0.9 * (step[n] - start[n]) for n in t}))
+    change_tensors(along, lambda t: t.update({n: start[n] + 0.9 * (step[n] - start[n]) for n in t}))
+    report = inspect(one, against, options=("--base", str(base)))
+    assert report["sign_conflicts"]["share"] > 0.99 and "pull against" in sentence(report, "conflicts")
+    report = inspect(one, along, options=("--base", str(base)))
+    assert report["sign_conflicts"]["share"] < 0.01 and {"alike"} <= kinds(report)
+
+
+def test_other_tokens_templates_dtypes_and_heads(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    model = random_model(tiny_config())
+    base = save(model, tmp_path / "base")
+    other = save(finetune(model, 1).to(torch.bfloat16), tmp_path / "other")
+    tokens = words()
+    tokens[10:12] = "new", "tokens"
+    tokenizer = word_tokenizer(tokens)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    tied = save(random_model(tiny_config(tie_word_embeddings=True)), tmp_path / "tied")
+    report = inspect(base, other, tied)
+    assert [model["differing_tokens"] for model in report["models"]] == [0, 2, 0]
+    assert [model["chat_template"] for model in report["models"]] == [None, "{{ messages }}", None]
+    assert [model["tied_head"] for model in report["models"]] == [False, False, True]
+    assert list(report["models"][1]["dtypes"]) == ["bfloat16"]
+    assert {"tokenizer", "chat_template", "dtype", "tied", "tensors"} <= kinds(report)
+    assert "tokenizer_source" in sentence(report, "tokenizer") and "other" in sentence(report, "chat_template")
+    assert report["tensors"]["in_some_models_alone"] == ["lm_head.weight"]
+
+
+def test_depths_widths_and_architectures_that_differ(inspect: Callable[..., Any], tmp_path: Path) -> None:
+    base = save(random_model(tiny_config()), tmp_path / "base")
+    deep = save(random_model(tiny_config(num_hidden_layers=4)), tmp_path / "deep")
+    wide = save(random_model(tiny_config(hidden_size=96)), tmp_path / "wide")
+    other = save(random_model(tiny_config("qwen2")), tmp_path / "other")
+    rows = save(random_model(tiny_config(vocab_size=65)), tmp_path / "rows")
+    report = inspect(base, deep)
+    assert "passthrough" in sentence(report, "depth") and [m["layers"] for m in report["models"]] == [3, 4]
+    assert "cannot be merged" in sentence(inspect(base, wide), "shapes")
+    assert "qwen2" in sentence(inspect(base, other), "architecture")
+    report = inspect(base, rows)
+    assert "tokenizer_source" in sentence(report, "rows") and "shapes" not in kinds(report)
+    assert set(report["tensors"]["of_different_shapes"]) == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def test_weights_that_are_not_finite_are_counted_and_left_out(
+    inspect: Callable[..., Any], family: Family, tmp_path: Path
+) -> None:
+    model = random_model(tiny_config(tie_word_embeddings=True))
+    broken = save(finetune(model, 5), tmp_path / "broken")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, :2] = torch.tensor([float("nan"), float("inf")])
+
+    change_tensors(broken, spoil)
+    report = inspect(family.base, family.parents[0], broken)
+    text = sentence(report, "nonfinite")
+    assert text.startswith("broken holds 2 numbers") and "model.layers.1.mlp.up_proj.weight" in text
+    assert all(np.isfinite(vector["norm"]) for vector in report["task_vectors"]) and report["base"] == "base"
+
+
+def test_an_adapter_is_compared_as_the_model_that_it_makes(
+    inspect: Callable[..., Any], family: Family, tmp_path: Path
+) -> None:
+    name, rng = "model.layers.0.mlp.down_proj.weight", np.random.default_rng(0)
+    outputs, inputs = state(family.base)[name].shape
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, inputs), (outputs, 2)))
+    (tmp_path / "lora").mkdir()
+    write_adapter(tmp_path / "lora", str(family.base), 2, {name: (a, b)}, {}, ())
+    report = inspect(f"{family.base}+{tmp_path / 'lora'}", family.parents[0], family.base)
+    assert report["models"][0]["stored_as"] == "adapter" and report["base"] == "base"
+    assert report["task_vectors"][0]["norm"] == pytest.approx(np.linalg.norm(b @ a), rel=1e-5)
+    assert report["task_vectors"][0]["rank"] == 2
+
+
+def test_a_quantised_gguf_file_is_near_the_model_that_it_was_made_of(
+    inspect: Callable[..., Any], tmp_path: Path
+) -> None:
+    from test_gguf import KIND, write_gguf
+
+    write_gguf(tmp_path / "one.gguf", "llama", KIND.Q8_0)
+    report = inspect(tmp_path / "one.gguf", tmp_path / "written")
+    assert [model["stored_as"] for model in report["models"]] == ["gguf", None]
+    assert 0 < report["pairs"][0]["relative_distance"] < 0.02 and report["pairs"][0]["tensors"] == 2 * 9 + 2
+
+
+def test_a_single_model_is_described(inspect: Callable[..., Any], family: Family) -> None:
+    report = inspect(family.base)
+    assert report["pairs"] == [] and report["models"][0]["unsearchable"] is None and report["findings"] == []
+
+
+def test_tensors_of_an_unknown_architecture_are_placed_by_their_names(
+    inspect: Callable[..., Any], tmp_path: Path
+) -> None:
+    folders = [save(random_model(tiny_config(tie_word_embeddings=True)), tmp_path / f"s{k}") for k in (0, 1)]
+    for folder in folders:
+        edit_json(folder / "config.json", lambda config: config.update(model_type="strange"))
+    change_tensors(folders[1], lambda t: t.update({n: w + 0.01 * torch.randn_like(w) for n, w in t.items()}))
+    report = inspect(*folders)
+    assert "strange" in report["models"][0]["unsearchable"] and "search" in kinds(report)
+    components = {(row["layer"], row["component"]) for row in report["task_vectors"][0]["by_layer"]}
+    assert components >= {(0, "attention"), (2, "mlp"), (1, "norm"), (None, "other")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_the_picture(inspect: Callable[..., Any], family: Family, tmp_path: Path, ending: str, start: bytes) -> None:
+    picture = tmp_path / f"picture.{ending}"
+    inspect(family.base, *family.parents, options=("--picture", str(picture)))
+    first = picture.read_bytes()
+    assert first.startswith(start)
+    # It may be drawn again, and is the same.
+    inspect(family.base, *family.parents, options=("--picture", str(picture)))
+    assert picture.read_bytes() == first
+
+
+def test_the_terminal_shows_tables_and_sentences(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["inspect", *map(str, (family.base, *family.parents))]
+    assert run(lambda: cli.main(arguments, standalone_mode=False)) == 0
+    text = capsys.readouterr().out
+    for words_ in ("stored dtype", "Distances of the weights", "Task vectors from base", "Relative norm by layer"):
+        assert words_ in text
+    assert "- base is the base of the others" in text
