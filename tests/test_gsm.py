@@ -260,7 +260,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(tmp_pa
     long = [{"role": "user", "content": "w" * 10**6}]
     tokenizer = chat_tokenizer(GSM8K)
     expected = tokenizer.apply_chat_template(long, tokenize=False, add_generation_prompt=True)
-    assert render_chat(tokenizer, long, add_generation_prompt=True) == expected
+    assert render_chat(TEMPLATE, tokenizer, long, add_generation_prompt=True) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------

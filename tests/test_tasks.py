@@ -31,6 +31,7 @@ from evojax_merge.tasks.batches import (
 )
 from evojax_merge.tasks.opening import open_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
+from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
@@ -39,7 +40,6 @@ from evojax_merge.tasks.text import (
     Fields,
     TextConfig,
     TextTask,
-    encode_pair,
     extract_answer,
     likelihood_rows,
     prompt_rows,
@@ -609,7 +609,7 @@ def test_targets_that_mostly_hold_no_number_are_warned_of(
     error = capsys.readouterr().err
     assert error.startswith(f"warning: tasks[0].pattern: missing; 2 of 3 targets of {path}") == warned
     assert error.count("\n") == warned
-    open_task("tasks[0]", config.model_copy(update={"pattern": r"\w+"}), tmp_path, 0)
+    open_task("tasks[0]", config.model_copy(update={"pattern": ".+"}), tmp_path, 0)
     assert not capsys.readouterr().err
 
 
