@@ -1,0 +1,252 @@
+"""Tasks for instruct models: their prompts are those of transformers and of the lm-eval harness, token by token, and
+their scores those of the harness, example by example."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+import yaml
+from helpers import random_model, tiny_config, write_lines
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from evojax_merge.checkpoints.bank import load_stored
+from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.config import TaskFile, parse
+from evojax_merge.evaluation.batched_tasks import batch_tasks
+from evojax_merge.evaluation.evaluator import Evaluator
+from evojax_merge.problem import stop_tokens
+from evojax_merge.tasks.opening import open_whole_task
+from evojax_merge.tasks.task import Responses, Task
+
+CONTEXT, NEW_TOKENS = 1024, 6
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>\n{% endif %}{% endif %}"
+)
+QUESTIONS = [
+    {"question": "Anna has 3 apples and buys 4. How many has she?", "answer": "3 + 4 = 7\n#### 7"},
+    {"question": "Ben reads 2 pages a day. How many in 5 days?", "answer": "2 * 5 = 10\n#### 10"},
+    {"question": "Half of 18?", "answer": "18 / 2 = 9\n#### 9"},
+    {"question": "A dozen and one?", "answer": "12 + 1 = 13\n#### 13"},
+    {"question": "What is 6 times 7?", "answer": "6 * 7 = 42\n#### 42"},
+    {"question": "Days of two weeks?", "answer": "2 * 7 = 14\n#### 14"},
+]
+CHOICES = [
+    {"question": "Which is a fruit?", "choices": ["apple", "chair", "a long road", "sea"], "gold": 0},
+    {"question": "The sky is", "choices": ["green as grass", "blue", "naïve", "té"], "gold": 1},
+    {"question": "Water freezes at", "choices": ["0 °C", "50 °C", "100 degrees of Celsius", "1"], "gold": 0},
+    {"question": "The opposite of hot?", "choices": ["warm", "dry", "cold", "…"], "gold": 2},
+    {"question": "Two and two are", "choices": ["five", "four", "a great many", "x"], "gold": 1},
+    {"question": "A cat says", "choices": ["woof woof", "moo", "meow", "tweet tweet tweet"], "gold": 2},
+]
+SHOWN = 2
+
+
+def write_tokenizer(folder: Path, template: str | dict[str, str] | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that begins every text with <s>, as Llama's do, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
+    )  # fmt: skip
+    tokenizer.train_from_iterator([record["question"] for record in [*QUESTIONS, *CHOICES]], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    size = len(write_tokenizer(folder))
+    config = tiny_config(
+        vocab_size=size,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+        num_hidden_layers=1,
+    )
+    random_model(config, seed=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def harness_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of the harness like GSM8K, ARC, LAMBADA and IFEval, with local data; the first examples are shown."""
+    folder = tmp_path_factory.mktemp("tasks")
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    for name, records in (("sums", QUESTIONS), ("choices", CHOICES)):
+        write_lines(folder / f"{name}_shown.jsonl", records[:SHOWN])
+        write_lines(folder / f"{name}.jsonl", records[SHOWN:])
+
+    def data(name: str) -> dict[str, Any]:
+        files = {"train": str(folder / f"{name}_shown.jsonl"), "test": str(folder / f"{name}.jsonl")}
+        return {
+            "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "training_split": "train",
+            "test_split": "test", "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"},
+        }  # fmt: skip
+
+    tasks: dict[str, dict[str, Any]] = {
+        "gsm_like": data("sums") | {
+            "output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "{{answer}}", "generation_kwargs": {"until": [], "max_gen_toks": NEW_TOKENS},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+        "arc_like": data("choices") | {
+            "output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "gold", "doc_to_choice": "choices",
+            "metric_list": [{"metric": metric, **mean} for metric in
+                            ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")],
+        },
+        "lambada_like": data("sums") | {
+            "output_type": "loglikelihood", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+        },
+        "ifeval_like": data("sums") | {
+            "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{answer}}",
+            "generation_kwargs": {"until": ["ma"], "max_gen_toks": NEW_TOKENS},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    }  # fmt: skip
+    for name, task in tasks.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name} | task, sort_keys=False))
+    return folder
+
+
+OURS: dict[str, dict[str, Any]] = {
+    "gsm_like": {
+        "kind": "exact_match", "file": "sums.jsonl", "prompt": "Question: {question}\nAnswer:", "target": "{answer}",
+        "max_new_tokens": NEW_TOKENS,
+    },
+    "arc_like": {
+        "kind": "multiple_choice", "file": "choices.jsonl", "prompt": "Question: {question}\nAnswer:",
+        "answer": "gold",
+    },
+    "lambada_like": {
+        "kind": "likelihood", "file": "sums.jsonl", "prompt": "{question}", "target": "{answer}",
+    },
+    "ifeval_like": {
+        "kind": "exact_match", "file": "sums.jsonl", "prompt": "{question}", "target": "{answer}", "stop": ["ma"],
+        "max_new_tokens": NEW_TOKENS,
+    },
+}  # fmt: skip
+METRICS = {"acc": "accuracy", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "acc_mutual_info": "acc_mutual_info"}
+
+
+def open_ours(folder: Path, name: str, **keys: Any) -> Task:
+    section = {"name": name} | OURS[name] | keys
+    (config,) = parse(folder / "tasks.yaml", {"tasks": [section]}, TaskFile).tasks
+    return open_whole_task("tasks.yaml: tasks[0]", config, folder)
+
+
+def answers_of(model: Path, task: Task) -> tuple[np.ndarray, list[str]]:
+    """The stored model's total log-probability of each row, and its outputs."""
+    tokenizer = load_tokenizer(model)
+    sources, config = open_sources([model])
+    ((batched_task,),) = batch_tasks([[task]], tokenizer, 4096, CONTEXT, stop_tokens(model, tokenizer))
+    scores = Evaluator(config, tokenizer, [batched_task]).stored(load_stored(sources, config, 0, "float32"))
+    return scores.log_probabilities.get(task.name, np.zeros((1, 0)))[0], scores.outputs.get(task.name, [[]])[0]
+
+
+CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # Name: our keys, the harness's options, and keys of its tasks.
+    "plain": ({}, {}, {}),
+    "plain, shown": ({"num_fewshot": 2}, {"num_fewshot": 2}, {}),
+    "chat": ({"apply_chat_template": True}, {"apply_chat_template": True}, {}),
+    "system": (
+        {"apply_chat_template": True, "system_instruction": "Be brief."},
+        {"apply_chat_template": True, "system_instruction": "Be brief."}, {},
+    ),
+    "shown as turns": (
+        {"apply_chat_template": True, "num_fewshot": 2},
+        {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": True}, {},
+    ),
+    "shown as text": (
+        {"apply_chat_template": True, "num_fewshot": 1, "fewshot_as_multiturn": False, "system_instruction": "Think."},
+        {"apply_chat_template": True, "num_fewshot": 1, "fewshot_as_multiturn": False, "system_instruction": "Think."},
+        {},
+    ),
+    "prefix": (
+        {"apply_chat_template": True, "num_fewshot": 1, "assistant_prefix": "Let us see:"},
+        {"apply_chat_template": True, "num_fewshot": 1, "fewshot_as_multiturn": True}, {"gen_prefix": "Let us see:"},
+    ),
+    "plain prefix": (
+        {"num_fewshot": 1, "assistant_prefix": "Let us see:"}, {"num_fewshot": 1}, {"gen_prefix": "Let us see:"},
+    ),
+    "no thinking": (
+        {"apply_chat_template": True, "chat_template_kwargs": {"enable_thinking": False}},
+        {"apply_chat_template": True, "chat_template_args": {"enable_thinking": False}}, {},
+    ),
+}  # fmt: skip
+
+
+def harness_samples(
+    model: Path, folder: Path, names: Sequence[str], keys: dict[str, Any], **options: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """The harness's examples with its answers, by task, from its own `hf` model."""
+    arguments = options.pop("chat_template_args", {})
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    tasks: list[Any] = [manager.load([name])["tasks"][name] for name in names]
+    for task in tasks:
+        for key, value in keys.items():
+            task.set_config(key, value)
+            setattr(task.fewshot_cfg, key, value)
+    results = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(model), batch_size=1, device="cpu", dtype="float32", chat_template_args=arguments),
+        tasks=tasks, task_manager=manager, bootstrap_iters=0, **options,
+    )  # fmt: skip
+    return {name: results["samples"][name] for name in names}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_prompts_and_scores_are_those_of_the_harness(case: str, model: Path, harness_tasks: Path) -> None:
+    ours, options, keys = CHATS[case]
+    # A log-likelihood of the harness has no delimiter at all; instructions are followed without examples.
+    chats, shown = bool(ours.get("apply_chat_template")), bool(ours.get("num_fewshot"))
+    skipped = {"lambada_like": keys or not chats, "ifeval_like": shown}
+    names = [name for name in OURS if not skipped.get(name)]
+    samples = harness_samples(model, harness_tasks, names, keys, **options)
+    tokenizer = load_tokenizer(model)
+    for name in names:
+        fewshot = {"fewshot_source": OURS[name]["file"].replace(".", "_shown.")} if "num_fewshot" in ours else {}
+        metric = {"metric": "acc_mutual_info"} if name == "arc_like" else {}
+        task = open_ours(harness_tasks, name, **ours, **fewshot, **metric)
+        requests = task.requests(tokenizer, CONTEXT)
+        rows = requests.scored or requests.prompts
+        asked = [arguments for sample in samples[name] for arguments in sample["arguments"]]
+        if name == "arc_like":
+            asked = [arguments for arguments in asked if arguments[0]]
+            rows = tuple(row for row in rows if row.start > 1)
+        texts = [context + target if requests.scored else context for context, target in asked]
+        assert [tokenizer.decode(row.tokens) for row in rows] == [
+            text if text.startswith("<s>") else f"<s>{text}" for text in texts
+        ], case
+        assert all(row.tokens.count(tokenizer.bos_token_id) == 1 for row in rows)
+        totals, outputs = answers_of(model, task)
+        if requests.prompts:
+            assert outputs == [sample["resps"][0][0] for sample in samples[name]], (case, name)
+            continue
+        expected = [response[0][0] for sample in samples[name] for response in sample["resps"]]
+        np.testing.assert_allclose(totals, expected, rtol=1e-5, atol=1e-3)
+        for theirs, ours_name in METRICS.items() if name == "arc_like" else ():
+            # Only mutual information has rows without the prompt.
+            asked_rows = [row.start > 1 or theirs == "acc_mutual_info" for row in requests.scored]
+            answers = Responses(totals[None, asked_rows], np.ones(sum(asked_rows), int), np.zeros((1, 0), bool), [])
+            task = open_ours(harness_tasks, name, **ours, **fewshot, metric=theirs)
+            assert task.metric == ours_name
+            assert task.score(answers)[ours_name][0].tolist() == [sample[theirs] for sample in samples[name]], theirs
