@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
@@ -318,11 +318,25 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
         raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
     samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
     check_pattern(where, style.strict, config.max_new_tokens, samples)
+    if config.pattern is not None:
+        check_worked_answers(f"{where}.pattern", style, problems)
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
         config.metric,
     )  # fmt: skip
+
+
+def check_worked_answers(where: str, style: Style, problems: Sequence[WordProblem]) -> None:
+    """Raises InputError where the strict pattern finds another number in a worked answer than the problem's: an output
+    like it would count as wrong."""
+    for problem in problems:
+        answer = find_answer(style, "strict", problem.answer or "", where)
+        if answer is not None and comparable(style, answer) != comparable(style, problem.number):
+            raise InputError(
+                where, f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, whose number "
+                f"is {shown(problem.number)}"
+            )  # fmt: skip
 
 
 def test_set(config: GsmConfig) -> TestSet | None:

@@ -43,7 +43,7 @@ from evojax_merge.tasks.task import (
     TaskRequests,
     brevity,
 )
-from evojax_merge.tasks.templates import check_names_field, check_stop, check_template, fill, look_up
+from evojax_merge.tasks.templates import check_names_field, check_stop, check_template, fill, look_up, only_field
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
 Metric = Literal[
@@ -251,8 +251,8 @@ def check_targets(where: str, task: TextTask, pattern: str) -> None:
         answer = extract_answer(str(example.answer), pattern, where)
         if answer is not None and not same_answer(answer, str(example.answer), pattern):
             raise InputError(
-                where, f"{pattern!r} finds {_brief(answer)} in the target of {task.where(example)}, which is compared "
-                f"with {_brief(str(example.answer).strip())}; expected a pattern that finds all of it, or a target of "
+                where, f"{pattern!r} finds {brief(answer)} in the target of {task.where(example)}, which is compared "
+                f"with {brief(str(example.answer).strip())}; expected a pattern that finds all of it, or a target of "
                 "the answer alone"
             )  # fmt: skip
 
@@ -261,7 +261,8 @@ def check_targets(where: str, task: TextTask, pattern: str) -> None:
 class Fields:
     """The parts of a record: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields. `where` is
     the section of the config that names them. `messages`: the field of a conversation, in place of the prompt; `chat`:
-    whether a chat template stands between prompt and target; `prefix`: the text that begins an answer."""
+    whether a chat template stands between prompt and target; `prefix`: the text that begins an answer; `objects`:
+    whether the target may be a field of any JSON value."""
 
     prompt: str
     target: str
@@ -272,6 +273,7 @@ class Fields:
     messages: str | None = None
     chat: bool = False
     prefix: str = ""
+    objects: bool = False
 
 
 def checked_fields(where: str, config: PromptConfig, choices: str = "", answer: str = "") -> Fields:
@@ -377,7 +379,7 @@ def _example(record: Record, kind: Kind, fields: Fields) -> Example:
             if not turns:
                 raise InputError(where, f"{fields.messages}: holds the assistant's turn alone; expected the user's")
         else:
-            target = fill(where, f"{fields.where}.target", fields.target, record.fields)
+            target = _target(where, fields, record.fields)
         # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
@@ -392,13 +394,22 @@ def _example(record: Record, kind: Kind, fields: Fields) -> Example:
     chosen = _chosen(answer, choices, labels)
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
-        raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected {expected} or a choice")
+        raise InputError(where, f"{fields.answer}: {brief(answer)}; expected {expected} or a choice")
     if choices.count(choices[chosen]) > 1:
         raise InputError(
-            where, f"{fields.choices}: the right one, {_brief(choices[chosen])}, is there twice, and cannot win; "
+            where, f"{fields.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
             "expected choices that differ"
         )  # fmt: skip
     return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns))
+
+
+def _target(where: str, fields: Fields, record: Mapping[str, Any]) -> str:
+    key, path = f"{fields.where}.target", only_field(fields.target)
+    if fields.objects and path is not None:
+        value = look_up(where, key, path, record)
+        if not isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False, default=str)
+    return fill(where, key, fields.target, record)
 
 
 def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], list[str]]:
@@ -408,10 +419,10 @@ def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], 
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
     if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
-        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(value)}")
+        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {brief(value)}")
     if labels and not len(texts) == len(labels) == len(set(labels)):
         raise InputError(
-            where, f"{fields.choices}: labels {_brief(labels)} of {len(texts)} texts; expected one of its own for each"
+            where, f"{fields.choices}: labels {brief(labels)} of {len(texts)} texts; expected one of its own for each"
         )
     return texts, labels
 
@@ -433,7 +444,7 @@ def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int |
     return answer if type(answer) is int and 0 <= answer < len(choices) else None
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
