@@ -2,9 +2,14 @@
 makers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evojax_merge import jinja_process
+
+# The folders, of the models that were opened last, whose tokenizers have a chat template. A message about one that has
+# none names them.
+_with_template: tuple[Path, ...] = ()
 
 ChatTemplateError = jinja_process.TemplateError
 check_chat_template = jinja_process.check
@@ -17,3 +22,14 @@ def render_chat(template: str, tokenizer: Any, turns: Sequence[Mapping[str, Any]
     template. Raises ChatTemplateError.
     """
     return jinja_process.render_turns(template, turns, {**tokenizer.special_tokens_map, **options})
+
+
+def note_templates(folders: Sequence[Path]) -> None:
+    """Have messages name the folders, of the models that were just opened, that have a chat template."""
+    global _with_template
+    _with_template = tuple(folders)
+
+
+def folders_with_template() -> tuple[Path, ...]:
+    """The folders of the last `note_templates`."""
+    return _with_template

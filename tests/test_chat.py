@@ -19,10 +19,11 @@ from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
 from evojax_merge.checkpoints.tokens import load_tokenizer
 from evojax_merge.config import TaskFile, parse
+from evojax_merge.errors import InputError
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
 from evojax_merge.problem import stop_tokens
-from evojax_merge.tasks.opening import open_whole_task
+from evojax_merge.tasks.opening import open_task, open_whole_task, resolved_config
 from evojax_merge.tasks.task import Responses, Task
 
 CONTEXT, NEW_TOKENS = 1024, 6
@@ -250,3 +251,214 @@ def test_prompts_and_scores_are_those_of_the_harness(case: str, model: Path, har
             task = open_ours(harness_tasks, name, **ours, **fewshot, metric=theirs)
             assert task.metric == ours_name
             assert task.score(answers)[ours_name][0].tolist() == [sample[theirs] for sample in samples[name]], theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Conversations of records
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+TALKS = [
+    {"talk": [turn("user", record["question"]), turn("assistant", record["answer"])]} for record in QUESTIONS[:5]
+]  # fmt: skip
+SYSTEM = [{"talk": [turn("system", "Be kind."), turn("user", "Hi?")], "target": "Hello!", "choices": ["No", "Yes"]}]
+
+
+def open_talks(folder: Path, records: Sequence[dict[str, Any]], kind: str = "likelihood", **keys: Any) -> Any:
+    write_lines(folder / "talks.jsonl", records)
+    section = {"name": "talks", "kind": kind, "file": "talks.jsonl", "messages": "talk", "apply_chat_template": True}
+    (config,) = parse(folder / "tasks.yaml", {"tasks": [section | keys]}, TaskFile).tasks
+    return open_whole_task("tasks.yaml: tasks[0]", config, folder)
+
+
+def test_conversations_of_records_are_those_of_transformers(model: Path, tmp_path: Path) -> None:
+    """A last turn of the assistant is the target; shown examples are turns as well."""
+    tokenizer = load_tokenizer(model)
+    task = open_talks(tmp_path, TALKS, num_fewshot=1, system_instruction="Think.")
+    assert task.size == 4
+    for row, record in zip(task.requests(tokenizer, CONTEXT).scored, TALKS[1:], strict=True):
+        question = [turn("system", "Think."), *TALKS[0]["talk"], record["talk"][0]]
+        wanted = tokenizer.apply_chat_template(question, add_generation_prompt=True)["input_ids"]
+        assert list(row.tokens[: len(wanted)]) == wanted
+        # The line feed of the template is predicted as well, as in the harness.
+        assert tokenizer.decode(row.tokens[row.start :]) == f"\n{record['talk'][1]['content']}"
+    writing = open_talks(tmp_path, TALKS, "exact_match")
+    assert [writing.target(i) for i in range(5)] == [record["answer"] for record in QUESTIONS[:5]]
+    for row, record in zip(writing.requests(tokenizer, CONTEXT).prompts, TALKS, strict=True):
+        asked = record["talk"][:1]
+        assert list(row.tokens) == tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_system_turn_of_the_record_leads_the_conversation(model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    talk = SYSTEM[0]["talk"]
+    task = open_talks(tmp_path, [*SYSTEM, SYSTEM[0] | {"talk": talk[1:]}])
+    first, second = task.requests(tokenizer, CONTEXT).scored
+    for row, turns in ((first, talk), (second, talk[1:])):
+        wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        assert tokenizer.decode(row.tokens) == f"{wanted}Hello!"
+    records = [record | {"answer": "Yes"} for record in SYSTEM]
+    choices = open_talks(tmp_path, records, "multiple_choice", target="{target}").requests(tokenizer, CONTEXT).scored
+    assert [tokenizer.decode(row.tokens[row.start :]) for row in choices] == ["\nNo", "\nYes"]
+    shown = open_talks(tmp_path, [*SYSTEM, *TALKS], num_fewshot=1).requests(tokenizer, CONTEXT).scored[0]
+    # One system turn at most, and at the beginning.
+    assert tokenizer.decode(shown.tokens).startswith("<s><|user|>\nHi?<|end|>\n<|assistant|>\nHello!<|end|>\n<|user|>")
+    with pytest.raises(InputError, match=r"talks.jsonl:1: tasks.yaml: tasks\[0\].system_instruction: .* of its own"):
+        open_talks(tmp_path, SYSTEM, system_instruction="Think.").requests(tokenizer, CONTEXT)
+
+
+def test_extra_keys_of_turns_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(
+        tmp_path, "{% for m in messages %}{{ m.name | default('?') }}: {{ m.content }}{% endfor %}"
+    )
+    talk = [turn("user", "Hi") | {"name": "Anna"}, turn("user", "Ho") | {"name": None}]
+    (row,) = open_talks(tmp_path, [{"talk": talk, "target": "x"}]).requests(tokenizer, CONTEXT).scored
+    assert tokenizer.decode(row.tokens) == "Anna: Hi?: Hox"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shown examples
+
+
+def questions_of(task: Any) -> list[str]:
+    return [example.prompt for example in task.examples]
+
+
+def test_shown_examples_are_scored_in_no_split(tmp_path: Path) -> None:
+    asked = [record["question"] for record in QUESTIONS]
+    write_lines(tmp_path / "searched.jsonl", [*QUESTIONS[:4], QUESTIONS[0] | {"answer": "seven: #### 7"}])
+    write_lines(tmp_path / "heldout.jsonl", [QUESTIONS[1], *QUESTIONS[4:]])
+    section = {
+        "name": "sums", "kind": "exact_match", "file": "searched.jsonl", "heldout": "heldout.jsonl", "num_fewshot": 2,
+        "prompt": "{question}", "target": "{answer}",
+    }  # fmt: skip
+
+    def splits(**keys: Any) -> tuple[Any, Any, dict[str, Any]]:
+        (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section | keys]}, TaskFile).tasks
+        search, heldout = open_task("tasks.yaml: tasks[0]", config, tmp_path, 0)
+        return search, heldout, resolved_config(config, search, heldout)
+
+    search, heldout, kept = splits()
+    assert (questions_of(search), questions_of(heldout)) == (asked[2:4], asked[4:])
+    assert search.prompts.shots == heldout.prompts.shots
+    assert [shot.answer for shot in search.prompts.shots] == [record["answer"] for record in QUESTIONS[:2]]
+    assert set(heldout.files) == {tmp_path / "searched.jsonl", tmp_path / "heldout.jsonl"}
+    assert kept["file"] == str(tmp_path / "searched.jsonl") and "fewshot_source" not in kept
+    search, heldout, kept = splits(fewshot_source="heldout.jsonl", heldout=0.5)
+    assert sorted(questions_of(search) + questions_of(heldout)) == sorted([asked[0], *asked[2:4], asked[0]])
+    assert kept["fewshot_source"] == str(tmp_path / "heldout.jsonl")
+    # The section of a task without any of the keys is what it was.
+    (plain,) = parse(tmp_path / "tasks.yaml", {"tasks": [section | {"num_fewshot": 0}]}, TaskFile).tasks
+    assert not {"num_fewshot", "apply_chat_template", "messages", "assistant_prefix"} & set(plain.model_dump())
+
+
+def test_choices_of_an_equal_question_are_another_example(tmp_path: Path) -> None:
+    record = {"prompt": "Which?", "choices": ["a", "b"], "answer": 0}
+    write_lines(tmp_path / "data.jsonl", [record, record | {"choices": ["c", "d"]}, record | {"answer": 1}])
+    section = {"name": "choices", "kind": "multiple_choice", "file": "data.jsonl", "num_fewshot": 1}
+    (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section]}, TaskFile).tasks
+    task: Any = open_whole_task("tasks", config, tmp_path)
+    assert [example.choices for example in task.examples] == [("c", "d")]
+
+
+def test_a_function_gets_the_records_that_are_scored(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def score(records, texts):\n    return [r['n'] for r in records]\n")
+    write_lines(tmp_path / "data.jsonl", [record | {"n": i} for i, record in enumerate(QUESTIONS)])
+    section = {
+        "name": "mine", "kind": "function", "function": "own.py:score", "file": "data.jsonl", "prompt": "{question}",
+        "target": "{answer}", "num_fewshot": 1, "apply_chat_template": True, "assistant_prefix": "So",
+    }  # fmt: skip
+    (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section]}, TaskFile).tasks
+    task: Any = open_whole_task("tasks", config, tmp_path)
+    assert [record["n"] for record in task.records] == [1, 2, 3, 4, 5]
+    tokenizer = load_tokenizer(model)
+    asked, answer = QUESTIONS[0]["question"], f"So {QUESTIONS[0]['answer']}"
+    turns = [turn("user", asked), turn("assistant", answer), turn("user", QUESTIONS[1]["question"])]
+    text = tokenizer.apply_chat_template(
+        [*turns, turn("assistant", "So")], tokenize=False, continue_final_message=True
+    )  # fmt: skip
+    assert tokenizer.decode(task.requests(tokenizer, CONTEXT).prompts[0].tokens) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+def test_templates_are_chosen_by_name(tmp_path: Path) -> None:
+    named = {"default": "d{{ messages[0].content }}", "short": "s{{ messages[0].content }}"}
+    tokenizer = write_tokenizer(tmp_path, named)
+    write_lines(tmp_path / "data.jsonl", [{"prompt": "Hi", "target": "x"}])
+
+    def text(template: bool | str) -> str:
+        section = {"name": "n", "kind": "exact_match", "file": "data.jsonl", "apply_chat_template": template}
+        (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section | {"pattern": ".+"}]}, TaskFile).tasks
+        task = open_whole_task("tasks[0]", config, tmp_path)
+        return str(tokenizer.decode(task.requests(tokenizer, CONTEXT).prompts[0].tokens))
+
+    assert [text(True), text("short"), text("default")] == ["dHi", "sHi", "dHi"]
+    for template, asked, names in (
+        (named, "long", "default, short"),
+        ({"short": "s"}, True, "short"),
+        (TEMPLATE, "short", "default"),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(InputError, match=rf"tasks\[0\].apply_chat_template: .*{tmp_path}.*; expected .*{names}$"):
+            text(asked)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match=rf"the tokenizer of {tmp_path} has no chat template"):
+        text(True)
+
+
+REFUSES = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "keys", "message"),
+    [
+        (REFUSES, {"system_instruction": "Think."},
+         r"tasks\[0\].system_instruction: .* refuses a system turn \(no system role\)"),
+        ("{{ raise_exception('users only') }}", {"system_instruction": "Think."},
+         r"data.jsonl:1: .*apply_chat_template: the chat template of .* failed \(users only\)"),
+        ("{% if %}", {}, "data.jsonl:1: .*failed"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_is_named_with_the_example(
+    template: str, keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tokenizer = write_tokenizer(tmp_path, template)
+    write_lines(tmp_path / "data.jsonl", [{"prompt": "Hi", "target": "x"}])
+    section = {"name": "n", "kind": "likelihood", "file": "data.jsonl", "apply_chat_template": True}
+    (config,) = parse(tmp_path / "tasks.yaml", {"tasks": [section | keys]}, TaskFile).tasks
+    with pytest.raises(InputError, match=message):
+        open_whole_task("tasks[0]", config, tmp_path).requests(tokenizer, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("records", "keys", "message"),
+    [
+        ([{"talks": []}], {}, r"talks.jsonl:1: the record has no field 'talk', which tasks.yaml: tasks\[0\].messages"),
+        ([{"talk": []}], {}, r"talks.jsonl:1: talk: \[\]; expected a list of turns"),
+        ([{"talk": "Hi"}], {}, "talks.jsonl:1: talk: 'Hi'; expected a list of turns"),
+        ([{"talk": [{"role": "user"}]}], {}, r"talks.jsonl:1: talk\[0\]: .*; expected a list of turns"),
+        ([{"talk": [turn("assistant", "Hi")]}], {}, "talk: holds the assistant's turn alone"),
+        (TALKS, {"target": "{talk}!"}, "talk: ends with the assistant's turn, which would be the target; leave"),
+        (TALKS, {"kind": "multiple_choice"}, "talk: ends with the assistant's turn; expected the user's"),
+        (TALKS, {"num_fewshot": 6}, r"tasks\[0\].num_fewshot: 6; .*talks.jsonl holds 5 examples"),
+        (TALKS, {"num_fewshot": 5}, r"tasks\[0\].num_fewshot: 5; leaves no example of .*talks.jsonl to score"),
+        (TALKS, {"prompt": "{talk}"}, "prompt: has no meaning beside messages"),
+        (TALKS, {"fewshot_as_multiturn": False}, "fewshot_as_multiturn: the examples of messages are turns"),
+        (TALKS, {"apply_chat_template": False}, "messages: has no meaning outside of a chat"),
+        (TALKS, {"fewshot_source": "talks.jsonl"}, "fewshot_source: say num_fewshot"),
+        (TALKS, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs: tools is set by the program"),
+    ],
+)
+def test_what_is_no_conversation_is_refused(
+    records: list[dict[str, Any]], keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        open_talks(tmp_path, records, **keys)

@@ -487,6 +487,7 @@ def test_a_bad_record_is_named_with_its_line(tmp_path: Path, doc: Fields, messag
         ({"style": "gsm"}, "style: unknown style 'gsm' (did you mean 'gsm8k'?)"),
         ({"num_fewshot": 7}, "num_fewshot: 7; "),
         ({"num_fewshot": 6}, "num_fewshot: 6; leaves no problem"),
+        ({"pattern": r"(\d+)"}, "pattern: '(\\\\d+)' finds '2' in the worked answer of "),
         ({"pattern": "(["}, "pattern: '([' is not a regular expression"),
         ({"prompt": "Q:"}, "prompt: expected {question} where the problem goes"),
         ({"system_instruction": "Think."}, "system_instruction: a turn of a chat"),

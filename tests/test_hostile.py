@@ -12,6 +12,7 @@ from hostile import (
     Case,
     Server,
     build_world,
+    chat,
     check,
     checkpoints,
     configs,
@@ -43,6 +44,7 @@ MODULES = (
     quantised,
     tasks_of_strangers,
     messages,
+    chat,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from evojax_merge.chat_templates import ChatTemplateError, render_chat
+from evojax_merge.chat_templates import ChatTemplateError, folders_with_template, render_chat
 from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Form, Location, Name, Text, Whole
 from evojax_merge.tasks.task import TaskConfig, token_ids
@@ -223,8 +223,9 @@ def chat_template(where: str, tokenizer: Any, name: str | None) -> str:
     there is none; `where` is the key that asks for it."""
     templates = tokenizer.chat_template
     if not templates:
-        raise InputError(where, f"{named(tokenizer)} has no chat template; leave the key out, or take its tokenizer "
-                                "from a model that has one")  # fmt: skip
+        others = ", ".join(map(str, folders_with_template()[:3]))
+        hint = f", or set tokenizer_source to a model that has one ({others})" if others else ""
+        raise InputError(where, f"{named(tokenizer)} has no chat template; leave the key out{hint}")
     by_name = {"default": templates} if isinstance(templates, str) else templates
     if (name or "default") not in by_name:
         asked = f"no chat template {name!r}" if name else "several chat templates, and no default"
