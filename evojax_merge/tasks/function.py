@@ -79,8 +79,11 @@ class FunctionConfig(PromptConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "FunctionConfig":
-        answered = () if self.num_fewshot else ("target", "delimiter")
-        foreign = answered if self.inputs == "texts" else ("max_new_tokens", "stop")
+        foreign = ["max_new_tokens", "stop"]
+        if self.inputs == "texts":
+            # Shown examples have targets, and a prefix is joined to the prompt.
+            uses = {"target": self.num_fewshot, "delimiter": self.num_fewshot or self.assistant_prefix}
+            foreign = [name for name, used in uses.items() if not used]
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: has no meaning where its inputs are {self.inputs}")

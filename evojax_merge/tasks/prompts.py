@@ -152,7 +152,12 @@ class Prompts:
             )  # fmt: skip
 
         try:
-            return render([*systems, *conversation])
+            text = render([*systems, *conversation])
+            # Some templates leave out roles that they do not know.
+            if self.system is not None and self.system.strip() not in text and text == render(conversation):
+                problem = f"the chat template of {named(tokenizer)} leaves a system turn out"
+                raise InputError(f"{self.where}.system_instruction", f"{problem}; write it into prompt instead")
+            return text
         except ChatTemplateError as error:
             if error.refused and systems and _succeeds(lambda: render(conversation)):
                 key = f"{self.where}.system_instruction" if self.system is not None else where
