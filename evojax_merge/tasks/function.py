@@ -205,8 +205,8 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    check_stop(where, config.stop)
     fields = checked_fields(where, config)
+    check_stop(where, config.stop)
     # The function judges the texts: a scored record needs no target, and this placeholder is never read.
     scored_fields = replace(fields, target=NO_TARGET) if config.inputs == "texts" else fields
     data = read_prompted(config, opening, kind, scored_fields, fields)

@@ -125,11 +125,11 @@ def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTas
     package is missing."""
     where = opening.where
     _check_package(f"{where}.metric", config.metric)
+    fields = replace(checked_fields(where, config), objects=config.metric == "json")
     check_stop(where, config.stop)
     if config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=True)
         check_names_field(f"{where}.target", config.target, refuse=False)
-    fields = replace(checked_fields(where, config), objects=config.metric == "json")
     data = read_prompted(config, opening, "exact_match", fields, fields)
     text = TextTask(
         config.name, "exact_match", config.metric, config.weight, data.file, data.examples,

@@ -1,4 +1,4 @@
-"""Tasks of text: examples from a JSONL file, their requests to a model, and the scoring of the answers.
+"""Tasks of text: examples from a file, their requests to a model, and the scoring of the answers.
 
 Three kinds: `likelihood` (mean log-probability of the target given the prompt), `multiple_choice` (the best choice by
 log-probability, and the margin it wins by), `exact_match` (the answer in a greedy continuation). Scores are per
@@ -205,12 +205,12 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
+    fields = checked_fields(where, config, config.choices, config.answer)
     check_stop(where, config.stop)
     if config.prompt and config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
     if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
-    fields = checked_fields(where, config, config.choices, config.answer)
     data = read_prompted(config, opening, kind, fields, fields)
     task = TextTask(
         config.name, kind, metric, config.weight, data.file, data.examples, config.pattern, config.max_new_tokens,

@@ -81,7 +81,8 @@ TEMPLATES = [
     Case("a system turn that the template refuses", chat(LIKELIHOOD, SYSTEM, system_instruction="w5"),
          ("config.yaml: tasks[0].system_instruction", "refuses a system turn (no system here)")),
     Case("a system turn that the template leaves out", chat(
-        LIKELIHOOD, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", system_instruction="w5 w5",
+        LIKELIHOOD, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        system_instruction="w5 w5",
     ), ("config.yaml: tasks[0].system_instruction", "leaves a system turn out")),
     Case("a record's system turn that the template refuses", both(
         chat(TALK, SYSTEM), talk({"role": "system", "content": "w5"}, {"role": "user", "content": "w6"}),
