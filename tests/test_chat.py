@@ -1,6 +1,7 @@
 """Tasks for instruct models: their prompts are those of transformers and of the lm-eval harness, token by token, and
 their scores those of the harness, example by example."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
-from helpers import random_model, tiny_config, write_lines
+from helpers import Family, random_model, tiny_config, write_lines
+from hostile import build_world, run_command
+from hostile import config as search_config
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -462,3 +465,32 @@ def test_what_is_no_conversation_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         open_talks(tmp_path, records, **keys)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def test_a_search_and_an_evaluation_score_chats(family: Family, tmp_path: Path) -> None:
+    world = build_world(tmp_path / "world", family)
+    template = "{% for m in messages %}w{{ 10 + m.role | length }} {{ m.content }} {% endfor %}"
+    for name in ("base", "one", "two"):
+        world.write(f"{name}/chat_template.jinja", template)
+    chat = {"file": "tasks.jsonl", "apply_chat_template": True, "num_fewshot": 2, "assistant_prefix": "w9"}
+    tasks = [
+        {"name": "choices", "kind": "multiple_choice", "metric": "acc_mutual_info", **chat},
+        {"name": "words", "kind": "generation", "metric": "chrf", "max_new_tokens": 3, **chat},
+    ]  # fmt: skip
+    world.write("config.yaml", search_config(tasks=tasks))
+    done = run_command("search", "config.yaml", "--out", "run", folder=world.root)
+    assert done.returncode == 0, done.stderr
+    kept = yaml.safe_load((world / "run/config.yaml").read_text())["tasks"]
+    assert all(section["num_fewshot"] == 2 and section["apply_chat_template"] is True for section in kept)
+    samples = ("--samples", "samples.jsonl")
+    done = run_command("evaluate", "run", "two", "--tasks", "run/config.yaml", *samples, folder=world.root)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (world / "samples.jsonl").read_text().splitlines()]
+    assert {line["example"] for line in lines} == {f"{world / 'tasks.jsonl'}:{number}" for number in range(3, 13)}
+    # Each choice has a log-probability after the prompt, and one without it.
+    assert {len(line.get("log_probabilities", [])) for line in lines if line["task"] == "choices"} == {8}
+    assert {tuple(line["scores"]) for line in lines if line["task"] == "words"} == {("chrf",)}

@@ -41,9 +41,7 @@ class GenerationConfig(PromptConfig):
 
     kind: Literal["generation"] = Field(description="the kind of task")
     metric: Metric = Field(
-        "exact_match",
-        description="how an output is compared with the target: as a whole, by a part of it (contains), as an "
-        "expression (regex), by words or characters in common, or by fields (json)",
+        "exact_match", description="how an output is compared with the target: as a whole, by a part, by words …"
     )
     pattern: Text | None = Field(
         None, description="a regular expression, whose last match is what is compared; default: the whole output"
