@@ -451,7 +451,7 @@ def test_a_template_that_fails_is_named_with_the_example(
         ([{"talk": [turn("assistant", "Hi")]}], {}, "talk: holds the assistant's turn alone"),
         (TALKS, {"target": "{talk}!"}, "talk: ends with the assistant's turn, which would be the target; leave"),
         (TALKS, {"kind": "multiple_choice"}, "talk: ends with the assistant's turn; expected the user's"),
-        (TALKS, {"num_fewshot": 6}, r"tasks\[0\].num_fewshot: 6; .*talks.jsonl holds 5 examples"),
+        (TALKS, {"num_fewshot": 6}, r"tasks\[0\].num_fewshot: 6; .*talks.jsonl has only 5"),
         (TALKS, {"num_fewshot": 5}, r"tasks\[0\].num_fewshot: 5; leaves no example of .*talks.jsonl to score"),
         (TALKS, {"prompt": "{talk}"}, "prompt: has no meaning beside messages"),
         (TALKS, {"fewshot_as_multiturn": False}, "fewshot_as_multiturn: the examples of messages are turns"),

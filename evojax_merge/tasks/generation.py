@@ -25,6 +25,7 @@ from evojax_merge.tasks.text import (
     TextTask,
     brief,
     checked_fields,
+    cut_target,
     extract_answer,
     probe_texts,
     read_prompted,
@@ -155,12 +156,11 @@ def _check_target(where: str, place: str, target: str, config: GenerationConfig)
             raise InputError(place, f"target: {brief(target)} is not valid JSON ({error})") from None
     if config.metric == "regex":
         check_pattern(f"{place}: target, a regular expression", target, 0)
-    answer = None if config.pattern is None else extract_answer(target, config.pattern, where)
-    if answer is not None and config.metric in EXACT and compare(config.metric, answer, target, where) < 1:
-        raise InputError(
-            f"{where}.pattern", f"{config.pattern!r} finds {brief(answer)} in the target of {place}, which is compared "
-            f"with {brief(target.strip())}; expected a pattern that finds all of it, or a target of the answer alone"
-        )  # fmt: skip
+    if config.pattern is None or config.metric not in EXACT:
+        return
+    answer = extract_answer(target, config.pattern, where)
+    if answer is not None and compare(config.metric, answer, target, where) < 1:
+        raise cut_target(where, config.pattern, answer, place, target)
 
 
 def _check_package(where: str, metric: Metric) -> None:

@@ -319,7 +319,7 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
     samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
     check_pattern(where, style.strict, config.max_new_tokens, samples)
     if config.pattern is not None:
-        check_worked_answers(f"{where}.pattern", style, problems)
+        check_worked_answers(where, style, problems)
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
@@ -334,8 +334,8 @@ def check_worked_answers(where: str, style: Style, problems: Sequence[WordProble
         answer = find_answer(style, "strict", problem.answer or "", where)
         if answer is not None and comparable(style, answer) != comparable(style, problem.number):
             raise InputError(
-                where, f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, whose number "
-                f"is {shown(problem.number)}"
+                f"{where}.pattern", f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, "
+                f"whose number is {shown(problem.number)}"
             )  # fmt: skip
 
 

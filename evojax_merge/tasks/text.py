@@ -221,7 +221,7 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
         print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
         check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(task))
-        check_targets(f"{where}.pattern", task, config.pattern)
+        check_targets(where, task, config.pattern)
     elif kind == "exact_match":
         answers = [str(example.answer) for example in task.examples]
         without = [answer for answer in answers if extract_answer(answer, None) is None]
@@ -250,11 +250,15 @@ def check_targets(where: str, task: TextTask, pattern: str) -> None:
     for example in task.examples:
         answer = extract_answer(str(example.answer), pattern, where)
         if answer is not None and not same_answer(answer, str(example.answer), pattern):
-            raise InputError(
-                where, f"{pattern!r} finds {brief(answer)} in the target of {task.where(example)}, which is compared "
-                f"with {brief(str(example.answer).strip())}; expected a pattern that finds all of it, or a target of "
-                "the answer alone"
-            )  # fmt: skip
+            raise cut_target(where, pattern, answer, task.where(example), str(example.answer))
+
+
+def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -> InputError:
+    """The error about a pattern that finds `answer` in the target of an example, whose place is `place`."""
+    return InputError(
+        f"{where}.pattern", f"{pattern!r} finds {brief(answer)} in the target of {place}, which is compared with "
+        f"{brief(target.strip())}; expected a pattern that finds all of it, or a target of the answer alone"
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -314,7 +318,7 @@ def read_prompted(
         source = opening.file(key, config.fewshot_source or config.file)
         shown = records if source == file else read_file(source)
         if len(shown) < config.num_fewshot:
-            what = f"{config.num_fewshot}; {source} holds {len(shown)} examples"
+            what = f"{config.num_fewshot}; {source} has only {len(shown)}"
             raise InputError(f"{opening.where}.num_fewshot", what)
         shots = [_example(record, kind, fewshot_fields) for record in shown[: config.num_fewshot]]
         fewshot_file = str(source) if config.fewshot_source is not None or source != file else None

@@ -127,12 +127,12 @@ MESSAGES = [
 
 SHOWN = [
     Case("more shown examples than there are", chat(LIKELIHOOD, num_fewshot=13),
-         ("tasks[0].num_fewshot", "13", "holds 12 examples")),
+         ("tasks[0].num_fewshot", "13", "has only 12")),
     Case("all examples shown", chat(LIKELIHOOD, num_fewshot=12), ("tasks[0].num_fewshot", "leaves no example")),
     Case("fewer examples than are asked for", both(
         chat(LIKELIHOOD, num_fewshot=2, fewshot_source="shown.jsonl"),
         records({"prompt": "w4", "target": "w5"}, name="shown.jsonl"),
-    ), ("tasks[0].num_fewshot", "2", "shown.jsonl holds 1 examples")),
+    ), ("tasks[0].num_fewshot", "2", "shown.jsonl has only 1")),
     Case("a shown example that does not fit", both(
         chat(LIKELIHOOD, num_fewshot=1, fewshot_source="shown.jsonl"), records({"prompt": "w4"}, name="shown.jsonl"),
     ), ("shown.jsonl:1", "target")),
