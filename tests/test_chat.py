@@ -303,6 +303,10 @@ def test_a_system_turn_of_the_record_leads_the_conversation(model: Path, tmp_pat
     for row, turns in ((first, talk), (second, talk[1:])):
         wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         assert tokenizer.decode(row.tokens) == f"{wanted}Hello!"
+    later = [turn("user", "Hi?"), turn("system", "Be kind."), turn("user", "So?")]
+    (row,) = open_talks(tmp_path, [{"talk": later, "target": "x"}]).requests(tokenizer, CONTEXT).scored
+    wanted = tokenizer.apply_chat_template(later, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(row.tokens) == f"{wanted}x"
     records = [record | {"answer": "Yes"} for record in SYSTEM]
     choices = open_talks(tmp_path, records, "multiple_choice", target="{target}").requests(tokenizer, CONTEXT).scored
     assert [tokenizer.decode(row.tokens[row.start :]) for row in choices] == ["\nNo", "\nYes"]

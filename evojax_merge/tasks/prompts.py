@@ -83,15 +83,11 @@ class PromptConfig(TaskConfig):
     def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out defaults of the keys about chats and examples, so that the section of a task without them stays the
         same."""
-        optional = (
-            *CHAT_KEYS, "apply_chat_template", "assistant_prefix", "num_fewshot", "fewshot_source",
-        )  # fmt: skip
+        optional = (*CHAT_KEYS, "apply_chat_template", "assistant_prefix", "num_fewshot", "fewshot_source")
         fields = PromptConfig.model_fields
         return {
-            key: value
-            for key, value in serialise(self).items()
-            if key not in optional or value != fields[key].default
-        }  # fmt: skip
+            key: value for key, value in serialise(self).items() if key not in optional or value != fields[key].default
+        }
 
 
 @dataclass(frozen=True)
@@ -125,20 +121,18 @@ class Prompts:
         if not self.template:
             prefix = self.prefix and joined(prompt, self.delimiter, self.prefix)
             return f"{self._shown}{prompt}{prefix}"
-        conversation: list[Turn] = []
-        if self.multiturn:
-            for shot in self.shots:
-                conversation += [*_conversation(shot.prompt, shot.turns), _turn("assistant", shot.answer)]
-            conversation += _conversation(prompt, turns)
-        else:
-            conversation += _conversation(f"{self._shown}{prompt}", turns)
-        # A conversation has one system turn, at its beginning: that of the scored example.
-        systems = [turn for turn in _conversation(prompt, turns) if turn["role"] == "system"]
+        # A conversation has one system turn at its beginning: that of the scored example.
+        systems, asked = _parted(turns or [_turn("user", prompt)])
         if self.system is not None:
             if systems:
                 raise InputError(where, f"{self.where}.system_instruction: the example has a system turn of its own")
             systems = [_turn("system", self.system)]
-        return self._render(tokenizer, where, systems, [turn for turn in conversation if turn["role"] != "system"])
+        if not self.multiturn:
+            return self._render(tokenizer, where, systems, [_turn("user", f"{self._shown}{prompt}")])
+        shown: list[Turn] = []
+        for shot in self.shots:
+            shown += [*_parted(shot.turns or [_turn("user", shot.prompt)])[1], _turn("assistant", shot.answer)]
+        return self._render(tokenizer, where, systems, [*shown, *asked])
 
     def _render(self, tokenizer: Any, where: str, systems: list[Turn], conversation: list[Turn]) -> str:
         key = f"{self.where}.apply_chat_template"
@@ -278,8 +272,10 @@ def encode_alone(tokenizer: Any, target: str) -> list[int]:
     return tokens if tokens[:1] == [prefix] else [prefix, *tokens]
 
 
-def _conversation(prompt: str, turns: Sequence[Turn]) -> list[Turn]:
-    return list(turns) or [_turn("user", prompt)]
+def _parted(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The system turn at the beginning of a conversation, if there is one, and the others."""
+    leading = int(turns[0]["role"] == "system")
+    return list(turns[:leading]), list(turns[leading:])
 
 
 def _turn(role: str, content: str) -> Turn:
