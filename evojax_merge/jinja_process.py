@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
@@ -36,9 +36,9 @@ def check(template: str) -> None:
     _ask({"kind": "check", "template": template})
 
 
-def render_turns(template: str, turns: list[dict[str, str]], options: dict[str, Any]) -> str:
+def render_turns(template: str, turns: Sequence[Mapping[str, Any]], options: dict[str, Any]) -> str:
     """A conversation in a chat template, as transformers renders it. Raises TemplateError."""
-    return _ask({"kind": "turns", "template": template, "turns": turns, "options": options})[0]
+    return _ask({"kind": "turns", "template": template, "turns": list(turns), "options": options})[0]
 
 
 def render_record(template: str, record: dict[str, Any]) -> tuple[str, float]:

@@ -48,9 +48,9 @@ DEFAULT_COMPILE_OPTIONS = xla_compiler.get_compile_options
 QUICKLY_COMPILED = {
     f"test_{name}"
     for name in (
-        "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "data_flow", "device_bench",
-        "devices", "docs", "evaluator", "example_choice", "families", "fronts", "function", "generate", "gradients",
-        "harness",
+        "adapters", "api", "architecture_seam", "architectures", "bad_input", "cards", "chat", "data_flow",
+        "device_bench", "devices", "docs", "evaluator", "example_choice", "families", "fronts", "function", "generate",
+        "gradients", "harness",
         "host_memory", "hostile", "longrope", "loops", "m2n2_bench", "mergekit_evolve", "mergekit_suite",
         "method_seam", "mixtures", "parent_groups", "path_ga", "path_gradients", "plugins", "plugin_files",
         "pool", "pytrees", "racing", "reproducible", "run_folder", "search", "spaces", "stopping", "strategies",

@@ -260,7 +260,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_is_rendered(tmp_pa
     long = [{"role": "user", "content": "w" * 10**6}]
     tokenizer = chat_tokenizer(GSM8K)
     expected = tokenizer.apply_chat_template(long, tokenize=False, add_generation_prompt=True)
-    assert render_chat(tokenizer, long, add_generation_prompt=True) == expected
+    assert render_chat(TEMPLATE, tokenizer, long, add_generation_prompt=True) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -487,6 +487,7 @@ def test_a_bad_record_is_named_with_its_line(tmp_path: Path, doc: Fields, messag
         ({"style": "gsm"}, "style: unknown style 'gsm' (did you mean 'gsm8k'?)"),
         ({"num_fewshot": 7}, "num_fewshot: 7; "),
         ({"num_fewshot": 6}, "num_fewshot: 6; leaves no problem"),
+        ({"pattern": r"(\d+)"}, "pattern: '(\\\\d+)' finds '2' in the worked answer of "),
         ({"pattern": "(["}, "pattern: '([' is not a regular expression"),
         ({"prompt": "Q:"}, "prompt: expected {question} where the problem goes"),
         ({"system_instruction": "Think."}, "system_instruction: a turn of a chat"),

@@ -238,7 +238,7 @@ def test_a_chat_template_and_a_system_s_instruction_are_the_harness_s(harness_ta
     case = score_both(model, harness_tasks, ["own_choices"], CONTEXT, **options)["own_choices"]
     theirs = [total for sample in case.samples for total, _ in responses(sample)]
     np.testing.assert_allclose(case.answers.totals[0], theirs, rtol=1e-5, atol=1e-3)
-    with pytest.raises(InputError, match="apply_chat_template: the models' tokenizer has no chat template"):
+    with pytest.raises(InputError, match=r"apply_chat_template: the tokenizer of .*model has no chat template"):
         case.task.requests(load_tokenizer(harness_tasks / "model"), CONTEXT)
 
 

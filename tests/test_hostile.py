@@ -12,6 +12,7 @@ from hostile import (
     Case,
     Server,
     build_world,
+    chat,
     check,
     checkpoints,
     configs,
@@ -45,6 +46,7 @@ MODULES = (
     tasks_of_strangers,
     messages,
     inspecting,
+    chat,
 )
 CASES = [
     pytest.param(case, id=f"{module.__name__.partition('.')[2]}: {case.name}")

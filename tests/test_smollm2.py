@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import greedy_tokens, hidden_states, load_torch, sample, state
+from helpers import greedy_tokens, hidden_states, load_torch, sample, state, write_lines
 from reference.torch_models import torch_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evojax_merge.checkpoints.bank import load_stored
 from evojax_merge.checkpoints.parents import open_sources
+from evojax_merge.checkpoints.tokens import load_tokenizer
+from evojax_merge.config import TaskFile, parse
 from evojax_merge.data_packages import PackageUnavailable
 from evojax_merge.evaluation.batched_tasks import batch_tasks
 from evojax_merge.evaluation.evaluator import Evaluator
@@ -25,6 +27,7 @@ from evojax_merge.models.decoder import logits
 from evojax_merge.models.families import llama_like
 from evojax_merge.models.generate import PAD_ID
 from evojax_merge.models.sources import StackedWeights
+from evojax_merge.tasks.opening import open_whole_task
 from evojax_merge.tasks.records import read_symbolic
 from evojax_merge.tasks.text import Example, TextTask
 from evojax_merge.zoo import resolve_reference, smollm2
@@ -220,3 +223,24 @@ def test_no_problem_is_in_two_splits() -> None:
     trained = [problem.japanese.question for problem in or_skip(lambda: smollm2.read_problems("train"))]
     together = search + heldout + trained
     assert len(set(together)) == len(together) == 100
+
+
+def test_a_chat_has_the_tokens_that_transformers_gives_it(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The model's own template writes a system turn where there is none."""
+    write_lines(tmp_path / "sums.jsonl", [{"q": f"What is {n} and {n}?", "a": f"It is {2 * n}."} for n in range(4)])
+    section = {
+        "name": "sums", "kind": "likelihood", "file": "sums.jsonl", "prompt": "{q}", "target": "{a}", "num_fewshot": 2,
+        "apply_chat_template": True,
+    }  # fmt: skip
+    for system in (None, "Be brief."):
+        (config,) = parse(tmp_path / "x.yaml", {"tasks": [section | {"system_instruction": system}]}, TaskFile).tasks
+        rows = open_whole_task("tasks[0]", config, tmp_path).requests(load_tokenizer(base), 2048).scored
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        for n in range(2):
+            turns.append({"role": "user", "content": f"What is {n} and {n}?"})
+            turns.append({"role": "assistant", "content": f"It is {2 * n}."})
+        for n, row in zip((2, 3), rows, strict=True):
+            asked = [*turns, {"role": "user", "content": f"What is {n} and {n}?"}]
+            tokens = tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+            assert list(row.tokens[: len(tokens)]) == tokens
+            assert tokenizer.decode(row.tokens[row.start :]) == f"\nIt is {2 * n}."

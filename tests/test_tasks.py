@@ -1,5 +1,6 @@
-"""Tasks: from a JSONL file to tokens in batches, and from outputs to scores."""
+"""Tasks: from a file of examples to tokens in batches, and from outputs to scores."""
 
+import csv
 import json
 import re
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from helpers import word_tokenizer, words, write_lines
 from hypothesis import given, settings
@@ -29,8 +31,10 @@ from evojax_merge.tasks.batches import (
     prompt_batches,
     scoring_batches,
 )
-from evojax_merge.tasks.opening import open_task, overlaps
+from evojax_merge.tasks.opening import open_task, open_whole_task, overlaps
 from evojax_merge.tasks.patterns import check_pattern, find_all
+from evojax_merge.tasks.prompts import encode_pair
+from evojax_merge.tasks.records import read_file
 from evojax_merge.tasks.splits import Splits
 from evojax_merge.tasks.task import Row, cut_at_stop
 from evojax_merge.tasks.templates import check_template, fill
@@ -39,7 +43,6 @@ from evojax_merge.tasks.text import (
     Fields,
     TextConfig,
     TextTask,
-    encode_pair,
     extract_answer,
     likelihood_rows,
     prompt_rows,
@@ -130,6 +133,55 @@ def test_delimiter_joins_where_there_is_no_white_space(tmp_path: Path) -> None:
 
     assert targets(" ")[:4] == [" b", "b", " b", "b"]
     assert targets("")[:4] == ["b", "b", " b", "b"]
+
+
+RECORDS = [{"prompt": 'a, "b"\nc', "target": "1"}, {"prompt": "é", "target": " two"}]
+
+
+def test_records_are_the_same_in_every_format(tmp_path: Path) -> None:
+    write_lines(tmp_path / "lines.jsonl", RECORDS)
+    write_lines(tmp_path / "lines.json", RECORDS)
+    (tmp_path / "list.json").write_text(json.dumps(RECORDS, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "table.parquet")
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "target"])
+        writer.writeheader()
+        writer.writerows(RECORDS)
+    places = {
+        "lines.jsonl": [":1", ":2"], "lines.json": [":1", ":2"], "list.json": ["[0]", "[1]"],
+        "table.parquet": [", row 0", ", row 1"], "table.csv": [":2", ":4"],
+    }  # fmt: skip
+    for name, expected in places.items():
+        assert [record.fields for record in read_file(tmp_path / name)] == RECORDS, name
+        config = TextConfig(name="n", kind="likelihood", file=name, heldout=0.5)
+        task: Any = open_whole_task("tasks", config, tmp_path)
+        assert [task.where(example) for example in task.examples] == [f"{tmp_path / name}{at}" for at in expected]
+        rows = task.requests(byte_tokenizer(bos=True), 100).scored
+        assert [row.where for row in rows] == [f"{tmp_path / name}{at}" for at in expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '[{"prompt": "a"}, 3]', r"a.json\[1\]: expected a JSON object, found int"),
+        ("a.json", '[{"prompt": "a"},\n 3', "a.json: not valid JSON .* in line 2.*a list of objects"),
+        ("a.json", "[]", "a.json: holds no example; expected a list of objects"),
+        ("a.csv", "", "a.csv: holds no example; expected a line of names and rows"),
+        ("a.csv", "prompt,target\n", "a.csv: holds no example"),
+        ("a.csv", "prompt,prompt\na,b\n", "a.csv:1: the field 'prompt' stands twice"),
+        ("a.csv", 'prompt,target\n"a\nb",c\n\nd\n', "a.csv:5: has 1 values; the first line names 2 fields"),
+        ("a.csv", 'prompt,target\n"a', "a.csv:2: not valid CSV"),
+    ],
+)
+def test_files_that_hold_no_records_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_file(tmp_path / name)
+
+
+def test_long_values_of_csv_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt\n{'w' * 200_000}\n")
+    assert len(read_file(tmp_path / "a.csv")[0].fields["prompt"]) == 200_000
 
 
 @pytest.mark.parametrize("answer", [2, "green", "2", "C"])
@@ -598,6 +650,33 @@ def test_last_number_is_extracted(text: str, answer: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("pattern", "target", "answer"),
+    [
+        (r"^ ?(\w+)\.", "Rome.", "'Rome'"),
+        (r"#### (.*)", "4 #### 4", "'4'"),
+        (r"\d+", "3 apples", "'3'"),
+        (r"^ ?(\w+)\.", "Rome", None),
+        (r"#### (.*)", "4", None),
+        (r"^(.+)$", " two words ", None),
+        (r"[A-D]", "B", None),
+    ],
+)
+def test_a_pattern_that_cuts_the_targets_is_refused(
+    pattern: str, target: str, answer: str | None, tmp_path: Path
+) -> None:
+    path = write_lines(tmp_path / "task.jsonl", [{"prompt": "p", "target": "?"}, {"prompt": "q", "target": target}])
+    config = TextConfig(name="n", kind="exact_match", file=path.name, pattern=pattern)
+    if answer is None:
+        assert open_task("tasks[0]", config, tmp_path, 0)
+        return
+    with pytest.raises(InputError) as refused:
+        open_task("tasks[0]", config, tmp_path, 0)
+    assert str(refused.value).startswith(
+        f"tasks[0].pattern: {pattern!r} finds {answer} in the target of {path}:2, which is compared with {target!r}; "
+    )
+
+
+@pytest.mark.parametrize(
     ("targets", "warned"), [(("#### 5", "7", "seven", "eight"), False), (("7", "seven", "eight"), True)]
 )
 def test_targets_that_mostly_hold_no_number_are_warned_of(
@@ -609,7 +688,7 @@ def test_targets_that_mostly_hold_no_number_are_warned_of(
     error = capsys.readouterr().err
     assert error.startswith(f"warning: tasks[0].pattern: missing; 2 of 3 targets of {path}") == warned
     assert error.count("\n") == warned
-    open_task("tasks[0]", config.model_copy(update={"pattern": r"\w+"}), tmp_path, 0)
+    open_task("tasks[0]", config.model_copy(update={"pattern": ".+"}), tmp_path, 0)
     assert not capsys.readouterr().err
 
 

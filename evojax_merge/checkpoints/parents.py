@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from evojax_merge.chat_templates import note_templates
 from evojax_merge.checkpoints.decoder_folder import DecoderFolder, decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import (
@@ -25,6 +26,7 @@ from evojax_merge.checkpoints.tokens import (
     Vocabulary,
     align,
     aligned_rows,
+    has_chat_template,
     vocabulary_warnings,
 )
 from evojax_merge.errors import InputError
@@ -244,6 +246,7 @@ def open_decoders(
         _check_layers_alike(folder, config, configs[0])
     if vocabulary is None:
         sources = replace(sources, warnings=vocabulary_warnings(paths))
+    note_templates([path for path in paths if has_chat_template(path)])
     return sources, configs
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from merge_kernels import METHODS, Method
 
 from evojax_merge import plugins
+from evojax_merge.backends.decoder.opening import check_models
 from evojax_merge.checkpoints.decoder_folder import decoder_of
 from evojax_merge.checkpoints.derived import open_model
 from evojax_merge.checkpoints.folder import local_path
@@ -26,7 +27,7 @@ from evojax_merge.first_config import (
     task_for_records,
     task_of_harness,
 )
-from evojax_merge.problem import SearchProblem, build_problem, check_models, config_from
+from evojax_merge.problem import SearchProblem, build_problem, config_from
 from evojax_merge.references import recipe_reference, resolve_file, resolve_headers
 from evojax_merge.report.progress import say
 from evojax_merge.spaces.search_parameters import find_method

@@ -7,7 +7,7 @@ keywords are the section's keys. A kind of task that a plugin adds is such a map
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["GSM", "ExactMatch", "Function", "Harness", "Likelihood", "MultipleChoice"]
+__all__ = ["GSM", "ExactMatch", "Function", "Generation", "Harness", "Likelihood", "MultipleChoice"]
 
 
 def Likelihood(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
@@ -23,6 +23,11 @@ def MultipleChoice(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
 def ExactMatch(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
     """A task whose score says whether the text that a model writes is the target."""
     return {"kind": "exact_match", "name": name, "file": file, **keys}
+
+
+def Generation(*, name: str, file: Any, **keys: Any) -> dict[str, Any]:
+    """A task whose score compares the text that a model writes with the target, by a `metric` of texts."""
+    return {"kind": "generation", "name": name, "file": file, **keys}
 
 
 def GSM(*, name: str, source: Any, **keys: Any) -> dict[str, Any]:

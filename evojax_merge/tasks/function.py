@@ -28,19 +28,18 @@ from pydantic import Field, model_validator
 from evojax_merge.errors import InputError, PeerLostError, did_you_mean
 from evojax_merge.schema import Location, Text, Whole
 from evojax_merge.tasks import python_functions
-from evojax_merge.tasks.records import read_records
+from evojax_merge.tasks.prompts import PromptConfig
 from evojax_merge.tasks.task import (
     Derivative,
     Opening,
     Place,
     Responses,
-    TaskConfig,
     TaskDefaults,
     TaskKind,
     TaskRequests,
 )
 from evojax_merge.tasks.templates import check_stop
-from evojax_merge.tasks.text import Kind, TextTask, checked_fields, read_examples
+from evojax_merge.tasks.text import NO_TARGET, Kind, TextTask, checked_fields, read_prompted
 from evojax_merge.user_modules import importing_from, lacks_module, load_file
 
 Inputs = Literal["texts", "log_probabilities", "logits"]
@@ -59,7 +58,7 @@ ENDS = ("_exit", "execv", "execve")
 _OWN_ENDS = threading.RLock()
 
 
-class FunctionConfig(TaskConfig):
+class FunctionConfig(PromptConfig):
     """A task that a user's own function scores: `module:name` or `path/to/file.py:name`, from the config's folder.
 
     `inputs`: the function's arguments. `texts`: the records and a candidate's text after each prompt. With the other
@@ -73,16 +72,19 @@ class FunctionConfig(TaskConfig):
     kind: Literal["function"] = Field(description="the kind of task")
     function: Location = Field(description="path/to/file.py:name, or module:name, from the config's folder")
     inputs: Inputs = Field("texts", description="what the function is called with, beside the records")
-    file: Location = Field(description="JSON lines, or zoo:search.jsonl and its like")
-    prompt: Text = Field("{prompt}", description="a template over a record's fields")
-    target: Text = Field("{target}", description="of log_probabilities, logits: a template over a record's fields")
-    delimiter: Text = Field(" ", description="what joins a prompt to its target where neither has white space there")
+    target: Text = Field(
+        "{target}", description="of log_probabilities, logits, shown examples: a template over a record's fields"
+    )
     max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="of texts: how many tokens a model may write")
     stop: list[Text] = Field([], max_length=100, description="of texts: texts that end what a model writes")
 
     @model_validator(mode="after")
     def _fits(self) -> "FunctionConfig":
-        foreign = ("target", "delimiter") if self.inputs == "texts" else ("max_new_tokens", "stop")
+        foreign = ["max_new_tokens", "stop"]
+        if self.inputs == "texts":
+            # Shown examples have targets, and a prefix is joined to the prompt.
+            uses = {"target": self.num_fewshot, "delimiter": self.num_fewshot or self.assistant_prefix}
+            foreign = [name for name, used in uses.items() if not used]
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: has no meaning where its inputs are {self.inputs}")
@@ -184,8 +186,9 @@ class FunctionTask(TaskDefaults):
         return None if self.inputs == "texts" else self.text.target(example)
 
     def contents(self) -> list[tuple[str, Place]]:
-        contents = (json.dumps(record, sort_keys=True) for record in self.records)
-        return list(zip(contents, ((self.text.file, example.line) for example in self.text.examples), strict=True))
+        # Parquet has values, such as dates, that JSON does not have.
+        contents = (json.dumps(record, sort_keys=True, default=str) for record in self.records)
+        return list(zip(contents, map(self.text.location, self.text.examples), strict=True))
 
     def paths(self) -> dict[str, str]:
         return self.text.paths() | {"function": self.function.place}
@@ -202,17 +205,17 @@ def open_function(config: FunctionConfig, opening: Opening) -> FunctionTask:
     """The task on the records of one file. Raises InputError for a fault of the config, the function or the file."""
     where = opening.where
     function = load_function(f"{where}.function", config.function, config.inputs, opening.folder)
-    file = opening.file(*opening.source("file", config.file))
     kind: Kind = "exact_match" if config.inputs == "texts" else "likelihood"
-    # The function judges the texts: a record needs no target, and this placeholder is never read.
-    target = "-" if config.inputs == "texts" else config.target
-    fields = checked_fields(where, config.prompt, target, "", "", config.delimiter)
+    fields = checked_fields(where, config)
     check_stop(where, config.stop)
+    # The function judges the texts: a scored record needs no target, and this placeholder is never read.
+    scored_fields = replace(fields, target=NO_TARGET) if config.inputs == "texts" else fields
+    data = read_prompted(config, opening, kind, scored_fields, fields)
     text = TextTask(
-        config.name, kind, METRIC, config.weight, str(file), tuple(read_examples(file, kind, fields)),
-        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop),
+        config.name, kind, METRIC, config.weight, data.file, data.examples, max_new_tokens=config.max_new_tokens,
+        stop=tuple(config.stop), prompts=data.prompts, fewshot_file=data.fewshot_file,
     )  # fmt: skip
-    return FunctionTask(text, tuple(record for _, record in read_records(file)), function, config.inputs)
+    return FunctionTask(text, tuple(map(dict, data.records)), function, config.inputs)
 
 
 KIND = TaskKind(FunctionConfig, open_function, source="file")

@@ -17,10 +17,11 @@ import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from evojax_merge.chat_templates import ChatTemplateError, render_chat
-from evojax_merge.errors import InputError, did_you_mean
+from evojax_merge.errors import InputError, did_you_mean, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.language import check_language, language_of
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
+from evojax_merge.tasks.prompts import chat_template, encode_prompt
 from evojax_merge.tasks.records import Record, Source, is_file_name, read_source
 from evojax_merge.tasks.task import (
     Opening,
@@ -36,7 +37,7 @@ from evojax_merge.tasks.task import (
     token_ids,
 )
 from evojax_merge.tasks.templates import check_characters, check_stop
-from evojax_merge.tasks.text import Example, TextTask, encode_prompt
+from evojax_merge.tasks.text import Example, TextTask
 
 Match = Literal["strict", "flexible"]
 MATCHES: tuple[Match, ...] = ("strict", "flexible")
@@ -183,14 +184,15 @@ class GsmTask(TaskDefaults):
         return replace(self, problems=tuple(self.problems[i] for i in examples))
 
     def requests(self, tokenizer: Any, context: int) -> TaskRequests:
-        if self.chat and not tokenizer.chat_template:
-            raise InputError(
-                f"task {self.name}",
-                "apply_chat_template: the models' tokenizer has no chat template; leave the key out",
-            )
+        where = f"task {self.name}: apply_chat_template"
+        template = chat_template(where, tokenizer, None) if self.chat else None
         rows = []
         for number, problem in enumerate(self.problems):
-            tokens = self._chat(tokenizer, problem) if self.chat else encode_prompt(tokenizer, self.prompt(problem))
+            tokens = (
+                encode_prompt(tokenizer, self.prompt(problem))
+                if template is None
+                else self._chat(template, tokenizer, problem)
+            )
             rows.append(Row(tuple(tokens), len(tokens), problem.where, number))
         return TaskRequests((), tuple(rows), self.max_new_tokens, self.style.stop)
 
@@ -199,14 +201,14 @@ class GsmTask(TaskDefaults):
         shown = (f"{format_question(self.style, shot)}{_after(self.style, shot)}\n\n" for shot in self.fewshot_examples)
         return "".join(shown) + format_question(self.style, problem)
 
-    def _chat(self, tokenizer: Any, problem: WordProblem) -> list[int]:
+    def _chat(self, template: str, tokenizer: Any, problem: WordProblem) -> list[int]:
         turns = [] if self.system is None else [{"role": "system", "content": self.system}]
         for shot in self.fewshot_examples:
             turns.append({"role": "user", "content": format_question(self.style, shot)})
             turns.append({"role": "assistant", "content": format_solution(self.style, shot)})
         turns.append({"role": "user", "content": format_question(self.style, problem)})
         try:
-            text = render_chat(tokenizer, turns, add_generation_prompt=True)
+            text = render_chat(template, tokenizer, turns, add_generation_prompt=True)
         except ChatTemplateError as error:
             # A template may refuse a system turn, say.
             raise InputError(
@@ -316,11 +318,25 @@ def open_gsm(config: GsmConfig, opening: Opening) -> GsmTask:
         raise InputError(f"{where}.num_fewshot", f"{config.num_fewshot}; leaves no problem of {scored.name} to score")
     samples = [f"{problem.question} {problem.answer or problem.number}" for problem in problems[:PROBED]]
     check_pattern(where, style.strict, config.max_new_tokens, samples)
+    if config.pattern is not None:
+        check_worked_answers(where, style, problems)
     return GsmTask(
         config.name, config.weight, files, problems, style, config.match, fewshot_examples, config.language,
         config.apply_chat_template, config.system_instruction, config.max_new_tokens, tuple(sources),
         config.metric,
     )  # fmt: skip
+
+
+def check_worked_answers(where: str, style: Style, problems: Sequence[WordProblem]) -> None:
+    """Raises InputError where the strict pattern finds another number in a worked answer than the problem's: an output
+    like it would count as wrong."""
+    for problem in problems:
+        answer = find_answer(style, "strict", problem.answer or "", where)
+        if answer is not None and comparable(style, answer) != comparable(style, problem.number):
+            raise InputError(
+                f"{where}.pattern", f"{style.strict!r} finds {shown(answer)} in the worked answer of {problem.where}, "
+                f"whose number is {shown(problem.number)}"
+            )  # fmt: skip
 
 
 def test_set(config: GsmConfig) -> TestSet | None:

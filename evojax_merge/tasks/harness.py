@@ -28,6 +28,7 @@ from evojax_merge.errors import InputError, shown
 from evojax_merge.schema import Location, Name, Text, Whole
 from evojax_merge.tasks.function import FunctionFailed, users_code
 from evojax_merge.tasks.patterns import SECONDS, LimitedRegex, TooSlow, time_limit
+from evojax_merge.tasks.prompts import chat_template, encode_alone, prefix_token
 from evojax_merge.tasks.task import (
     Opening,
     Responses,
@@ -160,10 +161,9 @@ class Source:
     def _build(self, tokenizer: Any) -> list[list[Any]]:
         options, chat = self.options, None
         if tokenizer is not None:
-            if not tokenizer.chat_template:
-                problem = "the models' tokenizer has no chat template; say apply_chat_template: false"
-                raise InputError(self.where, f"apply_chat_template: {problem}")
-            chat = functools.partial(_chat, tokenizer)
+            chat = functools.partial(
+                _chat, chat_template(f"{self.where}: apply_chat_template", tokenizer, None), tokenizer
+            )
         # Few-shot examples are drawn from one stream over all examples, so they are built together and in order.
         self.task.set_fewshot_seed(FEWSHOT_SEED)
         try:
@@ -631,14 +631,6 @@ def _line(error: Exception) -> str:
 # Text to tokens, as the harness's `hf` model does for causal models
 
 
-def prefix_token(tokenizer: Any) -> int:
-    """The token before a text that has no context."""
-    number = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if number is None:
-        raise InputError(tokenizer.name_or_path, "its tokenizer has no token that begins or ends a text")
-    return int(number)
-
-
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Tokens with the tokenizer's own special ones, unless the text begins with one already."""
     begun = text.startswith(tokenizer.decode(prefix_token(tokenizer)))
@@ -648,9 +640,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 def encode_pair(tokenizer: Any, context: str, target: str) -> tuple[list[int], list[int]]:
     """Tokens before the target, and the target's. White space at the end of the context goes to the target."""
     if not context:
-        tokens = token_ids(tokenizer, target, add_special_tokens=False)
-        prefix = prefix_token(tokenizer)
-        return (tokens[:1], tokens[1:]) if tokens[:1] == [prefix] else ([prefix], tokens)
+        tokens = encode_alone(tokenizer, target)
+        return tokens[:1], tokens[1:]
     kept = context.rstrip()
     whole, before = encode(tokenizer, context + target), encode(tokenizer, kept)
     # Cut at the length of the context alone, even where the texts together give other tokens there.
@@ -693,11 +684,12 @@ def _limits(where: str, settings: dict[str, Any], tokenizer: Any) -> tuple[int, 
     return new, tuple(dict.fromkeys(text for text in [*stop, *ends] if text))
 
 
-def _chat(tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+def _chat(template: str, tokenizer: Any, history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
     """A conversation in the form of the tokenizer's template; without the system's turn where the template refuses
     it."""
     write = functools.partial(
         render_chat,
+        template,
         tokenizer,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,

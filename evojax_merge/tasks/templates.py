@@ -86,6 +86,12 @@ def fill(where: str, key: str, template: str, record: Mapping[str, Any]) -> str:
     return text
 
 
+def only_field(template: str) -> tuple[str, ...] | None:
+    """The path of the field that is the whole template; None for any other template."""
+    parts = _parts(template)
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], tuple) else None
+
+
 def look_up(where: str, key: str, path: tuple[str, ...], record: Mapping[str, Any]) -> Any:
     """The value of a record at a path of names. Raises InputError, with the record's names, where there is none."""
     value: Any = record

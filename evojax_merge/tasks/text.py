@@ -1,63 +1,76 @@
-"""Tasks of text: examples from a JSONL file, their requests to a model, and the scoring of the answers.
+"""Tasks of text: examples from a file, their requests to a model, and the scoring of the answers.
 
 Three kinds: `likelihood` (mean log-probability of the target given the prompt), `multiple_choice` (the best choice by
 log-probability, and the margin it wins by), `exact_match` (the answer in a greedy continuation). Scores are per
 example, and higher is better.
 """
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from evojax_merge.errors import InputError, print_warning
-from evojax_merge.schema import Location, Name, Text, Whole
+from evojax_merge.schema import Name, Text, Whole
 from evojax_merge.tasks.patterns import PROBED, check_pattern, find_all
-from evojax_merge.tasks.records import read_records
+from evojax_merge.tasks.prompts import (
+    PLAIN,
+    PromptConfig,
+    Prompts,
+    Shot,
+    Turn,
+    check_prompts,
+    encode_alone,
+    joined,
+    prefixed,
+    read_turns,
+)
+from evojax_merge.tasks.records import Record, read_file
 from evojax_merge.tasks.task import (
     Derivative,
     Opening,
     Place,
     Responses,
     Row,
-    TaskConfig,
     TaskDefaults,
     TaskKind,
     TaskRequests,
     brevity,
-    token_ids,
 )
-from evojax_merge.tasks.templates import check_characters, check_names_field, check_stop, check_template, fill, look_up
+from evojax_merge.tasks.templates import check_names_field, check_stop, check_template, fill, look_up, only_field
 
 Kind = Literal["likelihood", "multiple_choice", "exact_match"]
+Metric = Literal[
+    "log_probability", "accuracy", "margin", "acc_norm", "acc_bytes", "acc_mutual_info", "brevity"
+]  # fmt: skip
 METRICS: dict[str, tuple[str, ...]] = {
     "likelihood": ("log_probability",),
-    "multiple_choice": ("accuracy", "margin"),
+    "multiple_choice": ("accuracy", "margin", "acc_norm", "acc_bytes", "acc_mutual_info"),
     "exact_match": ("accuracy", "brevity"),
 }
-
+# The target of an example that a function judges.
+NO_TARGET = "-"
 # The last number, after `####` where there is one.
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
-class TextConfig(TaskConfig):
-    """A task of text: a JSONL file, and the names of its fields."""
+class TextConfig(PromptConfig):
+    """A task of text: a file of examples, and the names of their fields."""
 
     kind: Kind = Field(description="the kind of task")
-    file: Location = Field(description="JSON lines, or zoo:search.jsonl and its like")
-    prompt: Text = Field("{prompt}", description="a template over a record's fields")
     target: Text = Field("{target}", description="of likelihood, exact_match: a template over a record's fields")
-    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices")
-    answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
     delimiter: Text = Field(
         " ", description="what joins a prompt to its target or choice where neither has white space there"
     )
-    metric: Literal["log_probability", "accuracy", "margin", "brevity"] | None = Field(
+    choices: Name = Field("choices", description="of multiple_choice: the field that lists the choices")
+    answer: Name = Field("answer", description="of multiple_choice: the field that has the right one, by place or text")
+    metric: Annotated[Metric, BeforeValidator(lambda value: "accuracy" if value == "acc" else value)] | None = Field(
         None, description="which of the kind's metrics is the fitness; default: log_probability or accuracy"
     )
     pattern: Text | None = Field(
@@ -72,13 +85,22 @@ class TextConfig(TaskConfig):
 
 @dataclass(frozen=True)
 class Example:
-    """One example in text. `targets`: the one target, or the choices; `answer`: the number of the right choice, or the
-    wanted text."""
+    """One example in text. `targets`: the one target, or the choices, joined to what stands before them; `answer`: the
+    number of the right choice, or the wanted text; `line`: its number in the file; `where`: its place, where that is no
+    line of the file; `choices`: the choices as the record has them; `turns`: in place of the prompt, a conversation."""
 
     prompt: str
     targets: tuple[str, ...]
     answer: int | str
     line: int
+    where: str = ""
+    choices: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = field(default=(), hash=False)
+
+    @property
+    def solution(self) -> str:
+        """The right answer as the record has it."""
+        return self.choices[self.answer] if isinstance(self.answer, int) else self.answer
 
 
 @dataclass(frozen=True)
@@ -86,7 +108,8 @@ class TextTask(TaskDefaults):
     """A task (tasks.task) of text: its kind, and its examples of one split.
 
     `pattern` (exact_match) is a regular expression whose last match in the output is the answer: the first of its
-    groups that took part, where it has groups. None: the last number, after `####` where there is one.
+    groups that took part, where it has groups. None: the last number, after `####` where there is one. `fewshot_file`:
+    the file of the shown examples, where that is another than `file`.
     """
 
     name: str
@@ -98,10 +121,12 @@ class TextTask(TaskDefaults):
     pattern: str | None = None
     max_new_tokens: int = 0
     stop: tuple[str, ...] = ()
+    prompts: Prompts = PLAIN
+    fewshot_file: str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (Path(self.file),)
+        return tuple(dict.fromkeys(Path(file) for file in (self.file, self.fewshot_file or self.file)))
 
     @property
     def size(self) -> int:
@@ -155,11 +180,19 @@ class TextTask(TaskDefaults):
 
     def contents(self) -> list[tuple[tuple[Any, ...], Place]]:
         return [
-            ((example.prompt, example.targets, example.answer), (self.file, example.line)) for example in self.examples
+            ((*_question(example), example.targets, example.answer), self.location(example))
+            for example in self.examples
         ]
 
     def paths(self) -> dict[str, str]:
-        return {"file": self.file}
+        return {"file": self.file} | ({} if self.fewshot_file is None else {"fewshot_source": self.fewshot_file})
+
+    def where(self, example: Example) -> str:
+        """The example's place in messages."""
+        return example.where or f"{self.file}:{example.line}"
+
+    def location(self, example: Example) -> Place:
+        return (example.where, 0) if example.where else (self.file, example.line)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,33 +205,33 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
     metric = config.metric or METRICS[kind][0]
     if metric not in METRICS[kind]:
         raise InputError(where, f"metric: {metric!r}; {kind} has {', '.join(METRICS[kind])}")
-    fields = checked_fields(where, config.prompt, config.target, config.choices, config.answer, config.delimiter)
+    fields = checked_fields(where, config, config.choices, config.answer)
     check_stop(where, config.stop)
-    if config.prompt:
+    if config.prompt and config.messages is None:
         check_names_field(f"{where}.prompt", config.prompt, refuse=kind == "exact_match")
-    if kind != "multiple_choice":
+    if kind != "multiple_choice" and config.messages is None:
         check_names_field(f"{where}.target", config.target, refuse=False)
-    file = opening.file(*opening.source("file", config.file))
+    data = read_prompted(config, opening, kind, fields, fields)
     task = TextTask(
-        config.name, kind, metric, config.weight, str(file), tuple(read_examples(file, kind, fields)),
-        config.pattern, config.max_new_tokens, tuple(config.stop),
+        config.name, kind, metric, config.weight, data.file, data.examples, config.pattern, config.max_new_tokens,
+        tuple(config.stop), data.prompts, data.fewshot_file,
     )  # fmt: skip
-    repeating = [example.line for example in task.examples if len(set(example.targets)) < len(example.targets)]
+    repeating = [task.where(example) for example in task.examples if len(set(example.targets)) < len(example.targets)]
     if repeating:
-        print_warning(f"{file}:{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
+        print_warning(f"{repeating[0]}: {len(repeating)} of {task.size} records list a wrong choice twice")
     if config.pattern is not None:
-        samples = [f"{example.prompt} {''.join(example.targets)}" for example in task.examples[:PROBED]]
-        check_pattern(where, config.pattern, config.max_new_tokens, samples)
+        check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(task))
+        check_targets(where, task, config.pattern)
     elif kind == "exact_match":
         answers = [str(example.answer) for example in task.examples]
         without = [answer for answer in answers if extract_answer(answer, None) is None]
         what = f"a number, which is the answer without a pattern ({without[0][:100]!r})" if without else ""
         if len(without) == len(answers):
-            raise InputError(f"{where}.pattern", f"missing; no target of {file} holds {what}")
+            raise InputError(f"{where}.pattern", f"missing; no target of {data.file} holds {what}")
         if len(without) > len(answers) / 2:
             print_warning(
-                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {file} do not hold {what}; no "
-                "output is right for these"
+                f"{where}.pattern: missing; {len(without)} of {len(answers)} targets of {data.file} do not hold {what}"
+                "; no output is right for these"
             )
     return task
 
@@ -206,10 +239,34 @@ def open_text(config: TextConfig, opening: Opening) -> TextTask:
 KIND = TaskKind(TextConfig, open_text, source="file")
 
 
+def probe_texts(task: TextTask) -> list[str]:
+    """Texts of the task that a pattern is tried on."""
+    return [f"{example.prompt} {''.join(example.targets)}" for example in task.examples[:PROBED]]
+
+
+def check_targets(where: str, task: TextTask, pattern: str) -> None:
+    """Raises InputError where a pattern finds another answer in a target than the target itself, which outputs are
+    compared with: no output would be right. A target in which it finds nothing is the bare answer."""
+    for example in task.examples:
+        answer = extract_answer(str(example.answer), pattern, where)
+        if answer is not None and not same_answer(answer, str(example.answer), pattern):
+            raise cut_target(where, pattern, answer, task.where(example), str(example.answer))
+
+
+def cut_target(where: str, pattern: str, answer: str, place: str, target: str) -> InputError:
+    """The error about a pattern that finds `answer` in the target of an example, whose place is `place`."""
+    return InputError(
+        f"{where}.pattern", f"{pattern!r} finds {brief(answer)} in the target of {place}, which is compared with "
+        f"{brief(target.strip())}; expected a pattern that finds all of it, or a target of the answer alone"
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Fields:
     """The parts of a record: templates such as `"Q: {question}\\nA:"`, and the names of the choice fields. `where` is
-    the section of the config that names them."""
+    the section of the config that names them. `messages`: the field of a conversation, in place of the prompt; `chat`:
+    whether a chat template stands between prompt and target; `prefix`: the text that begins an answer; `objects`:
+    whether the target may be a field of any JSON value."""
 
     prompt: str
     target: str
@@ -217,42 +274,146 @@ class Fields:
     answer: str
     delimiter: str
     where: str = "tasks"
+    messages: str | None = None
+    chat: bool = False
+    prefix: str = ""
+    objects: bool = False
 
 
-def checked_fields(where: str, prompt: str, target: str, choices: str, answer: str, delimiter: str) -> Fields:
-    for key, template in (("prompt", prompt), ("target", target)):
+def checked_fields(where: str, config: PromptConfig, choices: str = "", answer: str = "") -> Fields:
+    """The fields that a config names. Raises InputError for an invalid template."""
+    for key, template in (("prompt", config.prompt), ("target", config.target)):
         check_template(f"{where}.{key}", template)
-    check_characters(f"{where}.delimiter", delimiter)
-    return Fields(prompt, target, choices, answer, delimiter, where)
+    check_prompts(where, config)
+    return Fields(
+        config.prompt, config.target, choices, answer, config.delimiter, where, config.messages,
+        bool(config.apply_chat_template), config.assistant_prefix,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PromptedData:
+    """The examples of one file that are scored, their records, and the form of their prompts. `fewshot_file`: the file
+    of the shown examples, where that is another."""
+
+    file: str
+    examples: tuple[Example, ...]
+    records: tuple[Mapping[str, Any], ...]
+    prompts: Prompts
+    fewshot_file: str | None
+
+
+def read_prompted(
+    config: PromptConfig, opening: Opening, kind: Kind, fields: Fields, fewshot_fields: Fields
+) -> PromptedData:
+    """The examples of the opening's file. Examples that are shown are not scored, whatever file they come from: their
+    answers stand in the prompt. Raises InputError for a file that does not fit, or has too few examples to show."""
+    file = opening.file(*opening.source("file", config.file))
+    records = read_file(file)
+    examples = [_example(record, kind, fields) for record in records]
+    shots, fewshot_file = [], None
+    if config.num_fewshot:
+        # Held-out examples have the same ones before them as those that are searched on.
+        key = "file" if config.fewshot_source is None else "fewshot_source"
+        source = opening.file(key, config.fewshot_source or config.file)
+        shown = records if source == file else read_file(source)
+        if len(shown) < config.num_fewshot:
+            what = f"{config.num_fewshot}; {source} has only {len(shown)}"
+            raise InputError(f"{opening.where}.num_fewshot", what)
+        shots = [_example(record, kind, fewshot_fields) for record in shown[: config.num_fewshot]]
+        fewshot_file = str(source) if config.fewshot_source is not None or source != file else None
+        asked = {_identity(shot, kind) for shot in shots}
+        kept = [number for number, example in enumerate(examples) if _identity(example, kind) not in asked]
+        if not kept:
+            what = f"{config.num_fewshot}; leaves no example of {file} to score"
+            raise InputError(f"{opening.where}.num_fewshot", what)
+        records, examples = [records[number] for number in kept], [examples[number] for number in kept]
+    prefix = config.assistant_prefix
+    prompts = Prompts(
+        opening.where, config.delimiter, prefix,
+        tuple(Shot(shot.prompt, shot.turns, prefixed(prefix, shot.solution)) for shot in shots),
+        config.apply_chat_template, config.system_instruction, config.fewshot_as_multiturn,
+        config.chat_template_kwargs,
+    )  # fmt: skip
+    return PromptedData(
+        str(file), tuple(examples), tuple(record.fields for record in records), prompts, fewshot_file
+    )  # fmt: skip
+
+
+def _question(example: Example) -> tuple[str, str]:
+    return example.prompt, json.dumps(example.turns, sort_keys=True, default=str)
+
+
+def _identity(example: Example, kind: Kind) -> tuple[Any, ...]:
+    """The part of an example that gives its answer away where it is equal to a shown one's. A question that is answered
+    in words has one answer; of other prompts, which may be equal or empty, the targets are a part of the question."""
+    return _question(example) if kind == "exact_match" else (*_question(example), example.targets)
 
 
 def read_examples(path: Path, kind: Kind, fields: Fields) -> list[Example]:
-    """Read and check a task file. Raises InputError with the line number of the first record that does not fit."""
-    return [_example(f"{path}:{number}", number, record, kind, fields) for number, record in read_records(path)]
+    """Read and check a task file. Raises InputError with the place of the first record that does not fit."""
+    return [_example(record, kind, fields) for record in read_file(path)]
 
 
-def _example(where: str, line: int, record: Mapping[str, Any], kind: Kind, fields: Fields) -> Example:
-    prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record)
+def _example(record: Record, kind: Kind, fields: Fields) -> Example:
+    where = record.where
+    turns: list[Turn] = []
+    if fields.messages is None:
+        prompt = fill(where, f"{fields.where}.prompt", fields.prompt, record.fields)
+        before = "" if fields.chat else prompt
+    else:
+        prompt = before = ""
+        turns = read_turns(where, f"{fields.where}.messages", fields.messages, record.fields)
+    place = (record.line, "" if record.line else where)
+    answered = bool(turns) and turns[-1]["role"] == "assistant"
+
+    def answer_text(text: str) -> str:
+        """The answer behind what stands before it. A chat template ends where the answer begins."""
+        if fields.prefix:
+            return joined(fields.prefix, fields.delimiter, text)
+        return text if fields.chat else joined(before, fields.delimiter, text)
+
     if kind != "multiple_choice":
-        target = fill(where, f"{fields.where}.target", fields.target, record)
+        if answered:
+            *turns, last = turns
+            target = last["content"]
+            if fields.target not in ("{target}", NO_TARGET):
+                what = f"{fields.messages}: ends with the assistant's turn, which would be the target"
+                raise InputError(where, f"{what}; leave {fields.where}.target out, or the turn")
+            if not turns:
+                raise InputError(where, f"{fields.messages}: holds the assistant's turn alone; expected the user's")
+        else:
+            target = _target(where, fields, record.fields)
         # White space as an answer is never found; as a target it can be predicted.
         if not (target.strip() if kind == "exact_match" else target):
             raise InputError(where, "target: is empty")
-        return Example(prompt, (_joined(prompt, fields.delimiter, target),), target, line)
+        return Example(prompt, (answer_text(target),), target, *place, turns=tuple(turns))
+    if answered:
+        what = f"{fields.messages}: ends with the assistant's turn; expected the user's, which the choices answer"
+        raise InputError(where, what)
     choices, labels = _listed_choices(
-        where, fields, look_up(where, f"{fields.where}.choices", (fields.choices,), record)
+        where, fields, look_up(where, f"{fields.where}.choices", (fields.choices,), record.fields)
     )
-    answer = look_up(where, f"{fields.where}.answer", (fields.answer,), record)
+    answer = look_up(where, f"{fields.where}.answer", (fields.answer,), record.fields)
     chosen = _chosen(answer, choices, labels)
     if chosen is None:
         expected = f"one of {', '.join(labels)}" if labels else f"an index below {len(choices)}, its letter"
-        raise InputError(where, f"{fields.answer}: {_brief(answer)}; expected {expected} or a choice")
+        raise InputError(where, f"{fields.answer}: {brief(answer)}; expected {expected} or a choice")
     if choices.count(choices[chosen]) > 1:
         raise InputError(
-            where, f"{fields.choices}: the right one, {_brief(choices[chosen])}, is there twice, and cannot win; "
+            where, f"{fields.choices}: the right one, {brief(choices[chosen])}, is there twice, and cannot win; "
             "expected choices that differ"
         )  # fmt: skip
-    return Example(prompt, tuple(_joined(prompt, fields.delimiter, choice) for choice in choices), chosen, line)
+    return Example(prompt, tuple(map(answer_text, choices)), chosen, *place, tuple(choices), tuple(turns))
+
+
+def _target(where: str, fields: Fields, record: Mapping[str, Any]) -> str:
+    key, path = f"{fields.where}.target", only_field(fields.target)
+    if fields.objects and path is not None:
+        value = look_up(where, key, path, record)
+        if not isinstance(value, str):
+            return json.dumps(value, ensure_ascii=False, default=str)
+    return fill(where, key, fields.target, record)
 
 
 def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], list[str]]:
@@ -262,10 +423,10 @@ def _listed_choices(where: str, fields: Fields, value: Any) -> tuple[list[str], 
     if isinstance(value, Mapping) and isinstance(value.get("label"), list):
         texts, labels = value.get("text"), [str(label) for label in value["label"]]
     if not (isinstance(texts, list) and len(texts) >= 2 and all(isinstance(text, str) and text for text in texts)):
-        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {_brief(value)}")
+        raise InputError(where, f"{fields.choices}: expected a list of two or more texts, found {brief(value)}")
     if labels and not len(texts) == len(labels) == len(set(labels)):
         raise InputError(
-            where, f"{fields.choices}: labels {_brief(labels)} of {len(texts)} texts; expected one of its own for each"
+            where, f"{fields.choices}: labels {brief(labels)} of {len(texts)} texts; expected one of its own for each"
         )
     return texts, labels
 
@@ -287,56 +448,31 @@ def _chosen(answer: Any, choices: Sequence[str], labels: Sequence[str]) -> int |
     return answer if type(answer) is int and 0 <= answer < len(choices) else None
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 200 else f"{shown[:200]}…"
-
-
-def _joined(prompt: str, delimiter: str, target: str) -> str:
-    """The target with the delimiter before it, unless white space is there already."""
-    return target if prompt[-1:].isspace() or target[0].isspace() else delimiter + target
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Requests
 
 
-def encode_pair(tokenizer: Any, prompt: str, target: str) -> tuple[list[int], int]:
-    """Tokens of prompt and target together, and the number of the prompt's.
-
-    White space at the end of the prompt goes to the target, and both are encoded in one piece, so that the tokens are
-    those of the text as a model would write it (the convention of the lm-eval harness).
-    """
-    kept = prompt.rstrip(" ")
-    target = prompt[len(kept) :] + target
-    whole = token_ids(tokenizer, kept + target)
-    start = len(token_ids(tokenizer, kept))
-    end = _closing_tokens(tokenizer)
-    # A tokenizer that closes every text (with an end-of-sequence token) closes the prompt as well.
-    return whole[: len(whole) - end] if end else whole, min(start - end, len(whole) - end - 1)
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a text that is to be continued."""
-    tokens = token_ids(tokenizer, prompt)
-    return tokens[: len(tokens) - _closing_tokens(tokenizer)]
-
-
-def _closing_tokens(tokenizer: Any) -> int:
-    empty = token_ids(tokenizer, "")
-    return int(bool(empty) and empty[-1] == tokenizer.eos_token_id and empty[-1] != tokenizer.bos_token_id)
-
-
 def likelihood_rows(task: TextTask, tokenizer: Any) -> list[Row]:
-    """One row per target or choice, examples in order, each one's choices together."""
+    """One row per target or choice, examples in order, each one's choices together. Behind them, where the metric is
+    acc_mutual_info, each one's choices without the prompt."""
     rows = []
     for number, example in enumerate(task.examples):
+        where = task.where(example)
+        context = task.prompts.context(tokenizer, where, example.prompt, example.turns)
         for target in example.targets:
-            tokens, start = encode_pair(tokenizer, example.prompt, target)
+            tokens, start = task.prompts.encode_pair(tokenizer, context, target)
             # Without a beginning-of-sequence token an empty prompt leaves the first token unscored.
-            rows.append(Row(tuple(tokens), max(start, 1), f"{task.file}:{example.line}", number))
+            rows.append(Row(tuple(tokens), max(start, 1), where, number))
             if len(tokens) < 2 or start >= len(tokens):
-                raise InputError(f"{task.file}:{example.line}", "has no token to score; give it a prompt")
+                raise InputError(where, "has no token to score; give it a prompt")
+        if task.metric == "acc_mutual_info":
+            alone = (encode_alone(tokenizer, target) for target in example.targets)
+            rows += [Row(tuple(tokens), 1, where, number) for tokens in alone]
     return rows
 
 
@@ -344,10 +480,12 @@ def prompt_rows(task: TextTask, tokenizer: Any) -> list[Row]:
     """One row per example, the prompt alone."""
     rows = []
     for number, example in enumerate(task.examples):
-        tokens = encode_prompt(tokenizer, example.prompt)
+        where = task.where(example)
+        context = task.prompts.context(tokenizer, where, example.prompt, example.turns)
+        tokens = task.prompts.encode(tokenizer, context)
         if not tokens:
-            raise InputError(f"{task.file}:{example.line}", "prompt: has no token")
-        rows.append(Row(tuple(tokens), len(tokens), f"{task.file}:{example.line}", number))
+            raise InputError(where, "prompt: has no token")
+        rows.append(Row(tuple(tokens), len(tokens), where, number))
     return rows
 
 
@@ -359,7 +497,7 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
     """sums: float32[P, rows], the targets' total log-probabilities; counts: int[rows]. Metric -> float32[P, N]."""
     if task.kind == "likelihood":
         return {"log_probability": (sums / counts).astype(np.float32)}
-    accuracy, margin = [], []
+    accuracy, margin, asked = [], [], []
     for example, rows in _choices(task):
         choices = sums[:, rows]
         right = choices[:, int(example.answer)]
@@ -367,10 +505,21 @@ def score_likelihood(task: TextTask, sums: np.ndarray, counts: np.ndarray) -> di
         # The first of equal choices counts as chosen, like in argmax.
         accuracy.append(np.where(np.isfinite(right), choices.argmax(axis=1) == example.answer, np.nan))
         margin.append(right - others)
-    return {
-        "accuracy": np.stack(accuracy, axis=1).astype(np.float32),
-        "margin": np.stack(margin, axis=1).astype(np.float32),
-    }
+        if task.metric in NORMALISED:
+            alone = sums[:, rows.stop : rows.stop + len(example.targets)]
+            normalised = NORMALISED[task.metric](choices.astype(np.float64), alone, example.choices)
+            asked.append(np.where(np.isfinite(right), normalised.argmax(axis=1) == example.answer, np.nan))
+    metrics = {"accuracy": accuracy, "margin": margin} | ({task.metric: asked} if asked else {})
+    return {name: np.stack(values, axis=1).astype(np.float32) for name, values in metrics.items()}
+
+
+# The harness's metrics of multiple choice, by the score whose maximum is the model's choice: of the choices'
+# log-probabilities, float64[P, C], those without the prompt, where the metric is acc_mutual_info, and the choices.
+NORMALISED: dict[str, Callable[[np.ndarray, np.ndarray, tuple[str, ...]], np.ndarray]] = {
+    "acc_norm": lambda sums, alone, choices: sums / np.array([len(choice) for choice in choices]),
+    "acc_bytes": lambda sums, alone, choices: sums / np.array([len(choice.encode()) for choice in choices]),
+    "acc_mutual_info": lambda sums, alone, choices: sums - alone,
+}
 
 
 def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
@@ -378,7 +527,7 @@ def _choices(task: TextTask) -> Iterator[tuple[Example, slice]]:
     begin = 0
     for example in task.examples:
         yield example, slice(begin, begin + len(example.targets))
-        begin += len(example.targets)
+        begin += len(example.targets) * (2 if task.metric == "acc_mutual_info" else 1)
 
 
 def margin_gradient(task: TextTask, sums: np.ndarray) -> np.ndarray:

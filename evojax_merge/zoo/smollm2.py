@@ -35,9 +35,9 @@ from evojax_merge.models.decoder import forward, logits
 from evojax_merge.models.layers import SequenceLayout
 from evojax_merge.models.sources import StackedWeights
 from evojax_merge.tasks.batches import ScoringBatch, scoring_batches
+from evojax_merge.tasks.prompts import encode_pair
 from evojax_merge.tasks.records import Record, read_symbolic
 from evojax_merge.tasks.task import Row
-from evojax_merge.tasks.text import encode_pair
 from evojax_merge.zoo import cache_folder
 
 # The version of everything that is made here: every change of it increases the version.

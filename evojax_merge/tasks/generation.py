@@ -1,0 +1,242 @@
+"""Tasks whose outputs are compared with the target as texts, by one of several metrics.
+
+Scores are per example, between 0 and 1, and higher is better. The overlap of words and characters is measured by the
+packages rouge-score and sacrebleu, which are imported when a task asks for them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from pydantic import Field
+
+from evojax_merge.errors import InputError
+from evojax_merge.schema import Text, Whole
+from evojax_merge.tasks.patterns import check_pattern, find_all
+from evojax_merge.tasks.prompts import PromptConfig
+from evojax_merge.tasks.task import Opening, Place, Responses, TaskDefaults, TaskKind, TaskRequests
+from evojax_merge.tasks.templates import check_names_field, check_stop
+from evojax_merge.tasks.text import (
+    TextTask,
+    brief,
+    checked_fields,
+    cut_target,
+    extract_answer,
+    probe_texts,
+    read_prompted,
+)
+
+Metric = Literal["exact_match", "contains", "regex", "rouge_l", "chrf", "bleu", "json"]
+# Metrics by which the target itself is right.
+EXACT = ("exact_match", "contains", "json")
+FENCED = re.compile(r"\s*```[^\n`]*\n(.*?)\n?\s*```\s*", re.DOTALL)
+
+
+class GenerationConfig(PromptConfig):
+    """A task whose outputs are compared with the target as texts."""
+
+    kind: Literal["generation"] = Field(description="the kind of task")
+    metric: Metric = Field(
+        "exact_match", description="how an output is compared with the target: as a whole, by a part, by words …"
+    )
+    pattern: Text | None = Field(
+        None, description="a regular expression, whose last match is what is compared; default: the whole output"
+    )
+    max_new_tokens: Whole = Field(256, ge=1, le=1_000_000, description="how many tokens a model may write")
+    stop: list[Text] = Field([], max_length=100, description="texts that end what a model writes")
+
+
+@dataclass(frozen=True)
+class GenerationTask(TaskDefaults):
+    """A task (tasks.task) that compares outputs with targets by its metric. `text` makes the requests to a model;
+    `pattern`: an expression whose last match in an output is compared; None: the whole output is."""
+
+    text: TextTask
+    metric: Metric
+    pattern: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.text.name
+
+    @property
+    def weight(self) -> float:
+        return self.text.weight
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.text.files
+
+    @property
+    def size(self) -> int:
+        return self.text.size
+
+    def subset(self, examples: Sequence[int]) -> "GenerationTask":
+        return replace(self, text=self.text.subset(examples))
+
+    def requests(self, tokenizer: Any, context: int) -> TaskRequests:
+        return self.text.requests(tokenizer, context)
+
+    def score(self, responses: Responses) -> dict[str, np.ndarray]:
+        # Candidates often agree: each distinct output is judged once.
+        outputs = {(n, text) for row in responses.texts for n, text in enumerate(row)}
+        judged = {(n, text): self._judge(text, self.target(n)) for n, text in outputs}
+        scores = [[judged[n, text] for n, text in enumerate(row)] for row in responses.texts]
+        return {self.metric: np.array(scores, np.float32).reshape(len(responses.texts), self.size)}
+
+    def _judge(self, output: str, target: str) -> float:
+        answer = output if self.pattern is None else extract_answer(output, self.pattern, f"task {self.name}")
+        return 0.0 if answer is None else compare(self.metric, answer, target, f"task {self.name}")
+
+    def companion(self) -> TextTask | None:
+        """The likelihood of the targets; None where they are expressions."""
+        return None if self.metric == "regex" else self.text.companion()
+
+    def extraction_failure(self, texts: Sequence[str]) -> str | None:
+        if self.pattern is None or any(extract_answer(text, self.pattern, f"task {self.name}") for text in texts):
+            return None
+        return f"the pattern {self.pattern!r}"
+
+    def target(self, example: int) -> str:
+        return str(self.text.examples[example].answer)
+
+    def extracted(self, example: int, outputs: Sequence[str]) -> str | None:
+        return None if self.pattern is None else extract_answer(outputs[0], self.pattern, f"task {self.name}")
+
+    def contents(self) -> Sequence[tuple[Any, Place]]:
+        return self.text.contents()
+
+    def paths(self) -> dict[str, str]:
+        return self.text.paths()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From the config and its file to the task
+
+
+def open_generation(config: GenerationConfig, opening: Opening) -> GenerationTask:
+    """The task on the examples of one file. Raises InputError for a meaningless config or file, or a metric whose
+    package is missing."""
+    where = opening.where
+    _check_package(f"{where}.metric", config.metric)
+    fields = replace(checked_fields(where, config), objects=config.metric == "json")
+    check_stop(where, config.stop)
+    if config.messages is None:
+        check_names_field(f"{where}.prompt", config.prompt, refuse=True)
+        check_names_field(f"{where}.target", config.target, refuse=False)
+    data = read_prompted(config, opening, "exact_match", fields, fields)
+    text = TextTask(
+        config.name, "exact_match", config.metric, config.weight, data.file, data.examples,
+        max_new_tokens=config.max_new_tokens, stop=tuple(config.stop), prompts=data.prompts,
+        fewshot_file=data.fewshot_file,
+    )  # fmt: skip
+    task = GenerationTask(text, config.metric, config.pattern)
+    if config.pattern is not None:
+        check_pattern(where, config.pattern, config.max_new_tokens, probe_texts(text))
+    for example in text.examples:
+        _check_target(where, text.where(example), str(example.answer), config)
+    return task
+
+
+KIND = TaskKind(GenerationConfig, open_generation, source="file")
+
+
+def _check_target(where: str, place: str, target: str, config: GenerationConfig) -> None:
+    """Raises InputError for a target that the metric cannot compare with, or that the pattern leaves another part of
+    than the one that is compared."""
+    if config.metric == "json":
+        try:
+            json.loads(target)
+        except (ValueError, RecursionError) as error:
+            raise InputError(place, f"target: {brief(target)} is not valid JSON ({error})") from None
+    if config.metric == "regex":
+        check_pattern(f"{place}: target, a regular expression", target, 0)
+    if config.pattern is None or config.metric not in EXACT:
+        return
+    answer = extract_answer(target, config.pattern, where)
+    if answer is not None and compare(config.metric, answer, target, where) < 1:
+        raise cut_target(where, config.pattern, answer, place, target)
+
+
+def _check_package(where: str, metric: Metric) -> None:
+    try:
+        if metric == "rouge_l":
+            _rouge()
+        elif metric in ("chrf", "bleu"):
+            import sacrebleu  # noqa: F401
+    except ImportError:
+        package = "rouge-score" if metric == "rouge_l" else "sacrebleu"
+        what = f"{metric} needs the package {package}; pip install 'evojax-merge[text-metrics]'"
+        raise InputError(where, what) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def compare(metric: Metric, answer: str, target: str, where: str = "tasks") -> float:
+    """The score of an answer, between 0 and 1. `where` names the task in messages."""
+    return _METRICS[metric](where, answer, target)
+
+
+def _same_fields(where: str, answer: str, target: str) -> float:
+    """Return 1 for an answer, which may stand in a Markdown block, that is JSON whose fields equal the target's. Fields
+    that the target lacks are free."""
+    block = FENCED.fullmatch(answer)
+    wanted = json.loads(target)
+    try:
+        value = json.loads(block[1] if block else answer)
+        if isinstance(wanted, dict) and isinstance(value, dict):
+            return float(all(name in value and _equal(value[name], wanted[name]) for name in wanted))
+        return float(_equal(value, wanted))
+    except (ValueError, RecursionError):
+        return 0.0
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    """Return whether JSON values are equal. In JSON, unlike in Python, true is not 1."""
+    if isinstance(value, dict) and isinstance(wanted, dict):
+        return value.keys() == wanted.keys() and all(_equal(value[name], wanted[name]) for name in wanted)
+    if isinstance(value, list) and isinstance(wanted, list):
+        return len(value) == len(wanted) and all(map(_equal, value, wanted))
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
+
+
+def _rouge_l(where: str, answer: str, target: str) -> float:
+    return float(_rouge().score(target, answer)["rougeL"].fmeasure)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"])
+
+
+def _chrf(where: str, answer: str, target: str) -> float:
+    from sacrebleu import sentence_chrf
+
+    return float(sentence_chrf(answer, [target]).score) / 100
+
+
+def _bleu(where: str, answer: str, target: str) -> float:
+    from sacrebleu import sentence_bleu
+
+    return float(sentence_bleu(answer, [target]).score) / 100
+
+
+_METRICS: dict[Metric, Callable[[str, str, str], float]] = {
+    "exact_match": lambda where, answer, target: float(answer.strip() == target.strip()),
+    "contains": lambda where, answer, target: float(target.strip() in answer),
+    "regex": lambda where, answer, target: float(bool(find_all(where, target, answer))),
+    "rouge_l": _rouge_l,
+    "chrf": _chrf,
+    "bleu": _bleu,
+    "json": _same_fields,
+}
+assert set(_METRICS) == set(get_args(Metric))

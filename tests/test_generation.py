@@ -1,0 +1,138 @@
+"""The generation kind: outputs against targets by each metric."""
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sacrebleu
+from helpers import write_lines
+from rouge_score.rouge_scorer import RougeScorer
+
+from evojax_merge.config import TaskFile, parse
+from evojax_merge.errors import InputError
+from evojax_merge.tasks.generation import GenerationTask
+from evojax_merge.tasks.opening import open_whole_task
+from evojax_merge.tasks.task import Responses
+
+OUTPUTS = ("The cat sat on the mat.", "the cat", "", "A cat sat on that mat", "The cat sat on the mat. Well.")
+
+
+def open_generation(folder: Path, targets: list[Any], **keys: Any) -> GenerationTask:
+    write_lines(folder / "data.jsonl", [{"prompt": f"p{i}", "target": target} for i, target in enumerate(targets)])
+    section = {"name": "text", "kind": "generation", "file": "data.jsonl", **keys}
+    (config,) = parse(folder / "tasks.yaml", {"tasks": [section]}, TaskFile).tasks
+    task = open_whole_task("tasks.yaml: tasks[0]", config, folder)
+    assert isinstance(task, GenerationTask)
+    return task
+
+
+def score(task: GenerationTask, *candidates: list[str]) -> np.ndarray:
+    (values,) = task.score(Responses(np.zeros((0, 0)), np.zeros(0, int), np.zeros((0, 0)), list(candidates))).values()
+    return values
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "scores"),
+    [
+        ("exact_match", " The cat sat on the mat.\n", [1, 0, 0, 0, 0]),
+        ("contains", "cat sat", [1, 0, 0, 1, 1]),
+        ("regex", r"(?i)^(a|the) cat\b.*mat\.?$", [1, 0, 0, 1, 0]),
+    ],
+)
+def test_outputs_are_right_or_wrong(metric: str, target: str, scores: list[float], tmp_path: Path) -> None:
+    task = open_generation(tmp_path, [target] * len(OUTPUTS), metric=metric)
+    assert task.metric == metric
+    assert score(task, list(OUTPUTS), list(OUTPUTS)).tolist() == [scores, scores]
+    assert score(task.subset([3]), [OUTPUTS[3]]).tolist() == [[scores[3]]]
+
+
+def test_overlaps_are_those_of_the_packages_between_0_and_1(tmp_path: Path) -> None:
+    target = "The cats sat on the mat."
+    wanted = {
+        "rouge_l": [RougeScorer(["rougeL"]).score(target, output)["rougeL"].fmeasure for output in OUTPUTS],
+        "chrf": [sacrebleu.sentence_chrf(output, [target]).score / 100 for output in OUTPUTS],
+        "bleu": [sacrebleu.sentence_bleu(output, [target]).score / 100 for output in OUTPUTS],
+    }
+    for metric, expected in wanted.items():
+        task = open_generation(tmp_path, [target] * len(OUTPUTS), metric=metric)
+        np.testing.assert_allclose(score(task, list(OUTPUTS))[0], expected, rtol=1e-6)
+        assert score(task.subset([0]), [target]).item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("output", "right"),
+    [
+        ('{"city": "Rome", "people": 3}', True),
+        ('{"people": 3.0, "city": "Rome", "more": null}', True),
+        ('```json\n{"city": "Rome", "people": 3}\n```', True),
+        ('{"city": "Rome", "people": true}', False),
+        ('{"city": "Rome"}', False),
+        ('{"city": "Rome", "people": 3', False),
+        ('The answer: {"city": "Rome", "people": 3}', False),
+        ("[" * 100_000, False),
+        ("9" * 10_000, False),
+        ("", False),
+    ],
+)
+@pytest.mark.parametrize("as_object", [True, False])
+def test_json_has_the_fields_of_the_target(output: str, right: bool, as_object: bool, tmp_path: Path) -> None:
+    target = {"city": "Rome", "people": 3}
+    task = open_generation(tmp_path, [target if as_object else json.dumps(target)] * 2, metric="json")
+    assert score(task, [output, output]).tolist() == [[right, right]]
+
+
+def test_true_is_not_1_in_lists_and_deeper(tmp_path: Path) -> None:
+    task = open_generation(tmp_path, [{"a": [1, {"b": 1}]}] * 2, metric="json")
+    assert score(task, ['{"a": [1, {"b": 1}]}', '{"a": [1, {"b": true}]}']).tolist() == [[1, 0]]
+
+
+def test_a_pattern_finds_what_is_compared(tmp_path: Path) -> None:
+    keys = {"metric": "exact_match", "pattern": r"<answer>(.*?)</answer>"}
+    task = open_generation(tmp_path, ["Rome", "3"], **keys)
+    texts = ["so <answer>Paris</answer>, no, <answer> Rome </answer>", "3"]
+    assert score(task, texts).tolist() == [[1, 0]]
+    assert [task.extracted(i, [text]) for i, text in enumerate(texts)] == ["Rome", None]
+    assert task.extraction_failure(["3"]) == f"the pattern {keys['pattern']!r}"
+    assert task.extraction_failure(texts) is None
+    companion = task.companion()
+    assert companion is not None and companion.metric == "log_probability"
+
+
+@pytest.mark.parametrize(
+    ("targets", "keys", "message"),
+    [
+        (["Rome."], {"pattern": r"^ ?(\w+)\."}, r"tasks\[0\].pattern: .* finds 'Rome' in the target of .*data.jsonl:1, "
+                                               r"which is compared with 'Rome.'"),
+        (["a", "("], {"metric": "regex"}, r"data.jsonl:2: target, .*'\(' is not a regular expression"),
+        (["{}", "{"], {"metric": "json"}, r"data.jsonl:2: target: '{' is not valid JSON"),
+        (["a"], {"pattern": "["}, "pattern: '\\[' is not a regular expression"),
+        (["a"], {"prompt": "Say it."}, r"tasks\[0\].prompt: names no field"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_refused(
+    targets: list[str], keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        open_generation(tmp_path, targets, **keys)
+
+
+@pytest.mark.parametrize(("metric", "package"), [("rouge_l", "rouge-score"), ("chrf", "sacrebleu")])
+def test_a_missing_package_names_its_extra(
+    metric: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def lacking(name: str, *arguments: Any, **named: Any) -> Any:
+        if name.partition(".")[0] in ("rouge_score", "sacrebleu"):
+            raise ImportError(name)
+        return real(name, *arguments, **named)
+
+    from evojax_merge.tasks import generation
+
+    generation._rouge.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", lacking)
+    with pytest.raises(InputError, match=rf"tasks\[0\].metric: {metric} needs .* {package}; .*\[text-metrics\]"):
+        open_generation(tmp_path, ["a"], metric=metric)
