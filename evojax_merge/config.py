@@ -438,7 +438,7 @@ class Config(Section):
     seed: Whole = Field(0, ge=0, le=MAX_SEED, description="of everything that is drawn at random")
     out: Location | None = Field(None, description="the run folder; default: runs/, and the config's name")
     plugins: Plugins = Field(
-        [], description="Python files and packages that add methods, strategies, tasks and architectures"
+        [], description="Python files and packages that add methods, strategies, tasks, architectures and backends"
     )
 
     @model_validator(mode="before")
