@@ -197,8 +197,8 @@ def count_differing_tokens(first: Path, folder: Path) -> int | None:
 
 
 def chat_template(folder: Path) -> str | None:
-    """A folder's default chat template, as transformers finds it: chat_template.jinja, else in tokenizer_config.json;
-    None where it has none."""
+    """A folder's default chat template, as transformers finds it: a file of its own, or a key of the tokenizer's
+    config. None where it has none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_regular(file, "a chat template", TOKENIZER_BYTES).decode(errors="replace")
