@@ -452,13 +452,13 @@ def test_too_large_a_pass_is_halved(ties: Setting, ties_scores: TaskScores, monk
     score, prefill, said = passes.score, passes.prefill, []
 
     def small_score(*given: Any) -> Any:
-        members, batch = given[5], given[7]
+        (_, batch), (members, _) = given[1], given[2]
         if jax.tree.leaves(members)[0].shape[0] > 1 or batch["tokens"].shape[0] > 2:
             raise out_of_memory()
         return score(*given)
 
     def small_writing(*given: Any) -> Any:
-        if jax.tree.leaves(given[6])[0].shape[0] > 1:
+        if jax.tree.leaves(given[2])[0].shape[0] > 1:
             raise out_of_memory()
         return prefill(*given)
 

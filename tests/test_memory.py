@@ -103,7 +103,7 @@ def temporaries(
     (batch,) = scoring.batches
     arrays = {name: array(*values.shape, dtype=values.dtype) for name, values in arrays_of(batch).items()}
     build = LazyMergeFactory(spec, "float32", prefetch)
-    lowered = passes.score.lower(config, build, None, None, bank, recipe, None, arrays)
+    lowered = passes.score.lower(passes.ScoreSpec(config, build, None), (bank, arrays), (recipe, None))
     return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 

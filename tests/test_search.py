@@ -68,7 +68,8 @@ def config_file(tmp_path_factory) -> Path:
             {"name": "text", "kind": "likelihood", "file": "tasks.jsonl", "heldout": 0.25},
             {"name": "choice", "kind": "multiple_choice", "file": "tasks.jsonl", "heldout": "heldout.jsonl",
              "metric": "margin", "weight": 0.5, "limit": 6},
-            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 3, "pattern": r"w\d+"},
+            {"name": "words", "kind": "exact_match", "file": "tasks.jsonl", "max_new_tokens": 3,
+             "pattern": r"w\d+ w\d+"},
         ],
         # With the mean and the start as many are scored at the end as in a generation, by the same programs.
         "search": {"generations": GENERATIONS, "population": 6, "finalists": 4},

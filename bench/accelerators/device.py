@@ -304,19 +304,15 @@ def decoding(models: Models, prompts: int, copy: float) -> list[str]:
     if models.evaluator.unstacks_layers(model):
         laid_out, _ = factory.unstack(None, model, everyone)
 
-    state = passes.init_decode(config, dtype, None, everyone, prompts, PROMPT, new, no_draft)
-    begun = passes.prefill(
-        config, factory, None, PROMPT, (), model, everyone, None, state, np.int32(0), tokens, no_padding
-    )
+    spec = passes.DecodeSpec(config, factory, None, dtype, prompts, PROMPT, new, no_draft, new, row_update(target), ())
+    state = passes.init_decode(spec, None, everyone)
+    begun = passes.prefill(spec, (model, np.int32(0), tokens, no_padding), (everyone, None), state)
 
     def decode() -> float:
         # What is decoded into is given away.
         state = jax.block_until_ready(jax.tree.map(jnp.copy, begun))
         start = time.perf_counter()
-        state = passes.decode(
-            config, factory, None, new, no_draft, row_update(target), (), laid_out, everyone, state, None, tokens,
-            corpus,
-        )  # fmt: skip
+        state = passes.decode(spec, (laid_out, tokens, corpus), (everyone, None), state)
         written = np.asarray(state.tokens)
         if not (written >= 0).all():
             raise SystemExit("decoding: logits are not finite")

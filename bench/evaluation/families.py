@@ -83,7 +83,7 @@ def compared(kind: str, rounds: int, folder: Path) -> tuple[int, float, float, f
     arrays = jax.device_put(arrays_of(batch))
 
     def ours() -> np.ndarray:
-        found, _ = passes.score(config, SharedModel(), None, None, stored, np.zeros(1), None, arrays)
+        found, _ = passes.score(passes.ScoreSpec(config, SharedModel(), None), (stored, arrays), (np.zeros(1), None))
         return np.asarray(found)[0]
 
     def theirs() -> np.ndarray:

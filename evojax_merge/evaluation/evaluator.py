@@ -30,6 +30,7 @@ from evojax_merge.evaluation.devices import (
 )
 from evojax_merge.evaluation.memory import is_out_of_memory
 from evojax_merge.evaluation.passes import (
+    DecodeSpec,
     DifferentiableFactory,
     LazyMergeFactory,
     PerCandidateModel,
@@ -214,7 +215,8 @@ class MergePopulation(Population):
 
     def model_shape(self) -> Any:
         _, candidate = next(Population.chunks(self, 1))
-        return jax.eval_shape(partial(passes.materialise, self.factory, None), self.replicated, candidate)
+        spec = passes.MaterialiseSpec(self.factory, None)
+        return jax.eval_shape(partial(passes.materialise, spec), self.replicated, candidate)
 
     def materialise(self, mesh: AnyMesh, candidates: Any) -> Sourcing:
         size = size_of(candidates)
@@ -222,8 +224,8 @@ class MergePopulation(Population):
         def moved(models: Any) -> int:
             return tree_nbytes(self.replicated) + tree_nbytes(models) // size
 
-        arguments = (self.factory, mesh, self.replicated, candidates)
-        models = yield Program(MATERIALISE, passes.materialise, arguments, size, (3,), merge_bytes=moved)
+        arguments = (passes.MaterialiseSpec(self.factory, mesh), self.replicated, candidates)
+        models = yield Program(MATERIALISE, passes.materialise, arguments, size, merge_bytes=moved)
         return Source(PerCandidateModel(), None, models, models)
 
     def differentiable(self) -> "DifferentiableMerges":
@@ -288,12 +290,9 @@ class DifferentiableMerges(DifferentiablePopulation):
             # Each layer is merged again, and its derivative reads its sources and the merge's cotangents.
             return 2 * (tree_nbytes(self.replicated) + tree_nbytes(cotangents) // size)
 
-        arguments = (self.factory, mesh, self.replicated, candidates, cotangents)
-        return (
-            yield Program(
-                RECIPE_GRADIENT, passes.recipe_gradient, arguments, size, (3,), holds=holds, merge_bytes=moved
-            )
-        )
+        spec = passes.MaterialiseSpec(self.factory, mesh)
+        arguments = (spec, self.replicated, (candidates, cotangents))
+        return (yield Program(RECIPE_GRADIENT, passes.recipe_gradient, arguments, size, holds=holds, merge_bytes=moved))
 
 
 @dataclass(frozen=True)
@@ -500,7 +499,7 @@ class Evaluator:
         """Score a task's rows, `chunk` candidates on each device together; enters the results in `totals` and
         `greedy`, [P, S]."""
         assert batched_task.scoring is not None
-        scoring, mesh, logits_fn = batched_task.scoring, self.devices.mesh, batched_task.requests.logits_fn
+        scoring, mesh = batched_task.scoring, self.devices.mesh
         materialised = self.fits_materialised(population, batched_task, chunk)
         for rows, candidates in population.chunks(chunk * self.devices.population):
             source = population.source(candidates, self.compute_dtype)
@@ -509,11 +508,10 @@ class Evaluator:
             prefix = yield from self._prefix(source, scoring.shared_prefix)
 
             def job(batch: ScoringBatch, source: Source = source, prefix: KVCache | None = prefix) -> Job:
-                arguments = (
-                    self.config, source.factory, mesh, logits_fn, *source.arguments, prefix, arrays_of(batch),
-                )  # fmt: skip
+                spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
+                arguments = (spec, (source.replicated, arrays_of(batch)), (source.candidates, prefix))
                 answers = yield Program(
-                    SCORE, passes.score, arguments, source.size, (5,), holds=(source.holds, prefix),
+                    SCORE, passes.score, arguments, source.size, holds=(source.holds, prefix),
                     merge_bytes=source.merge_bytes,
                 )  # fmt: skip
                 return batch, answers
@@ -530,10 +528,11 @@ class Evaluator:
         """The KV cache of the prefix that a task's rows share, if there is one."""
         if not shared_prefix.size:
             return None
-        arguments = (self.config, source.factory, self.devices.mesh, *source.arguments, shared_prefix)
+        spec = passes.PassSpec(self.config, source.factory, self.devices.mesh)
+        arguments = (spec, (source.replicated, shared_prefix), source.candidates)
         return (
             yield Program(
-                PREFIX, passes.prefill_prefix, arguments, source.size, (4,), holds=source.holds,
+                PREFIX, passes.prefill_prefix, arguments, source.size, holds=source.holds,
                 merge_bytes=source.merge_bytes,
             )
         )  # fmt: skip
@@ -573,7 +572,7 @@ class Evaluator:
         """The derivative of a chunk of candidates, float32, of the sum of its totals times `weights: float32[P, S]`;
         enters the results of the candidates `rows` in `totals` and `greedy`."""
         assert batched_task.scoring is not None
-        mesh, logits_fn, scoring = self.devices.mesh, batched_task.requests.logits_fn, batched_task.scoring
+        mesh, scoring = self.devices.mesh, batched_task.scoring
         materialised = self.materialises_gradient(population, batched_task, size_of(candidates))
         source = population.source(candidates, self.compute_dtype)
         if materialised:
@@ -582,12 +581,11 @@ class Evaluator:
 
         def job(batch: ScoringBatch) -> Job:
             real = np.where(batch.rows >= 0, weights[:, batch.rows], 0).astype(np.float32)
-            arguments = (
-                self.config, source.factory, mesh, logits_fn, *source.arguments, prefix, arrays_of(batch), real,
-            )  # fmt: skip
+            spec = passes.ScoreSpec(self.config, source.factory, mesh, batched_task.requests.logits_fn)
+            arguments = (spec, (source.replicated, arrays_of(batch)), (source.candidates, prefix, real))
             answers = yield Program(
-                GRADIENT, passes.score_gradient, arguments, source.size, (5, 8), (source.holds, prefix),
-                source.merge_bytes,
+                GRADIENT, passes.score_gradient, arguments, source.size, holds=(source.holds, prefix),
+                merge_bytes=source.merge_bytes,
             )  # fmt: skip
             return batch, answers
 
@@ -600,9 +598,10 @@ class Evaluator:
         gradient, cotangents = yield Each(map(job, scoring.batches), read, lambda result: result[1][1])
         holds = (source.holds, prefix, gradient, cotangents)
         if prefix is not None:
-            arguments = (self.config, source.factory, mesh, *source.arguments, scoring.shared_prefix, cotangents)
+            spec = passes.PassSpec(self.config, source.factory, mesh)
+            arguments = (spec, (source.replicated, scoring.shared_prefix), (source.candidates, cotangents))
             through = yield Program(
-                PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, (4,), holds=holds,
+                PREFIX_GRADIENT, passes.prefix_gradient, arguments, source.size, holds=holds,
                 merge_bytes=source.merge_bytes,
             )  # fmt: skip
             gradient = yield Program(SUM, passes.add, (gradient, through), source.size, is_priced=False)
@@ -713,26 +712,29 @@ class Evaluator:
     ) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk that is differentiated needs on a device (see
         `_temporaries`)."""
-        arguments, prefix = self._largest_pass(population, batched_task, chunk)
-        weights = np.zeros((size_of(arguments[5]), len(arguments[-1]["rows"])), np.float32)
-        return self._pass_bytes(trace(passes.score_gradient, *arguments, weights), prefix)
+        spec, (replicated, batch), (candidates, prefix) = self._largest_pass(population, batched_task, chunk)
+        weights = np.zeros((size_of(candidates), len(batch["rows"])), np.float32)
+        traced = trace(passes.score_gradient, spec, (replicated, batch), (candidates, prefix, weights))
+        return self._pass_bytes(traced, prefix)
 
     def _temporaries(self, population: Population, batched_task: BatchedTask, chunk: int) -> int | None:
         """Bytes beyond its arguments that the largest pass over a chunk needs on a device; None where the compiler
         reports nothing."""
-        arguments, prefix = self._largest_pass(population, batched_task, chunk)
-        return self._pass_bytes(trace(passes.score, *arguments), prefix)
+        spec, shared, each = self._largest_pass(population, batched_task, chunk)
+        return self._pass_bytes(trace(passes.score, spec, shared, each), each[1])
 
-    def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any]:
-        """The arguments of `passes.score` for the largest batch and a chunk, and the shape of the prefix among them."""
+    def _largest_pass(self, population: Population, batched_task: BatchedTask, chunk: int) -> tuple[Any, Any, Any]:
+        """The arguments of `passes.score` for the largest batch and a chunk."""
         assert batched_task.scoring is not None
         _, candidates = next(population.chunks(chunk * self.devices.population))
         batch = max(batched_task.scoring.batches, key=lambda batch: batch.tokens.size)
-        factory, replicated, mesh = population.factory, population.replicated, self.devices.mesh
-        shared_prefix, logits_fn = batched_task.scoring.shared_prefix, batched_task.requests.logits_fn
-        read = partial(passes.prefill_prefix, self.config, factory, mesh)
-        prefix = jax.eval_shape(read, replicated, candidates, shared_prefix) if shared_prefix.size else None
-        return (self.config, factory, mesh, logits_fn, replicated, candidates, prefix, arrays_of(batch)), prefix
+        factory, mesh, shared_prefix = population.factory, self.devices.mesh, batched_task.scoring.shared_prefix
+        prefix = None
+        if shared_prefix.size:
+            read = partial(passes.prefill_prefix, passes.PassSpec(self.config, factory, mesh))
+            prefix = jax.eval_shape(read, (population.replicated, shared_prefix), candidates)
+        spec = passes.ScoreSpec(self.config, factory, mesh, batched_task.requests.logits_fn)
+        return spec, (population.replicated, arrays_of(batch)), (candidates, prefix)
 
     def _pass_bytes(self, traced: TracedPass, prefix: Any) -> int | None:
         temporaries = self.temporary_bytes(traced)
@@ -817,22 +819,28 @@ class Evaluator:
 
         return job()
 
+    def _decode_spec(self, factory: Any, batch: PromptBatch, batched_task: BatchedTask) -> DecodeSpec:
+        """The static half of the passes that continue a batch of prompts."""
+        requests, (rows, width) = batched_task.requests, batch.tokens.shape
+        steps = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
+        return DecodeSpec(
+            self.config, factory, self.devices.mesh, self.compute_dtype, rows, width, requests.max_new_tokens,
+            step_tokens(self.target, batch), steps, row_update(self.target), batched_task.stop,
+        )  # fmt: skip
+
     def _prefill_batch(
         self, source: Source, decoding: Source, prefix: KVCache | None, batch: PromptBatch, batched_task: BatchedTask
     ) -> Generator[Program, Any, DecodeState]:
         """Prefill a batch of prompts, group by group."""
-        mesh, (rows, width) = self.devices.mesh, batch.tokens.shape
-        new, everyone = batched_task.requests.max_new_tokens, np.zeros(source.size)
-        tokens = step_tokens(self.target, batch)
-        arguments: tuple[Any, ...] = (self.config, self.compute_dtype, mesh, everyone, rows, width, new, tokens)
-        state = yield Program(START, passes.init_decode, arguments, source.size, (3,), is_priced=False)
+        spec = self._decode_spec(source.factory, batch, batched_task)
+        arguments = (spec, None, np.zeros(source.size))
+        state = yield Program(START, passes.init_decode, arguments, source.size, is_priced=False)
         for group in batch.prefill_groups:
-            arguments = (
-                self.config, source.factory, mesh, width, batched_task.stop, *source.arguments, prefix, state,
-                np.int32(group.begin), *batch.prefill_group(group),
-            )  # fmt: skip
+            shared = (source.replicated, np.int32(group.begin), *batch.prefill_group(group))
             holds = (decoding.holds, prefix, state)
-            state = yield Program(PREFILL, passes.prefill, arguments, source.size, (6,), holds=holds)
+            state = yield Program(
+                PREFILL, passes.prefill, (spec, shared, (source.candidates, prefix), state), source.size, holds=holds
+            )
         return state
 
     def _decode(
@@ -841,14 +849,8 @@ class Evaluator:
     ) -> Program:  # fmt: skip
         """The program that continues a batch of prompts greedily, up to a stop token or stop text. lookup_corpus:
         int32[B, M], see models.generate."""
-        requests, target = batched_task.requests, self.target
-        count = STOP_CHECK_INTERVAL if requests.stop else requests.max_new_tokens
-
-        def arguments(state: DecodeState) -> tuple[Any, ...]:
-            return (
-                self.config, decoding.factory, self.devices.mesh, count, step_tokens(target, batch), row_update(target),
-                batched_task.stop, *decoding.arguments, state, prefix, batch.tokens, lookup_corpus,
-            )  # fmt: skip
+        requests, spec = batched_task.requests, self._decode_spec(decoding.factory, batch, batched_task)
+        shared, each = (decoding.replicated, batch.tokens, lookup_corpus), (decoding.candidates, prefix)
 
         def again(state: DecodeState) -> tuple[Any, ...] | None:
             # Rows that fill up a batch do not matter.
@@ -857,11 +859,11 @@ class Evaluator:
                 done = done | self._stopped(np.asarray(state.tokens), requests)
             if done.all():
                 return None
-            return arguments(replace(state, done=jax.device_put(done, state.done.sharding)))
+            return spec, shared, each, replace(state, done=jax.device_put(done, state.done.sharding))
 
         # The prefill gives the first token; each further one takes a step, unless draft tokens are accepted.
         return Program(
-            DECODE, passes.decode, arguments(start), decoding.size, (8,), holds=(decoding.holds, prefix, start),
+            DECODE, passes.decode, (spec, shared, each, start), decoding.size, holds=(decoding.holds, prefix, start),
             loop=again, first=start, steps=max(1, requests.max_new_tokens - 1), read=read,
         )  # fmt: skip
 
@@ -915,22 +917,15 @@ class Evaluator:
             max(batched_task.prompts.batches, key=lambda batch: batch.tokens.size),
             batched_task.prompts.shared_prefix,
         )
-        factory, prefix = PerCandidateModel(), None
+        spec, prefix = self._decode_spec(PerCandidateModel(), batch, batched_task), None
         if shared_prefix.size:
-            read = trace(passes.prefill_prefix, self.config, factory, mesh, None, models, shared_prefix)
+            prefix_spec = passes.PassSpec(self.config, spec.factory, mesh)
+            read = trace(passes.prefill_prefix, prefix_spec, (None, shared_prefix), models)
             prefix = abstract_results(read, self.devices)
         group = max(batch.prefill_groups, key=lambda group: (group.end - group.begin) * group.width)
-        (rows, width), new = batch.tokens.shape, batched_task.requests.max_new_tokens
-        start = trace(
-            passes.init_decode,
-            self.config, self.compute_dtype, mesh, np.zeros(groups), rows, width, new, step_tokens(self.target, batch),
-        )  # fmt: skip
-        state = abstract_results(start, self.devices)
-        traced = trace(
-            passes.prefill,
-            self.config, factory, mesh, width, batched_task.stop, None, models, prefix, state, np.int32(0),
-            *batch.prefill_group(group),
-        )  # fmt: skip
+        state = abstract_results(trace(passes.init_decode, spec, None, np.zeros(groups)), self.devices)
+        shared = (None, np.int32(0), *batch.prefill_group(group))
+        traced = trace(passes.prefill, spec, shared, (models, prefix), state)
         return candidate_bytes(models), 2 * candidate_bytes(state) + (self.temporary_bytes(traced) or 0)
 
 

@@ -1,7 +1,7 @@
 """The compiled passes over a chunk of candidates: prefill a shared prefix, score a batch, materialise, generate.
 
-A pass takes arrays that all candidates share and arrays that each has (leading axis P on every leaf); a static
-`factory` makes a layer source of the two.
+A pass takes a static spec, arrays that all candidates share, and arrays that each has (leading axis P on every leaf).
+The spec's factory makes a layer source of the first of the shared arrays and the first of those of each.
 """
 
 from dataclasses import dataclass
@@ -143,6 +143,46 @@ class PerCandidateModel:
         return None, unstack_population(mesh, candidates)
 
 
+@dataclass(frozen=True)
+class PassSpec:
+    """The static half of a pass: the decoder's config, the factory of the candidates' models, and the devices."""
+
+    config: DecoderConfig
+    factory: Any
+    mesh: AnyMesh
+
+
+@dataclass(frozen=True)
+class ScoreSpec(PassSpec):
+    """Scoring. logits_fn: reduces a row's logits to a number; None: its targets' total log-probability."""
+
+    logits_fn: LogitsFn | None = None
+
+
+@dataclass(frozen=True)
+class MaterialiseSpec:
+    """Materialising, and its derivative: the factory of lazy merges, and the devices."""
+
+    factory: Any
+    mesh: AnyMesh
+
+
+@dataclass(frozen=True)
+class DecodeSpec(PassSpec):
+    """Generation for a batch of `rows` prompts of up to `width` tokens, of which at most `new` follow (see
+    models.generate). dtype: of the caches; step_tokens: tokens of a sequence in a step, drafts included; steps: of one
+    run; update_rows: writes into caches; stop: the tokens that end a generation."""
+
+    dtype: str
+    rows: int
+    width: int
+    new: int
+    step_tokens: int
+    steps: int
+    update_rows: CacheUpdate
+    stop: tuple[int, ...]
+
+
 def logprobs_from_hidden(
     config: DecoderConfig, source: HeadSource, hidden: jax.Array, batch: Any, logits_fn: LogitsFn | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -175,128 +215,94 @@ def _apply_logits_fn(
     return totals, jnp.zeros(totals.shape, bool)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def prefill_prefix(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    replicated: Any,
-    candidates: Any,
-    shared_prefix: jax.Array,
-) -> KVCache:
-    """The KV cache of a shared prefix int32[H] (one row) for each of P candidates."""
+@partial(jax.jit, static_argnums=0)
+def prefill_prefix(spec: PassSpec, shared: Any, each: Any) -> KVCache:
+    """The KV cache of a shared prefix for each of P candidates. shared: the models' arrays, and the prefix int32[H],
+    one row; each: the candidates."""
 
-    def one(replicated: Any, candidate: Any) -> KVCache:
-        shared, shared_prefix = replicated
-        tokens = shared_prefix[None]
-        _, cache = forward(
-            config, factory(shared, candidate), tokens, prefix_layout(shared_prefix.shape[0]), return_kv=True
-        )
+    def one(shared: Any, candidate: Any) -> KVCache:
+        replicated, shared_prefix = shared
+        layout = prefix_layout(shared_prefix.shape[0])
+        source = spec.factory(replicated, candidate)
+        _, cache = forward(spec.config, source, shared_prefix[None], layout, return_kv=True)
         assert cache is not None
         return cache
 
-    return vmap_sharded(mesh, one, (replicated, shared_prefix), candidates)
+    return vmap_sharded(spec.mesh, one, shared, each)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def score(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    logits_fn: LogitsFn | None,
-    replicated: Any,
-    candidates: Any,
-    prefix: KVCache | None,
-    batch: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`)."""
+@partial(jax.jit, static_argnums=0)
+def score(spec: ScoreSpec, shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
+    """float32[P, R] and bool[P, R]: a chunk of candidates on one batch (see `logprobs_from_hidden`). shared: the
+    models' arrays, and a batch's; each: the candidates, and their prefix's cache or None."""
 
-    def one(replicated: Any, candidate: Any) -> tuple[jax.Array, jax.Array]:
-        (shared, batch), (arrays, prefix) = replicated, candidate
-        source = factory(shared, arrays)
+    def one(shared: Any, each: Any) -> tuple[jax.Array, jax.Array]:
+        (replicated, batch), (candidate, prefix) = shared, each
+        source = spec.factory(replicated, candidate)
         layout = SequenceLayout(batch["positions"], batch["segment_ids"])
-        hidden, _ = forward(config, source, batch["tokens"], layout, prefix=prefix)
-        return logprobs_from_hidden(config, source, hidden, batch, logits_fn)
+        hidden, _ = forward(spec.config, source, batch["tokens"], layout, prefix=prefix)
+        return logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
 
-    return vmap_sharded(mesh, one, (replicated, batch), (candidates, prefix))
+    return vmap_sharded(spec.mesh, one, shared, each)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def score_gradient(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    logits_fn: LogitsFn | None,
-    replicated: Any,
-    candidates: Any,
-    prefix: KVCache | None,
-    batch: Any,
-    weights: Any,
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
+@partial(jax.jit, static_argnums=0)
+def score_gradient(spec: ScoreSpec, shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
     """The results of `score`, and for each of P candidates the derivative of `sum_r weights[r] totals[r]` with respect
-    to the candidate and to its prefix, float32. weights: float32[P, R]."""
+    to the candidate and to its prefix, float32. each: the candidates, their prefix's cache or None, and weights,
+    float32[P, R]."""
 
-    def one(replicated: Any, candidate: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-        (shared, batch), (arrays, prefix, weights) = replicated, candidate
+    def one(shared: Any, each: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+        (replicated, batch), (candidate, prefix, weights) = shared, each
         layout = SequenceLayout(batch["positions"], batch["segment_ids"])
 
-        def goal(arrays: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            source = factory(shared, arrays)
-            hidden, _ = forward(config, source, batch["tokens"], layout, prefix=prefix)
-            totals, is_greedy = logprobs_from_hidden(config, source, hidden, batch, logits_fn)
+        def goal(candidate: Any, prefix: KVCache | None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            source = spec.factory(replicated, candidate)
+            hidden, _ = forward(spec.config, source, batch["tokens"], layout, prefix=prefix)
+            totals, is_greedy = logprobs_from_hidden(spec.config, source, hidden, batch, spec.logits_fn)
             return jnp.sum(weights * totals), (totals, is_greedy)
 
-        (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(arrays, prefix)
+        (_, answers), gradients = jax.value_and_grad(goal, argnums=(0, 1), has_aux=True)(candidate, prefix)
         return answers, to_float32(gradients)
 
-    return vmap_sharded(mesh, one, (replicated, batch), (candidates, prefix, weights))
+    return vmap_sharded(spec.mesh, one, shared, each)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def prefix_gradient(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    replicated: Any,
-    candidates: Any,
-    shared_prefix: jax.Array,
-    cotangents: KVCache,
-) -> Any:
+@partial(jax.jit, static_argnums=0)
+def prefix_gradient(spec: PassSpec, shared: Any, each: Any) -> Any:
     """The derivative with respect to each of P candidates of a function that depends on it through its prefix's cache,
-    float32. cotangents: the derivative with respect to the cache."""
+    float32. shared: as for `prefill_prefix`; each: the candidates, and the derivative with respect to the cache."""
 
-    def one(replicated: Any, candidate: Any) -> Any:
-        (shared, shared_prefix), (arrays, cotangents) = replicated, candidate
+    def one(shared: Any, each: Any) -> Any:
+        (replicated, shared_prefix), (candidate, cotangents) = shared, each
 
-        def cache(arrays: Any) -> KVCache | None:
+        def cache(candidate: Any) -> KVCache | None:
             tokens, layout = shared_prefix[None], prefix_layout(shared_prefix.shape[0])
-            return forward(config, factory(shared, arrays), tokens, layout, return_kv=True)[1]
+            return forward(spec.config, spec.factory(replicated, candidate), tokens, layout, return_kv=True)[1]
 
-        output, pull_back = jax.vjp(cache, arrays)
+        output, pull_back = jax.vjp(cache, candidate)
         cotangents = jax.tree.map(lambda cotangent, leaf: cotangent.astype(leaf.dtype), cotangents, output)
         return to_float32(pull_back(cotangents)[0])
 
-    return vmap_sharded(mesh, one, (replicated, shared_prefix), (candidates, cotangents))
+    return vmap_sharded(spec.mesh, one, shared, each)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def recipe_gradient(
-    factory: DifferentiableFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe, cotangents: StackedWeights
-) -> Recipe:
+@partial(jax.jit, static_argnums=0)
+def recipe_gradient(spec: MaterialiseSpec, bank: Bank, each: Any) -> Recipe:
     """The derivative with respect to each of P recipes of a function that depends on it through its materialised
-    candidate, float32. cotangents: the derivative with respect to the candidate's weights."""
+    candidate, float32. each: the recipes, and the derivative with respect to the candidates' weights."""
 
-    def local(bank: Bank, candidates: Any) -> Recipe:
+    def local(bank: Bank, each: Any) -> Recipe:
         def one(candidate: Any) -> Recipe:
             recipe, cotangent = candidate
-            model, pull_back = jax.vjp(lambda varied_recipe: factory(bank, varied_recipe).materialise(), recipe)
+            model, pull_back = jax.vjp(lambda varied_recipe: spec.factory(bank, varied_recipe).materialise(), recipe)
             cotangent = jax.tree.map(lambda weight, leaf: weight.astype(leaf.dtype), cotangent, model)
             gradient: Recipe = pull_back(cotangent)[0]
             return gradient
 
-        return jax.lax.map(one, candidates)
+        return jax.lax.map(one, each)
 
-    return shard_population(mesh, local, bank, (recipes, cotangents))
+    return shard_population(spec.mesh, local, bank, each)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -315,8 +321,8 @@ def to_float32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def materialise(factory: LazyMergeFactory, mesh: AnyMesh, bank: Bank, recipes: Recipe) -> StackedWeights:
+@partial(jax.jit, static_argnums=0)
+def materialise(spec: MaterialiseSpec, bank: Bank, recipes: Recipe) -> StackedWeights:
     """The whole weights of each candidate."""
 
     def local(bank: Bank, recipes: Recipe) -> StackedWeights:
@@ -324,13 +330,14 @@ def materialise(factory: LazyMergeFactory, mesh: AnyMesh, bank: Bank, recipes: R
             # Without the barrier the compiler takes the shared leaves' deltas, which no candidate changes, out of the
             # loop and keeps them.
             held_bank, recipe = jax.lax.optimization_barrier((bank, recipe))
-            return factory(held_bank, recipe).materialise()
+            weights: StackedWeights = spec.factory(held_bank, recipe).materialise()
+            return weights
 
         if size_of(recipes) == 1:
             return jax.tree.map(lambda leaf: leaf[None], one(take_candidate(recipes, 0)))
         return jax.lax.map(one, recipes)
 
-    return shard_population(mesh, local, bank, recipes)
+    return shard_population(spec.mesh, local, bank, recipes)
 
 
 @jax.jit
@@ -345,83 +352,45 @@ def unstack_population(mesh: AnyMesh, candidates: StackedWeights) -> UnstackedWe
     return shard_population(mesh, lambda _, candidates: jax.vmap(StackedWeights.unstack)(candidates), None, candidates)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 4, 5, 6, 7))
-def init_decode(
-    config: DecoderConfig,
-    dtype: str,
-    mesh: AnyMesh,
-    candidates: Any,
-    rows: int,
-    width: int,
-    new: int,
-    step_tokens: int,
-) -> DecodeState:
-    """The decode state for `candidates: [P]` candidates (see models.generate)."""
+@partial(jax.jit, static_argnums=0)
+def init_decode(spec: DecodeSpec, shared: None, each: jax.Array) -> DecodeState:
+    """The decode state (see models.generate). each: [P], one number for each candidate."""
 
-    def local(_: Any, candidates: Any) -> DecodeState:
-        return generate.init_decode_state(config, dtype, size_of(candidates), rows, width, new, step_tokens)
+    def local(_: Any, each: Any) -> DecodeState:
+        return generate.init_decode_state(
+            spec.config, spec.dtype, size_of(each), spec.rows, spec.width, spec.new, spec.step_tokens
+        )
 
-    return shard_population(mesh, local, None, candidates)
+    return shard_population(spec.mesh, local, shared, each)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=(8,))
-def prefill(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    width: int,
-    stop: tuple[int, ...],
-    replicated: Any,
-    candidates: Any,
-    prefix: KVCache | None,
-    state: DecodeState,
-    row: jax.Array,
-    tokens: jax.Array,
-    left_pad: jax.Array,
-) -> DecodeState:
-    """Prefill prompts and generate a first token after each (see models.generate)."""
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def prefill(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
+    """Prefill prompts and generate a first token after each (see models.generate). shared: the models' arrays, the
+    number of the first row, and the prompts' tokens and left padding; each: the candidates, and their prefix's cache or
+    None."""
 
-    def local(replicated: Any, candidates: Any) -> DecodeState:
-        (shared, row, tokens, left_pad), (arrays, state, prefix) = replicated, candidates
+    def local(shared: Any, each: Any) -> DecodeState:
+        (replicated, row, tokens, left_pad), ((candidates, prefix), state) = shared, each
+        make = partial(spec.factory, replicated)
         return generate.prefill(
-            config, partial(factory, shared), arrays, state, width, row, tokens, left_pad, stop, prefix
+            spec.config, make, candidates, state, spec.width, row, tokens, left_pad, spec.stop, prefix
         )
 
-    return shard_population(mesh, local, (replicated, row, tokens, left_pad), (candidates, state, prefix))
+    return shard_population(spec.mesh, local, shared, (each, state))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6), donate_argnums=(9,))
-def decode(
-    config: DecoderConfig,
-    factory: WeightsFactory,
-    mesh: AnyMesh,
-    steps: int,
-    step_tokens: int,
-    update_rows: CacheUpdate,
-    stop: tuple[int, ...],
-    replicated: Any,
-    candidates: Any,
-    state: DecodeState,
-    prefix: KVCache | None,
-    tokens: jax.Array,
-    lookup_corpus: jax.Array,
-) -> DecodeState:
-    """`steps` further passes (see models.generate)."""
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def decode(spec: DecodeSpec, shared: Any, each: Any, state: DecodeState) -> DecodeState:
+    """`spec.steps` further passes (see models.generate). shared: the models' arrays, the prompts' tokens, and the
+    lookup corpus; each: as for `prefill`."""
 
-    def local(replicated: Any, candidates: Any) -> DecodeState:
-        (shared, tokens, lookup_corpus), (arrays, state, prefix) = replicated, candidates
+    def local(shared: Any, each: Any) -> DecodeState:
+        (replicated, tokens, lookup_corpus), ((candidates, prefix), state) = shared, each
+        make = partial(spec.factory, replicated)
         return generate.decode(
-            config,
-            partial(factory, shared),
-            arrays,
-            state,
-            steps,
-            step_tokens,
-            update_rows,
-            stop,
-            tokens,
-            lookup_corpus,
-            prefix,
-        )
+            spec.config, make, candidates, state, spec.steps, spec.step_tokens, spec.update_rows, spec.stop, tokens,
+            lookup_corpus, prefix,
+        )  # fmt: skip
 
-    return shard_population(mesh, local, (replicated, tokens, lookup_corpus), (candidates, state, prefix))
+    return shard_population(spec.mesh, local, shared, (each, state))

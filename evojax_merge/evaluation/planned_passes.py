@@ -141,8 +141,7 @@ def _placed(argument: Any, reader: PassReader) -> Any:
 def _planned(program: Program, task: str, reader: PassReader, beside: int) -> tuple[PlannedPass, Any, Any]:
     """A program as a planned pass, its key, and its results as abstract arrays."""
     arguments = [
-        _placed(argument, reader) if number in program.per_candidate else argument
-        for number, argument in enumerate(program.arguments)
+        _placed(argument, reader) if number == 2 else argument for number, argument in enumerate(program.arguments)
     ]
     if not hasattr(program.function, "trace"):
         # Several compiled functions of one layout: only their results are planned.

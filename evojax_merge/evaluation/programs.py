@@ -27,19 +27,18 @@ SUM = "sum"
 class Program:
     """One compiled function with its arguments, over a chunk of `candidates` candidates.
 
-    per_candidate: the numbers of the arguments that each candidate has (leading axis P), which may be on the host.
-    holds: what is in memory while it runs, beside the bank: materialised candidates and caches. merge_bytes: (results)
-    -> the traffic of merging for a candidate in a run. loop: the program runs again and again, from the results `first`
-    on: (results) -> the arguments of the next run, None once it is done; `arguments` are those of a first run. steps:
-    the most runs of the body of its `while` loop, in all runs. is_priced: whether a plan shows it. read: takes the
-    results that the host needs.
+    arguments: of a pass, its spec, the arrays that all candidates share, and those that each has, which may be on the
+    host. holds: what is in memory while it runs, beside the bank: materialised candidates and caches. merge_bytes:
+    (results) -> the traffic of merging for a candidate in a run. loop: the program runs again and again, from the
+    results `first` on: (results) -> the arguments of the next run, None once it is done; `arguments` are those of a
+    first run. steps: the most runs of the body of its `while` loop, in all runs. is_priced: whether a plan shows it.
+    read: takes the results that the host needs.
     """
 
     name: str
     function: Any
     arguments: tuple[Any, ...]
     candidates: int
-    per_candidate: tuple[int, ...] = ()
     holds: Any = ()
     merge_bytes: Callable[[Any], int] = lambda results: 0
     loop: Callable[[Any], tuple[Any, ...] | None] | None = None
