@@ -108,9 +108,10 @@ class Run(Described):
         0), `fitness`, `examples`, its mean on each task by the task's name, and its searched parameters, such as
         `weight[layers 0-3 attention][maths]`; `gene[0]` and so forth where the space has no named parameters. For a
         search in stages, the history is the last stage's. Names of parameters need the first parent's headers."""
-        return history_frame(self.history, self._named_values())
+        return history_frame(self.history, self.named_values())
 
-    def _named_values(self) -> NamedValues:
+    def named_values(self) -> NamedValues:
+        """The function from genomes to the searched parameters by their names. Needs the first parent's headers."""
         folder, document = self._folder, self.config
         if "tasks" not in document:  # a run of search_pytrees
             return gene_values

@@ -34,6 +34,7 @@ from evojax_merge.problem import (
     stage_config,
     stage_configs,
 )
+from evojax_merge.report.live_page import kept_page
 from evojax_merge.report.notices import log_unused_config_keys, print_warnings
 from evojax_merge.report.plan import format_advice
 from evojax_merge.report.progress import OnGeneration, console, say
@@ -139,7 +140,15 @@ def run_search(
     _require_bank(path, problem, force)
     with _opened(out, resolved_document(problem), on_started, resume=resume, overwrite=overwrite) as folder:
         _log_warnings(path, problem, batched_tasks)
-        core.search(folder, problem, batched_tasks, on_generation, force)
+        _search(folder, problem, batched_tasks, on_generation, force)
+
+
+def _search(
+    folder: RunFolder, problem: SearchProblem, batched_tasks: Splits[list[BatchedTask]], on_generation: OnGeneration,
+    force: bool,
+) -> None:  # fmt: skip
+    with kept_page(folder, on_generation, print_warning) as after_generation:
+        core.search(folder, problem, batched_tasks, after_generation, force)
 
 
 def _command(path: Path, *options: str) -> str:
@@ -219,7 +228,7 @@ def _run_chain(
             if winner is not None:
                 problem = build_problem(path, stage_config(config, stage, winner), chained=True)
             if number == len(stages):
-                core.search(run, problem, batched_tasks[-1], on_generation, force)
+                _search(run, problem, batched_tasks[-1], on_generation, force)
                 return
             folder = RunFolder((run.stages / f"stage-{number}").resolve())
             if not (resume and folder.result.exists() and folder.model.exists()):
@@ -228,7 +237,7 @@ def _run_chain(
                     again = resume and is_run(folder)
                     open_run(folder.path, resolved_document(problem), resume=again, overwrite=not again)
                 _check_checkpoints(folder)
-                core.search(folder, problem, batched_tasks[number - 1], on_generation, force)
+                _search(folder, problem, batched_tasks[number - 1], on_generation, force)
             winner = str(folder.model)
             on_started(run)
 
